@@ -1,0 +1,8 @@
+"""GPT-2 and BERT on fastlm's operators: Hugging Face's checkpoints, parameter names and argument names; no transformers needed."""
+
+from fastlm.models.auto import load_model
+from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
+from fastlm.models.config import BertConfig, GPT2Config
+from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
+
+__all__ = ["BertConfig", "BertForMaskedLM", "BertForSequenceClassification", "BertModel", "GPT2Config", "GPT2LMHeadModel", "GPT2Model", "load_model"]
