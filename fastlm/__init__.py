@@ -1,0 +1,29 @@
+"""GPT-2 and BERT, faster on the machine you have: see fastlm.info() for what serves here."""
+
+import warnings
+
+from fastlm._version import __version__
+from fastlm.backends import Unsupported, isa, use_backend
+from fastlm.info import info
+from fastlm.ops.attention import attention
+from fastlm.ops.gelu_mlp import gelu_mlp
+from fastlm.ops.layernorm_residual import layernorm_residual
+from fastlm.ops.linear import linear
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
+
+__all__ = [
+    "Unsupported",
+    "__version__",
+    "attention",
+    "gelu_mlp",
+    "info",
+    "layernorm_residual",
+    "linear",
+    "linear_cross_entropy",
+    "scaled_dot_product_attention",
+    "use_backend",
+]
+
+if isa.kernels is None:
+    warnings.warn(f"fastlm: no compiled kernels ({isa.missing}); PyTorch's own operators serve instead. See fastlm.info().", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,278 @@
+"""The C++ kernels: tensors become addresses and sizes here, and nowhere else."""
+
+import os
+
+import torch
+
+from fastlm.backends import isa
+from fastlm.backends.layout import dense_last, matrix_of, rows_of
+from fastlm.backends.reference import out_of_range
+
+kernels = isa.kernels
+DTYPES = {dtype: getattr(kernels.dtype, str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.bfloat16, torch.float16)} if kernels else {}
+LOGITS_BYTES = 64 << 20  # of one chunk
+
+threads = torch.get_num_threads
+
+
+def one_thread() -> int:
+    return 1
+
+
+def after_fork() -> None:
+    """libgomp cannot start threads in a forked child whose parent had some."""
+    global threads
+    threads = one_thread
+
+
+os.register_at_fork(after_in_child=after_fork)
+
+
+def unavailable():
+    return [] if kernels else [f"is not compiled here: {isa.missing}"]
+
+
+def refuses(operator, device, dtype, **features):
+    reasons = unavailable()
+    if reasons:
+        return reasons
+    if not hasattr(kernels, f"{operator}_forward"):
+        reasons.append(f"has no {operator}")
+    if device.type != "cpu":
+        reasons.append(f"serves CPU tensors, not {device}")
+    if dtype not in DTYPES:
+        reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
+    return reasons
+
+
+def at(tensor):
+    """The address of a tensor, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def new(x, shape, wanted=True, dtype=None):
+    return x.new_empty(shape, dtype=dtype) if wanted else None
+
+
+def zeros(x, shape, wanted=True):
+    return x.new_zeros(shape) if wanted else None
+
+
+# linear
+
+
+def by_layout(weight, layout):
+    """(k_stride, n_stride): the strides of a weight along its input and its output."""
+    n, k = weight.stride()
+    return (k, n) if layout == "linear" else (n, k)
+
+
+def vector(bias):
+    return bias if bias is None else bias.contiguous()
+
+
+def linear_forward(x, weight, bias, layout):
+    n = weight.shape[layout != "linear"]
+    y = x.new_empty(*x.shape[:-1], n)
+    if x.numel() == 0:
+        return y
+    flat, weight, bias = rows_of(x), matrix_of(weight), vector(bias)
+    rows, k = flat.shape
+    kernels.linear_forward(
+        DTYPES[x.dtype], flat.data_ptr(), flat.stride(0), weight.data_ptr(), *by_layout(weight, layout), at(bias), y.data_ptr(), rows, k, n, threads()
+    )  # fmt: skip
+    return y
+
+
+def linear_backward(dy, x, weight, layout, needed):
+    n = weight.shape[layout != "linear"]
+    if x.numel() == 0:
+        return new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1]), zeros(x, n, needed[2])
+    dflat, flat, weight = rows_of(dy), rows_of(x), matrix_of(weight)
+    dx, dweight, dbias = new(x, x.shape, needed[0]), new(x, weight.shape, needed[1]), new(x, n, needed[2])
+    rows, k = flat.shape
+    kernels.linear_backward(
+        DTYPES[x.dtype], dflat.data_ptr(), dflat.stride(0), flat.data_ptr(), flat.stride(0), weight.data_ptr(), *by_layout(weight, layout),
+        at(dx), at(dweight), *((1, k) if layout == "linear" else (n, 1)), at(dbias), rows, k, n, threads(),
+    )  # fmt: skip
+    return dx, dweight, dbias
+
+
+# gelu_mlp
+
+
+def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute):
+    out = layout != "linear"
+    hidden_width, out_width = w1.shape[out], w2.shape[out]
+    y = x.new_empty(*x.shape[:-1], out_width)
+    hidden = new(x, (*x.shape[:-1], hidden_width), recompute < 2)
+    activated = x.new_empty(*x.shape[:-1], hidden_width)
+    if x.numel():
+        flat, w1, b1, w2, b2 = rows_of(x), matrix_of(w1), vector(b1), matrix_of(w2), vector(b2)
+        kernels.gelu_mlp_forward(
+            DTYPES[x.dtype], flat.data_ptr(), flat.stride(0), w1.data_ptr(), *by_layout(w1, layout), at(b1), w2.data_ptr(), *by_layout(w2, layout), at(b2),
+            at(hidden), activated.data_ptr(), y.data_ptr(), *flat.shape, hidden_width, out_width, approximate == "tanh", threads(),
+        )  # fmt: skip
+    return y, hidden, activated if recompute < 1 else None
+
+
+def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed):
+    out = layout != "linear"
+    hidden_width, out_width, width = w1.shape[out], w2.shape[out], x.shape[-1]
+    shapes = (x.shape, w1.shape, hidden_width, w2.shape, out_width)
+    if x.numel() == 0:
+        return tuple(zeros(x, shape, need) for shape, need in zip(shapes, needed, strict=True))
+    dflat, flat, w1, b1, w2 = rows_of(dy), rows_of(x), matrix_of(w1), vector(b1), matrix_of(w2)
+    rows = flat.shape[0]
+    dx, dw1, db1, dw2, db2 = (new(x, shape, need) for shape, need in zip(shapes, needed, strict=True))
+    hidden_known, activated_known = hidden is not None, activated is not None
+    hidden = hidden if hidden_known else x.new_empty(rows, hidden_width)
+    activated = activated if activated_known else x.new_empty(rows, hidden_width)
+    dhidden = x.new_empty(rows, hidden_width)
+    linear = layout == "linear"
+    kernels.gelu_mlp_backward(
+        DTYPES[x.dtype], dflat.data_ptr(), dflat.stride(0), flat.data_ptr(), flat.stride(0), w1.data_ptr(), *by_layout(w1, layout), at(b1),
+        w2.data_ptr(), *by_layout(w2, layout), hidden.data_ptr(), hidden_known, activated.data_ptr(), activated_known, dhidden.data_ptr(),
+        at(dx), at(dw1), at(db1), at(dw2), at(db2), *((1, width, 1, hidden_width) if linear else (hidden_width, 1, out_width, 1)),
+        rows, width, hidden_width, out_width, approximate == "tanh", threads(),
+    )  # fmt: skip
+    return dx, dw1, db1, dw2, db2
+
+
+# layernorm_residual
+
+
+def single(parameter):
+    """A weight or bias as the kernels take it: float32, one after the other."""
+    return parameter if parameter is None else parameter.float().contiguous()
+
+
+def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
+    stream = x if residual is None else residual
+    y = x.new_empty(x.shape)
+    summed = new(x, x.shape, residual is not None or seed is not None, stream.dtype)
+    mean, rstd = new(x, x.shape[:-1], dtype=torch.float32), new(x, x.shape[:-1], dtype=torch.float32)
+    if x.numel():
+        flat, weight, bias = rows_of(x), single(weight), single(bias)
+        rows, width = flat.shape
+        residual = residual if residual is None else rows_of(residual)
+        kernels.layernorm_residual_forward(
+            DTYPES[x.dtype], DTYPES[stream.dtype], flat.data_ptr(), flat.stride(0), at(residual), 0 if residual is None else residual.stride(0),
+            weight.data_ptr(), at(bias), y.data_ptr(), at(summed), mean.data_ptr(), rstd.data_ptr(), rows, width, eps, dropout_p,
+            0 if seed is None else seed.item(), threads(),
+        )  # fmt: skip
+    return y, summed, mean, rstd
+
+
+def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed):
+    width = weight.shape[0]
+    if summed.numel() == 0:
+        dx, dresidual = new(summed, summed.shape, needed[0], dtype), new(summed, summed.shape, needed[1])
+        return dx, dresidual, zeros(weight, width, needed[2]), zeros(weight, width, needed[3])
+    flat, wide = rows_of(summed), single(weight)
+    dy = dy if dy is None else rows_of(dy)
+    dsummed = dsummed if dsummed is None else rows_of(dsummed)
+    dx, dresidual = new(summed, summed.shape, needed[0], dtype), new(summed, summed.shape, needed[1])
+    dweight, dbias = new(wide, width, needed[2]), new(wide, width, needed[3])
+    kernels.layernorm_residual_backward(
+        DTYPES[dtype], DTYPES[summed.dtype], at(dy), 0 if dy is None else dy.stride(0), at(dsummed), 0 if dsummed is None else dsummed.stride(0),
+        flat.data_ptr(), flat.stride(0), wide.data_ptr(), mean.data_ptr(), rstd.data_ptr(), at(dx), at(dresidual), at(dweight), at(dbias),
+        flat.shape[0], width, dropout_p, 0 if seed is None else seed.item(), threads(),
+    )  # fmt: skip
+    return dx, dresidual, *(d if d is None else d.to(weight.dtype) for d in (dweight, dbias))
+
+
+# linear_cross_entropy
+
+
+def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
+    vocab, width = weight.shape
+    loss = x.new_empty(target.shape, dtype=torch.float32)
+    if x.numel() == 0:
+        return loss, new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1]), zeros(x, vocab, needed[2])
+    flat, weight, bias, targets = rows_of(x), matrix_of(weight), vector(bias), target.reshape(-1)
+    rows = flat.shape[0]
+    chunk = min(rows, max(1, LOGITS_BYTES // (4 * vocab)))
+    logits, lse = new(x, (chunk, vocab), dtype=torch.float32), new(x, rows, dtype=torch.float32)
+    row_scale = row_scale if row_scale is None else row_scale.contiguous()
+    dx, dweight, dbias = new(x, x.shape, needed[0]), new(x, weight.shape, needed[1]), new(x, vocab, needed[2])
+    # 16-bit products of several chunks are added up in float32.
+    dweight_sum = new(x, weight.shape, needed[1] and x.dtype != torch.float32 and chunk < rows, torch.float32)
+    wrong = kernels.linear_cross_entropy_forward(
+        DTYPES[x.dtype], flat.data_ptr(), flat.stride(0), weight.data_ptr(), *by_layout(weight, "linear"), at(bias), targets.data_ptr(), targets.stride(0),
+        at(row_scale), loss.data_ptr(), lse.data_ptr(), logits.data_ptr(), chunk, at(dx), at(dweight), at(dweight_sum), at(dbias),
+        rows, width, vocab, ignore_index, label_smoothing, threads(),
+    )  # fmt: skip
+    if wrong >= 0:
+        raise out_of_range(target, tuple(int(i) for i in torch.unravel_index(torch.tensor(wrong), target.shape)), vocab, ignore_index)
+    return loss, dx, dweight, dbias
+
+
+# attention
+
+
+def tokens_first(x, wanted=True):
+    """Memory for a result like x, (B, H, T, D), that lies as (B, T, H, D): merging its heads is then a view."""
+    if not wanted:
+        return None
+    batch, heads, length, head_dim = x.shape
+    return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def steps(x):
+    """(batch, head, token) strides."""
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def unexpanded(x, rank):
+    """Strides for a mask that is read as if it had been expanded."""
+    return (0,) * rank if x is None else tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def mask_type(mask, dtype):
+    if mask is None:
+        return 0
+    return 1 if mask.dtype == torch.bool else 2 if mask.dtype == dtype else 3
+
+
+def sizes(query, key):
+    batch, heads, query_len, head_dim = query.shape
+    return batch, heads, key.shape[1], query_len, key.shape[2], head_dim
+
+
+def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
+    out, lse = tokens_first(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    if query.numel() == 0 or key.numel() == 0:  # no one to look, or nothing to see
+        return out.zero_(), lse.fill_(-torch.inf)
+    query, key, value = dense_last(query), dense_last(key), dense_last(value)
+    kernels.attention_forward(
+        DTYPES[query.dtype], query.data_ptr(), steps(query), key.data_ptr(), steps(key), value.data_ptr(), steps(value), out.data_ptr(), steps(out),
+        lse.data_ptr(), at(mask), mask_type(mask, query.dtype), unexpanded(mask, 4), at(key_padding), unexpanded(key_padding, 2), sizes(query, key),
+        scale, lower, upper, dropout_p, 0 if seed is None else seed.item(), threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    needs_query, needs_key, needs_value, needs_mask = needed
+    # The kernel makes the three together; what is not needed is dropped.
+    dquery, dkey, dvalue = tokens_first(query), tokens_first(key), tokens_first(value)
+    dmask = mask.new_zeros(mask.shape, dtype=torch.float32) if needs_mask else None
+    if query.numel() == 0 or key.numel() == 0:
+        dquery.zero_(), dkey.zero_(), dvalue.zero_()
+    else:
+        query, key, value = dense_last(query), dense_last(key), dense_last(value)
+        dout = torch.zeros_like(out) if dout is None else dense_last(dout)
+        dlse = dlse if dlse is None else dlse.contiguous()
+        kernels.attention_backward(
+            DTYPES[query.dtype], dout.data_ptr(), steps(dout), query.data_ptr(), steps(query), key.data_ptr(), steps(key), value.data_ptr(), steps(value),
+            out.data_ptr(), steps(out), lse.data_ptr(), at(dlse), at(mask), mask_type(mask, query.dtype), unexpanded(mask, 4),
+            at(key_padding), unexpanded(key_padding, 2), dquery.data_ptr(), steps(dquery), dkey.data_ptr(), steps(dkey), dvalue.data_ptr(), steps(dvalue),
+            at(dmask), unexpanded(dmask, 4), sizes(query, key), scale, lower, upper, dropout_p, 0 if seed is None else seed.item(), threads(),
+        )  # fmt: skip
+    return (
+        dquery if needs_query else None,
+        dkey if needs_key else None,
+        dvalue if needs_value else None,
+        dmask.to(mask.dtype) if needs_mask else None,
+    )

@@ -1,0 +1,52 @@
+"""Which compiled module this process uses: the widest that was built and that this CPU and its operating system can run."""
+
+import importlib
+import json
+import os
+import pathlib
+from types import ModuleType
+
+ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
+
+
+def report() -> dict:
+    """What setup.py says about the build: its modules, whether with OpenMP, the compiler, and the reason if there is no module."""
+    written = pathlib.Path(__file__).parent.parent / "_build.json"
+    return json.loads(written.read_text()) if written.exists() else {}
+
+
+def features() -> ModuleType | None:
+    """The module that asks the CPU; None where it was not built."""
+    try:
+        return importlib.import_module("fastlm._cpu_features")
+    except ImportError:
+        return None
+
+
+def usable() -> list[str]:
+    """What this machine can run, the widest first."""
+    module = features()
+    return module.isas() if module else []
+
+
+def find() -> tuple[ModuleType | None, str | None, str]:
+    """(module, its ISA, why there is none)."""
+    here, forced = usable(), os.environ.get("FASTLM_ISA")
+    if forced and forced not in ISAS:
+        raise RuntimeError(f"FASTLM_ISA: expected one of {', '.join(ISAS)}, got {forced!r}")
+    if forced and here and forced not in here:
+        raise RuntimeError(f"FASTLM_ISA: expected one of {', '.join(here)}, which this CPU can run, got {forced!r}")
+    reasons = []
+    for isa in [forced] if forced else here:
+        try:
+            return importlib.import_module(f"fastlm._cpu_{isa}"), isa, ""
+        except ModuleNotFoundError:
+            reasons.append(f"no module for {isa} was built")
+        except ImportError as broken:  # built, but for another Python or with a library that is missing
+            reasons.append(f"the module for {isa} does not load ({broken})")
+    if forced:
+        raise RuntimeError(f"FASTLM_ISA: expected an ISA that was built, got {forced!r} ({', '.join(reasons)})")
+    return None, None, report().get("reason") or ", ".join(reasons) or "the extension was not built"
+
+
+kernels, name, missing = find()

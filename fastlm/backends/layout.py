@@ -1,0 +1,31 @@
+"""How tensors lie in memory, for the backends that take addresses and strides. The only place that may copy, and it counts."""
+
+import collections
+
+from torch import Tensor
+
+copies: collections.Counter[str] = collections.Counter()  # layouts that no stride describes: how often each was copied
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as (rows, width) with a contiguous last dimension. A view, except of layouts that no row stride can describe: those are copied."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if flat.data_ptr() != x.data_ptr() and x.numel():
+        copies["rows of uneven stride"] += 1
+    return dense_last(flat)
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension."""
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    copies["strided last dimension"] += 1
+    return x.contiguous()
+
+
+def matrix_of(weight: Tensor) -> Tensor:
+    """A weight matrix with one of its two strides 1, in whichever layout: both are views to the kernels."""
+    if weight.stride(1) == 1 or weight.stride(0) == 1:
+        return weight
+    copies["weight with no unit stride"] += 1
+    return weight.contiguous()

@@ -1,0 +1,59 @@
+"""Where PyTorch's own operator is the faster one: a table from measurements, keyed by CPU model, never by a timing at run time.
+
+A row says: on this microarchitecture, this operator in this dtype goes to `torch` when every named feature lies in its range.
+Features are those that fastlm/ops hands to the choice (rows, widths, …); both ends of a range belong to it, None is open.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+
+import torch
+
+from fastlm.backends import isa
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    operator: str
+    dtype: str  # "float32", "bfloat16", "float16"
+    where: dict[str, tuple[int | None, int | None]] = dataclasses.field(default_factory=dict)  # {} = always
+
+    def holds(self, operator: str, dtype: str, features: dict) -> bool:
+        return (operator, dtype) == (self.operator, self.dtype) and all(
+            (low is None or features[name] >= low) and (high is None or features[name] <= high) for name, (low, high) in self.where.items()
+        )
+
+
+# microarchitecture (fastlm._cpu_features.microarchitecture()) → rules, from the operators' benchmarks
+MEASURED: dict[str, tuple[Rule, ...]] = {}
+
+
+def microarchitecture() -> str:
+    module = isa.features()
+    return module.microarchitecture() if module else ""
+
+
+def user_table() -> pathlib.Path:
+    """Where `fastlm info --measure` writes this machine's own table: {microarchitecture: [{"operator", "dtype", "where"}, …]}."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "fastlm" / "table.json"
+
+
+@functools.cache
+def rules() -> tuple[Rule, ...]:
+    """This CPU's rows: the user's own where there are any, else the ones that come with fastlm."""
+    model = microarchitecture()
+    try:
+        own = json.loads(user_table().read_text())
+    except FileNotFoundError:
+        own = {}
+    if model in own:
+        return tuple(Rule(row["operator"], row["dtype"], {name: tuple(ends) for name, ends in row.get("where", {}).items()}) for row in own[model])
+    return MEASURED.get(model, ())
+
+
+def prefers_torch(operator: str, dtype: torch.dtype, features: dict) -> bool:
+    return any(rule.holds(operator, str(dtype).removeprefix("torch."), features) for rule in rules())

@@ -1,0 +1,239 @@
+"""PyTorch's own fast operators: they serve where nothing is compiled, and where the table says that they are the faster ones.
+
+What PyTorch does not do exactly as fastlm promises is refused, with the reason.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm.backends import reference
+from fastlm.backends.reference import as_written, band_mask, check_targets
+
+aten = torch.ops.aten
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LOGITS_BYTES = 64 << 20  # of one chunk, in all the types it is held in
+
+
+def refuses(operator, device, dtype, **features):
+    reasons = []
+    if dtype not in DTYPES:
+        reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
+    if features.get("dropout"):
+        reasons.append("draws its dropout masks otherwise than fastlm")
+    if operator == "attention":
+        if features["return_lse"]:
+            reasons.append("has no log-sum-exp of a row that sees nothing, and no gradient of any")
+        if features["mask_gradient"]:
+            reasons.append("gives no gradient of the mask")
+        if device.type != "cpu" and features["masked"]:
+            reasons.append(f"lets a NaN behind the mask through on {device.type}")
+    return reasons
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+# linear
+
+
+@as_written
+def linear_forward(x, weight, bias, layout):
+    if layout == "linear":
+        return torch.nn.functional.linear(x, weight, bias).contiguous()
+    flat = flat_rows(x)
+    return (torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)).view(*x.shape[:-1], weight.shape[1])
+
+
+@as_written
+def linear_backward(dy, x, weight, layout, needed):
+    flat, gradient = flat_rows(x), flat_rows(dy)
+    dx = torch.mm(gradient, weight if layout == "linear" else weight.t()).view(x.shape) if needed[0] else None
+    dweight = (torch.mm(gradient.t(), flat) if layout == "linear" else torch.mm(flat.t(), gradient)) if needed[1] else None
+    return dx, dweight, gradient.sum(0) if needed[2] else None
+
+
+# gelu_mlp
+
+
+@as_written
+def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute):
+    hidden = linear_forward(x, w1, b1, layout)
+    activated = torch.nn.functional.gelu(hidden, approximate=approximate)
+    return linear_forward(activated, w2, b2, layout), hidden if recompute < 2 else None, activated if recompute < 1 else None
+
+
+@as_written
+def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed):
+    if hidden is None:
+        hidden = linear_forward(x, w1, b1, layout)
+    if activated is None and needed[3]:
+        activated = torch.nn.functional.gelu(hidden, approximate=approximate)
+    dactivated, dw2, db2 = linear_backward(dy, hidden if activated is None else activated, w2, layout, (any(needed[:3]), *needed[3:]))
+    if dactivated is None:
+        return None, None, None, dw2, db2
+    return *linear_backward(aten.gelu_backward(dactivated, hidden, approximate=approximate), x, w1, layout, needed[:3]), dw2, db2
+
+
+# layernorm_residual
+
+
+def statistics_weight(weight, dtype):
+    """The weight in the dtype that the statistics shall have: in 16 bits they would be rounded, and PyTorch's kernel be slower."""
+    return weight if weight is None or dtype == torch.float64 else weight.float()
+
+
+@as_written
+def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
+    summed = None if residual is None else torch.add(residual, x).contiguous()
+    w, b = statistics_weight(weight, x.dtype), statistics_weight(bias, x.dtype)
+    y, mean, rstd = torch.native_layer_norm(x if summed is None else summed, w.shape, w, b, eps)
+    return y.to(x.dtype).contiguous(), summed, mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+
+
+@as_written
+def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed):
+    needs_dx, needs_dresidual, needs_dweight, needs_dbias = needed
+    ds, dweight, dbias = dsummed, None, None
+    if dy is None:
+        dweight, dbias = (torch.zeros_like(weight) if need else None for need in needed[2:])
+    else:
+        w = statistics_weight(weight, dtype)
+        statistics = mean[..., None], rstd[..., None]
+        ds, dweight, dbias = aten.native_layer_norm_backward(
+            dy.to(summed.dtype), summed, w.shape, *statistics, w, w, [needs_dx or needs_dresidual, needs_dweight, needs_dbias]
+        )
+        dweight, dbias = (d.to(weight.dtype) if need else None for d, need in ((dweight, needs_dweight), (dbias, needs_dbias)))
+        if ds is not None and dsummed is not None:
+            ds.add_(dsummed)
+    return ds.to(dtype).contiguous() if needs_dx else None, ds.contiguous() if needs_dresidual else None, dweight, dbias
+
+
+# linear_cross_entropy: by chunks of rows; the logits of one chunk become its softmax, then its gradient, in the same memory
+
+
+@as_written
+def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
+    vocab, width = weight.shape
+    check_targets(target, vocab, ignore_index)
+    flat, targets = flat_rows(x), target.reshape(-1)
+    rows = flat.shape[0]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    loss = x.new_empty(rows, dtype=wide)
+    dx = x.new_empty(flat.shape) if needed[0] else None
+    dweight = None if rows else torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    dbias = weight.new_zeros(vocab, dtype=wide) if needed[2] else None
+    narrow_bytes = 0 if x.dtype == wide else x.element_size()
+    chunk = min(rows, max(1, LOGITS_BYTES // (vocab * (wide.itemsize + narrow_bytes))))
+    memory = x.new_empty(chunk, vocab, dtype=wide)
+    narrow_memory = x.new_empty(chunk, vocab) if narrow_bytes else memory
+    for begin in range(0, rows, max(1, chunk)):
+        at = slice(begin, begin + chunk)
+        part = flat[at]
+        logits, product = memory[: part.shape[0]], narrow_memory[: part.shape[0]]
+        torch.mm(part, weight.t(), out=product) if bias is None else torch.addmm(bias, part, weight.t(), out=product)
+        if narrow_bytes:
+            logits.copy_(product)
+        ignored = targets[at] == ignore_index
+        wanted = torch.where(ignored, 0, targets[at])[:, None]
+        # log-sum-exp = max − log(largest probability): exact, and no second sweep over the exponentials
+        picked, top = logits.gather(1, wanted)[:, 0], logits.amax(1)
+        average = logits.mean(1) if label_smoothing else None
+        aten._softmax.out(logits, 1, False, out=logits)
+        lse = top - logits.amax(1).log()
+        row_loss = lse - picked if average is None else lse - (1 - label_smoothing) * picked - label_smoothing * average
+        loss[at] = row_loss.masked_fill_(ignored, 0)
+        if not any(needed):
+            continue
+        scale = row_scale[at].masked_fill(ignored, 0)[:, None]
+        if label_smoothing:
+            logits.sub_(label_smoothing / vocab)
+        logits.mul_(scale)
+        logits.scatter_add_(1, wanted, scale * (label_smoothing - 1))
+        if dbias is not None:
+            dbias += logits.sum(0)
+        if narrow_bytes:
+            product.copy_(logits)
+        if dx is not None:
+            torch.mm(product, weight, out=dx[at])
+        if needed[1]:
+            dweight = add_product(dweight, product.t(), part, wide if chunk < rows else x.dtype)
+    return (
+        loss.view(target.shape),
+        dx if dx is None else dx.view(x.shape),
+        dweight.to(x.dtype) if needed[1] else None,
+        dbias if dbias is None else dbias.to(x.dtype),
+    )
+
+
+def add_product(total, a, b, dtype):
+    """total + a @ b in dtype: 16-bit products of several chunks are added up in float32."""
+    if total is None:
+        return torch.mm(a, b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(torch.mm(a, b))
+
+
+# attention
+
+
+def dense(*tensors):
+    """PyTorch's kernel reads its last dimension as contiguous without looking."""
+    return (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def additive(query, key, mask, key_padding, lower, upper):
+    """(additive mask or None, is_causal) for PyTorch, whose causal mask starts at the top left."""
+    causal = upper == 0 and lower <= 1 - query.shape[2]
+    hidden = [] if causal else [band_mask(query, key, lower, upper)]
+    hidden.append(None if key_padding is None else key_padding[:, None, None, :])
+    bias = None
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            hidden.append(mask)
+        else:
+            bias = mask
+    hidden = [where for where in hidden if where is not None]
+    if hidden:
+        seen = hidden[0]
+        for more in hidden[1:]:
+            seen = seen & more
+        bias = query.new_zeros(()) if bias is None else bias
+        bias = torch.where(seen, bias, -torch.inf)
+        bias = bias if bias.dim() == 4 else bias[None, None]
+    return bias, causal
+
+
+def hides_harm(key, value, bias, causal):
+    """A NaN or Inf stands in the keys or values, perhaps behind the mask, where PyTorch would multiply it with 0."""
+    if bias is None and not causal:
+        return False
+    wide = torch.promote_types(key.dtype, torch.float32)
+    return not (key.sum(dtype=wide) + value.sum(dtype=wide)).isfinite()
+
+
+@as_written
+def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
+    bias, causal = additive(query, key, mask, key_padding, lower, upper)
+    if query.numel() == 0 or key.numel() == 0 or (query.device.type == "cpu" and hides_harm(key, value, bias, causal)):
+        return reference.attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)
+    if query.device.type == "cpu":
+        query, key, value = dense(query, key, value)
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    return reference.tokens_first(out, query.dtype), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+@as_written
+def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    bias, causal = additive(query, key, mask, key_padding, lower, upper)
+    if query.numel() == 0 or key.numel() == 0 or query.device.type != "cpu" or hides_harm(key, value, bias, causal):
+        if query.device.type != "cpu":  # its forward gave none
+            lse = reference.attention(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)[1]
+        return reference.attention_backward(
+            dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed
+        )  # fmt: skip
+    query, key, value, dout = dense(query, key, value, dout)
+    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, query, key, value, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )  # fmt: skip
+    return *(d if need else None for d, need in zip(gradients, needed[:3], strict=True)), None

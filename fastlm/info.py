@@ -1,0 +1,62 @@
+"""What fastlm found on this machine: which backends serve, why the others do not, and how often a call fell back or copied."""
+
+import dataclasses
+import platform
+
+import torch
+
+from fastlm._version import __version__
+from fastlm.backends import choice, isa, layout
+
+
+@dataclasses.dataclass
+class Info:
+    """str() of it is the report that `fastlm info` prints."""
+
+    version: str
+    torch_version: str
+    cpu: str  # the processor's own name for itself
+    isa: str | None  # of the module in use
+    isas: list[str]  # that this machine can run, the widest first
+    threads: int
+    openmp: bool  # whether the extension was built with it
+    backends: dict[str, list[str]]  # name → why it serves nothing here; empty = it can serve
+    build: str  # why there is no compiled module, or ""
+    fallbacks: dict[str, int]  # "operator: taken instead of first" → calls
+    copies: dict[str, int]  # layout that no stride describes → copies made
+
+    def __str__(self) -> str:
+        lines = [
+            f"fastlm {self.version}, PyTorch {self.torch_version}",
+            f"CPU: {self.cpu or 'unknown'}; can run {', '.join(self.isas) or 'no module that was built'}",
+            f"compiled module: {self.isa}, {self.threads_in_words()}" if self.isa else f"compiled module: none ({self.build})",
+            "backends:",
+            *(f"  {name:10} {'; '.join(why) or 'serves'}" for name, why in self.backends.items()),
+        ]
+        for title, counts in (("fallbacks", self.fallbacks), ("copies", self.copies)):
+            lines.append(f"{title}: {'none' if not counts else ''}".rstrip())
+            lines += [f"  {what}: {count}" for what, count in counts.items()]
+        return "\n".join(lines)
+
+    def threads_in_words(self) -> str:
+        if not self.openmp:
+            return "1 thread (built without OpenMP)"
+        return f"{self.threads} thread{'s' if self.threads != 1 else ''}"
+
+
+def info() -> Info:
+    """What is built and usable here, why the rest is not, the ISA and threads in use, and how often a call fell back or copied a layout."""
+    features = isa.features()
+    return Info(
+        version=__version__,
+        torch_version=torch.__version__,
+        cpu=features.brand() if features else platform.processor(),
+        isa=isa.name,
+        isas=isa.usable(),
+        threads=torch.get_num_threads(),
+        openmp=isa.report().get("openmp", False),
+        backends={name: choice.unavailable(name) for name in choice.NAMES},
+        build=isa.missing,
+        fallbacks=dict(choice.fallbacks),
+        copies=dict(layout.copies),
+    )
