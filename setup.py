@@ -91,7 +91,7 @@ def find_toolchain() -> Toolchain:
     isas = {isa: flags for isa, flags in isas.items() if compiles(command, "int main() {}", *flags)}
     if wanted := os.environ.get("FASTLM_BUILD_ISAS"):
         if unknown := set(wanted.split(",")) - set(isas):
-            raise BuildFailed(f"FASTLM_BUILD_ISAS: expected names out of {','.join(isas)}, got {','.join(sorted(unknown))}")
+            raise CompileError(f"FASTLM_BUILD_ISAS: expected names out of {','.join(isas)}, got {','.join(sorted(unknown))}")
         isas = {isa: isas[isa] for isa in isas if isa in wanted.split(",")}
     # torch has loaded an OpenMP runtime before our modules are imported. GCC's code finds its functions there, so it is linked to none: a second
     # copy would mean a second pool of threads. Clang's code calls another runtime, which it must bring.

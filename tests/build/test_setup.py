@@ -1,0 +1,241 @@
+"""The build on a tree of its own: the real setup.py and cpu_features.cpp, and a small stand-in for the kernels, so that a build takes seconds."""
+
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "FASTLM_REQUIRE_BUILD", "FASTLM_BUILD_ISAS", "FASTLM_SANITIZE")
+
+KERNELS = """\
+#include <pybind11/pybind11.h>
+#include "cpu/answer.h"
+PYBIND11_MODULE(FASTLM_MODULE, m) {
+  m.def("answer", [] { return answer(); });
+}
+"""
+ANSWER = "inline int answer() { return 42; }\n"
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows yet")
+COMPILER = shutil.which("g++") or shutil.which("c++")
+# Where a build is required, as CI requires it, a missing compiler is a failure.
+needs_compiler = pytest.mark.skipif(not COMPILER and os.environ.get("FASTLM_REQUIRE_BUILD") != "1", reason="no g++ or c++ here")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "a folder"  # with a space in its name
+    (root / "csrc" / "cpu").mkdir(parents=True)
+    (root / "fastlm").mkdir()
+    shutil.copy(ROOT / "setup.py", root)
+    shutil.copy(ROOT / "csrc/cpu/cpu_features.cpp", root / "csrc/cpu")
+    (root / "csrc/bindings.cpp").write_text(KERNELS)
+    (root / "csrc/cpu/answer.h").write_text(ANSWER)
+    return root
+
+
+@pytest.fixture
+def setup():
+    spec = importlib.util.spec_from_file_location("fastlm_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """compiler(body) makes CXX a script: `body` sees the arguments, and what it lets through goes to the real compiler."""
+
+    def install(body, name="c++"):
+        script = tmp_path / name
+        script.write_text(f'#!/bin/sh\n{body}\nexec {COMPILER} "$@"\n')
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("CXX", str(script))
+
+    return install
+
+
+def refusing(pattern):
+    return f'case " $* " in *{pattern}*) echo "error: unsupported option" >&2; exit 1;; esac'
+
+
+def build(tree, *arguments, **environment):
+    command = [sys.executable, "setup.py", "build_ext", *(arguments or ("--inplace",))]
+    return subprocess.run(command, cwd=tree, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def report(tree):
+    return json.loads((tree / "fastlm/_build.json").read_text())
+
+
+def answer_of(tree, name):
+    """What the module's function gives, in a process of its own."""
+    code = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location({name!r}, {str(tree / "fastlm" / (name + SUFFIX))!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.answer())
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_every_instruction_set_has_the_flags_of_the_narrower_ones(setup):
+    isas = list(setup.X86_ISAS.values())
+    assert list(setup.X86_ISAS) == ["baseline", "avx2", "avx512", "avx512_bf16"]
+    assert isas[0] == []  # a baseline module must run on every x86-64
+    for narrower, wider in itertools.pairwise(isas):
+        assert set(narrower) < set(wider)
+    assert not any("fast-math" in flag or "march" in flag for flag in [*setup.FLAGS, *itertools.chain(*isas)])
+
+
+def test_build_file_has_one_module_for_each_instruction_set(setup, tmp_path):
+    tools = setup.Toolchain(["ccache", "my g++"], "GCC 12.4", setup.X86_ISAS, True, [])
+    text = setup.build_file(tools, [tmp_path])
+    for isa, flags in setup.X86_ISAS.items():
+        assert f"build _cpu_{isa}.o: compile" in text and f"build _cpu_{isa}{SUFFIX}: link _cpu_{isa}.o" in text
+        assert f"  module_flags = {' '.join([*flags, '-fopenmp', f'-DFASTLM_MODULE=_cpu_{isa}'])}\n" in text
+    assert "cxx = ccache 'my g++'" in text
+    assert "depfile = $out.d" in text
+    assert "sanitize" not in text
+
+
+def test_sanitizers_are_compiled_and_linked_in_and_errors_end_the_process(setup, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTLM_SANITIZE", "address,undefined")
+    text = setup.build_file(setup.Toolchain(["g++"], "GCC", {"baseline": []}, True, []), [tmp_path])
+    flags, link_flags = (next(line for line in text.splitlines() if line.startswith(f"{name} =")) for name in ("flags", "link_flags"))
+    assert "-fsanitize=address,undefined" in flags and "-fno-sanitize-recover=all" in flags
+    assert "-fsanitize=address,undefined" in link_flags
+
+
+@needs_compiler
+def test_a_compiler_without_openmp_as_apples_builds_one_thread(setup, compiler):
+    compiler(refusing("-fopenmp"))
+    tools = setup.find_toolchain()
+    assert not tools.openmp and tools.openmp_link == []
+    assert "-fopenmp" not in setup.build_file(tools, [])
+
+
+@needs_compiler
+def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(setup, compiler):
+    compiler(refusing("-mavx512bf16") + "\n" + 'case "$*" in *-dM*) echo "#define __x86_64__ 1";; esac')
+    assert "avx512_bf16" not in setup.find_toolchain().isas
+
+
+@needs_compiler
+def test_other_architectures_build_the_generic_path(setup, compiler):
+    compiler('case "$*" in *-dM*) set -- "$@" -U__x86_64__;; esac')
+    assert setup.find_toolchain().isas == {"baseline": []}
+
+
+@pytest.mark.parametrize(
+    "macros, name",
+    [
+        ({"__GNUC__": "12", "__GNUC_MINOR__": "4"}, "GCC 12.4"),
+        ({"__GNUC__": "4", "__GNUC_MINOR__": "2", "__clang__": "1", "__clang_major__": "19", "__clang_minor__": "1"}, "clang 19.1"),
+        ({"__clang__": "1", "__clang_major__": "16", "__clang_minor__": "0", "__apple_build_version__": "16000026"}, "Apple clang 16.0"),
+    ],
+)
+def test_the_report_names_the_compiler(setup, macros, name):
+    assert setup.compiler_name(macros) == name
+
+
+def test_jobs_follow_cores_memory_and_the_user(setup, monkeypatch):
+    monkeypatch.setattr(setup, "JOB_MEMORY", 1)
+    cores = setup.jobs()
+    assert cores == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores >= 1
+    monkeypatch.setattr(setup, "JOB_MEMORY", 1 << 60)
+    if Path("/proc/meminfo").exists():
+        assert setup.jobs() == 1
+    monkeypatch.setenv("MAX_JOBS", "7")
+    assert setup.jobs() == 7
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        ({"CXX": "no-such-compiler"}, r"no C++ compiler found (looked for no-such-compiler; CXX may name another)"),
+        ({"CXX": "false"}, r"the C++ compiler does not work or does not know C++20 (tried false)"),
+    ],
+)
+def test_without_a_build_the_package_installs_and_says_why(tree, environment, reason):
+    done = build(tree, **environment)
+    assert done.returncode == 0, done.stderr
+    assert reason in done.stderr
+    assert report(tree)["modules"] == [] and reason in report(tree)["reason"]
+    assert not list((tree / "fastlm").glob("*.so"))
+    required = build(tree, **environment, FASTLM_REQUIRE_BUILD="1")
+    assert required.returncode != 0 and reason in required.stderr
+
+
+@needs_compiler
+def test_an_unknown_instruction_set_is_an_error(tree):
+    done = build(tree, FASTLM_BUILD_ISAS="avx1024,baseline")
+    assert done.returncode != 0 and "FASTLM_BUILD_ISAS: expected names out of baseline" in done.stderr and "got avx1024" in done.stderr
+
+
+@needs_compiler
+def test_rebuilds_what_a_header_reaches_and_drops_what_no_longer_compiles(tree):
+    first = build(tree, FASTLM_BUILD_ISAS="baseline")
+    assert first.returncode == 0 and report(tree)["reason"] == "", first.stdout + first.stderr
+    assert report(tree)["modules"] == ["_cpu_baseline"]
+    assert answer_of(tree, "_cpu_baseline") == "42"
+
+    again = build(tree, FASTLM_BUILD_ISAS="baseline")
+    assert "compiling" not in again.stdout
+
+    (tree / "csrc/cpu/answer.h").write_text(ANSWER.replace("42", "43"))
+    changed = build(tree, FASTLM_BUILD_ISAS="baseline")
+    assert "compiling _cpu_baseline.o" in changed.stdout and "compiling _cpu_features.o" not in changed.stdout
+    assert answer_of(tree, "_cpu_baseline") == "43"
+
+    (tree / "csrc/cpu/answer.h").write_text("#error broken here\n")
+    broken = build(tree, FASTLM_BUILD_ISAS="baseline")
+    assert broken.returncode == 0
+    assert "_cpu_baseline did not compile" in report(tree)["reason"] and "broken here" in report(tree)["reason"]
+    assert report(tree)["modules"] == [] and not (tree / f"fastlm/_cpu_baseline{SUFFIX}").exists()
+
+
+@needs_compiler
+def test_one_module_that_does_not_compile_leaves_the_others(tree, setup):
+    isas = list(setup.find_toolchain().isas)
+    if "avx2" not in isas:
+        pytest.skip("one instruction set on this architecture")
+    (tree / "csrc/cpu/answer.h").write_text("#ifdef __AVX2__\n#error not this one\n#endif\n" + ANSWER)
+    done = build(tree, "--build-lib", "out", FASTLM_BUILD_ISAS="baseline,avx2")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tree / "out/fastlm/_build.json").read_text())
+    assert written["modules"] == ["_cpu_baseline"] and written["reason"].startswith("_cpu_avx2 did not compile: ")
+    assert not list((tree / "fastlm").iterdir())  # only an editable install builds into the source tree
+
+
+def test_other_headers_of_the_same_content_compile_nothing_again(setup, tmp_path):
+    """Build isolation unpacks pybind11 anew for every build."""
+    for folder, text in (("one", "int a;"), ("two", "int a;"), ("three", "int b;")):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        (tmp_path / folder / "sub/x.h").write_text(text)
+    target = tmp_path / "include"
+    setup.mirror(tmp_path / "one", target)
+    os.utime(target / "sub/x.h", (1, 1))
+    setup.mirror(tmp_path / "two", target)
+    assert (target / "sub/x.h").stat().st_mtime == 1
+    setup.mirror(tmp_path / "three", target)
+    assert (target / "sub/x.h").read_text() == "int b;" and (target / "sub/x.h").stat().st_mtime != 1
