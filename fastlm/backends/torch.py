@@ -114,9 +114,10 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
 
 @as_written
 def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
-    vocab, width = weight.shape
+    vocab = weight.shape[0]
     check_targets(target, vocab, ignore_index)
     flat, targets = flat_rows(x), target.reshape(-1)
+    row_scale = row_scale if row_scale is None else row_scale.reshape(-1)
     rows = flat.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     loss = x.new_empty(rows, dtype=wide)
