@@ -1,0 +1,184 @@
+"""The `fastlm` command. Here are the arguments and their help; each command's work is in fastlm/commands/, loaded when it is called."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastlm.training.settings import Settings
+
+DEFAULT = Settings()
+
+
+class OneLineErrors(TyperGroup):
+    """What a user did wrong is one line on stderr and a non-zero exit code, whether the parser, a check of ours or the system noticed it; Ctrl-C is 130."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # of the parser, whichever version of click it stands on
+                raise
+            say_error(error.format_message())
+            code = getattr(error, "exit_code", 2)
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        from fastlm.backends import Unsupported
+
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the parser's own affair: `fastlm bench | head` is not an error of the user's
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except (ValueError, OSError, Unsupported) as error:
+            say_error(str(error))
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+            say_error("not enough memory for this model and batch: lower --batch, --context, --width or --layers")
+        raise typer.Exit(1)
+
+
+def say_error(message: str) -> None:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+
+
+app = typer.Typer(
+    cls=OneLineErrors, add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False
+)
+
+Threads = Annotated[int | None, typer.Option(help="CPU threads; PyTorch's own number when not given.", rich_help_panel="Machine")]
+Model = Annotated[Path, typer.Option(help="A folder with config.json, the weights and the tokenizer: what `fastlm train` writes, or Hugging Face's.")]
+Temperature = Annotated[float, typer.Option(help="Below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest token.")]
+
+
+@app.callback(invoke_without_command=True)
+def fastlm(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """GPT-2 and BERT, trained and run faster on the machine you have.
+
+    Start with [bold]fastlm demo[/bold]: it downloads nothing and takes under three minutes.
+    """
+    if version:
+        from fastlm import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the loss curve and summary.json.")] = Path("runs/demo"),
+    seconds: Annotated[float, typer.Option(help="How long to train; comparing and sampling come on top, about half a minute.")] = 100.0,
+    seed: Annotated[int, typer.Option(help="Of the weights, the batches and the sample.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Train a small GPT on the Python standard library's source, beside the same model of plain PyTorch operators, and let it write."""
+    from fastlm.commands import demo
+
+    demo.run(out=out, seconds=seconds, seed=seed, threads=threads)
+
+
+@app.command()
+def info() -> None:
+    """What is built, what this machine can use, and why the rest is not used."""
+    import fastlm
+
+    print(fastlm.info())
+
+
+@app.command()
+def train(
+    data: Annotated[list[Path], typer.Option(metavar="PATH…", help="Files, folders or patterns; read in this order as one text.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[PATH…]", help="More of --data, as a shell expands a pattern.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the tokenizer and summary.json.")] = Path("runs/train"),
+    tokenizer: Annotated[str, typer.Option(metavar="byte|char", help="byte: 256 tokens, any file; char: the characters of a UTF-8 text.")] = "byte",
+    objective: Annotated[str, typer.Option(metavar="next-token|masked-token", help="next-token trains a GPT-2, masked-token a BERT.")] = DEFAULT.objective,
+    val_fraction: Annotated[float, typer.Option(help="The share of the text, at its end, that is kept for validation.")] = 0.1,
+    val_file: Annotated[Path | None, typer.Option(help="A text of its own for validation, in place of --val-fraction.")] = None,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = DEFAULT.eval_every,
+    layers: Annotated[int, typer.Option(help="Transformer layers.", rich_help_panel="Model")] = DEFAULT.layers,
+    heads: Annotated[int, typer.Option(help="Attention heads per layer.", rich_help_panel="Model")] = DEFAULT.heads,
+    width: Annotated[int, typer.Option(help="Numbers per token; a multiple of --heads.", rich_help_panel="Model")] = DEFAULT.width,
+    context: Annotated[int, typer.Option(help="Tokens that the model sees at most.", rich_help_panel="Model")] = DEFAULT.context,
+    dropout: Annotated[float, typer.Option(help="Probability that training drops a value, in [0, 1).", rich_help_panel="Model")] = DEFAULT.dropout,
+    batch: Annotated[int, typer.Option(help="Sequences of one context per step.", rich_help_panel="Optimiser")] = DEFAULT.batch,
+    steps: Annotated[int, typer.Option(help="Updates of the weights.", rich_help_panel="Optimiser")] = DEFAULT.steps,
+    lr: Annotated[float, typer.Option(help="The highest learning rate, reached after --warmup.", rich_help_panel="Optimiser")] = DEFAULT.lr,
+    min_lr: Annotated[float, typer.Option(help="The learning rate from --decay-steps on.", rich_help_panel="Optimiser")] = DEFAULT.min_lr,
+    warmup: Annotated[int, typer.Option(help="Steps in which the rate rises.", rich_help_panel="Optimiser")] = DEFAULT.warmup,
+    decay_steps: Annotated[int | None, typer.Option(help="Step at which the cosine reaches --min-lr.  [default: --steps]", rich_help_panel="Optimiser")] = None,
+    beta1: Annotated[float, typer.Option(help="AdamW's mean of gradients.", rich_help_panel="Optimiser")] = DEFAULT.beta1,
+    beta2: Annotated[float, typer.Option(help="AdamW's mean of squared gradients.", rich_help_panel="Optimiser")] = DEFAULT.beta2,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's, of matrices only.", rich_help_panel="Optimiser")] = DEFAULT.weight_decay,
+    grad_clip: Annotated[float, typer.Option(help="Largest norm of all gradients together; 0: unlimited.", rich_help_panel="Optimiser")] = DEFAULT.grad_clip,
+    seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.", rich_help_panel="Optimiser")] = DEFAULT.seed,
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|bfloat16", help="bfloat16: under autocast, float32 weights.", rich_help_panel="Machine")
+    ] = DEFAULT.dtype,
+    threads: Threads = None,
+) -> None:
+    """Train a model from scratch on text.
+
+    Ctrl-C ends the training and saves what was learnt; the exit code is then 130.
+    """
+    from fastlm.commands import train
+
+    settings = Settings(
+        objective=objective, layers=layers, heads=heads, width=width, context=context, batch=batch, steps=steps, lr=lr, min_lr=min_lr, warmup=warmup,
+        decay_steps=decay_steps, beta1=beta1, beta2=beta2, weight_decay=weight_decay, grad_clip=grad_clip, dropout=dropout, seed=seed, dtype=dtype,
+        eval_every=eval_every,
+    )  # fmt: skip
+    train.run([*data, *(more or [])], settings, tokenizer=tokenizer, val_fraction=val_fraction, val_file=val_file, out=out, threads=threads)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write at most.  [default: up to 200 that fit the context]")] = None,
+    temperature: Temperature = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest tokens that together have this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Continue a text, token by token as it is written."""
+    from fastlm.commands import generate
+
+    generate.run(
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, threads=threads,
+    )  # fmt: skip
+
+
+@app.command()
+def predict(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="What comes before; or, for a BERT, a text with \\[MASK] in it.")],
+    top: Annotated[int, typer.Option(help="How many tokens to show.")] = 10,
+    temperature: Annotated[float, typer.Option(help="Divides the scores before softmax; above 0.")] = 1.0,
+) -> None:
+    """Show the likeliest next tokens, or the likeliest fillings of \\[MASK], with their scores and probabilities."""
+    from fastlm.commands import predict
+
+    predict.run(model, text, top=top, temperature=temperature)
+
+
+def main() -> None:
+    try:
+        app()
+    except KeyboardInterrupt:  # before or after the command itself
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""fastlm demo: the whole way in under three minutes, from the Python standard library's source to text that looks like it."""
+
+import dataclasses
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import typer
+from torch import Tensor
+
+import fastlm
+from fastlm.commands.display import BarReport, progress_bar, say, set_threads
+from fastlm.commands.streaming import continue_text
+from fastlm.generation import Tokenizer
+from fastlm.training import checkpoint, data
+from fastlm.training.baseline import PlainGPT2
+from fastlm.training.comparison import Comparison, side_by_side
+from fastlm.training.curve import draw_losses
+from fastlm.training.loop import Trainer, stop_requests
+from fastlm.training.models import build
+from fastlm.training.objectives import NextToken
+from fastlm.training.schedule import learning_rate
+from fastlm.training.settings import Settings, within
+
+# Large enough that matrix products are most of the work, as in a real model; small enough that two cores show it a million bytes in the time there is.
+SETTINGS = Settings(layers=4, heads=4, width=256, context=256, batch=8, lr=2e-3, min_lr=1e-4, beta2=0.99)
+CORPUS_BYTES = 4_000_000
+PAIRS, PAIR_SECONDS = 24, 20.0  # steps that both models take, and when to stop on a slow machine
+PROMPT, SAMPLE_TOKENS = "def ", 240
+
+# Both compute in float32 but add in different orders, and training amplifies what rounds differently. Measured: PyTorch against itself, with nothing changed
+# but the order of the sequences in each batch, is TO_BE_MEASURED apart after PAIRS steps. A dropped term or a wrong scale in any gradient shows as more than 1e-2.
+AGREE = 1e-3
+
+
+def run(*, out: Path, seconds: float, seed: int, threads: int | None) -> None:
+    within("seconds", seconds, 0, 3600, open_left=True)
+    settings = dataclasses.replace(SETTINGS, seed=seed)
+    set_threads(threads)
+    out = checkpoint.prepare(out)
+    files = standard_library()
+    corpus = data.load(files, tokenizer="byte", val_fraction=0.05)
+    model = build(settings, corpus.tokenizer)
+    say(f"fastlm {fastlm.__version__}: a GPT learns Python from the standard library's own source; nothing is downloaded")
+    say(f"corpus   {(len(corpus.train) + len(corpus.validation)) / 1e6:.1f} million bytes, one token each, in {len(files)} files of {files[0].parent}")
+    say(
+        f"model    {settings.layers} layers, {settings.heads} heads, width {settings.width}, context {settings.context}: {model.num_parameters() / 1e6:.1f} million "
+        f"parameters, {torch.get_num_threads()} threads"
+    )
+
+    ours = Trainer(model, settings, NextToken().loss)
+    batches = training_batches(settings, corpus)
+    with stop_requests() as stop:
+        say()
+        say("1. The same model, weights and batches on fastlm's operators and on plain PyTorch's, in turn")
+        compared = compare(ours, settings, batches, stop)
+        if not stop.is_set():
+            show_comparison(compared, settings)
+            say()
+            say(f"2. Training on fastlm's operators for {seconds:.0f} seconds")
+        losses = [loss for loss, _ in compared.losses]
+        evaluated: list[tuple[int, float]] = []
+        speed = 0.0
+        if not stop.is_set():
+            speed = keep_training(ours, settings, batches, losses, seconds, stop)
+        if not losses:
+            raise KeyboardInterrupt  # nothing was learnt, so there is nothing to save
+        pairs = [NextToken().pairs(w, None) for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch)]
+        evaluated.append((len(losses), ours.evaluate(pairs)))
+        interrupted = stop.is_set()
+
+    if not interrupted:
+        say()
+        say(f"3. What it writes after {PROMPT!r}")
+        say()
+        continue_text(model, Tokenizer(corpus.tokenizer), PROMPT, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=None, top_p=None, seed=seed)
+        say()
+    saved = save(out, model, corpus, settings, compared, losses, evaluated, speed, interrupted)
+    say(f"{'interrupted after' if interrupted else 'trained for'} {len(losses)} steps; saved in {out}: {saved}")
+    say(f"val loss {evaluated[-1][1]:.4f}")
+    if interrupted:
+        raise typer.Exit(130)
+    if compared.disagreement > AGREE:
+        raise ValueError(f"losses: expected fastlm's and PyTorch's within {AGREE:g} of each other, got {compared.disagreement:.1e}")
+
+
+def standard_library() -> list[Path]:
+    """Its top-level modules by name, up to CORPUS_BYTES: prose about the language, and much of the language."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files, size = [], 0
+    for file in sorted(folder.glob("*.py")):
+        size += file.stat().st_size
+        if size > CORPUS_BYTES:
+            break
+        files.append(file)
+    if not files:
+        raise FileNotFoundError(f"corpus: expected the standard library's source, got no .py file in {str(folder)!r}")
+    return files
+
+
+def training_batches(settings: Settings, corpus: data.Corpus) -> Iterator[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(settings.seed)
+    while True:
+        yield NextToken().pairs(data.random_windows(corpus.train, settings.context + 1, settings.batch, draw), draw)
+
+
+def compare(ours: Trainer, settings: Settings, batches: Iterator[tuple[Tensor, Tensor]], stop) -> Comparison:
+    """The rate rises meanwhile: these steps are also the warm-up of the training that follows."""
+    plain = Trainer(PlainGPT2.like(ours.model), settings, PlainGPT2.loss)
+    rates = (settings.lr * (i + 1) / PAIRS for i in range(PAIRS))
+    seen = Comparison()
+    with progress_bar(PAIRS, "comparing") as bar:
+        start = time.perf_counter()
+        for seen in side_by_side(ours, plain, ((*next(batches), lr) for lr in rates)):
+            speed = settings.tokens_per_step / seen.ours[-1]
+            bar.show(len(seen.losses), f"pair {len(seen.losses)}", seen.losses[-1][0], f"{speed:,.0f}")
+            if stop.is_set() or (len(seen.losses) >= 5 and time.perf_counter() - start > PAIR_SECONDS):
+                break
+        bar.show(PAIRS, f"pair {len(seen.losses)}", seen.losses[-1][0], f"{speed:,.0f}")
+    return seen
+
+
+def show_comparison(seen: Comparison, settings: Settings) -> None:
+    for name, taken in (("fastlm", seen.ours), ("PyTorch", seen.plain)):
+        say(f"   {name:8} {settings.tokens_per_step / sorted(taken)[len(taken) // 2]:8,.0f} tokens/s")
+    ratio = seen.ratio
+    say(f"   fastlm is {ratio.median:.2f} times as fast: median of {len(seen.ours) - 1} pairs, quartiles {ratio.low:.2f} to {ratio.high:.2f}")
+    verdict = "agree" if seen.disagreement <= AGREE else "DISAGREE"
+    say(f"   the losses {verdict}: at most {seen.disagreement:.1e} apart, relative, where rounding alone explains up to {AGREE:g}")
+
+
+def keep_training(ours: Trainer, settings: Settings, batches, losses: list[float], seconds: float, stop) -> float:
+    """As many steps as fit, the cosine over the time rather than the steps: a slow machine ends as soon, and as well as it can. Returns tokens/s."""
+    first = len(losses)
+    with progress_bar(seconds) as bar:
+        start = time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds and not stop.is_set():
+            lr = learning_rate(elapsed, lr=settings.lr, min_lr=settings.min_lr, warmup=0, decay_steps=seconds)
+            losses.append(ours.step(*next(batches), lr))
+            speed = (len(losses) - first) * settings.tokens_per_step / (time.perf_counter() - start)
+            bar.show(time.perf_counter() - start, f"step {len(losses)}", losses[-1], f"{speed:,.0f}")
+    return speed
+
+
+def save(out: Path, model, corpus: data.Corpus, settings: Settings, compared: Comparison, losses, evaluated, speed: float, interrupted: bool) -> str:
+    with checkpoint.staged(out) as folder:
+        checkpoint.write_model(folder, model, corpus.tokenizer)
+        drawn = draw_losses(folder / "loss.png", losses, validation=evaluated, plain=[b for _, b in compared.losses], unit="nats per byte")
+        summary = {
+            "settings": dataclasses.asdict(settings) | {"threads": torch.get_num_threads()},
+            "train_loss": sum(losses[-50:]) / len(losses[-50:]),
+            "val_loss": evaluated[-1][1],
+            "tokens_per_second": speed,
+            "steps": len(losses),
+            "interrupted": interrupted,
+            "comparison": {"seconds_fastlm": compared.ours, "seconds_pytorch": compared.plain, "losses": compared.losses},
+        }
+        checkpoint.write_json(folder / "summary.json", summary)
+    return "config.json, model.safetensors, tokenizer.json, summary.json" + (", loss.png" if drawn else " (and loss.png, where matplotlib is installed)")

@@ -1,0 +1,52 @@
+"""What the commands show: plain lines, and a progress bar with loss, tokens/s and time left."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastlm.ops.boundary import mismatch
+from fastlm.training.loop import Report
+from fastlm.training.settings import whole
+
+console = Console(highlight=False)
+
+
+def say(line: str = "") -> None:
+    """As it is: no markup in a user's text, no line broken at 80 columns in a log."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        whole("threads", threads, 1)
+        if threads > 4096:  # the system refuses far fewer, and then ends the process
+            raise mismatch("threads", "at most 4096", threads)
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def progress_bar(total: float, name: str = "training") -> Iterator["BarReport"]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[place]}"), TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]} tokens/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        yield BarReport(progress, total, name)
+
+
+class BarReport(Report):
+    def __init__(self, progress: Progress, total: float, name: str):
+        self.progress = progress
+        self.task = progress.add_task(name, total=total, place="", loss="–", speed="–")
+
+    def stepped(self, step: int, loss: float, tokens_per_second: float) -> None:
+        self.show(step, f"step {step}", loss, f"{tokens_per_second:,.0f}")
+
+    def show(self, completed: float, place: str, loss: float, speed: str) -> None:
+        self.progress.update(self.task, completed=completed, place=place, loss=f"{loss:.3f}", speed=speed)
+
+    def evaluated(self, step: int, train_loss: float, val_loss: float) -> None:
+        self.progress.console.print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}", markup=False, soft_wrap=True)

@@ -1,0 +1,29 @@
+"""fastlm predict: what a model expects next, or in place of [MASK], as a table."""
+
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from fastlm.commands.display import console
+from fastlm.generation import load_tokenizer
+from fastlm.generation.predict import predict
+from fastlm.models import load_model
+
+
+def run(directory: Path, text: str, *, top: int, temperature: float) -> None:
+    candidates = predict(load_model(directory), load_tokenizer(directory), text, top, temperature)
+    several = any(c.place for c in candidates)
+    table = Table()
+    if several:
+        table.add_column("[MASK]".replace("[", r"\["), justify="right")
+    table.add_column("token")
+    table.add_column("score", justify="right")
+    table.add_column(f"probability at temperature {temperature:g}", justify="right")
+    table.add_column("")
+    for i, c in enumerate(candidates):
+        last = i + 1 < len(candidates) and candidates[i + 1].place != c.place
+        place = [str(c.place + 1)] if several else []
+        bar = "█" * round(20 * c.probability)
+        table.add_row(*place, Text(repr(c.token)), f"{c.score:.3f}", f"{100 * c.probability:.2f} %", bar, end_section=last)
+    console.print(table)

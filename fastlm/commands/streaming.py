@@ -1,0 +1,53 @@
+"""Text on the screen token by token, as the model writes it."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from fastlm.generation import Tokenizer
+from fastlm.models import GPT2LMHeadModel
+from fastlm.ops.boundary import mismatch
+
+DEFAULT_NEW_TOKENS = 200
+
+
+class TextStreamer:
+    """Prints what the tokens so far add to the text; waits while they end in the middle of a character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.printed = 0
+
+    def put(self, value: Tensor) -> None:
+        self.ids += value.flatten().tolist()
+        self.show(whole=False)
+
+    def end(self) -> None:
+        self.show(whole=True)
+        print(flush=True)
+
+    def show(self, *, whole: bool) -> None:
+        text = self.tokenizer.decode(self.ids)
+        if not whole:
+            text = text.rstrip("\ufffd")
+        new, self.printed = text[self.printed :], max(self.printed, len(text))
+        if sys.stdout.isatty():  # a model trained on bytes can write a terminal's control sequences
+            new = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in new)
+        print(new, end="", flush=True)
+
+
+def continue_text(
+    model: GPT2LMHeadModel, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int | None, temperature: float, top_k: int | None, top_p: float | None,
+    seed: int,
+) -> None:  # fmt: skip
+    """max_new_tokens None: up to DEFAULT_NEW_TOKENS, as far as the context has room."""
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise mismatch("prompt", "at least one token", repr(prompt))
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, model.config.n_positions - len(ids)))
+    model.generate(
+        torch.tensor([ids]), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, streamer=TextStreamer(tokenizer)
+    )

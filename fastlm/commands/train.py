@@ -1,0 +1,57 @@
+"""fastlm train: a corpus in, a checkpoint and summary.json out."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+import fastlm
+from fastlm.commands.display import progress_bar, say, set_threads
+from fastlm.training import checkpoint, data
+from fastlm.training.loop import Result, train
+from fastlm.training.models import build
+from fastlm.training.settings import Settings
+
+
+def run(
+    paths: list[Path], settings: Settings, *, tokenizer: str, val_fraction: float, val_file: Path | None, out: Path, threads: int | None
+) -> None:
+    set_threads(threads)
+    out = checkpoint.prepare(out)
+    corpus = data.load(paths, tokenizer=tokenizer, val_fraction=val_fraction, val_file=val_file, masked=settings.objective == "masked-token")
+    data.check_length(corpus, settings.context)
+    model = build(settings, corpus.tokenizer)
+    say(
+        f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation, {corpus.tokenizer.get_vocab_size()} in the vocabulary; "
+        f"{model.num_parameters():,} parameters; {settings.dtype}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    )
+    with progress_bar(settings.steps) as report:
+        result = train(settings, corpus, model, report=report)
+    if not result.steps:
+        raise KeyboardInterrupt  # nothing was learnt, so there is nothing to save
+    inputs = {"data": [str(p) for p in paths], "tokenizer": tokenizer, "val_fraction": None if val_file else val_fraction}
+    settings_used = {**inputs, "val_file": str(val_file) if val_file else None, **dataclasses.asdict(settings), "threads": torch.get_num_threads()}
+    with checkpoint.staged(out) as folder:
+        checkpoint.write_model(folder, model, corpus.tokenizer)
+        checkpoint.write_json(folder / "summary.json", summary(settings_used, result, corpus))
+    say(f"{'interrupted after' if result.interrupted else 'trained for'} {result.steps} steps at {result.tokens_per_second:,.0f} tokens/s; saved in {out}")
+    say(f"val loss {result.val_loss:.4f}")
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+def summary(settings: dict[str, Any], result: Result, corpus: data.Corpus) -> dict[str, Any]:
+    return {
+        "settings": settings,
+        "train_loss": result.train_loss,
+        "val_loss": result.val_loss,
+        "tokens_per_second": result.tokens_per_second,
+        "steps": result.steps,
+        "interrupted": result.interrupted,
+        "parameters": sum(p.numel() for p in result.model.parameters()),
+        "tokens": {"training": len(corpus.train), "validation": len(corpus.validation)},
+        "evaluations": [{"step": step, "train_loss": a, "val_loss": b} for step, a, b in result.evaluations],
+        "versions": {"fastlm": fastlm.__version__, "torch": torch.__version__},
+    }

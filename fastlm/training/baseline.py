@@ -1,0 +1,123 @@
+"""GPT-2 as an ordinary PyTorch module: what fastlm is compared with.
+
+Same state-dict keys, initial weights and arguments as fastlm.models.GPT2LMHeadModel, and nothing but PyTorch's own operators, the fastest that PyTorch has for
+each: fused attention, fused layer norm, addmm on GPT-2's Conv1D layout, native GELU, fused cross-entropy. No dropout: the comparisons train without.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclasses.dataclass
+class Output:
+    loss: Tensor | None
+    logits: Tensor | None
+    cache: list[tuple[Tensor, Tensor]] | None = None
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is stored (in, out), as in GPT-2's checkpoints."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.c_attn = Conv1D(width, 3 * width)
+        self.c_proj = Conv1D(width, width)
+
+    def forward(self, x, past):
+        batch, tokens, width = x.shape
+        query, key, value = self.c_attn(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            key, value = torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=tokens > 1)
+        return self.c_proj(mixed.transpose(1, 2).reshape(batch, tokens, width)), (key, value)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.c_fc = Conv1D(width, hidden)
+        self.c_proj = Conv1D(hidden, width)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, epsilon: float):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, eps=epsilon)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width, eps=epsilon)
+        self.mlp = MLP(width, 4 * width)
+
+    def forward(self, x, past):
+        mixed, present = self.attn(self.ln_1(x), past)
+        x = x + mixed
+        return x + self.mlp(self.ln_2(x)), present
+
+
+class PlainGPT2(nn.Module):
+    def __init__(self, config):
+        """config: a fastlm.models.GPT2Config (or transformers'), with its defaults for what is not a size."""
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.n_positions, config.n_embd),
+                "h": nn.ModuleList(Block(config.n_embd, config.n_head, config.layer_norm_epsilon) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+
+    @classmethod
+    def like(cls, model: nn.Module) -> "PlainGPT2":
+        """The same weights as a fastlm.models.GPT2LMHeadModel, in memory of their own."""
+        plain = cls(model.config)
+        plain.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
+        return plain
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None, cache: list | None = None) -> Output:
+        """targets: for every position the token after it, as fastlm.training.loop gives them. cache: what a call for the earlier tokens returned; then one token at a time."""
+        start = cache[0][0].shape[2] if cache else 0
+        x = self.transformer.wte(input_ids) + self.transformer.wpe.weight[start : start + input_ids.shape[1]]
+        presents = []
+        for i, block in enumerate(self.transformer.h):
+            x, present = block(x, cache[i] if cache else None)
+            presents.append(present)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return Output(None, self.lm_head(x[:, -1:]), presents)
+        logits = self.lm_head(x)
+        return Output(F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1)), logits)
+
+    @staticmethod
+    def loss(model: "PlainGPT2", inputs: Tensor, targets: Tensor) -> Tensor:
+        return model(inputs, targets).loss
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+        """Greedy, with a key-value cache that grows by concatenation: what a short PyTorch script does."""
+        output = self(input_ids)
+        tokens = [input_ids]
+        for step in range(max_new_tokens):
+            tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
+            if step + 1 < max_new_tokens:
+                output = self(tokens[-1], cache=output.cache)
+        return torch.cat(tokens, 1)
