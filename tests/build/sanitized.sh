@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The operator tests against an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (Linux, GCC).
+# The narrowest instruction set, where the compiler instruments every load, and the widest that this machine has. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+python=$PWD/.venv/bin/python
+copy=build/sanitized
+rm -rf "$copy"
+mkdir -p "$copy"
+git -c safe.directory='*' ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$copy"
+isas=$("$python" -c 'from fastlm import _cpu_features as f; print(*dict.fromkeys((f.isas()[0], "baseline")))')
+cd "$copy"
+FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_ISAS=${isas// /,} FASTLM_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace
+
+# The runtime must be the first library of the process, and find C++'s exceptions when it starts. Python's own leaks are not ours to find.
+LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so)
+export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
+for isa in $isas; do
+  FASTLM_ISA=$isa "$python" -c 'import torch, fastlm; i = fastlm.info(); assert not i.build, i.build; print("sanitized module:", i.isa)'
+  FASTLM_ISA=$isa "$python" -m pytest -q -x --durations=5 tests/ops -m "not slow" -k "not compile and not opcheck and not contract" "$@"
+done

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Every way in but the editable install: from the sdist, without a compiler, and with a compiler that has no OpenMP (as Apple's).
+# ways_of_installing.sh FOLDER makes its virtual environments in FOLDER; torch and the other dependencies come from .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+folder=$(realpath "$1")
+smoke=$PWD/tests/build/smoke.py
+
+new_venv() { # new_venv NAME: the dependencies are in sight, this checkout is not
+  .venv/bin/python -m venv "$folder/$1"
+  .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+    > "$("$folder/$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+}
+
+check() { # check NAME EXPECTED: outside of the checkout, so that the installed package is the one imported
+  (cd "$folder" && "$folder/$1/bin/python" "$smoke" "$2" && "$folder/$1/bin/fastlm" info)
+}
+
+echo "--- from the sdist"
+.venv/bin/python -m build -q --sdist --outdir "$folder/dist"
+new_venv from-sdist
+FASTLM_REQUIRE_BUILD=1 "$folder/from-sdist/bin/pip" install -q --no-deps "$folder"/dist/fastlm-*.tar.gz
+check from-sdist compiled
+
+echo "--- without a compiler"
+new_venv without-compiler
+FASTLM_REQUIRE_BUILD=0 CXX=/bin/false "$folder/without-compiler/bin/pip" install -q --no-deps .
+check without-compiler plain
+
+echo "--- without OpenMP"
+compiler=$folder/c++-without-openmp
+cat > "$compiler" << 'SCRIPT'
+#!/bin/sh
+case " $* " in *-fopenmp*) echo "error: unsupported option '-fopenmp'" >&2; exit 1 ;; esac
+exec g++ "$@"
+SCRIPT
+chmod +x "$compiler"
+new_venv without-openmp
+FASTLM_REQUIRE_BUILD=1 CXX=$compiler FASTLM_BUILD_ISAS=baseline "$folder/without-openmp/bin/pip" install -q --no-deps .
+check without-openmp one-thread
