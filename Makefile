@@ -26,6 +26,7 @@ lint: .venv/with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(BIN)/mypy --strict tests/build/typed_use.py
 
 format: .venv/with-dev
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,61 @@
+"""What people get: the archive with everything in it that a build needs, and a package that works where nothing was compiled."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMOKE = Path(__file__).parent / "smoke.py"
+# What builds, runs and virtual environments leave in a checkout.
+LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv", ".models", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "_build.json", ".*_cache")
+
+
+def test_sdist_holds_what_a_build_needs_and_nothing_built(tmp_path):
+    copy = tmp_path / "copy"
+    # "build" is also the name of this folder, which belongs in the archive
+    shutil.copytree(ROOT, copy, ignore=lambda folder, names: LEFT_BEHIND(folder, names) - ({"build"} if Path(folder) != ROOT else set()))
+    (copy / "fastlm/_build.json").write_text("{}")
+    (copy / "fastlm/_cpu_old.so").write_text("")
+    build = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
+    archive = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    with tarfile.open(tmp_path / archive) as tar:
+        inside = {name.partition("/")[2] for name in tar.getnames()}
+    needed = ["csrc/**/*.cpp", "csrc/**/*.h", "fastlm/**/*.py", "tests/**/*.py", "tests/**/*.sh", "benchmarks/**/*.py", "docs/*.md"]
+    needed = {str(file.relative_to(copy)) for pattern in needed for file in copy.glob(pattern)}
+    needed |= {"setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "fastlm/py.typed"}
+    assert {"csrc/bindings.cpp", "csrc/cpu/cpu_features.cpp", "csrc/cpu/gemm.h", "tests/build/smoke.py"} <= needed
+    assert needed - inside == set()
+    assert not [name for name in inside if name.endswith((".so", ".pyc", "_build.json"))]
+
+
+@pytest.fixture
+def nothing_compiled(tmp_path):
+    """The package as it is installed where there is no compiler."""
+    shutil.copytree(ROOT / "fastlm", tmp_path / "fastlm", ignore=LEFT_BEHIND)
+    report = {"modules": [], "openmp": False, "compiler": "", "reason": "no C++ compiler found (looked for g++)"}
+    (tmp_path / "fastlm/_build.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def run(folder, *command, **environment):
+    return subprocess.run([sys.executable, *command], cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)} | environment, capture_output=True, text=True)
+
+
+def test_without_a_build_torch_and_reference_serve(nothing_compiled):
+    done = run(nothing_compiled, str(SMOKE), "plain", FASTLM_ISA="")
+    assert done.returncode == 0, done.stderr
+    assert "agree on torch, reference" in done.stdout
+
+
+def test_without_a_build_the_warning_is_one_line_and_the_report_has_the_reason(nothing_compiled):
+    done = run(nothing_compiled, "-c", "import fastlm; print(fastlm.__file__); print(fastlm.info())", FASTLM_ISA="")
+    where, report = done.stdout.split("\n", 1)
+    assert Path(where).is_relative_to(nothing_compiled)
+    assert "no C++ compiler found (looked for g++)" in report
+    assert done.stderr.count("no C++ compiler found") == 1
