@@ -137,12 +137,14 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
             logits.copy_(product)
         ignored = targets[at] == ignore_index
         wanted = torch.where(ignored, 0, targets[at])[:, None]
-        # log-sum-exp = max − log(largest probability): exact, and no second sweep over the exponentials
-        picked, top = logits.gather(1, wanted)[:, 0], logits.amax(1)
-        average = logits.mean(1) if label_smoothing else None
+        # The sum of exponentials is 1 / the largest probability: no second sweep over them. All is taken relative to the largest
+        # logit, as the loss of a target that is nearly certain is lost in the difference of two large numbers otherwise.
+        top = logits.amax(1)
+        below = top - logits.gather(1, wanted)[:, 0]
+        mean_below = top - logits.mean(1) if label_smoothing else None
         aten._softmax.out(logits, 1, False, out=logits)
-        lse = top - logits.amax(1).log()
-        row_loss = lse - picked if average is None else lse - (1 - label_smoothing) * picked - label_smoothing * average
+        row_loss = below if mean_below is None else (1 - label_smoothing) * below + label_smoothing * mean_below
+        row_loss = row_loss - logits.amax(1).log()
         loss[at] = row_loss.masked_fill_(ignored, 0)
         if not any(needed):
             continue
@@ -204,31 +206,40 @@ def additive(query, key, mask, key_padding, lower, upper):
     return bias, causal
 
 
-def hides_harm(key, value, bias, causal):
-    """A NaN or Inf stands in the keys or values, perhaps behind the mask, where PyTorch would multiply it with 0."""
-    if bias is None and not causal:
-        return False
-    wide = torch.promote_types(key.dtype, torch.float32)
-    return not (key.sum(dtype=wide) + value.sum(dtype=wide)).isfinite()
+def harmed(query, key, value, bias, causal):
+    """A NaN or Inf where PyTorch would not do as promised: in the queries (a NaN there gives it a row of 0), or in keys and values that are masked."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    total = query.sum(dtype=wide)
+    if bias is not None or causal:
+        total = total + key.sum(dtype=wide) + value.sum(dtype=wide)
+    return not total.isfinite()
+
+
+def tokens_first(x):
+    """As reference.tokens_first, where PyTorch chose otherwise."""
+    return x if x.transpose(1, 2).is_contiguous() else reference.tokens_first(x, x.dtype)
 
 
 @as_written
 def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
+    on_cpu = query.device.type == "cpu"
     bias, causal = additive(query, key, mask, key_padding, lower, upper)
-    if query.numel() == 0 or key.numel() == 0 or (query.device.type == "cpu" and hides_harm(key, value, bias, causal)):
+    if query.numel() == 0 or key.numel() == 0 or (on_cpu and harmed(query, key, value, bias, causal)):
         return reference.attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)
-    if query.device.type == "cpu":
+    if on_cpu:
         query, key, value = dense(query, key, value)
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        return tokens_first(out), lse
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-    return reference.tokens_first(out, query.dtype), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    return tokens_first(out), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 @as_written
 def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    on_cpu = query.device.type == "cpu"
     bias, causal = additive(query, key, mask, key_padding, lower, upper)
-    if query.numel() == 0 or key.numel() == 0 or query.device.type != "cpu" or hides_harm(key, value, bias, causal):
-        if query.device.type != "cpu":  # its forward gave none
+    if query.numel() == 0 or key.numel() == 0 or not on_cpu or harmed(query, key, value, bias, causal):
+        if not on_cpu:  # the forward gave none
             lse = reference.attention(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)[1]
         return reference.attention_backward(
             dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed
@@ -237,4 +248,4 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
     gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, query, key, value, out, lse, 0.0, causal, attn_mask=bias, scale=scale
     )  # fmt: skip
-    return *(d if need else None for d, need in zip(gradients, needed[:3], strict=True)), None
+    return *(tokens_first(d) if need else None for d, need in zip(gradients, needed[:3], strict=True)), None

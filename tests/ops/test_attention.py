@@ -1,0 +1,387 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlm
+from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
+
+# (batch, heads, key_heads, query_len, key_len, head_dim): single elements, odd sizes around vectors and tiles, grouped queries, decoding
+SIZES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 3, 3, 7, 7, 16),
+    (1, 4, 2, 65, 65, 64),
+    (2, 2, 1, 1, 130, 33),
+    (1, 2, 2, 70, 37, 80),
+    (1, 6, 2, 33, 129, 5),
+    (1, 1, 1, 40, 40, 256),
+]
+
+
+def qkv(batch, heads, key_heads, query_len, key_len, head_dim):
+    key, value = floats(batch, key_heads, key_len, head_dim), floats(head_dim, key_heads, key_len, batch).permute(3, 1, 2, 0)
+    return floats(batch, heads, query_len, head_dim, 1)[..., 0], key, value
+
+
+def seen(query_len, key_len, causal=False, window=None):
+    """The bool mask of causal and window as the documentation words it: the last query stands at the last key."""
+    position = torch.arange(query_len)[:, None] + key_len - query_len
+    j = torch.arange(key_len)
+    mask = torch.ones(query_len, key_len, dtype=torch.bool)
+    if causal:
+        mask &= j <= position
+    if window is not None:
+        left, right = window
+        mask &= (j >= position - left) if left is not None else True
+        mask &= (j <= position + right) if right is not None else True
+    return mask
+
+
+def torch_own(bool_mask=None, scale=None):
+    """PyTorch's operator, except that a query which sees nothing gets 0: NaN gradients are what its formula gives there."""
+
+    def attention(q, k, v, bias=None):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bool_mask if bias is None else bias, scale=scale)
+
+    return attention
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_as_close_to_float64_as_torch(sizes, causal, dtype, backend):
+    q, k, v = qkv(*sizes)
+    if causal and sizes[3] > sizes[4]:
+        q = q[:, :, : sizes[4]]  # the rows that see nothing have their own test
+    mask = seen(q.shape[2], sizes[4], causal)
+    assert_within_twice_torch(lambda *t: fastlm.attention(*t, causal=causal, backend=backend), torch_own(mask if causal else None), (q, k, v), dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    "causal, window", [(False, (5, 3)), (True, (5, None)), (False, (None, 0)), (False, (0, 0)), (False, (40, None)), (True, (0, 9))], ids=str
+)
+@pytest.mark.parametrize("lengths", [(50, 50), (20, 90), (1, 70)], ids=str)
+def test_windows(lengths, causal, window, dtype, backend):
+    sizes = (1, 2, 1, *lengths, 24)
+    assert_within_twice_torch(
+        lambda *t: fastlm.attention(*t, causal=causal, window=window, backend=backend), torch_own(seen(*lengths, causal, window)), qkv(*sizes), dtype
+    )  # fmt: skip
+
+
+MASK_SHAPES = [(2, 3, 9, 21), (1, 1, 9, 21), (2, 1, 1, 21), (1, 3, 9, 1), (1, 1, 1, 1), (2, 1, 9, 1)]
+
+
+def bool_mask(shape):
+    """About a third is hidden, but of no query all: those rows have their own test."""
+    mask = floats(*shape) > -0.4
+    mask[..., 0] = True
+    return mask
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_bool_masks(shape, dtype, backend):
+    mask = bool_mask(shape)
+    assert_within_twice_torch(lambda *t: fastlm.attention(*t, mask=mask, backend=backend), torch_own(mask), qkv(2, 3, 3, 9, 21, 16), dtype)
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_additive_masks_and_their_gradients(shape, dtype, backend):
+    bias = floats(*shape)
+    assert_within_twice_torch(lambda q, k, v, m: fastlm.attention(q, k, v, mask=m, backend=backend), torch_own(), (*qkv(2, 3, 3, 9, 21, 16), bias), dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask_dtype", [None, torch.float32])
+def test_additive_masks_without_gradient(mask_dtype, dtype, backend):
+    for shape in MASK_SHAPES:
+        bias = floats(*shape).to(mask_dtype or dtype)
+        bias[..., 0, -1] = -torch.inf if shape[-1] > 1 else 2.0
+        own = lambda q, k, v, m=bias: torch_own()(q, k, v, m.to(q.dtype))  # noqa: E731
+        assert_within_twice_torch(lambda *t, m=bias: fastlm.attention(*t, mask=m, backend=backend), own, qkv(2, 3, 1, 9, 21, 16), dtype)
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_float32_mask_in_a_16_bit_model_keeps_its_gradient_wide(dtype, backend):
+    q, k, v = (t.to(dtype) for t in qkv(1, 2, 2, 6, 6, 8))
+    bias = floats(1, 1, 6, 6).requires_grad_()
+    out = fastlm.attention(q, k, v, mask=bias, backend=backend)
+    (got,) = torch.autograd.grad(out, bias, floats(*out.shape).to(dtype))
+    wide = floats(1, 1, 6, 6).double().requires_grad_()
+    truth = torch_own()(q.double(), k.double(), v.double(), wide)
+    (expected,) = torch.autograd.grad(truth, wide, floats(*out.shape).to(dtype).double())
+    assert got.dtype == torch.float32
+    assert error(got, expected) < 2 ** {torch.bfloat16: -6, torch.float16: -9}[dtype]  # out and the weights are rounded on the way
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_everything_that_masks_is_combined(dtype, backend):
+    padding = torch.ones(2, 30, dtype=torch.bool)
+    padding[0, :9] = padding[1, 25:] = False
+    mask = bool_mask((1, 3, 30, 30)) | torch.eye(30, dtype=torch.bool)
+    whole = mask & seen(30, 30, True, (12, None)) & padding[:, None, None]
+    whole_rows = whole.any(-1, keepdim=True)
+    q, k, v = qkv(2, 3, 1, 30, 30, 16)
+    assert_within_twice_torch(
+        lambda *t: fastlm.attention(*t, causal=True, window=(12, None), mask=mask, key_padding=padding, backend=backend),
+        lambda *t: torch.where(whole_rows, torch_own(whole | ~whole_rows)(*t), 0), (q, k, v), dtype,
+    )  # fmt: skip
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_that_sees_nothing(dtype, backend):
+    """It gets 0 and sends no gradient, by every way of hiding all keys from it; the others are as if it were not there."""
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[1] = False
+    row = torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    row[0, 0, 5] = False
+    ways = [
+        ({"key_padding": padding}, (slice(None), slice(1, 2))),
+        ({"mask": row}, (slice(5, 6), slice(None))),
+        ({"mask": torch.where(row, 0.0, -torch.inf)}, (slice(5, 6), slice(None))),
+        ({"mask": row, "causal": True}, (slice(5, 6), slice(None))),
+    ]
+    for arguments, (queries, batches) in ways:
+        leaves = [t.to(dtype).requires_grad_() for t in qkv(2, 2, 2, 12, 12, 8)]
+        out = fastlm.attention(*leaves, backend=backend, **arguments)
+        assert not out[batches, :, queries].any()
+        dq, dk, dv = torch.autograd.grad(out, leaves, floats(*out.shape).to(dtype))
+        assert not dq[batches, :, queries].any() and all(d.isfinite().all() for d in (dq, dk, dv))
+        assert batches == slice(None) or not (dk[batches].any() or dv[batches].any())
+    causal = fastlm.attention(*(t.to(dtype) for t in qkv(1, 2, 2, 9, 4, 8)), causal=True, backend=backend)
+    assert not causal[:, :, :5].any() and causal[:, :, 5:].all()
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal, sizes", [(False, (2, 3, 1, 9, 21, 16)), (True, (1, 2, 2, 40, 40, 33)), (True, (1, 1, 1, 9, 4, 8))])
+def test_log_sum_exp_and_its_gradient(causal, sizes, dtype, backend):
+    mask = seen(sizes[3], sizes[4], causal)
+
+    def own(q, k, v):
+        """In the model's dtype, as someone without the operator would: and the log-sum-exp in float32, of float32 scores."""
+        k, v = (t.repeat_interleave(sizes[1] // sizes[2], 1) for t in (k, v))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = ((q @ k.mT).to(wide) / sizes[5] ** 0.5).masked_fill(~mask, -torch.inf)
+        visible = mask.any(-1)[:, None]
+        weights = torch.softmax(torch.where(visible, scores, 0), -1).to(q.dtype)
+        return torch.where(visible, weights @ v, 0), scores.logsumexp(-1)[..., -4:]  # the rows that see nothing come first
+
+    ours = lambda q, k, v: (lambda out, lse: (out, lse[..., -4:]))(*fastlm.attention(q, k, v, causal=causal, return_lse=True, backend=backend))  # noqa: E731
+    assert_within_twice_torch(ours, own, qkv(*sizes), dtype)
+    out, lse = fastlm.attention(*(t.to(dtype) for t in qkv(*sizes)), causal=causal, return_lse=True, backend=backend)
+    assert lse.dtype == torch.float32 and lse.shape == sizes[:2] + sizes[3:4] and lse.is_contiguous()
+    assert torch.equal(lse == -torch.inf, (~mask.any(-1)).expand(lse.shape))
+
+
+@on_backends("reference", "cpu")
+def test_gradient_may_arrive_for_one_result_only(backend):
+    def gradients(which):
+        leaves = [t.requires_grad_() for t in qkv(1, 2, 2, 5, 6, 8)]
+        results = fastlm.attention(*leaves, return_lse=True, backend=backend)
+        upstreams = floats(1, 2, 5, 8), floats(1, 2, 5)
+        return torch.autograd.grad([results[i] for i in which], leaves, [upstreams[i] for i in which], materialize_grads=True, allow_unused=True)
+
+    for both, first, second in zip(gradients((0, 1)), gradients((0,)), gradients((1,)), strict=True):
+        torch.testing.assert_close(both, first + second)
+    assert not gradients((1,))[2].any()  # the log-sum-exp does not depend on the values
+
+
+HARM = [torch.nan, torch.inf, -torch.inf]
+
+
+@on_every_backend
+@pytest.mark.parametrize("harm", HARM, ids=str)
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_what_stands_behind_the_mask_never_reaches_a_result(where, harm, backend):
+    """Every way of masking a place; outputs and gradients as with a 0 there."""
+    sizes = (2, 2, 1, 24, 24, 8)
+    hidden = torch.zeros(2, 24, dtype=torch.bool)
+    hidden[:, 20:] = hidden[0, 3] = True
+    mask = ~hidden[:, None, None]
+    ways = [
+        {"key_padding": ~hidden},
+        {"mask": mask},
+        {"mask": torch.where(mask, 0.5, -torch.inf)},
+        {"mask": mask, "causal": True},
+        {"key_padding": ~hidden, "window": (6, 6)},
+    ]
+    for arguments in ways:
+        results = []
+        for stands in (harm, 0.0):
+            q, k, v = qkv(*sizes)
+            (k if where == "key" else v).masked_fill_(hidden[:, None, :, None], stands)
+            leaves = [t.requires_grad_() for t in (q, k, v)]
+            out = fastlm.attention(*leaves, backend=backend, **arguments)
+            results.append((out.detach(), *torch.autograd.grad(out, leaves, floats(*out.shape))))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@on_every_backend
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_causal_hides_a_nan_from_the_queries_before_it(where, backend):
+    q, k, v = qkv(1, 2, 2, 40, 40, 8)
+    clean = fastlm.attention(q, k, v, causal=True, backend=backend)
+    (k if where == "key" else v)[:, :, 30] = torch.nan
+    out = fastlm.attention(q, k, v, causal=True, backend=backend)
+    torch.testing.assert_close(out[:, :, :30], clean[:, :, :30])
+    assert out[:, :, 30:].isnan().all()
+
+
+@on_every_backend
+def test_a_nan_that_is_seen_reaches_the_result(backend):
+    for which in range(3):
+        inputs = list(qkv(1, 1, 1, 6, 6, 8))
+        inputs[which][0, 0, 2, 3] = torch.nan
+        isnan = fastlm.attention(*inputs, backend=backend).isnan()
+        expected = [isnan[0, 0, 2].all(), isnan.all(), isnan[..., 3].all()][which]
+        assert expected and (which == 1 or not isnan.all())
+
+
+@on_every_backend
+def test_finfo_min_is_an_ordinary_number(backend):
+    """A row of it everywhere is a uniform row, as in PyTorch, not an empty one."""
+    q, k, v = qkv(1, 1, 1, 5, 7, 8)
+    mask = torch.zeros(1, 1, 5, 7)
+    mask[0, 0, 2] = torch.finfo(torch.float32).min
+    mask[0, 0, 3, 4:] = torch.finfo(torch.float32).min
+    out = fastlm.attention(q, k, v, mask=mask, backend=backend)
+    torch.testing.assert_close(out[0, 0, 2], v[0, 0].mean(0))
+    torch.testing.assert_close(out, torch_own()(q, k, v, mask))
+
+
+@on_every_backend
+def test_huge_scores_do_not_overflow(backend):
+    q, k, v = qkv(1, 1, 1, 8, 50, 16)
+    torch.testing.assert_close(fastlm.attention(q * 1e4, k * 1e3, v, backend=backend), torch_own()(q * 1e4, k * 1e3, v))
+
+
+@on_every_backend
+@pytest.mark.parametrize("scale", [None, 1.0, 0.0, -0.3])
+def test_scale(scale, backend):
+    assert_within_twice_torch(lambda *t: fastlm.attention(*t, scale=scale, backend=backend), torch_own(scale=scale), qkv(1, 2, 2, 9, 9, 16), torch.float32)
+
+
+@on_every_backend
+@pytest.mark.parametrize("sizes", [(0, 2, 2, 3, 4, 8), (2, 2, 2, 0, 4, 8), (2, 2, 2, 3, 0, 8)], ids=str)
+def test_no_batch_no_queries_no_keys(sizes, backend):
+    leaves = [t.requires_grad_() for t in qkv(*sizes)]
+    out = fastlm.attention(*leaves, causal=True, backend=backend)
+    assert out.shape == (sizes[0], sizes[1], sizes[3], sizes[5]) and not out.any()
+    assert all(d.shape == x.shape and not d.any() for d, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True))
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_any_strides_give_the_same(dtype, backend):
+    """Views of a packed projection, heads last, expanded heads and gradients, a strided head: as their contiguous copies."""
+    batch, heads, length, head_dim = 2, 3, 11, 16
+    packed = floats(batch, length, 3, heads, head_dim).to(dtype)
+    views = [packed[:, :, i].transpose(1, 2) for i in range(3)]
+    one = floats(batch, 1, length, head_dim).to(dtype).expand(batch, heads, length, head_dim)
+    strided = floats(batch, heads, head_dim, length).to(dtype).transpose(2, 3)
+    mask = floats(length, length, 1, batch).permute(3, 2, 1, 0)
+    upstreams = floats(batch, heads, length, head_dim).to(dtype), torch.ones((), dtype=dtype).expand(batch, heads, length, head_dim)
+    for inputs in (views, (views[0], one, one), (strided, views[1], strided), (views[2], floats(3, 1, length, 16).to(dtype)[::2], strided[:, :1])):
+        for upstream in (*upstreams, strided):
+            results = []
+            for variant, m, dy in ((inputs, mask, upstream), ([t.contiguous() for t in inputs], mask.contiguous(), upstream.contiguous())):
+                leaves = [t.detach().requires_grad_() for t in variant]
+                out = fastlm.attention(*leaves, mask=m, backend=backend)
+                results.append((out.detach(), *torch.autograd.grad(out, leaves, dy)))
+            for a, b in zip(*results, strict=True):
+                assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]  # PyTorch adds in another order
+            if backend == "cpu":
+                assert_same_bits(*results)
+
+
+@on_every_backend
+@pytest.mark.parametrize("sizes", [(2, 3, 1, 7, 9, 8), (1, 1, 1, 5, 5, 3)], ids=str)
+def test_merging_the_heads_is_free(sizes, backend):
+    leaves = [t.requires_grad_() for t in qkv(*sizes)]
+    out = fastlm.attention(*leaves, backend=backend)
+    merged = out.transpose(1, 2).flatten(2)
+    assert merged.data_ptr() == out.data_ptr() and merged.is_contiguous()
+    assert all(d.transpose(1, 2).is_contiguous() for d in torch.autograd.grad(out.sum(), leaves))
+
+
+@on_every_backend
+def test_only_the_gradients_that_are_asked_for(backend):
+    inputs = qkv(1, 2, 1, 6, 7, 8)
+    whole = outputs_and_gradients(lambda *t: fastlm.attention(*t, backend=backend), inputs, torch.float32)[1:]
+    for i, expected in enumerate(whole):
+        leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        fastlm.attention(*leaves, backend=backend).backward(floats(1, 2, 6, 8))
+        torch.testing.assert_close(leaves[i].grad, expected)
+        assert all(x.grad is None for j, x in enumerate(leaves) if i != j)
+
+
+@on_every_backend
+def test_query_len_times_key_len_is_never_stored(backend):
+    if backend == "reference":
+        pytest.skip("the oracle is the one that does store it")
+    length = 2048
+    leaves = [t.requires_grad_() for t in qkv(1, 1, 1, length, length, 8)]
+    fastlm.attention(*leaves, causal=True, backend=backend).sum().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fastlm.attention(*leaves, causal=True, key_padding=torch.ones(1, length, dtype=torch.bool), backend=backend).sum().backward()
+    assert 0 < max(event.self_cpu_memory_usage for event in profile.events()) < length * length  # of bytes, a quarter of it
+
+
+def call(**changed):
+    q, k, v = qkv(2, 4, 2, 3, 5, 8)
+    arguments = {"query": q, "key": k, "value": v} | changed
+    return fastlm.attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"query": floats(4, 3, 8)}, r"query: expected shape \(batch, heads, query_len, head_dim\).*, got \(4, 3, 8\)"),
+        ({"query": floats(2, 4, 3, 8).long()}, r"query: expected a floating-point tensor, got torch.int64"),
+        ({"key": floats(2, 2, 5, 7)}, r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(2, 2, 5, 7\)"),
+        ({"key": floats(3, 2, 5, 8)}, r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(3, 2, 5, 8\)"),
+        ({"key": floats(2, 3, 5, 8), "value": floats(2, 3, 5, 8)}, r"key: expected a number of heads that divides query's 4, got 3"),
+        ({"value": floats(2, 2, 6, 8)}, r"value: expected shape \(2, 2, 5, 8\), as key, got \(2, 2, 6, 8\)"),
+        ({"key": floats(2, 2, 5, 8).half()}, r"key: expected torch.float32 on cpu, as query, got torch.float16 on cpu"),
+        ({"value": floats(2, 2, 5, 8).half()}, r"value: expected torch.float32 on cpu, as query, got torch.float16 on cpu"),
+        ({"mask": torch.ones(3, 5, dtype=torch.bool)}, r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 3, 5\), got \(3, 5\)"),
+        ({"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool)}, r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 3, 5\), got \(2, 2, 3, 5\)"),
+        ({"mask": torch.ones(1, 1, 3, 5, dtype=torch.int64)}, r"mask: expected torch.bool, torch.float32 or torch.float32 on cpu, got torch.int64 on cpu"),
+        ({"key_padding": torch.ones(2, 3, dtype=torch.bool)}, r"key_padding: expected shape \(2, 5\), \(batch, key_len\), got \(2, 3\)"),
+        ({"key_padding": torch.ones(2, 5)}, r"key_padding: expected torch.bool on cpu, True = a real token, got torch.float32 on cpu"),
+        ({"scale": float("nan")}, r"scale: expected a finite number, got nan"),
+        ({"window": (-1, 0)}, r"window: expected \(left, right\), each None or an integer of 0 or more, got \(-1, 0\)"),
+        ({"window": 5}, r"window: expected \(left, right\), each None or an integer of 0 or more, got 5"),
+        ({"dropout_p": 1.0}, r"dropout_p: expected a probability in \[0, 1\), got 1.0"),
+        ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
+    ],
+)
+def test_errors_say_which_and_why(changed, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changed)
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"dropout_p": 0.1}, "draws its dropout masks otherwise than fastlm"),
+        ({"return_lse": True}, "has no log-sum-exp of a row that sees nothing, and no gradient of any"),
+        ({"mask": torch.zeros(1, 1, 3, 5, requires_grad=True)}, "gives no gradient of the mask"),
+    ],
+)
+def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason):
+    with pytest.raises(fastlm.Unsupported, match=f"torch {reason}"):
+        call(backend="torch", **changed)
+    assert call(**changed) is not None  # another serves

@@ -1,0 +1,118 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlm
+from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_every_backend, outputs_and_gradients
+
+# (shape of x, out): single elements, odd sizes around the widths of vectors and tiles, no rows, no leading dimension
+SHAPES = [((1, 1), 1), ((3, 7), 5), ((2, 5, 64), 96), ((1, 768), 33), ((257, 129), 65), ((0, 8), 4), ((5,), 3), ((70, 1), 17), ((31, 300), 1)]
+
+
+def weight_for(x_shape, out, layout):
+    return floats(out, x_shape[-1]) if layout == "linear" else floats(x_shape[-1], out)
+
+
+def torch_own(layout):
+    return F.linear if layout == "linear" else lambda x, w, b=None: F.linear(x, w.t(), b)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("shape, out", SHAPES, ids=str)
+def test_as_close_to_float64_as_torch(shape, out, layout, dtype, backend):
+    inputs = floats(*shape), weight_for(shape, out, layout), floats(out)
+    assert_within_twice_torch(lambda x, w, b: fastlm.linear(x, w, b, layout=layout, backend=backend), torch_own(layout), inputs, dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_without_bias(layout, backend):
+    inputs = floats(9, 33), weight_for((9, 33), 20, layout)
+    assert_within_twice_torch(lambda x, w: fastlm.linear(x, w, layout=layout, backend=backend), torch_own(layout), inputs, torch.float32)
+
+
+@on_every_backend
+def test_only_the_gradients_that_are_asked_for(backend):
+    inputs = floats(6, 10), floats(4, 10), floats(4)
+    whole = outputs_and_gradients(lambda *t: fastlm.linear(*t, backend=backend), inputs, torch.float32)[1:]
+    for i, expected in enumerate(whole):
+        leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        fastlm.linear(*leaves, backend=backend).backward(floats(6, 4))
+        torch.testing.assert_close(leaves[i].grad, expected)
+        assert all(x.grad is None for j, x in enumerate(leaves) if i != j)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_any_strides_give_the_same(dtype, backend):
+    """Rows far apart, one row for all, a strided last dimension, weights sliced and transposed: as their contiguous copies, on our kernels bit for bit."""
+    x, w, b = floats(8, 24).to(dtype), floats(20, 24).to(dtype), floats(20).to(dtype)
+    wide = floats(8, 60).to(dtype)
+    variants = [
+        (wide[:, 5:29], w, b),
+        (x[:1].expand(8, 24), w, b),
+        (wide[:, ::2][:, :24], w, b),
+        (floats(24, 8).to(dtype).t(), w, b),
+        (floats(4, 6, 24).to(dtype).transpose(0, 1), w, b),
+        (x, floats(20, 70).to(dtype)[:, 3:27], b),
+        (x, floats(24, 20).to(dtype).t(), b),
+        (x, floats(20, 48).to(dtype)[:, ::2], floats(40).to(dtype)[::2]),
+        (x, w[:1].expand(20, 24), b[:1].expand(20)),
+    ]
+    for variant in variants:
+        for leading in (lambda t: t, lambda t: t.unsqueeze(1)):
+            inputs = (leading(variant[0]), *variant[1:])
+            dy = floats(*inputs[0].shape[:-1], 20).to(dtype)
+            got = gradients(inputs, dy, backend)
+            contiguous = gradients([t.contiguous() for t in inputs], dy, backend)
+            if backend == "cpu":
+                assert_same_bits(got, contiguous)
+            for a, b in zip(got, contiguous, strict=True):
+                assert error(a, b.double()) <= {torch.float32: 2**-21, torch.bfloat16: 2**-7}[dtype]
+
+
+def gradients(inputs, dy, backend, layout="linear"):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = fastlm.linear(*leaves, layout=layout, backend=backend)
+    return (y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+
+@on_every_backend
+def test_a_transposed_weight_is_the_other_layout(backend):
+    x, w, b = floats(8, 24), floats(20, 24), floats(20)
+    other = gradients((x, w.t().contiguous(), b), floats(8, 20), backend, "conv1d")
+    for a, c in zip(gradients((x, w, b), floats(8, 20), backend), (*other[:2], other[2].t(), other[3]), strict=True):
+        torch.testing.assert_close(a, c)
+
+
+@on_every_backend
+def test_nan_stays_in_its_row_and_column(backend):
+    x, w = floats(5, 16), floats(7, 16)
+    x[2, 3] = torch.nan
+    w[4, 0] = torch.inf
+    y = fastlm.linear(x, w, backend=backend)
+    clean = torch.ones(5, 7, dtype=torch.bool)
+    clean[2] = clean[:, 4] = False
+    assert y[2].isnan().all() and not y[:, 4].isfinite().any() and y[clean].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: fastlm.linear(torch.tensor(1.0), floats(4, 5)), r"x: expected at least one dimension, the last of size 1 or more, got \(\)"),
+        (lambda: fastlm.linear(floats(2, 5).long(), floats(4, 5)), r"x: expected a floating-point tensor, got torch.int64"),
+        (lambda: fastlm.linear(floats(2, 5), floats(5, 4)), r"weight: expected shape \(out, 5\) with layout='linear'.*, got \(5, 4\)"),
+        (lambda: fastlm.linear(floats(2, 5), floats(4, 5), layout="conv1d"), r"weight: expected shape \(5, out\) with layout='conv1d'.*, got \(4, 5\)"),
+        (lambda: fastlm.linear(floats(2, 5), floats(4, 5).bfloat16()), r"weight: expected torch.float32 on cpu, as x, got torch.bfloat16 on cpu"),
+        (lambda: fastlm.linear(floats(2, 5), floats(4, 5), floats(5)), r"bias: expected shape \(4,\), the output width of weight, got \(5,\)"),
+        (lambda: fastlm.linear(floats(2, 5), floats(4, 5), floats(4).half()), r"bias: expected torch.float32 on cpu, as x, got torch.float16 on cpu"),
+        (lambda: fastlm.linear(floats(2, 5), floats(4, 5), layout="conv"), r"layout: expected one of 'linear', 'conv1d', got 'conv'"),
+        (lambda: fastlm.linear(floats(2, 5), floats(4, 5), backend="cdua"), r"backend: expected one of cpu, triton, cuda, torch, reference, got 'cdua'"),
+        (lambda: fastlm.linear(floats(2, 5), torch.empty(0, 5)), r"weight: expected shape \(out, 5\).*, got \(0, 5\)"),
+    ],
+)  # fmt: skip
+def test_errors_say_which_and_why(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

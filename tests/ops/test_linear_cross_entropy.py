@@ -1,0 +1,237 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlm
+from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_every_backend, outputs_and_gradients, small_chunks, targets
+
+# (shape of target, width, vocab)
+SHAPES = [((1,), 1, 1), ((5,), 7, 3), ((2, 9), 48, 101), ((37,), 33, 517), ((), 33, 65), ((3, 1, 4), 16, 64)]
+
+
+def torch_own(target, **options):
+    """In float64 and in 16 bits alike PyTorch's loss has the dtype of its logits."""
+
+    def loss(x, w, b=None):
+        logits = F.linear(x, w, b)
+        own = F.cross_entropy(logits.flatten(0, -2) if target.dim() else logits, target.flatten() if target.dim() else target, **options)
+        return own.view(target.shape) if options.get("reduction") == "none" else own
+
+    return loss
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction, label_smoothing", [("mean", 0.0), ("sum", 0.1), ("none", 0.1), ("mean", 1.0)])
+@pytest.mark.parametrize("shape, width, vocab", SHAPES, ids=str)
+def test_as_close_to_float64_as_torch(shape, width, vocab, reduction, label_smoothing, dtype, backend, monkeypatch):
+    small_chunks(monkeypatch, backend, 16 * 4 * vocab)  # 16 rows, or 8 to a backend that also holds them in 16 bits
+    target = targets(vocab, *shape, ignored=[1] if len(shape) and shape[-1] > 1 else [])
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    assert_within_twice_torch(
+        lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend, **options), torch_own(target, **options),
+        (floats(*shape, width), floats(vocab, width) / width**0.5, floats(vocab)), dtype,
+    )  # fmt: skip
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_the_loss_is_wide(dtype, backend):
+    if backend == "cpu" and dtype == torch.float64:
+        backend = None
+    loss = fastlm.linear_cross_entropy(floats(4, 8).to(dtype), floats(20, 8).to(dtype), targets(20, 4), backend=backend)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == ()
+
+
+@on_every_backend
+def test_any_index_may_be_the_ignored_one(backend):
+    x, w, b = floats(6, 10), floats(9, 10), floats(9)
+    for ignore_index in (0, 3, 8, -1, 1000):
+        target = torch.tensor([0, 3, 8, 5, 3, 0])
+        if not 0 <= ignore_index < 9:
+            target[2] = ignore_index
+        for reduction in ("mean", "sum", "none"):
+            options = {"reduction": reduction, "ignore_index": ignore_index}
+            assert_within_twice_torch(
+                lambda x, w, b, t=target, o=options: fastlm.linear_cross_entropy(x, w, t, b, backend=backend, **o),
+                torch_own(target, **options), (x, w, b), torch.float32,
+            )  # fmt: skip
+
+
+@on_every_backend
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_all_rows_ignored(label_smoothing, backend):
+    """As in PyTorch: the mean of nothing is NaN, and its gradient 0."""
+    target = torch.full((4,), -100)
+    for reduction, expected in (("mean", torch.tensor(torch.nan)), ("sum", torch.tensor(0.0)), ("none", torch.zeros(4))):
+        leaves = [floats(4, 6).requires_grad_(), floats(7, 6).requires_grad_(), floats(7).requires_grad_()]
+        loss = fastlm.linear_cross_entropy(leaves[0], leaves[1], target, leaves[2], reduction=reduction, label_smoothing=label_smoothing, backend=backend)
+        torch.testing.assert_close(loss.detach(), expected, equal_nan=True)
+        assert all(torch.equal(d, torch.zeros_like(x)) for d, x in zip(torch.autograd.grad(loss.sum(), leaves), leaves, strict=True))
+
+
+@on_every_backend
+def test_no_rows(backend):
+    leaves = [torch.empty(0, 6).requires_grad_(), floats(7, 6).requires_grad_(), floats(7).requires_grad_()]
+    target = torch.empty(0, dtype=torch.int64)
+    loss = fastlm.linear_cross_entropy(leaves[0], leaves[1], target, leaves[2], reduction="sum", backend=backend)
+    assert loss == 0 and not any(d.any() for d in torch.autograd.grad(loss, leaves))
+    assert fastlm.linear_cross_entropy(*leaves[:2], target, backend=backend).isnan()
+    assert fastlm.linear_cross_entropy(*leaves[:2], target, reduction="none", backend=backend).shape == (0,)
+
+
+@on_every_backend
+def test_confident_and_huge_logits(backend):
+    """A probability that underflows float32 still has a finite loss, and one of 1 has loss 0."""
+    x, w = torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([[3000.0], [0.0], [-3000.0]])
+    target = torch.tensor([2, 2, 1])
+    losses = fastlm.linear_cross_entropy(x, w, target, reduction="none", backend=backend)
+    torch.testing.assert_close(losses, torch.tensor([6000.0, 0.0, 3.0]).where(torch.arange(3) < 2, torch.tensor(3.0).log()))
+
+
+@on_every_backend
+def test_the_loss_of_a_target_that_is_nearly_certain_keeps_its_digits(backend):
+    gap = torch.tensor([2.0, 5.0, 9.0, 14.0])
+    x, w = gap[:, None], torch.tensor([[2.0], [1.0], [1.0]])  # log-sum-exp is 10⁸ times the last loss
+    losses = fastlm.linear_cross_entropy(x, w, torch.zeros(4, dtype=torch.int64), reduction="none", backend=backend)
+    torch.testing.assert_close(losses.double(), torch.log1p(2 * torch.exp(-gap.double())), rtol=1e-6, atol=2**-24)  # log(1 + tiny) itself rounds to 2⁻²⁴
+
+
+@on_every_backend
+def test_chunks_change_nothing_but_memory(backend, monkeypatch):
+    inputs, target = (floats(40, 24), floats(90, 24), floats(90)), targets(90, 40, ignored=[3, 17])
+    run = lambda: outputs_and_gradients(lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend), inputs, torch.float32)  # noqa: E731
+    whole = run()
+    for rows in (1, 7, 39):
+        small_chunks(monkeypatch, backend, rows * 4 * 90)
+        for a, b in zip(run(), whole, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@on_every_backend
+def test_never_more_than_one_chunk_of_logits(backend, monkeypatch):
+    if backend == "reference":
+        pytest.skip("the oracle is the one that does hold all the logits")
+    rows, width, vocab, chunk = 400, 8, 1000, 16
+    small_chunks(monkeypatch, backend, chunk * vocab * 4)
+    leaves = [floats(rows, width).bfloat16().requires_grad_(), floats(vocab, width).bfloat16().requires_grad_()]
+    fastlm.linear_cross_entropy(*leaves, targets(vocab, rows), backend=backend).backward()  # first calls allocate what they keep
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fastlm.linear_cross_entropy(*leaves, targets(vocab, rows), backend=backend).backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert chunk * vocab <= largest <= chunk * vocab * 4  # the chunk itself is the largest there is
+
+
+@on_every_backend
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_graph_can_be_run_backward_again(dtype, scale, backend):
+    """The gradients were made in the forward; what the first backward hands out must not be what the second one gives."""
+    leaves = [t.to(dtype).requires_grad_() for t in (floats(6, 10), floats(9, 10), floats(9))]
+    loss = fastlm.linear_cross_entropy(leaves[0], leaves[1], targets(9, 6), leaves[2], backend=backend) * scale
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [d.clone() for d in first]
+    for d in first:
+        d.zero_()
+    second = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert_same_bits(second, kept)
+    third = torch.autograd.grad(loss * 3, leaves)
+    for a, b in zip(third, kept, strict=True):
+        torch.testing.assert_close(a, b * 3, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+@on_every_backend
+def test_gradients_accumulate(backend):
+    """As in a loop over micro-batches: .grad of the second adds to that of the first."""
+    x, w = floats(6, 10), floats(9, 10)
+    leaf = w.clone().requires_grad_()
+    for part in (x[:3], x[3:]):
+        (fastlm.linear_cross_entropy(part, leaf, targets(9, 3), backend=backend) / 2).backward()
+    expected = w.clone().requires_grad_()
+    for part in (x[:3], x[3:]):
+        (F.cross_entropy(part @ expected.t(), targets(9, 3)) / 2).backward()
+    torch.testing.assert_close(leaf.grad, expected.grad)
+
+
+@on_every_backend
+def test_float16_gradients_do_not_underflow_under_a_gradient_scaler(backend):
+    """1 / count is 2⁻¹² here, and the gradients of a mean about 2⁻³⁰: nothing of them is left in float16 unless the scale reaches them first."""
+    rows, scale = 4096, 2.0**14
+    x, w, target = floats(rows, 2) * 2**-6, floats(3, 2) * 2**-6, targets(3, rows)
+    leaf = x.half().requires_grad_()
+    (fastlm.linear_cross_entropy(leaf, w.half(), target, backend=backend) * scale).backward()
+    truth = x.half().double().requires_grad_()
+    (F.cross_entropy(truth @ w.half().double().t(), target) * scale).backward()
+    assert error(leaf.grad, truth.grad) < 2**-9
+
+
+@on_every_backend
+def test_only_the_gradients_that_are_asked_for(backend):
+    inputs, target = (floats(6, 10), floats(9, 10), floats(9)), targets(9, 6)
+    whole = outputs_and_gradients(lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend), inputs, torch.float32)[1:]
+    for i, expected in enumerate(whole):
+        leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        fastlm.linear_cross_entropy(leaves[0], leaves[1], target, leaves[2], backend=backend).backward(floats())
+        torch.testing.assert_close(leaves[i].grad, expected)
+        assert all(x.grad is None for j, x in enumerate(leaves) if i != j)
+
+
+@on_every_backend
+def test_any_strides_give_the_same(backend):
+    x, w, b, target = floats(8, 24), floats(20, 24), floats(20), targets(20, 8)
+    variants = [
+        (floats(8, 60)[:, 5:29], w, b, target),
+        (floats(24, 8).t(), w, b, targets(20, 16)[::2]),
+        (x[:1].expand(8, 24), floats(24, 20).t(), floats(40)[::2], target[:1].expand(8)),
+        (x, floats(20, 48)[:, ::2], b, target),
+        (floats(4, 2, 24).transpose(0, 1), w, b, targets(20, 4, 2).t()),
+    ]
+    for variant in variants:
+        for reduction in ("mean", "none"):
+            results = []
+            for inputs in (variant, [t.contiguous() for t in variant]):
+                leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+                loss = fastlm.linear_cross_entropy(leaves[0], leaves[1], inputs[3], leaves[2], reduction=reduction, backend=backend)
+                results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaves)))
+            for a, c in zip(*results, strict=True):
+                torch.testing.assert_close(a, c)
+            if backend == "cpu":
+                assert_same_bits(*results)
+
+
+@on_every_backend
+@pytest.mark.parametrize("bad, position", [(7, 0), (-1, 5), (2**40, 3), (-(2**63), 2)])
+def test_a_target_out_of_range_is_named(bad, position, backend):
+    target = targets(7, 2, 3, ignored=[1])
+    target.view(-1)[position] = bad
+    message = rf"target: expected values in \[0, 7\), the vocabulary, or ignore_index -100, got {bad} at \[{position // 3}, {position % 3}\]"
+    for asks in (False, True):
+        with pytest.raises(ValueError, match=message):
+            fastlm.linear_cross_entropy(floats(2, 3, 4).requires_grad_(asks), floats(7, 4), target, backend=backend)
+
+
+def call(**changed):
+    arguments = {"x": floats(2, 5), "weight": floats(7, 5), "target": targets(7, 2), "bias": floats(7)} | changed
+    return fastlm.linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"x": torch.empty(2, 0)}, r"x: expected at least one dimension, the last of size 1 or more, got \(2, 0\)"),
+        ({"weight": floats(5, 7)}, r"weight: expected shape \(out, 5\).*, got \(5, 7\)"),
+        ({"weight": floats(7, 5).half()}, r"weight: expected torch.float32 on cpu, as x, got torch.float16 on cpu"),
+        ({"target": targets(7, 3)}, r"target: expected shape \(2,\), x's without its last dimension, got \(3,\)"),
+        ({"target": targets(7, 2).int()}, r"target: expected torch.int64 on cpu, got torch.int32 on cpu"),
+        ({"target": floats(2, 7)}, r"target: expected class indices in int64 \(class probabilities are not supported\), got torch.float32"),
+        ({"bias": floats(5)}, r"bias: expected shape \(7,\), the vocabulary of weight, got \(5,\)"),
+        ({"bias": floats(7).half()}, r"bias: expected torch.float32 on cpu, as x, got torch.float16 on cpu"),
+        ({"reduction": "avg"}, r"reduction: expected one of 'mean', 'sum', 'none', got 'avg'"),
+        ({"label_smoothing": 1.5}, r"label_smoothing: expected a share in \[0, 1\], got 1.5"),
+        ({"label_smoothing": float("nan")}, r"label_smoothing: expected a share in \[0, 1\], got nan"),
+        ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
+    ],
+)
+def test_errors_say_which_and_why(changed, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changed)
