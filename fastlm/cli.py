@@ -172,6 +172,29 @@ def predict(
     predict.run(model, text, top=top, temperature=temperature)
 
 
+@app.command()
+def bench(
+    operators: Annotated[
+        str, typer.Option(help="Some of attention, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, training_step, generation; commas between.")
+    ] = "attention,layernorm_residual,gelu_mlp,linear,linear_cross_entropy",
+    dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, a comma between.")] = "float32,bfloat16",
+    threads: Annotated[str, typer.Option(help="Numbers of threads, commas between.")] = "1,2",
+    directions: Annotated[str, typer.Option(help="Some of forward, backward, forward+backward; commas between.")] = "forward,backward,forward+backward",
+    compiled: Annotated[bool, typer.Option("--compile", help="Also against torch.compile: needs a C++ compiler, and minutes.")] = False,
+    seconds: Annotated[float, typer.Option(help="For each row, at least five rounds; whole steps take twenty times as long.")] = 3.0,
+    json: Annotated[Path | None, typer.Option(help="Write everything that was measured into this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table into this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw throughput, roofline and memory into this file (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Compare with PyTorch on this machine, at the sizes of GPT-2 small."""
+    from fastlm.commands import bench
+
+    bench.run(
+        operators=operators, dtypes=dtypes, threads=threads, directions=directions, compiled=compiled, seconds=seconds, json_file=json, markdown_file=markdown,
+        plot_file=plot,
+    )  # fmt: skip
+
+
 def main() -> None:
     try:
         app()

@@ -5,34 +5,39 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+Timer = Callable[[], float]  # does the work once and returns the seconds of the part that counts
 
-def seconds(call: Callable[[], object], times: int = 1) -> float:
-    """Per call."""
-    start = time.perf_counter()
-    for _ in range(times):
+LEAST_ROUNDS = 5  # below that, quartiles say nothing
+
+
+def timed(call: Callable[[], object]) -> Timer:
+    def timer() -> float:
+        start = time.perf_counter()
         call()
-    return (time.perf_counter() - start) / times
+        return time.perf_counter() - start
+
+    return timer
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int, *, budget: float = float("inf"), least: float = 0.0) -> dict[str, list[float]]:
+def in_turn(timers: Mapping[str, Timer], rounds: int, *, budget: float = float("inf"), least: float = 0.0) -> dict[str, list[float]]:
     """Seconds per call of each, once per round.
 
     Args:
         rounds: at most; every other round runs backwards, so that none always comes after the same other.
-        budget: seconds after which no round begins, once there were five.
-        least: seconds that one timing should take; a shorter call is repeated within it.
+        budget: seconds after which no round begins, once there were LEAST_ROUNDS.
+        least: seconds that one timing should take; a shorter call is repeated within it, and the mean counts.
     """
     times = {}
-    for name, call in calls.items():
-        call()  # allocates, packs, compiles
-        times[name] = max(1, round(least / max(min(seconds(call) for _ in range(2)), 1e-9)))
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for name, timer in timers.items():
+        timer()  # allocates, packs, compiles
+        times[name] = max(1, round(least / max(timer(), 1e-9)))
+    taken: dict[str, list[float]] = {name: [] for name in timers}
     start = time.perf_counter()
     for i in range(rounds):
-        if i >= 5 and time.perf_counter() - start > budget:
+        if i >= LEAST_ROUNDS and time.perf_counter() - start > budget:
             break
-        for name in list(calls) if i % 2 == 0 else reversed(calls):
-            taken[name].append(seconds(calls[name], times[name]))
+        for name in list(timers) if i % 2 == 0 else reversed(timers):
+            taken[name].append(statistics.fmean(timers[name]() for _ in range(times[name])))
     return taken
 
 
@@ -51,4 +56,4 @@ class Ratio:
         return cls(median, low, high)
 
     def __str__(self) -> str:
-        return f"{self.median:.2f}x ({self.low:.2f}–{self.high:.2f})"
+        return f"{self.median:.2f} [{self.low:.2f}–{self.high:.2f}]"

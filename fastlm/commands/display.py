@@ -19,6 +19,10 @@ def say(line: str = "") -> None:
     console.print(line, markup=False, soft_wrap=True)
 
 
+def in_words(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def set_threads(threads: int | None) -> None:
     if threads is not None:
         whole("threads", threads, 1)

@@ -8,16 +8,14 @@ import torch
 import typer
 
 import fastlm
-from fastlm.commands.display import progress_bar, say, set_threads
+from fastlm.commands.display import in_words, progress_bar, say, set_threads
 from fastlm.training import checkpoint, data
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build
 from fastlm.training.settings import Settings
 
 
-def run(
-    paths: list[Path], settings: Settings, *, tokenizer: str, val_fraction: float, val_file: Path | None, out: Path, threads: int | None
-) -> None:
+def run(paths: list[Path], settings: Settings, *, tokenizer: str, val_fraction: float, val_file: Path | None, out: Path, threads: int | None) -> None:
     set_threads(threads)
     out = checkpoint.prepare(out)
     corpus = data.load(paths, tokenizer=tokenizer, val_fraction=val_fraction, val_file=val_file, masked=settings.objective == "masked-token")
@@ -25,7 +23,7 @@ def run(
     model = build(settings, corpus.tokenizer)
     say(
         f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation, {corpus.tokenizer.get_vocab_size()} in the vocabulary; "
-        f"{model.num_parameters():,} parameters; {settings.dtype}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        f"{model.num_parameters():,} parameters; {settings.dtype}, {in_words(torch.get_num_threads(), 'thread')}"
     )
     with progress_bar(settings.steps) as report:
         result = train(settings, corpus, model, report=report)
@@ -36,7 +34,9 @@ def run(
     with checkpoint.staged(out) as folder:
         checkpoint.write_model(folder, model, corpus.tokenizer)
         checkpoint.write_json(folder / "summary.json", summary(settings_used, result, corpus))
-    say(f"{'interrupted after' if result.interrupted else 'trained for'} {result.steps} steps at {result.tokens_per_second:,.0f} tokens/s; saved in {out}")
+    say(
+        f"{'interrupted after' if result.interrupted else 'trained for'} {in_words(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved in {out}"
+    )
     say(f"val loss {result.val_loss:.4f}")
     if result.interrupted:
         raise typer.Exit(130)

@@ -94,7 +94,10 @@ class PlainGPT2(nn.Module):
         return plain
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, cache: list | None = None) -> Output:
-        """targets: for every position the token after it, as fastlm.training.loop gives them. cache: what a call for the earlier tokens returned; then one token at a time."""
+        """targets: for every position the token after it, as fastlm.training.loop gives them.
+
+        cache: what a call for the earlier tokens returned; then input_ids is one token per sequence.
+        """
         start = cache[0][0].shape[2] if cache else 0
         x = self.transformer.wte(input_ids) + self.transformer.wpe.weight[start : start + input_ids.shape[1]]
         presents = []

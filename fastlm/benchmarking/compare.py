@@ -1,0 +1,98 @@
+"""One row of the table: an operator, a dtype, a number of threads, a direction; ours and PyTorch's in turn."""
+
+import dataclasses
+import os
+import statistics
+from typing import Any
+
+import torch
+
+from fastlm.backends import choice
+from fastlm.benchmarking.machine import threads
+from fastlm.benchmarking.measure import Ratio, in_turn
+from fastlm.benchmarking.operators import Case, Function
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    seconds: float  # median
+    ratio: Ratio  # how many times as fast we are
+    bytes: int | None = None  # at most at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    operator: str
+    shape: str
+    dtype: str
+    threads: int
+    direction: str  # forward, backward, forward+backward; or what a whole step or generation is of
+    backend: str  # who served our call
+    seconds: float  # ours, median
+    rivals: dict[str, Rival]
+    share: float | None = None  # of the machine's peak: the least seconds that it could take, over ours
+    bound: str | None = None  # by what: memory or arithmetic
+    flops: float | None = None
+    bytes_moved: float | None = None
+    bytes_held: int | None = None  # at most at once
+    tokens: int | None = None  # per call, of a whole step or generation
+
+    @property
+    def best_rival(self) -> str:
+        return min(self.rivals, key=lambda name: self.rivals[name].seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "best_rival": self.best_rival}
+
+
+def served_by(call) -> str:
+    """Whose kernels ran: what the choice remembered of this call."""
+    choice.CHOICES.clear()
+    call()
+    return ", ".join(backends_seen())
+
+
+def backends_seen() -> list[str]:
+    return sorted({chosen for chosen, _ in choice.CHOICES.values()})
+
+
+def contestants(case: Case, *, compiled: bool) -> dict[str, Function]:
+    rivals = {"fastlm": case.ours, "eager": case.eager}
+    return rivals | {"compiled": torch.compile(case.eager)} if compiled else rivals
+
+
+def compare(case: Case, number_of_threads: int, direction: str, *, compiled: bool = False, rounds: int = 30, budget: float = 3.0) -> Row:
+    """compiled: also against torch.compile, which needs a C++ compiler and half a minute per operator."""
+    dtype = case.inputs[0].dtype
+    with threads(number_of_threads):
+        timers = {name: case.timer(function, direction) for name, function in contestants(case, compiled=compiled).items()}
+        backend = served_by(timers["fastlm"])
+        taken = in_turn(timers, rounds, budget=budget, least=2e-3)
+        held = {name: bytes_held(timers[name]) for name in ("fastlm", "eager") if direction == "forward+backward"}
+    ours = taken.pop("fastlm")
+    work = case.work(direction)
+    seconds = statistics.median(ours)
+    return Row(
+        case.operator, case.shape, str(dtype).removeprefix("torch."), number_of_threads, direction, backend, seconds,
+        {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), held.get(name)) for name, theirs in taken.items()},
+        share=work.least_seconds(number_of_threads, dtype) / seconds, bound=work.bound(number_of_threads, dtype), flops=work.flops, bytes_moved=work.bytes,
+        bytes_held=held.get("fastlm"),
+    )  # fmt: skip
+
+
+def bytes_held(call) -> int:
+    """What PyTorch's allocator gave out at most at once during a call, beyond what was there before.
+
+    The kernels' own packing buffers, some hundred kilobytes per thread, are not in it.
+    """
+    call()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself on stderr every time
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    held = most = 0
+    for event in sorted((e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

@@ -1,0 +1,149 @@
+"""Each operator and PyTorch's own way to compute the same, at the sizes of GPT-2 small, and what they must do at least."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastlm
+from fastlm.benchmarking.machine import Work
+from fastlm.benchmarking.measure import Timer, timed
+
+ROWS, WIDTH, HEADS, VOCABULARY = 1024, 768, 12, 50257  # one sequence of GPT-2's context
+EPSILON = 1e-5
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclasses.dataclass
+class Case:
+    operator: str
+    shape: str
+    ours: Function
+    eager: Function  # the same arguments, the same results, by PyTorch's own operators
+    inputs: Sequence[Tensor]  # those with gradients
+    upstream: Sequence[Tensor]  # the gradients of the results
+    forward: Work
+    backward: Work
+    passes: tuple[str, ...] = ("forward", "backward", "forward+backward")
+
+    def work(self, which: str) -> Work:
+        return {"forward": self.forward, "backward": self.backward, "forward+backward": self.forward + self.backward}[which]
+
+    def timer(self, function: Function, which: str) -> Timer:
+        """forward: without gradients, as in inference. backward: alone, of a forward pass that is not timed."""
+        leaves = [x.detach().requires_grad_() for x in self.inputs]
+
+        def forward():
+            with torch.no_grad():
+                function(*leaves)
+
+        def graph():
+            results = function(*leaves)
+            return results if isinstance(results, tuple) else (results,)
+
+        upstream = [u.to(result.dtype) for u, result in zip(self.upstream, graph(), strict=True)]  # a loss is float32 from us, bfloat16 from PyTorch
+
+        def backward():
+            results = graph()
+            return timed(lambda: torch.autograd.grad(results, leaves, upstream))()
+
+        def both():
+            torch.autograd.grad(graph(), leaves, upstream)
+
+        return {"forward": timed(forward), "backward": backward, "forward+backward": timed(both)}[which]
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def attention(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
+    """Causal; query, key and value are views of one packed projection, and the gradient of the result arrives token by token, as in a model."""
+    packed = normal(1, rows, 3, heads, width // heads, dtype=dtype).permute(2, 0, 3, 1, 4)
+    # Two products over the half of rows × rows that is not masked; backward computes the scores again and has two products for each of forward's.
+    # Forward reads query, key and value and writes the result; backward reads these four and the gradient and writes three.
+    flops, size = 2 * 2 * width * rows * (rows + 1) // 2, rows * width * dtype.itemsize
+    return Case(
+        "attention", f"{heads} heads of {width // heads}, {rows} tokens, causal",
+        ours=lambda query, key, value: fastlm.attention(query, key, value, causal=True),
+        eager=lambda query, key, value: F.scaled_dot_product_attention(query, key, value, is_causal=True),
+        inputs=packed.unbind(0), upstream=[normal(1, rows, heads, width // heads, dtype=dtype).transpose(1, 2)],
+        forward=Work(flops, 4 * size), backward=Work(5 * flops / 2, 8 * size),
+    )  # fmt: skip
+
+
+def layernorm_residual(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
+    def eager(x, residual, weight, bias):
+        summed = residual + x
+        return F.layer_norm(summed, (width,), weight, bias, EPSILON), summed
+
+    # Forward reads x and the residual and writes both results, some 10 operations per element; backward reads the sum and two gradients and writes one,
+    # which is that of x and of the residual.
+    size = rows * width * dtype.itemsize
+    return Case(
+        "layernorm_residual", f"{rows} × {width}",
+        ours=lambda x, residual, weight, bias: fastlm.layernorm_residual(x, residual, weight, bias, EPSILON), eager=eager,
+        inputs=[normal(rows, width, dtype=dtype), normal(rows, width, dtype=dtype), normal(width, dtype=dtype), normal(width, dtype=dtype)],
+        upstream=[normal(rows, width, dtype=dtype), normal(rows, width, dtype=dtype)],
+        forward=Work(10 * rows * width, 4 * size), backward=Work(16 * rows * width, 4 * size),
+    )  # fmt: skip
+
+
+def gelu_mlp(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
+    """As in GPT-2: the tanh GELU, weights stored (in, out), everything that backward wants saved."""
+    hidden = 4 * width
+
+    def ours(x, w1, b1, w2, b2):
+        return fastlm.gelu_mlp(x, w1, b1, w2, b2, approximate="tanh", layout="conv1d", recompute=0)
+
+    def eager(x, w1, b1, w2, b2):
+        return torch.addmm(b2, F.gelu(torch.addmm(b1, x, w1), approximate="tanh"), w2)
+
+    # Two products, in backward two for each of them. The hidden values stay in the cache at best; backward reads both sides of the GELU.
+    flops, weights = 2 * 2 * rows * width * hidden, 2 * width * hidden
+    return Case(
+        "gelu_mlp", f"{rows} × {width} → {hidden} → {width}", ours=ours, eager=eager,
+        inputs=[
+            normal(rows, width, dtype=dtype), normal(width, hidden, dtype=dtype, scale=0.02), normal(hidden, dtype=dtype),
+            normal(hidden, width, dtype=dtype, scale=0.02), normal(width, dtype=dtype),
+        ],
+        upstream=[normal(rows, width, dtype=dtype)],
+        forward=Work(flops, (weights + 2 * rows * width) * dtype.itemsize),
+        backward=Work(2 * flops, (2 * weights + rows * (3 * width + 2 * hidden)) * dtype.itemsize),
+    )  # fmt: skip
+
+
+def linear(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
+    """GPT-2's projection before attention, weights stored (in, out)."""
+    out = 3 * width
+    # One product, in backward two. Forward reads x and the weight and writes the result; backward reads these and the gradient and writes two gradients.
+    flops, forward = 2 * rows * width * out, rows * width + width * out + rows * out
+    return Case(
+        "linear", f"{rows} × {width} → {out}",
+        ours=lambda x, weight, bias: fastlm.linear(x, weight, bias, layout="conv1d"),
+        eager=lambda x, weight, bias: torch.addmm(bias, x, weight),
+        inputs=[normal(rows, width, dtype=dtype), normal(width, out, dtype=dtype, scale=0.02), normal(out, dtype=dtype)],
+        upstream=[normal(rows, out, dtype=dtype)],
+        forward=Work(flops, forward * dtype.itemsize), backward=Work(2 * flops, (forward + rows * width + width * out) * dtype.itemsize),
+    )  # fmt: skip
+
+
+def linear_cross_entropy(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
+    target = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(0))
+    # One product, in backward two. The logits need never reach memory: forward reads x and the weight, backward these again and writes their gradients.
+    # Ours computes the gradients in its forward pass, so its backward alone would compare nothing with something.
+    flops, read = 2 * rows * width * vocabulary, (rows + vocabulary) * width * dtype.itemsize
+    return Case(
+        "linear_cross_entropy", f"{rows} × {width} → {vocabulary}",
+        ours=lambda x, weight: fastlm.linear_cross_entropy(x, weight, target),
+        eager=lambda x, weight: F.cross_entropy(F.linear(x, weight), target),
+        inputs=[normal(rows, width, dtype=dtype), normal(vocabulary, width, dtype=dtype, scale=0.02)], upstream=[torch.ones(())],
+        forward=Work(flops, read), backward=Work(2 * flops, 2 * read), passes=("forward", "forward+backward"),
+    )  # fmt: skip
+
+
+CASES = {case.__name__: case for case in (attention, layernorm_residual, gelu_mlp, linear, linear_cross_entropy)}

@@ -1,0 +1,73 @@
+"""Rows as a picture: how many times as fast, how near to the machine's roof, how much memory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastlm.benchmarking.compare import Row
+
+OURS, THEIRS = "#08519c", "#d94801"
+
+
+def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure  # a figure of its own: no window, no global state
+
+    count = max(1, len(rows))
+    figure = Figure(figsize=(13, 3 + 0.22 * count), dpi=110, layout="constrained")
+    panels = figure.subplot_mosaic([["throughput", "roofline"], ["throughput", "memory"]], width_ratios=(3, 2))
+    throughput(panels["throughput"], rows)
+    roofline(panels["roofline"], rows, described)
+    memory(panels["memory"], rows)
+    figure.suptitle(f"{described['cpu']}, fastlm {described['fastlm']}, PyTorch {described['torch']}", fontsize=11)
+    figure.savefig(path)
+
+
+def throughput(axes, rows: Sequence[Row]) -> None:
+    """The ratio against the best rival, with its quartiles."""
+    best = [row.rivals[row.best_rival].ratio for row in rows]
+    places = range(len(rows))
+    spread = [[r.median - r.low for r in best], [r.high - r.median for r in best]]
+    axes.barh(places, [r.median for r in best], xerr=spread, color=OURS, ecolor="#636363", height=0.7)
+    axes.axvline(1, color=THEIRS, linewidth=1.2)
+    axes.set_yticks(places, [f"{row.operator} {row.direction}, {row.dtype}, {row.threads}" for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set(title="throughput", xlabel="times as fast as the best of PyTorch (line: equal)")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def roofline(axes, rows: Sequence[Row], described: dict[str, Any]) -> None:
+    """FLOP/s over FLOPs per byte, below the roof that memory and arithmetic are (Williams et al., 2009), at the highest number of threads."""
+    measured = [row for row in rows if row.flops and row.bytes_moved]
+    axes.set(title="roofline", xlabel="FLOPs per byte", ylabel="GFLOP/s", xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    if not measured:
+        return
+    threads = max(row.threads for row in measured)
+    peaks = described["peaks"][str(threads)]
+    shown = [row for row in measured if row.threads == threads]
+    intensities = [row.flops / row.bytes_moved for row in shown]
+    for dtype, colour in (("float32", OURS), ("bfloat16", "#238b45")):
+        top = peaks.get(f"{dtype}_product_flops_per_second")
+        if top is None:
+            continue
+        knee = top / peaks["read_bytes_per_second"]
+        left, right = min(*intensities, knee) / 2, max(*intensities, knee) * 2
+        axes.plot([left, knee, right], [left * peaks["read_bytes_per_second"] / 1e9, top / 1e9, top / 1e9], color=colour, linewidth=1, label=f"roof, {dtype}")
+        mine = [(i, row.flops / row.seconds / 1e9) for i, row in zip(intensities, shown, strict=True) if row.dtype == dtype]
+        theirs = [(i, row.flops / row.rivals[row.best_rival].seconds / 1e9) for i, row in zip(intensities, shown, strict=True) if row.dtype == dtype]
+        axes.scatter(*zip(*mine, strict=True), color=colour, s=18, label=f"fastlm, {dtype}")
+        axes.scatter(*zip(*theirs, strict=True), edgecolor=colour, facecolor="none", s=18, label=f"PyTorch, {dtype}")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def memory(axes, rows: Sequence[Row]) -> None:
+    """What the allocator held at most, ours beside PyTorch's."""
+    shown = list({(row.operator, row.dtype): row for row in rows if row.bytes_held and row.rivals["eager"].bytes}.values())
+    places = range(len(shown))
+    axes.bar([p - 0.2 for p in places], [row.bytes_held / 1e6 for row in shown], width=0.4, color=OURS, label="fastlm")  # type: ignore[operator]
+    axes.bar([p + 0.2 for p in places], [row.rivals["eager"].bytes / 1e6 for row in shown], width=0.4, color=THEIRS, label="PyTorch")  # type: ignore[operator]
+    axes.set_xticks(places, [f"{row.operator}\n{row.dtype}" for row in shown], rotation=30, ha="right", fontsize=7)
+    axes.set(title="memory of forward + backward", ylabel="MB at most", yscale="log", ylim=(1, None))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=7, frameon=False)

@@ -1,0 +1,106 @@
+"""Rows as a table on the screen, as JSON, as Markdown."""
+
+import platform
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+import fastlm
+from fastlm.benchmarking.compare import DTYPES, Row
+from fastlm.benchmarking.machine import product_peak, read_bandwidth
+
+OPERATOR_DIRECTIONS = ("forward", "backward", "forward+backward")
+
+
+def machine(numbers_of_threads: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:
+    """What ran, on what, and the peaks that the shares refer to."""
+    found = fastlm.info()
+    return {
+        "cpu": found.cpu,
+        "isa": found.isa,
+        "fastlm": found.version,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "peaks": {
+            str(n): {"read_bytes_per_second": read_bandwidth(n), **{f"{d}_product_flops_per_second": product_peak(n, DTYPES[d]) for d in dtypes}}
+            for n in numbers_of_threads
+        },
+    }
+
+
+def peaks_in_words(described: dict[str, Any]) -> list[str]:
+    """One line per number of threads."""
+    lines = []
+    for n, peaks in described["peaks"].items():
+        products = ", ".join(f"{peaks[f'{d}_product_flops_per_second'] / 1e9:,.0f} GFLOP/s in {d}" for d in DTYPES if f"{d}_product_flops_per_second" in peaks)
+        reads = f"{peaks['read_bytes_per_second'] / 1e9:.1f} GB/s"
+        lines.append(f"{n} thread{'s' * (n != '1')}: reads {reads}; fastest matrix product seen (stand-in for the peak): {products}")
+    return lines
+
+
+def seconds_in_words(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """One per operator, a line per rival, narrow enough for a terminal of 80 columns."""
+    for operator, shape in dict.fromkeys((row.operator, row.shape) for row in rows):
+        table = Table(title=f"{operator}: {shape}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for column, width in (("dtype", 8), ("threads", 7), ("direction", 9), ("fastlm", 7), ("against", 5), ("times as fast", 16), ("peak", 4), ("by", 3)):
+            table.add_column(column, min_width=width, justify="right" if column in ("threads", "fastlm", "peak") else "left")
+        for row in rows:
+            if (row.operator, row.shape) != (operator, shape):
+                continue
+            time = seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.1f}/s"
+            share = "" if row.share is None else f"{row.share:.0%}"
+            for i, (name, rival) in enumerate(row.rivals.items()):
+                line = (row.dtype, str(row.threads), row.direction.replace("forward+backward", "both"), time, name, str(rival.ratio), share, row.backend)
+                table.add_row(*line if i == 0 else ("", "", "", "", name, str(rival.ratio), "", ""))
+        yield table
+
+
+def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
+    """Operators with a column per direction, then whole steps and generations with one per rival."""
+    lines = [
+        f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}. "
+        "How many times as fast as PyTorch: median [quartiles] of pairs timed in turn.",
+        "",
+        *[f"- {line}" for line in peaks_in_words(described)],
+        "",
+    ]
+    operators = [row for row in rows if row.tokens is None]
+    if operators:
+        lines += ["| operator | dtype | threads | forward | backward | forward + backward | of peak, forward / backward | served by |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in operators:
+        groups.setdefault((row.operator, row.dtype, row.threads), {})[row.direction] = row
+    for (operator, dtype, threads), by in groups.items():
+        cells = [str(row.rivals[row.best_rival].ratio) + named_unless_eager(row) if (row := by.get(d)) else "–" for d in OPERATOR_DIRECTIONS]
+        shares = " / ".join(f"{by[d].share:.0%}" if d in by else "–" for d in OPERATOR_DIRECTIONS[:2])
+        served = ", ".join(sorted({row.backend for row in by.values()}))
+        lines.append(f"| `{operator}` | {dtype} | {threads} | {' | '.join(cells)} | {shares} | {served} |")
+    for kind in dict.fromkeys(row.operator for row in rows if row.tokens is not None):
+        some = [row for row in rows if row.operator == kind]
+        names = list(dict.fromkeys(name for row in some for name in row.rivals))
+        lines += ["", f"{kind.replace('_', ' ')}: {some[0].shape}", ""]
+        lines += [f"| dtype | threads | fastlm | {' | '.join(f'against {name}' for name in names)} |", "|---" * (3 + len(names)) + "|"]
+        for row in some:
+            cells = [str(row.rivals[name].ratio) if name in row.rivals else "–" for name in names]
+            lines.append(f"| {row.dtype} | {row.threads} | {row.tokens / row.seconds:,.1f} tokens/s | {' | '.join(cells)} |")  # type: ignore[operator]
+    return "\n".join(lines) + "\n"
+
+
+def named_unless_eager(row: Row) -> str:
+    return "" if row.best_rival == "eager" else f" ({row.best_rival})"
+
+
+def as_json(rows: Sequence[Row], described: dict[str, Any]) -> dict[str, Any]:
+    return {"machine": described, "rows": [row.as_dict() for row in rows]}

@@ -1,0 +1,95 @@
+"""fastlm bench: ours against PyTorch on this machine, as a table and as files."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastlm.benchmarking import plots, report, whole
+from fastlm.benchmarking.compare import DTYPES, Row, compare
+from fastlm.benchmarking.operators import CASES
+from fastlm.commands.display import console, say
+from fastlm.ops.boundary import mismatch
+from fastlm.training.settings import within
+
+WHOLE = {"training_step": whole.compare_steps, "generation": whole.compare_generation}
+NAMES = (*CASES, *WHOLE)
+
+
+def run(
+    *, operators: str, dtypes: str, threads: str, directions: str, compiled: bool, seconds: float, json_file: Path | None, markdown_file: Path | None,
+    plot_file: Path | None,
+) -> None:  # fmt: skip
+    chosen = several("operators", operators, NAMES)
+    kinds = several("dtypes", dtypes, tuple(DTYPES))
+    ways = several("directions", directions, report.OPERATOR_DIRECTIONS)
+    numbers = [number("threads", n) for n in threads.split(",")]
+    within("seconds", seconds, 0, 3600, open_left=True)
+    for argument, file in (("json", json_file), ("markdown", markdown_file), ("plot", plot_file)):
+        check_target(argument, file)
+
+    described = report.machine(numbers, kinds)
+    say(f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}")
+    for line in report.peaks_in_words(described):
+        say(line)
+    plan = [(name, dtype, n, way) for name in chosen for dtype in kinds for n in numbers for way in directions_of(name, ways)]
+    rows: list[Row] = []
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total}"), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("", total=len(plan))
+        for name, dtype, n, way in plan:
+            bar.update(task, description=f"{name} {way or ''}, {dtype}, {n} thread{'s' * (n > 1)}")
+            rows += measured(name, dtype, n, way, compiled, seconds)
+            bar.advance(task)
+    say("times as fast as PyTorch: median [quartiles]; peak: share of the machine's, above 100 % where the data stayed in the cache; by: whose kernels served")
+    for table in report.screen_tables(rows):
+        console.print(table)
+    if json_file:
+        json_file.write_text(json.dumps(report.as_json(rows, described), indent=1) + "\n", encoding="utf-8")
+    if markdown_file:
+        markdown_file.write_text(report.markdown(rows, described), encoding="utf-8")
+    if plot_file:
+        plots.draw(plot_file, rows, described)
+
+
+def directions_of(name: str, ways: list[str]) -> list[str | None]:
+    """linear_cross_entropy computes its gradients in the forward pass and has no backward of its own to time."""
+    if name in WHOLE:
+        return [None]
+    return [way for way in ways if not (name == "linear_cross_entropy" and way == "backward")]
+
+
+def measured(name: str, dtype: str, n: int, way: str | None, compiled: bool, seconds: float) -> Iterator[Row]:
+    if way is not None:
+        yield compare(CASES[name](DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
+    elif name == "training_step":
+        yield whole.compare_steps(dtype, n, compiled=compiled, budget=20 * seconds)
+    else:
+        yield whole.compare_generation(dtype, n, budget=10 * seconds)
+
+
+def several(argument: str, given: str, allowed: tuple[str, ...]) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in given.split(",")))
+    for name in names:
+        if name not in allowed:
+            raise mismatch(argument, f"some of {', '.join(allowed)}, with commas between", repr(name))
+    return names
+
+
+def number(argument: str, given: str) -> int:
+    if not given.strip().isdecimal() or not 1 <= int(given) <= 4096:
+        raise mismatch(argument, "whole numbers of at least 1, with commas between", repr(given))
+    return int(given)
+
+
+def check_target(argument: str, file: Path | None) -> None:
+    """Before minutes are spent on measuring."""
+    if file is None:
+        return
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise mismatch(argument, "a file name in a folder that exists", repr(str(file)))
+    if argument == "plot":
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise mismatch("plot", "matplotlib to be installed (pip install 'fastlm[plot]')", "an installation without it") from None
