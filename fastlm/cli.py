@@ -15,15 +15,16 @@ DEFAULT = Settings()
 class OneLineErrors(TyperGroup):
     """What a user did wrong is one line on stderr and a non-zero exit code, whether the parser, a check of ours or the system noticed it; Ctrl-C is 130."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
+        standalone = extra.get("standalone_mode", True)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **{**extra, "standalone_mode": False})
         except Exception as error:
             if not hasattr(error, "format_message"):  # of the parser, whichever version of click it stands on
                 raise
             say_error(error.format_message())
             code = getattr(error, "exit_code", 2)
-        if not standalone_mode:
+        if not standalone:
             return code
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -98,7 +99,7 @@ def info() -> None:
 @app.command()
 def train(
     data: Annotated[list[Path], typer.Option(metavar="PATH…", help="Files, folders or patterns; read in this order as one text.")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[PATH…]", help="More of --data, as a shell expands a pattern.", show_default=False)] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="More of --data, as a shell expands a pattern.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the tokenizer and summary.json.")] = Path("runs/train"),
     tokenizer: Annotated[str, typer.Option(metavar="byte|char", help="byte: 256 tokens, any file; char: the characters of a UTF-8 text.")] = "byte",
     objective: Annotated[str, typer.Option(metavar="next-token|masked-token", help="next-token trains a GPT-2, masked-token a BERT.")] = DEFAULT.objective,
@@ -115,7 +116,9 @@ def train(
     lr: Annotated[float, typer.Option(help="The highest learning rate, reached after --warmup.", rich_help_panel="Optimiser")] = DEFAULT.lr,
     min_lr: Annotated[float, typer.Option(help="The learning rate from --decay-steps on.", rich_help_panel="Optimiser")] = DEFAULT.min_lr,
     warmup: Annotated[int, typer.Option(help="Steps in which the rate rises.", rich_help_panel="Optimiser")] = DEFAULT.warmup,
-    decay_steps: Annotated[int | None, typer.Option(help="Step at which the cosine reaches --min-lr.  [default: --steps]", rich_help_panel="Optimiser")] = None,
+    decay_steps: Annotated[
+        int | None, typer.Option(help="Step at which the cosine reaches --min-lr; without it the last.", rich_help_panel="Optimiser")
+    ] = None,
     beta1: Annotated[float, typer.Option(help="AdamW's mean of gradients.", rich_help_panel="Optimiser")] = DEFAULT.beta1,
     beta2: Annotated[float, typer.Option(help="AdamW's mean of squared gradients.", rich_help_panel="Optimiser")] = DEFAULT.beta2,
     weight_decay: Annotated[float, typer.Option(help="AdamW's, of matrices only.", rich_help_panel="Optimiser")] = DEFAULT.weight_decay,
@@ -144,7 +147,7 @@ def train(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write at most.  [default: up to 200 that fit the context]")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write at most; without it up to 200, as far as the context has room.")] = None,
     temperature: Temperature = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens only.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest tokens that together have this probability.")] = None,

@@ -19,16 +19,16 @@ class Actor:
 
     def __init__(self, work: str, arguments: dict[str, Any], environment: dict[str, str] | None = None):
         clean = {name: value for name, value in os.environ.items() if name not in TUNED and name != "GLIBC_TUNABLES"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "fastlm.benchmarking.actor", work, json.dumps(arguments)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean | (environment or {}),
-        )  # fmt: skip
+        command = [sys.executable, "-m", "fastlm.benchmarking.actor", work, json.dumps(arguments)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean | (environment or {}))
+        assert self.process.stdin and self.process.stdout
+        self.requests, self.answers, self.name = self.process.stdin, self.process.stdout, f"{work} {arguments}"
 
     def __enter__(self) -> "Actor":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.process.stdin.close()
+        self.requests.close()
         try:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -37,13 +37,13 @@ class Actor:
 
     def ask(self) -> dict[str, Any]:
         try:
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
+            self.requests.write("\n")
+            self.requests.flush()
         except BrokenPipeError:
             pass  # the line that is missing says it
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         if not line:
-            raise RuntimeError(f"the process {' '.join(self.process.args)} ended with exit code {self.process.wait()}")
+            raise RuntimeError(f"the process for {self.name} ended with exit code {self.process.wait()}")
         return json.loads(line)
 
     def __call__(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastlm.backends import choice
-from fastlm.benchmarking.machine import threads
+from fastlm.benchmarking.machine import Work, threads
 from fastlm.benchmarking.measure import Ratio, in_turn
 from fastlm.benchmarking.operators import Case, Function
 
@@ -34,8 +34,7 @@ class Row:
     rivals: dict[str, Rival]
     share: float | None = None  # of the machine's peak: the least seconds that it could take, over ours
     bound: str | None = None  # by what: memory or arithmetic
-    flops: float | None = None
-    bytes_moved: float | None = None
+    work: Work | None = None
     bytes_held: int | None = None  # at most at once
     tokens: int | None = None  # per call, of a whole step or generation
 
@@ -77,7 +76,7 @@ def compare(case: Case, number_of_threads: int, direction: str, *, compiled: boo
     return Row(
         case.operator, case.shape, str(dtype).removeprefix("torch."), number_of_threads, direction, backend, seconds,
         {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), held.get(name)) for name, theirs in taken.items()},
-        share=work.least_seconds(number_of_threads, dtype) / seconds, bound=work.bound(number_of_threads, dtype), flops=work.flops, bytes_moved=work.bytes,
+        share=work.least_seconds(number_of_threads, dtype) / seconds, bound=work.bound(number_of_threads, dtype), work=work,
         bytes_held=held.get("fastlm"),
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ def in_turn(timers: Mapping[str, Timer], rounds: int, *, budget: float = float("
     for i in range(rounds):
         if i >= LEAST_ROUNDS and time.perf_counter() - start > budget:
             break
-        for name in list(timers) if i % 2 == 0 else reversed(timers):
+        for name in list(timers)[:: 1 if i % 2 == 0 else -1]:
             taken[name].append(statistics.fmean(timers[name]() for _ in range(times[name])))
     return taken
 

@@ -38,24 +38,24 @@ def throughput(axes, rows: Sequence[Row]) -> None:
 
 def roofline(axes, rows: Sequence[Row], described: dict[str, Any]) -> None:
     """FLOP/s over FLOPs per byte, below the roof that memory and arithmetic are (Williams et al., 2009), at the highest number of threads."""
-    measured = [row for row in rows if row.flops and row.bytes_moved]
+    measured = [(row, row.work) for row in rows if row.work]
     axes.set(title="roofline", xlabel="FLOPs per byte", ylabel="GFLOP/s", xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
     if not measured:
         return
-    threads = max(row.threads for row in measured)
+    threads = max(row.threads for row, _ in measured)
     peaks = described["peaks"][str(threads)]
-    shown = [row for row in measured if row.threads == threads]
-    intensities = [row.flops / row.bytes_moved for row in shown]
+    shown = [(row, work.flops / work.bytes, work.flops) for row, work in measured if row.threads == threads]
+    lowest, highest = min(i for _, i, _ in shown), max(i for _, i, _ in shown)
     for dtype, colour in (("float32", OURS), ("bfloat16", "#238b45")):
         top = peaks.get(f"{dtype}_product_flops_per_second")
         if top is None:
             continue
         knee = top / peaks["read_bytes_per_second"]
-        left, right = min(*intensities, knee) / 2, max(*intensities, knee) * 2
+        left, right = min(lowest, knee) / 2, max(highest, knee) * 2
         axes.plot([left, knee, right], [left * peaks["read_bytes_per_second"] / 1e9, top / 1e9, top / 1e9], color=colour, linewidth=1, label=f"roof, {dtype}")
-        mine = [(i, row.flops / row.seconds / 1e9) for i, row in zip(intensities, shown, strict=True) if row.dtype == dtype]
-        theirs = [(i, row.flops / row.rivals[row.best_rival].seconds / 1e9) for i, row in zip(intensities, shown, strict=True) if row.dtype == dtype]
+        mine = [(i, flops / row.seconds / 1e9) for row, i, flops in shown if row.dtype == dtype]
+        theirs = [(i, flops / row.rivals[row.best_rival].seconds / 1e9) for row, i, flops in shown if row.dtype == dtype]
         axes.scatter(*zip(*mine, strict=True), color=colour, s=18, label=f"fastlm, {dtype}")
         axes.scatter(*zip(*theirs, strict=True), edgecolor=colour, facecolor="none", s=18, label=f"PyTorch, {dtype}")
     axes.legend(fontsize=7, frameon=False)

@@ -83,7 +83,7 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
     for row in operators:
         groups.setdefault((row.operator, row.dtype, row.threads), {})[row.direction] = row
     for (operator, dtype, threads), by in groups.items():
-        cells = [str(row.rivals[row.best_rival].ratio) + named_unless_eager(row) if (row := by.get(d)) else "–" for d in OPERATOR_DIRECTIONS]
+        cells = [against_best(by[d]) if d in by else "–" for d in OPERATOR_DIRECTIONS]
         shares = " / ".join(f"{by[d].share:.0%}" if d in by else "–" for d in OPERATOR_DIRECTIONS[:2])
         served = ", ".join(sorted({row.backend for row in by.values()}))
         lines.append(f"| `{operator}` | {dtype} | {threads} | {' | '.join(cells)} | {shares} | {served} |")
@@ -98,8 +98,9 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def named_unless_eager(row: Row) -> str:
-    return "" if row.best_rival == "eager" else f" ({row.best_rival})"
+def against_best(row: Row) -> str:
+    name = row.best_rival
+    return f"{row.rivals[name].ratio}" + (f" ({name})" if name != "eager" else "")
 
 
 def as_json(rows: Sequence[Row], described: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import statistics
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from fastlm.benchmarking.actor import TUNED, Actor
 from fastlm.benchmarking.compare import DTYPES, Rival, Row, served_by
@@ -21,12 +22,12 @@ BATCH, CONTEXT = 1, 1024
 PROMPT, NEW_TOKENS = 64, 64
 
 
-def model_of(sizes: dict[str, int], seed: int = 0) -> GPT2LMHeadModel:
+def model_of(sizes: dict[str, Any], seed: int = 0) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
 
-def step_timer(*, library: str, dtype: str, number_of_threads: int, sizes: dict[str, int], batch: int, context: int, compiled: bool = False) -> Timer:
+def step_timer(*, library: str, dtype: str, number_of_threads: int, sizes: dict[str, Any], batch: int, context: int, compiled: bool = False) -> Timer:
     """In an actor: one training step as the trainer takes it, with clipping and AdamW."""
     torch.set_num_threads(number_of_threads)
     model = model_of(sizes)
@@ -35,7 +36,7 @@ def step_timer(*, library: str, dtype: str, number_of_threads: int, sizes: dict[
         trainer = Trainer(model, settings, NextToken().loss)
     else:
         plain = PlainGPT2.like(model)
-        trainer = Trainer(torch.compile(plain) if compiled else plain, settings, PlainGPT2.loss)
+        trainer = Trainer(cast(nn.Module, torch.compile(plain)) if compiled else plain, settings, PlainGPT2.loss)
     del model
     tokens = torch.randint(sizes["vocab_size"], (batch, context + 1), generator=torch.Generator().manual_seed(0))
     return timed(lambda: trainer.step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 1e-4))
@@ -48,17 +49,17 @@ def compare_steps(
     """fastlm as it comes against PyTorch as it comes and, "tuned", PyTorch with the allocator's best settings (glibc's; elsewhere they change nothing)."""
     sizes = sizes or SMALL
     common = {"dtype": dtype, "number_of_threads": number_of_threads, "sizes": sizes, "batch": batch, "context": context}
-    cast: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    actors: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         "fastlm": ({"library": "fastlm"}, {}),
         "eager": ({"library": "torch"}, {}),
         "eager tuned": ({"library": "torch"}, TUNED),
     }
     if compiled:
-        cast["compiled tuned"] = ({"library": "torch", "compiled": True}, TUNED)
+        actors["compiled tuned"] = ({"library": "torch", "compiled": True}, TUNED)
     with ExitStack() as stack:
-        actors = {name: stack.enter_context(Actor("step_timer", common | own, environment)) for name, (own, environment) in cast.items()}
-        taken = in_turn(actors, rounds, budget=budget)
-        last = {name: actor.ask() for name, actor in actors.items()}
+        running = {name: stack.enter_context(Actor("step_timer", common | own, environment)) for name, (own, environment) in actors.items()}
+        taken = in_turn(running, rounds, budget=budget)
+        last = {name: actor.ask() for name, actor in running.items()}
     ours = taken.pop("fastlm")
     shape = f"GPT-2, {sizes['n_layer']} layers of {sizes['n_embd']}, {batch} × {context} tokens"
     return Row(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sysconfig
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastlm.training.baseline import PlainGPT2
 from fastlm.training.comparison import Comparison, side_by_side
 from fastlm.training.curve import draw_losses
 from fastlm.training.loop import Trainer, stop_requests
-from fastlm.training.models import build
+from fastlm.training.models import build_gpt2
 from fastlm.training.objectives import NextToken
 from fastlm.training.schedule import learning_rate
 from fastlm.training.settings import Settings, within
@@ -36,6 +37,9 @@ PROMPT, SAMPLE_TOKENS = "def ", 240
 AGREE = 1e-4
 
 
+Batches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets
+
+
 def run(*, out: Path, seconds: float, seed: int, threads: int | None) -> None:
     within("seconds", seconds, 0, 3600, open_left=True)
     settings = dataclasses.replace(SETTINGS, seed=seed)
@@ -43,8 +47,9 @@ def run(*, out: Path, seconds: float, seed: int, threads: int | None) -> None:
     out = checkpoint.prepare(out)
     files = standard_library()
     corpus = data.load(files, tokenizer="byte", val_fraction=0.05)
-    model = build(settings, corpus.tokenizer)
+    model = build_gpt2(settings, corpus.tokenizer)
     say(f"fastlm {fastlm.__version__}: a GPT learns Python from the standard library's own source; nothing is downloaded")
+    size = len(corpus.train) + len(corpus.validation)
     say(f"corpus   {size / 1e6:.1f} million bytes, one token each, in {in_words(len(files), 'file')} of {files[0].parent}")
     sizes = f"{settings.layers} layers, {settings.heads} heads, width {settings.width}, context {settings.context}"
     say(f"model    {sizes}: {model.num_parameters() / 1e6:.1f} million parameters, {in_words(torch.get_num_threads(), 'thread')}")
@@ -66,7 +71,7 @@ def run(*, out: Path, seconds: float, seed: int, threads: int | None) -> None:
             speed = keep_training(ours, settings, batches, losses, seconds, stop)
         if not losses:
             raise KeyboardInterrupt  # nothing was learnt, so there is nothing to save
-        pairs = [NextToken().pairs(w, None) for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch)]
+        pairs = [NextToken().pairs(w) for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch)]
         evaluated.append((len(losses), ours.evaluate(pairs)))
         interrupted = stop.is_set()
 
@@ -99,13 +104,13 @@ def standard_library() -> list[Path]:
     return files
 
 
-def training_batches(settings: Settings, corpus: data.Corpus) -> Iterator[tuple[Tensor, Tensor]]:
+def training_batches(settings: Settings, corpus: data.Corpus) -> Batches:
     draw = torch.Generator().manual_seed(settings.seed)
     while True:
         yield NextToken().pairs(data.random_windows(corpus.train, settings.context + 1, settings.batch, draw), draw)
 
 
-def compare(ours: Trainer, settings: Settings, batches: Iterator[tuple[Tensor, Tensor]], stop) -> Comparison:
+def compare(ours: Trainer, settings: Settings, batches: Batches, stop: threading.Event) -> Comparison:
     """The rate rises meanwhile: these steps are also the warm-up of the training that follows."""
     plain = Trainer(PlainGPT2.like(ours.model), settings, PlainGPT2.loss)
     rates = (settings.lr * (i + 1) / PAIRS for i in range(PAIRS))
@@ -130,14 +135,15 @@ def show_comparison(seen: Comparison, settings: Settings) -> None:
     say(f"   the losses {verdict}: at most {seen.disagreement:.1e} apart, relative, where rounding alone explains up to {AGREE:g}")
 
 
-def keep_training(ours: Trainer, settings: Settings, batches, losses: list[float], seconds: float, stop) -> float:
+def keep_training(ours: Trainer, settings: Settings, batches: Batches, losses: list[float], seconds: float, stop: threading.Event) -> float:
     """As many steps as fit, the cosine over the time rather than the steps: a slow machine ends as soon, and as well as it can. Returns tokens/s."""
     first = len(losses)
     with progress_bar(seconds) as bar:
         start = time.perf_counter()
         while (elapsed := time.perf_counter() - start) < seconds and not stop.is_set():
             lr = learning_rate(elapsed, lr=settings.lr, min_lr=settings.min_lr, warmup=0, decay_steps=seconds)
-            losses.append(ours.step(*next(batches), lr))
+            inputs, targets = next(batches)
+            losses.append(ours.step(inputs, targets, lr))
             speed = (len(losses) - first) * settings.tokens_per_step / (time.perf_counter() - start)
             bar.show(time.perf_counter() - start, f"step {len(losses)}", losses[-1], f"{speed:,.0f}")
     return speed

@@ -34,9 +34,8 @@ def run(paths: list[Path], settings: Settings, *, tokenizer: str, val_fraction: 
     with checkpoint.staged(out) as folder:
         checkpoint.write_model(folder, model, corpus.tokenizer)
         checkpoint.write_json(folder / "summary.json", summary(settings_used, result, corpus))
-    say(
-        f"{'interrupted after' if result.interrupted else 'trained for'} {in_words(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved in {out}"
-    )
+    ended = "interrupted after" if result.interrupted else "trained for"
+    say(f"{ended} {in_words(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved in {out}")
     say(f"val loss {result.val_loss:.4f}")
     if result.interrupted:
         raise typer.Exit(130)

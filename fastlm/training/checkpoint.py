@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from torch import nn
+
+from fastlm.models.base import PretrainedModel
 
 
 def prepare(out: str | Path) -> Path:
@@ -51,7 +52,7 @@ def one_line(failure: BaseException) -> str:
     return " ".join(reason.split())
 
 
-def write_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
+def write_model(folder: Path, model: PretrainedModel, tokenizer: Tokenizer) -> None:
     """What `fastlm generate`, `from_pretrained` and Hugging Face's own classes read."""
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")

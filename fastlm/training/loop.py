@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from fastlm.training.models import build, objective_of
 from fastlm.training.schedule import learning_rate
 from fastlm.training.settings import Settings
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Tensor, Tensor], Tensor]  # of a model on (inputs, targets)
 
 
 class Trainer:
@@ -97,7 +98,15 @@ def train(settings: Settings, corpus: Corpus, model: nn.Module | None = None, lo
         [objective.pairs(w, torch.Generator().manual_seed(i)) for i, w in enumerate(spread_windows(ids, length, settings.batch))]
         for ids in (corpus.train, corpus.validation)
     ]
-    losses, evaluations, spent = [], [], 0.0
+    losses: list[float] = []
+    evaluations: list[tuple[int, float, float]] = []
+    spent = 0.0
+
+    def evaluate() -> None:
+        train_loss, val_loss = (trainer.evaluate(pairs) for pairs in held)
+        evaluations.append((len(losses), train_loss, val_loss))
+        report.evaluated(len(losses), train_loss, val_loss)
+
     torch.manual_seed(settings.seed)  # dropout's
     with stop_requests() as stop:
         while len(losses) < settings.steps and not stop.is_set():
@@ -110,11 +119,9 @@ def train(settings: Settings, corpus: Corpus, model: nn.Module | None = None, lo
                 raise mismatch("lr", f"one at which the loss stays finite (it is {losses[-1]} at step {len(losses)}: try a smaller one)", settings.lr)
             report.stepped(len(losses), losses[-1], len(losses) * settings.tokens_per_step / spent)
             if len(losses) % settings.eval_every == 0 and len(losses) < settings.steps and not stop.is_set():
-                evaluations.append((len(losses), *map(trainer.evaluate, held)))
-                report.evaluated(*evaluations[-1])
+                evaluate()
         interrupted = stop.is_set()
-        evaluations.append((len(losses), *map(trainer.evaluate, held)))
-        report.evaluated(*evaluations[-1])
+        evaluate()
     _, train_loss, val_loss = evaluations[-1]
     return Result(
         model=trainer.model, train_loss=train_loss, val_loss=val_loss, tokens_per_second=len(losses) * settings.tokens_per_step / spent if spent else 0.0,

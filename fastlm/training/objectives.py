@@ -1,5 +1,7 @@
 """What a model learns to predict: windows of tokens become inputs and targets, inputs and targets become a loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +14,10 @@ CHOSEN, MASKED, REPLACED = 0.15, 0.8, 0.1  # BERT's shares: of the positions; of
 class NextToken:
     """Every token of the context predicts the one after it."""
 
-    def pairs(self, windows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def pairs(self, windows: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         # model(labels=…) shifts inside and so leaves the last position, the one with the longest context, without a target
         hidden = model.transformer(input_ids=inputs).last_hidden_state
         return fastlm.linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
