@@ -69,12 +69,13 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def requested(backend: str | None) -> str | None:
     """The backend asked for by the argument, by use_backend or by the environment; None = auto."""
-    name = backend or (traced.name if torch.compiler.is_compiling() else within.get())
+    if backend is not None:
+        check_name(backend)
+        return backend
+    name = traced.name if torch.compiler.is_compiling() else within.get()
     if name is None and from_environment is not None:
         check_name(from_environment, "FASTLM_BACKEND")
         return from_environment
-    if backend is not None:
-        check_name(backend)
     return name
 
 

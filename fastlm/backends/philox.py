@@ -33,6 +33,6 @@ def kept(seed: Tensor, rows: int, columns: int, third: Tensor, p: float) -> Tens
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     counters = torch.arange(blocks * 16, device=seed.device)
     row = torch.arange(rows, device=seed.device)[:, None]
-    words = philox((counters, row, third[..., None, None].to(torch.int64), zero), (seed & WORD, seed >> 32 & WORD))
-    words = torch.stack([word.expand(*third.shape, rows, blocks * 16).unflatten(-1, (blocks, 16)) for word in words], dim=-2)
+    each = philox((counters, row, third[..., None, None].to(torch.int64), zero), (seed & WORD, seed >> 32 & WORD))
+    words = torch.stack([word.expand(*third.shape, rows, blocks * 16).unflatten(-1, (blocks, 16)) for word in each], dim=-2)
     return (words >= int(p * 2**32)).flatten(-3)[..., :columns]

@@ -137,7 +137,7 @@ def dropped(x, seed, p):
     if seed is None:
         return x
     keep = kept(seed, x.numel() // x.shape[-1], x.shape[-1], torch.zeros((), dtype=torch.int64, device=x.device), p)
-    return torch.where(keep.view(x.shape), x / (1 - p), 0)
+    return torch.where(keep.view(x.shape), x * (1 / (1 - p)), 0)
 
 
 def layer_norm(summed, weight, bias, eps, dtype):
@@ -293,7 +293,7 @@ def attention(query, key, value, mask, key_padding, seed, scale, lower, upper, d
     lse = torch.where(empty, -torch.inf, top + torch.log(torch.where(empty, 1, total)))[..., 0]
     weights = weights / torch.where(empty, 1, total)
     if seed is not None:
-        weights = torch.where(attention_kept(seed, scores, dropout_p), weights / (1 - dropout_p), 0)
+        weights = torch.where(attention_kept(seed, scores, dropout_p), weights * (1 / (1 - dropout_p)), 0)
     return isolated(weights, v, reach(q, k, wide_mask, allowed)), lse
 
 
@@ -331,8 +331,8 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
     sent = weights
     if seed is not None:
         keep = attention_kept(seed, scores, dropout_p)
-        dweights = torch.where(keep, dweights / (1 - dropout_p), 0)
-        sent = torch.where(keep, weights / (1 - dropout_p), 0)
+        dweights = torch.where(keep, dweights * (1 / (1 - dropout_p)), 0)
+        sent = torch.where(keep, weights * (1 / (1 - dropout_p)), 0)
     delta = (weights * dweights).sum(-1, keepdim=True)
     dscores = weights * (dweights - delta if dlse is None else dweights - delta + dlse[..., None])
     across = None if reachable is None else reachable.mT

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pathlib
+import warnings
 
 import torch
 
@@ -48,10 +49,12 @@ def rules() -> tuple[Rule, ...]:
     model = microarchitecture()
     try:
         own = json.loads(user_table().read_text())
+        if model in own:
+            return tuple(Rule(row["operator"], row["dtype"], {name: (low, high) for name, (low, high) in row.get("where", {}).items()}) for row in own[model])
     except FileNotFoundError:
-        own = {}
-    if model in own:
-        return tuple(Rule(row["operator"], row["dtype"], {name: tuple(ends) for name, ends in row.get("where", {}).items()}) for row in own[model])
+        pass
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as wrong:  # the cache is anyone's to edit: it must not stop a program
+        warnings.warn(f"{user_table()}: cannot be read ({wrong}); the measurements that come with fastlm hold", RuntimeWarning, stacklevel=2)
     return MEASURED.get(model, ())
 
 

@@ -1,6 +1,7 @@
 """softmax(q kᵀ · scale + mask) v, by tiles: query_len × key_len is never stored (Dao et al., 2022, arXiv:2205.14135)."""
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -8,11 +9,43 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import check_like, check_probability, draw_seed, lowered, mismatch, opaque, present
+from fastlm.ops.boundary import autocasts, check_like, check_probability, draw_seed, lowered, mismatch, opaque, present
 
 UNLIMITED = 2**62  # an edge of the band that no position reaches
 
 # 1. The function people call
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = ...,
+    mask: Tensor | None = ...,
+    key_padding: Tensor | None = ...,
+    scale: float | None = ...,
+    window: tuple[int | None, int | None] | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = ...,
+    mask: Tensor | None = ...,
+    key_padding: Tensor | None = ...,
+    scale: float | None = ...,
+    window: tuple[int | None, int | None] | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -58,8 +91,8 @@ def attention(
         ValueError: an argument that does not fit; the message names it.
         fastlm.Unsupported: no backend, or not the forced one, can serve this call; the message lists why.
     """
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = lowered(query.device.type, query, key, value)
+    if autocasts(query):
+        query, key, value = lowered(query, key, value)
         mask = mask if mask is None or mask.dtype in (torch.bool, torch.float32) else mask.to(query.dtype)
     check(query, key, value, mask, key_padding)
     offset = key.shape[2] - query.shape[2]
@@ -74,8 +107,9 @@ def attention(
 def banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p, return_lse, backend):
     """Attention where position i sees j iff lower ≤ j − i ≤ upper: what every way of asking comes down to."""
     check_probability("dropout_p", dropout_p)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not math.isfinite(scale):
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    elif not abs(scale) < math.inf:
         raise mismatch("scale", "a finite number", scale)
     if opaque(query, key, value, mask, key_padding):
         backend = backends.requested(backend)

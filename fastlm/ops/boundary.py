@@ -1,5 +1,7 @@
 """What every operator needs at its edge: one wording for errors, knowing when a tracer is watching, and the casts of autocast."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,10 +52,16 @@ def check_probability(argument: str, p: float) -> None:
         raise mismatch(argument, "a probability in [0, 1)", p)
 
 
-def lowered(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
-    """As autocast feeds a matrix product: every floating-point tensor in the autocast dtype, float64 left alone."""
-    dtype = torch.get_autocast_dtype(device_type)
-    return [t.to(dtype) if t is not None and t.dtype.is_floating_point and t.dtype != torch.float64 else t for t in tensors]
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device. (PyTorch knows none for meta tensors and raises.)"""
+    device_type = x.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def lowered(x: Tensor, *others: Tensor | None) -> list[Any]:
+    """As autocast feeds a matrix product: every floating-point tensor in the autocast dtype of x's device, float64 left alone."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [t.to(dtype) if t is not None and t.dtype.is_floating_point and t.dtype != torch.float64 else t for t in (x, *others)]
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -61,6 +69,6 @@ def draw_seed(x: Tensor) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
 
 
-def present(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
+def present(like: Tensor, *results: Tensor | None) -> Any:
     """Results of a torch.library operator, which must all be tensors: an empty one stands for each that was not asked for."""
     return tuple(like.new_empty(0) if result is None else result for result in results)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import check_choice, check_like, check_rows, check_vector, lowered, opaque, present
+from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, lowered, opaque, present
 from fastlm.ops.linear import LAYOUTS, check_weight
 
 APPROXIMATIONS = ("none", "tanh")
@@ -50,8 +50,8 @@ def gelu_mlp(
         ValueError: an argument that does not fit; the message names it.
         fastlm.Unsupported: no backend, or not the forced one, can serve this call; the message lists why.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x, w1, b1, w2, b2 = lowered(x.device.type, x, w1, b1, w2, b2)
+    if autocasts(x):
+        x, w1, b1, w2, b2 = lowered(x, w1, b1, w2, b2)
     check_rows(x)
     check_choice("approximate", approximate, APPROXIMATIONS)
     check_choice("layout", layout, LAYOUTS)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import check_like, check_probability, check_rows, check_vector, draw_seed, mismatch, opaque, present
+from fastlm.ops.boundary import autocasts, check_like, check_probability, check_rows, check_vector, draw_seed, mismatch, opaque, present
 
 # 1. The function people call
 
@@ -42,7 +42,7 @@ def layernorm_residual(
         ValueError: an argument that does not fit; the message names it.
         fastlm.Unsupported: no backend, or not the forced one, can serve this call; the message lists why.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x, residual, weight, bias = autocast(x, residual, weight, bias)
     check_rows(x)
     if residual is not None:

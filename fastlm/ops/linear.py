@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import check_choice, check_like, check_rows, check_vector, lowered, mismatch, opaque, present
+from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, lowered, mismatch, opaque, present
 
 LAYOUTS = ("linear", "conv1d")
 
@@ -33,8 +33,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, layout: str
         ValueError: a shape, dtype, device or layout that does not fit; the message names the argument.
         fastlm.Unsupported: no backend, or not the forced one, can serve this call; the message lists why.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = lowered(x.device.type, x, weight, bias)
+    if autocasts(x):
+        x, weight, bias = lowered(x, weight, bias)
     check_rows(x)
     check_choice("layout", layout, LAYOUTS)
     out_width = check_weight("weight", weight, x.shape[-1], layout, "the last dimension of x")

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import check_choice, check_like, check_rows, check_vector, lowered, mismatch, opaque, present
+from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, lowered, mismatch, opaque, present
 from fastlm.ops.linear import check_weight
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -51,8 +51,8 @@ def linear_cross_entropy(
             (on a GPU it is a device assert).
         fastlm.Unsupported: no backend, or not the forced one, can serve this call; the message lists why.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = lowered(x.device.type, x, weight, bias)
+    if autocasts(x):
+        x, weight, bias = lowered(x, weight, bias)
     check_rows(x)
     vocab = check_weight("weight", weight, x.shape[-1], "linear", "the last dimension of x")
     check_like("weight", weight, x)

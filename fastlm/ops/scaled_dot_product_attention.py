@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops.attention import UNLIMITED, banded, check
-from fastlm.ops.boundary import lowered, mismatch
+from fastlm.ops.boundary import autocasts, lowered, mismatch
 
 
 def scaled_dot_product_attention(
@@ -35,8 +35,8 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise mismatch("attn_mask", "None together with is_causal=True, as in PyTorch", f"a mask of shape {tuple(attn_mask.shape)}")
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = lowered(query.device.type, query, key, value)
+    if autocasts(query):
+        query, key, value = lowered(query, key, value)
         attn_mask = attn_mask if attn_mask is None or attn_mask.dtype in (torch.bool, torch.float32) else attn_mask.to(query.dtype)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2 or tensor.shape[-1] == 0:

@@ -158,7 +158,10 @@ def call(**changed):
         ({"x": torch.empty(3, 0)}, r"x: expected at least one dimension, the last of size 1 or more, got \(3, 0\)"),
         ({"residual": floats(5)}, r"residual: expected shape \(2, 5\), as x, got \(5,\)"),
         ({"residual": floats(2, 5).half()}, r"residual: expected torch.float32, as x, on cpu, got torch.float16 on cpu"),
-        ({"x": floats(2, 5).half(), "residual": floats(2, 5).bfloat16()}, r"residual: expected torch.float16, as x, or torch.float32 on cpu, got torch.bfloat16 on cpu"),
+        (
+            {"x": floats(2, 5).half(), "residual": floats(2, 5).bfloat16()},
+            r"residual: expected torch.float16, as x, or torch.float32 on cpu, got torch.bfloat16 on cpu",
+        ),
         ({"weight": floats(4)}, r"weight: expected shape \(5,\), the last dimension of x, got \(4,\)"),
         ({"weight": floats(5).double()}, r"weight: expected torch.float32, as x, on cpu, got torch.float64 on cpu"),
         ({"bias": floats(1, 5)}, r"bias: expected shape \(5,\), the last dimension of x, got \(1, 5\)"),

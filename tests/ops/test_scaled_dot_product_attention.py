@@ -10,9 +10,8 @@ from tests.support import DTYPES, assert_within_twice_torch, floats, on_every_ba
 
 def compare(shapes, backend, dtype=torch.float32, **arguments):
     inputs = [floats(*shape, i + 1)[..., 0] for i, shape in enumerate(shapes)]
-    assert_within_twice_torch(
-        lambda *t: fastlm.scaled_dot_product_attention(*t, backend=backend, **arguments), lambda *t: F.scaled_dot_product_attention(*t, **arguments), inputs, dtype
-    )  # fmt: skip
+    ours = lambda *t: fastlm.scaled_dot_product_attention(*t, backend=backend, **arguments)  # noqa: E731
+    assert_within_twice_torch(ours, lambda *t: F.scaled_dot_product_attention(*t, **arguments), inputs, dtype)
 
 
 def test_pytorch_s_own_arguments_in_their_order():

@@ -1,0 +1,167 @@
+"""Dropout inside operators: the same mask on every backend bit for bit, the right share of it, and the same again in backward."""
+
+import math
+
+import pytest
+import torch
+
+import fastlm
+from fastlm.backends import philox
+from fastlm.ops import attention as attention_op
+from fastlm.ops import layernorm_residual as layernorm_op
+from tests.support import DTYPES, error, floats, on_backends
+
+WIDTHS = [1, 15, 16, 17, 63, 64, 65, 200]
+SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x299F31D0A4093822]
+
+
+def kept_by_layernorm(backend, rows, width, p, seed, dtype=torch.float32):
+    """Where the operator keeps an input of ones."""
+    x = torch.ones(rows, width, dtype=dtype)
+    summed = layernorm_op.layernorm_residual_forward(x, None, torch.ones(width), None, torch.tensor(seed), 1e-5, p, backend)[1]
+    scaled = torch.tensor(1 / (1 - p), dtype=torch.float32).to(dtype)
+    assert set(summed.unique().tolist()) <= {0.0, scaled.item()}
+    return summed != 0
+
+
+def kept_by_attention(backend, batch, heads, query_len, key_len, p, seed):
+    """Where the operator keeps a weight: equal weights, values that name the key, gradients that ask one query at a time."""
+    q, k = torch.zeros(batch, heads, query_len, key_len), torch.zeros(batch, heads, key_len, key_len)
+    names = torch.eye(key_len).expand(batch, heads, key_len, key_len)
+    out = attention_op.attention_forward(
+        q, k, names, None, None, torch.tensor(seed), 1.0, -attention_op.UNLIMITED, attention_op.UNLIMITED, p, False, False, backend
+    )[0]  # fmt: skip
+    return out != 0
+
+
+@on_backends("cpu")
+@pytest.mark.parametrize("seed", SEEDS)
+def test_layernorm_drops_what_the_definition_drops(seed, backend):
+    for width in WIDTHS:
+        expected = philox.kept(torch.tensor(seed), 9, width, torch.tensor(0), 0.37)
+        assert torch.equal(kept_by_layernorm(backend, 9, width, 0.37, seed), expected)
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("seed", SEEDS[-2:])
+@pytest.mark.parametrize("lengths", [(1, 1), (5, 64), (9, 70), (70, 9), (3, 200)], ids=str)
+def test_attention_drops_what_the_definition_drops(lengths, seed, backend):
+    """Counted from the start of each sequence, with its own word for every batch and head."""
+    third = torch.arange(6).view(2, 3)
+    expected = philox.kept(torch.tensor(seed), *lengths, third, 0.37)
+    assert torch.equal(kept_by_attention(backend, 2, 3, *lengths, 0.37, seed), expected)
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.999])
+def test_the_share_that_is_kept(p, backend):
+    """Within five standard deviations of 1 − p, over all and in every column of 64."""
+    kept = kept_by_layernorm(backend, 2000, 64, p, 1234)
+    for share, n in ((kept.float().mean(), kept.numel()), *((column, 2000) for column in kept.float().mean(0))):
+        assert abs(share - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / n) + 1e-7
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual_dtype", [None, "x", torch.float32], ids=str)
+def test_layernorm_with_dropout_is_layernorm_of_what_is_kept(residual_dtype, dtype, backend):
+    x, w, b = floats(7, 50).to(dtype), floats(50).to(dtype), floats(1, 50)[0].to(dtype)
+    residual = None if residual_dtype is None else floats(50, 7).t().contiguous().to(dtype if residual_dtype == "x" else residual_dtype)
+    p = 0.4
+    leaves = [t if t is None else t.clone().requires_grad_() for t in (x, residual, w, b)]
+    torch.manual_seed(5)
+    y, s = fastlm.layernorm_residual(*leaves, dropout_p=p, backend=backend)
+    torch.manual_seed(5)
+    seed = torch.randint(-(2**63), 2**63 - 1, ())
+    keep = philox.kept(seed, 7, 50, torch.tensor(0), p)
+
+    wide = [t if t is None else t.detach().double().requires_grad_() for t in leaves]
+    dropped = torch.where(keep, wide[0] / (1 - p), 0)
+    truth = dropped if residual is None else dropped + wide[1]
+    rounding = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+    assert error(s.detach(), truth.detach()) <= rounding[s.dtype]
+    stored = truth + (s.detach().double() - truth.detach())  # LN reads the sum as it is stored
+    normalised = torch.nn.functional.layer_norm(stored, (50,), wide[2], wide[3])
+    dy, ds = floats(7, 50, 1)[..., 0].to(dtype), floats(1, 7, 50)[0].to(s.dtype)
+    asked = [i for i, t in enumerate(leaves) if t is not None]
+    got = torch.autograd.grad((y, s), [leaves[i] for i in asked], (dy, ds))
+    expected = torch.autograd.grad((normalised, stored), [wide[i] for i in asked], (dy.double(), ds.double()))
+    assert error(y.detach(), normalised.detach()) <= rounding[dtype]
+    for a, e in zip(got, expected, strict=True):
+        assert error(a, e) <= rounding[a.dtype]
+    assert not got[0][~keep].any()
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_with_dropout_is_attention_of_what_is_kept(dtype, backend):
+    """Grouped queries, causal, an additive mask with its gradient, the log-sum-exp (which knows no dropout) with its own."""
+    p, sizes = 0.3, (2, 4, 40, 40, 16)
+    inputs = [floats(2, 4, 40, 16), floats(2, 2, 40, 16), floats(16, 2, 40, 2).transpose(0, 3), floats(1, 4, 40, 40)]
+    leaves = [t.to(dtype).clone().requires_grad_() for t in inputs]
+    torch.manual_seed(5)
+    out, lse = fastlm.attention(*leaves[:3], mask=leaves[3], causal=True, dropout_p=p, return_lse=True, backend=backend)
+    torch.manual_seed(5)
+    keep = philox.kept(torch.randint(-(2**63), 2**63 - 1, ()), 40, 40, torch.arange(8).view(2, 4), p)
+
+    def plain(q, k, v, mask):
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = (q @ k.mT / 4 + mask).masked_fill(torch.ones(40, 40, dtype=torch.bool).triu(1), -torch.inf)
+        return torch.where(keep, torch.softmax(scores, -1) / (1 - p), 0).to(q.dtype) @ v, scores.float().logsumexp(
+            -1
+        ) if q.dtype != torch.float64 else scores.logsumexp(-1)
+
+    upstream = floats(*sizes[:3], 16).to(dtype), floats(*sizes[:3])
+
+    def gradients(function, dtype):
+        own = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        results = function(*own)
+        return [*(y.detach() for y in results), *torch.autograd.grad(results, own, [u.to(y.dtype) for u, y in zip(upstream, results, strict=True)])]
+
+    got = [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, upstream)]
+    floor = {torch.float32: 2**-21, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
+    for a, b, truth in zip(got, gradients(plain, dtype), gradients(plain, torch.float64), strict=True):
+        assert error(a, truth) <= 2 * error(b, truth) + floor
+
+
+@on_backends("reference", "cpu")
+def test_calls_differ_and_manual_seed_repeats(backend):
+    def draw():
+        ln = fastlm.layernorm_residual(torch.ones(4, 40), None, torch.ones(40), dropout_p=0.5, backend=backend)[1]
+        return ln, fastlm.attention(*[floats(1, 2, 9, 8)] * 3, dropout_p=0.5, backend=backend)
+
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    again = draw()
+    for a, b, c in zip(first, second, again, strict=True):
+        assert not torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_backends_drop_the_same():
+    results = []
+    for backend in ("reference", None):  # None: the compiled kernels where there are any, never PyTorch's own
+        torch.manual_seed(3)
+        results.append(fastlm.attention(*[floats(1, 2, 9, 8)] * 3, dropout_p=0.5, backend=backend))
+    torch.testing.assert_close(*results)
+
+
+def test_philox_against_its_authors_vectors():
+    """Known answers of Random123 (Salmon et al.) for philox4x32-10."""
+    for counter, key, expected in (
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ):
+        words = philox.philox(tuple(torch.tensor(c) for c in counter), tuple(torch.tensor(k) for k in key))
+        assert tuple(int(word) for word in words) == expected
+
+
+def test_which_word_a_column_gets():
+    """Column c of row r: word (c // 16) % 4 of counter ((c // 64)·16 + c % 16, r, third, 0), key the seed."""
+    seed, p = 0x299F31D0A4093822, 0.5
+    kept = philox.kept(torch.tensor(seed), 3, 150, torch.tensor(6), p)
+    for row, column in ((0, 0), (2, 17), (1, 63), (1, 64), (2, 149)):
+        counter = (column // 64 * 16 + column % 16, row, 6, 0)
+        words = philox.philox(tuple(torch.tensor(c) for c in counter), (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32)))
+        assert kept[row, column] == (int(words[column // 16 % 4]) >= 2**31)

@@ -1,0 +1,405 @@
+"""What holds for all operators alike: autograd, tracing, devices, threads, autocast."""
+
+import concurrent.futures
+import mmap
+import sys
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlm
+from tests.ops.cases import CASES, on_every_case
+from tests.support import as_tuple, assert_same_bits, error, floats, on_backends, on_every_backend, targets
+
+
+def run(case, backend, leaves, **options):
+    """Results and gradients, always with the same dropout."""
+    torch.manual_seed(7)
+    results = as_tuple(case.call(backend)(*leaves))
+    upstreams = [floats(*y.shape).to(y.dtype) for y in results]
+    return [y.detach() for y in results], list(torch.autograd.grad(results, leaves, upstreams, **options))
+
+
+def assert_close(a, b):
+    """The same but for the order of some additions."""
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype and error(x, y.double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}[x.dtype]
+
+
+# Gradients of gradients
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_first_and_second_gradients_of_the_reference(case):
+    def seeded(*leaves):
+        torch.manual_seed(7)  # the same dropout every time
+        return case.call("reference")(*leaves)
+
+    # gradcheck moves one element at a time: the smallest that still has an inside and an edge
+    leaves = (
+        [x.double()[(slice(2),) * min(2, x.dim() - 1)] for x in case.inputs(torch.float32)] if case.name.startswith("attention") else case.leaves(torch.float64)
+    )
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    assert torch.autograd.gradcheck(seeded, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(seeded, leaves, fast_mode=True)
+
+
+@on_every_case
+def test_create_graph_gives_the_same_first_gradient(case, backend):
+    leaves = case.leaves()
+    assert_close(run(case, backend, leaves, create_graph=True)[1], run(case, backend, leaves)[1])
+
+
+def test_one_input_computed_from_the_other():
+    """The path between them belongs to the caller's graph and is counted once."""
+    x = floats(3, 5, dtype=torch.float64).requires_grad_()
+    for function in (
+        lambda x: fastlm.linear(x, x * 2),
+        lambda x: fastlm.layernorm_residual(x, x * 2, x[0])[0],
+        lambda x: fastlm.gelu_mlp(x, x * 2, x[0, :3], x.t() * 3, None),
+        lambda x: fastlm.linear_cross_entropy(x, x * 2, torch.tensor([0, 2, 1])),
+        lambda x: fastlm.attention(*(x[None, None] * i for i in (1, 2, 3))),
+    ):
+        assert torch.autograd.gradcheck(function, (x,)) and torch.autograd.gradgradcheck(function, (x,))
+
+
+# Tracing
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of fastlm's operators, with their real arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "fastlm":
+            self.calls.append((function, [x.detach() if torch.is_tensor(x) else x for x in arguments], options or {}))
+        return function(*arguments, **(options or {}))
+
+
+def recorded(case, backend):
+    leaves = case.leaves()
+    with Recorder() as recorder:
+        run(case, backend, leaves)
+    return recorder.calls
+
+
+@on_every_case
+def test_a_tracer_sees_operators_that_keep_their_contract(case, backend):
+    calls = recorded(case, backend)
+    names = [function.name().removeprefix("fastlm::") for function, _, _ in calls]
+    assert names[0].endswith("_forward") and len(names) == (1 if names[0].startswith("linear_cross") and not case.name.endswith("none") else 2)
+    for function, arguments, options in calls:
+        torch.library.opcheck(function, arguments, options, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+@on_every_case
+def test_the_same_under_a_dispatch_mode(case, backend):
+    with Recorder():
+        traced = run(case, backend, case.leaves())
+    plain = run(case, backend, case.leaves())
+    assert_same_bits([*traced[0], *traced[1]], [*plain[0], *plain[1]])
+
+
+@on_every_case
+def test_fake_tensors_touch_no_memory(case, backend):
+    real = run(case, backend, case.leaves())[0]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = as_tuple(case.call(backend)(*(mode.from_tensor(x) for x in case.leaves())))
+    assert [(y.shape, y.dtype, y.stride()) for y in fakes] == [(y.shape, y.dtype, y.stride()) for y in real]
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_meta_tensors(backend):
+    for case in CASES:
+        if "cross_entropy" not in case.name and case.name != "attention masked":  # whose targets and padding are on the CPU
+            results = as_tuple(case.call(backend)(*(x.to("meta") for x in case.inputs(torch.float32))))
+            assert all(y.is_meta for y in results)
+
+
+def counting_traces():
+    traces = []
+
+    def backend(graph, inputs):
+        traces.append(graph)
+        return graph.forward
+
+    return traces, backend
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "cross_entropy" not in case.name and case.name != "attention masked"], ids=lambda case: case.name)
+def test_one_graph_for_all_sizes_under_compile(case):
+    torch._dynamo.reset()
+    traces, counter = counting_traces()
+    compiled = torch.compile(case.call("reference"), fullgraph=True, dynamic=True, backend=counter)
+    for length in (9, 7, 4):
+        shorter = [x[tuple(slice(length) if size == 9 else slice(None) for size in x.shape)].clone() for x in case.inputs(torch.float32)]
+        compiled(*shorter)
+    assert len(traces) == 1
+
+
+@on_every_case
+def test_compiled_with_gradients(case, backend):
+    torch._dynamo.reset()
+    leaves = case.leaves()
+    expected = run(case, backend, leaves)
+    compiled = torch.compile(case.call(backend), fullgraph=True, backend="aot_eager")
+    torch.manual_seed(7)
+    results = as_tuple(compiled(*leaves))
+    gradients = torch.autograd.grad(results, leaves, [floats(*y.shape).to(y.dtype) for y in results])
+    assert_close([*results, *gradients], [*expected[0], *expected[1]])
+
+
+def block(x, norm, norm_bias, qkv, qkv_bias, up, up_bias, down, down_bias, vocabulary, target, dropout_p, backend):
+    """A pre-norm layer and its loss."""
+    options = {"backend": backend}
+    y, _ = fastlm.layernorm_residual(x, None, norm, norm_bias, **options)
+    query, key, value = fastlm.linear(y, qkv, qkv_bias, **options).view(2, 9, 3, 2, 12).permute(2, 0, 3, 1, 4)
+    attended = fastlm.attention(query, key, value, causal=True, dropout_p=dropout_p, **options).transpose(1, 2).flatten(2)
+    y, s = fastlm.layernorm_residual(attended, x, norm, norm_bias, dropout_p=dropout_p, **options)
+    y, _ = fastlm.layernorm_residual(fastlm.gelu_mlp(y, up, up_bias, down, down_bias, recompute=1, **options), s, norm, norm_bias, **options)
+    return fastlm.linear_cross_entropy(y, vocabulary, target, **options)
+
+
+def block_leaves():
+    shapes = ((2, 9, 24), (24,), (24,), (72, 24), (72,), (48, 24), (48,), (24, 48), (24,), (40, 24))
+    return [(floats(*shape, i + 1)[..., 0] / 3).contiguous().requires_grad_() for i, shape in enumerate(shapes)]
+
+
+@on_every_backend
+def test_a_whole_layer_compiled_by_inductor(backend):
+    dropout_p = 0.0 if backend == "torch" else 0.2
+    torch._dynamo.reset()
+    leaves, target = block_leaves(), targets(40, 2, 9)
+    results = []
+    with torch._inductor.config.patch(fallback_random=True):  # inductor draws seeds otherwise than eager mode
+        for function in (block, torch.compile(block, fullgraph=True)):
+            torch.manual_seed(3)
+            loss = function(*leaves, target, dropout_p, backend)
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    assert_close(*results)
+
+
+def test_dropout_is_drawn_anew_on_every_compiled_call():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: fastlm.layernorm_residual(x, None, w, dropout_p=0.5, backend="reference")[1], fullgraph=True)
+    x, w = torch.ones(8, 64), torch.ones(64)
+    first, second = compiled(x, w), compiled(x, w)
+    assert not torch.equal(first, second) and set(first.unique().tolist()) == {0.0, 2.0}
+
+
+def test_flops_are_counted():
+    """As for PyTorch's operators: two per multiply-add, and attention counted as if it were not masked."""
+    rows, leaves = 18, block_leaves()
+    with FlopCounterMode(display=False) as counter:
+        block(*leaves, targets(40, 2, 9), 0.0, None).backward()
+    linear, mlp, vocabulary = 24 * 72, 2 * 24 * 48, 40 * 24
+    attention = 2 * 2 * 9 * 9 * 12
+    forward = 2 * rows * (linear + mlp) + 4 * attention
+    assert counter.get_total_flops() == 3 * forward + 2 * attention + 3 * 2 * rows * vocabulary  # five products in attention's backward, not four
+    with FlopCounterMode(display=False) as counter:
+        fastlm.gelu_mlp(*CASES[2].leaves(), recompute=2).sum().backward()
+    assert counter.get_total_flops() == 2 * 18 * (24 * 48 + 48 * 20) * 3 + 2 * 18 * 24 * 48
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_transforms_of_torch_func_are_refused(case):
+    first, *others = case.inputs(torch.float32)
+    message = r"under a torch.func transform \(vmap, grad, jvp, …\): not supported; use torch.autograd"
+    with pytest.raises(fastlm.Unsupported, match=message):
+        torch.func.grad(lambda x: sum(y.sum() for y in as_tuple(case.call(None)(x, *others))))(first)
+    with pytest.raises(fastlm.Unsupported, match=message):
+        torch.func.vmap(lambda x: case.call(None)(x, *others))(first[None])
+
+
+# Memory and devices
+
+
+@on_every_case
+def test_results_go_where_the_inputs_are(case, backend):
+    leaves = case.leaves()
+    expected = run(case, backend, leaves)
+    with torch.device("meta"):  # a default device is for tensors that the user makes
+        torch.manual_seed(7)
+        results = as_tuple(case.call(backend)(*leaves))
+        upstreams = [torch.ones_like(y) for y in results]
+        gradients = torch.autograd.grad(results, leaves, upstreams)
+    assert_close([y.detach() for y in results], expected[0])
+    assert all(d.device == x.device for d, x in zip(gradients, leaves, strict=True))
+
+
+@on_every_case
+def test_inputs_are_never_written_to(case, backend):
+    leaves = case.leaves()
+    before = [(x.detach().clone(), x._version) for x in leaves]
+    run(case, backend, leaves)
+    assert all(torch.equal(x, old) and x._version == version and x.grad is None for x, (old, version) in zip(leaves, before, strict=True))
+
+
+@on_every_case
+def test_a_gradient_expanded_from_one_number(case, backend):
+    leaves = case.leaves()
+    torch.manual_seed(7)
+    sum(y.sum() for y in as_tuple(case.call(backend)(*leaves))).backward()
+    torch.manual_seed(7)
+    results = as_tuple(case.call(backend)(*leaves))
+    assert_close([x.grad for x in leaves], torch.autograd.grad(results, leaves, [torch.ones_like(y).contiguous() for y in results]))
+
+
+@on_every_case
+def test_offsets_that_no_vector_is_aligned_to(case, backend):
+    """Every input one element past where it would be aligned."""
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape).requires_grad_() for x in case.inputs(torch.float32)]
+    expected, got = run(case, backend, case.leaves()), run(case, backend, shifted)
+    assert_close([*got[0], *got[1]], [*expected[0], *expected[1]])
+
+
+def reserved(size):
+    """Address space without memory until it is touched. (Python knows Linux's MAP_NORESERVE by name from 3.13 on.)"""
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@on_backends("torch", "cpu")
+def test_strides_of_more_than_two_to_the_31(dtype, backend):
+    """Rows that lie 2³¹ elements apart, in memory that is reserved but only touched where the rows are."""
+    apart, width = 2**31 + 64, 40
+    memory = torch.frombuffer(reserved((apart + width) * dtype.itemsize), dtype=dtype)
+    x = memory.as_strided((2, width), (apart, 1))
+    x.copy_(floats(2, width))
+    w = floats(width, width).to(dtype)
+
+    def results(x):
+        x = x.requires_grad_()
+        heads = x.view(2, 1, 1, width)
+        tokens = x.view(1, 1, 2, width)
+        ys = (
+            fastlm.linear(x, w, backend=backend),
+            fastlm.linear(w, x, backend=backend),
+            fastlm.layernorm_residual(x, x, w[0], backend=backend)[0],
+            fastlm.gelu_mlp(x, w, None, w, None, backend=backend),
+            fastlm.linear_cross_entropy(x, w, torch.tensor([3, 5]), backend=backend),
+            fastlm.linear_cross_entropy(w, x, torch.arange(width) % 2, backend=backend),
+            fastlm.attention(tokens, tokens, tokens, backend=backend),
+            fastlm.attention(heads, heads, heads, backend=backend),
+        )
+        return ys, torch.autograd.grad(sum(y.float().sum() for y in ys), x)
+
+    (far, dfar), (near, dnear) = results(x.detach()), results(x.detach().contiguous())
+    for a, b in zip((*far, *dfar), (*near, *dnear), strict=True):
+        assert error(a.detach(), b.detach().double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-6}[dtype]
+
+
+# Threads
+
+
+@on_every_case
+def test_same_bits_on_every_run_and_thread_count(case, backend):
+    if backend != "cpu":
+        pytest.skip("where PyTorch computes, its own promise holds")
+    leaves, threads = case.leaves(), torch.get_num_threads()
+    try:
+        outcomes = []
+        for n in (1, 2, 3, 4, *[threads] * 26):
+            torch.set_num_threads(n)
+            results, gradients = run(case, backend, leaves)
+            outcomes.append([*results, *gradients])
+    finally:
+        torch.set_num_threads(threads)
+    for outcome in outcomes[1:]:
+        assert_same_bits(outcome, outcomes[0])
+
+
+@on_backends("cpu")
+def test_same_bits_on_every_thread_count_where_the_work_is_cut(backend):
+    """Large enough that every kernel has several parts: the small cases above may be one part each."""
+    threads = torch.get_num_threads()
+    x, w, wide = floats(700, 96).requires_grad_(), floats(300, 96).requires_grad_(), floats(96, 300).requires_grad_()
+    norm, target = floats(96).requires_grad_(), targets(300, 700)
+    heads = floats(1, 3, 400, 32).requires_grad_()
+
+    def outcome():
+        y, s = fastlm.layernorm_residual(x, x, norm, norm, backend=backend)
+        mlp = fastlm.gelu_mlp(y, w, None, wide, None, backend=backend)
+        loss = fastlm.linear_cross_entropy(mlp, w, target, backend=backend)
+        attended = fastlm.attention(heads, heads, heads, causal=True, backend=backend)
+        return loss.detach(), attended.detach(), *torch.autograd.grad([loss, attended, s], [x, w, wide, norm, heads], [None, attended, s])
+
+    try:
+        outcomes = []
+        for n in (1, 2, 3, 4, 2):
+            torch.set_num_threads(n)
+            outcomes.append(outcome())
+    finally:
+        torch.set_num_threads(threads)
+    for other in outcomes[1:]:
+        assert_same_bits(other, outcomes[0])
+
+
+@on_every_case
+def test_several_python_threads_at_once(case, backend):
+    """Each with its own number of threads for the kernels, as torch.set_num_threads is per thread."""
+    if "dropout" in case.name or case.name == "attention all":
+        pytest.skip("the threads share the generator that the dropout seeds are drawn from")
+    results, gradients = run(case, backend, case.leaves())
+
+    def many(threads):
+        torch.set_num_threads(threads)
+        return [run(case, backend, case.leaves()) for _ in range(5)]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for outcomes in pool.map(many, (1, 2, 3, 4)):
+            for outcome in outcomes:
+                assert_close([*outcome[0], *outcome[1]], [*results, *gradients])
+
+
+# Autocast, checkpointing
+
+
+@on_every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_on_a_cpu(case, backend, dtype):
+    """Products in the lower precision, as PyTorch's; layer norm as it comes; gradients in the parameters' own dtype; the same inside and outside."""
+    leaves = case.leaves()
+    torch.manual_seed(7)
+    with torch.autocast("cpu", dtype):
+        results = as_tuple(case.call(backend)(*leaves))
+    wide = "layernorm" in case.name or "cross_entropy" in case.name
+    assert [y.dtype for y in results] == [torch.float32 if wide or (y.dim() == 3 and "attention" in case.name) else dtype for y in results]
+    narrow = [x.detach() if "layernorm" in case.name or (case.name == "attention all" and i == 3) else x.detach().to(dtype) for i, x in enumerate(leaves)]
+    narrow = [x.requires_grad_() for x in narrow]
+    expected, gradients = run(case, backend, narrow)
+    assert_close([y.detach() for y in results], expected)
+    upstreams = [floats(*y.shape).to(y.dtype) for y in results]
+    with torch.autocast("cpu", dtype):  # a backward inside must not be cast once more
+        got = torch.autograd.grad(results, leaves, upstreams)
+    assert all(d.dtype == torch.float32 for d in got)
+    assert_close(got, [d.float() for d in gradients])
+
+
+@on_every_backend
+def test_autocast_brings_a_16_bit_x_and_a_float32_residual_together(backend):
+    x, stream, w = floats(4, 8), floats(8, 4).t().contiguous(), floats(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, s = fastlm.layernorm_residual(fastlm.linear(x, torch.eye(8), backend=backend), stream, w, backend=backend)
+        assert (y.dtype, s.dtype) == (torch.bfloat16, torch.float32)
+        y, s = fastlm.layernorm_residual(x, stream.bfloat16(), w, backend=backend)
+        assert (y.dtype, s.dtype) == (torch.float32, torch.float32)  # as the addition would
+
+
+@on_every_case
+def test_checkpointing_replays(case, backend):
+    leaves = case.leaves()
+    results, gradients = run(case, backend, leaves)
+    torch.manual_seed(7)
+    again = as_tuple(torch.utils.checkpoint.checkpoint(case.call(backend), *leaves, use_reentrant=False))
+    replayed = torch.autograd.grad(again, leaves, [floats(*y.shape).to(y.dtype) for y in again])
+    assert_close([y.detach() for y in again], results)
+    assert_close(replayed, gradients)

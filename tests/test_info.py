@@ -1,0 +1,65 @@
+import dataclasses
+
+import torch
+
+import fastlm
+from fastlm.backends import isa
+
+
+def test_the_fields():
+    info = fastlm.info()
+    assert [field.name for field in dataclasses.fields(info)] == [
+        "version", "torch_version", "cpu", "isa", "isas", "threads", "openmp", "backends", "build", "fallbacks", "copies",
+    ]  # fmt: skip
+    assert info.version == fastlm.__version__ and info.torch_version == torch.__version__
+    assert list(info.backends) == ["cpu", "triton", "cuda", "torch", "reference"]
+    assert info.backends["torch"] == info.backends["reference"] == []
+    assert info.backends["triton"] == info.backends["cuda"] == ["is not part of this build"]
+    assert (info.isa is None) == bool(info.build) == bool(info.backends["cpu"])
+    assert info.isa is None or info.isa in info.isas
+
+
+def test_threads_are_those_of_this_moment():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert fastlm.info().threads == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_it_is_a_copy():
+    fastlm.info().fallbacks["nothing"] = 5
+    assert "nothing" not in fastlm.info().fallbacks
+
+
+EXAMPLE = {
+    "version": "1.0", "torch_version": "2.9", "cpu": "Some CPU", "isa": "avx2", "isas": ["avx2", "baseline"], "threads": 4, "openmp": True,
+    "backends": {"cpu": [], "triton": ["is not part of this build"]}, "build": "", "fallbacks": {"linear: torch instead of cpu": 3}, "copies": {},
+}  # fmt: skip
+
+
+def test_the_report():
+    assert str(dataclasses.replace(fastlm.info(), **EXAMPLE)).splitlines() == [
+        "fastlm 1.0, PyTorch 2.9",
+        "CPU: Some CPU; can run avx2, baseline",
+        "compiled module: avx2, 4 threads",
+        "backends:",
+        "  cpu        serves",
+        "  triton     is not part of this build",
+        "fallbacks:",
+        "  linear: torch instead of cpu: 3",
+        "copies: none",
+    ]
+
+
+def test_the_report_without_openmp_and_without_a_module():
+    info = dataclasses.replace(fastlm.info(), **EXAMPLE | {"openmp": False})
+    assert "compiled module: avx2, 1 thread (built without OpenMP)" in str(info)
+    info = dataclasses.replace(info, isa=None, build="no C++ compiler found", isas=[])
+    assert "compiled module: none (no C++ compiler found)" in str(info)
+    assert "can run no module that was built" in str(info)
+
+
+def test_the_isa_is_that_of_the_module_in_use():
+    assert fastlm.info().isa == isa.name and (isa.kernels is None or isa.kernels.__name__ == f"fastlm._cpu_{isa.name}")
