@@ -108,7 +108,7 @@ class PlainGPT2(nn.Module):
         if targets is None:
             return Output(None, self.lm_head(x[:, -1:]), presents)
         logits = self.lm_head(x)
-        return Output(F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1)), logits)
+        return Output(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits)
 
     @staticmethod
     def loss(model: "PlainGPT2", inputs: Tensor, targets: Tensor) -> Tensor:

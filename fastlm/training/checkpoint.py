@@ -27,24 +27,21 @@ def prepare(out: str | Path) -> Path:
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A temporary folder inside `out`. Its files move up at the end; if anything fails, they vanish, and `out` is as it was before."""
-    created = not out.exists()
-    folder = None
+    created, whole = not out.exists(), False
     try:
         out.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
-        yield folder
-        for file in sorted(folder.iterdir()):
-            os.replace(file, out / file.name)
+        try:
+            yield folder
+            for file in sorted(folder.iterdir()):
+                os.replace(file, out / file.name)
+            whole = True
+        finally:
+            shutil.rmtree(out if created and not whole else folder, ignore_errors=True)
     except Exception as failure:
-        if created and folder:
-            shutil.rmtree(out, ignore_errors=True)
-            folder = None
         if isinstance(failure, OSError) or type(failure).__name__ == "SafetensorError":  # the latter is what a full disk looks like from safetensors
             raise OSError(f"out: could not save into {str(out)!r}, nothing was kept there: {one_line(failure)}") from failure
         raise
-    finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def one_line(failure: BaseException) -> str:

@@ -1,0 +1,33 @@
+import keyword
+import random
+
+import pytest
+
+from fastlm.training import data
+from fastlm.training.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def text():
+    """A megabyte would be slow to make; this is enough to learn: sentences of few words, with numbers that cannot be known."""
+    draw = random.Random(0)
+    words = keyword.kwlist
+    return "".join(f"{draw.choice(words)} {draw.choice(words)} {draw.randrange(100)}\n" for _ in range(4000))
+
+
+@pytest.fixture(scope="session")
+def text_file(text, tmp_path_factory):
+    file = tmp_path_factory.mktemp("corpus") / "text.txt"
+    file.write_text(text)
+    return file
+
+
+@pytest.fixture(scope="session")
+def corpus(text_file):
+    return data.load([text_file], tokenizer="char")
+
+
+@pytest.fixture(scope="session")
+def small():
+    """Learns the words within a second or two."""
+    return Settings(layers=2, heads=2, width=64, context=32, batch=8, steps=60, lr=3e-3, min_lr=3e-4, warmup=10, eval_every=25)
