@@ -1,11 +1,10 @@
 """A model's files: safetensors, whole or in shards, and PyTorch's own .bin. Reading forgives what old files differ in; writing is all or nothing."""
 
-import contextlib
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,12 +84,12 @@ def fill(model: "PretrainedModel", stored: dict[str, Tensor], initialise: tuple[
     found = {own_name(key, set(parameters), model.base_model_prefix): tensor for key, tensor in stored.items()}
     found.pop(None, None)
     if unknown := [str(name) for name in found if name not in parameters]:
-        warnings.warn(f"{directory}: {type(model).__name__} has no parameter for {listed(unknown)}; not loaded", stacklevel=3)
+        warnings.warn(f"{directory}: {type(model).__name__} has no parameter for {listed(unknown)}; not loaded", stacklevel=4)
 
     tied = dict(model.tied) if model.config.tie_word_embeddings else {}
     for name, source in tied.items():
         if name in found and source in found and not torch.equal(found[name].float(), found[source].float()):
-            warnings.warn(f"{directory}: {name} and {source} differ, so they are not tied although tie_word_embeddings is true", stacklevel=3)
+            warnings.warn(f"{directory}: {name} and {source} differ, so they are not tied although tie_word_embeddings is true", stacklevel=4)
             untie(model, name)
             parameters[name] = model.get_parameter(name)
         elif name in found:  # one tensor under two names, or under the second one alone
@@ -131,25 +130,29 @@ def save(model: "PretrainedModel", directory: Path) -> None:
             del state[name]
     settings = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     directory.mkdir(parents=True, exist_ok=True)
-    with replacing(directory / "model.safetensors") as weights, replacing(directory / "config.json") as config:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights, metadata={"format": "pt"})
-        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    write_together({
+        directory / "model.safetensors": lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        directory / "config.json": lambda path: path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8"),
+    })  # fmt: skip
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside path to write to. It becomes path when the block ends well; otherwise it goes, and whatever path held before stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_together(files: dict[Path, Callable[[Path], object]]) -> None:
+    """Calls each function with a temporary name beside its path to write to; when all of them have, the files take their places.
+
+    Where one fails no file is changed, nothing is left behind, and the OSError names the file.
+    """
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # a full disk may say so only now
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "named", False):  # by an inner block
-            raise
-        failure = OSError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); nothing was changed")
-        failure.named = True  # type: ignore[attr-defined]
-        raise failure from None
+        for path, write in files.items():
+            try:
+                write(temporaries[path])
+                with open(temporaries[path], "rb+") as file:
+                    os.fsync(file.fileno())  # a full disk may say so only now
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); nothing was changed") from None
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,180 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlm
+from fastlm.models import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from tests.models.hugging_face import ours_like, tiny_bert, tiny_gpt2
+
+DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.3}
+BERT_DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
+MODELS = {
+    "GPT-2": lambda: ours_like(tiny_gpt2(**DROPOUT)).train(),
+    "BERT": lambda: ours_like(tiny_bert(**BERT_DROPOUT)).train(),
+    "classifier": lambda: ours_like(tiny_bert("BertForSequenceClassification", **BERT_DROPOUT)).train(),
+}
+
+
+def on_every_model(test):
+    return pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)(test)
+
+
+def batch_for(model):
+    ids = torch.randint(0, 131, (2, 9))
+    return {"input_ids": ids, "labels": torch.tensor([0, 1]) if isinstance(model, BertForSequenceClassification) else ids}
+
+
+def loss_and_gradients(model, batch, seed=3):
+    torch.manual_seed(seed)
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+def assert_same_bits(a, b):
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@on_every_model
+def test_gradient_checkpointing_changes_no_bit(make):
+    model = make()
+    batch = batch_for(model)
+    plain = loss_and_gradients(model, batch)
+    layers = model.transformer.h if hasattr(model, "transformer") else model.bert.encoder.layer
+    calls = []
+    layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable()
+    assert_same_bits(plain, loss_and_gradients(model, batch))
+    assert len(calls) == 2  # once again in backward
+    model.gradient_checkpointing_disable()
+    assert_same_bits(plain, loss_and_gradients(model, batch))
+    assert len(calls) == 3
+
+
+def test_gradient_checkpointing_computes_again_on_the_same_backend():
+    model = MODELS["GPT-2"]()
+    batch = batch_for(model)
+    with fastlm.use_backend("reference"):
+        plain = loss_and_gradients(model, batch)
+        model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        model.zero_grad(set_to_none=True)
+        loss = model(**batch).loss
+    loss.backward()  # outside
+    assert_same_bits(plain, [loss, *(p.grad for p in model.parameters())])
+
+
+@on_every_model
+def test_gradient_checkpointing_is_for_training(make):
+    model = make().eval()
+    model.gradient_checkpointing_enable()
+    calls = []
+    (model.transformer.h if hasattr(model, "transformer") else model.bert.encoder.layer)[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    loss_and_gradients(model, batch_for(model))
+    assert len(calls) == 1
+
+
+@on_every_model
+def test_copies_give_the_same_and_stay_tied(make):
+    model = make()
+    batch = batch_for(model)
+    expected = loss_and_gradients(model, batch)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_bits(expected, loss_and_gradients(other, batch))
+        assert len(list(other.parameters())) == len(list(model.parameters()))
+        assert other.config == model.config and other.config is not model.config
+
+
+@on_every_model
+def test_state_dict_loads_into_a_new_model(make):
+    model = make()
+    other = type(model)(model.config)
+    assert other.load_state_dict(model.state_dict()).missing_keys == []
+    batch = batch_for(model)
+    assert_same_bits(loss_and_gradients(model, batch), loss_and_gradients(other.train(), batch))
+
+
+def test_tied_parameters_are_one():
+    model = ours_like(tiny_gpt2())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.num_parameters() == sum(p.numel() for p in set(model.parameters())) < sum(t.numel() for t in model.state_dict().values())
+    bert = ours_like(tiny_bert())
+    assert bert.cls.predictions.decoder.weight is bert.bert.embeddings.word_embeddings.weight
+    assert bert.cls.predictions.decoder.bias is bert.cls.predictions.bias
+    for apart in (ours_like(tiny_gpt2(tie_word_embeddings=False)).lm_head, ours_like(tiny_bert(tie_word_embeddings=False)).cls.predictions.decoder):
+        assert not apart.weight.is_meta and apart.weight.std() > 0
+
+
+@pytest.mark.parametrize("make", [lambda: GPT2LMHeadModel(GPT2Config(**SMALL_GPT2)), lambda: BertForMaskedLM(BertConfig(**SMALL_BERT))], ids=["GPT-2", "BERT"])
+def test_16_bits_by_default_dtype_or_afterwards(make):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        born = make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    became = make().to(torch.bfloat16)
+    ids = torch.randint(0, 131, (2, 9))
+    for model in (born, became):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.dtype == torch.bfloat16 and model.device.type == "cpu"
+        assert 0.5 * 0.02 < (model.transformer.wte if hasattr(model, "transformer") else model.bert.embeddings.word_embeddings).weight.std() < 2 * 0.02
+        model.train()(ids, labels=ids).loss.backward()
+        assert all(p.grad.isfinite().all() and p.grad.dtype == torch.bfloat16 for p in model.parameters())
+
+
+SMALL_GPT2 = {"vocab_size": 131, "n_positions": 48, "n_embd": 36, "n_layer": 2, "n_head": 3}
+SMALL_BERT = {
+    "vocab_size": 131,
+    "max_position_embeddings": 48,
+    "hidden_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 80,
+    "pad_token_id": None,
+}
+
+
+@pytest.mark.parametrize("make", [lambda: ours_like(tiny_gpt2(n_layer=2)), lambda: ours_like(tiny_bert(num_hidden_layers=2))], ids=["GPT-2", "BERT"])
+def test_compiles_to_one_graph(make):
+    model = make().train()
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    ids = torch.randint(0, 131, (2, 9))
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~mask, -100)}
+    expected = loss_and_gradients(model, batch)
+    compiled = torch.compile(model, fullgraph=True)
+    for a, b in zip(expected, loss_and_gradients(compiled, batch), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+    compiled.eval()
+    torch.testing.assert_close(compiled(**batch).logits[mask], model(**batch).logits[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_the_flops_of_a_step_are_counted():
+    """What a profiler sees: 2 per weight and token forward, twice that backward, and the attention's two products."""
+    model, ids = ours_like(tiny_gpt2()).train(), torch.randint(0, 131, (2, 9))
+    with FlopCounterMode(display=False) as forward:
+        loss = model(ids, labels=ids).loss
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name)
+    assert forward.get_total_flops() >= 2 * weights * ids.numel()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert backward.get_total_flops() >= 4 * (weights - model.lm_head.weight.numel()) * ids.numel()
+
+
+def test_the_config_must_fit_the_class():
+    with pytest.raises(TypeError, match="config: expected a GPT2Config, got BertConfig"):
+        GPT2LMHeadModel(BertConfig())
+
+
+def test_two_models_on_two_threads():
+    """Nothing is global: each gives what it gives alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = MODELS["GPT-2"]().eval()
+    batches = [torch.randint(0, 131, (2, n)) for n in range(1, 20)]
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        alone = [model(ids).logits for ids in batches]
+        together = list(pool.map(lambda ids: model(ids).logits.detach(), batches))
+    assert_same_bits(alone, together)

