@@ -74,9 +74,15 @@ def read(directory: Path, options: dict) -> tokenizers.Tokenizer:
             return byte_level._tokenizer
         if pieces.is_file():
             return BertWordPieceTokenizer(
-                str(pieces), lowercase=options.get("do_lower_case", True), strip_accents=options.get("strip_accents"),
+                str(pieces), lowercase=options.get("do_lower_case", uncased(pieces)), strip_accents=options.get("strip_accents"),
                 handle_chinese_chars=options.get("tokenize_chinese_chars", True),
             )._tokenizer  # fmt: skip
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{directory}: the tokenizer could not be read ({error})") from None
     raise FileNotFoundError(f"{directory}: expected a tokenizer there: {FILES}")
+
+
+def uncased(vocabulary: Path) -> bool:
+    """No piece has a capital letter, the special tokens ([CLS], …) aside: what a text must be lowered for where no settings say so."""
+    pieces = vocabulary.read_text(encoding="utf-8").split("\n")
+    return not any(piece != piece.lower() for piece in pieces if not piece.startswith("["))

@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from fastlm.generation.sampling import Sampling
+
+DRAWS = 40_000
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 50, 1000])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.9, 1.0])
+def test_the_same_scores_remain_as_with_hugging_face(temperature, top_k, top_p):
+    logits = 3 * torch.randn(8, 50)
+    logits[0, :10] = logits[0].max()  # ties
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k is not None:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p is not None and top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    own = Sampling(temperature, top_k, top_p).restricted(logits)
+    assert torch.equal(own, expected)
+    assert own.isfinite().any(-1).all()
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
+    for sampling in (Sampling(1.0), Sampling(0.5), Sampling(2.0), Sampling(top_k=3), Sampling(1.5, top_p=0.8)):
+        expected = sampling.restricted(logits).softmax(-1)
+        drawn = sampling.choose(logits.expand(DRAWS, -1), torch.Generator().manual_seed(1))
+        found = torch.bincount(drawn, minlength=5) / DRAWS
+        # five standard errors of a frequency; exactly none of what is excluded
+        assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / DRAWS).sqrt()).all()
+        assert not found[expected == 0].any()
+
+
+def test_greedy_unless_asked_otherwise():
+    logits = torch.randn(6, 50)
+    for sampling in (Sampling(), Sampling(0), Sampling(0.0, top_k=5, top_p=0.5)):
+        assert sampling.greedy and torch.equal(sampling.choose(logits, None), logits.argmax(-1))
+    assert not Sampling(top_k=5).greedy and not Sampling(top_p=0.5).greedy and not Sampling(1.0).greedy
+    assert torch.equal(Sampling(top_k=1).choose(logits, None), logits.argmax(-1))
+
+
+def test_16_bit_scores_are_drawn_from_in_32():
+    logits = torch.randn(3, 50).bfloat16()
+    assert torch.equal(Sampling(1.0).choose(logits, torch.Generator().manual_seed(1)), Sampling(1.0).choose(logits.float(), torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"temperature": -0.1}, "temperature: expected a number of at least 0, got -0.1"),
+        ({"temperature": math.nan}, "temperature: expected a number of at least 0, got nan"),
+        ({"temperature": math.inf}, "temperature: expected a number of at least 0, got inf"),
+        ({"top_k": 0}, "top_k: expected a whole number of at least 1, got 0"),
+        ({"top_k": 2.5}, "top_k: expected a whole number of at least 1, got 2.5"),
+        ({"top_p": 0}, r"top_p: expected a probability in \(0, 1\], got 0"),
+        ({"top_p": 1.1}, r"top_p: expected a probability in \(0, 1\], got 1.1"),
+        ({"top_p": math.nan}, r"top_p: expected a probability in \(0, 1\], got nan"),
+    ],
+)
+def test_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)
