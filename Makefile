@@ -25,7 +25,7 @@ lint: .venv/with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/mypy --strict tests/build/typed_use.py
+	$(BIN)/mypy --strict --follow-imports=silent tests/build/typed_use.py
 
 format: .venv/with-dev
 	$(BIN)/ruff check --fix .
