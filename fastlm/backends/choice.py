@@ -19,8 +19,17 @@ ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "cuda", "torch
 ELSEWHERE = ("torch", "reference")  # MPS, XPU, …
 
 # A call with sizes seen before costs one dictionary lookup; the bound only matters to a program that never repeats a size.
-CHOICES: dict[tuple, tuple[str, str | None]] = {}
+CHOICES: dict[tuple, tuple[ModuleType, str | None]] = {}
 MOST_CHOICES = 4096
+
+# What each operator tells of a call, in this order: all that a backend's reasons and the table may depend on.
+FEATURES = {
+    "attention": ("batch", "heads", "query_len", "key_len", "head_dim", "masked", "dropout", "return_lse", "mask_gradient"),
+    "gelu_mlp": ("rows", "in_width", "hidden_width", "out_width"),
+    "layernorm_residual": ("rows", "width", "dropout"),
+    "linear": ("rows", "in_width", "out_width"),
+    "linear_cross_entropy": ("rows", "width", "vocab"),
+}
 
 fallbacks: collections.Counter[str] = collections.Counter()  # auto took a later backend: how often, per operator and backend
 
@@ -79,6 +88,11 @@ def requested(backend: str | None) -> str | None:
     return name
 
 
+def name_of(backend: ModuleType | str | None) -> str | None:
+    """As torch.library operators take a backend: by name, None = auto."""
+    return backend.__name__.rpartition(".")[2] if isinstance(backend, ModuleType) else backend
+
+
 @functools.cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(f"fastlm.backends.{name}")
@@ -95,22 +109,22 @@ def refusals(name: str, operator: str, device: torch.device, dtype: torch.dtype,
     return unavailable(name) or load(name).refuses(operator, device, dtype, **features)
 
 
-def choose(operator: str, x: torch.Tensor, dtype: torch.dtype, *, backend: str | None = None, **features) -> str:
-    """The name of the backend that serves `operator` on x's device in dtype with these features; Unsupported, with every backend's reasons, if none does."""
+def choose(operator: str, x: torch.Tensor, dtype: torch.dtype, backend: str | None, *features: int | bool) -> ModuleType:
+    """The backend that serves `operator` on x's device in dtype with these FEATURES; Unsupported, with every backend's reasons, if none does."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise Unsupported(f"{operator} under a torch.func transform (vmap, grad, jvp, …): not supported; use torch.autograd")
     forced = requested(backend)
-    key = (operator, x.device.type, dtype, forced, *features.values())
+    key = (operator, x.is_cpu or x.device.type, dtype, forced, features)
     choice = CHOICES.get(key)
     if choice is None:
-        choice = decide(operator, x.device, dtype, forced, features)
+        name, fallback = decide(operator, x.device, dtype, forced, dict(zip(FEATURES[operator], features, strict=True)))
         if len(CHOICES) >= MOST_CHOICES:
             CHOICES.clear()
-        CHOICES[key] = choice
-    name, fallback = choice
+        choice = CHOICES[key] = load(name), fallback
+    module, fallback = choice
     if fallback is not None:
         fallbacks[fallback] += 1
-    return name
+    return module
 
 
 def decide(operator: str, device: torch.device, dtype: torch.dtype, forced: str | None, features: dict) -> tuple[str, str | None]:

@@ -1,6 +1,7 @@
 """softmax(q kᵀ · scale + mask) v, by tiles: query_len × key_len is never stored (Dao et al., 2022, arXiv:2205.14135)."""
 
 import math
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -161,8 +162,7 @@ def serving(query, key, mask, key_padding, lower, upper, dropout, return_lse, ma
     key_len = key.shape[2]
     masked = mask is not None or key_padding is not None or lower > 1 - query_len or upper < key_len - 1
     return backends.choose(
-        "attention", query, query.dtype, backend=backend, batch=batch, heads=heads, query_len=query_len, key_len=key_len, head_dim=head_dim,
-        masked=masked, dropout=dropout, return_lse=return_lse, mask_gradient=mask_gradient,
+        "attention", query, query.dtype, backend, batch, heads, query_len, key_len, head_dim, masked, dropout, return_lse, mask_gradient
     )  # fmt: skip
 
 
@@ -205,22 +205,18 @@ def differentiable_gradients(dout, dlse, query, key, value, mask, key_padding, s
 
 
 def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, mask_gradient, backend):
-    if opaque(query, key, value, mask, key_padding):
-        return torch.ops.fastlm.attention_forward(
-            query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, mask_gradient, backend
-        )  # fmt: skip
-    return backends.load(backend).attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)
+    arguments = query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p
+    if isinstance(backend, ModuleType):
+        return backend.attention_forward(*arguments)
+    return torch.ops.fastlm.attention_forward(*arguments, return_lse, mask_gradient, backend)
 
 
 def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, return_lse, needed, backend):
-    if opaque(dout, dlse, query, key, value, mask, key_padding):
-        gradients = torch.ops.fastlm.attention_backward(
-            dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, return_lse, needed, backend
-        )  # fmt: skip
-        return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
-    return backends.load(backend).attention_backward(
-        dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed
-    )  # fmt: skip
+    arguments = dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p
+    if isinstance(backend, ModuleType) and not opaque(dout, dlse, query, key, value, mask, key_padding):
+        return backend.attention_backward(*arguments, needed)
+    gradients = torch.ops.fastlm.attention_backward(*arguments, return_lse, needed, backends.name_of(backend))
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
 @torch.library.custom_op("fastlm::attention_forward", mutates_args=())
@@ -239,8 +235,8 @@ def attention_forward_op(
     mask_gradient: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    name = serving(query, key, mask, key_padding, lower, upper, seed is not None, return_lse, mask_gradient, backend)
-    out, lse = backends.load(name).attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)
+    serves = serving(query, key, mask, key_padding, lower, upper, seed is not None, return_lse, mask_gradient, backend)
+    out, lse = serves.attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)
     return out, lse.contiguous()
 
 
@@ -264,10 +260,10 @@ def attention_backward_op(
     needed: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    name = serving(query, key, mask, key_padding, lower, upper, seed is not None, return_lse, needed[3], backend)
+    serves = serving(query, key, mask, key_padding, lower, upper, seed is not None, return_lse, needed[3], backend)
     return present(
         query,
-        *backends.load(name).attention_backward(
+        *serves.attention_backward(
             dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed
         ),
     )  # fmt: skip

@@ -54,6 +54,8 @@ def check_probability(argument: str, p: float) -> None:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device. (PyTorch knows none for meta tensors and raises.)"""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
     device_type = x.device.type
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 

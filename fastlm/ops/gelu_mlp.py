@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -76,9 +77,7 @@ def gelu_mlp(
 def serving(x, w1, w2, layout, backend):
     in_width = x.shape[-1]
     out = layout != "linear"  # which dimension of a weight is its output
-    return backends.choose(
-        "gelu_mlp", x, x.dtype, backend=backend, rows=x.numel() // in_width, in_width=in_width, hidden_width=w1.shape[out], out_width=w2.shape[out]
-    )  # fmt: skip
+    return backends.choose("gelu_mlp", x, x.dtype, backend, x.numel() // in_width, in_width, w1.shape[out], w2.shape[out])
 
 
 # 2. Autograd
@@ -109,25 +108,26 @@ class GeluMlp(torch.autograd.Function):
 
 def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute, backend):
     """(y, hidden, activated): both sides of the GELU, None where the level of recomputation does not keep them."""
-    if opaque(x, w1, b1, w2, b2):
-        y, hidden, activated = torch.ops.fastlm.gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute, backend)
-        return y, hidden if recompute < 2 else None, activated if recompute < 1 else None
-    return backends.load(backend).gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute)
+    if isinstance(backend, ModuleType):
+        return backend.gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute)
+    y, hidden, activated = torch.ops.fastlm.gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute, backend)
+    return y, hidden if recompute < 2 else None, activated if recompute < 1 else None
 
 
 def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed, backend):
-    if opaque(dy, x, w1, b1, w2):
-        gradients = torch.ops.fastlm.gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed, backend)
-        return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
-    return backends.load(backend).gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed)
+    arguments = dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed
+    if isinstance(backend, ModuleType) and not opaque(dy, x, w1, b1, w2):
+        return backend.gelu_mlp_backward(*arguments)
+    gradients = torch.ops.fastlm.gelu_mlp_backward(*arguments, backends.name_of(backend))
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
 @torch.library.custom_op("fastlm::gelu_mlp_forward", mutates_args=())
 def gelu_mlp_forward_op(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, layout: str, recompute: int, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    name = serving(x, w1, w2, layout, backend)
-    return present(x, *backends.load(name).gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute))
+    serves = serving(x, w1, w2, layout, backend)
+    return present(x, *serves.gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute))
 
 
 @torch.library.custom_op("fastlm::gelu_mlp_backward", mutates_args=())
@@ -144,8 +144,8 @@ def gelu_mlp_backward_op(
     needed: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    name = serving(x, w1, w2, layout, backend)
-    return present(x, *backends.load(name).gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed))
+    serves = serving(x, w1, w2, layout, backend)
+    return present(x, *serves.gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed))
 
 
 # 4. Shapes and dtypes of the results, for tracing, and their cost

@@ -1,5 +1,7 @@
 """s = residual + dropout(x), y = LayerNorm(s) · weight + bias, over the last dimension (Ba, Kiros & Hinton, 2016, arXiv:1607.06450)."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ def autocast(x, residual, *parameters):
 
 def serving(x, dtype, dropout, backend):
     width = x.shape[-1]
-    return backends.choose("layernorm_residual", x, dtype, backend=backend, rows=x.numel() // width, width=width, dropout=dropout)
+    return backends.choose("layernorm_residual", x, dtype, backend, x.numel() // width, width, dropout)
 
 
 # 2. Autograd
@@ -137,25 +139,26 @@ def differentiable_gradients(dy, dsummed, summed, weight, seed, eps, dropout_p, 
 
 def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p, backend):
     """(y, summed, mean, rstd); summed is None where it is x itself."""
-    if opaque(x, residual, weight, bias):
-        y, summed, mean, rstd = torch.ops.fastlm.layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p, backend)
-        return y, None if residual is None and seed is None else summed, mean, rstd
-    return backends.load(backend).layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p)
+    if isinstance(backend, ModuleType):
+        return backend.layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p)
+    y, summed, mean, rstd = torch.ops.fastlm.layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p, backend)
+    return y, None if residual is None and seed is None else summed, mean, rstd
 
 
 def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed, backend):
-    if opaque(dy, dsummed, summed, weight):
-        gradients = torch.ops.fastlm.layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed, backend)
-        return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
-    return backends.load(backend).layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed)
+    arguments = dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed
+    if isinstance(backend, ModuleType) and not opaque(dy, dsummed, summed, weight):
+        return backend.layernorm_residual_backward(*arguments)
+    gradients = torch.ops.fastlm.layernorm_residual_backward(*arguments, backends.name_of(backend))
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
 @torch.library.custom_op("fastlm::layernorm_residual_forward", mutates_args=())
 def layernorm_residual_forward_op(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    name = serving(x, x.dtype, seed is not None, backend)
-    return present(x, *backends.load(name).layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p))
+    serves = serving(x, x.dtype, seed is not None, backend)
+    return present(x, *serves.layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p))
 
 
 @torch.library.custom_op("fastlm::layernorm_residual_backward", mutates_args=())
@@ -172,8 +175,8 @@ def layernorm_residual_backward_op(
     needed: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    name = serving(summed, dtype, seed is not None, backend)
-    gradients = backends.load(name).layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed)
+    serves = serving(summed, dtype, seed is not None, backend)
+    gradients = serves.layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed)
     return present(summed, *(own(gradient, dsummed) for gradient in gradients))
 
 

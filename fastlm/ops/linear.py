@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -59,9 +60,7 @@ def check_weight(argument: str, weight: Tensor, in_width: int, layout: str, why:
 
 def serving(x, weight, layout, backend):
     in_width = x.shape[-1]
-    return backends.choose(
-        "linear", x, x.dtype, backend=backend, rows=x.numel() // in_width, in_width=in_width, out_width=weight.shape[layout != "linear"]
-    )  # fmt: skip
+    return backends.choose("linear", x, x.dtype, backend, x.numel() // in_width, in_width, weight.shape[layout != "linear"])
 
 
 # 2. Autograd
@@ -90,26 +89,26 @@ class Linear(torch.autograd.Function):
 
 
 def linear_forward(x, weight, bias, layout, backend):
-    if opaque(x, weight, bias):
-        return torch.ops.fastlm.linear_forward(x, weight, bias, layout, backend)
-    return backends.load(backend).linear_forward(x, weight, bias, layout)
+    if isinstance(backend, ModuleType):
+        return backend.linear_forward(x, weight, bias, layout)
+    return torch.ops.fastlm.linear_forward(x, weight, bias, layout, backend)
 
 
 def linear_backward(dy, x, weight, layout, needed, backend):
-    if opaque(dy, x, weight):
-        gradients = torch.ops.fastlm.linear_backward(dy, x, weight, layout, needed, backend)
-        return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
-    return backends.load(backend).linear_backward(dy, x, weight, layout, needed)
+    if isinstance(backend, ModuleType) and not opaque(dy, x, weight):
+        return backend.linear_backward(dy, x, weight, layout, needed)
+    gradients = torch.ops.fastlm.linear_backward(dy, x, weight, layout, needed, backends.name_of(backend))
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
 @torch.library.custom_op("fastlm::linear_forward", mutates_args=())
 def linear_forward_op(x: Tensor, weight: Tensor, bias: Tensor | None, layout: str, backend: str | None) -> Tensor:
-    return backends.load(serving(x, weight, layout, backend)).linear_forward(x, weight, bias, layout)
+    return serving(x, weight, layout, backend).linear_forward(x, weight, bias, layout)
 
 
 @torch.library.custom_op("fastlm::linear_backward", mutates_args=())
 def linear_backward_op(dy: Tensor, x: Tensor, weight: Tensor, layout: str, needed: list[bool], backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    return present(x, *backends.load(serving(x, weight, layout, backend)).linear_backward(dy, x, weight, layout, needed))
+    return present(x, *serving(x, weight, layout, backend).linear_backward(dy, x, weight, layout, needed))
 
 
 # 4. Shapes and dtypes of the results, for tracing, and their cost

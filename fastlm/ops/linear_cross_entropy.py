@@ -1,6 +1,7 @@
 """The cross-entropy of x Wᵀ + b against targets, by chunks of rows: the logits, rows × vocabulary, are never there at once."""
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def linear_cross_entropy(
 
 def serving(x, weight, backend):
     width = x.shape[-1]
-    return backends.choose("linear_cross_entropy", x, x.dtype, backend=backend, rows=x.numel() // width, width=width, vocab=weight.shape[0])
+    return backends.choose("linear_cross_entropy", x, x.dtype, backend, x.numel() // width, width, weight.shape[0])
 
 
 def reduced(losses, target, ignore_index, reduction):
@@ -97,7 +98,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, bias, target, ignore_index, reduction, label_smoothing, backend):
         ctx.settings = ignore_index, reduction, label_smoothing
         ctx.backend = backend
-        ctx.traced = opaque(x, weight, target, bias)
+        ctx.traced = not isinstance(backend, ModuleType)
         ctx.scale = row_scale = None
         needed = NOTHING if reduction == "none" else ctx.needs_input_grad[:3]
         if reduction != "none":
@@ -166,12 +167,11 @@ def differentiable_gradients(dloss, x, weight, bias, target, ignore_index, reduc
 
 def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend):
     """(losses of the rows, and of those that are needed, dx, dweight, dbias of Σ row_scale · loss)."""
-    if opaque(x, weight, bias, target):
-        losses, *gradients = torch.ops.fastlm.linear_cross_entropy_forward(
-            x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend
-        )  # fmt: skip
-        return losses, *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
-    return backends.load(backend).linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed)
+    arguments = x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed
+    if isinstance(backend, ModuleType) and not opaque(x, weight, bias, target):  # also called in backward, where a tracer may watch by now
+        return backend.linear_cross_entropy_forward(*arguments)
+    losses, *gradients = torch.ops.fastlm.linear_cross_entropy_forward(*arguments, backends.name_of(backend))
+    return losses, *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
 
 
 @torch.library.custom_op("fastlm::linear_cross_entropy_forward", mutates_args=())
@@ -186,7 +186,7 @@ def linear_cross_entropy_forward_op(
     needed: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    serves = backends.load(serving(x, weight, backend))
+    serves = serving(x, weight, backend)
     return present(x, *serves.linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed))
 
 
