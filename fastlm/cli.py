@@ -193,7 +193,7 @@ def bench(
     from fastlm.commands import bench
 
     bench.run(
-        operators=operators, dtypes=dtypes, threads=threads, directions=directions, compiled=compiled, seconds=seconds, json_file=json, markdown_file=markdown,
+        operators=operators, dtypes=dtypes, threads=threads, ways=directions, compiled=compiled, seconds=seconds, json_file=json, markdown_file=markdown,
         plot_file=plot,
     )  # fmt: skip
 

@@ -54,7 +54,7 @@ def served_by(call) -> str:
 
 
 def backends_seen() -> list[str]:
-    return sorted({chosen for chosen, _ in choice.CHOICES.values()})
+    return sorted({str(choice.name_of(module)) for module, _ in choice.CHOICES.values()})
 
 
 def contestants(case: Case, *, compiled: bool) -> dict[str, Function]:
@@ -71,7 +71,7 @@ def compare(case: Case, number_of_threads: int, direction: str, *, compiled: boo
         taken = in_turn(timers, rounds, budget=budget, least=2e-3)
         held = {name: bytes_held(timers[name]) for name in ("fastlm", "eager") if direction == "forward+backward"}
     ours = taken.pop("fastlm")
-    work = case.work(direction)
+    work = case.least(direction)
     seconds = statistics.median(ours)
     return Row(
         case.operator, case.shape, str(dtype).removeprefix("torch."), number_of_threads, direction, backend, seconds,

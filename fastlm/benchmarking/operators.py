@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from fastlm.benchmarking.measure import Timer, timed
 
 ROWS, WIDTH, HEADS, VOCABULARY = 1024, 768, 12, 50257  # one sequence of GPT-2's context
 EPSILON = 1e-5
+
+DIRECTIONS = ("forward", "backward", "forward+backward")
+# linear_cross_entropy computes its gradients in the forward pass: its backward alone would compare nothing with something.
+NO_BACKWARD_ALONE = ("linear_cross_entropy",)
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -27,16 +32,18 @@ class Case:
     upstream: Sequence[Tensor]  # the gradients of the results
     forward: Work
     backward: Work
-    passes: tuple[str, ...] = ("forward", "backward", "forward+backward")
 
-    def work(self, which: str) -> Work:
-        return {"forward": self.forward, "backward": self.backward, "forward+backward": self.forward + self.backward}[which]
+    def least(self, direction: str) -> Work:
+        return {"forward": self.forward, "backward": self.backward, "forward+backward": self.forward + self.backward}[direction]
 
-    def timer(self, function: Function, which: str) -> Timer:
-        """forward: without gradients, as in inference. backward: alone, of a forward pass that is not timed."""
+    def parts(self, function: Function, direction: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+        """(prepare, work): work(prepare()) is one call, of which the work counts.
+
+        forward: without gradients, as in inference. backward: alone, of a forward pass that is in the preparation.
+        """
         leaves = [x.detach().requires_grad_() for x in self.inputs]
 
-        def forward():
+        def forward(_):
             with torch.no_grad():
                 function(*leaves)
 
@@ -46,14 +53,22 @@ class Case:
 
         upstream = [u.to(result.dtype) for u, result in zip(self.upstream, graph(), strict=True)]  # a loss is float32 from us, bfloat16 from PyTorch
 
-        def backward():
-            results = graph()
-            return timed(lambda: torch.autograd.grad(results, leaves, upstream))()
+        def backward(results):
+            torch.autograd.grad(results, leaves, upstream)
 
-        def both():
-            torch.autograd.grad(graph(), leaves, upstream)
+        def nothing():
+            return None
 
-        return {"forward": timed(forward), "backward": backward, "forward+backward": timed(both)}[which]
+        return {"forward": (nothing, forward), "backward": (graph, backward), "forward+backward": (nothing, lambda _: backward(graph()))}[direction]
+
+    def timer(self, function: Function, direction: str) -> Timer:
+        prepare, work = self.parts(function, direction)
+
+        def timer() -> float:
+            state = prepare()
+            return timed(lambda: work(state))()
+
+        return timer
 
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -135,15 +150,18 @@ def linear(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int 
 def linear_cross_entropy(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
     target = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(0))
     # One product, in backward two. The logits need never reach memory: forward reads x and the weight, backward these again and writes their gradients.
-    # Ours computes the gradients in its forward pass, so its backward alone would compare nothing with something.
     flops, read = 2 * rows * width * vocabulary, (rows + vocabulary) * width * dtype.itemsize
     return Case(
         "linear_cross_entropy", f"{rows} × {width} → {vocabulary}",
         ours=lambda x, weight: fastlm.linear_cross_entropy(x, weight, target),
         eager=lambda x, weight: F.cross_entropy(F.linear(x, weight), target),
         inputs=[normal(rows, width, dtype=dtype), normal(vocabulary, width, dtype=dtype, scale=0.02)], upstream=[torch.ones(())],
-        forward=Work(flops, read), backward=Work(2 * flops, 2 * read), passes=("forward", "forward+backward"),
+        forward=Work(flops, read), backward=Work(2 * flops, 2 * read),
     )  # fmt: skip
 
 
 CASES = {case.__name__: case for case in (attention, layernorm_residual, gelu_mlp, linear, linear_cross_entropy)}
+
+
+def directions(operator: str) -> tuple[str, ...]:
+    return tuple(d for d in DIRECTIONS if d != "backward" or operator not in NO_BACKWARD_ALONE)

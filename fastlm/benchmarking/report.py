@@ -11,8 +11,7 @@ from rich.table import Table
 import fastlm
 from fastlm.benchmarking.compare import DTYPES, Row
 from fastlm.benchmarking.machine import product_peak, read_bandwidth
-
-OPERATOR_DIRECTIONS = ("forward", "backward", "forward+backward")
+from fastlm.benchmarking.operators import DIRECTIONS
 
 
 def machine(numbers_of_threads: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:
@@ -83,8 +82,8 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
     for row in operators:
         groups.setdefault((row.operator, row.dtype, row.threads), {})[row.direction] = row
     for (operator, dtype, threads), by in groups.items():
-        cells = [against_best(by[d]) if d in by else "–" for d in OPERATOR_DIRECTIONS]
-        shares = " / ".join(f"{by[d].share:.0%}" if d in by else "–" for d in OPERATOR_DIRECTIONS[:2])
+        cells = [against_best(by[d]) if d in by else "–" for d in DIRECTIONS]
+        shares = " / ".join(f"{by[d].share:.0%}" if d in by else "–" for d in DIRECTIONS[:2])
         served = ", ".join(sorted({row.backend for row in by.values()}))
         lines.append(f"| `{operator}` | {dtype} | {threads} | {' | '.join(cells)} | {shares} | {served} |")
     for kind in dict.fromkeys(row.operator for row in rows if row.tokens is not None):

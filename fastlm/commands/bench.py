@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastlm.benchmarking import plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
-from fastlm.benchmarking.operators import CASES
+from fastlm.benchmarking.operators import CASES, DIRECTIONS, directions
 from fastlm.commands.display import console, say
 from fastlm.ops.boundary import mismatch
 from fastlm.training.settings import within
@@ -18,12 +18,12 @@ NAMES = (*CASES, *WHOLE)
 
 
 def run(
-    *, operators: str, dtypes: str, threads: str, directions: str, compiled: bool, seconds: float, json_file: Path | None, markdown_file: Path | None,
+    *, operators: str, dtypes: str, threads: str, ways: str, compiled: bool, seconds: float, json_file: Path | None, markdown_file: Path | None,
     plot_file: Path | None,
 ) -> None:  # fmt: skip
     chosen = several("operators", operators, NAMES)
     kinds = several("dtypes", dtypes, tuple(DTYPES))
-    ways = several("directions", directions, report.OPERATOR_DIRECTIONS)
+    wanted = several("directions", ways, DIRECTIONS)
     numbers = [number("threads", n) for n in threads.split(",")]
     within("seconds", seconds, 0, 3600, open_left=True)
     for argument, file in (("json", json_file), ("markdown", markdown_file), ("plot", plot_file)):
@@ -33,7 +33,7 @@ def run(
     say(f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}")
     for line in report.peaks_in_words(described):
         say(line)
-    plan = [(name, dtype, n, way) for name in chosen for dtype in kinds for n in numbers for way in directions_of(name, ways)]
+    plan = [(name, dtype, n, way) for name in chosen for dtype in kinds for n in numbers for way in directions_of(name, wanted)]
     rows: list[Row] = []
     with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total}"), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=len(plan))
@@ -52,11 +52,9 @@ def run(
         plots.draw(plot_file, rows, described)
 
 
-def directions_of(name: str, ways: list[str]) -> list[str | None]:
-    """linear_cross_entropy computes its gradients in the forward pass and has no backward of its own to time."""
-    if name in WHOLE:
-        return [None]
-    return [way for way in ways if not (name == "linear_cross_entropy" and way == "backward")]
+def directions_of(name: str, wanted: list[str]) -> list[str | None]:
+    """A whole step or generation goes one way."""
+    return [d for d in directions(name) if d in wanted] if name in CASES else [None]
 
 
 def measured(name: str, dtype: str, n: int, way: str | None, compiled: bool, seconds: float) -> Iterator[Row]:

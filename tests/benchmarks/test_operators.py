@@ -1,0 +1,86 @@
+"""The rivals compute the same as ours, and the counted FLOPs are those that PyTorch counts."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastlm.benchmarking import compare, machine
+from fastlm.benchmarking.operators import CASES, DIRECTIONS, directions
+
+SMALL = {"rows": 48, "width": 64, "heads": 4, "vocabulary": 90}
+
+
+def results_and_gradients(case, function):
+    leaves = [x.detach().requires_grad_() for x in case.inputs]
+    results = function(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    return (*results, *torch.autograd.grad(results, leaves, [u.to(r.dtype) for u, r in zip(case.upstream, results, strict=True)]))
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_the_rival_computes_the_same(operator):
+    case = CASES[operator](torch.float32, **SMALL)
+    for ours, theirs in zip(results_and_gradients(case, case.ours), results_and_gradients(case, case.eager), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # float32, the same sums of up to 256 terms of size 1 in another order
+
+
+@pytest.mark.parametrize("operator", ["gelu_mlp", "linear", "linear_cross_entropy"])
+def test_flops_of_the_products_are_those_that_pytorch_counts(operator):
+    case = CASES[operator](torch.float32, **SMALL)
+    with FlopCounterMode(display=False) as both:
+        results_and_gradients(case, case.eager)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        case.eager(*case.inputs)
+    assert case.least("forward").flops == forward.get_total_flops()
+    assert case.least("backward").flops == both.get_total_flops() - forward.get_total_flops()
+    assert case.least("forward+backward").flops == both.get_total_flops()
+
+
+def test_flops_of_attention_are_half_of_the_square_and_its_diagonal():
+    work = CASES["attention"](torch.float32, **SMALL)
+    products = 2 * 2 * 64 * 48 * 48  # both, of all pairs
+    assert work.least("forward").flops == products * (48 + 1) / (2 * 48)
+    assert work.least("backward").flops == 2.5 * work.least("forward").flops
+
+
+def test_bytes_follow_the_dtype():
+    wide, narrow = (CASES["layernorm_residual"](dtype, **SMALL).least("forward").bytes for dtype in (torch.float32, torch.bfloat16))
+    assert wide == 2 * narrow == 4 * 48 * 64 * 4
+
+
+def test_backward_alone_is_not_asked_of_the_fused_loss():
+    assert directions("attention") == DIRECTIONS
+    assert directions("linear_cross_entropy") == ("forward", "forward+backward")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_of_the_table(dtype, monkeypatch):
+    monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 1e9)
+    monkeypatch.setattr(machine, "product_peak", lambda threads, dtype: 1e18)
+    threads = torch.get_num_threads()
+    row = compare.compare(CASES["linear"](compare.DTYPES[dtype], **SMALL), 2, "forward+backward", rounds=5)
+    assert torch.get_num_threads() == threads
+    assert (row.operator, row.dtype, row.threads, row.direction, row.best_rival, row.bound) == ("linear", dtype, 2, "forward+backward", "eager", "memory")
+    assert row.backend in ("cpu", "torch")
+    assert row.share == pytest.approx(row.work.bytes / 1e9 / row.seconds)
+    size = 48 * 192 * compare.DTYPES[dtype].itemsize  # the result, at least, was held
+    assert size <= row.bytes_held and size <= row.rivals["eager"].bytes
+
+
+def test_bytes_held_counts_what_is_held_at_once():
+    def call():
+        first = torch.ones(1 << 20)
+        second = first + 1
+        del first
+        return second.sum()
+
+    assert 8 << 20 <= compare.bytes_held(call) < 9 << 20
+
+
+def test_served_by_names_the_backend_that_ran():
+    from fastlm import linear, use_backend
+
+    x, weight = torch.randn(4, 8), torch.randn(3, 8)
+    with use_backend("reference"):
+        assert compare.served_by(lambda: linear(x, weight)) == "reference"
+    assert compare.served_by(lambda: linear(x, weight, backend="torch")) == "torch"

@@ -1,0 +1,60 @@
+import pytest
+from rich.console import Console
+
+from fastlm.benchmarking import plots, report
+from fastlm.benchmarking.compare import Rival, Row
+from fastlm.benchmarking.machine import Work
+from fastlm.benchmarking.measure import Ratio
+
+DESCRIBED = {
+    "cpu": "A CPU", "isa": "avx2", "fastlm": "0.1", "torch": "2", "python": "3", "system": "Linux",
+    "peaks": {"2": {"read_bytes_per_second": 2e10, "float32_product_flops_per_second": 2e11}},
+}  # fmt: skip
+
+
+def row(direction, ratio, **other):
+    rivals = other.pop("rivals", {"eager": Rival(2e-3, Ratio(ratio, ratio - 0.1, ratio + 0.1), bytes=4_000_000)})
+    return Row("linear", "1 × 2", "float32", 2, direction, "cpu", 1e-3, rivals, share=0.5, bound="memory", work=Work(1e6, 1e5), bytes_held=2_000_000, **other)
+
+
+OPERATORS = [row("forward", 1.2), row("backward", 1.3)]
+STEP = Row(
+    "training_step", "GPT-2", "float32", 2, "step", "cpu", 0.5,
+    {"eager": Rival(1.0, Ratio(2.0, 1.9, 2.1)), "eager tuned": Rival(0.75, Ratio(1.5, 1.4, 1.6))}, tokens=1024,
+)  # fmt: skip
+
+
+def test_markdown_has_a_row_per_operator_dtype_and_threads():
+    text = report.markdown([*OPERATORS, STEP], DESCRIBED)
+    assert "- 2 threads: reads 20.0 GB/s; fastest matrix product seen (stand-in for the peak): 200 GFLOP/s in float32" in text
+    assert "| `linear` | float32 | 2 | 1.20 [1.10–1.30] | 1.30 [1.20–1.40] | – | 50% / 50% | cpu |" in text
+    assert "| dtype | threads | fastlm | against eager | against eager tuned |" in text
+    assert "| float32 | 2 | 2,048.0 tokens/s | 2.00 [1.90–2.10] | 1.50 [1.40–1.60] |" in text
+
+
+def test_the_best_rival_is_the_baseline():
+    both = {"eager": Rival(2e-3, Ratio(2.0, 1.9, 2.1)), "compiled": Rival(1.5e-3, Ratio(1.5, 1.4, 1.6))}
+    best = row("forward", 0, rivals=both)
+    assert best.best_rival == "compiled" and best.as_dict()["best_rival"] == "compiled"
+    assert "| 1.50 [1.40–1.60] (compiled) |" in report.markdown([best], DESCRIBED)
+
+
+def test_the_screen_fits_80_columns_and_shows_every_rival():
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    for table in report.screen_tables([*OPERATORS, STEP]):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    assert all(word in text for word in ("linear: 1 × 2", "forward", "backward", "1.20 [1.10–1.30]", "50%", "1 ms", "eager", "2,048.0/s", "1.50 [1.40–1.60]"))
+
+
+@pytest.mark.parametrize("seconds, words", [(1.5, "1.5 s"), (0.0123, "12.3 ms"), (4.5e-5, "45 µs")])
+def test_seconds_in_words(seconds, words):
+    assert report.seconds_in_words(seconds) == words
+
+
+def test_the_picture_is_drawn_for_any_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, rows in {"all": [*OPERATORS, STEP], "steps": [STEP]}.items():
+        plots.draw(tmp_path / f"{name}.png", rows, DESCRIBED)
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000

@@ -1,0 +1,363 @@
+"""The commands as a user types them: in this process where only the words matter, in one of its own where signals and exit codes do."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastlm
+from fastlm.benchmarking import machine, operators
+from fastlm.cli import app
+from fastlm.commands import bench, demo
+from fastlm.generation import load_tokenizer
+from fastlm.models import BertForMaskedLM, GPT2LMHeadModel, load_model
+from fastlm.training.baseline import PlainGPT2
+from fastlm.training.curve import draw_losses
+
+TINY = ["--layers", "1", "--heads", "2", "--width", "32", "--context", "16", "--batch", "4", "--steps", "12", "--eval-every", "5", "--warmup", "2"]
+TEXT = "for line in lines:\n    print(line, 'naïve')\n" * 60
+
+
+def fastlm_command(*arguments):
+    threads = torch.get_num_threads()
+    try:
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def succeeds(*arguments):
+    result = fastlm_command(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "gpt"
+    return out, succeeds("train", "--data", text_file, *TINY, "--out", out, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def trained_bert(text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "bert"
+    return out, succeeds("train", "--data", text_file, *TINY, "--out", out, "--objective", "masked-token", "--tokenizer", "char")
+
+
+# train
+
+
+def test_train_ends_with_the_validation_loss_and_writes_a_summary(trained, text_file):
+    out, said = trained
+    summary = json.loads((out / "summary.json").read_text())
+    assert said.splitlines()[-1] == f"val loss {summary['val_loss']:.4f}"
+    assert re.search(r"^step 5: train loss \d\.\d{4}, val loss \d\.\d{4}$", said, re.MULTILINE)
+    assert summary["settings"] == {
+        "data": [str(text_file)], "tokenizer": "byte", "val_fraction": 0.1, "val_file": None, "objective": "next-token", "layers": 1, "heads": 2, "width": 32,
+        "context": 16, "batch": 4, "steps": 12, "lr": 1e-3, "min_lr": 1e-4, "warmup": 2, "decay_steps": None, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1,
+        "grad_clip": 1.0, "dropout": 0.0, "seed": 0, "dtype": "float32", "eval_every": 5, "threads": 1,
+    }  # fmt: skip
+    assert summary["steps"] == 12 and not summary["interrupted"] and summary["tokens_per_second"] > 0
+    assert 0 < summary["train_loss"] < 6 and [e["step"] for e in summary["evaluations"]] == [5, 10, 12]
+    assert summary["evaluations"][-1]["val_loss"] == summary["val_loss"]
+    size = len(TEXT.encode())
+    assert summary["tokens"] == {"training": round(0.9 * size), "validation": size - round(0.9 * size)}
+
+
+def test_train_writes_a_model_that_loads(trained):
+    out, _ = trained
+    model = load_model(out)
+    assert isinstance(model, GPT2LMHeadModel)
+    assert (model.config.n_layer, model.config.n_head, model.config.n_embd, model.config.n_positions, model.config.vocab_size) == (1, 2, 32, 16, 256)
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "summary.json", "tokenizer.json"]
+
+
+def test_train_takes_every_setting(text_file, tmp_path):
+    (tmp_path / "val.txt").write_text("print(lines)\n" * 10)
+    (tmp_path / "more.txt").write_text("more")
+    given = {
+        "tokenizer": "char", "layers": 2, "heads": 4, "width": 16, "context": 8, "batch": 3, "steps": 4, "lr": 0.002, "min_lr": 0.0003, "warmup": 1,
+        "decay_steps": 3, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.2, "grad_clip": 0.5, "dropout": 0.1, "seed": 7, "dtype": "bfloat16",
+        "objective": "next-token", "eval_every": 2, "val_file": str(tmp_path / "val.txt"), "threads": 2,
+    }  # fmt: skip
+    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    succeeds("train", "--data", text_file, tmp_path / "more.txt", *flags, "--out", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["settings"] == given | {"data": [str(text_file), str(tmp_path / "more.txt")], "val_fraction": None}
+    assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
+
+
+def test_train_is_repeatable(trained, text_file, tmp_path):
+    succeeds("train", "--data", text_file, *TINY, "--out", tmp_path, "--threads", 1)
+    assert (tmp_path / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
+
+
+def test_train_with_masked_tokens_makes_a_bert(trained_bert):
+    out, said = trained_bert
+    model = load_model(out)
+    assert isinstance(model, BertForMaskedLM) and re.search(r"^val loss \d\.\d{4}$", said.splitlines()[-1])
+    assert model.config.vocab_size == len(set(TEXT)) + 2 == load_tokenizer(out).vocab_size
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "nowhere.txt"], "data: expected a file, a folder with text files in it or a pattern that matches some, got 'nowhere.txt'"),
+        (["--data", "empty.txt"], "data: expected some text, got 1 empty file, the first empty.txt"),
+        (["--data", "short.txt"], "data: expected at least 65 tokens for training, one context of 64 and the token after it, got 9"),
+        (["--data", "text.txt", "--val-file", "short.txt"], "val_fraction or val_file: expected at least 65 tokens for validation, .*, got 10"),
+        (["--data", "text.txt", "--layers", "0"], "layers: expected a whole number of at least 1, got 0"),
+        (["--data", "text.txt", "--heads", "5"], "width: expected a multiple of heads, 5, got 128"),
+        (["--data", "text.txt", "--dropout", "1"], r"dropout: expected a number in \[0, 1\), got 1.0"),
+        (["--data", "text.txt", "--objective", "guess"], "objective: expected one of next-token, masked-token, got 'guess'"),
+        (["--data", "text.txt", "--tokenizer", "bpe"], "tokenizer: expected one of byte, char, got 'bpe'"),
+        (["--data", "text.txt", "--threads", "0"], "threads: expected a whole number of at least 1, got 0"),
+        (["--data", "text.txt", "--out", "text.txt"], "out: expected a folder, or a name for a new one, got the file 'text.txt'"),
+        (["--data", "text.txt", "--layers", "many"], "Invalid value for '--layers': .*integer.*"),
+        (["--data", "text.txt", "--colour", "red"], "No such option: --colour.*"),
+        ([], "Missing option '--data'.*"),
+    ],
+)
+def test_train_refuses_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"text.txt": TEXT, "empty.txt": "", "short.txt": "0123456789"}.items():
+        (tmp_path / name).write_text(text)
+    before = sorted(os.listdir(tmp_path))
+    result = fastlm_command("train", *arguments)
+    assert result.exit_code in (1, 2)
+    assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_train_on_a_full_disk_leaves_nothing(text_file, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # the system refuses to write on, as it does when a disk is full
+    try:
+        result = fastlm_command("train", "--data", text_file, *TINY, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: out: could not save into '.*out', nothing was kept there: .*\n", result.stderr), result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_more_memory_than_there_is_is_one_line(text_file, tmp_path):
+    result = fastlm_command("train", "--data", text_file, *TINY, "--batch", 2**50, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == "error: not enough memory for this model and batch: lower --batch, --context, --width or --layers\n"
+
+
+def process(*arguments, cwd):
+    """The command in a process of its own, and its lines as they come."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastlm.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))},
+    )  # fmt: skip
+
+
+def test_ctrl_c_saves_what_was_learnt(text_file, tmp_path):
+    many = [*TINY, "--steps", 10**6, "--eval-every", 5]
+    with process("train", "--data", text_file, *many, "--out", "out", cwd=tmp_path) as running:
+        assert any(line.startswith("step 10:") for line in running.stdout)
+        running.send_signal(signal.SIGINT)
+        said, errors = running.communicate(timeout=60)
+    assert running.returncode == 130 and errors == ""
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["interrupted"] and 10 <= summary["steps"] < 10**6
+    ended, last = said.splitlines()[-2:]
+    assert ended.startswith(f"interrupted after {summary['steps']} steps") and last == f"val loss {summary['val_loss']:.4f}"
+    assert load_model(tmp_path / "out").config.n_layer == 1
+
+
+# generate and predict
+
+
+def test_generate_streams_what_the_model_generates(trained):
+    out, _ = trained
+    ids = load_tokenizer(out).encode("for ")
+    expected = load_model(out).generate(torch.tensor([ids]), max_new_tokens=10, temperature=0.8, seed=3)[0].tolist()
+    said = succeeds("generate", "--model", out, "--prompt", "for ", "--max-new-tokens", 10, "--seed", 3)
+    assert said == load_tokenizer(out).decode(expected) + "\n"
+    assert said == succeeds("generate", "--model", out, "--prompt", "for ", "--max-new-tokens", 10, "--seed", 3)
+    assert said != succeeds("generate", "--model", out, "--prompt", "for ", "--max-new-tokens", 10, "--seed", 4)
+
+
+def test_generate_fills_the_context_by_default_and_takes_the_likeliest_at_0(trained):
+    out, _ = trained
+    said = succeeds("generate", "--model", out, "--prompt", "for ", "--temperature", 0)
+    expected = load_model(out).generate(torch.tensor([load_tokenizer(out).encode("for ")]), max_new_tokens=12)
+    assert expected.shape == (1, 16)
+    assert said == load_tokenizer(out).decode(expected[0].tolist()) + "\n"
+
+
+def test_generate_waits_for_the_rest_of_a_character(capsys):
+    from fastlm.commands.streaming import TextStreamer
+    from fastlm.generation import Tokenizer
+    from fastlm.training.tokenizers import byte_tokenizer
+
+    streamer, seen = TextStreamer(Tokenizer(byte_tokenizer(masked=False))), []
+    for byte in "a€b".encode() + b"\xff":
+        streamer.put(torch.tensor([byte]))
+        seen.append(capsys.readouterr().out)
+    streamer.end()
+    assert seen == ["a", "", "", "€", "b", ""] and capsys.readouterr().out == "\ufffd\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", ""], "prompt: expected at least one token, got ''"),
+        (["--prompt", "for", "--max-new-tokens", 14], "max_new_tokens: expected a whole number from 1 to 13.*, got 14"),
+        (["--prompt", "for", "--temperature", -1], "temperature: expected a number of at least 0, got -1.0"),
+        (["--prompt", "for", "--top-k", 0], "top_k: expected a whole number of at least 1, got 0"),
+        (["--prompt", "for", "--top-p", 1.5], r"top_p: expected a probability in \(0, 1\], got 1.5"),
+        (["--prompt", "for", "--seed", -1], "seed: expected a whole number of at least 0, got -1"),
+        (["--prompt", "x" * 17], "input_ids: expected .*context of 16.*, got 17"),
+    ],
+)
+def test_generate_refuses_in_one_line(trained, arguments, message):
+    result = fastlm_command("generate", "--model", trained[0], *arguments)
+    assert result.exit_code == 1
+    assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+
+
+def test_a_model_that_is_not_there_or_of_the_other_kind(trained_bert, tmp_path):
+    result = fastlm_command("generate", "--model", tmp_path / "none", "--prompt", "x")
+    assert result.exit_code == 1 and re.fullmatch(r"error: .*none/config.json: no such file.*\n", result.stderr)
+    result = fastlm_command("generate", "--model", trained_bert[0], "--prompt", "x")
+    assert result.exit_code == 1 and re.fullmatch(r"error: model: expected a GPT-2 .*, got the BertForMaskedLM in .*\n", result.stderr)
+
+
+def test_predict_shows_the_likeliest_next_tokens(trained):
+    out, _ = trained
+    said = succeeds("predict", "--model", out, "for ", "--top", 3, "--temperature", 2)
+    logits = load_model(out)(input_ids=torch.tensor([load_tokenizer(out).encode("for ")])).logits[0, -1]
+    scores, tokens = logits.topk(3)
+    rows = re.findall(r"│ '(.+?)' +│ +(-?\d+\.\d+) │ +(\d+\.\d+) % │", said)
+    assert [float(score) for _, score, _ in rows] == pytest.approx(scores.tolist(), abs=6e-4)
+    assert [float(p) for _, _, p in rows] == pytest.approx([100 * p for p in (logits / 2).softmax(-1)[tokens].tolist()], abs=6e-3)
+    assert "temperature 2" in said
+
+
+def test_predict_fills_every_mask(trained_bert):
+    said = succeeds("predict", "--model", trained_bert[0], "f[MASK]r l[MASK]ne", "--top", 2)
+    assert re.findall(r"│ +(\d) │", said) == ["1", "1", "2", "2"]
+
+
+# info, bench, demo
+
+
+def test_info_is_the_report():
+    assert succeeds("info") == f"{fastlm.info()}\n"
+
+
+def test_version_and_help():
+    assert succeeds("--version") == f"{fastlm.__version__}\n"
+    assert all(command in succeeds() for command in ("demo", "info", "train", "generate", "predict", "bench"))
+    for command in ("demo", "info", "train", "generate", "predict", "bench"):
+        assert "--help" in succeeds(command, "--help")
+    result = fastlm_command("dance")
+    assert result.exit_code == 2 and result.stderr == "error: No such command 'dance'.\n"
+
+
+@pytest.fixture
+def small_cases(monkeypatch):
+    """The same cases at sizes that take no time; the peaks as if they had been measured."""
+    small = {name: functools.partial(case, rows=16, width=32, heads=2, vocabulary=50) for name, case in operators.CASES.items()}
+    monkeypatch.setattr(bench, "CASES", small)
+    monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr(machine, "product_peak", lambda threads, dtype: 1e11)
+    monkeypatch.setattr("fastlm.benchmarking.report.read_bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr("fastlm.benchmarking.report.product_peak", lambda threads, dtype: 1e11)
+
+
+def test_bench_prints_a_table_and_writes_its_files(small_cases, tmp_path):
+    files = {"json": tmp_path / "b.json", "markdown": tmp_path / "b.md", "plot": tmp_path / "b.png"}
+    said = succeeds("bench", "--threads", "2", "--seconds", 0.01, *[word for name, file in files.items() for word in (f"--{name}", file)])
+    rows = json.loads(files["json"].read_text())["rows"]
+    expected = {(o, d, n, w) for o in operators.CASES for d in ("float32", "bfloat16") for n in (2,) for w in ("forward", "backward", "forward+backward")}
+    expected -= {(o, d, n, w) for o, d, n, w in expected if (o, w) == ("linear_cross_entropy", "backward")}
+    assert {(row["operator"], row["dtype"], row["threads"], row["direction"]) for row in rows} == expected
+    assert all(row["rivals"]["eager"]["ratio"]["low"] <= row["rivals"]["eager"]["ratio"]["high"] for row in rows)
+    table = files["markdown"].read_text()
+    assert table.count("\n| `") == len(operators.CASES) * 2 and "10.0 GB/s" in table
+    assert all(name in said for name in operators.CASES)
+    assert files["plot"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--operators", "softmax"], "operators: expected some of attention, .*, generation, with commas between, got 'softmax'"),
+        (["--dtypes", "float16"], "dtypes: expected some of float32, bfloat16, with commas between, got 'float16'"),
+        (["--threads", "1,x"], "threads: expected whole numbers of at least 1, with commas between, got 'x'"),
+        (["--directions", "up"], "directions: expected some of forward, backward, .*, got 'up'"),
+        (["--seconds", "0"], r"seconds: expected a number in \(0, 3600\), got 0.0"),
+        (["--json", "/nowhere/b.json"], "json: expected a file name in a folder that exists, got '/nowhere/b.json'"),
+    ],
+)
+def test_bench_refuses_in_one_line(arguments, message):
+    result = fastlm_command("bench", *arguments)
+    assert result.exit_code == 1
+    assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    monkeypatch.setattr(demo, "SETTINGS", dataclasses.replace(demo.SETTINGS, layers=1, heads=2, width=32, context=64, batch=4))
+    monkeypatch.setattr(demo, "CORPUS_BYTES", 100_000)
+    monkeypatch.setattr(demo, "PAIRS", 6)
+    monkeypatch.setattr(demo, "SAMPLE_TOKENS", 20)
+
+
+def test_demo_compares_trains_writes_and_saves(small_demo, tmp_path):
+    said = succeeds("demo", "--out", tmp_path / "out", "--seconds", 1)
+    assert re.search(r"fastlm +[\d,]+ tokens/s\n +PyTorch +[\d,]+ tokens/s\n +fastlm is \d+\.\d\d times as fast: median of 5 pairs", said)
+    assert "the losses agree" in said and "\ndef " in said
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert said.splitlines()[-1] == f"val loss {summary['val_loss']:.4f}"
+    assert summary["val_loss"] < 5 and summary["steps"] > 6 and len(summary["comparison"]["losses"]) == 6
+    assert load_model(tmp_path / "out").config.n_positions == 64
+    assert ("loss.png" in os.listdir(tmp_path / "out")) == draw_losses(tmp_path / "probe.png", [1.0])
+    assert load_tokenizer(tmp_path / "out").encode("def") == list(b"def")
+
+
+def test_demo_fails_where_the_losses_disagree(small_demo, tmp_path, monkeypatch):
+    right = PlainGPT2.loss
+    monkeypatch.setattr(PlainGPT2, "loss", staticmethod(lambda *batch: right(*batch) * 1.001))
+    result = fastlm_command("demo", "--out", tmp_path, "--seconds", 0.1)
+    assert result.exit_code == 1 and "the losses DISAGREE" in result.stdout
+    assert re.fullmatch(r"error: losses: expected fastlm's and PyTorch's within 0.0001 of each other, got \d\.\de-0\d\n", result.stderr)
+
+
+def test_demo_says_where_the_source_should_be(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(tmp_path))
+    result = fastlm_command("demo", "--out", tmp_path / "out")
+    assert result.exit_code == 1 and re.fullmatch(r"error: corpus: expected the standard library's source, got no .py file in '.*'\n", result.stderr)
+
+
+def test_ctrl_c_ends_the_demo_cleanly(tmp_path):
+    with process("demo", "--threads", 1, cwd=tmp_path) as running:
+        assert any(line.startswith("1. ") for line in running.stdout)
+        running.send_signal(signal.SIGINT)
+        said, errors = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "Traceback" not in errors + said
+    if errors != "interrupted\n":  # it came before the first step had begun
+        assert "interrupted after" in said and (tmp_path / "runs" / "demo" / "model.safetensors").exists()
