@@ -1,0 +1,207 @@
+// Attention:  O = softmax(scale·Q Kᵀ + mask) V,  lse = log Σ exp of the masked scores            (FlashAttention-2: Dao, 2023, arXiv:2307.08691)
+//
+// Forward 4·Tq·Tk·D FLOP a head, backward 10·Tq·Tk·D (five products, the scores made again from lse); half where causal. Compute bound: scores exist for one tile of
+// up to 128 keys × 48 queries, in L1 and L2. Everything is computed transposed, scores [key][query] and output [dim][query]: then each product's second operand is the
+// tile as it lies, the softmax runs down the registers without sums across lanes, and rescaling is one multiplication per vector.
+// Q, K, V and the results are strided views: they are packed into panels as they are read (gemm.h), a key block once for up to 512 queries.
+#pragma once
+#include "attention_mask.h"
+#include "vmath.h"
+
+namespace fastlm {
+
+template <class T> struct heads_view {  // (batch, head, token, dim), dim contiguous
+  T* data;
+  std::array<int64_t, 3> strides;
+  T* at(int64_t batch, int64_t head, int64_t token = 0) const { return data + batch * strides[0] + head * strides[1] + token * strides[2]; }
+  int64_t row() const { return strides[2]; }
+};
+
+struct attention_size {
+  int64_t batch, heads, kv_heads, query_len, key_len, head_dim;
+  int64_t padded_dim() const { return ceil_div(head_dim, PanelRows) * PanelRows; }
+  int64_t group() const { return heads / kv_heads; }
+};
+
+// The product of packed rows and a tile: c[row][query] (+)= Σ_d a(row, d)·b[d][query] for `rows` rows.
+template <class Arithmetic> void multiply_rows(int64_t rows, int64_t depth, const float* a, const float* b, float* c, int64_t width, bool accumulate) {
+  for (int64_t r = 0; r < rows; r += TileRows)
+    multiply_tile<Arithmetic>(width / vec::Lanes, depth, a + r / PanelRows * PanelRows * depth + r % PanelRows, PanelRows, b, width, c + r * width, width, accumulate);
+}
+
+// Rows of a matrix operand as panels of PanelRows, one after another.
+template <class Arithmetic, class T> void pack_rows(operand<T> source, int64_t rows, int64_t k, float* out) {
+  const int64_t depth = packed_depth<Arithmetic>(k);
+  for (int64_t r = 0; r < rows; r += PanelRows)
+    pack<Arithmetic>(operand<T>{source.data + r * source.stride, source.stride, source.k_stride}, std::min(PanelRows, rows - r), k, PanelRows, out + r * depth);
+}
+
+// Two tile rows (keys) per lane pair, for the product that sums over keys; in place. Without the dot product a tile is what it is.
+template <class Arithmetic> void pair_rows(float* tile, int64_t rows, int64_t width) {
+  if constexpr (Arithmetic::PerLane == 2) {
+    for (int64_t j = 0; j < rows; j += 2)
+      for (int64_t i = 0; i < width; i += vec::Lanes) {
+        vec low = vec::load(tile + j * width + i, full{}), high = j + 1 < rows ? vec::load(tile + (j + 1) * width + i, full{}) : vec::zero();
+        make_pairs(low, high).store(tile + j / 2 * width + i, full{});
+      }
+  }
+}
+
+// Keys whose rows hold an Inf or NaN. A weight of 0 does not keep those out of a product: they are left out of it, and added where the weight is not 0.
+template <class T> int64_t find_nonfinite(const T* rows, int64_t stride, int64_t count, int64_t dim, uint8_t* found) {
+  int64_t total = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const T* row = rows + j * stride;
+    found[j] = sum_over(dim, [=](int64_t i, auto span) { return vec::load(row + i, span) * vec::zero(); }) != 0;
+    total += found[j];
+  }
+  return total;
+}
+
+// The transposed rows [dim][key] packed for a product that sums over keys, with the found rows as zeros.
+template <class Arithmetic, class T> void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t dim, int64_t nonfinite, const uint8_t* found, float* out) {
+  if (nonfinite == 0) return pack_rows<Arithmetic>(operand<T>{rows, 1, stride}, dim, count, out);
+  buffer copy = make_buffer(count * dim);
+  T* clean = reinterpret_cast<T*>(copy.get());
+  for (int64_t j = 0; j < count; ++j)
+    sweep(dim, [=](int64_t i, auto span) { (found[j] ? vec::zero() : vec::load(rows + j * stride + i, span)).store(clean + j * dim + i, span); });
+  pack_rows<Arithmetic>(operand<T>{clean, 1, dim}, dim, count, out);
+}
+
+// What pack_transposed left out: o[dim][query] += weight·row, except where the weight is 0.
+template <class T> void add_nonfinite(const T* rows, int64_t stride, int64_t keys, int64_t dim, const uint8_t* found, const float* weights, int64_t width, float* o) {
+  for (int64_t j = 0; j < keys; ++j)
+    for (int64_t d = 0; found[j] && d < dim; ++d) {
+      alignas(64) float element[vec::Lanes];
+      vec::load(rows + j * stride + d, tail{1}).store(element, full{});
+      for (int64_t i = 0; i < width; i += vec::Lanes) {
+        const vec weight = vec::load(weights + j * width + i, full{});
+        (vec::load(o + d * width + i, full{}) + select(weight == vec::zero(), vec::zero(), weight * vec::all(element[0]))).store(o + d * width + i, full{});
+      }
+    }
+}
+
+// rows[i·row_stride + d] = factor[i]·tile[d·width + i], the transpose of a finished [dim][query] tile.
+template <class T> void store_transposed(const float* tile, int64_t width, int64_t dim, const float* factor, T* rows, int64_t row_stride, int64_t count) {
+  constexpr int64_t L = vec::Lanes;
+  for (int64_t i = 0; i < count; i += L) {
+    const vec f = vec::load(factor + i, full{});
+    for (int64_t d = 0; d < dim; d += L) {
+      vec block[L];
+      for (int64_t r = 0; r < L; ++r) block[r] = d + r < dim ? vec::load(tile + (d + r) * width + i, full{}) * f : vec::zero();
+      transpose(block);
+      for (int64_t r = 0; r < L && i + r < count; ++r) {
+        T* to = rows + (i + r) * row_stride + d;
+        if (d + L <= dim) block[r].store(to, full{});
+        else block[r].store(to, tail{size_t(dim - d)});
+      }
+    }
+  }
+}
+
+// Online softmax of one tile of masked scores (in place): weights exp(s − max), the running maximum and sum of each query, and what earlier output must be scaled by.
+inline void online_softmax(float* tile, int64_t keys, int64_t width, float* highest, float* sum, float* rescale) {
+  for (int64_t i = 0; i < width; i += vec::Lanes) {
+    const vec before = vec::load(highest + i, full{});
+    vec top = before, top2 = before;
+    int64_t j = 0;
+    for (; j + 2 <= keys; j += 2) {
+      top = max(top, vec::load(tile + j * width + i, full{}));
+      top2 = max(top2, vec::load(tile + (j + 1) * width + i, full{}));
+    }
+    if (j < keys) top = max(top, vec::load(tile + j * width + i, full{}));
+    top = max(top, top2);
+    const vec shift = select(top == vec::all(-INFINITY), vec::zero(), top);  // nothing seen yet: −inf − −inf would be NaN
+    vec total = vec::zero(), total2 = vec::zero();
+    for (j = 0; j + 2 <= keys; j += 2) {
+      vec a = exp(vec::load(tile + j * width + i, full{}) - shift), b = exp(vec::load(tile + (j + 1) * width + i, full{}) - shift);
+      a.store(tile + j * width + i, full{});
+      b.store(tile + (j + 1) * width + i, full{});
+      total = total + a;
+      total2 = total2 + b;
+    }
+    if (j < keys) {
+      vec a = exp(vec::load(tile + j * width + i, full{}) - shift);
+      a.store(tile + j * width + i, full{});
+      total = total + a;
+    }
+    const vec factor = exp(before - shift);
+    top.store(highest + i, full{});
+    factor.store(rescale + i, full{});
+    fma(vec::load(sum + i, full{}), factor, total + total2).store(sum + i, full{});
+  }
+}
+
+template <class T>
+void attention_forward(heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, heads_view<T> out, float* lse, attention_size size,
+                       const masking<T>& mask, int threads) {
+  using arithmetic = arithmetic_for<T>;
+  constexpr int64_t L = vec::Lanes;
+  const int64_t dim = size.head_dim, padded = size.padded_dim(), depth = packed_depth<arithmetic>(dim);
+  const int64_t chunk = std::clamp<int64_t>(32768 / padded / QueryPanel, 1, 16) * QueryPanel;  // outputs of a chunk: up to 128 kB
+  const int64_t chunks = ceil_div(size.query_len, chunk);
+
+  parallel_parts(size.batch * size.heads * chunks, threads, [=, &mask](int64_t part) {
+    const int64_t batch = part / chunks / size.heads, head = part / chunks % size.heads, kv_head = head / size.group();
+    const int64_t q0 = size.query_len * (part % chunks) / chunks, q1 = size.query_len * (part % chunks + 1) / chunks, queries = q1 - q0;
+    const panels split(ceil_div(queries, L));
+    const int64_t lanes = split.total * L;
+
+    float* packed_q = scratch(lanes * (depth + padded + 3) + KeyBlock * (depth + padded + 2 * QueryPanel));
+    float* output = packed_q + lanes * depth;  // [panel][dim][query], not yet divided by the sum
+    float* highest = output + lanes * padded;
+    float* sum = highest + lanes;
+    float* rescale = sum + lanes;
+    float* packed_k = rescale + lanes;
+    float* packed_v = packed_k + KeyBlock * depth;
+    float* tile = packed_v + KeyBlock * padded;
+    float* extra = tile + KeyBlock * QueryPanel;
+    uint8_t nonfinite[KeyBlock];
+
+    std::fill_n(output, lanes * padded, 0.0f);
+    std::fill_n(highest, lanes, -INFINITY);
+    std::fill_n(sum, lanes, 0.0f);
+    for (int64_t p = 0; p < split.count; ++p) {
+      const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from;
+      pack<arithmetic>(operand<T>{query.at(batch, head, q0 + from), query.row(), 1}, std::min(width, queries - from), dim, width, packed_q + from * depth);
+    }
+
+    for (int64_t k0 = mask.first_key(q0); k0 < mask.end_key(q1, size.key_len); k0 += KeyBlock) {
+      const int64_t keys = std::min(KeyBlock, size.key_len - k0);
+      const T* v = value.at(batch, kv_head, k0);
+      const int64_t bad = find_nonfinite(v, value.row(), keys, dim, nonfinite);
+      pack_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, keys, dim, packed_k);
+      pack_transposed<arithmetic>(v, value.row(), keys, dim, bad, nonfinite, packed_v);
+      for (int64_t p = 0; p < split.count; ++p) {
+        const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from;
+        const tile_place at{batch, head, q0 + from, std::min(width, queries - from), k0, keys};
+        if (!mask.touches(at.query, at.query + at.queries, k0, k0 + keys)) continue;
+        float* o = output + from * padded;
+        multiply_rows<arithmetic>(keys, depth, packed_k, packed_q + from * depth, tile, width, false);
+        mask_scores(mask, at, tile, width, extra);
+        online_softmax(tile, keys, width, highest + from, sum + from, rescale + from);
+        for (int64_t i = 0; i < width; i += L) {
+          const vec factor = vec::load(rescale + from + i, full{});
+          for (int64_t d = 0; d < dim; ++d) (vec::load(o + d * width + i, full{}) * factor).store(o + d * width + i, full{});
+        }
+        if (mask.drop.active()) {
+          keep_tile(mask.drop, at, size.heads, extra, width);
+          sweep(keys * width, [=](int64_t i, auto) { (vec::load(tile + i, full{}) * vec::load(extra + i, full{})).store(tile + i, full{}); });
+        }
+        if (bad) add_nonfinite(v, value.row(), keys, dim, nonfinite, tile, width, o);
+        pair_rows<arithmetic>(tile, keys, width);
+        multiply_rows<arithmetic>(dim, packed_depth<arithmetic>(keys), packed_v, tile, o, width, true);
+      }
+    }
+
+    for (int64_t p = 0; p < split.count; ++p) {
+      const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from, count = std::min(width, queries - from);
+      float* row_lse = lse + (batch * size.heads + head) * size.query_len + q0 + from;
+      for (int64_t i = 0; i < count; ++i) row_lse[i] = sum[from + i] == 0 ? -INFINITY : highest[from + i] + std::log(sum[from + i]);
+      for (int64_t i = 0; i < width; ++i) rescale[from + i] = sum[from + i] == 0 ? 0.0f : 1.0f / sum[from + i];
+      store_transposed(output + from * padded, width, dim, rescale + from, out.at(batch, head, q0 + from), out.row(), count);
+    }
+  });
+}
+
+}  // namespace fastlm

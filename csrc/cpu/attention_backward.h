@@ -1,0 +1,197 @@
+// Attention's gradients, from the scores made again:  P = exp(S − lse),  dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ∘ (dP − δ),  dQ = scale·dS K,  dK = scale·dSᵀ Q,
+// δ = Σ_d dO ∘ O − dlse. Five products of 2·Tq·Tk·D FLOP a head.
+//
+// One part of the work is the keys (or a share of them) of one key head, with every query head of its group: dK and dV of a key block stay in the cache while the
+// queries pass by and are written once; dQ is summed in the part, and over the parts in their order: no atomics, the same bits on any number of threads.
+#pragma once
+#include "attention.h"
+
+namespace fastlm {
+
+template <class T> struct attention_gradients {
+  heads_view<T> dquery, dkey, dvalue;
+  float* dmask;  // the mask's own shape, zeros; null where not wanted
+  std::array<int64_t, 4> dmask_strides;
+};
+
+// dmask += dS, the mask's dimensions of size 1 having stride 0.
+inline void add_mask_gradient(const float* tile, int64_t width, const tile_place& at, float* dmask, const std::array<int64_t, 4>& strides) {
+  dmask += at.batch * strides[0] + at.head * strides[1] + at.query * strides[2] + at.key * strides[3];
+  for (int64_t i = 0; i < at.queries; ++i)
+    for (int64_t j = 0; j < at.keys; ++j) dmask[i * strides[2] + j * strides[3]] += tile[j * width + i];
+}
+
+// A tile's rows (keys) as the first operand of a product that sums over queries; `paired` is working memory for the dot product's form.
+template <class Arithmetic> const float* query_pairs(const float* tile, int64_t keys, int64_t width, float* paired) {
+  if constexpr (Arithmetic::PerLane == 2) {
+    for (int64_t j = 0; j < keys; ++j)
+      for (int64_t i = 0; i < width; i += 2 * vec::Lanes) {
+        vec pairs = load_pairs(tile + j * width + i, width - i);
+        if (width - i >= 2 * vec::Lanes) pairs.store(paired + (j * width + i) / 2, full{});
+        else pairs.store(paired + (j * width + i) / 2, tail{size_t(width - i) / 2});
+      }
+    return paired;
+  }
+  return tile;
+}
+
+// sums[key][dim] += Σ_query rows[key][query]·natural[query][dim]
+template <class Arithmetic> void add_over_queries(int64_t keys, int64_t queries, const float* rows, int64_t width, const float* natural, int64_t wide, float* sums) {
+  const panels split(wide / vec::Lanes);
+  const int64_t row_stride = width / Arithmetic::PerLane, depth = packed_depth<Arithmetic>(queries);
+  for (int64_t r = 0; r < keys; r += TileRows)
+    for (int64_t p = 0; p < split.count; ++p) {
+      const int64_t from = split.begin(p) * vec::Lanes;
+      multiply_tile<Arithmetic, true>(split.begin(p + 1) - split.begin(p), depth, rows + r * row_stride, row_stride, natural + from, wide, sums + r * wide + from, wide, true);
+    }
+}
+
+// In place: scores → weights P (dropped ones zero, kept ones scaled), dP → dS. Queries from `count` on get zeros.
+inline void score_gradients(float* scores, float* dweights, const float* keep, const float* lse, const float* delta, int64_t keys, int64_t width, int64_t count) {
+  for (int64_t i = 0; i < width; i += vec::Lanes) {
+    alignas(64) float row_lse[vec::Lanes] = {}, row_delta[vec::Lanes] = {};
+    for (int64_t r = 0; r < vec::Lanes && i + r < count; ++r) {
+      row_lse[r] = std::isinf(lse[i + r]) && lse[i + r] < 0 ? 0.0f : lse[i + r];  // a fully masked row: all its scores are −inf, its weights 0
+      row_delta[r] = delta[i + r];
+    }
+    const vec shift = vec::load(row_lse, full{}), d = vec::load(row_delta, full{});
+    const lanes real = vec::iota() < vec::all(float(count - i));
+    for (int64_t j = 0; j < keys; ++j) {
+      float *s = scores + j * width + i, *dw = dweights + j * width + i;
+      vec p = select(real, exp(vec::load(s, full{}) - shift), vec::zero()), dp = vec::load(dw, full{});
+      if (keep) {
+        const vec k = vec::load(keep + j * width + i, full{});
+        dp = dp * k;
+        (p * k).store(s, full{});
+      } else {
+        p.store(s, full{});
+      }
+      select(p == vec::zero(), vec::zero(), p * (dp - d)).store(dw, full{});  // where nothing was attended, NaN and Inf stay out
+    }
+  }
+}
+
+template <class T>
+void attention_backward(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, heads_view<const T> out, const float* lse,
+                        const float* dlse, attention_gradients<T> grad, attention_size size, const masking<T>& mask, int threads) {
+  using arithmetic = arithmetic_for<T>;
+  constexpr int64_t L = vec::Lanes;
+  const int64_t dim = size.head_dim, padded = size.padded_dim(), depth = packed_depth<arithmetic>(dim), wide = ceil_div(dim, L) * L;
+  const int64_t query_len = size.query_len, key_blocks = ceil_div(size.key_len, KeyBlock), group = size.group();
+  const panels split(ceil_div(query_len, L));
+  const int64_t lanes = split.total * L;
+
+  buffer deltas = make_buffer(size.batch * size.heads * query_len);
+  float* delta = deltas.get();
+  parallel_for(size.batch * size.heads * query_len, parts_for(size.batch * size.heads * query_len, 2 * dim * sizeof(T)), threads, [=](int64_t begin, int64_t end, int64_t) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t head = row / query_len % size.heads, batch = row / query_len / size.heads;
+      const T *g = dout.at(batch, head, row % query_len), *o = out.at(batch, head, row % query_len);
+      delta[row] = sum_over(dim, [=](int64_t i, auto span) { return vec::load(g + i, span) * vec::load(o + i, span); }) - (dlse ? dlse[row] : 0.0f);
+    }
+  });
+
+  // Where several (batch, head) add to one place of dmask they take turns; where keys share a place, a head's keys are one part.
+  const bool shared = grad.dmask && ((grad.dmask_strides[0] == 0 && size.batch > 1) || (grad.dmask_strides[1] == 0 && size.heads > 1));
+  const bool one_part = grad.dmask && grad.dmask_strides[3] == 0;
+  const int64_t outer = size.batch * size.kv_heads;
+  const int64_t key_parts = one_part ? 1 : std::min(key_blocks, ceil_div(16, shared ? 1 : outer));
+  const int64_t dquery_size = lanes * padded;  // of one head: [panel][dim][query]
+  buffer partials = make_buffer(key_parts > 1 ? size.batch * size.heads * key_parts * dquery_size : 0);
+  float* partial = partials.get();
+
+  auto store_dquery = [=, &mask](const float* sums, int64_t batch, int64_t head, int64_t p) {
+    const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from;
+    float factor[QueryPanel];
+    std::fill_n(factor, width, mask.scale);
+    store_transposed(sums, width, dim, factor, grad.dquery.at(batch, head, from), grad.dquery.row(), std::min(width, query_len - from));
+  };
+
+  auto work = [=, &mask](int64_t part) {
+    const int64_t batch = part / key_parts / size.kv_heads, kv_head = part / key_parts % size.kv_heads, key_part = part % key_parts;
+    const int64_t first_block = key_blocks * key_part / key_parts, end_block = key_blocks * (key_part + 1) / key_parts;
+    float* packed_k = scratch(KeyBlock * (2 * depth + padded + 2 * wide + 4 * QueryPanel) + 2 * QueryPanel * (depth + wide) + (key_parts == 1 ? group * dquery_size : 0));
+    float* packed_v = packed_k + KeyBlock * depth;
+    float* transposed_k = packed_v + KeyBlock * depth;
+    float* dk = transposed_k + KeyBlock * padded;
+    float* dv = dk + KeyBlock * wide;
+    float* scores = dv + KeyBlock * wide;
+    float* dscores = scores + KeyBlock * QueryPanel;
+    float* extra = dscores + KeyBlock * QueryPanel;
+    float* paired = extra + KeyBlock * QueryPanel;
+    float* packed_q = paired + KeyBlock * QueryPanel;
+    float* packed_g = packed_q + QueryPanel * depth;
+    float* natural_q = packed_g + QueryPanel * depth;
+    float* natural_g = natural_q + QueryPanel * wide;
+    float* own = natural_g + QueryPanel * wide;
+    auto dquery = [=](int64_t member) {
+      return key_parts == 1 ? own + member * dquery_size : partial + ((batch * size.heads + kv_head * group + member) * key_parts + key_part) * dquery_size;
+    };
+    uint8_t nonfinite[KeyBlock];
+    for (int64_t member = 0; member < group; ++member) std::fill_n(dquery(member), dquery_size, 0.0f);
+
+    for (int64_t block = first_block; block < end_block; ++block) {
+      const int64_t k0 = block * KeyBlock, keys = std::min(KeyBlock, size.key_len - k0);
+      const T* k = key.at(batch, kv_head, k0);
+      const int64_t bad = find_nonfinite(k, key.row(), keys, dim, nonfinite);
+      pack_rows<arithmetic>(operand<T>{k, key.row(), 1}, keys, dim, packed_k);
+      pack_rows<arithmetic>(operand<T>{value.at(batch, kv_head, k0), value.row(), 1}, keys, dim, packed_v);
+      pack_transposed<arithmetic>(k, key.row(), keys, dim, bad, nonfinite, transposed_k);
+      std::fill_n(dk, KeyBlock * wide, 0.0f);
+      std::fill_n(dv, KeyBlock * wide, 0.0f);
+
+      for (int64_t member = 0; member < group; ++member) {
+        const int64_t head = kv_head * group + member, first_row = (batch * size.heads + head) * query_len;
+        for (int64_t p = 0; p < split.count; ++p) {
+          const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from, queries = std::min(width, query_len - from);
+          const tile_place at{batch, head, from, queries, k0, keys};
+          if (!mask.touches(from, from + queries, k0, k0 + keys)) continue;
+          const T *q = query.at(batch, head, from), *g = dout.at(batch, head, from);
+          pack<arithmetic>(operand<T>{q, query.row(), 1}, queries, dim, width, packed_q);
+          pack<arithmetic>(operand<T>{g, dout.row(), 1}, queries, dim, width, packed_g);
+          pack<arithmetic>(operand<T>{q, 1, query.row()}, dim, queries, wide, natural_q);
+          pack<arithmetic>(operand<T>{g, 1, dout.row()}, dim, queries, wide, natural_g);
+
+          multiply_rows<arithmetic>(keys, depth, packed_k, packed_q, scores, width, false);
+          multiply_rows<arithmetic>(keys, depth, packed_v, packed_g, dscores, width, false);
+          mask_scores(mask, at, scores, width, extra);
+          if (mask.drop.active()) keep_tile(mask.drop, at, size.heads, extra, width);
+          score_gradients(scores, dscores, mask.drop.active() ? extra : nullptr, lse + first_row + from, delta + first_row + from, keys, width, queries);
+          if (grad.dmask) add_mask_gradient(dscores, width, at, grad.dmask, grad.dmask_strides);
+          add_over_queries<arithmetic>(keys, queries, query_pairs<arithmetic>(scores, keys, width, paired), width, natural_g, wide, dv);
+          add_over_queries<arithmetic>(keys, queries, query_pairs<arithmetic>(dscores, keys, width, paired), width, natural_q, wide, dk);
+          pair_rows<arithmetic>(dscores, keys, width);
+          multiply_rows<arithmetic>(dim, packed_depth<arithmetic>(keys), transposed_k, dscores, dquery(member) + from * padded, width, true);
+        }
+      }
+      for (int64_t j = 0; j < keys; ++j) {
+        T *dkey = grad.dkey.at(batch, kv_head, k0 + j), *dvalue = grad.dvalue.at(batch, kv_head, k0 + j);
+        sweep(dim, [=, &mask](int64_t i, auto span) {
+          (vec::load(dk + j * wide + i, full{}) * vec::all(mask.scale)).store(dkey + i, span);
+          vec::load(dv + j * wide + i, full{}).store(dvalue + i, span);
+        });
+      }
+    }
+    if (key_parts == 1)
+      for (int64_t member = 0; member < group; ++member)
+        for (int64_t p = 0; p < split.count; ++p) store_dquery(own + member * dquery_size + split.begin(p) * L * padded, batch, kv_head * group + member, p);
+  };
+  if (shared) {
+    for (int64_t pair = 0; pair < outer; ++pair) parallel_parts(key_parts, threads, [=](int64_t key_part) { work(pair * key_parts + key_part); });
+  } else {
+    parallel_parts(outer * key_parts, threads, work);
+  }
+
+  if (key_parts > 1)
+    parallel_parts(size.batch * size.heads * split.count, threads, [=](int64_t job) {
+      const int64_t head = job / split.count, p = job % split.count, offset = split.begin(p) * L * padded, count = (split.begin(p + 1) - split.begin(p)) * L * padded;
+      float* sums = partial + head * key_parts * dquery_size + offset;
+      for (int64_t key_part = 1; key_part < key_parts; ++key_part) {
+        const float* more = sums + key_part * dquery_size;
+        sweep(count, [=](int64_t i, auto) { (vec::load(sums + i, full{}) + vec::load(more + i, full{})).store(sums + i, full{}); });
+      }
+      store_dquery(sums, head / size.heads, head % size.heads, p);
+    });
+}
+
+}  // namespace fastlm

@@ -1,0 +1,126 @@
+// What attention may look at: the band of diagonals (causal, window), padding of keys, and a bool or additive mask of four dimensions, none of them ever expanded.
+// Scores live in tiles stored key by key, [key][query], so that a vector holds one key's scores for Lanes queries: the softmax needs no sum across lanes.
+#pragma once
+#include <array>
+#include <cmath>
+#include "philox.h"
+#include "gemm.h"
+
+namespace fastlm {
+
+inline constexpr int64_t KeyBlock = 128;                              // keys per tile; a multiple of 64, so that a dropout group never straddles two
+inline constexpr int64_t QueryPanel = TileVecs * vec::Lanes;          // queries per tile, at most
+
+enum class mask_type { none = 0, boolean = 1, additive = 2, additive_fp32 = 3 };
+
+template <class T> struct masking {
+  const void* mask;
+  mask_type type;
+  std::array<int64_t, 4> mask_strides;  // batch, head, query, key; 0 where the mask has size 1
+  const bool* key_padding;              // true = a real token
+  std::array<int64_t, 2> padding_strides;
+  int64_t lower, upper;                 // position j attends from row i iff lower ≤ j − i ≤ upper
+  float scale;
+  dropout drop;
+
+  // Some (not all) of the queries [q0, q1) × keys [k0, k1)
+  bool touches(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const { return k1 - 1 - q0 >= lower && k0 - (q1 - 1) <= upper; }
+  bool inside(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const { return k0 - (q1 - 1) >= lower && k1 - 1 - q0 <= upper; }
+  int64_t first_key(int64_t q0) const { return std::max<int64_t>(0, q0 + std::max(lower, -q0)) / KeyBlock * KeyBlock; }
+  int64_t end_key(int64_t q1, int64_t key_len) const { return upper >= key_len ? key_len : std::min(key_len, q1 + upper); }
+};
+
+struct tile_place { int64_t batch, head, query, queries, key, keys; };  // head of the queries; `queries` and `keys` are counts
+
+// tile[j·width + i] = mask value of query i and key j; −inf where a bool mask is False.
+template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& strides, const tile_place& at, float* tile, int64_t width) {
+  constexpr int64_t L = vec::Lanes;
+  mask += at.batch * strides[0] + at.head * strides[1] + at.query * strides[2] + at.key * strides[3];
+  auto scores = [](vec v) {
+    if constexpr (std::is_same_v<M, bool>) return select(v == vec::zero(), vec::all(-INFINITY), vec::zero());
+    else return v;
+  };
+  auto single = [&](const M* p) {
+    alignas(64) float lane[L];
+    scores(vec::load(p, tail{1})).store(lane, full{});
+    return lane[0];
+  };
+  if (strides[2] == 0) {  // the same for every query
+    for (int64_t j = 0; j < at.keys; ++j) {
+      vec v = vec::all(single(mask + j * strides[3]));
+      for (int64_t i = 0; i < width; i += L) v.store(tile + j * width + i, full{});
+    }
+    return;
+  }
+  for (int64_t j = 0; j < at.keys; j += L) {
+    const int64_t keys = std::min(L, at.keys - j);
+    for (int64_t i = 0; i < width; i += L) {
+      vec block[L];
+      for (int64_t r = 0; r < L; ++r) {
+        const M* row = mask + (i + r) * strides[2] + j * strides[3];
+        if (i + r >= at.queries) {
+          block[r] = vec::zero();
+        } else if (strides[3] == 1) {
+          block[r] = scores(keys == L ? vec::load(row, full{}) : vec::load(row, tail{size_t(keys)}));
+        } else {
+          alignas(64) float lane[L] = {};
+          for (int64_t c = 0; c < keys; ++c) lane[c] = single(row + c * strides[3]);
+          block[r] = vec::load(lane, full{});
+        }
+      }
+      transpose(block);
+      for (int64_t r = 0; r < keys; ++r) block[r].store(tile + (j + r) * width + i, full{});
+    }
+  }
+}
+
+// Scores in place: s → scale·s + mask, −inf wherever attention may not look, whatever stood there. bias_tile is working memory of the tile's size.
+template <class T> void mask_scores(const masking<T>& m, const tile_place& at, float* scores, int64_t width, float* bias_tile) {
+  constexpr int64_t L = vec::Lanes;
+  const vec scale = vec::all(m.scale), nothing = vec::all(-INFINITY);
+  const bool biased = m.type != mask_type::none, banded = !m.inside(at.query, at.query + at.queries, at.key, at.key + at.keys);
+  if (m.type == mask_type::boolean) load_mask(static_cast<const bool*>(m.mask), m.mask_strides, at, bias_tile, width);
+  if (m.type == mask_type::additive) load_mask(static_cast<const T*>(m.mask), m.mask_strides, at, bias_tile, width);
+  if (m.type == mask_type::additive_fp32) load_mask(static_cast<const float*>(m.mask), m.mask_strides, at, bias_tile, width);
+  const bool* padding = m.key_padding ? m.key_padding + at.batch * m.padding_strides[0] + at.key * m.padding_strides[1] : nullptr;
+
+  for (int64_t j = 0; j < at.keys; ++j) {
+    float* row = scores + j * width;
+    if (padding && !padding[j * m.padding_strides[1]]) {
+      for (int64_t i = 0; i < width; i += L) nothing.store(row + i, full{});
+      continue;
+    }
+    // Query i of the tile may look at key j iff first ≤ i ≤ last; clamped, so that they are exact as floats.
+    const int64_t diagonal = at.key + j - at.query;
+    const float first = float(std::clamp<int64_t>(diagonal - std::min(m.upper, diagonal + 1), -1, width)), last = float(std::clamp<int64_t>(diagonal - std::max(m.lower, diagonal - width), -1, width));
+    for (int64_t i = 0; i < width; i += L) {
+      vec s = vec::load(row + i, full{}) * scale;
+      if (biased) {
+        vec b = vec::load(bias_tile + j * width + i, full{});
+        s = select(b == nothing, nothing, s + b);
+      }
+      if (banded) {
+        vec query = vec::iota() + vec::all(float(i));
+        s = select((vec::all(first) <= query) & (query <= vec::all(last)), s, nothing);
+      }
+      s.store(row + i, full{});
+    }
+  }
+}
+
+// factors[j·width + i] = 0 where the weight of query i and key j is dropped, else 1/(1 − p).
+inline void keep_tile(const dropout& drop, const tile_place& at, int64_t heads, float* factors, int64_t width) {
+  const uvec third = uvec::all(uint32_t(at.batch * heads + at.head));
+  for (int64_t group = 0; group * 64 < at.keys; ++group)
+    for (int64_t column = 0; column < 16; ++column)
+      for (int64_t i = 0; i < width; i += vec::Lanes) {
+        uvec words[4];
+        philox(uvec::all(uint32_t((at.key / 64 + group) * 16 + column)), uvec::all(uint32_t(at.query + i)) + uvec::iota(), third, drop.seed, words);
+        for (int64_t word = 0; word < 4; ++word) {
+          const int64_t j = group * 64 + word * 16 + column;
+          if (j < at.keys) select(words[word] >= uvec::all(drop.threshold), vec::all(drop.scale), vec::zero()).store(factors + j * width + i, full{});
+        }
+      }
+}
+
+}  // namespace fastlm

@@ -1,0 +1,218 @@
+// C = A·B with an epilogue, the matrix product under every operator. 2·m·n·k FLOP; compute bound from a few dozen rows on.
+//
+// A block of C (up to 256 × 384) is one part of the work. For it, blocks of B (≤ 192 deep) are packed into panels that stay in the L2 cache, and rows of A into
+// panels of TileRows that stay in L1; both are read once from where they lie, in either orientation, 16-bit types being widened (or paired for the bf16 dot
+// product) on the way. Packing costs 0.25–0.5 cycle an element and serves ≥ 192 columns or ≥ 128 rows: 2–5 % of the multiplication.
+// The register tile of 8 × 3 vectors (AVX-512: 24 sums, 3 of B, 1 of A) does 24 multiply-adds for 11 loads; with 16 registers it is 4 × 3.
+// The epilogue sees each finished vector of C once, while it is in L1: bias, activation and residual cost no pass over memory.
+#pragma once
+#include <type_traits>
+#include "simd.h"
+#include "threads.h"
+
+namespace fastlm {
+
+// A matrix operand: element (i, k) at data[i·stride + k·k_stride], k being the dimension that is summed over. One of the strides is 1.
+template <class T> struct operand {
+  const T* data;
+  int64_t stride, k_stride;
+};
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int TileRows = 8;  // 32 vector registers
+#else
+inline constexpr int TileRows = 4;  // 16
+#endif
+inline constexpr int TileVecs = 3;
+inline constexpr int64_t PanelRows = TileRows > vec::Lanes ? TileRows : vec::Lanes;  // rows of A packed together: whole registers, one tile or two
+
+// What one 32-bit lane of a packed panel holds, and how two panels are multiplied.
+struct by_fma {  // one fp32 value
+  static constexpr int64_t PerLane = 1;
+  static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return fma(a, b, sum); }
+  template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T*, Span span) { return vec::load(p, span); }
+  template <class T> static FASTLM_INLINE vec along_k(const T* p, int64_t count) {
+    return count >= vec::Lanes ? vec::load(p, full{}) : count > 0 ? vec::load(p, tail{size_t(count)}) : vec::zero();
+  }
+  static FASTLM_INLINE vec total(vec lane) { return lane; }
+};
+
+#if defined(__AVX512BF16__)
+struct by_dot {  // two bf16 values, consecutive in k
+  static constexpr int64_t PerLane = 2;
+  static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return dot_bf16(sum, a, b); }
+  template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T* next, Span span) {
+    return next ? interleave_pairs(p, next, span) : interleave_pairs(p, nullptr, span);
+  }
+  template <class T> static FASTLM_INLINE vec along_k(const T* p, int64_t count) { return count > 0 ? load_pairs(p, count) : vec::zero(); }
+  static FASTLM_INLINE vec total(vec lane) {
+    return from_bits(bits_of(lane) << 16) + from_bits(bits_of(lane) & uvec::all(0xffff0000u));
+  }
+};
+template <class T> using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16>, by_dot, by_fma>;
+#else
+template <class T> using arithmetic_for = by_fma;
+#endif
+
+template <class Arithmetic> inline int64_t packed_depth(int64_t k) { return (k + Arithmetic::PerLane - 1) / Arithmetic::PerLane; }
+
+// out[d·width + i] = source (i, k) for i < count, 0 beyond; d counts lanes of k.
+template <class Arithmetic, class T> void pack(operand<T> source, int64_t count, int64_t k, int64_t width, float* out) {
+  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
+  const int64_t depth = packed_depth<Arithmetic>(k);
+  auto put = [=](vec v, float* at, int64_t room) {
+    if (room >= L) v.store(at, full{});
+    else v.store(at, tail{size_t(room)});
+  };
+  if (source.stride == 1) {
+    for (int64_t d = 0; d < depth; ++d) {
+      const T* row = source.data + d * Per * source.k_stride;
+      const T* next = d * Per + 1 < k ? row + source.k_stride : nullptr;
+      for (int64_t i = 0; i < width; i += L) {
+        const T* after = next ? next + i : nullptr;
+        vec v = i + L <= count ? Arithmetic::along_i(row + i, after, full{}) : i < count ? Arithmetic::along_i(row + i, after, tail{size_t(count - i)}) : vec::zero();
+        put(v, out + d * width + i, width - i);
+      }
+    }
+    return;
+  }
+  for (int64_t d = 0; d < depth; d += L) {
+    for (int64_t i = 0; i < width; i += L) {
+      vec block[L];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < L; ++r) block[r] = i + r < count ? Arithmetic::along_k(source.data + (i + r) * source.stride + d * Per, k - d * Per) : vec::zero();
+      transpose(block);
+      const int64_t rows = depth - d < L ? depth - d : L;
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < L; ++r)
+        if (r < rows) put(block[r], out + (d + r) * width + i, width - i);
+    }
+  }
+}
+
+// sums[i] += Σ_k of a packed panel. In runs of 32, so that the error grows with the square root of neither many additions nor large partial sums.
+template <class Arithmetic> void add_panel_sums(const float* panel, int64_t depth, int64_t width, int64_t count, float* sums) {
+  sweep(count, [=](int64_t i, auto span) {
+    vec all = vec::zero();
+    for (int64_t d = 0; d < depth; d += 32) {
+      vec run = vec::zero();
+      for (int64_t e = d; e < depth && e < d + 32; ++e) run = run + Arithmetic::total(vec::load(panel + e * width + i, span));
+      all = all + run;
+    }
+    (vec::load(sums + i, span) + all).store(sums + i, span);
+  });
+}
+
+// c (TileRows × Vecs·Lanes, rows c_stride apart) = a·b, or += where `accumulate`. a is packed (k-major, a_stride between successive k) or, with RowMajor, lies as rows a_stride apart.
+template <class Arithmetic, int Vecs, bool RowMajor = false>
+void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+  vec sum[TileRows][Vecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < TileRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < Vecs; ++v) sum[r][v] = vec::zero();
+  for (int64_t d = 0; d < depth; ++d) {
+    vec bv[Vecs];
+#pragma GCC unroll 3
+    for (int v = 0; v < Vecs; ++v) bv[v] = vec::load(b + v * vec::Lanes, full{});
+#pragma GCC unroll 8
+    for (int r = 0; r < TileRows; ++r) {
+      vec av = vec::all(RowMajor ? a[r * a_stride] : a[r]);
+#pragma GCC unroll 3
+      for (int v = 0; v < Vecs; ++v) sum[r][v] = Arithmetic::multiply_add(sum[r][v], av, bv[v]);
+    }
+    a += RowMajor ? 1 : a_stride;
+    b += b_stride;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < TileRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < Vecs; ++v) {
+      float* at = c + r * c_stride + v * vec::Lanes;
+      (accumulate ? vec::load(at, full{}) + sum[r][v] : sum[r][v]).store(at, full{});
+    }
+}
+
+template <class Arithmetic, bool RowMajor = false>
+FASTLM_INLINE void multiply_tile(int64_t vecs, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+  switch (vecs) {
+    case 1: return multiply_tile<Arithmetic, 1, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    case 2: return multiply_tile<Arithmetic, 2, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    default: return multiply_tile<Arithmetic, 3, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `total` vectors in panels of at most TileVecs, as equal as they can be (4 = 2 + 2: a panel of one vector would waste two thirds of its loads).
+struct panels {
+  int64_t total, count;
+  explicit panels(int64_t vecs) : total(vecs), count(ceil_div(vecs, TileVecs)) {}
+  int64_t begin(int64_t p) const { return total * p / count; }  // in vectors
+};
+
+// How C is cut: from the sizes alone. Blocks are as large as the caches like, and smaller where there would be fewer than 16 to share out.
+struct blocking {
+  int64_t row_blocks, col_blocks;
+  blocking(int64_t m, int64_t n, int64_t k) : row_blocks(ceil_div(m, 256)), col_blocks(ceil_div(n, 384)) {
+    auto worth = [=](int64_t parts) { return double(m) * double(n) * double(k) / double(parts) > 4e6; };  // ≈ 50 µs of one core
+    while (row_blocks * col_blocks < 16 && worth(row_blocks * col_blocks)) {
+      int64_t rows = m / row_blocks, cols = n / col_blocks;
+      if (rows >= cols && rows > 64) row_blocks *= 2;
+      else if (cols > 96) col_blocks *= 2;
+      else break;
+    }
+    row_blocks = std::min(row_blocks, ceil_div(m, PanelRows));
+    col_blocks = std::min(col_blocks, ceil_div(n, vec::Lanes));
+  }
+};
+
+// Lanes of k per packed block. Also the longest chain of additions in one register, which is what bounds the rounding error: blocks are summed from zero.
+inline constexpr int64_t BlockDepth = 192;
+
+// epilogue(i, j, value, span): value holds C[i, j…]. a_sums (m) and b_sums (n), where given, are increased by the sums over k of A and of B.
+template <class Arithmetic, class TA, class TB, class Epilogue>
+void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums = nullptr, float* b_sums = nullptr) {
+  constexpr int64_t L = vec::Lanes;
+  const blocking cut(m, n, k);
+  const int64_t row_panels = ceil_div(m, PanelRows), col_vecs = ceil_div(n, L);
+  const int64_t depth = packed_depth<Arithmetic>(k), depth_blocks = std::max<int64_t>(1, ceil_div(depth, BlockDepth));
+
+  parallel_parts(cut.row_blocks * cut.col_blocks, threads, [=](int64_t part) {
+    const int64_t row_block = part % cut.row_blocks, col_block = part / cut.row_blocks;  // neighbours in time share a block of B
+    const int64_t first_row = row_panels * row_block / cut.row_blocks * PanelRows, end_row = std::min(m, row_panels * (row_block + 1) / cut.row_blocks * PanelRows);
+    const int64_t first_vec = col_vecs * col_block / cut.col_blocks, vecs = col_vecs * (col_block + 1) / cut.col_blocks - first_vec;
+    const panels split(vecs);
+    const int64_t deepest = ceil_div(depth, depth_blocks);
+    float* packed_b = scratch(deepest * (vecs * L + PanelRows) + (end_row - first_row + PanelRows) * vecs * L);
+    float* packed_a = packed_b + deepest * vecs * L;
+    float* sums = packed_a + deepest * PanelRows;  // C so far: tile by tile, each tile's rows one after another
+
+    for (int64_t block = 0; block < depth_blocks; ++block) {
+      const int64_t first = depth * block / depth_blocks, count = depth * (block + 1) / depth_blocks - first;
+      const int64_t k_first = first * Arithmetic::PerLane, k_count = std::min(k - k_first, count * Arithmetic::PerLane);
+      for (int64_t p = 0; p < split.count; ++p) {
+        const int64_t from = split.begin(p), width = (split.begin(p + 1) - from) * L, column = (first_vec + from) * L;
+        float* panel = packed_b + count * from * L;
+        pack<Arithmetic>(operand<TB>{b.data + column * b.stride + k_first * b.k_stride, b.stride, b.k_stride}, std::min(width, n - column), k_count, width, panel);
+        if (b_sums && row_block == 0) add_panel_sums<Arithmetic>(panel, count, width, std::min(width, n - column), b_sums + column);
+      }
+      for (int64_t row = first_row; row < end_row; row += PanelRows) {
+        const int64_t rows = std::min(PanelRows, m - row);
+        pack<Arithmetic>(operand<TA>{a.data + row * a.stride + k_first * a.k_stride, a.stride, a.k_stride}, rows, k_count, PanelRows, packed_a);
+        if (a_sums && col_block == 0) add_panel_sums<Arithmetic>(packed_a, count, PanelRows, rows, a_sums + row);
+        for (int64_t p = 0; p < split.count; ++p) {
+          const int64_t from = split.begin(p), width = (split.begin(p + 1) - from) * L, column = (first_vec + from) * L;
+          float* c = sums + (row - first_row) * vecs * L + from * L * PanelRows;
+          for (int64_t r = 0; r < rows; r += TileRows)
+            multiply_tile<Arithmetic>(width / L, count, packed_a + r, PanelRows, packed_b + count * from * L, width, c + r * width, width, block > 0);
+          if (block + 1 < depth_blocks) continue;
+          for (int64_t r = 0; r < rows; ++r)
+            sweep(std::min(width, n - column), [&](int64_t j, auto span) { epilogue(row + r, column + j, vec::load(c + r * width + j, full{}), span); });
+        }
+      }
+    }
+  });
+}
+
+}  // namespace fastlm

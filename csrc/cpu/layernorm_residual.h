@@ -1,0 +1,131 @@
+// LayerNorm after the residual sum:  s = residual + dropout(x),  y = (s − mean)·rstd·w + b,  rstd = 1/√(var + eps)
+//
+// Memory bound: forward reads x and residual and writes y and s, 4·rows·width elements; backward reads dy, ds and s and writes dresidual (and dx where dropout or
+// the dtype makes it another tensor), 4 to 5. About 15 FLOP an element. A row is brought into the L1 cache once and its passes (sum, squares, result) run there;
+// variance is two-pass. s is normalised as stored, that is rounded to residual's dtype.
+#pragma once
+#include <cmath>
+#include <vector>
+#include "philox.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace fastlm {
+
+struct layernorm_size { int64_t rows, width; };
+
+inline int64_t padded_width(int64_t width) { return (width + 63) / 64 * 64; }
+
+inline void keep_row(const dropout& drop, int64_t row, int64_t width, float* factors) {
+  for (int64_t group = 0; group * 64 < width; ++group) keep_factors(drop, group, row, 0, factors + group * 64);
+}
+
+// x, y: T. residual, summed: R. weight, bias: fp32. residual, bias and summed may be null; summed is null only where it would be x itself.
+template <class T, class R>
+void layernorm_residual_forward(const T* x, int64_t x_stride, const R* residual, int64_t residual_stride, const float* weight, const float* bias, T* y, R* summed,
+                                float* mean, float* rstd, layernorm_size size, float eps, dropout drop, int threads) {
+  const int64_t width = size.width;
+  parallel_for(size.rows, parts_for(size.rows, width * (2 * sizeof(T) + 2 * sizeof(R))), threads, [=](int64_t begin, int64_t end, int64_t) {
+    float* s = scratch(2 * padded_width(width));
+    float* factors = s + padded_width(width);
+    for (int64_t row = begin; row < end; ++row) {
+      const T* xr = x + row * x_stride;
+      const R* rr = residual ? residual + row * residual_stride : nullptr;
+      R* sr = summed ? summed + row * width : nullptr;
+      if (drop.active()) keep_row(drop, row, width, factors);
+      const float total = sum_over(width, [=](int64_t i, auto span) {
+        vec v = vec::load(xr + i, span);
+        if (drop.active()) v = v * vec::load(factors + i, span);
+        if (rr) v = vec::load(rr + i, span) + v;
+        if (sr) {
+          v.store(sr + i, span);
+          if constexpr (!std::is_same_v<R, float>) v = vec::load(sr + i, span);
+        }
+        v.store(s + i, span);
+        return v;
+      });
+      const vec center = vec::all(total / float(width));
+      const float squares = sum_over(width, [=](int64_t i, auto span) {
+        vec d = vec::load(s + i, span) - center;
+        if constexpr (!std::is_same_v<decltype(span), full>) d = select(vec::iota() < vec::all(float(span.count)), d, vec::zero());
+        return d * d;
+      });
+      mean[row] = total / float(width);
+      rstd[row] = 1.0f / std::sqrt(squares / float(width) + eps);
+      const vec scale = vec::all(rstd[row]);
+      T* yr = y + row * width;
+      sweep(width, [=](int64_t i, auto span) {
+        vec normal = (vec::load(s + i, span) - center) * scale * vec::load(weight + i, span);
+        (bias ? normal + vec::load(bias + i, span) : normal).store(yr + i, span);
+      });
+    }
+  });
+}
+
+template <class T, class R> struct layernorm_gradients {  // null where not wanted
+  T* dx;
+  R* dresidual;
+  float *dweight, *dbias;
+};
+
+// ds = rstd·(g − mean(g) − n·mean(g·n)) + dsummed,  n = (s − mean)·rstd,  g = dy·w;  dresidual = ds,  dx = dropout(ds);  dw = Σ_rows dy·n,  db = Σ_rows dy
+// dw and db in two stages, a partial row per part and then the parts in order: repeatable, no atomics. dy or dsummed may be null, not both.
+template <class T, class R>
+void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsummed, int64_t dsummed_stride, const R* summed, int64_t summed_stride, const float* weight,
+                                 const float* mean, const float* rstd, layernorm_gradients<T, R> out, layernorm_size size, dropout drop, int threads) {
+  const int64_t width = size.width, parts = parts_for(size.rows, width * (2 * sizeof(T) + 3 * sizeof(R))), padded = padded_width(width);
+  const bool sums = out.dweight || out.dbias;
+  buffer partials = make_buffer(sums ? parts * 2 * padded : 0);
+  float* partial = partials.get();
+  parallel_for(size.rows, parts, threads, [=](int64_t begin, int64_t end, int64_t part) {
+    float* factors = scratch(padded);
+    float *dw = sums ? partial + part * 2 * padded : nullptr, *db = sums ? dw + padded : nullptr;
+    if (sums) std::fill_n(dw, 2 * padded, 0.0f);
+    for (int64_t row = begin; row < end; ++row) {
+      const R* sr = summed + row * summed_stride;
+      const R* dsr = dsummed ? dsummed + row * dsummed_stride : nullptr;
+      const T* dyr = dy ? dy + row * dy_stride : nullptr;
+      T* dxr = out.dx ? out.dx + row * width : nullptr;
+      R* drr = out.dresidual ? out.dresidual + row * width : nullptr;
+      const vec center = vec::all(mean[row]), scale = vec::all(rstd[row]);
+      float average = 0, correlation = 0;
+      if (dyr) {
+        average = sum_over(width, [=](int64_t i, auto span) { return vec::load(dyr + i, span) * vec::load(weight + i, span); }) / float(width);
+        correlation = sum_over(width, [=](int64_t i, auto span) {
+          vec d = vec::load(dyr + i, span), n = (vec::load(sr + i, span) - center) * scale;
+          if (sums) {
+            fma(d, n, vec::load(dw + i, span)).store(dw + i, span);
+            (vec::load(db + i, span) + d).store(db + i, span);
+          }
+          return d * vec::load(weight + i, span) * n;
+        }) / float(width);
+      }
+      if (!dxr && !drr) continue;
+      if (drop.active() && dxr) keep_row(drop, row, width, factors);
+      sweep(width, [=](int64_t i, auto span) {
+        vec ds = vec::zero();
+        if (dyr) {
+          vec n = (vec::load(sr + i, span) - center) * scale;
+          ds = scale * (vec::load(dyr + i, span) * vec::load(weight + i, span) - vec::all(average) - n * vec::all(correlation));
+        }
+        if (dsr) ds = ds + vec::load(dsr + i, span);
+        if (drr) ds.store(drr + i, span);
+        if (dxr) (drop.active() ? ds * vec::load(factors + i, span) : ds).store(dxr + i, span);
+      });
+    }
+  });
+  auto reduce = [=](const float* from, float* to) {
+    if (!to) return;
+    sweep(width, [=](int64_t i, auto span) {
+      vec total = vec::zero();
+      for (int64_t part = 0; part < parts; ++part) total = total + vec::load(from + part * 2 * padded + i, span);
+      total.store(to + i, span);
+    });
+  };
+  if (sums) {
+    reduce(partial, out.dweight);
+    reduce(partial + padded, out.dbias);
+  }
+}
+
+}  // namespace fastlm

@@ -1,0 +1,127 @@
+// Linear cross-entropy:  loss = lse(z) − (1 − ε)·z[target] − ε·mean(z),  z = x·Wᵀ + b (one row per token, vocab columns), ε the label smoothing
+//
+// Three products of 2·rows·width·vocab FLOP where gradients are wanted, one where not. Logits exist for one chunk of rows at a time: product, softmax and its
+// gradient in place, then both gradient products, while the chunk (≤ 64 MB) is still near. Keeping nothing and computing the gradient now saves the
+// fourth product that a recompute in the backward would cost. dW is accumulated over the chunks in fp32.
+#pragma once
+#include "linear.h"
+#include "vmath.h"
+
+namespace fastlm {
+
+struct cross_entropy {
+  const int64_t* target;
+  int64_t target_stride, ignore_index;
+  float label_smoothing;
+  const float* row_scale;  // d(total)/d(loss of the row)
+  float *loss, *lse;       // (rows)
+  bool gradients;
+};
+
+// One row of logits z: its loss, and d(total)/dz in its place where gradients are wanted. Three passes over a row that stays in the L2 cache.
+inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, int64_t vocab) {
+  constexpr int64_t Run = 4096;  // partial sums, so that rounding does not grow with the vocabulary
+  vec highest = vec::all(-INFINITY), nans = vec::zero();
+  sweep(vocab, [&](int64_t i, auto span) {
+    vec v = vec::load(z + i, span);
+    nans = nans + select(v == v, vec::zero(), v);  // max() may lose a NaN, a sum does not
+    if constexpr (std::is_same_v<decltype(span), full>) highest = max(highest, v);
+    else highest = max(highest, select(vec::iota() < vec::all(float(span.count)), v, vec::all(-INFINITY)));
+  });
+  const float shift = highest.max_lane();
+  float sum = 0, linear_sum = 0;
+  const bool keep = ce.gradients;
+  if (ce.label_smoothing > 0)
+    for (int64_t first = 0; first < vocab; first += Run) {
+      const float* at = z + first;
+      linear_sum += sum_over(std::min(Run, vocab - first), [=](int64_t i, auto span) { return vec::load(at + i, span); });
+    }
+  const int64_t target = ce.target[row * ce.target_stride];
+  const bool ignored = target == ce.ignore_index;
+  const float target_logit = ignored ? 0.0f : z[target];
+  for (int64_t first = 0; first < vocab; first += Run) {
+    float* at = z + first;
+    sum += sum_over(std::min(Run, vocab - first), [=](int64_t i, auto span) {
+      vec e = exp(vec::load(at + i, span) - vec::all(shift));
+      if constexpr (!std::is_same_v<decltype(span), full>) e = select(vec::iota() < vec::all(float(span.count)), e, vec::zero());
+      if (keep) e.store(at + i, span);
+      return e;
+    });
+  }
+  sum += nans.sum();
+  const float log_sum = std::log(sum), smoothing = ce.label_smoothing;
+  ce.lse[row] = shift + log_sum;
+  // Differences from the highest logit first: they are exact where the loss is small, and adding the shift to both sides would drown it.
+  ce.loss[row] = ignored ? 0.0f : log_sum + (1 - smoothing) * (shift - target_logit) + (smoothing > 0 ? smoothing * (shift - linear_sum / float(vocab)) : 0.0f);
+  if (!keep) return;
+  if (ignored) {
+    std::fill_n(z, vocab, 0.0f);
+    return;
+  }
+  const float scale = ce.row_scale[row];
+  const vec factor = vec::all(scale / sum), uniform = vec::all(scale * smoothing / float(vocab));
+  sweep(vocab, [=](int64_t i, auto span) { (vec::load(z + i, span) * factor - uniform).store(z + i, span); });
+  z[target] -= scale * (1 - smoothing);
+}
+
+template <class T> struct cross_entropy_gradients {
+  T *dx, *dweight;      // (rows, width), (vocab, width); null where not wanted
+  float* dweight_sum;   // (vocab, width) where T is narrower than fp32 and there are several chunks
+  T* dbias;             // (vocab) or null
+};
+
+// Returns −1, or the first row whose target is neither a token nor ignore_index (nothing is computed then).
+template <class T>
+int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T> weight, const T* bias, cross_entropy ce, float* logits, int64_t chunk_rows,
+                             cross_entropy_gradients<T> out, int64_t rows, int64_t width, int64_t vocab, int threads) {
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t target = ce.target[row * ce.target_stride];
+    if (target != ce.ignore_index && (target < 0 || target >= vocab)) return row;
+  }
+  using arithmetic = arithmetic_for<T>;
+  ce.gradients = out.dx || out.dweight || out.dbias;
+  buffer dbias_sum;
+  if (out.dbias) {
+    dbias_sum = make_buffer(vocab);
+    std::fill_n(dbias_sum.get(), vocab, 0.0f);
+  }
+  float* dw_sum = out.dweight_sum;
+  if constexpr (std::is_same_v<T, float>) dw_sum = out.dweight;  // an fp32 result is its own accumulator
+
+  for (int64_t first = 0; first < rows; first += chunk_rows) {
+    const int64_t count = std::min(chunk_rows, rows - first);
+    const T* xs = x + first * x_stride;
+    project(xs, x_stride, weight, bias, count, width, vocab, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(logits + i * vocab + j, span); });
+    parallel_parts(count, threads, [=](int64_t row) {
+      cross_entropy part = ce;
+      part.target += first * ce.target_stride, part.loss += first, part.lse += first;
+      if (part.row_scale) part.row_scale += first;
+      cross_entropy_row(part, logits + row * vocab, row, vocab);
+    });
+    if (out.dx) {
+      T* dx = out.dx + first * width;
+      gemm<arithmetic>(count, width, vocab, operand<float>{logits, vocab, 1}, operand<T>{weight.data, weight.k_stride, weight.n_stride}, threads,
+                       [=](int64_t i, int64_t j, vec value, auto span) { value.store(dx + i * width + j, span); });
+    }
+    if (out.dweight) {
+      const bool starts = first == 0, ends = first + count == rows;
+      T* dw = out.dweight;
+      gemm<arithmetic>(vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads,
+                       [=](int64_t i, int64_t j, vec value, auto span) {
+                         const int64_t at = i * width + j;
+                         if (!starts) value = value + vec::load(dw_sum + at, span);
+                         if (ends) value.store(dw + at, span);
+                         else value.store(dw_sum + at, span);
+                       },
+                       dbias_sum.get(), nullptr);
+    } else if (out.dbias) {
+      buffer chunk = make_buffer(vocab);
+      column_sums(static_cast<const float*>(logits), vocab, chunk.get(), count, vocab, threads);
+      for (int64_t i = 0; i < vocab; ++i) dbias_sum[i] += chunk[i];
+    }
+  }
+  if (out.dbias) convert(dbias_sum.get(), out.dbias, vocab);
+  return -1;
+}
+
+}  // namespace fastlm

@@ -1,0 +1,59 @@
+// The only files that know instruction sets are this one and the simd_*.h beside it. A kernel is written once over `vec`: Lanes fp32 values in one
+// register. Everything is compiled once per ISA module (see setup.py), so `vec` is as wide as that module may assume.
+//
+// What each simd_*.h provides:
+//   vec     fp32 lanes: zero, all, iota, load, store (fp32, bf16 and fp16 in memory), arithmetic, sum, max_lane
+//   uvec    the same lanes as 32-bit unsigned integers
+//   lanes   one truth value per lane: comparisons, &, |, select
+//   transpose(vec[Lanes])
+//   HasBf16Dot, and where it is true: dot_bf16, load_pairs, interleave_pairs (two bf16 in one 32-bit lane)
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define FASTLM_INLINE inline __attribute__((always_inline))
+
+namespace fastlm {
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+struct full {};                      // a whole register
+struct tail { size_t count; };       // its first `count` elements, 1…Lanes−1; the rest reads as zero and is not written
+
+}  // namespace fastlm
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "simd_avx2.h"
+#else
+#include "simd_generic.h"
+#endif
+
+namespace fastlm {
+
+// body(i, span) for every register's worth of n elements: whole ones, then one masked tail. No kernel writes a scalar tail.
+template <class Body> FASTLM_INLINE void sweep(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + vec::Lanes <= n; i += vec::Lanes) body(i, full{});
+  if (i < n) body(i, tail{size_t(n - i)});
+}
+
+// Sum of term(i, span) over n elements. Four running sums, so that the loop is not bound by the latency of one addition.
+template <class Term> FASTLM_INLINE float sum_over(int64_t n, Term term) {
+  vec a = vec::zero(), b = a, c = a, d = a;
+  int64_t i = 0;
+  for (; i + 4 * vec::Lanes <= n; i += 4 * vec::Lanes) {
+    a = a + term(i, full{});
+    b = b + term(i + vec::Lanes, full{});
+    c = c + term(i + 2 * vec::Lanes, full{});
+    d = d + term(i + 3 * vec::Lanes, full{});
+  }
+  for (; i + vec::Lanes <= n; i += vec::Lanes) a = a + term(i, full{});
+  if (i < n) b = b + term(i, tail{size_t(n - i)});
+  return ((a + b) + (c + d)).sum();
+}
+
+}  // namespace fastlm

@@ -1,0 +1,57 @@
+// Work is cut into parts by its sizes alone, so a result does not depend on how many threads there are, bit for bit.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fastlm {
+
+// For streaming work: a part is worth at least 64 kB of traffic (waking a thread costs about as much as streaming half of that); 64 parts feed any machine's cores.
+inline int64_t parts_for(int64_t items, int64_t bytes_per_item) {
+  return std::max<int64_t>(1, std::min<int64_t>({items * bytes_per_item / 65536, items, 64}));
+}
+
+// body(part) once for each part, in any order on any thread: a thread that is late does not hold up the rest. Bodies must not throw: an exception
+// cannot leave the parallel region.
+template <class Body> void parallel_parts(int64_t parts, int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && parts > 1) {
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)  // always the same number: libgomp would end and restart threads if it changed
+    for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) body(part);
+    return;
+  }
+#endif
+  (void)threads;
+  for (int64_t part = 0; part < parts; ++part) body(part);
+}
+
+// body(begin, end, part): the items cut into `parts` runs of equal length, one call each.
+template <class Body> void parallel_for(int64_t items, int64_t parts, int threads, const Body& body) {
+  parallel_parts(parts, threads, [&](int64_t part) { body(items * part / parts, items * (part + 1) / parts, part); });
+}
+
+struct aligned_free { void operator()(void* p) const { std::free(p); } };
+using buffer = std::unique_ptr<float[], aligned_free>;
+
+// Cache-line aligned and not initialised.
+inline buffer make_buffer(int64_t count) { return buffer(static_cast<float*>(std::aligned_alloc(64, size_t((count * 4 + 63) / 64 * 64 + 64)))); }
+
+// This thread's own working memory, kept from call to call: freshly mapped pages cost more than the kernels that would write to them.
+// One user at a time: a kernel asks once and divides what it gets. Grows to a few MB (block sizes are bounded), never shrinks.
+inline float* scratch(int64_t count) {
+  thread_local buffer memory;
+  thread_local int64_t size = 0;
+  if (size < count) {
+    memory = make_buffer(count);
+    size = count;
+  }
+  return memory.get();
+}
+
+}  // namespace fastlm
