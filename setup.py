@@ -199,7 +199,7 @@ class BuildModules(build_ext):
             report |= {"openmp": tools.openmp, "compiler": tools.name}
             names = [file.name.removesuffix(SUFFIX) for file in built]
             if missing := [f"_cpu_{name}" for name in ("features", *tools.isas) if f"_cpu_{name}" not in names]:
-                first_error = next((line.strip() for line in log.splitlines() if "error" in line.lower()), "see the build log")
+                first_error = next((line.replace(f"{ROOT}{os.sep}", "").strip() for line in log.splitlines() if "error" in line.lower()), "see the build log")
                 report["reason"] = f"{', '.join(missing)} did not compile: {first_error}"
             if "_cpu_features" in names:  # it says which of the others this CPU can run: without it none is used
                 report["modules"] = [name for name in names if name != "_cpu_features"]
