@@ -89,11 +89,15 @@ def demo(
 
 
 @app.command()
-def info() -> None:
+def info(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure first where PyTorch's own operators are faster here, and let them serve there from now on; minutes.")
+    ] = False,
+) -> None:
     """What is built, what this machine can use, and why the rest is not used."""
-    import fastlm
+    from fastlm.commands import info
 
-    print(fastlm.info())
+    info.run(measure=measure)
 
 
 @app.command()

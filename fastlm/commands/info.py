@@ -1,0 +1,19 @@
+"""fastlm info: the report; with --measure, who serves is measured first."""
+
+import fastlm
+from fastlm.backends import table
+from fastlm.benchmarking import choose
+from fastlm.commands.display import say
+
+
+def run(*, measure: bool) -> None:
+    if measure:
+        verdicts = []
+        for seen in choose.measure():
+            verdicts.append(seen)
+            winner = "PyTorch's operator serves" if seen.torch_wins else "fastlm's kernel serves"
+            say(f"{seen.operator:20} {seen.dtype:8} {seen.rows:5} rows: {seen.ratio} times as fast as PyTorch; {winner}")
+        choose.remember(choose.rules(verdicts))
+        say(f"remembered in {table.user_table()}")
+        say()
+    print(fastlm.info())
