@@ -42,7 +42,7 @@ template <class Arithmetic> void pair_rows(float* tile, int64_t rows, int64_t wi
     for (int64_t j = 0; j < rows; j += 2)
       for (int64_t i = 0; i < width; i += vec::Lanes) {
         vec low = vec::load(tile + j * width + i, full{}), high = j + 1 < rows ? vec::load(tile + (j + 1) * width + i, full{}) : vec::zero();
-        make_pairs(low, high).store(tile + j / 2 * width + i, full{});
+        Arithmetic::join(low, high).store(tile + j / 2 * width + i, full{});
       }
   }
 }

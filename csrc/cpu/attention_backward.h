@@ -26,7 +26,7 @@ template <class Arithmetic> const float* query_pairs(const float* tile, int64_t 
   if constexpr (Arithmetic::PerLane == 2) {
     for (int64_t j = 0; j < keys; ++j)
       for (int64_t i = 0; i < width; i += 2 * vec::Lanes) {
-        vec pairs = load_pairs(tile + j * width + i, width - i);
+        vec pairs = Arithmetic::along_k(tile + j * width + i, width - i);
         if (width - i >= 2 * vec::Lanes) pairs.store(paired + (j * width + i) / 2, full{});
         else pairs.store(paired + (j * width + i) / 2, tail{size_t(width - i) / 2});
       }
@@ -71,6 +71,41 @@ inline void score_gradients(float* scores, float* dweights, const float* keep, c
   }
 }
 
+// δ of one panel of queries as Σ_key P·dP. Twice the work of Σ_d dO·O, but free of the rounding of a 16-bit O, which a mask's gradient would show in full:
+// over a row it sums to 0.
+template <class T>
+void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, const float* lse, const attention_size& size,
+                  const masking<T>& mask, int64_t batch, int64_t head, int64_t from, int64_t queries, int64_t width, float* delta) {
+  using arithmetic = arithmetic_for<T>;
+  constexpr int64_t L = vec::Lanes;
+  const int64_t dim = size.head_dim, depth = packed_depth<arithmetic>(dim), kv_head = head / size.group();
+  float* packed_k = scratch(KeyBlock * (2 * depth + 3 * QueryPanel) + QueryPanel * (2 * depth + 1));
+  float* packed_v = packed_k + KeyBlock * depth;
+  float* scores = packed_v + KeyBlock * depth;
+  float* dscores = scores + KeyBlock * QueryPanel;
+  float* extra = dscores + KeyBlock * QueryPanel;
+  float* packed_q = extra + KeyBlock * QueryPanel;
+  float* packed_g = packed_q + QueryPanel * depth;
+  float* sums = packed_g + QueryPanel * depth;
+  const float none[QueryPanel] = {};
+  std::fill_n(sums, QueryPanel, 0.0f);
+  pack<arithmetic>(operand<T>{query.at(batch, head, from), query.row(), 1}, queries, dim, width, packed_q);
+  pack<arithmetic>(operand<T>{dout.at(batch, head, from), dout.row(), 1}, queries, dim, width, packed_g);
+  for (int64_t k0 = mask.first_key(from); k0 < mask.end_key(from + queries, size.key_len); k0 += KeyBlock) {
+    const tile_place at{batch, head, from, queries, k0, std::min(KeyBlock, size.key_len - k0)};
+    pack_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, at.keys, dim, packed_k);
+    pack_rows<arithmetic>(operand<T>{value.at(batch, kv_head, k0), value.row(), 1}, at.keys, dim, packed_v);
+    multiply_rows<arithmetic>(at.keys, depth, packed_k, packed_q, scores, width, false);
+    multiply_rows<arithmetic>(at.keys, depth, packed_v, packed_g, dscores, width, false);
+    mask_scores(mask, at, scores, width, extra);
+    if (mask.drop.active()) keep_tile(mask.drop, at, size.heads, extra, width);
+    score_gradients(scores, dscores, mask.drop.active() ? extra : nullptr, lse, none, at.keys, width, queries);
+    for (int64_t j = 0; j < at.keys; ++j)
+      for (int64_t i = 0; i < width; i += L) (vec::load(sums + i, full{}) + vec::load(dscores + j * width + i, full{})).store(sums + i, full{});
+  }
+  std::copy_n(sums, queries, delta);
+}
+
 template <class T>
 void attention_backward(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, heads_view<const T> out, const float* lse,
                         const float* dlse, attention_gradients<T> grad, attention_size size, const masking<T>& mask, int threads) {
@@ -83,13 +118,23 @@ void attention_backward(heads_view<const T> dout, heads_view<const T> query, hea
 
   buffer deltas = make_buffer(size.batch * size.heads * query_len);
   float* delta = deltas.get();
-  parallel_for(size.batch * size.heads * query_len, parts_for(size.batch * size.heads * query_len, 2 * dim * sizeof(T)), threads, [=](int64_t begin, int64_t end, int64_t) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t head = row / query_len % size.heads, batch = row / query_len / size.heads;
-      const T *g = dout.at(batch, head, row % query_len), *o = out.at(batch, head, row % query_len);
-      delta[row] = sum_over(dim, [=](int64_t i, auto span) { return vec::load(g + i, span) * vec::load(o + i, span); }) - (dlse ? dlse[row] : 0.0f);
-    }
-  });
+  if (grad.dmask) {
+    parallel_parts(size.batch * size.heads * split.count, threads, [=, &mask](int64_t job) {
+      const int64_t head = job / split.count, from = split.begin(job % split.count) * L, width = split.begin(job % split.count + 1) * L - from;
+      const int64_t queries = std::min(width, query_len - from), row = head * query_len + from;
+      exact_deltas(dout, query, key, value, lse + row, size, mask, head / size.heads, head % size.heads, from, queries, width, delta + row);
+      for (int64_t i = 0; dlse && i < queries; ++i) delta[row + i] -= dlse[row + i];
+    });
+  } else {
+    const int64_t rows = size.batch * size.heads * query_len;
+    parallel_for(rows, parts_for(rows, 2 * dim * sizeof(T)), threads, [=](int64_t begin, int64_t end, int64_t) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t head = row / query_len % size.heads, batch = row / query_len / size.heads;
+        const T *g = dout.at(batch, head, row % query_len), *o = out.at(batch, head, row % query_len);
+        delta[row] = sum_over(dim, [=](int64_t i, auto span) { return vec::load(g + i, span) * vec::load(o + i, span); }) - (dlse ? dlse[row] : 0.0f);
+      }
+    });
+  }
 
   // Where several (batch, head) add to one place of dmask they take turns; where keys share a place, a head's keys are one part.
   const bool shared = grad.dmask && ((grad.dmask_strides[0] == 0 && size.batch > 1) || (grad.dmask_strides[1] == 0 && size.heads > 1));

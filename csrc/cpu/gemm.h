@@ -45,6 +45,7 @@ struct by_dot {  // two bf16 values, consecutive in k
     return next ? interleave_pairs(p, next, span) : interleave_pairs(p, nullptr, span);
   }
   template <class T> static FASTLM_INLINE vec along_k(const T* p, int64_t count) { return count > 0 ? load_pairs(p, count) : vec::zero(); }
+  static FASTLM_INLINE vec join(vec value, vec next) { return make_pairs(value, next); }
   static FASTLM_INLINE vec total(vec lane) {
     return from_bits(bits_of(lane) << 16) + from_bits(bits_of(lane) & uvec::all(0xffff0000u));
   }
