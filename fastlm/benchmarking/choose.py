@@ -59,8 +59,8 @@ def rules(verdicts: list[Verdict]) -> list[table.Rule]:
     for operator, dtype in dict.fromkeys((v.operator, v.dtype) for v in verdicts):
         won = {v.rows > BETWEEN for v in verdicts if (v.operator, v.dtype) == (operator, dtype) and v.torch_wins}
         if won:
-            side = {} if len(won) == 2 else {ROWS_OF.get(operator, "rows"): (BETWEEN + 1, None) if True in won else (None, BETWEEN)}
-            found.append(table.Rule(operator, dtype, side))
+            ends = (BETWEEN + 1 if False not in won else None, BETWEEN if True not in won else None)
+            found.append(table.Rule(operator, dtype, {} if len(won) == 2 else {ROWS_OF.get(operator, "rows"): ends}))
     return found
 
 
