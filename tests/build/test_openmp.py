@@ -55,9 +55,11 @@ def test_a_runtime_under_another_name_is_the_one_used(tmp_path):
     torch_own = list((Path(torch.__file__).parent / "lib").glob("libgomp*"))
     renamed = tmp_path / "libgomX.so.1"
     renamed.write_bytes((torch_own or [Path(original)])[0].read_bytes().replace(b"libgomp.so.1\0", b"libgomX.so.1\0"))
-    mapped = run(f"{LOAD}\nctypes.CDLL({str(renamed)!r}, mode=ctypes.RTLD_GLOBAL)\nload('_cpu_features'); load('_cpu_baseline')\nprint(*{MAPPED}, sep='\\n')")
+    mapped = run(
+        f"{LOAD}\nctypes.CDLL({str(renamed)!r}, mode=ctypes.RTLD_GLOBAL)\nload('_cpu_features'); load('_cpu_{fastlm.info().isa}')\nprint(*{MAPPED}, sep='\\n')"
+    )
     assert mapped == [str(renamed)]
 
 
 def test_a_torch_without_any_runtime_gets_the_compilers():
-    assert len(run(f"{LOAD}\nload('_cpu_features'); load('_cpu_baseline')\nprint(*{MAPPED}, sep='\\n')")) == 1
+    assert len(run(f"{LOAD}\nload('_cpu_features'); load('_cpu_{fastlm.info().isa}')\nprint(*{MAPPED}, sep='\\n')")) == 1
