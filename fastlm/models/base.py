@@ -78,10 +78,10 @@ class PretrainedModel(nn.Module):
         for module in root.modules():
             if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
                 module.weight.normal_(0.0, self.config.initializer_range)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
-                if getattr(module, "padding_idx", None) is not None:
-                    module.weight[module.padding_idx].zero_()
+            if isinstance(module, (nn.Linear, Conv1D)) and module.bias is not None:
+                module.bias.zero_()
+            elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
             elif isinstance(module, nn.LayerNorm):
                 module.weight.fill_(1.0)
                 module.bias.zero_()

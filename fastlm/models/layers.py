@@ -43,7 +43,9 @@ class Embedding(Uninitialised, nn.Embedding):
 class LayerNorm(Uninitialised, nn.LayerNorm):
     """Normalises residual + dropout(x); returns the result and the sum, which is what the next residual addition needs."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # two results, not one
+        self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         return fastlm.layernorm_residual(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
 
 

@@ -151,6 +151,19 @@ def test_compiles_to_one_graph(make):
     torch.testing.assert_close(compiled(**batch).logits[mask], model(**batch).logits[mask], rtol=1e-4, atol=1e-5)
 
 
+@on_every_model
+def test_nothing_is_copied_for_its_layout(make):
+    """The kernels take queries, keys and values where the projection left them, and every gradient as it comes."""
+    model = make()
+    batch = batch_for(model) | {"attention_mask": torch.tensor([[1] * 9, [1] * 4 + [0] * 5])}
+    before = fastlm.info().copies
+    loss_and_gradients(model, batch)
+    model.eval()(**batch)
+    if hasattr(model, "generate"):
+        model.generate(batch["input_ids"], max_new_tokens=5)
+    assert fastlm.info().copies == before
+
+
 def test_the_flops_of_a_step_are_counted():
     """What a profiler sees: 2 per weight and token forward, twice that backward, and the attention's two products."""
     model, ids = ours_like(tiny_gpt2()).train(), torch.randint(0, 131, (2, 9))

@@ -43,6 +43,10 @@ def test_logits_loss_and_gradients(changes, dtype):
     assert_within_twice_theirs(lambda: tiny_bert(**changes), padded, dtype)
 
 
+def test_float16():
+    assert_within_twice_theirs(tiny_bert, padded, torch.float16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("draw", [types_and_positions, embeddings])
 def test_every_kind_of_input(draw, dtype):
@@ -153,6 +157,16 @@ def test_only_tokens_with_a_label_reach_the_head():
     loss = ours(**inputs, labels=labels).loss
     assert seen == [(labels != -100).sum()]
     torch.testing.assert_close(loss, ours.eval()(**inputs, labels=labels).loss)
+
+
+def test_a_row_of_padding_alone_harms_nothing():
+    ours, (inputs, labels, where) = ours_like(tiny_bert()), padded()
+    expected = gradients_of(ours, ours(**inputs, labels=labels).loss)
+    more = {name: torch.cat([x, torch.zeros_like(x[:1])]) for name, x in inputs.items()}
+    output = ours(**more, labels=torch.cat([labels, torch.full_like(labels[:1], -100)]))
+    torch.testing.assert_close(output.logits[:3][where], ours(**inputs).logits[where])
+    for a, b in zip(gradients_of(ours, output.loss).values(), expected.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_no_label_at_all():

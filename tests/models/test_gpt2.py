@@ -61,6 +61,10 @@ def test_logits_loss_and_gradients(changes, dtype):
     assert_within_twice_theirs(lambda: tiny_gpt2(**changes), plain, dtype, shifted=True)
 
 
+def test_float16():
+    assert_within_twice_theirs(tiny_gpt2, plain, torch.float16, shifted=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("draw", [left_padded, left_padded_with_positions, right_padded, types_and_positions, embeddings])
 def test_every_kind_of_input(draw, dtype):
@@ -131,8 +135,8 @@ def test_dropout_in_training_only_and_each_where_it_belongs():
 
 @pytest.mark.parametrize("name", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
 def test_dropout_drops_what_hugging_face_drops(name):
-    """One layer whose sub-blocks are silenced one by one: the mean over many draws, and its spread, are Hugging Face's."""
-    theirs = tiny_gpt2("GPT2Model", n_layer=1, **{name: 0.5}).train()
+    """The mean over many draws, and their spread, are Hugging Face's."""
+    theirs = tiny_gpt2("GPT2Model", n_layer=2, **{name: 0.5}).train()
     ours, ids = ours_like(theirs).train(), tokens(1, 6)
     with torch.no_grad():
         batch = ids.expand(3000, -1)  # every row its own draw
