@@ -51,7 +51,7 @@ def at(tensor):
 
 
 def new(x, shape, wanted=True, dtype=None):
-    return x.new_empty(shape, dtype=dtype) if wanted else None
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device) if wanted else None
 
 
 def new_like(x, wanted=True, dtype=None):

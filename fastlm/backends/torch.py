@@ -3,6 +3,8 @@
 What PyTorch does not do exactly as fastlm promises is refused, with the reason.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -109,7 +111,8 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
     return ds.to(dtype).contiguous() if needs_dx else None, ds.contiguous() if needs_dresidual else None, dweight, dbias
 
 
-# linear_cross_entropy: by chunks of rows; the logits of one chunk become its softmax, then its gradient, in the same memory
+# linear_cross_entropy: by chunks of rows for the products, and within them by blocks that stay in the cache while they are swept. The logits of
+# a block become its softmax, then its gradient, in the same memory, in float32.
 
 
 @as_written
@@ -124,56 +127,63 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
     dx = x.new_empty(flat.shape) if needed[0] else None
     dweight = None if rows else torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_zeros(vocab, dtype=wide) if needed[2] else None
-    narrow_bytes = 0 if x.dtype == wide else x.element_size()
-    chunk = min(rows, max(1, LOGITS_BYTES // (vocab * (wide.itemsize + narrow_bytes))))
-    memory = x.new_empty(chunk, vocab, dtype=wide)
-    narrow_memory = x.new_empty(chunk, vocab) if narrow_bytes else memory
+    chunk = min(rows, max(1, LOGITS_BYTES * 15 // 16 // (vocab * x.element_size())))
+    block = min(chunk, max(1, LOGITS_BYTES // 16 // (vocab * wide.itemsize)))
+    memory = x.new_empty(chunk, vocab)
+    wide_memory = None if x.dtype == wide else x.new_empty(block, vocab, dtype=wide)
     for begin in range(0, rows, max(1, chunk)):
-        at = slice(begin, begin + chunk)
-        part = flat[at]
-        logits, product = memory[: part.shape[0]], narrow_memory[: part.shape[0]]
+        part = flat[begin : begin + chunk]
+        product = memory[: part.shape[0]]
         torch.mm(part, weight.t(), out=product) if bias is None else torch.addmm(bias, part, weight.t(), out=product)
-        if narrow_bytes:
-            logits.copy_(product)
-        ignored = targets[at] == ignore_index
-        wanted = torch.where(ignored, 0, targets[at])[:, None]
-        # The sum of exponentials is 1 / the largest probability: no second sweep over them. All is taken relative to the largest
-        # logit, as the loss of a target that is nearly certain is lost in the difference of two large numbers otherwise.
-        top = logits.amax(1)
-        below = top - logits.gather(1, wanted)[:, 0]
-        mean_below = top - logits.mean(1) if label_smoothing else None
-        aten._softmax.out(logits, 1, False, out=logits)
-        row_loss = below if mean_below is None else (1 - label_smoothing) * below + label_smoothing * mean_below
-        row_loss = row_loss - logits.amax(1).log()
-        loss[at] = row_loss.masked_fill_(ignored, 0)
-        if not any(needed):
-            continue
-        scale = row_scale[at].masked_fill(ignored, 0)[:, None]
-        if label_smoothing:
-            logits.sub_(label_smoothing / vocab)
-        logits.mul_(scale)
-        logits.scatter_add_(1, wanted, scale * (label_smoothing - 1))
-        if dbias is not None:
-            dbias += logits.sum(0)
-        if narrow_bytes:
-            product.copy_(logits)
+        for first in range(0, part.shape[0], block):
+            near, at = product[first : first + block], slice(begin + first, begin + min(first + block, chunk))
+            logits = near if wide_memory is None else wide_memory[: near.shape[0]].copy_(near)
+            scale = row_scale[at] if any(needed) else None
+            loss[at] = losses_then_gradients(logits, targets[at], scale, ignore_index, label_smoothing)
+            if dbias is not None:
+                dbias += logits.sum(0)
+            if wide_memory is not None and scale is not None:
+                near.copy_(logits)
         if dx is not None:
-            torch.mm(product, weight, out=dx[at])
+            torch.mm(product, weight, out=dx[begin : begin + chunk])
         if needed[1]:
-            dweight = add_product(dweight, product.t(), part, wide if chunk < rows else x.dtype)
+            dweight = add_product(dweight, product.t(), part, begin + chunk >= rows)
     return (
         loss.view(target.shape),
         dx if dx is None else dx.view(x.shape),
-        dweight.to(x.dtype) if needed[1] else None,
+        dweight if needed[1] else None,
         dbias if dbias is None else dbias.to(x.dtype),
     )
 
 
-def add_product(total, a, b, dtype):
-    """total + a @ b in dtype: 16-bit products of several chunks are added up in float32."""
+def losses_then_gradients(logits, targets, scale, ignore_index, label_smoothing):
+    """The losses of some rows; their logits become d(scale · loss)/d(logits), or with no scale the softmax."""
+    ignored = targets == ignore_index
+    wanted = torch.where(ignored, 0, targets)[:, None]
+    # The sum of exponentials is 1 / the largest probability: no second sweep over them. All is taken relative to the largest
+    # logit, as the loss of a target that is nearly certain is lost in the difference of two large numbers otherwise.
+    top = logits.amax(1)
+    losses = top - logits.gather(1, wanted)[:, 0]
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (top - logits.mean(1))
+    aten._softmax.out(logits, 1, False, out=logits)
+    losses = losses - logits.amax(1).log()
+    if scale is not None:
+        scale = scale.masked_fill(ignored, 0)[:, None]
+        if label_smoothing:
+            logits.sub_(label_smoothing / logits.shape[1])
+        logits.mul_(scale).scatter_add_(1, wanted, scale * (label_smoothing - 1))
+    return losses.masked_fill_(ignored, 0)
+
+
+def add_product(total, a, b, last):
+    """total + a @ b. 16-bit products of several chunks are added up in float32, and rounded to 16 bits after the last."""
     if total is None:
-        return torch.mm(a, b).to(dtype)
-    return total.addmm_(a, b) if a.dtype == dtype else total.add_(torch.mm(a, b))
+        return torch.mm(a, b)
+    if a.dtype in (torch.float32, torch.float64):
+        return total.addmm_(a, b)
+    product = torch.mm(a, b)
+    return torch.add(total, product, out=product) if last else total.float().add_(product)
 
 
 # attention
@@ -207,12 +217,10 @@ def additive(query, key, mask, key_padding, lower, upper):
 
 
 def harmed(query, key, value, bias, causal):
-    """A NaN or Inf where PyTorch would not do as promised: in the queries (a NaN there gives it a row of 0), or in keys and values that are masked."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    total = query.sum(dtype=wide)
-    if bias is not None or causal:
-        total = total + key.sum(dtype=wide) + value.sum(dtype=wide)
-    return not total.isfinite()
+    """A NaN or Inf where PyTorch would not do as promised: in the queries (it gives a row of 0), or in masked keys and values (causal ones it overwrites)."""
+    looked_at = (query, key, value) if bias is not None else (query, value) if causal else (query,)
+    dtype = torch.float32 if query.dtype == torch.float16 else query.dtype  # whose sums would overflow; those of bfloat16 round, no harm
+    return not all(math.isfinite(x.sum(dtype=dtype).item()) for x in looked_at)
 
 
 def tokens_first(x):
