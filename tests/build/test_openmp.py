@@ -16,50 +16,50 @@ if sys.platform != "linux" or not fastlm.info().openmp:
     pytest.skip("built without OpenMP, or not for Linux", allow_module_level=True)
 
 PACKAGE = Path(fastlm.__file__).parent
-MAPPED = "{line.split()[-1] for line in open('/proc/self/maps') if any(name in line for name in ('libgomp', 'libgomX', 'libomp', 'libiomp'))}"
 
-# The kernels without Python's side of the package, which would import torch. philox_keep fills (rows, cols) bytes with several threads.
-LOAD = f"""
-import ctypes, importlib.util, glob
-def load(name):
-    (path,) = glob.glob({str(PACKAGE)!r} + "/" + name + ".*.so")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# Modules without Python's side of the package, which would import torch; and which runtimes a process has mapped.
+TOOLS = f"""
+import ctypes, glob, importlib.util
+
+def load(*names):
+    for name in names:
+        (path,) = glob.glob({str(PACKAGE)!r} + f"/_cpu_{{name}}.*.so")
+        spec = importlib.util.spec_from_file_location(f"_cpu_{{name}}", path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+def show_runtimes():
+    with open("/proc/self/maps") as maps:
+        files = {{line.split()[-1] for line in maps}}
+    print(*(file for file in files if any(name in file for name in ("libgom", "libomp", "libiomp"))), sep="\\n")
 """
+ISA = fastlm.info().isa
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def runtimes_of(code):
+    done = subprocess.run([sys.executable, "-c", f"{TOOLS}\n{code}\nshow_runtimes()"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 def test_torch_and_the_kernels_share_one_runtime():
-    code = f"""
+    code = """
 import torch, fastlm
 torch.set_num_threads(2)
 x = torch.randn(4096, 256)
 fastlm.layernorm_residual(x, x, torch.ones(256), backend="cpu")
 x @ x.T
-print(*{MAPPED}, sep="\\n")
 """
-    (runtime,) = run(code)
+    (runtime,) = runtimes_of(code)
     assert Path(runtime).is_relative_to(Path(torch.__file__).resolve().parents[1])
 
 
 def test_a_runtime_under_another_name_is_the_one_used(tmp_path):
     """PyTorch's wheels with CUDA carry a libgomp that was renamed. No second one may be loaded beside it."""
-    original = ctypes.util.find_library("gomp")
-    torch_own = list((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    torch_own = [*(Path(torch.__file__).parent / "lib").glob("libgomp*"), ctypes.util.find_library("gomp")]
     renamed = tmp_path / "libgomX.so.1"
-    renamed.write_bytes((torch_own or [Path(original)])[0].read_bytes().replace(b"libgomp.so.1\0", b"libgomX.so.1\0"))
-    mapped = run(
-        f"{LOAD}\nctypes.CDLL({str(renamed)!r}, mode=ctypes.RTLD_GLOBAL)\nload('_cpu_features'); load('_cpu_{fastlm.info().isa}')\nprint(*{MAPPED}, sep='\\n')"
-    )
-    assert mapped == [str(renamed)]
+    renamed.write_bytes(Path(torch_own[0]).read_bytes().replace(b"libgomp.so.1\0", b"libgomX.so.1\0"))
+    assert runtimes_of(f"ctypes.CDLL({str(renamed)!r}, mode=ctypes.RTLD_GLOBAL); load('features', {ISA!r})") == [str(renamed)]
 
 
 def test_a_torch_without_any_runtime_gets_the_compilers():
-    assert len(run(f"{LOAD}\nload('_cpu_features'); load('_cpu_{fastlm.info().isa}')\nprint(*{MAPPED}, sep='\\n')")) == 1
+    assert len(runtimes_of(f"load('features', {ISA!r})")) == 1
