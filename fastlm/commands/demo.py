@@ -15,6 +15,8 @@ import fastlm
 from fastlm.commands.display import in_words, progress_bar, say, set_threads
 from fastlm.commands.streaming import continue_text
 from fastlm.generation import Tokenizer
+from fastlm.models import GPT2LMHeadModel
+from fastlm.ops.boundary import mismatch
 from fastlm.training import checkpoint, data
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.comparison import Comparison, side_by_side
@@ -36,8 +38,18 @@ PROMPT, SAMPLE_TOKENS = "def ", 240
 # we could think of, comes more than 1e-3 apart.
 AGREE = 1e-4
 
-
 Batches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets
+
+
+@dataclasses.dataclass
+class Learnt:
+    """What a run has to show: losses of every step, the comparison included."""
+
+    compared: Comparison
+    losses: list[float]
+    val_loss: float
+    tokens_per_second: float
+    interrupted: bool
 
 
 def run(*, out: Path, seconds: float, seed: int, threads: int | None) -> None:
@@ -54,40 +66,40 @@ def run(*, out: Path, seconds: float, seed: int, threads: int | None) -> None:
     sizes = f"{settings.layers} layers, {settings.heads} heads, width {settings.width}, context {settings.context}"
     say(f"model    {sizes}: {model.num_parameters() / 1e6:.1f} million parameters, {in_words(torch.get_num_threads(), 'thread')}")
 
-    ours = Trainer(model, settings, NextToken().loss)
-    batches = training_batches(settings, corpus)
-    with stop_requests() as stop:
-        say()
-        say("1. The same model, weights and batches on fastlm's operators and on plain PyTorch's, in turn")
-        compared = compare(ours, settings, batches, stop)
-        if not stop.is_set():
-            show_comparison(compared, settings)
-            say()
-            say(f"2. Training on fastlm's operators for {seconds:.0f} seconds")
-        losses = [loss for loss, _ in compared.losses]
-        evaluated: list[tuple[int, float]] = []
-        speed = 0.0
-        if not stop.is_set():
-            speed = keep_training(ours, settings, batches, losses, seconds, stop)
-        if not losses:
-            raise KeyboardInterrupt  # nothing was learnt, so there is nothing to save
-        pairs = [NextToken().pairs(w) for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch)]
-        evaluated.append((len(losses), ours.evaluate(pairs)))
-        interrupted = stop.is_set()
-
-    if not interrupted:
+    learnt = learn(model, settings, corpus, seconds)
+    saved = save(out, model, corpus, settings, learnt)
+    say(f"{'interrupted after' if learnt.interrupted else 'trained for'} {in_words(len(learnt.losses), 'step')}; saved in {out}: {saved}")
+    if not learnt.interrupted:
         say()
         say(f"3. What it writes after {PROMPT!r}")
         say()
         continue_text(model, Tokenizer(corpus.tokenizer), PROMPT, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=None, top_p=None, seed=seed)
         say()
-    saved = save(out, model, corpus, settings, compared, losses, evaluated, speed, interrupted)
-    say(f"{'interrupted after' if interrupted else 'trained for'} {len(losses)} steps; saved in {out}: {saved}")
-    say(f"val loss {evaluated[-1][1]:.4f}")
-    if interrupted:
+        say(f"More of it: fastlm generate --model {out} --prompt 'import '")
+    say(f"val loss {learnt.val_loss:.4f}")
+    if learnt.interrupted:
         raise typer.Exit(130)
-    if compared.disagreement > AGREE:
-        raise ValueError(f"losses: expected fastlm's and PyTorch's within {AGREE:g} of each other, got {compared.disagreement:.1e}")
+    if not learnt.compared.disagreement <= AGREE:
+        raise mismatch("losses", f"fastlm's and PyTorch's within {AGREE:g} of each other", f"{learnt.compared.disagreement:.1e}")
+
+
+def learn(model: GPT2LMHeadModel, settings: Settings, corpus: data.Corpus, seconds: float) -> Learnt:
+    """Ctrl-C ends it after the running step."""
+    ours, batches, speed = Trainer(model, settings, NextToken().loss), training_batches(settings, corpus), 0.0
+    with stop_requests() as stop:
+        say()
+        say("1. The same model, weights and batches on fastlm's operators and on plain PyTorch's, in turn")
+        compared = compare(ours, settings, batches, stop)
+        losses = [loss for loss, _ in compared.losses]
+        if not losses:
+            raise KeyboardInterrupt  # nothing was learnt, so there is nothing to save
+        if not stop.is_set():
+            show_comparison(compared, settings)
+            say()
+            say(f"2. Training on fastlm's operators for {seconds:.0f} seconds")
+            speed = keep_training(ours, settings, batches, losses, seconds, stop)
+        pairs = [NextToken().pairs(w) for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch)]
+        return Learnt(compared, losses, ours.evaluate(pairs), speed, stop.is_set())
 
 
 def standard_library() -> list[Path]:
@@ -122,7 +134,6 @@ def compare(ours: Trainer, settings: Settings, batches: Batches, stop: threading
             bar.show(len(seen.losses), f"pair {len(seen.losses)}", seen.losses[-1][0], f"{speed:,.0f}")
             if stop.is_set() or (len(seen.losses) >= 5 and time.perf_counter() - start > PAIR_SECONDS):
                 break
-        bar.show(PAIRS, f"pair {len(seen.losses)}", seen.losses[-1][0], f"{speed:,.0f}")
     return seen
 
 
@@ -149,17 +160,20 @@ def keep_training(ours: Trainer, settings: Settings, batches: Batches, losses: l
     return speed
 
 
-def save(out: Path, model, corpus: data.Corpus, settings: Settings, compared: Comparison, losses, evaluated, speed: float, interrupted: bool) -> str:
+def save(out: Path, model: GPT2LMHeadModel, corpus: data.Corpus, settings: Settings, learnt: Learnt) -> str:
+    """Returns the names of what was written."""
+    compared, losses = learnt.compared, learnt.losses
     with checkpoint.staged(out) as folder:
         checkpoint.write_model(folder, model, corpus.tokenizer)
-        drawn = draw_losses(folder / "loss.png", losses, validation=evaluated, plain=[b for _, b in compared.losses], unit="nats per byte")
+        plain = [loss for _, loss in compared.losses]
+        drawn = draw_losses(folder / "loss.png", losses, validation=[(len(losses), learnt.val_loss)], plain=plain, unit="nats per byte")
         summary = {
             "settings": dataclasses.asdict(settings) | {"threads": torch.get_num_threads()},
             "train_loss": sum(losses[-50:]) / len(losses[-50:]),
-            "val_loss": evaluated[-1][1],
-            "tokens_per_second": speed,
+            "val_loss": learnt.val_loss,
+            "tokens_per_second": learnt.tokens_per_second,
             "steps": len(losses),
-            "interrupted": interrupted,
+            "interrupted": learnt.interrupted,
             "comparison": {"seconds_fastlm": compared.ours, "seconds_pytorch": compared.plain, "losses": compared.losses},
         }
         checkpoint.write_json(folder / "summary.json", summary)
