@@ -98,7 +98,7 @@ def learn(model: GPT2LMHeadModel, settings: Settings, corpus: data.Corpus, secon
             say()
             say(f"2. Training on fastlm's operators for {seconds:.0f} seconds")
             speed = keep_training(ours, settings, batches, losses, seconds, stop)
-        pairs = [NextToken().pairs(w) for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch)]
+        pairs = [NextToken().pairs(w) for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch, most=2**14)]
         return Learnt(compared, losses, ours.evaluate(pairs), speed, stop.is_set())
 
 
