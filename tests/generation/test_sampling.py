@@ -11,10 +11,11 @@ DRAWS = 40_000
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [None, 1, 5, 50, 1000])
-@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.5, 0.9, 1.0])
 def test_the_same_scores_remain_as_with_hugging_face(temperature, top_k, top_p):
     logits = 3 * torch.randn(8, 50)
     logits[0, :10] = logits[0].max()  # ties
+    logits[1] = torch.tensor([0.0] * 4 + [-torch.inf] * 46)  # half of them have exactly half the probability
     expected = TemperatureLogitsWarper(temperature)(None, logits)
     if top_k is not None:
         expected = TopKLogitsWarper(top_k)(None, expected)

@@ -53,7 +53,7 @@ def test_every_kind_of_input(draw, dtype):
     assert_within_twice_theirs(tiny_bert, draw, dtype)
 
 
-def test_the_real_size():
+def test_the_real_size(all_threads):
     """110 million parameters, two rows of 40 tokens, every fourth with a label."""
 
     def draw():

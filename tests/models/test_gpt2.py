@@ -94,7 +94,7 @@ def test_every_block_alone():
         torch.testing.assert_close(added + stream, block(x, attention_mask=causal), rtol=1e-4, atol=1e-5)
 
 
-def test_the_real_size():
+def test_the_real_size(all_threads):
     """124 million parameters, two rows of 40 tokens."""
 
     def draw():

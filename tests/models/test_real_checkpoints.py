@@ -48,7 +48,7 @@ def minilm_results(model, inputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_minilm(dtype):
+def test_minilm(dtype, all_threads):
     ours = BertModel.from_pretrained(real(MINILM), dtype=dtype)
     theirs = transformers.BertModel.from_pretrained(real(MINILM), dtype=dtype).eval()
     truth = copy.deepcopy(theirs).double()
@@ -74,7 +74,7 @@ def test_minilm_knows_what_is_alike():
 
 @pytest.mark.filterwarnings("ignore:.*has no parameter for")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rxnfp(dtype):
+def test_rxnfp(dtype, all_threads):
     """Logits, masked-token loss and every gradient, in batches with padding."""
     theirs = transformers.BertForMaskedLM.from_pretrained(real(RXNFP), config=rxnfp_config(), dtype=dtype).eval()
 
