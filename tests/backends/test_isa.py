@@ -43,6 +43,8 @@ def test_an_isa_that_does_not_exist_is_an_error():
 def bare(tmp_path):
     """The package without compiled modules."""
     shutil.copytree(PACKAGE, tmp_path / "fastlm", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    # Where fastlm is installed editable, the finder that pip set up would bring the checkout's modules back.
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n")
     return tmp_path
 
 

@@ -1,17 +1,12 @@
-"""What people get: the archive with everything in it that a build needs, and a package that works where nothing was compiled."""
+"""What people get: the archive with everything in it that a build needs. (ways_of_installing.sh installs from it.)"""
 
-import json
-import os
 import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
-SMOKE = Path(__file__).parent / "smoke.py"
 # What builds, runs and virtual environments leave in a checkout.
 LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv", ".models", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "_build.json", ".*_cache")
 
@@ -32,30 +27,3 @@ def test_sdist_holds_what_a_build_needs_and_nothing_built(tmp_path):
     assert {"csrc/bindings.cpp", "csrc/cpu/cpu_features.cpp", "csrc/cpu/gemm.h", "tests/build/smoke.py"} <= needed
     assert needed - inside == set()
     assert not [name for name in inside if name.endswith((".so", ".pyc", "_build.json"))]
-
-
-@pytest.fixture
-def nothing_compiled(tmp_path):
-    """The package as it is installed where there is no compiler."""
-    shutil.copytree(ROOT / "fastlm", tmp_path / "fastlm", ignore=LEFT_BEHIND)
-    report = {"modules": [], "openmp": False, "compiler": "", "reason": "no C++ compiler found (looked for g++)"}
-    (tmp_path / "fastlm/_build.json").write_text(json.dumps(report))
-    return tmp_path
-
-
-def run(folder, *command, **environment):
-    return subprocess.run([sys.executable, *command], cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)} | environment, capture_output=True, text=True)
-
-
-def test_without_a_build_torch_and_reference_serve(nothing_compiled):
-    done = run(nothing_compiled, str(SMOKE), "plain", FASTLM_ISA="")
-    assert done.returncode == 0, done.stderr
-    assert "agree on torch, reference" in done.stdout
-
-
-def test_without_a_build_the_warning_is_one_line_and_the_report_has_the_reason(nothing_compiled):
-    done = run(nothing_compiled, "-c", "import fastlm; print(fastlm.__file__); print(fastlm.info())", FASTLM_ISA="")
-    where, report = done.stdout.split("\n", 1)
-    assert Path(where).is_relative_to(nothing_compiled)
-    assert "no C++ compiler found (looked for g++)" in report
-    assert done.stderr.count("no C++ compiler found") == 1
