@@ -106,6 +106,21 @@ void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_vie
   std::copy_n(sums, queries, delta);
 }
 
+// δ of one panel of queries as Σ_d dO·O, added up in the order of the product that makes dP: where a row attends one key, dP − δ is exactly 0.
+template <class T> void output_deltas(heads_view<const T> dout, heads_view<const T> out, int64_t dim, int64_t batch, int64_t head, int64_t from, int64_t queries, int64_t width, float* delta) {
+  using arithmetic = arithmetic_for<T>;
+  const int64_t depth = packed_depth<arithmetic>(dim);
+  float* packed_g = scratch(2 * depth * width);
+  float* packed_o = packed_g + depth * width;
+  pack<arithmetic>(operand<T>{dout.at(batch, head, from), dout.row(), 1}, queries, dim, width, packed_g);
+  pack<arithmetic>(operand<T>{out.at(batch, head, from), out.row(), 1}, queries, dim, width, packed_o);
+  sweep(queries, [=](int64_t i, auto span) {
+    vec sum = vec::zero();
+    for (int64_t d = 0; d < depth; ++d) sum = arithmetic::multiply_add(sum, vec::load(packed_o + d * width + i, full{}), vec::load(packed_g + d * width + i, full{}));
+    sum.store(delta + i, span);
+  });
+}
+
 template <class T>
 void attention_backward(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, heads_view<const T> out, const float* lse,
                         const float* dlse, attention_gradients<T> grad, attention_size size, const masking<T>& mask, int threads) {
@@ -118,23 +133,13 @@ void attention_backward(heads_view<const T> dout, heads_view<const T> query, hea
 
   buffer deltas = make_buffer(size.batch * size.heads * query_len);
   float* delta = deltas.get();
-  if (grad.dmask) {
-    parallel_parts(size.batch * size.heads * split.count, threads, [=, &mask](int64_t job) {
-      const int64_t head = job / split.count, from = split.begin(job % split.count) * L, width = split.begin(job % split.count + 1) * L - from;
-      const int64_t queries = std::min(width, query_len - from), row = head * query_len + from;
-      exact_deltas(dout, query, key, value, lse + row, size, mask, head / size.heads, head % size.heads, from, queries, width, delta + row);
-      for (int64_t i = 0; dlse && i < queries; ++i) delta[row + i] -= dlse[row + i];
-    });
-  } else {
-    const int64_t rows = size.batch * size.heads * query_len;
-    parallel_for(rows, parts_for(rows, 2 * dim * sizeof(T)), threads, [=](int64_t begin, int64_t end, int64_t) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t head = row / query_len % size.heads, batch = row / query_len / size.heads;
-        const T *g = dout.at(batch, head, row % query_len), *o = out.at(batch, head, row % query_len);
-        delta[row] = sum_over(dim, [=](int64_t i, auto span) { return vec::load(g + i, span) * vec::load(o + i, span); }) - (dlse ? dlse[row] : 0.0f);
-      }
-    });
-  }
+  parallel_parts(size.batch * size.heads * split.count, threads, [=, &mask](int64_t job) {
+    const int64_t head = job / split.count, from = split.begin(job % split.count) * L, width = split.begin(job % split.count + 1) * L - from;
+    const int64_t queries = std::min(width, query_len - from), row = head * query_len + from;
+    if (grad.dmask) exact_deltas(dout, query, key, value, lse + row, size, mask, head / size.heads, head % size.heads, from, queries, width, delta + row);
+    else output_deltas(dout, out, dim, head / size.heads, head % size.heads, from, queries, width, delta + row);
+    for (int64_t i = 0; dlse && i < queries; ++i) delta[row + i] -= dlse[row + i];
+  });
 
   // Where several (batch, head) add to one place of dmask they take turns; where keys share a place, a head's keys are one part.
   const bool shared = grad.dmask && ((grad.dmask_strides[0] == 0 && size.batch > 1) || (grad.dmask_strides[1] == 0 && size.heads > 1));
