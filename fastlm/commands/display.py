@@ -43,7 +43,7 @@ def progress_bar(total: float, name: str = "training") -> Iterator["BarReport"]:
 
 class BarReport(Report):
     def __init__(self, progress: Progress, total: float, name: str):
-        self.progress = progress
+        self.progress, self.name = progress, name
         self.task = progress.add_task(name, total=total, place="", loss="–", speed="–")
 
     def stepped(self, step: int, loss: float, tokens_per_second: float) -> None:
@@ -52,5 +52,9 @@ class BarReport(Report):
     def show(self, completed: float, place: str, loss: float, speed: str) -> None:
         self.progress.update(self.task, completed=completed, place=place, loss=f"{loss:.3f}", speed=speed)
 
+    def evaluating(self) -> None:
+        self.progress.update(self.task, description="evaluating")
+
     def evaluated(self, step: int, train_loss: float, val_loss: float) -> None:
+        self.progress.update(self.task, description=self.name)
         self.progress.console.print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}", markup=False, soft_wrap=True)

@@ -80,6 +80,8 @@ class Report:
 
     def stepped(self, step: int, loss: float, tokens_per_second: float) -> None: ...
 
+    def evaluating(self) -> None: ...
+
     def evaluated(self, step: int, train_loss: float, val_loss: float) -> None: ...
 
 
@@ -103,6 +105,7 @@ def train(settings: Settings, corpus: Corpus, model: nn.Module | None = None, lo
     spent = 0.0
 
     def evaluate() -> None:
+        report.evaluating()
         train_loss, val_loss = (trainer.evaluate(pairs) for pairs in held)
         evaluations.append((len(losses), train_loss, val_loss))
         report.evaluated(len(losses), train_loss, val_loss)
