@@ -69,6 +69,8 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
     for (int64_t d = 0; d < depth; ++d) {
       const T* row = source.data + d * Per * source.k_stride;
       const T* next = d * Per + 1 < k ? row + source.k_stride : nullptr;
+      for (int64_t ahead = 0; ahead < Per; ++ahead)  // rows lie pages apart: no hardware follows them. Past the end a prefetch is harmless
+        for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + (8 * Per + ahead) * source.k_stride + i);
       for (int64_t i = 0; i < width; i += L) {
         const T* after = next ? next + i : nullptr;
         vec v = i + L <= count ? Arithmetic::along_i(row + i, after, full{}) : i < count ? Arithmetic::along_i(row + i, after, tail{size_t(count - i)}) : vec::zero();
@@ -77,16 +79,21 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
     }
     return;
   }
-  for (int64_t d = 0; d < depth; d += L) {
-    for (int64_t i = 0; i < width; i += L) {
+  for (int64_t i = 0; i < width; i += L) {
+    const T* rows = source.data + i * source.stride;
+    for (int64_t d = 0; d < depth; d += L) {
       vec block[L];
+      if (i + L <= count && (d + L) * Per <= k && i + L <= width) {
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < L; ++r) block[r] = i + r < count ? Arithmetic::along_k(source.data + (i + r) * source.stride + d * Per, k - d * Per) : vec::zero();
-      transpose(block);
-      const int64_t rows = depth - d < L ? depth - d : L;
+        for (int64_t r = 0; r < L; ++r) block[r] = Arithmetic::along_k(rows + r * source.stride + d * Per, L * Per);
+        transpose(block);
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < L; ++r)
-        if (r < rows) put(block[r], out + (d + r) * width + i, width - i);
+        for (int64_t r = 0; r < L; ++r) block[r].store(out + (d + r) * width + i, full{});
+      } else {
+        for (int64_t r = 0; r < L; ++r) block[r] = i + r < count ? Arithmetic::along_k(rows + r * source.stride + d * Per, k - d * Per) : vec::zero();
+        transpose(block);
+        for (int64_t r = 0; r < L && d + r < depth; ++r) put(block[r], out + (d + r) * width + i, width - i);
+      }
     }
   }
 }
