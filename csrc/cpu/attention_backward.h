@@ -133,10 +133,12 @@ void attention_backward(heads_view<const T> dout, heads_view<const T> query, hea
 
   buffer deltas = make_buffer(size.batch * size.heads * query_len);
   float* delta = deltas.get();
+  // Dropout scales what is kept, and with it the rounding of O, past what PyTorch (which computes it in fp32) lets through.
+  const bool exact = grad.dmask || (mask.drop.active() && sizeof(T) == 2);
   parallel_parts(size.batch * size.heads * split.count, threads, [=, &mask](int64_t job) {
     const int64_t head = job / split.count, from = split.begin(job % split.count) * L, width = split.begin(job % split.count + 1) * L - from;
     const int64_t queries = std::min(width, query_len - from), row = head * query_len + from;
-    if (grad.dmask) exact_deltas(dout, query, key, value, lse + row, size, mask, head / size.heads, head % size.heads, from, queries, width, delta + row);
+    if (exact) exact_deltas(dout, query, key, value, lse + row, size, mask, head / size.heads, head % size.heads, from, queries, width, delta + row);
     else output_deltas(dout, out, dim, head / size.heads, head % size.heads, from, queries, width, delta + row);
     for (int64_t i = 0; dlse && i < queries; ++i) delta[row + i] -= dlse[row + i];
   });

@@ -1,4 +1,4 @@
-"""Which compiled module this process uses: the widest that was built and that this CPU and its operating system can run."""
+"""Which compiled module this process uses: the fastest that was built and that this CPU and its operating system can run."""
 
 import importlib
 import json
@@ -29,6 +29,13 @@ def usable() -> list[str]:
     return module.isas() if module else []
 
 
+def by_speed(usable: list[str], vendor: str) -> list[str]:
+    """The order in which modules are tried. Intel's cores run the bf16 dot product at half the rate of fp32 multiply-adds: widening while packing wins there."""
+    if vendor != "GenuineIntel" or "avx512" not in usable:
+        return usable
+    return ["avx512", *(isa for isa in usable if isa != "avx512")]
+
+
 def find() -> tuple[ModuleType | None, str | None, str]:
     """(module, its ISA, why there is none)."""
     here, forced = usable(), os.environ.get("FASTLM_ISA")
@@ -37,7 +44,8 @@ def find() -> tuple[ModuleType | None, str | None, str]:
     if forced and here and forced not in here:
         raise RuntimeError(f"FASTLM_ISA: expected one of {', '.join(here)}, which this CPU can run, got {forced!r}")
     reasons = []
-    for isa in [forced] if forced else here:
+    module = features()
+    for isa in [forced] if forced else by_speed(here, module.vendor() if module else ""):
         try:
             return importlib.import_module(f"fastlm._cpu_{isa}"), isa, ""
         except ModuleNotFoundError:

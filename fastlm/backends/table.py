@@ -29,7 +29,19 @@ class Rule:
 
 
 # microarchitecture (fastlm._cpu_features.microarchitecture()) → rules, from the operators' benchmarks
-MEASURED: dict[str, tuple[Rule, ...]] = {}
+MEASURED: dict[str, tuple[Rule, ...]] = {
+    # Two cores, PyTorch 2.13. A product of few rows is bound by reading the weights: packing them first costs more than it saves. One query in fp32: the same.
+    "zen4": (
+        Rule("linear", "float32", {"rows": (None, 4)}),
+        Rule("linear", "bfloat16", {"rows": (None, 64)}),
+        Rule("gelu_mlp", "float32", {"rows": (None, 4)}),
+        Rule("gelu_mlp", "bfloat16", {"rows": (None, 255)}),
+        Rule("attention", "float32", {"query_len": (None, 1)}),
+    ),
+}
+
+# A CPU with AMX that has no rows of its own: PyTorch's bf16 products use it, fastlm has no kernels for it.
+WITH_AMX = tuple(Rule(operator, "bfloat16") for operator in ("linear", "gelu_mlp", "linear_cross_entropy"))
 
 
 def microarchitecture() -> str:
@@ -41,6 +53,12 @@ def user_table() -> pathlib.Path:
     """Where `fastlm info --measure` writes this machine's own table: {microarchitecture: [{"operator", "dtype", "where"}, …]}."""
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(cache) / "fastlm" / "table.json"
+
+
+def shipped() -> tuple[Rule, ...]:
+    """This CPU's rows among those that come with fastlm."""
+    module = isa.features()
+    return MEASURED.get(microarchitecture(), WITH_AMX if module and module.has_amx() else ())
 
 
 @functools.cache
@@ -55,7 +73,7 @@ def rules() -> tuple[Rule, ...]:
         pass
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as wrong:  # the cache is anyone's to edit: it must not stop a program
         warnings.warn(f"{user_table()}: cannot be read ({wrong}); the measurements that come with fastlm hold", RuntimeWarning, stacklevel=2)
-    return MEASURED.get(model, ())
+    return shipped()
 
 
 def prefers_torch(operator: str, dtype: torch.dtype, features: dict) -> bool:

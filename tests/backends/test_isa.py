@@ -31,8 +31,14 @@ def test_each_module_can_be_forced(name):
 
 
 @pytest.mark.skipif(not USABLE, reason="nothing is compiled here")
-def test_the_widest_that_is_built_and_usable_is_chosen():
-    assert run("import fastlm; print(fastlm.info().isa)").stdout.strip() == USABLE[0]
+def test_the_fastest_that_is_built_and_usable_is_chosen():
+    assert run("import fastlm; print(fastlm.info().isa)").stdout.strip() == isa.by_speed(USABLE, isa.features().vendor())[0]
+
+
+def test_the_bf16_dot_product_comes_second_where_it_is_the_slower_arithmetic():
+    assert isa.by_speed(["avx512_bf16", "avx512", "avx2"], "GenuineIntel") == ["avx512", "avx512_bf16", "avx2"]
+    assert isa.by_speed(["avx512_bf16", "avx512", "avx2"], "AuthenticAMD") == ["avx512_bf16", "avx512", "avx2"]
+    assert isa.by_speed(["avx2", "baseline"], "GenuineIntel") == ["avx2", "baseline"]
 
 
 def test_an_isa_that_does_not_exist_is_an_error():
