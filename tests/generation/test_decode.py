@@ -41,7 +41,7 @@ def test_greedy_left_padded_token_for_token():
         assert torch.equal(together[row, 7 - real :], alone[0])
 
 
-def test_greedy_at_the_real_size_to_the_end_of_the_context(all_threads):
+def test_greedy_at_the_real_size_to_the_end_of_the_context():
     """Twelve heads of 64, the whole vocabulary; the context filled to its last place."""
     torch.manual_seed(4)
     config = transformers.GPT2Config(n_layer=2, n_positions=40, bos_token_id=None, eos_token_id=None)

@@ -90,6 +90,7 @@ def ours_on(model, inputs, labels, where):
     output = model(**inputs, labels=labels)
     assert (output.logits is None) == model.training
     logits = {} if model.training else {"logits": output.logits.detach()[where]}
+    assert output.loss.dtype == torch.float32 and all(x.dtype == model.dtype for x in logits.values())
     return {**logits, "loss": output.loss.detach(), **gradients_of(model, output.loss)}
 
 
@@ -109,31 +110,45 @@ def assert_within_twice_theirs(make, draw, dtype=torch.float32, shifted=False, d
         ours = ours_like(theirs)
         inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
         exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-        true, rival = theirs_on(truth, exact, labels, where, shifted), theirs_on(theirs, inputs, labels, where, shifted)
-        evaluated.add(ours_on(ours.eval(), inputs, labels, where), rival, true)
-        del true["logits"]
-        trained.add(ours_on(ours.train(), inputs, labels, where), rival, true)
+        true = theirs_on(truth, exact, labels, where, shifted)
+        rival = errors_of(theirs_on(theirs, inputs, labels, where, shifted), true)
+        evaluated.add(errors_of(ours_on(ours.eval(), inputs, labels, where), true), rival)
+        del rival["logits"]
+        trained.add(errors_of(ours_on(ours.train(), inputs, labels, where), true), rival)
     evaluated.judge()
     trained.judge()
 
 
+def errors_of(results, true):
+    """By name, relative to the size of the truth."""
+    errors = {}
+    for name, x in results.items():
+        truth, size = true[name], true[name]
+        if name == "loss" and x.dim() == 0:  # one number, whose roundings may cancel by luck: the rival's error is that of the losses it is the mean of
+            truth = truth.mean()
+        if name.endswith("attention.self.key.bias"):
+            # A key's bias adds the same to every score of a row, and the softmax takes it out again: the gradient is 0 but for rounding. What was rounded
+            # has the size of its neighbour's.
+            size = true[name.replace("key", "query")]
+        assert x.shape == truth.shape
+        errors[name] = rms(x - truth) / rms(size)
+    return errors
+
+
+def rms(x):
+    return torch.linalg.vector_norm(x, dtype=torch.float64) / max(1, x.numel()) ** 0.5
+
+
 class Errors:
-    """Relative errors of ours and of the rival, by name, one pair per draw."""
+    """Errors of ours and of the rival, by name, one pair per draw."""
 
     def __init__(self, dtype):
         self.dtype, self.pairs = dtype, collections.defaultdict(list)
 
-    def add(self, ours, rival, true):
-        assert ours.keys() == true.keys()
-        for name, mine in ours.items():
-            truth, size = true[name], true[name]
-            own_truth = truth.mean() if name == "loss" else truth  # one number, whose roundings may cancel by luck: the rival's error is that of its terms
-            if name.endswith("attention.self.key.bias"):
-                # A key's bias adds the same to every score of a row, and the softmax takes it out again: the gradient is 0 but for rounding. What was rounded
-                # has the size of its neighbour's.
-                size = true[name.replace("key", "query")]
-            assert mine.shape == own_truth.shape and mine.dtype == (torch.float32 if name == "loss" else self.dtype)
-            self.pairs[name].append(torch.stack([rms(mine - own_truth), rms(rival[name] - truth)]) / rms(size))
+    def add(self, ours, rival):
+        assert ours.keys() == rival.keys()
+        for name in ours:
+            self.pairs[name].append(torch.stack([ours[name], rival[name]]))
 
     def judge(self):
         failures = []
@@ -142,7 +157,3 @@ class Errors:
             if not error <= 2 * allowed + FLOOR[self.dtype]:
                 failures.append(f"{name}: {error:.2e} against their {allowed:.2e}")
         assert not failures, "\n".join(failures)
-
-
-def rms(x):
-    return x.double().square().mean().sqrt()
