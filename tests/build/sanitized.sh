@@ -15,7 +15,7 @@ FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_ISAS=${isas// /,} FASTLM_SANITIZE=address,un
 # The runtime must be the first library of the process, and find C++'s exceptions when it starts. Python's own leaks are not ours to find.
 LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so)
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
-for isa in $isas; do
+for isa in $isas; do # --capture=sys leaves the report of an error on the terminal
   FASTLM_ISA=$isa "$python" -c 'import torch, fastlm; i = fastlm.info(); assert not i.build, i.build; print(fastlm.backends.isa.kernels.__file__)' | grep build/sanitized
-  FASTLM_ISA=$isa FASTLM_TEST_BACKENDS=cpu "$python" -m pytest -q -x --durations=5 tests/ops -m "not slow" -k "not compile and not opcheck and not contract" "$@"
+  FASTLM_ISA=$isa FASTLM_TEST_BACKENDS=cpu "$python" -m pytest -q -x --capture=sys --durations=5 tests/ops -m "not slow" -k "not compile and not opcheck and not contract" "$@"
 done
