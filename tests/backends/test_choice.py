@@ -10,7 +10,7 @@ import fastlm
 from fastlm.backends import choice, cpu, table
 from tests.support import floats
 
-X, W = floats(4, 8), floats(6, 8)
+X, W = floats(40, 8), floats(6, 8)  # enough rows for the kernels to come first on every CPU
 
 
 def serves(**options):
@@ -190,7 +190,7 @@ def test_elsewhere_pytorch_comes_first_and_on_a_gpu_the_kernels_do():
         for device, order in (("mps", ["torch", "reference"]), ("cuda", ["triton", "cuda", "torch", "reference"]), ("cpu", ["cpu", "torch", "reference"])):
             asked.clear()
             with pytest.raises(fastlm.Unsupported):
-                choice.decide("linear", types.SimpleNamespace(type=device), torch.float32, None, {})
+                choice.decide("linear", types.SimpleNamespace(type=device), torch.float32, None, {"rows": 40})
             assert asked[: len(order)] == order
     finally:
         choice.refusals = original
