@@ -134,7 +134,7 @@ def test_choices_are_remembered_and_bounded(monkeypatch):
 
 
 def test_the_table_puts_pytorch_first_where_it_is_faster(monkeypatch):
-    rule = table.Rule("linear", "float32", {"rows": (None, 4), "out_width": (6, None)})
+    rule = table.Rule("linear", "float32", {"rows": (None, 40), "out_width": (6, None)})
     monkeypatch.setattr(table, "rules", lambda: (rule,))
     choice.CHOICES.clear()
     try:
@@ -142,7 +142,7 @@ def test_the_table_puts_pytorch_first_where_it_is_faster(monkeypatch):
         assert serves() == "torch"
         assert fastlm.info().fallbacks == before  # the table's choice is no fallback
         wide = "cpu" if cpu.kernels else "torch"
-        for x, w in ((floats(5, 8), W), (X, floats(5, 8)), (X.bfloat16(), W.bfloat16())):
+        for x, w in ((floats(41, 8), W), (X, floats(5, 8)), (X.bfloat16(), W.bfloat16())):
             assert choice.choose("linear", x, x.dtype, None, x.shape[0], 8, w.shape[0]) is choice.load(wide)
     finally:
         choice.CHOICES.clear()
