@@ -26,7 +26,8 @@ struct attention_size {
 // The product of packed rows and a tile: c[row][query] (+)= Σ_d a(row, d)·b[d][query] for `rows` rows.
 template <class Arithmetic> void multiply_rows(int64_t rows, int64_t depth, const float* a, const float* b, float* c, int64_t width, bool accumulate) {
   for (int64_t r = 0; r < rows; r += TileRows)
-    multiply_tile<Arithmetic>(width / vec::Lanes, depth, a + r / PanelRows * PanelRows * depth + r % PanelRows, PanelRows, b, width, c + r * width, width, accumulate);
+    multiply_tile<Arithmetic>(width / vec::Lanes, depth, a + r / PanelRows * PanelRows * depth + r % PanelRows, PanelRows, b, width, c + r * width, width,
+                              accumulate);
 }
 
 // Rows of a matrix operand as panels of PanelRows, one after another.
@@ -59,7 +60,8 @@ template <class T> int64_t find_nonfinite(const T* rows, int64_t stride, int64_t
 }
 
 // The transposed rows [dim][key] packed for a product that sums over keys, with the found rows as zeros.
-template <class Arithmetic, class T> void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t dim, int64_t nonfinite, const uint8_t* found, float* out) {
+template <class Arithmetic, class T> void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t dim, int64_t nonfinite, const uint8_t* found,
+                                                          float* out) {
   if (nonfinite == 0) return pack_rows<Arithmetic>(operand<T>{rows, 1, stride}, dim, count, out);
   buffer copy = make_buffer(count * dim);
   T* clean = reinterpret_cast<T*>(copy.get());
@@ -69,7 +71,8 @@ template <class Arithmetic, class T> void pack_transposed(const T* rows, int64_t
 }
 
 // What pack_transposed left out: o[dim][query] += weight·row, except where the weight is 0.
-template <class T> void add_nonfinite(const T* rows, int64_t stride, int64_t keys, int64_t dim, const uint8_t* found, const float* weights, int64_t width, float* o) {
+template <class T> void add_nonfinite(const T* rows, int64_t stride, int64_t keys, int64_t dim, const uint8_t* found, const float* weights, int64_t width,
+                                      float* o) {
   for (int64_t j = 0; j < keys; ++j)
     for (int64_t d = 0; found[j] && d < dim; ++d) {
       alignas(64) float element[vec::Lanes];

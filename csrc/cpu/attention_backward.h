@@ -36,18 +36,21 @@ template <class Arithmetic> const float* query_pairs(const float* tile, int64_t 
 }
 
 // sums[key][dim] += Σ_query rows[key][query]·natural[query][dim]
-template <class Arithmetic> void add_over_queries(int64_t keys, int64_t queries, const float* rows, int64_t width, const float* natural, int64_t wide, float* sums) {
+template <class Arithmetic> void add_over_queries(int64_t keys, int64_t queries, const float* rows, int64_t width, const float* natural, int64_t wide,
+                                                  float* sums) {
   const panels split(wide / vec::Lanes);
   const int64_t row_stride = width / Arithmetic::PerLane, depth = packed_depth<Arithmetic>(queries);
   for (int64_t r = 0; r < keys; r += TileRows)
     for (int64_t p = 0; p < split.count; ++p) {
       const int64_t from = split.begin(p) * vec::Lanes;
-      multiply_tile<Arithmetic, true>(split.begin(p + 1) - split.begin(p), depth, rows + r * row_stride, row_stride, natural + from, wide, sums + r * wide + from, wide, true);
+      multiply_tile<Arithmetic, true>(split.begin(p + 1) - split.begin(p), depth, rows + r * row_stride, row_stride, natural + from, wide,
+                                      sums + r * wide + from, wide, true);
     }
 }
 
 // In place: scores → weights P (dropped ones zero, kept ones scaled), dP → dS. Queries from `count` on get zeros.
-inline void score_gradients(float* scores, float* dweights, const float* keep, const float* lse, const float* delta, int64_t keys, int64_t width, int64_t count) {
+inline void score_gradients(float* scores, float* dweights, const float* keep, const float* lse, const float* delta, int64_t keys, int64_t width,
+                            int64_t count) {
   for (int64_t i = 0; i < width; i += vec::Lanes) {
     alignas(64) float row_lse[vec::Lanes] = {}, row_delta[vec::Lanes] = {};
     for (int64_t r = 0; r < vec::Lanes && i + r < count; ++r) {
@@ -74,8 +77,8 @@ inline void score_gradients(float* scores, float* dweights, const float* keep, c
 // δ of one panel of queries as Σ_key P·dP. Twice the work of Σ_d dO·O, but free of the rounding of a 16-bit O, which a mask's gradient would show in full:
 // over a row it sums to 0.
 template <class T>
-void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, const float* lse, const attention_size& size,
-                  const masking<T>& mask, int64_t batch, int64_t head, int64_t from, int64_t queries, int64_t width, float* delta) {
+void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, const float* lse,
+                  const attention_size& size, const masking<T>& mask, int64_t batch, int64_t head, int64_t from, int64_t queries, int64_t width, float* delta) {
   using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = size.head_dim, depth = packed_depth<arithmetic>(dim), kv_head = head / size.group();
@@ -107,7 +110,8 @@ void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_vie
 }
 
 // δ of one panel of queries as Σ_d dO·O, added up in the order of the product that makes dP: where a row attends one key, dP − δ is exactly 0.
-template <class T> void output_deltas(heads_view<const T> dout, heads_view<const T> out, int64_t dim, int64_t batch, int64_t head, int64_t from, int64_t queries, int64_t width, float* delta) {
+template <class T> void output_deltas(heads_view<const T> dout, heads_view<const T> out, int64_t dim, int64_t batch, int64_t head, int64_t from,
+                                      int64_t queries, int64_t width, float* delta) {
   using arithmetic = arithmetic_for<T>;
   const int64_t depth = packed_depth<arithmetic>(dim);
   float* packed_g = scratch(2 * depth * width);
@@ -116,14 +120,15 @@ template <class T> void output_deltas(heads_view<const T> dout, heads_view<const
   pack<arithmetic>(operand<T>{out.at(batch, head, from), out.row(), 1}, queries, dim, width, packed_o);
   sweep(queries, [=](int64_t i, auto span) {
     vec sum = vec::zero();
-    for (int64_t d = 0; d < depth; ++d) sum = arithmetic::multiply_add(sum, vec::load(packed_o + d * width + i, full{}), vec::load(packed_g + d * width + i, full{}));
+    for (int64_t d = 0; d < depth; ++d)
+      sum = arithmetic::multiply_add(sum, vec::load(packed_o + d * width + i, full{}), vec::load(packed_g + d * width + i, full{}));
     sum.store(delta + i, span);
   });
 }
 
 template <class T>
-void attention_backward(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, heads_view<const T> out, const float* lse,
-                        const float* dlse, attention_gradients<T> grad, attention_size size, const masking<T>& mask, int threads) {
+void attention_backward(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, heads_view<const T> out,
+                        const float* lse, const float* dlse, attention_gradients<T> grad, attention_size size, const masking<T>& mask, int threads) {
   using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = size.head_dim, padded = size.padded_dim(), depth = packed_depth<arithmetic>(dim), wide = ceil_div(dim, L) * L;
@@ -162,7 +167,8 @@ void attention_backward(heads_view<const T> dout, heads_view<const T> query, hea
   auto work = [=, &mask](int64_t part) {
     const int64_t batch = part / key_parts / size.kv_heads, kv_head = part / key_parts % size.kv_heads, key_part = part % key_parts;
     const int64_t first_block = key_blocks * key_part / key_parts, end_block = key_blocks * (key_part + 1) / key_parts;
-    float* packed_k = scratch(KeyBlock * (2 * depth + padded + 2 * wide + 4 * QueryPanel) + 2 * QueryPanel * (depth + wide) + (key_parts == 1 ? group * dquery_size : 0));
+    float* packed_k =
+        scratch(KeyBlock * (2 * depth + padded + 2 * wide + 4 * QueryPanel) + 2 * QueryPanel * (depth + wide) + (key_parts == 1 ? group * dquery_size : 0));
     float* packed_v = packed_k + KeyBlock * depth;
     float* transposed_k = packed_v + KeyBlock * depth;
     float* dk = transposed_k + KeyBlock * padded;
@@ -236,7 +242,8 @@ void attention_backward(heads_view<const T> dout, heads_view<const T> query, hea
 
   if (key_parts > 1)
     parallel_parts(size.batch * size.heads * split.count, threads, [=](int64_t job) {
-      const int64_t head = job / split.count, p = job % split.count, offset = split.begin(p) * L * padded, count = (split.begin(p + 1) - split.begin(p)) * L * padded;
+      const int64_t head = job / split.count, p = job % split.count, offset = split.begin(p) * L * padded,
+                    count = (split.begin(p + 1) - split.begin(p)) * L * padded;
       float* sums = partial + head * key_parts * dquery_size + offset;
       for (int64_t key_part = 1; key_part < key_parts; ++key_part) {
         const float* more = sums + key_part * dquery_size;

@@ -8,8 +8,8 @@
 
 namespace fastlm {
 
-inline constexpr int64_t KeyBlock = 128;                              // keys per tile; a multiple of 64, so that a dropout group never straddles two
-inline constexpr int64_t QueryPanel = TileVecs * vec::Lanes;          // queries per tile, at most
+inline constexpr int64_t KeyBlock = 128;                      // keys per tile; a multiple of 64, so that a dropout group never straddles two
+inline constexpr int64_t QueryPanel = TileVecs * vec::Lanes;  // queries per tile, at most
 
 enum class mask_type { none = 0, boolean = 1, additive = 2, additive_fp32 = 3 };
 
@@ -19,7 +19,7 @@ template <class T> struct masking {
   std::array<int64_t, 4> mask_strides;  // batch, head, query, key; 0 where the mask has size 1
   const bool* key_padding;              // true = a real token
   std::array<int64_t, 2> padding_strides;
-  int64_t lower, upper;                 // position j attends from row i iff lower ≤ j − i ≤ upper
+  int64_t lower, upper;  // position j attends from row i iff lower ≤ j − i ≤ upper
   float scale;
   dropout drop;
 
@@ -30,7 +30,9 @@ template <class T> struct masking {
   int64_t end_key(int64_t q1, int64_t key_len) const { return upper >= key_len ? key_len : std::min(key_len, q1 + upper); }
 };
 
-struct tile_place { int64_t batch, head, query, queries, key, keys; };  // head of the queries; `queries` and `keys` are counts
+struct tile_place {
+  int64_t batch, head, query, queries, key, keys;
+};  // head of the queries; `queries` and `keys` are counts
 
 // tile[j·width + i] = mask value of query i and key j; −inf where a bool mask is False.
 template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& strides, const tile_place& at, float* tile, int64_t width) {
@@ -92,7 +94,8 @@ template <class T> void mask_scores(const masking<T>& m, const tile_place& at, f
     }
     // Query i of the tile may look at key j iff first ≤ i ≤ last; clamped, so that they are exact as floats.
     const int64_t diagonal = at.key + j - at.query;
-    const float first = float(std::clamp<int64_t>(diagonal - std::min(m.upper, diagonal + 1), -1, width)), last = float(std::clamp<int64_t>(diagonal - std::max(m.lower, diagonal - width), -1, width));
+    const float first = float(std::clamp<int64_t>(diagonal - std::min(m.upper, diagonal + 1), -1, width)),
+                last = float(std::clamp<int64_t>(diagonal - std::max(m.lower, diagonal - width), -1, width));
     for (int64_t i = 0; i < width; i += L) {
       vec s = vec::load(row + i, full{}) * scale;
       if (biased) {

@@ -15,7 +15,8 @@ template <bool Tanh> FASTLM_INLINE gelu_value gelu(vec x) {
 
 // hidden may be null (nothing will need it); activated is always written: (rows, hidden_width), as is hidden.
 template <bool Tanh, class T>
-void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, T* hidden, T* activated, int64_t rows, int64_t width, int64_t hidden_width, int threads) {
+void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, T* hidden, T* activated, int64_t rows, int64_t width,
+                     int64_t hidden_width, int threads) {
   project(x, x_stride, w1, b1, rows, width, hidden_width, threads, [=](int64_t i, int64_t j, vec value, auto span) {
     if (hidden) value.store(hidden + i * hidden_width + j, span);
     gelu<Tanh>(value).value.store(activated + i * hidden_width + j, span);
@@ -23,8 +24,8 @@ void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_matrix<const T> w1, co
 }
 
 template <bool Tanh, class T>
-void gelu_mlp_forward(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, weight_matrix<const T> w2, const T* b2, T* hidden, T* activated, T* y,
-                      int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, int threads) {
+void gelu_mlp_forward(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, weight_matrix<const T> w2, const T* b2, T* hidden, T* activated,
+                      T* y, int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, int threads) {
   gelu_mlp_hidden<Tanh>(x, x_stride, w1, b1, hidden, activated, rows, width, hidden_width, threads);
   linear_forward(activated, hidden_width, w2, b2, y, rows, hidden_width, out_width, threads);
 }
@@ -59,7 +60,8 @@ void gelu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_str
   } else if (make_activated) {
     parallel_for(rows, parts_for(rows, 2 * hidden_width * sizeof(T)), threads, [=](int64_t begin, int64_t end, int64_t) {
       const int64_t first = begin * hidden_width;
-      sweep((end - begin) * hidden_width, [=](int64_t i, auto span) { gelu<Tanh>(vec::load(hidden + first + i, span)).value.store(activated + first + i, span); });
+      sweep((end - begin) * hidden_width,
+            [=](int64_t i, auto span) { gelu<Tanh>(vec::load(hidden + first + i, span)).value.store(activated + first + i, span); });
     });
   }
   weight_gradient(dy, dy_stride, static_cast<const T*>(activated), hidden_width, out.dw2, out.db2, rows, hidden_width, out_width, threads);

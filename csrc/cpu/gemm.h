@@ -1,7 +1,7 @@
 // C = A·B with an epilogue, the matrix product under every operator. 2·m·n·k FLOP; compute bound from a few dozen rows on.
 //
 // A block of C (up to 256 × 384) is one part of the work. For it, blocks of B (≤ 192 deep) are packed into panels that stay in the L2 cache, and rows of A into
-// panels of TileRows that stay in L1; both are read once from where they lie, in either orientation, 16-bit types being widened (or paired for the bf16 dot
+// panels of one or two tiles that stay in L1; both are read once from where they lie, in either orientation, 16-bit types being widened (or paired for the bf16 dot
 // product) on the way. Packing costs 0.25–0.5 cycle an element and serves ≥ 192 columns or ≥ 128 rows: 2–5 % of the multiplication.
 // The register tile of 8 × 3 vectors (AVX-512: 24 sums, 3 of B, 1 of A) does 24 multiply-adds for 11 loads; with 16 registers it is 4 × 3.
 // The epilogue sees each finished vector of C once, while it is in L1: bias, activation and residual cost no pass over memory.
@@ -46,9 +46,7 @@ struct by_dot {  // two bf16 values, consecutive in k
   }
   template <class T> static FASTLM_INLINE vec along_k(const T* p, int64_t count) { return count > 0 ? load_pairs(p, count) : vec::zero(); }
   static FASTLM_INLINE vec join(vec value, vec next) { return make_pairs(value, next); }
-  static FASTLM_INLINE vec total(vec lane) {
-    return from_bits(bits_of(lane) << 16) + from_bits(bits_of(lane) & uvec::all(0xffff0000u));
-  }
+  static FASTLM_INLINE vec total(vec lane) { return from_bits(bits_of(lane) << 16) + from_bits(bits_of(lane) & uvec::all(0xffff0000u)); }
 };
 template <class T> using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16>, by_dot, by_fma>;
 #else
@@ -73,7 +71,9 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
         for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + (8 * Per + ahead) * source.k_stride + i);
       for (int64_t i = 0; i < width; i += L) {
         const T* after = next ? next + i : nullptr;
-        vec v = i + L <= count ? Arithmetic::along_i(row + i, after, full{}) : i < count ? Arithmetic::along_i(row + i, after, tail{size_t(count - i)}) : vec::zero();
+        vec v = i + L <= count ? Arithmetic::along_i(row + i, after, full{})
+                : i < count    ? Arithmetic::along_i(row + i, after, tail{size_t(count - i)})
+                               : vec::zero();
         put(v, out + d * width + i, width - i);
       }
     }
@@ -142,7 +142,8 @@ void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float*
 }
 
 template <class Arithmetic, bool RowMajor = false>
-FASTLM_INLINE void multiply_tile(int64_t vecs, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+FASTLM_INLINE void multiply_tile(int64_t vecs, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                                 bool accumulate) {
   switch (vecs) {
     case 1: return multiply_tile<Arithmetic, 1, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
     case 2: return multiply_tile<Arithmetic, 2, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
@@ -188,7 +189,8 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
 
   parallel_parts(cut.row_blocks * cut.col_blocks, threads, [=](int64_t part) {
     const int64_t row_block = part % cut.row_blocks, col_block = part / cut.row_blocks;  // neighbours in time share a block of B
-    const int64_t first_row = row_panels * row_block / cut.row_blocks * PanelRows, end_row = std::min(m, row_panels * (row_block + 1) / cut.row_blocks * PanelRows);
+    const int64_t first_row = row_panels * row_block / cut.row_blocks * PanelRows,
+                  end_row = std::min(m, row_panels * (row_block + 1) / cut.row_blocks * PanelRows);
     const int64_t first_vec = col_vecs * col_block / cut.col_blocks, vecs = col_vecs * (col_block + 1) / cut.col_blocks - first_vec;
     const panels split(vecs);
     const int64_t deepest = ceil_div(depth, depth_blocks);
@@ -202,7 +204,8 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
       for (int64_t p = 0; p < split.count; ++p) {
         const int64_t from = split.begin(p), width = (split.begin(p + 1) - from) * L, column = (first_vec + from) * L;
         float* panel = packed_b + count * from * L;
-        pack<Arithmetic>(operand<TB>{b.data + column * b.stride + k_first * b.k_stride, b.stride, b.k_stride}, std::min(width, n - column), k_count, width, panel);
+        pack<Arithmetic>(operand<TB>{b.data + column * b.stride + k_first * b.k_stride, b.stride, b.k_stride}, std::min(width, n - column), k_count, width,
+                         panel);
         if (b_sums && row_block == 0) add_panel_sums<Arithmetic>(panel, count, width, std::min(width, n - column), b_sums + column);
       }
       for (int64_t row = first_row; row < end_row; row += PanelRows) {

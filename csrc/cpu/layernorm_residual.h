@@ -12,7 +12,9 @@
 
 namespace fastlm {
 
-struct layernorm_size { int64_t rows, width; };
+struct layernorm_size {
+  int64_t rows, width;
+};
 
 inline int64_t padded_width(int64_t width) { return (width + 63) / 64 * 64; }
 
@@ -22,8 +24,8 @@ inline void keep_row(const dropout& drop, int64_t row, int64_t width, float* fac
 
 // x, y: T. residual, summed: R. weight, bias: fp32. residual, bias and summed may be null; summed is null only where it would be x itself.
 template <class T, class R>
-void layernorm_residual_forward(const T* x, int64_t x_stride, const R* residual, int64_t residual_stride, const float* weight, const float* bias, T* y, R* summed,
-                                float* mean, float* rstd, layernorm_size size, float eps, dropout drop, int threads) {
+void layernorm_residual_forward(const T* x, int64_t x_stride, const R* residual, int64_t residual_stride, const float* weight, const float* bias, T* y,
+                                R* summed, float* mean, float* rstd, layernorm_size size, float eps, dropout drop, int threads) {
   const int64_t width = size.width;
   parallel_for(size.rows, parts_for(size.rows, width * (2 * sizeof(T) + 2 * sizeof(R))), threads, [=](int64_t begin, int64_t end, int64_t) {
     float* s = scratch(2 * padded_width(width));
@@ -71,8 +73,9 @@ template <class T, class R> struct layernorm_gradients {  // null where not want
 // ds = rstd·(g − mean(g) − n·mean(g·n)) + dsummed,  n = (s − mean)·rstd,  g = dy·w;  dresidual = ds,  dx = dropout(ds);  dw = Σ_rows dy·n,  db = Σ_rows dy
 // dw and db in two stages, a partial row per part and then the parts in order: repeatable, no atomics. dy or dsummed may be null, not both.
 template <class T, class R>
-void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsummed, int64_t dsummed_stride, const R* summed, int64_t summed_stride, const float* weight,
-                                 const float* mean, const float* rstd, layernorm_gradients<T, R> out, layernorm_size size, dropout drop, int threads) {
+void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsummed, int64_t dsummed_stride, const R* summed, int64_t summed_stride,
+                                 const float* weight, const float* mean, const float* rstd, layernorm_gradients<T, R> out, layernorm_size size, dropout drop,
+                                 int threads) {
   const int64_t width = size.width, parts = parts_for(size.rows, width * (2 * sizeof(T) + 3 * sizeof(R))), padded = padded_width(width);
   const bool sums = out.dweight || out.dbias;
   buffer partials = make_buffer(sums ? parts * 2 * padded : 0);
@@ -91,14 +94,16 @@ void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsumme
       float average = 0, correlation = 0;
       if (dyr) {
         average = sum_over(width, [=](int64_t i, auto span) { return vec::load(dyr + i, span) * vec::load(weight + i, span); }) / float(width);
-        correlation = sum_over(width, [=](int64_t i, auto span) {
-          vec d = vec::load(dyr + i, span), n = (vec::load(sr + i, span) - center) * scale;
-          if (sums) {
-            fma(d, n, vec::load(dw + i, span)).store(dw + i, span);
-            (vec::load(db + i, span) + d).store(db + i, span);
-          }
-          return d * vec::load(weight + i, span) * n;
-        }) / float(width);
+        correlation = sum_over(width,
+                               [=](int64_t i, auto span) {
+                                 vec d = vec::load(dyr + i, span), n = (vec::load(sr + i, span) - center) * scale;
+                                 if (sums) {
+                                   fma(d, n, vec::load(dw + i, span)).store(dw + i, span);
+                                   (vec::load(db + i, span) + d).store(db + i, span);
+                                 }
+                                 return d * vec::load(weight + i, span) * n;
+                               }) /
+                      float(width);
       }
       if (!dxr && !drr) continue;
       if (drop.active() && dxr) keep_row(drop, row, width, factors);

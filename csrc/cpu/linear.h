@@ -49,7 +49,8 @@ template <class T> void column_sums(const T* dy, int64_t dy_stride, T* dbias, in
 
 // dweight (in its own layout) and dbias, each where wanted (not null).
 template <class T>
-void weight_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<T> dweight, T* dbias, int64_t rows, int64_t k, int64_t n, int threads) {
+void weight_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<T> dweight, T* dbias, int64_t rows, int64_t k, int64_t n,
+                     int threads) {
   if (!dweight.data) {
     if (dbias) column_sums(dy, dy_stride, dbias, rows, n, threads);
     return;
@@ -63,10 +64,12 @@ void weight_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t x_strid
   T* out = dweight.data;
   if (dweight.n_stride == 1) {
     const int64_t stride = dweight.k_stride;
-    gemm<arithmetic_for<T>>(k, n, rows, xs, dys, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); }, nullptr, sums.get());
+    gemm<arithmetic_for<T>>(
+        k, n, rows, xs, dys, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); }, nullptr, sums.get());
   } else {
     const int64_t stride = dweight.n_stride;
-    gemm<arithmetic_for<T>>(n, k, rows, dys, xs, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); }, sums.get(), nullptr);
+    gemm<arithmetic_for<T>>(
+        n, k, rows, dys, xs, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); }, sums.get(), nullptr);
   }
   if (dbias) convert(sums.get(), dbias, n);
 }

@@ -65,9 +65,9 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
 }
 
 template <class T> struct cross_entropy_gradients {
-  T *dx, *dweight;      // (rows, width), (vocab, width); null where not wanted
-  float* dweight_sum;   // (vocab, width) where T is narrower than fp32 and there are several chunks
-  T* dbias;             // (vocab) or null
+  T *dx, *dweight;     // (rows, width), (vocab, width); null where not wanted
+  float* dweight_sum;  // (vocab, width) where T is narrower than fp32 and there are several chunks
+  T* dbias;            // (vocab) or null
 };
 
 // Returns −1, or the first row whose target is neither a token nor ignore_index (nothing is computed then).
@@ -91,7 +91,8 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
   for (int64_t first = 0; first < rows; first += chunk_rows) {
     const int64_t count = std::min(chunk_rows, rows - first);
     const T* xs = x + first * x_stride;
-    project(xs, x_stride, weight, bias, count, width, vocab, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(logits + i * vocab + j, span); });
+    project(xs, x_stride, weight, bias, count, width, vocab, threads,
+            [=](int64_t i, int64_t j, vec value, auto span) { value.store(logits + i * vocab + j, span); });
     parallel_parts(count, threads, [=](int64_t row) {
       cross_entropy part = ce;
       part.target += first * ce.target_stride, part.loss += first, part.lse += first;
@@ -106,14 +107,15 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
     if (out.dweight) {
       const bool starts = first == 0, ends = first + count == rows;
       T* dw = out.dweight;
-      gemm<arithmetic>(vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads,
-                       [=](int64_t i, int64_t j, vec value, auto span) {
-                         const int64_t at = i * width + j;
-                         if (!starts) value = value + vec::load(dw_sum + at, span);
-                         if (ends) value.store(dw + at, span);
-                         else value.store(dw_sum + at, span);
-                       },
-                       dbias_sum.get(), nullptr);
+      gemm<arithmetic>(
+          vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads,
+          [=](int64_t i, int64_t j, vec value, auto span) {
+            const int64_t at = i * width + j;
+            if (!starts) value = value + vec::load(dw_sum + at, span);
+            if (ends) value.store(dw + at, span);
+            else value.store(dw_sum + at, span);
+          },
+          dbias_sum.get(), nullptr);
     } else if (out.dbias) {
       buffer chunk = make_buffer(vocab);
       column_sums(static_cast<const float*>(logits), vocab, chunk.get(), count, vocab, threads);

@@ -6,7 +6,7 @@
 //   uvec    the same lanes as 32-bit unsigned integers
 //   lanes   one truth value per lane: comparisons, &, |, select
 //   transpose(vec[Lanes])
-//   HasBf16Dot, and where it is true: dot_bf16, load_pairs, interleave_pairs (two bf16 in one 32-bit lane)
+//   where the module may assume the bf16 dot product: dot_bf16, load_pairs, make_pairs, interleave_pairs (two bf16 in one 32-bit lane)
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,11 +16,17 @@
 
 namespace fastlm {
 
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
 
-struct full {};                      // a whole register
-struct tail { size_t count; };       // its first `count` elements, 1…Lanes−1; the rest reads as zero and is not written
+struct full {};  // a whole register
+struct tail {
+  size_t count;
+};  // its first `count` elements, 1…Lanes−1; the rest reads as zero and is not written
 
 }  // namespace fastlm
 

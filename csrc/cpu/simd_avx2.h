@@ -8,8 +8,6 @@ struct lanes {
   __m256 m;
   friend lanes operator&(lanes a, lanes b) { return {_mm256_and_ps(a.m, b.m)}; }
   friend lanes operator|(lanes a, lanes b) { return {_mm256_or_ps(a.m, b.m)}; }
-  bool any() const { return _mm256_movemask_ps(m) != 0; }
-  bool all() const { return _mm256_movemask_ps(m) == 0xff; }
 };
 
 inline __m256i mask_of(tail t) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(t.count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
@@ -18,8 +16,6 @@ struct uvec {
   __m256i v;
   static uvec all(uint32_t x) { return {_mm256_set1_epi32(int(x))}; }
   static uvec iota() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
-  static uvec load(const uint32_t* p, full) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-  void store(uint32_t* p, full) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   friend uvec operator+(uvec a, uvec b) { return {_mm256_add_epi32(a.v, b.v)}; }
   friend uvec operator-(uvec a, uvec b) { return {_mm256_sub_epi32(a.v, b.v)}; }
   friend uvec operator^(uvec a, uvec b) { return {_mm256_xor_si256(a.v, b.v)}; }
@@ -134,7 +130,5 @@ FASTLM_INLINE void transpose(vec (&r)[8]) {
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) r[i].v = t[i];
 }
-
-inline constexpr bool HasBf16Dot = false;
 
 }  // namespace fastlm

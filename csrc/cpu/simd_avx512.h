@@ -8,8 +8,6 @@ struct lanes {
   __mmask16 m;
   friend lanes operator&(lanes a, lanes b) { return {__mmask16(a.m & b.m)}; }
   friend lanes operator|(lanes a, lanes b) { return {__mmask16(a.m | b.m)}; }
-  bool any() const { return m != 0; }
-  bool all() const { return m == 0xffff; }
 };
 
 inline __mmask16 mask_of(tail t) { return __mmask16((1u << t.count) - 1); }
@@ -18,8 +16,6 @@ struct uvec {
   __m512i v;
   static uvec all(uint32_t x) { return {_mm512_set1_epi32(int(x))}; }
   static uvec iota() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
-  static uvec load(const uint32_t* p, full) { return {_mm512_loadu_si512(p)}; }
-  void store(uint32_t* p, full) const { _mm512_storeu_si512(p, v); }
   friend uvec operator+(uvec a, uvec b) { return {_mm512_add_epi32(a.v, b.v)}; }
   friend uvec operator-(uvec a, uvec b) { return {_mm512_sub_epi32(a.v, b.v)}; }
   friend uvec operator^(uvec a, uvec b) { return {_mm512_xor_si512(a.v, b.v)}; }
@@ -124,8 +120,6 @@ FASTLM_INLINE void transpose(vec (&r)[16]) {
 }
 
 #if defined(__AVX512BF16__)
-inline constexpr bool HasBf16Dot = true;
-
 // acc + a.low·b.low + a.high·b.high, per lane a pair of bf16
 FASTLM_INLINE vec dot_bf16(vec acc, vec a, vec b) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)}; }
 
@@ -159,8 +153,6 @@ template <class T, class Span> FASTLM_INLINE vec interleave_pairs(const T* low, 
     return make_pairs(vec::load(low, span), vec::zero());
   }
 }
-#else
-inline constexpr bool HasBf16Dot = false;
 #endif
 
 }  // namespace fastlm

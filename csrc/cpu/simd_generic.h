@@ -11,16 +11,12 @@ struct lanes {
   int4 m;  // all ones where true
   friend lanes operator&(lanes a, lanes b) { return {a.m & b.m}; }
   friend lanes operator|(lanes a, lanes b) { return {a.m | b.m}; }
-  bool any() const { return (m[0] | m[1] | m[2] | m[3]) != 0; }
-  bool all() const { return (m[0] & m[1] & m[2] & m[3]) != 0; }
 };
 
 struct uvec {
   uint4 v;
   static uvec all(uint32_t x) { return {uint4{x, x, x, x}}; }
   static uvec iota() { return {uint4{0, 1, 2, 3}}; }
-  static uvec load(const uint32_t* p, full) { uvec r; std::memcpy(&r, p, 16); return r; }
-  void store(uint32_t* p, full) const { std::memcpy(p, &v, 16); }
   friend uvec operator+(uvec a, uvec b) { return {a.v + b.v}; }
   friend uvec operator-(uvec a, uvec b) { return {a.v - b.v}; }
   friend uvec operator^(uvec a, uvec b) { return {a.v ^ b.v}; }
@@ -48,21 +44,35 @@ struct vec {
   static vec iota() { return {float4{0, 1, 2, 3}}; }
 
   template <class T> static vec load(const T* p, full) { return load(p, tail{4}); }
-  static vec load(const float* p, full) { vec r; std::memcpy(&r, p, 16); return r; }
-  static vec load(const float* p, tail t) { vec r = zero(); for (size_t i = 0; i < t.count; ++i) r.v[i] = p[i]; return r; }
+  static vec load(const float* p, full) {
+    vec r;
+    std::memcpy(&r, p, 16);
+    return r;
+  }
+  static vec load(const float* p, tail t) {
+    vec r = zero();
+    for (size_t i = 0; i < t.count; ++i) r.v[i] = p[i];
+    return r;
+  }
   static vec load(const bf16* p, tail t) { return {(float4)(gather(p, t) << 16u)}; }
   static vec load(const fp16* p, tail t) {
     uint4 h = gather(p, t), magnitude = (h & 0x7fffu) << 13u;
-    float4 f = (float4)magnitude * 0x1p112f;                           // moves the exponent's bias from 15 to 127, subnormals included
-    uint4 special = (uint4)(magnitude >= 0x0f800000u) & 0x7f800000u;   // infinity and NaN keep an exponent of all ones
+    float4 f = (float4)magnitude * 0x1p112f;                          // moves the exponent's bias from 15 to 127, subnormals included
+    uint4 special = (uint4)(magnitude >= 0x0f800000u) & 0x7f800000u;  // infinity and NaN keep an exponent of all ones
     return {(float4)((uint4)f | special | ((h & 0x8000u) << 16u))};
   }
   // 0 where the byte is 0, else 1
-  static vec load(const bool* p, tail t) { vec r = zero(); for (size_t i = 0; i < t.count; ++i) r.v[i] = p[i] ? 1.0f : 0.0f; return r; }
+  static vec load(const bool* p, tail t) {
+    vec r = zero();
+    for (size_t i = 0; i < t.count; ++i) r.v[i] = p[i] ? 1.0f : 0.0f;
+    return r;
+  }
 
   template <class T> void store(T* p, full) const { store(p, tail{4}); }
   void store(float* p, full) const { std::memcpy(p, &v, 16); }
-  void store(float* p, tail t) const { for (size_t i = 0; i < t.count; ++i) p[i] = v[i]; }
+  void store(float* p, tail t) const {
+    for (size_t i = 0; i < t.count; ++i) p[i] = v[i];
+  }
   void store(bf16* p, tail t) const {  // round to nearest even; NaN stays NaN
     uint4 u = (uint4)v, r = (u + 0x7fffu + ((u >> 16u) & 1u)) >> 16u, nan = (uint4)(v != v);
     scatter(p, t, (r & ~nan) | (nan & 0x7fc0u));
@@ -93,8 +103,14 @@ struct vec {
   friend lanes operator==(vec a, vec b) { return {a.v == b.v}; }
 
  private:
-  template <class T> static uint4 gather(const T* p, tail t) { uint4 r{}; for (size_t i = 0; i < t.count; ++i) r[i] = p[i].bits; return r; }
-  template <class T> static void scatter(T* p, tail t, uint4 bits) { for (size_t i = 0; i < t.count; ++i) p[i].bits = uint16_t(bits[i]); }
+  template <class T> static uint4 gather(const T* p, tail t) {
+    uint4 r{};
+    for (size_t i = 0; i < t.count; ++i) r[i] = p[i].bits;
+    return r;
+  }
+  template <class T> static void scatter(T* p, tail t, uint4 bits) {
+    for (size_t i = 0; i < t.count; ++i) p[i].bits = uint16_t(bits[i]);
+  }
 };
 
 FASTLM_INLINE vec fma(vec a, vec b, vec c) { return {a.v * b.v + c.v}; }  // one rounding where the target fuses
@@ -112,7 +128,5 @@ FASTLM_INLINE void transpose(vec (&r)[4]) {
       r[j].v[i] = x;
     }
 }
-
-inline constexpr bool HasBf16Dot = false;
 
 }  // namespace fastlm

@@ -12,9 +12,7 @@
 namespace fastlm {
 
 // For streaming work: a part is worth at least 64 kB of traffic (waking a thread costs about as much as streaming half of that); 64 parts feed any machine's cores.
-inline int64_t parts_for(int64_t items, int64_t bytes_per_item) {
-  return std::max<int64_t>(1, std::min<int64_t>({items * bytes_per_item / 65536, items, 64}));
-}
+inline int64_t parts_for(int64_t items, int64_t bytes_per_item) { return std::max<int64_t>(1, std::min<int64_t>({items * bytes_per_item / 65536, items, 64})); }
 
 // body(part) once for each part, in any order on any thread: a thread that is late does not hold up the rest. Bodies must not throw: an exception
 // cannot leave the parallel region.
@@ -36,7 +34,9 @@ template <class Body> void parallel_for(int64_t items, int64_t parts, int thread
   parallel_parts(parts, threads, [&](int64_t part) { body(items * part / parts, items * (part + 1) / parts, part); });
 }
 
-struct aligned_free { void operator()(void* p) const { std::free(p); } };
+struct aligned_free {
+  void operator()(void* p) const { std::free(p); }
+};
 using buffer = std::unique_ptr<float[], aligned_free>;
 
 // Cache-line aligned and not initialised.

@@ -21,7 +21,9 @@ FASTLM_INLINE vec exp(vec x) {
   return select(clamped < vec::all(-87.33f), vec::zero(), from_bits(bits_of(p) + (bits_of(shifted) << 23)));
 }
 
-struct gelu_value { vec value, slope; };
+struct gelu_value {
+  vec value, slope;
+};
 
 // Exact GELU: x·Φ(x), slope Φ(x) + x·φ(x), Φ the normal distribution. With t = |x|/√2:
 // Φ(−|x|) = ½·e^(−x²/2)·erfcx(t), erfcx(t) = u·P(u) with u = 1/(1 + 0.475·t), relative error 1e-8 before rounding. φ shares the exponential.
