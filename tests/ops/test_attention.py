@@ -5,7 +5,8 @@ import torch.nn.functional as F
 import fastlm
 from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
 
-# (batch, heads, key_heads, query_len, key_len, head_dim): single elements, odd sizes around vectors and tiles, grouped queries, decoding
+# (batch, heads, key_heads, query_len, key_len, head_dim): single elements, odd sizes around vectors and tiles, grouped queries, decoding, and keys
+# enough for the largest score to come in a later tile than the first
 SIZES = [
     (1, 1, 1, 1, 1, 1),
     (2, 3, 3, 7, 7, 16),
@@ -14,6 +15,7 @@ SIZES = [
     (1, 2, 2, 70, 37, 80),
     (1, 6, 2, 33, 129, 5),
     (1, 1, 1, 40, 40, 256),
+    (1, 2, 1, 50, 400, 24),
 ]
 
 

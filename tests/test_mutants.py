@@ -1,0 +1,169 @@
+"""Does the suite notice? Kernels, backends and operators broken on purpose, one thing at a time; the tests named beside each must fail.
+
+Python is changed in a copy of the package. The C++ is compiled again, without optimisation for speed, for the one instruction set that every machine has;
+several changes share a module where the tests of none can see the others.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import fastlm
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(fastlm.__file__).parent
+WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    file: str  # under fastlm/ or csrc/
+    old: str  # stands there exactly once
+    new: str
+    tests: str  # of which at least one must fail: a file under tests/ and what pytest -k selects in it
+
+
+def mutate(folder: Path, mutant: Mutant) -> None:
+    path = folder / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.file} has {text.count(mutant.old)} of: {mutant.old}"
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def survives(folder: Path, mutant: Mutant, **environment: str) -> str:
+    """Runs the mutant's tests against the package in `folder`: "" if one of them fails, as it must, else what pytest said."""
+    file, _, selected = mutant.tests.partition(" ")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "--durations=0", "-p", "no:cacheprovider", "-o", f"pythonpath={folder} {ROOT}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    done = subprocess.run([*command, f"tests/{file}", "-k", selected], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode == 1 and "1 failed" in done.stdout and "error" not in done.stdout.splitlines()[-1]:
+        return ""
+    return f"{mutant}\npytest ended with {done.returncode} (1 = a test failed):\n{done.stdout[-1500:]}{done.stderr[-500:]}"
+
+
+# Python: one test process for each
+
+REFERENCE, TORCH, CPU = ({"FASTLM_TEST_BACKENDS": name} for name in ("reference", "torch", "cpu"))
+ORACLE, PHILOX, NATIVE, KERNELS, LAYOUT = (f"fastlm/backends/{name}.py" for name in ("reference", "philox", "torch", "cpu", "layout"))
+ATTENTION, LAYERNORM, LOSS, MLP, EDGE = (
+    f"fastlm/ops/{name}.py" for name in ("attention", "layernorm_residual", "linear_cross_entropy", "gelu_mlp", "boundary")
+)
+
+PYTHON = [
+    # the oracle
+    (REFERENCE, Mutant(ORACLE, "dbias = gflat.sum(0) if", "dbias = gflat[1:].sum(0) if", "ops/test_linear.py float64")),
+    (REFERENCE, Mutant(ORACLE, "(1 + 3 * 0.044715 * x * x)", "(1 + 0.044715 * x * x)", "ops/test_gelu_mlp.py gelu_is_right")),
+    (REFERENCE, Mutant(ORACLE, " - xhat * (gw * xhat).mean(-1, keepdim=True))", ")", "ops/test_layernorm_residual.py float64")),
+    (REFERENCE, Mutant(ORACLE, "distance <= upper", "distance < upper", "ops/test_attention.py windows")),
+    (REFERENCE, Mutant(ORACLE, "if reachable is None or finite.all()", "if True", "ops/test_attention.py behind_the_mask")),
+    (REFERENCE, Mutant(ORACLE, "dweights - delta + dlse[..., None]", "dweights - delta", "ops/test_attention.py log_sum_exp")),
+    (REFERENCE, Mutant(PHILOX, "range(10)", "range(9)", "ops/test_dropout.py authors")),
+    (REFERENCE, Mutant(PHILOX, "words >= int", "words < int", "ops/test_dropout.py word")),
+    # PyTorch's operators
+    (TORCH, Mutant(NATIVE, "return not all(math.isfinite", "return False and not all(math.isfinite", "ops/test_attention.py behind_the_mask")),
+    (TORCH, Mutant(NATIVE, "causal = upper == 0 and", "causal = upper >= 0 and", "ops/test_attention.py float64 or windows")),
+    (TORCH, Mutant(NATIVE, "ds.add_(dsummed)", "ds", "ops/test_layernorm_residual.py float64")),
+    (TORCH, Mutant(NATIVE, "scale * (label_smoothing - 1)", "scale * -1", "ops/test_linear_cross_entropy.py float64")),
+    # tensors to addresses
+    (CPU, Mutant(KERNELS, "0 if size == 1 else stride", "stride", "ops/test_attention.py masks")),
+    (CPU, Mutant(KERNELS, "torch.bool else 2 if", "torch.bool else 3 if", "ops/test_attention.py masks")),
+    (CPU, Mutant(LAYOUT, "if x.stride(-1) == 1 or", "if True or", "ops/test_linear.py strides")),
+    # the operators themselves
+    (REFERENCE, Mutant(ATTENTION, "else offset + right", "else offset + right + 1", "ops/test_attention.py windows")),
+    (REFERENCE, Mutant(ATTENTION, "offset if causal", "0 if causal", "ops/test_attention.py float64")),
+    (REFERENCE, Mutant(LAYERNORM, "            dresidual = dx\n", "            dresidual = None\n", "ops/test_layernorm_residual.py float64")),
+    (REFERENCE, Mutant(LOSS, "ctx.gradients, None", "ctx.gradients, ctx.gradients", "ops/test_linear_cross_entropy.py again")),
+    (REFERENCE, Mutant(LOSS, "if x.dtype == torch.float16:", "if False:", "ops/test_linear_cross_entropy.py underflow")),
+    (REFERENCE, Mutant(LOSS, "    share = (target != ignore_index).sum()", "    share = (target == target).sum()", "ops/test_linear_cross_entropy.py float64")),
+    (REFERENCE, Mutant(MLP, "x.new_empty(hidden) if recompute < 1", "x.new_empty(hidden) if recompute < 2", "ops/test_every_operator.py contract")),
+    (REFERENCE, Mutant(EDGE, "return torch.randint(", "return 0 * torch.randint(", "ops/test_dropout.py calls_differ")),
+]
+
+
+@pytest.mark.slow
+def test_python_mutants(tmp_path):
+    unbuilt = not list(PACKAGE.glob("_cpu_*.so"))
+
+    def outcome(numbered):
+        number, (backend, mutant) = numbered
+        if unbuilt and backend is CPU:
+            return ""
+        folder = tmp_path / str(number)
+        shutil.copytree(PACKAGE, folder / "fastlm", copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__"))
+        changed = folder / mutant.file
+        changed.unlink()  # the link
+        shutil.copy(PACKAGE.parent / mutant.file, changed)
+        mutate(folder, mutant)
+        return survives(folder, mutant, **backend)
+
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        survivors = "\n".join(filter(None, pool.map(outcome, enumerate(PYTHON))))
+    assert not survivors, survivors
+
+
+# C++: a module for each group, in which no operator's tests run another's change
+
+GEMM, LINEAR, GELU, NORM, CE = (f"csrc/cpu/{name}.h" for name in ("gemm", "linear", "gelu_mlp", "layernorm_residual", "linear_cross_entropy"))
+FORWARD, MASK, BACKWARD, DROPOUT = (f"csrc/cpu/{name}.h" for name in ("attention", "attention_mask", "attention_backward", "philox"))
+
+CPP = [
+    [
+        Mutant(GEMM, "c + r * width, width, block > 0)", "c + r * width, width, false)", "ops/test_linear.py float64"),
+        Mutant(FORWARD, "(vec::load(o + d * width + i, full{}) * factor)", "vec::load(o + d * width + i, full{})", "ops/test_attention.py float64"),
+        Mutant(NORM, " - n * vec::all(correlation)", "", "ops/test_layernorm_residual.py float64"),
+    ],
+    [
+        Mutant(LINEAR, "bias ? value + vec::load(bias + j, span) : value", "value", "ops/test_linear.py float64"),
+        Mutant(MASK, "std::min(m.upper, diagonal + 1)", "std::min(m.upper + 1, diagonal + 1)", "ops/test_attention.py windows"),
+        Mutant(NORM, "squares / float(width) + eps", "squares / float(width)", "ops/test_layernorm_residual.py eps"),
+    ],
+    [
+        Mutant(GELU, "(value * g.slope).store", "value.store", "ops/test_gelu_mlp.py float64"),
+        Mutant(CE, " * factor - uniform)", " * factor)", "ops/test_linear_cross_entropy.py float64"),
+        Mutant(DROPOUT, "k1 += 0xBB67AE85u", "k1 += 0xBB67AE84u", "ops/test_dropout.py definition"),
+        Mutant(BACKWARD, "p * (dp - d)).store", "p * dp).store", "ops/test_attention.py float64"),
+    ],
+    [
+        Mutant(CE, "z[target] -= scale * (1 - smoothing)", "z[target] -= scale", "ops/test_linear_cross_entropy.py float64"),
+        Mutant(MASK, "select(b == nothing, nothing, s + b)", "s + b", "ops/test_attention.py behind_the_mask"),
+        Mutant(NORM, "v = vec::load(sr + i, span);", "(void)0;", "ops/test_layernorm_residual.py stream"),
+        Mutant(GELU, "if (make_activated) g.value.store", "if (false) g.value.store", "ops/test_gelu_mlp.py recomputation"),
+    ],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_cpp_mutants(tmp_path):
+    import pybind11
+
+    def built(numbered):
+        number, group = numbered
+        folder = tmp_path / str(number)
+        shutil.copytree(PACKAGE, folder / "fastlm", copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__", "_cpu_*"))
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        for mutant in group:
+            mutate(folder, mutant)
+        module = folder / "fastlm" / f"_cpu_baseline{sysconfig.get_config_var('EXT_SUFFIX')}"
+        command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-DFASTLM_MODULE=_cpu_baseline"]
+        includes = [f"-I{folder / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        subprocess.run([*command, *includes, str(folder / "csrc" / "bindings.cpp"), "-o", str(module)], check=True, capture_output=True, text=True)
+        return [survives(folder, mutant, FASTLM_TEST_BACKENDS="cpu", FASTLM_ISA="baseline") for mutant in group]
+
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        survivors = "\n".join(outcome for outcomes in pool.map(built, enumerate(CPP)) for outcome in outcomes if outcome)
+    assert not survivors, survivors
+
+
+def test_every_file_of_kernels_has_a_mutant():
+    """A new kernel needs its own."""
+    mutated = {Path(mutant.file).name for group in CPP for mutant in group}
+    spared = {"simd.h", "simd_avx2.h", "simd_avx512.h", "simd_generic.h", "vmath.h", "threads.h", "cpu_features.cpp"}  # every kernel's tests run through these
+    assert {path.name for path in (ROOT / "csrc" / "cpu").iterdir()} - spared == mutated
