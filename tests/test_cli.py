@@ -343,7 +343,7 @@ def test_demo_fails_where_the_losses_disagree(small_demo, tmp_path, monkeypatch)
     monkeypatch.setattr(PlainGPT2, "loss", staticmethod(lambda *batch: right(*batch) * 1.001))
     result = fastlm_command("demo", "--out", tmp_path, "--seconds", 0.1)
     assert result.exit_code == 1 and "the losses DISAGREE" in result.stdout
-    assert re.fullmatch(r"error: losses: expected fastlm's and PyTorch's within 0.0001 of each other, got \d\.\de-0\d\n", result.stderr)
+    assert re.fullmatch(r"error: losses: expected fastlm's and PyTorch's within 1e-05 of each other, got \d\.\de-0\d\n", result.stderr)
 
 
 def test_demo_says_where_the_source_should_be(monkeypatch, tmp_path):
