@@ -3,11 +3,12 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlm.generation.decode import evaluating
 from fastlm.generation.tokenizer import Tokenizer
 from fastlm.models.auto import load_model
+from fastlm.models.base import PretrainedModel
 from fastlm.ops.boundary import mismatch
 
 __all__ = ["Candidate", "load_model", "predict"]
@@ -20,7 +21,7 @@ class Candidate(NamedTuple):
     place: int  # which [MASK] of the text it fills, from 0; 0 for the next token
 
 
-def predict(model: nn.Module, tokenizer: Tokenizer, text: str, top: int = 10, temperature: float = 1.0) -> list[Candidate]:
+def predict(model: PretrainedModel, tokenizer: Tokenizer, text: str, top: int = 10, temperature: float = 1.0) -> list[Candidate]:
     """The `top` likeliest next tokens of a text (GPT-2), or fillings of each [MASK] in it (BERT), likeliest first.
 
     Raises:
@@ -36,6 +37,9 @@ def predict(model: nn.Module, tokenizer: Tokenizer, text: str, top: int = 10, te
     ids = tokenizer.encode(text)
     if not ids:
         raise mismatch("text", "at least one token", repr(text))
+    context = model.config.max_position_embeddings if masked else model.config.n_positions
+    if len(ids) > context:
+        raise mismatch("text", f"at most {context} tokens, the context of the model", len(ids))
     places = [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id] if masked else [len(ids) - 1]
     if not places:
         raise mismatch("text", f"at least one {tokenizer.mask_token}" if tokenizer.mask_token else "a tokenizer with a mask token", repr(text))
@@ -51,7 +55,7 @@ def predict(model: nn.Module, tokenizer: Tokenizer, text: str, top: int = 10, te
     return rows
 
 
-def scores(model: nn.Module, ids: list[int], places: list[int]) -> Tensor:
+def scores(model: PretrainedModel, ids: list[int], places: list[int]) -> Tensor:
     """(places, vocabulary), in float32."""
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode():

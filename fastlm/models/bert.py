@@ -38,7 +38,7 @@ class BertEmbeddings(nn.Module):
 class BertSelfAttention(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        # Three products, not one of the three weights side by side: putting those together at every call moves more memory than reading x thrice.
+        # Three products, not one with the weights side by side: putting those together at every call costs what reading x once saves, and more for few rows.
         self.query, self.key, self.value = (Linear(config.hidden_size, config.hidden_size) for _ in range(3))
         self.heads, self.pdrop = config.num_attention_heads, config.attention_probs_dropout_prob
 
