@@ -5,7 +5,6 @@
 // variance is two-pass. s is normalised as stored, that is rounded to residual's dtype.
 #pragma once
 #include <cmath>
-#include <vector>
 #include "philox.h"
 #include "simd.h"
 #include "threads.h"

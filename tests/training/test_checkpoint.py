@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import resource
@@ -41,24 +42,29 @@ def test_saving_again_replaces_its_own_files_alone(tmp_path, model, corpus):
     assert "val_loss" in (tmp_path / "summary.json").read_text()
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file may grow beyond 10 kB, which the model's does; the system says so as it says that a disk is full, with an error from write."""
+    """No file may grow beyond 10 kB, which the model's does; the system says so as it says that a disk is full, with an error from write.
+
+    Around the save alone: pytest's own output may be such a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_no_new_folder(tmp_path, model, corpus, full_disk):
-    with pytest.raises(OSError, match=r"^out: could not save into '.*out', nothing was kept there: [^\n]*$"):
+def test_a_full_disk_leaves_no_new_folder(tmp_path, model, corpus):
+    with full_disk(), pytest.raises(OSError, match=r"^out: could not save into '.*out', nothing was kept there: [^\n]*$"):
         save(tmp_path / "out", model, corpus)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path, model, corpus, full_disk):
+def test_a_full_disk_leaves_what_was_there(tmp_path, model, corpus):
     (tmp_path / "config.json").write_text("old")
-    with pytest.raises(OSError, match="out: could not save into"):
+    with full_disk(), pytest.raises(OSError, match="out: could not save into"):
         save(tmp_path, model, corpus)
     assert os.listdir(tmp_path) == ["config.json"]
     assert (tmp_path / "config.json").read_text() == "old"
