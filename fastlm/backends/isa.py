@@ -30,7 +30,7 @@ def usable() -> list[str]:
 
 
 def by_speed(usable: list[str], vendor: str) -> list[str]:
-    """The order in which modules are tried. Intel's cores run the bf16 dot product at half the rate of fp32 multiply-adds: widening while packing wins there."""
+    """The order in which modules are tried. Intel's cores run the bf16 dot product at half the rate of fp32 multiply-adds: there widening wins."""
     if vendor != "GenuineIntel" or "avx512" not in usable:
         return usable
     return ["avx512", *(isa for isa in usable if isa != "avx512")]

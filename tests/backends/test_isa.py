@@ -102,7 +102,9 @@ def test_without_a_report_the_reason_is_that_it_was_not_built(bare):
 
 def test_a_module_that_does_not_load_is_named(bare):
     """Built for another Python, say: the reason is the loader's."""
-    (bare / "fastlm" / "_cpu_features.py").write_text("def isas():\n    return ['avx2', 'baseline']\n\n\ndef vendor():\n    return ''\n\n\ndef brand():\n    return 'Some CPU'\n")
+    (bare / "fastlm" / "_cpu_features.py").write_text(
+        "def isas():\n    return ['avx2', 'baseline']\n\n\ndef vendor():\n    return ''\n\n\ndef brand():\n    return 'Some CPU'\n"
+    )
     (bare / "fastlm" / f"_cpu_avx2{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
     done = run("import fastlm; print(fastlm.info().build)", bare)
     assert done.stdout.startswith("the module for avx2 does not load (") and done.stdout.endswith("no module for baseline was built\n"), done.stderr
