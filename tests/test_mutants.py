@@ -41,7 +41,7 @@ def survives(folder: Path, mutant: Mutant, **environment: str) -> str:
     """Runs the mutant's tests against the package in `folder`: "" if one of them fails, as it must, else what pytest said."""
     file, _, selected = mutant.tests.partition(" ")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "--durations=0", "-p", "no:cacheprovider", "-o", f"pythonpath={folder} {ROOT}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "FASTLM_TEST_PACKAGE": str(folder)} | environment
     done = subprocess.run([*command, f"tests/{file}", "-k", selected], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode == 1 and "1 failed" in done.stdout and "error" not in done.stdout.splitlines()[-1]:
         return ""

@@ -275,6 +275,17 @@ def reach(query, key, mask, allowed):
     return None if allowed is None else allowed.expand(*query.shape[:3], key.shape[2])
 
 
+def softmax(scores):
+    """(weights, log-sum-exp) over the last dimension; a row of −inf, or of no keys at all, has weights 0 and −inf."""
+    top = torch.cat([scores.detach(), scores.new_full((*scores.shape[:3], 1), -torch.inf)], -1).amax(-1, keepdim=True)
+    top = torch.where(top == -torch.inf, 0, top)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    lse = torch.where(empty, -torch.inf, top + torch.log(torch.where(empty, 1, total)))
+    return weights / torch.where(empty, 1, total), lse[..., 0]
+
+
 @as_written
 def attention(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
     """(output, log-sum-exp), both wide."""
@@ -283,23 +294,15 @@ def attention(query, key, value, mask, key_padding, seed, scale, lower, upper, d
     k, v = grouped(k, groups), grouped(v, groups)
     wide_mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
     allowed = allowed_places(query, key, mask, key_padding, lower, upper)
-    scores = scores_of(q, k, wide_mask, allowed, scale)
-    # A row that sees nothing, and one of no keys at all, has −inf on top: its weights are exp(−inf − 0) = 0.
-    top = torch.cat([scores.detach(), scores.new_full((*scores.shape[:3], 1), -torch.inf)], -1).amax(-1, keepdim=True)
-    top = torch.where(top == -torch.inf, 0, top)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    empty = total == 0
-    lse = torch.where(empty, -torch.inf, top + torch.log(torch.where(empty, 1, total)))[..., 0]
-    weights = weights / torch.where(empty, 1, total)
+    weights, lse = softmax(scores_of(q, k, wide_mask, allowed, scale))
     if seed is not None:
-        weights = torch.where(attention_kept(seed, scores, dropout_p), weights * (1 / (1 - dropout_p)), 0)
+        weights = torch.where(attention_kept(seed, weights, dropout_p), weights * (1 / (1 - dropout_p)), 0)
     return isolated(weights, v, reach(q, k, wide_mask, allowed)), lse
 
 
-def attention_kept(seed, scores, p):
-    batch, heads, query_len, key_len = scores.shape
-    return kept(seed, query_len, key_len, torch.arange(batch * heads, device=scores.device).view(batch, heads), p)
+def attention_kept(seed, weights, p):
+    batch, heads, query_len, key_len = weights.shape
+    return kept(seed, query_len, key_len, torch.arange(batch * heads, device=weights.device).view(batch, heads), p)
 
 
 def tokens_first(x, dtype):
@@ -321,16 +324,14 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
     wide_mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
     allowed = allowed_places(query, key, mask, key_padding, lower, upper)
     reachable = reach(q, k, wide_mask, allowed)
-    scores = scores_of(q, k, wide_mask, allowed, scale)
-    empty = (lse == -torch.inf)[..., None]
-    weights = torch.where(empty, 0, torch.exp(scores - torch.where(empty, 0, lse[..., None])))
+    weights, _ = softmax(scores_of(q, k, wide_mask, allowed, scale))  # anew: exp(score − lse) rounds with the size of the scores
     g = torch.zeros_like(q) if g is None else g
     dweights = g @ v.mT
     if reachable is not None:  # a NaN behind the mask has come this far, in both
         weights, dweights = torch.where(reachable, weights, 0), torch.where(reachable, dweights, 0)
     sent = weights
     if seed is not None:
-        keep = attention_kept(seed, scores, dropout_p)
+        keep = attention_kept(seed, weights, dropout_p)
         dweights = torch.where(keep, dweights * (1 / (1 - dropout_p)), 0)
         sent = torch.where(keep, weights * (1 / (1 - dropout_p)), 0)
     delta = (weights * dweights).sum(-1, keepdim=True)

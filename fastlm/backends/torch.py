@@ -13,6 +13,7 @@ from fastlm.backends.reference import as_written, band_mask, check_targets
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KNOWS_GROUPS = torch.__version__ >= "2.13"  # that its CPU kernel reads grouped heads as such was looked at from here on
 LOGITS_BYTES = 64 << 20  # of one chunk, in all the types it is held in
 
 
@@ -194,6 +195,12 @@ def dense(*tensors):
     return (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
+def ungrouped(query, key, value):
+    """Each key head once for every query head that shares it, for a PyTorch that wants it so."""
+    groups = 1 if KNOWS_GROUPS else query.shape[1] // key.shape[1]
+    return reference.grouped(key, groups), reference.grouped(value, groups)
+
+
 def additive(query, key, mask, key_padding, lower, upper):
     """(additive mask or None, is_causal) for PyTorch, whose causal mask starts at the top left."""
     causal = upper == 0 and lower <= 1 - query.shape[2]
@@ -235,7 +242,7 @@ def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, 
     if query.numel() == 0 or key.numel() == 0 or (on_cpu and harmed(query, key, value, bias, causal)):
         return reference.attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)
     if on_cpu:
-        query, key, value = dense(query, key, value)
+        query, key, value = dense(query, *ungrouped(query, key, value))
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         return tokens_first(out), lse
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
@@ -247,13 +254,14 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
     on_cpu = query.device.type == "cpu"
     bias, causal = additive(query, key, mask, key_padding, lower, upper)
     if query.numel() == 0 or key.numel() == 0 or not on_cpu or harmed(query, key, value, bias, causal):
-        if not on_cpu:  # the forward gave none
-            lse = reference.attention(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)[1]
         return reference.attention_backward(
             dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed
         )  # fmt: skip
-    query, key, value, dout = dense(query, key, value, dout)
-    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    key_heads = key.shape[1]
+    query, key, value, dout = dense(query, *ungrouped(query, key, value), dout)
+    dquery, dkey, dvalue = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, query, key, value, out, lse, 0.0, causal, attn_mask=bias, scale=scale
     )  # fmt: skip
-    return *(tokens_first(d) if need else None for d, need in zip(gradients, needed[:3], strict=True)), None
+    if key.shape[1] != key_heads:
+        dkey, dvalue = (d.unflatten(1, (key_heads, -1)).sum(2) for d in (dkey, dvalue))
+    return *(tokens_first(d) if need else None for d, need in zip((dquery, dkey, dvalue), needed[:3], strict=True)), None

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
+from fastlm.backends import load
 from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
 
 # (batch, heads, key_heads, query_len, key_len, head_dim): single elements, odd sizes around vectors and tiles, grouped queries, decoding, and keys
@@ -71,6 +72,14 @@ def test_windows(lengths, causal, window, dtype, backend):
     assert_within_twice_torch(
         lambda *t: fastlm.attention(*t, causal=causal, window=window, backend=backend), torch_own(seen(*lengths, causal, window)), qkv(*sizes), dtype
     )  # fmt: skip
+
+
+def test_grouped_queries_on_a_pytorch_that_does_not_know_them(monkeypatch):
+    run = lambda: outputs_and_gradients(lambda *t: fastlm.attention(*t, causal=True, backend="torch"), qkv(2, 6, 2, 9, 9, 16), torch.float32)  # noqa: E731
+    known = run()
+    monkeypatch.setattr(load("torch"), "KNOWS_GROUPS", False)
+    for a, b in zip(run(), known, strict=True):
+        assert error(a, b.double()) <= 2**-20
 
 
 MASK_SHAPES = [(2, 3, 9, 21), (1, 1, 9, 21), (2, 1, 1, 21), (1, 3, 9, 1), (1, 1, 1, 1), (2, 1, 9, 1)]
