@@ -323,7 +323,6 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(demo, "SETTINGS", dataclasses.replace(demo.SETTINGS, layers=1, heads=2, width=32, context=64, batch=4))
     monkeypatch.setattr(demo, "CORPUS_BYTES", 100_000)
     monkeypatch.setattr(demo, "PAIRS", 6)
-    monkeypatch.setattr(demo, "SAMPLE_TOKENS", 20)
 
 
 def test_demo_compares_trains_writes_and_saves(small_demo, tmp_path):
