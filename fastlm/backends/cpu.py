@@ -25,7 +25,8 @@ def after_fork() -> None:
     threads = one_thread
 
 
-os.register_at_fork(after_in_child=after_fork)
+if hasattr(os, "register_at_fork"):  # where there is a fork
+    os.register_at_fork(after_in_child=after_fork)
 
 
 def unavailable():
@@ -269,6 +270,7 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
         query, key, value = dense_last(query), dense_last(key), dense_last(value)
         dout = torch.zeros_like(out) if dout is None else dense_last(dout)
         dlse = dlse if dlse is None else dlse.contiguous()
+        out = dense_last(out)  # as it was, unless a hook on saved tensors laid it out anew
         kernels.attention_backward(
             DTYPES[query.dtype], dout.data_ptr(), steps(dout), query.data_ptr(), steps(query), key.data_ptr(), steps(key), value.data_ptr(), steps(value),
             out.data_ptr(), steps(out), lse.data_ptr(), at(dlse), at(mask), mask_type(mask, query.dtype), unexpanded(mask, 4),

@@ -112,12 +112,13 @@ def banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p,
         scale = query.shape[-1] ** -0.5
     elif not abs(scale) < math.inf:
         raise mismatch("scale", "a finite number", scale)
+    mask_gradient = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     if opaque(query, key, value, mask, key_padding):
         backend = backends.requested(backend)
     else:  # once: the backward uses the same
-        backend = serving(query, key, mask, key_padding, lower, upper, dropout_p > 0, return_lse, mask is not None and mask.requires_grad, backend)
+        backend = serving(query, key, mask, key_padding, lower, upper, dropout_p > 0, return_lse, mask_gradient, backend)
     seed = draw_seed(query) if dropout_p > 0 else None
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)):
+    if mask_gradient or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
         out, lse = Attention.apply(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, backend)
     else:
         out, lse = attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, False, backend)

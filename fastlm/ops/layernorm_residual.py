@@ -1,5 +1,6 @@
 """s = residual + dropout(x), y = LayerNorm(s) · weight + bias, over the last dimension (Ba, Kiros & Hinton, 2016, arXiv:1607.06450)."""
 
+import functools
 from types import ModuleType
 
 import torch
@@ -127,7 +128,7 @@ def differentiable_gradients(dy, dsummed, summed, weight, seed, eps, dropout_p, 
     needs_dx, needs_dresidual, needs_dweight, needs_dbias = needed
     ds, dweight, dbias = dsummed, None, None
     if dy is not None:
-        formula = lambda summed, weight: reference.layer_norm(summed, weight, None, eps, dtype)  # noqa: E731
+        formula = functools.partial(reference.layer_norm, bias=None, eps=eps, dtype=dtype)
         normalised, dweight = reference.differentiable_gradients(formula, (summed, weight), (needs_dx or needs_dresidual, needs_dweight), dy)
         ds = normalised if ds is None else ds if normalised is None else ds + normalised
         dbias = dy.reshape(-1, weight.shape[0]).sum(0).to(weight.dtype) if needs_dbias else None

@@ -1,6 +1,7 @@
 """Each operator once, small, with everything that makes it work: for the promises that are the same for all of them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -72,7 +73,10 @@ CASES = [
 ]
 
 
-def on_every_case(test):
-    """Every operator on every backend of this run that serves it."""
-    pairs = [pytest.param(case, backend, id=f"{case.name}-{backend}") for case in CASES for backend in BACKENDS if backend in case.backends]
+def on_every_case(test=None, *, backends=("reference", "torch", "cpu"), dropout=True):
+    """Every operator on every backend of this run that serves it, or on some; `dropout` says whether the cases with dropout take part."""
+    if test is None:
+        return functools.partial(on_every_case, backends=backends, dropout=dropout)
+    cases = [case for case in CASES if dropout or case.backends != OURS]
+    pairs = [pytest.param(case, name, id=f"{case.name}-{name}") for case in cases for name in BACKENDS if name in case.backends and name in backends]
     return pytest.mark.parametrize("case, backend", pairs)(test)

@@ -186,6 +186,18 @@ def test_a_whole_layer_compiled_by_inductor(backend):
     assert_close(*results)
 
 
+def test_exported():
+    class Layer(torch.nn.Module):
+        def forward(self, *leaves):
+            return block(*leaves, targets(40, 2, 9), 0.0, None)
+
+    leaves = tuple(x.detach() for x in block_leaves())
+    program = torch.export.export(Layer(), leaves)
+    calls = [str(node.target) for node in program.graph.nodes if str(node.target).startswith("fastlm.")]
+    assert len(calls) == 7 and "fastlm.attention_forward.default" in calls
+    torch.testing.assert_close(program.module()(*leaves), Layer()(*leaves))
+
+
 def test_dropout_is_drawn_anew_on_every_compiled_call():
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, w: fastlm.layernorm_residual(x, None, w, dropout_p=0.5, backend="reference")[1], fullgraph=True)
@@ -216,6 +228,18 @@ def test_transforms_of_torch_func_are_refused(case):
         torch.func.grad(lambda x: sum(y.sum() for y in as_tuple(case.call(None)(x, *others))))(first)
     with pytest.raises(fastlm.Unsupported, match=message):
         torch.func.vmap(lambda x: case.call(None)(x, *others))(first[None])
+
+
+class Annotated(torch.Tensor):
+    """A subclass that adds nothing: what libraries hang their names on."""
+
+
+@on_every_case
+def test_tensor_subclasses(case, backend):
+    plain = run(case, backend, case.leaves())
+    leaves = [x.detach().as_subclass(Annotated).requires_grad_() for x in case.leaves()]
+    results, gradients = run(case, backend, leaves)
+    assert_close([y.as_subclass(torch.Tensor) for y in (*results, *gradients)], [*plain[0], *plain[1]])
 
 
 # Memory and devices
@@ -297,13 +321,23 @@ def test_strides_of_more_than_two_to_the_31(dtype, backend):
         assert error(a.detach(), b.detach().double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-6}[dtype]
 
 
+@on_backends("cpu")
+def test_more_than_two_to_the_31_keys(backend):
+    """Positions beyond 2³¹, of which the window leaves four to look at; nothing else is touched."""
+    key_len = 2**31 + 100
+    key, value = (torch.frombuffer(reserved(key_len * 2), dtype=torch.bfloat16).view(1, 1, key_len, 1) for _ in range(2))
+    key[0, 0, -6:, 0], value[0, 0, -6:, 0] = floats(6).bfloat16(), floats(1, 6)[0].bfloat16()
+    query = floats(1, 1, 2, 1).bfloat16()
+    out, lse = fastlm.attention(query, key, value, causal=True, window=(3, None), return_lse=True, backend=backend)
+    expected = fastlm.attention(query, key[:, :, -6:], value[:, :, -6:], causal=True, window=(3, None), return_lse=True, backend=backend)
+    assert_close((out, lse), expected)
+
+
 # Threads
 
 
-@on_every_case
+@on_every_case(backends=("cpu",))  # where PyTorch computes, its own promise holds
 def test_same_bits_on_every_run_and_thread_count(case, backend):
-    if backend != "cpu":
-        pytest.skip("where PyTorch computes, its own promise holds")
     leaves, threads = case.leaves(), torch.get_num_threads()
     try:
         outcomes = []
@@ -343,11 +377,9 @@ def test_same_bits_on_every_thread_count_where_the_work_is_cut(backend):
         assert_same_bits(other, outcomes[0])
 
 
-@on_every_case
+@on_every_case(dropout=False)  # Python's threads share the generator that the seeds are drawn from
 def test_several_python_threads_at_once(case, backend):
     """Each with its own number of threads for the kernels, as torch.set_num_threads is per thread."""
-    if "dropout" in case.name or case.name == "attention all":
-        pytest.skip("the threads share the generator that the dropout seeds are drawn from")
     results, gradients = run(case, backend, case.leaves())
 
     def many(threads):
