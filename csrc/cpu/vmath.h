@@ -16,8 +16,7 @@ FASTLM_INLINE vec exp(vec x) {
   p = fma(p, r, vec::all(4.166839605e-2f));
   p = fma(p, r, vec::all(1.666651995e-1f));
   p = fma(p, r, vec::all(4.999999340e-1f));
-  p = fma(p, r, vec::all(1));
-  p = fma(p, r, vec::all(1));
+  p = vec::all(1) + fma(r * r, p, r);  // the large term last: one rounding of its size, with and without a fused multiply-add
   return select(clamped < vec::all(-87.33f), vec::zero(), from_bits(bits_of(p) + (bits_of(shifted) << 23)));
 }
 
