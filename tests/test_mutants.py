@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,8 @@ CPP = [
 def test_cpp_mutants(tmp_path):
     import pybind11
 
+    python_headers = sysconfig.get_path("include")  # here, as sysconfig does not start up well in several threads at once
+
     def built(numbered):
         number, group = numbered
         folder = tmp_path / str(number)
@@ -151,9 +154,9 @@ def test_cpp_mutants(tmp_path):
         shutil.copytree(ROOT / "csrc", folder / "csrc")
         for mutant in group:
             mutate(folder, mutant)
-        module = folder / "fastlm" / f"_cpu_baseline{sysconfig.get_config_var('EXT_SUFFIX')}"
+        module = folder / "fastlm" / f"_cpu_baseline{EXTENSION_SUFFIXES[0]}"
         command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-DFASTLM_MODULE=_cpu_baseline"]
-        includes = [f"-I{folder / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        includes = [f"-I{folder / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{python_headers}"]
         subprocess.run([*command, *includes, str(folder / "csrc" / "bindings.cpp"), "-o", str(module)], check=True, capture_output=True, text=True)
         return [survives(folder, mutant, FASTLM_TEST_BACKENDS="cpu", FASTLM_ISA="baseline") for mutant in group]
 
