@@ -85,7 +85,7 @@ def assert_within_twice_torch(ours, torch_own, inputs, dtype):
         assert a.shape == truth.shape, f"result {i}"
         if not truth.numel():
             continue
-        floor = FLOOR[dtype] if truth.numel() < 64 else FLOOR[dtype] / 4  # among many elements luck evens out
+        floor = FLOOR[dtype] if truth.numel() < 1000 else FLOOR[dtype] / 4  # among many elements luck evens out
         typical, torch_typical = typical_error(a, truth), typical_error(b, truth)
         assert typical <= 2 * torch_typical + floor, f"result {i}: {typical:.2e} against torch's {torch_typical:.2e}"
         assert error(a, truth) <= 4 * error(b, truth) + FLOOR[dtype], f"result {i}, one element: {error(a, truth):.2e} against torch's {error(b, truth):.2e}"
