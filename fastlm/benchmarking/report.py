@@ -52,16 +52,21 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
     """One per operator, a line per rival, narrow enough for a terminal of 80 columns."""
     for operator, shape in dict.fromkeys((row.operator, row.shape) for row in rows):
         table = Table(title=f"{operator}: {shape}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        for column, width in (("dtype", 8), ("threads", 7), ("direction", 9), ("fastlm", 7), ("against", 5), ("times as fast", 16), ("peak", 4), ("by", 3)):
+        mine = [row for row in rows if (row.operator, row.shape) == (operator, shape)]
+        columns = [("dtype", 8), ("threads", 7), ("direction", 9), ("fastlm", 7), ("against", 5), ("times as fast", 16), ("peak", 4), ("by", 3)]
+        if all(row.share is None for row in mine):
+            columns.remove(("peak", 4))
+        for column, width in columns:
             table.add_column(column, min_width=width, justify="right" if column in ("threads", "fastlm", "peak") else "left")
-        for row in rows:
-            if (row.operator, row.shape) != (operator, shape):
-                continue
+        for row in mine:
             time = seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.1f}/s"
-            share = "" if row.share is None else f"{row.share:.0%}"
             for i, (name, rival) in enumerate(row.rivals.items()):
-                line = (row.dtype, str(row.threads), row.direction.replace("forward+backward", "both"), time, name, str(rival.ratio), share, row.backend)
-                table.add_row(*line if i == 0 else ("", "", "", "", name, str(rival.ratio), "", ""))
+                line = {"against": name, "times as fast": str(rival.ratio)}
+                if i == 0:
+                    line |= {"dtype": row.dtype, "threads": str(row.threads), "fastlm": time, "by": row.backend}
+                    line["direction"] = row.direction.replace("forward+backward", "both")
+                    line["peak"] = "" if row.share is None else f"{row.share:.0%}"
+                table.add_row(*(line.get(column, "") for column, _ in columns))
         yield table
 
 

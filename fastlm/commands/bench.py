@@ -38,7 +38,7 @@ def run(
     with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total}"), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=len(plan))
         for name, dtype, n, way in plan:
-            bar.update(task, description=f"{name} {way or ''}, {dtype}, {n} thread{'s' * (n > 1)}")
+            bar.update(task, description=f"{' '.join(filter(None, (name, way)))}, {dtype}, {n} thread{'s' * (n > 1)}")
             rows += measured(name, dtype, n, way, compiled, seconds)
             bar.advance(task)
     say("times as fast as PyTorch: median [quartiles]; peak: share of the machine's, above 100 % where the data stayed in the cache; by: whose kernels served")
