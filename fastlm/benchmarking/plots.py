@@ -13,7 +13,7 @@ def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
     from matplotlib.figure import Figure  # a figure of its own: no window, no global state
 
     count = max(1, len(rows))
-    figure = Figure(figsize=(13, 3 + 0.22 * count), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13, max(5.5, 3 + 0.22 * count)), dpi=110, layout="constrained")
     panels = figure.subplot_mosaic([["throughput", "roofline"], ["throughput", "memory"]], width_ratios=(3, 2))
     throughput(panels["throughput"], rows)
     roofline(panels["roofline"], rows, described)
@@ -68,6 +68,6 @@ def memory(axes, rows: Sequence[Row]) -> None:
     axes.bar([p - 0.2 for p in places], [row.bytes_held / 1e6 for row in shown], width=0.4, color=OURS, label="fastlm")  # type: ignore[operator]
     axes.bar([p + 0.2 for p in places], [row.rivals["eager"].bytes / 1e6 for row in shown], width=0.4, color=THEIRS, label="PyTorch")  # type: ignore[operator]
     axes.set_xticks(places, [f"{row.operator}\n{row.dtype}" for row in shown], rotation=30, ha="right", fontsize=7)
-    axes.set(title="memory of forward + backward", ylabel="MB at most", yscale="log", ylim=(1, None))
+    axes.set(title="memory", ylabel="MB at most", yscale="log", ylim=(1, None))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7, frameon=False)

@@ -53,9 +53,9 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
     for operator, shape in dict.fromkeys((row.operator, row.shape) for row in rows):
         table = Table(title=f"{operator}: {shape}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         mine = [row for row in rows if (row.operator, row.shape) == (operator, shape)]
-        columns = [("dtype", 8), ("threads", 7), ("direction", 9), ("fastlm", 7), ("against", 5), ("times as fast", 16), ("peak", 4), ("by", 3)]
-        if all(row.share is None for row in mine):
-            columns.remove(("peak", 4))
+        columns = [("dtype", 8), ("threads", 7), ("direction", 8), ("fastlm", 6), ("against", 5), ("times as fast", 16), ("peak", 4), ("by", 3)]
+        if mine[0].tokens is not None:  # a whole step or generation: there is one direction, and no peak was counted
+            columns = [c for c in columns if c[0] not in ("direction", "peak")]
         for column, width in columns:
             table.add_column(column, min_width=width, justify="right" if column in ("threads", "fastlm", "peak") else "left")
         for row in mine:
