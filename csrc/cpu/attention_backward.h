@@ -120,8 +120,12 @@ template <class T> void output_deltas(heads_view<const T> dout, heads_view<const
   pack<arithmetic>(operand<T>{out.at(batch, head, from), out.row(), 1}, queries, dim, width, packed_o);
   sweep(queries, [=](int64_t i, auto span) {
     vec sum = vec::zero();
-    for (int64_t d = 0; d < depth; ++d)
-      sum = arithmetic::multiply_add(sum, vec::load(packed_o + d * width + i, full{}), vec::load(packed_g + d * width + i, full{}));
+    for (int64_t first = 0; first < depth; first += Chain) {
+      vec chain = vec::zero();
+      for (int64_t d = first; d < std::min(depth, first + Chain); ++d)
+        chain = arithmetic::multiply_add(chain, vec::load(packed_o + d * width + i, full{}), vec::load(packed_g + d * width + i, full{}));
+      sum = sum + chain;
+    }
     sum.store(delta + i, span);
   });
 }

@@ -111,34 +111,43 @@ template <class Arithmetic> void add_panel_sums(const float* panel, int64_t dept
   });
 }
 
+inline constexpr int64_t BlockDepth = 192;  // lanes of k per packed block
+
+// The longest chain of additions in one register, which is what bounds the rounding error: chains are summed from zero. Without a fused multiply-add every step
+// rounds twice, and a chain as long as elsewhere would lose what the others keep.
+inline constexpr int64_t Chain = FusesMultiplyAdd ? BlockDepth : 8;
+
 // c (TileRows × Vecs·Lanes, rows c_stride apart) = a·b, or += where `accumulate`. a is packed (k-major, a_stride between successive k) or, with RowMajor, lies as rows a_stride apart.
 template <class Arithmetic, int Vecs, bool RowMajor = false>
 void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
-  vec sum[TileRows][Vecs];
+  for (int64_t first = 0; first < depth; first += Chain) {
+    vec sum[TileRows][Vecs];
 #pragma GCC unroll 8
-  for (int r = 0; r < TileRows; ++r)
+    for (int r = 0; r < TileRows; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < Vecs; ++v) sum[r][v] = vec::zero();
-  for (int64_t d = 0; d < depth; ++d) {
-    vec bv[Vecs];
+      for (int v = 0; v < Vecs; ++v) sum[r][v] = vec::zero();
+    for (int64_t d = std::min(Chain, depth - first); d > 0; --d) {
+      vec bv[Vecs];
 #pragma GCC unroll 3
-    for (int v = 0; v < Vecs; ++v) bv[v] = vec::load(b + v * vec::Lanes, full{});
+      for (int v = 0; v < Vecs; ++v) bv[v] = vec::load(b + v * vec::Lanes, full{});
 #pragma GCC unroll 8
-    for (int r = 0; r < TileRows; ++r) {
-      vec av = vec::all(RowMajor ? a[r * a_stride] : a[r]);
+      for (int r = 0; r < TileRows; ++r) {
+        vec av = vec::all(RowMajor ? a[r * a_stride] : a[r]);
 #pragma GCC unroll 3
-      for (int v = 0; v < Vecs; ++v) sum[r][v] = Arithmetic::multiply_add(sum[r][v], av, bv[v]);
+        for (int v = 0; v < Vecs; ++v) sum[r][v] = Arithmetic::multiply_add(sum[r][v], av, bv[v]);
+      }
+      a += RowMajor ? 1 : a_stride;
+      b += b_stride;
     }
-    a += RowMajor ? 1 : a_stride;
-    b += b_stride;
+    const bool add = accumulate || first > 0;
+#pragma GCC unroll 8
+    for (int r = 0; r < TileRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < Vecs; ++v) {
+        float* at = c + r * c_stride + v * vec::Lanes;
+        (add ? vec::load(at, full{}) + sum[r][v] : sum[r][v]).store(at, full{});
+      }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < TileRows; ++r)
-#pragma GCC unroll 3
-    for (int v = 0; v < Vecs; ++v) {
-      float* at = c + r * c_stride + v * vec::Lanes;
-      (accumulate ? vec::load(at, full{}) + sum[r][v] : sum[r][v]).store(at, full{});
-    }
 }
 
 template <class Arithmetic, bool RowMajor = false>
@@ -175,9 +184,6 @@ struct blocking {
     col_blocks = std::min(col_blocks, ceil_div(n, vec::Lanes));
   }
 };
-
-// Lanes of k per packed block. Also the longest chain of additions in one register, which is what bounds the rounding error: blocks are summed from zero.
-inline constexpr int64_t BlockDepth = 192;
 
 // epilogue(i, j, value, span): value holds C[i, j…]. a_sums (m) and b_sums (n), where given, are increased by the sums over k of A and of B.
 template <class Arithmetic, class TA, class TB, class Epilogue>

@@ -6,6 +6,7 @@
 //   uvec    the same lanes as 32-bit unsigned integers
 //   lanes   one truth value per lane: comparisons, &, |, select
 //   transpose(vec[Lanes])
+//   FusesMultiplyAdd: whether fma rounds once
 //   where the module may assume the bf16 dot product: dot_bf16, load_pairs, make_pairs, interleave_pairs (two bf16 in one 32-bit lane)
 #pragma once
 #include <cstddef>

@@ -131,4 +131,6 @@ FASTLM_INLINE void transpose(vec (&r)[8]) {
   for (int i = 0; i < 8; ++i) r[i].v = t[i];
 }
 
+inline constexpr bool FusesMultiplyAdd = true;
+
 }  // namespace fastlm

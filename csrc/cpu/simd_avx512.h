@@ -155,4 +155,6 @@ template <class T, class Span> FASTLM_INLINE vec interleave_pairs(const T* low, 
 }
 #endif
 
+inline constexpr bool FusesMultiplyAdd = true;
+
 }  // namespace fastlm

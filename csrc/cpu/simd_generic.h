@@ -129,4 +129,10 @@ FASTLM_INLINE void transpose(vec (&r)[4]) {
     }
 }
 
+#if defined(__FP_FAST_FMAF) || defined(__aarch64__)
+inline constexpr bool FusesMultiplyAdd = true;
+#else
+inline constexpr bool FusesMultiplyAdd = false;  // SSE2
+#endif
+
 }  // namespace fastlm
