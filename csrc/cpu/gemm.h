@@ -1,12 +1,16 @@
 // C = A·B with an epilogue, the matrix product under every operator. 2·m·n·k FLOP; compute bound from a few dozen rows on.
 //
-// A block of C (up to 256 × 384) is one part of the work. For it, blocks of B (≤ 192 deep) are packed into panels that stay in the L2 cache, and rows of A into
-// panels of one or two tiles that stay in L1; both are read once from where they lie, in either orientation, 16-bit types being widened (or paired for the bf16 dot
-// product) on the way. Packing costs 0.25–0.5 cycle an element and serves ≥ 192 columns or ≥ 128 rows: 2–5 % of the multiplication.
+// A block of C (up to 512 rows) is one part of the work. Its rows of A are packed once and stay in the L2 cache; then, a panel of up to three vectors of columns
+// after the other, a block of B (≤ 192 deep) is packed into L1 and all the rows pass by it. Operands are read from where they lie, in either orientation, 16-bit types being
+// widened (or paired for the bf16 dot product) on the way; while one block of B is multiplied the next is fetched from memory. Packing costs 0.1–0.4
+// cycle an element and serves hundreds of rows or columns: 1–3 % of the multiplication.
 // The register tile of 8 × 3 vectors (AVX-512: 24 sums, 3 of B, 1 of A) does 24 multiply-adds for 11 loads; with 16 registers it is 4 × 3.
-// The epilogue sees each finished vector of C once, while it is in L1: bias, activation and residual cost no pass over memory.
+// The epilogue sees each finished vector of C once, while it is in the cache: bias, activation and residual cost no pass over memory.
 #pragma once
 #include <type_traits>
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 #include "simd.h"
 #include "threads.h"
 
@@ -169,15 +173,29 @@ struct panels {
   int64_t begin(int64_t p) const { return total * p / count; }  // in vectors
 };
 
-// How C is cut: from the sizes alone. Blocks are as large as the caches like, and smaller where there would be fewer than 16 to share out.
+inline constexpr int64_t PartRows = 512, PartColumns = 768;  // of C, at most: what one packing serves, and sums that stay near
+
+// Bytes of the L2 cache that rows of A may take: the rest is for what streams by. Where the system does not tell its size, that of a small server's.
+inline int64_t cache_for_rows() {
+  int64_t size = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  size = reported;
+#endif
+  return (size > 0 ? std::clamp<int64_t>(size, 256 << 10, 4 << 20) : 1 << 20) * 9 / 20;
+}
+
+// How C is cut. Only the order of the work follows from it and no result: an element is the same chain of sums however C is cut.
 struct blocking {
   int64_t row_blocks, col_blocks;
-  blocking(int64_t m, int64_t n, int64_t k) : row_blocks(ceil_div(m, 256)), col_blocks(ceil_div(n, 384)) {
-    auto worth = [=](int64_t parts) { return double(m) * double(n) * double(k) / double(parts) > 4e6; };  // ≈ 50 µs of one core
-    while (row_blocks * col_blocks < 16 && worth(row_blocks * col_blocks)) {
-      int64_t rows = m / row_blocks, cols = n / col_blocks;
-      if (rows >= cols && rows > 64) row_blocks *= 2;
-      else if (cols > 96) col_blocks *= 2;
+  blocking(int64_t m, int64_t n, int64_t k, int threads) : row_blocks(ceil_div(m, PartRows)), col_blocks(ceil_div(n, PartColumns)) {
+    auto worth = [=](int64_t parts, double least) { return double(m) * double(n) * double(k) / double(parts) > least; };
+    for (;;) {
+      const int64_t parts = row_blocks * col_blocks, rows = m / row_blocks, cols = n / col_blocks;
+      // A part for each thread from 50 µs on; four, so that a late one holds up little, where they are worth half a millisecond.
+      if (threads == 1 || parts >= 4 * threads || !worth(parts, parts < threads ? 4e6 : 4e7)) break;
+      if (cols > 48 && (cols >= rows || rows <= 64)) col_blocks *= 2;
+      else if (rows > 64) row_blocks *= 2;
       else break;
     }
     row_blocks = std::min(row_blocks, ceil_div(m, PanelRows));
@@ -185,50 +203,96 @@ struct blocking {
   }
 };
 
-// epilogue(i, j, value, span): value holds C[i, j…]. a_sums (m) and b_sums (n), where given, are increased by the sums over k of A and of B.
+inline constexpr int64_t RowStride =
+    BlockDepth + 16;                          // between rows of A that are packed as they lie: no power of two, which would crowd a few sets of the cache
+inline constexpr int64_t PackedTogether = 8;  // k-major panels of A: so many read whole cache lines, and each page, once
+
+// `rows` rows of A, one block of k deep. Where they are contiguous in k they are copied, RowStride apart; else they become k-major panels.
+template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t rows, int64_t k, bool as_rows, float* out) {
+  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
+  const int64_t depth = packed_depth<Arithmetic>(k);
+  if (as_rows) {
+    for (int64_t r = 0; r < ceil_div(rows, TileRows) * TileRows; ++r) {
+      float* to = out + r * RowStride;
+      const T* from = source.data + r * source.stride;
+      if (r >= rows) std::fill_n(to, depth, 0.0f);
+      else sweep(depth, [=](int64_t d, auto) { Arithmetic::along_k(from + d * Per, k - d * Per).store(to + d, full{}); });
+    }
+    return;
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    const T* row = source.data + d * Per * source.k_stride;
+    const T* next = d * Per + 1 < k ? row + source.k_stride : nullptr;
+    float* to = out + d * PanelRows;
+    for (int64_t i = 0; i < ceil_div(rows, PanelRows) * PanelRows; i += L) {
+      const T* after = next ? next + i : nullptr;
+      vec v = i + L <= rows ? Arithmetic::along_i(row + i, after, full{})
+              : i < rows    ? Arithmetic::along_i(row + i, after, tail{size_t(rows - i)})
+                            : vec::zero();
+      v.store(to + i / PanelRows * PanelRows * BlockDepth + i % PanelRows, full{});
+    }
+  }
+}
+
+// epilogue(i, j, value, span): value holds C[i, j…]. a_sums (m; A contiguous along m) and b_sums (n), where given, are increased by the sums over k of A and of B.
 template <class Arithmetic, class TA, class TB, class Epilogue>
 void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums = nullptr, float* b_sums = nullptr) {
   constexpr int64_t L = vec::Lanes;
-  const blocking cut(m, n, k);
+  const blocking cut(m, n, k, threads);
   const int64_t row_panels = ceil_div(m, PanelRows), col_vecs = ceil_div(n, L);
   const int64_t depth = packed_depth<Arithmetic>(k), depth_blocks = std::max<int64_t>(1, ceil_div(depth, BlockDepth));
+  const bool as_rows = a.stride != 1;
+  // fp32 rows need no packing, unless they lie whole pages apart and would crowd a few sets of the cache.
+  const bool as_is = std::is_same_v<TA, float> && Arithmetic::PerLane == 1 && as_rows && a.stride % 1024 != 0;
 
   parallel_parts(cut.row_blocks * cut.col_blocks, threads, [=](int64_t part) {
-    const int64_t row_block = part % cut.row_blocks, col_block = part / cut.row_blocks;  // neighbours in time share a block of B
+    const int64_t row_block = part % cut.row_blocks, col_block = part / cut.row_blocks;  // neighbours in time share columns of B
     const int64_t first_row = row_panels * row_block / cut.row_blocks * PanelRows,
-                  end_row = std::min(m, row_panels * (row_block + 1) / cut.row_blocks * PanelRows);
+                  rows = std::min(m, row_panels * (row_block + 1) / cut.row_blocks * PanelRows) - first_row;
     const int64_t first_vec = col_vecs * col_block / cut.col_blocks, vecs = col_vecs * (col_block + 1) / cut.col_blocks - first_vec;
     const panels split(vecs);
-    const int64_t deepest = ceil_div(depth, depth_blocks);
-    float* packed_b = scratch(deepest * (vecs * L + PanelRows) + (end_row - first_row + PanelRows) * vecs * L);
-    float* packed_a = packed_b + deepest * vecs * L;
-    float* sums = packed_a + deepest * PanelRows;  // C so far: tile by tile, each tile's rows one after another
+    const int64_t padded = ceil_div(rows, PanelRows) * PanelRows, row_size = as_rows ? RowStride : BlockDepth;
+    // As many blocks of k at a time as the cache holds of A. If that is all of them, sums are kept for one panel only.
+    const int64_t together = std::clamp<int64_t>(cache_for_rows() / (4 * padded * row_size), 1, depth_blocks);
+    float* packed_a = scratch(together * padded * row_size + BlockDepth * TileVecs * L + padded * (together < depth_blocks ? vecs : TileVecs) * L);
+    float* packed_b = packed_a + together * padded * row_size;
+    float* sums = packed_b + BlockDepth * TileVecs * L;  // C so far: panel by panel, each tile's rows one after another
 
-    for (int64_t block = 0; block < depth_blocks; ++block) {
-      const int64_t first = depth * block / depth_blocks, count = depth * (block + 1) / depth_blocks - first;
-      const int64_t k_first = first * Arithmetic::PerLane, k_count = std::min(k - k_first, count * Arithmetic::PerLane);
+    for (int64_t group = 0; group < depth_blocks; group += together)
       for (int64_t p = 0; p < split.count; ++p) {
-        const int64_t from = split.begin(p), width = (split.begin(p + 1) - from) * L, column = (first_vec + from) * L;
-        float* panel = packed_b + count * from * L;
-        pack<Arithmetic>(operand<TB>{b.data + column * b.stride + k_first * b.k_stride, b.stride, b.k_stride}, std::min(width, n - column), k_count, width,
-                         panel);
-        if (b_sums && row_block == 0) add_panel_sums<Arithmetic>(panel, count, width, std::min(width, n - column), b_sums + column);
-      }
-      for (int64_t row = first_row; row < end_row; row += PanelRows) {
-        const int64_t rows = std::min(PanelRows, m - row);
-        pack<Arithmetic>(operand<TA>{a.data + row * a.stride + k_first * a.k_stride, a.stride, a.k_stride}, rows, k_count, PanelRows, packed_a);
-        if (a_sums && col_block == 0) add_panel_sums<Arithmetic>(packed_a, count, PanelRows, rows, a_sums + row);
-        for (int64_t p = 0; p < split.count; ++p) {
-          const int64_t from = split.begin(p), width = (split.begin(p + 1) - from) * L, column = (first_vec + from) * L;
-          float* c = sums + (row - first_row) * vecs * L + from * L * PanelRows;
-          for (int64_t r = 0; r < rows; r += TileRows)
-            multiply_tile<Arithmetic>(width / L, count, packed_a + r, PanelRows, packed_b + count * from * L, width, c + r * width, width, block > 0);
-          if (block + 1 < depth_blocks) continue;
-          for (int64_t r = 0; r < rows; ++r)
-            sweep(std::min(width, n - column), [&](int64_t j, auto span) { epilogue(row + r, column + j, vec::load(c + r * width + j, full{}), span); });
+        const int64_t from = split.begin(p), width = (split.begin(p + 1) - from) * L, column = (first_vec + from) * L, columns = std::min(width, n - column);
+        float* c = sums + (together < depth_blocks ? padded * from * L : 0);
+        for (int64_t block = group; block < std::min(depth_blocks, group + together); ++block) {
+          const int64_t first = depth * block / depth_blocks, count = depth * (block + 1) / depth_blocks - first;
+          const int64_t k_first = first * Arithmetic::PerLane, k_count = std::min(k - k_first, count * Arithmetic::PerLane);
+          pack<Arithmetic>(operand<TB>{b.data + column * b.stride + k_first * b.k_stride, b.stride, b.k_stride}, columns, k_count, width, packed_b);
+          if (b_sums && row_block == 0) add_panel_sums<Arithmetic>(packed_b, count, width, columns, b_sums + column);
+          for (int64_t r = 0; r < rows; r += TileRows) {
+            const TA* source = a.data + (first_row + r) * a.stride + k_first * a.k_stride;
+            float *packed = packed_a + ((block - group) * padded + r) * row_size, *tile = c + r * width;
+            const bool direct = as_is && r + TileRows <= rows;
+            if (p == 0 && !direct && (as_rows || r % (PackedTogether * PanelRows) == 0)) {
+              const int64_t some = std::min(as_rows ? TileRows : PackedTogether * PanelRows, rows - r);
+              pack_left<Arithmetic>(operand<TA>{source, a.stride, a.k_stride}, some, k_count, as_rows, packed);
+              for (int64_t i = 0; a_sums && col_block == 0 && i < some; i += PanelRows)
+                add_panel_sums<Arithmetic>(packed + i * row_size, count, PanelRows, std::min(PanelRows, some - i), a_sums + first_row + r + i);
+            }
+            if constexpr (std::is_same_v<TA, float>) {
+              if (direct) multiply_tile<Arithmetic, true>(width / L, count, source, a.stride, packed_b, width, tile, width, block > 0);
+            }
+            if (!direct) {
+              if (as_rows) multiply_tile<Arithmetic, true>(width / L, count, packed, RowStride, packed_b, width, tile, width, block > 0);
+              else
+                multiply_tile<Arithmetic>(width / L, count,
+                                          packed_a + (block - group) * padded * row_size + r / PanelRows * PanelRows * BlockDepth + r % PanelRows, PanelRows,
+                                          packed_b, width, tile, width, block > 0);
+            }
+            if (block + 1 < depth_blocks) continue;
+            for (int64_t i = 0; i < std::min<int64_t>(TileRows, rows - r); ++i)
+              sweep(columns, [&](int64_t j, auto span) { epilogue(first_row + r + i, column + j, vec::load(tile + i * width + j, full{}), span); });
+          }
         }
       }
-    }
   });
 }
 
