@@ -45,14 +45,22 @@ static masking<T> masks(address mask, int mask_type_, strides4 mask_strides, add
           dropout(dropout_p, seed)};
 }
 
+// (batch, heads, key heads, queries, keys, head_dim); the starts are of a packed batch, and empty otherwise.
+static attention_size sized(std::array<int64_t, 6> sizes, const std::vector<int64_t>& query_starts, const std::vector<int64_t>& key_starts) {
+  attention_size size{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+  if (!query_starts.empty()) size.query_starts = query_starts.data(), size.key_starts = key_starts.data();
+  return size;
+}
+
 static void bind_attention(py::module_& m) {
   m.def(
       "attention_forward",
       [](dtype type, address query, strides3 query_strides, address key, strides3 key_strides, address value, strides3 value_strides, address out,
          strides3 out_strides, address lse, address mask, int mask_type, strides4 mask_strides, address key_padding, std::array<int64_t, 2> key_padding_strides,
-         std::array<int64_t, 6> sizes, float scale, int64_t band_lower, int64_t band_upper, double dropout_p, int64_t seed, int threads) {
+         std::array<int64_t, 6> sizes, const std::vector<int64_t>& query_starts, const std::vector<int64_t>& key_starts, float scale, int64_t band_lower,
+         int64_t band_upper, double dropout_p, int64_t seed, int threads) {
         launch(type, [&]<class T>() {
-          const attention_size size{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+          const attention_size size = sized(sizes, query_starts, key_starts);
           attention_forward<T>({at<const T>(query), query_strides}, {at<const T>(key), key_strides}, {at<const T>(value), value_strides},
                                {at<T>(out), out_strides}, at<float>(lse), size,
                                masks<T>(mask, mask_type, mask_strides, key_padding, key_padding_strides, band_lower, band_upper, scale, dropout_p, seed),
@@ -60,18 +68,18 @@ static void bind_attention(py::module_& m) {
         });
       },
       "dtype"_a, "query"_a, "query_strides"_a, "key"_a, "key_strides"_a, "value"_a, "value_strides"_a, "out"_a, "out_strides"_a, "lse"_a, "mask"_a,
-      "mask_type"_a, "mask_strides"_a, "key_padding"_a, "key_padding_strides"_a, "sizes"_a, "scale"_a, "band_lower"_a, "band_upper"_a, "dropout_p"_a, "seed"_a,
-      "threads"_a);
+      "mask_type"_a, "mask_strides"_a, "key_padding"_a, "key_padding_strides"_a, "sizes"_a, "query_starts"_a, "key_starts"_a, "scale"_a, "band_lower"_a,
+      "band_upper"_a, "dropout_p"_a, "seed"_a, "threads"_a);
 
   m.def(
       "attention_backward",
       [](dtype type, address dout, strides3 dout_strides, address query, strides3 query_strides, address key, strides3 key_strides, address value,
          strides3 value_strides, address out, strides3 out_strides, address lse, address dlse, address mask, int mask_type, strides4 mask_strides,
          address key_padding, std::array<int64_t, 2> key_padding_strides, address dquery, strides3 dquery_strides, address dkey, strides3 dkey_strides,
-         address dvalue, strides3 dvalue_strides, address dmask, strides4 dmask_strides, std::array<int64_t, 6> sizes, float scale, int64_t band_lower,
-         int64_t band_upper, double dropout_p, int64_t seed, int threads) {
+         address dvalue, strides3 dvalue_strides, address dmask, strides4 dmask_strides, std::array<int64_t, 6> sizes, const std::vector<int64_t>& query_starts,
+         const std::vector<int64_t>& key_starts, float scale, int64_t band_lower, int64_t band_upper, double dropout_p, int64_t seed, int threads) {
         launch(type, [&]<class T>() {
-          const attention_size size{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+          const attention_size size = sized(sizes, query_starts, key_starts);
           attention_backward<T>(
               {at<const T>(dout), dout_strides}, {at<const T>(query), query_strides}, {at<const T>(key), key_strides}, {at<const T>(value), value_strides},
               {at<const T>(out), out_strides}, at<const float>(lse), at<const float>(dlse),
@@ -81,8 +89,8 @@ static void bind_attention(py::module_& m) {
       },
       "dtype"_a, "dout"_a, "dout_strides"_a, "query"_a, "query_strides"_a, "key"_a, "key_strides"_a, "value"_a, "value_strides"_a, "out"_a, "out_strides"_a,
       "lse"_a, "dlse"_a, "mask"_a, "mask_type"_a, "mask_strides"_a, "key_padding"_a, "key_padding_strides"_a, "dquery"_a, "dquery_strides"_a, "dkey"_a,
-      "dkey_strides"_a, "dvalue"_a, "dvalue_strides"_a, "dmask"_a, "dmask_strides"_a, "sizes"_a, "scale"_a, "band_lower"_a, "band_upper"_a, "dropout_p"_a,
-      "seed"_a, "threads"_a);
+      "dkey_strides"_a, "dvalue"_a, "dvalue_strides"_a, "dmask"_a, "dmask_strides"_a, "sizes"_a, "query_starts"_a, "key_starts"_a, "scale"_a, "band_lower"_a,
+      "band_upper"_a, "dropout_p"_a, "seed"_a, "threads"_a);
 }
 
 static void bind_layernorm_residual(py::module_& m) {

@@ -6,6 +6,7 @@ from fastlm._version import __version__
 from fastlm.backends import Unsupported, isa, use_backend
 from fastlm.info import info
 from fastlm.ops.attention import attention
+from fastlm.ops.attention_varlen import attention_varlen
 from fastlm.ops.gelu_mlp import gelu_mlp
 from fastlm.ops.layernorm_residual import layernorm_residual
 from fastlm.ops.linear import linear
@@ -16,6 +17,7 @@ __all__ = [
     "Unsupported",
     "__version__",
     "attention",
+    "attention_varlen",
     "gelu_mlp",
     "info",
     "layernorm_residual",

@@ -6,6 +6,7 @@
 // Q, K, V and the results are strided views: they are packed into panels as they are read (gemm.h), a key block once for up to 512 queries.
 #pragma once
 #include "attention_mask.h"
+#include "sequences.h"
 #include "vmath.h"
 
 namespace fastlm {
@@ -15,12 +16,7 @@ template <class T> struct heads_view {  // (batch, head, token, dim), dim contig
   std::array<int64_t, 3> strides;
   T* at(int64_t batch, int64_t head, int64_t token = 0) const { return data + batch * strides[0] + head * strides[1] + token * strides[2]; }
   int64_t row() const { return strides[2]; }
-};
-
-struct attention_size {
-  int64_t batch, heads, kv_heads, query_len, key_len, head_dim;
-  int64_t padded_dim() const { return ceil_div(head_dim, PanelRows) * PanelRows; }
-  int64_t group() const { return heads / kv_heads; }
+  heads_view from(int64_t token) const { return {at(0, 0, token), strides}; }
 };
 
 // The product of packed rows and a tile: c[row][query] (+)= Σ_d a(row, d)·b[d][query] for `rows` rows.
@@ -136,16 +132,23 @@ inline void online_softmax(float* tile, int64_t keys, int64_t width, float* high
 }
 
 template <class T>
-void attention_forward(heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, heads_view<T> out, float* lse, attention_size size,
-                       const masking<T>& mask, int threads) {
+void attention_forward(heads_view<const T> all_query, heads_view<const T> all_key, heads_view<const T> all_value, heads_view<T> all_out, float* lse,
+                       attention_size sizes, const masking<T>& masks, int threads) {
   using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
-  const int64_t dim = size.head_dim, padded = size.padded_dim(), depth = packed_depth<arithmetic>(dim);
+  const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim);
   const int64_t chunk = std::clamp<int64_t>(32768 / padded / QueryPanel, 1, 16) * QueryPanel;  // outputs of a chunk: up to 128 kB
-  const int64_t chunks = ceil_div(size.query_len, chunk);
+  const std::vector<sequence> order = longest_first(sizes);
+  const sequence_parts parts(order, [=](const sequence& s) { return sizes.heads * ceil_div(s.queries, chunk); });
 
-  parallel_parts(size.batch * size.heads * chunks, threads, [=, &mask](int64_t part) {
-    const int64_t batch = part / chunks / size.heads, head = part / chunks % size.heads, kv_head = head / size.group();
+  parallel_parts(parts.total(), threads, [=, &parts, &masks](int64_t number) {
+    const auto place = parts.find(number);
+    const sequence& of = place.of;
+    const attention_size size = sizes.of(of);
+    const masking<T> mask = masks.moved(of.diagonal);
+    const heads_view<const T> query = all_query.from(of.first_query), key = all_key.from(of.first_key), value = all_value.from(of.first_key);
+    const heads_view<T> out = all_out.from(of.first_query);
+    const int64_t chunks = ceil_div(size.query_len, chunk), part = place.part, batch = of.index, head = part / chunks, kv_head = head / size.group();
     const int64_t q0 = size.query_len * (part % chunks) / chunks, q1 = size.query_len * (part % chunks + 1) / chunks, queries = q1 - q0;
     const panels split(ceil_div(queries, L));
     const int64_t lanes = split.total * L;
@@ -199,7 +202,7 @@ void attention_forward(heads_view<const T> query, heads_view<const T> key, heads
 
     for (int64_t p = 0; p < split.count; ++p) {
       const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from, count = std::min(width, queries - from);
-      float* row_lse = lse + (batch * size.heads + head) * size.query_len + q0 + from;
+      float* row_lse = lse + sizes.row(of, head) + q0 + from;
       for (int64_t i = 0; i < count; ++i) row_lse[i] = sum[from + i] == 0 ? -INFINITY : highest[from + i] + std::log(sum[from + i]);
       for (int64_t i = 0; i < width; ++i) rescale[from + i] = sum[from + i] == 0 ? 0.0f : 1.0f / sum[from + i];
       store_transposed(output + from * padded, width, dim, rescale + from, out.at(batch, head, q0 + from), out.row(), count);

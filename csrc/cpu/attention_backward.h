@@ -1,7 +1,7 @@
 // Attention's gradients, from the scores made again:  P = exp(S − lse),  dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ∘ (dP − δ),  dQ = scale·dS K,  dK = scale·dSᵀ Q,
 // δ = Σ_d dO ∘ O − dlse. Five products of 2·Tq·Tk·D FLOP a head.
 //
-// One part of the work is the keys (or a share of them) of one key head, with every query head of its group: dK and dV of a key block stay in the cache while the
+// One part of the work is the keys (or a share of them) of one key head of one sequence, with every query head of its group: dK and dV of a key block stay in the cache while the
 // queries pass by and are written once; dQ is summed in the part, and over the parts in their order: no atomics, the same bits on any number of threads.
 #pragma once
 #include "attention.h"
@@ -131,45 +131,79 @@ template <class T> void output_deltas(heads_view<const T> dout, heads_view<const
 }
 
 template <class T>
-void attention_backward(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, heads_view<const T> out,
-                        const float* lse, const float* dlse, attention_gradients<T> grad, attention_size size, const masking<T>& mask, int threads) {
+void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_query, heads_view<const T> all_key, heads_view<const T> all_value,
+                        heads_view<const T> all_out, const float* lse, const float* dlse, attention_gradients<T> all_grad, attention_size sizes,
+                        const masking<T>& masks, int threads) {
   using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
-  const int64_t dim = size.head_dim, padded = size.padded_dim(), depth = packed_depth<arithmetic>(dim), wide = ceil_div(dim, L) * L;
-  const int64_t query_len = size.query_len, key_blocks = ceil_div(size.key_len, KeyBlock), group = size.group();
-  const panels split(ceil_div(query_len, L));
-  const int64_t lanes = split.total * L;
+  const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim), wide = ceil_div(dim, L) * L;
+  const int64_t group = sizes.group();
+  const std::vector<sequence> order = longest_first(sizes);
+  auto panels_of = [](const sequence& s) { return panels(ceil_div(s.queries, L)); };
+  auto dquery_size_of = [=](const sequence& s) { return panels_of(s).total * L * padded; };  // of one head: [panel][dim][query]
 
-  buffer deltas = make_buffer(size.batch * size.heads * query_len);
+  buffer deltas = make_buffer(sizes.rows());
   float* delta = deltas.get();
   // Dropout scales what is kept, and with it the rounding of O, past what PyTorch (which computes it in fp32) lets through.
-  const bool exact = grad.dmask || (mask.drop.active() && sizeof(T) == 2);
-  parallel_parts(size.batch * size.heads * split.count, threads, [=, &mask](int64_t job) {
-    const int64_t head = job / split.count, from = split.begin(job % split.count) * L, width = split.begin(job % split.count + 1) * L - from;
-    const int64_t queries = std::min(width, query_len - from), row = head * query_len + from;
-    if (exact) exact_deltas(dout, query, key, value, lse + row, size, mask, head / size.heads, head % size.heads, from, queries, width, delta + row);
-    else output_deltas(dout, out, dim, head / size.heads, head % size.heads, from, queries, width, delta + row);
+  const bool exact = all_grad.dmask || (masks.drop.active() && sizeof(T) == 2);
+  const sequence_parts rows(order, [=](const sequence& s) { return sizes.heads * panels_of(s).count; });
+  parallel_parts(rows.total(), threads, [=, &rows, &masks](int64_t number) {
+    const auto place = rows.find(number);
+    const sequence& of = place.of;
+    const heads_view<const T> dout = all_dout.from(of.first_query);
+    const panels split = panels_of(of);
+    const int64_t head = place.part / split.count, p = place.part % split.count, from = split.begin(p) * L, width = split.begin(p + 1) * L - from;
+    const int64_t queries = std::min(width, of.queries - from), row = sizes.row(of, head) + from;
+    if (exact) {
+      exact_deltas(dout, all_query.from(of.first_query), all_key.from(of.first_key), all_value.from(of.first_key), lse + row, sizes.of(of),
+                   masks.moved(of.diagonal), of.index, head, from, queries, width, delta + row);
+    } else {
+      output_deltas(dout, all_out.from(of.first_query), dim, of.index, head, from, queries, width, delta + row);
+    }
     for (int64_t i = 0; dlse && i < queries; ++i) delta[row + i] -= dlse[row + i];
   });
 
   // Where several (batch, head) add to one place of dmask they take turns; where keys share a place, a head's keys are one part.
-  const bool shared = grad.dmask && ((grad.dmask_strides[0] == 0 && size.batch > 1) || (grad.dmask_strides[1] == 0 && size.heads > 1));
-  const bool one_part = grad.dmask && grad.dmask_strides[3] == 0;
-  const int64_t outer = size.batch * size.kv_heads;
-  const int64_t key_parts = one_part ? 1 : std::min(key_blocks, ceil_div(16, shared ? 1 : outer));
-  const int64_t dquery_size = lanes * padded;  // of one head: [panel][dim][query]
-  buffer partials = make_buffer(key_parts > 1 ? size.batch * size.heads * key_parts * dquery_size : 0);
-  float* partial = partials.get();
+  const bool shared = all_grad.dmask && ((all_grad.dmask_strides[0] == 0 && sizes.batch > 1) || (all_grad.dmask_strides[1] == 0 && sizes.heads > 1));
+  const bool one_part = all_grad.dmask && all_grad.dmask_strides[3] == 0;
+  int64_t total_work = 0;
+  for (const sequence& s : order) total_work += s.work();
+  // A share of a sequence's keys is at most a 16th of all there is to do, or one block.
+  auto key_parts_of = [=](const sequence& s) {
+    if (one_part || s.work() == 0) return int64_t(1);
+    return std::min(ceil_div(s.keys, KeyBlock), shared ? 16 : ceil_div(16 * s.work(), total_work * sizes.kv_heads));
+  };
+  std::vector<int64_t> partials_before(sizes.batch);
+  int64_t partials_size = 0;
+  for (const sequence& s : order) {
+    partials_before[s.index] = partials_size;
+    if (key_parts_of(s) > 1) partials_size += sizes.heads * key_parts_of(s) * dquery_size_of(s);
+  }
+  buffer partials = make_buffer(partials_size);
 
-  auto store_dquery = [=, &mask](const float* sums, int64_t batch, int64_t head, int64_t p) {
+  auto store_dquery = [=, &masks](const sequence& of, const float* sums, int64_t head, int64_t p) {
+    const panels split = panels_of(of);
     const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from;
     float factor[QueryPanel];
-    std::fill_n(factor, width, mask.scale);
-    store_transposed(sums, width, dim, factor, grad.dquery.at(batch, head, from), grad.dquery.row(), std::min(width, query_len - from));
+    std::fill_n(factor, width, masks.scale);
+    store_transposed(sums, width, dim, factor, all_grad.dquery.at(of.index, head, of.first_query + from), all_grad.dquery.row(),
+                     std::min(width, of.queries - from));
   };
 
-  auto work = [=, &mask](int64_t part) {
-    const int64_t batch = part / key_parts / size.kv_heads, kv_head = part / key_parts % size.kv_heads, key_part = part % key_parts;
+  const sequence_parts parts(order, [=](const sequence& s) { return sizes.kv_heads * key_parts_of(s); });
+  auto work = [=, &parts, &partials, &partials_before, &masks](int64_t number) {
+    const auto place = parts.find(number);
+    const sequence& of = place.of;
+    const attention_size size = sizes.of(of);
+    const masking<T> mask = masks.moved(of.diagonal);
+    const heads_view<const T> dout = all_dout.from(of.first_query), query = all_query.from(of.first_query), key = all_key.from(of.first_key),
+                              value = all_value.from(of.first_key);
+    const attention_gradients<T> grad{all_grad.dquery, all_grad.dkey.from(of.first_key), all_grad.dvalue.from(of.first_key), all_grad.dmask,
+                                      all_grad.dmask_strides};
+    const panels split = panels_of(of);
+    const int64_t query_len = of.queries, key_blocks = ceil_div(of.keys, KeyBlock), key_parts = key_parts_of(of), dquery_size = dquery_size_of(of);
+    const int64_t batch = of.index, kv_head = place.part / key_parts, key_part = place.part % key_parts;
+    float* partial = partials.get() + partials_before[batch];
     const int64_t first_block = key_blocks * key_part / key_parts, end_block = key_blocks * (key_part + 1) / key_parts;
     float* packed_k =
         scratch(KeyBlock * (2 * depth + padded + 2 * wide + 4 * QueryPanel) + 2 * QueryPanel * (depth + wide) + (key_parts == 1 ? group * dquery_size : 0));
@@ -187,7 +221,7 @@ void attention_backward(heads_view<const T> dout, heads_view<const T> query, hea
     float* natural_g = natural_q + QueryPanel * wide;
     float* own = natural_g + QueryPanel * wide;
     auto dquery = [=](int64_t member) {
-      return key_parts == 1 ? own + member * dquery_size : partial + ((batch * size.heads + kv_head * group + member) * key_parts + key_part) * dquery_size;
+      return key_parts == 1 ? own + member * dquery_size : partial + ((kv_head * group + member) * key_parts + key_part) * dquery_size;
     };
     uint8_t nonfinite[KeyBlock];
     for (int64_t member = 0; member < group; ++member) std::fill_n(dquery(member), dquery_size, 0.0f);
@@ -203,7 +237,7 @@ void attention_backward(heads_view<const T> dout, heads_view<const T> query, hea
       std::fill_n(dv, KeyBlock * wide, 0.0f);
 
       for (int64_t member = 0; member < group; ++member) {
-        const int64_t head = kv_head * group + member, first_row = (batch * size.heads + head) * query_len;
+        const int64_t head = kv_head * group + member, first_row = sizes.row(of, head);
         for (int64_t p = 0; p < split.count; ++p) {
           const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from, queries = std::min(width, query_len - from);
           const tile_place at{batch, head, from, queries, k0, keys};
@@ -236,25 +270,29 @@ void attention_backward(heads_view<const T> dout, heads_view<const T> query, hea
     }
     if (key_parts == 1)
       for (int64_t member = 0; member < group; ++member)
-        for (int64_t p = 0; p < split.count; ++p) store_dquery(own + member * dquery_size + split.begin(p) * L * padded, batch, kv_head * group + member, p);
+        for (int64_t p = 0; p < split.count; ++p) store_dquery(of, own + member * dquery_size + split.begin(p) * L * padded, kv_head * group + member, p);
   };
   if (shared) {
-    for (int64_t pair = 0; pair < outer; ++pair) parallel_parts(key_parts, threads, [=](int64_t key_part) { work(pair * key_parts + key_part); });
+    const int64_t pairs = sizes.batch * sizes.kv_heads, key_parts = parts.total() / pairs;
+    for (int64_t pair = 0; pair < pairs; ++pair) parallel_parts(key_parts, threads, [=](int64_t key_part) { work(pair * key_parts + key_part); });
   } else {
-    parallel_parts(outer * key_parts, threads, work);
+    parallel_parts(parts.total(), threads, work);
   }
 
-  if (key_parts > 1)
-    parallel_parts(size.batch * size.heads * split.count, threads, [=](int64_t job) {
-      const int64_t head = job / split.count, p = job % split.count, offset = split.begin(p) * L * padded,
-                    count = (split.begin(p + 1) - split.begin(p)) * L * padded;
-      float* sums = partial + head * key_parts * dquery_size + offset;
-      for (int64_t key_part = 1; key_part < key_parts; ++key_part) {
-        const float* more = sums + key_part * dquery_size;
-        sweep(count, [=](int64_t i, auto) { (vec::load(sums + i, full{}) + vec::load(more + i, full{})).store(sums + i, full{}); });
-      }
-      store_dquery(sums, head / size.heads, head % size.heads, p);
-    });
+  const sequence_parts sums_of(order, [=](const sequence& s) { return key_parts_of(s) > 1 ? sizes.heads * panels_of(s).count : 0; });
+  parallel_parts(sums_of.total(), threads, [=, &sums_of, &partials, &partials_before](int64_t number) {
+    const auto place = sums_of.find(number);
+    const sequence& of = place.of;
+    const panels split = panels_of(of);
+    const int64_t head = place.part / split.count, p = place.part % split.count, offset = split.begin(p) * L * padded,
+                  count = (split.begin(p + 1) - split.begin(p)) * L * padded, key_parts = key_parts_of(of), dquery_size = dquery_size_of(of);
+    float* sums = partials.get() + partials_before[of.index] + head * key_parts * dquery_size + offset;
+    for (int64_t key_part = 1; key_part < key_parts; ++key_part) {
+      const float* more = sums + key_part * dquery_size;
+      sweep(count, [=](int64_t i, auto) { (vec::load(sums + i, full{}) + vec::load(more + i, full{})).store(sums + i, full{}); });
+    }
+    store_dquery(of, sums, head, p);
+  });
 }
 
 }  // namespace fastlm

@@ -23,6 +23,12 @@ template <class T> struct masking {
   float scale;
   dropout drop;
 
+  // The band moved along the keys.
+  masking moved(int64_t diagonals) const {
+    masking m = *this;
+    m.lower += diagonals, m.upper += diagonals;
+    return m;
+  }
   // Some (not all) of the queries [q0, q1) × keys [k0, k1)
   bool touches(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const { return k1 - 1 - q0 >= lower && k0 - (q1 - 1) <= upper; }
   bool inside(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const { return k0 - (q1 - 1) >= lower && k1 - 1 - q0 <= upper; }

@@ -6,7 +6,7 @@ import torch
 
 from fastlm.backends import isa
 from fastlm.backends.layout import dense_last, matrix_of, rows_of
-from fastlm.backends.reference import out_of_range
+from fastlm.backends.reference import out_of_range, starts_of
 
 kernels = isa.kernels
 DTYPES = {dtype: getattr(kernels.dtype, str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.bfloat16, torch.float16)} if kernels else {}
@@ -37,7 +37,7 @@ def refuses(operator, device, dtype, **features):
     reasons = unavailable()
     if reasons:
         return reasons
-    if not hasattr(kernels, f"{operator}_forward"):
+    if not hasattr(kernels, f"{operator.removesuffix('_varlen')}_forward"):  # one kernel for batches of every kind
         reasons.append(f"has no {operator}")
     if device.type != "cpu":
         reasons.append(f"serves CPU tensors, not {device}")
@@ -241,45 +241,91 @@ def mask_type(mask, dtype):
     return 1 if mask.dtype == torch.bool else 2 if mask.dtype == dtype else 3
 
 
-def sizes(query, key):
+def sizes(query, key, starts):
     batch, heads, query_len, head_dim = query.shape
-    return batch, heads, key.shape[1], query_len, key.shape[2], head_dim
+    return len(starts[0]) - 1 if starts[0] else batch, heads, key.shape[1], query_len, key.shape[2], head_dim
+
+
+def attend(query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, starts=((), ())):
+    """Writes to out and lse. All tensors are (batch, head, token, dim); a packed batch, with its starts, is one whose sequences are a stride of 0 apart."""
+    if query.numel() == 0 or key.numel() == 0:  # no one to look, or nothing to see
+        out.zero_(), lse.fill_(-torch.inf)
+        return
+    query, key, value = dense_last(query), dense_last(key), dense_last(value)
+    kernels.attention_forward(
+        DTYPES[query.dtype], query.data_ptr(), steps(query), key.data_ptr(), steps(key), value.data_ptr(), steps(value), out.data_ptr(), steps(out),
+        lse.data_ptr(), at(mask), mask_type(mask, query.dtype), unexpanded(mask, 4), at(key_padding), unexpanded(key_padding, 2), sizes(query, key, starts),
+        *starts, scale, lower, upper, dropout_p, 0 if seed is None else seed.item(), threads(),
+    )  # fmt: skip
+
+
+def differentiate(
+    dout, dlse, query, key, value, mask, key_padding, seed, out, lse, dquery, dkey, dvalue, dmask, scale, lower, upper, dropout_p, starts=((), ())
+):  # fmt: skip
+    """Writes to the gradients. The kernel makes the three together; what is not needed is dropped."""
+    if query.numel() == 0 or key.numel() == 0:
+        dquery.zero_(), dkey.zero_(), dvalue.zero_()
+        return
+    query, key, value = dense_last(query), dense_last(key), dense_last(value)
+    dout = torch.zeros_like(out) if dout is None else dense_last(dout)
+    dlse = dlse if dlse is None else dlse.contiguous()
+    out = dense_last(out)  # as it was, unless a hook on saved tensors laid it out anew
+    kernels.attention_backward(
+        DTYPES[query.dtype], dout.data_ptr(), steps(dout), query.data_ptr(), steps(query), key.data_ptr(), steps(key), value.data_ptr(), steps(value),
+        out.data_ptr(), steps(out), lse.data_ptr(), at(dlse), at(mask), mask_type(mask, query.dtype), unexpanded(mask, 4),
+        at(key_padding), unexpanded(key_padding, 2), dquery.data_ptr(), steps(dquery), dkey.data_ptr(), steps(dkey), dvalue.data_ptr(), steps(dvalue),
+        at(dmask), unexpanded(dmask, 4), sizes(query, key, starts), *starts, scale, lower, upper, dropout_p, 0 if seed is None else seed.item(), threads(),
+    )  # fmt: skip
 
 
 def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
     out, lse = tokens_first(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    if query.numel() == 0 or key.numel() == 0:  # no one to look, or nothing to see
-        return out.zero_(), lse.fill_(-torch.inf)
-    query, key, value = dense_last(query), dense_last(key), dense_last(value)
-    kernels.attention_forward(
-        DTYPES[query.dtype], query.data_ptr(), steps(query), key.data_ptr(), steps(key), value.data_ptr(), steps(value), out.data_ptr(), steps(out),
-        lse.data_ptr(), at(mask), mask_type(mask, query.dtype), unexpanded(mask, 4), at(key_padding), unexpanded(key_padding, 2), sizes(query, key),
-        scale, lower, upper, dropout_p, 0 if seed is None else seed.item(), threads(),
-    )  # fmt: skip
+    attend(query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p)
     return out, lse
 
 
 def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
     needs_query, needs_key, needs_value, needs_mask = needed
-    # The kernel makes the three together; what is not needed is dropped.
     dquery, dkey, dvalue = tokens_first(query), tokens_first(key), tokens_first(value)
     dmask = mask.new_zeros(mask.shape, dtype=torch.float32) if needs_mask else None
-    if query.numel() == 0 or key.numel() == 0:
-        dquery.zero_(), dkey.zero_(), dvalue.zero_()
-    else:
-        query, key, value = dense_last(query), dense_last(key), dense_last(value)
-        dout = torch.zeros_like(out) if dout is None else dense_last(dout)
-        dlse = dlse if dlse is None else dlse.contiguous()
-        out = dense_last(out)  # as it was, unless a hook on saved tensors laid it out anew
-        kernels.attention_backward(
-            DTYPES[query.dtype], dout.data_ptr(), steps(dout), query.data_ptr(), steps(query), key.data_ptr(), steps(key), value.data_ptr(), steps(value),
-            out.data_ptr(), steps(out), lse.data_ptr(), at(dlse), at(mask), mask_type(mask, query.dtype), unexpanded(mask, 4),
-            at(key_padding), unexpanded(key_padding, 2), dquery.data_ptr(), steps(dquery), dkey.data_ptr(), steps(dkey), dvalue.data_ptr(), steps(dvalue),
-            at(dmask), unexpanded(dmask, 4), sizes(query, key), scale, lower, upper, dropout_p, 0 if seed is None else seed.item(), threads(),
-        )  # fmt: skip
+    gradients = dquery, dkey, dvalue, dmask
+    differentiate(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, *gradients, scale, lower, upper, dropout_p)
     return (
         dquery if needs_query else None,
         dkey if needs_key else None,
         dvalue if needs_value else None,
         dmask.to(mask.dtype) if needs_mask else None,
     )
+
+
+# attention_varlen
+
+
+def packed(x):
+    """(T, H, D) as a (1, H, T, D) in which every sequence of a batch begins where the batch does."""
+    x = dense_last(x)
+    tokens, heads, head_dim = x.shape
+    token_stride, head_stride, _ = x.stride()
+    return x.as_strided((1, heads, tokens, head_dim), (0, head_stride, token_stride, 1))
+
+
+def all_starts(query, key, cu_seqlens_q, cu_seqlens_k):
+    """Checked: nothing wrong reaches the kernels."""
+    starts_q, starts_k = starts_of("cu_seqlens_q", cu_seqlens_q, query.shape[0]), starts_of("cu_seqlens_k", cu_seqlens_k, key.shape[0])
+    return starts_q, starts_k
+
+
+def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):
+    starts = all_starts(query, key, cu_seqlens_q, cu_seqlens_k)
+    out, lse = new_like(query), new(query, query.shape[1::-1], dtype=torch.float32)
+    attend(packed(query), packed(key), packed(value), None, None, seed, packed(out), lse, scale, lower, upper, dropout_p, starts)
+    return out, lse
+
+
+def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    starts = all_starts(query, key, cu_seqlens_q, cu_seqlens_k)
+    gradients = new_like(query), new_like(key), new_like(value)
+    dout = torch.zeros_like(out) if dout is None else dout
+    inputs = packed(dout), dlse, packed(query), packed(key), packed(value), None, None, seed, packed(out), lse
+    differentiate(*inputs, *map(packed, gradients), None, scale, lower, upper, dropout_p, starts)
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))

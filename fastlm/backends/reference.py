@@ -4,6 +4,7 @@ Each operator has its formula (what double backward differentiates), its forward
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastlm.backends.philox import kept
 
-OPERATORS = ("attention", "layernorm_residual", "gelu_mlp", "linear", "linear_cross_entropy")
+OPERATORS = ("attention", "attention_varlen", "layernorm_residual", "gelu_mlp", "linear", "linear_cross_entropy")
 
 
 def refuses(operator, device, dtype, **features):
@@ -287,8 +288,8 @@ def softmax(scores):
 
 
 @as_written
-def attention(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
-    """(output, log-sum-exp), both wide."""
+def attention(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, first=0):
+    """(output, log-sum-exp), both wide; `first` is the number by which dropout knows the first of the batch."""
     q, k, v = widen(query, key, value)
     groups = query.shape[1] // key.shape[1]
     k, v = grouped(k, groups), grouped(v, groups)
@@ -296,13 +297,13 @@ def attention(query, key, value, mask, key_padding, seed, scale, lower, upper, d
     allowed = allowed_places(query, key, mask, key_padding, lower, upper)
     weights, lse = softmax(scores_of(q, k, wide_mask, allowed, scale))
     if seed is not None:
-        weights = torch.where(attention_kept(seed, weights, dropout_p), weights * (1 / (1 - dropout_p)), 0)
+        weights = torch.where(attention_kept(seed, weights, dropout_p, first), weights * (1 / (1 - dropout_p)), 0)
     return isolated(weights, v, reach(q, k, wide_mask, allowed)), lse
 
 
-def attention_kept(seed, weights, p):
+def attention_kept(seed, weights, p, first):
     batch, heads, query_len, key_len = weights.shape
-    return kept(seed, query_len, key_len, torch.arange(batch * heads, device=weights.device).view(batch, heads), p)
+    return kept(seed, query_len, key_len, torch.arange(first * heads, (first + batch) * heads, device=weights.device).view(batch, heads), p)
 
 
 def tokens_first(x, dtype):
@@ -311,13 +312,13 @@ def tokens_first(x, dtype):
 
 
 @as_written
-def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
-    out, lse = attention(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)
+def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, first=0):
+    out, lse = attention(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, first)
     return tokens_first(out, query.dtype), lse.contiguous()
 
 
 @as_written
-def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
+def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed, first=0):
     q, k, v, g = widen(query, key, value, dout)
     groups = query.shape[1] // key.shape[1]
     k, v = grouped(k, groups), grouped(v, groups)
@@ -331,7 +332,7 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
         weights, dweights = torch.where(reachable, weights, 0), torch.where(reachable, dweights, 0)
     sent = weights
     if seed is not None:
-        keep = attention_kept(seed, weights, dropout_p)
+        keep = attention_kept(seed, weights, dropout_p, first)
         dweights = torch.where(keep, dweights * (1 / (1 - dropout_p)), 0)
         sent = torch.where(keep, weights * (1 / (1 - dropout_p)), 0)
     delta = (weights * dweights).sum(-1, keepdim=True)
@@ -345,3 +346,85 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
     dquery, dkey, dvalue = (d if d is None else tokens_first(d, query.dtype) for d in (dquery, dkey, dvalue))
     dmask = dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous() if needed[3] else None
     return dquery, dkey, dvalue, dmask
+
+
+# attention_varlen: each sequence as a batch of one
+
+
+def starts_of(argument, cu_seqlens, total):
+    """Where the sequences start, and the end of the last, as integers. On a GPU this waits for it."""
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0:
+        raise ValueError(f"{argument}: expected 0 as its first value, got {starts[0]}")
+    for i, (start, end) in enumerate(itertools.pairwise(starts)):
+        if end < start:
+            raise ValueError(f"{argument}: expected values that never decrease, got {end} at [{i + 1}], after {start}")
+    if starts[-1] != total:
+        raise ValueError(f"{argument}: expected {total}, the number of tokens, as its last value, got {starts[-1]}")
+    return starts
+
+
+def each_sequence(query, key, cu_seqlens_q, cu_seqlens_k):
+    """(number, its queries, its keys, what the band moves by) for each: the last query stands at the last key."""
+    starts_q = starts_of("cu_seqlens_q", cu_seqlens_q, query.shape[0])
+    starts_k = starts_of("cu_seqlens_k", cu_seqlens_k, key.shape[0])
+    for number, ((q0, q1), (k0, k1)) in enumerate(zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k), strict=True)):
+        yield number, slice(q0, q1), slice(k0, k1), (k1 - k0) - (q1 - q0)
+
+
+def batch_of_one(x, tokens):
+    """Some tokens of (T, H, D) as (1, H, T, D)."""
+    return x[tokens].transpose(0, 1)[None]
+
+
+@as_written
+def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):
+    """(output, log-sum-exp), both wide."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    outs, lses = [query.new_empty(0, *query.shape[1:], dtype=wide)], [query.new_empty(query.shape[1], 0, dtype=wide)]
+    for number, queries, keys, moved in each_sequence(query, key, cu_seqlens_q, cu_seqlens_k):
+        one = batch_of_one(query, queries), batch_of_one(key, keys), batch_of_one(value, keys)
+        out, lse = attention(*one, None, None, seed, scale, lower + moved, upper + moved, dropout_p, number)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+@as_written
+def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):
+    def attend(number, q, k, v, moved):
+        return attention_forward(q, k, v, None, None, seed, scale, lower + moved, upper + moved, dropout_p, number)
+
+    return gather_forward(attend, query, key, value, cu_seqlens_q, cu_seqlens_k)
+
+
+@as_written
+def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    def differentiate(number, dout, dlse, q, k, v, out, lse, moved):
+        masks = None, None
+        return attention_backward(dout, dlse, q, k, v, *masks, seed, out, lse, scale, lower + moved, upper + moved, dropout_p, (*needed, False), number)
+
+    return gather_backward(differentiate, dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse, needed)
+
+
+def gather_forward(attend, query, key, value, cu_seqlens_q, cu_seqlens_k):
+    """What attend(number, query, key, value, moved) makes of each sequence, packed."""
+    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
+    for number, queries, keys, moved in each_sequence(query, key, cu_seqlens_q, cu_seqlens_k):
+        one, one_lse = attend(number, batch_of_one(query, queries), batch_of_one(key, keys), batch_of_one(value, keys), moved)
+        out[queries], lse[:, queries] = one[0].transpose(0, 1), one_lse[0]
+    return out, lse
+
+
+def gather_backward(differentiate, dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse, needed):
+    """The gradients that differentiate(number, dout, dlse, query, key, value, out, lse, moved) makes of each sequence, packed."""
+    dout = torch.zeros_like(out) if dout is None else dout
+    gradients = [x.new_empty(x.shape) if need else None for x, need in zip((query, key, value), needed, strict=True)]
+    for number, queries, keys, moved in each_sequence(query, key, cu_seqlens_q, cu_seqlens_k):
+        q, g, o = (batch_of_one(x, queries) for x in (query, dout, out))
+        k, v = batch_of_one(key, keys), batch_of_one(value, keys)
+        parts = differentiate(number, g, None if dlse is None else dlse[None, :, queries], q, k, v, o, lse[None, :, queries], moved)
+        for gradient, part, tokens in zip(gradients, parts[:3], (queries, keys, keys), strict=True):
+            if gradient is not None:
+                gradient[tokens] = part[0].transpose(0, 1)
+    return tuple(gradients)

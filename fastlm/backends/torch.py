@@ -23,10 +23,10 @@ def refuses(operator, device, dtype, **features):
         reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
     if features.get("dropout"):
         reasons.append("draws its dropout masks otherwise than fastlm")
-    if operator == "attention":
+    if operator in ("attention", "attention_varlen"):
         if features["return_lse"]:
             reasons.append("has no log-sum-exp of a row that sees nothing, and no gradient of any")
-        if features["mask_gradient"]:
+        if features.get("mask_gradient"):
             reasons.append("gives no gradient of the mask")
         if device.type != "cpu" and features["masked"]:
             reasons.append(f"lets a NaN behind the mask through on {device.type}")
@@ -265,3 +265,23 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
     if key.shape[1] != key_heads:
         dkey, dvalue = (d.unflatten(1, (key_heads, -1)).sum(2) for d in (dkey, dvalue))
     return *(tokens_first(d) if need else None for d, need in zip((dquery, dkey, dvalue), needed[:3], strict=True)), None
+
+
+# attention_varlen: sequence by sequence
+
+
+@as_written
+def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):
+    def attend(number, q, k, v, moved):
+        return attention_forward(q, k, v, None, None, seed, scale, lower + moved, upper + moved, dropout_p)
+
+    return reference.gather_forward(attend, query, key, value, cu_seqlens_q, cu_seqlens_k)
+
+
+@as_written
+def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    def differentiate(number, dout, dlse, q, k, v, out, lse, moved):
+        masks = None, None
+        return attention_backward(dout, dlse, q, k, v, *masks, seed, out, lse, scale, lower + moved, upper + moved, dropout_p, (*needed, False))
+
+    return reference.gather_backward(differentiate, dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse, needed)

@@ -96,22 +96,24 @@ def attention(
         query, key, value = lowered(query, key, value)
         mask = mask if mask is None or mask.dtype in (torch.bool, torch.float32) else mask.to(query.dtype)
     check(query, key, value, mask, key_padding)
-    offset = key.shape[2] - query.shape[2]
+    lower, upper = band(causal, window, key.shape[2] - query.shape[2])
+    return banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p, return_lse, backend)
+
+
+def band(causal, window, offset):
+    """(lower, upper): position i sees j iff lower ≤ j − i ≤ upper, query 0 standing at key `offset`."""
     lower, upper = -UNLIMITED, offset if causal else UNLIMITED
     if window is not None:
         left, right = check_window(window)
         lower = lower if left is None else offset - left
         upper = upper if right is None or causal else offset + right
-    return banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p, return_lse, backend)
+    return lower, upper
 
 
 def banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p, return_lse, backend):
     """Attention where position i sees j iff lower ≤ j − i ≤ upper: what every way of asking comes down to."""
     check_probability("dropout_p", dropout_p)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not abs(scale) < math.inf:
-        raise mismatch("scale", "a finite number", scale)
+    scale = finite_scale(scale, query.shape[-1])
     mask_gradient = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     if opaque(query, key, value, mask, key_padding):
         backend = backends.requested(backend)
@@ -152,6 +154,15 @@ def check(query, key, value, mask, key_padding):
             raise mismatch("key_padding", f"torch.bool on {query.device}, True = a real token", f"{key_padding.dtype} on {key_padding.device}")
 
 
+def finite_scale(scale, head_dim):
+    """The scale of the scores: 1 / √head_dim unless one is given."""
+    if scale is None:
+        return head_dim**-0.5
+    if not abs(scale) < math.inf:
+        raise mismatch("scale", "a finite number", scale)
+    return scale
+
+
 def check_window(window):
     if not isinstance(window, tuple | list) or len(window) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in window):
         raise mismatch("window", "(left, right), each None or an integer of 0 or more", window)
@@ -187,19 +198,22 @@ class Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             gradients = (None,) * 4
         elif torch.is_grad_enabled():  # create_graph=True: gradients that can themselves be differentiated
-            gradients = differentiable_gradients(dout, dlse, query, key, value, mask, key_padding, seed, *ctx.settings[:4], needed)
+            formula = lambda q, k, v, m: reference.attention(q, k, v, m, key_padding, seed, *ctx.settings[:4])  # noqa: E731
+            gradients = differentiable_gradients(formula, (query, key, value, mask), needed, dout, dlse)
         else:
             gradients = attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, *ctx.settings, needed, ctx.backend)
         return *gradients, *(None,) * 8
 
 
-def differentiable_gradients(dout, dlse, query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, needed):
-    def formula(query, key, value, mask):
-        out, lse = reference.attention(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)
-        return [result for result, upstream in ((out.to(query.dtype), dout), (lse, dlse)) if upstream is not None]
+def differentiable_gradients(formula, inputs, needed, dout, dlse):
+    """Of the output (in the dtype of the query, the first input) and the log-sum-exp, as far as gradients have come in for them."""
+
+    def differentiated(*inputs):
+        out, lse = formula(*inputs)
+        return [result for result, upstream in ((out.to(inputs[0].dtype), dout), (lse, dlse)) if upstream is not None]
 
     upstreams = [upstream for upstream in (dout, dlse) if upstream is not None]
-    return reference.differentiable_gradients(formula, (query, key, value, mask), needed, upstreams)
+    return reference.differentiable_gradients(differentiated, inputs, needed, upstreams)
 
 
 # 3. Eager calls go straight to the backend; a tracer sees one opaque operator
