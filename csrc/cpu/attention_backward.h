@@ -1,8 +1,9 @@
 // Attention's gradients, from the scores made again:  P = exp(S − lse),  dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ∘ (dP − δ),  dQ = scale·dS K,  dK = scale·dSᵀ Q,
 // δ = Σ_d dO ∘ O − dlse. Five products of 2·Tq·Tk·D FLOP a head.
 //
-// One part of the work is the keys (or a share of them) of one key head of one sequence, with every query head of its group: dK and dV of a key block stay in the cache while the
-// queries pass by and are written once; dQ is summed in the part, and over the parts in their order: no atomics, the same bits on any number of threads.
+// One part of the work is the keys (or a share of them) of one key head of one sequence, with every query head of its group: dK and dV of a key block stay in the
+// cache while the queries pass by and are written once; dQ is summed in the part, and over the parts in their order: no atomics, the same bits on any number of
+// threads.
 #pragma once
 #include "attention.h"
 

@@ -224,8 +224,8 @@ def additive(query, key, mask, key_padding, lower, upper):
 
 
 def harmed(query, key, value, bias, causal):
-    """A NaN or Inf where PyTorch would not do as promised: in the queries (it gives a row of 0), or in masked keys and values (causal ones it overwrites)."""
-    looked_at = (query, key, value) if bias is not None else (query, value) if causal else (query,)
+    """A NaN or Inf where PyTorch would not do as promised: in queries or keys (a row of nothing but NaN scores gives 0), or in values that are masked."""
+    looked_at = (query, key, value) if bias is not None or causal else (query, key)
     dtype = torch.float32 if query.dtype == torch.float16 else query.dtype  # whose sums would overflow; those of bfloat16 round, no harm
     return not all(math.isfinite(x.sum(dtype=dtype).item()) for x in looked_at)
 

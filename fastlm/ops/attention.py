@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import autocasts, check_like, check_probability, draw_seed, lowered, mismatch, opaque, present
+from fastlm.ops.boundary import autocasts, check_like, check_probability, distinct, draw_seed, lowered, mismatch, opaque, present
 
 UNLIMITED = 2**62  # an edge of the band that no position reaches
 
@@ -121,6 +121,7 @@ def banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p,
         backend = serving(query, key, mask, key_padding, lower, upper, dropout_p > 0, return_lse, mask_gradient, backend)
     seed = draw_seed(query) if dropout_p > 0 else None
     if mask_gradient or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+        query, key, value = distinct(query, key, value)
         out, lse = Attention.apply(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, backend)
     else:
         out, lse = attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, False, backend)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastlm import backends
 from fastlm.backends import reference
 from fastlm.ops.attention import UNLIMITED, band, differentiable_gradients, finite_scale
-from fastlm.ops.boundary import autocasts, check_like, check_probability, draw_seed, lowered, mismatch, opaque, present
+from fastlm.ops.boundary import autocasts, check_like, check_probability, distinct, draw_seed, lowered, mismatch, opaque, present
 
 # 1. The function people call
 
@@ -100,11 +100,11 @@ def attention_varlen(
     else:  # once: the backward uses the same
         backend = serving(query, cu_seqlens_q, lower, upper, dropout_p > 0, return_lse, backend)
     seed = draw_seed(query) if dropout_p > 0 else None
-    arguments = query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p, return_lse, backend
+    tensors, settings = (query, key, value, cu_seqlens_q, cu_seqlens_k), (scale, lower, upper, dropout_p, return_lse)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        out, lse = AttentionVarlen.apply(*arguments)
+        out, lse = AttentionVarlen.apply(*distinct(*tensors), seed, *settings, backend)
     else:
-        out, lse = attention_varlen_forward(*arguments)
+        out, lse = attention_varlen_forward(*tensors, seed, *settings, backend)
     return (out, lse) if return_lse else out
 
 

@@ -23,6 +23,13 @@ def opaque(*tensors: Tensor | None) -> bool:
     return False
 
 
+def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors for an autograd.Function, which under torch.compile takes none of them twice: its second place gets a view."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(x.view_as(x) if any(x is earlier for earlier in tensors[:i]) else x for i, x in enumerate(tensors))
+
+
 def check_rows(x: Tensor) -> None:
     """x: (..., width), of a floating-point type."""
     if x.dim() == 0 or x.shape[-1] == 0:

@@ -17,6 +17,7 @@ class Case:
     call: Callable  # (backend) → a function of the inputs
     inputs: Callable  # (dtype) → floating-point tensors
     backends: tuple[str, ...] = ("reference", "torch", "cpu")
+    fixed: bool = False  # brings tensors of its own, on the CPU, that fit these sizes only: targets, padding, where sequences start
 
     def leaves(self, dtype=torch.float32):
         return [x.requires_grad_() for x in self.inputs(dtype)]
@@ -32,6 +33,8 @@ def made_of(*shapes):
 TARGETS = targets(40, 2, 9, ignored=[4])
 PADDING = torch.arange(9) < torch.tensor([[9], [6]])
 QKV = ((2, 4, 9, 16), (2, 2, 9, 16), (2, 2, 9, 16))
+PACKED = ((18, 4, 16), (18, 2, 16), (18, 2, 16))
+STARTS, KEY_STARTS = torch.tensor([0, 9, 10, 10, 18]), torch.tensor([0, 7, 8, 11, 18])
 OURS = ("reference", "cpu")
 
 CASES = [
@@ -58,16 +61,30 @@ CASES = [
             f"linear_cross_entropy {reduction}",
             lambda b, r=reduction: lambda x, w, c: fastlm.linear_cross_entropy(x, w, TARGETS, c, reduction=r, label_smoothing=0.1, backend=b),
             made_of((2, 9, 24), (40, 24), (40,)),
+            fixed=True,
         )
         for reduction in ("mean", "none")
     ),
     Case("attention", lambda b: lambda q, k, v: fastlm.attention(q, k, v, backend=b), made_of(*QKV)),
-    Case("attention masked", lambda b: lambda q, k, v: fastlm.attention(q, k, v, causal=True, key_padding=PADDING, window=(5, None), backend=b), made_of(*QKV)),
+    Case(
+        "attention masked",
+        lambda b: lambda q, k, v: fastlm.attention(q, k, v, causal=True, key_padding=PADDING, window=(5, None), backend=b),
+        made_of(*QKV),
+        fixed=True,
+    ),
     Case(
         "attention all",
         lambda b: lambda q, k, v, m: fastlm.attention(q, k, v, causal=True, mask=m, dropout_p=0.2, return_lse=True, backend=b),
         made_of(*QKV, (1, 4, 9, 9)),
         OURS,
+    ),
+    Case("packed attention", lambda b: lambda q, k, v: fastlm.attention_varlen(q, k, v, STARTS, STARTS, causal=True, backend=b), made_of(*PACKED), fixed=True),
+    Case(
+        "packed attention all",
+        lambda b: lambda q, k, v: fastlm.attention_varlen(q, k, v, STARTS, KEY_STARTS, window=(3, 2), dropout_p=0.2, return_lse=True, backend=b),
+        made_of(*PACKED),
+        OURS,
+        fixed=True,
     ),
     Case("sdpa", lambda b: lambda q, k, v: fastlm.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, backend=b), made_of(*QKV)),
 ]

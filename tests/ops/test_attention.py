@@ -261,6 +261,17 @@ def test_a_nan_that_is_seen_reaches_the_result(backend):
 
 
 @on_every_backend
+@pytest.mark.parametrize("harm", HARM, ids=str)
+def test_a_query_that_sees_nothing_but_nan(harm, backend):
+    """Scores that are all NaN (or infinite: their differences are) are not a row that sees nothing."""
+    q, k, v = (x.abs() for x in qkv(1, 2, 1, 5, 5, 8))
+    out = fastlm.attention(q, torch.full_like(k, abs(harm)), v, backend=backend)
+    assert out.isnan().all()
+    k[:, :, 0] = abs(harm)
+    assert fastlm.attention(q, k, v, causal=True, backend=backend).isnan().all()
+
+
+@on_every_backend
 def test_finfo_min_is_an_ordinary_number(backend):
     """A row of it everywhere is a uniform row, as in PyTorch, not an empty one."""
     q, k, v = qkv(1, 1, 1, 5, 7, 8)

@@ -1,0 +1,436 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlm
+from fastlm.backends import philox
+from tests.ops.test_attention import HARM, seen
+from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
+
+# ([(query_len, key_len) of each sequence], heads, key_heads, head_dim): single elements, odd sizes around vectors and tiles, sequences without queries,
+# without keys, without either, grouped queries, keys enough for several blocks and queries for several panels
+BATCHES = [
+    ([(1, 1)], 1, 1, 1),
+    ([(7, 7), (1, 1), (16, 16), (17, 17), (64, 64)], 3, 3, 16),
+    ([(5, 5), (0, 3), (1, 130), (33, 129), (4, 0), (0, 0), (70, 37)], 4, 2, 33),
+    ([(129, 129), (2, 2), (128, 128)], 2, 1, 80),
+    ([(3, 300), (49, 49), (50, 400)], 6, 2, 5),
+    ([(20, 20), (0, 0), (40, 40)], 1, 1, 256),
+]
+
+
+def starts(lengths, dtype=torch.int64):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
+
+
+def cu_seqlens(lengths, dtype=torch.int64):
+    return starts([q for q, _ in lengths], dtype), starts([k for _, k in lengths], dtype)
+
+
+def qkv(lengths, heads, key_heads, head_dim):
+    total_q, total_k = (sum(side) for side in zip(*lengths, strict=True))
+    return floats(total_q, heads, head_dim), floats(total_k, key_heads, head_dim), floats(head_dim, key_heads, total_k).permute(2, 1, 0)
+
+
+def torch_own(lengths, causal=False, window=None):
+    """PyTorch's operator on each sequence, except that a query which sees nothing gets 0."""
+
+    def attention(q, k, v):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        parts = (t.split([pair[side] for pair in lengths]) for t, side in ((q, 0), (k, 1), (v, 1)))
+        outs = []
+        for one in zip(*parts, strict=True):
+            mask = seen(one[0].shape[0], one[1].shape[0], causal, window)
+            visible = mask.any(-1, keepdim=True)
+            if not visible.any():
+                outs.append(one[0] * 0)
+                continue
+            out = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in one), attn_mask=mask | ~visible)
+            outs.append(torch.where(visible, out[0], 0).transpose(0, 1))
+        return torch.cat(outs)
+
+    return attention
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_as_close_to_float64_as_torch(batch, causal, dtype, backend):
+    lengths = batch[0]
+    ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), causal=causal, backend=backend)  # noqa: E731
+    assert_within_twice_torch(ours, torch_own(lengths, causal), qkv(*batch), dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("causal, window", [(False, (5, 3)), (True, (5, None)), (False, (None, 0)), (False, (0, 0)), (False, (40, None))], ids=str)
+def test_windows(causal, window, dtype, backend):
+    """Counted from the last key of each sequence."""
+    lengths = [(50, 50), (20, 90), (1, 70), (30, 10)]
+    ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths, torch.int32), causal=causal, window=window, backend=backend)  # noqa: E731
+    assert_within_twice_torch(ours, torch_own(lengths, causal, window), qkv(lengths, 2, 1, 24), dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("scale", [1.0, 0.0, -0.3])
+def test_scale(scale, backend):
+    lengths = [(9, 9), (4, 4)]
+    ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), scale=scale, backend=backend)  # noqa: E731
+    own = lambda q, k, v: torch_own(lengths)(q * (scale * 4), k, v)  # noqa: E731
+    assert_within_twice_torch(ours, own, qkv(lengths, 2, 2, 16), torch.float32)
+
+
+# The same as a padded batch
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_same_as_a_padded_batch(causal, dropout_p, dtype, backend):
+    """Outputs, log-sum-exp and gradients where the tokens are real; with dropout, the same weights are dropped."""
+    lengths, heads, key_heads, head_dim = [130, 1, 77, 0, 200, 64], 4, 2, 32
+    longest, cu = max(lengths), starts(lengths)
+    real = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (batch, longest)
+    padded = [torch.zeros(len(lengths), longest, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads)]
+    packed = [x.to(dtype) for x in qkv([(n, n) for n in lengths], heads, key_heads, head_dim)]
+    for x, y in zip(padded, packed, strict=True):
+        x[real] = y
+
+    def gradients(function, inputs, upstream):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        torch.manual_seed(5)
+        out, lse = function(*leaves)
+        return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+    upstream = floats(sum(lengths), heads, head_dim).to(dtype)
+    padded_upstream = torch.zeros_like(padded[0])
+    padded_upstream[real] = upstream
+    options = {"causal": causal, "dropout_p": dropout_p, "return_lse": True, "backend": backend}
+    ours = gradients(lambda q, k, v: fastlm.attention_varlen(q, k, v, cu, cu, **options), packed, upstream)
+
+    def in_a_padded_batch(q, k, v):
+        out, lse = fastlm.attention(*(x.transpose(1, 2) for x in (q, k, v)), key_padding=real, **options)
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    out, lse, *theirs = gradients(in_a_padded_batch, padded, padded_upstream)
+    for a, b in zip(ours, (out[real], lse[real].t(), *(x[real] for x in theirs)), strict=True):
+        assert a.shape == b.shape and error(a, b.double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}[a.dtype]
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("seed", [-(2**63), 0x299F31D0A4093822])
+def test_drops_what_the_definition_drops(seed, backend):
+    """Rows and columns count from the start of each sequence; its number and the head make the third word."""
+    lengths, heads, p = [(5, 64), (1, 1), (0, 7), (9, 70), (4, 0), (70, 9), (3, 200)], 3, 0.37
+    widest = max(k for _, k in lengths)
+    query, key = torch.zeros(sum(q for q, _ in lengths), heads, widest), torch.zeros(sum(k for _, k in lengths), heads, widest)
+    names = torch.cat([torch.eye(k, widest) for _, k in lengths])[:, None].expand(key.shape)  # values that say which key of the sequence they are
+    forward = torch.ops.fastlm.attention_varlen_forward
+    unlimited = -(2**62), 2**62
+    out = forward(query, key, names, *cu_seqlens(lengths), torch.tensor(seed), 1.0, *unlimited, p, False, backend)[0]
+    for number, (one, (query_len, key_len)) in enumerate(zip(out.split([q for q, _ in lengths]), lengths, strict=True)):
+        expected = philox.kept(torch.tensor(seed), query_len, key_len, torch.arange(number * heads, (number + 1) * heads), p)
+        assert torch.equal(one.transpose(0, 1)[..., :key_len] != 0, expected)
+
+
+# What one sequence cannot do to another
+
+
+@on_every_backend
+@pytest.mark.parametrize("harm", HARM, ids=str)
+@pytest.mark.parametrize("where", range(3), ids=["query", "key", "value"])
+def test_what_stands_in_one_sequence_never_reaches_another(where, harm, backend):
+    lengths = [(9, 9), (5, 5), (20, 20)]
+    tokens = slice(9, 14)
+    others = torch.ones(34, dtype=torch.bool)
+    others[tokens] = False
+    results = []
+    for stands in (harm, 0.0):
+        inputs = [x.clone() for x in qkv(lengths, 2, 1, 8)]
+        inputs[where][tokens] = stands
+        results.append(outputs_and_gradients(lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), backend=backend), inputs, torch.float32))
+    for a, b in zip(*results, strict=True):
+        assert a[others].isfinite().all() and torch.equal(a[others], b[others])
+    assert not results[0][0][tokens].isfinite().all()
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_memory_around_the_tokens_is_not_used(dtype, backend):
+    """Heads, tokens and dimensions beside those of the batch hold NaN."""
+    lengths = [(17, 17), (3, 3), (30, 30)]
+    results = []
+    for around in (torch.nan, 0.0):
+        wide = [torch.full((70, 5, 40), around, dtype=dtype) for _ in range(3)]
+        inputs = [x[11:61, 1 : 1 + heads, 3:36] for x, heads in zip(wide, (2, 1, 1), strict=True)]
+        for x, y in zip(inputs, qkv(lengths, 2, 1, 33), strict=True):
+            x.copy_(y)
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = fastlm.attention_varlen(*leaves, *cu_seqlens(lengths), causal=True, backend=backend)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, floats(50, 2, 33).to(dtype))))
+    assert all(x.isfinite().all() for x in results[0])
+    assert_same_bits(*results)
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sequences_without_keys_or_queries(dtype, backend):
+    lengths = [(3, 0), (0, 4), (0, 0), (2, 2), (9, 4)]
+    leaves = [x.to(dtype).requires_grad_() for x in qkv(lengths, 2, 1, 8)]
+    out, lse = fastlm.attention_varlen(*leaves, *cu_seqlens(lengths), causal=True, return_lse=True, backend=backend)
+    blind = torch.zeros(14, dtype=torch.bool)
+    blind[:3] = blind[5:10] = True  # the first five of nine queries stand before all of four keys
+    assert not out[blind].any() and out[~blind].all()
+    assert torch.equal(lse == -torch.inf, blind.expand(2, 14)) and lse.dtype == torch.float32 and lse.is_contiguous()
+    dq, dk, dv = torch.autograd.grad(out, leaves, floats(14, 2, 8).to(dtype))
+    assert not dq[blind].any() and dq[~blind].any() and all(d.isfinite().all() for d in (dq, dk, dv))
+    assert not dk[:4].any() and not dv[:4].any() and dv[4:].all()
+
+
+@on_every_backend
+@pytest.mark.parametrize("lengths", [[], [(0, 0)], [(0, 3), (0, 0)], [(2, 0), (3, 0)]], ids=str)
+def test_nothing_to_see(lengths, backend):
+    cu = cu_seqlens(lengths)
+    leaves = [floats(total, 2, 8).requires_grad_() for total in (int(cu[0][-1]), *[int(cu[1][-1])] * 2)]
+    out = fastlm.attention_varlen(*leaves, *cu, backend=backend)
+    assert out.shape == leaves[0].shape and not out.any()
+    assert all(d.shape == x.shape and not d.any() for d, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True))
+
+
+@on_backends("reference", "cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_log_sum_exp_and_its_gradient(causal, dtype, backend):
+    lengths = [(9, 21), (40, 40), (1, 1)]
+
+    def own(q, k, v):
+        """In the model's dtype, as someone without the operator would: and the log-sum-exp in float32, of float32 scores."""
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        outs, lses = [], []
+        parts = (t.split([pair[side] for pair in lengths]) for t, side in ((q, 0), (k, 1), (v, 1)))
+        for one in zip(*parts, strict=True):
+            query, key, value = (t.transpose(0, 1) for t in one)
+            scores = ((query @ key.mT).to(torch.promote_types(q.dtype, torch.float32)) / 4).masked_fill(~seen(*map(len, one[:2]), causal), -torch.inf)
+            outs.append((torch.softmax(scores, -1).to(q.dtype) @ value).transpose(0, 1))
+            lses.append(scores.logsumexp(-1))
+        return torch.cat(outs), torch.cat(lses, 1)
+
+    ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), causal=causal, return_lse=True, backend=backend)  # noqa: E731
+    assert_within_twice_torch(ours, own, qkv(lengths, 2, 1, 16), dtype)
+
+
+@on_backends("reference", "cpu")
+def test_gradient_may_arrive_for_one_result_only(backend):
+    lengths = [(5, 6), (2, 2)]
+
+    def gradients(which):
+        leaves = [t.requires_grad_() for t in qkv(lengths, 2, 2, 8)]
+        results = fastlm.attention_varlen(*leaves, *cu_seqlens(lengths), return_lse=True, backend=backend)
+        upstreams = floats(7, 2, 8), floats(2, 7)
+        return torch.autograd.grad([results[i] for i in which], leaves, [upstreams[i] for i in which], materialize_grads=True, allow_unused=True)
+
+    for both, first, second in zip(gradients((0, 1)), gradients((0,)), gradients((1,)), strict=True):
+        torch.testing.assert_close(both, first + second)
+    assert not gradients((1,))[2].any()  # the log-sum-exp does not depend on the values
+
+
+# Memory
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_any_strides_give_the_same(dtype, backend):
+    """Views of a packed projection, heads first, expanded heads and gradients, a strided head: as their contiguous copies."""
+    lengths, heads, head_dim = [(11, 11), (4, 4), (7, 7)], 3, 16
+    projection = floats(22, 3, heads, head_dim).to(dtype)
+    views = projection.unbind(1)
+    first = floats(heads, 22, head_dim).to(dtype).transpose(0, 1)
+    one = floats(22, 1, head_dim).to(dtype).expand(22, heads, head_dim)
+    strided = floats(head_dim, heads, 22).to(dtype).permute(2, 1, 0)
+    upstreams = floats(22, heads, head_dim).to(dtype), torch.ones((), dtype=dtype).expand(22, heads, head_dim), strided
+    for inputs in (views, (first, one, one), (strided, views[1], strided), (views[2], floats(44, 1, head_dim).to(dtype)[::2], strided[:, :1])):
+        for upstream in upstreams:
+            results = []
+            for variant, dy in ((inputs, upstream), ([t.contiguous() for t in inputs], upstream.contiguous())):
+                leaves = [t.detach().requires_grad_() for t in variant]
+                out = fastlm.attention_varlen(*leaves, *cu_seqlens(lengths), backend=backend)
+                results.append((out.detach(), *torch.autograd.grad(out, leaves, dy)))
+            for a, b in zip(*results, strict=True):
+                assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]  # PyTorch adds in another order
+            if backend == "cpu":
+                assert_same_bits(*results)
+            assert all(x.is_contiguous() for x in results[0])
+
+
+@on_every_backend
+def test_starts_of_any_integer_type_and_stride(backend):
+    lengths = [(5, 6), (2, 2), (8, 3)]
+    inputs, cu = qkv(lengths, 2, 1, 8), cu_seqlens(lengths)
+    expected = fastlm.attention_varlen(*inputs, *cu, backend=backend)
+    for variant in ([x.int() for x in cu], [cu[0].int(), cu[1]], [x.repeat_interleave(2)[::2] for x in cu]):
+        assert torch.equal(fastlm.attention_varlen(*inputs, *variant, backend=backend), expected)
+
+
+@on_every_backend
+def test_only_the_gradients_that_are_asked_for(backend):
+    lengths = [(6, 7), (3, 3)]
+    inputs, cu = qkv(lengths, 2, 1, 8), cu_seqlens(lengths)
+    whole = outputs_and_gradients(lambda *t: fastlm.attention_varlen(*t, *cu, backend=backend), inputs, torch.float32)[1:]
+    for i, expected in enumerate(whole):
+        leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        fastlm.attention_varlen(*leaves, *cu, backend=backend).backward(floats(9, 2, 8))
+        torch.testing.assert_close(leaves[i].grad, expected)
+        assert all(x.grad is None for j, x in enumerate(leaves) if i != j)
+
+
+@on_backends("cpu")
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_same_bits_on_every_thread_count(dropout_p, dtype, backend):
+    """Uneven lengths, cut into chunks of queries and shares of keys."""
+    lengths = [(3, 3), (700, 700), (0, 5), (1, 300), (260, 260), (40, 40)]
+    inputs = [x.to(dtype) for x in qkv(lengths, 2, 1, 24)]
+    call = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), causal=True, dropout_p=dropout_p, backend=backend)  # noqa: E731
+    threads, outcomes = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 4, 2):
+            torch.set_num_threads(n)
+            torch.manual_seed(5)
+            outcomes.append(outputs_and_gradients(call, inputs, dtype))
+    finally:
+        torch.set_num_threads(threads)
+    for other in outcomes[1:]:
+        assert_same_bits(other, outcomes[0])
+
+
+@on_backends("cpu")
+def test_many_short_sequences(backend):
+    lengths = [(1 + i * 7 % 5, 1 + i * 7 % 5) for i in range(400)]
+    ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), causal=True, backend=backend)  # noqa: E731
+    assert_within_twice_torch(ours, torch_own(lengths, True), qkv(lengths, 1, 1, 8), torch.float32)
+
+
+# Tracing
+
+
+def test_one_graph_for_all_lengths_under_compile():
+    torch._dynamo.reset()
+    traces = []
+
+    def counter(graph, inputs):
+        traces.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda q, k, v, a, b: fastlm.attention_varlen(q, k, v, a, b, causal=True), fullgraph=True, dynamic=True, backend=counter)
+    for lengths in ([(9, 9), (3, 5)], [(7, 7), (2, 2), (30, 40)], [(4, 4), (5, 5), (6, 6), (7, 8)]):
+        inputs = *qkv(lengths, 2, 1, 8), *cu_seqlens(lengths)
+        torch.testing.assert_close(compiled(*inputs), fastlm.attention_varlen(*inputs, causal=True))
+    assert len(traces) == 1
+
+
+@on_backends("reference", "cpu")
+def test_trained_under_inductor_with_lengths_that_change(backend):
+    def loss(projection, cu):
+        return fastlm.attention_varlen(*projection.unbind(1), cu, cu, causal=True, dropout_p=0.2, backend=backend).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    with torch._inductor.config.patch(fallback_random=True):  # inductor draws seeds otherwise than eager mode
+        for lengths in ([9, 3], [20, 5, 2]):
+            results = []
+            for function in (loss, compiled):
+                torch.manual_seed(3)
+                projection = floats(sum(lengths), 3, 2, 8).requires_grad_()
+                value = function(projection, starts(lengths))
+                results.append((value.detach(), *torch.autograd.grad(value, projection)))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_flops_are_counted_sequence_by_sequence():
+    """As for attention: two products forward and five backward; while tracing, when no lengths are known, as if they were equal."""
+    lengths = [(9, 21), (3, 3), (4, 0)]
+    leaves = [x.requires_grad_() for x in qkv(lengths, 4, 2, 8)]
+    with FlopCounterMode(display=False) as counter:
+        fastlm.attention_varlen(*leaves, *cu_seqlens(lengths)).sum().backward()
+    assert counter.get_total_flops() == (4 + 10) * 4 * 8 * (9 * 21 + 3 * 3)
+    with FlopCounterMode(display=False) as counter:
+        fastlm.attention_varlen(*(x.detach().to("meta") for x in leaves), *(x.to("meta") for x in cu_seqlens(lengths)))
+    assert counter.get_total_flops() == 4 * 4 * 8 * (16 * 24 // 3)
+
+
+# Errors
+
+
+def call(**changed):
+    arguments = {"cu_seqlens_q": torch.tensor([0, 3, 7]), "cu_seqlens_k": torch.tensor([0, 2, 9])}
+    arguments |= dict(zip(("query", "key", "value"), qkv([(7, 9)], 4, 2, 8), strict=True)) | changed
+    return fastlm.attention_varlen(**arguments)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"query": floats(1, 7, 4, 8)}, r"query: expected shape \(total_q, heads, head_dim\), at least one head and head_dim 1 or more, got \(1, 7, 4, 8\)"),
+        ({"query": floats(7, 4, 8).long()}, r"query: expected a floating-point tensor, got torch.int64"),
+        ({"key": floats(9, 2, 7)}, r"key: expected shape \(total_k, key_heads, 8\), as query, got \(9, 2, 7\)"),
+        ({"key": floats(9, 3, 8)}, r"key: expected a number of heads that divides query's 4, got 3"),
+        ({"value": floats(8, 2, 8)}, r"value: expected shape \(9, 2, 8\), as key, got \(8, 2, 8\)"),
+        ({"key": floats(9, 2, 8).half()}, r"key: expected torch.float32 on cpu, as query, got torch.float16 on cpu"),
+        ({"value": floats(9, 2, 8).half()}, r"value: expected torch.float32 on cpu, as query, got torch.float16 on cpu"),
+        ({"cu_seqlens_q": torch.tensor([[0, 3, 7]])}, r"cu_seqlens_q: expected shape \(batch \+ 1,\), 0 and where each sequence ends, got \(1, 3\)"),
+        ({"cu_seqlens_k": torch.tensor([], dtype=torch.int64)}, r"cu_seqlens_k: expected shape \(batch \+ 1,\), 0 and where each sequence ends, got \(0,\)"),
+        ({"cu_seqlens_q": torch.tensor([0.0, 3, 7])}, r"cu_seqlens_q: expected torch.int32 or torch.int64 on cpu, got torch.float32 on cpu"),
+        ({"cu_seqlens_k": torch.tensor([0, 2, 9], device="meta")}, r"cu_seqlens_k: expected torch.int32 or torch.int64 on cpu, got torch.int64 on meta"),
+        ({"cu_seqlens_k": torch.tensor([0, 9])}, r"cu_seqlens_k: expected shape \(3,\), as cu_seqlens_q, got \(2,\)"),
+        ({"scale": float("inf")}, r"scale: expected a finite number, got inf"),
+        ({"window": (0, -1)}, r"window: expected \(left, right\), each None or an integer of 0 or more, got \(0, -1\)"),
+        ({"dropout_p": 1.0}, r"dropout_p: expected a probability in \[0, 1\), got 1.0"),
+        ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
+    ],
+)
+def test_errors_say_which_and_why(changed, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changed)
+
+
+WRONG_STARTS = [
+    ({"cu_seqlens_q": torch.tensor([1, 3, 7])}, r"cu_seqlens_q: expected 0 as its first value, got 1"),
+    ({"cu_seqlens_k": torch.tensor([0, 2, 8])}, r"cu_seqlens_k: expected 9, the number of tokens, as its last value, got 8"),
+    ({"cu_seqlens_q": torch.tensor([0, 8, 7])}, r"cu_seqlens_q: expected values that never decrease, got 7 at \[2\], after 8"),
+    ({"cu_seqlens_k": torch.tensor([0, -2, 9], dtype=torch.int32)}, r"cu_seqlens_k: expected values that never decrease, got -2 at \[1\], after 0"),
+]
+
+
+@on_every_backend
+@pytest.mark.parametrize("changed, message", WRONG_STARTS)
+def test_starts_that_do_not_fit(changed, message, backend):
+    """Eager, under a compiler that cannot see the values, and where they have changed before backward."""
+    with pytest.raises(ValueError, match=message):
+        call(backend=backend, **changed)
+    torch._dynamo.reset()
+    inputs = qkv([(7, 9)], 4, 2, 8)
+    wrong = ({"cu_seqlens_q": torch.tensor([0, 3, 7]), "cu_seqlens_k": torch.tensor([0, 2, 9])} | changed).values()
+    with pytest.raises(ValueError, match=message):
+        torch.compile(lambda *t: fastlm.attention_varlen(*t, backend=backend), backend="eager", fullgraph=True)(*inputs, *wrong)
+    backward = torch.ops.fastlm.attention_varlen_backward
+    with pytest.raises(ValueError, match=message):
+        backward(inputs[0], None, *inputs, *wrong, None, inputs[0], floats(4, 7), 1.0, -9, 9, 0.0, False, [True] * 3, backend)
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"dropout_p": 0.1}, "draws its dropout masks otherwise than fastlm"),
+        ({"return_lse": True}, "has no log-sum-exp of a row that sees nothing, and no gradient of any"),
+    ],
+)
+def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason):
+    with pytest.raises(fastlm.Unsupported, match=f"torch {reason}"):
+        call(backend="torch", **changed)
+    assert call(**changed) is not None  # another serves
