@@ -182,8 +182,11 @@ def predict(
 @app.command()
 def bench(
     operators: Annotated[
-        str, typer.Option(help="Some of attention, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, training_step, generation; commas between.")
-    ] = "attention,layernorm_residual,gelu_mlp,linear,linear_cross_entropy",
+        str,
+        typer.Option(
+            help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, training_step, generation; commas between."
+        ),
+    ] = "attention,attention_varlen,layernorm_residual,gelu_mlp,linear,linear_cross_entropy",
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, a comma between.")] = "float32,bfloat16",
     threads: Annotated[str, typer.Option(help="Numbers of threads, commas between.")] = "1,2",
     directions: Annotated[str, typer.Option(help="Some of forward, backward, forward+backward; commas between.")] = "forward,backward,forward+backward",

@@ -65,18 +65,22 @@ PYTHON = [
     (REFERENCE, Mutant(ORACLE, "distance <= upper", "distance < upper", "ops/test_attention.py windows")),
     (REFERENCE, Mutant(ORACLE, "if reachable is None or finite.all()", "if True", "ops/test_attention.py behind_the_mask")),
     (REFERENCE, Mutant(ORACLE, "dweights - delta + dlse[..., None]", "dweights - delta", "ops/test_attention.py log_sum_exp")),
+    (REFERENCE, Mutant(ORACLE, "dropout_p, first), weights", "dropout_p, 0), weights", "ops/test_attention_varlen.py definition")),
     (REFERENCE, Mutant(PHILOX, "range(10)", "range(9)", "ops/test_dropout.py authors")),
     (REFERENCE, Mutant(PHILOX, "words >= int", "words < int", "ops/test_dropout.py word")),
     # PyTorch's operators
     (TORCH, Mutant(NATIVE, "return not all(math.isfinite", "return False and not all(math.isfinite", "ops/test_attention.py behind_the_mask")),
+    (TORCH, Mutant(NATIVE, "or causal else (query, key)", "or causal else (query,)", "ops/test_attention.py nothing_but_nan")),
     (TORCH, Mutant(NATIVE, "causal = upper == 0 and", "causal = upper >= 0 and", "ops/test_attention.py float64 or windows")),
     (TORCH, Mutant(NATIVE, "ds.add_(dsummed)", "ds", "ops/test_layernorm_residual.py float64")),
     (TORCH, Mutant(NATIVE, "scale * (label_smoothing - 1)", "scale * -1", "ops/test_linear_cross_entropy.py float64")),
     # tensors to addresses
     (CPU, Mutant(KERNELS, "0 if size == 1 else stride", "stride", "ops/test_attention.py masks")),
     (CPU, Mutant(KERNELS, "torch.bool else 2 if", "torch.bool else 3 if", "ops/test_attention.py masks")),
+    (CPU, Mutant(KERNELS, "(0, head_stride, token_stride, 1)", "(0, head_dim, token_stride, 1)", "ops/test_attention_varlen.py strides")),
     (CPU, Mutant(LAYOUT, "if x.stride(-1) == 1 or", "if True or", "ops/test_linear.py strides")),
     # the operators themselves
+    (REFERENCE, Mutant(ORACLE, "        if end < start:", "        if False:", "ops/test_attention_varlen.py do_not_fit")),
     (REFERENCE, Mutant(ATTENTION, "else offset + right", "else offset + right + 1", "ops/test_attention.py windows")),
     (REFERENCE, Mutant(ATTENTION, "offset if causal", "0 if causal", "ops/test_attention.py float64")),
     (REFERENCE, Mutant(LAYERNORM, "            dresidual = dx\n", "            dresidual = None\n", "ops/test_layernorm_residual.py float64")),
@@ -112,12 +116,13 @@ def test_python_mutants(tmp_path):
 # C++: a module for each group, in which no operator's tests run another's change
 
 GEMM, LINEAR, GELU, NORM, CE = (f"csrc/cpu/{name}.h" for name in ("gemm", "linear", "gelu_mlp", "layernorm_residual", "linear_cross_entropy"))
-FORWARD, MASK, BACKWARD, DROPOUT = (f"csrc/cpu/{name}.h" for name in ("attention", "attention_mask", "attention_backward", "philox"))
+FORWARD, MASK, BACKWARD, SEQUENCES, DROPOUT = (f"csrc/cpu/{name}.h" for name in ("attention", "attention_mask", "attention_backward", "sequences", "philox"))
 
 CPP = [
     [
         Mutant(GEMM, "c + r * width, width, block > 0)", "c + r * width, width, false)", "ops/test_linear.py float64"),
         Mutant(FORWARD, "(vec::load(o + d * width + i, full{}) * factor)", "vec::load(o + d * width + i, full{})", "ops/test_attention.py float64"),
+        Mutant(SEQUENCES, "q, k, keys - queries};", "q, k, 0};", "ops/test_attention_varlen.py windows"),
         Mutant(NORM, " - n * vec::all(correlation)", "", "ops/test_layernorm_residual.py float64"),
     ],
     [

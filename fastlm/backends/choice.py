@@ -25,7 +25,7 @@ MOST_CHOICES = 4096
 # What each operator tells of a call, in this order: all that a backend's reasons and the table may depend on.
 FEATURES = {
     "attention": ("batch", "heads", "query_len", "key_len", "head_dim", "masked", "dropout", "return_lse", "mask_gradient"),
-    "attention_varlen": ("sequences", "heads", "head_dim", "masked", "dropout", "return_lse"),
+    "attention_varlen": ("sequences", "heads", "query_tokens", "head_dim", "masked", "dropout", "return_lse"),
     "gelu_mlp": ("rows", "in_width", "hidden_width", "out_width"),
     "layernorm_residual": ("rows", "width", "dropout"),
     "linear": ("rows", "in_width", "out_width"),

@@ -15,7 +15,7 @@ from fastlm.benchmarking.operators import CASES, ROWS, Case, Function
 
 SIZES = {"small": 32, "large": ROWS}  # rows: a few sequences that generate, a batch that trains
 BETWEEN = 181  # their geometric mean: on either side of it the nearer measurement holds
-ROWS_OF = {"attention": "query_len"}  # what the table calls the rows, where not "rows"
+ROWS_OF = {"attention": "query_len", "attention_varlen": "query_tokens"}  # what the table calls the rows, where not "rows"
 CLEARLY = 0.97  # slower than that counts; within it the kernels serve, whose promises are the wider ones
 
 

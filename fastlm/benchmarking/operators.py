@@ -1,6 +1,7 @@
 """Each operator and PyTorch's own way to compute the same, at the sizes of GPT-2 small, and what they must do at least."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +92,33 @@ def attention(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: i
     )  # fmt: skip
 
 
+def uneven(rows: int) -> list[int]:
+    """The lengths of eight sequences of `rows` tokens in all, of which the longest has a quarter: padded to it, half of the batch is padding."""
+    ends = [round(rows * share / 32) for share in itertools.accumulate((8, 1, 2, 3, 4, 4, 4, 6))]
+    return [end - start for start, end in itertools.pairwise([0, *ends])]
+
+
+def attention_varlen(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
+    """Bidirectional, as in BERT. PyTorch's own operator takes the sequences one at a time, which on a CPU is faster than padding them."""
+    lengths = uneven(rows)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+
+    def eager(query, key, value):
+        each = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        outs = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in one)) for one in each]
+        return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+    packed = normal(rows, 3, heads, width // heads, dtype=dtype)
+    # As attention, over the square of each sequence.
+    flops, size = 2 * 2 * width * sum(length**2 for length in lengths), rows * width * dtype.itemsize
+    return Case(
+        "attention_varlen", f"{heads} heads of {width // heads}, {len(lengths)} sequences of {min(lengths)}–{max(lengths)}, {rows} tokens",
+        ours=lambda query, key, value: fastlm.attention_varlen(query, key, value, cu_seqlens, cu_seqlens), eager=eager,
+        inputs=packed.unbind(1), upstream=[normal(rows, heads, width // heads, dtype=dtype)],
+        forward=Work(flops, 4 * size), backward=Work(5 * flops / 2, 8 * size),
+    )  # fmt: skip
+
+
 def layernorm_residual(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
     def eager(x, residual, weight, bias):
         summed = residual + x
@@ -160,7 +188,7 @@ def linear_cross_entropy(dtype: torch.dtype, rows: int = ROWS, width: int = WIDT
     )  # fmt: skip
 
 
-CASES = {case.__name__: case for case in (attention, layernorm_residual, gelu_mlp, linear, linear_cross_entropy)}
+CASES = {case.__name__: case for case in (attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy)}
 
 
 def directions(operator: str) -> tuple[str, ...]:

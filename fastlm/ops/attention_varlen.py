@@ -133,9 +133,11 @@ def check(query, key, value, cu_seqlens_q, cu_seqlens_k):
 
 
 def serving(query, cu_seqlens_q, lower, upper, dropout, return_lse, backend):
-    _, heads, head_dim = query.shape
+    query_tokens, heads, head_dim = query.shape
     masked = lower > -UNLIMITED or upper < UNLIMITED
-    return backends.choose("attention_varlen", query, query.dtype, backend, cu_seqlens_q.shape[0] - 1, heads, head_dim, masked, dropout, return_lse)
+    return backends.choose(
+        "attention_varlen", query, query.dtype, backend, cu_seqlens_q.shape[0] - 1, heads, query_tokens, head_dim, masked, dropout, return_lse
+    )  # fmt: skip
 
 
 # 2. Autograd

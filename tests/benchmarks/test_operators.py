@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlm.benchmarking import compare, machine
+from fastlm.benchmarking import compare, machine, operators
 from fastlm.benchmarking.operators import CASES, DIRECTIONS, directions
 
 SMALL = {"rows": 48, "width": 64, "heads": 4, "vocabulary": 90}
@@ -41,6 +41,15 @@ def test_flops_of_attention_are_half_of_the_square_and_its_diagonal():
     products = 2 * 2 * 64 * 48 * 48  # both, of all pairs
     assert work.least("forward").flops == products * (48 + 1) / (2 * 48)
     assert work.least("backward").flops == 2.5 * work.least("forward").flops
+
+
+def test_flops_of_packed_attention_are_those_of_each_sequence():
+    """Two products, and a padded batch would be twice as large."""
+    assert operators.uneven(1024) == [256, 32, 64, 96, 128, 128, 128, 192] and sum(operators.uneven(48)) == 48
+    case = CASES["attention_varlen"](torch.float32, **SMALL)
+    with FlopCounterMode(display=False) as both:
+        results_and_gradients(case, case.ours)
+    assert case.least("forward+backward").flops == both.get_total_flops()
 
 
 def test_bytes_follow_the_dtype():
