@@ -1,7 +1,7 @@
 // Attention:  O = softmax(scale·Q Kᵀ + mask) V,  lse = log Σ exp of the masked scores            (FlashAttention-2: Dao, 2023, arXiv:2307.08691)
 //
 // Forward 4·Tq·Tk·D FLOP a head, backward 10·Tq·Tk·D (five products, the scores made again from lse); half where causal. Compute bound: scores exist for one tile of
-// up to 128 keys × 48 queries, in L1 and L2. Everything is computed transposed, scores [key][query] and output [dim][query]: then each product's second operand is the
+// up to 256 keys × 48 queries, in L1 and L2; keys that no query of the tile may see are left out. Everything is computed transposed, scores [key][query] and output [dim][query]: then each product's second operand is the
 // tile as it lies, the softmax runs down the registers without sums across lanes, and rescaling is one multiplication per vector.
 // Q, K, V and the results are strided views: they are packed into panels as they are read (gemm.h), a key block once for up to 512 queries.
 #pragma once
@@ -19,18 +19,21 @@ template <class T> struct heads_view {  // (batch, head, token, dim), dim contig
   heads_view from(int64_t token) const { return {at(0, 0, token), strides}; }
 };
 
-// The product of packed rows and a tile: c[row][query] (+)= Σ_d a(row, d)·b[d][query] for `rows` rows.
-template <class Arithmetic> void multiply_rows(int64_t rows, int64_t depth, const float* a, const float* b, float* c, int64_t width, bool accumulate) {
+// Between rows of queries or keys that are copied as the first operand of a product over head_dim.
+template <class Arithmetic> int64_t copied_stride(int64_t dim) { return ceil_div(packed_depth<Arithmetic>(dim), vec::Lanes) * vec::Lanes; }
+
+// c[row][query] = Σ_d a(row, d)·b[d][query], the rows copied as they lie.
+template <class Arithmetic> void multiply_rows(int64_t rows, int64_t dim, const float* a, const float* b, float* c, int64_t width) {
+  const int64_t stride = copied_stride<Arithmetic>(dim);
   for (int64_t r = 0; r < rows; r += TileRows)
-    multiply_tile<Arithmetic>(width / vec::Lanes, depth, a + r / PanelRows * PanelRows * depth + r % PanelRows, PanelRows, b, width, c + r * width, width,
-                              accumulate);
+    multiply_tile<Arithmetic, true>(width / vec::Lanes, packed_depth<Arithmetic>(dim), a + r * stride, stride, b, width, c + r * width, width, false);
 }
 
-// Rows of a matrix operand as panels of PanelRows, one after another.
-template <class Arithmetic, class T> void pack_rows(operand<T> source, int64_t rows, int64_t k, float* out) {
-  const int64_t depth = packed_depth<Arithmetic>(k);
-  for (int64_t r = 0; r < rows; r += PanelRows)
-    pack<Arithmetic>(operand<T>{source.data + r * source.stride, source.stride, source.k_stride}, std::min(PanelRows, rows - r), k, PanelRows, out + r * depth);
+// c[row][query] += Σ_d a(row, d)·b[d][query] over d < depth, of the `packed` that the panels of a hold.
+template <class Arithmetic> void add_panels(int64_t rows, int64_t depth, int64_t packed, const float* a, const float* b, float* c, int64_t width) {
+  for (int64_t r = 0; r < rows; r += TileRows)
+    multiply_tile<Arithmetic>(width / vec::Lanes, depth, a + r / PanelRows * PanelRows * packed + r % PanelRows, PanelRows, b, width, c + r * width, width,
+                              true);
 }
 
 // Two tile rows (keys) per lane pair, for the product that sums over keys; in place. Without the dot product a tile is what it is.
@@ -46,6 +49,9 @@ template <class Arithmetic> void pair_rows(float* tile, int64_t rows, int64_t wi
 
 // Keys whose rows hold an Inf or NaN. A weight of 0 does not keep those out of a product: they are left out of it, and added where the weight is not 0.
 template <class T> int64_t find_nonfinite(const T* rows, int64_t stride, int64_t count, int64_t dim, uint8_t* found) {
+  vec any = vec::zero();
+  for (int64_t j = 0; j < count; ++j) sweep(dim, [=, &any](int64_t i, auto span) { any = fma(vec::load(rows + j * stride + i, span), vec::zero(), any); });
+  if (any.sum() == 0) return 0;
   int64_t total = 0;
   for (int64_t j = 0; j < count; ++j) {
     const T* row = rows + j * stride;
@@ -55,15 +61,20 @@ template <class T> int64_t find_nonfinite(const T* rows, int64_t stride, int64_t
   return total;
 }
 
-// The transposed rows [dim][key] packed for a product that sums over keys, with the found rows as zeros.
+// The transposed rows [dim][key] as panels for a product that sums over keys, with the found rows as zeros.
 template <class Arithmetic, class T> void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t dim, int64_t nonfinite, const uint8_t* found,
                                                           float* out) {
-  if (nonfinite == 0) return pack_rows<Arithmetic>(operand<T>{rows, 1, stride}, dim, count, out);
+  auto pack_panels = [=](operand<T> source) {
+    for (int64_t d = 0; d < dim; d += PanelRows)
+      pack<Arithmetic>(operand<T>{source.data + d, 1, source.k_stride}, std::min(PanelRows, dim - d), count, PanelRows,
+                       out + d * packed_depth<Arithmetic>(count));
+  };
+  if (nonfinite == 0) return pack_panels({rows, 1, stride});
   buffer copy = make_buffer(count * dim);
   T* clean = reinterpret_cast<T*>(copy.get());
   for (int64_t j = 0; j < count; ++j)
     sweep(dim, [=](int64_t i, auto span) { (found[j] ? vec::zero() : vec::load(rows + j * stride + i, span)).store(clean + j * dim + i, span); });
-  pack_rows<Arithmetic>(operand<T>{clean, 1, dim}, dim, count, out);
+  pack_panels({clean, 1, dim});
 }
 
 // What pack_transposed left out: o[dim][query] += weight·row, except where the weight is 0.
@@ -98,36 +109,37 @@ template <class T> void store_transposed(const float* tile, int64_t width, int64
   }
 }
 
-// Online softmax of one tile of masked scores (in place): weights exp(s − max), the running maximum and sum of each query, and what earlier output must be scaled by.
-inline void online_softmax(float* tile, int64_t keys, int64_t width, float* highest, float* sum, float* rescale) {
+// Online softmax of one tile of masked scores (in place), still to be scaled: weights exp(scale·s − max), the running maximum and sum of each query, and what
+// earlier output must be scaled by.
+inline void online_softmax(float* tile, float scale, int64_t keys, int64_t width, float* highest, float* sum, float* rescale) {
+  const vec factor = vec::all(scale);
   for (int64_t i = 0; i < width; i += vec::Lanes) {
     const vec before = vec::load(highest + i, full{});
+    auto score = [=](int64_t j) { return vec::load(tile + j * width + i, full{}) * factor; };
     vec top = before, top2 = before;
     int64_t j = 0;
     for (; j + 2 <= keys; j += 2) {
-      top = max(top, vec::load(tile + j * width + i, full{}));
-      top2 = max(top2, vec::load(tile + (j + 1) * width + i, full{}));
+      top = max(top, score(j));
+      top2 = max(top2, score(j + 1));
     }
-    if (j < keys) top = max(top, vec::load(tile + j * width + i, full{}));
+    if (j < keys) top = max(top, score(j));
     top = max(top, top2);
     const vec shift = select(top == vec::all(-INFINITY), vec::zero(), top);  // nothing seen yet: −inf − −inf would be NaN
     vec total = vec::zero(), total2 = vec::zero();
+    auto weigh = [=](int64_t j) {
+      const vec weight = exp(score(j) - shift);
+      weight.store(tile + j * width + i, full{});
+      return weight;
+    };
     for (j = 0; j + 2 <= keys; j += 2) {
-      vec a = exp(vec::load(tile + j * width + i, full{}) - shift), b = exp(vec::load(tile + (j + 1) * width + i, full{}) - shift);
-      a.store(tile + j * width + i, full{});
-      b.store(tile + (j + 1) * width + i, full{});
-      total = total + a;
-      total2 = total2 + b;
+      total = total + weigh(j);
+      total2 = total2 + weigh(j + 1);
     }
-    if (j < keys) {
-      vec a = exp(vec::load(tile + j * width + i, full{}) - shift);
-      a.store(tile + j * width + i, full{});
-      total = total + a;
-    }
-    const vec factor = exp(before - shift);
+    if (j < keys) total = total + weigh(j);
+    const vec kept = exp(before - shift);
     top.store(highest + i, full{});
-    factor.store(rescale + i, full{});
-    fma(vec::load(sum + i, full{}), factor, total + total2).store(sum + i, full{});
+    kept.store(rescale + i, full{});
+    fma(vec::load(sum + i, full{}), kept, total + total2).store(sum + i, full{});
   }
 }
 
@@ -136,7 +148,7 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
                        attention_size sizes, const masking<T>& masks, int threads) {
   using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
-  const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim);
+  const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim), copied = copied_stride<arithmetic>(dim);
   const int64_t chunk = std::clamp<int64_t>(32768 / padded / QueryPanel, 1, 16) * QueryPanel;  // outputs of a chunk: up to 128 kB
   const std::vector<sequence> order = longest_first(sizes);
   const sequence_parts parts(order, [=](const sequence& s) { return sizes.heads * ceil_div(s.queries, chunk); });
@@ -153,13 +165,13 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
     const panels split(ceil_div(queries, L));
     const int64_t lanes = split.total * L;
 
-    float* packed_q = scratch(lanes * (depth + padded + 3) + KeyBlock * (depth + padded + 2 * QueryPanel));
+    float* packed_q = scratch(lanes * (depth + padded + 3) + KeyBlock * (copied + padded + 2 * QueryPanel));
     float* output = packed_q + lanes * depth;  // [panel][dim][query], not yet divided by the sum
     float* highest = output + lanes * padded;
     float* sum = highest + lanes;
     float* rescale = sum + lanes;
-    float* packed_k = rescale + lanes;
-    float* packed_v = packed_k + KeyBlock * depth;
+    float* copied_k = rescale + lanes;
+    float* packed_v = copied_k + KeyBlock * copied;
     float* tile = packed_v + KeyBlock * padded;
     float* extra = tile + KeyBlock * QueryPanel;
     uint8_t nonfinite[KeyBlock];
@@ -176,27 +188,28 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
       const int64_t keys = std::min(KeyBlock, size.key_len - k0);
       const T* v = value.at(batch, kv_head, k0);
       const int64_t bad = find_nonfinite(v, value.row(), keys, dim, nonfinite);
-      pack_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, keys, dim, packed_k);
+      copy_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, keys, dim, copied, copied_k);
       pack_transposed<arithmetic>(v, value.row(), keys, dim, bad, nonfinite, packed_v);
       for (int64_t p = 0; p < split.count; ++p) {
         const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from;
-        const tile_place at{batch, head, q0 + from, std::min(width, queries - from), k0, keys};
-        if (!mask.touches(at.query, at.query + at.queries, k0, k0 + keys)) continue;
+        const int64_t count = std::min(width, queries - from);
+        const tile_place at{batch, head, q0 + from, count, k0, mask.seen(q0 + from + count, k0, keys)};
+        if (!mask.touches(at.query, at.query + at.queries, k0, k0 + at.keys)) continue;
         float* o = output + from * padded;
-        multiply_rows<arithmetic>(keys, depth, packed_k, packed_q + from * depth, tile, width, false);
-        mask_scores(mask, at, tile, width, extra);
-        online_softmax(tile, keys, width, highest + from, sum + from, rescale + from);
+        multiply_rows<arithmetic>(at.keys, dim, copied_k, packed_q + from * depth, tile, width);
+        const float scale = mask_scores(mask, at, tile, width, extra);
+        online_softmax(tile, scale, at.keys, width, highest + from, sum + from, rescale + from);
         for (int64_t i = 0; i < width; i += L) {
           const vec factor = vec::load(rescale + from + i, full{});
           for (int64_t d = 0; d < dim; ++d) (vec::load(o + d * width + i, full{}) * factor).store(o + d * width + i, full{});
         }
         if (mask.drop.active()) {
           keep_tile(mask.drop, at, size.heads, extra, width);
-          sweep(keys * width, [=](int64_t i, auto) { (vec::load(tile + i, full{}) * vec::load(extra + i, full{})).store(tile + i, full{}); });
+          sweep(at.keys * width, [=](int64_t i, auto) { (vec::load(tile + i, full{}) * vec::load(extra + i, full{})).store(tile + i, full{}); });
         }
-        if (bad) add_nonfinite(v, value.row(), keys, dim, nonfinite, tile, width, o);
-        pair_rows<arithmetic>(tile, keys, width);
-        multiply_rows<arithmetic>(dim, packed_depth<arithmetic>(keys), packed_v, tile, o, width, true);
+        if (bad) add_nonfinite(v, value.row(), at.keys, dim, nonfinite, tile, width, o);
+        pair_rows<arithmetic>(tile, at.keys, width);
+        add_panels<arithmetic>(dim, packed_depth<arithmetic>(at.keys), packed_depth<arithmetic>(keys), packed_v, tile, o, width);
       }
     }
 

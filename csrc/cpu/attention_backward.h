@@ -49,8 +49,8 @@ template <class Arithmetic> void add_over_queries(int64_t keys, int64_t queries,
     }
 }
 
-// In place: scores → weights P (dropped ones zero, kept ones scaled), dP → dS. Queries from `count` on get zeros.
-inline void score_gradients(float* scores, float* dweights, const float* keep, const float* lse, const float* delta, int64_t keys, int64_t width,
+// In place: masked scores, still to be scaled → weights P (dropped ones zero, kept ones scaled), dP → dS. Queries from `count` on get zeros.
+inline void score_gradients(float* scores, float scale, float* dweights, const float* keep, const float* lse, const float* delta, int64_t keys, int64_t width,
                             int64_t count) {
   for (int64_t i = 0; i < width; i += vec::Lanes) {
     alignas(64) float row_lse[vec::Lanes] = {}, row_delta[vec::Lanes] = {};
@@ -62,7 +62,7 @@ inline void score_gradients(float* scores, float* dweights, const float* keep, c
     const lanes real = vec::iota() < vec::all(float(count - i));
     for (int64_t j = 0; j < keys; ++j) {
       float *s = scores + j * width + i, *dw = dweights + j * width + i;
-      vec p = select(real, exp(vec::load(s, full{}) - shift), vec::zero()), dp = vec::load(dw, full{});
+      vec p = select(real, exp(vec::load(s, full{}) * vec::all(scale) - shift), vec::zero()), dp = vec::load(dw, full{});
       if (keep) {
         const vec k = vec::load(keep + j * width + i, full{});
         dp = dp * k;
@@ -82,10 +82,10 @@ void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_vie
                   const attention_size& size, const masking<T>& mask, int64_t batch, int64_t head, int64_t from, int64_t queries, int64_t width, float* delta) {
   using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
-  const int64_t dim = size.head_dim, depth = packed_depth<arithmetic>(dim), kv_head = head / size.group();
-  float* packed_k = scratch(KeyBlock * (2 * depth + 3 * QueryPanel) + QueryPanel * (2 * depth + 1));
-  float* packed_v = packed_k + KeyBlock * depth;
-  float* scores = packed_v + KeyBlock * depth;
+  const int64_t dim = size.head_dim, depth = packed_depth<arithmetic>(dim), copied = copied_stride<arithmetic>(dim), kv_head = head / size.group();
+  float* copied_k = scratch(KeyBlock * (2 * copied + 3 * QueryPanel) + QueryPanel * (2 * depth + 1));
+  float* copied_v = copied_k + KeyBlock * copied;
+  float* scores = copied_v + KeyBlock * copied;
   float* dscores = scores + KeyBlock * QueryPanel;
   float* extra = dscores + KeyBlock * QueryPanel;
   float* packed_q = extra + KeyBlock * QueryPanel;
@@ -96,14 +96,14 @@ void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_vie
   pack<arithmetic>(operand<T>{query.at(batch, head, from), query.row(), 1}, queries, dim, width, packed_q);
   pack<arithmetic>(operand<T>{dout.at(batch, head, from), dout.row(), 1}, queries, dim, width, packed_g);
   for (int64_t k0 = mask.first_key(from); k0 < mask.end_key(from + queries, size.key_len); k0 += KeyBlock) {
-    const tile_place at{batch, head, from, queries, k0, std::min(KeyBlock, size.key_len - k0)};
-    pack_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, at.keys, dim, packed_k);
-    pack_rows<arithmetic>(operand<T>{value.at(batch, kv_head, k0), value.row(), 1}, at.keys, dim, packed_v);
-    multiply_rows<arithmetic>(at.keys, depth, packed_k, packed_q, scores, width, false);
-    multiply_rows<arithmetic>(at.keys, depth, packed_v, packed_g, dscores, width, false);
-    mask_scores(mask, at, scores, width, extra);
+    const tile_place at{batch, head, from, queries, k0, mask.seen(from + queries, k0, std::min(KeyBlock, size.key_len - k0))};
+    copy_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, at.keys, dim, copied, copied_k);
+    copy_rows<arithmetic>(operand<T>{value.at(batch, kv_head, k0), value.row(), 1}, at.keys, dim, copied, copied_v);
+    multiply_rows<arithmetic>(at.keys, dim, copied_k, packed_q, scores, width);
+    multiply_rows<arithmetic>(at.keys, dim, copied_v, packed_g, dscores, width);
+    const float scale = mask_scores(mask, at, scores, width, extra);
     if (mask.drop.active()) keep_tile(mask.drop, at, size.heads, extra, width);
-    score_gradients(scores, dscores, mask.drop.active() ? extra : nullptr, lse, none, at.keys, width, queries);
+    score_gradients(scores, scale, dscores, mask.drop.active() ? extra : nullptr, lse, none, at.keys, width, queries);
     for (int64_t j = 0; j < at.keys; ++j)
       for (int64_t i = 0; i < width; i += L) (vec::load(sums + i, full{}) + vec::load(dscores + j * width + i, full{})).store(sums + i, full{});
   }
@@ -137,7 +137,8 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
                         const masking<T>& masks, int threads) {
   using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
-  const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim), wide = ceil_div(dim, L) * L;
+  const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim), copied = copied_stride<arithmetic>(dim),
+                wide = ceil_div(dim, L) * L;
   const int64_t group = sizes.group();
   const std::vector<sequence> order = longest_first(sizes);
   auto panels_of = [](const sequence& s) { return panels(ceil_div(s.queries, L)); };
@@ -206,21 +207,24 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
     const int64_t batch = of.index, kv_head = place.part / key_parts, key_part = place.part % key_parts;
     float* partial = partials.get() + partials_before[batch];
     const int64_t first_block = key_blocks * key_part / key_parts, end_block = key_blocks * (key_part + 1) / key_parts;
-    float* packed_k =
-        scratch(KeyBlock * (2 * depth + padded + 2 * wide + 4 * QueryPanel) + 2 * QueryPanel * (depth + wide) + (key_parts == 1 ? group * dquery_size : 0));
-    float* packed_v = packed_k + KeyBlock * depth;
-    float* transposed_k = packed_v + KeyBlock * depth;
+    // The panels of queries in both forms are packed once, where they are not too many; else again for each block of keys.
+    const int64_t panel_size = 2 * QueryPanel * (depth + wide);
+    const bool keep_panels = group * split.count * panel_size <= (16 << 20) / 4;
+    const int64_t slots = keep_panels ? group * split.count : 1;
+    float* copied_k =
+        scratch(KeyBlock * (2 * copied + padded + 2 * wide + 4 * QueryPanel) + slots * (panel_size + 1) + (key_parts == 1 ? group * dquery_size : 0));
+    float* copied_v = copied_k + KeyBlock * copied;
+    float* transposed_k = copied_v + KeyBlock * copied;
     float* dk = transposed_k + KeyBlock * padded;
     float* dv = dk + KeyBlock * wide;
     float* scores = dv + KeyBlock * wide;
     float* dscores = scores + KeyBlock * QueryPanel;
     float* extra = dscores + KeyBlock * QueryPanel;
     float* paired = extra + KeyBlock * QueryPanel;
-    float* packed_q = paired + KeyBlock * QueryPanel;
-    float* packed_g = packed_q + QueryPanel * depth;
-    float* natural_q = packed_g + QueryPanel * depth;
-    float* natural_g = natural_q + QueryPanel * wide;
-    float* own = natural_g + QueryPanel * wide;
+    float* packed = paired + KeyBlock * QueryPanel;
+    float* own = packed + slots * panel_size;
+    float* ready = own + (key_parts == 1 ? group * dquery_size : 0);
+    std::fill_n(ready, slots, 0.0f);
     auto dquery = [=](int64_t member) {
       return key_parts == 1 ? own + member * dquery_size : partial + ((kv_head * group + member) * key_parts + key_part) * dquery_size;
     };
@@ -231,8 +235,8 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
       const int64_t k0 = block * KeyBlock, keys = std::min(KeyBlock, size.key_len - k0);
       const T* k = key.at(batch, kv_head, k0);
       const int64_t bad = find_nonfinite(k, key.row(), keys, dim, nonfinite);
-      pack_rows<arithmetic>(operand<T>{k, key.row(), 1}, keys, dim, packed_k);
-      pack_rows<arithmetic>(operand<T>{value.at(batch, kv_head, k0), value.row(), 1}, keys, dim, packed_v);
+      copy_rows<arithmetic>(operand<T>{k, key.row(), 1}, keys, dim, copied, copied_k);
+      copy_rows<arithmetic>(operand<T>{value.at(batch, kv_head, k0), value.row(), 1}, keys, dim, copied, copied_v);
       pack_transposed<arithmetic>(k, key.row(), keys, dim, bad, nonfinite, transposed_k);
       std::fill_n(dk, KeyBlock * wide, 0.0f);
       std::fill_n(dv, KeyBlock * wide, 0.0f);
@@ -241,24 +245,34 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
         const int64_t head = kv_head * group + member, first_row = sizes.row(of, head);
         for (int64_t p = 0; p < split.count; ++p) {
           const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from, queries = std::min(width, query_len - from);
-          const tile_place at{batch, head, from, queries, k0, keys};
-          if (!mask.touches(from, from + queries, k0, k0 + keys)) continue;
+          const tile_place at{batch, head, from, queries, k0, mask.seen(from + queries, k0, keys)};
+          if (!mask.touches(from, from + queries, k0, k0 + at.keys)) continue;
           const T *q = query.at(batch, head, from), *g = dout.at(batch, head, from);
-          pack<arithmetic>(operand<T>{q, query.row(), 1}, queries, dim, width, packed_q);
-          pack<arithmetic>(operand<T>{g, dout.row(), 1}, queries, dim, width, packed_g);
-          pack<arithmetic>(operand<T>{q, 1, query.row()}, dim, queries, wide, natural_q);
-          pack<arithmetic>(operand<T>{g, 1, dout.row()}, dim, queries, wide, natural_g);
+          const int64_t slot = keep_panels ? member * split.count + p : 0;
+          float* packed_q = packed + slot * panel_size;
+          float* packed_g = packed_q + QueryPanel * depth;
+          float* natural_q = packed_g + QueryPanel * depth;
+          float* natural_g = natural_q + QueryPanel * wide;
+          if (!keep_panels || ready[slot] == 0) {
+            pack<arithmetic>(operand<T>{q, query.row(), 1}, queries, dim, width, packed_q);
+            pack<arithmetic>(operand<T>{g, dout.row(), 1}, queries, dim, width, packed_g);
+            pack<arithmetic>(operand<T>{q, 1, query.row()}, dim, queries, wide, natural_q);
+            pack<arithmetic>(operand<T>{g, 1, dout.row()}, dim, queries, wide, natural_g);
+            ready[slot] = 1;
+          }
 
-          multiply_rows<arithmetic>(keys, depth, packed_k, packed_q, scores, width, false);
-          multiply_rows<arithmetic>(keys, depth, packed_v, packed_g, dscores, width, false);
-          mask_scores(mask, at, scores, width, extra);
+          multiply_rows<arithmetic>(at.keys, dim, copied_k, packed_q, scores, width);
+          multiply_rows<arithmetic>(at.keys, dim, copied_v, packed_g, dscores, width);
+          const float scale = mask_scores(mask, at, scores, width, extra);
           if (mask.drop.active()) keep_tile(mask.drop, at, size.heads, extra, width);
-          score_gradients(scores, dscores, mask.drop.active() ? extra : nullptr, lse + first_row + from, delta + first_row + from, keys, width, queries);
+          score_gradients(scores, scale, dscores, mask.drop.active() ? extra : nullptr, lse + first_row + from, delta + first_row + from, at.keys, width,
+                          queries);
           if (grad.dmask) add_mask_gradient(dscores, width, at, grad.dmask, grad.dmask_strides);
-          add_over_queries<arithmetic>(keys, queries, query_pairs<arithmetic>(scores, keys, width, paired), width, natural_g, wide, dv);
-          add_over_queries<arithmetic>(keys, queries, query_pairs<arithmetic>(dscores, keys, width, paired), width, natural_q, wide, dk);
-          pair_rows<arithmetic>(dscores, keys, width);
-          multiply_rows<arithmetic>(dim, packed_depth<arithmetic>(keys), transposed_k, dscores, dquery(member) + from * padded, width, true);
+          add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(scores, at.keys, width, paired), width, natural_g, wide, dv);
+          add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(dscores, at.keys, width, paired), width, natural_q, wide, dk);
+          pair_rows<arithmetic>(dscores, at.keys, width);
+          add_panels<arithmetic>(dim, packed_depth<arithmetic>(at.keys), packed_depth<arithmetic>(keys), transposed_k, dscores, dquery(member) + from * padded,
+                                 width);
         }
       }
       for (int64_t j = 0; j < keys; ++j) {

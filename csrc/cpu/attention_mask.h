@@ -8,7 +8,7 @@
 
 namespace fastlm {
 
-inline constexpr int64_t KeyBlock = 128;                      // keys per tile; a multiple of 64, so that a dropout group never straddles two
+inline constexpr int64_t KeyBlock = 256;                      // keys per tile; a multiple of 64, so that a dropout group never straddles two
 inline constexpr int64_t QueryPanel = TileVecs * vec::Lanes;  // queries per tile, at most
 
 enum class mask_type { none = 0, boolean = 1, additive = 2, additive_fp32 = 3 };
@@ -34,6 +34,10 @@ template <class T> struct masking {
   bool inside(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const { return k0 - (q1 - 1) >= lower && k1 - 1 - q0 <= upper; }
   int64_t first_key(int64_t q0) const { return std::max<int64_t>(0, q0 + std::max(lower, -q0)) / KeyBlock * KeyBlock; }
   int64_t end_key(int64_t q1, int64_t key_len) const { return upper >= key_len ? key_len : std::min(key_len, q1 + upper); }
+  // How many of the keys from k0 on (whole tiles of them) reach to the last that the last query before q1 may look at: what lies beyond is no work.
+  int64_t seen(int64_t q1, int64_t k0, int64_t keys) const {
+    return std::min(keys, ceil_div(std::max<int64_t>(0, end_key(q1, k0 + keys) - k0), TileRows) * TileRows);
+  }
 };
 
 struct tile_place {
@@ -82,11 +86,13 @@ template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& s
   }
 }
 
-// Scores in place: s → scale·s + mask, −inf wherever attention may not look, whatever stood there. bias_tile is working memory of the tile's size.
-template <class T> void mask_scores(const masking<T>& m, const tile_place& at, float* scores, int64_t width, float* bias_tile) {
+// Scores in place: s → scale·s + mask, −inf wherever attention may not look, whatever stood there. Where there is nothing to mask the scores stay as they are; returns
+// what they are still to be multiplied by. bias_tile is working memory of the tile's size.
+template <class T> float mask_scores(const masking<T>& m, const tile_place& at, float* scores, int64_t width, float* bias_tile) {
   constexpr int64_t L = vec::Lanes;
   const vec scale = vec::all(m.scale), nothing = vec::all(-INFINITY);
   const bool biased = m.type != mask_type::none, banded = !m.inside(at.query, at.query + at.queries, at.key, at.key + at.keys);
+  if (!biased && !banded && !m.key_padding) return m.scale;
   if (m.type == mask_type::boolean) load_mask(static_cast<const bool*>(m.mask), m.mask_strides, at, bias_tile, width);
   if (m.type == mask_type::additive) load_mask(static_cast<const T*>(m.mask), m.mask_strides, at, bias_tile, width);
   if (m.type == mask_type::additive_fp32) load_mask(static_cast<const float*>(m.mask), m.mask_strides, at, bias_tile, width);
@@ -115,6 +121,7 @@ template <class T> void mask_scores(const masking<T>& m, const tile_place& at, f
       s.store(row + i, full{});
     }
   }
+  return 1;
 }
 
 // factors[j·width + i] = 0 where the weight of query i and key j is dropped, else 1/(1 − p).

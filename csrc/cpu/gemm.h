@@ -207,19 +207,23 @@ inline constexpr int64_t RowStride =
     BlockDepth + 16;                          // between rows of A that are packed as they lie: no power of two, which would crowd a few sets of the cache
 inline constexpr int64_t PackedTogether = 8;  // k-major panels of A: so many read whole cache lines, and each page, once
 
+// Rows as they lie, row_stride (whole vectors) apart; zeros up to the last tile.
+template <class Arithmetic, class T> void copy_rows(operand<T> source, int64_t rows, int64_t k, int64_t row_stride, float* out) {
+  constexpr int64_t Per = Arithmetic::PerLane;
+  const int64_t depth = packed_depth<Arithmetic>(k);
+  for (int64_t r = 0; r < ceil_div(rows, TileRows) * TileRows; ++r) {
+    float* to = out + r * row_stride;
+    const T* from = source.data + r * source.stride;
+    if (r >= rows) std::fill_n(to, depth, 0.0f);
+    else sweep(depth, [=](int64_t d, auto) { Arithmetic::along_k(from + d * Per, k - d * Per).store(to + d, full{}); });
+  }
+}
+
 // `rows` rows of A, one block of k deep. Where they are contiguous in k they are copied, RowStride apart; else they become k-major panels.
 template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t rows, int64_t k, bool as_rows, float* out) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
   const int64_t depth = packed_depth<Arithmetic>(k);
-  if (as_rows) {
-    for (int64_t r = 0; r < ceil_div(rows, TileRows) * TileRows; ++r) {
-      float* to = out + r * RowStride;
-      const T* from = source.data + r * source.stride;
-      if (r >= rows) std::fill_n(to, depth, 0.0f);
-      else sweep(depth, [=](int64_t d, auto) { Arithmetic::along_k(from + d * Per, k - d * Per).store(to + d, full{}); });
-    }
-    return;
-  }
+  if (as_rows) return copy_rows<Arithmetic>(source, rows, k, RowStride, out);
   for (int64_t d = 0; d < depth; ++d) {
     const T* row = source.data + d * Per * source.k_stride;
     const T* next = d * Per + 1 < k ? row + source.k_stride : nullptr;
