@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <array>
+#include <vector>
+#include "cpu/adamw.h"
 #include "cpu/attention_backward.h"
 #include "cpu/gelu_mlp.h"
 #include "cpu/layernorm_residual.h"
@@ -202,8 +204,46 @@ static void bind_linear_cross_entropy(py::module_& m) {
       "label_smoothing"_a, "threads"_a);
 }
 
+using addresses = std::vector<address>;
+
+// T: parameters and gradients, S: moments. Everything has as many entries as sizes; masters may be empty.
+template <class T, class S>
+static void adamw_of(const addresses& parameters, const addresses& gradients, const addresses& exp_avgs, const addresses& exp_avg_sqs, const addresses& masters,
+                     const addresses& steps, const std::vector<int64_t>& sizes, const adamw_hyper& hyper, int threads) {
+  std::vector<adamw_tensor<T, S>> tensors;
+  for (size_t i = 0; i < sizes.size(); ++i)
+    tensors.push_back({at<T>(parameters[i]), at<T>(gradients[i]), at<S>(exp_avgs[i]), at<S>(exp_avg_sqs[i]), masters.empty() ? nullptr : at<float>(masters[i]),
+                       at<float>(steps[i])});
+  adamw(tensors, sizes, hyper, threads);
+}
+
+static void bind_adamw(py::module_& m) {
+  m.def(
+      "adamw",
+      [](dtype type, dtype moments, const addresses& parameters, const addresses& gradients, const addresses& exp_avgs, const addresses& exp_avg_sqs,
+         const addresses& masters, const addresses& steps, const std::vector<int64_t>& sizes, double lr, double beta1, double beta2, double eps,
+         double weight_decay, double factor, bool zero_gradients, int threads) {
+        const adamw_hyper hyper{lr, beta1, beta2, eps, weight_decay, factor, zero_gradients};
+        launch(type, moments, [&]<class T, class S>() { adamw_of<T, S>(parameters, gradients, exp_avgs, exp_avg_sqs, masters, steps, sizes, hyper, threads); });
+      },
+      "dtype"_a, "moments"_a, "parameters"_a, "gradients"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "masters"_a, "steps"_a, "sizes"_a, "lr"_a, "beta1"_a, "beta2"_a,
+      "eps"_a, "weight_decay"_a, "factor"_a, "zero_gradients"_a, "threads"_a);
+
+  m.def(
+      "sum_of_squares",
+      [](dtype type, const addresses& tensors, const std::vector<int64_t>& sizes, int threads) {
+        return launch(type, [&]<class T>() {
+          std::vector<const T*> pointers;
+          for (address tensor : tensors) pointers.push_back(at<const T>(tensor));
+          return sum_of_squares(pointers, sizes, threads);
+        });
+      },
+      "dtype"_a, "tensors"_a, "sizes"_a, "threads"_a);
+}
+
 PYBIND11_MODULE(FASTLM_MODULE, m) {
   py::enum_<dtype>(m, "dtype").value("float32", dtype::float32).value("bfloat16", dtype::bfloat16).value("float16", dtype::float16);
+  bind_adamw(m);
   bind_attention(m);
   bind_gelu_mlp(m);
   bind_layernorm_residual(m);

@@ -2,6 +2,7 @@
 
 import warnings
 
+from fastlm import optim
 from fastlm._version import __version__
 from fastlm.backends import Unsupported, isa, use_backend
 from fastlm.info import info
@@ -23,6 +24,7 @@ __all__ = [
     "layernorm_residual",
     "linear",
     "linear_cross_entropy",
+    "optim",
     "scaled_dot_product_attention",
     "use_backend",
 ]

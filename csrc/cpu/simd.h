@@ -2,7 +2,7 @@
 // register. Everything is compiled once per ISA module (see setup.py), so `vec` is as wide as that module may assume.
 //
 // What each simd_*.h provides:
-//   vec     fp32 lanes: zero, all, iota, load, store (fp32, bf16 and fp16 in memory), arithmetic, sum, max_lane
+//   vec     fp32 lanes: zero, all, iota, load, store (fp32, bf16 and fp16 in memory), arithmetic, sqrt, sum, max_lane
 //   uvec    the same lanes as 32-bit unsigned integers
 //   lanes   one truth value per lane: comparisons, &, |, select
 //   transpose(vec[Lanes])

@@ -86,6 +86,7 @@ struct vec {
 FASTLM_INLINE vec fma(vec a, vec b, vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FASTLM_INLINE vec max(vec a, vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
 FASTLM_INLINE vec min(vec a, vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+FASTLM_INLINE vec sqrt(vec a) { return {_mm512_sqrt_ps(a.v)}; }
 FASTLM_INLINE vec select(lanes m, vec a, vec b) { return {_mm512_mask_mov_ps(b.v, m.m, a.v)}; }
 FASTLM_INLINE uvec bits_of(vec a) { return {_mm512_castps_si512(a.v)}; }
 FASTLM_INLINE vec from_bits(uvec a) { return {_mm512_castsi512_ps(a.v)}; }

@@ -114,6 +114,7 @@ struct vec {
 };
 
 FASTLM_INLINE vec fma(vec a, vec b, vec c) { return {a.v * b.v + c.v}; }  // one rounding where the target fuses
+FASTLM_INLINE vec sqrt(vec a) { return {float4{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]), __builtin_sqrtf(a.v[3])}}; }
 FASTLM_INLINE uvec bits_of(vec a) { return {(uint4)a.v}; }
 FASTLM_INLINE vec from_bits(uvec a) { return {(float4)a.v}; }
 FASTLM_INLINE vec select(lanes m, vec a, vec b) { return {(float4)(((int4)a.v & m.m) | ((int4)b.v & ~m.m))}; }

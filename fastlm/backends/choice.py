@@ -24,6 +24,7 @@ MOST_CHOICES = 4096
 
 # What each operator tells of a call, in this order: all that a backend's reasons and the table may depend on.
 FEATURES = {
+    "adamw": ("amsgrad", "gaps", "mixed", "subclass"),
     "attention": ("batch", "heads", "query_len", "key_len", "head_dim", "masked", "dropout", "return_lse", "mask_gradient"),
     "attention_varlen": ("sequences", "heads", "query_tokens", "head_dim", "masked", "dropout", "return_lse"),
     "gelu_mlp": ("rows", "in_width", "hidden_width", "out_width"),

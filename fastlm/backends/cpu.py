@@ -5,12 +5,20 @@ import os
 import torch
 
 from fastlm.backends import isa
-from fastlm.backends.layout import dense_last, matrix_of, rows_of
+from fastlm.backends.layout import dense_last, laid_out_like, matrix_of, rows_of, without_gaps
 from fastlm.backends.reference import out_of_range, starts_of
+from fastlm.ops.boundary import mismatch
 
 kernels = isa.kernels
 DTYPES = {dtype: getattr(kernels.dtype, str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.bfloat16, torch.float16)} if kernels else {}
 LOGITS_BYTES = 64 << 20  # of one chunk
+
+ADAMW_REFUSES = {
+    "amsgrad": "has no amsgrad",
+    "gaps": "updates parameters that fill one piece of memory",
+    "mixed": "takes gradients in their parameter's type",
+    "subclass": "takes plain tensors",
+}
 
 threads = torch.get_num_threads
 
@@ -37,12 +45,14 @@ def refuses(operator, device, dtype, **features):
     reasons = unavailable()
     if reasons:
         return reasons
-    if not hasattr(kernels, f"{operator.removesuffix('_varlen')}_forward"):  # one kernel for batches of every kind
+    if not hasattr(kernels, operator) and not hasattr(kernels, f"{operator.removesuffix('_varlen')}_forward"):  # one kernel for batches of every kind
         reasons.append(f"has no {operator}")
     if device.type != "cpu":
         reasons.append(f"serves CPU tensors, not {device}")
     if dtype not in DTYPES:
         reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
+    if operator == "adamw":
+        reasons += [why for feature, why in ADAMW_REFUSES.items() if features[feature]]
     return reasons
 
 
@@ -62,6 +72,55 @@ def new_like(x, wanted=True, dtype=None):
 
 def zeros(x, shape, wanted=True):
     return x.new_zeros(shape) if wanted else None
+
+
+# adamw
+
+
+def adamw(
+    parameters, gradients, exp_avgs, exp_avg_sqs, masters, steps, *, max_exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, factor, zero_gradients
+):  # fmt: skip
+    if not parameters:
+        return
+    laid = [laid_out_like(gradient, p) for gradient, p in zip(gradients, parameters, strict=True)]
+    for name, tensors, dtype in (("gradient", laid, parameters[0].dtype), ("exp_avg", exp_avgs, None), ("exp_avg_sq", exp_avg_sqs, None)):
+        check_fits(name, tensors, parameters, dtype or exp_avgs[0].dtype)
+    check_fits("master_param", masters, parameters[: len(masters)], torch.float32)
+    check_fits("step", steps, [SCALAR] * len(parameters), torch.float32)
+    addresses = [p.data_ptr() for p in parameters]
+    # Two parameters of one memory (views of a tensor, say) are updated one after the other, as if each had a call of its own.
+    runs = [slice(None)] if len(set(addresses)) == len(addresses) else [slice(i, i + 1) for i in range(len(addresses))]
+    for run in runs:
+        kernels.adamw(
+            DTYPES[parameters[0].dtype], DTYPES[exp_avgs[0].dtype], addresses[run], [g.data_ptr() for g in laid[run]], [m.data_ptr() for m in exp_avgs[run]],
+            [v.data_ptr() for v in exp_avg_sqs[run]], [w.data_ptr() for w in masters[run]], [t.data_ptr() for t in steps[run]],
+            [p.numel() for p in parameters[run]], lr, beta1, beta2, eps, weight_decay, float(factor), zero_gradients, threads(),
+        )  # fmt: skip
+    written = [*parameters, *exp_avgs, *exp_avg_sqs, *masters, *steps]
+    if zero_gradients:
+        written += gradients
+        for copy, gradient in zip(laid, gradients, strict=True):
+            if copy is not gradient:
+                gradient.zero_()
+    torch.autograd.graph.increment_version(written)  # autograd's checks of saved tensors see the update
+
+
+SCALAR = torch.zeros((), device="cpu")
+
+
+def check_fits(name, tensors, parameters, dtype):
+    """State is the user's to load and change: what does not fit its parameter must not reach the kernel."""
+    for x, p in zip(tensors, parameters, strict=True):
+        same_order = x.stride() == p.stride() or (x.is_contiguous() and p.is_contiguous())
+        if x.dtype != dtype or not x.is_cpu or x.shape != p.shape or not same_order:
+            wanted = f"{dtype} on cpu, shape {tuple(p.shape)} and strides {p.stride()} as its parameter's"
+            raise mismatch(name, wanted, f"{x.dtype} on {x.device}, shape {tuple(x.shape)} and strides {x.stride()}")
+
+
+def sum_of_squares(tensors):
+    """Of all elements of all tensors, which have one dtype."""
+    dense = [x if x.is_contiguous() or without_gaps(x) else x.contiguous() for x in tensors]
+    return kernels.sum_of_squares(DTYPES[dense[0].dtype], [x.data_ptr() for x in dense], [x.numel() for x in dense], threads())
 
 
 # linear

@@ -2,6 +2,7 @@
 
 import collections
 
+import torch
 from torch import Tensor
 
 copies: collections.Counter[str] = collections.Counter()  # layouts that no stride describes: how often each was copied
@@ -29,3 +30,21 @@ def matrix_of(weight: Tensor) -> Tensor:
         return weight
     copies["weight with no unit stride"] += 1
     return weight.contiguous()
+
+
+def without_gaps(x: Tensor) -> bool:
+    """Whether the elements of x fill one piece of memory, each once, in whatever order."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def laid_out_like(x: Tensor, other: Tensor) -> Tensor:
+    """x with the strides of other, which is of the same shape and without gaps: then both can be walked through as flat memory."""
+    if x.stride() == other.stride() or (x.is_contiguous() and other.is_contiguous()):
+        return x
+    copies["laid out otherwise than its parameter"] += 1
+    return torch.empty_like(other, dtype=x.dtype, requires_grad=False).copy_(x)

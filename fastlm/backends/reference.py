@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlm.backends.philox import kept
 
-OPERATORS = ("attention", "attention_varlen", "layernorm_residual", "gelu_mlp", "linear", "linear_cross_entropy")
+OPERATORS = ("adamw", "attention", "attention_varlen", "layernorm_residual", "gelu_mlp", "linear", "linear_cross_entropy")
 
 
 def refuses(operator, device, dtype, **features):
@@ -21,6 +21,8 @@ def refuses(operator, device, dtype, **features):
         reasons.append(f"has no {operator}")
     if not dtype.is_floating_point:
         reasons.append(f"computes in floating point, not {dtype}")
+    if features.get("amsgrad"):
+        reasons.append("has no amsgrad")
     return reasons
 
 
@@ -45,6 +47,30 @@ def widen(*tensors):
 
 def narrow(dtype, *tensors):
     return tuple(t if t is None else t.to(dtype).contiguous() for t in tensors)
+
+
+# adamw
+
+
+def adamw(
+    parameters, gradients, exp_avgs, exp_avg_sqs, masters, steps, *, max_exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, factor, zero_gradients
+):  # fmt: skip
+    for p, gradient, exp_avg, exp_avg_sq, master, step in zip(parameters, gradients, exp_avgs, exp_avg_sqs, masters or parameters, steps, strict=True):
+        t = step.add_(1).item()
+        g, m, v, w, held = widen(gradient, exp_avg, exp_avg_sq, p, master)
+        g = g * factor
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        w = torch.where(master.to(p.dtype) == p, held, w)  # a parameter that others have changed is the truth, not its master copy
+        w = w * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / (v.sqrt() / math.sqrt(1 - beta2**t) + eps)
+        for target, value in ((exp_avg, m), (exp_avg_sq, v), (p, w), (master, w)):
+            target.copy_(value)
+        if zero_gradients:
+            gradient.zero_()
+
+
+def sum_of_squares(tensors):
+    return sum(widen(x)[0].square().sum(dtype=torch.float64) for x in tensors)
 
 
 def differentiable_gradients(formula, inputs, needed, upstream):

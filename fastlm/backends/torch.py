@@ -7,9 +7,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.optim.adamw import adamw as functional_adamw
 
 from fastlm.backends import reference
 from fastlm.backends.reference import as_written, band_mask, check_targets
+from fastlm.ops.boundary import PLAIN
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -19,7 +22,7 @@ LOGITS_BYTES = 64 << 20  # of one chunk, in all the types it is held in
 
 def refuses(operator, device, dtype, **features):
     reasons = []
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and not (operator == "adamw" and dtype.is_complex):
         reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
     if features.get("dropout"):
         reasons.append("draws its dropout masks otherwise than fastlm")
@@ -35,6 +38,47 @@ def refuses(operator, device, dtype, **features):
 
 def flat_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+# adamw
+
+
+def adamw(
+    parameters, gradients, exp_avgs, exp_avg_sqs, masters, steps, *, max_exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, factor, zero_gradients
+):  # fmt: skip
+    targets = masters or parameters
+    if masters:  # a parameter that others have changed is the truth, not its master copy
+        for p, master in zip(parameters, masters, strict=True):
+            master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
+    scaled = [gradient.to(target.dtype) for gradient, target in zip(gradients, targets, strict=True)]
+    if not (isinstance(factor, float) and factor == 1.0):
+        scaled = list(torch._foreach_mul(scaled, factor))
+    moments = [*exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs]
+    functional_adamw(
+        targets, scaled, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, fused=fusable(targets, scaled, moments, steps) or None,
+        has_complex=any(p.is_complex() for p in targets), amsgrad=bool(max_exp_avg_sqs), beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps,
+        maximize=False,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version([*targets, *moments])  # which PyTorch's fused kernels leave out
+    if masters:
+        torch._foreach_copy_(parameters, masters)
+    if zero_gradients:
+        torch._foreach_zero_(gradients)
+
+
+def fusable(targets, gradients, moments, steps):
+    """Whether PyTorch's fused kernels can serve: they walk through memory, and on a CPU they do not look whether all lies in one order."""
+    first = targets[0]
+    if first.device.type not in ("cpu", "cuda", "xpu") or not first.is_floating_point() or steps[0].device != first.device:
+        return False
+    return all((type(x) in PLAIN or isinstance(x, FakeTensor)) and x.is_contiguous() for x in (*targets, *gradients, *moments))
+
+
+def sum_of_squares(tensors):
+    wide = torch.float64 if tensors[0].dtype in (torch.float64, torch.complex128) else torch.float32
+    squares = [torch.linalg.vector_norm(x, dtype=x.dtype if x.is_complex() else wide).square() for x in tensors]
+    total = torch.stack([s.full_tensor() if hasattr(s, "full_tensor") else s for s in squares]).sum()  # a DTensor's, over all processes
+    return total
 
 
 # linear

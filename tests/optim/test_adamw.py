@@ -1,0 +1,675 @@
+"""fastlm.optim.AdamW is torch.optim.AdamW: the same numbers, state and manners, and what it does on top."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlm
+from fastlm.backends import choice
+from tests.support import BACKENDS, DTYPES, FLOOR, assert_same_bits, error, floats, on_backends, on_every_backend
+
+# One element, less and more than a register, a part of the kernel's work (16384 elements) and some more, nothing; all in all, parts that begin amid tensors.
+SHAPES = [(3,), (50, 70), (1,), (16384 + 5,), (0,), (), (129, 257), (2, 3, 4)]
+HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def parameters(shapes=SHAPES, dtype=torch.float32):
+    return [floats(*shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def gradients(shapes, number, scale=1.0):
+    generator = torch.Generator().manual_seed(1000 + number)
+    return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+
+
+def steps(optimizer, count, first=0, scale=1.0):
+    """count updates with the same gradients for whoever asks, rounded to the parameters' type."""
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    for i in range(first, first + count):
+        for p, gradient in zip(own, gradients([p.shape for p in own], i, scale), strict=True):
+            p.grad = gradient.to(p.dtype)
+        optimizer.step()
+    return [p.detach() for p in own]
+
+
+def same_start(own, dtype):
+    return [p.detach().to(dtype).requires_grad_() for p in own]
+
+
+def moments(optimizer, own):
+    return [optimizer.state[p][key] for p in own for key in ("exp_avg", "exp_avg_sq")]
+
+
+def close(ours, theirs):
+    """float32 that differs by a few roundings."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert error(a, b.double()) <= 2**-21
+
+
+# Numbers
+
+OPTIONS = [
+    HYPER,
+    HYPER | {"maximize": True, "weight_decay": 0.0},
+    HYPER | {"betas": (0.0, 0.5), "eps": 0.1},
+    HYPER | {"betas": (0.3, 0.999), "lr": torch.tensor(0.05)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["usual", "maximize", "no mean", "tensor lr"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_every_backend
+def test_a_step_against_float64(backend, dtype, options):
+    """Parameters and moments after one step from a state that is not the first: at most twice the error of PyTorch's fused kernel."""
+    own = parameters(dtype=dtype)
+    truth, theirs = same_start(own, torch.float64), same_start(own, dtype)
+    optimizers = {
+        "ours": (fastlm.optim.AdamW(own, **options, backend=backend), own),
+        "torch": (torch.optim.AdamW(theirs, **options, fused=True), theirs),
+        "truth": (torch.optim.AdamW(truth, **options), truth),
+    }
+    for optimizer, tensors in optimizers.values():
+        for i, p in enumerate(tensors):
+            first, second = (g.to(dtype).to(p.dtype) for g in (gradients([p.shape], i)[0], gradients([p.shape], 50 + i)[0].square()))
+            optimizer.state[p] = {"step": torch.tensor(6.0), "exp_avg": first, "exp_avg_sq": second}
+            p.grad = gradients([p.shape], 100 + i)[0].to(dtype).to(p.dtype)
+        optimizer.step()
+    for i in range(len(own)):
+        for ours, native, exact in zip(*([tensors[i].detach(), *moments(o, tensors[i : i + 1])] for o, tensors in optimizers.values()), strict=True):
+            assert ours.dtype == dtype
+            assert error(ours, exact) <= 2 * error(native, exact) + FLOOR[dtype], f"parameter {i}"
+    assert all(optimizers["ours"][0].state[p]["step"] == 7 for p in own)
+
+
+@on_every_backend
+def test_many_steps_against_float64(backend):
+    own = parameters()
+    truth, theirs = same_start(own, torch.float64), same_start(own, torch.float32)
+    optimizers = fastlm.optim.AdamW(own, **HYPER, backend=backend), torch.optim.AdamW(theirs, **HYPER, fused=True), torch.optim.AdamW(truth, **HYPER)
+    for ours, native, exact in zip(*(steps(o, 20) for o in optimizers), strict=True):
+        assert error(ours, exact) <= 2 * error(native, exact) + FLOOR[torch.float32]
+
+
+@on_every_backend
+def test_groups_have_their_own_settings_and_parameters_their_own_steps(backend):
+    def groups(own):
+        return [
+            {"params": own[:3], "lr": 0.1},
+            {"params": own[3:5], "betas": (0.5, 0.6), "weight_decay": 0.0},
+            {"params": own[5:], "eps": 1.0, "maximize": True},
+        ]
+
+    own, theirs = parameters(), parameters()
+    optimizers = fastlm.optim.AdamW(groups(own), **HYPER, backend=backend), torch.optim.AdamW(groups(theirs), **HYPER)
+    for i in range(6):
+        for optimizer, tensors in zip(optimizers, (own, theirs), strict=True):
+            for j, (p, gradient) in enumerate(zip(tensors, gradients(SHAPES, i), strict=True)):
+                p.grad = gradient if j % 2 == 0 or i > 2 else None  # half of them are not in use yet
+            optimizer.step()
+    close([p.detach() for p in own], [p.detach() for p in theirs])
+    assert [optimizers[0].state[p]["step"].item() for p in own] == [6, 3] * 4
+
+
+@on_every_backend
+def test_frozen_and_unused_parameters_stay(backend):
+    own = [*parameters([(3,), (4,)]), floats(5)]
+    before = [p.detach().clone() for p in own]
+    optimizer = fastlm.optim.AdamW(own, **HYPER, backend=backend)
+    optimizer.step()  # nothing at all
+    own[0].grad = floats(3)
+    optimizer.step()
+    assert [torch.equal(p, b) for p, b in zip(own, before, strict=True)] == [False, True, True] and list(optimizer.state) == [own[0]]
+
+
+# Clipping
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3], ids=["small", "usual", "large"])
+@on_every_backend
+def test_clipping_is_clip_grad_norm_and_leaves_the_gradients(backend, scale):
+    own, theirs = parameters(), parameters()
+    ours = fastlm.optim.AdamW(own, **HYPER, max_grad_norm=0.5, backend=backend)
+    native = torch.optim.AdamW(theirs, **HYPER)
+    for i in range(3):
+        for p, q, gradient in zip(own, theirs, gradients(SHAPES, i, scale), strict=True):
+            p.grad, q.grad = gradient.clone(), gradient.clone()
+        ours.step()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        native.step()
+        assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+        assert_same_bits([p.grad for p in own], gradients(SHAPES, i, scale))
+    # Clipping rounds each gradient once, the norm itself a few times: a few units in the last place of every update.
+    for a, b in zip(own, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_every_backend
+def test_the_norm_against_float64(backend, dtype):
+    """Of a million elements: rounding must not grow with their number."""
+    shapes = [(1_000_000,), (7,), (300, 200)]
+    own = parameters(shapes, dtype)
+    optimizer = fastlm.optim.AdamW(own, max_grad_norm=1.0, backend=backend)
+    for p, gradient in zip(own, gradients(shapes, 0), strict=True):
+        p.grad = gradient.to(dtype)
+    optimizer.step()
+    truth, native = (torch.nn.utils.get_total_norm([p.grad.to(t) for p in own]).item() for t in (torch.float64, dtype))
+    ours = optimizer.grad_norm.item()
+    assert abs(ours - truth) <= 2 * abs(native - truth) + 2**-23 * truth
+    assert backend == "torch" or abs(ours - truth) <= 2**-23 * truth  # PyTorch's own sum of so many is less exact
+
+
+@on_every_backend
+def test_gradients_that_are_not_finite_do_as_with_clip_grad_norm_(backend):
+    for value in (math.nan, math.inf):
+        own, theirs = parameters([(40,), (3,)]), parameters([(40,), (3,)])
+        for p in own + theirs:
+            p.grad = torch.ones_like(p)
+        own[0].grad[7] = theirs[0].grad[7] = value
+        ours = fastlm.optim.AdamW(own, **HYPER, max_grad_norm=1.0, backend=backend)
+        ours.step()
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        torch.optim.AdamW(theirs, **HYPER).step()
+        for a, b in zip(own, theirs, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-6, atol=1e-6)
+        assert not ours.grad_norm.isfinite()
+
+
+def test_clipping_counts_every_group_type_and_server():
+    shapes = [(30,), (40,), (50,)]
+    own = [p.detach().to(dtype).requires_grad_() for p, dtype in zip(parameters(shapes), (torch.float32, torch.bfloat16, torch.float64), strict=True)]
+    optimizer = fastlm.optim.AdamW([{"params": own[:1]}, {"params": own[1:]}], max_grad_norm=1.0)
+    steps(optimizer, 1)
+    truth = torch.nn.utils.get_total_norm([p.grad.double() for p in own]).item()
+    assert optimizer.grad_norm.item() == pytest.approx(truth, rel=2**-22)
+
+
+# Master weights, zeroing
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@on_every_backend
+def test_master_weights_are_trained_as_float32_is(backend, dtype):
+    own = parameters(dtype=dtype)
+    wide = same_start(own, torch.float32)
+    ours = fastlm.optim.AdamW(own, **HYPER | {"lr": 1e-4}, master_weights=True, max_grad_norm=3.0, backend=backend)
+    same = fastlm.optim.AdamW(wide, **HYPER | {"lr": 1e-4}, max_grad_norm=3.0, backend=backend)
+    for i in range(10):
+        for p, q, gradient in zip(own, wide, gradients(SHAPES, i), strict=True):
+            p.grad, q.grad = gradient.to(dtype), gradient.to(dtype).float()
+        ours.step(), same.step()
+    for p, q in zip(own, wide, strict=True):
+        close([ours.state[p]["master_param"]], [q.detach()])
+        assert torch.equal(p, ours.state[p]["master_param"].to(dtype))
+        assert {key: value.dtype for key, value in ours.state[p].items()} == dict.fromkeys(("step", "exp_avg", "exp_avg_sq", "master_param"), torch.float32)
+
+
+@on_every_backend
+def test_a_parameter_changed_by_others_replaces_its_master(backend):
+    own = parameters([(2000,)], torch.bfloat16)
+    optimizer = fastlm.optim.AdamW(own, lr=1e-5, weight_decay=0.0, master_weights=True, backend=backend)
+    steps(optimizer, 3)
+    kept = optimizer.state[own[0]]["master_param"].clone()
+    with torch.no_grad():
+        own[0][:1000] = 3.0  # a checkpoint, a constraint, …
+    steps(optimizer, 1, first=3)
+    master = optimizer.state[own[0]]["master_param"]
+    assert (master[:1000] - 3.0).abs().max() < 1e-4
+    assert 0 < (master[1000:] - kept[1000:]).abs().max() < 1e-4 and (kept[1000:] != kept[1000:].bfloat16()).any()
+
+
+@on_every_backend
+def test_gradients_are_zeroed_in_the_step(backend):
+    own, theirs = parameters(), parameters()
+    kept = [torch.zeros_like(p) for p in own]
+    optimizer = fastlm.optim.AdamW(own, **HYPER, zero_gradients=True, backend=backend)
+    for p, gradient in zip(own, kept, strict=True):
+        p.grad = gradient
+    for p, gradient in zip(own, gradients(SHAPES, 0), strict=True):
+        p.grad.copy_(gradient)
+    optimizer.step()
+    assert all(p.grad is gradient and not gradient.any() for p, gradient in zip(own, kept, strict=True))
+    close([p.detach() for p in own], steps(torch.optim.AdamW(theirs, **HYPER), 1))
+
+
+# State
+
+
+@on_every_backend
+def test_state_dicts_are_interchangeable(backend):
+    """ours → PyTorch's → ours, with steps between, ends where PyTorch's alone does."""
+    own, theirs, alone = parameters(), parameters(), parameters()
+    ours, native = fastlm.optim.AdamW(own, **HYPER, backend=backend), torch.optim.AdamW(theirs, lr=1.0)
+    only = torch.optim.AdamW(alone, **HYPER)
+    assert set(ours.param_groups[0]) == set(only.param_groups[0])
+    steps(ours, 3)
+    for p, q in zip(theirs, own, strict=True):
+        p.data.copy_(q)
+    native.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert_same_bits([p.detach() for p in own], [p.detach() for p in theirs])
+    steps(native, 3, first=3)
+    for p, q in zip(theirs, own, strict=True):
+        q.data.copy_(p)
+    ours.load_state_dict(copy.deepcopy(native.state_dict()))
+    close(steps(ours, 3, first=6), steps(only, 9))
+    assert_same_bits([s["step"] for s in ours.state.values()], [s["step"] for s in only.state.values()])
+    assert [set(s) for s in ours.state.values()] == [set(s) for s in only.state.values()]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_state_dict_of_either_implementation_of_pytorch(fused):
+    theirs, own = parameters(), parameters()
+    native = torch.optim.AdamW(theirs, **HYPER, fused=fused)
+    steps(native, 2)
+    for p, q in zip(own, theirs, strict=True):
+        p.data.copy_(q)
+    ours = fastlm.optim.AdamW(own)
+    ours.load_state_dict(copy.deepcopy(native.state_dict()))
+    close(steps(ours, 2, first=2), steps(native, 2, first=2))
+
+
+def test_old_state_with_a_number_for_the_step_and_another_layout():
+    own, theirs = parameters([(30, 20)]), parameters([(30, 20)])
+    ours, native = fastlm.optim.AdamW(own, **HYPER), torch.optim.AdamW(theirs, **HYPER)
+    steps(ours, 1), steps(native, 1)
+    saved = copy.deepcopy(ours.state_dict())
+    saved["state"][0] |= {"step": 1, "exp_avg": saved["state"][0]["exp_avg"].t().contiguous().t()}
+    ours.load_state_dict(saved)
+    close(steps(ours, 1, first=1), steps(native, 1, first=1))
+
+
+@on_every_backend
+def test_master_weights_survive_a_state_dict(backend):
+    def start():
+        own = parameters(dtype=torch.bfloat16)
+        return own, fastlm.optim.AdamW(own, lr=1e-4, master_weights=True, backend=backend)
+
+    own, ours = start()
+    steps(ours, 3)
+    again, loaded = start()
+    seen = []
+    loaded.register_load_state_dict_pre_hook(lambda _, state: seen.append(state))
+    for p, q in zip(again, own, strict=True):
+        p.data.copy_(q)
+    loaded.load_state_dict(pickle.loads(pickle.dumps(ours.state_dict())))
+    assert_same_bits(steps(loaded, 3, first=3), steps(ours, 3, first=3))
+    assert_same_bits([s["master_param"] for s in loaded.state.values()], [s["master_param"] for s in ours.state.values()])
+    assert len(seen) == 1
+
+
+def test_master_weights_begin_with_a_state_dict_that_has_none():
+    own = parameters(dtype=torch.bfloat16)
+    native = torch.optim.AdamW(own, lr=1e-4)
+    steps(native, 3)
+    ours = fastlm.optim.AdamW(own, lr=1e-4, master_weights=True)
+    ours.load_state_dict(native.state_dict())
+    steps(ours, 1, first=3)
+    assert all(value.dtype == torch.float32 for s in ours.state.values() for value in s.values())
+    without = fastlm.optim.AdamW(own, lr=1e-4)
+    without.load_state_dict(ours.state_dict())
+    steps(without, 1, first=4)
+    assert all(
+        {key: value.dtype for key, value in s.items()} == {"step": torch.float32, "exp_avg": p.dtype, "exp_avg_sq": p.dtype} for p, s in without.state.items()
+    )
+
+
+def test_a_copy_and_a_pickle_have_all_settings():
+    model = torch.nn.Linear(5, 4)
+    optimizer = fastlm.optim.AdamW(model.parameters(), **HYPER, max_grad_norm=0.1, zero_gradients=True)
+    steps(optimizer, 2)
+    for other_model, other in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+        assert (other.max_grad_norm, other.zero_gradients, other.master_weights) == (0.1, True, False)
+        reference = copy.deepcopy((model, optimizer))[1]
+        assert_same_bits(steps(other, 1, first=2), steps(reference, 1, first=2))
+        assert all(p is q for p, q in zip(other_model.parameters(), other.param_groups[0]["params"], strict=True))
+
+
+# Manners
+
+
+def test_autograd_notices_the_update():
+    x, w = floats(4, 3), floats(3).requires_grad_()
+    optimizer = fastlm.optim.AdamW([w])
+    loss = (x * w).square().sum()  # saves x · w, and w for the gradient of x, which nobody asks for
+    product = w * w  # saves w
+    loss.backward()
+    version = w._version
+    optimizer.step()
+    assert w._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@on_every_backend
+def test_every_tensor_that_is_written_has_a_new_version(backend):
+    own = parameters([(5,)], torch.bfloat16)
+    optimizer = fastlm.optim.AdamW(own, master_weights=True, zero_gradients=True, backend=backend)
+    steps(optimizer, 1)
+    written = [own[0], own[0].grad, *optimizer.state[own[0]].values()]
+    before = [x._version for x in written]
+    optimizer.step()
+    assert all(x._version > version for x, version in zip(written, before, strict=True))
+
+
+def test_closures_hooks_and_schedules():
+    own, theirs = parameters([(30,)]), parameters([(30,)])
+    results, calls = [], []
+    for optimizer, (p,) in ((fastlm.optim.AdamW(own, **HYPER), own), (torch.optim.AdamW(theirs, **HYPER), theirs)):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)  # sets betas too
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+
+        def closure(optimizer=optimizer, p=p):
+            optimizer.zero_grad()
+            loss = (p - 1).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(8):
+            results.append(optimizer.step(closure).item())
+            schedule.step()
+    assert results[:8] == pytest.approx(results[8:], rel=1e-5) and results[7] < results[0] and len(calls) == 16
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+@on_every_backend
+def test_grad_scaler(backend, overflow):
+    own, theirs = parameters([(30,), (7, 5)]), parameters([(30,), (7, 5)])
+    ours = fastlm.optim.AdamW(own, **HYPER, max_grad_norm=0.5, zero_gradients=True, backend=backend)
+    native = torch.optim.AdamW(theirs, **HYPER, fused=True)
+    for i in range(3):
+        for optimizer, tensors in ((ours, own), (native, theirs)):
+            scaler = torch.amp.GradScaler("cpu", init_scale=1000.0)
+            scaler.scale(torch.ones(()))
+            for p, gradient in zip(tensors, gradients([p.shape for p in own], i), strict=True):
+                p.grad = gradient * scaler.get_scale()
+            if overflow and i == 1:
+                tensors[1].grad[2, 3] = math.inf
+            if optimizer is native:
+                scaler.unscale_(native)
+                norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            assert scaler.get_scale() == (500.0 if overflow and i == 1 else 1000.0)
+        assert not any(p.grad.any() for p in own)
+        if not (overflow and i == 1):
+            assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    for p, q in zip(own, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+        assert ours.state[p]["step"] == (2 if overflow else 3)
+
+
+def test_a_whole_step_under_torch_compile():
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    plain = copy.deepcopy(model)
+    x = floats(5, 8)
+
+    def step(model, optimizer):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    ours = fastlm.optim.AdamW(model.parameters(), **HYPER)
+    native = torch.optim.AdamW(plain.parameters(), **HYPER)
+    compiled = torch.compile(step, backend="aot_eager")
+    for _ in range(4):
+        torch.testing.assert_close(compiled(model, ours), step(plain, native), rtol=1e-5, atol=1e-6)
+
+
+def test_memory_that_moves_is_followed():
+    """FSDP and others put new memory under a parameter: nothing is remembered by address."""
+    own, theirs = parameters(), parameters()
+    ours, native = fastlm.optim.AdamW(own, **HYPER), torch.optim.AdamW(theirs, **HYPER)
+    for i in range(3):
+        for p in own:
+            p.data = p.data.clone()
+            ours.state.get(p, {}).update({k: v.clone() for k, v in ours.state.get(p, {}).items()})
+        steps(ours, 1, first=i), steps(native, 1, first=i)
+    close([p.detach() for p in own], [p.detach() for p in theirs])
+
+
+# Layouts
+
+
+def layouts():
+    base = floats(40, 60)
+    return {
+        "transposed": base.t(),
+        "channels last": floats(2, 8, 5, 6).to(memory_format=torch.channels_last),
+        "with gaps": base[:, ::2],
+        "rows of a larger one": floats(50, 30)[5:9],
+        "every other row": base[::2],
+        "size 1": floats(1, 7)[:, :1],
+    }
+
+
+@pytest.mark.parametrize("gradient_too", [True, False])
+@pytest.mark.parametrize("name", list(layouts()))
+def test_any_layout(name, gradient_too):
+    own, theirs = layouts()[name].requires_grad_(), layouts()[name].clone(memory_format=torch.contiguous_format).requires_grad_()
+    ours = fastlm.optim.AdamW([own], **HYPER, zero_gradients=True, max_grad_norm=1.0)
+    native = torch.optim.AdamW([theirs], **HYPER)
+    strides = own.stride()
+    for i in range(3):
+        gradient = gradients([own.shape], i)[0]
+        own.grad = torch.empty_like(own).copy_(gradient) if gradient_too else gradient.clone()
+        theirs.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+        ours.step(), native.step()
+        assert not own.grad.any()
+    torch.testing.assert_close(own, theirs, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(ours.state[own]["exp_avg_sq"], native.state[theirs]["exp_avg_sq"], rtol=2e-6, atol=0)
+    assert own.stride() == strides
+
+
+def test_what_lies_around_a_parameter_stays():
+    whole = floats(100)
+    before = whole.clone()
+    part = whole[30:47].requires_grad_()
+    steps(fastlm.optim.AdamW([part], **HYPER), 2)
+    assert torch.equal(whole[:30], before[:30]) and torch.equal(whole[47:], before[47:]) and not torch.equal(whole[30:47], before[30:47])
+
+
+def test_two_parameters_of_one_memory_are_updated_one_after_the_other():
+    memory, other = floats(70_000), floats(70_000)
+    own, theirs = (
+        [memory.view(-1).requires_grad_(), memory.view(70, -1).requires_grad_()],
+        [other.view(-1).requires_grad_(), other.view(70, -1).requires_grad_()],
+    )
+    close(steps(fastlm.optim.AdamW(own, **HYPER), 3), steps(torch.optim.AdamW(theirs, **HYPER), 3))
+
+
+@on_backends("cpu")
+def test_the_same_bits_on_any_number_of_threads(backend):
+    def run(threads):
+        torch.set_num_threads(threads)
+        own = parameters([(5,), (200_000,), (3, 7), (16384,), (40_000,), (1,)])
+        optimizer = fastlm.optim.AdamW(own, **HYPER, max_grad_norm=1.0, backend=backend)
+        return [*steps(optimizer, 3), optimizer.grad_norm]
+
+    before = torch.get_num_threads()
+    try:
+        once = run(1)
+        for threads in (1, 2, 3, 4) * 3:
+            assert_same_bits(run(threads), once)
+    finally:
+        torch.set_num_threads(before)
+
+
+# Who serves
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="this run is about another backend")
+@pytest.mark.parametrize(
+    "dtype, options, served, why",
+    [
+        (torch.float32, {}, "cpu", ""),
+        (torch.bfloat16, {}, "cpu", ""),
+        (torch.float64, {}, "torch", "computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64"),
+        (torch.complex64, {}, "torch", "computes in torch.float32, torch.bfloat16, torch.float16, not torch.complex64"),
+        (torch.float32, {"amsgrad": True}, "torch", "has no amsgrad"),
+    ],
+)
+def test_what_the_kernel_cannot_do_goes_to_pytorch(dtype, options, served, why, monkeypatch):
+    own, theirs = parameters([(30,), (20, 10)], dtype), parameters([(30,), (20, 10)], dtype)
+    calls = []
+    for name in ("cpu", "torch", "reference"):
+        module = choice.load(name)
+        monkeypatch.setattr(module, "adamw", lambda *a, name=name, original=module.adamw, **k: calls.append(name) or original(*a, **k))
+    optimizer = fastlm.optim.AdamW(own, **HYPER, **options)
+    native = torch.optim.AdamW(theirs, **HYPER, **options, fused=dtype == torch.bfloat16)  # not fused, PyTorch rounds to bfloat16 after every operation
+    for a, b in zip(steps(optimizer, 3), steps(native, 3), strict=True):
+        if dtype == torch.bfloat16:
+            assert error(a, b.double()) <= 2**-8  # one rounding that fell the other way
+        else:
+            torch.testing.assert_close(a, b)
+    assert calls == [served] * 3
+    if why:
+        with pytest.raises(fastlm.Unsupported, match=f"adamw on cpu in {dtype} with backend='cpu': cpu {why}"):
+            steps(fastlm.optim.AdamW(own, **options, backend="cpu"), 1)
+
+
+def test_amsgrad_can_begin_late():
+    own, theirs = parameters([(30,)]), parameters([(30,)])
+    optimizer = fastlm.optim.AdamW(own, **HYPER)
+    steps(optimizer, 1)
+    optimizer.param_groups[0]["amsgrad"] = True
+    steps(optimizer, 1, first=1)
+    assert "max_exp_avg_sq" in optimizer.state[own[0]]
+    close([p.detach() for p in own], steps(torch.optim.AdamW(theirs, **HYPER, amsgrad=True), 2))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients always have their parameter's type in this PyTorch")
+@pytest.mark.parametrize("master", [True, False])
+def test_gradients_of_another_type(master):
+    p = floats(50).bfloat16().requires_grad_()
+    p.grad_dtype = torch.float32
+    p.grad = floats(50)
+    wide = p.detach().float().requires_grad_()
+    wide.grad = p.grad.clone()
+    ours = fastlm.optim.AdamW([p], **HYPER, master_weights=master, zero_gradients=True)
+    ours.step()
+    torch.optim.AdamW([wide], **HYPER).step()
+    torch.testing.assert_close(ours.state[p].get("master_param", p.detach()).float(), wide.detach(), rtol=1e-6 if master else 2**-7, atol=1e-6)
+    assert not p.grad.any()
+
+
+def test_a_dispatch_mode_sees_the_operators_and_fake_tensors_have_no_memory():
+    class Recorder(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = set()
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.names.add(function.name())
+            return function(*arguments, **(options or {}))
+
+    own = parameters([(3,)])
+    own[0].grad = floats(3)
+    with Recorder() as recorder:
+        fastlm.optim.AdamW(own).step()
+    assert any("adamw" in name or "addcdiv" in name for name in recorder.names)
+    with FakeTensorMode():
+        model = torch.nn.Linear(4, 4)
+        optimizer = fastlm.optim.AdamW(model.parameters())
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+        assert optimizer.state[model.weight]["exp_avg"].shape == (4, 4)
+
+
+def test_parameters_elsewhere():
+    model = torch.nn.Linear(4, 4, device="meta")
+    optimizer = fastlm.optim.AdamW(model.parameters(), backend="torch")
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    assert optimizer.state[model.weight]["exp_avg"].is_meta
+
+
+def test_sharded_parameters(tmp_path):
+    """FSDP's DTensors go to PyTorch; the norm is that of the whole gradients."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, plain = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)
+        plain.load_state_dict(model.state_dict())
+        fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        ours, native = fastlm.optim.AdamW(model.parameters(), **HYPER, max_grad_norm=0.1), torch.optim.AdamW(plain.parameters(), **HYPER)
+        x = floats(3, 6)
+        for _ in range(3):
+            for network, optimizer in ((model, ours), (plain, native)):
+                network(x).square().sum().backward()
+                if optimizer is native:
+                    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+            assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+        torch.testing.assert_close(model.weight.full_tensor(), plain.weight, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# Errors
+
+
+def test_sparse_gradients_are_refused_before_anything_is_changed():
+    first, embedding = floats(3).requires_grad_(), torch.nn.Embedding(10, 4, sparse=True)
+    before = first.detach().clone()
+    optimizer = fastlm.optim.AdamW([{"params": [first]}, {"params": embedding.parameters()}])
+    first.grad = floats(3)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    message = r"gradient of parameter 0 in group 1: expected a dense one, got layout torch.sparse_coo; torch.optim.SparseAdam takes sparse gradients"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert torch.equal(first, before)
+
+
+@on_backends("cpu")
+@pytest.mark.parametrize(
+    "key, value, got",
+    [
+        ("exp_avg", torch.zeros(3, 4), r"torch.float32 on cpu, shape \(3, 4\) and strides \(4, 1\)"),
+        ("exp_avg_sq", torch.zeros(4, 5).t(), r"torch.float32 on cpu, shape \(5, 4\) and strides \(1, 5\)"),
+        ("exp_avg_sq", torch.zeros(5, 4).double(), r"torch.float64 on cpu, .*"),
+        ("step", torch.zeros(0), r"torch.float32 on cpu, shape \(0,\) and strides \(1,\)"),
+    ],
+)
+def test_state_that_does_not_fit_never_reaches_the_kernel(backend, key, value, got):
+    own = parameters([(5, 4)])
+    optimizer = fastlm.optim.AdamW(own, backend=backend)
+    steps(optimizer, 1)
+    optimizer.state[own[0]][key] = value
+    with pytest.raises(ValueError, match=rf"{key}: expected torch.float32 on cpu, shape \(.*\) and strides \(.*\) as its parameter's, got {got}"):
+        steps(optimizer, 1)
+
+
+@on_backends("cpu")
+def test_a_gradient_of_another_size_never_reaches_the_kernel(backend):
+    p = floats(50).requires_grad_()
+    optimizer = fastlm.optim.AdamW([p], backend=backend)
+    steps(optimizer, 1)
+    p.data = floats(5000)  # its state and gradient are of the old size
+    with pytest.raises(ValueError, match=r"gradient: expected torch.float32 on cpu, shape \(5000,\) .*, got torch.float32 on cpu, shape \(50,\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_grad_norm": 0}, "max_grad_norm: expected a number above 0, or None, got 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm: expected a number above 0, or None, got nan"),
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+    ],
+)
+def test_arguments_out_of_their_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        fastlm.optim.AdamW(parameters([(3,)]), **options)
