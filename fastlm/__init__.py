@@ -4,6 +4,7 @@ import warnings
 
 from fastlm import optim
 from fastlm._version import __version__
+from fastlm.allocator import tune_allocator
 from fastlm.backends import Unsupported, isa, use_backend
 from fastlm.info import info
 from fastlm.ops.attention import attention
@@ -26,6 +27,7 @@ __all__ = [
     "linear_cross_entropy",
     "optim",
     "scaled_dot_product_attention",
+    "tune_allocator",
     "use_backend",
 ]
 

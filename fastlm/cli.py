@@ -129,7 +129,7 @@ def train(
     grad_clip: Annotated[float, typer.Option(help="Largest norm of all gradients together; 0: unlimited.", rich_help_panel="Optimiser")] = DEFAULT.grad_clip,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.", rich_help_panel="Optimiser")] = DEFAULT.seed,
     dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16", help="bfloat16: under autocast, float32 weights.", rich_help_panel="Machine")
+        str, typer.Option(metavar="fp32|bf16", help="bf16: bfloat16 activations and products, float32 weights, sums and optimiser.", rich_help_panel="Machine")
     ] = DEFAULT.dtype,
     threads: Threads = None,
 ) -> None:
@@ -184,7 +184,8 @@ def bench(
     operators: Annotated[
         str,
         typer.Option(
-            help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, training_step, generation; commas between."
+            help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, adamw, training_step, generation; "
+            "commas between."
         ),
     ] = "attention,attention_varlen,layernorm_residual,gelu_mlp,linear,linear_cross_entropy",
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, a comma between.")] = "float32,bfloat16",

@@ -5,6 +5,7 @@ import platform
 
 import torch
 
+from fastlm import allocator
 from fastlm._version import __version__
 from fastlm.backends import choice, isa, layout
 
@@ -21,6 +22,7 @@ class Info:
     threads: int
     openmp: bool  # whether the extension was built with it
     backends: dict[str, list[str]]  # name → why it serves nothing here; empty = it can serve
+    allocator: str  # whether memory that is freed stays with the process, and how it could
     build: str  # why there is no compiled module, or ""
     fallbacks: dict[str, int]  # "operator: taken instead of first" → calls
     copies: dict[str, int]  # layout that no stride describes → copies made
@@ -30,6 +32,7 @@ class Info:
             f"fastlm {self.version}, PyTorch {self.torch_version}",
             f"CPU: {self.cpu or 'unknown'}; can run {', '.join(self.isas) or 'no module that was built'}",
             f"compiled module: {self.isa}, {self.threads_in_words()}" if self.isa else f"compiled module: none ({self.build})",
+            f"allocator: {self.allocator}",
             "backends:",
             *(f"  {name:10} {'; '.join(why) or 'serves'}" for name, why in self.backends.items()),
         ]
@@ -56,6 +59,7 @@ def info() -> Info:
         threads=torch.get_num_threads(),
         openmp=isa.report().get("openmp", False),
         backends={name: choice.unavailable(name) for name in choice.NAMES},
+        allocator=allocator.in_words(),
         build=isa.missing,
         fallbacks=dict(choice.fallbacks),
         copies=dict(layout.copies),

@@ -57,6 +57,8 @@ ATTENTION, LAYERNORM, LOSS, MLP, EDGE = (
     f"fastlm/ops/{name}.py" for name in ("attention", "layernorm_residual", "linear_cross_entropy", "gelu_mlp", "boundary")
 )
 
+OPTIMIZER = "fastlm/optim/adamw.py"
+
 PYTHON = [
     # the oracle
     (REFERENCE, Mutant(ORACLE, "dbias = gflat.sum(0) if", "dbias = gflat[1:].sum(0) if", "ops/test_linear.py float64")),
@@ -88,6 +90,20 @@ PYTHON = [
     (REFERENCE, Mutant(LOSS, "if x.dtype == torch.float16:", "if False:", "ops/test_linear_cross_entropy.py underflow")),
     (REFERENCE, Mutant(LOSS, "    share = (target != ignore_index).sum()", "    share = (target == target).sum()", "ops/test_linear_cross_entropy.py float64")),
     (REFERENCE, Mutant(MLP, "x.new_empty(hidden) if recompute < 1", "x.new_empty(hidden) if recompute < 2", "ops/test_every_operator.py contract")),
+    # the optimiser
+    (REFERENCE, Mutant(ORACLE, "torch.where(master.to(p.dtype) == p, held, w)", "held", "optim/test_adamw.py changed_by_others")),
+    (TORCH, Mutant(NATIVE, "if not (isinstance(factor, float) and factor == 1.0):", "if False:", "optim/test_adamw.py clip_grad_norm")),
+    (CPU, Mutant(KERNELS, "written = [*parameters, ", "written = [", "optim/test_adamw.py version")),
+    (
+        REFERENCE,
+        Mutant(
+            OPTIMIZER,
+            "math.sqrt(sum(float(s) for s in squares)) * abs(float(factor))",
+            "math.sqrt(sum(float(s) for s in squares))",
+            "optim/test_adamw.py scaler",
+        ),
+    ),
+    (REFERENCE, Mutant(OPTIMIZER, "state.pop(MASTER, None)  # rounded by PyTorch", "continue", "optim/test_adamw.py survive")),
     (REFERENCE, Mutant(EDGE, "return torch.randint(", "return 0 * torch.randint(", "ops/test_dropout.py calls_differ")),
 ]
 
@@ -117,6 +133,7 @@ def test_python_mutants(tmp_path):
 
 GEMM, LINEAR, GELU, NORM, CE = (f"csrc/cpu/{name}.h" for name in ("gemm", "linear", "gelu_mlp", "layernorm_residual", "linear_cross_entropy"))
 FORWARD, MASK, BACKWARD, SEQUENCES, DROPOUT = (f"csrc/cpu/{name}.h" for name in ("attention", "attention_mask", "attention_backward", "sequences", "philox"))
+ADAMW = "csrc/cpu/adamw.h"
 
 CPP = [
     [
@@ -124,23 +141,27 @@ CPP = [
         Mutant(FORWARD, "(vec::load(o + d * width + i, full{}) * factor)", "vec::load(o + d * width + i, full{})", "ops/test_attention.py float64"),
         Mutant(SEQUENCES, "q, k, keys - queries};", "q, k, 0};", "ops/test_attention_varlen.py windows"),
         Mutant(NORM, " - n * vec::all(correlation)", "", "ops/test_layernorm_residual.py float64"),
+        Mutant(ADAMW, "eps), w * decay)", "eps), w)", "optim/test_adamw.py step_against_float64"),
     ],
     [
         Mutant(LINEAR, "bias ? value + vec::load(bias + j, span) : value", "value", "ops/test_linear.py float64"),
         Mutant(MASK, "std::min(m.upper, diagonal + 1)", "std::min(m.upper + 1, diagonal + 1)", "ops/test_attention.py windows"),
         Mutant(NORM, "squares / float(width) + eps", "squares / float(width)", "ops/test_layernorm_residual.py eps"),
+        Mutant(ADAMW, "begin = std::max(begin, stop);", "begin = end;", "optim/test_adamw.py many_steps"),
     ],
     [
         Mutant(GELU, "(value * g.slope).store", "value.store", "ops/test_gelu_mlp.py float64"),
         Mutant(CE, " * factor - uniform)", " * factor)", "ops/test_linear_cross_entropy.py float64"),
         Mutant(DROPOUT, "k1 += 0xBB67AE85u", "k1 += 0xBB67AE84u", "ops/test_dropout.py definition"),
         Mutant(BACKWARD, "p * (dp - d)).store", "p * dp).store", "ops/test_attention.py float64"),
+        Mutant(ADAMW, "select(rounded_to<T>(kept) == w, kept, w)", "kept", "optim/test_adamw.py changed_by_others"),
     ],
     [
         Mutant(CE, "z[target] -= scale * (1 - smoothing)", "z[target] -= scale", "ops/test_linear_cross_entropy.py float64"),
         Mutant(MASK, "select(b == nothing, nothing, s + b)", "s + b", "ops/test_attention.py behind_the_mask"),
         Mutant(NORM, "v = vec::load(sr + i, span);", "(void)0;", "ops/test_layernorm_residual.py stream"),
         Mutant(GELU, "if (make_activated) g.value.store", "if (false) g.value.store", "ops/test_gelu_mlp.py recomputation"),
+        Mutant(ADAMW, "sum += sum_over", "sum = sum_over", "optim/test_adamw.py norm_against_float64"),
     ],
 ]
 

@@ -9,12 +9,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from fastlm.benchmarking import plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.benchmarking.operators import CASES, DIRECTIONS, directions
+from fastlm.benchmarking.optimizer import compare_adamw
 from fastlm.commands.display import console, say
 from fastlm.ops.boundary import mismatch
 from fastlm.training.settings import within
 
 WHOLE = {"training_step": whole.compare_steps, "generation": whole.compare_generation}
-NAMES = (*CASES, *WHOLE)
+NAMES = (*CASES, "adamw", *WHOLE)
 
 
 def run(
@@ -53,13 +54,15 @@ def run(
 
 
 def directions_of(name: str, wanted: list[str]) -> list[str | None]:
-    """A whole step or generation goes one way."""
+    """An optimiser, a whole step or a generation goes one way."""
     return [d for d in directions(name) if d in wanted] if name in CASES else [None]
 
 
 def measured(name: str, dtype: str, n: int, way: str | None, compiled: bool, seconds: float) -> Iterator[Row]:
     if way is not None:
         yield compare(CASES[name](DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
+    elif name == "adamw":
+        yield compare_adamw(dtype, n, budget=seconds)
     elif name == "training_step":
         yield whole.compare_steps(dtype, n, compiled=compiled, budget=20 * seconds)
     else:

@@ -56,6 +56,7 @@ def run(*, out: Path, seconds: float, seed: int, threads: int | None) -> None:
     within("seconds", seconds, 0, 3600, open_left=True)
     settings = dataclasses.replace(SETTINGS, seed=seed)
     set_threads(threads)
+    fastlm.tune_allocator()
     out = checkpoint.prepare(out)
     files = standard_library()
     corpus = data.load(files, tokenizer="byte", val_fraction=0.05)
@@ -126,7 +127,7 @@ def training_batches(settings: Settings, corpus: data.Corpus) -> Batches:
 
 def compare(ours: Trainer, settings: Settings, batches: Batches, stop: threading.Event) -> Comparison:
     """The rate rises meanwhile: these steps are also the warm-up of the training that follows."""
-    plain = Trainer(PlainGPT2.like(ours.model), settings, PlainGPT2.loss)
+    plain = Trainer(PlainGPT2.like(ours.model), settings, PlainGPT2.loss, native=True)
     rates = (settings.lr * (i + 1) / PAIRS for i in range(PAIRS))
     seen = Comparison()
     with progress_bar(PAIRS, "comparing") as bar:

@@ -17,6 +17,7 @@ from fastlm.training.settings import Settings
 
 def run(paths: list[Path], settings: Settings, *, tokenizer: str, val_fraction: float, val_file: Path | None, out: Path, threads: int | None) -> None:
     set_threads(threads)
+    fastlm.tune_allocator()
     out = checkpoint.prepare(out)
     corpus = data.load(paths, tokenizer=tokenizer, val_fraction=val_fraction, val_file=val_file, masked=settings.objective == "masked-token")
     data.check_length(corpus, settings.context)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.ops.boundary import mismatch
+from fastlm.optim import AdamW
 from fastlm.training.data import Corpus, check_length, random_windows, spread_windows
 from fastlm.training.models import build, objective_of
 from fastlm.training.schedule import learning_rate
@@ -21,17 +22,25 @@ Loss = Callable[[Any, Tensor, Tensor], Tensor]  # of a model on (inputs, targets
 
 
 class Trainer:
-    """A model, its optimiser and one step; where the rate and the batches come from is the caller's affair."""
+    """A model, its optimiser and one step; where the rate and the batches come from is the caller's affair.
 
-    def __init__(self, model: nn.Module, settings: Settings, loss: Loss):
+    native: with PyTorch's own clipping and fused AdamW, for what fastlm is compared with.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, loss: Loss, *, native: bool = False):
         self.model, self.settings, self.loss = model, settings, loss
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},  # biases and norms: decay would pull them to 0, where they are not at home
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
-        self.parameters = parameters
+        self.optimizer: torch.optim.Optimizer
+        betas = (settings.beta1, settings.beta2)
+        if native:
+            self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True)
+        else:
+            self.optimizer = AdamW(groups, lr=settings.lr, betas=betas, max_grad_norm=settings.grad_clip or None)
+        self.parameters, self.native = parameters, native
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.settings.dtype == "bfloat16" else contextlib.nullcontext()
@@ -44,7 +53,7 @@ class Trainer:
         with self.autocast():
             loss = self.loss(self.model, inputs, targets)
         loss.backward()
-        if self.settings.grad_clip:
+        if self.native and self.settings.grad_clip:
             nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastlm
 from fastlm.training import data
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.comparison import side_by_side
@@ -94,12 +95,15 @@ def test_bfloat16_keeps_float32_weights_and_the_loss(trained, small, corpus):
     assert result.val_loss == pytest.approx(trained[0].val_loss, abs=0.05)  # bfloat16 rounds by 2^-9 of the loss, some 0.005, at many places
 
 
-def test_a_step_is_adamw_with_clipping_and_decay_of_matrices(small, corpus):
+@pytest.mark.parametrize("native", [False, True])
+def test_a_step_is_adamw_with_clipping_and_decay_of_matrices(small, corpus, native):
     """One step, written out."""
     settings = dataclasses.replace(small, weight_decay=0.5, grad_clip=0.1)
     model, copy = build(settings, corpus.tokenizer), build(settings, corpus.tokenizer)
     inputs, targets = NextToken().pairs(random_windows(corpus.train, 33, 8, torch.Generator().manual_seed(0)))
-    Trainer(model, settings, NextToken().loss).step(inputs, targets, lr=0.01)
+    trainer = Trainer(model, settings, NextToken().loss, native=native)
+    assert type(trainer.optimizer) is (torch.optim.AdamW if native else fastlm.optim.AdamW)
+    trainer.step(inputs, targets, lr=0.01)
     NextToken().loss(copy.train(), inputs, targets).backward()
     norm = torch.stack([p.grad.square().sum() for p in copy.parameters()]).sum().sqrt()
     assert norm > 0.1
@@ -153,7 +157,7 @@ def test_training_works_in_a_thread(small, corpus):
 
 def test_side_by_side_takes_the_same_steps(trained, small, corpus):
     model = build_gpt2(small, corpus.tokenizer)
-    ours, plain = Trainer(model, small, NextToken().loss), Trainer(PlainGPT2.like(model), small, PlainGPT2.loss)
+    ours, plain = Trainer(model, small, NextToken().loss), Trainer(PlainGPT2.like(model), small, PlainGPT2.loss, native=True)
     draw = torch.Generator().manual_seed(small.seed)
     batches = ((*NextToken().pairs(random_windows(corpus.train, 33, 8, draw)), scheduled(small, i)) for i in range(6))
     *_, seen = side_by_side(ours, plain, batches)
