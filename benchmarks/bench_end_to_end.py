@@ -1,17 +1,22 @@
-"""A training step of GPT-2 small, forward to AdamW, 1 × 1024 tokens: fastlm as it comes against the plain PyTorch model (fastlm/training/baseline.py) as it
-comes, and against the same with glibc's allocator keeping its memory. Each in a process of its own: an allocator reads its settings once.
+"""Training steps, forward to AdamW: fastlm, its allocator tuned, against the plain PyTorch models (fastlm/training/baseline*.py) as they come, and with the
+same allocator settings. Each in a process of its own: the settings cannot be undone.
 """
+
+import dataclasses
+
+import pytest
 
 from benchmarks.support import COMPILED, describe, in_both_dtypes, on_one_thread_and_two
 from fastlm.benchmarking.actor import Actor
-from fastlm.benchmarking.whole import BATCH, CONTEXT, SMALL, compare_steps
+from fastlm.benchmarking.whole import MODELS, compare_steps
 
 
 @in_both_dtypes
 @on_one_thread_and_two
-def test_training_step(benchmark, dtype, number_of_threads):
-    work = {"library": "fastlm", "dtype": dtype, "number_of_threads": number_of_threads, "sizes": SMALL, "batch": BATCH, "context": CONTEXT}
+@pytest.mark.parametrize("model", MODELS)
+def test_training_step(benchmark, model, dtype, number_of_threads):
+    work = {"library": "fastlm", "dtype": dtype, "number_of_threads": number_of_threads, "subject": dataclasses.asdict(MODELS[model]), "tuned": True}
     with Actor("step_timer", work) as step:
         step()
         benchmark.pedantic(step, rounds=3)
-    describe(benchmark, compare_steps(dtype, number_of_threads, compiled=COMPILED))
+    describe(benchmark, compare_steps(dtype, number_of_threads, subject=MODELS[model], compiled=COMPILED))

@@ -191,6 +191,7 @@ def bench(
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, a comma between.")] = "float32,bfloat16",
     threads: Annotated[str, typer.Option(help="Numbers of threads, commas between.")] = "1,2",
     directions: Annotated[str, typer.Option(help="Some of forward, backward, forward+backward; commas between.")] = "forward,backward,forward+backward",
+    model: Annotated[str, typer.Option(help="Of training_step: some of gpt2, gpt2-dropout, bert, small, tiny; commas between.")] = "gpt2",
     compiled: Annotated[bool, typer.Option("--compile", help="Also against torch.compile: needs a C++ compiler, and minutes.")] = False,
     seconds: Annotated[float, typer.Option(help="For each row, at least five rounds; whole steps take twenty times as long.")] = 3.0,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured into this file.")] = None,
@@ -201,8 +202,8 @@ def bench(
     from fastlm.commands import bench
 
     bench.run(
-        operators=operators, dtypes=dtypes, threads=threads, ways=directions, compiled=compiled, seconds=seconds, json_file=json, markdown_file=markdown,
-        plot_file=plot,
+        operators=operators, dtypes=dtypes, threads=threads, ways=directions, models=model, compiled=compiled, seconds=seconds, json_file=json,
+        markdown_file=markdown, plot_file=plot,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """A process of its own that does one thing on request and says how long it took.
 
-What an allocator did for one library it would have done for the other, and its settings are read when a process starts: whole steps are therefore compared
-between processes, which the parent lets work in turn.
+What tune_allocator did for one library it would have done for the other, and it cannot be undone: whole steps are therefore compared between processes, which
+the parent lets work in turn.
 """
 
 import json
@@ -10,17 +10,16 @@ import subprocess
 import sys
 from typing import Any
 
-# Memory that was freed stays mapped: by default glibc returns large blocks at once, and every step faults their pages in again.
-TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(64 << 20)}
+from fastlm.allocator import VARIABLES
 
 
 class Actor:
-    """`work` names a function in fastlm.benchmarking.whole; it is called with `arguments` in the new process and returns a Timer."""
+    """`work` names a function in fastlm.benchmarking.whole; it is called with `arguments` in the new process and returns (Timer, bytes held so far)."""
 
-    def __init__(self, work: str, arguments: dict[str, Any], environment: dict[str, str] | None = None):
-        clean = {name: value for name, value in os.environ.items() if name not in TUNED and name != "GLIBC_TUNABLES"}
+    def __init__(self, work: str, arguments: dict[str, Any]):
+        clean = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "GLIBC_TUNABLES")}  # as it comes is without the user's tuning
         command = [sys.executable, "-m", "fastlm.benchmarking.actor", work, json.dumps(arguments)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean | (environment or {}))
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean)
         assert self.process.stdin and self.process.stdout
         self.requests, self.answers, self.name = self.process.stdin, self.process.stdout, f"{work} {arguments}"
 
@@ -52,20 +51,13 @@ class Actor:
 
 
 def main(work: str, arguments: str) -> None:
+    from fastlm import allocator
     from fastlm.benchmarking import compare, whole
 
-    timer = getattr(whole, work)(**json.loads(arguments))
+    timer, held = getattr(whole, work)(**json.loads(arguments))
     for _ in sys.stdin:
-        print(json.dumps({"seconds": timer(), "bytes": peak_bytes(), "backends": compare.backends_seen()}), flush=True)
-
-
-def peak_bytes() -> int:
-    """Resident memory at its highest."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        tuned = allocator.done is not None and allocator.done.tuned
+        print(json.dumps({"seconds": timer(), "bytes": held(), "backends": compare.backends_seen(), "tuned": tuned}), flush=True)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,11 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
         table = Table(title=f"{operator}: {shape}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         mine = [row for row in rows if (row.operator, row.shape) == (operator, shape)]
         columns = [("dtype", 8), ("threads", 7), ("direction", 8), ("fastlm", 6), ("against", 5), ("times as fast", 16), ("peak", 4), ("by", 3)]
-        if mine[0].tokens is not None:  # a whole step or generation: there is one direction, and no peak was counted
-            columns = [c for c in columns if c[0] not in ("direction", "peak")]
+        if mine[0].tokens is not None:  # a whole step or generation: there is one direction, and no peak was counted of the latter
+            columns = [c for c in columns if c[0] != "direction" and (c[0] != "peak" or mine[0].share is not None)]
+            columns[-1:-1] = [("memory", 4)] if mine[0].bytes_held else []
         for column, width in columns:
-            table.add_column(column, min_width=width, justify="right" if column in ("threads", "fastlm", "peak") else "left")
+            table.add_column(column, min_width=width, justify="right" if column in ("threads", "fastlm", "peak", "memory") else "left")
         for row in mine:
             time = seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.1f}/s"
             for i, (name, rival) in enumerate(row.rivals.items()):
@@ -66,6 +67,8 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
                     line |= {"dtype": row.dtype, "threads": str(row.threads), "fastlm": time, "by": row.backend}
                     line["direction"] = row.direction.replace("forward+backward", "both")
                     line["peak"] = "" if row.share is None else f"{row.share:.0%}"
+                if row.bytes_held and rival.bytes:
+                    line["memory"] = f"{row.bytes_held / rival.bytes:.2f}"
                 table.add_row(*(line.get(column, "") for column, _ in columns))
         yield table
 
@@ -92,14 +95,21 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
         shares = f"{by['step'].share:.0%}" if "step" in by else " / ".join(f"{by[d].share:.0%}" if d in by else "–" for d in DIRECTIONS[:2])
         served = ", ".join(sorted({row.backend for row in by.values()}))
         lines.append(f"| `{operator}` | {dtype} | {threads} | {' | '.join(cells)} | {shares} | {served} |")
-    for kind in dict.fromkeys(row.operator for row in rows if row.tokens is not None):
-        some = [row for row in rows if row.operator == kind]
+    for kind, shape in dict.fromkeys((row.operator, row.shape) for row in rows if row.tokens is not None):
+        some = [row for row in rows if (row.operator, row.shape) == (kind, shape)]
         names = list(dict.fromkeys(name for row in some for name in row.rivals))
-        lines += ["", f"{kind.replace('_', ' ')}: {some[0].shape}", ""]
-        lines += [f"| dtype | threads | fastlm | {' | '.join(f'against {name}' for name in names)} |", "|---" * (3 + len(names)) + "|"]
+        lines += ["", f"{kind.replace('_', ' ')}: {shape}", ""]
+        lines += [
+            f"| dtype | threads | fastlm | of peak | {' | '.join(f'against {name}' for name in names)} | memory over eager's |",
+            "|---" * (5 + len(names)) + "|",
+        ]
         for row in some:
             cells = [str(row.rivals[name].ratio) if name in row.rivals else "–" for name in names]
-            lines.append(f"| {row.dtype} | {row.threads} | {row.tokens / row.seconds:,.1f} tokens/s | {' | '.join(cells)} |")  # type: ignore[operator]
+            share = "–" if row.share is None else f"{row.share:.0%}"
+            eager = row.rivals["eager"].bytes if "eager" in row.rivals else None
+            memory = f"{row.bytes_held / eager:.2f}" if row.bytes_held and eager else "–"
+            speed = f"{row.tokens / row.seconds:,.1f} tokens/s"  # type: ignore[operator]
+            lines.append(f"| {row.dtype} | {row.threads} | {speed} | {share} | {' | '.join(cells)} | {memory} |")
     return "\n".join(lines) + "\n"
 
 

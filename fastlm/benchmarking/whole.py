@@ -1,72 +1,145 @@
-"""Whole training steps and whole generations of GPT-2 small: fastlm's model and the plain PyTorch one, same weights, same tokens."""
+"""Whole training steps of GPT-2 and BERT, and whole generations: fastlm's models and the plain PyTorch ones, same weights, same tokens."""
 
+import dataclasses
 import statistics
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastlm.benchmarking.actor import TUNED, Actor
+import fastlm
+from fastlm.benchmarking.actor import Actor
 from fastlm.benchmarking.compare import DTYPES, Rival, Row, served_by
-from fastlm.benchmarking.machine import threads
+from fastlm.benchmarking.machine import product_peak, threads
 from fastlm.benchmarking.measure import Ratio, Timer, in_turn, timed
-from fastlm.models import GPT2Config, GPT2LMHeadModel
+from fastlm.benchmarking.resident import rise
+from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 from fastlm.training.baseline import PlainGPT2
+from fastlm.training.baseline_bert import PlainBert
 from fastlm.training.loop import Trainer
-from fastlm.training.objectives import NextToken
+from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
 
 SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
-BATCH, CONTEXT = 1, 1024
 PROMPT, NEW_TOKENS = 64, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model and the batch that it takes a step on."""
+
+    kind: str  # "GPT-2", "BERT"
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    batch: int
+    context: int
+    dropout: float = 0.0  # everywhere where the architecture has some
+
+    def __str__(self) -> str:
+        dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"{self.kind}, {self.layers} layers of {self.width}, {self.batch} × {self.context} tokens{dropout}"
+
+    def model(self, seed: int = 0) -> GPT2LMHeadModel | BertForMaskedLM:
+        torch.manual_seed(seed)
+        if self.kind == "GPT-2":
+            return GPT2LMHeadModel(
+                GPT2Config(
+                    n_layer=self.layers, n_embd=self.width, n_head=self.heads, vocab_size=self.vocabulary, n_positions=self.context,
+                    resid_pdrop=self.dropout, embd_pdrop=self.dropout, attn_pdrop=self.dropout,
+                )
+            )  # fmt: skip
+        return BertForMaskedLM(
+            BertConfig(
+                num_hidden_layers=self.layers, hidden_size=self.width, num_attention_heads=self.heads, intermediate_size=4 * self.width,
+                vocab_size=self.vocabulary, max_position_embeddings=self.context, hidden_dropout_prob=self.dropout,
+                attention_probs_dropout_prob=self.dropout,
+            )
+        )  # fmt: skip
+
+    def objective(self) -> NextToken | MaskedToken:
+        return NextToken() if self.kind == "GPT-2" else MaskedToken(vocabulary=self.vocabulary, mask_token=min(103, self.vocabulary - 1))
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return self.objective().pairs(torch.randint(self.vocabulary, (self.batch, self.context + 1), generator=generator), generator)
+
+    def flops(self) -> float:
+        """Of a step, at least: a multiply-add of every weight for every token, of the output projection for every token that is predicted, and twice that in
+        backward; the two products of attention, of which backward has two each and the scores again. Looking up embeddings is free.
+        """
+        tokens, predicted = self.batch * self.context, int((self.pairs()[1] >= 0).sum())
+        head = self.vocabulary * self.width + (self.width**2 if self.kind == "BERT" else 0)
+        products = 3 * 2 * (tokens * self.layers * 12 * self.width**2 + predicted * head)
+        seen = (self.context + 1) / 2 if self.kind == "GPT-2" else self.context  # by a token, on average
+        return products + 3.5 * self.layers * 2 * 2 * tokens * seen * self.width
+
+
+MODELS = {
+    "gpt2": Subject("GPT-2", 12, 768, 12, 50257, 2, 512),
+    "gpt2-dropout": Subject("GPT-2", 12, 768, 12, 50257, 2, 512, 0.1),
+    "bert": Subject("BERT", 12, 768, 12, 30522, 8, 128, 0.1),
+    "small": Subject("GPT-2", 6, 384, 6, 256, 12, 256),  # nanoGPT's sizes for one GPU, on bytes
+    "tiny": Subject("GPT-2", 4, 128, 4, 256, 12, 64),  # and for a CPU
+}
+
+
+def step_timer(
+    *, library: str, dtype: str, number_of_threads: int, subject: dict[str, Any], tuned: bool, compiled: bool = False
+) -> tuple[Timer, Callable[[], int | None]]:
+    """In an actor: one training step as the trainer takes it, with clipping and AdamW; and by how much memory rose above model and optimiser state."""
+    torch.set_num_threads(number_of_threads)
+    about = Subject(**subject)
+    model: nn.Module = about.model()
+    loss = about.objective().loss
+    if library != "fastlm":
+        plain = PlainGPT2 if about.kind == "GPT-2" else PlainBert
+        model, loss = plain.like(model), plain.loss
+        if compiled:
+            model = cast(nn.Module, torch.compile(model))
+    if tuned:
+        fastlm.tune_allocator()
+    settings = Settings(batch=about.batch, context=about.context, dtype=dtype, width=about.width, heads=about.heads)
+    trainer = Trainer(model, settings, loss, native=library != "fastlm")
+    inputs, targets = about.pairs()
+    held = rise(sum(2 * 4 * p.numel() for p in trainer.parameters))  # AdamW's moments, which the first step makes
+    return timed(lambda: trainer.step(inputs, targets, 1e-4)), held
+
+
+def compare_steps(
+    dtype: str, number_of_threads: int, *, subject: Subject = MODELS["gpt2"], compiled: bool = False, rounds: int = 10, budget: float = 60.0
+) -> Row:
+    """fastlm, its allocator tuned, against PyTorch as it comes and "tuned" in the same way, each in a process of its own."""
+    common = {"dtype": dtype, "number_of_threads": number_of_threads, "subject": dataclasses.asdict(subject)}
+    actors: dict[str, dict[str, Any]] = {
+        "fastlm": {"library": "fastlm", "tuned": True},
+        "eager": {"library": "torch", "tuned": False},
+        "eager tuned": {"library": "torch", "tuned": True},
+    }
+    if compiled:
+        actors["compiled"] = {"library": "torch", "tuned": False, "compiled": True}
+        actors["compiled tuned"] = {"library": "torch", "tuned": True, "compiled": True}
+    with ExitStack() as stack:
+        running = {name: stack.enter_context(Actor("step_timer", common | own)) for name, own in actors.items()}
+        taken = in_turn(running, rounds, budget=budget)
+        last = {name: actor.ask() for name, actor in running.items()}
+    ours = taken.pop("fastlm")
+    seconds = statistics.median(ours)
+    # bfloat16 is a type to store in: its limit is the faster arithmetic.
+    peak = max(product_peak(number_of_threads, kind) for kind in {torch.float32, DTYPES[dtype]})
+    return Row(
+        "training_step", str(subject), dtype, number_of_threads, "step", ", ".join(last["fastlm"]["backends"]), seconds,
+        {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), last[name]["bytes"]) for name, theirs in taken.items()},
+        share=subject.flops() / peak / seconds, bound="arithmetic", bytes_held=last["fastlm"]["bytes"], tokens=subject.batch * subject.context,
+    )  # fmt: skip
 
 
 def model_of(sizes: dict[str, Any], seed: int = 0) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-
-
-def step_timer(*, library: str, dtype: str, number_of_threads: int, sizes: dict[str, Any], batch: int, context: int, compiled: bool = False) -> Timer:
-    """In an actor: one training step as the trainer takes it, with clipping and AdamW."""
-    torch.set_num_threads(number_of_threads)
-    model = model_of(sizes)
-    settings = Settings(batch=batch, context=context, dtype=dtype, width=sizes["n_embd"], heads=sizes["n_head"])
-    if library == "fastlm":
-        trainer = Trainer(model, settings, NextToken().loss)
-    else:
-        plain = PlainGPT2.like(model)
-        trainer = Trainer(cast(nn.Module, torch.compile(plain)) if compiled else plain, settings, PlainGPT2.loss)
-    del model
-    tokens = torch.randint(sizes["vocab_size"], (batch, context + 1), generator=torch.Generator().manual_seed(0))
-    return timed(lambda: trainer.step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 1e-4))
-
-
-def compare_steps(
-    dtype: str, number_of_threads: int, *, sizes: dict[str, int] | None = None, batch: int = BATCH, context: int = CONTEXT, compiled: bool = False,
-    rounds: int = 10, budget: float = 60.0,
-) -> Row:  # fmt: skip
-    """fastlm as it comes against PyTorch as it comes and, "tuned", PyTorch with the allocator's best settings (glibc's; elsewhere they change nothing)."""
-    sizes = sizes or SMALL
-    common = {"dtype": dtype, "number_of_threads": number_of_threads, "sizes": sizes, "batch": batch, "context": context}
-    actors: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-        "fastlm": ({"library": "fastlm"}, {}),
-        "eager": ({"library": "torch"}, {}),
-        "eager tuned": ({"library": "torch"}, TUNED),
-    }
-    if compiled:
-        actors["compiled tuned"] = ({"library": "torch", "compiled": True}, TUNED)
-    with ExitStack() as stack:
-        running = {name: stack.enter_context(Actor("step_timer", common | own, environment)) for name, (own, environment) in actors.items()}
-        taken = in_turn(running, rounds, budget=budget)
-        last = {name: actor.ask() for name, actor in running.items()}
-    ours = taken.pop("fastlm")
-    shape = f"GPT-2, {sizes['n_layer']} layers of {sizes['n_embd']}, {batch} × {context} tokens"
-    return Row(
-        "training_step", shape, dtype, number_of_threads, "step", ", ".join(last["fastlm"]["backends"]), statistics.median(ours),
-        {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), last[name]["bytes"]) for name, theirs in taken.items()},
-        bytes_held=last["fastlm"]["bytes"], tokens=batch * context,
-    )  # fmt: skip
 
 
 def compare_generation(

@@ -1,7 +1,6 @@
 """fastlm bench: ours against PyTorch on this machine, as a table and as files."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,17 +13,17 @@ from fastlm.commands.display import console, say
 from fastlm.ops.boundary import mismatch
 from fastlm.training.settings import within
 
-WHOLE = {"training_step": whole.compare_steps, "generation": whole.compare_generation}
-NAMES = (*CASES, "adamw", *WHOLE)
+NAMES = (*CASES, "adamw", "training_step", "generation")
 
 
 def run(
-    *, operators: str, dtypes: str, threads: str, ways: str, compiled: bool, seconds: float, json_file: Path | None, markdown_file: Path | None,
+    *, operators: str, dtypes: str, threads: str, ways: str, models: str, compiled: bool, seconds: float, json_file: Path | None, markdown_file: Path | None,
     plot_file: Path | None,
 ) -> None:  # fmt: skip
     chosen = several("operators", operators, NAMES)
     kinds = several("dtypes", dtypes, tuple(DTYPES))
     wanted = several("directions", ways, DIRECTIONS)
+    subjects = several("model", models, tuple(whole.MODELS))
     numbers = [number("threads", n) for n in threads.split(",")]
     within("seconds", seconds, 0, 3600, open_left=True)
     for argument, file in (("json", json_file), ("markdown", markdown_file), ("plot", plot_file)):
@@ -34,15 +33,17 @@ def run(
     say(f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}")
     for line in report.peaks_in_words(described):
         say(line)
-    plan = [(name, dtype, n, way) for name in chosen for dtype in kinds for n in numbers for way in directions_of(name, wanted)]
+    plan = [(name, dtype, n, way) for name in chosen for dtype in kinds for n in numbers for way in ways_of(name, wanted, subjects)]
     rows: list[Row] = []
     with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total}"), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=len(plan))
         for name, dtype, n, way in plan:
             bar.update(task, description=f"{' '.join(filter(None, (name, way)))}, {dtype}, {n} thread{'s' * (n > 1)}")
-            rows += measured(name, dtype, n, way, compiled, seconds)
+            rows.append(measured(name, dtype, n, way, compiled, seconds))
             bar.advance(task)
     say("times as fast as PyTorch: median [quartiles]; peak: share of the machine's, above 100 % where the data stayed in the cache; by: whose kernels served")
+    if "training_step" in chosen:
+        say("memory: what the step takes beyond the model and the optimiser's state, over the rival's; tuned: with fastlm.tune_allocator(), as fastlm itself")
     for table in report.screen_tables(rows):
         console.print(table)
     if json_file:
@@ -53,20 +54,21 @@ def run(
         plots.draw(plot_file, rows, described)
 
 
-def directions_of(name: str, wanted: list[str]) -> list[str | None]:
-    """An optimiser, a whole step or a generation goes one way."""
-    return [d for d in directions(name) if d in wanted] if name in CASES else [None]
+def ways_of(name: str, wanted: list[str], subjects: list[str]) -> list[str]:
+    """What there is to measure of it: directions of an operator, models of a whole step; an optimiser and a generation go one way."""
+    if name in CASES:
+        return [d for d in directions(name) if d in wanted]
+    return subjects if name == "training_step" else [""]
 
 
-def measured(name: str, dtype: str, n: int, way: str | None, compiled: bool, seconds: float) -> Iterator[Row]:
-    if way is not None:
-        yield compare(CASES[name](DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
-    elif name == "adamw":
-        yield compare_adamw(dtype, n, budget=seconds)
-    elif name == "training_step":
-        yield whole.compare_steps(dtype, n, compiled=compiled, budget=20 * seconds)
-    else:
-        yield whole.compare_generation(dtype, n, budget=10 * seconds)
+def measured(name: str, dtype: str, n: int, way: str, compiled: bool, seconds: float) -> Row:
+    if name in CASES:
+        return compare(CASES[name](DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
+    if name == "adamw":
+        return compare_adamw(dtype, n, budget=seconds)
+    if name == "training_step":
+        return whole.compare_steps(dtype, n, subject=whole.MODELS[way], compiled=compiled, budget=20 * seconds)
+    return whole.compare_generation(dtype, n, budget=10 * seconds)
 
 
 def several(argument: str, given: str, allowed: tuple[str, ...]) -> list[str]:

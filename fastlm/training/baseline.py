@@ -1,7 +1,7 @@
 """GPT-2 as an ordinary PyTorch module: what fastlm is compared with.
 
 Same state-dict keys, initial weights and arguments as fastlm.models.GPT2LMHeadModel, and nothing but PyTorch's own operators, the fastest that PyTorch has for
-each: fused attention, fused layer norm, addmm on GPT-2's Conv1D layout, native GELU, fused cross-entropy. No dropout: the comparisons train without.
+each: fused attention, fused layer norm, addmm on GPT-2's Conv1D layout, native GELU, fused cross-entropy.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ class Conv1D(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, dropout: float, residual_dropout: float):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout, self.residual_dropout = heads, dropout, residual_dropout
         self.c_attn = Conv1D(width, 3 * width)
         self.c_proj = Conv1D(width, width)
 
@@ -42,27 +42,30 @@ class Attention(nn.Module):
         query, key, value = self.c_attn(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if past is not None:
             key, value = torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=tokens > 1)
-        return self.c_proj(mixed.transpose(1, 2).reshape(batch, tokens, width)), (key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=tokens > 1, dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return F.dropout(y, self.residual_dropout, self.training), (key, value)
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
+        self.dropout = dropout
         self.c_fc = Conv1D(width, hidden)
         self.c_proj = Conv1D(hidden, width)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, epsilon: float):
+    def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width, eps=epsilon)
-        self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width, eps=epsilon)
-        self.mlp = MLP(width, 4 * width)
+        width = config.n_embd
+        self.ln_1 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
+        self.attn = Attention(width, config.n_head, config.attn_pdrop, config.resid_pdrop)
+        self.ln_2 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(width, 4 * width, config.resid_pdrop)
 
     def forward(self, x, past):
         mixed, present = self.attn(self.ln_1(x), past)
@@ -72,14 +75,14 @@ class Block(nn.Module):
 
 class PlainGPT2(nn.Module):
     def __init__(self, config):
-        """config: a fastlm.models.GPT2Config (or transformers'), with its defaults for what is not a size."""
+        """config: a fastlm.models.GPT2Config (or transformers'), with its defaults for what is neither a size nor a dropout."""
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.n_positions, config.n_embd),
-                "h": nn.ModuleList(Block(config.n_embd, config.n_head, config.layer_norm_epsilon) for _ in range(config.n_layer)),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
             }
         )
@@ -100,6 +103,7 @@ class PlainGPT2(nn.Module):
         """
         start = cache[0][0].shape[2] if cache else 0
         x = self.transformer.wte(input_ids) + self.transformer.wpe.weight[start : start + input_ids.shape[1]]
+        x = F.dropout(x, self.config.embd_pdrop, self.training)
         presents = []
         for i, block in enumerate(self.transformer.h):
             x, present = block(x, cache[i] if cache else None)

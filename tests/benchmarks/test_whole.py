@@ -1,34 +1,108 @@
-import pytest
+import dataclasses
 
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastlm import allocator
 from fastlm.benchmarking import whole
-from fastlm.benchmarking.actor import TUNED, Actor
+from fastlm.benchmarking.actor import Actor
+from fastlm.benchmarking.resident import rise
+from fastlm.benchmarking.whole import MODELS, Subject
+from fastlm.training.baseline import PlainGPT2
+from fastlm.training.baseline_bert import PlainBert
 
 SIZES = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 50, "n_positions": 32}
-WORK = {"dtype": "float32", "number_of_threads": 1, "sizes": SIZES, "batch": 2, "context": 16}
+GPT = Subject("GPT-2", 1, 32, 2, 50, 2, 16)
+BERT = Subject("BERT", 1, 32, 2, 50, 4, 16, 0.1)
+WORK = {"dtype": "float32", "number_of_threads": 1, "subject": dataclasses.asdict(GPT), "tuned": False}
 
 
-def test_steps_are_compared_between_processes():
-    row = whole.compare_steps("float32", 1, sizes=SIZES, batch=2, context=16, rounds=5)
-    assert list(row.rivals) == ["eager", "eager tuned"]
-    assert row.tokens == 32 and row.seconds > 0 and "cpu" in row.backend
-    assert row.bytes_held > 50 << 20  # of a process that has PyTorch in it
+@pytest.mark.parametrize("subject, dtype", [(GPT, "float32"), (BERT, "bfloat16")], ids=["GPT-2", "BERT"])
+def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
+    monkeypatch.setattr(whole, "product_peak", lambda threads, kind: {torch.float32: 2e12, torch.bfloat16: 1e12}[kind])
+    row = whole.compare_steps(dtype, 1, subject=subject, rounds=5)
+    assert list(row.rivals) == ["eager", "eager tuned"] and row.shape == str(subject)
+    assert row.tokens == subject.batch * 16 and row.seconds > 0 and "cpu" in row.backend
+    assert row.share == pytest.approx(subject.flops() / 2e12 / row.seconds)
+    assert 0 < row.bytes_held < 1 << 30 and all(0 < rival.bytes < 1 << 30 for rival in row.rivals.values())  # PyTorch itself is not counted
 
 
-def test_an_actor_has_the_environment_it_was_given(monkeypatch):
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # the user's own settings must not tune the one that is to be as it comes
-    for environment in ({}, TUNED):
-        with Actor("step_timer", WORK | {"library": "torch"}, environment) as actor:
-            assert actor() > 0
-            seen = dict(pair.split("=", 1) for pair in open(f"/proc/{actor.process.pid}/environ").read().split("\0") if "=" in pair)
-        assert {name: seen.get(name) for name in TUNED} == {name: environment.get(name) for name in TUNED}
-        assert actor.process.returncode == 0
+@pytest.mark.parametrize("tuned", [False, True])
+def test_an_actor_is_tuned_as_asked_whatever_the_user_set(tuned, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # must not tune the one that is to be as it comes, nor stop the other
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=100000")
+    with Actor("step_timer", WORK | {"library": "torch", "tuned": tuned}) as actor:
+        assert actor() > 0 and actor.ask()["tuned"] == tuned
+        seen = dict(pair.split("=", 1) for pair in open(f"/proc/{actor.process.pid}/environ").read().split("\0") if "=" in pair)
+        assert not {*allocator.VARIABLES, "GLIBC_TUNABLES"} & set(seen)
+    assert actor.process.returncode == 0
 
 
 def test_an_actor_that_fails_says_so():
-    with Actor("step_timer", WORK | {"library": "torch", "batch": 0}) as actor, pytest.raises(RuntimeError, match=r"step_timer .* ended with exit code 1"):
+    work = WORK | {"library": "torch", "subject": WORK["subject"] | {"batch": 0}}
+    with Actor("step_timer", work) as actor, pytest.raises(RuntimeError, match=r"step_timer .* ended with exit code 1"):
         actor()
+
+
+def test_resident_memory_above_what_is_expected():
+    kept = torch.ones(4 << 20)
+    held = rise(8 << 20)
+    before = held()
+    first = torch.ones(16 << 20)
+    del first
+    second = torch.ones(4 << 20)
+    assert kept.nbytes and second.nbytes and 55 << 20 <= held() - before <= 75 << 20  # the highest, not the last
+
+
+@pytest.mark.parametrize("subject", [GPT, dataclasses.replace(BERT, dropout=0.0)], ids=["GPT-2", "BERT"])
+def test_flops_are_those_that_pytorch_counts(subject):
+    """Of products with weights exactly; PyTorch counts attention as if nothing were masked, and a score for every token."""
+    model = subject.model()
+    plain = (PlainGPT2 if subject.kind == "GPT-2" else PlainBert).like(model)
+    inputs, targets = subject.pairs()
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        plain.loss(plain, inputs, targets).backward()
+    counts = counter.get_flop_counts()["Global"]
+    weights = sum(count for function, count in counts.items() if "attention" not in str(function))
+    tokens, width = subject.batch * subject.context, subject.width
+    head = subject.vocabulary * width + (width**2 if subject.kind == "BERT" else 0)
+    unpredicted = tokens - int((targets >= 0).sum())
+    seen = 17 / 2 if subject.kind == "GPT-2" else 16
+    attention = 3.5 * 4 * tokens * seen * width
+    assert subject.flops() == weights - 6 * unpredicted * head + attention
+    assert unpredicted == 0 if subject.kind == "GPT-2" else unpredicted > 0
+
+
+def test_gpt2_small_takes_three_quarters_of_a_gigaflop_per_token():
+    assert MODELS["gpt2"].flops() / 1024 == pytest.approx(0.775e9, rel=2e-3)
+
+
+@pytest.mark.parametrize("subject", [GPT, BERT], ids=["GPT-2", "BERT"])
+def test_the_rival_has_the_same_dropouts(subject):
+    """Without dropout the losses are equal; with it, each rival drops as often as ours: the spread of its loss is as wide."""
+    inputs, targets = subject.pairs()
+    for dropout in (0.0, 0.3):
+        model = dataclasses.replace(subject, dropout=dropout).model().train()
+        plain = (PlainGPT2 if subject.kind == "GPT-2" else PlainBert).like(model).train()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(5)  # so that the loss depends on the inside
+            plain.load_state_dict(model.state_dict())
+            ours = torch.stack([subject.objective().loss(model, inputs, targets) for _ in range(100)])
+            theirs = torch.stack([plain.loss(plain, inputs, targets) for _ in range(100)])
+        if dropout == 0:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        else:
+            assert 0.5 < ours.std() / theirs.std() < 2 and ours.std() > 1e-3
+            assert abs(ours.mean() - theirs.mean()) < 5 * (ours.var() / 100 + theirs.var() / 100).sqrt()
 
 
 def test_generations_are_compared():
     row = whole.compare_generation("bfloat16", 1, sizes=SIZES, prompt=4, new_tokens=6, rounds=5)
     assert row.operator == "generation" and row.tokens == 6 and list(row.rivals) == ["eager"]
+
+
+def test_every_model_can_be_chosen_by_name():
+    assert list(MODELS) == ["gpt2", "gpt2-dropout", "bert", "small", "tiny"]
+    assert (MODELS["bert"].batch, MODELS["bert"].context, MODELS["bert"].dropout) == (8, 128, 0.1)
