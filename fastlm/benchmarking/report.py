@@ -56,7 +56,9 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
         columns = [("dtype", 8), ("threads", 7), ("direction", 8), ("fastlm", 6), ("against", 5), ("times as fast", 16), ("peak", 4), ("by", 3)]
         if mine[0].tokens is not None:  # a whole step or generation: there is one direction, and no peak was counted of the latter
             columns = [c for c in columns if c[0] != "direction" and (c[0] != "peak" or mine[0].share is not None)]
-            columns[-1:-1] = [("memory", 4)] if mine[0].bytes_held else []
+            if mine[0].bytes_held:
+                columns[-1] = ("memory", 6)  # in place of who served, which then stands below
+                table.caption, table.caption_justify = f"by {', '.join(sorted({row.backend for row in mine}))}", "left"
         for column, width in columns:
             table.add_column(column, min_width=width, justify="right" if column in ("threads", "fastlm", "peak", "memory") else "left")
         for row in mine:
