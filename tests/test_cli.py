@@ -93,13 +93,13 @@ def test_train_takes_every_setting(text_file, tmp_path):
     (tmp_path / "more.txt").write_text("more")
     given = {
         "tokenizer": "char", "layers": 2, "heads": 4, "width": 16, "context": 8, "batch": 3, "steps": 4, "lr": 0.002, "min_lr": 0.0003, "warmup": 1,
-        "decay_steps": 3, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.2, "grad_clip": 0.5, "dropout": 0.1, "seed": 7, "dtype": "bfloat16",
+        "decay_steps": 3, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.2, "grad_clip": 0.5, "dropout": 0.1, "seed": 7, "dtype": "bf16",
         "objective": "next-token", "eval_every": 2, "val_file": str(tmp_path / "val.txt"), "threads": 2,
     }  # fmt: skip
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     succeeds("train", "--data", text_file, tmp_path / "more.txt", *flags, "--out", tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["settings"] == given | {"data": [str(text_file), str(tmp_path / "more.txt")], "val_fraction": None}
+    assert summary["settings"] == given | {"dtype": "bfloat16", "data": [str(text_file), str(tmp_path / "more.txt")], "val_fraction": None}
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
 
 

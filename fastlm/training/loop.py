@@ -94,15 +94,18 @@ class Report:
     def evaluated(self, step: int, train_loss: float, val_loss: float) -> None: ...
 
 
-def train(settings: Settings, corpus: Corpus, model: nn.Module | None = None, loss: Loss | None = None, report: Report | None = None) -> Result:
-    """Train a fastlm model of the size that the settings give; or `model`, any module, with `loss(model, inputs, targets)`, on the same batches.
+def train(
+    settings: Settings, corpus: Corpus, model: nn.Module | None = None, loss: Loss | None = None, report: Report | None = None, *, native: bool = False
+) -> Result:
+    """Train a fastlm model of the size that the settings give; or `model`, any module, with `loss(model, inputs, targets)`, on the same batches;
+    native: with PyTorch's own clipping and optimiser.
 
     Ctrl-C ends it after the running step, with the losses and weights of what was learnt so far; a second Ctrl-C ends it at once.
     """
     check_length(corpus, settings.context)
     report = report or Report()
     objective = objective_of(settings, corpus.tokenizer)
-    trainer = Trainer(model or build(settings, corpus.tokenizer), settings, loss or objective.loss)
+    trainer = Trainer(model or build(settings, corpus.tokenizer), settings, loss or objective.loss, native=native)
     length = settings.context + 1
     draw = torch.Generator().manual_seed(settings.seed)
     held = [

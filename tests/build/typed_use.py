@@ -23,6 +23,17 @@ def operators(x: Tensor, weight: Tensor, target: Tensor) -> None:
         fastlm.linear(x, weight)
 
 
+def training(model: torch.nn.Module) -> None:
+    optimizer = fastlm.optim.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0, master_weights=True, zero_gradients=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    optimizer.step()
+    schedule.step()
+    assert_type(optimizer.grad_norm, Tensor | None)
+    tuning = fastlm.tune_allocator()
+    assert_type(tuning.tuned, bool)
+    assert_type(tuning.reason, str)
+
+
 def report() -> str:
     info = fastlm.info()
     assert_type(info.backends, dict[str, list[str]])

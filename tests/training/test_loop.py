@@ -73,7 +73,7 @@ def test_other_settings_give_other_bits(trained, small, corpus, change):
 
 def test_the_same_loss_as_a_model_of_pytorch_operators(trained, small, corpus):
     result, _ = trained
-    plain = train(small, corpus, PlainGPT2.like(build(small, corpus.tokenizer)), PlainGPT2.loss)
+    plain = train(small, corpus, PlainGPT2.like(build(small, corpus.tokenizer)), PlainGPT2.loss, native=True)
     # the promise of a whole training (0.02); these few steps stay far within it, and the first, before any update, within rounding
     assert result.losses[0] == pytest.approx(plain.losses[0], rel=1e-6)
     assert result.val_loss == pytest.approx(plain.val_loss, abs=0.02)
@@ -93,6 +93,34 @@ def test_bfloat16_keeps_float32_weights_and_the_loss(trained, small, corpus):
     assert all(p.dtype == torch.float32 for p in result.model.parameters())
     assert result.losses != trained[0].losses  # it did compute in bfloat16
     assert result.val_loss == pytest.approx(trained[0].val_loss, abs=0.05)  # bfloat16 rounds by 2^-9 of the loss, some 0.005, at many places
+
+
+def test_bfloat16_follows_pytorchs_autocast_within_its_own_spread(small, corpus):
+    """The whole curve of the validation loss, against PyTorch's operators, clipping and optimiser under autocast, with the spread of that between seeds."""
+    settings = dataclasses.replace(small, dtype="bf16", steps=40, eval_every=20)
+    assert settings.dtype == "bfloat16"
+    ours, theirs = [], []
+    for seed in range(3):
+        seeded = dataclasses.replace(settings, seed=seed)
+        ours.append([val_loss for _, _, val_loss in train(seeded, corpus).evaluations])
+        plain = PlainGPT2.like(build(seeded, corpus.tokenizer))
+        theirs.append([val_loss for _, _, val_loss in train(seeded, corpus, plain, PlainGPT2.loss, native=True).evaluations])
+    ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+    assert ((ours - theirs).abs() <= theirs.std(0)).all(), f"{ours} against {theirs}"
+    assert (ours[:, 0] - ours[:, 1] > 5 * theirs.std(0)[0]).all()  # and it is a curve that falls
+
+
+def test_bfloat16_keeps_everything_that_adds_up_in_float32(small, corpus):
+    trainer = Trainer(build(small, corpus.tokenizer), dataclasses.replace(small, dtype="bf16"), NextToken().loss)
+    seen = []
+    trainer.loss = lambda model, inputs, targets: seen.append(NextToken().loss(model, inputs, targets)) or seen[0]
+    hidden = []
+    trainer.model.transformer.h[0].mlp.register_forward_hook(lambda module, arguments, result: hidden.append(result))
+    trainer.step(*NextToken().pairs(random_windows(corpus.train, 33, 8, torch.Generator().manual_seed(0))), lr=0.01)
+    assert seen[0].dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in trainer.parameters)
+    assert all(value.dtype == torch.float32 for state in trainer.optimizer.state.values() for value in state.values())
+    assert all(result.dtype == torch.bfloat16 for result in hidden)
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -179,5 +207,5 @@ def test_a_whole_training_reaches_the_loss_of_pytorch_operators(tmp_path):
         layers=4, heads=4, width=128, context=64, batch=12, dropout=0.0, steps=2000, lr=1e-3, min_lr=1e-4, beta2=0.99, warmup=100, eval_every=2000
     )
     ours = train(settings, corpus)
-    plain = train(settings, corpus, PlainGPT2.like(build(settings, corpus.tokenizer)), PlainGPT2.loss)
+    plain = train(settings, corpus, PlainGPT2.like(build(settings, corpus.tokenizer)), PlainGPT2.loss, native=True)
     assert ours.val_loss == pytest.approx(plain.val_loss, abs=0.02)

@@ -35,3 +35,8 @@ def test_errors_say_which_and_why(name, value, message):
 
 def test_ends_that_belong_to_the_range():
     Settings(min_lr=1e-3, dropout=0.0, weight_decay=0.0, grad_clip=0.0, beta1=0.0, warmup=0)
+
+
+@pytest.mark.parametrize("short, whole", [("bf16", "bfloat16"), ("fp32", "float32"), ("bfloat16", "bfloat16")])
+def test_dtypes_have_short_names(short, whole):
+    assert Settings(dtype=short).dtype == whole
