@@ -182,7 +182,7 @@ def test_gradients_that_are_not_finite_do_as_with_clip_grad_norm_(backend):
 
 def test_clipping_counts_every_group_type_and_server():
     shapes = [(30,), (40,), (50,)]
-    own = [p.detach().to(dtype, copy=True).requires_grad_() for p, dtype in zip(parameters(shapes), (torch.float32, torch.bfloat16, torch.float64), strict=True)]
+    own = [same_start([p], dtype)[0] for p, dtype in zip(parameters(shapes), (torch.float32, torch.bfloat16, torch.float64), strict=True)]
     optimizer = fastlm.optim.AdamW([{"params": own[:1]}, {"params": own[1:]}], max_grad_norm=1.0)
     steps(optimizer, 1)
     truth = torch.nn.utils.get_total_norm([p.grad.double() for p in own]).item()
