@@ -45,4 +45,13 @@ for name, operator in OPERATORS.items():
     for backend in (None, *backends):
         for ours, truth in zip(results[backend], results["reference"], strict=True):
             torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4 * truth.abs().max().item(), msg=f"{name} on {backend}")
-print(f"{expected}: {', '.join(OPERATORS)} agree on {', '.join(backends)}")
+
+stepped = {}
+for backend in (None, *backends):
+    parameter = wide.clone().requires_grad_()
+    parameter.grad = wide.flip(0).contiguous()
+    fastlm.optim.AdamW([parameter], max_grad_norm=1.0, backend=backend).step()
+    stepped[backend] = parameter.detach()
+for backend in (None, *backends):
+    torch.testing.assert_close(stepped[backend], stepped["reference"], rtol=1e-5, atol=1e-5, msg=f"AdamW on {backend}")
+print(f"{expected}: {', '.join(OPERATORS)} and AdamW agree on {', '.join(backends)}")
