@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fastlm.models import GPT2Config, GPT2LMHeadModel
+from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 from fastlm.training.baseline import PlainGPT2
+from fastlm.training.baseline_bert import PlainBert
 
 # float32: the same sums in another order. Four layers of sums of up to 256 terms differ by tens of units in the last place.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -50,3 +51,23 @@ def test_same_text(pair, tokens):
     model, plain = pair
     prompt = tokens[:, :5]
     assert torch.equal(plain.generate(prompt, 20), model.generate(prompt, max_new_tokens=20, eos_token_id=()))
+
+
+def test_the_plain_bert_has_the_same_keys_loss_and_gradients(tokens):
+    config = BertConfig(
+        vocab_size=61, max_position_embeddings=40, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = BertForMaskedLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    plain = PlainBert.like(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    targets = tokens.masked_fill(torch.rand(tokens.shape) > 0.3, -100)
+    ours, theirs = model.train()(input_ids=tokens, labels=targets).loss, plain.train().loss(plain, tokens, targets)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    ours.backward(), theirs.backward()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], **CLOSE, msg=lambda message, name=name: f"{name}: {message}")
