@@ -1,9 +1,9 @@
 // Attention:  O = softmax(scale·Q Kᵀ + mask) V,  lse = log Σ exp of the masked scores            (FlashAttention-2: Dao, 2023, arXiv:2307.08691)
 //
 // Forward 4·Tq·Tk·D FLOP a head, backward 10·Tq·Tk·D (five products, the scores made again from lse); half where causal. Compute bound: scores exist for one tile of
-// up to 256 keys × 48 queries, in L1 and L2; keys that no query of the tile may see are left out. Everything is computed transposed, scores [key][query] and output [dim][query]: then each product's second operand is the
-// tile as it lies, the softmax runs down the registers without sums across lanes, and rescaling is one multiplication per vector.
-// Q, K, V and the results are strided views: they are packed into panels as they are read (gemm.h), a key block once for up to 512 queries.
+// up to 256 keys × 48 queries, in L1 and L2; keys that no query of the tile may see are left out. Everything is computed transposed, scores [key][query] and output
+// [dim][query]: then each product's second operand is the tile as it lies, the softmax runs down the registers without sums across lanes, and rescaling is one
+// multiplication per vector. Q, K, V and the results are strided views: they are copied or packed as they are read (gemm.h), a key block once for up to 512 queries.
 #pragma once
 #include "attention_mask.h"
 #include "sequences.h"
