@@ -189,15 +189,19 @@ inline int64_t cache_for_rows() {
 struct blocking {
   int64_t row_blocks, col_blocks;
   blocking(int64_t m, int64_t n, int64_t k, int threads) : row_blocks(ceil_div(m, PartRows)), col_blocks(ceil_div(n, PartColumns)) {
-    auto worth = [=](int64_t parts, double least) { return double(m) * double(n) * double(k) / double(parts) > least; };
     for (;;) {
       const int64_t parts = row_blocks * col_blocks, rows = m / row_blocks, cols = n / col_blocks;
-      // A part for each thread from 50 µs on; four, so that a late one holds up little, where they are worth half a millisecond.
-      if (threads == 1 || parts >= 4 * threads || !worth(parts, parts < threads ? 4e6 : 4e7)) break;
-      if (cols > 48 && (cols >= rows || rows <= 64)) col_blocks *= 2;
-      else if (rows > 64) row_blocks *= 2;
-      else break;
+      const bool by_cols = cols > 48 && (cols >= rows || rows <= 64);
+      if (parts >= 4 * threads || threads == 1 || (!by_cols && rows <= 64)) break;
+      const double work = double(m) * double(n) * double(k) / double(parts);
+      // A part for each thread, from 50 µs of work on. More of them, so that a late one holds up little, where they are worth half a millisecond and stay
+      // large: an element that is read serves rows·cols / (rows + cols) multiply-adds, and memory gives one in the time of a hundred.
+      const double served = by_cols ? rows * (cols / 2.0) / (rows + cols / 2.0) : (rows / 2.0) * cols / (rows / 2.0 + cols);
+      if (work < 4e6 || (parts >= threads && (work < 4e7 || served < 170))) break;
+      (by_cols ? col_blocks : row_blocks) *= 2;
     }
+    while (row_blocks * col_blocks > threads && row_blocks * col_blocks < 4 * threads && row_blocks * col_blocks % threads && m / row_blocks > 64)
+      ++row_blocks;  // few parts are shared out evenly
     row_blocks = std::min(row_blocks, ceil_div(m, PanelRows));
     col_blocks = std::min(col_blocks, ceil_div(n, vec::Lanes));
   }
@@ -238,6 +242,33 @@ template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t r
   }
 }
 
+// The cache lines of a block of B, a few at a time while another block is multiplied: what memory takes then costs little.
+class prefetcher {
+  const char *row = nullptr, *at = nullptr;
+  int64_t rows = 0, row_bytes = 0, stride_bytes = 0;
+
+ public:
+  prefetcher() = default;
+  template <class T> prefetcher(operand<T> source, int64_t count, int64_t k) {
+    const bool along_k = source.stride != 1;
+    row = at = reinterpret_cast<const char*>(source.data);
+    rows = along_k ? count : k;
+    row_bytes = (along_k ? k : count) * int64_t(sizeof(T));
+    stride_bytes = (along_k ? source.stride : source.k_stride) * int64_t(sizeof(T));
+  }
+  int64_t lines() const { return rows * (row_bytes / 64 + 1); }
+  FASTLM_INLINE void fetch(int64_t count) {
+    for (; count > 0 && rows > 0; --count) {
+      __builtin_prefetch(at, 0, 2);
+      at += 64;
+      if (at >= row + row_bytes + 63) {  // the row's last byte may lie in one line more
+        row += stride_bytes, at = row;
+        --rows;
+      }
+    }
+  }
+};
+
 // epilogue(i, j, value, span): value holds C[i, j…]. a_sums (m; A contiguous along m) and b_sums (n), where given, are increased by the sums over k of A and of B.
 template <class Arithmetic, class TA, class TB, class Epilogue>
 void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums = nullptr, float* b_sums = nullptr) {
@@ -262,16 +293,36 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
     float* packed_b = packed_a + together * padded * row_size;
     float* sums = packed_b + BlockDepth * TileVecs * L;  // C so far: panel by panel, each tile's rows one after another
 
+    struct block_of_k {
+      int64_t first, count, lanes;
+    };
+    auto deep = [=](int64_t block) {
+      const int64_t from = depth * block / depth_blocks, lanes = depth * (block + 1) / depth_blocks - from;
+      return block_of_k{from * Arithmetic::PerLane, std::min(k - from * Arithmetic::PerLane, lanes * Arithmetic::PerLane), lanes};
+    };
+    auto right = [=](int64_t p, int64_t k_first) {
+      return operand<TB>{b.data + (first_vec + split.begin(p)) * L * b.stride + k_first * b.k_stride, b.stride, b.k_stride};
+    };
+
     for (int64_t group = 0; group < depth_blocks; group += together)
       for (int64_t p = 0; p < split.count; ++p) {
         const int64_t from = split.begin(p), width = (split.begin(p + 1) - from) * L, column = (first_vec + from) * L, columns = std::min(width, n - column);
         float* c = sums + (together < depth_blocks ? padded * from * L : 0);
         for (int64_t block = group; block < std::min(depth_blocks, group + together); ++block) {
-          const int64_t first = depth * block / depth_blocks, count = depth * (block + 1) / depth_blocks - first;
-          const int64_t k_first = first * Arithmetic::PerLane, k_count = std::min(k - k_first, count * Arithmetic::PerLane);
-          pack<Arithmetic>(operand<TB>{b.data + column * b.stride + k_first * b.k_stride, b.stride, b.k_stride}, columns, k_count, width, packed_b);
+          const auto [k_first, k_count, count] = deep(block);
+          pack<Arithmetic>(right(p, k_first), columns, k_count, width, packed_b);
           if (b_sums && row_block == 0) add_panel_sums<Arithmetic>(packed_b, count, width, columns, b_sums + column);
+          const bool last = block + 1 == std::min(depth_blocks, group + together);
+          const int64_t next_p = last ? p + 1 : p;
+          prefetcher next;
+          if (next_p < split.count) {
+            const auto [next_k, next_count, lanes] = deep(last ? group : block + 1);
+            next = prefetcher(right(next_p, next_k), std::min((split.begin(next_p + 1) - split.begin(next_p)) * L, n - (first_vec + split.begin(next_p)) * L),
+                              next_count);
+          }
+          const int64_t lines = ceil_div(next.lines() * TileRows, rows);
           for (int64_t r = 0; r < rows; r += TileRows) {
+            next.fetch(lines);
             const TA* source = a.data + (first_row + r) * a.stride + k_first * a.k_stride;
             float *packed = packed_a + ((block - group) * padded + r) * row_size, *tile = c + r * width;
             const bool direct = as_is && r + TileRows <= rows;

@@ -257,7 +257,7 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
         return loss, new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1]), zeros(x, vocab, needed[2])
     flat, weight, bias, targets = rows_of(x), matrix_of(weight), vector(bias), target.reshape(-1)
     rows = flat.shape[0]
-    chunk = min(rows, max(1, LOGITS_BYTES // (4 * vocab)))
+    chunk = -(-rows // -(-rows // max(1, LOGITS_BYTES // (4 * vocab))))  # chunks of one size: a small last one would read all the weights for little
     logits, lse = new(x, (chunk, vocab), dtype=torch.float32), new(x, rows, dtype=torch.float32)
     row_scale = row_scale if row_scale is None else row_scale.contiguous()
     dx, dweight, dbias = new_like(x, needed[0]), new_like(weight, needed[1]), new(x, vocab, needed[2])
