@@ -7,6 +7,7 @@ from fastlm._version import __version__
 from fastlm.allocator import tune_allocator
 from fastlm.backends import Unsupported, isa, use_backend
 from fastlm.info import info
+from fastlm.integrations import accelerate, report, restore
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_varlen import attention_varlen
 from fastlm.ops.gelu_mlp import gelu_mlp
@@ -18,6 +19,7 @@ from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
 __all__ = [
     "Unsupported",
     "__version__",
+    "accelerate",
     "attention",
     "attention_varlen",
     "gelu_mlp",
@@ -26,6 +28,8 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "optim",
+    "report",
+    "restore",
     "scaled_dot_product_attention",
     "tune_allocator",
     "use_backend",

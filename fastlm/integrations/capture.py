@@ -1,0 +1,24 @@
+"""What transformers 5 collects from inside a model by hooks that stay on its modules once they were needed. Only while it collects do they matter."""
+
+from collections.abc import Callable
+
+try:
+    from transformers.utils.output_capturing import _active_collector as collector
+except ImportError:  # transformers 4, whose layers hand everything on themselves
+    collector = None
+
+MODULE = "transformers.utils.output_capturing"
+
+
+def collecting() -> dict:
+    """What is being collected just now, by kind ("hidden_states", "attentions", …)."""
+    return (collector.get() or {}) if collector is not None else {}
+
+
+def attentions_wanted() -> bool:
+    return any("attentions" in kind for kind in collecting())
+
+
+def idle(hook: Callable) -> bool:
+    """Whether a hook is one of these, and does nothing in this call."""
+    return getattr(hook, "__module__", None) == MODULE and not collecting()

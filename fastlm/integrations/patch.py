@@ -1,0 +1,92 @@
+"""A forward put on one module in place of its class's, and what must be known of a module before its own forward may be skipped."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.integrations.capture import idle
+from fastlm.ops.boundary import opaque
+
+GLOBAL_HOOKS = tuple(
+    hooks for name, hooks in vars(torch.nn.modules.module).items() if name.startswith("_global_") and name.endswith("_hooks") and isinstance(hooks, dict)
+)
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+class Patch:
+    """Stands as `forward` in a module's own __dict__. Deep copies and pickles with its module, and has the signature of the forward that it stands for."""
+
+    def __init__(self, module: nn.Module, function: Callable, family: Any, options: dict[str, bool]) -> None:
+        self.module, self.function, self.family, self.options = module, function, family, options
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+        self.open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, args, kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def bind(self, args: tuple, kwargs: dict) -> dict:
+        """All arguments by name."""
+        if len(args) > len(self.names):
+            raise TypeError(f"{type(self.module).__name__}.forward: expected at most {len(self.names)} positional arguments, got {len(args)}")
+        return {**dict(zip(self.names, args)), **kwargs}  # noqa: B905  # fewer arguments than names
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+def put(module: nn.Module, function: Callable, family: Any, options: dict[str, bool]) -> Patch:
+    patch = module.__dict__["forward"] = Patch(module, function, family, options)
+    return patch
+
+
+def patch_of(module: nn.Module) -> Patch | None:
+    found = module.__dict__.get("forward")
+    return found if type(found) is Patch and found.module is module else None
+
+
+def touched(module: nn.Module) -> str:
+    """Why a module must be called, and not only what it holds be used; "" if nobody would notice."""
+    own = module.__dict__
+    if own["_forward_hooks"] and not all(idle(hook) for hook in own["_forward_hooks"].values()):
+        return "has a forward hook"
+    if own["_forward_pre_hooks"]:
+        return "has a forward pre-hook"
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "has a backward hook"
+    forward = own.get("forward")
+    if forward is not None and type(forward) is not Patch and getattr(forward, "__func__", None) is not type(module).forward:
+        return "has a forward of its own"
+    return ""
+
+
+def watched(*tensors: Any) -> str:
+    """Why nothing at all may be replaced in this call; "" if it may."""
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            return "does not compute on tensors"
+    if any(GLOBAL_HOOKS):
+        return "every module has a global hook"
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces it"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms it"
+    return ""
+
+
+def eager(*tensors: Tensor) -> bool:
+    """Whether sizes may depend on values: nobody traces, and no CUDA graph is captured."""
+    if opaque(*tensors):
+        return False
+    return not tensors[0].is_cuda or not torch.cuda.is_current_stream_capturing()
+
+

@@ -1,0 +1,251 @@
+"""fastlm.accelerate on transformers models. Importing this registers attn_implementation="fastlm".
+
+A model is not rewritten: `forward` of each layer, encoder and head is put in place on the module itself (patch.py), and everything else about it stays. What
+a family is made of stands in families.py, how its layers compute in blocks.py.
+"""
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, __version__
+
+from fastlm.backends import choice
+from fastlm.integrations import attention as interface
+from fastlm.integrations import blocks, loss, packing, views
+from fastlm.integrations.families import FAMILIES, HEADS, Family
+from fastlm.integrations.patch import Patch, patch_of, put, touched
+from fastlm.integrations.report import Entry, Report
+
+M = TypeVar("M", bound=nn.Module)
+ROWS = 512  # for which a report says who serves
+
+interface.register()
+
+
+def accelerate(model: M, *, attention: bool = True, layernorm: bool = True, mlp: bool = True, loss: bool = True, strict: bool = True) -> M:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError("model: expected one that is not compiled yet (accelerate, then torch.compile), got the result of torch.compile")
+    restore(model)
+    options = {"attention": attention, "layernorm": layernorm, "mlp": mlp, "loss": loss}
+    for _, module, family in layers(model):
+        if not foreign(module):
+            learn(module, family)
+            put(module, blocks.pre_norm if family.pre_norm else blocks.post_norm, family, options).tuple = blocks.returns_tuple(type(module))
+    for _, module, family in encoders(model):
+        if attention and not foreign(module) and hasattr(interface.fastlm, "attention_varlen"):  # XXX
+            put(module, packing.encoder, family, options)
+    for module in model.modules():
+        if loss and (causal := head_of(module)) is not None and not foreign(module):
+            hold_loss(module, causal, options)
+        if attention and isinstance(module, PreTrainedModel) and uses_interface(module):
+            look_through_views(module)
+    if strict and not (found := report(model)).replaced:
+        why = "; ".join(f"{entry.module}: {entry.reason}" for entry in found.left_alone[:5]) or "no layer of a known family in it"
+        raise ValueError(f"model: expected layers of {', '.join(sorted({f.block for f in FAMILIES.values()}))} to replace, got {type(model).__name__} ({why})")
+    return model
+
+
+def restore(model: M) -> M:
+    wrapped = [name or "the model" for name, module in model.named_modules() if buried(module)]
+    if wrapped:
+        raise RuntimeError(f"model: expected forwards as accelerate left them, got one wrapped by something else at {', '.join(wrapped[:5])}; undo that first")
+    for module in model.modules():
+        if patch_of(module) is not None:
+            del module.__dict__["forward"]
+        if views.is_view(config := module.__dict__.get("config")):
+            module.__dict__["config"] = views.original(config)
+    return model
+
+
+def buried(module: nn.Module) -> bool:
+    """Whether our forward is inside someone else's."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and type(forward) is not Patch and any(type(x) is Patch for x in (module.__dict__.get("_old_forward"), inspect.unwrap(forward)))
+
+
+# 1. Finding
+
+
+def family_of(module: nn.Module, role: str) -> Family | None:
+    """The family whose layer ("block") or "encoder" a module is: of that class or one that inherits its forward."""
+    forward = inspect.unwrap(type(module).forward)
+    family = FAMILIES.get(getattr(forward, "__module__", ""))
+    if family is None or getattr(family, role) is None:
+        return None
+    named = any(kind.__name__ == getattr(family, role) and kind.__module__ == forward.__module__ for kind in type(module).__mro__)
+    return family if named else None
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
+    for name, module in model.named_modules():
+        if (family := family_of(module, "block")) is not None:
+            yield name, module, family
+
+
+def encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
+    for name, module in model.named_modules():
+        if (family := family_of(module, "encoder")) is not None:
+            yield name, module, family
+
+
+def head_of(module: nn.Module) -> bool | None:
+    """Whether a head's loss is causal; None if it is no head of the table."""
+    forward = inspect.unwrap(type(module).forward)
+    if getattr(forward, "__module__", "") not in FAMILIES:
+        return None
+    return next((HEADS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in HEADS and kind.__module__ == forward.__module__), None)
+
+
+def foreign(module: nn.Module) -> bool:
+    """Whether a module has a forward that is neither its class's nor ours: someone else's, to be left alone."""
+    return touched(module) == "has a forward of its own"
+
+
+def learn(layer: nn.Module, family: Family) -> None:
+    """Remembers the classes of a layer's containers, if their forward is the one of transformers that the fused forward repeats."""
+    home = inspect.unwrap(type(layer).forward).__module__
+    for path in {family.attention, family.out[0], family.up[0], family.down[0], *((family.around,) if family.around else ())}:
+        kind = type(blocks.descend(layer, path))
+        blocks.parameters(kind)
+        if getattr(inspect.unwrap(kind.forward), "__module__", "") == home:
+            blocks.known.add(kind)
+
+
+# 2. Putting in place
+
+
+def hold_loss(head: nn.Module, causal: bool, options: dict) -> None:
+    put(head, loss.head, causal, options)
+    loss.hold(head, options)
+
+
+def uses_interface(model: PreTrainedModel) -> bool:
+    """Whether layers of a known family take their attention and their masks through transformers' interface, and this model makes the masks."""
+    if not type(model)._supports_attention_backend or views.is_view(model.config):
+        return False
+    found = [module for module in model.modules() if module is not model and isinstance(module, PreTrainedModel)]
+    return not found and any(True for _ in layers(model))
+
+
+def look_through_views(model: PreTrainedModel) -> None:
+    config = model.config
+    seen = views.view(config, config._attn_implementation)
+    for module in model.modules():
+        if module.__dict__.get("config") is config:
+            module.__dict__["config"] = seen
+
+
+# 3. Reporting
+
+
+def report(model: nn.Module) -> Report:
+    entries: list[Entry] = []
+    for name, module in model.named_modules():
+        name = name or "(model)"
+        if (family := family_of(module, "block")) is not None:
+            entries += layer_entries(name, module, family)
+        elif (family := family_of(module, "encoder")) is not None and (patch := patch_of(module)) is not None:
+            why = packing.not_packable(patch, torch.empty(()), {})
+            entries.append(entry(f"{name}, padding left out", "attention_varlen", first_parameter(module), why))
+        elif head_of(module) is not None:
+            entries.append(head_entry(name, module))
+    return Report(tuple(entries))
+
+
+def first_parameter(module: nn.Module) -> torch.Tensor:
+    return next(module.parameters())
+
+
+def entry(name: str, operator: str, parameter: torch.Tensor, why: str, **features: Any) -> Entry:
+    if why:
+        return Entry(name, operator, "", why)
+    sizes = {"batch": 1, "query_len": ROWS, "key_len": ROWS, "rows": ROWS, "masked": True, "dropout": False, "return_lse": False, "mask_gradient": False}
+    asked = {feature: {**sizes, **features}.get(feature, parameter.shape[-1]) for feature in choice.FEATURES[operator]}
+    return Entry(name, operator, choice.decide(operator, parameter.device, parameter.dtype, choice.requested(None), asked)[0], "")
+
+
+def layer_entries(name: str, layer: nn.Module, family: Family) -> list[Entry]:
+    patch = patch_of(layer)
+    if patch is None:
+        return [Entry(name, "layer", "", "has a forward of its own" if foreign(layer) else "is not accelerated")]
+    attention = blocks.descend(layer, family.attention)
+    around = blocks.not_container(layer._modules[family.around]) if family.around else ""
+    owner, first, last = (blocks.descend(layer, part[0]) for part in (family.out, family.up, family.down))
+
+    def off(option: str) -> str:
+        return "" if patch.options[option] else f"accelerate(…, {option}=False)"
+
+    entries = []
+    why = off("attention") or around or blocks.not_attention(attention)
+    heads = getattr(attention, family.heads)
+    width = next(attention.parameters()).shape[-1]
+    entries.append(entry(f"{name}.{family.attention}", "attention", first_parameter(attention), why, heads=heads, head_dim=width // heads))
+    for path in family.projections:
+        entries.append(linear_entry(f"{name}.{family.attention}.{path}", attention._modules[path], why))
+    outside = why if owner is attention else off("attention") or around or blocks.not_container(owner)
+    entries.append(linear_entry(f"{name}.{family.out[0]}.{family.out[1]}", owner._modules[family.out[1]], outside))
+
+    hidden_by = {family.norm1: around, family.norm2: ""} if family.pre_norm else {family.norm1: around, family.norm2: ""}
+    if family.norm1.startswith(f"{family.out[0]}."):
+        hidden_by[family.norm1] = around or blocks.not_container(owner)
+    if family.norm2.startswith(f"{family.down[0]}."):
+        hidden_by[family.norm2] = blocks.not_container(last)
+    for path, container in hidden_by.items():
+        norm = blocks.descend(layer, path)
+        entries.append(entry(f"{name}.{path}", "layernorm_residual", first_parameter(norm), off("layernorm") or container or blocks.not_norm(norm)))
+
+    up, down = first._modules[family.up[1]], last._modules[family.down[1]]
+    why = off("mlp") or blocks.not_container(first) or blocks.not_container(last)
+    reasons = {
+        f"{family.up[0]}.{family.up[1]}": blocks.not_plain(up),
+        f"{family.down[0]}.{family.down[1]}": blocks.not_plain(down),
+        f"{family.up[0]}.{family.up[2]}": "" if blocks.gelu(getattr(first, family.up[2])) is not None else "is not a plain GELU",
+    }
+    inside = "; ".join(f"{path} {reason}" for path, reason in reasons.items() if reason)
+    where = f"{name}.{family.up[0]}" if first is last else f"{name}.{family.up[0]} and .{family.down[0]}"
+    entries.append(entry(where, "gelu_mlp", first_parameter(first), why or inside, hidden_width=4 * width))
+    if inside and not why:
+        entries += [linear_entry(f"{name}.{part[0]}.{part[1]}", module, "") for part, module in ((family.up, up), (family.down, down))]
+    return entries
+
+
+def linear_entry(name: str, module: nn.Module, why: str) -> Entry:
+    return entry(name, "linear", first_parameter(module), why or blocks.not_plain(module))
+
+
+def head_entry(name: str, head: nn.Module) -> Entry:
+    patch = patch_of(head)
+    if patch is None:
+        return Entry(name, "linear_cross_entropy", "", "has a forward of its own" if foreign(head) else "accelerate(…, loss=False)")
+    decoder = head.get_output_embeddings()
+    why = blocks.not_plain(decoder) if decoder is not None else "is missing"
+    own_loss = loss.own_loss(patch)
+    return entry(name, "linear_cross_entropy", first_parameter(decoder or head), own_loss or (why and f"its output projection {why}"), vocab=32000)
+
+
+# 4. transformers 4, whose other families choose a class by the implementation's name
+
+
+class Refusal:
+    """Stands where transformers 4 looks for an attention class."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f'attn_implementation: expected "eager" or "sdpa", got {interface.NAME!r}: this model does not compute attention through the interface in this '
+            "version of transformers. Load it as usual, then call fastlm.accelerate(model)"
+        )
+
+
+def refuse_by_name() -> None:
+    for home in FAMILIES:
+        for name, table in vars(importlib.import_module(home)).items():
+            if name.endswith("ATTENTION_CLASSES") and isinstance(table, dict):
+                table.setdefault(interface.NAME, Refusal)
+
+
+if int(__version__.partition(".")[0]) < 5:
+    refuse_by_name()

@@ -1,0 +1,42 @@
+"""A model's configuration as it is, but for the attention implementation that it names.
+
+Two models made from one configuration object share it. So it is not written to: the modules of an accelerated model look at it through a view, an object
+of a subclass whose attributes are the configuration's own, both ways, except that attn_implementation reads "fastlm" for as long as nobody sets another.
+"""
+
+import functools
+from typing import Any
+
+from fastlm.integrations.attention import NAME
+
+KEY = "_attn_implementation"
+
+
+@functools.cache
+def kind(config_class: type, replaced: str | None) -> type:
+    own = getattr(config_class, KEY)
+
+    def get(self: Any) -> str | None:
+        current = own.fget(self)
+        return NAME if current == replaced else current
+
+    def reduce(self: Any, protocol: Any = None) -> Any:
+        return view, (original(self), replaced)
+
+    members = {KEY: property(get, own.fset), "__reduce_ex__": reduce, "__module__": config_class.__module__, "__slots__": ("fastlm_original",)}
+    return type(config_class.__name__, (config_class,), members)
+
+
+def view(config: Any, replaced: str | None) -> Any:
+    seen = object.__new__(kind(type(config), replaced))
+    object.__setattr__(seen, "fastlm_original", config)
+    object.__setattr__(seen, "__dict__", config.__dict__)
+    return seen
+
+
+def is_view(config: Any) -> bool:
+    return hasattr(type(config), "fastlm_original")
+
+
+def original(config: Any) -> Any:
+    return config.fastlm_original
