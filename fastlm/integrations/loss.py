@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import fastlm
 from fastlm.integrations.blocks import not_plain
@@ -55,7 +56,13 @@ def not_fused(patch: Patch, given: dict) -> str:
 
 
 def own_loss(patch: Patch) -> str:
-    return "has a loss function of its own" if patch.family and patch.module.loss_function is not ForCausalLMLoss else ""
+    """The property `loss_function` is not asked: the first time it logs a warning, which torch.compile cannot trace."""
+    if not patch.family:
+        return ""
+    own = patch.module.__dict__
+    chosen = own.get("_loss_function") or LOSS_MAPPING.get(own.get("loss_type"), ForCausalLMLoss)
+    standard = chosen is ForCausalLMLoss and type(patch.module).loss_function is PreTrainedModel.loss_function
+    return "" if standard else "has a loss function of its own"
 
 
 def head(patch: Patch, args: tuple, kwargs: dict) -> Any:

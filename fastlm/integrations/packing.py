@@ -27,11 +27,12 @@ class Packed:
 
 
 def pack(padding: Tensor) -> Packed | None:
-    """None where there is nothing to gain: no padding, or nothing else."""
+    """None where there is nothing to gain, and where a sequence begins with padding: its first position is what poolers and classifiers read."""
     batch, tokens = padding.shape
-    index = padding.flatten().nonzero()[:, 0]
-    if index.shape[0] in (0, batch * tokens):
+    real, begun = torch.stack([padding.sum(), padding[:, :1].sum()]).tolist()
+    if real == batch * tokens or begun != batch:
         return None
+    index = torch.nonzero_static(padding.flatten(), size=real)[:, 0]
     cu_seqlens = F.pad(padding.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
     return Packed(cu_seqlens, index, batch, tokens)
 

@@ -36,7 +36,7 @@ def accelerate(model: M, *, attention: bool = True, layernorm: bool = True, mlp:
             learn(module, family)
             put(module, blocks.pre_norm if family.pre_norm else blocks.post_norm, family, options).tuple = blocks.returns_tuple(type(module))
     for _, module, family in encoders(model):
-        if attention and not foreign(module) and hasattr(interface.fastlm, "attention_varlen"):  # XXX
+        if attention and not foreign(module):
             put(module, packing.encoder, family, options)
     for module in model.modules():
         if loss and (causal := head_of(module)) is not None and not foreign(module):
