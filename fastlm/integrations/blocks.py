@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 import fastlm
 from fastlm.integrations.attention import NAME, attend
 from fastlm.integrations.capture import attentions_wanted
+from fastlm.integrations.families import Family
 from fastlm.integrations.packing import Packed
-from fastlm.integrations.patch import CACHES, Patch, touched, watched
+from fastlm.integrations.patch import CACHES, Patch, put, touched, watched
 
 LAYOUTS = {nn.Linear: "linear", nn.modules.linear.NonDynamicallyQuantizableLinear: "linear", Conv1D: "conv1d"}
 EXACT, TANH = ("GELUActivation",), ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation")
@@ -87,50 +88,111 @@ def descend(module: Any, path: str) -> Any:
     return module
 
 
-def project(module: nn.Module, x: Tensor, fused: bool = True) -> Tensor:
-    if not fused or not_plain(module):
-        return module(x)
+class Parts:
+    """The modules of a layer and, for each, why it must be called as a module; as long as no reason appears or vanishes."""
+
+    def __init__(self, block: nn.Module, family: Family) -> None:
+        self.links: list[tuple[dict, str, nn.Module]] = []
+        self.attention, self.owner = self.find(block, family.attention), self.find(block, family.out[0])
+        self.first, self.last = self.find(block, family.up[0]), self.find(block, family.down[0])
+        self.norm1, self.norm2 = self.find(block, family.norm1), self.find(block, family.norm2)
+        self.around = None if family.around is None else self.find(block, family.around)
+        self.projections = [self.find(self.attention, name) for name in family.projections]
+        self.attention_dropout = self.find(self.attention, family.attention_dropout)
+        self.out, self.up, self.down = self.find(self.owner, family.out[1]), self.find(self.first, family.up[1]), self.find(self.last, family.down[1])
+        self.out_dropout = None if family.out[2] is None else self.find(self.owner, family.out[2])
+        self.down_dropout = None if family.down[2] is None else self.find(self.last, family.down[2])
+        self.activation = getattr(self.first, family.up[2])  # a module, or a function
+        if isinstance(self.activation, nn.Module):
+            self.find(self.first, family.up[2])
+
+        self.attention_why = not_attention(self.attention)
+        self.around_why = "" if self.around is None else not_container(self.around)
+        self.owner_why = self.attention_why if self.owner is self.attention else not_container(self.owner)
+        self.first_why, self.last_why = not_container(self.first), not_container(self.last)
+        self.gelu = gelu(self.activation)
+        plain = (*self.projections, self.out, self.up, self.down)
+        self.why = {module: not_plain(module) for module in plain}
+        self.why |= {module: not_norm(module) for module in (self.norm1, self.norm2)}
+        self.why |= {module: not_dropout(module) for module in (self.out_dropout, self.down_dropout) if module is not None}
+        reasons = (self.attention_why, self.around_why, self.owner_why, self.first_why, self.last_why, *self.why.values())
+        self.clean = self.gelu is not None and not any(reasons)
+        self.kinds = [(module, type(module), module.__dict__) for _, _, module in self.links]
+
+    def find(self, module: nn.Module, path: str) -> nn.Module:
+        for name in path.split("."):
+            inside = module._modules
+            module = inside[name]
+            self.links.append((inside, name, module))
+        return module
+
+    def still_clean(self) -> bool:
+        """Whether all was clean and is: nothing replaced, hooked or wrapped since. All that a layer pays, at every call, for letting that happen."""
+        if not self.clean:
+            return False
+        for inside, name, module in self.links:
+            if inside[name] is not module:
+                return False
+        for module, kind, own in self.kinds:
+            if module.__class__ is not kind or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+                return False
+            if (own["_forward_hooks"] or "forward" in own) and touched(module):
+                return False
+        return True
+
+
+def parts_of(patch: Patch) -> Parts:
+    found = patch.parts
+    if found is None or not found.still_clean():
+        found = Parts(patch.module, patch.family)
+        if not torch.compiler.is_compiling():
+            patch.parts = found
+    return found
+
+
+def project(module: nn.Module, x: Tensor, why: str) -> Tensor:
     own = module._parameters
-    return fastlm.linear(x, own["weight"], own["bias"], layout=LAYOUTS[type(module)])
+    weight = own.get("weight")
+    if why or type(weight) not in PLAIN:  # sharding puts other tensors in its place between two calls
+        return module(x)
+    return fastlm.linear(x, weight, own["bias"], layout=LAYOUTS[type(module)])
 
 
-def probability(dropout: nn.Module | None) -> float | None:
-    """Of a plain dropout, as it is set now; None for a module that must be called."""
+def dropped(branch: Tensor, dropout: nn.Module | None, why: dict) -> tuple[Tensor, float]:
+    """(branch, the probability with which it is to be dropped), or (dropout(branch), 0) where the dropout must be called."""
     if dropout is None:
-        return 0.0
-    return None if not_dropout(dropout) else dropout.p if dropout.training else 0.0
+        return branch, 0.0
+    if why[dropout]:
+        return dropout(branch), 0.0
+    return branch, dropout.p if dropout.training else 0.0
 
 
-def add(branch: Tensor, residual: Tensor, dropout: nn.Module | None) -> Tensor:
-    return residual + (branch if dropout is None else dropout(branch))
-
-
-def add_norm(branch: Tensor, residual: Tensor, dropout: nn.Module | None, norm: nn.Module, fused: bool, post: bool) -> tuple[Tensor, Tensor]:
+def add_norm(branch: Tensor, residual: Tensor, dropout: nn.Module | None, norm: nn.Module, parts: Parts, fused: bool, post: bool) -> tuple[Tensor, Tensor]:
     """(LayerNorm(residual + dropout(branch)), the sum)."""
-    dropout_p = probability(dropout)
-    if not fused or dropout_p is None or not_norm(norm):
-        summed = add(branch, residual, dropout)
+    branch, dropout_p = dropped(branch, dropout, parts.why)
+    own = norm._parameters
+    if not fused or parts.why[norm] or type(own["weight"]) not in PLAIN:
+        summed = residual + (F.dropout(branch, dropout_p) if dropout_p else branch)
         return norm(summed), summed
     if branch.dtype != residual.dtype and (post or residual.dtype != torch.float32):
         # Under autocast: the sum is as wide as the wider one, and so is its LayerNorm. Before a product, which narrows it again, it may be narrow at once.
         wide = torch.promote_types(branch.dtype, residual.dtype)
         branch, residual = branch.to(wide), residual.to(wide)
-    own = norm._parameters
     return fastlm.layernorm_residual(branch, residual, own["weight"], own["bias"], norm.eps, dropout_p=dropout_p)
 
 
-def feed_forward(x: Tensor, up: nn.Module, activation: Any, down: nn.Module, fused: bool = True) -> Tensor:
+def feed_forward(x: Tensor, parts: Parts, fused: bool) -> Tensor:
+    up, down, why = parts.up, parts.down, parts.why
     if not fused:
-        return down(activation(up(x)))
-    approximate = gelu(activation)
-    if approximate is None or type(up) is not type(down) or not_plain(up) or not_plain(down):
-        return project(down, activation(project(up, x)))
+        return down(parts.activation(up(x)))
     a, b = up._parameters, down._parameters
-    return fastlm.gelu_mlp(x, a["weight"], a["bias"], b["weight"], b["bias"], approximate=approximate, layout=LAYOUTS[type(up)])
+    if parts.gelu is None or why[up] or why[down] or type(up) is not type(down) or type(a["weight"]) not in PLAIN or type(b["weight"]) not in PLAIN:
+        return project(down, parts.activation(project(up, x, why[up])), why[down])
+    return fastlm.gelu_mlp(x, a["weight"], a["bias"], b["weight"], b["bias"], approximate=parts.gelu, layout=LAYOUTS[type(up)])
 
 
 def scale_of(module: nn.Module, head_dim: int) -> float:
-    scale = getattr(module, "scaling", None)
+    scale = module.__dict__.get("scaling")
     if scale is None:  # transformers 4
         scale = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
         if getattr(module, "scale_attn_by_inverse_layer_idx", False):
@@ -138,30 +200,31 @@ def scale_of(module: nn.Module, head_dim: int) -> float:
     return scale
 
 
-def attended(patch: Patch, module: nn.Module, x: Tensor, mask: Any, given: dict, weights_wanted: bool) -> tuple[Tensor, Tensor | None]:
+def attended(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: dict, weights_wanted: bool) -> tuple[Tensor, Tensor | None]:
     """What the attention module computes up to the output projection: (batch, tokens, heads · head_dim), and the weights if they are wanted."""
-    family = patch.family
-    heads, batch, tokens = getattr(module, family.heads), x.shape[0], x.shape[1]
-    parts = [project(module._modules[name], x) for name in family.projections]
-    if len(parts) == 1:  # the attention reads the three where the projection left them, side by side in every token's row
-        query, key, value = parts[0].view(batch, tokens, 3, heads, -1).unbind(2)
+    module = parts.attention
+    own = module.__dict__
+    heads, (batch, tokens) = own[patch.family.heads], x.shape[:2]
+    projected = [project(projection, x, parts.why[projection]) for projection in parts.projections]
+    if len(projected) == 1:  # the attention reads the three where the projection left them, side by side in every token's row
+        query, key, value = projected[0].view(batch, tokens, 3, heads, -1).unbind(2)
     else:
-        query, key, value = (part.view(batch, tokens, heads, -1) for part in parts)
+        query, key, value = [part.view(batch, tokens, heads, -1) for part in projected]
     scale = scale_of(module, query.shape[-1])
-    dropout_p = module._modules[family.attention_dropout].p if module.training else 0.0
+    dropout_p = parts.attention_dropout.p if module.training else 0.0
     if type(mask) is Packed:
         ends = mask.cu_seqlens
         out = fastlm.attention_varlen(query[0], key[0], value[0], ends, ends, scale=scale, dropout_p=dropout_p)
         return out.view(batch, tokens, -1), None
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    cache = cache_of(given)
+    cache = given.get(patch.cache)
     if cache is not None:
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         position = given.get("cache_position")
         key, value = cache.update(key, value, module.layer_idx, *(() if position is None else ({"cache_position": position},)))
-    causal = getattr(module, "is_causal", None)
-    causal = getattr(module, "is_decoder", False) if causal is None else causal
-    causal = causal if given.get("is_causal") is None else given["is_causal"]
+    causal = given.get("is_causal")
+    if causal is None:
+        causal = own["is_causal"] if "is_causal" in own else own.get("is_decoder", False)
     if mask is None and causal and key.shape[2] > tokens > 1 and implementation(module) != NAME:
         key, value = key[:, :, :tokens], value[:, :, :tokens]  # elsewhere no mask means an empty static cache then, whose end is empty
     out, weights = attend(query, key, value, mask, causal, scale, dropout_p, weights_wanted=weights_wanted)
@@ -172,25 +235,22 @@ def implementation(module: nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
-def cache_of(given: dict) -> Any:
-    for name in CACHES:
-        if given.get(name) is not None:
-            return given[name]
-    return None
-
-
 # 3. Layers
 
 
-def unusual(patch: Patch, x: Any, given: dict) -> str:
+def unusual(patch: Patch, given: dict) -> str:
     """Why this call is left to the class's own forward."""
-    for name, what in (("encoder_hidden_states", "cross-attention"), ("head_mask", "a mask of heads")):
-        if given.get(name) is not None:
-            return what
-    cache = cache_of(given)
+    if given.get("encoder_hidden_states") is not None:
+        return "cross-attention"
+    if given.get("head_mask") is not None:
+        return "a mask of heads"
+    for name in CACHES:
+        if name in given and name != patch.cache:
+            return f"an argument of the name {name}"
+    cache = given.get(patch.cache)
     if cache is not None and not isinstance(cache, Cache | EncoderDecoderCache):
         return f"a cache of type {type(cache).__name__}"
-    return watched(x)
+    return watched(given.get(patch.names[0]))
 
 
 def shared(patch: Patch, given: dict, module: nn.Module) -> dict | None:
@@ -209,9 +269,13 @@ def parameters(kind: type) -> tuple[str, ...]:
     return signatures[kind]
 
 
-def returns_tuple(kind: type) -> bool:
-    """Whether a layer returns (hidden states, …) or hidden states. The annotations of transformers 5.0 say the one and mean the other."""
-    return re.search(r"\boutputs? = \(", inspect.getsource(inspect.unwrap(kind.forward))) is not None
+def put_layer(module: nn.Module, family: Family, options: dict[str, bool]) -> None:
+    patch = put(module, pre_norm if family.pre_norm else post_norm, family, options)
+    patch.cache = next((name for name in patch.names if name in CACHES), CACHES[0])
+    patch.mask = next(name for name in patch.names if name in ("attention_mask", "attn_mask"))
+    # Whether a layer returns (hidden states, …) or hidden states. The annotations of transformers 5.0 say the one and mean the other.
+    patch.tuple = re.search(r"\boutputs? = \(", inspect.getsource(inspect.unwrap(type(module).forward))) is not None
+    patch.parts = Parts(module, family)
 
 
 def layer(body: Any) -> Any:
@@ -220,22 +284,21 @@ def layer(body: Any) -> Any:
     @functools.wraps(body)
     def forward(patch: Patch, args: tuple, kwargs: dict) -> Any:
         given = patch.bind(args, kwargs)
-        module = patch.module
-        if unusual(patch, given.get(patch.names[0]), given):
+        if unusual(patch, given):
             return patch.original(*args, **kwargs)
+        module = patch.module
         if CHECKPOINTS_IN_FORWARD and module.gradient_checkpointing and module.training and torch.is_grad_enabled():
             without = {**dict.fromkeys(CACHES), "use_cache": False}
             kwargs = {name: without.get(name, x) for name, x in kwargs.items()}
-            return module._gradient_checkpointing_func(functools.partial(run, patch, kwargs), *args)
+            return module._gradient_checkpointing_func(functools.partial(again, patch, kwargs), *args)
         return compute(patch, given)
 
-    def run(patch: Patch, kwargs: dict, *args: Any) -> Any:
+    def again(patch: Patch, kwargs: dict, *args: Any) -> Any:
         return compute(patch, patch.bind(args, kwargs))
 
     def compute(patch: Patch, given: dict) -> Any:
-        mask = given.get("attention_mask") if "attention_mask" in given else given.get("attn_mask")
         wanted = bool(given.get("output_attentions"))
-        result = body(patch, given[patch.names[0]], mask, given, wanted)
+        result = body(patch, given[patch.names[0]], given.get(patch.mask), given, wanted)
         if result is None:
             return patch.original(**given)
         out, weights = result
@@ -243,7 +306,7 @@ def layer(body: Any) -> Any:
             return out
         if not wanted:
             return (out,)
-        return (weights, out) if patch.names[0] == "x" else (out, weights)
+        return (weights, out) if patch.names[0] == "x" else (out, weights)  # DistilBERT's order
 
     return forward
 
@@ -251,69 +314,65 @@ def layer(body: Any) -> Any:
 @layer
 def pre_norm(patch: Patch, x: Tensor, mask: Any, given: dict, wanted: bool) -> tuple[Tensor, Tensor | None] | None:
     """s = x + attention(LayerNorm(x)), s + feed_forward(LayerNorm(s)), each branch with dropout."""
-    family, options = patch.family, patch.options
-    parts, norms, weights = patch.module._modules, options["layernorm"], None
-    norm1, norm2 = parts[family.norm1], parts[family.norm2]
+    parts, options = parts_of(patch), patch.options
+    norms, norm1 = options["layernorm"], parts.norm1
     own = norm1._parameters
-    y = norm1(x) if not norms or not_norm(norm1) else fastlm.layernorm_residual(x, None, own["weight"], own["bias"], norm1.eps)[0]
-
-    owner, name, dropout = family.out
-    attention = parts[owner]
-    if options["attention"] and not not_attention(attention) and not attentions_wanted():
-        context, weights = attended(patch, attention, y, mask, given, wanted)
-        y, x = add_norm(project(attention._modules[name], context), x, attention._modules[dropout], norm2, norms, post=False)
+    if norms and not parts.why[norm1] and type(own["weight"]) in PLAIN:
+        y, _ = fastlm.layernorm_residual(x, None, own["weight"], own["bias"], norm1.eps)
     else:
-        branch, weights = taken(attention(y, **shared(patch, given, attention)))
-        y, x = add_norm(branch, x, None, norm2, norms, post=False)
+        y = norm1(x)
 
-    owner, up, activation = family.up
-    mlp = parts[owner]
-    if not options["mlp"] or not_container(mlp):
-        return x + mlp(y), weights
-    branch = feed_forward(y, mlp._modules[up], getattr(mlp, activation), mlp._modules[family.down[1]])
-    return add(branch, x, mlp._modules[family.down[2]]), weights
+    if options["attention"] and not parts.attention_why and not attentions_wanted():
+        context, weights = attended(patch, parts, y, mask, given, wanted)
+        branch, dropout = project(parts.out, context, parts.why[parts.out]), parts.out_dropout
+    else:
+        branch, weights = taken(parts.attention(y, **shared(patch, given, parts.attention)))
+        dropout = None
+    y, x = add_norm(branch, x, dropout, parts.norm2, parts, norms, post=False)
+
+    if not options["mlp"] or parts.first_why:
+        return x + parts.first(y), weights
+    branch, dropout_p = dropped(feed_forward(y, parts, True), parts.down_dropout, parts.why)
+    return x + (F.dropout(branch, dropout_p) if dropout_p else branch), weights
 
 
 @layer
 def post_norm(patch: Patch, x: Tensor, mask: Any, given: dict, wanted: bool) -> tuple[Tensor, Tensor | None] | None:
     """x = LayerNorm(x + attention(x)), LayerNorm(x + feed_forward(x)), each branch with dropout."""
-    family, options, block = patch.family, patch.options, patch.module
-    norms, weights = options["layernorm"], None
+    parts, options = parts_of(patch), patch.options
+    norms, fused, weights = options["layernorm"], options["attention"], None
 
-    around = None if family.around is None else block._modules[family.around]
-    if around is not None and not_container(around):
-        x, weights = taken(around(x, **shared(patch, given, around)))
+    if parts.around_why:
+        x, weights = taken(parts.around(x, **shared(patch, given, parts.around)))
     else:
-        attention, owner = descend(block, family.attention), descend(block, family.out[0])
-        fused = options["attention"] and not not_attention(attention) and not attentions_wanted()
-        if fused:
-            branch, weights = attended(patch, attention, x, mask, given, wanted)
+        attention, owner = parts.attention, parts.owner
+        projected = False
+        if fused and not parts.attention_why and not attentions_wanted():
+            branch, weights = attended(patch, parts, x, mask, given, wanted)
         else:
             passed = shared(patch, given, attention)
             if passed is None:
                 return None
             branch, weights = taken(attention(x, **passed))
-        if owner is not attention and not_container(owner):
+            projected = owner is attention
+        if owner is not attention and parts.owner_why:
             x = owner(branch, x)
         else:
-            projected = owner is attention and not fused
-            branch = branch if projected else project(owner._modules[family.out[1]], branch, options["attention"])
-            dropout = None if projected or family.out[2] is None else owner._modules[family.out[2]]
-            x, _ = add_norm(branch, x, dropout, descend(block, family.norm1), norms, post=True)
+            if not projected:
+                branch = project(parts.out, branch, parts.why[parts.out]) if fused else parts.out(branch)
+            x, _ = add_norm(branch, x, None if projected else parts.out_dropout, parts.norm1, parts, norms, post=True)
 
-    first, last, norm2 = block._modules[family.up[0]], block._modules[family.down[0]], descend(block, family.norm2)
-    whole, whole_last = not_container(first), not_container(last)
-    if first is last and (whole or not options["mlp"]):
-        return add_norm(first(x), x, None, norm2, norms, post=True)[0], weights
-    up, activation, down = first._modules.get(family.up[1]), getattr(first, family.up[2], None), last._modules.get(family.down[1])
-    if not whole and not whole_last:
-        branch = feed_forward(x, up, activation, down, options["mlp"])
+    fused, first, last = options["mlp"], parts.first, parts.last
+    if not parts.first_why and not parts.last_why:
+        branch = feed_forward(x, parts, fused)
+    elif first is last:
+        return add_norm(first(x), x, None, parts.norm2, parts, norms, post=True)[0], weights
     else:
-        middle = first(x) if whole else activation(project(up, x, options["mlp"]))
-        if whole_last:
+        middle = first(x) if parts.first_why else parts.activation(project(parts.up, x, parts.why[parts.up]) if fused else parts.up(x))
+        if parts.last_why:
             return last(middle, x), weights
-        branch = project(down, middle, options["mlp"])
-    return add_norm(branch, x, last._modules[family.down[2]], norm2, norms, post=True)[0], weights
+        branch = project(parts.down, middle, parts.why[parts.down]) if fused else parts.down(middle)
+    return add_norm(branch, x, parts.down_dropout, parts.norm2, parts, norms, post=True)[0], weights
 
 
 def taken(result: Any) -> tuple[Tensor, Tensor | None]:

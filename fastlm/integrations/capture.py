@@ -16,7 +16,8 @@ def collecting() -> dict:
 
 
 def attentions_wanted() -> bool:
-    return any("attentions" in kind for kind in collecting())
+    kinds = collecting()
+    return bool(kinds) and any("attentions" in kind for kind in kinds)
 
 
 def idle(hook: Callable) -> bool:

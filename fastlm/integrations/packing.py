@@ -114,7 +114,5 @@ def shows_hidden_states(layer: nn.Module) -> str:
         for hook in hooks.values():
             if not idle(hook) and not str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
                 return "has a hook"
-    family = patch.family
-    attention = blocks.descend(layer, family.attention)
-    containers = [attention, *(layer._modules[name] for name in (family.around,) if name)]
-    return blocks.not_attention(attention) or next(filter(None, map(blocks.not_container, containers)), "")
+    parts = blocks.parts_of(patch)
+    return parts.attention_why or parts.around_why

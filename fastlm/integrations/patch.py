@@ -26,6 +26,10 @@ class Patch:
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
         self.open = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered of the module's parts, which a copy finds again."""
+        return {**self.__dict__, "parts": None} if "parts" in self.__dict__ else self.__dict__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self, args, kwargs)
 
@@ -75,7 +79,7 @@ def touched(module: nn.Module) -> str:
 def watched(*tensors: Any) -> str:
     """Why nothing at all may be replaced in this call; "" if it may."""
     for tensor in tensors:
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor):  # a proxy that records
             return "does not compute on tensors"
     if any(GLOBAL_HOOKS):
         return "every module has a global hook"

@@ -34,7 +34,7 @@ def accelerate(model: M, *, attention: bool = True, layernorm: bool = True, mlp:
     for _, module, family in layers(model):
         if not foreign(module):
             learn(module, family)
-            put(module, blocks.pre_norm if family.pre_norm else blocks.post_norm, family, options).tuple = blocks.returns_tuple(type(module))
+            blocks.put_layer(module, family, options)
     for _, module, family in encoders(model):
         if attention and not foreign(module):
             put(module, packing.encoder, family, options)
@@ -172,49 +172,34 @@ def layer_entries(name: str, layer: nn.Module, family: Family) -> list[Entry]:
     patch = patch_of(layer)
     if patch is None:
         return [Entry(name, "layer", "", "has a forward of its own" if foreign(layer) else "is not accelerated")]
-    attention = blocks.descend(layer, family.attention)
-    around = blocks.not_container(layer._modules[family.around]) if family.around else ""
-    owner, first, last = (blocks.descend(layer, part[0]) for part in (family.out, family.up, family.down))
+    parts, entries = blocks.Parts(layer, family), []
+    attention, around, why = parts.attention, parts.around_why, parts.why
+    heads, width = getattr(attention, family.heads), parts.norm1.weight.shape[-1]
 
     def off(option: str) -> str:
         return "" if patch.options[option] else f"accelerate(…, {option}=False)"
 
-    entries = []
-    why = off("attention") or around or blocks.not_attention(attention)
-    heads = getattr(attention, family.heads)
-    width = next(attention.parameters()).shape[-1]
-    entries.append(entry(f"{name}.{family.attention}", "attention", first_parameter(attention), why, heads=heads, head_dim=width // heads))
-    for path in family.projections:
-        entries.append(linear_entry(f"{name}.{family.attention}.{path}", attention._modules[path], why))
-    outside = why if owner is attention else off("attention") or around or blocks.not_container(owner)
-    entries.append(linear_entry(f"{name}.{family.out[0]}.{family.out[1]}", owner._modules[family.out[1]], outside))
+    def add(where: str, operator: str, module: nn.Module, reason: str, **features: Any) -> None:
+        entries.append(entry(f"{name}.{where}", operator, first_parameter(module), reason, **features))
 
-    hidden_by = {family.norm1: around, family.norm2: ""} if family.pre_norm else {family.norm1: around, family.norm2: ""}
-    if family.norm1.startswith(f"{family.out[0]}."):
-        hidden_by[family.norm1] = around or blocks.not_container(owner)
-    if family.norm2.startswith(f"{family.down[0]}."):
-        hidden_by[family.norm2] = blocks.not_container(last)
-    for path, container in hidden_by.items():
-        norm = blocks.descend(layer, path)
-        entries.append(entry(f"{name}.{path}", "layernorm_residual", first_parameter(norm), off("layernorm") or container or blocks.not_norm(norm)))
-
-    up, down = first._modules[family.up[1]], last._modules[family.down[1]]
-    why = off("mlp") or blocks.not_container(first) or blocks.not_container(last)
+    inside = off("attention") or around or parts.attention_why
+    add(family.attention, "attention", attention, inside, heads=heads, head_dim=width // heads)
+    for path, projection in zip(family.projections, parts.projections, strict=True):
+        add(f"{family.attention}.{path}", "linear", projection, inside or why[projection])
+    add(f"{family.out[0]}.{family.out[1]}", "linear", parts.out, off("attention") or around or parts.owner_why or why[parts.out])
+    for path, norm, owner, hidden in ((family.norm1, parts.norm1, family.out[0], around or parts.owner_why), (family.norm2, parts.norm2, family.down[0], parts.last_why)):
+        hidden = hidden if path.startswith(f"{owner}.") else ""  # a container that is called whole hides what it holds
+        add(path, "layernorm_residual", norm, off("layernorm") or hidden or why[norm])
+    hidden = off("mlp") or parts.first_why or parts.last_why
     reasons = {
-        f"{family.up[0]}.{family.up[1]}": blocks.not_plain(up),
-        f"{family.down[0]}.{family.down[1]}": blocks.not_plain(down),
-        f"{family.up[0]}.{family.up[2]}": "" if blocks.gelu(getattr(first, family.up[2])) is not None else "is not a plain GELU",
+        f"{family.up[0]}.{family.up[1]}": why[parts.up],
+        f"{family.down[0]}.{family.down[1]}": why[parts.down],
+        f"{family.up[0]}.{family.up[2]}": "" if parts.gelu is not None else "is not a plain GELU",
     }
     inside = "; ".join(f"{path} {reason}" for path, reason in reasons.items() if reason)
-    where = f"{name}.{family.up[0]}" if first is last else f"{name}.{family.up[0]} and .{family.down[0]}"
-    entries.append(entry(where, "gelu_mlp", first_parameter(first), why or inside, hidden_width=4 * width))
-    if inside and not why:
-        entries += [linear_entry(f"{name}.{part[0]}.{part[1]}", module, "") for part, module in ((family.up, up), (family.down, down))]
+    where = family.up[0] if parts.first is parts.last else f"{family.up[0]} and .{family.down[0]}"
+    add(where, "gelu_mlp", parts.first, hidden or inside, hidden_width=4 * width)
     return entries
-
-
-def linear_entry(name: str, module: nn.Module, why: str) -> Entry:
-    return entry(name, "linear", first_parameter(module), why or blocks.not_plain(module))
 
 
 def head_entry(name: str, head: nn.Module) -> Entry:

@@ -23,7 +23,15 @@ def kind(config_class: type, replaced: str | None) -> type:
     def reduce(self: Any, protocol: Any = None) -> Any:
         return view, (original(self), replaced)
 
-    members = {KEY: property(get, own.fset), "__reduce_ex__": reduce, "__module__": config_class.__module__, "__slots__": ("fastlm_original",)}
+    def write(self: Any, name: str, value: Any) -> None:
+        setattr(original(self), name, value)  # checked as if there were no view: transformers allows some settings for "eager" alone
+
+    def validate(self: Any) -> None:
+        original(self).validate()
+
+    members = {KEY: property(get), "__setattr__": write, "__reduce_ex__": reduce, "__module__": config_class.__module__, "__slots__": ("fastlm_original",)}
+    if hasattr(config_class, "validate"):
+        members["validate"] = validate
     return type(config_class.__name__, (config_class,), members)
 
 
