@@ -16,7 +16,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 import fastlm
 from fastlm.backends import Unsupported
 from fastlm.integrations.capture import attentions_wanted
-from fastlm.ops.boundary import mismatch, opaque
+from fastlm.integrations.patch import eager, transformed
+from fastlm.ops.boundary import mismatch
 
 NAME = "fastlm"
 CAUSAL = torch.uint8  # the dtype of a 2-D mask that is causal too
@@ -46,7 +47,7 @@ def mask(**asked: Any) -> Tensor | None:
     if (missing := kv_offset + kv_length - padding.shape[-1]) > 0:
         padding = F.pad(padding, (0, missing))
     padding = padding[:, kv_offset : kv_offset + kv_length].bool()
-    if padding.is_cpu and not opaque(padding) and padding.all():  # elsewhere looking would wait for the GPU
+    if padding.is_cpu and eager(padding) and padding.all():  # elsewhere looking would wait for the GPU
         return None
     return padding.to(CAUSAL) if causal else padding
 
@@ -60,7 +61,7 @@ def ends_together(asked: dict, kv_length: int, kv_offset: int) -> bool:
     queries = position.shape[0]
     if queries in (1, kv_length):
         return True
-    return position.is_cpu and not opaque(position) and bool((position == torch.arange(kv_length - queries, kv_length) + kv_offset).all())
+    return position.is_cpu and eager(position) and bool((position == torch.arange(kv_length - queries, kv_length) + kv_offset).all())
 
 
 def padding_of(mask: Tensor | None) -> Tensor | None:
@@ -140,7 +141,7 @@ def attend(query, key, value, mask, causal, scale, dropout_p, head_mask=None, bi
         raise mismatch("attention_mask", "2 or 4 dimensions", tuple(mask.shape))
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
-    if weights_wanted:
+    if weights_wanted or transformed():
         return with_weights(query, key, value, mask, key_padding, causal, sides, scale, dropout_p, head_mask)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if value_dim != head_dim:

@@ -110,9 +110,20 @@ def shows_hidden_states(layer: nn.Module) -> str:
     patch = patch_of(layer)
     if patch is None or not patch.options["attention"]:
         return "is left alone"
-    for hooks in (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks):
+    if hooked(layer):
+        return "has a hook"
+    parts = blocks.parts_of(patch)
+    if not parts.clean:
+        for name, module in layer.named_modules():
+            if hooked(module):
+                return f"has a hook at {name}"
+    return parts.attention_why or parts.around_why
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone looks at what goes in or out. Sharding does not."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
         for hook in hooks.values():
             if not idle(hook) and not str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
-                return "has a hook"
-    parts = blocks.parts_of(patch)
-    return parts.attention_why or parts.around_why
+                return True
+    return False

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from fastlm.integrations.capture import idle
 from fastlm.ops.boundary import opaque
 
-GLOBAL_HOOKS = tuple(
-    hooks for name, hooks in vars(torch.nn.modules.module).items() if name.startswith("_global_") and name.endswith("_hooks") and isinstance(hooks, dict)
-)
+GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
@@ -81,8 +79,11 @@ def watched(*tensors: Any) -> str:
     for tensor in tensors:
         if not isinstance(tensor, Tensor):  # a proxy that records
             return "does not compute on tensors"
-    if any(GLOBAL_HOOKS):
-        return "every module has a global hook"
+    return "every module has a global hook" if any(GLOBAL_HOOKS) else transformed()
+
+
+def transformed() -> str:
+    """Who turns PyTorch's own operators, and nothing else, into something of theirs."""
     if torch.compiler.is_compiling():
         return ""
     if torch._C._get_tracing_state() is not None:
@@ -94,8 +95,6 @@ def watched(*tensors: Any) -> str:
 
 def eager(*tensors: Tensor) -> bool:
     """Whether sizes may depend on values: nobody traces, and no CUDA graph is captured."""
-    if opaque(*tensors):
+    if opaque(*tensors) or transformed():
         return False
     return not tensors[0].is_cuda or not torch.cuda.is_current_stream_capturing()
-
-

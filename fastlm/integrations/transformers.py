@@ -150,14 +150,10 @@ def report(model: nn.Module) -> Report:
             entries += layer_entries(name, module, family)
         elif (family := family_of(module, "encoder")) is not None and (patch := patch_of(module)) is not None:
             why = packing.not_packable(patch, torch.empty(()), {})
-            entries.append(entry(f"{name}, padding left out", "attention_varlen", first_parameter(module), why))
+            entries.append(entry(f"{name}, padding left out", "attention_varlen", next(module.parameters()), why))
         elif head_of(module) is not None:
             entries.append(head_entry(name, module))
     return Report(tuple(entries))
-
-
-def first_parameter(module: nn.Module) -> torch.Tensor:
-    return next(module.parameters())
 
 
 def entry(name: str, operator: str, parameter: torch.Tensor, why: str, **features: Any) -> Entry:
@@ -179,17 +175,20 @@ def layer_entries(name: str, layer: nn.Module, family: Family) -> list[Entry]:
     def off(option: str) -> str:
         return "" if patch.options[option] else f"accelerate(…, {option}=False)"
 
-    def add(where: str, operator: str, module: nn.Module, reason: str, **features: Any) -> None:
-        entries.append(entry(f"{name}.{where}", operator, first_parameter(module), reason, **features))
+    def add(where: str, operator: str, reason: str, **features: Any) -> None:
+        entries.append(entry(f"{name}.{where}", operator, parts.norm1.weight, reason, **features))
 
     inside = off("attention") or around or parts.attention_why
-    add(family.attention, "attention", attention, inside, heads=heads, head_dim=width // heads)
+    add(family.attention, "attention", inside, heads=heads, head_dim=width // heads)
     for path, projection in zip(family.projections, parts.projections, strict=True):
-        add(f"{family.attention}.{path}", "linear", projection, inside or why[projection])
-    add(f"{family.out[0]}.{family.out[1]}", "linear", parts.out, off("attention") or around or parts.owner_why or why[parts.out])
-    for path, norm, owner, hidden in ((family.norm1, parts.norm1, family.out[0], around or parts.owner_why), (family.norm2, parts.norm2, family.down[0], parts.last_why)):
+        add(f"{family.attention}.{path}", "linear", inside or why[projection])
+    add(f"{family.out[0]}.{family.out[1]}", "linear", off("attention") or around or parts.owner_why or why[parts.out])
+    for path, norm, owner, hidden in (
+        (family.norm1, parts.norm1, family.out[0], around or parts.owner_why),
+        (family.norm2, parts.norm2, family.down[0], parts.last_why),
+    ):
         hidden = hidden if path.startswith(f"{owner}.") else ""  # a container that is called whole hides what it holds
-        add(path, "layernorm_residual", norm, off("layernorm") or hidden or why[norm])
+        add(path, "layernorm_residual", off("layernorm") or hidden or why[norm])
     hidden = off("mlp") or parts.first_why or parts.last_why
     reasons = {
         f"{family.up[0]}.{family.up[1]}": why[parts.up],
@@ -198,7 +197,7 @@ def layer_entries(name: str, layer: nn.Module, family: Family) -> list[Entry]:
     }
     inside = "; ".join(f"{path} {reason}" for path, reason in reasons.items() if reason)
     where = family.up[0] if parts.first is parts.last else f"{family.up[0]} and .{family.down[0]}"
-    add(where, "gelu_mlp", parts.first, hidden or inside, hidden_width=4 * width)
+    add(where, "gelu_mlp", hidden or inside, hidden_width=4 * width)
     return entries
 
 
@@ -209,7 +208,7 @@ def head_entry(name: str, head: nn.Module) -> Entry:
     decoder = head.get_output_embeddings()
     why = blocks.not_plain(decoder) if decoder is not None else "is missing"
     own_loss = loss.own_loss(patch)
-    return entry(name, "linear_cross_entropy", first_parameter(decoder or head), own_loss or (why and f"its output projection {why}"), vocab=32000)
+    return entry(name, "linear_cross_entropy", next(head.parameters()), own_loss or (why and f"its output projection {why}"), vocab=32000)
 
 
 # 4. transformers 4, whose other families choose a class by the implementation's name

@@ -24,7 +24,9 @@ def kind(config_class: type, replaced: str | None) -> type:
         return view, (original(self), replaced)
 
     def write(self: Any, name: str, value: Any) -> None:
-        setattr(original(self), name, value)  # checked as if there were no view: transformers allows some settings for "eager" alone
+        """Checked as if there were no view: transformers allows some settings for "eager" alone, and writes back what a new model read here."""
+        if not (name in (KEY, f"{KEY}_internal") and value == NAME):
+            setattr(original(self), name, value)
 
     def validate(self: Any) -> None:
         original(self).validate()

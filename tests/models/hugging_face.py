@@ -53,7 +53,7 @@ def lively(model):
     """Weights as after training, not as at its start: biases that are not 0, attention that is not uniform."""
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape)
-        p.copy_(1 + 0.2 * noise if "ln_" in name or "LayerNorm.weight" in name else 0.2 * noise)
+        p.copy_(1 + 0.2 * noise if "ln_" in name or name.endswith(("LayerNorm.weight", "layer_norm.weight")) else 0.2 * noise)
     return model.eval()
 
 
@@ -126,10 +126,10 @@ def errors_of(results, true):
         truth, size = true[name], true[name]
         if name == "loss" and x.dim() == 0:  # one number, whose roundings may cancel by luck: the rival's error is that of the losses it is the mean of
             truth = truth.mean()
-        if name.endswith("attention.self.key.bias"):
+        if name.endswith(("attention.self.key.bias", "attention.k_lin.bias")):
             # A key's bias adds the same to every score of a row, and the softmax takes it out again: the gradient is 0 but for rounding. What was rounded
             # has the size of its neighbour's.
-            size = true[name.replace("key", "query")]
+            size = true[name.replace("key", "query").replace("k_lin", "q_lin")]
         assert x.shape == truth.shape
         errors[name] = rms(x - truth) / rms(size)
     return errors
