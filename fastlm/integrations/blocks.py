@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
 from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,7 +27,7 @@ from fastlm.integrations.patch import CACHES, Patch, put, touched, watched
 
 LAYOUTS = {nn.Linear: "linear", nn.modules.linear.NonDynamicallyQuantizableLinear: "linear", Conv1D: "conv1d"}
 EXACT, TANH = ("GELUActivation",), ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation")
-PLAIN = (nn.Parameter, Tensor)
+PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two: what tracing puts in a parameter's place
 # Since 5.24 a layer checkpoints in its class's forward, which ours stands for; before, in __call__, around ours.
 CHECKPOINTS_IN_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
 
@@ -36,7 +38,7 @@ signatures: dict[type, tuple[str, ...]] = {}
 # 1. What may be replaced: "" or why not
 
 
-def not_plain(module: nn.Module) -> str:
+def not_plain(module: Any) -> str:
     """Why a projection must be called as a module."""
     if type(module) not in LAYOUTS:
         return f"is a {type(module).__name__}"
@@ -46,12 +48,12 @@ def not_plain(module: nn.Module) -> str:
     return touched(module)
 
 
-def not_container(module: nn.Module) -> str:
+def not_container(module: Any) -> str:
     """Why a module that holds others must be called whole."""
     return f"is a {type(module).__name__}" if type(module) not in known else touched(module)
 
 
-def not_norm(module: nn.Module) -> str:
+def not_norm(module: Any) -> str:
     if type(module) is not nn.LayerNorm:
         return f"is a {type(module).__name__}"
     if type(module._parameters.get("weight")) not in PLAIN:
@@ -59,11 +61,11 @@ def not_norm(module: nn.Module) -> str:
     return f"normalises over {module.normalized_shape}" if len(module.normalized_shape) != 1 else touched(module)
 
 
-def not_dropout(module: nn.Module) -> str:
+def not_dropout(module: Any) -> str:
     return f"is a {type(module).__name__}" if type(module) is not nn.Dropout else "drops everything" if module.p >= 1 else touched(module)
 
 
-def not_attention(module: nn.Module) -> str:
+def not_attention(module: Any) -> str:
     if getattr(module, "position_embedding_type", "absolute") != "absolute":
         return f"has {module.position_embedding_type} positions"
     return not_container(module)
@@ -91,12 +93,12 @@ def descend(module: Any, path: str) -> Any:
 class Parts:
     """The modules of a layer and, for each, why it must be called as a module; as long as no reason appears or vanishes."""
 
-    def __init__(self, block: nn.Module, family: Family) -> None:
-        self.links: list[tuple[dict, str, nn.Module]] = []
+    def __init__(self, block: Any, family: Family) -> None:
+        self.links: list[tuple[dict, str, Any]] = []
         self.attention, self.owner = self.find(block, family.attention), self.find(block, family.out[0])
         self.first, self.last = self.find(block, family.up[0]), self.find(block, family.down[0])
         self.norm1, self.norm2 = self.find(block, family.norm1), self.find(block, family.norm2)
-        self.around = None if family.around is None else self.find(block, family.around)
+        self.around: Any = None if family.around is None else self.find(block, family.around)
         self.projections = [self.find(self.attention, name) for name in family.projections]
         self.attention_dropout = self.find(self.attention, family.attention_dropout)
         self.out, self.up, self.down = self.find(self.owner, family.out[1]), self.find(self.first, family.up[1]), self.find(self.last, family.down[1])
@@ -119,7 +121,7 @@ class Parts:
         self.clean = self.gelu is not None and not any(reasons)
         self.kinds = [(module, type(module), module.__dict__) for _, _, module in self.links]
 
-    def find(self, module: nn.Module, path: str) -> nn.Module:
+    def find(self, module: Any, path: str) -> Any:
         for name in path.split("."):
             inside = module._modules
             module = inside[name]
@@ -150,7 +152,7 @@ def parts_of(patch: Patch) -> Parts:
     return found
 
 
-def project(module: nn.Module, x: Tensor, why: str) -> Tensor:
+def project(module: Any, x: Tensor, why: str) -> Tensor:
     own = module._parameters
     weight = own.get("weight")
     if why or type(weight) not in PLAIN:  # sharding puts other tensors in its place between two calls
@@ -158,7 +160,7 @@ def project(module: nn.Module, x: Tensor, why: str) -> Tensor:
     return fastlm.linear(x, weight, own["bias"], layout=LAYOUTS[type(module)])
 
 
-def dropped(branch: Tensor, dropout: nn.Module | None, why: dict) -> tuple[Tensor, float]:
+def dropped(branch: Tensor, dropout: Any, why: dict) -> tuple[Tensor, float]:
     """(branch, the probability with which it is to be dropped), or (dropout(branch), 0) where the dropout must be called."""
     if dropout is None:
         return branch, 0.0
@@ -167,7 +169,7 @@ def dropped(branch: Tensor, dropout: nn.Module | None, why: dict) -> tuple[Tenso
     return branch, dropout.p if dropout.training else 0.0
 
 
-def add_norm(branch: Tensor, residual: Tensor, dropout: nn.Module | None, norm: nn.Module, parts: Parts, fused: bool, post: bool) -> tuple[Tensor, Tensor]:
+def add_norm(branch: Tensor, residual: Tensor, dropout: Any, norm: Any, parts: Parts, fused: bool, post: bool) -> tuple[Tensor, Tensor]:
     """(LayerNorm(residual + dropout(branch)), the sum)."""
     branch, dropout_p = dropped(branch, dropout, parts.why)
     own = norm._parameters
@@ -191,7 +193,7 @@ def feed_forward(x: Tensor, parts: Parts, fused: bool) -> Tensor:
     return fastlm.gelu_mlp(x, a["weight"], a["bias"], b["weight"], b["bias"], approximate=parts.gelu, layout=LAYOUTS[type(up)])
 
 
-def scale_of(module: nn.Module, head_dim: int) -> float:
+def scale_of(module: Any, head_dim: int) -> float:
     scale = module.__dict__.get("scaling")
     if scale is None:  # transformers 4
         scale = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
@@ -231,7 +233,7 @@ def attended(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: dict, weig
     return out.flatten(2), weights
 
 
-def implementation(module: nn.Module) -> str | None:
+def implementation(module: Any) -> str | None:
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
@@ -253,7 +255,7 @@ def unusual(patch: Patch, given: dict) -> str:
     return watched(given.get(patch.names[0]))
 
 
-def shared(patch: Patch, given: dict, module: nn.Module) -> dict | None:
+def shared(patch: Patch, given: dict, module: Any) -> Any:
     """The arguments of the layer that its attention takes too; None if it takes them by other names."""
     accepted = parameters(type(module))
     if "hidden_states" not in accepted:
@@ -262,19 +264,19 @@ def shared(patch: Patch, given: dict, module: nn.Module) -> dict | None:
     return {name: x for name, x in given.items() if name not in ours and (name in accepted or "**" in accepted)}
 
 
-def parameters(kind: type) -> tuple[str, ...]:
+def parameters(kind: Any) -> tuple[str, ...]:
     if kind not in signatures:
         found = list(inspect.signature(kind.forward).parameters.values())[1:]
         signatures[kind] = tuple("**" if p.kind is p.VAR_KEYWORD else p.name for p in found)
     return signatures[kind]
 
 
-def put_layer(module: nn.Module, family: Family, options: dict[str, bool]) -> None:
+def put_layer(module: Any, family: Family, options: dict[str, bool]) -> None:
     patch = put(module, pre_norm if family.pre_norm else post_norm, family, options)
     patch.cache = next((name for name in patch.names if name in CACHES), CACHES[0])
     patch.mask = next(name for name in patch.names if name in ("attention_mask", "attn_mask"))
     # Whether a layer returns (hidden states, …) or hidden states. The annotations of transformers 5.0 say the one and mean the other.
-    patch.tuple = re.search(r"\boutputs? = \(", inspect.getsource(inspect.unwrap(type(module).forward))) is not None
+    patch.as_tuple = re.search(r"\boutputs? = \(", inspect.getsource(inspect.unwrap(type(module).forward))) is not None
     patch.parts = Parts(module, family)
 
 
@@ -302,7 +304,7 @@ def layer(body: Any) -> Any:
         if result is None:
             return patch.original(**given)
         out, weights = result
-        if not patch.tuple:
+        if not patch.as_tuple:
             return out
         if not wanted:
             return (out,)

@@ -1,10 +1,12 @@
 """What transformers 5 collects from inside a model by hooks that stay on its modules once they were needed. Only while it collects do they matter."""
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 try:
-    from transformers.utils.output_capturing import _active_collector as collector
-except ImportError:  # transformers 4, whose layers hand everything on themselves
+    collector: Any = importlib.import_module("transformers.utils.output_capturing")._active_collector
+except ImportError:  # older ones: layers hand everything on themselves, or are wrapped for the call
     collector = None
 
 MODULE = "transformers.utils.output_capturing"

@@ -7,7 +7,7 @@ what comes out as logits are the hidden states that the loss is computed from. S
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -24,7 +24,7 @@ def projection(patch: Patch, args: tuple, kwargs: dict) -> Any:
     return args[0] if patch.held else patch.original(*args, **kwargs)
 
 
-def hold(head: nn.Module, options: dict) -> Patch | None:
+def hold(head: Any, options: dict) -> Patch | None:
     """The patch of a head's output projection, made where there is none: resizing the vocabulary brings a new module."""
     decoder = head.get_output_embeddings()
     if decoder is None or not_plain(decoder):

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastlm.integrations.attention import padding_of
@@ -68,7 +68,7 @@ def encoder(patch: Patch, args: tuple, kwargs: dict) -> Any:
     """Forward of the module that runs the layers: that of its class, between gather and scatter where padding can be left out."""
     given = patch.bind(args, kwargs)
     name = patch.names[0]
-    hidden = given.get(name)
+    hidden: Any = given.get(name)
     masked = "attention_mask" if "attention_mask" in given else "attn_mask"
     packed = None if not_packable(patch, hidden, given) else packed_of(given.get(masked), hidden)
     if packed is None:
@@ -104,7 +104,7 @@ def not_packable(patch: Patch, hidden: Any, given: dict) -> str:
     return ""
 
 
-def shows_hidden_states(layer: nn.Module) -> str:
+def shows_hidden_states(layer: Any) -> str:
     from fastlm.integrations import blocks
 
     patch = patch_of(layer)
@@ -120,7 +120,7 @@ def shows_hidden_states(layer: nn.Module) -> str:
     return parts.attention_why or parts.around_why
 
 
-def hooked(module: nn.Module) -> bool:
+def hooked(module: Any) -> bool:
     """Whether someone looks at what goes in or out. Sharding does not."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
         for hook in hooks.values():

@@ -18,6 +18,13 @@ CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 class Patch:
     """Stands as `forward` in a module's own __dict__. Deep copies and pickles with its module, and has the signature of the forward that it stands for."""
 
+    module: Any
+    parts: Any  # of a layer: its modules, as they were found last (blocks.py)
+    cache: str  # of a layer: what it calls the cache, the mask, and whether it returns a tuple
+    mask: str
+    as_tuple: bool
+    held: bool  # of an output projection: whether it hands its input on (loss.py)
+
     def __init__(self, module: nn.Module, function: Callable, family: Any, options: dict[str, bool]) -> None:
         self.module, self.function, self.family, self.options = module, function, family, options
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]

@@ -27,4 +27,4 @@ def accelerate_after_construction() -> None:
         accelerate(self, strict=False)
         return result
 
-    transformers.PreTrainedModel.post_init = accelerated
+    transformers.PreTrainedModel.post_init = accelerated  # type: ignore[method-assign]

@@ -100,7 +100,7 @@ def head_of(module: nn.Module) -> bool | None:
     return next((HEADS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in HEADS and kind.__module__ == forward.__module__), None)
 
 
-def foreign(module: nn.Module) -> bool:
+def foreign(module: Any) -> bool:
     """Whether a module has a forward that is neither its class's nor ours: someone else's, to be left alone."""
     return touched(module) == "has a forward of its own"
 
@@ -118,7 +118,7 @@ def learn(layer: nn.Module, family: Family) -> None:
 # 2. Putting in place
 
 
-def hold_loss(head: nn.Module, causal: bool, options: dict) -> None:
+def hold_loss(head: Any, causal: bool, options: dict) -> None:
     put(head, loss.head, causal, options)
     loss.hold(head, options)
 
@@ -164,7 +164,7 @@ def entry(name: str, operator: str, parameter: torch.Tensor, why: str, **feature
     return Entry(name, operator, choice.decide(operator, parameter.device, parameter.dtype, choice.requested(None), asked)[0], "")
 
 
-def layer_entries(name: str, layer: nn.Module, family: Family) -> list[Entry]:
+def layer_entries(name: str, layer: Any, family: Family) -> list[Entry]:
     patch = patch_of(layer)
     if patch is None:
         return [Entry(name, "layer", "", "has a forward of its own" if foreign(layer) else "is not accelerated")]
@@ -201,7 +201,7 @@ def layer_entries(name: str, layer: nn.Module, family: Family) -> list[Entry]:
     return entries
 
 
-def head_entry(name: str, head: nn.Module) -> Entry:
+def head_entry(name: str, head: Any) -> Entry:
     patch = patch_of(head)
     if patch is None:
         return Entry(name, "linear_cross_entropy", "", "has a forward of its own" if foreign(head) else "accelerate(…, loss=False)")

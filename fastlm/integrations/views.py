@@ -13,7 +13,7 @@ KEY = "_attn_implementation"
 
 
 @functools.cache
-def kind(config_class: type, replaced: str | None) -> type:
+def kind(config_class: Any, replaced: str | None) -> type:
     own = getattr(config_class, KEY)
 
     def get(self: Any) -> str | None:
@@ -37,8 +37,8 @@ def kind(config_class: type, replaced: str | None) -> type:
     return type(config_class.__name__, (config_class,), members)
 
 
-def view(config: Any, replaced: str | None) -> Any:
-    seen = object.__new__(kind(type(config), replaced))
+def view(config: Any, replaced: Any) -> Any:
+    seen: Any = object.__new__(kind(config.__class__, replaced))
     object.__setattr__(seen, "fastlm_original", config)
     object.__setattr__(seen, "__dict__", config.__dict__)
     return seen
