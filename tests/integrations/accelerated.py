@@ -60,14 +60,13 @@ def gradients(model):
 
 
 def assert_close_gradients(model, other):
-    """Every parameter that has a gradient in one has it in the other, and to a few roundings the same; a key's bias, whose gradient is rounding alone, set aside."""
+    """The same parameters have gradients, the same to a few roundings. A key's bias, whose gradient is rounding alone, is set aside."""
     own, their = gradients(model), gradients(other)
     assert own.keys() == their.keys() and own
     for name in own:
         if not name.endswith(("key.bias", "k_lin.bias")):
-            torch.testing.assert_close(
-                own[name], their[name], rtol=1e-3, atol=1e-5 * max(1.0, their[name].abs().max().item()), msg=lambda m, name=name: f"{name}: {m}"
-            )
+            near = 1e-5 * max(1.0, their[name].abs().max().item())
+            torch.testing.assert_close(own[name], their[name], rtol=1e-3, atol=near, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def assert_within_twice(make, draw, dtype=torch.float32, shifted=False, draws=DRAWS):

@@ -44,7 +44,7 @@ MODELS = {
 def test_numbers_and_gradients(make):
     eager, ours = pair(make())
     x, mask = padded(13, 4, 9, tokens=13)
-    for x, mask in ((x, None), (x, mask), (x.flip(1), mask.flip(1))):  # noqa: B020, PLR1704
+    for x, mask in ((x, None), (x, mask), (x.flip(1), mask.flip(1))):  # noqa: B020
         where = torch.ones_like(x).bool() if mask is None else mask.bool()
         for model in (eager, ours):
             model.zero_grad()
@@ -122,7 +122,15 @@ def test_generate(name, cache):
 
 def test_chunked_attention():
     config = transformers.Llama4TextConfig(
-        **{**LLAMA, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 4, "interleave_moe_layer_step": 5, "pad_token_id": 0}
+        **{
+            **LLAMA,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "attention_chunk_size": 4,
+            "interleave_moe_layer_step": 5,
+            "pad_token_id": 0,
+        }
     )
     eager, ours = pair(lively(transformers.Llama4ForCausalLM(config)))
     x, mask = padded(13, 9, tokens=13)
@@ -166,7 +174,7 @@ def test_plain_masks_are_none_or_2d():
 def test_anything_else_is_whole(settings):
     """A static cache, tensors for sizes, a mask someone needs in full, a window, a mask of one's own."""
     whole = asked(**settings)
-    wanted = masking_utils.sdpa_mask(**{**{"batch_size": 2, "q_length": 6, "kv_length": 6}, **settings, "allow_is_causal_skip": False})
+    wanted = masking_utils.sdpa_mask(**{"batch_size": 2, "q_length": 6, "kv_length": 6, **settings, "allow_is_causal_skip": False})
     assert whole.dtype == torch.bool and torch.equal(whole, wanted)
 
 
@@ -190,7 +198,12 @@ def test_attention_weights_are_those_of_eager(mask):
     module.is_causal, module.training, module.num_key_value_groups = mask is None, False, 2
     query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
     hidden = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
-    full = {None: torch.ones(6, 6).tril().bool(), "causal": torch.ones(6, 6).tril().bool() & hidden[:, None, None], "padding": hidden[:, None, None], "4-D": hidden[:, None, None]}
+    full = {
+        None: torch.ones(6, 6).tril().bool(),
+        "causal": torch.ones(6, 6).tril().bool() & hidden[:, None, None],
+        "padding": hidden[:, None, None],
+        "4-D": hidden[:, None, None],
+    }
     given = {None: None, "causal": hidden.to(attention.CAUSAL), "padding": hidden, "4-D": hidden[:, None, None]}[mask]
     out, weights = attention.attention(module, query, key, value, given, output_attentions=True)
     plain, nothing = attention.attention(module, query, key, value, given)

@@ -47,7 +47,13 @@ def test_masks_with_holes_and_of_every_type(rows):
     ours = accelerated(theirs)
     x, mask = ids(3, 9), torch.rand(3, 9) < 0.6
     mask[:, 0] = True
-    for given in (mask, mask.long(), mask.float(), mask[:, None, None], torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None, None].expand(-1, 1, 9, -1)):
+    for given in (
+        mask,
+        mask.long(),
+        mask.float(),
+        mask[:, None, None],
+        torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None, None].expand(-1, 1, 9, -1),
+    ):
         torch.testing.assert_close(ours(x, attention_mask=given)[0][mask], theirs(x, attention_mask=mask.long())[0][mask], **CLOSE)
     assert set(rows) == {int(mask.sum())}
 

@@ -112,7 +112,12 @@ def test_report_says_what_and_who():
 def test_each_part_may_be_left_out(part):
     theirs = tiny("Bert", "ForMaskedLM")
     ours = accelerated(theirs, **{part: False})
-    gone = {"attention": {"attention", "linear", "attention_varlen"}, "layernorm": {"layernorm_residual"}, "mlp": {"gelu_mlp"}, "loss": {"linear_cross_entropy"}}[part]
+    gone = {
+        "attention": {"attention", "linear", "attention_varlen"},
+        "layernorm": {"layernorm_residual"},
+        "mlp": {"gelu_mlp"},
+        "loss": {"linear_cross_entropy"},
+    }[part]
     report = fastlm.report(ours)
     assert {entry.operator for entry in report.replaced} == OPERATORS - gone
     assert all(part in entry.reason for entry in report.left_alone)
@@ -249,11 +254,9 @@ def test_real_bert():
     ours = accelerated(theirs)
     x, mask = padded(40, 11, 25, tokens=40)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x * 200, attention_mask=mask)[0][mask.bool()], theirs(x * 200, attention_mask=mask)[0][mask.bool()], rtol=1e-3, atol=1e-4)
-
-
-def workers(model, rows):
-    return [model(row[None])[0].sum().item() for row in rows]
+        torch.testing.assert_close(
+            ours(x * 200, attention_mask=mask)[0][mask.bool()], theirs(x * 200, attention_mask=mask)[0][mask.bool()], rtol=1e-3, atol=1e-4
+        )
 
 
 def test_in_a_worker_of_a_dataloader():
@@ -268,7 +271,7 @@ def test_in_a_worker_of_a_dataloader():
             with torch.no_grad():
                 return model(x[i][None])[0].sum()
 
-    loaded = torch.cat([batch for batch in torch.utils.data.DataLoader(Data(), batch_size=2, num_workers=1)])
+    loaded = torch.cat(list(torch.utils.data.DataLoader(Data(), batch_size=2, num_workers=1)))
     torch.testing.assert_close(loaded, torch.stack([Data()[i] for i in range(4)]), **CLOSE)
 
 
