@@ -1,5 +1,6 @@
 """A forward put on one module in place of its class's, and what must be known of a module before its own forward may be skipped."""
 
+import copy
 import inspect
 import types
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from fastlm.integrations.capture import idle
 from fastlm.ops.boundary import opaque
 
 GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+REPLICATE = "_replicate_for_data_parallel"  # a method of nn.Module
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
@@ -33,7 +35,7 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of the module's parts, which a copy finds again."""
-        return {**self.__dict__, "parts": None} if "parts" in self.__dict__ else self.__dict__
+        return {**self.__dict__, "parts": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self, args, kwargs)
@@ -47,6 +49,12 @@ class Patch:
             raise TypeError(f"{type(self.module).__name__}.forward: expected at most {len(self.names)} positional arguments, got {len(args)}")
         return {**dict(zip(self.names, args)), **kwargs}  # noqa: B905  # fewer arguments than names
 
+    def replicate(self) -> Any:
+        """For torch.nn.DataParallel, whose replicas are shallow copies: each gets a patch of its own, or it would compute on the original's device."""
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        attach(replica, copy.copy(self))
+        return replica
+
     @property
     def __code__(self) -> types.CodeType:  # torch.export asks every forward where it stands
         return type(self).__call__.__code__
@@ -57,8 +65,17 @@ class Patch:
 
 
 def put(module: nn.Module, function: Callable, family: Any, options: dict[str, bool]) -> Patch:
-    patch = module.__dict__["forward"] = Patch(module, function, family, options)
+    return attach(module, Patch(module, function, family, options))
+
+
+def attach(module: nn.Module, patch: Patch) -> Patch:
+    patch.module, patch.parts = module, None
+    module.__dict__["forward"], module.__dict__[REPLICATE] = patch, patch.replicate
     return patch
+
+
+def detach(module: nn.Module) -> None:
+    del module.__dict__["forward"], module.__dict__[REPLICATE]
 
 
 def patch_of(module: nn.Module) -> Patch | None:

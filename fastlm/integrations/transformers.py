@@ -17,7 +17,7 @@ from fastlm.backends import choice
 from fastlm.integrations import attention as interface
 from fastlm.integrations import blocks, loss, packing, views
 from fastlm.integrations.families import FAMILIES, HEADS, Family
-from fastlm.integrations.patch import Patch, patch_of, put, touched
+from fastlm.integrations.patch import Patch, detach, patch_of, put, touched
 from fastlm.integrations.report import Entry, Report
 
 M = TypeVar("M", bound=nn.Module)
@@ -55,7 +55,7 @@ def restore(model: M) -> M:
         raise RuntimeError(f"model: expected forwards as accelerate left them, got one wrapped by something else at {', '.join(wrapped[:5])}; undo that first")
     for module in model.modules():
         if patch_of(module) is not None:
-            del module.__dict__["forward"]
+            detach(module)
         if views.is_view(config := module.__dict__.get("config")):
             module.__dict__["config"] = views.original(config)
     return model

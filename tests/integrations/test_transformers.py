@@ -275,6 +275,28 @@ def test_in_a_worker_of_a_dataloader():
     torch.testing.assert_close(loaded, torch.stack([Data()[i] for i in range(4)]), **CLOSE)
 
 
+def replica_of(model):
+    """As torch.nn.DataParallel makes one for another device: modules copied, their parameters put in place as plain tensors."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in copies.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, None if child is None else copies[child])
+        for name, p in module._parameters.items():
+            setattr(replica, name, None if p is None else p.detach() * 0.5)
+    return copies[model]
+
+
+@pytest.mark.parametrize(("family", "head"), [("GPT2", "LMHeadModel"), ("Bert", "ForMaskedLM")])
+def test_a_replica_computes_with_its_own_parameters(family, head):
+    theirs = tiny(family, head)
+    ours = accelerated(theirs)
+    x, mask = padded(9, 5, tokens=9)
+    with torch.no_grad():
+        own, other = (replica_of(model)(x, attention_mask=mask, labels=x) for model in (ours, theirs))
+        torch.testing.assert_close(own.logits[mask.bool()], other.logits[mask.bool()], **CLOSE)
+        assert not torch.allclose(own.logits[mask.bool()], theirs(x, attention_mask=mask).logits[mask.bool()], rtol=0.1)
+
+
 def test_importing_fastlm_does_not_import_transformers():
     code = "import sys, fastlm; assert 'transformers' not in sys.modules; fastlm.accelerate"
     subprocess.run([sys.executable, "-c", code], check=True)
