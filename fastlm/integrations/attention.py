@@ -148,7 +148,8 @@ def attend(query, key, value, mask, causal, scale, dropout_p, head_mask=None, bi
         scale = head_dim**-0.5 if scale is None else scale
         query, key, value = (F.pad(x, (0, max(head_dim, value_dim) - x.shape[-1])) for x in (query, key, value))
     out = fastlm.attention(query, key, value, causal=causal, mask=mask, key_padding=key_padding, window=sides, scale=scale, dropout_p=dropout_p)
-    return out.transpose(1, 2)[..., :value_dim], None
+    out = out.transpose(1, 2)
+    return (out if value_dim == head_dim else out[..., :value_dim]), None
 
 
 def with_weights(query, key, value, mask, key_padding, causal, sides, scale, dropout_p, head_mask):
