@@ -42,11 +42,11 @@ MEASURED: dict[str, tuple[Rule, ...]] = {
 }
 
 # A CPU with AMX that has no rows of its own: PyTorch's bf16 products use it, fastlm has no kernels for it. From two cores of such a Xeon, PyTorch 2.13: there
-# its large fp32 products were 5–8 % faster too, and of attention in bf16 the forward pass, but not the backward.
+# its large and wide fp32 products were 5–10 % faster too, and of attention in bf16 the forward pass, but not the backward.
 WITH_AMX = (
     *(Rule(operator, "bfloat16") for operator in ("linear", "gelu_mlp", "linear_cross_entropy")),
     Rule("attention", "bfloat16", {"query_len": (182, None)}),
-    *(Rule(operator, "float32", {"rows": (182, None)}) for operator in ("linear", "gelu_mlp")),
+    *(Rule(operator, "float32", {"rows": (182, None), "in_width": (512, None)}) for operator in ("linear", "gelu_mlp")),
 )
 
 

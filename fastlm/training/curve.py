@@ -1,5 +1,6 @@
 """The loss curve as a picture."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def draw_losses(
     axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="batch")
     axes.plot(steps, smoothed(losses), color="#08519c", linewidth=1.8, label="batch, smoothed")
     if plain:
-        axes.plot(range(1, len(plain) + 1), plain, color="#d94801", linestyle="--", linewidth=1.6, label="plain PyTorch, same batches")
+        axes.plot(range(1, len(plain) + 1), plain, color="#d94801", linestyle=(0, (4, 4)), linewidth=0.8, label="plain PyTorch, same batches")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#238b45", marker="o", linewidth=1.2, label="validation")
     axes.set(xlabel="step", ylabel=f"loss ({unit})", xlim=(0, len(losses) + 1))
@@ -29,12 +30,12 @@ def draw_losses(
     return True
 
 
-def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """A running mean that forgets within `share` of the curve, without the pull towards the first value that a plain one has."""
-    keep = max(0.0, 1 - 1 / max(1.0, share * len(values)))
-    mean = weight = 0.0
+def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """The mean of the values around each: `share` of the curve, fewer near its ends, so that a steep beginning is not drawn later than it was."""
+    reach = max(0, round(share * len(values) / 2))
+    total = list(itertools.accumulate(values, initial=0.0))
     out = []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight)
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        out.append((total[i + near + 1] - total[i - near]) / (2 * near + 1))
     return out
