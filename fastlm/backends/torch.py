@@ -119,7 +119,8 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
     dactivated, dw2, db2 = linear_backward(dy, hidden if activated is None else activated, w2, layout, (any(needed[:3]), *needed[3:]))
     if dactivated is None:
         return None, None, None, dw2, db2
-    return *linear_backward(aten.gelu_backward(dactivated, hidden, approximate=approximate), x, w1, layout, needed[:3]), dw2, db2
+    dhidden = aten.gelu_backward.grad_input(dactivated, hidden, approximate=approximate, grad_input=dactivated)  # in its place: fresh pages cost as much
+    return *linear_backward(dhidden, x, w1, layout, needed[:3]), dw2, db2
 
 
 # layernorm_residual
@@ -271,7 +272,8 @@ def harmed(query, key, value, bias, causal):
     """A NaN or Inf where PyTorch would not do as promised: in queries or keys (a row of nothing but NaN scores gives 0), or in values that are masked."""
     looked_at = (query, key, value) if bias is not None or causal else (query, key)
     dtype = torch.float32 if query.dtype == torch.float16 else query.dtype  # whose sums would overflow; those of bfloat16 round, no harm
-    return not all(math.isfinite(x.sum(dtype=dtype).item()) for x in looked_at)
+    # Over heads and dimensions first: one sum over everything takes PyTorch four times as long.
+    return not all(math.isfinite(x.transpose(1, 2).sum((2, 3), dtype=dtype).sum().item()) for x in looked_at)
 
 
 def tokens_first(x):
