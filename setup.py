@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -228,5 +228,11 @@ class BuildModules(build_ext):
 
 
 if __name__ == "__main__":
-    # One extension stands for all modules: with it the wheel is one for this platform, and build_ext runs.
-    setup(ext_modules=[Extension("fastlm._cpu_features", ["csrc/cpu/cpu_features.cpp"])], cmdclass={"build_ext": BuildModules})
+    setup(
+        # kernels/ is installed as fastlm.kernels, and never as kernels, which is the name of another library.
+        packages=[*find_namespace_packages(include=["fastlm", "fastlm.*"]), "fastlm.kernels"],
+        package_dir={"fastlm.kernels": "kernels"},
+        # One extension stands for all modules: with it the wheel is one for this platform, and build_ext runs.
+        ext_modules=[Extension("fastlm._cpu_features", ["csrc/cpu/cpu_features.cpp"])],
+        cmdclass={"build_ext": BuildModules},
+    )

@@ -1,14 +1,49 @@
+import collections
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+# Where there is no GPU, Triton's kernels run under its interpreter. It is asked for before anything imports Triton.
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import fastlm
 
 # Where the package under test must lie, if someone (test_mutants.py) says so: another copy that happened to be found first would prove nothing.
 if wanted := os.environ.get("FASTLM_TEST_PACKAGE"):
     assert Path(fastlm.__file__).is_relative_to(wanted), f"{fastlm.__file__} is not the package under test, which is in {wanted}"
+
+
+ON_GPU = os.environ.get("FASTLM_TEST_DEVICE") == "cuda"  # the tests of the operators on a GPU: see `make gpu`
+if ON_GPU:
+    torch.set_default_device("cuda")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What runs on a GPU is marked so. Where Triton is interpreted, which is slow, a sample runs: of each test every third case in float32, every fifth in
+    bfloat16 and one in float16, which differ in types alone. FASTLM_TEST_INTERPRETED=all runs the rest too, as CI does.
+    """
+    on_triton = [item for item in items if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"]
+    if ON_GPU:
+        for item in on_triton:
+            item.add_marker("gpu")
+        return
+    if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTLM_TEST_INTERPRETED") == "all":
+        return
+    seen, left_out = collections.Counter(), set()
+    for item in on_triton:
+        dtype = item.callspec.params.get("dtype")
+        every = {torch.float32: 3, torch.bfloat16: 5, torch.float16: 1 << 30}.get(dtype)
+        if every is not None:
+            if seen[item.function, dtype] % every:
+                left_out.add(item)
+            seen[item.function, dtype] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

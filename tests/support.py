@@ -1,5 +1,6 @@
 """What the tests of all operators share."""
 
+import importlib.util
 import os
 
 import pytest
@@ -14,7 +15,8 @@ FLOOR = {torch.float32: 2**-21, torch.bfloat16: 2**-9, torch.float16: 2**-12, to
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The backends that this run must cover. A named backend that is missing fails; it is not skipped.
-BACKENDS = os.environ.get("FASTLM_TEST_BACKENDS", "reference,torch,cpu").split(",")
+WITH_TRITON = ",triton" if importlib.util.find_spec("triton") else ""  # on a GPU, or under its interpreter (see conftest.py)
+BACKENDS = os.environ.get("FASTLM_TEST_BACKENDS", f"reference,torch,cpu{WITH_TRITON}").split(",")
 
 
 def on_every_backend(test):
@@ -27,13 +29,13 @@ def on_backends(*names):
 
 
 def floats(*shape, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator, dtype=dtype)
+    generator = torch.Generator("cpu").manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(torch.get_default_device())  # the same numbers everywhere
 
 
 def targets(vocab, *shape, ignored=()):
-    generator = torch.Generator().manual_seed(vocab)
-    target = torch.randint(vocab, shape, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(vocab)
+    target = torch.randint(vocab, shape, generator=generator, device="cpu").to(torch.get_default_device())
     target.view(-1)[list(ignored)] = -100
     return target
 

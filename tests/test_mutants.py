@@ -6,6 +6,7 @@ several changes share a module where the tests of none can see the others.
 
 import concurrent.futures
 import dataclasses
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -129,6 +130,41 @@ def test_python_mutants(tmp_path):
     assert not survivors, survivors
 
 
+# Triton: kernels in a copy of the folder beside the package, under the interpreter
+
+QUERIES, KEYS = "kernels/attention.py", "kernels/attention_tiles.py"
+ON_TRITON = [
+    Mutant(QUERIES, "norm = norm * decay + tl.sum(weights, 1)", "norm = norm + tl.sum(weights, 1)", "ops/test_attention.py float64"),
+    Mutant(KEYS, "(j - i <= upper)", "(j - i < upper)", "ops/test_attention.py windows"),
+    Mutant("kernels/attention_backward.py", "dv += tl.where(seen[:, None], sent", "dv += tl.where(seen[:, None] | True, sent", "kernels/test_paths.py stays"),
+    Mutant("kernels/attention_backward.py", "(dweights - delta[None, :])", "dweights", "ops/test_attention.py float64"),
+    Mutant("kernels/attention_decode.py", "out = tl.sum(part * share[:, None], 0)", "out = tl.sum(part, 0)", "kernels/test_paths.py stretches"),
+    Mutant("kernels/philox.py", "tl.join(words[0], words[2])", "tl.join(words[2], words[0])", "ops/test_dropout.py definition"),
+    Mutant("kernels/layernorm_residual.py", " - xhat * correlation[:, None]", "", "ops/test_layernorm_residual.py float64"),
+    Mutant("kernels/gelu_mlp.py", "dactivated * slope).to(dhidden", "dactivated).to(dhidden", "ops/test_gelu_mlp.py float64"),
+    Mutant("kernels/linear_cross_entropy.py", "* share - uniform", "* share", "ops/test_linear_cross_entropy.py float64"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_triton_mutants(tmp_path):
+    def outcome(numbered):
+        number, mutant = numbered
+        folder = tmp_path / str(number)
+        shutil.copytree(PACKAGE, folder / "fastlm", copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__", "kernels"))
+        (folder / "fastlm" / "backends" / "triton.py").unlink()  # a link would lead it back to where it came from
+        shutil.copy(PACKAGE / "backends" / "triton.py", folder / "fastlm" / "backends" / "triton.py")
+        shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "csrc").mkdir()  # as in a checkout
+        mutate(folder, mutant)
+        return survives(folder, mutant, FASTLM_TEST_BACKENDS="triton", TRITON_INTERPRET="1")
+
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        survivors = "\n".join(filter(None, pool.map(outcome, enumerate(ON_TRITON))))
+    assert not survivors, survivors
+
+
 # C++: a module for each group, in which no operator's tests run another's change
 
 GEMM, LINEAR, GELU, NORM, CE = (f"csrc/cpu/{name}.h" for name in ("gemm", "linear", "gelu_mlp", "layernorm_residual", "linear_cross_entropy"))
@@ -193,6 +229,9 @@ def test_cpp_mutants(tmp_path):
 
 def test_every_file_of_kernels_has_a_mutant():
     """A new kernel needs its own."""
+    on_triton = {Path(mutant.file).name for mutant in ON_TRITON}
+    without = {"__init__.py", "launch.py", "interpreter.py", "configs.py"}  # through which every kernel's tests run, on a GPU or not
+    assert {path.name for path in (ROOT / "kernels").glob("*.py")} - without == on_triton
     mutated = {Path(mutant.file).name for group in CPP for mutant in group}
     spared = {"simd.h", "simd_avx2.h", "simd_avx512.h", "simd_generic.h", "vmath.h", "threads.h", "cpu_features.cpp"}  # every kernel's tests run through these
     assert {path.name for path in (ROOT / "csrc" / "cpu").iterdir()} - spared == mutated

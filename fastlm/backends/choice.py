@@ -134,6 +134,8 @@ def decide(operator: str, device: torch.device, dtype: torch.dtype, forced: str 
     order = (forced,) if forced else ORDER.get(device.type, ELSEWHERE)
     if order == ORDER["cpu"] and table.prefers_torch(operator, dtype, features):
         order = ("torch", "cpu", "reference")
+    if order == ORDER["cuda"] and table.GPUS and table.gpu_prefers_torch(torch.cuda.get_device_name(device), operator, dtype, features):
+        order = ("torch", "triton", "cuda", "reference")
     for name in order:
         if not refusals(name, operator, device, dtype, features):
             return name, None if name == order[0] else f"{operator}: {name} instead of {order[0]}"

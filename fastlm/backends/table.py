@@ -84,3 +84,11 @@ def rules() -> tuple[Rule, ...]:
 
 def prefers_torch(operator: str, dtype: torch.dtype, features: dict) -> bool:
     return any(rule.holds(operator, str(dtype).removeprefix("torch."), features) for rule in rules())
+
+
+# GPU (torch.cuda.get_device_name()) → rules, from `make gpu`. None is measured yet: there Triton comes first everywhere.
+GPUS: dict[str, tuple[Rule, ...]] = {}
+
+
+def gpu_prefers_torch(card: str, operator: str, dtype: torch.dtype, features: dict) -> bool:
+    return any(rule.holds(operator, str(dtype).removeprefix("torch."), features) for rule in GPUS.get(card, ()))

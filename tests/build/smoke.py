@@ -1,5 +1,7 @@
 """smoke.py compiled|plain|one-thread: an installed fastlm imports, says what it is, and computes. Run outside of the checkout."""
 
+import importlib.util
+import pathlib
 import sys
 import warnings
 
@@ -23,6 +25,11 @@ else:
     assert info.openmp == (expected == "compiled"), str(info)
     assert ("1 thread (built without OpenMP)" in str(info)) == (expected == "one-thread"), str(info)
     backends = ("cpu", "torch", "reference")
+
+# The Triton kernels came along, inside the package alone.
+kernels = importlib.util.find_spec("fastlm.kernels")
+assert kernels is not None and pathlib.Path(kernels.origin).with_name("attention.py").exists(), kernels
+assert importlib.util.find_spec("kernels") is None
 
 torch.manual_seed(0)
 heads, x, wide, vocabulary = torch.randn(2, 3, 40, 16), torch.randn(70, 48), torch.randn(96, 48), torch.randn(301, 48)

@@ -16,7 +16,7 @@ class Case:
     name: str
     call: Callable  # (backend) → a function of the inputs
     inputs: Callable  # (dtype) → floating-point tensors
-    backends: tuple[str, ...] = ("reference", "torch", "cpu")
+    backends: tuple[str, ...] = ("reference", "torch", "cpu", "triton")
     fixed: bool = False  # brings tensors of its own, on the CPU, that fit these sizes only: targets, padding, where sequences start
 
     def leaves(self, dtype=torch.float32):
@@ -35,7 +35,7 @@ PADDING = torch.arange(9) < torch.tensor([[9], [6]])
 QKV = ((2, 4, 9, 16), (2, 2, 9, 16), (2, 2, 9, 16))
 PACKED = ((18, 4, 16), (18, 2, 16), (18, 2, 16))
 STARTS, KEY_STARTS = torch.tensor([0, 9, 10, 10, 18]), torch.tensor([0, 7, 8, 11, 18])
-OURS = ("reference", "cpu")
+OURS = ("reference", "cpu", "triton")
 
 CASES = [
     Case("linear", lambda b: lambda x, w, c: fastlm.linear(x, w, c, backend=b), made_of((2, 9, 24), (20, 24), (20,))),
@@ -91,7 +91,10 @@ CASES = [
 
 
 def on_every_case(test=None, *, backends=("reference", "torch", "cpu"), dropout=True):
-    """Every operator on every backend of this run that serves it, or on some; `dropout` says whether the cases with dropout take part."""
+    """Every operator on every backend of this run that serves it, or on some; `dropout` says whether the cases with dropout take part.
+
+    Of what is the same for all backends, as it happens before one is chosen, Triton under its interpreter need not be asked.
+    """
     if test is None:
         return functools.partial(on_every_case, backends=backends, dropout=dropout)
     cases = [case for case in CASES if dropout or case.backends != OURS]

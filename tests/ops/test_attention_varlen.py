@@ -87,7 +87,7 @@ def test_scale(scale, backend):
 # The same as a padded batch
 
 
-@on_backends("reference", "cpu")
+@on_backends("reference", "cpu", "triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("causal", [False, True])
@@ -122,7 +122,7 @@ def test_the_same_as_a_padded_batch(causal, dropout_p, dtype, backend):
         assert a.shape == b.shape and error(a, b.double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}[a.dtype]
 
 
-@on_backends("reference", "cpu")
+@on_backends("reference", "cpu", "triton")
 @pytest.mark.parametrize("seed", [-(2**63), 0x299F31D0A4093822])
 def test_drops_what_the_definition_drops(seed, backend):
     """Rows and columns count from the start of each sequence; its number and the head make the third word."""
@@ -177,7 +177,7 @@ def test_memory_around_the_tokens_is_not_used(dtype, backend):
     assert_same_bits(*results)
 
 
-@on_backends("reference", "cpu")
+@on_backends("reference", "cpu", "triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sequences_without_keys_or_queries(dtype, backend):
     lengths = [(3, 0), (0, 4), (0, 0), (2, 2), (9, 4)]
@@ -202,7 +202,7 @@ def test_nothing_to_see(lengths, backend):
     assert all(d.shape == x.shape and not d.any() for d, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True))
 
 
-@on_backends("reference", "cpu")
+@on_backends("reference", "cpu", "triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_log_sum_exp_and_its_gradient(causal, dtype, backend):
@@ -224,7 +224,7 @@ def test_log_sum_exp_and_its_gradient(causal, dtype, backend):
     assert_within_twice_torch(ours, own, qkv(lengths, 2, 1, 16), dtype)
 
 
-@on_backends("reference", "cpu")
+@on_backends("reference", "cpu", "triton")
 def test_gradient_may_arrive_for_one_result_only(backend):
     lengths = [(5, 6), (2, 2)]
 
@@ -333,7 +333,7 @@ def test_one_graph_for_all_lengths_under_compile():
     assert len(traces) == 1
 
 
-@on_backends("reference", "cpu")
+@on_backends("reference", "cpu", "triton")
 def test_trained_under_inductor_with_lengths_that_change(backend):
     def loss(projection, cu):
         return fastlm.attention_varlen(*projection.unbind(1), cu, cu, causal=True, dropout_p=0.2, backend=backend).square().sum()

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
 from tests.ops.cases import CASES, on_every_case
+from tests.support import BACKENDS as ALL
 from tests.support import as_tuple, assert_same_bits, error, floats, on_backends, on_every_backend, targets
 
 
@@ -91,7 +92,7 @@ def recorded(case, backend):
     return recorder.calls
 
 
-@on_every_case
+@on_every_case(backends=ALL)
 def test_a_tracer_sees_operators_that_keep_their_contract(case, backend):
     calls = recorded(case, backend)
     names = [function.name().removeprefix("fastlm::") for function, _, _ in calls]
@@ -145,7 +146,7 @@ def test_one_graph_for_all_sizes_under_compile(case):
     assert len(traces) == 1
 
 
-@on_every_case
+@on_every_case(backends=ALL)
 def test_compiled_with_gradients(case, backend):
     torch._dynamo.reset()
     leaves = case.leaves()
@@ -173,7 +174,7 @@ def block_leaves():
     return [(floats(*shape, i + 1)[..., 0] / 3).contiguous().requires_grad_() for i, shape in enumerate(shapes)]
 
 
-@on_every_backend
+@on_backends("reference", "torch", "cpu")
 def test_a_whole_layer_compiled_by_inductor(backend):
     dropout_p = 0.0 if backend == "torch" else 0.2
     torch._dynamo.reset()
@@ -272,7 +273,7 @@ def test_results_go_where_the_inputs_are(case, backend):
     assert all(d.device == x.device for d, x in zip(gradients, leaves, strict=True))
 
 
-@on_every_case
+@on_every_case(backends=ALL)
 def test_inputs_are_never_written_to(case, backend):
     leaves = case.leaves()
     before = [(x.detach().clone(), x._version) for x in leaves]
@@ -280,7 +281,7 @@ def test_inputs_are_never_written_to(case, backend):
     assert all(torch.equal(x, old) and x._version == version and x.grad is None for x, (old, version) in zip(leaves, before, strict=True))
 
 
-@on_every_case
+@on_every_case(backends=ALL)
 def test_a_gradient_expanded_from_one_number(case, backend):
     leaves = case.leaves()
     torch.manual_seed(7)

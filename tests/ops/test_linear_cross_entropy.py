@@ -48,7 +48,7 @@ def test_as_close_to_float64_as_torch(shape, width, vocab, reduction, label_smoo
 @on_every_backend
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_the_loss_is_wide(dtype, backend):
-    if backend == "cpu" and dtype == torch.float64:
+    if backend in ("cpu", "triton") and dtype == torch.float64:
         backend = None
     loss = fastlm.linear_cross_entropy(floats(4, 8).to(dtype), floats(20, 8).to(dtype), targets(20, 4), backend=backend)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == ()
@@ -119,7 +119,7 @@ def test_chunks_change_nothing_but_memory(backend, monkeypatch):
             torch.testing.assert_close(a, b)
 
 
-@on_backends("torch", "cpu")  # the oracle is the one that does hold all the logits
+@on_backends("torch", "cpu", "triton")  # the oracle is the one that does hold all the logits
 def test_never_more_than_one_chunk_of_logits(backend, monkeypatch):
     rows, width, vocab, chunk = 400, 8, 1000, 16
     small_chunks(monkeypatch, backend, chunk * vocab * 4)
@@ -162,7 +162,7 @@ def test_gradients_accumulate(backend):
     torch.testing.assert_close(leaf.grad, expected.grad)
 
 
-@on_every_backend
+@on_backends("reference", "torch", "cpu")  # before a backend is asked; 4096 rows are long under an interpreter
 def test_float16_gradients_do_not_underflow_under_a_gradient_scaler(backend):
     """1 / count is 2⁻¹² here, and the gradients of a mean about 2⁻³⁰: nothing of them is left in float16 unless the scale reaches them first."""
     rows, scale = 4096, 2.0**14

@@ -1,0 +1,415 @@
+"""The Triton kernels, for NVIDIA and AMD GPUs. Under TRITON_INTERPRET=1 they run on CPU tensors, which is how they are tested where there is no GPU."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import pathlib
+import types
+
+import torch
+
+import fastlm
+from fastlm.backends import reference
+from fastlm.backends import torch as native
+from fastlm.backends.layout import dense_last, rows_of
+from fastlm.backends.reference import as_written, check_targets
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OLDEST = (3, 4)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPERATORS = ("attention", "attention_varlen", "layernorm_residual", "gelu_mlp", "linear", "linear_cross_entropy")
+WIDEST = 16384  # LayerNorm holds a row in registers
+FURTHEST = 2**30  # positions and distances are 32-bit numbers in the kernels
+LOGITS_BYTES = 64 << 20  # of one chunk
+LEAST_SHARED = 64 << 10  # bytes of a program's shared memory: no tile of the tables is made for less
+
+
+def checkout() -> None:
+    """In a checkout that is not installed the kernels lie beside the package, where fastlm.kernels must find them."""
+    folder = pathlib.Path(__file__).parents[2]
+    if importlib.util.find_spec("fastlm.kernels") is None and (folder / "kernels").exists() and (folder / "csrc").exists():
+        fastlm.__path__.append(str(folder))
+
+
+checkout()
+
+
+@functools.cache
+def missing() -> str:
+    """Why there is no usable Triton, or ""."""
+    try:
+        import triton
+    except ImportError as why:
+        return f"needs Triton, which cannot be imported ({why}); PyTorch for CUDA or ROCm brings it, else: pip install triton"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"needs Triton {'.'.join(map(str, OLDEST))} or later, not {triton.__version__}; a newer PyTorch brings it"
+    return ""
+
+
+MODULES = ("attention", "attention_backward", "attention_decode", "gelu_mlp", "layernorm_residual", "linear_cross_entropy")
+
+
+@functools.cache
+def modules():
+    """The modules of fastlm.kernels, imported when they are first needed: they import Triton."""
+    return [importlib.import_module(f"fastlm.kernels.{name}") for name in MODULES]
+
+
+@functools.cache
+def kernels():
+    return types.SimpleNamespace(**dict(zip(MODULES, modules(), strict=True)))
+
+
+def unavailable():
+    if missing():
+        return [missing()]
+    return [] if INTERPRETED or torch.cuda.is_available() else ["finds no GPU (torch.cuda.is_available() is false)"]
+
+
+@functools.cache
+def architecture(index: int | None) -> str:
+    """sm_80, gfx942, … of a GPU; "interpreter" for None, the CPU."""
+    if index is None:
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+@functools.cache
+def unfit(index: int) -> list[str]:
+    """Why a GPU cannot run the kernels."""
+    reasons, name = [], torch.cuda.get_device_name(index)
+    if not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
+        reasons.append(f"needs an architecture of sm_80 or later, and {name} is {architecture(index)}")
+    properties = torch.cuda.get_device_properties(index)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or getattr(properties, "shared_memory_per_block", LEAST_SHARED)
+    if shared < LEAST_SHARED:
+        reasons.append(f"needs {LEAST_SHARED >> 10} KiB of shared memory, and {name} has {shared >> 10}")
+    return reasons
+
+
+def refuses(operator, device, dtype, **features):
+    reasons = []
+    if operator not in OPERATORS:
+        reasons.append(f"has no {operator}")
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        reasons.append(f"serves CPU tensors under TRITON_INTERPRET=1, not {device}" if INTERPRETED else f"serves CUDA and ROCm tensors, not {device}")
+    elif device.type == "cuda":
+        reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
+    if dtype not in DTYPES:
+        reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
+    if operator == "attention" and max(features["query_len"], features["key_len"]) > FURTHEST:
+        reasons.append(f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}")
+    if operator == "attention_varlen" and features["query_tokens"] > FURTHEST:
+        reasons.append(f"counts up to {FURTHEST} tokens, not {features['query_tokens']}")
+    if operator == "layernorm_residual" and features["width"] > WIDEST:
+        reasons.append(f"holds a row in registers: width up to {WIDEST}, not {features['width']}")
+    return reasons
+
+
+def on(x):
+    """Kernels launch on the device that is current, and on its current stream: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else contextlib.nullcontext()
+
+
+def new_like(x, wanted=True, dtype=None):
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) if wanted else None
+
+
+def dropout(p):
+    """(threshold, scale): an element is kept iff its word is at least the one, and multiplied by the other."""
+    return int(p * 2**32), 1 / (1 - p)
+
+
+def vector(parameter):
+    return parameter if parameter is None else parameter.contiguous()
+
+
+# linear: the vendor's GEMM, which nothing here would improve on
+
+
+linear_forward, linear_backward = native.linear_forward, native.linear_backward
+
+
+# gelu_mlp
+
+
+@functools.cache
+def processors(index):
+    """How many programs a GPU runs at least at a time; None without one."""
+    return None if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def by_layout(weight, layout):
+    """The strides of a weight along its input and its output."""
+    n, k = weight.stride()
+    return (k, n) if layout == "linear" else (n, k)
+
+
+@as_written
+def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute):
+    out = layout != "linear"
+    tanh, device = approximate == "tanh", x.device.index
+    tile = kernels().gelu_mlp.fused_tile(architecture(device), x.dtype.itemsize)
+    shape = (*x.shape[:-1], w1.shape[out])
+    keeps_hidden = recompute < 2
+    if x.numel() == 0:
+        hidden, activated = x.new_empty(shape), x.new_empty(shape)
+    elif tile is not None:
+        hidden, activated = x.new_empty(shape) if keeps_hidden else None, x.new_empty(shape)
+        with on(x):
+            kernels().gelu_mlp.gelu_mlp_forward(
+                rows_of(x), w1, by_layout(w1, layout), vector(b1), hidden, activated, shape[-1], tanh, precision(x), tile, device, processors(device)
+            )  # fmt: skip
+    else:
+        hidden = linear_forward(x, w1, None, layout)
+        activated = torch.empty_like(hidden) if keeps_hidden else hidden
+        with on(x):
+            kernels().gelu_mlp.gelu_mlp_activate(hidden, vector(b1), activated, tanh, device)
+    return linear_forward(activated, w2, b2, layout), hidden if keeps_hidden else None, activated if recompute < 1 else None
+
+
+@as_written
+def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed):
+    tanh, device = approximate == "tanh", x.device.index
+    tile = kernels().gelu_mlp.fused_tile(architecture(device), x.dtype.itemsize)
+    if hidden is None:
+        hidden = linear_forward(x, w1, b1, layout)
+    hidden = hidden.contiguous()  # as it was, unless a hook on saved tensors laid it out anew
+    remake = activated is None and needed[3]
+    activated = torch.empty_like(hidden) if remake else activated
+    made = activated if remake else None
+    dhidden = None
+    if x.numel() == 0:
+        dhidden = hidden
+    elif any(needed[:3]) and tile is not None:
+        dhidden = torch.empty_like(hidden)
+        with on(x):
+            kernels().gelu_mlp.gelu_mlp_backward(
+                rows_of(dy), w2, by_layout(w2, layout)[::-1], hidden, dhidden, made, hidden.shape[-1], tanh, precision(x), tile, device, processors(device)
+            )  # fmt: skip
+    elif any(needed[:3]):
+        dhidden = linear_backward(dy, hidden, w2, layout, (True, False, False))[0]
+        with on(x):
+            kernels().gelu_mlp.gelu_mlp_slope(dhidden, hidden, made, tanh, device)
+    elif remake:
+        with on(x):
+            kernels().gelu_mlp.gelu_mlp_activate(hidden, None, activated, tanh, device)
+    _, dw2, db2 = linear_backward(dy, hidden if activated is None else activated, w2, layout, (False, *needed[3:]))
+    dx, dw1, db1 = (None,) * 3 if dhidden is None else linear_backward(dhidden, x, w1, layout, needed[:3])
+    return dx, dw1, db1, dw2, db2
+
+
+# linear_cross_entropy: the vendor's products, and between them a kernel that turns a chunk of logits into its gradient
+
+
+@as_written
+def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
+    vocab = weight.shape[0]
+    check_targets(target, vocab, ignore_index)  # looks at values only on a CPU: the kernel asserts
+    flat, targets = rows_of(x), target.reshape(-1)
+    row_scale = row_scale if row_scale is None or not any(needed) else row_scale.reshape(-1).contiguous()
+    rows = flat.shape[0]
+    loss = x.new_empty(rows, dtype=torch.float32)
+    dx = x.new_empty(flat.shape) if needed[0] else None
+    dweight = None if rows else torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    dbias = weight.new_zeros(vocab, dtype=torch.float32) if needed[2] else None
+    chunk = min(rows, max(1, LOGITS_BYTES // (vocab * x.element_size())))
+    memory = x.new_empty(chunk, vocab)
+    for begin in range(0, rows, max(1, chunk)):
+        part, at = flat[begin : begin + chunk], slice(begin, begin + chunk)
+        logits = memory[: part.shape[0]]
+        torch.mm(part, weight.t(), out=logits) if bias is None else torch.addmm(bias, part, weight.t(), out=logits)
+        share = statistics = None
+        if dbias is not None:
+            share = dbias.new_empty(kernels().linear_cross_entropy.parts(logits.shape[0]), vocab)
+            statistics = dbias.new_empty(2, logits.shape[0])
+        scale = row_scale[at] if any(needed) else None
+        with on(x):
+            kernels().linear_cross_entropy.linear_cross_entropy(
+                logits, targets[at], scale, loss[at], statistics, share, ignore_index, label_smoothing, x.device.index
+            )  # fmt: skip
+        if dbias is not None:
+            dbias += share.sum(0)
+        if dx is not None:
+            torch.mm(logits, weight, out=dx[at])
+        if needed[1]:
+            dweight = native.add_product(dweight, logits.t(), part, begin + chunk >= rows)
+    return (
+        loss.view(target.shape),
+        dx if dx is None else dx.view(x.shape),
+        dweight if needed[1] else None,
+        dbias if dbias is None else dbias.to(x.dtype),
+    )
+
+
+# layernorm_residual
+
+
+def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
+    stream = x if residual is None else residual
+    y = new_like(x)
+    summed = new_like(stream, residual is not None or seed is not None)
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.numel():
+        flat, residual = rows_of(x), residual if residual is None else rows_of(residual)
+        with on(x):
+            kernels().layernorm_residual.layernorm_residual_forward(
+                flat, residual, vector(weight), vector(bias), y, summed, mean, rstd, seed, *flat.shape, eps, *dropout(dropout_p), x.device.index
+            )
+    return y, summed, mean, rstd
+
+
+def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed):
+    width = weight.shape[0]
+    dx, dresidual = new_like(summed, needed[0], dtype), new_like(summed, needed[1])
+    dweight, dbias = new_like(weight, needed[2]), new_like(weight, needed[3])
+    if summed.numel() == 0 or dy is None:
+        dweight, dbias = (d if d is None else d.zero_() for d in (dweight, dbias))
+    if summed.numel():
+        flat = rows_of(summed)
+        dy, dsummed = (d if d is None else rows_of(d) for d in (dy, dsummed))
+        wanted = dy is not None and (needed[2] or needed[3])
+        programs, _ = kernels().layernorm_residual.cut(*flat.shape, seed is not None)
+        shares = torch.empty((needed[2] + needed[3], programs, width), dtype=torch.float32, device=summed.device) if wanted else None
+        with on(summed):
+            kernels().layernorm_residual.layernorm_residual_backward(
+                dy, dsummed, flat, vector(weight), mean, rstd, dx, dresidual, shares[0] if wanted and needed[2] else None,
+                shares[-1] if wanted and needed[3] else None, seed, *flat.shape, *dropout(dropout_p), summed.device.index,
+            )  # fmt: skip
+            if wanted:
+                kernels().layernorm_residual.layernorm_residual_fold(shares, dweight, dbias, programs, width, summed.device.index)
+    return dx, dresidual, dweight, dbias
+
+
+# attention
+
+
+def tokens_first(x, wanted=True):
+    """Memory for a result like x, (B, H, T, D), that lies as (B, T, H, D): merging its heads is then a view."""
+    if not wanted:
+        return None
+    batch, heads, length, head_dim = x.shape
+    return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def precision(x):
+    """Of products: full float32 unless the user asked PyTorch for less. 16-bit operands are multiplied exactly."""
+    if x.dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def near(x):
+    """x with a contiguous last dimension and rows near enough for 32-bit offsets within a tile of them."""
+    return dense_last(x) if x.stride(2) < 2**23 else x.contiguous()
+
+
+def clamped(lower, upper):
+    return max(-FURTHEST, min(lower, FURTHEST)), max(-FURTHEST, min(upper, FURTHEST))
+
+
+def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
+    out, lse = tokens_first(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    if query.numel() == 0 or key.numel() == 0:  # no one to look, or nothing to see
+        return out.zero_(), lse.fill_(-torch.inf)
+    query, key, value = near(query), near(key), near(value)
+    batch, heads, query_len, head_dim = query.shape
+    key_heads, key_len = key.shape[1:3]
+    sizes = batch, heads, key_heads, query_len, key_len, head_dim
+    band, drop, device = clamped(lower, upper), dropout(dropout_p), query.device.index
+    with on(query):
+        if kernels().attention_decode.serves(heads, key_heads, query_len, key_len):
+            kernels().attention_decode.attention_decode(
+                query, key, value, out, lse, mask, key_padding, seed, sizes, band, scale, *drop, precision(query), architecture(device), device,
+                lambda shape: torch.empty(shape, dtype=torch.float32, device=query.device),
+            )  # fmt: skip
+        else:
+            kernels().attention.attention_forward(
+                query, key, value, out, lse, mask, key_padding, None, None, seed, sizes, band, scale, *drop, precision(query), architecture(device), device
+            )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    needs_query, needs_key, needs_value, needs_mask = needed
+    dquery = tokens_first(query)  # its pass computes what the others need too
+    dkey, dvalue = tokens_first(key, needs_key or needs_value), tokens_first(value, needs_key or needs_value)
+    # One entry for all keys moves a whole row of scores: its gradient is that of the log-sum-exp.
+    shifts = needs_mask and mask.shape[3] == 1
+    dmask = mask.new_empty(mask.shape, dtype=torch.float32) if needs_mask and not shifts else None
+    if query.numel() == 0 or key.numel() == 0:
+        dquery, dkey, dvalue, dmask = (d if d is None else d.zero_() for d in (dquery, dkey, dvalue, dmask))
+    else:
+        query, key, value = near(query), near(key), near(value)
+        dout = torch.zeros_like(out) if dout is None else near(dout)
+        out = near(out)  # as it was, unless a hook on saved tensors laid it out anew
+        batch, heads, query_len, head_dim = query.shape
+        key_heads, key_len = key.shape[1:3]
+        sizes, device = (batch, heads, key_heads, query_len, key_len, head_dim), query.device.index
+        with on(query):
+            kernels().attention_backward.attention_backward(
+                dout, vector(dlse), query, key, value, mask, key_padding, None, None, seed, out, lse.contiguous(), dquery, dkey, dvalue, dmask,
+                sizes, clamped(lower, upper), scale, *dropout(dropout_p), precision(query), architecture(device), device, torch.empty_like(lse),
+            )  # fmt: skip
+    if shifts:
+        dmask = lse.new_zeros(mask.shape) if dlse is None else torch.where(lse == -torch.inf, 0, dlse)[..., None].sum_to_size(mask.shape)
+    return (
+        dquery if needs_query else None,
+        dkey if needs_key else None,
+        dvalue if needs_value else None,
+        dmask.to(mask.dtype) if needs_mask else None,
+    )
+
+
+# attention_varlen: the kernels of attention, which find their sequences themselves
+
+
+def packed(x):
+    """(tokens, heads, head_dim) as a batch of one, (1, heads, tokens, head_dim)."""
+    return x.transpose(0, 1)[None]
+
+
+def check_starts(query, key, cu_seqlens_q, cu_seqlens_k):
+    """On a CPU the values are looked at; on a GPU, where that would wait for it, the kernel asserts."""
+    if query.is_cpu:
+        reference.starts_of("cu_seqlens_q", cu_seqlens_q, query.shape[0])
+        reference.starts_of("cu_seqlens_k", cu_seqlens_k, key.shape[0])
+
+
+def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):
+    check_starts(query, key, cu_seqlens_q, cu_seqlens_k)
+    out, lse = new_like(query), query.new_empty(query.shape[1::-1], dtype=torch.float32)
+    if query.numel() == 0 or key.numel() == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    (query_tokens, heads, head_dim), (key_tokens, key_heads, _) = query.shape, key.shape
+    sizes, device = (cu_seqlens_q.shape[0] - 1, heads, key_heads, query_tokens, key_tokens, head_dim), query.device.index
+    with on(query):
+        kernels().attention.attention_forward(
+            near(packed(query)), near(packed(key)), near(packed(value)), packed(out), lse[None], None, None,
+            cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), seed,
+            sizes, clamped(lower, upper), scale, *dropout(dropout_p), precision(query), architecture(device), device,
+        )  # fmt: skip
+    return out, lse
+
+
+def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    check_starts(query, key, cu_seqlens_q, cu_seqlens_k)
+    dquery = new_like(query)
+    dkey, dvalue = (new_like(x, needed[1] or needed[2]) for x in (key, value))
+    if query.numel() == 0 or key.numel() == 0:
+        return tuple(torch.zeros_like(x) if need else None for x, need in zip((query, key, value), needed, strict=True))
+    (query_tokens, heads, head_dim), (key_tokens, key_heads, _) = query.shape, key.shape
+    sizes, device = (cu_seqlens_q.shape[0] - 1, heads, key_heads, query_tokens, key_tokens, head_dim), query.device.index
+    dout = torch.zeros_like(out) if dout is None else dout
+    with on(query):
+        kernels().attention_backward.attention_backward(
+            near(packed(dout)), None if dlse is None else dlse.contiguous()[None], near(packed(query)), near(packed(key)), near(packed(value)), None, None,
+            cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), seed, near(packed(out)), lse.contiguous()[None],
+            packed(dquery), *(d if d is None else packed(d) for d in (dkey, dvalue)), None,
+            sizes, clamped(lower, upper), scale, *dropout(dropout_p), precision(query), architecture(device), device, torch.empty_like(lse)[None],
+        )  # fmt: skip
+    return tuple(gradient if need else None for gradient, need in zip((dquery, dkey, dvalue), needed, strict=True))

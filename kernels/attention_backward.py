@@ -1,0 +1,468 @@
+"""The gradients of attention: two passes, and a third for the gradient of an additive mask. No atomics: every sum has one owner and one order.
+
+The pass by queries owns dq of a tile, walks over the keys, and on its way in computes delta = Σ out · dout − dlse, which the pass by keys reads. That one owns
+dk and dv of a tile and walks over the queries of all heads that share it, with scores transposed, so that both products that follow take them from
+registers. Weights come from the log-sum-exp of the forward. 14 · query_len · key_len · head_dim FLOPs a head, half of it with a causal mask: seven
+products where five would do, as the scores and dout vᵀ are computed in both passes. The price of a gradient without atomics.
+"""
+
+import triton
+import triton.language as tl
+
+from fastlm.kernels.attention import block_of, mask_kind, strides
+from fastlm.kernels.attention_tiles import (
+    LOG2E,
+    any_not_finite,
+    check_sequence,
+    column,
+    find_tile,
+    kept_of_key,
+    kept_of_query,
+    load_tile,
+    load_token,
+    masked,
+    nothing,
+    sequence,
+    store_tile,
+    tiles_of_keys,
+    tiles_of_queries,
+)
+from fastlm.kernels.configs import attention_tile
+from fastlm.kernels.launch import launch
+from fastlm.kernels.philox import kept
+
+
+@triton.jit
+def weights_of(scores, lse, scale, MASK: tl.constexpr):
+    """exp(score − log-sum-exp); lse is shaped to broadcast, +∞ where there is no query. Of any sign is the scale here: what is not seen the caller zeroes."""
+    if MASK == 2:
+        return tl.exp2((scores - lse) * LOG2E)
+    return tl.exp2(scores * (scale * LOG2E) - lse * LOG2E)
+
+
+@triton.jit
+def query_gradient_tiles(
+    dq, q, dout, lse, delta, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    i = first + tl.arange(0, TILE_M)
+    for tile in range(begin, end):
+        key = tile * TILE_N
+        k = load_tile(k_ptr, k_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
+        v = load_tile(v_ptr, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        seen = True
+        if EDGE:
+            j = key + tl.arange(0, TILE_N)
+            scores, seen = masked(
+                scores, i[:, None], j[None, :], query_len, key_len, lower, upper, scale, mask_ptr, mask_query_stride, mask_key_stride,
+                padding_ptr, padding_stride, MASK,
+            )  # fmt: skip
+        weights = weights_of(scores, lse[:, None], scale, MASK)
+        if EDGE:
+            weights = tl.where(seen, weights, 0.0)
+        if DROPOUT:
+            dweights = tl.where(kept(seed, i, key, third, threshold, TILE_M, TILE_N, False), dweights * keep_scale, 0.0)
+        dscores = weights * (dweights - delta[:, None])
+        if EDGE:
+            dscores = tl.where(seen, dscores, 0.0)
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def query_gradient_key_by_key(
+    q, dout, lse, delta, i, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """For what is not finite: see attention_tiles.py."""
+    dq = tl.zeros((TILE_M, BLOCK_D), tl.float32)
+    for key in range(begin, end):
+        k = load_token(k_ptr, k_stride, key, HEAD_DIM, BLOCK_D)
+        v = load_token(v_ptr, v_stride, key, HEAD_DIM, BLOCK_D)
+        j = key + tl.arange(0, 1)
+        scores, seen = masked(
+            tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None], i[:, None], j[None, :], query_len, key_len, lower, upper, scale,
+            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, MASK,
+        )  # fmt: skip
+        scores, seen = column(scores, seen, TILE_M)
+        dweights = tl.sum(dout.to(tl.float32) * v[None, :], 1)
+        if DROPOUT:
+            dweights = tl.where(kept_of_key(seed, i, key, third, threshold, TILE_M), dweights * keep_scale, 0.0)
+        dscores = weights_of(scores, lse, scale, MASK) * (dweights - delta)
+        dq += tl.where(seen[:, None], dscores[:, None] * k[None, :], 0.0)
+    return dq
+
+
+@triton.jit(do_not_specialize=["sequences", "query_len", "key_len", "tiles", "lower", "upper", "threshold", "lse_batch_stride", "lse_head_stride"])
+def attention_backward_query_kernel(
+    q_ptr, q_batch_stride, q_head_stride, q_stride, k_ptr, k_batch_stride, k_head_stride, k_stride, v_ptr, v_batch_stride, v_head_stride, v_stride,
+    out_ptr, out_batch_stride, out_head_stride, out_stride, dout_ptr, dout_batch_stride, dout_head_stride, dout_stride,
+    lse_ptr, dlse_ptr, delta_ptr, lse_batch_stride, lse_head_stride,
+    mask_ptr, mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride, padding_ptr, padding_batch_stride, padding_stride,
+    cu_query_ptr, cu_key_ptr, seed_ptr, dq_ptr, dq_batch_stride, dq_head_stride, dq_stride,
+    sequences, heads, groups, query_len, key_len, tiles, lower, upper, scale, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and delta of one tile of queries. lse, dlse and delta are laid out alike."""
+    pid = tl.program_id(0)
+    if cu_query_ptr is None:
+        batch, head, tile = pid // tiles // heads, pid // tiles % heads, tiles - 1 - pid % tiles
+    else:
+        batch, tile = find_tile(cu_query_ptr, sequences, pid % tiles, TILE_M)
+        head = pid // tiles
+        if batch >= sequences:
+            return
+        check_sequence(cu_query_ptr, batch, sequences, query_len)
+        check_sequence(cu_key_ptr, batch, sequences, key_len)
+    first = tile * TILE_M
+    q_begin, query_len = sequence(cu_query_ptr, batch, query_len)
+    k_begin, key_len = sequence(cu_key_ptr, batch, key_len)
+    if cu_query_ptr is not None:
+        lower += key_len - query_len
+        upper += key_len - query_len
+    third = batch * heads + head
+    at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // groups, tl.int64)
+    q_ptr += at[0] * q_batch_stride + at[1] * q_head_stride + q_begin * q_stride
+    k_ptr += at[0] * k_batch_stride + at[2] * k_head_stride + k_begin * k_stride
+    v_ptr += at[0] * v_batch_stride + at[2] * v_head_stride + k_begin * v_stride
+    out_ptr += at[0] * out_batch_stride + at[1] * out_head_stride + q_begin * out_stride
+    dout_ptr += at[0] * dout_batch_stride + at[1] * dout_head_stride + q_begin * dout_stride
+    dq_ptr += at[0] * dq_batch_stride + at[1] * dq_head_stride + q_begin * dq_stride
+    row = at[0] * lse_batch_stride + at[1] * lse_head_stride + q_begin
+    if MASK != 0:
+        mask_ptr += at[0] * mask_batch_stride + at[1] * mask_head_stride
+    if padding_ptr is not None:
+        padding_ptr += at[0] * padding_batch_stride
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+
+    dout = load_tile(dout_ptr, dout_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
+    out = load_tile(out_ptr, out_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    i = first + tl.arange(0, TILE_M)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + row + i, mask=i < query_len, other=0.0)
+    tl.store(delta_ptr + row + i, delta, mask=i < query_len)
+    lse = tl.load(lse_ptr + row + i, mask=i < query_len, other=float("inf"))
+    q = load_tile(q_ptr, q_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
+    dq = tl.zeros((TILE_M, BLOCK_D), tl.float32)
+    last = tl.minimum(first + TILE_M, query_len) - 1
+    begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, TILE_N)
+    if MASK != 0 or padding_ptr is not None:
+        dq = query_gradient_tiles(
+            dq, q, dout, lse, delta, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+        )  # fmt: skip
+    else:
+        if LEFT:
+            dq = query_gradient_tiles(
+                dq, q, dout, lse, delta, first, begin, inner, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+                mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+            )  # fmt: skip
+        dq = query_gradient_tiles(
+            dq, q, dout, lse, delta, first, inner if LEFT else begin, outer, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, False,
+        )  # fmt: skip
+        dq = query_gradient_tiles(
+            dq, q, dout, lse, delta, first, outer, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+        )  # fmt: skip
+    found = any_not_finite(dq)
+    if found > 0:
+        zero = nothing(found)
+        q = load_tile(q_ptr, q_stride + zero, first + zero, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
+        dout = load_tile(dout_ptr, dout_stride + zero, first + zero, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
+        dq = query_gradient_key_by_key(
+            q, dout, lse, delta, first + zero + tl.arange(0, TILE_M), begin * TILE_N + zero, tl.minimum(end * TILE_N, key_len), query_len + zero, key_len,
+            lower, upper, scale, k_ptr, k_stride + zero, v_ptr, v_stride + zero,
+            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, TILE_M, MASK, seed_ptr is not None,
+        )  # fmt: skip
+    store_tile(dq_ptr, dq_stride, first, query_len, dq * scale, HEAD_DIM, TILE_M, BLOCK_D)
+
+
+@triton.jit
+def key_gradient_tiles(
+    dk, dv, k, v, first, begin, end, query_len, key_len, lower, upper, scale, q_ptr, q_stride, dout_ptr, dout_stride, lse_ptr, delta_ptr,
+    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Scores are (TILE_N, TILE_M) here: keys by queries."""
+    j = first + tl.arange(0, TILE_N)
+    for tile in range(begin, end):
+        query = tile * TILE_M
+        i = query + tl.arange(0, TILE_M)
+        q = load_tile(q_ptr, q_stride, query, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
+        dout = load_tile(dout_ptr, dout_stride, query, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
+        lse = tl.load(lse_ptr + i, mask=i < query_len, other=float("inf"))  # so that a query beyond the end weighs nothing
+        delta = tl.load(delta_ptr + i, mask=i < query_len, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        seen = True
+        if EDGE:
+            scores, seen = masked(
+                scores, i[None, :], j[:, None], query_len, key_len, lower, upper, scale, mask_ptr, mask_query_stride, mask_key_stride,
+                padding_ptr, padding_stride, MASK,
+            )  # fmt: skip
+        weights = weights_of(scores, lse[None, :], scale, MASK)
+        if EDGE:
+            weights = tl.where(seen, weights, 0.0)
+        sent = weights
+        if DROPOUT:
+            keep = kept(seed, i, first, third, threshold, TILE_M, TILE_N, True)
+            sent = tl.where(keep, weights * keep_scale, 0.0)
+            dweights = tl.where(keep, dweights * keep_scale, 0.0)
+        dscores = weights * (dweights - delta[None, :])
+        if EDGE:
+            dscores = tl.where(seen, dscores, 0.0)
+        dv = tl.dot(sent.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def key_gradient_query_by_query(
+    dk, dv, k, v, first, begin, end, query_len, key_len, lower, upper, scale, q_ptr, q_stride, dout_ptr, dout_stride, lse_ptr, delta_ptr,
+    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """For what is not finite: see attention_tiles.py."""
+    j = first + tl.arange(0, TILE_N)
+    for query in range(begin, end):
+        q = load_token(q_ptr, q_stride, query, HEAD_DIM, BLOCK_D)
+        dout = load_token(dout_ptr, dout_stride, query, HEAD_DIM, BLOCK_D)
+        i = query + tl.arange(0, 1)
+        scores, seen = masked(
+            tl.sum(k.to(tl.float32) * q[None, :], 1)[:, None], i[None, :], j[:, None], query_len, key_len, lower, upper, scale,
+            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, MASK,
+        )  # fmt: skip
+        scores, seen = column(scores, seen, TILE_N)
+        weights = weights_of(scores, tl.load(lse_ptr + query), scale, MASK)
+        dweights = tl.sum(v.to(tl.float32) * dout[None, :], 1)
+        sent = weights
+        if DROPOUT:
+            keep = kept_of_query(seed, query, first, third, threshold, TILE_N)
+            sent = tl.where(keep, weights * keep_scale, 0.0)
+            dweights = tl.where(keep, dweights * keep_scale, 0.0)
+        dscores = weights * (dweights - tl.load(delta_ptr + query))
+        dv += tl.where(seen[:, None], sent[:, None] * dout[None, :], 0.0)
+        dk += tl.where(seen[:, None], dscores[:, None] * q[None, :], 0.0)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["sequences", "query_len", "key_len", "tiles", "lower", "upper", "threshold", "lse_batch_stride", "lse_head_stride"])
+def attention_backward_key_kernel(
+    q_ptr, q_batch_stride, q_head_stride, q_stride, k_ptr, k_batch_stride, k_head_stride, k_stride, v_ptr, v_batch_stride, v_head_stride, v_stride,
+    dout_ptr, dout_batch_stride, dout_head_stride, dout_stride, lse_ptr, delta_ptr, lse_batch_stride, lse_head_stride,
+    mask_ptr, mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride, padding_ptr, padding_batch_stride, padding_stride,
+    cu_query_ptr, cu_key_ptr, seed_ptr, dk_ptr, dk_batch_stride, dk_head_stride, dk_stride, dv_ptr, dv_batch_stride, dv_head_stride, dv_stride,
+    sequences, heads, groups, query_len, key_len, tiles, lower, upper, scale, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys, from all heads that share it."""
+    pid = tl.program_id(0)
+    key_heads = heads // groups
+    if cu_query_ptr is None:
+        batch, key_head, tile = pid // tiles // key_heads, pid // tiles % key_heads, pid % tiles  # of a causal mask the first tile has the most queries
+    else:
+        batch, tile = find_tile(cu_key_ptr, sequences, pid % tiles, TILE_N)
+        key_head = pid // tiles
+        if batch >= sequences:
+            return
+    first = tile * TILE_N
+    q_begin, query_len = sequence(cu_query_ptr, batch, query_len)
+    k_begin, key_len = sequence(cu_key_ptr, batch, key_len)
+    if cu_query_ptr is not None:
+        lower += key_len - query_len
+        upper += key_len - query_len
+    at = tl.cast(batch, tl.int64), tl.cast(key_head, tl.int64)
+    k_ptr += at[0] * k_batch_stride + at[1] * k_head_stride + k_begin * k_stride
+    v_ptr += at[0] * v_batch_stride + at[1] * v_head_stride + k_begin * v_stride
+    dk_ptr += at[0] * dk_batch_stride + at[1] * dk_head_stride + k_begin * dk_stride
+    dv_ptr += at[0] * dv_batch_stride + at[1] * dv_head_stride + k_begin * dv_stride
+    if padding_ptr is not None:
+        padding_ptr += at[0] * padding_batch_stride
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+
+    k = load_tile(k_ptr, k_stride, first, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
+    v = load_tile(v_ptr, v_stride, first, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
+    dk = tl.zeros((TILE_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((TILE_N, BLOCK_D), tl.float32)
+    last = tl.minimum(first + TILE_N, key_len) - 1
+    begin, inner, outer, end = tiles_of_queries(first, last, lower, upper, query_len, TILE_M)
+    for group in range(groups):
+        head = tl.cast(key_head * groups + group, tl.int64)
+        third = batch * heads + key_head * groups + group
+        q_at = q_ptr + at[0] * q_batch_stride + head * q_head_stride + q_begin * q_stride
+        dout_at = dout_ptr + at[0] * dout_batch_stride + head * dout_head_stride + q_begin * dout_stride
+        row = at[0] * lse_batch_stride + head * lse_head_stride + q_begin
+        mask_at = None if MASK == 0 else mask_ptr + at[0] * mask_batch_stride + head * mask_head_stride
+        if MASK != 0 or padding_ptr is not None:
+            dk, dv = key_gradient_tiles(
+                dk, dv, k, v, first, begin, end, query_len, key_len, lower, upper, scale,
+                q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
+                mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+            )  # fmt: skip
+        else:
+            dk, dv = key_gradient_tiles(
+                dk, dv, k, v, first, begin, inner, query_len, key_len, lower, upper, scale,
+                q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
+                mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+            )  # fmt: skip
+            dk, dv = key_gradient_tiles(
+                dk, dv, k, v, first, inner, outer, query_len, key_len, lower, upper, scale,
+                q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
+                mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, False,
+            )  # fmt: skip
+            if LEFT:
+                dk, dv = key_gradient_tiles(
+                    dk, dv, k, v, first, outer, end, query_len, key_len, lower, upper, scale,
+                    q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
+                    mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+                    HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+                )  # fmt: skip
+    found = tl.maximum(any_not_finite(dk), any_not_finite(dv))
+    if found > 0:
+        zero = nothing(found)
+        k = load_tile(k_ptr, k_stride + zero, first + zero, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
+        v = load_tile(v_ptr, v_stride + zero, first + zero, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
+        dk = tl.zeros((TILE_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((TILE_N, BLOCK_D), tl.float32)
+        for group in range(groups):
+            head = tl.cast(key_head * groups + group, tl.int64)
+            third = batch * heads + key_head * groups + group
+            q_at = q_ptr + at[0] * q_batch_stride + head * q_head_stride + q_begin * q_stride
+            dout_at = dout_ptr + at[0] * dout_batch_stride + head * dout_head_stride + q_begin * dout_stride
+            row = at[0] * lse_batch_stride + head * lse_head_stride + q_begin + zero
+            mask_at = None if MASK == 0 else mask_ptr + at[0] * mask_batch_stride + head * mask_head_stride
+            dk, dv = key_gradient_query_by_query(
+                dk, dv, k, v, first + zero, begin * TILE_M, tl.minimum(end * TILE_M, query_len), query_len + zero, key_len + zero, lower, upper, scale,
+                q_at, q_stride + zero, dout_at, dout_stride + zero, lse_ptr + row, delta_ptr + row,
+                mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+                HEAD_DIM, BLOCK_D, TILE_N, MASK, seed_ptr is not None,
+            )  # fmt: skip
+    store_tile(dk_ptr, dk_stride, first, key_len, dk * scale, HEAD_DIM, TILE_N, BLOCK_D)
+    store_tile(dv_ptr, dv_stride, first, key_len, dv, HEAD_DIM, TILE_N, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["query_len", "key_len", "tiles_m", "tiles_n", "lower", "upper", "threshold", "mask_batch", "mask_heads", "batch_size"])
+def attention_backward_mask_kernel(
+    q_ptr, q_batch_stride, q_head_stride, q_stride, k_ptr, k_batch_stride, k_head_stride, k_stride, v_ptr, v_batch_stride, v_head_stride, v_stride,
+    dout_ptr, dout_batch_stride, dout_head_stride, dout_stride, lse_ptr, delta_ptr,
+    mask_ptr, mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride, padding_ptr, padding_batch_stride, padding_stride, seed_ptr,
+    dmask_ptr, batch_size, heads, groups, query_len, key_len, mask_batch, mask_heads, tiles_m, tiles_n, lower, upper, scale, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, ONE_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient of an additive mask: dscores summed over whatever the mask was broadcast over, in the order of batch, head and query.
+
+    ONE_ROW: the mask has one row for all queries. (Where it has one entry for all keys the gradient is that of the log-sum-exp: no kernel is needed.)
+    dmask is contiguous, in float32.
+    """
+    pid = tl.program_id(0)
+    own_m = 1 if ONE_ROW else tiles_m  # tiles of the mask itself
+    key, tile_m = pid % tiles_n * TILE_N, pid // tiles_n % own_m
+    mask_head, mask_index = pid // tiles_n // own_m % mask_heads, pid // tiles_n // own_m // mask_heads
+    j = key + tl.arange(0, TILE_N)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+    dmask = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for batch in range(mask_index, batch_size, mask_batch):
+        for head in range(mask_head, heads, mask_heads):
+            at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // groups, tl.int64)
+            row = (at[0] * heads + at[1]) * query_len
+            padding_at = None if padding_ptr is None else padding_ptr + at[0] * padding_batch_stride
+            for m in range(0 if ONE_ROW else tile_m, tiles_m if ONE_ROW else tile_m + 1):
+                first = m * TILE_M
+                i = first + tl.arange(0, TILE_M)
+                q = load_tile(
+                    q_ptr + at[0] * q_batch_stride + at[1] * q_head_stride, q_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False
+                )  # fmt: skip
+                dout = load_tile(
+                    dout_ptr + at[0] * dout_batch_stride + at[1] * dout_head_stride, dout_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False
+                )  # fmt: skip
+                lse = tl.load(lse_ptr + row + i, mask=i < query_len, other=float("inf"))
+                delta = tl.load(delta_ptr + row + i, mask=i < query_len, other=0.0)
+                k = load_tile(
+                    k_ptr + at[0] * k_batch_stride + at[2] * k_head_stride, k_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, False
+                )  # fmt: skip
+                v = load_tile(
+                    v_ptr + at[0] * v_batch_stride + at[2] * v_head_stride, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, False
+                )  # fmt: skip
+                scores, seen = masked(
+                    tl.dot(q, tl.trans(k), input_precision=PRECISION), i[:, None], j[None, :], query_len, key_len, lower, upper, scale,
+                    mask_ptr + at[0] * mask_batch_stride + at[1] * mask_head_stride, mask_query_stride, mask_key_stride, padding_at, padding_stride, 2,
+                )  # fmt: skip
+                dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                if seed_ptr is not None:
+                    keep = kept(seed, i, key, batch * heads + head, threshold, TILE_M, TILE_N, False)
+                    dweights = tl.where(keep, dweights * keep_scale, 0.0)
+                dmask += tl.where(seen, weights_of(scores, lse[:, None], scale, 2) * (dweights - delta[:, None]), 0.0)
+    dmask_ptr += (mask_index * mask_heads + mask_head).to(tl.int64) * (1 if ONE_ROW else query_len) * key_len
+    if ONE_ROW:
+        tl.store(dmask_ptr + j, tl.sum(dmask, 0), mask=j < key_len)
+    else:
+        i = tile_m * TILE_M + tl.arange(0, TILE_M)
+        at_mask = dmask_ptr + i.to(tl.int64)[:, None] * key_len + j[None, :]
+        tl.store(at_mask, dmask, mask=(i < query_len)[:, None] & (j < key_len)[None, :])
+
+
+def attention_backward(
+    dout, dlse, q, k, v, mask, padding, cu_query, cu_key, seed, out, lse, dq, dk, dv, dmask, sizes, band, scale, threshold, keep_scale, precision,
+    architecture, device, delta,
+):  # fmt: skip
+    """As attention_forward; dlse and delta are laid out as lse. dk is None where neither dk nor dv is wanted.
+
+    dmask is contiguous in float32, or None; its mask has a column for each key.
+    """
+    batch, heads, key_heads, query_len, key_len, head_dim = sizes
+    groups, block, left = heads // key_heads, block_of(head_dim), cu_query is not None or band[0] > 1 - query_len
+    kind, masked_at_all = mask_kind(mask), mask is not None or padding is not None or seed is not None or cu_query is not None
+    masks = mask, *strides(mask, 4), padding, *strides(padding, 2)
+    each = batch if cu_query is None else 1
+    inputs = q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3)
+    numbers = *band, scale, threshold, keep_scale
+
+    tile_m, tile_n, warps, stages = attention_tile(architecture, "query", q.dtype.itemsize, block, masked_at_all)
+    tiles = triton.cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch
+    arguments = (
+        *inputs, out, *strides(out, 3), dout, *strides(dout, 3), lse, dlse, delta, *strides(lse, 2), *masks, cu_query, cu_key, seed, dq, *strides(dq, 3),
+        batch, heads, groups, query_len, key_len, tiles, *numbers,
+    )  # fmt: skip
+    constants = head_dim, block, tile_m, tile_n, kind, left, precision
+    launch(attention_backward_query_kernel, tiles * each * heads, arguments, constants, warps, stages, device, debug=cu_query is not None)
+
+    if dk is not None:
+        tile_m, tile_n, warps, stages = attention_tile(architecture, "key", q.dtype.itemsize, block, masked_at_all)
+        tiles = triton.cdiv(key_len, tile_n) if cu_key is None else key_len // tile_n + batch
+        arguments = (
+            *inputs, dout, *strides(dout, 3), lse, delta, *strides(lse, 2), *masks, cu_query, cu_key, seed, dk, *strides(dk, 3), dv, *strides(dv, 3),
+            batch, heads, groups, query_len, key_len, tiles, *numbers,
+        )  # fmt: skip
+        constants = head_dim, block, tile_m, tile_n, kind, left, precision
+        launch(attention_backward_key_kernel, tiles * each * key_heads, arguments, constants, warps, stages, device)
+
+    if dmask is not None:
+        tile_m, tile_n, warps, stages = attention_tile(architecture, "mask", q.dtype.itemsize, block)
+        tiles_m, tiles_n = triton.cdiv(query_len, tile_m), triton.cdiv(key_len, tile_n)
+        one_row = mask.shape[2] == 1
+        programs = mask.shape[0] * mask.shape[1] * (1 if one_row else tiles_m) * tiles_n
+        arguments = (
+            *inputs, dout, *strides(dout, 3), lse, delta, *masks, seed, dmask, batch, heads, groups, query_len, key_len, mask.shape[0], mask.shape[1],
+            tiles_m, tiles_n, *numbers,
+        )  # fmt: skip
+        constants = head_dim, block, tile_m, tile_n, one_row, precision
+        launch(attention_backward_mask_kernel, programs, arguments, constants, warps, stages, device)

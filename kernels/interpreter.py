@@ -1,0 +1,29 @@
+"""Triton's interpreter, mended where it does not do what every GPU does. Imported only under TRITON_INTERPRET=1.
+
+It keeps bfloat16 as integers, truncates when it converts float32 to them (GPUs round to nearest even), and multiplies matrices of them as the integers
+that they are not. Seen in Triton 3.9.
+"""
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+tl = interpreter.tl
+Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+cast_as_it_comes, dot_as_it_comes = Builder.cast_impl, Builder.create_dot
+
+
+def cast_impl(self, source, dtype):
+    if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+        bits = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return Handle(bits.reshape(source.data.shape), dtype.scalar)
+    return cast_as_it_comes(self, source, dtype)
+
+
+def create_dot(self, a, b, total, *options):
+    a, b = (Handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return dot_as_it_comes(self, a, b, total, *options)
+
+
+def mend() -> None:
+    Builder.cast_impl, Builder.create_dot = cast_impl, create_dot

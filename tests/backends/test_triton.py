@@ -1,0 +1,188 @@
+"""Who may use the Triton kernels, and what is said where they cannot serve; their launches, without a GPU."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import fastlm
+from fastlm.backends import choice, table
+from fastlm.backends import triton as backend
+from tests.support import WITH_TRITON, floats, on_backends
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU as far as the questions go that are asked before a launch."""
+    card = types.SimpleNamespace(name="Card", capability=(9, 0), shared=227 << 10)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(backend, "missing", lambda: "")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: card.name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(shared_memory_per_block_optin=card.shared))
+    for cached in (backend.unfit, backend.architecture):
+        cached.cache_clear()
+    choice.CHOICES.clear()
+    yield card
+    for cached in (backend.unfit, backend.architecture):
+        cached.cache_clear()
+    choice.CHOICES.clear()
+
+
+def decided(dtype=torch.bfloat16, forced=None, width=768):
+    return choice.decide("layernorm_residual", CUDA, dtype, forced, {"rows": 40, "width": width, "dropout": False})
+
+
+def test_a_gpu_is_served_by_triton_first(gpu):
+    assert decided() == ("triton", None)
+    assert decided(torch.float64) == ("torch", "layernorm_residual: torch instead of triton")
+    for operator, features in choice.FEATURES.items():
+        if operator == "adamw":  # PyTorch's own is fused on a GPU
+            continue
+        assert choice.decide(operator, CUDA, torch.float16, None, dict.fromkeys(features, 1))[0] == "triton"
+
+
+def test_a_card_s_table_puts_pytorch_first_where_it_is_faster(gpu, monkeypatch):
+    monkeypatch.setitem(table.GPUS, "Card", (table.Rule("layernorm_residual", "bfloat16", {"width": (None, 512)}),))
+    assert decided(width=512) == ("torch", None) and decided(width=513)[0] == "triton" and decided(torch.float16, width=512)[0] == "triton"
+    monkeypatch.setitem(table.GPUS, "Another", table.GPUS.pop("Card"))
+    assert decided(width=512)[0] == "triton"
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"capability": (7, 5)}, r"needs an architecture of sm_80 or later, and Card is sm_75"),
+        ({"shared": 48 << 10}, r"needs 64 KiB of shared memory, and Card has 48"),
+    ],
+)
+def test_a_gpu_that_cannot_is_named_and_the_next_backend_serves(gpu, changed, message):
+    vars(gpu).update(changed)
+    assert decided() == ("torch", "layernorm_residual: torch instead of triton")
+    with pytest.raises(fastlm.Unsupported, match=f"triton {message}"):
+        decided(forced="triton")
+
+
+def test_a_row_too_wide_for_registers(gpu):
+    assert decided(width=16384)[0] == "triton" and decided(width=16385)[0] == "torch"
+    with pytest.raises(fastlm.Unsupported, match="triton holds a row in registers: width up to 16384, not 16385"):
+        decided(forced="triton", width=16385)
+
+
+def test_no_triton_and_an_old_one(gpu, monkeypatch):
+    for said, version in (("needs Triton, which cannot be imported", None), ("needs Triton 3.4 or later, not 3.3.1", "3.3.1")):
+        monkeypatch.setitem(sys.modules, "triton", version and types.SimpleNamespace(__version__=version))
+        reason = MISSING.__wrapped__()
+        assert reason.startswith(said) and "\n" not in reason
+        monkeypatch.setattr(backend, "missing", lambda reason=reason: reason)
+        assert decided()[0] == "torch"
+        assert choice.unavailable("triton") == [reason] == fastlm.info().backends["triton"]
+
+
+MISSING = backend.missing  # as it is, not what a test puts in its place
+
+
+def test_without_a_gpu_and_without_the_interpreter():
+    code = "import torch, fastlm; torch.cuda.is_available = lambda: False; fastlm.linear(torch.ones(2, 2), torch.ones(2, 2), backend='triton')"
+    environment = {"PYTHONPATH": ":".join(sys.path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+    assert "triton finds no GPU (torch.cuda.is_available() is false)" in done.stderr or "triton needs Triton" in done.stderr
+
+
+def test_a_call_falls_back_and_is_counted(gpu, monkeypatch):
+    gpu.capability = (7, 0)
+    what = "layernorm_residual: torch instead of triton"
+    before = fastlm.info().fallbacks.get(what, 0)
+    x = types.SimpleNamespace(is_cpu=False, device=CUDA)
+    for _ in range(2):
+        assert choice.choose("layernorm_residual", x, torch.float32, None, 40, 768, False) is choice.load("torch")
+    assert fastlm.info().fallbacks[what] == before + 2
+
+
+@on_backends("triton")
+def test_the_interpreter_serves_a_cpu_only_when_it_is_asked_to(backend):
+    x = floats(4, 8)
+    assert choice.decide("linear", x.device, x.dtype, None, {"rows": 4, "in_width": 8, "out_width": 8})[0] != "triton"
+    assert choice.decide("linear", x.device, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})[0] == "triton"
+    with pytest.raises(fastlm.Unsupported, match="triton serves CPU tensors under TRITON_INTERPRET=1, not cuda:0"):
+        choice.decide("linear", CUDA, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})
+
+
+def test_products_of_float32_follow_the_users_precision(monkeypatch):
+    x = floats(1)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert backend.precision(x) == wanted and backend.precision(x.bfloat16()) == "ieee"
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert backend.precision(x) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# Launches
+
+
+class Kernel:
+    """Counts how often Triton's own way of launching is taken, and hands out what it compiles."""
+
+    def __init__(self):
+        self.slow, self.fast = [], []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.slow.append((grid, arguments, options))
+            return Compiled(self)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.fast.append((grid, arguments))
+
+
+@pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")
+def test_the_second_launch_of_a_kind_goes_past_triton(monkeypatch):
+    from fastlm.kernels import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "compiled", {})
+    kernel, x = Kernel(), torch.zeros(64)
+    go = lambda *arguments, constants=(32,), device=0, warps=4: launch.launch(kernel, 7, arguments, constants, warps, 2, device)  # noqa: E731
+    go(x, 48, 0.5, None)
+    go(torch.ones(64), 64, 0.25, None)  # another tensor, another size, another number of the same kinds
+    assert len(kernel.slow) == 1 and kernel.fast[0][0] == (7, 1, 1) and kernel.fast[0][1][1:] == (64, 0.25, None, 32)
+    assert kernel.slow[0][2] == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    others = [(x.half(), 48, 0.5, None), (x[1:], 48, 0.5, None), (x, 49, 0.5, None), (x, 1, 0.5, None), (x, 2**40, 0.5, None), (x, 48, 0.5, x)]
+    for other in others:
+        go(*other)
+    go(x, 48, 0.5, None, constants=(64,))
+    go(x, 48, 0.5, None, device=1)
+    go(x, 48, 0.5, None, warps=8)
+    assert len(kernel.slow) == 1 + len(others) + 3
+    launch.launch(kernel, 0, (x,), (), 4, 2, 0)  # nothing to do
+    assert len(kernel.slow) == 1 + len(others) + 3
+
+
+@pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")
+def test_what_is_compiled_is_bounded(monkeypatch):
+    from fastlm.kernels import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "compiled", {})
+    monkeypatch.setattr(launch, "MOST_COMPILED", 3)
+    for constant in range(20):
+        launch.launch(Kernel(), 1, (), (constant,), 4, 2, 0)
+    assert len(launch.compiled) <= 3

@@ -1,0 +1,143 @@
+"""What the tests of the operators do not reach: the other side of each table, tiles of every shape, the same bits every time, and that nothing is written where
+it should not be. On the real kernels where there is a GPU, else under the interpreter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlm
+from fastlm.backends import triton as triton_backend
+from tests.support import assert_same_bits, assert_within_twice_torch, error, floats, on_backends, outputs_and_gradients
+
+only_triton = on_backends("triton")
+
+
+@pytest.fixture
+def configs():
+    pytest.importorskip("triton")
+    from fastlm.kernels import configs
+
+    return configs
+
+
+@pytest.fixture
+def architecture(monkeypatch):
+    """As the backend looks it up where these tests run."""
+    name = triton_backend.architecture(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    monkeypatch.setattr(triton_backend, "architecture", lambda index: name)
+    return name
+
+
+@only_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("approximate, recompute", [("none", 0), ("tanh", 1), ("none", 2)])
+def test_the_vendors_product_and_a_pointwise_pass(approximate, recompute, dtype, backend, configs, architecture, monkeypatch):
+    """The other side of the table: where one of the two serves by default, here is the other."""
+    at = architecture, dtype.itemsize
+    if at in configs.MLP:
+        monkeypatch.delitem(configs.MLP, at)
+    else:
+        monkeypatch.setitem(configs.MLP, at, (64, 64, 32, 4, 2))
+    inputs = floats(7, 12), floats(20, 12), floats(20), floats(9, 20), floats(9)
+    assert_within_twice_torch(
+        lambda *t: fastlm.gelu_mlp(*t, approximate=approximate, recompute=recompute, backend=backend),
+        lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2), inputs, dtype,
+    )  # fmt: skip
+
+
+@only_triton
+@pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 16), (32, 32), (16, 128)], ids=str)
+def test_attention_in_tiles_of_any_shape(tiles, backend, configs, architecture, monkeypatch):
+    """Every edge of the band falls elsewhere; dropout spreads its words over 16, 32 and 64 columns and more."""
+    table = {at: (*tiles, *rest[2:]) for at, rest in configs.SMALL.items() if at[0] != "decode"} | {
+        at: row for at, row in configs.SMALL.items() if at[0] == "decode"
+    }
+    inputs = floats(1, 2, 37, 20), floats(1, 1, 70, 20), floats(20, 1, 70, 1).permute(3, 1, 2, 0).contiguous()
+    options = {"causal": True, "window": (30, None), "dropout_p": 0.3}
+
+    def seeded(name):
+        def attention(*t):
+            torch.manual_seed(11)
+            return fastlm.attention(*t, **options, backend=name)
+
+        return attention
+
+    expected = outputs_and_gradients(seeded("reference"), inputs, torch.float32)
+    monkeypatch.setitem(configs.ATTENTION, architecture, table)
+    for a, b in zip(outputs_and_gradients(seeded(backend), inputs, torch.float32), expected, strict=True):
+        assert error(a, b.double()) <= 2**-19
+
+
+@only_triton
+@pytest.mark.parametrize("query_len, groups", [(1, 1), (1, 4), (3, 4)])
+@pytest.mark.parametrize("masked", ["", "bool", "additive", "padding", "dropout", "nothing seen"])
+def test_decoding_in_stretches(masked, query_len, groups, backend, monkeypatch):
+    """Few queries against keys enough for several stretches, which another kernel puts together."""
+    pytest.importorskip("triton")
+    from fastlm.kernels import attention_decode
+
+    monkeypatch.setattr(attention_decode, "SHORTEST", 32)
+    key_len = 75
+    q, k, v = floats(2, 4, query_len, 24), floats(2, 4 // groups, key_len, 24), floats(24, 4 // groups, key_len, 2).permute(3, 1, 2, 0)
+    assert attention_decode.serves(4, 4 // groups, query_len, key_len) and attention_decode.stretches_of(2, 4 // groups, key_len)[1] == 3
+    options = {"causal": True, "return_lse": True}
+    if masked == "bool":
+        options["mask"] = floats(2, 1, query_len, key_len) > 0
+    if masked == "additive":
+        options["mask"] = torch.where(floats(1, 4, query_len, key_len) > 1, -torch.inf, floats(1, 4, query_len, key_len))
+    if masked in ("padding", "nothing seen"):
+        options["key_padding"] = torch.arange(key_len) >= torch.tensor([[40], [5 if masked == "padding" else key_len]])
+        k[0, :, 7], v[0, :, 9] = torch.nan, torch.inf  # behind it
+    if masked == "dropout":
+        options["dropout_p"] = 0.25
+    results = []
+    for name in ("reference", backend):
+        torch.manual_seed(3)
+        results.append(fastlm.attention(q, k, v, **options, backend=name))
+    for a, b in zip(results[1], results[0], strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()) and error(a, b.double()) <= 2**-20
+
+
+@only_triton
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_nan_that_is_seen_stays_where_it_is_seen(which, backend):
+    """With a causal mask and a NaN at position 11: in which results which positions hold one, and that the rest is as without it."""
+    everything, until, since = set(range(20)), set(range(12)), set(range(11, 20))
+    # of the query: its own row, and the keys it sees; of a key: the queries that see it, and through them all keys; of a value the same, but for values
+    harmed = [({11}, {11}, until, until), (since, since, everything, everything), (since, since, everything, set())][which]
+    outcomes = []
+    for stands in (torch.nan, 0.0):
+        inputs = [floats(1, 1, 20, 8), floats(1, 1, 20, 8, 1)[..., 0], floats(8, 1, 20, 1).permute(3, 1, 2, 0).contiguous()]
+        inputs[which][0, 0, 11, 3] = stands
+        leaves = [t.requires_grad_() for t in inputs]
+        out = fastlm.attention(*leaves, causal=True, backend=backend)
+        outcomes.append((out.detach(), *torch.autograd.grad(out, leaves, floats(*out.shape))))
+    for got, clean, wanted in zip(*outcomes, harmed, strict=True):
+        assert {i for i in range(20) if got[0, 0, i].isnan().any()} == wanted
+        rest = sorted(everything - wanted)
+        torch.testing.assert_close(got[0, 0, rest], clean[0, 0, rest])
+
+
+@only_triton
+def test_the_same_bits_every_time(backend):
+    """Nothing is added in an order that a run may change."""
+    q, k, v = floats(1, 4, 40, 16), floats(1, 2, 40, 16), floats(16, 2, 40, 1).permute(3, 1, 2, 0)
+    bias, x, w, target = floats(1, 4, 40, 40), floats(40, 24), floats(90, 24), torch.arange(40)
+
+    def outcome():
+        torch.manual_seed(5)
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, bias, x, w)]
+        attended = fastlm.attention(*leaves[:3], mask=leaves[3], dropout_p=0.1, backend=backend)
+        normed, _ = fastlm.layernorm_residual(leaves[4], leaves[4], w[0], w[1], dropout_p=0.1, backend=backend)
+        loss = fastlm.linear_cross_entropy(normed, leaves[5], target, w[:, 0].contiguous(), backend=backend) + attended.square().sum()
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    first = outcome()
+    for _ in range(2):
+        assert_same_bits(outcome(), first)
+
+
+@only_triton
+def test_float64_and_other_devices_are_left_to_others(backend):
+    with pytest.raises(fastlm.Unsupported, match=r"triton computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64"):
+        fastlm.linear(floats(2, 3).double(), floats(4, 3).double(), backend=backend)

@@ -1,0 +1,50 @@
+"""A whole training step of each model on the Triton kernels, against the same step on the reference."""
+
+import pytest
+import torch
+
+import fastlm
+from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from tests.support import error, on_backends, targets
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=24, n_embd=24, n_layer=2, n_head=2))
+
+
+def bert():
+    return BertForMaskedLM(
+        BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=24)
+    )
+
+
+@on_backends("triton")
+@pytest.mark.parametrize("model", [gpt2, bert])
+def test_a_training_step(model, backend):
+    """Dropout on, padding, AdamW: the loss before and after the step, every gradient and every new weight."""
+    torch.manual_seed(0)
+    start = model().state_dict()
+    tokens, labels = targets(61, 2, 18), targets(61, 2, 18, ignored=[3])
+    padding = torch.ones(2, 18, dtype=torch.int64)
+    padding[1, 14:] = 0
+    outcomes = []
+    for name in ("reference", backend):
+        with fastlm.use_backend(name):
+            trained = model().train()
+            trained.load_state_dict(start)
+            optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+            torch.manual_seed(2)
+            loss = trained(tokens, attention_mask=padding, labels=labels).loss
+            loss.backward()
+            gradients = {key: parameter.grad.clone() for key, parameter in trained.named_parameters()}
+            optimizer.step()
+            with torch.no_grad():
+                after = trained.eval()(tokens, attention_mask=padding, labels=labels).loss
+            outcomes.append((loss.detach(), after, gradients))
+    (loss, after, gradients), (own_loss, own_after, own_gradients) = outcomes
+    torch.testing.assert_close(own_loss, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own_after, after, rtol=1e-4, atol=1e-4)
+    for key, expected in gradients.items():
+        largest = max(expected.abs().max().item(), 1e-3)  # of a key's bias the gradient is 0 but for rounding
+        assert (own_gradients[key] - expected).abs().max().item() <= 1e-5 * largest + 1e-6, key
+    assert error(own_loss, loss.double()) < 1e-5
