@@ -1,0 +1,216 @@
+"""Compiles the kernels for GPUs that are not there: ahead_of_time.py OUT.json TARGET… [--only WORD] [--quick]
+
+The launches are those of the backend itself: it is called on tensors of the CPU as if they lay on the target, and each launch is compiled instead of made.
+A process of its own, as under TRITON_INTERPRET=1 there is nothing to compile. OUT.json gets one entry for each kernel, configuration and target.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastlm.backends import triton as backend
+from fastlm.kernels import configs
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
+TARGETS = {
+    **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}  # KiB of one program
+launches: list[tuple] = []
+
+
+def record(kernel, programs, arguments, constants, warps, stages, device, debug=False):
+    launches.append((kernel, arguments, constants, warps, stages, debug))
+
+
+def source_of(kernel, arguments, constants):
+    """What Triton would make of a launch: types, integers that are 1, and what is a multiple of 16."""
+    signature, constexprs, attributes = {}, {}, {}
+    values = [*arguments, *constants]
+    assert len(values) == len(kernel.params), kernel
+    for parameter, value in zip(kernel.params, values, strict=True):
+        at = (parameter.num,)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constexprs[at] = "constexpr", value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[at] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[at] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs, attributes)
+
+
+def compiled(launch, name):
+    kernel, arguments, constants, warps, stages, debug = launch
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **({"debug": True, "sanitize_overflow": False} if debug else {})}
+    return triton.compile(source_of(kernel, arguments, constants), target=TARGETS[name], options=options)
+
+
+def resources(binary, name):
+    """(bytes spilled, registers, which matrix instructions)."""
+    if name.startswith("gfx"):
+        text = binary.asm["amdgcn"]
+        spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1))
+        return spilled, int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)), sorted(set(re.findall(r"v_(mfma|wmma)_f32\w*?(?:bf16|f16|f32)", text)))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(binary.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    stack, registers = int(re.search(r"STACK:(\d+)", usage).group(1)), int(re.search(r"REG:(\d+)", usage).group(1))
+    return stack, registers, sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", binary.asm["ptx"])))
+
+
+# What is launched, by operator: (name, call) for each configuration
+
+
+def attention(dtype, head_dim, masked="", lengths=(512, 512), key_heads=2, backward=True):
+    batch, heads = 2, 4
+    query, key, value = (
+        torch.empty(batch, n, h, head_dim, dtype=dtype).transpose(1, 2) for n, h in zip((*lengths, lengths[1]), (heads, key_heads, key_heads), strict=True)
+    )
+    mask = padding = seed = None
+    lower, upper = -(2**62), lengths[1] - lengths[0]
+    if "window" in masked:
+        lower = -64
+    if "bool" in masked:
+        mask = torch.empty(1, 1, *lengths, dtype=torch.bool)
+    if "bias" in masked:
+        mask = torch.empty(1, heads, *lengths, dtype=dtype)
+    if "padding" in masked:
+        padding = torch.empty(batch, lengths[1], dtype=torch.bool)
+    if "dropout" in masked:
+        seed = torch.zeros((), dtype=torch.int64)
+    settings = 0.125, lower, upper, 0.1 if seed is not None else 0.0
+    out, lse = backend.attention_forward(query, key, value, mask, padding, seed, *settings)
+    if backward:
+        backend.attention_backward(out, None, query, key, value, mask, padding, seed, out, lse, *settings, (True, True, True, "bias" in masked))
+
+
+def packed(dtype, head_dim):
+    query, key, value = (torch.empty(512, n, head_dim, dtype=dtype) for n in (4, 2, 2))
+    starts = torch.tensor([0, 100, 512], dtype=torch.int32)
+    out, lse = backend.attention_varlen_forward(query, key, value, starts, starts, None, 0.125, -64, 0, 0.0)
+    backend.attention_varlen_backward(out, None, query, key, value, starts, starts, None, out, lse, 0.125, -64, 0, 0.0, (True, True, True))
+
+
+def layernorm(dtype, width, stream=None, dropout=False):
+    x, w = torch.empty(4096, width, dtype=dtype), torch.empty(width, dtype=torch.float32)
+    residual = None if stream is None else torch.empty(4096, width, dtype=stream)
+    seed = torch.zeros((), dtype=torch.int64) if dropout else None
+    y, summed, mean, rstd = backend.layernorm_residual_forward(x, residual, w, w, seed, 1e-5, 0.1 if dropout else 0.0)
+    summed = x if summed is None else summed
+    shared = not dropout and summed.dtype == dtype
+    backend.layernorm_residual_backward(y, None if residual is None else summed, summed, w, mean, rstd, seed, 0.1, dtype, (True, not shared, True, True))
+
+
+def gelu_mlp(dtype, recompute):
+    x, w, b = torch.empty(4096, 768, dtype=dtype), torch.empty(3072, 768, dtype=dtype), torch.empty(3072, dtype=dtype)
+    y, hidden, activated = backend.gelu_mlp_forward(x, w, b, w.t(), x[0], "tanh" if recompute else "none", "linear", recompute)
+    hidden = torch.empty(4096, 3072, dtype=dtype)
+    backend.gelu_mlp_backward(y, x, w, b, w.t(), hidden, activated, "tanh" if recompute else "none", "linear", (True,) * 5)
+
+
+def cross_entropy(dtype, with_bias):
+    x, w = torch.zeros(64, 16, dtype=dtype), torch.zeros(30528, 16, dtype=dtype)
+    target, scale = torch.zeros(64, dtype=torch.int64), torch.ones(64)
+    backend.linear_cross_entropy_forward(x, w, w[:, 0].contiguous() if with_bias else None, target, scale, -100, 0.1 * with_bias, (True, True, with_bias))
+
+
+def cases(quick):
+    """(title, call): what the quick run leaves out differs in sizes and types only."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 1 if quick else 3]:
+        short = str(dtype).removeprefix("torch.")
+        for head_dim in (64,) if quick else (64, 128, 80) if dtype == torch.float16 else (64, 128, 80, 256):
+            yield f"attention {short} {head_dim} causal", lambda d=dtype, h=head_dim: attention(d, h)
+            yield f"attention {short} {head_dim} decode", lambda d=dtype, h=head_dim: attention(d, h, "", (1, 2048), backward=False)
+        if dtype == torch.bfloat16:
+            for masked in ("bias dropout",) if quick else ("window", "bool padding", "bias dropout", "dropout"):
+                for head_dim in (64,) if quick else (64, 128):
+                    yield f"attention {short} {head_dim} {masked}", lambda d=dtype, h=head_dim, m=masked: attention(d, h, m)
+            for head_dim in () if quick else (64, 128):
+                yield f"attention {short} {head_dim} packed", lambda d=dtype, h=head_dim: packed(d, h)
+        for width in (768,) if quick else (768, 1600, 64, 16384):
+            yield f"layernorm_residual {short} {width}", lambda d=dtype, w=width: layernorm(d, w, d)
+        yield f"layernorm_residual {short} 768 dropout float32 stream", lambda d=dtype: layernorm(d, 768, torch.float32, True)
+        for recompute in (0, 1):
+            yield f"gelu_mlp {short} recompute {recompute}", lambda d=dtype, r=recompute: gelu_mlp(d, r)
+        for with_bias in (False, True):
+            yield f"linear_cross_entropy {short}{' bias' * with_bias}", lambda d=dtype, b=with_bias: cross_entropy(d, b)
+
+
+def kernels_of(title, target):
+    """The kernels that a case launches on a target, in order."""
+    operator = title.split()[0]
+    if "decode" in title:
+        return ["attention_decode_kernel", "attention_decode_join_kernel"]
+    if operator == "attention":
+        mask = ["attention_backward_mask_kernel"] if "bias" in title else []
+        return ["attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel", *mask]
+    if operator == "layernorm_residual":
+        return [f"layernorm_residual_{which}_kernel" for which in ("forward", "backward", "fold")]
+    if operator == "gelu_mlp":
+        fused = configs.MLP.get((target, 4 if "float32" in title else 2))
+        return [f"gelu_mlp_{which}_kernel" for which in (("forward", "backward") if fused else ("activate", "slope"))]
+    return ["linear_cross_entropy_kernel", *(["linear_cross_entropy_columns_kernel"] if "bias" in title else [])]
+
+
+def main():
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("out", type=Path)
+    arguments.add_argument("targets", nargs="+")
+    arguments.add_argument("--only", default="")
+    arguments.add_argument("--kernel", default="")
+    arguments.add_argument("--quick", action="store_true")
+    arguments.add_argument("--workers", type=int, default=2)
+    arguments = arguments.parse_args()
+    backend.check_starts = lambda *tensors: None
+    for module in backend.modules():
+        if hasattr(module, "launch"):
+            module.launch = record
+    work = []
+    for name in arguments.targets:
+        backend.architecture = lambda index, name=name: name
+        for title, call in cases(arguments.quick):
+            if arguments.only not in title:
+                continue
+            launches.clear()
+            call()
+            for launch in (launch for launch in launches if arguments.kernel in launch[0].__name__):
+                work.append((name, title, launch))
+
+    def report(item):
+        name, title, launch = item
+        entry = {"target": name, "case": title, "kernel": launch[0].__name__, "constants": list(map(str, launch[2])), "warps": launch[3], "stages": launch[4]}
+        try:
+            binary = compiled(launch, name)
+        except Exception as failure:  # each is one test's failure
+            while failure.__cause__ is not None:
+                failure = failure.__cause__
+            return entry | {"error": f"{type(failure).__name__}: {' '.join(str(failure)[-300:].split())}"}
+        spilled, registers, matrix = resources(binary, name)
+        return entry | {"shared": binary.metadata.shared, "limit": SHARED[name] << 10, "spilled": spilled, "registers": registers, "matrix": matrix}
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        arguments.out.write_text(json.dumps(list(pool.map(report, work)), indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
