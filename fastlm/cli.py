@@ -197,9 +197,14 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured into this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table into this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw throughput, roofline and memory into this file (.png, .svg, .pdf).")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="On the GPU instead, with its own sizes; a few minutes. Takes --json, --markdown, --plot.")] = False,
 ) -> None:
     """Compare with PyTorch on this machine, at the sizes of GPT-2 small."""
     from fastlm.commands import bench
+
+    if gpu:
+        bench.run_on_gpu(json_file=json, markdown_file=markdown, plot_file=plot)
+        return
 
     bench.run(
         operators=operators, dtypes=dtypes, threads=threads, ways=directions, models=model, compiled=compiled, seconds=seconds, json_file=json,

@@ -81,7 +81,8 @@ def test_variables_are_documented_and_real():
     sources = [ROOT / "setup.py", ROOT / "Makefile", *(ROOT / "fastlm").rglob("*.py")]
     read = {name for source in sources for name in names.findall(source.read_text())} - {"FASTLM_MODULE"}  # a macro of the build's own
     documented = {name for page in PAGES for name in names.findall(page.read_text())}
-    assert documented == read
+    by_tests = {name for file in (ROOT / "tests").rglob("*.py") for name in names.findall(file.read_text()) if name.startswith("FASTLM_TEST_")}
+    assert read <= documented and documented - read <= by_tests
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,11 +1,15 @@
 """fastlm bench: ours against PyTorch on this machine, as a table and as files."""
 
+import dataclasses
+import itertools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastlm.benchmarking import plots, report, whole
+from fastlm.benchmarking import gpu, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.benchmarking.operators import CASES, DIRECTIONS, directions
 from fastlm.benchmarking.optimizer import compare_adamw
@@ -52,6 +56,32 @@ def run(
         markdown_file.write_text(report.markdown(rows, described), encoding="utf-8")
     if plot_file:
         plots.draw(plot_file, rows, described)
+
+
+def run_on_gpu(*, json_file: Path | None, markdown_file: Path | None, plot_file: Path | None) -> None:
+    """The files are written again after every row: what was measured is not lost when time runs out."""
+    if not torch.cuda.is_available():
+        raise mismatch("gpu", "a GPU that PyTorch can use", "none (torch.cuda.is_available() is false)")
+    for argument, file in (("json", json_file), ("markdown", markdown_file), ("plot", plot_file)):
+        check_target(argument, file)
+    dtypes = (torch.bfloat16, torch.float32)
+    described = gpu.describe("cuda", gpu.peaks("cuda", dtypes))
+    rows: list[gpu.Row] = []
+    for found in itertools.chain(gpu.operators("cuda", (torch.bfloat16,)), once(lambda: gpu.training_step("cuda")), gpu.operators("cuda", (torch.float32,))):
+        rows.append(found)
+        say(f"{found.operator} {found.shape}, {found.dtype}, {found.direction}: {found.seconds * 1e6:,.1f} µs")
+        if json_file:
+            content = {"machine": described, "rows": [dataclasses.asdict(one) for one in rows]}
+            json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if markdown_file:
+            markdown_file.write_text(gpu.markdown(rows, described), encoding="utf-8")
+    console.print(gpu.markdown(rows, described), markup=False)
+    if plot_file:
+        gpu.draw(plot_file, rows, described)
+
+
+def once(make: Callable[[], gpu.Row]) -> Iterator[gpu.Row]:
+    yield make()
 
 
 def ways_of(name: str, wanted: list[str], subjects: list[str]) -> list[str]:

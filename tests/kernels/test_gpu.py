@@ -1,0 +1,137 @@
+"""What only a GPU can show: devices and streams, capture in graphs, asserts on the device, no length compiled anew. (The tests of the operators
+run there too: make gpu.)"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastlm
+from fastlm.models import GPT2Config, GPT2LMHeadModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def gpt2(dropout=0.1):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=301, n_positions=128, n_embd=128, n_layer=2, n_head=2, attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout)
+    return GPT2LMHeadModel(config).cuda().train()
+
+
+def test_auto_takes_triton():
+    before = dict(fastlm.info().fallbacks)
+    tokens = torch.randint(301, (2, 128), device="cuda")
+    gpt2()(tokens, labels=tokens).loss.backward()
+    assert fastlm.info().fallbacks == before and not fastlm.info().backends["triton"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_same_step_as_on_the_cpu(dropout):
+    """The seeds are drawn from another generator there: each is set."""
+    tokens = torch.randint(301, (2, 128), device="cpu")
+    outcomes = []
+    for device in ("cpu", "cuda"):
+        model = gpt2(dropout=0.0).to(device)
+        loss = model(tokens.to(device), labels=tokens.to(device)).loss
+        loss.backward()
+        outcomes.append((loss.item(), [p.grad.cpu() for p in model.parameters()]))
+    assert abs(outcomes[0][0] - outcomes[1][0]) < 1e-4
+    for a, b in zip(outcomes[0][1], outcomes[1][1], strict=True):
+        assert (a - b).abs().max() <= 1e-4 * max(a.abs().max().item(), 1e-3)
+
+
+def test_a_training_step_in_a_graph():
+    tokens = torch.randint(301, (2, 128), device="cuda")
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+    fastlm.warmup(model, [(2, 128)])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+    losses = []
+    for _ in range(20):
+        graph.replay()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and len(set(losses)) == len(losses)  # it learns, and drops other elements each time
+
+
+def test_decoding_in_a_graph():
+    query, key, value = (torch.randn(2, 4, n, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 700, 700))
+    expected = fastlm.attention(query, key, value, causal=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fastlm.attention(query, key, value, causal=True)
+    query.mul_(2)
+    graph.replay()
+    assert torch.equal(out, fastlm.attention(query, key, value, causal=True)) and not torch.equal(out, expected)
+
+
+def test_nothing_waits_for_the_gpu():
+    tokens = torch.randint(301, (2, 128), device="cuda")
+    model = gpt2()
+    model(tokens, labels=tokens).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(tokens, labels=tokens).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_on_the_current_stream():
+    """A kernel that took another stream would read x before the wait is over."""
+    x, w = torch.zeros(64, 256, device="cuda"), torch.ones(256, device="cuda")
+    expected = fastlm.layernorm_residual(torch.arange(64 * 256, device="cuda").view(64, 256).float(), None, w)[0]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.copy_(torch.arange(64 * 256, device="cuda").view(64, 256))
+        y, _ = fastlm.layernorm_residual(x, None, w)
+    stream.synchronize()
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_tensor_on_the_second_gpu_runs_there():
+    x, w = torch.randn(8, 64, device="cuda:1"), torch.ones(64, device="cuda:1")
+    y, _ = fastlm.layernorm_residual(x, None, w)
+    assert y.device.index == 1 and torch.cuda.current_device() == 0
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (64,), w))
+
+
+def test_a_target_out_of_range_is_a_device_assert():
+    code = (
+        "import torch, fastlm; t = torch.tensor([0, 99], device='cuda'); x = torch.ones(2, 8, device='cuda');"
+        "fastlm.linear_cross_entropy(x, torch.ones(9, 8, device='cuda'), t); torch.cuda.synchronize()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)})
+    assert done.returncode != 0 and "assert" in (done.stderr + done.stdout).lower()
+
+
+def test_no_length_compiles_anew():
+    from fastlm.kernels import attention
+
+    def run(tokens):
+        q = torch.randn(1, 2, tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        fastlm.attention(q, q, q, causal=True).sum().backward()
+
+    def kernels():
+        caches = attention.attention_forward_kernel.device_caches
+        return sum(len(cache[0]) for cache in caches.values())
+
+    run(128)
+    before = kernels()
+    for tokens in (1, 2, 100, 129, 130, 144, 257):
+        run(tokens)
+    assert kernels() <= before + 2  # the strides of one token alone are another kind
