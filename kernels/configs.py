@@ -54,12 +54,16 @@ HOPPER = LARGE | {  # a warpgroup of four multiplies tiles of 64 queries at leas
     ("key masked", 2, 64): (32, 32, 4, 2),
     ("key masked", 2, 128): (32, 32, 8, 1),
 }
+BLACKWELL = HOPPER | {
+    ("forward", 2, 64): (128, 64, 8, 3),
+    ("key masked", 2, 64): (32, 32, 8, 2),
+}
 ONE_STAGE = {at: (m, n, warps, 1) for at, (m, n, warps, stages) in SMALL.items()}  # AMD: 64 KiB, and loads are kept in flight in registers
 # Small, so that small tests have several tiles, and of unlike sides, so that no side is taken for the other.
 UNLIKE = {"forward": (64, 32), "query": (32, 64), "key": (32, 64), "mask": (64, 32), "decode": (16, 32)}
 INTERPRETER = {at: (*UNLIKE[at[0]], 1, 1) for at in SMALL if at[0] in UNLIKE}
 
-ATTENTION = {"sm_80": LARGE, "sm_90": HOPPER, "sm_100": HOPPER, "interpreter": INTERPRETER}
+ATTENTION = {"sm_80": LARGE, "sm_90": HOPPER, "sm_100": BLACKWELL, "interpreter": INTERPRETER}
 
 
 def attention_tile(architecture: str, which: str, itemsize: int, block: int, masked: bool = False) -> tuple[int, int, int, int]:
@@ -76,10 +80,10 @@ def attention_tile(architecture: str, which: str, itemsize: int, block: int, mas
 # and a pointwise pass. Predicted, until measured: on sm_90 and sm_100 the vendor's products use hardware that these kernels do not (bulk copies, tensor
 # memory) and outrun the fusion; in float32 nothing is gained, as the product hides the traffic.
 MLP = {
-    ("sm_80", 2): (128, 128, 32, 8, 3),
-    ("sm_86", 2): (128, 128, 32, 8, 3),
-    ("sm_89", 2): (128, 128, 32, 8, 3),
-    ("sm_120", 2): (128, 128, 32, 8, 3),
+    ("sm_80", 2): (128, 64, 32, 8, 3),
+    ("sm_86", 2): (128, 64, 32, 8, 3),
+    ("sm_89", 2): (128, 64, 32, 8, 3),
+    ("sm_120", 2): (128, 64, 32, 8, 3),
     ("interpreter", 2): (64, 32, 32, 1, 1),
     ("interpreter", 4): (64, 32, 32, 1, 1),
 }
