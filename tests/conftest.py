@@ -50,3 +50,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """On models as small as the tests' threads mostly wait for one another, for seconds where the machine is busy. The operators' tests use them all."""
+    if request.path.parent.name not in ("generation", "integrations", "models"):
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
