@@ -156,9 +156,9 @@ def test_triton_mutants(tmp_path):
         (folder / "fastlm" / "backends" / "triton.py").unlink()  # a link would lead it back to where it came from
         shutil.copy(PACKAGE / "backends" / "triton.py", folder / "fastlm" / "backends" / "triton.py")
         shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "csrc").mkdir()  # as in a checkout
         mutate(folder, mutant)
-        return survives(folder, mutant, FASTLM_TEST_BACKENDS="triton", TRITON_INTERPRET="1")
+        shutil.move(folder / "kernels", folder / "fastlm" / "kernels")  # as installed: a checkout's own would be found elsewhere
+        return survives(folder, mutant, FASTLM_TEST_BACKENDS="triton", TRITON_INTERPRET="1", FASTLM_TEST_INTERPRETED="1")
 
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         survivors = "\n".join(filter(None, pool.map(outcome, enumerate(ON_TRITON))))
