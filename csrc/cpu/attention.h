@@ -25,23 +25,25 @@ template <class Arithmetic> int64_t copied_stride(int64_t dim) { return ceil_div
 // c[row][query] = Σ_d a(row, d)·b[d][query], the rows copied as they lie.
 template <class Arithmetic> void multiply_rows(int64_t rows, int64_t dim, const float* a, const float* b, float* c, int64_t width) {
   const int64_t stride = copied_stride<Arithmetic>(dim);
-  for (int64_t r = 0; r < rows; r += TileRows)
+  for (int64_t r = 0; r < rows; r += Arithmetic::Rows)
     multiply_tile<Arithmetic, true>(width / vec::Lanes, packed_depth<Arithmetic>(dim), a + r * stride, stride, b, width, c + r * width, width, false);
 }
 
-// c[row][query] += Σ_d a(row, d)·b[d][query] over d < depth, of the `packed` that the panels of a hold.
-template <class Arithmetic> void add_panels(int64_t rows, int64_t depth, int64_t packed, const float* a, const float* b, float* c, int64_t width) {
-  for (int64_t r = 0; r < rows; r += TileRows)
-    multiply_tile<Arithmetic>(width / vec::Lanes, depth, a + r / PanelRows * PanelRows * packed + r % PanelRows, PanelRows, b, width, c + r * width, width,
-                              true);
+// c[row][query] += Σ_d a(row, d)·b[d][query] over d < depth, of the `packed` that pack_transposed made of each row of a.
+template <class Arithmetic> void add_transposed(int64_t rows, int64_t depth, int64_t packed, const float* a, const float* b, float* c, int64_t width) {
+  constexpr bool AsRows = Arithmetic::RowsOnly;
+  for (int64_t r = 0; r < rows; r += Arithmetic::Rows)
+    multiply_tile<Arithmetic, AsRows>(width / vec::Lanes, depth, a + r / PanelRows * PanelRows * packed + r % PanelRows, AsRows ? packed : PanelRows, b, width,
+                                      c + r * width, width, true);
 }
 
-// Two tile rows (keys) per lane pair, for the product that sums over keys; in place. Without the dot product a tile is what it is.
+// Two tile rows (keys) per lane pair, for the product that sums over keys; in place. Without a product of pairs a tile is what it is.
 template <class Arithmetic> void pair_rows(float* tile, int64_t rows, int64_t width) {
   if constexpr (Arithmetic::PerLane == 2) {
-    for (int64_t j = 0; j < rows; j += 2)
+    for (int64_t j = 0; j < 2 * packed_depth<Arithmetic>(rows); j += 2)
       for (int64_t i = 0; i < width; i += vec::Lanes) {
-        vec low = vec::load(tile + j * width + i, full{}), high = j + 1 < rows ? vec::load(tile + (j + 1) * width + i, full{}) : vec::zero();
+        vec low = j < rows ? vec::load(tile + j * width + i, full{}) : vec::zero(),
+            high = j + 1 < rows ? vec::load(tile + (j + 1) * width + i, full{}) : vec::zero();
         Arithmetic::join(low, high).store(tile + j / 2 * width + i, full{});
       }
   }
@@ -61,13 +63,32 @@ template <class T> int64_t find_nonfinite(const T* rows, int64_t stride, int64_t
   return total;
 }
 
-// The transposed rows [dim][key] as panels for a product that sums over keys, with the found rows as zeros.
+// out[i][d] = source (i, k) for i < count ≤ Lanes, zeros beyond; source is contiguous in i.
+template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_t count, int64_t k, float* out) {
+  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
+  const int64_t depth = packed_depth<Arithmetic>(k);
+  for (int64_t first = 0; first < depth; first += L) {
+    vec block[L];
+    for (int64_t r = 0; r < L; ++r) {
+      const int64_t at = (first + r) * Per;
+      const T *row = source.data + at * source.k_stride, *next = at + 1 < k ? row + source.k_stride : nullptr;
+      block[r] = at >= k ? vec::zero() : count >= L ? Arithmetic::along_i(row, next, full{}) : Arithmetic::along_i(row, next, tail{size_t(count)});
+    }
+    transpose(block);
+    for (int64_t r = 0; r < L; ++r) block[r].store(out + r * depth + first, full{});
+  }
+}
+
+// The transposed rows [dim][key] as the first operand of a product that sums over keys, with the found rows as zeros: panels, where those may be.
 template <class Arithmetic, class T> void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t dim, int64_t nonfinite, const uint8_t* found,
                                                           float* out) {
   auto pack_panels = [=](operand<T> source) {
-    for (int64_t d = 0; d < dim; d += PanelRows)
-      pack<Arithmetic>(operand<T>{source.data + d, 1, source.k_stride}, std::min(PanelRows, dim - d), count, PanelRows,
-                       out + d * packed_depth<Arithmetic>(count));
+    for (int64_t d = 0; d < dim; d += PanelRows) {
+      const operand<T> panel{source.data + d, 1, source.k_stride};
+      float* to = out + d * packed_depth<Arithmetic>(count);
+      if constexpr (Arithmetic::RowsOnly) pack_as_rows<Arithmetic>(panel, std::min(PanelRows, dim - d), count, to);
+      else pack<Arithmetic>(panel, std::min(PanelRows, dim - d), count, PanelRows, to);
+    }
   };
   if (nonfinite == 0) return pack_panels({rows, 1, stride});
   buffer copy = make_buffer(count * dim);
@@ -146,7 +167,7 @@ inline void online_softmax(float* tile, float scale, int64_t keys, int64_t width
 template <class T>
 void attention_forward(heads_view<const T> all_query, heads_view<const T> all_key, heads_view<const T> all_value, heads_view<T> all_out, float* lse,
                        attention_size sizes, const masking<T>& masks, int threads) {
-  using arithmetic = arithmetic_for<T>;
+  using arithmetic = attention_arithmetic<T>;
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim), copied = copied_stride<arithmetic>(dim);
   const int64_t chunk = std::clamp<int64_t>(32768 / padded / QueryPanel, 1, 16) * QueryPanel;  // outputs of a chunk: up to 128 kB
@@ -154,6 +175,7 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
   const sequence_parts parts(order, [=](const sequence& s) { return sizes.heads * ceil_div(s.queries, chunk); });
 
   parallel_parts(parts.total(), threads, [=, &parts, &masks](int64_t number) {
+    [[maybe_unused]] const typename arithmetic::session multiplying;
     const auto place = parts.find(number);
     const sequence& of = place.of;
     const attention_size size = sizes.of(of);
@@ -209,7 +231,7 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
         }
         if (bad) add_nonfinite(v, value.row(), at.keys, dim, nonfinite, tile, width, o);
         pair_rows<arithmetic>(tile, at.keys, width);
-        add_panels<arithmetic>(dim, packed_depth<arithmetic>(at.keys), packed_depth<arithmetic>(keys), packed_v, tile, o, width);
+        add_transposed<arithmetic>(dim, packed_depth<arithmetic>(at.keys), packed_depth<arithmetic>(keys), packed_v, tile, o, width);
       }
     }
 

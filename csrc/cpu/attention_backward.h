@@ -22,29 +22,29 @@ inline void add_mask_gradient(const float* tile, int64_t width, const tile_place
     for (int64_t j = 0; j < at.keys; ++j) dmask[i * strides[2] + j * strides[3]] += tile[j * width + i];
 }
 
-// A tile's rows (keys) as the first operand of a product that sums over queries; `paired` is working memory for the dot product's form.
-template <class Arithmetic> const float* query_pairs(const float* tile, int64_t keys, int64_t width, float* paired) {
+// A tile's rows (keys) as the first operand of a product that sums over queries, and how far apart they are; `paired` is working memory for pairs.
+struct key_rows {
+  const float* data;
+  int64_t stride;
+};
+template <class Arithmetic> key_rows query_pairs(const float* tile, int64_t keys, int64_t width, float* paired) {
   if constexpr (Arithmetic::PerLane == 2) {
+    const int64_t stride = copied_stride<Arithmetic>(width);
     for (int64_t j = 0; j < keys; ++j)
-      for (int64_t i = 0; i < width; i += 2 * vec::Lanes) {
-        vec pairs = Arithmetic::along_k(tile + j * width + i, width - i);
-        if (width - i >= 2 * vec::Lanes) pairs.store(paired + (j * width + i) / 2, full{});
-        else pairs.store(paired + (j * width + i) / 2, tail{size_t(width - i) / 2});
-      }
-    return paired;
+      for (int64_t i = 0; i < width; i += 2 * vec::Lanes) Arithmetic::along_k(tile + j * width + i, width - i).store(paired + j * stride + i / 2, full{});
+    return {paired, stride};
   }
-  return tile;
+  return {tile, width};
 }
 
 // sums[key][dim] += Σ_query rows[key][query]·natural[query][dim]
-template <class Arithmetic> void add_over_queries(int64_t keys, int64_t queries, const float* rows, int64_t width, const float* natural, int64_t wide,
-                                                  float* sums) {
+template <class Arithmetic> void add_over_queries(int64_t keys, int64_t queries, key_rows rows, const float* natural, int64_t wide, float* sums) {
   const panels split(wide / vec::Lanes);
-  const int64_t row_stride = width / Arithmetic::PerLane, depth = packed_depth<Arithmetic>(queries);
-  for (int64_t r = 0; r < keys; r += TileRows)
+  const int64_t depth = packed_depth<Arithmetic>(queries);
+  for (int64_t r = 0; r < keys; r += Arithmetic::Rows)
     for (int64_t p = 0; p < split.count; ++p) {
       const int64_t from = split.begin(p) * vec::Lanes;
-      multiply_tile<Arithmetic, true>(split.begin(p + 1) - split.begin(p), depth, rows + r * row_stride, row_stride, natural + from, wide,
+      multiply_tile<Arithmetic, true>(split.begin(p + 1) - split.begin(p), depth, rows.data + r * rows.stride, rows.stride, natural + from, wide,
                                       sums + r * wide + from, wide, true);
     }
 }
@@ -80,7 +80,7 @@ inline void score_gradients(float* scores, float scale, float* dweights, const f
 template <class T>
 void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, const float* lse,
                   const attention_size& size, const masking<T>& mask, int64_t batch, int64_t head, int64_t from, int64_t queries, int64_t width, float* delta) {
-  using arithmetic = arithmetic_for<T>;
+  using arithmetic = attention_arithmetic<T>;
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = size.head_dim, depth = packed_depth<arithmetic>(dim), copied = copied_stride<arithmetic>(dim), kv_head = head / size.group();
   float* copied_k = scratch(KeyBlock * (2 * copied + 3 * QueryPanel) + QueryPanel * (2 * depth + 1));
@@ -113,29 +113,20 @@ void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_vie
 // δ of one panel of queries as Σ_d dO·O, added up in the order of the product that makes dP: where a row attends one key, dP − δ is exactly 0.
 template <class T> void output_deltas(heads_view<const T> dout, heads_view<const T> out, int64_t dim, int64_t batch, int64_t head, int64_t from,
                                       int64_t queries, int64_t width, float* delta) {
-  using arithmetic = arithmetic_for<T>;
+  using arithmetic = attention_arithmetic<T>;
   const int64_t depth = packed_depth<arithmetic>(dim);
   float* packed_g = scratch(2 * depth * width);
   float* packed_o = packed_g + depth * width;
   pack<arithmetic>(operand<T>{dout.at(batch, head, from), dout.row(), 1}, queries, dim, width, packed_g);
   pack<arithmetic>(operand<T>{out.at(batch, head, from), out.row(), 1}, queries, dim, width, packed_o);
-  sweep(queries, [=](int64_t i, auto span) {
-    vec sum = vec::zero();
-    for (int64_t first = 0; first < depth; first += Chain) {
-      vec chain = vec::zero();
-      for (int64_t d = first; d < std::min(depth, first + Chain); ++d)
-        chain = arithmetic::multiply_add(chain, vec::load(packed_o + d * width + i, full{}), vec::load(packed_g + d * width + i, full{}));
-      sum = sum + chain;
-    }
-    sum.store(delta + i, span);
-  });
+  sweep(queries, [=](int64_t i, auto span) { column_products<arithmetic>(depth, packed_o + i, packed_g + i, width).store(delta + i, span); });
 }
 
 template <class T>
 void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_query, heads_view<const T> all_key, heads_view<const T> all_value,
                         heads_view<const T> all_out, const float* lse, const float* dlse, attention_gradients<T> all_grad, attention_size sizes,
                         const masking<T>& masks, int threads) {
-  using arithmetic = arithmetic_for<T>;
+  using arithmetic = attention_arithmetic<T>;
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim), copied = copied_stride<arithmetic>(dim),
                 wide = ceil_div(dim, L) * L;
@@ -150,6 +141,7 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
   const bool exact = all_grad.dmask || (masks.drop.active() && sizeof(T) == 2);
   const sequence_parts rows(order, [=](const sequence& s) { return sizes.heads * panels_of(s).count; });
   parallel_parts(rows.total(), threads, [=, &rows, &masks](int64_t number) {
+    [[maybe_unused]] const typename arithmetic::session multiplying;
     const auto place = rows.find(number);
     const sequence& of = place.of;
     const heads_view<const T> dout = all_dout.from(of.first_query);
@@ -194,6 +186,7 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
 
   const sequence_parts parts(order, [=](const sequence& s) { return sizes.kv_heads * key_parts_of(s); });
   auto work = [=, &parts, &partials, &partials_before, &masks](int64_t number) {
+    [[maybe_unused]] const typename arithmetic::session multiplying;
     const auto place = parts.find(number);
     const sequence& of = place.of;
     const attention_size size = sizes.of(of);
@@ -268,11 +261,11 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
           score_gradients(scores, scale, dscores, mask.drop.active() ? extra : nullptr, lse + first_row + from, delta + first_row + from, at.keys, width,
                           queries);
           if (grad.dmask) add_mask_gradient(dscores, width, at, grad.dmask, grad.dmask_strides);
-          add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(scores, at.keys, width, paired), width, natural_g, wide, dv);
-          add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(dscores, at.keys, width, paired), width, natural_q, wide, dk);
+          add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(scores, at.keys, width, paired), natural_g, wide, dv);
+          add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(dscores, at.keys, width, paired), natural_q, wide, dk);
           pair_rows<arithmetic>(dscores, at.keys, width);
-          add_panels<arithmetic>(dim, packed_depth<arithmetic>(at.keys), packed_depth<arithmetic>(keys), transposed_k, dscores, dquery(member) + from * padded,
-                                 width);
+          add_transposed<arithmetic>(dim, packed_depth<arithmetic>(at.keys), packed_depth<arithmetic>(keys), transposed_k, dscores,
+                                     dquery(member) + from * padded, width);
         }
       }
       for (int64_t j = 0; j < keys; ++j) {

@@ -10,6 +10,9 @@
 
 #include <dlfcn.h>
 #include <unistd.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -66,8 +69,19 @@ bool has_amx() {
   return saves(Tiles) && bit(seven, 24) && bit(seven, 22);  // tiles, and bf16 products of them
 }
 
+// Linux gives a process the registers of tiles, 8 kB for each thread, when it asks.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long RequestPermission = 0x1023, TileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, RequestPermission, TileData) == 0;
+#else
+  return false;
+#endif
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> usable;
+  if (has_amx() && has_avx512_bf16() && may_use_tiles()) usable.push_back("amx");
   if (has_avx512_bf16()) usable.push_back("avx512_bf16");
   if (has_avx512()) usable.push_back("avx512");
   if (has_avx2()) usable.push_back("avx2");

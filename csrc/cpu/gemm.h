@@ -33,6 +33,9 @@ inline constexpr int64_t PanelRows = TileRows > vec::Lanes ? TileRows : vec::Lan
 // What one 32-bit lane of a packed panel holds, and how two panels are multiplied.
 struct by_fma {  // one fp32 value
   static constexpr int64_t PerLane = 1;
+  static constexpr int64_t Rows = TileRows, DepthStep = 1;  // of the first operand, multiplied at once; lanes of k come in steps, zeros at their end
+  static constexpr bool RowsOnly = false;                   // whether the first operand may be k-major too
+  struct session {};                                        // lives while a thread multiplies
   static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return fma(a, b, sum); }
   template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T*, Span span) { return vec::load(p, span); }
   template <class T> static FASTLM_INLINE vec along_k(const T* p, int64_t count) {
@@ -43,7 +46,9 @@ struct by_fma {  // one fp32 value
 
 #if defined(__AVX512BF16__)
 struct by_dot {  // two bf16 values, consecutive in k
-  static constexpr int64_t PerLane = 2;
+  static constexpr int64_t PerLane = 2, Rows = TileRows, DepthStep = 1;
+  static constexpr bool RowsOnly = false;
+  struct session {};
   static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return dot_bf16(sum, a, b); }
   template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T* next, Span span) {
     return next ? interleave_pairs(p, next, span) : interleave_pairs(p, nullptr, span);
@@ -52,12 +57,24 @@ struct by_dot {  // two bf16 values, consecutive in k
   static FASTLM_INLINE vec join(vec value, vec next) { return make_pairs(value, next); }
   static FASTLM_INLINE vec total(vec lane) { return from_bits(bits_of(lane) << 16) + from_bits(bits_of(lane) & uvec::all(0xffff0000u)); }
 };
+#endif
+
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // the dot product is the slower one on CPUs with tiles
 template <class T> using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16>, by_dot, by_fma>;
 #else
 template <class T> using arithmetic_for = by_fma;
 #endif
 
-template <class Arithmetic> inline int64_t packed_depth(int64_t k) { return (k + Arithmetic::PerLane - 1) / Arithmetic::PerLane; }
+#if defined(__AMX_BF16__)
+}  // namespace fastlm
+#include "tiles_amx.h"
+namespace fastlm {
+#endif
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Lanes that k values take.
+template <class Arithmetic> inline int64_t packed_depth(int64_t k) { return ceil_div(k, Arithmetic::PerLane * Arithmetic::DepthStep) * Arithmetic::DepthStep; }
 
 // out[d·width + i] = source (i, k) for i < count, 0 beyond; d counts lanes of k.
 template <class Arithmetic, class T> void pack(operand<T> source, int64_t count, int64_t k, int64_t width, float* out) {
@@ -75,9 +92,9 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
         for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + (8 * Per + ahead) * source.k_stride + i);
       for (int64_t i = 0; i < width; i += L) {
         const T* after = next ? next + i : nullptr;
-        vec v = i + L <= count ? Arithmetic::along_i(row + i, after, full{})
-                : i < count    ? Arithmetic::along_i(row + i, after, tail{size_t(count - i)})
-                               : vec::zero();
+        vec v = i >= count || d * Per >= k ? vec::zero()
+                : i + L <= count           ? Arithmetic::along_i(row + i, after, full{})
+                                           : Arithmetic::along_i(row + i, after, tail{size_t(count - i)});
         put(v, out + d * width + i, width - i);
       }
     }
@@ -157,14 +174,39 @@ void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float*
 template <class Arithmetic, bool RowMajor = false>
 FASTLM_INLINE void multiply_tile(int64_t vecs, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
                                  bool accumulate) {
-  switch (vecs) {
-    case 1: return multiply_tile<Arithmetic, 1, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-    case 2: return multiply_tile<Arithmetic, 2, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-    default: return multiply_tile<Arithmetic, 3, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+#if defined(__AMX_BF16__)
+  if constexpr (Arithmetic::RowsOnly) {
+    static_assert(RowMajor);
+    switch (vecs) {
+      case 1: return multiply_tiles<1>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      case 2: return multiply_tiles<2>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      default: return multiply_tiles<3>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    }
+  } else
+#endif
+  {
+    switch (vecs) {
+      case 1: return multiply_tile<Arithmetic, 1, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      case 2: return multiply_tile<Arithmetic, 2, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      default: return multiply_tile<Arithmetic, 3, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    }
   }
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Σ_d a[d]·b[d] in every lane, d counting vectors `stride` apart: the sums of multiply_tile, in its order.
+template <class Arithmetic> FASTLM_INLINE vec column_products(int64_t depth, const float* a, const float* b, int64_t stride) {
+#if defined(__AMX_BF16__)
+  if constexpr (Arithmetic::RowsOnly) return tile_column_products(depth, a, b, stride);
+#endif
+  vec sum = vec::zero();
+  for (int64_t first = 0; first < depth; first += Chain) {
+    vec chain = vec::zero();
+    for (int64_t d = first; d < std::min(depth, first + Chain); ++d)
+      chain = Arithmetic::multiply_add(chain, vec::load(a + d * stride, full{}), vec::load(b + d * stride, full{}));
+    sum = sum + chain;
+  }
+  return sum;
+}
 
 // `total` vectors in panels of at most TileVecs, as equal as they can be (4 = 2 + 2: a panel of one vector would waste two thirds of its loads).
 struct panels {
@@ -215,7 +257,7 @@ inline constexpr int64_t PackedTogether = 8;  // k-major panels of A: so many re
 template <class Arithmetic, class T> void copy_rows(operand<T> source, int64_t rows, int64_t k, int64_t row_stride, float* out) {
   constexpr int64_t Per = Arithmetic::PerLane;
   const int64_t depth = packed_depth<Arithmetic>(k);
-  for (int64_t r = 0; r < ceil_div(rows, TileRows) * TileRows; ++r) {
+  for (int64_t r = 0; r < ceil_div(rows, Arithmetic::Rows) * Arithmetic::Rows; ++r) {
     float* to = out + r * row_stride;
     const T* from = source.data + r * source.stride;
     if (r >= rows) std::fill_n(to, depth, 0.0f);

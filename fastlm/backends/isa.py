@@ -6,7 +6,7 @@ import os
 import pathlib
 from types import ModuleType
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
 
 
 def report() -> dict:
@@ -33,7 +33,7 @@ def by_speed(usable: list[str], vendor: str) -> list[str]:
     """The order in which modules are tried. Intel's cores run the bf16 dot product at half the rate of fp32 multiply-adds: there widening wins."""
     if vendor != "GenuineIntel" or "avx512" not in usable:
         return usable
-    return ["avx512", *(isa for isa in usable if isa != "avx512")]
+    return sorted(usable, key=lambda isa: ("amx", "avx512").index(isa) if isa in ("amx", "avx512") else 2)
 
 
 def find() -> tuple[ModuleType | None, str | None, str]:

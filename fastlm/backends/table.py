@@ -41,13 +41,15 @@ MEASURED: dict[str, tuple[Rule, ...]] = {
     ),
 }
 
-# A CPU with AMX that has no rows of its own: PyTorch's bf16 products use it, fastlm has no kernels for it. From two cores of such a Xeon, PyTorch 2.13: there
-# its large and wide fp32 products were 5–10 % faster too, and of attention in bf16 the forward pass, but not the backward.
+# A CPU with AMX that has no rows of its own: PyTorch's bf16 products use it, of fastlm's kernels attention. From two cores of such a Xeon, PyTorch 2.13: there
+# its large and wide fp32 products were 5–10 % faster too.
 WITH_AMX = (
     *(Rule(operator, "bfloat16") for operator in ("linear", "gelu_mlp", "linear_cross_entropy")),
-    Rule("attention", "bfloat16", {"query_len": (182, None)}),
     *(Rule(operator, "float32", {"rows": (182, None), "in_width": (512, None)}) for operator in ("linear", "gelu_mlp")),
 )
+
+# The same CPU where fastlm's kernels cannot use it: not allowed by the system, an older compiler, another module forced.
+AMX_UNUSED = (*WITH_AMX, Rule("attention", "bfloat16", {"query_len": (182, None)}))
 
 
 def microarchitecture() -> str:
@@ -64,7 +66,8 @@ def user_table() -> pathlib.Path:
 def shipped() -> tuple[Rule, ...]:
     """This CPU's rows among those that come with fastlm."""
     module = isa.features()
-    return MEASURED.get(microarchitecture(), WITH_AMX if module and module.has_amx() else ())
+    amx = module is not None and module.has_amx()
+    return MEASURED.get(microarchitecture(), (WITH_AMX if isa.name == "amx" else AMX_UNUSED) if amx else ())
 
 
 @functools.cache

@@ -37,12 +37,13 @@ def test_the_fastest_that_is_built_and_usable_is_chosen():
 
 def test_the_bf16_dot_product_comes_second_where_it_is_the_slower_arithmetic():
     assert isa.by_speed(["avx512_bf16", "avx512", "avx2"], "GenuineIntel") == ["avx512", "avx512_bf16", "avx2"]
+    assert isa.by_speed(["amx", "avx512_bf16", "avx512", "avx2"], "GenuineIntel") == ["amx", "avx512", "avx512_bf16", "avx2"]
     assert isa.by_speed(["avx512_bf16", "avx512", "avx2"], "AuthenticAMD") == ["avx512_bf16", "avx512", "avx2"]
     assert isa.by_speed(["avx2", "baseline"], "GenuineIntel") == ["avx2", "baseline"]
 
 
 def test_an_isa_that_does_not_exist_is_an_error():
-    assert "RuntimeError: FASTLM_ISA: expected one of avx512_bf16, avx512, avx2, baseline, got 'sse9'" in run("import fastlm", FASTLM_ISA="sse9").stderr
+    assert "RuntimeError: FASTLM_ISA: expected one of amx, avx512_bf16, avx512, avx2, baseline, got 'sse9'" in run("import fastlm", FASTLM_ISA="sse9").stderr
 
 
 @pytest.fixture

@@ -25,7 +25,12 @@ def cpuinfo():
 
 def test_instruction_sets_are_those_that_linux_reports(cpuinfo):
     flags = set(cpuinfo["flags"].split())
-    needed = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}, "avx512_bf16": {"avx512_bf16"}}
+    needed = {
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"},
+        "avx512_bf16": {"avx512_bf16"},
+        "amx": {"amx_tile", "amx_bf16"},
+    }
     expected, so_far = ["baseline"], set()
     for isa, own in needed.items():
         so_far |= own
@@ -45,7 +50,7 @@ def test_microarchitecture_fits_the_instruction_sets():
     """A wrong row of the table would send operators by another CPU's measurements."""
     name, isas = features.microarchitecture(), features.isas()
     if name in ("zen4", "zen5", "cooperlake", "sapphirerapids", "emeraldrapids", "graniterapids"):
-        assert isas[0] in ("avx512_bf16", "baseline")  # baseline: a virtual machine that hides all of AVX
+        assert isas[0] in ("amx", "avx512_bf16", "baseline")  # baseline: a virtual machine that hides all of AVX
     elif name in ("zen1", "zen2", "zen3", "haswell", "broadwell", "skylake", "alderlake", "raptorlake", "meteorlake"):
         assert isas[0] in ("avx2", "baseline")
     else:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import fastlm
 from fastlm.backends import load
-from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
+from tests.support import BACKENDS, DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
 
 # (batch, heads, key_heads, query_len, key_len, head_dim): single elements, odd sizes around vectors and tiles, grouped queries, decoding, and keys
 # enough for the largest score to come in a later tile than the first
@@ -418,3 +418,13 @@ def test_a_mask_that_is_a_parameter_is_an_ordinary_mask_without_gradients():
     mask = torch.zeros(1, 1, 3, 5, requires_grad=True)
     with torch.no_grad():
         torch.testing.assert_close(call(mask=mask, backend="torch"), call())
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="this run leaves the compiled kernels out")
+def test_pytorchs_own_tiles_keep_their_shapes():
+    """On a CPU with AMX PyTorch's products set the shapes of tiles on the threads that attention runs on, and may count on finding them again."""
+    a, b = floats(50, 70, 1)[..., 0].bfloat16(), floats(70, 30, 1)[..., 0].bfloat16()
+    known, (q, k, v) = a @ b, (x.bfloat16() for x in qkv(1, 2, 2, 40, 40, 16))
+    for _ in range(3):
+        fastlm.attention(q, k, v, backend="cpu")
+        assert torch.equal(a @ b, known)
