@@ -63,22 +63,6 @@ template <class T> int64_t find_nonfinite(const T* rows, int64_t stride, int64_t
   return total;
 }
 
-// out[i][d] = source (i, k) for i < count ≤ Lanes, zeros beyond; source is contiguous in i.
-template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_t count, int64_t k, float* out) {
-  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
-  const int64_t depth = packed_depth<Arithmetic>(k);
-  for (int64_t first = 0; first < depth; first += L) {
-    vec block[L];
-    for (int64_t r = 0; r < L; ++r) {
-      const int64_t at = (first + r) * Per;
-      const T *row = source.data + at * source.k_stride, *next = at + 1 < k ? row + source.k_stride : nullptr;
-      block[r] = at >= k ? vec::zero() : count >= L ? Arithmetic::along_i(row, next, full{}) : Arithmetic::along_i(row, next, tail{size_t(count)});
-    }
-    transpose(block);
-    for (int64_t r = 0; r < L; ++r) block[r].store(out + r * depth + first, full{});
-  }
-}
-
 // The transposed rows [dim][key] as the first operand of a product that sums over keys, with the found rows as zeros: panels, where those may be.
 template <class Arithmetic, class T> void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t dim, int64_t nonfinite, const uint8_t* found,
                                                           float* out) {
@@ -86,7 +70,7 @@ template <class Arithmetic, class T> void pack_transposed(const T* rows, int64_t
     for (int64_t d = 0; d < dim; d += PanelRows) {
       const operand<T> panel{source.data + d, 1, source.k_stride};
       float* to = out + d * packed_depth<Arithmetic>(count);
-      if constexpr (Arithmetic::RowsOnly) pack_as_rows<Arithmetic>(panel, std::min(PanelRows, dim - d), count, to);
+      if constexpr (Arithmetic::RowsOnly) pack_as_rows<Arithmetic>(panel, std::min(PanelRows, dim - d), count, packed_depth<Arithmetic>(count), to);
       else pack<Arithmetic>(panel, std::min(PanelRows, dim - d), count, PanelRows, to);
     }
   };
@@ -167,7 +151,7 @@ inline void online_softmax(float* tile, float scale, int64_t keys, int64_t width
 template <class T>
 void attention_forward(heads_view<const T> all_query, heads_view<const T> all_key, heads_view<const T> all_value, heads_view<T> all_out, float* lse,
                        attention_size sizes, const masking<T>& masks, int threads) {
-  using arithmetic = attention_arithmetic<T>;
+  using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim), copied = copied_stride<arithmetic>(dim);
   const int64_t chunk = std::clamp<int64_t>(32768 / padded / QueryPanel, 1, 16) * QueryPanel;  // outputs of a chunk: up to 128 kB

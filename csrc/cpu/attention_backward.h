@@ -80,7 +80,7 @@ inline void score_gradients(float* scores, float scale, float* dweights, const f
 template <class T>
 void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key, heads_view<const T> value, const float* lse,
                   const attention_size& size, const masking<T>& mask, int64_t batch, int64_t head, int64_t from, int64_t queries, int64_t width, float* delta) {
-  using arithmetic = attention_arithmetic<T>;
+  using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = size.head_dim, depth = packed_depth<arithmetic>(dim), copied = copied_stride<arithmetic>(dim), kv_head = head / size.group();
   float* copied_k = scratch(KeyBlock * (2 * copied + 3 * QueryPanel) + QueryPanel * (2 * depth + 1));
@@ -113,7 +113,7 @@ void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_vie
 // δ of one panel of queries as Σ_d dO·O, added up in the order of the product that makes dP: where a row attends one key, dP − δ is exactly 0.
 template <class T> void output_deltas(heads_view<const T> dout, heads_view<const T> out, int64_t dim, int64_t batch, int64_t head, int64_t from,
                                       int64_t queries, int64_t width, float* delta) {
-  using arithmetic = attention_arithmetic<T>;
+  using arithmetic = arithmetic_for<T>;
   const int64_t depth = packed_depth<arithmetic>(dim);
   float* packed_g = scratch(2 * depth * width);
   float* packed_o = packed_g + depth * width;
@@ -126,7 +126,7 @@ template <class T>
 void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_query, heads_view<const T> all_key, heads_view<const T> all_value,
                         heads_view<const T> all_out, const float* lse, const float* dlse, attention_gradients<T> all_grad, attention_size sizes,
                         const masking<T>& masks, int threads) {
-  using arithmetic = attention_arithmetic<T>;
+  using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim), copied = copied_stride<arithmetic>(dim),
                 wide = ceil_div(dim, L) * L;

@@ -13,12 +13,6 @@ inline constexpr int64_t QueryPanel = TileVecs * vec::Lanes;  // queries per til
 
 enum class mask_type { none = 0, boolean = 1, additive = 2, additive_fp32 = 3 };
 
-#if defined(__AMX_BF16__)
-template <class T> using attention_arithmetic = std::conditional_t<std::is_same_v<T, bf16>, by_tiles, by_fma>;
-#else
-template <class T> using attention_arithmetic = arithmetic_for<T>;
-#endif
-
 template <class T> struct masking {
   const void* mask;
   mask_type type;
@@ -42,7 +36,7 @@ template <class T> struct masking {
   int64_t end_key(int64_t q1, int64_t key_len) const { return upper >= key_len ? key_len : std::min(key_len, q1 + upper); }
   // How many of the keys from k0 on (whole tiles of them) reach to the last that the last query before q1 may look at: what lies beyond is no work.
   int64_t seen(int64_t q1, int64_t k0, int64_t keys) const {
-    constexpr int64_t together = attention_arithmetic<T>::Rows;
+    constexpr int64_t together = arithmetic_for<T>::Rows;
     return std::min(keys, ceil_div(std::max<int64_t>(0, end_key(q1, k0 + keys) - k0), together) * together);
   }
 };

@@ -2,7 +2,7 @@
 //
 // A block of C (up to 512 rows) is one part of the work. Its rows of A are packed once and stay in the L2 cache; then, a panel of up to three vectors of columns
 // after the other, a block of B (≤ 192 deep) is packed into L1 and all the rows pass by it. Operands are read from where they lie, in either orientation, 16-bit types being
-// widened (or paired for the bf16 dot product) on the way; while one block of B is multiplied the next is fetched from memory. Packing costs 0.1–0.4
+// widened (or paired, for the bf16 dot product and for AMX) on the way; while one block of B is multiplied the next is fetched from memory. Packing costs 0.1–0.4
 // cycle an element and serves hundreds of rows or columns: 1–3 % of the multiplication.
 // The register tile of 8 × 3 vectors (AVX-512: 24 sums, 3 of B, 1 of A) does 24 multiply-adds for 11 loads; with 16 registers it is 4 × 3.
 // The epilogue sees each finished vector of C once, while it is in the cache: bias, activation and residual cost no pass over memory.
@@ -33,8 +33,9 @@ inline constexpr int64_t PanelRows = TileRows > vec::Lanes ? TileRows : vec::Lan
 // What one 32-bit lane of a packed panel holds, and how two panels are multiplied.
 struct by_fma {  // one fp32 value
   static constexpr int64_t PerLane = 1;
+  static constexpr int64_t BlockDepth = 192;                // lanes of k per packed block: with three vectors of columns most of the L1 cache
   static constexpr int64_t Rows = TileRows, DepthStep = 1;  // of the first operand, multiplied at once; lanes of k come in steps, zeros at their end
-  static constexpr bool RowsOnly = false;                   // whether the first operand may be k-major too
+  static constexpr bool RowsOnly = false;                   // whether the first operand may not be k-major
   struct session {};                                        // lives while a thread multiplies
   static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return fma(a, b, sum); }
   template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T*, Span span) { return vec::load(p, span); }
@@ -46,7 +47,7 @@ struct by_fma {  // one fp32 value
 
 #if defined(__AVX512BF16__)
 struct by_dot {  // two bf16 values, consecutive in k
-  static constexpr int64_t PerLane = 2, Rows = TileRows, DepthStep = 1;
+  static constexpr int64_t PerLane = 2, BlockDepth = 192, Rows = TileRows, DepthStep = 1;
   static constexpr bool RowsOnly = false;
   struct session {};
   static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return dot_bf16(sum, a, b); }
@@ -59,16 +60,15 @@ struct by_dot {  // two bf16 values, consecutive in k
 };
 #endif
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // the dot product is the slower one on CPUs with tiles
-template <class T> using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16>, by_dot, by_fma>;
-#else
-template <class T> using arithmetic_for = by_fma;
-#endif
-
 #if defined(__AMX_BF16__)
 }  // namespace fastlm
 #include "tiles_amx.h"
 namespace fastlm {
+template <class T> using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16>, by_tiles, by_fma>;
+#elif defined(__AVX512BF16__)
+template <class T> using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16>, by_dot, by_fma>;
+#else
+template <class T> using arithmetic_for = by_fma;
 #endif
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -132,11 +132,15 @@ template <class Arithmetic> void add_panel_sums(const float* panel, int64_t dept
   });
 }
 
-inline constexpr int64_t BlockDepth = 192;  // lanes of k per packed block
+// The same of `count` rows that lie row_stride apart.
+template <class Arithmetic> void add_row_sums(const float* rows, int64_t depth, int64_t row_stride, int64_t count, float* sums) {
+  for (int64_t r = 0; r < count; ++r)
+    sums[r] += sum_over(depth, [=](int64_t d, auto span) { return Arithmetic::total(vec::load(rows + r * row_stride + d, span)); });
+}
 
 // The longest chain of additions in one register, which is what bounds the rounding error: chains are summed from zero. Without a fused multiply-add every step
 // rounds twice, and a chain as long as elsewhere would lose what the others keep.
-inline constexpr int64_t Chain = FusesMultiplyAdd ? BlockDepth : 8;
+inline constexpr int64_t Chain = FusesMultiplyAdd ? 192 : 8;
 
 // c (TileRows × Vecs·Lanes, rows c_stride apart) = a·b, or += where `accumulate`. a is packed (k-major, a_stride between successive k) or, with RowMajor, lies as rows a_stride apart.
 template <class Arithmetic, int Vecs, bool RowMajor = false>
@@ -249,8 +253,8 @@ struct blocking {
   }
 };
 
-inline constexpr int64_t RowStride =
-    BlockDepth + 16;                          // between rows of A that are packed as they lie: no power of two, which would crowd a few sets of the cache
+// Between rows of A that are packed as they lie: no power of two, which would crowd a few sets of the cache.
+template <class Arithmetic> inline constexpr int64_t RowStride = Arithmetic::BlockDepth + 16;
 inline constexpr int64_t PackedTogether = 8;  // k-major panels of A: so many read whole cache lines, and each page, once
 
 // Rows as they lie, row_stride (whole vectors) apart; zeros up to the last tile.
@@ -265,11 +269,31 @@ template <class Arithmetic, class T> void copy_rows(operand<T> source, int64_t r
   }
 }
 
-// `rows` rows of A, one block of k deep. Where they are contiguous in k they are copied, RowStride apart; else they become k-major panels.
+// out[i·row_stride + d] = source (i, k) for i < count, zeros up to whole vectors; source is contiguous in i.
+template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_t count, int64_t k, int64_t row_stride, float* out) {
+  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
+  for (int64_t first = 0; first < packed_depth<Arithmetic>(k); first += L)
+    for (int64_t i = 0; i < count; i += L) {
+      vec block[L];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < L; ++r) {
+        const int64_t at = (first + r) * Per;
+        const T *row = source.data + at * source.k_stride + i, *next = at + 1 < k ? row + source.k_stride : nullptr;
+        block[r] = at >= k ? vec::zero() : i + L <= count ? Arithmetic::along_i(row, next, full{}) : Arithmetic::along_i(row, next, tail{size_t(count - i)});
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < L; ++r) block[r].store(out + (i + r) * row_stride + first, full{});
+    }
+}
+
+// `rows` rows of A, one block of k deep. Where they are contiguous in k they are copied, RowStride apart; else they become k-major panels, or rows
+// for an arithmetic that takes nothing else.
 template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t rows, int64_t k, bool as_rows, float* out) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
   const int64_t depth = packed_depth<Arithmetic>(k);
-  if (as_rows) return copy_rows<Arithmetic>(source, rows, k, RowStride, out);
+  if (as_rows) return copy_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
+  if constexpr (Arithmetic::RowsOnly) return pack_as_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
   for (int64_t d = 0; d < depth; ++d) {
     const T* row = source.data + d * Per * source.k_stride;
     const T* next = d * Per + 1 < k ? row + source.k_stride : nullptr;
@@ -279,7 +303,7 @@ template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t r
       vec v = i + L <= rows ? Arithmetic::along_i(row + i, after, full{})
               : i < rows    ? Arithmetic::along_i(row + i, after, tail{size_t(rows - i)})
                             : vec::zero();
-      v.store(to + i / PanelRows * PanelRows * BlockDepth + i % PanelRows, full{});
+      v.store(to + i / PanelRows * PanelRows * Arithmetic::BlockDepth + i % PanelRows, full{});
     }
   }
 }
@@ -317,29 +341,34 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
   constexpr int64_t L = vec::Lanes;
   const blocking cut(m, n, k, threads);
   const int64_t row_panels = ceil_div(m, PanelRows), col_vecs = ceil_div(n, L);
-  const int64_t depth = packed_depth<Arithmetic>(k), depth_blocks = std::max<int64_t>(1, ceil_div(depth, BlockDepth));
+  const int64_t depth = packed_depth<Arithmetic>(k), depth_blocks = std::max<int64_t>(1, ceil_div(depth, Arithmetic::BlockDepth));
   const bool as_rows = a.stride != 1;
-  // fp32 rows need no packing, unless they lie whole pages apart and would crowd a few sets of the cache.
-  const bool as_is = std::is_same_v<TA, float> && Arithmetic::PerLane == 1 && as_rows && a.stride % 1024 != 0;
+  // Rows that hold what the lanes shall hold need no packing, unless they lie whole pages apart and would crowd a few sets of the cache.
+  constexpr int64_t step = Arithmetic::PerLane * Arithmetic::DepthStep;
+  const bool as_is =
+      sizeof(TA) * Arithmetic::PerLane == 4 && as_rows && a.stride % (1024 * Arithmetic::PerLane) != 0 && a.stride % Arithmetic::PerLane == 0 && k % step == 0;
+  const bool in_rows = as_rows || Arithmetic::RowsOnly;
 
   parallel_parts(cut.row_blocks * cut.col_blocks, threads, [=](int64_t part) {
+    [[maybe_unused]] const typename Arithmetic::session multiplying;
     const int64_t row_block = part % cut.row_blocks, col_block = part / cut.row_blocks;  // neighbours in time share columns of B
     const int64_t first_row = row_panels * row_block / cut.row_blocks * PanelRows,
                   rows = std::min(m, row_panels * (row_block + 1) / cut.row_blocks * PanelRows) - first_row;
     const int64_t first_vec = col_vecs * col_block / cut.col_blocks, vecs = col_vecs * (col_block + 1) / cut.col_blocks - first_vec;
     const panels split(vecs);
-    const int64_t padded = ceil_div(rows, PanelRows) * PanelRows, row_size = as_rows ? RowStride : BlockDepth;
+    const int64_t padded = ceil_div(rows, PanelRows) * PanelRows, row_size = in_rows ? RowStride<Arithmetic> : Arithmetic::BlockDepth;
     // As many blocks of k at a time as the cache holds of A. If that is all of them, sums are kept for one panel only.
     const int64_t together = std::clamp<int64_t>(cache_for_rows() / (4 * padded * row_size), 1, depth_blocks);
-    float* packed_a = scratch(together * padded * row_size + BlockDepth * TileVecs * L + padded * (together < depth_blocks ? vecs : TileVecs) * L);
+    float* packed_a = scratch(together * padded * row_size + Arithmetic::BlockDepth * TileVecs * L + padded * (together < depth_blocks ? vecs : TileVecs) * L);
     float* packed_b = packed_a + together * padded * row_size;
-    float* sums = packed_b + BlockDepth * TileVecs * L;  // C so far: panel by panel, each tile's rows one after another
+    float* sums = packed_b + Arithmetic::BlockDepth * TileVecs * L;  // C so far: panel by panel, each tile's rows one after another
 
     struct block_of_k {
       int64_t first, count, lanes;
     };
     auto deep = [=](int64_t block) {
-      const int64_t from = depth * block / depth_blocks, lanes = depth * (block + 1) / depth_blocks - from;
+      const int64_t steps = depth / Arithmetic::DepthStep, from = steps * block / depth_blocks * Arithmetic::DepthStep,
+                    lanes = steps * (block + 1) / depth_blocks * Arithmetic::DepthStep - from;
       return block_of_k{from * Arithmetic::PerLane, std::min(k - from * Arithmetic::PerLane, lanes * Arithmetic::PerLane), lanes};
     };
     auto right = [=](int64_t p, int64_t k_first) {
@@ -362,30 +391,31 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
             next = prefetcher(right(next_p, next_k), std::min((split.begin(next_p + 1) - split.begin(next_p)) * L, n - (first_vec + split.begin(next_p)) * L),
                               next_count);
           }
-          const int64_t lines = ceil_div(next.lines() * TileRows, rows);
-          for (int64_t r = 0; r < rows; r += TileRows) {
+          const int64_t lines = ceil_div(next.lines() * Arithmetic::Rows, rows);
+          for (int64_t r = 0; r < rows; r += Arithmetic::Rows) {
             next.fetch(lines);
             const TA* source = a.data + (first_row + r) * a.stride + k_first * a.k_stride;
             float *packed = packed_a + ((block - group) * padded + r) * row_size, *tile = c + r * width;
-            const bool direct = as_is && r + TileRows <= rows;
+            const bool direct = as_is && r + Arithmetic::Rows <= rows;
             if (p == 0 && !direct && (as_rows || r % (PackedTogether * PanelRows) == 0)) {
-              const int64_t some = std::min(as_rows ? TileRows : PackedTogether * PanelRows, rows - r);
+              const int64_t some = std::min(as_rows ? Arithmetic::Rows : PackedTogether * PanelRows, rows - r);
               pack_left<Arithmetic>(operand<TA>{source, a.stride, a.k_stride}, some, k_count, as_rows, packed);
-              for (int64_t i = 0; a_sums && col_block == 0 && i < some; i += PanelRows)
+              if (Arithmetic::RowsOnly && a_sums && col_block == 0) add_row_sums<Arithmetic>(packed, count, row_size, some, a_sums + first_row + r);
+              for (int64_t i = 0; !Arithmetic::RowsOnly && a_sums && col_block == 0 && i < some; i += PanelRows)
                 add_panel_sums<Arithmetic>(packed + i * row_size, count, PanelRows, std::min(PanelRows, some - i), a_sums + first_row + r + i);
             }
-            if constexpr (std::is_same_v<TA, float>) {
-              if (direct) multiply_tile<Arithmetic, true>(width / L, count, source, a.stride, packed_b, width, tile, width, block > 0);
-            }
-            if (!direct) {
-              if (as_rows) multiply_tile<Arithmetic, true>(width / L, count, packed, RowStride, packed_b, width, tile, width, block > 0);
-              else
+            if (direct)
+              multiply_tile<Arithmetic, true>(width / L, count, reinterpret_cast<const float*>(source), a.stride / Arithmetic::PerLane, packed_b, width, tile,
+                                              width, block > 0);
+            else {
+              if (in_rows) multiply_tile<Arithmetic, true>(width / L, count, packed, RowStride<Arithmetic>, packed_b, width, tile, width, block > 0);
+              else if constexpr (!Arithmetic::RowsOnly)
                 multiply_tile<Arithmetic>(width / L, count,
-                                          packed_a + (block - group) * padded * row_size + r / PanelRows * PanelRows * BlockDepth + r % PanelRows, PanelRows,
-                                          packed_b, width, tile, width, block > 0);
+                                          packed_a + (block - group) * padded * row_size + r / PanelRows * PanelRows * Arithmetic::BlockDepth + r % PanelRows,
+                                          PanelRows, packed_b, width, tile, width, block > 0);
             }
             if (block + 1 < depth_blocks) continue;
-            for (int64_t i = 0; i < std::min<int64_t>(TileRows, rows - r); ++i)
+            for (int64_t i = 0; i < std::min(Arithmetic::Rows, rows - r); ++i)
               sweep(columns, [&](int64_t j, auto span) { epilogue(first_row + r + i, column + j, vec::load(tile + i * width + j, full{}), span); });
           }
         }

@@ -27,9 +27,9 @@ FEATURES = {
     "adamw": ("amsgrad", "gaps", "mixed", "subclass"),
     "attention": ("batch", "heads", "query_len", "key_len", "head_dim", "masked", "dropout", "return_lse", "mask_gradient"),
     "attention_varlen": ("sequences", "heads", "query_tokens", "head_dim", "masked", "dropout", "return_lse"),
-    "gelu_mlp": ("rows", "in_width", "hidden_width", "out_width"),
+    "gelu_mlp": ("rows", "in_width", "hidden_width", "out_width", "conv1d"),
     "layernorm_residual": ("rows", "width", "dropout"),
-    "linear": ("rows", "in_width", "out_width"),
+    "linear": ("rows", "in_width", "out_width", "conv1d"),
     "linear_cross_entropy": ("rows", "width", "vocab"),
 }
 

@@ -159,7 +159,17 @@ def report(model: nn.Module) -> Report:
 def entry(name: str, operator: str, parameter: torch.Tensor, why: str, **features: Any) -> Entry:
     if why:
         return Entry(name, operator, "", why)
-    sizes = {"batch": 1, "query_len": ROWS, "key_len": ROWS, "rows": ROWS, "masked": True, "dropout": False, "return_lse": False, "mask_gradient": False}
+    sizes = {
+        "batch": 1,
+        "query_len": ROWS,
+        "key_len": ROWS,
+        "rows": ROWS,
+        "conv1d": False,
+        "masked": True,
+        "dropout": False,
+        "return_lse": False,
+        "mask_gradient": False,
+    }
     asked = {feature: {**sizes, **features}.get(feature, parameter.shape[-1]) for feature in choice.FEATURES[operator]}
     return Entry(name, operator, choice.decide(operator, parameter.device, parameter.dtype, choice.requested(None), asked)[0], "")
 
@@ -175,8 +185,10 @@ def layer_entries(name: str, layer: Any, family: Family) -> list[Entry]:
     def off(option: str) -> str:
         return "" if patch.options[option] else f"accelerate(…, {option}=False)"
 
+    conv1d = blocks.LAYOUTS.get(type(parts.up)) == "conv1d"
+
     def add(where: str, operator: str, reason: str, **features: Any) -> None:
-        entries.append(entry(f"{name}.{where}", operator, parts.norm1.weight, reason, **features))
+        entries.append(entry(f"{name}.{where}", operator, parts.norm1.weight, reason, conv1d=conv1d, **features))
 
     inside = off("attention") or around or parts.attention_why
     add(family.attention, "attention", inside, heads=heads, head_dim=width // heads)

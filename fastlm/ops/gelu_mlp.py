@@ -76,8 +76,8 @@ def gelu_mlp(
 
 def serving(x, w1, w2, layout, backend):
     in_width = x.shape[-1]
-    out = layout != "linear"  # which dimension of a weight is its output
-    return backends.choose("gelu_mlp", x, x.dtype, backend, x.numel() // in_width, in_width, w1.shape[out], w2.shape[out])
+    conv1d = layout == "conv1d"
+    return backends.choose("gelu_mlp", x, x.dtype, backend, x.numel() // in_width, in_width, w1.shape[conv1d], w2.shape[conv1d], conv1d)
 
 
 # 2. Autograd

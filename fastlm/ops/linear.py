@@ -60,7 +60,7 @@ def check_weight(argument: str, weight: Tensor, in_width: int, layout: str, why:
 
 def serving(x, weight, layout, backend):
     in_width = x.shape[-1]
-    return backends.choose("linear", x, x.dtype, backend, x.numel() // in_width, in_width, weight.shape[layout != "linear"])
+    return backends.choose("linear", x, x.dtype, backend, x.numel() // in_width, in_width, weight.shape[layout != "linear"], layout == "conv1d")
 
 
 # 2. Autograd

@@ -153,7 +153,7 @@ def test_the_table_puts_pytorch_first_where_it_is_faster(monkeypatch):
         assert fastlm.info().fallbacks == before  # the table's choice is no fallback
         wide = "cpu" if cpu.kernels else "torch"
         for x, w in ((floats(41, 8), W), (X, floats(5, 8)), (X.bfloat16(), W.bfloat16())):
-            assert choice.choose("linear", x, x.dtype, None, x.shape[0], 8, w.shape[0]) is choice.load(wide)
+            assert choice.choose("linear", x, x.dtype, None, x.shape[0], 8, w.shape[0], False) is choice.load(wide)
     finally:
         choice.CHOICES.clear()
 
