@@ -1,9 +1,13 @@
 """The gradients of attention: two passes, and a third for the gradient of an additive mask. No atomics: every sum has one owner and one order.
 
-The pass by queries owns dq of a tile, walks over the keys, and on its way in computes delta = Σ out · dout − dlse, which the pass by keys reads. That one owns
+The pass by queries owns dq of a tile, walks over the keys, and on its way in computes delta = Σ out · dout − dlse, which the others read. That one owns
 dk and dv of a tile and walks over the queries of all heads that share it, with scores transposed, so that both products that follow take them from
 registers. Weights come from the log-sum-exp of the forward. 14 · query_len · key_len · head_dim FLOPs a head, half of it with a causal mask: seven
 products where five would do, as the scores and dout vᵀ are computed in both passes. The price of a gradient without atomics.
+
+EXACT: who asks for the gradient of a mask gets it, and all others, as exact as from PyTorch, whose operator there multiplies 16-bit numbers in float32. Over a
+row dscores sum to 0, so that the rounding of out in delta shows in full, and what is left is that of the weights and dscores. So delta is Σ weights · dweights,
+of float32, in a loop over the keys ahead of dq's, and those factors are multiplied in two parts: five products more.
 """
 
 import triton
@@ -41,35 +45,80 @@ def weights_of(scores, lse, scale, MASK: tl.constexpr):
 
 
 @triton.jit
-def query_gradient_tiles(
-    dq, q, dout, lse, delta, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+def multiply(x, y, total, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """total + x y, x rounded to the type of y as matrix units take it. EXACT: then what the rounding took away is multiplied too, rounded likewise."""
+    near = x.to(y.dtype)
+    total = tl.dot(near, y, total, input_precision=PRECISION)
+    if EXACT:
+        total = tl.dot((x - near.to(tl.float32)).to(y.dtype), y, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def query_tile(
+    q, dout, lse, i, key, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
     mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
+    """(keys, weights, their gradient, what is seen) of queries i and the tile of keys from `key` on. Weights are 0 where not seen, their gradient is not."""
+    k = load_tile(k_ptr, k_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
+    v = load_tile(v_ptr, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    seen = True
+    if EDGE:
+        j = key + tl.arange(0, TILE_N)
+        scores, seen = masked(
+            scores, i[:, None], j[None, :], query_len, key_len, lower, upper, scale, mask_ptr, mask_query_stride, mask_key_stride,
+            padding_ptr, padding_stride, MASK,
+        )  # fmt: skip
+    weights = weights_of(scores, lse[:, None], scale, MASK)
+    if EDGE:
+        weights = tl.where(seen, weights, 0.0)
+    if DROPOUT:
+        dweights = tl.where(kept(seed, i, key, third, threshold, TILE_M, TILE_N, False), dweights * keep_scale, 0.0)
+    return k, weights, dweights, seen
+
+
+@triton.jit
+def exact_delta(
+    q, dout, lse, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ weights · dweights: what Σ out · dout is, but for the rounding of out and of the weights in it to 16 bits."""
+    delta = tl.zeros((TILE_M,), tl.float32)
     i = first + tl.arange(0, TILE_M)
     for tile in range(begin, end):
-        key = tile * TILE_N
-        k = load_tile(k_ptr, k_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
-        v = load_tile(v_ptr, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        seen = True
-        if EDGE:
-            j = key + tl.arange(0, TILE_N)
-            scores, seen = masked(
-                scores, i[:, None], j[None, :], query_len, key_len, lower, upper, scale, mask_ptr, mask_query_stride, mask_key_stride,
-                padding_ptr, padding_stride, MASK,
-            )  # fmt: skip
-        weights = weights_of(scores, lse[:, None], scale, MASK)
-        if EDGE:
-            weights = tl.where(seen, weights, 0.0)
-        if DROPOUT:
-            dweights = tl.where(kept(seed, i, key, third, threshold, TILE_M, TILE_N, False), dweights * keep_scale, 0.0)
+        _, weights, dweights, seen = query_tile(
+            q, dout, lse, i, tile * TILE_N, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, DROPOUT, PRECISION, True,
+        )  # fmt: skip
+        delta += tl.sum(tl.where(seen, weights * dweights, 0.0), 1)
+    return delta
+
+
+@triton.jit
+def query_gradient_tiles(
+    dq, q, dout, lse, delta, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    i = first + tl.arange(0, TILE_M)
+    for tile in range(begin, end):
+        k, weights, dweights, seen = query_tile(
+            q, dout, lse, i, tile * TILE_N, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, DROPOUT, PRECISION, EDGE,
+        )  # fmt: skip
         dscores = weights * (dweights - delta[:, None])
         if EDGE:
             dscores = tl.where(seen, dscores, 0.0)
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = multiply(dscores, k, dq, PRECISION, EXACT)
     return dq
 
 
@@ -107,7 +156,7 @@ def attention_backward_query_kernel(
     cu_query_ptr, cu_key_ptr, seed_ptr, dq_ptr, dq_batch_stride, dq_head_stride, dq_stride,
     sequences, heads, groups, query_len, key_len, tiles, lower, upper, scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, LEFT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dq and delta of one tile of queries. lse, dlse and delta are laid out alike."""
     pid = tl.program_id(0)
@@ -142,39 +191,46 @@ def attention_backward_query_kernel(
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
 
     dout = load_tile(dout_ptr, dout_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
-    out = load_tile(out_ptr, out_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    q = load_tile(q_ptr, q_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
     i = first + tl.arange(0, TILE_M)
+    lse = tl.load(lse_ptr + row + i, mask=i < query_len, other=float("inf"))
+    last = tl.minimum(first + TILE_M, query_len) - 1
+    begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, TILE_N)
+    if EXACT:
+        delta = exact_delta(
+            q, dout, lse, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
+            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
+            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION,
+        )  # fmt: skip
+    else:
+        out = load_tile(out_ptr, out_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row + i, mask=i < query_len, other=0.0)
     tl.store(delta_ptr + row + i, delta, mask=i < query_len)
-    lse = tl.load(lse_ptr + row + i, mask=i < query_len, other=float("inf"))
-    q = load_tile(q_ptr, q_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
     dq = tl.zeros((TILE_M, BLOCK_D), tl.float32)
-    last = tl.minimum(first + TILE_M, query_len) - 1
-    begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, TILE_N)
     if MASK != 0 or padding_ptr is not None:
         dq = query_gradient_tiles(
             dq, q, dout, lse, delta, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
             mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
         )  # fmt: skip
     else:
         if LEFT:
             dq = query_gradient_tiles(
                 dq, q, dout, lse, delta, first, begin, inner, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
                 mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
             )  # fmt: skip
         dq = query_gradient_tiles(
             dq, q, dout, lse, delta, first, inner if LEFT else begin, outer, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
             mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, False,
+            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, False,
         )  # fmt: skip
         dq = query_gradient_tiles(
             dq, q, dout, lse, delta, first, outer, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
             mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
         )  # fmt: skip
     found = any_not_finite(dq)
     if found > 0:
@@ -195,7 +251,7 @@ def key_gradient_tiles(
     dk, dv, k, v, first, begin, end, query_len, key_len, lower, upper, scale, q_ptr, q_stride, dout_ptr, dout_stride, lse_ptr, delta_ptr,
     mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Scores are (TILE_N, TILE_M) here: keys by queries."""
     j = first + tl.arange(0, TILE_N)
@@ -225,8 +281,8 @@ def key_gradient_tiles(
         dscores = weights * (dweights - delta[None, :])
         if EDGE:
             dscores = tl.where(seen, dscores, 0.0)
-        dv = tl.dot(sent.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+        dv = multiply(sent, dout, dv, PRECISION, EXACT)
+        dk = multiply(dscores, q, dk, PRECISION, EXACT)
     return dk, dv
 
 
@@ -268,7 +324,7 @@ def attention_backward_key_kernel(
     cu_query_ptr, cu_key_ptr, seed_ptr, dk_ptr, dk_batch_stride, dk_head_stride, dk_stride, dv_ptr, dv_batch_stride, dv_head_stride, dv_stride,
     sequences, heads, groups, query_len, key_len, tiles, lower, upper, scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, LEFT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, from all heads that share it."""
     pid = tl.program_id(0)
@@ -313,27 +369,27 @@ def attention_backward_key_kernel(
                 dk, dv, k, v, first, begin, end, query_len, key_len, lower, upper, scale,
                 q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
                 mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
             )  # fmt: skip
         else:
             dk, dv = key_gradient_tiles(
                 dk, dv, k, v, first, begin, inner, query_len, key_len, lower, upper, scale,
                 q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
                 mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
             )  # fmt: skip
             dk, dv = key_gradient_tiles(
                 dk, dv, k, v, first, inner, outer, query_len, key_len, lower, upper, scale,
                 q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
                 mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, False,
+                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, False,
             )  # fmt: skip
             if LEFT:
                 dk, dv = key_gradient_tiles(
                     dk, dv, k, v, first, outer, end, query_len, key_len, lower, upper, scale,
                     q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
                     mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                    HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
+                    HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
                 )  # fmt: skip
     found = tl.maximum(any_not_finite(dk), any_not_finite(dv))
     if found > 0:
@@ -422,11 +478,11 @@ def attention_backward_mask_kernel(
 
 def attention_backward(
     dout, dlse, q, k, v, mask, padding, cu_query, cu_key, seed, out, lse, dq, dk, dv, dmask, sizes, band, scale, threshold, keep_scale, precision,
-    architecture, device, delta,
+    exact, architecture, device, delta,
 ):  # fmt: skip
     """As attention_forward; dlse and delta are laid out as lse. dk is None where neither dk nor dv is wanted.
 
-    dmask is contiguous in float32, or None; its mask has a column for each key.
+    dmask is contiguous in float32, or None; its mask has a column for each key. exact: where q is 16 bits wide and the mask wants a gradient.
     """
     batch, heads, key_heads, query_len, key_len, head_dim = sizes
     groups, block, left = heads // key_heads, block_of(head_dim), cu_query is not None or band[0] > 1 - query_len
@@ -436,23 +492,23 @@ def attention_backward(
     inputs = q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3)
     numbers = *band, scale, threshold, keep_scale
 
-    tile_m, tile_n, warps, stages = attention_tile(architecture, "query", q.dtype.itemsize, block, masked_at_all)
+    tile_m, tile_n, warps, stages = attention_tile(architecture, "query", q.dtype.itemsize, block, masked_at_all, exact)
     tiles = triton.cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch
     arguments = (
         *inputs, out, *strides(out, 3), dout, *strides(dout, 3), lse, dlse, delta, *strides(lse, 2), *masks, cu_query, cu_key, seed, dq, *strides(dq, 3),
         batch, heads, groups, query_len, key_len, tiles, *numbers,
     )  # fmt: skip
-    constants = head_dim, block, tile_m, tile_n, kind, left, precision
+    constants = head_dim, block, tile_m, tile_n, kind, left, precision, exact
     launch(attention_backward_query_kernel, tiles * each * heads, arguments, constants, warps, stages, device, debug=cu_query is not None)
 
     if dk is not None:
-        tile_m, tile_n, warps, stages = attention_tile(architecture, "key", q.dtype.itemsize, block, masked_at_all)
+        tile_m, tile_n, warps, stages = attention_tile(architecture, "key", q.dtype.itemsize, block, masked_at_all, exact)
         tiles = triton.cdiv(key_len, tile_n) if cu_key is None else key_len // tile_n + batch
         arguments = (
             *inputs, dout, *strides(dout, 3), lse, delta, *strides(lse, 2), *masks, cu_query, cu_key, seed, dk, *strides(dk, 3), dv, *strides(dv, 3),
             batch, heads, groups, query_len, key_len, tiles, *numbers,
         )  # fmt: skip
-        constants = head_dim, block, tile_m, tile_n, kind, left, precision
+        constants = head_dim, block, tile_m, tile_n, kind, left, precision, exact
         launch(attention_backward_key_kernel, tiles * each * key_heads, arguments, constants, warps, stages, device)
 
     if dmask is not None:

@@ -15,13 +15,16 @@ SMALL = {  # what 99 KiB hold
     ("query", 2, 64): (64, 64, 8, 2),
     ("query masked", 2, 64): (64, 32, 8, 2),
     ("query masked", 2, 128): (32, 32, 8, 2),
+    ("query exact", 2, 128): (32, 32, 8, 1),
     ("query", 2, 128): (64, 32, 8, 2),
     ("query", 2, 256): (32, 32, 8, 1),
     ("query", 4, 64): (32, 32, 8, 2),
     ("query", 4, 128): (32, 16, 8, 1),
     ("query", 4, 256): (16, 16, 8, 1),
     ("key", 2, 64): (32, 32, 4, 2),
+    ("key exact", 2, 64): (32, 32, 8, 2),
     ("key", 2, 128): (32, 32, 8, 2),
+    ("key exact", 2, 128): (32, 32, 8, 2),
     ("key", 2, 256): (16, 32, 8, 1),
     ("key", 4, 64): (32, 32, 8, 2),
     ("key", 4, 128): (16, 32, 8, 1),
@@ -47,6 +50,7 @@ HOPPER = LARGE | {  # a warpgroup of four multiplies tiles of 64 queries at leas
     ("forward", 2, 128): (128, 64, 8, 3),
     ("query", 2, 64): (128, 64, 8, 2),
     ("query masked", 2, 64): (128, 64, 8, 2),
+    ("query exact", 2, 64): (128, 32, 8, 2),
     ("key", 2, 64): (32, 128, 8, 2),
     ("forward masked", 2, 64): (128, 64, 8, 2),
     ("query", 2, 128): (64, 64, 8, 2),
@@ -66,14 +70,15 @@ INTERPRETER = {at: (*UNLIKE[at[0]], 1, 1) for at in SMALL if at[0] in UNLIKE}
 ATTENTION = {"sm_80": LARGE, "sm_90": HOPPER, "sm_100": BLACKWELL, "interpreter": INTERPRETER}
 
 
-def attention_tile(architecture: str, which: str, itemsize: int, block: int, masked: bool = False) -> tuple[int, int, int, int]:
+def attention_tile(architecture: str, which: str, itemsize: int, block: int, masked: bool = False, exact: bool = False) -> tuple[int, int, int, int]:
     """An architecture that is not in the table gets the tiles that fit everywhere.
 
-    masked: with what wants registers too: a mask, padding, dropout, packed sequences.
+    masked: with what wants registers too: a mask, padding, dropout, packed sequences. exact: with the products in two parts of attention_backward.py.
     """
     table = ATTENTION.get(architecture, ONE_STAGE if architecture.startswith("gfx") else SMALL)
     at = itemsize, 64 if block <= 64 else block
-    return table.get((f"{which} masked", *at), table[(which, *at)]) if masked else table[(which, *at)]
+    names = (f"{which} exact",) * exact + (f"{which} masked",) * masked + (which,)
+    return next(table[(name, *at)] for name in names if (name, *at) in table)
 
 
 # gelu_mlp: (architecture, bytes of an element) → (tile_m, tile_n, tile_k, warps, stages) of the fused products. Not in the table: the vendor's product

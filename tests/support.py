@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The backends that this run must cover. A named backend that is missing fails; it is not skipped.
 WITH_TRITON = ",triton" if importlib.util.find_spec("triton") else ""  # on a GPU, or under its interpreter (see conftest.py)
 BACKENDS = os.environ.get("FASTLM_TEST_BACKENDS", f"reference,torch,cpu{WITH_TRITON}").split(",")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then run a hundred times slower than anything else
 
 
 def on_every_backend(test):

@@ -138,6 +138,8 @@ ON_TRITON = [
     Mutant(KEYS, "(j - i <= upper)", "(j - i < upper)", "ops/test_attention.py windows"),
     Mutant("kernels/attention_backward.py", "dv += tl.where(seen[:, None], sent", "dv += tl.where(seen[:, None] | True, sent", "kernels/test_paths.py stays"),
     Mutant("kernels/attention_backward.py", "(dweights - delta[None, :])", "dweights", "ops/test_attention.py float64"),
+    Mutant("kernels/attention_backward.py", "if EXACT:\n        delta", "if False:\n        delta", "kernels/test_paths.py rounded_once"),
+    Mutant("kernels/attention_backward.py", "q, dk, PRECISION, EXACT)", "q, dk, PRECISION, False)", "kernels/test_paths.py rounded_once"),
     Mutant("kernels/attention_decode.py", "out = tl.sum(part * share[:, None], 0)", "out = tl.sum(part, 0)", "kernels/test_paths.py stretches"),
     Mutant("kernels/philox.py", "tl.join(words[0], words[2])", "tl.join(words[2], words[0])", "ops/test_dropout.py definition"),
     Mutant("kernels/layernorm_residual.py", " - xhat * correlation[:, None]", "", "ops/test_layernorm_residual.py float64"),

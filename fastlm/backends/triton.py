@@ -353,7 +353,8 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
         with on(query):
             kernels().attention_backward.attention_backward(
                 dout, vector(dlse), query, key, value, mask, key_padding, None, None, seed, out, lse.contiguous(), dquery, dkey, dvalue, dmask,
-                sizes, clamped(lower, upper), scale, *dropout(dropout_p), precision(query), architecture(device), device, torch.empty_like(lse),
+                sizes, clamped(lower, upper), scale, *dropout(dropout_p), precision(query), needs_mask and query.dtype.itemsize == 2,
+                architecture(device), device, torch.empty_like(lse),
             )  # fmt: skip
     if shifts:
         dmask = lse.new_zeros(mask.shape) if dlse is None else torch.where(lse == -torch.inf, 0, dlse)[..., None].sum_to_size(mask.shape)
@@ -410,6 +411,6 @@ def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_se
             near(packed(dout)), None if dlse is None else dlse.contiguous()[None], near(packed(query)), near(packed(key)), near(packed(value)), None, None,
             cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), seed, near(packed(out)), lse.contiguous()[None],
             packed(dquery), *(d if d is None else packed(d) for d in (dkey, dvalue)), None,
-            sizes, clamped(lower, upper), scale, *dropout(dropout_p), precision(query), architecture(device), device, torch.empty_like(lse)[None],
+            sizes, clamped(lower, upper), scale, *dropout(dropout_p), precision(query), False, architecture(device), device, torch.empty_like(lse)[None],
         )  # fmt: skip
     return tuple(gradient if need else None for gradient, need in zip((dquery, dkey, dvalue), needed, strict=True))

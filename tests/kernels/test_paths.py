@@ -69,6 +69,21 @@ def test_attention_in_tiles_of_any_shape(tiles, backend, configs, architecture, 
 
 
 @only_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_with_a_masks_gradient_all_are_rounded_once(dtype, backend):
+    """Nearly every gradient is the true one, rounded: with any factor in 16 bits on its way (out, dscores, the weights) a third and more would be others."""
+    rounded = [x.to(dtype) for x in (floats(1, 2, 40, 20), floats(1, 1, 70, 20), floats(20, 1, 70, 1).permute(3, 1, 2, 0), floats(1, 1, 40, 70))]
+    outcomes = []
+    for name, wide in ((backend, dtype), ("reference", torch.float64)):
+        torch.manual_seed(7)
+        leaves = [x.to(wide).requires_grad_() for x in rounded]
+        out = fastlm.attention(*leaves[:3], mask=leaves[3], causal=True, dropout_p=0.3, backend=name)
+        outcomes.append(torch.autograd.grad(out, leaves, floats(*out.shape).to(dtype).to(wide)))
+    for got, truth in zip(*outcomes, strict=True):
+        assert (got == truth.to(dtype)).float().mean() > 0.98
+
+
+@only_triton
 @pytest.mark.parametrize("query_len, groups", [(1, 1), (1, 4), (3, 4)])
 @pytest.mark.parametrize("masked", ["", "bool", "additive", "padding", "dropout", "nothing seen"])
 def test_decoding_in_stretches(masked, query_len, groups, backend, monkeypatch):

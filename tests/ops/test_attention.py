@@ -104,15 +104,8 @@ def test_bool_masks(shape, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_additive_masks_and_their_gradients(shape, dtype, backend):
-    bias, own = floats(*shape), torch_own()
-
-    def fused(q, k, v, m):
-        """PyTorch's operator for q, k and v, which multiplies 16-bit numbers as matrix units do, and for the mask's gradient the one that widens all."""
-        through_mask = own(q.detach(), k.detach(), v.detach(), m)
-        return own(q, k, v, m.detach()) + (through_mask - through_mask.detach())
-
-    inputs = *qkv(2, 3, 3, 9, 21, 16), bias
-    assert_within_twice_torch(lambda q, k, v, m: fastlm.attention(q, k, v, mask=m, backend=backend), fused if backend == "triton" else own, inputs, dtype)
+    bias = floats(*shape)
+    assert_within_twice_torch(lambda q, k, v, m: fastlm.attention(q, k, v, mask=m, backend=backend), torch_own(), (*qkv(2, 3, 3, 9, 21, 16), bias), dtype)
 
 
 @on_every_backend
@@ -137,7 +130,7 @@ def test_a_float32_mask_in_a_16_bit_model_keeps_its_gradient_wide(dtype, backend
     truth = torch_own()(q.double(), k.double(), v.double(), wide)
     (expected,) = torch.autograd.grad(truth, wide, floats(*out.shape).to(dtype).double())
     assert got.dtype == torch.float32
-    assert error(got, expected) < 2 ** {torch.bfloat16: -6, torch.float16: -9}[dtype]  # out and the weights are rounded on the way
+    assert error(got, expected) < 2**-18  # nothing is rounded to 16 bits on its way
 
 
 @on_every_backend
@@ -219,9 +212,8 @@ HARM = [torch.nan, torch.inf, -torch.inf]
 
 
 @on_every_backend
-@pytest.mark.parametrize("harm", HARM, ids=str)
 @pytest.mark.parametrize("where", ["key", "value"])
-def test_what_stands_behind_the_mask_never_reaches_a_result(where, harm, backend):
+def test_what_stands_behind_the_mask_never_reaches_a_result(where, backend):
     """Every way of masking a place; outputs and gradients as with a 0 there."""
     sizes = (2, 2, 1, 24, 24, 8)
     hidden = torch.zeros(2, 24, dtype=torch.bool)
@@ -236,14 +228,15 @@ def test_what_stands_behind_the_mask_never_reaches_a_result(where, harm, backend
     ]
     for arguments in ways:
         results = []
-        for stands in (harm, 0.0):
+        for stands in (0.0, *HARM):
             q, k, v = qkv(*sizes)
             (k if where == "key" else v).masked_fill_(hidden[:, None, :, None], stands)
             leaves = [t.requires_grad_() for t in (q, k, v)]
             out = fastlm.attention(*leaves, backend=backend, **arguments)
             results.append((out.detach(), *torch.autograd.grad(out, leaves, floats(*out.shape))))
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b)
+        for harmed in results[1:]:
+            for a, b in zip(harmed, results[0], strict=True):
+                torch.testing.assert_close(a, b)
 
 
 @on_every_backend
@@ -323,16 +316,16 @@ def test_any_strides_give_the_same(dtype, backend):
     mask = floats(length, length, 1, batch).permute(3, 2, 1, 0)
     upstreams = floats(batch, heads, length, head_dim).to(dtype), torch.ones((), dtype=dtype).expand(batch, heads, length, head_dim)
     for inputs in (views, (views[0], one, one), (strided, views[1], strided), (views[2], floats(3, 1, length, 16).to(dtype)[::2], strided[:, :1])):
-        for upstream in (*upstreams, strided):
-            results = []
-            for variant, m, dy in ((inputs, mask, upstream), ([t.contiguous() for t in inputs], mask.contiguous(), upstream.contiguous())):
-                leaves = [t.detach().requires_grad_() for t in variant]
-                out = fastlm.attention(*leaves, mask=m, backend=backend)
-                results.append((out.detach(), *torch.autograd.grad(out, leaves, dy)))
-            for a, b in zip(*results, strict=True):
-                assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]  # PyTorch adds in another order
-            if backend == "cpu":
-                assert_same_bits(*results)
+        results = []
+        for variant, m, as_it_is in ((inputs, mask, True), ([t.contiguous() for t in inputs], mask.contiguous(), False)):
+            leaves = [t.detach().requires_grad_() for t in variant]
+            out = fastlm.attention(*leaves, mask=m, backend=backend)
+            dys = [dy if as_it_is else dy.contiguous() for dy in (*upstreams, strided)]
+            results.append((out.detach(), *(d for dy in dys for d in torch.autograd.grad(out, leaves, dy, retain_graph=True))))
+        for a, b in zip(*results, strict=True):
+            assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]  # PyTorch adds in another order
+        if backend == "cpu":
+            assert_same_bits(*results)
 
 
 @on_every_backend

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastlm
 from fastlm.backends import philox
 from tests.ops.test_attention import HARM, seen
-from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
+from tests.support import DTYPES, INTERPRETED, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
 
 # ([(query_len, key_len) of each sequence], heads, key_heads, head_dim): single elements, odd sizes around vectors and tiles, sequences without queries,
 # without keys, without either, grouped queries, keys enough for several blocks and queries for several panels
@@ -94,6 +94,8 @@ def test_scale(scale, backend):
 def test_the_same_as_a_padded_batch(causal, dropout_p, dtype, backend):
     """Outputs, log-sum-exp and gradients where the tokens are real; with dropout, the same weights are dropped."""
     lengths, heads, key_heads, head_dim = [130, 1, 77, 0, 200, 64], 4, 2, 32
+    if backend == "triton" and INTERPRETED:
+        lengths = [66, 1, 37, 0, 100, 64]  # still more than one tile, and whole ones: the interpreter's have 32 and 64 tokens
     longest, cu = max(lengths), starts(lengths)
     real = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (batch, longest)
     padded = [torch.zeros(len(lengths), longest, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads)]
@@ -254,17 +256,17 @@ def test_any_strides_give_the_same(dtype, backend):
     strided = floats(head_dim, heads, 22).to(dtype).permute(2, 1, 0)
     upstreams = floats(22, heads, head_dim).to(dtype), torch.ones((), dtype=dtype).expand(22, heads, head_dim), strided
     for inputs in (views, (first, one, one), (strided, views[1], strided), (views[2], floats(44, 1, head_dim).to(dtype)[::2], strided[:, :1])):
-        for upstream in upstreams:
-            results = []
-            for variant, dy in ((inputs, upstream), ([t.contiguous() for t in inputs], upstream.contiguous())):
-                leaves = [t.detach().requires_grad_() for t in variant]
-                out = fastlm.attention_varlen(*leaves, *cu_seqlens(lengths), backend=backend)
-                results.append((out.detach(), *torch.autograd.grad(out, leaves, dy)))
-            for a, b in zip(*results, strict=True):
-                assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]  # PyTorch adds in another order
-            if backend == "cpu":
-                assert_same_bits(*results)
-            assert all(x.is_contiguous() for x in results[0])
+        results = []
+        for variant, as_it_is in ((inputs, True), ([t.contiguous() for t in inputs], False)):
+            leaves = [t.detach().requires_grad_() for t in variant]
+            out = fastlm.attention_varlen(*leaves, *cu_seqlens(lengths), backend=backend)
+            dys = [dy if as_it_is else dy.contiguous() for dy in upstreams]
+            results.append((out.detach(), *(d for dy in dys for d in torch.autograd.grad(out, leaves, dy, retain_graph=True))))
+        for a, b in zip(*results, strict=True):
+            assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]  # PyTorch adds in another order
+        if backend == "cpu":
+            assert_same_bits(*results)
+        assert all(x.is_contiguous() for x in results[0])
 
 
 @on_every_backend
