@@ -131,6 +131,10 @@ def train(
     dtype: Annotated[
         str, typer.Option(metavar="fp32|bf16", help="bf16: bfloat16 activations and products, float32 weights, sums and optimiser.", rich_help_panel="Machine")
     ] = DEFAULT.dtype,
+    recompute: Annotated[
+        int,
+        typer.Option(metavar="0|1|2", help="What backward computes again, not keeps: 1 the GELU, 2 the product before it too.", rich_help_panel="Machine"),
+    ] = DEFAULT.recompute,
     threads: Threads = None,
 ) -> None:
     """Train a model from scratch on text.
@@ -142,7 +146,7 @@ def train(
     settings = Settings(
         objective=objective, layers=layers, heads=heads, width=width, context=context, batch=batch, steps=steps, lr=lr, min_lr=min_lr, warmup=warmup,
         decay_steps=decay_steps, beta1=beta1, beta2=beta2, weight_decay=weight_decay, grad_clip=grad_clip, dropout=dropout, seed=seed, dtype=dtype,
-        eval_every=eval_every,
+        eval_every=eval_every, recompute=recompute,
     )  # fmt: skip
     train.run([*data, *(more or [])], settings, tokenizer=tokenizer, val_fraction=val_fraction, val_file=val_file, out=out, threads=threads)
 
@@ -192,6 +196,7 @@ def bench(
     threads: Annotated[str, typer.Option(help="Numbers of threads, commas between.")] = "1,2",
     directions: Annotated[str, typer.Option(help="Some of forward, backward, forward+backward; commas between.")] = "forward,backward,forward+backward",
     model: Annotated[str, typer.Option(help="Of training_step: some of gpt2, gpt2-dropout, bert, small, tiny; commas between.")] = "gpt2",
+    recompute: Annotated[str, typer.Option(help="Of training_step: levels 0, 1, 2 of the model's recomputation; commas between.")] = str(DEFAULT.recompute),
     compiled: Annotated[bool, typer.Option("--compile", help="Also against torch.compile: needs a C++ compiler, and minutes.")] = False,
     seconds: Annotated[float, typer.Option(help="For each row, at least five rounds; whole steps take twenty times as long.")] = 3.0,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured into this file.")] = None,
@@ -207,8 +212,8 @@ def bench(
         return
 
     bench.run(
-        operators=operators, dtypes=dtypes, threads=threads, ways=directions, models=model, compiled=compiled, seconds=seconds, json_file=json,
-        markdown_file=markdown, plot_file=plot,
+        operators=operators, dtypes=dtypes, threads=threads, ways=directions, models=model, recompute=recompute, compiled=compiled, seconds=seconds,
+        json_file=json, markdown_file=markdown, plot_file=plot,
     )  # fmt: skip
 
 

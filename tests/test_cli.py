@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm.benchmarking import machine, operators
+from fastlm.benchmarking import machine, operators, whole
 from fastlm.cli import app
 from fastlm.commands import bench, demo
 from fastlm.generation import load_tokenizer
@@ -71,7 +71,7 @@ def test_train_ends_with_the_validation_loss_and_writes_a_summary(trained, text_
     assert summary["settings"] == {
         "data": [str(text_file)], "tokenizer": "byte", "val_fraction": 0.1, "val_file": None, "objective": "next-token", "layers": 1, "heads": 2, "width": 32,
         "context": 16, "batch": 4, "steps": 12, "lr": 1e-3, "min_lr": 1e-4, "warmup": 2, "decay_steps": None, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1,
-        "grad_clip": 1.0, "dropout": 0.0, "seed": 0, "dtype": "float32", "eval_every": 5, "threads": 1,
+        "grad_clip": 1.0, "dropout": 0.0, "seed": 0, "dtype": "float32", "eval_every": 5, "recompute": 1, "threads": 1,
     }  # fmt: skip
     assert summary["steps"] == 12 and not summary["interrupted"] and summary["tokens_per_second"] > 0
     assert 0 < summary["train_loss"] < 6 and [e["step"] for e in summary["evaluations"]] == [5, 10, 12]
@@ -94,7 +94,7 @@ def test_train_takes_every_setting(text_file, tmp_path):
     given = {
         "tokenizer": "char", "layers": 2, "heads": 4, "width": 16, "context": 8, "batch": 3, "steps": 4, "lr": 0.002, "min_lr": 0.0003, "warmup": 1,
         "decay_steps": 3, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.2, "grad_clip": 0.5, "dropout": 0.1, "seed": 7, "dtype": "bf16",
-        "objective": "next-token", "eval_every": 2, "val_file": str(tmp_path / "val.txt"), "threads": 2,
+        "objective": "next-token", "eval_every": 2, "recompute": 2, "val_file": str(tmp_path / "val.txt"), "threads": 2,
     }  # fmt: skip
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     succeeds("train", "--data", text_file, tmp_path / "more.txt", *flags, "--out", tmp_path / "out")
@@ -301,9 +301,20 @@ def test_bench_prints_a_table_and_writes_its_files(small_cases, tmp_path):
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_takes_a_step_at_every_level(small_cases, monkeypatch, tmp_path):
+    monkeypatch.setitem(whole.MODELS, "tiny", whole.Subject("GPT-2", 1, 32, 2, 50, 2, 16))
+    file = tmp_path / "b.json"
+    options = "--operators training_step --model tiny --dtypes float32 --threads 1 --seconds 0.01 --recompute 0,2 --json"
+    said = succeeds("bench", *options.split(), file)
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["recompute"] for row in rows] == [0, 2] and all(row["bytes_held"] for row in rows)
+    assert "recompute" in said and said.count("eager tuned") == 2
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--recompute", "3"], "recompute: expected some of 0, 1, 2, with commas between, got '3'"),
         (["--operators", "softmax"], "operators: expected some of attention, .*, generation, with commas between, got 'softmax'"),
         (["--dtypes", "float16"], "dtypes: expected some of float32, bfloat16, with commas between, got 'float16'"),
         (["--threads", "1,x"], "threads: expected whole numbers of at least 1, with commas between, got 'x'"),

@@ -58,7 +58,7 @@ ATTENTION, LAYERNORM, LOSS, MLP, EDGE = (
     f"fastlm/ops/{name}.py" for name in ("attention", "layernorm_residual", "linear_cross_entropy", "gelu_mlp", "boundary")
 )
 
-OPTIMIZER = "fastlm/optim/adamw.py"
+OPTIMIZER, LAYERS = "fastlm/optim/adamw.py", "fastlm/models/layers.py"
 
 PYTHON = [
     # the oracle
@@ -91,6 +91,9 @@ PYTHON = [
     (REFERENCE, Mutant(LOSS, "if x.dtype == torch.float16:", "if False:", "ops/test_linear_cross_entropy.py underflow")),
     (REFERENCE, Mutant(LOSS, "    share = (target != ignore_index).sum()", "    share = (target == target).sum()", "ops/test_linear_cross_entropy.py float64")),
     (REFERENCE, Mutant(MLP, "x.new_empty(hidden) if recompute < 1", "x.new_empty(hidden) if recompute < 2", "ops/test_every_operator.py contract")),
+    # what the models add
+    (REFERENCE, Mutant(LAYERS, "return dtable.index_add_(0, ids, drows), None, None", "return dtable, None, None", "models/test_layers.py gradients_meet")),
+    (REFERENCE, Mutant(LAYERS, "if ctx.padding_idx >= 0:", "if False:", "models/test_layers.py gradients_meet")),
     # the optimiser
     (REFERENCE, Mutant(ORACLE, "torch.where(master.to(p.dtype) == p, held, w)", "held", "optim/test_adamw.py changed_by_others")),
     (TORCH, Mutant(NATIVE, "if not (isinstance(factor, float) and factor == 1.0):", "if False:", "optim/test_adamw.py clip_grad_norm")),

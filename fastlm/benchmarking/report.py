@@ -57,10 +57,11 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
         if mine[0].tokens is not None:  # a whole step or generation: there is one direction, and no peak was counted of the latter
             columns = [c for c in columns if c[0] != "direction" and (c[0] != "peak" or mine[0].share is not None)]
             if mine[0].bytes_held:
-                columns[-1] = ("memory", 6)  # in place of who served, which then stands below
+                columns[-1:] = [("MB", 4), ("memory", 6)]  # in place of who served, which then stands below
+                columns[2:2] = [("recompute", 9)]
                 table.caption, table.caption_justify = f"by {', '.join(sorted({row.backend for row in mine}))}", "left"
         for column, width in columns:
-            table.add_column(column, min_width=width, justify="right" if column in ("threads", "fastlm", "peak", "memory") else "left")
+            table.add_column(column, min_width=width, justify="right" if column in ("threads", "recompute", "fastlm", "peak", "MB", "memory") else "left")
         for row in mine:
             time = seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.1f}/s"
             for i, (name, rival) in enumerate(row.rivals.items()):
@@ -68,6 +69,7 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
                 if i == 0:
                     line |= {"dtype": row.dtype, "threads": str(row.threads), "fastlm": time, "by": row.backend}
                     line["direction"] = row.direction.replace("forward+backward", "both")
+                    line |= {"recompute": str(row.recompute), "MB": f"{(row.bytes_held or 0) / 1e6:.0f}"}
                     line["peak"] = "" if row.share is None else f"{row.share:.0%}"
                 if row.bytes_held and rival.bytes:
                     line["memory"] = f"{row.bytes_held / rival.bytes:.2f}"
@@ -102,16 +104,18 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
         names = list(dict.fromkeys(name for row in some for name in row.rivals))
         lines += ["", f"{kind.replace('_', ' ')}: {shape}", ""]
         lines += [
-            f"| dtype | threads | fastlm | of peak | {' | '.join(f'against {name}' for name in names)} | memory over eager's |",
-            "|---" * (5 + len(names)) + "|",
+            f"| dtype | threads | recompute | fastlm | of peak | {' | '.join(f'against {name}' for name in names)} | memory | over eager's |",
+            "|---" * (7 + len(names)) + "|",
         ]
         for row in some:
             cells = [str(row.rivals[name].ratio) if name in row.rivals else "–" for name in names]
             share = "–" if row.share is None else f"{row.share:.0%}"
             eager = row.rivals["eager"].bytes if "eager" in row.rivals else None
             memory = f"{row.bytes_held / eager:.2f}" if row.bytes_held and eager else "–"
+            megabytes = f"{row.bytes_held / 1e6:,.0f} MB" if row.bytes_held else "–"
+            level = "–" if row.recompute is None else row.recompute
             speed = f"{row.tokens / row.seconds:,.1f} tokens/s"  # type: ignore[operator]
-            lines.append(f"| {row.dtype} | {row.threads} | {speed} | {share} | {' | '.join(cells)} | {memory} |")
+            lines.append(f"| {row.dtype} | {row.threads} | {level} | {speed} | {share} | {' | '.join(cells)} | {megabytes} | {memory} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,19 +15,21 @@ from fastlm.benchmarking.operators import CASES, DIRECTIONS, directions
 from fastlm.benchmarking.optimizer import compare_adamw
 from fastlm.commands.display import console, say
 from fastlm.ops.boundary import mismatch
+from fastlm.ops.gelu_mlp import LEVELS
 from fastlm.training.settings import within
 
 NAMES = (*CASES, "adamw", "training_step", "generation")
 
 
 def run(
-    *, operators: str, dtypes: str, threads: str, ways: str, models: str, compiled: bool, seconds: float, json_file: Path | None, markdown_file: Path | None,
-    plot_file: Path | None,
+    *, operators: str, dtypes: str, threads: str, ways: str, models: str, recompute: str, compiled: bool, seconds: float, json_file: Path | None,
+    markdown_file: Path | None, plot_file: Path | None,
 ) -> None:  # fmt: skip
     chosen = several("operators", operators, NAMES)
     kinds = several("dtypes", dtypes, tuple(DTYPES))
     wanted = several("directions", ways, DIRECTIONS)
     subjects = several("model", models, tuple(whole.MODELS))
+    levels = [int(level) for level in several("recompute", recompute, tuple(map(str, LEVELS)))]
     numbers = [number("threads", n) for n in threads.split(",")]
     within("seconds", seconds, 0, 3600, open_left=True)
     for argument, file in (("json", json_file), ("markdown", markdown_file), ("plot", plot_file)):
@@ -37,17 +39,21 @@ def run(
     say(f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}")
     for line in report.peaks_in_words(described):
         say(line)
-    plan = [(name, dtype, n, way) for name in chosen for dtype in kinds for n in numbers for way in ways_of(name, wanted, subjects)]
+    plan = [
+        (name, dtype, n, way, level) for name in chosen for dtype in kinds for n in numbers for way in ways_of(name, wanted, subjects)
+        for level in (levels if name == "training_step" else [None])
+    ]  # fmt: skip
     rows: list[Row] = []
     with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total}"), TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=len(plan))
-        for name, dtype, n, way in plan:
+        for name, dtype, n, way, level in plan:
             bar.update(task, description=f"{' '.join(filter(None, (name, way)))}, {dtype}, {n} thread{'s' * (n > 1)}")
-            rows.append(measured(name, dtype, n, way, compiled, seconds))
+            rows.append(measured(name, dtype, n, way, level, compiled, seconds))
             bar.advance(task)
     say("times as fast as PyTorch: median [quartiles]; peak: share of the machine's, above 100 % where the data stayed in the cache; by: whose kernels served")
     if "training_step" in chosen:
-        say("memory: what the step takes beyond the model and the optimiser's state, over the rival's; tuned: with fastlm.tune_allocator(), as fastlm itself")
+        say("MB: what the step takes beyond the model and the optimiser's state; memory: the same over the rival's")
+        say("recompute: the model's level; tuned: with fastlm.tune_allocator(), as fastlm itself")
     for table in report.screen_tables(rows):
         console.print(table)
     if json_file:
@@ -91,13 +97,13 @@ def ways_of(name: str, wanted: list[str], subjects: list[str]) -> list[str]:
     return subjects if name == "training_step" else [""]
 
 
-def measured(name: str, dtype: str, n: int, way: str, compiled: bool, seconds: float) -> Row:
+def measured(name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float) -> Row:
     if name in CASES:
         return compare(CASES[name](DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
     if name == "adamw":
         return compare_adamw(dtype, n, budget=seconds)
-    if name == "training_step":
-        return whole.compare_steps(dtype, n, subject=whole.MODELS[way], compiled=compiled, budget=20 * seconds)
+    if level is not None:
+        return whole.compare_steps(dtype, n, subject=whole.MODELS[way], recompute=level, compiled=compiled, budget=20 * seconds)
     return whole.compare_generation(dtype, n, budget=10 * seconds)
 
 

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlm import backends
 from fastlm.models import checkpoint as files
 from fastlm.models.config import Config
-from fastlm.models.layers import Conv1D
+from fastlm.models.layers import RECOMPUTE, Conv1D, FeedForward
+from fastlm.models.outputs import ModelOutput
+from fastlm.ops.boundary import check_choice
+from fastlm.ops.gelu_mlp import LEVELS
 
 M = TypeVar("M", bound="PretrainedModel")
 
@@ -26,7 +29,7 @@ class PretrainedModel(nn.Module):
         if not isinstance(config, self.config_class):
             raise TypeError(f"config: expected a {self.config_class.__name__}, got {type(config).__name__}")
         self.config: Any = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self._recompute = False, RECOMPUTE
 
     @classmethod
     def from_pretrained(
@@ -86,6 +89,24 @@ class PretrainedModel(nn.Module):
                 module.weight.fill_(1.0)
                 module.bias.zero_()
 
+    @property
+    def recompute(self) -> int:
+        """What training computes again in backward rather than keep of every feed-forward part: 0 nothing, 1 the GELU, 2 the first product too.
+
+        1 from the start: the GELU's value falls off when backward makes its slope, so that half the memory costs no time. Set it for all layers at once
+        (`model.recompute = 2`): each level has the same losses and gradients, to the bit where one backend serves both directions.
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, level: int) -> None:
+        check_choice("recompute", level, LEVELS)
+        for module in self.modules():
+            if isinstance(module, PretrainedModel):
+                module._recompute = level
+            elif isinstance(module, FeedForward):
+                module.recompute = level
+
     def gradient_checkpointing_enable(self) -> None:
         """Training keeps only the inputs of each layer and computes the layer again in backward: about a third more time, a fraction of the memory.
 
@@ -100,6 +121,11 @@ class PretrainedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, PretrainedModel):
                 module.gradient_checkpointing = on
+
+    @staticmethod
+    def projection(weight: Tensor, embedding: nn.Embedding, hidden: ModelOutput) -> Tensor:
+        """The weight of an output projection; one that is the embedding's, as the forward pass that gave `hidden` has handed it on."""
+        return hidden.table if hidden.table is not None and weight is embedding.weight else weight
 
     def run(self, layer: nn.Module, *arguments: Any) -> Any:
         """layer(*arguments), recomputed in backward where that is enabled."""

@@ -14,7 +14,7 @@ import fastlm
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.config import GELUS, BertConfig
-from fastlm.models.layers import Embedding, LayerNorm, Linear, embed, heads_of, joined, loss_and_logits
+from fastlm.models.layers import Embedding, FeedForward, LayerNorm, Linear, embed, heads_of, joined, look_up, loss_and_logits
 from fastlm.models.outputs import HeadOutput, ModelOutput
 from fastlm.ops.boundary import mismatch, opaque
 
@@ -69,7 +69,7 @@ class BertIntermediate(nn.Module):
         self.dense = Linear(config.hidden_size, config.intermediate_size)
 
 
-class BertLayer(nn.Module):
+class BertLayer(FeedForward):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.attention = BertAttention(config)
@@ -82,7 +82,8 @@ class BertLayer(nn.Module):
         attended = self.attention.output.dense(self.attention.self(x, key_padding))
         x, _ = self.attention.output.LayerNorm(attended, x, dropout_p)
         up, down = self.intermediate.dense, self.output.dense
-        return self.output.LayerNorm(fastlm.gelu_mlp(x, up.weight, up.bias, down.weight, down.bias, approximate=self.approximate), x, dropout_p)[0]
+        fed = fastlm.gelu_mlp(x, up.weight, up.bias, down.weight, down.bias, approximate=self.approximate, recompute=self.recompute)
+        return self.output.LayerNorm(fed, x, dropout_p)[0]
 
 
 class BertEncoder(nn.Module):
@@ -140,9 +141,9 @@ class BertModel(BertPretrainedModel):
             token_type_ids: (batch, tokens); None: 0 everywhere.
             position_ids: (batch, tokens); None: counted from 0.
         """
-        table = self.embeddings.word_embeddings
-        batch, tokens = inputs.batch_and_tokens(input_ids, inputs_embeds, table.weight, 0, self.config.max_position_embeddings)
-        device = table.weight.device
+        words = self.embeddings.word_embeddings
+        batch, tokens = inputs.batch_and_tokens(input_ids, inputs_embeds, words.weight, 0, self.config.max_position_embeddings)
+        device = words.weight.device
         for name, given, below in (
             ("token_type_ids", token_type_ids, self.config.type_vocab_size), ("position_ids", position_ids, self.config.max_position_embeddings)
         ):  # fmt: skip
@@ -150,10 +151,13 @@ class BertModel(BertPretrainedModel):
                 inputs.ids(name, given, below=below, device=device, shape=(batch, tokens))
         key_padding = inputs.key_padding(attention_mask, batch, tokens, device)
 
-        x = self.embeddings(table(input_ids) if inputs_embeds is None else inputs_embeds, token_type_ids, position_ids)
+        x, table = look_up(words, input_ids, inputs_embeds)
+        x = self.embeddings(x, token_type_ids, position_ids)
         for layer in self.encoder.layer:
             x = self.run(layer, x, key_padding)
-        return ModelOutput(x, self.pooler(x) if self.pooler is not None else None)
+        output = ModelOutput(x, self.pooler(x) if self.pooler is not None else None)
+        output.table = table
+        return output
 
 
 class BertPredictions(nn.Module):
@@ -202,14 +206,16 @@ class BertForMaskedLM(BertPretrainedModel):
         In training mode with labels the loss is computed without the logits, which are then None, and the head sees only the tokens that have a label:
         most have none.
         """
-        x = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds).last_hidden_state
+        hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        x = hidden.last_hidden_state
         if labels is not None:
             inputs.ids("labels", labels, below=self.config.vocab_size, device=x.device, shape=tuple(x.shape[:2]), ignore=inputs.IGNORE)
             if self.training and x.device.type == "cpu" and not opaque(x, labels):  # elsewhere counting them would wait for the GPU, or end the graph
                 counted = (labels != inputs.IGNORE).flatten().nonzero()[:, 0]
                 x, labels = x.flatten(0, 1).index_select(0, counted), labels.flatten()[counted]
         head = self.cls.predictions
-        return HeadOutput(*loss_and_logits(head.transformed(x), head.decoder.weight, head.decoder.bias, labels, self.training))
+        weight = self.projection(head.decoder.weight, self.bert.embeddings.word_embeddings, hidden)
+        return HeadOutput(*loss_and_logits(head.transformed(x), weight, head.decoder.bias, labels, self.training))
 
 
 class BertForSequenceClassification(BertPretrainedModel):

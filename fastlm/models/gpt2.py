@@ -17,7 +17,7 @@ from fastlm.generation.decode import Streamer, generate
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.config import GELUS, GPT2Config
-from fastlm.models.layers import Conv1D, Embedding, LayerNorm, Linear, embed, heads_of, joined, loss_and_logits
+from fastlm.models.layers import Conv1D, Embedding, FeedForward, LayerNorm, Linear, embed, heads_of, joined, look_up, loss_and_logits
 from fastlm.models.outputs import HeadOutput, ModelOutput
 from fastlm.ops.boundary import mismatch
 
@@ -41,7 +41,7 @@ class GPT2Attention(nn.Module):
         return self.c_proj(joined(fastlm.attention(query, key, value, causal=True, key_padding=key_padding, scale=self.scale, dropout_p=dropout_p)))
 
 
-class GPT2MLP(nn.Module):
+class GPT2MLP(FeedForward):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         hidden_width = config.n_inner or 4 * config.n_embd
@@ -51,7 +51,8 @@ class GPT2MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return fastlm.gelu_mlp(
-            x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, approximate=self.approximate, layout="conv1d"
+            x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, approximate=self.approximate, layout="conv1d",
+            recompute=self.recompute,
         )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ class GPT2Model(GPT2PretrainedModel):
         if cache is not None and self.gradient_checkpointing and self.training:
             raise mismatch("past_key_values", "no cache while layers are computed twice (gradient checkpointing)", "one")
 
-        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        x, table = look_up(self.wte, input_ids, inputs_embeds)
         x = x + embed(self.wpe, position_ids, slice(past, past + tokens))
         if token_type_ids is not None:
             inputs.ids("token_type_ids", token_type_ids, below=self.config.vocab_size, device=device, shape=(batch, tokens))
@@ -138,7 +139,9 @@ class GPT2Model(GPT2PretrainedModel):
         x, _ = self.ln_f(x, stream, self.config.resid_pdrop if self.training else 0.0)
         if cache is not None:
             cache.length += tokens
-        return ModelOutput(x, past_key_values=cache)
+        output = ModelOutput(x, past_key_values=cache)
+        output.table = table
+        return output
 
 
 class GPT2LMHeadModel(GPT2PretrainedModel):
@@ -178,10 +181,14 @@ class GPT2LMHeadModel(GPT2PretrainedModel):
             labels = F.pad(labels[:, 1:], (0, 1), value=inputs.IGNORE)
         elif logits_to_keep:
             x = x[:, -logits_to_keep:]
-        loss, logits = loss_and_logits(x, self.lm_head.weight, None, labels, self.training)
+        loss, logits = loss_and_logits(x, self.output_weight(hidden), None, labels, self.training)
         if labels is not None and logits is not None and logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         return HeadOutput(loss, logits, hidden.past_key_values)
+
+    def output_weight(self, hidden: ModelOutput) -> Tensor:
+        """The weight of lm_head for the loss of `hidden`, which the transformer returned; where it is tied, its gradient and the embedding's are one buffer."""
+        return self.projection(self.lm_head.weight, self.transformer.wte, hidden)
 
     def generate(
         self,

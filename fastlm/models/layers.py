@@ -5,6 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlm
+from fastlm.ops.boundary import opaque
+
+RECOMPUTE = 1  # the level of recomputation that models begin with
 
 
 class Uninitialised:
@@ -47,6 +50,60 @@ class LayerNorm(Uninitialised, nn.LayerNorm):
         self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         return fastlm.layernorm_residual(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
+
+
+class FeedForward(nn.Module):
+    """The part of a layer with a GELU. recompute: what its backward computes again rather than keep, as fastlm.gelu_mlp takes it."""
+
+    recompute = RECOMPUTE
+
+
+class SharedTable(torch.autograd.Function):
+    """Rows of a table by ids, and the table itself for an output projection that is tied to it.
+
+    Here the two gradients of the table meet: the rows' are added into the projection's. Apart, backward would make a second table of zeros, add the rows to it,
+    and the two to each other.
+    """
+
+    @staticmethod
+    def forward(ctx, table, ids, padding_idx):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(ids)
+        ctx.size, ctx.padding_idx = table.shape[0], -1 if padding_idx is None else padding_idx
+        return F.embedding(ids, table), table.view_as(table)
+
+    @staticmethod
+    def backward(ctx, drows, dtable):
+        (ids,) = ctx.saved_tensors
+        if drows is None:
+            return dtable, None, None
+        if dtable is None or torch.is_grad_enabled():  # nothing to add to, or create_graph=True
+            dense = torch.ops.aten.embedding_dense_backward(drows, ids, ctx.size, ctx.padding_idx, False)
+            return dense if dtable is None else dtable + dense, None, None
+        # The projection's backward made dtable for this node alone, which is all that takes it: the view is not given to anyone but an operator of ours.
+        ids, drows = ids.flatten(), drows.flatten(0, -2)
+        if ctx.padding_idx >= 0:
+            kept = (ids != ctx.padding_idx).nonzero()[:, 0]
+            ids, drows = ids[kept], drows[kept]
+        return dtable.index_add_(0, ids, drows), None, None
+
+
+def look_up(embedding: nn.Embedding, ids: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(rows by ids, where they are not given; the table as an output projection tied to it should take it)."""
+    table = embedding.weight
+    if rows is not None:
+        return rows, table
+    assert ids is not None  # one of the two: the model has checked
+    if torch.is_grad_enabled() and table.requires_grad and table.is_cpu and not opaque(table, ids) and unwatched(embedding):
+        return SharedTable.apply(table, ids, embedding.padding_idx)
+    return embedding(ids), table
+
+
+def unwatched(embedding: nn.Embedding) -> bool:
+    """Whether calling the module does no more than looking up: no hook of a user's, no other forward in its place."""
+    own = vars(embedding)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(embedding) is Embedding and "forward" not in own and not any(own[kind] for kind in hooks)
 
 
 def embed(table: nn.Embedding, ids: Tensor | None, default: slice) -> Tensor:

@@ -51,6 +51,9 @@ class ModelOutput(Output):
     pooler_output: Tensor | None = None  # (batch, width)
     past_key_values: KVCache | None = None
 
+    def __post_init__(self) -> None:
+        self.table: Tensor | None = None  # not a field: the embedding's, for an output projection that is tied to it; see SharedTable
+
 
 @dataclasses.dataclass
 class HeadOutput(Output):

@@ -14,7 +14,8 @@ from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows,
 from fastlm.ops.linear import LAYOUTS, check_weight
 
 APPROXIMATIONS = ("none", "tanh")
-NOTHING = 2  # the recompute level that saves nothing but the inputs
+LEVELS = (0, 1, 2)
+NOTHING = LEVELS[-1]  # the recompute level that saves nothing but the inputs
 
 # 1. The function people call
 
@@ -56,7 +57,7 @@ def gelu_mlp(
     check_rows(x)
     check_choice("approximate", approximate, APPROXIMATIONS)
     check_choice("layout", layout, LAYOUTS)
-    check_choice("recompute", recompute, (0, 1, 2))
+    check_choice("recompute", recompute, LEVELS)
     hidden_width = check_weight("w1", w1, x.shape[-1], layout, "the last dimension of x")
     out_width = check_weight("w2", w2, hidden_width, layout, "the output width of w1")
     check_like("w1", w1, x)

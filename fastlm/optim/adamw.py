@@ -98,6 +98,18 @@ class AdamW(torch.optim.AdamW):
         own = ("max_grad_norm", "master_weights", "zero_gradients", "backend", "grad_norm", "_step_supports_amp_scaling")
         return super().__getstate__() | {name: getattr(self, name) for name in own}  # PyTorch's forgets what is not its own, and a copy would step otherwise
 
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Create the state now that the first step would create; state that is there already is left alone.
+
+        Before the first forward pass memory is empty. In the first step it is full of gradients and of holes between them: what is put there to stay keeps
+        later steps from finding room in one piece.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and "exp_avg" not in self.state[p]:
+                    self._begin(self.state[p], p)
+
     @overload
     def step(self, closure: None = None) -> None: ...
 

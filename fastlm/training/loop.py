@@ -39,7 +39,8 @@ class Trainer:
         if native:
             self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True)
         else:
-            self.optimizer = AdamW(groups, lr=settings.lr, betas=betas, max_grad_norm=settings.grad_clip or None)
+            self.optimizer = optimizer = AdamW(groups, lr=settings.lr, betas=betas, max_grad_norm=settings.grad_clip or None)
+            optimizer.begin()
         self.parameters, self.native = parameters, native
 
     def autocast(self) -> contextlib.AbstractContextManager:

@@ -24,7 +24,9 @@ def objective_of(settings: Settings, tokenizer: Tokenizer) -> NextToken | Masked
 
 def build(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel | BertForMaskedLM:
     """A GPT-2 for next tokens, a BERT for masked tokens; initial weights by the seed."""
-    return (build_gpt2 if settings.objective == "next-token" else build_bert)(settings, tokenizer)
+    model = (build_gpt2 if settings.objective == "next-token" else build_bert)(settings, tokenizer)
+    model.recompute = settings.recompute
+    return model
 
 
 def build_gpt2(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel:

@@ -19,8 +19,8 @@ class NextToken:
 
     def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         # model(labels=…) shifts inside and so leaves the last position, the one with the longest context, without a target
-        hidden = model.transformer(input_ids=inputs).last_hidden_state
-        return fastlm.linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
+        hidden = model.transformer(input_ids=inputs)
+        return fastlm.linear_cross_entropy(hidden.last_hidden_state.flatten(0, 1), model.output_weight(hidden), targets.flatten())
 
 
 class MaskedToken:

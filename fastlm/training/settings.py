@@ -3,7 +3,9 @@
 import dataclasses
 import math
 
+from fastlm.models.layers import RECOMPUTE
 from fastlm.ops.boundary import mismatch
+from fastlm.ops.gelu_mlp import LEVELS
 
 OBJECTIVES = ("next-token", "masked-token")
 TOKENIZERS = ("byte", "char")
@@ -40,11 +42,13 @@ class Settings:
     seed: int = 0
     dtype: str = "float32"
     eval_every: int = 250  # steps
+    recompute: int = RECOMPUTE  # of every feed-forward part, in backward: 0 nothing, 1 the GELU, 2 the first product too
 
     def __post_init__(self):
         one_of("objective", self.objective, OBJECTIVES)
         object.__setattr__(self, "dtype", SHORT.get(self.dtype, self.dtype))  # frozen for everyone else
         one_of("dtype", self.dtype, DTYPES)
+        one_of("recompute", self.recompute, LEVELS)
         for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every"):
             whole(name, getattr(self, name), 1)
         whole("warmup", self.warmup, 0)
@@ -68,9 +72,9 @@ class Settings:
         return self.batch * self.context
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
-        raise mismatch(name, f"one of {', '.join(allowed)}", repr(value))
+        raise mismatch(name, f"one of {', '.join(map(str, allowed))}", repr(value))
 
 
 def whole(name: str, value: object, least: int) -> None:

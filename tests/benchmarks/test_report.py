@@ -21,7 +21,7 @@ OPERATORS = [row("forward", 1.2), row("backward", 1.3)]
 STEP = Row(
     "training_step", "GPT-2", "float32", 2, "step", "cpu, torch", 0.5,
     {"eager": Rival(1.0, Ratio(2.0, 1.9, 2.1), 4_000_000), "eager tuned": Rival(0.75, Ratio(1.5, 1.4, 1.6), 5_000_000)},
-    share=0.8, bound="arithmetic", bytes_held=2_000_000, tokens=1024,
+    share=0.8, bound="arithmetic", bytes_held=2_000_000, tokens=1024, recompute=2,
 )  # fmt: skip
 
 
@@ -29,8 +29,8 @@ def test_markdown_has_a_row_per_operator_dtype_and_threads():
     text = report.markdown([*OPERATORS, STEP], DESCRIBED)
     assert "- 2 threads: reads 20.0 GB/s; fastest matrix product seen (stand-in for the peak): 200 GFLOP/s in float32" in text
     assert "| `linear` | float32 | 2 | 1.20 [1.10–1.30] | 1.30 [1.20–1.40] | – | 50% / 50% | cpu |" in text
-    assert "| dtype | threads | fastlm | of peak | against eager | against eager tuned | memory over eager's |" in text
-    assert "| float32 | 2 | 2,048.0 tokens/s | 80% | 2.00 [1.90–2.10] | 1.50 [1.40–1.60] | 0.50 |" in text
+    assert "| dtype | threads | recompute | fastlm | of peak | against eager | against eager tuned | memory | over eager's |" in text
+    assert "| float32 | 2 | 2 | 2,048.0 tokens/s | 80% | 2.00 [1.90–2.10] | 1.50 [1.40–1.60] | 2 MB | 0.50 |" in text
 
 
 def test_the_best_rival_is_the_baseline():
@@ -46,7 +46,9 @@ def test_the_screen_fits_80_columns_and_shows_every_rival():
         console.print(table)
     text = console.export_text()
     assert "…" not in text
-    words = "linear: 1 × 2|forward|backward|1.20 [1.10–1.30]|50%|1 ms|eager|2,048.0/s|1.50 [1.40–1.60]|80%|0.50|eager tuned|by cpu, torch".split("|")
+    words = "linear: 1 × 2|forward|backward|1.20 [1.10–1.30]|50%|1 ms|eager|2,048.0/s|1.50 [1.40–1.60]|80%|0.50|eager tuned|by cpu, torch|recompute|MB".split(
+        "|"
+    )
     assert [word for word in words if word not in text] == []
 
 

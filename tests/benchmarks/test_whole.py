@@ -21,7 +21,8 @@ WORK = {"dtype": "float32", "number_of_threads": 1, "subject": dataclasses.asdic
 @pytest.mark.parametrize("subject, dtype", [(GPT, "float32"), (BERT, "bfloat16")], ids=["GPT-2", "BERT"])
 def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
     monkeypatch.setattr(whole, "product_peak", lambda threads, kind: {torch.float32: 2e12, torch.bfloat16: 1e12}[kind])
-    row = whole.compare_steps(dtype, 1, subject=subject, rounds=5)
+    row = whole.compare_steps(dtype, 1, subject=subject, rounds=5, recompute=2)
+    assert row.recompute == 2
     assert list(row.rivals) == ["eager", "eager tuned"] and row.shape == str(subject)
     assert row.tokens == subject.batch * 16 and row.seconds > 0 and "cpu" in row.backend
     assert row.share == pytest.approx(subject.flops() / 2e12 / row.seconds)
@@ -37,6 +38,20 @@ def test_an_actor_is_tuned_as_asked_whatever_the_user_set(tuned, monkeypatch):
         seen = dict(pair.split("=", 1) for pair in open(f"/proc/{actor.process.pid}/environ").read().split("\0") if "=" in pair)
         assert not {*allocator.VARIABLES, "GLIBC_TUNABLES"} & set(seen)
     assert actor.process.returncode == 0
+
+
+@pytest.mark.parametrize("library", ["fastlm", "torch"])
+def test_a_step_is_taken_at_the_level_asked_for(library, monkeypatch):
+    trainers, create = [], whole.Trainer
+    monkeypatch.setattr(whole, "Trainer", lambda *args, **settings: (trainers.append(create(*args, **settings)), trainers[-1])[1])
+    expected = []
+    monkeypatch.setattr(whole, "rise", lambda bytes: expected.append(bytes))
+    whole.step_timer(**WORK, library=library, recompute=0)
+    (trainer,) = trainers
+    if library == "fastlm":
+        assert trainer.model.recompute == 0 and expected == [0]  # its moments are there before anything is measured
+    else:
+        assert expected == [8 * sum(p.numel() for p in trainer.parameters)]
 
 
 def test_an_actor_that_fails_says_so():

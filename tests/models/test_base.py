@@ -79,6 +79,55 @@ def test_gradient_checkpointing_is_for_training(make):
 
 
 @on_every_model
+def test_every_level_of_recomputation_has_the_same_gradients(make, monkeypatch):
+    model = make()
+    layers = model.transformer.h if hasattr(model, "transformer") else model.bert.encoder.layer
+    seen, function = [], fastlm.gelu_mlp
+    monkeypatch.setattr(fastlm, "gelu_mlp", lambda *args, recompute, **settings: (seen.append(recompute), function(*args, recompute=recompute, **settings))[1])
+    batch = batch_for(model)
+    assert model.recompute == 1
+    with fastlm.use_backend("reference"):
+        expected = loss_and_gradients(model, batch)
+        for level in (0, 2):
+            model.recompute = level
+            assert model.recompute == level == getattr(model, model.base_model_prefix).recompute
+            assert_same_bits(expected, loss_and_gradients(model, batch))
+    assert seen == [1] * len(layers) + [0] * len(layers) + [2] * len(layers)
+    assert copy.deepcopy(model).recompute == pickle.loads(pickle.dumps(model)).recompute == 2
+    with pytest.raises(ValueError, match=r"recompute: expected one of 0, 1, 2, got 3"):
+        model.recompute = 3
+    assert "recompute" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize("level, kept", [(0, 16), (1, 12), (2, 8)])
+@pytest.mark.parametrize("kind", ["GPT-2", "BERT"])
+def test_what_a_layer_keeps_for_backward(kind, level, kept):
+    """Per token: `kept` numbers per unit of width, the statistics of two norms and of every head's softmax. The parameters are there anyway."""
+
+    def saved(layers):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 50} | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+        model = (
+            GPT2LMHeadModel(GPT2Config.from_dict(sizes | {"n_layer": layers, "n_embd": WIDTH, "n_head": HEADS, "n_positions": TOKENS}))
+            if kind == "GPT-2"
+            else BertForMaskedLM(
+                BertConfig.from_dict(sizes | {"num_hidden_layers": layers, "hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH})
+            )
+        )
+        model.recompute = level
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        held = {}  # by address: what is in here stays, so that none is given out twice
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (held.setdefault(x.untyped_storage().data_ptr(), x), x)[1], lambda x: x):
+            ids = torch.randint(50, (2, TOKENS))
+            loss = model.train()(ids, labels=ids).loss
+        assert loss.requires_grad
+        return sum(x.untyped_storage().nbytes() for address, x in held.items() if address not in parameters)
+
+    WIDTH, HEADS, TOKENS = 32, 4, 16
+    assert saved(3) - saved(2) == 2 * TOKENS * 4 * (kept * WIDTH + 4 + HEADS)
+
+
+@on_every_model
 def test_copies_give_the_same_and_stay_tied(make):
     model = make()
     batch = batch_for(model)

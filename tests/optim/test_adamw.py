@@ -115,6 +115,23 @@ def test_groups_have_their_own_settings_and_parameters_their_own_steps(backend):
     assert [optimizers[0].state[p]["step"].item() for p in own] == [6, 3] * 4
 
 
+def test_state_made_beforehand_changes_no_bit():
+    results = []
+    for early in (True, False):
+        own = [*parameters(), torch.nn.Parameter(floats(3).bfloat16()), floats(5)]
+        optimizer = fastlm.optim.AdamW(own, **HYPER, master_weights=True)
+        for i in range(3):
+            if early:
+                optimizer.begin()  # the second and third find everything there
+                assert len(optimizer.state) == len(own) - 1 and all(state["step"] == i for state in optimizer.state.values())
+            for p, gradient in zip(own, gradients(SHAPES, i), strict=False):
+                p.grad = gradient
+            own[-2].grad = torch.full((3,), 0.5, dtype=torch.bfloat16)
+            optimizer.step()
+        results.append([*own, *(state[key] for state in optimizer.state.values() for key in sorted(state))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @on_backends("reference", "torch", "cpu")
 def test_frozen_and_unused_parameters_stay(backend):
     own = [*parameters([(3,), (4,)]), floats(5)]
