@@ -304,7 +304,9 @@ def test_bench_prints_a_table_and_writes_its_files(small_cases, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--operators", "softmax"], "operators: expected some of attention, .*, generation, with commas between, got 'softmax'"),
+        (["--operators", "softmax"], "operators: expected some of attention, .*, generation, accelerated, with commas between, got 'softmax'"),
+        (["--operators", "accelerated", "--case", "llama"], "case: expected some of encoding, bert, gpt2, with commas between, got 'llama'"),
+        (["--operators", "accelerated"], r"checkpoint: expected the folder of a sentence encoder .*, got None"),
         (["--dtypes", "float16"], "dtypes: expected some of float32, bfloat16, with commas between, got 'float16'"),
         (["--threads", "1,x"], "threads: expected whole numbers of at least 1, with commas between, got 'x'"),
         (["--directions", "up"], "directions: expected some of forward, backward, .*, got 'up'"),

@@ -37,6 +37,7 @@ class Row:
     work: Work | None = None
     bytes_held: int | None = None  # at most at once
     tokens: int | None = None  # per call, of a whole step or generation
+    error: float | None = None  # against float64, over that of eager
 
     @property
     def best_rival(self) -> str:
