@@ -1,94 +1,43 @@
-"""transformers models after fastlm.accelerate against the same models as they come: eager, and torch.compile (BENCH_COMPILE=0 leaves it out), in turn in one
-process. The steps are forward, backward and AdamW.
+"""transformers models after fastlm.accelerate against the same models as they come, each in a process of its own: fastlm/benchmarking/accelerated.py, which
+`fastlm bench --operators accelerated` runs too. Encoding needs a checkpoint: FASTLM_TEST_MODELS, as for the tests.
 
 The last benchmark times what accelerate adds in Python to a layer: against its operators called by hand, on sizes where nothing else counts.
 """
 
-import copy
+import os
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 import fastlm
-from benchmarks.support import COMPILED, in_both_dtypes
-from fastlm.benchmarking.compare import DTYPES
+from benchmarks.support import COMPILED, describe, in_both_dtypes
+from fastlm.benchmarking import accelerated
+from fastlm.benchmarking.actor import Actor
 from fastlm.benchmarking.machine import threads
-from fastlm.benchmarking.measure import Ratio, in_turn, timed
-
-MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-
-
-def padded(batch, tokens, mean):
-    """Token ids of sequences of mixed length, as long as `tokens` at most and `mean` on average."""
-    lengths = torch.linspace(2 * mean - tokens if 2 * mean > tokens else 1, tokens if 2 * mean > tokens else 2 * mean - 1, batch).round().long()
-    lengths[-1] = tokens
-    return {"input_ids": torch.randint(1000, 5000, (batch, tokens)), "attention_mask": (torch.arange(tokens) < lengths[:, None]).long()}
-
-
-def against_itself(benchmark, model, work, rounds=5):
-    """work(model) → a call to time. Ours under pytest-benchmark, then all in turn for the ratios."""
-    ours = fastlm.accelerate(copy.deepcopy(model))
-    calls = {"fastlm": work(ours), "eager": work(model)}
-    if COMPILED:
-        calls["compiled"] = work(torch.compile(copy.deepcopy(model)))
-    benchmark.pedantic(calls["fastlm"], rounds=3, warmup_rounds=1)
-    taken = in_turn({name: timed(call) for name, call in calls.items()}, rounds)
-    for name in list(calls)[1:]:
-        benchmark.extra_info[f"times as fast as {name}"] = str(Ratio.of(taken["fastlm"], taken[name]))
-    benchmark.extra_info["threads"] = torch.get_num_threads()
+from fastlm.benchmarking.measure import in_turn, timed
 
 
 @in_both_dtypes
-def test_encoding(benchmark, dtype):
-    """32 sentences of up to 64 tokens, half of the positions padding, with a model of MiniLM's sizes."""
-    model = transformers.BertModel(transformers.BertConfig(**MINILM)).eval().to(DTYPES[dtype])
-    batch = padded(32, 64, 32)
-
-    def work(model):
-        def call():
-            with torch.inference_mode():
-                return model(**batch)
-
-        return call
-
-    against_itself(benchmark, model, work)
+@pytest.mark.parametrize("case", accelerated.CASES)
+def test_accelerated(benchmark, case, dtype):
+    models, number_of_threads = os.environ.get("FASTLM_TEST_MODELS"), torch.get_num_threads()
+    if case == "encoding" and models is None:
+        pytest.skip("FASTLM_TEST_MODELS is not set")
+    checkpoint = Path(models) / accelerated.MINILM if models else None
+    subject = accelerated.subject_of(case, checkpoint)
+    with Actor(f"accelerated.{case}_timer", {"library": "fastlm", "tuned": True, "dtype": dtype, "number_of_threads": number_of_threads} | subject) as work:
+        work()
+        benchmark.pedantic(work, rounds=3)
+    describe(benchmark, accelerated.compare_accelerated(case, dtype, number_of_threads, checkpoint=checkpoint, compiled=COMPILED))
 
 
-def stepping(batch):
-    def work(model):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-        def step():
-            optimizer.zero_grad()
-            model(**batch).loss.backward()
-            optimizer.step()
-
-        return step
-
-    return work
-
-
-@in_both_dtypes
-def test_finetuning_bert(benchmark, dtype):
-    """BERT base with a classifier: 16 sequences padded to 128 tokens, of 64 on average, dropout 0.1."""
-    model = transformers.BertForSequenceClassification(transformers.BertConfig()).train().to(DTYPES[dtype])
-    against_itself(benchmark, model, stepping(padded(16, 128, 64) | {"labels": torch.randint(0, 2, (16,))}))
-
-
-@in_both_dtypes
-def test_finetuning_gpt2(benchmark, dtype):
-    """GPT-2 small: 2 sequences of 512 tokens, dropout 0.1."""
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).train().to(DTYPES[dtype])
-    x = torch.randint(0, 50257, (2, 512))
-    against_itself(benchmark, model, stepping({"input_ids": x, "labels": x}))
-
-
-def by_hand(layer):
+def gpt2_by_hand(layer):
     """The operators of a GPT-2 layer of 2 heads of 8, as one would call them."""
     norm1, norm2, a, m = layer.ln_1, layer.ln_2, layer.attn, layer.mlp
-    w = [p for module in (norm1, a.c_attn, a.c_proj, norm2, m.c_fc, m.c_proj) for p in (module.weight, module.bias)]
+    w = weights_of(norm1, a.c_attn, a.c_proj, norm2, m.c_fc, m.c_proj)
 
     def call(x):
         y, _ = fastlm.layernorm_residual(x, None, w[0], w[1], 1e-5)
@@ -100,14 +49,48 @@ def by_hand(layer):
     return call
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-def test_python_time_of_a_layer(benchmark, gradients):
-    config = transformers.GPT2Config(n_embd=16, n_head=2, n_layer=1, n_positions=8, vocab_size=9)
-    layer = fastlm.accelerate(transformers.GPT2Model(config).eval()).h[0]
-    bare, x = by_hand(layer), torch.randn(1, 4, 16)
+def bert_by_hand(layer):
+    inner, out = layer.attention.self, layer.attention.output
+    w = weights_of(inner.query, inner.key, inner.value, out.dense, out.LayerNorm, layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm)
+
+    def call(x):
+        query, key, value = (fastlm.linear(x, w[i], w[i + 1]).view(1, 4, 2, 8).transpose(1, 2) for i in (0, 2, 4))
+        y = fastlm.attention(query, key, value, scale=8**-0.5).transpose(1, 2).flatten(2)
+        x, _ = fastlm.layernorm_residual(fastlm.linear(y, w[6], w[7]), x, w[8], w[9], 1e-12)
+        x, _ = fastlm.layernorm_residual(fastlm.gelu_mlp(x, *w[10:14]), x, w[14], w[15], 1e-12)
+        return x
+
+    return call
+
+
+def weights_of(*modules):
+    return [p for module in modules for p in (module.weight, module.bias)]
+
+
+def tiny_layer(model):
+    """A layer, the same by hand, and the arguments that its model calls it with."""
+    if model == "gpt2":
+        whole = transformers.GPT2Model(transformers.GPT2Config(n_embd=16, n_head=2, n_layer=1, n_positions=8, vocab_size=9, bos_token_id=0, eos_token_id=0))
+    else:
+        whole = transformers.BertModel(transformers.BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=9))
+    fastlm.accelerate(whole.eval())
+    layer, seen = (whole.h if model == "gpt2" else whole.encoder.layer)[0], []
+    with layer.register_forward_pre_hook(lambda module, args, kwargs: seen.extend((args, kwargs)), with_kwargs=True):
+        whole(torch.randint(9, (1, 4)), use_cache=False)
+    return layer, (gpt2_by_hand if model == "gpt2" else bert_by_hand)(layer), *seen
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "for training"])
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_python_time_of_a_layer(benchmark, model, gradients):
+    layer, bare, (x, *args), kwargs = tiny_layer(model)
+    x = x.detach()
     with torch.set_grad_enabled(gradients), threads(1):
-        assert torch.equal(bare(x), layer(x))
-        benchmark(layer, x)
-        taken = in_turn({"layer": timed(lambda: layer(x)), "by hand": timed(lambda: bare(x))}, 200, least=0.002)
-    extra = statistics.median(a - b for a, b in zip(taken["layer"], taken["by hand"], strict=True))
-    benchmark.extra_info |= {"microseconds more than the operators": round(1e6 * extra, 1), "operators": round(1e6 * statistics.median(taken["by hand"]), 1)}
+        calls = {"layer": lambda: layer(x, *args, **kwargs), "by hand": lambda: bare(x)}
+        assert torch.equal(calls["layer"](), calls["by hand"]())
+        benchmark(calls["layer"])
+        taken = in_turn({name: timed(call) for name, call in calls.items()}, 4000)
+    layers, bares = ([1e6 * seconds for seconds in statistics.quantiles(taken[name], n=4)] for name in calls)
+    more = [f"{a - b:.1f}" for a, b in zip(layers, bares, strict=True)]
+    benchmark.extra_info["microseconds more than its operators, by quartiles"] = " / ".join(more)
+    benchmark.extra_info["microseconds of its operators"] = round(bares[1], 1)

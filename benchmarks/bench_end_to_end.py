@@ -16,7 +16,7 @@ from fastlm.benchmarking.whole import MODELS, compare_steps
 @pytest.mark.parametrize("model", MODELS)
 def test_training_step(benchmark, model, dtype, number_of_threads):
     work = {"library": "fastlm", "dtype": dtype, "number_of_threads": number_of_threads, "subject": dataclasses.asdict(MODELS[model]), "tuned": True}
-    with Actor("step_timer", work) as step:
+    with Actor("whole.step_timer", work) as step:
         step()
         benchmark.pedantic(step, rounds=3)
     describe(benchmark, compare_steps(dtype, number_of_threads, subject=MODELS[model], compiled=COMPILED))

@@ -188,8 +188,8 @@ def bench(
     operators: Annotated[
         str,
         typer.Option(
-            help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, adamw, training_step, generation; "
-            "commas between."
+            help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, adamw, training_step, generation, "
+            "accelerated; commas between."
         ),
     ] = "attention,attention_varlen,layernorm_residual,gelu_mlp,linear,linear_cross_entropy",
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, a comma between.")] = "float32,bfloat16",
@@ -197,6 +197,10 @@ def bench(
     directions: Annotated[str, typer.Option(help="Some of forward, backward, forward+backward; commas between.")] = "forward,backward,forward+backward",
     model: Annotated[str, typer.Option(help="Of training_step: some of gpt2, gpt2-dropout, bert, small, tiny; commas between.")] = "gpt2",
     recompute: Annotated[str, typer.Option(help="Of training_step: levels 0, 1, 2 of the model's recomputation; commas between.")] = str(DEFAULT.recompute),
+    case: Annotated[
+        str, typer.Option(help="Of accelerated (transformers' models): some of encoding (sentences), bert, gpt2 (fine-tuning); commas between.")
+    ] = "encoding,bert,gpt2",
+    checkpoint: Annotated[Path | None, typer.Option(help="Of encoding: the folder of a MiniLM checkpoint.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Also against torch.compile: needs a C++ compiler, and minutes.")] = False,
     seconds: Annotated[float, typer.Option(help="For each row, at least five rounds; whole steps take twenty times as long.")] = 3.0,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured into this file.")] = None,
@@ -212,8 +216,8 @@ def bench(
         return
 
     bench.run(
-        operators=operators, dtypes=dtypes, threads=threads, ways=directions, models=model, recompute=recompute, compiled=compiled, seconds=seconds,
-        json_file=json, markdown_file=markdown, plot_file=plot,
+        operators=operators, dtypes=dtypes, threads=threads, ways=directions, models=model, recompute=recompute, accelerated_cases=case, checkpoint=checkpoint,
+        compiled=compiled, seconds=seconds, json_file=json, markdown_file=markdown, plot_file=plot,
     )  # fmt: skip
 
 

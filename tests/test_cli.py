@@ -308,14 +308,16 @@ def test_bench_takes_a_step_at_every_level(small_cases, monkeypatch, tmp_path):
     said = succeeds("bench", *options.split(), file)
     rows = json.loads(file.read_text())["rows"]
     assert [row["recompute"] for row in rows] == [0, 2] and all(row["bytes_held"] for row in rows)
-    assert "recompute" in said and said.count("eager tuned") == 2
+    assert "level" in said and said.count("eager tuned") == 2
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--recompute", "3"], "recompute: expected some of 0, 1, 2, with commas between, got '3'"),
-        (["--operators", "softmax"], "operators: expected some of attention, .*, generation, with commas between, got 'softmax'"),
+        (["--operators", "softmax"], "operators: expected some of attention, .*, generation, accelerated, with commas between, got 'softmax'"),
+        (["--operators", "accelerated", "--case", "llama"], "case: expected some of encoding, bert, gpt2, with commas between, got 'llama'"),
+        (["--operators", "accelerated"], r"checkpoint: expected the folder of a sentence encoder .*, got None"),
         (["--dtypes", "float16"], "dtypes: expected some of float32, bfloat16, with commas between, got 'float16'"),
         (["--threads", "1,x"], "threads: expected whole numbers of at least 1, with commas between, got 'x'"),
         (["--directions", "up"], "directions: expected some of forward, backward, .*, got 'up'"),

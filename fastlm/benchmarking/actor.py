@@ -4,6 +4,7 @@ What tune_allocator did for one library it would have done for the other, and it
 the parent lets work in turn.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,7 +15,9 @@ from fastlm.allocator import VARIABLES
 
 
 class Actor:
-    """`work` names a function in fastlm.benchmarking.whole; it is called with `arguments` in the new process and returns (Timer, bytes held so far)."""
+    """`work` names a function of fastlm.benchmarking, "module.function"; it is called with `arguments` in the new process and returns (Timer, bytes held so
+    far).
+    """
 
     def __init__(self, work: str, arguments: dict[str, Any]):
         clean = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "GLIBC_TUNABLES")}  # as it comes is without the user's tuning
@@ -52,9 +55,10 @@ class Actor:
 
 def main(work: str, arguments: str) -> None:
     from fastlm import allocator
-    from fastlm.benchmarking import compare, whole
+    from fastlm.benchmarking import compare
 
-    timer, held = getattr(whole, work)(**json.loads(arguments))
+    module, _, function = work.rpartition(".")
+    timer, held = getattr(importlib.import_module(f"fastlm.benchmarking.{module}"), function)(**json.loads(arguments))
     for _ in sys.stdin:
         tuned = allocator.done is not None and allocator.done.tuned
         print(json.dumps({"seconds": timer(), "bytes": held(), "backends": compare.backends_seen(), "tuned": tuned}), flush=True)

@@ -38,6 +38,7 @@ class Row:
     bytes_held: int | None = None  # at most at once
     tokens: int | None = None  # per call, of a whole step or generation
     recompute: int | None = None  # the level, of a training step
+    error: float | None = None  # against float64, over that of eager
 
     @property
     def best_rival(self) -> str:

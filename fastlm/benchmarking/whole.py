@@ -113,14 +113,14 @@ def step_timer(
     return timed(lambda: trainer.step(inputs, targets, 1e-4)), held
 
 
-def compare_steps(
-    dtype: str, number_of_threads: int, *, subject: Subject = MODELS["gpt2"], recompute: int = RECOMPUTE, compiled: bool = False, rounds: int = 10,
-    budget: float = 60.0,
-) -> Row:  # fmt: skip
-    """fastlm at a level of recomputation, its allocator tuned, against PyTorch as it comes and "tuned" in the same way, each in a process of its own."""
-    common = {"dtype": dtype, "number_of_threads": number_of_threads, "subject": dataclasses.asdict(subject)}
+def contest(work: str, common: dict[str, Any], *, compiled: bool, rounds: int, budget: float) -> tuple[float, dict[str, Rival], dict[str, Any]]:
+    """fastlm, its allocator tuned, and PyTorch as it comes and "tuned" in the same way, each in a process of its own.
+
+    Returns:
+        our seconds, the rivals, and what our process said last.
+    """
     actors: dict[str, dict[str, Any]] = {
-        "fastlm": {"library": "fastlm", "tuned": True, "recompute": recompute},
+        "fastlm": {"library": "fastlm", "tuned": True},
         "eager": {"library": "torch", "tuned": False},
         "eager tuned": {"library": "torch", "tuned": True},
     }
@@ -128,18 +128,26 @@ def compare_steps(
         actors["compiled"] = {"library": "torch", "tuned": False, "compiled": True}
         actors["compiled tuned"] = {"library": "torch", "tuned": True, "compiled": True}
     with ExitStack() as stack:
-        running = {name: stack.enter_context(Actor("step_timer", common | own)) for name, own in actors.items()}
+        running = {name: stack.enter_context(Actor(work, common | own)) for name, own in actors.items()}
         taken = in_turn(running, rounds, budget=budget)
         last = {name: actor.ask() for name, actor in running.items()}
     ours = taken.pop("fastlm")
-    seconds = statistics.median(ours)
+    rivals = {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), last[name]["bytes"]) for name, theirs in taken.items()}
+    return statistics.median(ours), rivals, last["fastlm"]
+
+
+def compare_steps(
+    dtype: str, number_of_threads: int, *, subject: Subject = MODELS["gpt2"], recompute: int = RECOMPUTE, compiled: bool = False, rounds: int = 10,
+    budget: float = 60.0,
+) -> Row:  # fmt: skip
+    """At a level of recomputation, which is ours alone."""
+    common = {"dtype": dtype, "number_of_threads": number_of_threads, "subject": dataclasses.asdict(subject), "recompute": recompute}
+    seconds, rivals, last = contest("whole.step_timer", common, compiled=compiled, rounds=rounds, budget=budget)
     # bfloat16 is a type to store in: its limit is the faster arithmetic.
     peak = max(product_peak(number_of_threads, kind) for kind in {torch.float32, DTYPES[dtype]})
     return Row(
-        "training_step", str(subject), dtype, number_of_threads, "step", ", ".join(last["fastlm"]["backends"]), seconds,
-        {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), last[name]["bytes"]) for name, theirs in taken.items()},
-        share=subject.flops() / peak / seconds, bound="arithmetic", bytes_held=last["fastlm"]["bytes"], tokens=subject.batch * subject.context,
-        recompute=recompute,
+        "training_step", str(subject), dtype, number_of_threads, "step", ", ".join(last["backends"]), seconds, rivals,
+        share=subject.flops() / peak / seconds, bound="arithmetic", bytes_held=last["bytes"], tokens=subject.batch * subject.context, recompute=recompute,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastlm.benchmarking import gpu, plots, report, whole
+from fastlm.benchmarking import accelerated, gpu, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.benchmarking.operators import CASES, DIRECTIONS, directions
 from fastlm.benchmarking.optimizer import compare_adamw
@@ -18,18 +18,21 @@ from fastlm.ops.boundary import mismatch
 from fastlm.ops.gelu_mlp import LEVELS
 from fastlm.training.settings import within
 
-NAMES = (*CASES, "adamw", "training_step", "generation")
+NAMES = (*CASES, "adamw", "training_step", "generation", "accelerated")
 
 
 def run(
-    *, operators: str, dtypes: str, threads: str, ways: str, models: str, recompute: str, compiled: bool, seconds: float, json_file: Path | None,
-    markdown_file: Path | None, plot_file: Path | None,
+    *, operators: str, dtypes: str, threads: str, ways: str, models: str, recompute: str, accelerated_cases: str, checkpoint: Path | None, compiled: bool,
+    seconds: float, json_file: Path | None, markdown_file: Path | None, plot_file: Path | None,
 ) -> None:  # fmt: skip
     chosen = several("operators", operators, NAMES)
     kinds = several("dtypes", dtypes, tuple(DTYPES))
     wanted = several("directions", ways, DIRECTIONS)
     subjects = several("model", models, tuple(whole.MODELS))
     levels = [int(level) for level in several("recompute", recompute, tuple(map(str, LEVELS)))]
+    cases = several("case", accelerated_cases, accelerated.CASES)
+    if "accelerated" in chosen:
+        accelerated.check_checkpoint(cases, checkpoint)
     numbers = [number("threads", n) for n in threads.split(",")]
     within("seconds", seconds, 0, 3600, open_left=True)
     for argument, file in (("json", json_file), ("markdown", markdown_file), ("plot", plot_file)):
@@ -40,7 +43,7 @@ def run(
     for line in report.peaks_in_words(described):
         say(line)
     plan = [
-        (name, dtype, n, way, level) for name in chosen for dtype in kinds for n in numbers for way in ways_of(name, wanted, subjects)
+        (name, dtype, n, way, level) for name in chosen for dtype in kinds for n in numbers for way in ways_of(name, wanted, subjects, cases)
         for level in (levels if name == "training_step" else [None])
     ]  # fmt: skip
     rows: list[Row] = []
@@ -48,12 +51,12 @@ def run(
         task = bar.add_task("", total=len(plan))
         for name, dtype, n, way, level in plan:
             bar.update(task, description=f"{' '.join(filter(None, (name, way)))}, {dtype}, {n} thread{'s' * (n > 1)}")
-            rows.append(measured(name, dtype, n, way, level, compiled, seconds))
+            rows.append(measured(name, dtype, n, way, level, compiled, seconds, checkpoint))
             bar.advance(task)
     say("times as fast as PyTorch: median [quartiles]; peak: share of the machine's, above 100 % where the data stayed in the cache; by: whose kernels served")
-    if "training_step" in chosen:
+    if {"training_step", "accelerated"} & {*chosen}:
         say("MB: what the step takes beyond the model and the optimiser's state; memory: the same over the rival's")
-        say("recompute: the model's level; tuned: with fastlm.tune_allocator(), as fastlm itself")
+        say("level: of the model's recomputation; tuned: with fastlm.tune_allocator(), as fastlm itself")
     for table in report.screen_tables(rows):
         console.print(table)
     if json_file:
@@ -90,20 +93,22 @@ def once(make: Callable[[], gpu.Row]) -> Iterator[gpu.Row]:
     yield make()
 
 
-def ways_of(name: str, wanted: list[str], subjects: list[str]) -> list[str]:
+def ways_of(name: str, wanted: list[str], subjects: list[str], cases: list[str]) -> list[str]:
     """What there is to measure of it: directions of an operator, models of a whole step; an optimiser and a generation go one way."""
     if name in CASES:
         return [d for d in directions(name) if d in wanted]
-    return subjects if name == "training_step" else [""]
+    return {"training_step": subjects, "accelerated": cases}.get(name, [""])
 
 
-def measured(name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float) -> Row:
+def measured(name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float, checkpoint: Path | None) -> Row:
     if name in CASES:
         return compare(CASES[name](DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
     if name == "adamw":
         return compare_adamw(dtype, n, budget=seconds)
     if level is not None:
         return whole.compare_steps(dtype, n, subject=whole.MODELS[way], recompute=level, compiled=compiled, budget=20 * seconds)
+    if name == "accelerated":
+        return accelerated.compare_accelerated(way, dtype, n, checkpoint=checkpoint, compiled=compiled, budget=20 * seconds)
     return whole.compare_generation(dtype, n, budget=10 * seconds)
 
 

@@ -13,6 +13,7 @@ from fastlm.integrations.capture import idle
 from fastlm.ops.boundary import opaque
 
 GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+is_compiling, traced_by, transformed_by = torch.compiler.is_compiling, torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
 REPLICATE = "_replicate_for_data_parallel"  # a method of nn.Module
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
@@ -22,9 +23,11 @@ class Patch:
 
     module: Any
     parts: Any  # of a layer: its modules, as they were found last (blocks.py)
-    cache: str  # of a layer: what it calls the cache, the mask, and whether it returns a tuple
+    cache: str  # of a layer: what it calls the cache, what it does not, the mask, and whether it returns a tuple
+    not_cache: frozenset[str]
     mask: str
     as_tuple: bool
+    fused: bool  # of a layer: no part is left out
     held: bool  # of an output projection: whether it hands its input on (loss.py)
 
     def __init__(self, module: nn.Module, function: Callable, family: Any, options: dict[str, bool]) -> None:
@@ -47,7 +50,9 @@ class Patch:
         """All arguments by name."""
         if len(args) > len(self.names):
             raise TypeError(f"{type(self.module).__name__}.forward: expected at most {len(self.names)} positional arguments, got {len(args)}")
-        return {**dict(zip(self.names, args)), **kwargs}  # noqa: B905  # fewer arguments than names
+        given = dict(zip(self.names, args))  # noqa: B905  # fewer arguments than names
+        given.update(kwargs)
+        return given
 
     def replicate(self) -> Any:
         """For torch.nn.DataParallel, whose replicas are shallow copies: each gets a patch of its own, or it would compute on the original's device."""
@@ -98,21 +103,22 @@ def touched(module: nn.Module) -> str:
     return ""
 
 
-def watched(*tensors: Any) -> str:
-    """Why nothing at all may be replaced in this call; "" if it may."""
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):  # a proxy that records
-            return "does not compute on tensors"
-    return "every module has a global hook" if any(GLOBAL_HOOKS) else transformed()
+def watched(tensor: Any) -> str:
+    """Why nothing at all may be replaced in a call on this; "" if it may."""
+    if not isinstance(tensor, Tensor):  # a proxy that records
+        return "does not compute on tensors"
+    if any(GLOBAL_HOOKS):
+        return "every module has a global hook"
+    return "" if traced_by() is None and transformed_by() is None else transformed()
 
 
 def transformed() -> str:
     """Who turns PyTorch's own operators, and nothing else, into something of theirs."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return ""
-    if torch._C._get_tracing_state() is not None:
+    if traced_by() is not None:
         return "torch.jit traces it"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transformed_by() is not None:
         return "torch.func transforms it"
     return ""
 

@@ -33,7 +33,7 @@ def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
 def test_an_actor_is_tuned_as_asked_whatever_the_user_set(tuned, monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # must not tune the one that is to be as it comes, nor stop the other
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=100000")
-    with Actor("step_timer", WORK | {"library": "torch", "tuned": tuned}) as actor:
+    with Actor("whole.step_timer", WORK | {"library": "torch", "tuned": tuned}) as actor:
         assert actor() > 0 and actor.ask()["tuned"] == tuned
         seen = dict(pair.split("=", 1) for pair in open(f"/proc/{actor.process.pid}/environ").read().split("\0") if "=" in pair)
         assert not {*allocator.VARIABLES, "GLIBC_TUNABLES"} & set(seen)
@@ -56,7 +56,7 @@ def test_a_step_is_taken_at_the_level_asked_for(library, monkeypatch):
 
 def test_an_actor_that_fails_says_so():
     work = WORK | {"library": "torch", "subject": WORK["subject"] | {"batch": 0}}
-    with Actor("step_timer", work) as actor, pytest.raises(RuntimeError, match=r"step_timer .* ended with exit code 1"):
+    with Actor("whole.step_timer", work) as actor, pytest.raises(RuntimeError, match=r"step_timer .* ended with exit code 1"):
         actor()
 
 

@@ -192,6 +192,44 @@ def test_a_hook_that_changes_something_changes_it():
         assert torch.equal(before, model(x)[0])
 
 
+@pytest.mark.parametrize("how", ["forward", "class", "parametrization", "weight"])
+def test_what_is_put_into_a_module_later_computes(how):
+    """Between two calls, without a hook: a forward of its own, another class, a weight that is computed, one that is another kind of tensor."""
+
+    class Doubled(torch.Tensor):
+        """What sharding or quantisation puts in a weight's place: only PyTorch's own operators know what it means."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            def plain(x):
+                return x.as_subclass(torch.Tensor) * 2 if type(x) is cls else x
+
+            return function(*map(plain, args), **{name: plain(x) for name, x in (kwargs or {}).items()})
+
+    for family, place in (("Bert", "encoder.layer.0.output.dense"), ("DistilBert", "transformer.layer.1.sa_layer_norm"), ("GPT2", "h.0.attn.c_proj")):
+        model = accelerated(tiny(family))
+        x, module = ids(2, 7), model.get_submodule(place)
+        before, kind, weight = model(x)[0], type(module), module.weight
+        if how == "forward":
+            module.forward = lambda x, module=module: type(module).forward(module, x) * 2
+        elif how == "class":
+            module.__class__ = type("Other", (kind,), {"forward": lambda self, x, kind=kind: kind.forward(self, x) * 2})
+        elif how == "parametrization":
+            nn.utils.parametrize.register_parametrization(module, "weight", nn.Softplus())
+        else:
+            module._parameters["weight"] = weight.detach().as_subclass(Doubled)
+        assert not torch.allclose(model(x)[0], before, rtol=1e-2), (family, how)
+        if how == "forward":
+            del module.forward
+        elif how == "class":
+            module.__class__ = kind
+        elif how == "parametrization":
+            nn.utils.parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        else:
+            module._parameters["weight"] = weight
+        assert torch.equal(model(x)[0], before)
+
+
 def test_a_global_hook_sees_every_module():
     theirs, seen = tiny("Bert"), []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen[-1].append(type(module)))

