@@ -11,13 +11,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastlm.benchmarking import gpu, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
-from fastlm.benchmarking.operators import CASES, DIRECTIONS, directions
+from fastlm.benchmarking.operators import CASES, DIRECTIONS, FEW_ROWS, directions
 from fastlm.benchmarking.optimizer import compare_adamw
 from fastlm.commands.display import console, say
 from fastlm.ops.boundary import mismatch
 from fastlm.training.settings import within
 
-NAMES = (*CASES, "adamw", "training_step", "generation")
+NAMES = (*CASES, *FEW_ROWS, "adamw", "training_step", "generation")
 
 
 def run(
@@ -86,14 +86,14 @@ def once(make: Callable[[], gpu.Row]) -> Iterator[gpu.Row]:
 
 def ways_of(name: str, wanted: list[str], subjects: list[str]) -> list[str]:
     """What there is to measure of it: directions of an operator, models of a whole step; an optimiser and a generation go one way."""
-    if name in CASES:
+    if name in CASES or name in FEW_ROWS:
         return [d for d in directions(name) if d in wanted]
     return subjects if name == "training_step" else [""]
 
 
 def measured(name: str, dtype: str, n: int, way: str, compiled: bool, seconds: float) -> Row:
-    if name in CASES:
-        return compare(CASES[name](DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
+    if make := (CASES | FEW_ROWS).get(name):
+        return compare(make(DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
     if name == "adamw":
         return compare_adamw(dtype, n, budget=seconds)
     if name == "training_step":
