@@ -188,8 +188,8 @@ def bench(
     operators: Annotated[
         str,
         typer.Option(
-            help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, adamw, training_step, generation, "
-            "accelerated; commas between."
+            help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, linear_1_row, linear_4_rows, "
+            "linear_16_rows, linear_64_rows, adamw, training_step, generation, accelerated; commas between."
         ),
     ] = "attention,attention_varlen,layernorm_residual,gelu_mlp,linear,linear_cross_entropy",
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, a comma between.")] = "float32,bfloat16",

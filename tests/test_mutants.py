@@ -174,7 +174,7 @@ def test_triton_mutants(tmp_path):
 
 GEMM, LINEAR, GELU, NORM, CE = (f"csrc/cpu/{name}.h" for name in ("gemm", "linear", "gelu_mlp", "layernorm_residual", "linear_cross_entropy"))
 FORWARD, MASK, BACKWARD, SEQUENCES, DROPOUT = (f"csrc/cpu/{name}.h" for name in ("attention", "attention_mask", "attention_backward", "sequences", "philox"))
-ADAMW = "csrc/cpu/adamw.h"
+ADAMW, SKINNY = "csrc/cpu/adamw.h", "csrc/cpu/gemm_skinny.h"
 
 CPP = [
     [
@@ -203,6 +203,10 @@ CPP = [
         Mutant(NORM, "v = vec::load(sr + i, span);", "(void)0;", "ops/test_layernorm_residual.py stream"),
         Mutant(GELU, "if (make_activated) g.value.store", "if (false) g.value.store", "ops/test_gelu_mlp.py recomputation"),
         Mutant(ADAMW, "sum += sum_over", "sum = sum_over", "optim/test_adamw.py norm_against_float64"),
+    ],
+    [
+        Mutant(SKINNY, "from_bits(pair & uvec::all(0xffff0000u))", "from_bits(pair << 16)", "ops/test_linear.py few_rows_are and bfloat16 and 7-65-63"),
+        Mutant(SKINNY, "if (a_sums && first == 0)", "if (a_sums)", "ops/test_linear.py few_rows_are and float32"),
     ],
 ]
 

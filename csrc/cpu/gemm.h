@@ -145,6 +145,18 @@ inline constexpr int64_t Chain = FusesMultiplyAdd ? 192 : 8;
 // c (TileRows × Vecs·Lanes, rows c_stride apart) = a·b, or += where `accumulate`. a is packed (k-major, a_stride between successive k) or, with RowMajor, lies as rows a_stride apart.
 template <class Arithmetic, int Vecs, bool RowMajor = false>
 void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+  if constexpr (!FusesMultiplyAdd) {  // the many short chains of a block are added to each other before they are to what was there
+    if (accumulate && depth > Chain) {
+      constexpr int64_t Width = Vecs * vec::Lanes;
+      alignas(64) float block[TileRows * Width];
+      multiply_tile<Arithmetic, Vecs, RowMajor>(depth, a, a_stride, b, b_stride, block, Width, false);
+      for (int64_t r = 0; r < TileRows; ++r)
+        sweep(Width, [=, &block](int64_t j, auto) {
+          (vec::load(c + r * c_stride + j, full{}) + vec::load(block + r * Width + j, full{})).store(c + r * c_stride + j, full{});
+        });
+      return;
+    }
+  }
   for (int64_t first = 0; first < depth; first += Chain) {
     vec sum[TileRows][Vecs];
 #pragma GCC unroll 8

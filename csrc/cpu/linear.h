@@ -3,7 +3,7 @@
 // Three products of 2·rows·k·n FLOP each; compute bound from a few dozen rows on (see gemm.h). W comes in either layout, nn.Linear's (n, k) or GPT-2's
 // Conv1D (k, n), told apart by its strides alone: no transposed copy. db falls out of packing dy for dW.
 #pragma once
-#include "gemm.h"
+#include "gemm_skinny.h"
 
 namespace fastlm {
 
@@ -20,14 +20,14 @@ template <class T> inline void convert(const float* from, T* to, int64_t count) 
 // y = x·W + bias handed to epilogue(row, column, value, span). bias may be null.
 template <class T, class Epilogue>
 void project(const T* x, int64_t x_stride, weight_matrix<const T> weight, const T* bias, int64_t rows, int64_t k, int64_t n, int threads, Epilogue epilogue) {
-  gemm<arithmetic_for<T>>(rows, n, k, operand<T>{x, x_stride, 1}, operand<T>{weight.data, weight.n_stride, weight.k_stride}, threads,
-                          [=](int64_t i, int64_t j, vec value, auto span) { epilogue(i, j, bias ? value + vec::load(bias + j, span) : value, span); });
+  multiply<arithmetic_for<T>>(rows, n, k, operand<T>{x, x_stride, 1}, operand<T>{weight.data, weight.n_stride, weight.k_stride}, threads,
+                              [=](int64_t i, int64_t j, vec value, auto span) { epilogue(i, j, bias ? value + vec::load(bias + j, span) : value, span); });
 }
 
 // dy·Wᵀ handed to epilogue(row, column, value, span)
 template <class T, class Epilogue>
 void project_back(const T* dy, int64_t dy_stride, weight_matrix<const T> weight, int64_t rows, int64_t k, int64_t n, int threads, Epilogue epilogue) {
-  gemm<arithmetic_for<T>>(rows, k, n, operand<T>{dy, dy_stride, 1}, operand<T>{weight.data, weight.k_stride, weight.n_stride}, threads, epilogue);
+  multiply<arithmetic_for<T>>(rows, k, n, operand<T>{dy, dy_stride, 1}, operand<T>{weight.data, weight.k_stride, weight.n_stride}, threads, epilogue);
 }
 
 // db = Σ_rows dy where dW, which gives it for nothing, is not wanted. Cut by columns: each is summed by one thread, in runs of 32 rows.
@@ -64,11 +64,11 @@ void weight_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t x_strid
   T* out = dweight.data;
   if (dweight.n_stride == 1) {
     const int64_t stride = dweight.k_stride;
-    gemm<arithmetic_for<T>>(
+    multiply<arithmetic_for<T>>(
         k, n, rows, xs, dys, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); }, nullptr, sums.get());
   } else {
     const int64_t stride = dweight.n_stride;
-    gemm<arithmetic_for<T>>(
+    multiply<arithmetic_for<T>>(
         n, k, rows, dys, xs, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); }, sums.get(), nullptr);
   }
   if (dbias) convert(sums.get(), dbias, n);

@@ -101,13 +101,13 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
     });
     if (out.dx) {
       T* dx = out.dx + first * width;
-      gemm<arithmetic>(count, width, vocab, operand<float>{logits, vocab, 1}, operand<T>{weight.data, weight.k_stride, weight.n_stride}, threads,
-                       [=](int64_t i, int64_t j, vec value, auto span) { value.store(dx + i * width + j, span); });
+      multiply<arithmetic>(count, width, vocab, operand<float>{logits, vocab, 1}, operand<T>{weight.data, weight.k_stride, weight.n_stride}, threads,
+                           [=](int64_t i, int64_t j, vec value, auto span) { value.store(dx + i * width + j, span); });
     }
     if (out.dweight) {
       const bool starts = first == 0, ends = first + count == rows;
       T* dw = out.dweight;
-      gemm<arithmetic>(
+      multiply<arithmetic>(
           vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads,
           [=](int64_t i, int64_t j, vec value, auto span) {
             const int64_t at = i * width + j;

@@ -30,7 +30,7 @@ class Rule:
 
 # microarchitecture (fastlm._cpu_features.microarchitecture()) → rules, from the operators' benchmarks
 MEASURED: dict[str, tuple[Rule, ...]] = {
-    # Two cores, PyTorch 2.13. A product of few rows is bound by reading the weights: packing them first costs more than it saves. One query in fp32: the same.
+    # Two cores, PyTorch 2.13. Products of few rows as measured when their weights were packed, which they no longer are; one query in fp32.
     "zen4": (
         Rule("linear", "float32", {"rows": (None, 4)}),
         Rule("linear", "bfloat16"),  # nothing to fuse: PyTorch's backward is 2–4 % faster

@@ -1,6 +1,7 @@
 """Each operator and PyTorch's own way to compute the same, at the sizes of GPT-2 small, and what they must do at least."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -175,6 +176,27 @@ def linear(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int 
     )  # fmt: skip
 
 
+def few_rows(dtype: torch.dtype, rows: int, width: int = WIDTH, layers: int = 4, **_: int) -> Case:
+    """The products of some layers of GPT-2 one after the other, as a decode step of `rows` sequences has them: no weight is still in the core's own cache."""
+    sizes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * layers
+    inputs = {size: normal(rows, size, dtype=dtype) for size in (width, 4 * width)}
+
+    def each(product):
+        return lambda x, wide, *weights: tuple(product(x if weight.shape[0] == width else wide, weight) for weight in weights)
+
+    # As linear(), without biases: every weight is read once, in backward read once and its gradient written.
+    flops, weights = 2 * rows * sum(k * n for k, n in sizes), sum(k * n for k, n in sizes)
+    forward = weights + rows * sum(k + n for k, n in sizes)
+    return Case(
+        f"linear_{rows}_row{'s' * (rows > 1)}", f"{rows} × the {len(sizes)} weights of {layers} layers, {width} wide",
+        ours=each(lambda x, weight: fastlm.linear(x, weight, layout="conv1d")), eager=each(torch.mm),
+        inputs=[*inputs.values(), *(normal(k, n, dtype=dtype, scale=0.02) for k, n in sizes)],
+        upstream=[normal(rows, n, dtype=dtype) for _, n in sizes],
+        forward=Work(flops, forward * dtype.itemsize),
+        backward=Work(2 * flops, (forward + weights + rows * sum(k for k, _ in sizes)) * dtype.itemsize),
+    )  # fmt: skip
+
+
 def linear_cross_entropy(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
     target = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(0))
     # One product, in backward two. The logits need never reach memory: forward reads x and the weight, backward these again and writes their gradients.
@@ -189,6 +211,9 @@ def linear_cross_entropy(dtype: torch.dtype, rows: int = ROWS, width: int = WIDT
 
 
 CASES = {case.__name__: case for case in (attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy)}
+
+# By name of the case; the choice between backends is measured with those above alone.
+FEW_ROWS = {f"linear_{rows}_row{'s' * (rows > 1)}": functools.partial(few_rows, rows=rows) for rows in (1, 4, 16, 64)}
 
 
 def directions(operator: str) -> tuple[str, ...]:

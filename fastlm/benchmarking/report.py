@@ -56,21 +56,21 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
         columns = [("dtype", 8), ("threads", 7), ("direction", 8), ("fastlm", 6), ("against", 5), ("times as fast", 16), ("peak", 4), ("by", 3)]
         if mine[0].tokens is not None:  # a whole step or generation: there is one direction, and no peak was counted of the latter
             columns = [c for c in columns if c[0] != "direction" and (c[0] != "peak" or mine[0].share is not None)]
-            columns[2] = ("fastlm", 9)
+            columns[2] = ("fastlm", 7)
             if mine[0].bytes_held:
-                columns[-1:] = [("MB", 4), ("memory", 6)]  # in place of who served, which then stands below
+                columns[-1:] = [("memory", 6)]  # in place of who served, which then stands below
                 columns[2:2] = [("level", 5)] if mine[0].recompute is not None else []
                 table.caption, table.caption_justify = f"by {', '.join(sorted({row.backend for row in mine}))}", "left"
         for column, width in columns:
-            table.add_column(column, min_width=width, justify="right" if column in ("threads", "level", "fastlm", "peak", "MB", "memory") else "left")
+            table.add_column(column, min_width=width, justify="right" if column in ("threads", "level", "fastlm", "peak", "memory") else "left")
         for row in mine:
-            time = seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.1f}/s"
+            time = seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.0f}/s"
             for i, (name, rival) in enumerate(row.rivals.items()):
                 line = {"against": name, "times as fast": str(rival.ratio)}
                 if i == 0:
                     line |= {"dtype": row.dtype, "threads": str(row.threads), "fastlm": time, "by": row.backend}
                     line["direction"] = row.direction.replace("forward+backward", "both")
-                    line |= {"level": str(row.recompute), "MB": f"{(row.bytes_held or 0) / 1e6:.0f}"}
+                    line["level"] = str(row.recompute)
                     line["peak"] = "" if row.share is None else f"{row.share:.0%}"
                 if row.bytes_held and rival.bytes:
                     line["memory"] = f"{row.bytes_held / rival.bytes:.2f}"

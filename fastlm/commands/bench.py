@@ -11,14 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastlm.benchmarking import accelerated, gpu, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
-from fastlm.benchmarking.operators import CASES, DIRECTIONS, directions
+from fastlm.benchmarking.operators import CASES, DIRECTIONS, FEW_ROWS, directions
 from fastlm.benchmarking.optimizer import compare_adamw
 from fastlm.commands.display import console, say
 from fastlm.ops.boundary import mismatch
 from fastlm.ops.gelu_mlp import LEVELS
 from fastlm.training.settings import within
 
-NAMES = (*CASES, "adamw", "training_step", "generation", "accelerated")
+NAMES = (*CASES, *FEW_ROWS, "adamw", "training_step", "generation", "accelerated")
 
 
 def run(
@@ -55,7 +55,7 @@ def run(
             bar.advance(task)
     say("times as fast as PyTorch: median [quartiles]; peak: share of the machine's, above 100 % where the data stayed in the cache; by: whose kernels served")
     if {"training_step", "accelerated"} & {*chosen}:
-        say("MB: what the step takes beyond the model and the optimiser's state; memory: the same over the rival's")
+        say("memory: what the step takes beyond the model and the optimiser's state, over the rival's")
         say("level: of the model's recomputation; tuned: with fastlm.tune_allocator(), as fastlm itself")
     for table in report.screen_tables(rows):
         console.print(table)
@@ -95,14 +95,14 @@ def once(make: Callable[[], gpu.Row]) -> Iterator[gpu.Row]:
 
 def ways_of(name: str, wanted: list[str], subjects: list[str], cases: list[str]) -> list[str]:
     """What there is to measure of it: directions of an operator, models of a whole step; an optimiser and a generation go one way."""
-    if name in CASES:
+    if name in CASES or name in FEW_ROWS:
         return [d for d in directions(name) if d in wanted]
     return {"training_step": subjects, "accelerated": cases}.get(name, [""])
 
 
 def measured(name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float, checkpoint: Path | None) -> Row:
-    if name in CASES:
-        return compare(CASES[name](DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
+    if make := (CASES | FEW_ROWS).get(name):
+        return compare(make(DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
     if name == "adamw":
         return compare_adamw(dtype, n, budget=seconds)
     if level is not None:

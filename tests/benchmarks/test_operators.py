@@ -5,9 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm.benchmarking import compare, machine, operators
-from fastlm.benchmarking.operators import CASES, DIRECTIONS, directions
+from fastlm.benchmarking.operators import CASES, DIRECTIONS, FEW_ROWS, directions
 
 SMALL = {"rows": 48, "width": 64, "heads": 4, "vocabulary": 90}
+ALL = CASES | {name: lambda dtype, *, make=make, rows, **sizes: make(dtype, **sizes) for name, make in FEW_ROWS.items()}  # they say themselves how many rows
 
 
 def results_and_gradients(case, function):
@@ -17,16 +18,16 @@ def results_and_gradients(case, function):
     return (*results, *torch.autograd.grad(results, leaves, [u.to(r.dtype) for u, r in zip(case.upstream, results, strict=True)]))
 
 
-@pytest.mark.parametrize("operator", CASES)
+@pytest.mark.parametrize("operator", [*CASES, *FEW_ROWS])
 def test_the_rival_computes_the_same(operator):
-    case = CASES[operator](torch.float32, **SMALL)
+    case = ALL[operator](torch.float32, **SMALL)
     for ours, theirs in zip(results_and_gradients(case, case.ours), results_and_gradients(case, case.eager), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # float32, the same sums of up to 256 terms of size 1 in another order
 
 
-@pytest.mark.parametrize("operator", ["gelu_mlp", "linear", "linear_cross_entropy"])
+@pytest.mark.parametrize("operator", ["gelu_mlp", "linear", "linear_4_rows", "linear_cross_entropy"])
 def test_flops_of_the_products_are_those_that_pytorch_counts(operator):
-    case = CASES[operator](torch.float32, **SMALL)
+    case = ALL[operator](torch.float32, **SMALL)
     with FlopCounterMode(display=False) as both:
         results_and_gradients(case, case.eager)
     with FlopCounterMode(display=False) as forward, torch.no_grad():

@@ -6,7 +6,7 @@ import fastlm
 from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_every_backend, outputs_and_gradients
 
 # (shape of x, hidden, out)
-SHAPES = [((1, 1), 1, 1), ((3, 7), 5, 9), ((2, 5, 48), 192, 48), ((67, 33), 70, 17), ((0, 8), 12, 4), ((6,), 24, 5)]
+SHAPES = [((1, 1), 1, 1), ((3, 7), 5, 9), ((2, 5, 48), 192, 48), ((67, 33), 70, 17), ((4, 250), 65, 33), ((0, 8), 12, 4), ((6,), 24, 5)]
 
 
 def inputs_for(shape, hidden, out, layout):

@@ -3,10 +3,16 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_every_backend, outputs_and_gradients
+from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
 
 # (shape of x, out): single elements, odd sizes around the widths of vectors and tiles, no rows, no leading dimension
 SHAPES = [((1, 1), 1), ((3, 7), 5), ((2, 5, 64), 96), ((1, 768), 33), ((257, 129), 65), ((0, 8), 4), ((5,), 3), ((70, 1), 17), ((31, 300), 1)]
+
+# (rows, in, out): on both sides of every number of rows from which the kernels take another way
+FEW_ROWS = [
+    (1, 1000, 65), (2, 63, 17), (3, 1, 1000), (4, 1000, 3), (7, 65, 63), (9, 17, 1), (24, 65, 1000), (25, 1000, 63),
+    (24, 11000, 3), (32, 1000, 17), (33, 63, 65), (48, 65, 17), (49, 17, 130), (64, 1000, 3), (65, 63, 1000),
+]  # fmt: skip
 
 
 def weight_for(x_shape, out, layout):
@@ -24,6 +30,45 @@ def torch_own(layout):
 def test_as_close_to_float64_as_torch(shape, out, layout, dtype, backend):
     inputs = floats(*shape), weight_for(shape, out, layout), floats(out)
     assert_within_twice_torch(lambda x, w, b: fastlm.linear(x, w, b, layout=layout, backend=backend), torch_own(layout), inputs, dtype)
+
+
+@on_backends("cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("rows, width, out", FEW_ROWS, ids=str)
+def test_few_rows_are_as_close_to_float64_as_torch(rows, width, out, layout, dtype, backend):
+    inputs = floats(rows, width), weight_for((rows, width), out, layout), floats(out)
+    assert_within_twice_torch(lambda x, w, b: fastlm.linear(x, w, b, layout=layout, backend=backend), torch_own(layout), inputs, dtype)
+
+
+@on_backends("cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("few, width, out", [((1, 4, 11, 24, 25, 32, 33), 421, 300), ((23, 24), 11000, 3)], ids=["rows", "depth"])
+def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(few, width, out, layout, dtype, backend):
+    """Few rows go another way than many, with the same sums. For the weight, rows without gradient stand for rows that are not there."""
+    x, w, b, dy = (t.to(dtype) for t in (floats(70, width), weight_for((70, width), out, layout), floats(out), floats(70, out)))
+    y, dx, *_ = gradients((x, w, b), dy, backend, layout)
+    for rows in few:
+        some, dsome, *dparameters = gradients((x[:rows], w, b), dy[:rows], backend, layout)
+        padded = torch.cat([dy[:rows], torch.zeros_like(dy[rows:])])
+        assert_same_bits((some, dsome, *dparameters), (y[:rows], dx[:rows], *gradients((x, w, b), padded, backend, layout)[2:]))
+
+
+@on_backends("cpu")
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("rows", [1, 30])
+def test_same_bits_of_few_rows_on_every_number_of_threads(rows, layout, backend):
+    x, w, b, dy = floats(rows, 300), weight_for((rows, 300), 1111, layout), floats(1111), floats(rows, 1111)
+    before, outcomes = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            outcomes.append(gradients((x, w, b), dy, backend, layout))
+    finally:
+        torch.set_num_threads(before)
+    for outcome in outcomes[1:]:
+        assert_same_bits(outcome, outcomes[0])
 
 
 @on_every_backend

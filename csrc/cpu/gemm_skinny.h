@@ -1,0 +1,205 @@
+// C = A·B where A has few rows (a decode step, a small batch), and the choice between this way and the packed one.
+//
+// 2·m·n·k FLOP on n·k elements of B, each of which serves m times: up to some sixteen rows reading B is the bound (n·k times the size of its type), and packing
+// it first costs more than the multiplication. Here B is read once, where it lies and in its own type. Lanes × Lanes of it at a time become Lanes registers,
+// widened or paired as Arithmetic wants them and transposed where B is contiguous in k; then the rows of A, a cache full of them at most, pass by: Lanes multiply-adds
+// for one sum that is loaded and stored. Every element is the same chain of sums as in gemm(): the bits do not depend on the way that is taken.
+#pragma once
+#include "gemm.h"
+
+namespace fastlm {
+
+// What lies in B from one corner on: w[d] holds Lanes columns at the depth of lane d, zero where there is nothing.
+template <class Arithmetic, class T> struct corner_of {
+  static constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
+  // bf16 that is contiguous in k and to be widened is transposed as pairs, in half the time: then a block is two blocks deep.
+  static constexpr bool AsPairs = std::is_same_v<T, bf16> && Per == 1;
+  static constexpr int64_t Depth = AsPairs ? 2 * L : L;
+
+  // Columns lie one after the other; `k` elements of depth exist.
+  template <class Span> static FASTLM_INLINE void along_i(operand<T> b, int64_t k, Span span, vec (&w)[L]) {
+    const bool whole = k >= L * Per;
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < L; ++d) {
+      const T* row = b.data + d * Per * b.k_stride;
+      for (int64_t i = 0; i < Per; ++i) __builtin_prefetch(row + (2 * L * Per + i) * b.k_stride, 0, 2);  // into L2; past the end it is harmless
+      w[d] = whole || d * Per < k ? Arithmetic::along_i(row, whole || d * Per + 1 < k ? row + b.k_stride : nullptr, span) : vec::zero();
+    }
+  }
+
+  // Columns are `stride` apart, each contiguous; `columns` of them and `k` elements of each exist.
+  static FASTLM_INLINE void along_k(operand<T> b, int64_t columns, int64_t k, vec (&w)[L]) {
+    const bool whole = columns >= L && k >= Depth * Per;
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < L; ++j) {
+      const T* column = b.data + j * b.stride;
+      __builtin_prefetch(column + 256 / sizeof(T), 0, 2);
+      w[j] = whole ? lanes(column, Depth * Per) : j < columns ? lanes(column, k) : vec::zero();
+    }
+    transpose(w);
+  }
+
+  // The first or the second half of w, widened.
+  static FASTLM_INLINE void widen(const vec (&w)[L], int64_t half, vec (&wide)[L]) {
+#pragma GCC unroll 8
+    for (int64_t d = 0; d < L / 2; ++d) {
+      const uvec pair = bits_of(w[half * L / 2 + d]);
+      wide[2 * d] = from_bits(pair << 16);
+      wide[2 * d + 1] = from_bits(pair & uvec::all(0xffff0000u));
+    }
+  }
+
+ private:
+  static FASTLM_INLINE vec lanes(const T* p, int64_t k) {
+    if constexpr (!AsPairs) return Arithmetic::along_k(p, k);
+    if (k >= Depth) return vec::load(reinterpret_cast<const float*>(p), full{});
+    alignas(64) T pairs[Depth] = {};
+    std::copy_n(p, std::max<int64_t>(k, 0), pairs);
+    return vec::load(reinterpret_cast<const float*>(pairs), full{});
+  }
+};
+
+// sums[r] += Σ_d a[r][d]·w[d] for rows r < m, Lanes values in each row of both; Rows at a time, so that as many additions are under way.
+template <class Arithmetic, int Rows> FASTLM_INLINE void add_rows(int64_t m, int64_t& r, const float* a, const vec (&w)[vec::Lanes], float* sums) {
+  for (; r + Rows <= m; r += Rows) {
+    vec sum[Rows];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < Rows; ++i) sum[i] = vec::load(sums + (r + i) * vec::Lanes, full{});
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < vec::Lanes; ++d)
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < Rows; ++i) sum[i] = Arithmetic::multiply_add(sum[i], vec::all(a[(r + i) * vec::Lanes + d]), w[d]);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < Rows; ++i) sum[i].store(sums + (r + i) * vec::Lanes, full{});
+  }
+}
+
+template <class Arithmetic> void add_rows(int64_t m, const float* a, const vec (&w)[vec::Lanes], float* sums) {
+  int64_t r = 0;
+  add_rows<Arithmetic, TileRows>(m, r, a, w, sums);
+  add_rows<Arithmetic, TileRows / 2>(m, r, a, w, sums);
+  add_rows<Arithmetic, 1>(m, r, a, w, sums);
+}
+
+inline void add(float* sums, const float* more, int64_t count) {
+  sweep(count, [=](int64_t i, auto span) { (vec::load(sums + i, span) + vec::load(more + i, span)).store(sums + i, span); });
+}
+
+inline constexpr int64_t MostOfA = 1 << 18;  // elements: packed, they stay in the L2 cache
+inline constexpr int64_t FewDeep = 48;
+inline constexpr int64_t SumsHeld = 8192;  // of C, at a time: 32 kB. With fewer, what is read of each row of B is short, and no hardware follows it
+
+// As gemm(); A contiguous in k.
+template <class Arithmetic, class TA, class TB, class Epilogue>
+void gemm_few_rows(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue) {
+  using corner = corner_of<Arithmetic, TB>;
+  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
+  const int64_t depth = packed_depth<Arithmetic>(k), depth_blocks = std::max<int64_t>(1, ceil_div(depth, Arithmetic::BlockDepth)), col_vecs = ceil_div(n, L);
+  const bool along_k = b.stride != 1;
+  auto begin = [=](int64_t block) { return depth * block / depth_blocks; };
+
+  // A once, for all threads: block after block of the depth, Lanes deep pieces of all rows, with zeros up to the last corner of B.
+  static_assert(Arithmetic::BlockDepth % (2 * L) == 0);
+  float* packed_a = scratch(depth_blocks * Arithmetic::BlockDepth * m);
+  for (int64_t block = 0; block < depth_blocks; ++block)
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t d = 0; d < ceil_div(begin(block + 1) - begin(block), corner::Depth) * corner::Depth; d += L) {
+        const int64_t from = (begin(block) + d) * Per, left = std::min(k, begin(block + 1) * Per) - from;
+        Arithmetic::along_k(a.data + r * a.stride + from, left).store(packed_a + (block * Arithmetic::BlockDepth + d) * m + r * L, full{});
+      }
+
+  // A part reads 64 kB of B at least. Where that is a piece of each of B's rows, long pieces are worth more than a second part for a thread whose first was early.
+  const int64_t most = std::min<int64_t>(along_k ? 2 * threads : threads, col_vecs);
+  const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(n * k * int64_t(sizeof(TB)) / 65536, 1, most);
+  const int64_t held = along_k ? L : SumsHeld / (m * L) * L;
+  parallel_parts(parts, threads, [=](int64_t part) {
+    alignas(64) float total[SumsHeld], of_block[SumsHeld], chain[SumsHeld];  // Lanes columns of all rows, then the next
+    const int64_t end = std::min(n, col_vecs * (part + 1) / parts * L);
+    for (int64_t column = col_vecs * part / parts * L; column < end; column += held) {
+      const int64_t columns = std::min(held, end - column), size = m * ceil_div(columns, L) * L;
+      for (int64_t block = 0; block < depth_blocks; ++block) {
+        const int64_t lanes = begin(block + 1) - begin(block), k_end = std::min(k, begin(block + 1) * Per);
+        float* block_sums = block > 0 ? of_block : total;
+        for (int64_t first = 0; first < lanes; first += Chain) {
+          float* sums = first > 0 ? chain : block_sums;
+          std::fill_n(sums, size, 0.0f);
+          for (int64_t d = first; d < std::min(lanes, first + Chain); d += along_k ? corner::Depth : L) {
+            const float* rows = packed_a + (block * Arithmetic::BlockDepth + d) * m;
+            const int64_t from = (begin(block) + d) * Per;
+            const operand<TB> at{b.data + column * b.stride + from * b.k_stride, b.stride, b.k_stride};
+            vec w[L];
+            if (!along_k) {
+              sweep(columns, [&](int64_t j, auto span) {
+                corner::along_i({at.data + j, 1, at.k_stride}, k_end - from, span, w);
+                add_rows<Arithmetic>(m, rows, w, sums + j * m);
+              });
+              continue;
+            }
+            corner::along_k(at, columns, k_end - from, w);
+            if constexpr (corner::AsPairs) {
+              for (int64_t half = 0; half < 2; ++half) {
+                vec wide[L];
+                corner::widen(w, half, wide);
+                add_rows<Arithmetic>(m, rows + half * L * m, wide, sums);
+              }
+            } else {
+              add_rows<Arithmetic>(m, rows, w, sums);
+            }
+          }
+          if (sums == chain) add(block_sums, chain, size);
+        }
+        if (block_sums == of_block) add(total, of_block, size);
+      }
+      for (int64_t r = 0; r < m; ++r) sweep(columns, [&](int64_t j, auto span) { epilogue(r, column + j, vec::load(total + j * m + r * L, full{}), span); });
+    }
+  });
+}
+
+// As gemm(); A contiguous in its rows' index and no more than one block deep: the gradient of weights. m·n results are written, and that is the bound up to some
+// sixteen multiply-adds for each. B is packed for hundreds of columns, so that rows of C are written in long runs.
+template <class Arithmetic, class TA, class TB, class Epilogue>
+void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums, float* b_sums) {
+  constexpr int64_t L = vec::Lanes, Panel = TileVecs * L, Held = 768;
+  static_assert(Held % Panel == 0);
+  const int64_t depth = packed_depth<Arithmetic>(k), row_panels = ceil_div(m, PanelRows);
+  const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(m * n / 32768, 1, std::min<int64_t>(4 * threads, row_panels));
+  parallel_parts(parts, threads, [=](int64_t part) {
+    float *packed_a = scratch(Arithmetic::BlockDepth * (PanelRows + Held)), *packed_b = packed_a + Arithmetic::BlockDepth * PanelRows;
+    alignas(64) float finished[TileRows * Held];
+    const int64_t end = std::min(m, row_panels * (part + 1) / parts * PanelRows);
+    for (int64_t first = 0; first < n; first += Held) {
+      const int64_t last = std::min(n, first + Held);
+      for (int64_t column = first; column < last; column += Panel) {
+        const int64_t columns = std::min(Panel, n - column), width = ceil_div(columns, L) * L;
+        float* to = packed_b + (column - first) * depth;
+        pack<Arithmetic>(operand<TB>{b.data + column * b.stride, b.stride, b.k_stride}, columns, k, width, to);
+        if (b_sums && part == 0) add_panel_sums<Arithmetic>(to, depth, width, columns, b_sums + column);
+      }
+      for (int64_t panel = row_panels * part / parts * PanelRows; panel < end; panel += PanelRows) {
+        const int64_t rows = std::min(PanelRows, end - panel);
+        pack_left<Arithmetic>(operand<TA>{a.data + panel, 1, a.k_stride}, rows, k, false, packed_a);
+        if (a_sums && first == 0) add_panel_sums<Arithmetic>(packed_a, depth, PanelRows, rows, a_sums + panel);
+        for (int64_t r = 0; r < rows; r += TileRows) {
+          for (int64_t column = first; column < last; column += Panel) {
+            const int64_t width = ceil_div(std::min(Panel, n - column), L) * L, from = column - first;
+            multiply_tile<Arithmetic>(width / L, depth, packed_a + r, PanelRows, packed_b + from * depth, width, finished + from, Held, false);
+          }
+          for (int64_t i = 0; i < std::min<int64_t>(TileRows, rows - r); ++i)
+            sweep(last - first, [&](int64_t j, auto span) { epilogue(panel + r + i, first + j, vec::load(finished + i * Held + j, full{}), span); });
+        }
+      }
+    }
+  });
+}
+
+// The same product by the way that its sizes ask for.
+template <class Arithmetic, class TA, class TB, class Epilogue>
+void multiply(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums = nullptr, float* b_sums = nullptr) {
+  const int64_t few = b.stride == 1 ? 32 : 24;  // transposing costs what packing does
+  if constexpr (Arithmetic::RowsOnly) gemm<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
+  else if (m <= few && m * k <= MostOfA && a.k_stride == 1 && !a_sums && !b_sums) gemm_few_rows<Arithmetic>(m, n, k, a, b, threads, epilogue);
+  else if (k <= FewDeep && a.stride == 1) gemm_few_deep<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
+  else gemm<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
+}
+
+}  // namespace fastlm
