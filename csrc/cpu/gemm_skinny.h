@@ -192,14 +192,21 @@ void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
   });
 }
 
-// The same product by the way that its sizes ask for.
+// The product by the way that its sizes ask for; A contiguous in k.
 template <class Arithmetic, class TA, class TB, class Epilogue>
-void multiply(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums = nullptr, float* b_sums = nullptr) {
+void multiply(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue) {
   const int64_t few = b.stride == 1 ? 32 : 24;  // transposing costs what packing does
-  if constexpr (Arithmetic::RowsOnly) gemm<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
-  else if (m <= few && m * k <= MostOfA && a.k_stride == 1 && !a_sums && !b_sums) gemm_few_rows<Arithmetic>(m, n, k, a, b, threads, epilogue);
-  else if (k <= FewDeep && a.stride == 1) gemm_few_deep<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
-  else gemm<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
+  if constexpr (!Arithmetic::RowsOnly)
+    if (m <= few && m * k <= MostOfA) return gemm_few_rows<Arithmetic>(m, n, k, a, b, threads, epilogue);
+  gemm<Arithmetic>(m, n, k, a, b, threads, epilogue);
+}
+
+// The same; A contiguous in its rows' index.
+template <class Arithmetic, class TA, class TB, class Epilogue>
+void multiply_transposed(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums, float* b_sums) {
+  if constexpr (!Arithmetic::RowsOnly)
+    if (k <= FewDeep) return gemm_few_deep<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
+  gemm<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
 }
 
 }  // namespace fastlm

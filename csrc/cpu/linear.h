@@ -64,11 +64,11 @@ void weight_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t x_strid
   T* out = dweight.data;
   if (dweight.n_stride == 1) {
     const int64_t stride = dweight.k_stride;
-    multiply<arithmetic_for<T>>(
+    multiply_transposed<arithmetic_for<T>>(
         k, n, rows, xs, dys, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); }, nullptr, sums.get());
   } else {
     const int64_t stride = dweight.n_stride;
-    multiply<arithmetic_for<T>>(
+    multiply_transposed<arithmetic_for<T>>(
         n, k, rows, dys, xs, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); }, sums.get(), nullptr);
   }
   if (dbias) convert(sums.get(), dbias, n);

@@ -107,7 +107,7 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
     if (out.dweight) {
       const bool starts = first == 0, ends = first + count == rows;
       T* dw = out.dweight;
-      multiply<arithmetic>(
+      multiply_transposed<arithmetic>(
           vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads,
           [=](int64_t i, int64_t j, vec value, auto span) {
             const int64_t at = i * width + j;
