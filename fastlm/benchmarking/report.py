@@ -57,11 +57,10 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
         if mine[0].tokens is not None:  # a whole step or generation: there is one direction, and no peak was counted of the latter
             columns = [c for c in columns if c[0] != "direction" and (c[0] != "peak" or mine[0].share is not None)]
             if mine[0].bytes_held:
-                columns[-1:] = [("MB", 4), ("memory", 6)]  # in place of who served, which then stands below
-                columns[2:2] = [("recompute", 9)]
+                columns[-1] = ("memory", 6)  # in place of who served, which then stands below
                 table.caption, table.caption_justify = f"by {', '.join(sorted({row.backend for row in mine}))}", "left"
         for column, width in columns:
-            table.add_column(column, min_width=width, justify="right" if column in ("threads", "recompute", "fastlm", "peak", "MB", "memory") else "left")
+            table.add_column(column, min_width=width, justify="right" if column in ("threads", "fastlm", "peak", "memory") else "left")
         for row in mine:
             time = seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.1f}/s"
             for i, (name, rival) in enumerate(row.rivals.items()):
@@ -69,8 +68,9 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
                 if i == 0:
                     line |= {"dtype": row.dtype, "threads": str(row.threads), "fastlm": time, "by": row.backend}
                     line["direction"] = row.direction.replace("forward+backward", "both")
-                    line |= {"recompute": str(row.recompute), "MB": f"{(row.bytes_held or 0) / 1e6:.0f}"}
                     line["peak"] = "" if row.share is None else f"{row.share:.0%}"
+                if i == 1 and row.recompute is not None and row.bytes_held:  # beside the second rival there is room
+                    line |= {"dtype": f"level {row.recompute}", "fastlm": f"{row.bytes_held / 1e6:,.0f} MB"}
                 if row.bytes_held and rival.bytes:
                     line["memory"] = f"{row.bytes_held / rival.bytes:.2f}"
                 table.add_row(*(line.get(column, "") for column, _ in columns))

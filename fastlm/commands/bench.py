@@ -52,8 +52,8 @@ def run(
             bar.advance(task)
     say("times as fast as PyTorch: median [quartiles]; peak: share of the machine's, above 100 % where the data stayed in the cache; by: whose kernels served")
     if "training_step" in chosen:
-        say("MB: what the step takes beyond the model and the optimiser's state; memory: the same over the rival's")
-        say("recompute: the model's level; tuned: with fastlm.tune_allocator(), as fastlm itself")
+        say("level: of recomputation; MB: what the step takes beyond the model and the optimiser's state; memory: the same over the rival's")
+        say("tuned: with fastlm.tune_allocator(), as fastlm itself")
     for table in report.screen_tables(rows):
         console.print(table)
     if json_file:

@@ -93,8 +93,8 @@ class PretrainedModel(nn.Module):
     def recompute(self) -> int:
         """What training computes again in backward rather than keep of every feed-forward part: 0 nothing, 1 the GELU, 2 the first product too.
 
-        1 from the start: the GELU's value falls off when backward makes its slope, so that half the memory costs no time. Set it for all layers at once
-        (`model.recompute = 2`): each level has the same losses and gradients, to the bit where one backend serves both directions.
+        1 from the start: fastlm's kernels make the GELU's value on the way to its slope, PyTorch's in one more pass over memory. Set it for all layers at once:
+        `model.recompute = 2`. Losses and gradients are those of the other levels.
         """
         return self._recompute
 
