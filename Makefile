@@ -15,7 +15,7 @@ demo: .venv/with-plot
 	$(BIN)/fastlm demo
 
 test: .venv/with-test .models/complete
-	FASTLM_TEST_MODELS="$(CURDIR)/.models" $(BIN)/python -m pytest $(ARGS)
+	FASTLM_TEST_MODELS="$(CURDIR)/.models" $(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 bench: .venv/with-test
 	$(BIN)/fastlm bench $(ARGS)

@@ -92,7 +92,8 @@ def library_of(libc: Any, function: str) -> str:
 
 def other_allocator(libc: Any) -> str:
     """The file whose malloc stands before glibc's, "" where none does."""
-    malloc = library_of(libc, "malloc")
+    # Not malloc itself: a program that is not position-independent, as some Pythons are, has an address of its own for a function that it calls.
+    malloc = library_of(libc, "aligned_alloc")
     return malloc if malloc and malloc != library_of(libc, "gnu_get_libc_version") else ""
 
 

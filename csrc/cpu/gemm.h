@@ -36,6 +36,7 @@ struct by_fma {  // one fp32 value
   static constexpr int64_t BlockDepth = 192;                // lanes of k per packed block: with three vectors of columns most of the L1 cache
   static constexpr int64_t Rows = TileRows, DepthStep = 1;  // of the first operand, multiplied at once; lanes of k come in steps, zeros at their end
   static constexpr bool RowsOnly = false;                   // whether the first operand may not be k-major
+  static constexpr bool Cheap = false;                      // whether products cost little beside what is done around them
   struct session {};                                        // lives while a thread multiplies
   static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return fma(a, b, sum); }
   template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T*, Span span) { return vec::load(p, span); }
@@ -48,7 +49,7 @@ struct by_fma {  // one fp32 value
 #if defined(__AVX512BF16__)
 struct by_dot {  // two bf16 values, consecutive in k
   static constexpr int64_t PerLane = 2, BlockDepth = 192, Rows = TileRows, DepthStep = 1;
-  static constexpr bool RowsOnly = false;
+  static constexpr bool RowsOnly = false, Cheap = false;
   struct session {};
   static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return dot_bf16(sum, a, b); }
   template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T* next, Span span) {

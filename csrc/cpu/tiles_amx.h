@@ -29,7 +29,7 @@ class tile_shapes {
 
 struct by_tiles : by_dot {
   static constexpr int64_t BlockDepth = 128, Rows = 16, DepthStep = 16;  // 24 kB of B, and 8 of the rows that pass by: of both more does not stay in L1
-  static constexpr bool RowsOnly = true;
+  static constexpr bool RowsOnly = true, Cheap = true;
   using session = tile_shapes;
 };
 
