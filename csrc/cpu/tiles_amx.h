@@ -37,7 +37,8 @@ struct by_tiles : by_dot {
 // for 3 products.
 template <int Vecs> void multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
                                         bool accumulate) {
-  const int64_t row = 4 * c_stride;  // bytes
+  const int64_t row = 4 * c_stride;   // bytes
+  __asm__ volatile("" ::: "memory");  // GCC does not know that loading a tile reads what was written before
   if (accumulate) {
     _tile_loadd(0, c, row);
     if constexpr (Vecs > 1) _tile_loadd(1, c + 16, row);
