@@ -358,8 +358,8 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
   const bool as_rows = a.stride != 1;
   // Rows that hold what the lanes shall hold need no packing, unless they lie whole pages apart and would crowd a few sets of the cache.
   constexpr int64_t step = Arithmetic::PerLane * Arithmetic::DepthStep;
-  const bool as_is =
-      sizeof(TA) * Arithmetic::PerLane == 4 && as_rows && a.stride % (1024 * Arithmetic::PerLane) != 0 && a.stride % Arithmetic::PerLane == 0 && k % step == 0;
+  const bool as_is = sizeof(TA) * Arithmetic::PerLane == 4 && as_rows && a.stride % (1024 * Arithmetic::PerLane) != 0 && a.stride % Arithmetic::PerLane == 0 &&
+                     k % step == 0 && reinterpret_cast<uintptr_t>(a.data) % 4 == 0;
   const bool in_rows = as_rows || Arithmetic::RowsOnly;
 
   parallel_parts(cut.row_blocks * cut.col_blocks, threads, [=](int64_t part) {
