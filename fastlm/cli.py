@@ -189,7 +189,7 @@ def bench(
         str,
         typer.Option(
             help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, linear_1_row, linear_4_rows, "
-            "linear_16_rows, linear_64_rows, adamw, training_step, generation, accelerated; commas between."
+            "linear_16_rows, linear_64_rows, adamw, training_step, growth (with context and width), generation, accelerated; commas between."
         ),
     ] = "attention,attention_varlen,layernorm_residual,gelu_mlp,linear,linear_cross_entropy",
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, a comma between.")] = "float32,bfloat16",
@@ -202,10 +202,10 @@ def bench(
     ] = "encoding,bert,gpt2",
     checkpoint: Annotated[Path | None, typer.Option(help="Of encoding: the folder of a MiniLM checkpoint.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Also against torch.compile: needs a C++ compiler, and minutes.")] = False,
-    seconds: Annotated[float, typer.Option(help="For each row, at least five rounds; whole steps take twenty times as long.")] = 3.0,
+    seconds: Annotated[float, typer.Option(help="For each row, at least five rounds; whole steps take twenty times as long, those of growth five.")] = 3.0,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured into this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table into this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw throughput, roofline and memory into this file (.png, .svg, .pdf).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw throughput, roofline, memory and growth into this file (.png, .svg, .pdf).")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="On the GPU instead, with its own sizes; a few minutes. Takes --json, --markdown, --plot.")] = False,
 ) -> None:
     """Compare with PyTorch on this machine, at the sizes of GPT-2 small."""
@@ -219,6 +219,21 @@ def bench(
         operators=operators, dtypes=dtypes, threads=threads, ways=directions, models=model, recompute=recompute, accelerated_cases=case, checkpoint=checkpoint,
         compiled=compiled, seconds=seconds, json_file=json, markdown_file=markdown, plot_file=plot,
     )  # fmt: skip
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Option(help="One of gpt2, gpt2-dropout, bert, small, tiny.")] = "gpt2",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; fp32 and bf16 for short.")] = "float32",
+    recompute: Annotated[int, typer.Option(help="Level 0, 1 or 2 of the model's recomputation.")] = DEFAULT.recompute,
+    steps: Annotated[int, typer.Option(help="Training steps to look at, after one that warms up.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="Write the whole profile into this file.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Show where a training step spends its time: in fastlm's kernels, in PyTorch's operators, in Python."""
+    from fastlm.commands import profile
+
+    profile.run(model=model, dtype=dtype, recompute=recompute, steps=steps, threads=threads, json_file=json)
 
 
 def main() -> None:

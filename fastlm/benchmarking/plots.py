@@ -1,9 +1,10 @@
-"""Rows as a picture: how many times as fast, how near to the machine's roof, how much memory."""
+"""Rows as a picture: how many times as fast, how near to the machine's roof, how much memory, how it grows."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastlm.benchmarking import growth
 from fastlm.benchmarking.compare import Row
 
 OURS, THEIRS = "#08519c", "#d94801"
@@ -12,12 +13,19 @@ OURS, THEIRS = "#08519c", "#d94801"
 def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
     from matplotlib.figure import Figure  # a figure of its own: no window, no global state
 
-    count = max(1, len(rows))
-    figure = Figure(figsize=(13, max(5.5, 3 + 0.22 * count)), dpi=110, layout="constrained")
-    panels = figure.subplot_mosaic([["throughput", "roofline"], ["throughput", "memory"]], width_ratios=(3, 2))
-    throughput(panels["throughput"], rows)
-    roofline(panels["roofline"], rows, described)
-    memory(panels["memory"], rows)
+    growing, others = ([row for row in rows if (row.operator == "growth") == wanted] for wanted in (True, False))
+    mosaic: list[Any] = [["throughput", "roofline"], ["throughput", "memory"]] if others or not growing else []
+    heights = [max(5.5, 3 + 0.22 * len(others)) / 2] * len(mosaic)
+    if growing:
+        mosaic, heights = [*mosaic, ["context", "width"]], [*heights, 4.5]
+    figure = Figure(figsize=(13, sum(heights)), dpi=110, layout="constrained")
+    panels = figure.subplot_mosaic(mosaic, width_ratios=(3, 2) if len(mosaic) > 1 else (1, 1), height_ratios=heights)
+    if "throughput" in panels:
+        throughput(panels["throughput"], others)
+        roofline(panels["roofline"], others, described)
+        memory(panels["memory"], others)
+    for series in growth.SERIES if growing else ():
+        grown(panels[series], series, [row for row in growing if growth.series_of(row.direction) == series])
     figure.suptitle(f"{described['cpu']}, fastlm {described['fastlm']}, PyTorch {described['torch']}", fontsize=11)
     figure.savefig(path)
 
@@ -70,4 +78,28 @@ def memory(axes, rows: Sequence[Row]) -> None:
     axes.set_xticks(places, [f"{row.operator}\n{row.dtype}" for row in shown], rotation=30, ha="right", fontsize=7)
     axes.set(title="memory", ylabel="MB at most", yscale="log", ylim=(1, None))
     axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def grown(axes, series: str, rows: Sequence[Row]) -> None:
+    """Time for a token over the size, both by powers of two: arithmetic alone is a smooth curve."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.set(title=f"time for a token against {series}", xlabel=series, ylabel="µs")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for (dtype, threads), style in zip(dict.fromkeys((row.dtype, row.threads) for row in rows), ("-", "--", ":", "-."), strict=False):
+        some = sorted((row for row in rows if (row.dtype, row.threads) == (dtype, threads)), key=growth.size_of)
+        sizes = [growth.size_of(row) for row in some]
+        kind = f"{dtype}, {threads} thread{'s' * (threads > 1)}"
+        axes.plot(sizes, [row.seconds / row.tokens * 1e6 for row in some], style, marker="o", markersize=4, color=OURS, label=f"fastlm, {kind}")  # type: ignore[operator]
+        for name, colour in zip(some[0].rivals, (THEIRS, "#fdae6b", "#636363", "#bdbdbd"), strict=False):
+            times = [row.rivals[name].seconds / row.tokens * 1e6 for row in some]  # type: ignore[operator]
+            axes.plot(sizes, times, style, marker="o", markersize=3, color=colour, linewidth=1, label=f"{name}, {kind}")
+    sizes = sorted({growth.size_of(row) for row in rows})
+    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    axes.yaxis.set_major_locator(LogLocator(base=2))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=7, frameon=False)

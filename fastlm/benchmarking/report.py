@@ -59,7 +59,10 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
             columns[2] = ("fastlm", 7)
             if mine[0].bytes_held:
                 columns[-1:] = [("memory", 6)]  # in place of who served, which then stands below
-                columns[2:2] = [("level", 5)] if mine[0].recompute is not None else []
+                if mine[0].operator == "growth":
+                    columns[2:2] = [("size", 12)]
+                elif mine[0].recompute is not None:
+                    columns[2:2] = [("level", 5)]
                 table.caption, table.caption_justify = f"by {', '.join(sorted({row.backend for row in mine}))}", "left"
         for column, width in columns:
             table.add_column(column, min_width=width, justify="right" if column in ("threads", "level", "fastlm", "peak", "memory") else "left")
@@ -70,6 +73,7 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
                 if i == 0:
                     line |= {"dtype": row.dtype, "threads": str(row.threads), "fastlm": time, "by": row.backend}
                     line["direction"] = row.direction.replace("forward+backward", "both")
+                    line["size"] = row.direction
                     line["level"] = str(row.recompute)
                     line["peak"] = "" if row.share is None else f"{row.share:.0%}"
                 if row.bytes_held and rival.bytes:
@@ -104,8 +108,9 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
         some = [row for row in rows if (row.operator, row.shape) == (kind, shape)]
         names = list(dict.fromkeys(name for row in some for name in row.rivals))
         lines += ["", f"{kind.replace('_', ' ')}: {shape}", ""]
+        varies = "recompute" if kind != "growth" else "size"
         lines += [
-            f"| dtype | threads | recompute | fastlm | of peak | {' | '.join(f'against {name}' for name in names)} | memory | over eager's |",
+            f"| dtype | threads | {varies} | fastlm | of peak | {' | '.join(f'against {name}' for name in names)} | memory | over eager's |",
             "|---" * (7 + len(names)) + "|",
         ]
         for row in some:
@@ -114,7 +119,7 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
             eager = row.rivals["eager"].bytes if "eager" in row.rivals else None
             memory = f"{row.bytes_held / eager:.2f}" if row.bytes_held and eager else "–"
             megabytes = f"{row.bytes_held / 1e6:,.0f} MB" if row.bytes_held else "–"
-            level = "–" if row.recompute is None else row.recompute
+            level = row.direction if kind == "growth" else "–" if row.recompute is None else row.recompute
             speed = f"{row.tokens / row.seconds:,.1f} tokens/s"  # type: ignore[operator]
             lines.append(f"| {row.dtype} | {row.threads} | {level} | {speed} | {share} | {' | '.join(cells)} | {megabytes} | {memory} |")
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastlm.benchmarking import accelerated, gpu, plots, report, whole
+from fastlm.benchmarking import accelerated, gpu, growth, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.benchmarking.operators import CASES, DIRECTIONS, FEW_ROWS, directions
 from fastlm.benchmarking.optimizer import compare_adamw
@@ -18,7 +18,7 @@ from fastlm.ops.boundary import mismatch
 from fastlm.ops.gelu_mlp import LEVELS
 from fastlm.training.settings import within
 
-NAMES = (*CASES, *FEW_ROWS, "adamw", "training_step", "generation", "accelerated")
+NAMES = (*CASES, *FEW_ROWS, "adamw", "training_step", "growth", "generation", "accelerated")
 
 
 def run(
@@ -54,7 +54,7 @@ def run(
             rows.append(measured(name, dtype, n, way, level, compiled, seconds, checkpoint))
             bar.advance(task)
     say("times as fast as PyTorch: median [quartiles]; peak: share of the machine's, above 100 % where the data stayed in the cache; by: whose kernels served")
-    if {"training_step", "accelerated"} & {*chosen}:
+    if {"training_step", "growth", "accelerated"} & {*chosen}:
         say("memory: what the step takes beyond the model and the optimiser's state, over the rival's")
         say("level: of the model's recomputation; tuned: with fastlm.tune_allocator(), as fastlm itself")
     for table in report.screen_tables(rows):
@@ -94,10 +94,10 @@ def once(make: Callable[[], gpu.Row]) -> Iterator[gpu.Row]:
 
 
 def ways_of(name: str, wanted: list[str], subjects: list[str], cases: list[str]) -> list[str]:
-    """What there is to measure of it: directions of an operator, models of a whole step; an optimiser and a generation go one way."""
+    """What there is to measure of it: directions of an operator, models of a whole step, sizes that grow; an optimiser and a generation go one way."""
     if name in CASES or name in FEW_ROWS:
         return [d for d in directions(name) if d in wanted]
-    return {"training_step": subjects, "accelerated": cases}.get(name, [""])
+    return {"training_step": subjects, "growth": [*growth.POINTS], "accelerated": cases}.get(name, [""])
 
 
 def measured(name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float, checkpoint: Path | None) -> Row:
@@ -107,6 +107,8 @@ def measured(name: str, dtype: str, n: int, way: str, level: int | None, compile
         return compare_adamw(dtype, n, budget=seconds)
     if level is not None:
         return whole.compare_steps(dtype, n, subject=whole.MODELS[way], recompute=level, compiled=compiled, budget=20 * seconds)
+    if name == "growth":
+        return growth.compare_growth(way, dtype, n, compiled=compiled, budget=5 * seconds)
     if name == "accelerated":
         return accelerated.compare_accelerated(way, dtype, n, checkpoint=checkpoint, compiled=compiled, budget=20 * seconds)
     return whole.compare_generation(dtype, n, budget=10 * seconds)

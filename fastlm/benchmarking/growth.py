@@ -1,0 +1,35 @@
+"""How the time for a token grows with the context and with the width of a model: training steps of small GPT-2s that differ in nothing else.
+
+A cliff, a size from which on every token costs much more than its arithmetic does, would show as a step in the curve.
+"""
+
+import dataclasses
+from typing import Any
+
+from fastlm.benchmarking.compare import Row
+from fastlm.benchmarking.whole import Subject, compare_steps
+
+# By series and size. The tokens of a step stay the same along a series, and so does the size of a head.
+SERIES: dict[str, dict[int, Subject]] = {
+    "context": {size: Subject("GPT-2", 2, 256, 4, 256, 4096 // size, size) for size in (128, 256, 512, 1024, 2048, 4096)},
+    "width": {size: Subject("GPT-2", 2, size, size // 64, 4096, 2, 256) for size in (256, 384, 512, 768, 1024, 1536, 2048)},
+}
+POINTS = {f"{series} {size}": subject for series, sizes in SERIES.items() for size, subject in sizes.items()}
+SHAPES = {
+    "context": "GPT-2, 2 layers of 256, 4096 tokens in sequences of one context",
+    "width": "GPT-2, 2 layers, heads of 64, vocabulary 4096, 2 × 256 tokens",
+}
+
+
+def compare_growth(point: str, dtype: str, number_of_threads: int, **how: Any) -> Row:
+    """A training step at one of the POINTS; how: what compare_steps takes besides."""
+    row = compare_steps(dtype, number_of_threads, subject=POINTS[point], **how)
+    return dataclasses.replace(row, operator="growth", shape=SHAPES[series_of(point)], direction=point)
+
+
+def series_of(point: str) -> str:
+    return point.split()[0]
+
+
+def size_of(row: Row) -> int:
+    return int(row.direction.split()[1])

@@ -1,0 +1,96 @@
+"""Where a training step spends its time: in fastlm's kernels, in PyTorch's operators, and in what calls them."""
+
+import contextlib
+import dataclasses
+import os
+import unittest.mock
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+
+import fastlm
+from fastlm.backends import cpu
+from fastlm.benchmarking.whole import Subject
+from fastlm.models.layers import RECOMPUTE
+from fastlm.training.loop import Trainer
+from fastlm.training.settings import Settings
+
+OURS, THEIRS = "fastlm", "PyTorch"
+STEP, MARK = "training step", "fastlm kernel "
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    library: str  # whose it is: OURS or THEIRS
+    name: str  # of a kernel or an operator
+    calls: float  # per step
+    seconds: float  # per step, without those of the operators that it calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    seconds: float  # of a step
+    parts: list[Part]  # the longest first
+
+    @property
+    def outside(self) -> float:
+        """The share of a step that is spent in no kernel and no operator: Python, autograd's engine and, a little, the profiler itself."""
+        return max(0.0, 1 - sum(part.seconds for part in self.parts) / self.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "outside": self.outside}
+
+
+class Marked:
+    """The compiled module, each of its functions seen by the profiler."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.module, name)
+        marked = self.marked(name, found) if callable(found) and not isinstance(found, type) else found
+        setattr(self, name, marked)
+        return marked
+
+    @staticmethod
+    def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with record_function(MARK + name):
+                return function(*arguments)
+
+        return call
+
+
+@contextlib.contextmanager
+def marked_kernels() -> Iterator[None]:
+    """The profiler sees PyTorch's operators by itself, and our kernels within."""
+    with unittest.mock.patch.object(cpu, "kernels", cpu.kernels and Marked(cpu.kernels)):
+        yield
+
+
+def profile_step(subject: Subject, dtype: str, *, recompute: int = RECOMPUTE, steps: int = 3) -> Profile:
+    """Of `steps` training steps on the CPU, after one that warms up, with the tuned allocator."""
+    fastlm.tune_allocator()
+    model = subject.model()
+    model.recompute = recompute
+    settings = Settings(batch=subject.batch, context=subject.context, dtype=dtype, width=subject.width, heads=subject.heads)
+    trainer = Trainer(model, settings, subject.objective().loss)
+    inputs, targets = subject.pairs()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself on stderr
+    with marked_kernels():
+        trainer.step(inputs, targets, 1e-4)
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as seen:
+            for _ in range(steps):
+                with record_function(STEP):
+                    trainer.step(inputs, targets, 1e-4)
+    averages = seen.key_averages()
+    whole = next(event for event in averages if event.key == STEP)
+    parts = [
+        Part(OURS if ours else THEIRS, event.key.removeprefix(MARK if ours else "aten::"), event.count / steps, event.self_cpu_time_total * 1e-6 / steps)
+        for event in averages
+        if (ours := event.key.startswith(MARK)) or event.key.startswith("aten::")
+    ]
+    return Profile(whole.cpu_time_total * 1e-6 / steps, sorted(parts, key=lambda part: -part.seconds))

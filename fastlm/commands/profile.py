@@ -1,0 +1,52 @@
+"""fastlm profile: where a training step spends its time."""
+
+import json
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.table import Table
+
+from fastlm.benchmarking.profile import OURS, THEIRS, Profile, profile_step
+from fastlm.benchmarking.whole import MODELS
+from fastlm.commands.bench import check_target
+from fastlm.commands.display import console, in_words, say, set_threads
+from fastlm.ops.gelu_mlp import LEVELS
+from fastlm.training.settings import DTYPES, SHORT, one_of, whole
+
+SHOWN = 10  # of PyTorch's operators, which are many and short
+
+
+def run(*, model: str, dtype: str, recompute: int, steps: int, threads: int | None, json_file: Path | None) -> None:
+    one_of("model", model, tuple(MODELS))
+    dtype = SHORT.get(dtype, dtype)
+    one_of("dtype", dtype, DTYPES)
+    one_of("recompute", recompute, LEVELS)
+    whole("steps", steps, 1)
+    check_target("json", json_file)
+    set_threads(threads)
+    found = profile_step(MODELS[model], dtype, recompute=recompute, steps=steps)
+    title = f"{MODELS[model]}, {dtype}, {in_words(torch.get_num_threads(), 'thread')}: {found.seconds * 1e3:,.1f} ms a step"
+    console.print(table(found, title))
+    ours, theirs = (sum(part.seconds for part in found.parts if part.library == library) / found.seconds for library in (OURS, THEIRS))
+    say(f"fastlm's kernels {ours:.1%}, PyTorch's operators {theirs:.1%}, Python and autograd {found.outside:.1%}")
+    if json_file:
+        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def table(found: Profile, title: str) -> Table:
+    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("library", "kernel or operator", "calls", "ms", "share"):
+        shown.add_column(column, justify="left" if column in ("library", "kernel or operator") else "right")
+
+    def row(library: str, name: str, calls: str, seconds: float) -> None:
+        shown.add_row(library, name, calls, f"{seconds * 1e3:,.2f}", f"{seconds / found.seconds:.1%}")
+
+    for library, most in ((OURS, None), (THEIRS, SHOWN)):
+        parts = [part for part in found.parts if part.library == library]
+        for part in parts[:most]:
+            row(library, part.name, f"{part.calls:,.0f}", part.seconds)
+        if rest := parts[len(parts[:most]) :]:
+            row(library, f"{len(rest)} more", f"{sum(part.calls for part in rest):,.0f}", sum(part.seconds for part in rest))
+    row("", "Python and autograd", "", found.outside * found.seconds)
+    return shown
