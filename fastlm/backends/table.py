@@ -39,6 +39,8 @@ MEASURED: dict[str, tuple[Rule, ...]] = {
         Rule("linear_cross_entropy", "bfloat16"),  # with gradients PyTorch is 4–9 % faster, without 5 % slower
         Rule("attention", "float32", {"query_len": (None, 1)}),
     ),
+    # Two cores, PyTorch 2.13: large products alone, 7 % faster on two threads and 15 % on one; its bfloat16, for which it has no instructions here, is far slower.
+    "zen3": (Rule("linear", "float32", {"rows": (182, None)}),),
 }
 
 # A CPU with AMX that has no rows of its own, from two cores of such a Xeon, PyTorch 2.13. Its bf16 products are as fast as ours in themselves: where ours win
