@@ -27,6 +27,7 @@ from fastlm.integrations.capture import attentions_wanted, collector
 from fastlm.integrations.families import Family
 from fastlm.integrations.packing import Packed
 from fastlm.integrations.patch import CACHES, GLOBAL_HOOKS, Patch, is_compiling, put, touched, traced_by, transformed_by, watched
+from fastlm.models.layers import RECOMPUTE
 
 LAYOUTS = {nn.Linear: "linear", nn.modules.linear.NonDynamicallyQuantizableLinear: "linear", Conv1D: "conv1d"}
 EXACT, TANH = ("GELUActivation",), ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation")
@@ -228,7 +229,7 @@ def feed_forward(x: Tensor, parts: Parts, fused: bool) -> Tensor:
     a, b = up._parameters, down._parameters
     if parts.gelu is None or why[up] or why[down] or type(up) is not type(down) or type(a.get("weight")) not in PLAIN or type(b.get("weight")) not in PLAIN:
         return project(down, parts.activation(project(up, x, why[up])), why[down])
-    return fastlm.gelu_mlp(x, a["weight"], a["bias"], b["weight"], b["bias"], approximate=parts.gelu, layout=LAYOUTS[type(up)])
+    return fastlm.gelu_mlp(x, a["weight"], a["bias"], b["weight"], b["bias"], approximate=parts.gelu, layout=LAYOUTS[type(up)], recompute=RECOMPUTE)
 
 
 def scale_of(module: Any, head_dim: int) -> float:
@@ -343,7 +344,7 @@ def straight_pre_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: d
         y, x = widened(y, x, post=False)
     dropout = parts.out_dropout
     y, x = fastlm.layernorm_residual(y, x, norm2["weight"], norm2["bias"], parts.norm2.eps, dropout_p=dropout.p if dropout.training else 0.0)
-    y = fastlm.gelu_mlp(y, up["weight"], up["bias"], down["weight"], down["bias"], approximate=parts.gelu, layout=layout)
+    y = fastlm.gelu_mlp(y, up["weight"], up["bias"], down["weight"], down["bias"], approximate=parts.gelu, layout=layout, recompute=RECOMPUTE)
     dropout = parts.down_dropout
     return x + (F.dropout(y, dropout.p) if dropout.training and dropout.p else y)
 
@@ -362,7 +363,7 @@ def straight_post_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: 
     x, _ = fastlm.layernorm_residual(
         y, x, norm1["weight"], norm1["bias"], parts.norm1.eps, dropout_p=dropout.p if dropout is not None and dropout.training else 0.0
     )
-    y = fastlm.gelu_mlp(x, up["weight"], up["bias"], down["weight"], down["bias"], approximate=parts.gelu, layout=layout)
+    y = fastlm.gelu_mlp(x, up["weight"], up["bias"], down["weight"], down["bias"], approximate=parts.gelu, layout=layout, recompute=RECOMPUTE)
     if y.dtype != x.dtype:
         y, x = widened(y, x, post=True)
     dropout = parts.down_dropout

@@ -87,18 +87,36 @@ FAMILIES = {
     "transformers.models.distilbert.modeling_distilbert": DISTILBERT,
 }
 
-# Heads with the fused loss, by class: whether the loss is transformers' causal one (labels shifted, num_items_in_batch counts) or a plain cross-entropy.
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How a language-model head makes its loss of logits and labels: the cross-entropy, its mean over the labels that are not -100."""
+
+    shifted: bool = False  # a token's logits are held against the label of the next one
+    chosen: bool = False  # by the model's loss function, which a user may set and which takes num_items_in_batch, ignore_index and shift_labels
+    logits: str = "logits"  # what the output calls them
+    other: tuple[str, str] | None = None  # another label and the logits that it is for, whose cross-entropy is added; without it there is no loss
+
+    def __deepcopy__(self, memo: dict) -> "Head":
+        return self
+
+
+CAUSAL, MASKED = Head(shifted=True, chosen=True), Head()
+
+# Heads with the fused loss, by class.
 HEADS = {
-    "GPT2LMHeadModel": True,
-    "BertLMHeadModel": True,
-    "BertForMaskedLM": False,
-    "RobertaForCausalLM": True,
-    "RobertaForMaskedLM": False,
-    "XLMRobertaForCausalLM": True,
-    "XLMRobertaForMaskedLM": False,
-    "CamembertForCausalLM": True,
-    "CamembertForMaskedLM": False,
-    "ElectraForCausalLM": True,
-    "ElectraForMaskedLM": False,
-    "DistilBertForMaskedLM": False,
+    "GPT2LMHeadModel": CAUSAL,
+    "GPT2DoubleHeadsModel": Head(shifted=True),
+    "BertLMHeadModel": CAUSAL,
+    "BertForMaskedLM": MASKED,
+    "BertForPreTraining": Head(logits="prediction_logits", other=("next_sentence_label", "seq_relationship_logits")),
+    "RobertaForCausalLM": CAUSAL,
+    "RobertaForMaskedLM": MASKED,
+    "XLMRobertaForCausalLM": CAUSAL,
+    "XLMRobertaForMaskedLM": MASKED,
+    "CamembertForCausalLM": CAUSAL,
+    "CamembertForMaskedLM": MASKED,
+    "ElectraForCausalLM": CAUSAL,
+    "ElectraForMaskedLM": MASKED,
+    "DistilBertForMaskedLM": MASKED,
 }

@@ -28,7 +28,8 @@ class Patch:
     mask: str
     as_tuple: bool
     fused: bool  # of a layer: no part is left out
-    held: bool  # of an output projection: whether it hands its input on (loss.py)
+    held: bool  # of an output projection: whether it hands its input on; of a token embedding: whether it hands its table on (loss.py)
+    table: Tensor | None  # the one that was handed on
 
     def __init__(self, module: nn.Module, function: Callable, family: Any, options: dict[str, bool]) -> None:
         self.module, self.function, self.family, self.options = module, function, family, options

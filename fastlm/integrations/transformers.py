@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, __version__
 from fastlm.backends import choice
 from fastlm.integrations import attention as interface
 from fastlm.integrations import blocks, loss, packing, views
-from fastlm.integrations.families import FAMILIES, HEADS, Family
+from fastlm.integrations.families import FAMILIES, HEADS, Family, Head
 from fastlm.integrations.patch import Patch, detach, patch_of, put, touched
 from fastlm.integrations.report import Entry, Report
 
@@ -39,8 +39,8 @@ def accelerate(model: M, *, attention: bool = True, layernorm: bool = True, mlp:
         if attention and not foreign(module):
             put(module, packing.encoder, family, options)
     for module in model.modules():
-        if loss and (causal := head_of(module)) is not None and not foreign(module):
-            hold_loss(module, causal, options)
+        if loss and (about := head_of(module)) is not None and not foreign(module):
+            hold_loss(module, about, options)
         if attention and isinstance(module, PreTrainedModel) and uses_interface(module):
             look_through_views(module)
     if strict and not (found := report(model)).replaced:
@@ -92,8 +92,8 @@ def encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
             yield name, module, family
 
 
-def head_of(module: nn.Module) -> bool | None:
-    """Whether a head's loss is causal; None if it is no head of the table."""
+def head_of(module: nn.Module) -> Head | None:
+    """What the table says of a head; None if it is none of those."""
     forward = inspect.unwrap(type(module).forward)
     if getattr(forward, "__module__", "") not in FAMILIES:
         return None
@@ -118,8 +118,8 @@ def learn(layer: nn.Module, family: Family) -> None:
 # 2. Putting in place
 
 
-def hold_loss(head: Any, causal: bool, options: dict) -> None:
-    put(head, loss.head, causal, options)
+def hold_loss(head: Any, about: Head, options: dict) -> None:
+    put(head, loss.head, about, options)
     loss.hold(head, options)
 
 

@@ -40,6 +40,32 @@ def test_steps_are_compared_between_processes():
     assert 0 < row.bytes_held < 1 << 30 and all(0 < rival.bytes < 1 << 30 for rival in row.rivals.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SIZES)
+def test_a_step_is_compared_with_the_compiled_one_too(case):
+    """torch.compile of the model: by hand, and by the Trainer's own argument."""
+    pytest.importorskip("accelerate", reason="pip install 'fastlm[test]'")
+    row = accelerated.compare_accelerated(case, "float32", 1, sizes=SIZES[case], compiled=True, rounds=1)
+    assert list(row.rivals) == ["eager", "eager tuned", "compiled", "compiled tuned"]
+    assert all(rival.seconds > 0 for rival in row.rivals.values())
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_the_truth_is_in_float64(case):
+    """All of it: its loss and its gradients are those of a model that nothing in float32 has touched."""
+    true, theirs, ours = accelerated.stepped(case, "float32", SIZES[case])
+    assert true.keys() == theirs.keys() == ours.keys() and all(x.dtype == torch.float64 for x in true.values())
+    model, batch = getattr(accelerated, case)(**{**SIZES[case], **accelerated.SMALL[case]})
+    logits = model.eval().double()(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
+    if case == "gpt2":
+        logits, labels = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    else:
+        labels = batch["labels"]
+    expected = -logits.log_softmax(-1).gather(-1, labels[:, None]).mean()
+    torch.testing.assert_close(true["loss"], expected.detach(), rtol=1e-14, atol=0)
+    assert 0 < (theirs["loss"] - true["loss"]).abs() < 1e-5
+
+
 @pytest.mark.parametrize("library", ["fastlm", "torch"])
 def test_other_work_is_timed(library):
     how = {"library": library, "number_of_threads": 1, "tuned": False}
