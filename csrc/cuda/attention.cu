@@ -129,11 +129,6 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool works = warp * 16 < rows;  // a warp beyond the queries only copies
-  const QueryRow row[2] = {place.row(a, warp * 16 + lane / 4), place.row(a, warp * 16 + lane / 4 + 8)};
-  const int i[2] = {row[0].i, row[1].i};
-  const uint32_t third[2] = {uint32_t(s.batch * a.heads + row[0].head), uint32_t(s.batch * a.heads + row[1].head)};
-  const int64_t mask_at[2] = {mask_offset(a, s.batch, row[0].head), mask_offset(a, s.batch, row[1].head)};
-  const uint64_t seed = a.seed ? *a.seed : 0;
   const bool additive = is_additive(a);
   const uint32_t flip = a.scale < 0 ? SignBits<T> : 0;
   const float size = fabsf(a.scale);
@@ -165,7 +160,11 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
 
     float weights[Keys / 8][4];
     multiply_by_rows<T, D, Keys>(weights, left, keys + stage * TileBytes, a.tf32);
-    if (all_edges || tile < range.inner || tile >= range.outer) mask_scores<T, false, Keys>(weights, a, s, i, tile * Keys, mask_at, size);
+    if (all_edges || tile < range.inner || tile >= range.outer) {
+      const QueryRow row[2] = {place.row(a, warp * 16 + lane / 4), place.row(a, warp * 16 + lane / 4 + 8)};
+      const int64_t mask_at[2] = {mask_offset(a, s.batch, row[0].head), mask_offset(a, s.batch, row[1].head)};
+      mask_scores<T, false, Keys>(weights, a, s, {row[0].i, row[1].i}, tile * Keys, mask_at, size);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float new_top = top[half];
@@ -190,7 +189,9 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
       for (int d = 0; d < D / 8; ++d) total[d][2 * half] *= decay, total[d][2 * half + 1] *= decay;
     }
     if (a.seed) {
-      const uint32_t keep = kept_bits<Keys>(a, seed, i, third, tile * Keys);
+      const QueryRow row[2] = {place.row(a, warp * 16 + lane / 4), place.row(a, warp * 16 + lane / 4 + 8)};
+      const uint32_t third[2] = {uint32_t(s.batch * a.heads + row[0].head), uint32_t(s.batch * a.heads + row[1].head)};
+      const uint32_t keep = kept_bits<Keys>(a, *a.seed, {row[0].i, row[1].i}, third, tile * Keys);
 #pragma unroll
       for (int n = 0; n < Keys / 8; ++n)
 #pragma unroll
@@ -206,7 +207,7 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
   for (int half = 0; half < 2; ++half) {
     norm[half] += shuffle_xor(norm[half], 1);
     norm[half] += shuffle_xor(norm[half], 2);
-    const QueryRow& r = row[half];
+    const QueryRow r = place.row(a, warp * 16 + lane / 4 + 8 * half);
     if (!r.real || again >> (half * 8 + lane / 4) & 1) continue;
     const bool empty = norm[half] == 0;
     const float highest = additive ? top[half] : top[half] * size;

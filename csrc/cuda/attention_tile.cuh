@@ -51,7 +51,7 @@ template <class T, int D, int Rows, int Threads, class Token>
 FASTLM_DEVICE void load_rows(unsigned char* tile, const TokensView& view, int head_dim, Token token) {
   constexpr int Chunks = D * int(sizeof(T)) / 16, Each = 16 / int(sizeof(T));
   if (view.chunked) {
-#pragma unroll 4
+#pragma unroll 2
     for (int at = threadIdx.x; at < Rows * Chunks; at += Threads) {
       const int row = at / Chunks, chunk = at % Chunks;
       const T* from = token(row);
