@@ -1,5 +1,5 @@
 // What a kernel file needs of the machine: launches, shared memory, barriers and the collectives of a warp. The same sources are compiled by nvcc and, with
-// FASTLM_EMULATION, by a C++ compiler against tests/cuda_emulation, which is why nothing else names a CUDA function of the host.
+// FASTLM_CUDA_EMULATION, by a C++ compiler against tests/cuda_emulation, which is why nothing else names a CUDA function of the host.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,7 +8,7 @@
 #include <type_traits>
 #include "dtype.h"
 
-#ifdef FASTLM_EMULATION
+#ifdef FASTLM_CUDA_EMULATION
 #include "cuda_emulation.h"
 #else
 #undef NDEBUG  // a wrong value must stop the kernel in a release too
@@ -23,7 +23,7 @@ namespace fastlm::cuda {
 constexpr int WarpSize = 32;
 constexpr uint32_t FullWarp = 0xFFFFFFFFu;
 
-#ifdef FASTLM_EMULATION
+#ifdef FASTLM_CUDA_EMULATION
 
 using emulation::launch;
 using emulation::multiprocessors;

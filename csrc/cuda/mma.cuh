@@ -22,7 +22,7 @@ template <int RowBytes> FASTLM_DEVICE constexpr int swizzle(int row, int chunk) 
   return row * RowBytes + ((chunk ^ (row / rows_in_banks % chunks)) << 4);
 }
 
-#ifdef FASTLM_EMULATION
+#ifdef FASTLM_CUDA_EMULATION
 
 FASTLM_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* shared, int line = __builtin_LINE()) {
   emulation::spread(emulation::ldmatrix(shared, 4, false, line), r);

@@ -27,7 +27,7 @@ template <class F> void with_dtype(DType dtype, F&& function) {
 FASTLM_DEVICE float to_float(float x) { return x; }
 FASTLM_DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 FASTLM_DEVICE float to_float(fp16 x) {
-#ifdef FASTLM_EMULATION
+#ifdef FASTLM_CUDA_EMULATION
   return emulation::half_to_float(x.bits);
 #else
   float f;
@@ -41,7 +41,7 @@ template <class T> FASTLM_DEVICE T from_float(float x);
 template <> FASTLM_DEVICE float from_float<float>(float x) { return x; }
 template <> FASTLM_DEVICE bf16 from_float<bf16>(float x) {
   bf16 y;
-#ifdef FASTLM_EMULATION
+#ifdef FASTLM_CUDA_EMULATION
   y.bits = emulation::float_to_bfloat(x);
 #else
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
@@ -50,7 +50,7 @@ template <> FASTLM_DEVICE bf16 from_float<bf16>(float x) {
 }
 template <> FASTLM_DEVICE fp16 from_float<fp16>(float x) {
   fp16 y;
-#ifdef FASTLM_EMULATION
+#ifdef FASTLM_CUDA_EMULATION
   y.bits = emulation::float_to_half(x);
 #else
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
@@ -61,7 +61,7 @@ template <> FASTLM_DEVICE fp16 from_float<fp16>(float x) {
 // Two numbers of 16 bits in a register, the first in the lower half: how mma and ldmatrix hold them.
 template <class T> FASTLM_DEVICE uint32_t pack2(float low, float high);
 template <> FASTLM_DEVICE uint32_t pack2<bf16>(float low, float high) {
-#ifdef FASTLM_EMULATION
+#ifdef FASTLM_CUDA_EMULATION
   return emulation::float_to_bfloat(low) | uint32_t(emulation::float_to_bfloat(high)) << 16;
 #else
   uint32_t pair;
@@ -70,7 +70,7 @@ template <> FASTLM_DEVICE uint32_t pack2<bf16>(float low, float high) {
 #endif
 }
 template <> FASTLM_DEVICE uint32_t pack2<fp16>(float low, float high) {
-#ifdef FASTLM_EMULATION
+#ifdef FASTLM_CUDA_EMULATION
   return emulation::float_to_half(low) | uint32_t(emulation::float_to_half(high)) << 16;
 #else
   uint32_t pair;
@@ -95,7 +95,7 @@ template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16
   FASTLM_DEVICE static vec load(const T* from) { return *reinterpret_cast<const vec*>(from); }
   FASTLM_DEVICE void store(T* to) const { *reinterpret_cast<vec*>(to) = *this; }
 
-#ifdef FASTLM_EMULATION
+#ifdef FASTLM_CUDA_EMULATION
   FASTLM_DEVICE static vec load_streaming(const T* from) { return load(from); }
   FASTLM_DEVICE void store_streaming(T* to) const { store(to); }
 #else
@@ -134,7 +134,7 @@ template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16
 
 // 2^x to about two units in the last place, 0 below 2^-126: one instruction, for softmax's weights.
 FASTLM_DEVICE float exp2_fast(float x) {
-#ifdef FASTLM_EMULATION
+#ifdef FASTLM_CUDA_EMULATION
   return emulation::exp2_flushed(x);
 #else
   float y;
