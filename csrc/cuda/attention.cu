@@ -23,7 +23,7 @@ template <class T, int D> struct ForwardTile {
   static constexpr int Keys = sizeof(T) == 2 ? (D <= 128 ? 64 : 32) : D <= 128 ? 32 : 16;
   static constexpr int Stages = sizeof(T) == 4 && D > 128 ? 1 : 2;
   static constexpr int Bytes = (Queries + 2 * Stages * Keys) * D * int(sizeof(T));
-  static constexpr bool Held = sizeof(T) == 2 && D <= 128;  // the queries' fragments, in registers
+  static constexpr bool Held = sizeof(T) == 2 && D <= 128;                         // the queries' fragments, in registers
   static constexpr int Blocks = D <= 64 ? 3 : sizeof(T) == 2 && D <= 128 ? 2 : 1;  // at a time on a multiprocessor: what the registers are rationed for
   static_assert(Bytes <= 99 << 10);
 };
@@ -47,7 +47,8 @@ struct ForwardPlace {
 };
 
 // One row by one warp, without matrix units: only what is seen is ever added.
-template <class T> __device__ __attribute__((noinline)) void forward_key_by_key(const AttentionForwardArgs& a, int batch, int i, int head, int piece, int begin, int end) {
+template <class T> __device__ __attribute__((noinline)) void forward_key_by_key(const AttentionForwardArgs& a, int batch, int i, int head, int piece, int begin,
+                                                                                int end) {
   const Sequence s = sequence_of(a, batch);
   const QueryRow row = {i, head, true};
   const int key_head = row.head / (a.heads / a.key_heads);
@@ -79,7 +80,8 @@ template <class T> __device__ __attribute__((noinline)) void forward_key_by_key(
   }
 }
 
-template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::Warps * 32, ForwardTile<T, D>::Blocks) attention_forward_kernel(FASTLM_CONSTANT AttentionForwardArgs a) {
+template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::Warps * 32, ForwardTile<T, D>::Blocks)
+    attention_forward_kernel(FASTLM_CONSTANT AttentionForwardArgs a) {
   using Tile = ForwardTile<T, D>;
   constexpr int Queries = Tile::Queries, Keys = Tile::Keys, Threads = Tile::Warps * 32, TileBytes = Keys * D * int(sizeof(T));
   FASTLM_SHARED(shared);
@@ -140,7 +142,7 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
   if constexpr (Tile::Held)
 #pragma unroll
     for (int step = 0; step < Steps<T, D>; ++step) read_left<T, D>(held[step], queries, warp * 16, step, flip);
-  const auto left = [&](int step, uint32_t(&raw)[4]) {
+  const auto left = [&](int step, uint32_t (&raw)[4]) {
     if constexpr (Tile::Held)
       for (int r = 0; r < 4; ++r) raw[r] = held[step][r];
     else read_left<T, D>(raw, queries, warp * 16, step, flip);
@@ -217,14 +219,16 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
       if (lane % 4 == 0) a.top[at] = empty ? -INFINITY : highest, a.norm[at] = norm[half];
     } else {
       write_row<T, D>(token_of<T>(a.out, s.batch, r.head, s.query_begin + r.i), total, half, empty ? 0.f : a.keep_scale / norm[half], a.head_dim, a.out.paired);
-      if (lane % 4 == 0) a.lse[s.batch * a.lse_batch_stride + r.head * a.lse_head_stride + s.query_begin + r.i] = empty ? -INFINITY : highest + log_(norm[half]);
+      if (lane % 4 == 0)
+        a.lse[s.batch * a.lse_batch_stride + r.head * a.lse_head_stride + s.query_begin + r.i] = empty ? -INFINITY : highest + log_(norm[half]);
     }
   }
   if (again)
     for (int r = 0; r < 16; ++r)
       if (again >> r & 1) {
         const QueryRow bad = place.row(a, warp * 16 + r);
-        if (bad.real) forward_key_by_key<T>(a, s.batch, bad.i, bad.head, place.piece, range.begin * Keys, range.end * Keys < s.key_len ? range.end * Keys : s.key_len);
+        if (bad.real)
+          forward_key_by_key<T>(a, s.batch, bad.i, bad.head, place.piece, range.begin * Keys, range.end * Keys < s.key_len ? range.end * Keys : s.key_len);
       }
 }
 

@@ -55,14 +55,14 @@ struct AttentionForwardArgs : AttentionArgs {
 
 struct AttentionBackwardArgs : AttentionArgs {
   TokensView out, dout;
-  const float* dlse;            // laid out as lse, or null
-  float* delta;                 // laid out as lse: working memory
-  TokensResult dquery;          // always wanted: its pass computes what others need
-  TokensResult dkey, dvalue;    // both or none
-  float* dmask;                 // contiguous, or null
-  int mask_batch, mask_heads;   // sizes of the mask
-  bool mask_row;                // it has one row for all queries
-  bool exact;                   // factors that are rounded to 16 bits are multiplied in two parts, and δ is summed from float32 weights
+  const float* dlse;           // laid out as lse, or null
+  float* delta;                // laid out as lse: working memory
+  TokensResult dquery;         // always wanted: its pass computes what others need
+  TokensResult dkey, dvalue;   // both or none
+  float* dmask;                // contiguous, or null
+  int mask_batch, mask_heads;  // sizes of the mask
+  bool mask_row;               // it has one row for all queries
+  bool exact;                  // factors that are rounded to 16 bits are multiplied in two parts, and δ is summed from float32 weights
 };
 
 void attention_forward(const AttentionForwardArgs& args, stream_t stream);

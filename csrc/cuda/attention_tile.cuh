@@ -37,7 +37,9 @@ constexpr int WidestHead = 256;
 FASTLM_DEVICE bool is_finite(float x) { return x - x == 0; }
 FASTLM_DEVICE int divide_up(int x, int y) { return (x + y - 1) / y; }
 
-template <class T> struct alignas(2 * sizeof(T)) Pair { T x, y; };
+template <class T> struct alignas(2 * sizeof(T)) Pair {
+  T x, y;
+};
 
 // Tiles: rows of D channels, in chunks of 16 bytes, swizzled so that the same chunk of 8 rows lies in all banks.
 
@@ -72,9 +74,8 @@ FASTLM_DEVICE void load_rows(unsigned char* tile, const TokensView& view, int he
 template <class T, int D, int Rows, int Threads>
 FASTLM_DEVICE void load_tokens(unsigned char* tile, const TokensView& view, int64_t offset, int first, int length, int head_dim) {
   const T* data = static_cast<const T*>(view.data) + offset;
-  load_rows<T, D, Rows, Threads>(tile, view, head_dim, [&](int row) -> const T* {
-    return first + row < length ? data + int64_t(first + row) * view.token_stride : nullptr;
-  });
+  load_rows<T, D, Rows, Threads>(tile, view, head_dim,
+                                 [&](int row) -> const T* { return first + row < length ? data + int64_t(first + row) * view.token_stride : nullptr; });
 }
 
 // Products
@@ -167,17 +168,12 @@ FASTLM_DEVICE void multiply_from_registers(float (&c)[D / 8][4], float (&p)[N / 
     }
   } else {
 #pragma unroll 1
-    for (int part = 0; part < parts; ++part) {
+    for (int part = 1;; ++part) {
 #pragma unroll
       for (int step = 0; step < N / 16; ++step) {
         uint32_t raw[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float &x = p[2 * step + i / 2][i % 2 * 2], &y = p[2 * step + i / 2][i % 2 * 2 + 1];
-          raw[i] = pack2<T>(x, y);
-          const float2 rounded = unpack2<T>(raw[i]);
-          x -= rounded.x, y -= rounded.y;
-        }
+        for (int i = 0; i < 4; ++i) raw[i] = pack2<T>(p[2 * step + i / 2][i % 2 * 2], p[2 * step + i / 2][i % 2 * 2 + 1]);
         const Left<T> a(raw, tf32);
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
@@ -187,6 +183,11 @@ FASTLM_DEVICE void multiply_from_registers(float (&c)[D / 8][4], float (&p)[N / 
           multiply<T>(c[2 * d + 1], a, b[2], b[3], tf32);
         }
       }
+      if (part == parts) break;
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) p[n][e] -= to_float(from_float<T>(p[n][e]));
     }
   }
 }
@@ -208,8 +209,8 @@ FASTLM_DEVICE Sequence sequence_of(const AttentionArgs& a, int batch) {
   if (!a.query_starts) return {batch, a.query_len, a.key_len, a.lower, a.upper, 0, 0};
   const int query = start_of(a.query_starts, a.wide_query_starts, batch), query_end = start_of(a.query_starts, a.wide_query_starts, batch + 1);
   const int key = start_of(a.key_starts, a.wide_key_starts, batch), key_end = start_of(a.key_starts, a.wide_key_starts, batch + 1);
-  FASTLM_ASSERT(query <= query_end && key <= key_end);             // cu_seqlens never decrease,
-  FASTLM_ASSERT(batch > 0 || (query == 0 && key == 0));            // begin with 0,
+  FASTLM_ASSERT(query <= query_end && key <= key_end);                                       // cu_seqlens never decrease,
+  FASTLM_ASSERT(batch > 0 || (query == 0 && key == 0));                                      // begin with 0,
   FASTLM_ASSERT(batch < a.batch - 1 || (query_end == a.query_len && key_end == a.key_len));  // and end with the number of tokens
   constexpr int64_t Far = 1 << 30;
   const int64_t corner = int64_t(key_end - key) - (query_end - query), lower = a.lower + corner, upper = a.upper + corner;
@@ -260,9 +261,7 @@ FASTLM_DEVICE TileRange tiles_of_queries(const Sequence& s, int first, int last,
 FASTLM_DEVICE bool is_additive(const AttentionArgs& a) { return int(a.mask_type) >= int(MaskType::additive); }
 
 // The mask's offset of a head's query 0 and key 0.
-FASTLM_DEVICE int64_t mask_offset(const AttentionArgs& a, int batch, int head) {
-  return batch * a.mask_batch_stride + head * a.mask_head_stride;
-}
+FASTLM_DEVICE int64_t mask_offset(const AttentionArgs& a, int batch, int head) { return batch * a.mask_batch_stride + head * a.mask_head_stride; }
 
 // Of an additive mask.
 template <class T> FASTLM_DEVICE float mask_value(const AttentionArgs& a, int64_t at) {
@@ -271,10 +270,10 @@ template <class T> FASTLM_DEVICE float mask_value(const AttentionArgs& a, int64_
 
 // Scores in place, −inf where not seen; with an additive mask they become scale · scores + mask. Rows are queries, columns keys from `column` on, or with KeysDown the
 // other way round; mask_at: the mask's offset for each of the thread's two rows, without what the positions add.
-// What is seen is found in a loop that is not unrolled, as a bit for each score: little code, and few registers.
+// Returns what is seen, bit 4n + e for element e of block n, found in a loop that is not unrolled: little code, and few registers.
 template <class T, bool KeysDown, int N>
-FASTLM_DEVICE void mask_scores(float (&scores)[N / 8][4], const AttentionArgs& a, const Sequence& s, const int (&row)[2], int column, const int64_t (&mask_at)[2],
-                               float scale) {
+FASTLM_DEVICE uint32_t mask_scores(float (&scores)[N / 8][4], const AttentionArgs& a, const Sequence& s, const int (&row)[2], int column,
+                               const int64_t (&mask_at)[2], float scale) {
   column += threadIdx.x % 4 * 2;
   const bool* padding = a.padding ? a.padding + s.batch * a.padding_batch_stride : nullptr;
   const bool* boolean = a.mask_type == MaskType::boolean ? static_cast<const bool*>(a.mask) : nullptr;
@@ -296,6 +295,7 @@ FASTLM_DEVICE void mask_scores(float (&scores)[N / 8][4], const AttentionArgs& a
       for (int e = 0; e < 4; ++e) {
         float bias = -INFINITY;
         if (bits >> (n * 4 + e) & 1) bias = mask_value<T>(a, at[e / 2] + e % 2 * across_stride);
+        if (bias == -INFINITY) bits &= ~(1u << (n * 4 + e));
         scores[n][e] = bias == -INFINITY ? bias : fmaf(scores[n][e], scale, bias);
       }
       at[0] += 8 * across_stride, at[1] += 8 * across_stride;
@@ -306,6 +306,7 @@ FASTLM_DEVICE void mask_scores(float (&scores)[N / 8][4], const AttentionArgs& a
 #pragma unroll
       for (int e = 0; e < 4; ++e) scores[n][e] = bits >> (n * 4 + e) & 1 ? scores[n][e] : -INFINITY;
   }
+  return bits;
 }
 
 // The same for one pair, with the scaled score.
@@ -418,7 +419,6 @@ template <class View> inline bool divides(const View& x, int bytes, size_t size)
 }
 
 inline size_t size_of(DType type) { return type == DType::float32 ? 4 : 2; }
-
 
 // Of packed sequences there is one batch in memory, so that its strides are 0 whichever sequence a block computes.
 template <class... Views> void complete(AttentionArgs& a, Views&... others) {
