@@ -92,13 +92,15 @@ template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16
   FASTLM_DEVICE T& operator[](int i) { return at[i]; }
   FASTLM_DEVICE const T& operator[](int i) const { return at[i]; }
 
-  FASTLM_DEVICE static vec load(const T* from) { return *reinterpret_cast<const vec*>(from); }
-  FASTLM_DEVICE void store(T* to) const { *reinterpret_cast<vec*>(to) = *this; }
-
 #ifdef FASTLM_CUDA_EMULATION
+  FASTLM_DEVICE static vec load(const T* from) { return emulation::load<vec, Bytes>(from); }
+  FASTLM_DEVICE void store(T* to) const { emulation::store<vec, Bytes>(to, *this); }
   FASTLM_DEVICE static vec load_streaming(const T* from) { return load(from); }
   FASTLM_DEVICE void store_streaming(T* to) const { store(to); }
 #else
+  FASTLM_DEVICE static vec load(const T* from) { return *reinterpret_cast<const vec*>(from); }
+  FASTLM_DEVICE void store(T* to) const { *reinterpret_cast<vec*>(to) = *this; }
+
   struct unit2 {
     using type = uint16_t;
   };

@@ -95,6 +95,41 @@ template <class V, class R, int N> __forceinline__ void spread(V from, R (&to)[N
   for (int i = 0; i < N; ++i) to[i] = from[i];
 }
 
+// Vectors are accessed whole, up to 16 bytes at once, as an instruction would and as the checks are fastest; left to itself the compiler goes by elements.
+template <int Bytes> struct unit_of {
+  typedef uint32_t type __attribute__((vector_size(16), may_alias));
+};
+template <> struct unit_of<2> {
+  typedef uint16_t type __attribute__((may_alias));
+};
+template <> struct unit_of<4> {
+  typedef uint32_t type __attribute__((may_alias));
+};
+template <> struct unit_of<8> {
+  typedef uint64_t type __attribute__((may_alias));
+};
+[[noreturn]] void misaligned_vector(const void* address, int bytes);
+template <class V, int Bytes> __forceinline__ V load(const void* from) {
+  using unit = typename unit_of<Bytes>::type;
+  if (uintptr_t(from) % sizeof(unit)) [[unlikely]]
+    misaligned_vector(from, sizeof(unit));
+  struct units {
+    unit at[Bytes / sizeof(unit)];
+  } whole;
+  for (size_t i = 0; i < Bytes / sizeof(unit); ++i) whole.at[i] = static_cast<const unit*>(from)[i];
+  return std::bit_cast<V>(whole);
+}
+template <class V, int Bytes> __forceinline__ void store(void* to, const V& vector) {
+  using unit = typename unit_of<Bytes>::type;
+  if (uintptr_t(to) % sizeof(unit)) [[unlikely]]
+    misaligned_vector(to, sizeof(unit));
+  struct units {
+    unit at[Bytes / sizeof(unit)];
+  };
+  const units whole = std::bit_cast<units>(vector);
+  for (size_t i = 0; i < Bytes / sizeof(unit); ++i) static_cast<unit*>(to)[i] = whole.at[i];
+}
+
 // Conversions, bit for bit those of the hardware's instructions.
 __forceinline__ uint16_t float_to_bfloat(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);

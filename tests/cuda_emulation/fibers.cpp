@@ -287,7 +287,9 @@ static std::string source_of(void* place) {
 }
 
 void run(const launch_shape& shape, void (*body)(const void*), const void* arguments, size_t argument_bytes) {
-  const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(shape.kernel) + ": " + why); };
+  std::string kernel = shape.kernel;
+  if (kernel.starts_with('(')) kernel = kernel.substr(1, kernel.size() - 2);  // as the launch macro has those with commas
+  const auto refuse = [&](const std::string& why) { throw std::runtime_error(kernel + ": " + why); };
   const uint64_t threads = uint64_t(shape.block.x) * shape.block.y * shape.block.z, blocks = uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z;
   if (threads == 0 || threads > MostThreads || shape.block.z > 64) refuse("invalid configuration: " + std::to_string(threads) + " threads in a block");
   if (threads % Lanes) refuse(std::to_string(threads) + " threads in a block are not whole warps");
@@ -324,7 +326,7 @@ void run(const launch_shape& shape, void (*body)(const void*), const void* argum
   for (unsigned i = 1; i < std::min<uint64_t>(os_threads(), blocks); ++i) others.emplace_back(work);
   work();
   for (std::thread& other : others) other.join();
-  if (!error.empty()) throw std::runtime_error(std::string(shape.kernel) + ", " + error);
+  if (!error.empty()) throw std::runtime_error(kernel + ", " + error);
 }
 
 }  // namespace fastlm::emulation

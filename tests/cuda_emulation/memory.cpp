@@ -228,6 +228,12 @@ template <bool write, bool aligned> [[gnu::always_inline]] inline void access(vo
 
 }  // namespace
 
+void misaligned_vector(const void* address, int bytes) {
+  if (!current) std::abort();
+  misaligned(*current, uintptr_t(address), bytes, __builtin_return_address(0));
+  __builtin_unreachable();
+}
+
 void read_row(Fiber& thread, const void* shared, void* place) {
   Block& block = *thread.block;
   const uintptr_t address = uintptr_t(shared), offset = address - uintptr_t(block.shared);
