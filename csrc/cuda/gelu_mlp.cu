@@ -55,9 +55,7 @@ template <class T> struct gelu_gradient_epilogue {
   int n;
   bool tanh, whole;
 
-  FASTLM_DEVICE vec<T, 8> fetch(int row, int column, bool inside) const {
-    return load_run(hidden + int64_t(row) * n + column, inside ? n - column : 0, whole);
-  }
+  FASTLM_DEVICE vec<T, 8> fetch(int row, int column, bool inside) const { return load_run(hidden + int64_t(row) * n + column, inside ? n - column : 0, whole); }
 
   template <int> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& c, const vec<T, 8>& before, bool inside) const {
     if (!inside) return;
@@ -85,7 +83,11 @@ template <class T, class Epilogue> static void multiply(const gemm_operands& wit
 
 void gelu_mlp_forward(const gelu_mlp_forward_args& args, stream_t stream) {
   with_dtype(args.dtype, [&]<class T>() {
-    const gelu_epilogue<T> epilogue{static_cast<const T*>(args.b1), static_cast<T*>(args.hidden), static_cast<T*>(args.activated), int(args.hidden_width), args.tanh,
+    const gelu_epilogue<T> epilogue{static_cast<const T*>(args.b1),
+                                    static_cast<T*>(args.hidden),
+                                    static_cast<T*>(args.activated),
+                                    int(args.hidden_width),
+                                    args.tanh,
                                     in_whole_runs(args.hidden_width, {args.b1, args.hidden, args.activated})};
     multiply<T>({args.x, args.x_stride, args.w1, args.w1_k_stride, args.w1_n_stride, args.rows, args.width, args.hidden_width, args.tf32}, epilogue, stream);
   });
@@ -93,8 +95,11 @@ void gelu_mlp_forward(const gelu_mlp_forward_args& args, stream_t stream) {
 
 void gelu_mlp_backward(const gelu_mlp_backward_args& args, stream_t stream) {
   with_dtype(args.dtype, [&]<class T>() {
-    const gelu_gradient_epilogue<T> epilogue{static_cast<const T*>(args.hidden), static_cast<T*>(args.dhidden), static_cast<T*>(args.activated),
-                                             int(args.hidden_width), args.tanh,
+    const gelu_gradient_epilogue<T> epilogue{static_cast<const T*>(args.hidden),
+                                             static_cast<T*>(args.dhidden),
+                                             static_cast<T*>(args.activated),
+                                             int(args.hidden_width),
+                                             args.tanh,
                                              in_whole_runs(args.hidden_width, {args.hidden, args.dhidden, args.activated})};
     multiply<T>({args.dy, args.dy_stride, args.w2, args.w2_k_stride, args.w2_n_stride, args.rows, args.out_width, args.hidden_width, args.tf32}, epilogue,
                 stream);

@@ -120,8 +120,7 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
 #pragma unroll
       for (int j = 0; j < COLUMNS; j += 2) {
         uint32_t r[4];
-        if constexpr (K_CONTIGUOUS)
-          ldmatrix_x4(r, tile + tile_offset<T, 4>(warp_column + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2) + j * 8 * 64);
+        if constexpr (K_CONTIGUOUS) ldmatrix_x4(r, tile + tile_offset<T, 4>(warp_column + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2) + j * 8 * 64);
         else ldmatrix_x4_trans(r, tile + tile_offset<T, W_CHUNKS>(half * 16 + lane % 16, warp_column / 8 + j + lane / 16));
         w[j][0] = r[0], w[j][1] = r[1], w[j + 1][0] = r[2], w[j + 1][1] = r[3];
       }
@@ -196,7 +195,7 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
         for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const float(&c)[4] = total[begin / 16 + i][j];
+            const float (&c)[4] = total[begin / 16 + i][j];
             vec<float, 2>{{c[2 * h], c[2 * h + 1]}}.store(pass + (i * 16 + h * 8 + lane / 4) * PITCH + j * 8 + lane % 4 * 2);
           }
       __syncwarp();
@@ -248,7 +247,9 @@ FASTLM_DEVICE tile_place place_of_tile(int tile, int tiles_m, int tiles_n) {
 }
 
 template <class T, bool K_CONTIGUOUS, int WARP, class Epilogue>
-__global__ void __launch_bounds__(GEMM_THREADS, WARP == 64 ? 2 : sizeof(T) == 4 ? 3 : 4) gemm_kernel(const gemm_args<T> args, const Epilogue epilogue) {
+__global__ void __launch_bounds__(GEMM_THREADS, WARP == 64       ? 2
+                                                : sizeof(T) == 4 ? 3
+                                                                 : 4) gemm_kernel(const gemm_args<T> args, const Epilogue epilogue) {
   using tile = gemm_tile<T, K_CONTIGUOUS, WARP>;
   FASTLM_SHARED(shared);
   const int tiles_m = (args.rows + tile::TILE - 1) / tile::TILE, tiles_n = (args.n + tile::TILE - 1) / tile::TILE;
@@ -289,7 +290,10 @@ template <class T, bool K_CONTIGUOUS, int WARP, class Epilogue> void gemm_launch
     throw std::runtime_error("a product beyond the range of 32-bit sizes");
   const gemm_args<T> args{matrix_at<T>(with.a, with.a_stride, with.rows, with.k),
                           K_CONTIGUOUS ? matrix_at<T>(with.w, with.w_n_stride, with.n, with.k) : matrix_at<T>(with.w, with.w_k_stride, with.k, with.n),
-                          int(with.rows), int(with.k), int(with.n), with.tf32};
+                          int(with.rows),
+                          int(with.k),
+                          int(with.n),
+                          with.tf32};
   FASTLM_LAUNCH((gemm_kernel<T, K_CONTIGUOUS, WARP, Epilogue>), dim3(unsigned(tiles)), GEMM_THREADS, tile::SHARED, stream, args, epilogue);
 }
 

@@ -135,13 +135,15 @@ void linear_cross_entropy_forward(const linear_cross_entropy_forward_args& args,
   const cross_entropy_targets& targets = args.targets;
   float* sums = targets.label_smoothing > 0.0f ? args.sums : nullptr;
   with_dtype(args.dtype, [&]<class T>() {
-    const log_sum_exp_epilogue<T> epilogue{static_cast<const T*>(args.bias), targets.target, targets.target_stride, args.parts,
-                                           sums, args.at_target, int(args.rows), int(args.vocab), in_whole_runs(args.vocab, {args.bias})};
-    gemm<T, PART_WARP<T>>({args.x, args.x_stride, args.weight, args.weight_k_stride, args.weight_n_stride, args.rows, args.width, args.vocab, args.tf32}, epilogue,
-                          stream);
+    const log_sum_exp_epilogue<T> epilogue{
+        static_cast<const T*>(args.bias),      targets.target, targets.target_stride, args.parts, sums, args.at_target, int(args.rows), int(args.vocab),
+        in_whole_runs(args.vocab, {args.bias})};
+    gemm<T, PART_WARP<T>>({args.x, args.x_stride, args.weight, args.weight_k_stride, args.weight_n_stride, args.rows, args.width, args.vocab, args.tf32},
+                          epilogue, stream);
   });
   const join_args join{targets, args.parts, sums, args.at_target, int(args.rows), int(args.vocab), int(linear_cross_entropy_parts(args.dtype, args.vocab))};
-  FASTLM_LAUNCH(linear_cross_entropy_join_kernel<JOIN_WARPS>, unsigned((args.rows + 31) / 32), JOIN_WARPS * 32, 3 * JOIN_WARPS * 32 * sizeof(float), stream, join);
+  FASTLM_LAUNCH(linear_cross_entropy_join_kernel<JOIN_WARPS>, unsigned((args.rows + 31) / 32), JOIN_WARPS * 32, 3 * JOIN_WARPS * 32 * sizeof(float), stream,
+                join);
 }
 
 // From logits to their gradient
@@ -186,7 +188,7 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS) linear_cross_e
       for (int column = first; column < vocab; column += step) store_run({}, logits + column, vocab - column, column + 8 <= vocab);
     return;
   }
-  const float at_target = to_float(logits[target]);  // before the barriers below, and so before anything is overwritten
+  const float at_target = to_float(logits[target]);
   softmax_part own{-INFINITY, 0.0f};
   float sum = 0.0f;
   for (int column = first; column < vocab; column += step) {
@@ -209,6 +211,7 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS) linear_cross_e
     if (args.shares) args.tops[row] = whole.top, args.norms[row] = whole.norm;
   }
   if (args.shares) return;
+  __syncthreads();  // all have read the target's logit: it can be overwritten
   const row_gradient gradient = gradient_of(whole, args.row_scale[row], target, vocab, args.targets.label_smoothing);
   for (int column = first; column < vocab; column += step) {
     const vec<T, 8> z = load_run(static_cast<const T*>(logits) + column, vocab - column, column + 8 <= vocab);
@@ -257,8 +260,15 @@ template <class T> __global__ void __launch_bounds__(COLUMN_THREADS) linear_cros
 
 void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_args& args, stream_t stream) {
   with_dtype(args.dtype, [&]<class T>() {
-    const gradient_args<T> with{static_cast<T*>(args.logits), args.logits_stride, args.targets, args.row_scale, args.statistics,
-                                args.shares ? args.statistics + args.rows : nullptr, args.shares, int(args.rows), int(args.vocab)};
+    const gradient_args<T> with{static_cast<T*>(args.logits),
+                                args.logits_stride,
+                                args.targets,
+                                args.row_scale,
+                                args.statistics,
+                                args.shares ? args.statistics + args.rows : nullptr,
+                                args.shares,
+                                int(args.rows),
+                                int(args.vocab)};
     const int64_t runs = (args.vocab + 7) / 8, wanted = (runs + 31) / 32 * 32;
     const int threads = wanted < ROW_THREADS ? int(wanted) : ROW_THREADS;  // whole warps
     FASTLM_LAUNCH(linear_cross_entropy_row_kernel<T>, unsigned(args.rows), threads, 32 * sizeof(float), stream, with);

@@ -173,8 +173,8 @@ def both_sides(x, w1, b1, approximate, layout, keeps_hidden, keeps_activated):
     if x.numel():
         flat, w1, b1 = rows_of(x), matrix_of(w1), vector(b1)
         kernels.gelu_mlp_forward(
-            queue(x), LAUNCHED_AS[x.dtype], address(flat), flat.stride(0), address(w1), *by_layout(w1, layout), address(b1), written(hidden), written(activated),
-            *flat.shape, shape[-1], approximate == "tanh", precision(x) == "tf32",
+            queue(x), LAUNCHED_AS[x.dtype], address(flat), flat.stride(0), address(w1), *by_layout(w1, layout), address(b1), written(hidden),
+            written(activated), *flat.shape, shape[-1], approximate == "tanh", precision(x) == "tf32",
         )  # fmt: skip
     return hidden, activated
 
