@@ -1,13 +1,15 @@
 // The middle of the feed-forward block, fused into the product that feeds it:
-//   forward   hidden = x W1 + b1,  activated = gelu(hidden)                         backward   dhidden = (dy W2ᵀ)·gelu'(hidden),  activated again where it was not kept
+//   forward   hidden = x W1 + b1,  activated = gelu(hidden)
+//   backward  dhidden = (dy W2ᵀ)·gelu'(hidden),  activated again where it was not kept
 //
-// 2·rows·width·hidden_width FLOP each. A pass of its own for the GELU would read hidden and write activated: 4 bytes an element in 16 bits, or 25 MB at 2048×3072,
-// 16 µs of sm_80's 1.6 TB/s beside a product of 39 µs at width 768. Here hidden leaves the accumulators once and is not read again; where the level of recomputation
-// keeps no hidden it is not written at all. The other products are the vendor's. The GELU sees its input before that is rounded to be saved; the backward, after.
+// 2·rows·width·hidden_width FLOP each. A pass of its own for the GELU would read hidden and write activated: 4 bytes an element in 16 bits, or 25 MB at
+// 2048×3072, 16 µs of sm_80's 1.6 TB/s beside a product of 39 µs at width 768. Here hidden leaves the accumulators once and is not read again; where the
+// level of recomputation keeps no hidden it is not written at all. The other products are the vendor's. The forward's GELU sees its input before that is
+// rounded to be saved; the backward's, after.
 //
 // 1. The GELU as the epilogue of gemm.cuh. Its arithmetic, about 45 instructions an element for erf and 25 for tanh, is 16384·45/32 = 23,000 of a tile's warp
-//    instructions, 5,800 cycles of a multiprocessor's four schedulers, against 12,300 cycles of tensor-core time at k = 768: hidden while another block multiplies,
-//    so 80 % of the product alone is predicted with erf, 90 % with tanh. The backward reads hidden too, one run ahead of its use.
+//    instructions, 5,800 cycles of a multiprocessor's four schedulers, against 12,300 cycles of its tensor cores at k = 768: partly hidden while another
+//    block multiplies, so 80 % of the product alone is predicted with erf, 90 % with tanh. The backward reads hidden too, one run ahead of its use.
 #include "gelu_mlp.h"
 #include "gemm.cuh"
 

@@ -7,16 +7,19 @@
 // 1. Tile 128×128, four warps of 64×64. A step of 64 bytes is 2·128·128·32 FLOP for 16 KiB from the L2 cache: 64 FLOP a byte, so sm_80's 312 TFLOP/s ask
 //    for 4.9 TB/s, what its L2 cache just gives; tiles are walked 8 rows of them at a time, which keeps W's columns there. From shared memory a
 //    warp takes 4 KiB for 64·64·16 products: half of what the tensor cores' rate would let it take (8 warps of 64×32: three quarters).
-//    Three stages are 48 KiB and at most 255 registers a thread: two blocks a multiprocessor on all architectures (2·49 of sm_86's 100 KiB), so that one multiplies
-//    while the other is in its epilogue. Predicted on sm_80: 70–75 % of the peak at k = 768, bound by the epilogue and by the last wave of tiles.
+//    Three stages are 48 KiB, and a thread has 255 registers at most: two blocks to a multiprocessor on every architecture (sm_86 has 100 KiB, a block
+//    takes 49), so that one multiplies while the other is in its epilogue. Used: 207 to 236 registers. Predicted on sm_80: 70–75 % of the peak at
+//    k = 768, bound by the epilogue and by the last wave of tiles.
 // 2. The epilogue goes through shared memory, 32 rows of a warp at a time, in a loop that is not unrolled: the accumulators' own layout would give
-//    4 bytes a lane to a row, half-written sectors of 32 bytes, and one copy of the epilogue's code for every accumulator. A row of a warp leaves in whole lines of 128
-//    bytes; what the epilogue reads is fetched one run ahead. Predicted: stores at full width; about 5 % of a product with k = 768.
-// 3. Tile 64×64, four warps of 32×32, where tiles of 128 would leave multiprocessors without work. Half the FLOP a byte, and 24 KiB: four blocks a multiprocessor.
-//    In float32 always: a warp of 64×64 spills 400 bytes a thread with what 4. holds, and 16 FLOP a byte ask the L2 cache for 2.5 TB/s only.
-// 4. float32 in three tf32 products, a·w ≈ a_low·w_high + a_high·w_low + a_high·w_high: what is left out is 2⁻²² of a product. The tensor cores truncate as they
-//    add, so each step of 8 along k starts from zero and is added to the total by an FADD, which rounds (Ootomo & Yokota 2022, arXiv:2203.03341): the error grows
-//    as a chain of FMA's does, not with a bias. Predicted on sm_80: 156/3 less the FADDs, about 40 TFLOP/s against 19.5 of FMA. An infinite operand gives NaN.
+//    4 bytes a lane to a row, half-written sectors of 32 bytes, and one copy of the epilogue's code for every accumulator. A row of a warp leaves in
+//    whole lines of 128 bytes; what the epilogue reads is fetched one run ahead. Predicted: stores at full width; about 5 % of a product with k = 768.
+// 3. Tile 64×64, four warps of 32×32, where tiles of 128 would leave multiprocessors without work: half the FLOP a byte, 24 KiB and 100 registers, so
+//    four blocks to a multiprocessor. In float32 always: a warp of 64×64 spills 400 bytes a thread with what 4. holds, and 16 FLOP a byte
+//    ask the L2 cache for 2.5 TB/s only.
+// 4. float32 in three tf32 products, a·w ≈ a_low·w_high + a_high·w_low + a_high·w_high: what is left out is 2⁻²² of a product. The tensor cores
+//    truncate as they add, so each step of 8 along k starts from zero and is added to the total by an FADD, which rounds (Ootomo & Yokota 2022,
+//    arXiv:2203.03341): the error grows as that of a chain of FMA does, without a bias. Predicted on sm_80: 156/3 less the FADDs, about
+//    40 TFLOP/s against 19.5 of FMA. An infinite operand gives NaN.
 #pragma once
 #include <climits>
 #include <initializer_list>
@@ -299,7 +302,7 @@ template <class T, bool K_CONTIGUOUS, int WARP, class Epilogue> void gemm_launch
 
 // WARP: 64, or 32 where there are few tiles; 32 in float32, whose three products need the registers. An epilogue is a struct with
 //   auto fetch(int row, int column, bool inside) const: what finish will need of memory, asked for early
-//   template <int LANES> void finish(int row, int column, vec<float, 8>& c, fetched, bool inside) const: called by whole warps, LANES neighbouring lanes to a row
+//   template <int LANES> void finish(int row, int column, vec<float, 8>& c, fetched, bool inside) const: called by whole warps, LANES lanes side by side to a row
 template <class T, int WARP, class Epilogue> void gemm(const gemm_operands& with, const Epilogue& epilogue, stream_t stream) {
   if (with.w_k_stride == 1 || with.k == 1) gemm_launch<T, true, WARP>(with, epilogue, stream);
   else gemm_launch<T, false, WARP>(with, epilogue, stream);

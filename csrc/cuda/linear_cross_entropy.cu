@@ -1,15 +1,15 @@
 // Linear cross-entropy:  loss = lse(z) − (1 − ε)·z[target] − ε·mean(z),  z = x·Wᵀ + b (one row per token, vocab columns), ε the label smoothing
 //
 // Without gradients: 2·rows·width·vocab FLOP, and of the logits nothing is stored but a largest one and a sum of exponentials for every 64 columns: 12 bytes
-// instead of 128. With gradients the products on all sides are the vendor's, on a chunk of rows, and a kernel goes over the chunk twice, the second time in place:
-// 6 bytes and about 10 FLOP a logit in 16 bits.
+// instead of 128. With gradients the products on all sides are the vendor's, on a chunk of rows, and a kernel goes over the chunk twice, the second time
+// in place: 6 bytes and about 10 FLOP a logit in 16 bits.
 //
-// 1. The log-sum-exp is an epilogue of gemm.cuh. A pass of its own would write and read 4 bytes a logit: 3.3 GB at 8192×50257, 2.1 ms of sm_80's bandwidth beside
-//    a product of 2.0 ms at its peak. The epilogue costs 9 exponentials (of 16 a cycle) for 8 logits, 16384·9/8/16 = 1,150 cycles a tile against 12,300 of the
-//    tensor cores at width 768: 85 % of the product alone is predicted.
-// 2. The gradient: a block to a row, which it reads into the L1 cache: a row of 50257 logits in 16 bits is 100 KB, a chunk 64 MB. The rows of a chunk begin at multiples
-//    of 128 bytes whatever the vocabulary, so that accesses are of 16 bytes and the vendor's products get a leading dimension that they like. Bound by memory:
-//    64 MB read and written, 80 µs on sm_80, of 400 for the chunk's three products at width 768.
+// 1. The log-sum-exp is an epilogue of gemm.cuh. A pass of its own would write and read 4 bytes a logit: 1.6 GB at 8192×50257, 1.0 ms of sm_80's bandwidth
+//    beside a product of 2.0 ms at its peak. The epilogue costs 9 exponentials (of 16 a cycle) for 8 logits, 16384·9/8/16 = 1,150 cycles a tile against
+//    12,300 of the tensor cores at width 768: 85 % of the product alone is predicted.
+// 2. The gradient: a block to a row, which it reads into the L1 cache: a row of 50257 logits in 16 bits is 100 KB, a chunk 64 MB. The rows of a chunk begin
+//    at multiples of 128 bytes whatever the vocabulary, so that accesses are of 16 bytes and the vendor's products get a leading dimension that they like.
+//    Bound by memory: 64 MB read and written, 80 µs on sm_80, of about 600 with the chunk's three products at width 768.
 // 3. Where the bias wants a gradient the second pass goes by columns: a thread owns 8 columns of 64 rows and adds up what it writes, before it is
 //    rounded. No atomics: the shares are added in order. The logits are then read from the L2 cache or from memory again: half as much traffic again.
 #include "linear_cross_entropy.h"
@@ -20,8 +20,8 @@ namespace fastlm::cuda {
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-// The largest of some logits, and Σ exp(z − largest): relative to it, as the loss of a target that is nearly certain would be lost in the difference of two large
-// numbers. A NaN stays one in both.
+// The largest of some logits, and Σ exp(z − largest): relative to it, as the loss of a target that is nearly certain would be lost in the difference of two
+// large numbers. A NaN stays one in both.
 struct softmax_part {
   float top, norm;
 };
