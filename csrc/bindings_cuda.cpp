@@ -273,7 +273,7 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
 #ifdef FASTLM_CUDA_EMULATION
   m.def("allow", [](address begin, size_t bytes, bool writable) { allow(at<>(begin), bytes, writable); }, "begin"_a, "bytes"_a, "writable"_a);
 #else
-  m.attr("archs") = FASTLM_CUDA_ARCHS;  // "80,90,100,120": of the code inside; PTX of the last
+  m.attr("archs") = FASTLM_CUDA_ARCHS;  // "80,90,100,120": of the code inside; and PTX of the first
   m.def("runtime_version", &runtime_version);
   m.def("driver_version", &driver_version);
 #endif

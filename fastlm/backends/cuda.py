@@ -58,20 +58,13 @@ def unavailable():
     return [] if torch.cuda.is_available() else ["finds no GPU (torch.cuda.is_available() is false)"]
 
 
-def runs_on(capability: tuple[int, int], archs: str) -> bool:
-    """Code runs on its own architecture and on later minor ones of the same major; the PTX of the last becomes code for whatever is later still."""
-    built = [int(arch) for arch in archs.split(",")]
-    major, minor = capability
-    return any(arch // 10 == major and arch % 10 <= minor for arch in built) or major * 10 + minor >= built[-1]
-
-
 @functools.cache
 def unfit(index):
     """Why a GPU cannot run the kernels."""
-    capability = torch.cuda.get_device_capability(index)
-    if runs_on(capability, kernels.archs):
+    major, minor = torch.cuda.get_device_capability(index)
+    if major * 10 + minor >= int(kernels.archs.split(",")[0]):  # there is code or PTX for it
         return []
-    return [f"is compiled for sm_{kernels.archs.replace(',', ', sm_')}, and {torch.cuda.get_device_name(index)} is sm_{capability[0]}{capability[1]}"]
+    return [f"is compiled for sm_{kernels.archs.replace(',', ', sm_')} and what is later, and {torch.cuda.get_device_name(index)} is sm_{major}{minor}"]
 
 
 def refuses(operator, device, dtype, **features):
@@ -233,7 +226,8 @@ def losses(x, weight, bias, targets, loss, ignore_index, label_smoothing):
     for begin in range(0, rows, max(1, chunk)):
         part, target, result = (t[begin : begin + chunk] for t in (x, targets, loss))
         count = part.shape[0]
-        tops_and_norms, sums, at_target = loss.new_empty(parts, count, 2), loss.new_empty(parts, count), loss.new_empty(count)
+        tops_and_norms, at_target = loss.new_empty(parts, count, 2), loss.new_empty(count)
+        sums = loss.new_empty(parts, count) if label_smoothing else None
         kernels.linear_cross_entropy_forward(
             queue(x), dtype, address(part), part.stride(0), address(weight), *by_layout(weight, "linear"), address(bias), address(target), target.stride(0),
             written(result), written(tops_and_norms), written(sums), written(at_target), count, width, vocab, ignore_index, label_smoothing,
