@@ -24,10 +24,10 @@ namespace {
 
 template <class T, int D> struct QueryTile {
   static constexpr int Warps = sizeof(T) == 4 && D > 128 ? 2 : 4, Queries = 16 * Warps;
-  static constexpr int Keys = sizeof(T) == 2 ? (D == 64 ? 64 : 32) : D <= 128 ? 32 : 16;
-  static constexpr int Stages = D * sizeof(T) > 256 ? 1 : 2;
+  static constexpr int Keys = D > 128 ? 16 : sizeof(T) == 2 && D == 64 ? 64 : 32;
+  static constexpr int Stages = D * sizeof(T) > (sizeof(T) == 2 ? 512 : 256) ? 1 : 2;
   static constexpr int Bytes = 2 * (Queries + Stages * Keys) * D * int(sizeof(T));
-  static constexpr int Blocks = D <= 64 ? 3 : D * sizeof(T) <= 256 ? 2 : 1;
+  static constexpr int Blocks = D * sizeof(T) <= 256 ? 2 : 1;
   static_assert(Bytes <= 99 << 10);
   static_assert(Keys <= D, "the mask's gradient lies where dq would");
 };

@@ -102,12 +102,17 @@ template <> struct Left<float> {
 template <class T> FASTLM_DEVICE void multiply(float (&c)[4], const Left<T>& a, uint32_t b0, uint32_t b1, bool tf32) {
   if constexpr (std::is_same_v<T, float>) {
     const uint32_t near[2] = {to_tf32(__uint_as_float(b0)), to_tf32(__uint_as_float(b1))};
-    if (!tf32) {
+    if (tf32) {
+      mma_tf32(c, a.near, near);
+    } else {  // summed by themselves, the smallest first, and added once: c is rounded once for eight terms, not for each of three times eight
       const uint32_t rest[2] = {to_tf32(__uint_as_float(b0) - __uint_as_float(near[0])), to_tf32(__uint_as_float(b1) - __uint_as_float(near[1]))};
-      mma_tf32(c, a.rest, near);
-      mma_tf32(c, a.near, rest);
+      float sum[4] = {};
+      mma_tf32(sum, a.rest, near);
+      mma_tf32(sum, a.near, rest);
+      mma_tf32(sum, a.near, near);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[i] += sum[i];
     }
-    mma_tf32(c, a.near, near);
   } else {
     const uint32_t b[2] = {b0, b1};
     mma<T>(c, a.near, b);
