@@ -8,11 +8,13 @@
 //    for 4.9 TB/s, what its L2 cache just gives; tiles are walked 8 rows of them at a time, which keeps W's columns there. From shared memory a
 //    warp takes 4 KiB for 64·64·16 products: half of what the tensor cores' rate would let it take (8 warps of 64×32: three quarters).
 //    Three stages are 48 KiB, and a thread has 255 registers at most: two blocks to a multiprocessor on every architecture (sm_86 has 100 KiB, a block
-//    takes 49), so that one multiplies while the other is in its epilogue. Used: 207 to 236 registers. Predicted on sm_80: 70–75 % of the peak at
+//    takes 49), so that one multiplies while the other is in its epilogue. Used: 214 registers. Predicted on sm_80: 70–75 % of the peak at
 //    k = 768, bound by the epilogue and by the last wave of tiles.
 // 2. The epilogue goes through shared memory, 32 rows of a warp at a time, in a loop that is not unrolled: the accumulators' own layout would give
 //    4 bytes a lane to a row, half-written sectors of 32 bytes, and one copy of the epilogue's code for every accumulator. A row of a warp leaves in
 //    whole lines of 128 bytes; what the epilogue reads is fetched one run ahead. Predicted: stores at full width; about 5 % of a product with k = 768.
+//    A thread's copies stand below one another, so that a step costs it one address and additions for each operand: 60 instructions a step beside
+//    64 of the tensor cores and 16 ldmatrix (addresses made one by one were 110).
 // 3. Tile 64×64, four warps of 32×32, where tiles of 128 would leave multiprocessors without work: half the FLOP a byte, 24 KiB and 100 registers, so
 //    four blocks to a multiprocessor. In float32 always: a warp of 64×64 spills 400 bytes a thread with what 4. holds, and 16 FLOP a byte
 //    ask the L2 cache for 2.5 TB/s only.
@@ -69,26 +71,25 @@ template <class T, int CHUNKS> FASTLM_DEVICE int tile_offset(int row, int chunk)
 
 constexpr int GEMM_THREADS = 128;
 
-// ROWS × CHUNKS chunks of a matrix, zeros beyond its end.
+// ROWS × CHUNKS chunks of a matrix, zeros beyond its end. A thread's chunks stand below one another, as many rows apart as leave the swizzle as it is.
 template <class T, int ROWS, int CHUNKS> FASTLM_DEVICE void load_tile(unsigned char* tile, const matrix<T>& from, int first_row, int first_column) {
-  constexpr int PER = 16 / sizeof(T);
+  constexpr int PER = 16 / sizeof(T), APART = GEMM_THREADS / CHUNKS;
+  const int chunk = int(threadIdx.x) % CHUNKS, place = int(threadIdx.x) / CHUNKS, row = first_row + place, column = first_column + chunk * PER;
+  static_assert(GEMM_THREADS % CHUNKS == 0 && APART % (sizeof(T) == 2 || CHUNKS == 4 ? 8 : 4) == 0);
+  unsigned char* to = tile + tile_offset<T, CHUNKS>(place, chunk);
+  const T* source = from.data + row * from.stride + column;
   if (from.chunked) {
 #pragma unroll
-    for (int i = 0; i < ROWS * CHUNKS / GEMM_THREADS; ++i) {
-      const int at = int(threadIdx.x) + i * GEMM_THREADS, row = first_row + at / CHUNKS, column = first_column + at % CHUNKS * PER;
-      const bool inside = row < from.rows && column < from.columns;
-      cp_async_16(tile + tile_offset<T, CHUNKS>(at / CHUNKS, at % CHUNKS), from.data + (inside ? row * from.stride + column : 0), inside);
-    }
+    for (int i = 0; i < ROWS / APART; ++i, source += APART * from.stride)
+      cp_async_16(to + i * APART * CHUNKS * 16, source, row + i * APART < from.rows && column < from.columns);
     return;
   }
 #pragma unroll 1
-  for (int at = int(threadIdx.x); at < ROWS * CHUNKS; at += GEMM_THREADS) {
-    const int row = first_row + at / CHUNKS, column = first_column + at % CHUNKS * PER;
-    const T* source = from.data + row * from.stride + column;
-    vec<T, PER> chunk;
+  for (int i = 0; i < ROWS / APART; ++i, source += APART * from.stride) {
+    vec<T, PER> values;
 #pragma unroll
-    for (int e = 0; e < PER; ++e) chunk[e] = row < from.rows && column + e < from.columns ? source[e] : from_float<T>(0.0f);
-    chunk.store(reinterpret_cast<T*>(tile + tile_offset<T, CHUNKS>(at / CHUNKS, at % CHUNKS)));
+    for (int e = 0; e < PER; ++e) values[e] = row + i * APART < from.rows && column + e < from.columns ? source[e] : from_float<T>(0.0f);
+    values.store(reinterpret_cast<T*>(to + i * APART * CHUNKS * 16));
   }
 }
 
@@ -302,7 +303,7 @@ template <class T, bool K_CONTIGUOUS, int WARP, class Epilogue> void gemm_launch
 
 // WARP: 64, or 32 where there are few tiles; 32 in float32, whose three products need the registers. An epilogue is a struct with
 //   auto fetch(int row, int column, bool inside) const: what finish will need of memory, asked for early
-//   template <int LANES> void finish(int row, int column, vec<float, 8>& c, fetched, bool inside) const: called by whole warps, LANES lanes side by side to a row
+//   template <int LANES> void finish(int row, int column, vec<float, 8>& c, fetched, bool inside) const: by whole warps, LANES lanes side by side to a row
 template <class T, int WARP, class Epilogue> void gemm(const gemm_operands& with, const Epilogue& epilogue, stream_t stream) {
   if (with.w_k_stride == 1 || with.k == 1) gemm_launch<T, true, WARP>(with, epilogue, stream);
   else gemm_launch<T, false, WARP>(with, epilogue, stream);
