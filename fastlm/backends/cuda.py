@@ -42,6 +42,25 @@ def version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
+OLDEST_DRIVERS = {12: "525", 13: "580"}  # what NVIDIA says that a major version of CUDA needs
+
+
+def in_words():
+    """What was built, for fastlm.info()."""
+    built = isa.report().get("cuda", {})
+    if EMULATED:
+        return "emulated on the CPU (FASTLM_CUDA_EMULATION=1)" if kernels else missing
+    if kernels is None:
+        return missing.removeprefix("is ")
+    number = built.get("version", "") or version(kernels.runtime_version())
+    driver = OLDEST_DRIVERS.get(int(number.partition(".")[0]))
+    needed = f"a driver for CUDA {number.partition('.')[0]}{f' ({driver} or later)' if driver else ''}"
+    return (
+        f"CUDA {number}, code for sm_{kernels.archs.replace(',', ', sm_')} and PTX for later ones; needs {needed}; "
+        "auto takes Triton first until measurements on a GPU say otherwise"
+    )
+
+
 @functools.cache
 def unavailable():
     if kernels is None:
