@@ -1,5 +1,6 @@
 """Compiles CUDA C++ sources against the emulator, incrementally, by ninja: object files and the modules stand in build/cuda_emulation of the checkout."""
 
+import fcntl
 import os
 import shlex
 import subprocess
@@ -55,6 +56,7 @@ def build(name: str, kernels: list[Path], bindings: list[Path]) -> Path:
     host = [*COMMON, *fused_multiply_add(), f"-DFASTLM_MODULE={name}"]
     text = f"""\
 ninja_required_version = 1.5
+builddir = {name}
 rule compile
   command = {words(*compiler)} $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
@@ -78,12 +80,12 @@ rule link
     text += f"build {target.name}: link {' '.join(objects)}\n"
     FOLDER.mkdir(parents=True, exist_ok=True)
     script = FOLDER / f"{name}.ninja"
-    script.write_text(text)
     jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
-    # Each target has a log of its own: one log for several files would forget what the others built.
-    built = subprocess.run(
-        [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(FOLDER), "-f", script.name, "-j", jobs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(FOLDER), "-f", script.name, "-j", jobs]
+    with open(FOLDER / f"{name}.lock", "w") as lock:  # two builds at once would write the same files
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        script.write_text(text)
+        built = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if built.returncode:
         raise RuntimeError(built.stdout)
     return target

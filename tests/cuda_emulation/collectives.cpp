@@ -64,7 +64,7 @@ template <products kind, int N> [[gnu::always_inline]] inline void widen(const u
 }
 
 // Products of the operands are exact in float32; the sum runs over k in order.
-template <products kind> static void multiply16(Warp& warp) {
+template <products kind> [[gnu::noinline]] static void multiply16(Warp& warp) {
   alignas(32) float a_low[4][Lanes], a_high[4][Lanes], b_low[2][Lanes], b_high[2][Lanes];
   widen<kind, 4 * Lanes>(warp.a[0], a_low[0], a_high[0]);
   widen<kind, 2 * Lanes>(warp.b[0], b_low[0], b_high[0]);
@@ -86,18 +86,24 @@ template <products kind> static void multiply16(Warp& warp) {
   }
 }
 
-static void multiply8(Warp& warp) {
-  const auto truncated = [](uint32_t bits) { return std::bit_cast<float>(bits & 0xFFFFE000u); };
-  for (int row = 0; row < 16; ++row) {
-    row8 sum;
-    std::memcpy(&sum, warp.c[row], 32);
+[[gnu::noinline]] static void multiply8(Warp& warp) {
+  alignas(32) float a[4][Lanes];
+  row8 b[2][4];
+  for (int i = 0; i < 4 * Lanes; ++i) a[0][i] = std::bit_cast<float>(warp.a[0][i] & 0xFFFFE000u);
+  for (int half = 0; half < 2; ++half)
+    for (int t = 0; t < 4; ++t) {
+      words8 row;
+      std::memcpy(&row, &warp.b[half][t * 8], 32);
+      b[half][t] = std::bit_cast<row8>(row & 0xFFFFE000u);
+    }
+  for (int upper = 0; upper < 2; ++upper) {
+    row8 sums[8];
+    for (int group = 0; group < 8; ++group) std::memcpy(&sums[group], warp.c[upper * 8 + group], 32);
     for (int half = 0; half < 2; ++half)
-      for (int t = 0; t < 4; ++t) {
-        words8 b;
-        std::memcpy(&b, &warp.b[half][t * 8], 32);
-        sum += truncated(warp.a[half * 2 + row / 8][row % 8 * 4 + t]) * std::bit_cast<row8>(b & 0xFFFFE000u);
-      }
-    std::memcpy(warp.product[row], &sum, 32);
+      for (int t = 0; t < 4; ++t)
+#pragma GCC unroll 8
+        for (int group = 0; group < 8; ++group) sums[group] += a[half * 2 + upper][group * 4 + t] * b[half][t];
+    for (int group = 0; group < 8; ++group) std::memcpy(warp.product[upper * 8 + group], &sums[group], 32);
   }
 }
 
