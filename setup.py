@@ -3,12 +3,17 @@
 Whatever fails here leaves a package that works on PyTorch's own operators; fastlm/_build.json keeps the reason for fastlm.info().
 
 CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they always mean. FASTLM_REQUIRE_BUILD=1 makes a failed build an error, FASTLM_BUILD_ISAS=avx2,baseline
-builds those modules only, FASTLM_SANITIZE=address,undefined builds with these sanitizers. See docs/building.md.
+builds those modules only, FASTLM_SANITIZE=address,undefined builds with these sanitizers.
+
+The CUDA kernels are one more module, by nvcc: FASTLM_BUILD_CUDA=auto (where nvcc and an NVIDIA driver are found), 0 or 1; FASTLM_CUDA_ARCHS=80,90 chooses
+the architectures. See docs/building.md and docs/cuda.md.
 """
 
+import ctypes.util
 import filecmp
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -38,6 +43,14 @@ X86_ISAS = {
 
 # Contraction to FMA is wanted on every compiler; -ffast-math is not: NaN and infinity have a meaning here.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+
+# Code for each (sm_80's runs on 86 and 89 too, 120's on 121). As the kernels use what sm_80 has and no more, all of it is made from one and the same PTX, which
+# is there too, for GPUs that are later still.
+CUDA_ARCHS = ("80", "90", "100", "120")
+OLDEST_NVCC = (12, 0)  # the first that knows C++20
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "-Xptxas", "-v"]
+# Every kernel counts as tuned, and one that spills registers fails the build, unless a part of its mangled name stands here, with the reason.
+MAY_SPILL: dict[str, str] = {}
 
 CXX20_PROBE = "#include <concepts>\nint f(auto g) { return g.template operator()<int>(); }\nint main() { return f([]<std::integral T>() { return T(0); }); }\n"
 OPENMP_PROBE = "#include <omp.h>\nint f(int n) {\n#pragma omp parallel num_threads(n)\n  n = omp_get_thread_num();\n  return n;\n}\n"
@@ -105,12 +118,128 @@ def find_toolchain() -> Toolchain:
     return Toolchain(command, compiler_name(macros), isas, openmp, ["-fopenmp"] if openmp and "__clang__" in macros else [])
 
 
-def build_file(tools: Toolchain, includes: list[Path]) -> str:
-    """The text of build.ninja: the target `<module><suffix>` for each module."""
+@dataclass(frozen=True)
+class Cuda:
+    nvcc: str
+    home: Path  # with bin/, include/ and lib/ or lib64/
+    version: str  # "13.0"
+    archs: tuple[str, ...]
+
+
+def nvcc_candidates() -> list[str]:
+    """Where the user says, on the PATH, where PyPI's packages put it, and where NVIDIA's installers do."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if homes:
+        return [os.path.join(home, "bin", "nvcc") for home in homes]
+    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path}
+    installed = sorted((str(file) for folder in packages for file in Path(folder, "nvidia").glob("cu*/bin/nvcc")), reverse=True)
+    return [*filter(None, [shutil.which("nvcc")]), *installed, "/usr/local/cuda/bin/nvcc"]
+
+
+def find_cuda() -> Cuda:
+    """The CUDA toolkit to build with; BuildFailed says why there is none."""
+    if sys.platform != "linux":
+        raise BuildFailed("the CUDA kernels are built on Linux alone")
+    candidates = nvcc_candidates()
+    nvcc = next(filter(os.path.exists, candidates), None)
+    if nvcc is None:
+        raise BuildFailed(
+            f"no nvcc found (looked for {', '.join(candidates)}); pip install nvidia-cuda-nvcc nvidia-cuda-runtime brings one, and CUDA_HOME names the folder"
+            " of another, the one with bin/nvcc in it"
+        )
+
+    def says(*options: str) -> str:
+        done = subprocess.run([nvcc, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        return done.stdout
+
+    release, top = re.search(r"release (\d+)\.(\d+)", says("--version")), re.search(r"#\$ TOP=(.+)", says("--dryrun", "-c", "-x", "cu", os.devnull))
+    if release is None or top is None:
+        raise BuildFailed(f"{nvcc} does not work: {(says('--version').strip().splitlines() or ['it says nothing'])[-1]}")
+    if tuple(map(int, release.groups())) < OLDEST_NVCC:
+        raise BuildFailed(f"{nvcc} is of CUDA {'.'.join(release.groups())}, and {'.'.join(map(str, OLDEST_NVCC))} or later is needed")
+    home, known = Path(top[1]).resolve(), re.findall(r"compute_(\d+)", says("--list-gpu-arch"))
+    if not (home / "include" / "cuda_runtime.h").exists():
+        raise BuildFailed(f"cuda_runtime.h is not in {home / 'include'}; pip install nvidia-cuda-runtime (of nvcc's version) brings it")
+    archs = tuple(arch for arch in CUDA_ARCHS if arch in known)
+    if wanted := os.environ.get("FASTLM_CUDA_ARCHS"):
+        archs = tuple(sorted(set(wanted.split(",")), key=lambda arch: (len(arch), arch)))
+        if wrong := [arch for arch in archs if arch not in known or int(arch) < 80]:
+            usable = ",".join(arch for arch in known if int(arch) >= 80)
+            raise CompileError(f"FASTLM_CUDA_ARCHS: expected architectures out of {usable}, got {','.join(wrong)}")
+    return Cuda(nvcc, home, ".".join(release.groups()), archs)
+
+
+def wanted_cuda() -> tuple[Cuda | None, str]:
+    """(what to build with, why nothing is built)."""
+    wanted = os.environ.get("FASTLM_BUILD_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        raise CompileError(f"FASTLM_BUILD_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None, "FASTLM_BUILD_CUDA=0"
+    if wanted == "auto" and not (os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/dxg") or ctypes.util.find_library("cuda")):
+        return None, "there was no NVIDIA driver where it was built (FASTLM_BUILD_CUDA=1 builds all the same)"
+    try:
+        return find_cuda(), ""
+    except BuildFailed as failure:
+        return None, str(failure)
+
+
+def words(*flags: str) -> str:
+    """As a variable of build.ninja."""
+    return shlex.join(flags).replace("$", "$$")
+
+
+def cuda_build_file(cuda: Cuda, tools: Toolchain) -> str:
+    """The part of build.ninja that makes _cuda: nvcc compiles the kernels, for all architectures at once, and the host's compiler what Python sees. What ptxas
+    says of registers and spills stays in a file beside each object.
+    """
     from ninja.ninja_syntax import escape_path
 
-    def words(*flags: str) -> str:
-        return shlex.join(flags).replace("$", "$$")
+    virtual = f"compute_{cuda.archs[0]}"
+    code = ",".join([*(f"sm_{arch}" for arch in cuda.archs), virtual])
+    compiler = next((word for word in tools.command if os.path.basename(word) not in ("ccache", "sccache")), tools.command[0])
+    flags = [*NVCC_FLAGS, "-ccbin", compiler, f"-gencode=arch={virtual},code=[{code}]", f"-I{ROOT / 'csrc'}"]
+    # The runtime's symbols stay inside: PyTorch brings a runtime of its own, perhaps of another version.
+    libraries = [f"-L{cuda.home / name}" for name in ("lib64", "lib") if (cuda.home / name).exists()]
+    link = [*libraries, "-lcudart_static", "-lpthread", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
+    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    text = f"""\
+nvcc = {words(cuda.nvcc)}
+nvcc_flags = {words(*flags)}
+rule nvcc
+  command = $nvcc $nvcc_flags -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)
+  depfile = $out.d
+  deps = gcc
+  description = compiling $out
+"""
+    for kernel in kernels:
+        text += f"build {kernel.stem}.cu.o: nvcc {escape_path(str(kernel))}\n"
+    return f"""\
+{text}build _cuda.o: compile {escape_path(str(ROOT / "csrc/bindings_cuda.cpp"))}
+  module_flags = {words("-DFASTLM_MODULE=_cuda", f'-DFASTLM_CUDA_ARCHS="{",".join(cuda.archs)}"')}
+build _cuda{SUFFIX}: link _cuda.o {" ".join(f"{kernel.stem}.cu.o" for kernel in kernels)}
+  module_link_flags = {words(*link)}
+"""
+
+
+def spills(logs: list[str]) -> list[str]:
+    """The tuned kernels that spill registers, by what ptxas -v says: "kernel spills 8 bytes on sm_80"."""
+    found = []
+    for log in logs:
+        kernel = arch = ""
+        for line in log.splitlines():
+            if entry := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+                kernel, arch = entry.groups()
+            elif (spilt := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)) and kernel:
+                stored, loaded = map(int, spilt.groups())
+                if (stored or loaded) and not any(name in kernel for name in MAY_SPILL):
+                    found.append(f"{kernel} spills {max(stored, loaded)} bytes on {arch}")
+    return found
+
+
+def build_file(tools: Toolchain, includes: list[Path], cuda: Cuda | None = None) -> str:
+    """The text of build.ninja: the target `<module><suffix>` for each module."""
+    from ninja.ninja_syntax import escape_path
 
     sanitize = [f"-fsanitize={os.environ['FASTLM_SANITIZE']}"] if os.environ.get("FASTLM_SANITIZE") else []
     flags = [*FLAGS, *(option for folder in includes for option in ("-isystem", str(folder))), f"-I{ROOT / 'csrc'}"]
@@ -144,7 +273,7 @@ build {name}.o: compile {escape_path(str(ROOT / source))}
 build {name}{SUFFIX}: link {name}.o
   module_link_flags = {words(*link_flags)}
 """
-    return text
+    return text + (cuda_build_file(cuda, tools) if cuda else "")
 
 
 def jobs() -> int:
@@ -170,7 +299,7 @@ def mirror(source: Path, target: Path) -> None:
             shutil.copyfile(file, copy)
 
 
-def compile_modules(folder: Path) -> tuple[Toolchain, list[Path], str]:
+def compile_modules(folder: Path, cuda: Cuda | None) -> tuple[Toolchain, list[Path], str]:
     """Runs ninja in `folder`: what was built, and what the compiler said of the rest."""
     tools = find_toolchain()
     python = Path(sysconfig.get_path("include"))
@@ -183,43 +312,71 @@ def compile_modules(folder: Path) -> tuple[Toolchain, list[Path], str]:
         raise BuildFailed(f"{missing.name} is missing, which an isolated build installs by itself") from missing
     folder.mkdir(parents=True, exist_ok=True)
     mirror(Path(pybind11.get_include()), folder / "include")
-    (folder / "build.ninja").write_text(build_file(tools, [python, folder / "include"]))
-    names = ["_cpu_features", *(f"_cpu_{isa}" for isa in tools.isas)]
+    (folder / "build.ninja").write_text(build_file(tools, [python, folder / "include"], cuda))
+    names = ["_cpu_features", *(f"_cpu_{isa}" for isa in tools.isas), *(["_cuda"] if cuda else [])]
     targets = [folder / f"{name}{SUFFIX}" for name in names]
     for target in targets:  # so that one which exists afterwards is one that was built
         target.unlink(missing_ok=True)
     command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-k", "0", "-j", str(jobs())]
     print(f"fastlm: building {', '.join(names)} with {tools.name}{'' if tools.openmp else ', without OpenMP'}", flush=True)
+    if cuda:
+        print(f"fastlm: _cuda with CUDA {cuda.version} ({cuda.nvcc}) for sm_{', sm_'.join(cuda.archs)}", flush=True)
     log = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace").stdout
     print(log, flush=True)
     return tools, [target for target in targets if target.exists()], log
 
 
+def first_error(log: str) -> str:
+    return next((line.replace(f"{ROOT}{os.sep}", "").strip() for line in log.splitlines() if "error" in line.lower()), "see the build log")
+
+
 class BuildModules(build_ext):
     def run(self) -> None:
         package = Path(ROOT if self.inplace else self.build_lib, "fastlm")
-        report = {"modules": [], "openmp": False, "compiler": "", "reason": ""}
+        cuda, why_no_cuda = wanted_cuda()
+        on_cuda = {"reason": why_no_cuda, "version": cuda.version if cuda else "", "archs": ",".join(cuda.archs) if cuda else ""}
+        report = {"modules": [], "openmp": False, "compiler": "", "reason": "", "cuda": on_cuda}
         built: list[Path] = []
+        folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
         try:
-            tools, built, log = compile_modules(ROOT / "build" / f"ninja-{sys.implementation.cache_tag}")
+            tools, built, log = compile_modules(folder, cuda)
             report |= {"openmp": tools.openmp, "compiler": tools.name}
             names = [file.name.removesuffix(SUFFIX) for file in built]
             if missing := [f"_cpu_{name}" for name in ("features", *tools.isas) if f"_cpu_{name}" not in names]:
-                first_error = next((line.replace(f"{ROOT}{os.sep}", "").strip() for line in log.splitlines() if "error" in line.lower()), "see the build log")
-                report["reason"] = f"{', '.join(missing)} did not compile: {first_error}"
+                report["reason"] = f"{', '.join(missing)} did not compile: {first_error(log)}"
             if "_cpu_features" in names:  # it says which of the others this CPU can run: without it none is used
-                report["modules"] = [name for name in names if name != "_cpu_features"]
+                report["modules"] = [name for name in names if name.startswith("_cpu_") and name != "_cpu_features"]
+            if cuda:
+                on_cuda["reason"] = self.check_cuda(folder, "_cuda" in names, log)
         except BuildFailed as failure:
             report["reason"] = str(failure)
+            on_cuda["reason"] = on_cuda["reason"] or str(failure)
+        if on_cuda["reason"]:
+            built = [file for file in built if file.name != f"_cuda{SUFFIX}"]
+            if os.environ.get("FASTLM_BUILD_CUDA") == "1":
+                raise CompileError(f"FASTLM_BUILD_CUDA=1: {on_cuda['reason']}")
         if report["reason"]:
             print(f"fastlm: {report['reason']}. The package works without; PyTorch's own operators serve there.", file=sys.stderr, flush=True)
             if os.environ.get("FASTLM_REQUIRE_BUILD") == "1":
                 raise CompileError(f"FASTLM_REQUIRE_BUILD=1: {report['reason']}")
         self.install_into(package, built, report)
 
+    def check_cuda(self, folder: Path, linked: bool, log: str) -> str:
+        """Why the CUDA module is not to be used, or ""."""
+        logs = [
+            file.read_text(errors="replace") for file in sorted(folder.glob("*.cu.o.log")) if (ROOT / "csrc/cuda" / file.name.removesuffix(".o.log")).exists()
+        ]
+        if not linked:
+            wrong = next((text for text in logs if "error" in text.lower()), log)
+            return f"_cuda did not compile: {first_error(wrong)}"
+        return "; ".join(spills(logs))
+
     def install_into(self, package: Path, built: list[Path], report: dict) -> None:
         package.mkdir(parents=True, exist_ok=True)
-        for old in package.glob(f"_cpu_*{SUFFIX}"):  # of an earlier build; never overwritten, as a running process may have it mapped
+        for old in (
+            *package.glob(f"_cpu_*{SUFFIX}"),
+            *package.glob(f"_cuda{SUFFIX}"),
+        ):  # of an earlier build; one that a process has mapped is never overwritten
             old.unlink()
         for file in built:
             shutil.copyfile(file, package / file.name)

@@ -7,7 +7,7 @@ import torch
 
 from fastlm import allocator
 from fastlm._version import __version__
-from fastlm.backends import choice, isa, layout
+from fastlm.backends import choice, cuda, isa, layout
 
 
 @dataclasses.dataclass
@@ -24,6 +24,7 @@ class Info:
     backends: dict[str, list[str]]  # name → why it serves nothing here; empty = it can serve
     allocator: str  # whether memory that is freed stays with the process, and how it could
     build: str  # why there is no compiled module, or ""
+    cuda: str  # what the CUDA module was built for and what it needs, or why there is none
     fallbacks: dict[str, int]  # "operator: taken instead of first" → calls
     copies: dict[str, int]  # layout that no stride describes → copies made
 
@@ -32,6 +33,7 @@ class Info:
             f"fastlm {self.version}, PyTorch {self.torch_version}",
             f"CPU: {self.cpu or 'unknown'}; can run {', '.join(self.isas) or 'no module that was built'}",
             f"compiled module: {self.isa}, {self.threads_in_words()}" if self.isa else f"compiled module: none ({self.build})",
+            f"CUDA module: {self.cuda}",
             f"allocator: {self.allocator}",
             "backends:",
             *(f"  {name:10} {'; '.join(why) or 'serves'}" for name, why in self.backends.items()),
@@ -61,6 +63,7 @@ def info() -> Info:
         backends={name: choice.unavailable(name) for name in choice.NAMES},
         allocator=allocator.in_words(),
         build=isa.missing,
+        cuda=cuda.in_words(),
         fallbacks=dict(choice.fallbacks),
         copies=dict(layout.copies),
     )

@@ -22,26 +22,33 @@ if ON_GPU:
     torch.set_default_device("cuda")
 
 
+# Backends whose kernels run on the CPU in a way made for checking, not for speed: of how many cases one runs.
+SAMPLED = {}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    SAMPLED["triton"] = int(os.environ.get("FASTLM_TEST_INTERPRETED", 9))
+if os.environ.get("FASTLM_CUDA_EMULATION") == "1":
+    SAMPLED["cuda"] = int(os.environ.get("FASTLM_TEST_EMULATED", 3))
+
+
 def pytest_collection_modifyitems(config, items):
-    """What runs on a GPU is marked so. Where Triton is interpreted, which is slow, a sample runs: of each test every ninth case in float32, half as many in
-    bfloat16 and one in float16, which differ in types alone. FASTLM_TEST_INTERPRETED=n takes every n-th, as CI does with a smaller one; 1 takes all.
+    """What runs on a GPU is marked so. Where Triton is interpreted or the CUDA kernels are emulated, a sample runs: of each test every n-th case in float32,
+    half as many in bfloat16 and one in float16, which differ in types alone. FASTLM_TEST_INTERPRETED and FASTLM_TEST_EMULATED say which n, as CI does
+    with smaller ones; 1 takes all.
     """
-    on_triton = [item for item in items if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"]
+    backend_of = {item: item.callspec.params.get("backend") for item in items if getattr(item, "callspec", None)}
     if ON_GPU:
-        for item in on_triton:
-            item.add_marker("gpu")
-        return
-    nth = int(os.environ.get("FASTLM_TEST_INTERPRETED", 9))
-    if os.environ.get("TRITON_INTERPRET") != "1" or nth == 1:
+        for item, backend in backend_of.items():
+            if backend in ("triton", "cuda"):
+                item.add_marker("gpu")
         return
     seen, left_out = collections.Counter(), set()
-    for item in on_triton:
-        dtype = item.callspec.params.get("dtype")
-        every = {torch.float32: nth, torch.bfloat16: 2 * nth, torch.float16: 1 << 30}.get(dtype)
+    for item, backend in backend_of.items():
+        nth, dtype = SAMPLED.get(backend, 1), item.callspec.params.get("dtype")
+        every = {torch.float32: nth, torch.bfloat16: 2 * nth, torch.float16: 1 << 30}.get(dtype) if nth > 1 else None
         if every is not None:
-            if seen[item.function, dtype] % every:
+            if seen[item.function, backend, dtype] % every:
                 left_out.add(item)
-            seen[item.function, dtype] += 1
+            seen[item.function, backend, dtype] += 1
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]

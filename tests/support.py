@@ -14,10 +14,14 @@ FLOOR = {torch.float32: 2**-21, torch.bfloat16: 2**-9, torch.float16: 2**-12, to
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The backends that this run must cover. A named backend that is missing fails; it is not skipped.
+# The backends that this run must cover. A named backend that is missing fails; it is not skipped. `cuda` is covered where it is named: by `make gpu`, and by CI
+# in the emulator.
 WITH_TRITON = ",triton" if importlib.util.find_spec("triton") else ""  # on a GPU, or under its interpreter (see conftest.py)
 BACKENDS = os.environ.get("FASTLM_TEST_BACKENDS", f"reference,torch,cpu{WITH_TRITON}").split(",")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels then run a hundred times slower than anything else
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = os.environ.get("FASTLM_CUDA_EMULATION") == "1"
+# Whose kernels run on the CPU in a way that is made for checking: a hundred times slower than anything else.
+SLOW = {name for name, so in (("triton", INTERPRETED), ("cuda", EMULATED)) if so}
 
 
 def on_every_backend(test):

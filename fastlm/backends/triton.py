@@ -1,6 +1,5 @@
 """The Triton kernels, for NVIDIA and AMD GPUs. Under TRITON_INTERPRET=1 they run on CPU tensors, which is how they are tested where there is no GPU."""
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -11,17 +10,15 @@ import types
 import torch
 
 import fastlm
-from fastlm.backends import reference
 from fastlm.backends import torch as native
+from fastlm.backends.gpu import DTYPES, FURTHEST, by_layout, check_starts, clamped, dropout, new_like, on, packed, precision, processors, tokens_first, vector
 from fastlm.backends.layout import dense_last, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OLDEST = (3, 4)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = ("attention", "attention_varlen", "layernorm_residual", "gelu_mlp", "linear", "linear_cross_entropy")
 WIDEST = 16384  # LayerNorm holds a row in registers
-FURTHEST = 2**30  # positions and distances are 32-bit numbers in the kernels
 LOGITS_BYTES = 64 << 20  # of one chunk
 LEAST_SHARED = 64 << 10  # bytes of a program's shared memory: no tile of the tables is made for less
 
@@ -110,24 +107,6 @@ def refuses(operator, device, dtype, **features):
     return reasons
 
 
-def on(x):
-    """Kernels launch on the device that is current, and on its current stream: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else contextlib.nullcontext()
-
-
-def new_like(x, wanted=True, dtype=None):
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) if wanted else None
-
-
-def dropout(p):
-    """(threshold, scale): an element is kept iff its word is at least the one, and multiplied by the other."""
-    return int(p * 2**32), 1 / (1 - p)
-
-
-def vector(parameter):
-    return parameter if parameter is None else parameter.contiguous()
-
-
 # linear: the vendor's GEMM, which nothing here would improve on
 
 
@@ -135,18 +114,6 @@ linear_forward, linear_backward = native.linear_forward, native.linear_backward
 
 
 # gelu_mlp
-
-
-@functools.cache
-def processors(index):
-    """How many programs a GPU runs at least at a time; None without one."""
-    return None if index is None else torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def by_layout(weight, layout):
-    """The strides of a weight along its input and its output."""
-    n, k = weight.stride()
-    return (k, n) if layout == "linear" else (n, k)
 
 
 @as_written
@@ -288,28 +255,9 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
 # attention
 
 
-def tokens_first(x, wanted=True):
-    """Memory for a result like x, (B, H, T, D), that lies as (B, T, H, D): merging its heads is then a view."""
-    if not wanted:
-        return None
-    batch, heads, length, head_dim = x.shape
-    return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-
-
-def precision(x):
-    """Of products: full float32 unless the user asked PyTorch for less. 16-bit operands are multiplied exactly."""
-    if x.dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
-
-
 def near(x):
     """x with a contiguous last dimension and rows near enough for 32-bit offsets within a tile of them."""
     return dense_last(x) if x.stride(2) < 2**23 else x.contiguous()
-
-
-def clamped(lower, upper):
-    return max(-FURTHEST, min(lower, FURTHEST)), max(-FURTHEST, min(upper, FURTHEST))
 
 
 def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
@@ -367,18 +315,6 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
 
 
 # attention_varlen: the kernels of attention, which find their sequences themselves
-
-
-def packed(x):
-    """(tokens, heads, head_dim) as a batch of one, (1, heads, tokens, head_dim)."""
-    return x.transpose(0, 1)[None]
-
-
-def check_starts(query, key, cu_seqlens_q, cu_seqlens_k):
-    """On a CPU the values are looked at; on a GPU, where that would wait for it, the kernel asserts."""
-    if query.is_cpu:
-        reference.starts_of("cu_seqlens_q", cu_seqlens_q, query.shape[0])
-        reference.starts_of("cu_seqlens_k", cu_seqlens_k, key.shape[0])
 
 
 def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):

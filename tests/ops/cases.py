@@ -16,7 +16,7 @@ class Case:
     name: str
     call: Callable  # (backend) → a function of the inputs
     inputs: Callable  # (dtype) → floating-point tensors
-    backends: tuple[str, ...] = ("reference", "torch", "cpu", "triton")
+    backends: tuple[str, ...] = ("reference", "torch", "cpu", "triton", "cuda")
     fixed: bool = False  # brings tensors of its own, on the CPU, that fit these sizes only: targets, padding, where sequences start
 
     def leaves(self, dtype=torch.float32):
@@ -35,7 +35,7 @@ PADDING = torch.arange(9) < torch.tensor([[9], [6]])
 QKV = ((2, 4, 9, 16), (2, 2, 9, 16), (2, 2, 9, 16))
 PACKED = ((18, 4, 16), (18, 2, 16), (18, 2, 16))
 STARTS, KEY_STARTS = torch.tensor([0, 9, 10, 10, 18]), torch.tensor([0, 7, 8, 11, 18])
-OURS = ("reference", "cpu", "triton")
+OURS = ("reference", "cpu", "triton", "cuda")
 
 CASES = [
     Case("linear", lambda b: lambda x, w, c: fastlm.linear(x, w, c, backend=b), made_of((2, 9, 24), (20, 24), (20,))),

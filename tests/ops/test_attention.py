@@ -100,7 +100,7 @@ def test_bool_masks(shape, dtype, backend):
     assert_within_twice_torch(lambda *t: fastlm.attention(*t, mask=mask, backend=backend), torch_own(mask), qkv(2, 3, 3, 9, 21, 16), dtype)
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_additive_masks_and_their_gradients(shape, dtype, backend):
@@ -119,7 +119,7 @@ def test_additive_masks_without_gradient(mask_dtype, dtype, backend):
         assert_within_twice_torch(lambda *t, m=bias: fastlm.attention(*t, mask=m, backend=backend), own, qkv(2, 3, 1, 9, 21, 16), dtype)
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_a_float32_mask_in_a_16_bit_model_keeps_its_gradient_wide(dtype, backend):
     q, k, v = (t.to(dtype) for t in qkv(1, 2, 2, 6, 6, 8))
@@ -173,7 +173,7 @@ def test_a_query_that_sees_nothing(dtype, backend):
     assert not causal[:, :, :5].any() and causal[:, :, 5:].all()
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal, sizes", [(False, (2, 3, 1, 9, 21, 16)), (True, (1, 2, 2, 40, 40, 33)), (True, (1, 1, 1, 9, 4, 8))])
 def test_log_sum_exp_and_its_gradient(causal, sizes, dtype, backend):
@@ -195,7 +195,7 @@ def test_log_sum_exp_and_its_gradient(causal, sizes, dtype, backend):
     assert torch.equal(lse == -torch.inf, (~mask.any(-1)).expand(lse.shape))
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 def test_gradient_may_arrive_for_one_result_only(backend):
     def gradients(which):
         leaves = [t.requires_grad_() for t in qkv(1, 2, 2, 5, 6, 8)]

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastlm
 from fastlm.backends import philox
 from tests.ops.test_attention import HARM, seen
-from tests.support import DTYPES, INTERPRETED, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
+from tests.support import DTYPES, SLOW, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
 
 # ([(query_len, key_len) of each sequence], heads, key_heads, head_dim): single elements, odd sizes around vectors and tiles, sequences without queries,
 # without keys, without either, grouped queries, keys enough for several blocks and queries for several panels
@@ -87,15 +87,15 @@ def test_scale(scale, backend):
 # The same as a padded batch
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_same_as_a_padded_batch(causal, dropout_p, dtype, backend):
     """Outputs, log-sum-exp and gradients where the tokens are real; with dropout, the same weights are dropped."""
     lengths, heads, key_heads, head_dim = [130, 1, 77, 0, 200, 64], 4, 2, 32
-    if backend == "triton" and INTERPRETED:
-        lengths = [66, 1, 37, 0, 100, 64]  # still more than one tile, and whole ones: the interpreter's have 32 and 64 tokens
+    if backend in SLOW:
+        lengths = [66, 1, 37, 0, 100, 64]  # still more than one tile, and whole ones: the interpreter's have 32 and 64 tokens, the CUDA kernels' 64
     longest, cu = max(lengths), starts(lengths)
     real = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (batch, longest)
     padded = [torch.zeros(len(lengths), longest, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads)]
@@ -124,7 +124,7 @@ def test_the_same_as_a_padded_batch(causal, dropout_p, dtype, backend):
         assert a.shape == b.shape and error(a, b.double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}[a.dtype]
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("seed", [-(2**63), 0x299F31D0A4093822])
 def test_drops_what_the_definition_drops(seed, backend):
     """Rows and columns count from the start of each sequence; its number and the head make the third word."""
@@ -179,7 +179,7 @@ def test_memory_around_the_tokens_is_not_used(dtype, backend):
     assert_same_bits(*results)
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sequences_without_keys_or_queries(dtype, backend):
     lengths = [(3, 0), (0, 4), (0, 0), (2, 2), (9, 4)]
@@ -204,7 +204,7 @@ def test_nothing_to_see(lengths, backend):
     assert all(d.shape == x.shape and not d.any() for d, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True))
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_log_sum_exp_and_its_gradient(causal, dtype, backend):
@@ -226,7 +226,7 @@ def test_log_sum_exp_and_its_gradient(causal, dtype, backend):
     assert_within_twice_torch(ours, own, qkv(lengths, 2, 1, 16), dtype)
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 def test_gradient_may_arrive_for_one_result_only(backend):
     lengths = [(5, 6), (2, 2)]
 
@@ -335,7 +335,7 @@ def test_one_graph_for_all_lengths_under_compile():
     assert len(traces) == 1
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 def test_trained_under_inductor_with_lengths_that_change(backend):
     def loss(projection, cu):
         return fastlm.attention_varlen(*projection.unbind(1), cu, cu, causal=True, dropout_p=0.2, backend=backend).square().sum()

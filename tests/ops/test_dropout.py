@@ -34,7 +34,7 @@ def kept_by_attention(backend, batch, heads, query_len, key_len, p, seed):
     return out != 0
 
 
-@on_backends("cpu", "triton")
+@on_backends("cpu", "triton", "cuda")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_layernorm_drops_what_the_definition_drops(seed, backend):
     for width in WIDTHS:
@@ -42,7 +42,7 @@ def test_layernorm_drops_what_the_definition_drops(seed, backend):
         assert torch.equal(kept_by_layernorm(backend, 9, width, 0.37, seed), expected)
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("seed", SEEDS[-2:])
 @pytest.mark.parametrize("lengths", [(1, 1), (5, 64), (9, 70), (70, 9), (3, 200)], ids=str)
 def test_attention_drops_what_the_definition_drops(lengths, seed, backend):
@@ -52,7 +52,7 @@ def test_attention_drops_what_the_definition_drops(lengths, seed, backend):
     assert torch.equal(kept_by_attention(backend, 2, 3, *lengths, 0.37, seed), expected)
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.999])
 def test_the_share_that_is_kept(p, backend):
     """Within five standard deviations of 1 − p, over all and in every column of 64."""
@@ -61,7 +61,7 @@ def test_the_share_that_is_kept(p, backend):
         assert abs(share - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / n) + 1e-7
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual_dtype", [None, "x", torch.float32], ids=str)
 def test_layernorm_with_dropout_is_layernorm_of_what_is_kept(residual_dtype, dtype, backend):
@@ -92,7 +92,7 @@ def test_layernorm_with_dropout_is_layernorm_of_what_is_kept(residual_dtype, dty
     assert not got[0][~keep].any()
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_with_dropout_is_attention_of_what_is_kept(dtype, backend):
     """Grouped queries, causal, an additive mask with its gradient, the log-sum-exp (which knows no dropout) with its own."""
@@ -124,7 +124,7 @@ def test_attention_with_dropout_is_attention_of_what_is_kept(dtype, backend):
         assert error(a, truth) <= 2 * error(b, truth) + floor
 
 
-@on_backends("reference", "cpu", "triton")
+@on_backends("reference", "cpu", "triton", "cuda")
 def test_calls_differ_and_manual_seed_repeats(backend):
     def draw():
         ln = fastlm.layernorm_residual(torch.ones(4, 40), None, torch.ones(40), dropout_p=0.5, backend=backend)[1]

@@ -48,7 +48,7 @@ def test_as_close_to_float64_as_torch(shape, width, vocab, reduction, label_smoo
 @on_every_backend
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_the_loss_is_wide(dtype, backend):
-    if backend in ("cpu", "triton") and dtype == torch.float64:
+    if backend in ("cpu", "triton", "cuda") and dtype == torch.float64:
         backend = None
     loss = fastlm.linear_cross_entropy(floats(4, 8).to(dtype), floats(20, 8).to(dtype), targets(20, 4), backend=backend)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == ()
@@ -119,7 +119,7 @@ def test_chunks_change_nothing_but_memory(backend, monkeypatch):
             torch.testing.assert_close(a, b)
 
 
-@on_backends("torch", "cpu", "triton")  # the oracle is the one that does hold all the logits
+@on_backends("torch", "cpu", "triton", "cuda")  # the oracle is the one that does hold all the logits
 def test_never_more_than_one_chunk_of_logits(backend, monkeypatch):
     rows, width, vocab, chunk = 400, 8, 1000, 16
     small_chunks(monkeypatch, backend, chunk * vocab * 4)

@@ -1,0 +1,22 @@
+// The CUDA runtime's answers. Not part of the emulated module, which has no driver to ask.
+#include "cuda/device.h"
+#include <cuda_runtime_api.h>
+#include <stdexcept>
+
+namespace fastlm::cuda {
+
+int runtime_version() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : CUDART_VERSION;
+}
+
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+void use_device(int device) {
+  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+}  // namespace fastlm::cuda

@@ -1,0 +1,421 @@
+"""The CUDA C++ kernels: tensors become addresses, sizes and strides here, and nowhere else.
+
+Under FASTLM_CUDA_EMULATION=1 the same sources, compiled for the CPU (`python -m tests.cuda_emulation`), serve CPU tensors: that is how they are tested
+where there is no GPU, and there every access is checked against the extents of the tensors of a call.
+"""
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+from fastlm.backends import isa
+from fastlm.backends import torch as native
+from fastlm.backends.gpu import DTYPES, FURTHEST, by_layout, check_starts, clamped, dropout, new_like, packed, precision, tokens_first, vector
+from fastlm.backends.layout import dense_last, matrix_of, rows_of
+from fastlm.backends.reference import as_written, check_targets
+
+EMULATED = os.environ.get("FASTLM_CUDA_EMULATION") == "1"
+LOGITS_BYTES = 64 << 20  # of one chunk
+
+
+def find() -> tuple[ModuleType | None, str]:
+    """(module, why there is none)."""
+    try:
+        return importlib.import_module("fastlm._cuda_emulated" if EMULATED else "fastlm._cuda"), ""
+    except ModuleNotFoundError:
+        if EMULATED:
+            return None, "is not built for the CPU: run python -m tests.cuda_emulation in a checkout"
+        return None, f"is not compiled here: {isa.report().get('cuda', {}).get('reason') or 'the extension was not built'}"
+    except ImportError as broken:  # built, but for another Python or with a library that is missing
+        return None, f"does not load ({broken})"
+
+
+kernels, missing = find()
+LAUNCHED_AS = {dtype: getattr(kernels.dtype, str(dtype).removeprefix("torch.")) for dtype in DTYPES} if kernels else {}
+
+
+def version(number: int) -> str:
+    """13.0 of CUDA's 13000."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+OLDEST_DRIVERS = {12: "525", 13: "580"}  # what NVIDIA says that a major version of CUDA needs
+
+
+def in_words():
+    """What was built, for fastlm.info()."""
+    built = isa.report().get("cuda", {})
+    if EMULATED:
+        return "emulated on the CPU (FASTLM_CUDA_EMULATION=1)" if kernels else missing
+    if kernels is None:
+        return missing.removeprefix("is ")
+    number = built.get("version", "") or version(kernels.runtime_version())
+    driver = OLDEST_DRIVERS.get(int(number.partition(".")[0]))
+    needed = f"a driver for CUDA {number.partition('.')[0]}{f' ({driver} or later)' if driver else ''}"
+    return (
+        f"CUDA {number}, code for sm_{kernels.archs.replace(',', ', sm_')} and PTX for later ones; needs {needed}; "
+        "auto takes Triton first until measurements on a GPU say otherwise"
+    )
+
+
+@functools.cache
+def unavailable():
+    if kernels is None:
+        return [missing]
+    if EMULATED:
+        return []
+    if torch.version.hip:
+        return ["serves NVIDIA GPUs, and this PyTorch is AMD's (ROCm)"]
+    runtime, driver = kernels.runtime_version(), kernels.driver_version()
+    if not driver:
+        return ["finds no NVIDIA driver"]
+    if driver // 1000 < runtime // 1000:  # of one major version, older drivers run what newer compilers made
+        return [f"needs a driver for CUDA {runtime // 1000}.0 or later, and this one serves up to {version(driver)}"]
+    return [] if torch.cuda.is_available() else ["finds no GPU (torch.cuda.is_available() is false)"]
+
+
+@functools.cache
+def unfit(index):
+    """Why a GPU cannot run the kernels."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if major * 10 + minor >= int(kernels.archs.split(",")[0]):  # there is code or PTX for it
+        return []
+    return [f"is compiled for sm_{kernels.archs.replace(',', ', sm_')} and what is later, and {torch.cuda.get_device_name(index)} is sm_{major}{minor}"]
+
+
+def refuses(operator, device, dtype, **features):
+    reasons = list(unavailable())
+    if reasons:
+        return reasons
+    # One launcher for batches of every kind; linear is the vendor's.
+    if operator != "linear" and not hasattr(kernels, f"{operator.removesuffix('_varlen')}_forward"):
+        reasons.append(f"has no {operator}")
+    if device.type != ("cpu" if EMULATED else "cuda"):
+        reasons.append(f"serves CPU tensors under FASTLM_CUDA_EMULATION=1, not {device}" if EMULATED else f"serves CUDA tensors, not {device}")
+    elif device.type == "cuda":
+        reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
+    if dtype not in DTYPES:
+        reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
+    if operator == "attention" and max(features["query_len"], features["key_len"]) > FURTHEST:
+        reasons.append(f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}")
+    if operator == "attention_varlen" and features["query_tokens"] > FURTHEST:
+        reasons.append(f"counts up to {FURTHEST} tokens, not {features['query_tokens']}")
+    return reasons
+
+
+def address(tensor, writable=False):
+    """The address of a tensor that a launch reads, 0 for none. In the emulator it also permits what the next launch may touch: these elements alone."""
+    if tensor is None:
+        return 0
+    pointer = tensor.data_ptr()
+    if EMULATED:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        kernels.allow(pointer, (last + 1) * tensor.element_size() if tensor.numel() else 0, writable)
+    return pointer
+
+
+def written(tensor):
+    """The address of a tensor that a launch writes, 0 for none."""
+    return address(tensor, writable=True)
+
+
+def queue(x):
+    """(device, stream): where the launches of a call on x go, which is where PyTorch's own would."""
+    if EMULATED:
+        return 0, 0
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+# linear: the vendor's GEMM
+
+
+linear_forward, linear_backward = native.linear_forward, native.linear_backward
+
+
+# layernorm_residual
+
+
+def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
+    stream = x if residual is None else residual
+    y = new_like(x)
+    summed = new_like(stream, residual is not None or seed is not None)
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.numel():
+        flat, residual = rows_of(x), residual if residual is None else rows_of(residual)
+        weight, bias = vector(weight), vector(bias)
+        kernels.layernorm_residual_forward(
+            queue(x), LAUNCHED_AS[x.dtype], LAUNCHED_AS[stream.dtype], LAUNCHED_AS[weight.dtype], address(flat), flat.stride(0),
+            address(residual), 0 if residual is None else residual.stride(0), address(weight), address(bias), written(y), written(summed),
+            written(mean), written(rstd), address(seed), *flat.shape, eps, dropout_p,
+        )  # fmt: skip
+    return y, summed, mean, rstd
+
+
+def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed):
+    width = weight.shape[0]
+    dx, dresidual = new_like(summed, needed[0], dtype), new_like(summed, needed[1])
+    dweight, dbias = new_like(weight, needed[2]), new_like(weight, needed[3])
+    if summed.numel() == 0 or dy is None:
+        dweight, dbias = (d if d is None else d.zero_() for d in (dweight, dbias))
+    if summed.numel():
+        flat, weight = rows_of(summed), vector(weight)
+        dy, dsummed = (d if d is None else rows_of(d) for d in (dy, dsummed))
+        sums = [d if dy is not None else None for d in (dweight, dbias)]
+        wanted = sum(d is not None for d in sums)
+        shape = wanted, kernels.layernorm_residual_most_shares(), -(-width // 8) * 8
+        shares = torch.empty(shape, dtype=torch.float32, device=summed.device) if wanted else None
+        kernels.layernorm_residual_backward(
+            queue(summed), LAUNCHED_AS[dtype], LAUNCHED_AS[summed.dtype], LAUNCHED_AS[weight.dtype], address(dy), 0 if dy is None else dy.stride(0),
+            address(dsummed), 0 if dsummed is None else dsummed.stride(0), address(flat), flat.stride(0), address(weight), address(mean), address(rstd),
+            written(dx), written(dresidual), *map(written, sums), written(shares), address(seed), *flat.shape, dropout_p,
+        )  # fmt: skip
+    return dx, dresidual, dweight, dbias
+
+
+# gelu_mlp: the product before the GELU, and in the backward the one after it, are ours, with the GELU in them; the others are the vendor's
+
+
+def both_sides(x, w1, b1, approximate, layout, keeps_hidden, keeps_activated):
+    """What the GELU reads and what it gives, None where not kept."""
+    shape = (*x.shape[:-1], w1.shape[layout != "linear"])
+    hidden, activated = (x.new_empty(shape) if kept else None for kept in (keeps_hidden, keeps_activated))
+    if x.numel():
+        flat, w1, b1 = rows_of(x), matrix_of(w1), vector(b1)
+        kernels.gelu_mlp_forward(
+            queue(x), LAUNCHED_AS[x.dtype], address(flat), flat.stride(0), address(w1), *by_layout(w1, layout), address(b1), written(hidden),
+            written(activated), *flat.shape, shape[-1], approximate == "tanh", precision(x) == "tf32",
+        )  # fmt: skip
+    return hidden, activated
+
+
+@as_written
+def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute):
+    hidden, activated = both_sides(x, w1, b1, approximate, layout, recompute < 2, True)
+    return linear_forward(activated, w2, b2, layout), hidden, activated if recompute < 1 else None
+
+
+@as_written
+def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed):
+    if hidden is None:
+        hidden, activated = both_sides(x, w1, b1, approximate, layout, True, needed[3])
+    hidden = hidden.contiguous()  # as it was, unless a hook on saved tensors laid it out anew
+    remake = activated is None and needed[3]
+    dhidden = None
+    if any(needed[:3]):
+        dhidden, activated = torch.empty_like(hidden), torch.empty_like(hidden) if remake else activated
+        if x.numel():
+            dflat, w = rows_of(dy), matrix_of(w2)
+            kernels.gelu_mlp_backward(
+                queue(x), LAUNCHED_AS[x.dtype], address(dflat), dflat.stride(0), address(w), *by_layout(w, layout)[::-1], address(hidden), written(dhidden),
+                written(activated if remake else None), *dflat.shape, hidden.shape[-1], approximate == "tanh", precision(x) == "tf32",
+            )  # fmt: skip
+    elif remake:
+        activated = torch.nn.functional.gelu(hidden, approximate=approximate)
+    _, dw2, db2 = linear_backward(dy, hidden if activated is None else activated, w2, layout, (False, *needed[3:]))
+    dx, dw1, db1 = (None,) * 3 if dhidden is None else linear_backward(dhidden, x, w1, layout, needed[:3])
+    return dx, dw1, db1, dw2, db2
+
+
+# linear_cross_entropy: without gradients one product that keeps no logits, else the vendor's products around a kernel that turns a chunk into its gradient
+
+LINE = 128  # bytes: rows of logits begin at multiples of it, whatever the vocabulary
+
+
+@as_written
+def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
+    check_targets(target, weight.shape[0], ignore_index)  # looks at values only on a CPU: the kernels assert
+    flat, targets = rows_of(x), target.reshape(-1)
+    loss = x.new_empty(targets.shape, dtype=torch.float32)
+    gradients = None, None, None
+    if any(needed):
+        gradients = losses_and_gradients(flat, weight, bias, targets, row_scale.reshape(-1).contiguous(), loss, ignore_index, label_smoothing, needed)
+    else:
+        losses(flat, matrix_of(weight), vector(bias), targets, loss, ignore_index, label_smoothing)
+    dx, dweight, dbias = gradients
+    return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
+
+
+def losses(x, weight, bias, targets, loss, ignore_index, label_smoothing):
+    (rows, width), vocab, dtype = x.shape, weight.shape[0], LAUNCHED_AS[x.dtype]
+    parts = kernels.linear_cross_entropy_parts(dtype, vocab)
+    chunk = min(rows, max(1, LOGITS_BYTES // (parts * 3 * 4)))
+    for begin in range(0, rows, max(1, chunk)):
+        part, target, result = (t[begin : begin + chunk] for t in (x, targets, loss))
+        count = part.shape[0]
+        tops_and_norms, at_target = loss.new_empty(parts, count, 2), loss.new_empty(count)
+        sums = loss.new_empty(parts, count) if label_smoothing else None
+        kernels.linear_cross_entropy_forward(
+            queue(x), dtype, address(part), part.stride(0), address(weight), *by_layout(weight, "linear"), address(bias), address(target), target.stride(0),
+            written(result), written(tops_and_norms), written(sums), written(at_target), count, width, vocab, ignore_index, label_smoothing,
+            precision(x) == "tf32",
+        )  # fmt: skip
+
+
+def losses_and_gradients(x, weight, bias, targets, row_scale, loss, ignore_index, label_smoothing, needed):
+    rows, vocab = x.shape[0], weight.shape[0]
+    dx = x.new_empty(x.shape) if needed[0] else None
+    dweight = None if rows else torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    dbias = loss.new_zeros(vocab) if needed[2] else None
+    stride = -(-vocab * x.element_size() // LINE) * LINE // x.element_size()
+    chunk = min(rows, max(1, LOGITS_BYTES // (stride * x.element_size())))
+    memory = x.new_empty(chunk, stride)
+    for begin in range(0, rows, max(1, chunk)):
+        part, target, scale, result = (t[begin : begin + chunk] for t in (x, targets, row_scale, loss))
+        count = part.shape[0]
+        logits = memory[:count, :vocab]
+        torch.mm(part, weight.t(), out=logits) if bias is None else torch.addmm(bias, part, weight.t(), out=logits)
+        shares = statistics = None
+        if dbias is not None:
+            shares, statistics = loss.new_empty(kernels.linear_cross_entropy_shares(count), vocab), loss.new_empty(2, count)
+        kernels.linear_cross_entropy_gradient(
+            queue(x), LAUNCHED_AS[x.dtype], written(logits), stride, address(target), target.stride(0), address(scale), written(result),
+            written(statistics), written(shares), count, vocab, ignore_index, label_smoothing,
+        )  # fmt: skip
+        if dbias is not None:
+            dbias += shares.sum(0)
+        if dx is not None:
+            torch.mm(logits, weight, out=dx[begin : begin + chunk])
+        if needed[1]:
+            dweight = native.add_product(dweight, logits.t(), part, begin + chunk >= rows)
+    return dx, dweight if needed[1] else None, dbias if dbias is None else dbias.to(x.dtype)
+
+
+# attention
+
+
+FEW = 16  # queries of all heads that share a key head: so many make one sequence too little for a GPU, unless its keys are cut
+SHORTEST = 256  # keys of one stretch
+BLOCKS = 1024  # that fill any GPU
+MOST_STRETCHES = 128
+
+
+def strides(x, rank):
+    """As if expanded: 0 where a size is 1; all 0 for None."""
+    return (0,) * rank if x is None else tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:rank], x.stride()[:rank], strict=True))
+
+
+def mask_type(mask, dtype):
+    if mask is None:
+        return 0
+    return 1 if mask.dtype == torch.bool else 2 if mask.dtype == dtype else 3
+
+
+def attention_inputs(query, key, value, lse, mask, padding, cu_query, cu_key, seed, sizes, band, scale, dropout_p, lse_written):
+    """What forward and backward share. query: (batch, heads, query_len, head_dim); of packed sequences (1, heads, tokens, head_dim). lse: contiguous.
+
+    It holds addresses: its tensors must live until the launch.
+    """
+    heads, tokens = lse.shape[1:]
+    return kernels.attention_inputs(
+        LAUNCHED_AS[query.dtype], address(query), strides(query, 3), address(key), strides(key, 3), address(value), strides(value, 3),
+        address(lse, lse_written), (heads * tokens, tokens), address(mask), mask_type(mask, query.dtype), strides(mask, 4),
+        address(padding), strides(padding, 2),
+        (address(cu_query), cu_query is not None and cu_query.dtype == torch.int64), (address(cu_key), cu_key is not None and cu_key.dtype == torch.int64),
+        sizes, clamped(*band), scale, address(seed), *dropout(dropout_p), precision(query) == "tf32",
+    )  # fmt: skip
+
+
+def stretches_of(batch, key_heads, key_len):
+    """(keys of one stretch, how many), by sizes alone."""
+    wanted = max(1, min(BLOCKS // max(1, batch * key_heads), MOST_STRETCHES, -(-key_len // SHORTEST)))
+    stretch = -(-key_len // (wanted * SHORTEST)) * SHORTEST
+    return stretch, -(-key_len // stretch)
+
+
+def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
+    out, lse = tokens_first(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    if query.numel() == 0 or key.numel() == 0:  # no one to look, or nothing to see
+        return out.zero_(), lse.fill_(-torch.inf)
+    query, key, value = dense_last(query), dense_last(key), dense_last(value)
+    batch, heads, query_len, head_dim = query.shape
+    key_heads, key_len = key.shape[1:3]
+    sizes = batch, heads, key_heads, query_len, key_len, head_dim
+    inputs = attention_inputs(query, key, value, lse, mask, key_padding, None, None, seed, sizes, (lower, upper), scale, dropout_p, True)
+    if heads // key_heads * query_len <= FEW and key_len > SHORTEST:
+        stretch, stretches = stretches_of(batch, key_heads, key_len)
+        part = query.new_empty((batch, heads, query_len, stretches, head_dim), dtype=torch.float32)
+        top, norm = part.new_empty((2, batch, heads, query_len, stretches))
+        kernels.attention_decode(queue(query), inputs, written(out), strides(out, 3), written(part), written(top), written(norm), stretch, stretches)
+    else:
+        kernels.attention_forward(queue(query), inputs, written(out), strides(out, 3))
+    return out, lse
+
+
+def attention_gradients(
+    dout, dlse, query, key, value, mask, padding, cu_query, cu_key, seed, out, lse, dquery, dkey, dvalue, dmask, sizes, band, scale, dropout_p, exact
+):  # fmt: skip
+    """Into dquery, dkey, dvalue and dmask, of which the last three may be None. All as batches; dlse, like lse, contiguous."""
+    inputs = attention_inputs(query, key, value, lse, mask, padding, cu_query, cu_key, seed, sizes, band, scale, dropout_p, False)
+    delta = torch.empty_like(lse)
+    kernels.attention_backward(
+        queue(query), inputs, address(out), strides(out, 3), address(dout), strides(dout, 3), address(dlse), written(delta),
+        written(dquery), strides(dquery, 3), written(dkey), strides(dkey, 3), written(dvalue), strides(dvalue, 3), written(dmask),
+        (1, 1) if mask is None else tuple(mask.shape[:2]), mask is not None and mask.shape[2] == 1, exact,
+    )  # fmt: skip
+
+
+def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    needs_query, needs_key, needs_value, needs_mask = needed
+    dquery = tokens_first(query)  # its pass computes what the others need too
+    dkey, dvalue = tokens_first(key, needs_key or needs_value), tokens_first(value, needs_key or needs_value)
+    # One entry for all keys moves a whole row of scores: its gradient is that of the log-sum-exp.
+    shifts = needs_mask and mask.shape[3] == 1
+    dmask = mask.new_empty(mask.shape, dtype=torch.float32) if needs_mask and not shifts else None
+    if query.numel() == 0 or key.numel() == 0:
+        dquery, dkey, dvalue, dmask = (d if d is None else d.zero_() for d in (dquery, dkey, dvalue, dmask))
+    else:
+        dout = torch.zeros_like(out) if dout is None else dense_last(dout)
+        batch, heads, query_len, head_dim = query.shape
+        attention_gradients(
+            dout, vector(dlse), dense_last(query), dense_last(key), dense_last(value), mask, key_padding, None, None, seed, dense_last(out), lse.contiguous(),
+            dquery, dkey, dvalue, dmask, (batch, heads, key.shape[1], query_len, key.shape[2], head_dim), (lower, upper), scale, dropout_p,
+            needs_mask and query.dtype.itemsize == 2,
+        )  # fmt: skip
+    if shifts:
+        dmask = lse.new_zeros(mask.shape) if dlse is None else torch.where(lse == -torch.inf, 0, dlse)[..., None].sum_to_size(mask.shape)
+    return (
+        dquery if needs_query else None,
+        dkey if needs_key else None,
+        dvalue if needs_value else None,
+        dmask.to(mask.dtype) if needs_mask else None,
+    )
+
+
+# attention_varlen: the kernels of attention, which find their sequences themselves
+
+
+def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):
+    check_starts(query, key, cu_seqlens_q, cu_seqlens_k)
+    out, lse = new_like(query), query.new_empty(query.shape[1::-1], dtype=torch.float32)
+    if query.numel() == 0 or key.numel() == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    (query_tokens, heads, head_dim), (key_tokens, key_heads, _) = query.shape, key.shape
+    sizes = cu_seqlens_q.shape[0] - 1, heads, key_heads, query_tokens, key_tokens, head_dim
+    query, key, value, result = (packed(dense_last(x)) for x in (query, key, value, out))
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    inputs = attention_inputs(
+        query, key, value, lse[None], None, None, cu_seqlens_q, cu_seqlens_k, seed, sizes, (lower, upper), scale, dropout_p, True
+    )  # fmt: skip
+    kernels.attention_forward(queue(query), inputs, written(result), strides(result, 3))
+    return out, lse
+
+
+def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    check_starts(query, key, cu_seqlens_q, cu_seqlens_k)
+    dquery = new_like(query)
+    dkey, dvalue = (new_like(x, needed[1] or needed[2]) for x in (key, value))
+    if query.numel() == 0 or key.numel() == 0:
+        return tuple(torch.zeros_like(x) if need else None for x, need in zip((query, key, value), needed, strict=True))
+    (query_tokens, heads, head_dim), (key_tokens, key_heads, _) = query.shape, key.shape
+    sizes = cu_seqlens_q.shape[0] - 1, heads, key_heads, query_tokens, key_tokens, head_dim
+    dout = torch.zeros_like(out) if dout is None else dout
+    query, key, value, dout, out = (packed(dense_last(x)) for x in (query, key, value, dout, out))
+    attention_gradients(
+        dout, None if dlse is None else dlse.contiguous()[None], query, key, value, None, None, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), seed,
+        out, lse.contiguous()[None], packed(dquery), *(d if d is None else packed(d) for d in (dkey, dvalue)), None,
+        sizes, (lower, upper), scale, dropout_p, False,
+    )  # fmt: skip
+    return tuple(gradient if need else None for gradient, need in zip((dquery, dkey, dvalue), needed, strict=True))

@@ -1,0 +1,27 @@
+"""python -m tests.cuda_emulation: builds the CUDA kernels of csrc/cuda for the CPU, as fastlm/_cuda_emulated, which FASTLM_CUDA_EMULATION=1 puts to use."""
+
+import os
+import shutil
+import sys
+
+from tests.cuda_emulation.build import ROOT, build
+
+HOST_ONLY = ["device.cu"]  # asks the CUDA driver
+
+
+def main() -> None:
+    kernels = [source for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if source.name not in HOST_ONLY]
+    try:
+        module = build("_cuda_emulated", kernels, [ROOT / "csrc/bindings_cuda.cpp"])
+    except RuntimeError as failure:
+        sys.exit(str(failure))
+    installed = ROOT / "fastlm" / module.name
+    if not installed.exists() or installed.stat().st_mtime < module.stat().st_mtime:
+        fresh = installed.with_suffix(".new")  # never overwritten in place: a running process may have it mapped
+        shutil.copyfile(module, fresh)
+        os.replace(fresh, installed)
+    print(installed)
+
+
+if __name__ == "__main__":
+    main()

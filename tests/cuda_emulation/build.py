@@ -1,0 +1,91 @@
+"""Compiles CUDA C++ sources against the emulator, incrementally, by ninja: object files and the modules stand in build/cuda_emulation of the checkout."""
+
+import fcntl
+import os
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2].resolve()
+HERE = Path(__file__).parent.resolve()
+FOLDER = ROOT / "build" / "cuda_emulation"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+COMMON = [
+    "-std=c++20",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-fmax-errors=5",
+    "-DFASTLM_CUDA_EMULATION",
+    f"-I{ROOT / 'csrc'}",
+    f"-I{ROOT / 'csrc/cuda'}",
+    f"-I{HERE}",
+]
+# The thread sanitizer's instrumentation, whose functions the emulator defines. Loops must not become calls of memset, which no instrumentation sees;
+# the same memory is read as several types, as CUDA allows; a·b + c is one operation where the CPU has it, as on a GPU.
+DEVICE = [
+    *("-x", "c++", "-include", "cuda_emulation.h", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
+    *("-fno-tree-loop-distribute-patterns", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno", "-Wno-unknown-pragmas", "-Wno-attributes"),
+]
+
+
+def fused_multiply_add() -> list[str]:
+    """The flags of the CPU that the module is built on, and runs on."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return []
+    return ["-mavx2", "-mfma", "-mf16c"] if {"avx2", "fma", "f16c"} <= set(flags) else []
+
+
+def words(*flags: object) -> str:
+    return shlex.join(map(str, flags)).replace("$", "$$")
+
+
+def build(name: str, kernels: list[Path], bindings: list[Path]) -> Path:
+    """The shared library or module <name> of kernel sources, which are instrumented, and host sources, which are not. Raises RuntimeError with the
+    compiler's messages."""
+    import ninja
+
+    target = FOLDER / f"{name}{SUFFIX}"
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    host = [*COMMON, *fused_multiply_add(), f"-DFASTLM_MODULE={name}"]
+    text = f"""\
+ninja_required_version = 1.5
+builddir = {name}
+rule compile
+  command = {words(*compiler)} $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compiling $in
+rule link
+  command = {words(*compiler)} $in -shared -pthread -ldl -o $out
+  description = linking $out
+"""
+    objects = []
+    parts = [*((source, [*host, *DEVICE]) for source in kernels)]
+    parts += [(source, [*host, "-fno-strict-aliasing"]) for source in sorted(HERE.glob("*.cpp"))]
+    if bindings:
+        import pybind11
+
+        includes = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+        parts += [(source, [*host, *includes]) for source in bindings]
+    for source, flags in parts:
+        objects.append(f"{name}/{source.stem}.o")
+        text += f"build {objects[-1]}: compile {source}\n  flags = {words(*flags)}\n"
+    text += f"build {target.name}: link {' '.join(objects)}\n"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    script = FOLDER / f"{name}.ninja"
+    jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+    command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(FOLDER), "-f", script.name, "-j", jobs]
+    with open(FOLDER / f"{name}.lock", "w") as lock:  # two builds at once would write the same files
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        script.write_text(text)
+        built = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if built.returncode:
+        raise RuntimeError(built.stdout)
+    return target

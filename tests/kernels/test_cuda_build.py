@@ -1,0 +1,145 @@
+"""The CUDA kernels as nvcc compiles them, which needs no GPU: no spills, the instructions that they were written for, every architecture, and a module that
+says why it cannot serve."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.build.test_setup import setup  # noqa: F401, the fixture
+
+ROOT = Path(__file__).parents[2]
+MODULE = f"fastlm/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+REQUIRED = os.environ.get("FASTLM_REQUIRE_NVCC") == "1"  # as CI has it: then a missing tool is a failure
+
+MATRIX = ("attention_forward_kernel", "attention_backward_key_kernel", "attention_backward_query_kernel", "gemm_kernel")
+STREAMING = ("layernorm_residual_forward_kernel", "layernorm_residual_backward_kernel")
+
+pytestmark = pytest.mark.slow
+
+
+def missing(what):
+    (pytest.fail if REQUIRED else pytest.skip)(what)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of a package that holds what setup.py built, and where ninja left the compilers' logs."""
+    out = tmp_path_factory.mktemp("cuda")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(out)]
+    environment = {**os.environ, "FASTLM_BUILD_CUDA": "1", "FASTLM_BUILD_ISAS": "baseline"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if "no nvcc found" in done.stdout:
+        missing("needs nvcc: pip install nvidia-cuda-nvcc nvidia-cuda-runtime")
+    assert done.returncode == 0, done.stdout[-8000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def cuobjdump():
+    """A command of NVIDIA's toolkit; Triton brings one."""
+    found = shutil.which("cuobjdump")
+    try:
+        import triton
+
+        beside = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(beside) if beside.exists() else found
+    except ImportError:
+        pass
+    if not found:
+        missing("needs cuobjdump, which Triton brings")
+
+    def run(*options):
+        environment = {**os.environ, "PATH": f"{Path(found).parent}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
+        return subprocess.run([found, *options], env=environment, capture_output=True, text=True, check=True).stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def instructions(built, cuobjdump):
+    """(architecture, kernel's mangled name) → the mnemonics in it."""
+    found, at = defaultdict(set), None
+    arch = "?"
+    for line in cuobjdump("-sass", str(built / MODULE)).splitlines():
+        if named := re.match(r"\s*arch = (sm_\d+)", line):
+            arch = named[1]
+        elif named := re.match(r"\s*Function : (\S+)", line):
+            at = found[arch, named[1]]
+        elif at is not None and (code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", line)):
+            at.add(code[1])
+    return found
+
+
+def archs(built):
+    return json.loads((built / "fastlm/_build.json").read_text())["cuda"]["archs"].split(",")
+
+
+def test_the_report(built):
+    report = json.loads((built / "fastlm/_build.json").read_text())["cuda"]
+    assert report["reason"] == "" and re.fullmatch(r"\d+\.\d+", report["version"])
+    if "FASTLM_CUDA_ARCHS" not in os.environ and report["version"] >= "12.8":
+        assert report["archs"] == "80,90,100,120"
+
+
+def test_every_architecture_is_inside_and_ptx_for_later_ones(built, cuobjdump):
+    assert set(re.findall(r"\.(sm_\d+)\.cubin", cuobjdump("-lelf", str(built / MODULE)))) == {f"sm_{arch}" for arch in archs(built)}
+    assert set(re.findall(r"\.(sm_\d+)\.ptx", cuobjdump("-lptx", str(built / MODULE)))) == {f"sm_{archs(built)[0]}"}
+
+
+@pytest.mark.parametrize("kernel", MATRIX)
+def test_products_run_on_tensor_cores(kernel, built, instructions):
+    for arch in archs(built):
+        those = {name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name}
+        assert those
+        for name, mnemonics in those.items():
+            assert any(code.startswith("HMMA.") for code in mnemonics), f"{name} on sm_{arch}"
+
+
+@pytest.mark.parametrize("kernel", STREAMING)
+def test_streams_are_read_and_written_by_16_bytes(kernel, built, instructions):
+    for arch in archs(built):
+        those = {name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name}
+        assert len(those) == 5  # the types of x and of the residual stream
+        for name, mnemonics in those.items():
+            for access in ("LDG.E.128", "STG.E.128"):
+                assert any(code.startswith(access) for code in mnemonics), f"{access}: {name} on sm_{arch}"
+
+
+def test_logs_of_every_kernel_were_looked_at(built, setup):  # noqa: F811
+    """The build fails on spills: here, that it had something to look at, for each source and architecture."""
+    folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+    for source in (ROOT / "csrc/cuda").glob("*.cu"):
+        log = (folder / f"{source.stem}.cu.o.log").read_text()
+        if "__global__" in source.read_text():
+            assert {f"sm_{arch}" for arch in archs(built)} == set(re.findall(r"Compiling entry function '\S+' for '(sm_\d+)'", log)), source.name
+        assert setup.spills([log]) == []
+    assert all(reason for reason in setup.MAY_SPILL.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_without_a_gpu_the_module_loads_and_says_why_it_cannot_serve(built):
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("fastlm._cuda", {str(built / MODULE)!r})
+module = sys.modules["fastlm._cuda"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+import fastlm
+info = fastlm.info()
+print(info.backends["cuda"][0])
+print(info.cuda)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "FASTLM_CUDA_EMULATION"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    why, what = done.stdout.splitlines()
+    assert why.startswith(("finds no NVIDIA driver", "finds no GPU", "needs a driver for CUDA", "serves NVIDIA GPUs"))
+    assert re.match(r"CUDA \d+\.\d+, code for sm_80, .* needs a driver for CUDA \d+ .*Triton first", what)

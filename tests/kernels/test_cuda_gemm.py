@@ -1,0 +1,102 @@
+"""What the tests of the operators do not reach in the CUDA products: both tiles, more tiles than one group of them, operands that no chunk of 16 bytes fits,
+long chains, tf32. On a GPU, or in the emulator, which watches every access."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlm
+from fastlm.backends import load
+from tests.support import DTYPES, assert_within_twice_torch, error, floats, on_backends, targets
+
+only_cuda = on_backends("cuda")
+
+
+def torch_mlp(x, w1, b1, w2, b2):
+    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+
+def mlp_inputs(rows, width, hidden, out):
+    return floats(rows, width), floats(hidden, width) / width**0.5, floats(hidden), floats(out, hidden) / hidden**0.5, floats(out)
+
+
+@only_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("sizes", [(1100, 40, 152, 24), (130, 33, 261, 17), (70, 72, 296, 8), (257, 9, 129, 129)], ids=str)
+def test_many_tiles(sizes, layout, dtype, backend):
+    def ours(x, w1, b1, w2, b2):
+        w1, w2 = (w1, w2) if layout == "linear" else (w1.t().contiguous(), w2.t().contiguous())
+        return fastlm.gelu_mlp(x, w1, b1, w2, b2, layout=layout, recompute=2, backend=backend)
+
+    assert_within_twice_torch(ours, torch_mlp, mlp_inputs(*sizes), dtype)
+
+
+@only_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_bits_of_a_row_do_not_depend_on_the_tile(dtype, backend):
+    """Few rows get small tiles, many rows large ones: along the chain of a sum both add in the same order."""
+    x, w1, b1, _, _ = (t.to(dtype) for t in mlp_inputs(600, 88, 264, 8))
+    few, many = (load(backend).both_sides(rows, w1, b1, "tanh", "linear", True, True) for rows in (x[-7:], x))
+    for a, b in zip(few, many, strict=True):
+        assert torch.equal(a, b[-7:])
+
+
+@only_cuda
+def test_float32_is_as_exact_on_a_long_chain(backend):
+    """In three products of tf32 each: what is lost must not grow faster than in a chain of float32."""
+    assert_within_twice_torch(lambda *t: fastlm.gelu_mlp(*t, backend=backend), torch_mlp, mlp_inputs(9, 3072, 40, 3072), torch.float32)
+
+
+@pytest.fixture
+def less_precision():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@only_cuda
+def test_tf32_where_it_is_allowed_and_nowhere_else(backend, less_precision):
+    x, w1, b1, _, _ = mlp_inputs(40, 256, 96, 8)
+    truth = F.linear(x.double(), w1.double(), b1.double())
+    allowed, _ = load(backend).both_sides(x, w1, b1, "none", "linear", True, False)
+    assert 2**-16 < error(allowed, truth) < 2**-10
+    torch.set_float32_matmul_precision("highest")
+    exact, _ = load(backend).both_sides(x, w1, b1, "none", "linear", True, False)
+    assert error(exact, truth) < 2**-21
+
+
+@only_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows, width, vocab", [(150, 40, 1200), (9, 33, 1300), (70, 16, 65)])
+def test_losses_without_logits(rows, width, vocab, label_smoothing, dtype, backend):
+    """Several parts of the vocabulary to a row, several blocks of rows; the same losses as with gradients, but for the rounding of the logits there."""
+    x, w, b, target = floats(rows, width), floats(vocab, width) / width**0.5, floats(vocab), targets(vocab, rows, ignored=[1, 5])
+    for weight in (w, w.t().contiguous().t()):
+        options = {"reduction": "none", "label_smoothing": label_smoothing, "backend": backend}
+        ours = fastlm.linear_cross_entropy(x.to(dtype), weight.to(dtype), target, b.to(dtype), **options)
+        logits = F.linear(x.to(dtype).double(), weight.to(dtype).double(), b.to(dtype).double())
+        truth = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+        assert error(ours, truth) < 2**-20  # whatever the dtype: the logits are never rounded to it
+        assert (ours[[1, 5]] == 0).all()
+
+
+@only_cuda
+def test_a_nan_reaches_the_losses_of_its_row_alone(backend):
+    x, w = floats(6, 16), floats(300, 16)
+    x[2, 3] = torch.nan
+    losses = fastlm.linear_cross_entropy(x, w, targets(300, 6), reduction="none", backend=backend)
+    assert losses.isnan().tolist() == [i == 2 for i in range(6)]
+
+
+@only_cuda
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("rows, vocab", [(3, 9000), (200, 1100), (65, 8)])
+def test_gradients_of_wide_and_of_many_rows(rows, vocab, dtype, backend):
+    """More runs of a row than threads, more rows than one share, and threads that have nothing to do."""
+    target = targets(vocab, rows, ignored=[2])
+    assert_within_twice_torch(
+        lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend),
+        lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target), (floats(rows, 8), floats(vocab, 8) / 3, floats(vocab)), dtype,
+    )  # fmt: skip
