@@ -39,7 +39,7 @@ MEASURED: dict[str, tuple[Rule, ...]] = {
         Rule("linear_cross_entropy", "bfloat16"),  # with gradients PyTorch is 4–9 % faster, without 5 % slower
         Rule("attention", "float32", {"query_len": (None, 1)}),
     ),
-    # Two cores, PyTorch 2.13: large products alone, 7 % faster on two threads and 15 % on one; its bfloat16, for which it has no instructions here, is far slower.
+    # Two cores, PyTorch 2.13: large products alone, 7 % faster on two threads and 15 % on one. Its bfloat16, without instructions for it, is far slower.
     "zen3": (Rule("linear", "float32", {"rows": (182, None)}),),
 }
 
