@@ -1,6 +1,8 @@
 // The inside of the emulator: blocks, warps and their threads, each a fiber with a stack of its own.
 #pragma once
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 #include "cuda_emulation.h"
@@ -70,6 +72,7 @@ struct Extent {
   size_t bytes;
   bool writable;
   const char* what;
+  std::shared_ptr<std::atomic<uint32_t>[]> writers{};  // of each two bytes of what is writable: 1 + the number of the block that wrote it, 0 for none
 };
 
 // One launch, shared by the OS threads that run its blocks.
@@ -97,6 +100,7 @@ struct Block {
   int threads, warp_count, ended_warps;
   const Launch* launch;
   packed3 index, size, grid;
+  uint32_t number;  // in the grid
   void* host_stack_pointer;
   Barrier barriers[Barriers];
   unsigned char* shared;
@@ -114,6 +118,7 @@ extern thread_local constinit Fiber* current __attribute__((tls_model("initial-e
 // Ends the launch with a report that names kernel, block and thread.
 [[noreturn]] void fail(const Fiber& thread, const std::string& what, void* place = nullptr);
 std::string name_of(const Block& block, int thread);
+std::string index_name(packed3 index);
 
 // memory.cpp
 constexpr size_t Guard = 4096;  // bytes on either side of shared memory

@@ -1,5 +1,5 @@
 // Every load and store of the kernels passes here: in shared memory it must lie inside, be written before it is read, and meet no other thread's without a
-// barrier in between; elsewhere it must lie in what the launch was granted.
+// barrier in between; elsewhere it must lie in what the launch was granted, and meet no other block's.
 //
 // Time in a block advances with each synchronisation. A warp knows of each other warp until when what that one did is ordered before its own doings; between
 // threads of one warp, that is what __syncwarp and barriers order. For each word of shared memory the last write and the reads since are kept, for each
@@ -191,14 +191,39 @@ std::string hex(uintptr_t address) {
   return address - extent.begin + bytes <= extent.bytes && address >= extent.begin && (extent.writable || !write);
 }
 
+[[gnu::noinline]] void race_of_blocks(Fiber& thread, const Extent& extent, uintptr_t address, uint32_t other, bool write, void* place) {
+  const dim3 grid = thread.block->launch->shape.grid;
+  const packed3 index = {other % grid.x | uint64_t(other / grid.x % grid.y) << 32, other / grid.x / grid.y};
+  fail(thread,
+       "race in global memory: it " + std::string(write ? "writes" : "reads") + " byte " + std::to_string(address - extent.begin) + " of " + extent.what +
+           " of " + std::to_string(extent.bytes) + " bytes, which block " + index_name(index) + " writes in the same launch",
+       place);
+}
+
+// Nothing orders the blocks of a launch: what one has written no other may write or read. Single bytes are not looked at, two may share a unit.
+[[gnu::always_inline]] inline void check_writer(Fiber& thread, const Extent& extent, uintptr_t address, size_t bytes, bool write, void* place) {
+  if (!extent.writers || bytes < 2) return;
+  const uint32_t me = thread.block->number + 1;
+  const uintptr_t first = extent.begin & ~uintptr_t(1);
+  for (size_t i = (address - first) / 2, end = (address - first + bytes) / 2; i < end; ++i) {
+    std::atomic<uint32_t>& writer = extent.writers[i];
+    const uint32_t before = writer.load(std::memory_order_relaxed);
+    if (before != me) {
+      if (before) [[unlikely]]
+        race_of_blocks(thread, extent, address, before - 1, write, place);
+      if (write) writer.store(me, std::memory_order_relaxed);
+    }
+  }
+}
+
 [[gnu::always_inline]] inline void check_global(Fiber& thread, uintptr_t address, size_t bytes, bool write, void* place) {
   Block& block = *thread.block;
   const std::vector<Extent>& extents = block.launch->extents;
-  if (lies_in(extents[block.recent], address, bytes, write)) return;
+  if (lies_in(extents[block.recent], address, bytes, write)) return check_writer(thread, extents[block.recent], address, bytes, write, place);
   for (size_t i = 0; i < extents.size(); ++i)
     if (lies_in(extents[i], address, bytes, write)) {
       block.recent = i;
-      return;
+      return check_writer(thread, extents[i], address, bytes, write, place);
     }
   outside_global(thread, address, bytes, write, place);
 }

@@ -234,6 +234,14 @@ def test_bounds(run, bad, what):
     assert reported(run("bounds", X, 128, bad)[1], "^bounds, block", what)
 
 
+@pytest.mark.parametrize(
+    "bad, what", [(0, "^$"), (1, "race in global memory: it writes byte 0 of a result"), (2, "race in global memory: it reads byte 12 of a result")]
+)
+def test_blocks_that_meet(run, bad, what):
+    out, report = run("blocks", X, 128, bad)
+    assert reported(report, what) and (bad or torch.equal(out, X[:32].repeat(4)))
+
+
 def test_what_nothing_has_written(run):
     assert reported(run("unwritten", X, 128, 1)[1], r"thread \(122, 0, 0\): reads byte 20 of shared memory, which nothing has written")
 
