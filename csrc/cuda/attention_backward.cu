@@ -13,10 +13,12 @@
 // The gradient of a mask takes dq's place in the registers: a block owns a tile of it and walks over whatever the mask was broadcast over.
 //
 // History. Times are predicted, none has been measured.
-//   1. 4 warps of 16 rows; 64 rows across (32 from head_dim 65 on and in float32) in two stages of cp.async where 99 KiB hold them. At head_dim 64 in 16 bits the pass by
-//      keys multiplies 4 · 64 · 64 · 64 and reads 4 · 8 KiB a warp from shared memory for it, as the forward twice over, and both accumulators (64 registers), scores
-//      and dweights (64) stay in registers. Expected: like the forward half of the peak of mma, 2.5 × the forward's time by PyTorch's count of FLOPs.
-//      From head_dim 129 on dk and dv do not fit into registers together: a block computes one of them, and the scores a third time.
+//   1. 4 warps of 16 rows; 64 rows across (32 from head_dim 65 on and in float32) in two stages of cp.async where 99 KiB hold them. At head_dim 64 in 16 bits a tile
+//      costs a warp of the pass by keys 128 mma (1024 cycles of its quarter of an A100's multiprocessor) and 32 KiB of shared memory for the right operands and 4 for
+//      the left (1150 cycles for the four warps): as in the forward the two are balanced. 240 and 250 registers and 48 and 50 KiB: 2 blocks a multiprocessor, in both
+//      passes and at head_dim 128 too. Expected: as in the forward half of the peak of mma, so 3.5 × the forward's time for 3.5 × its products.
+//      From head_dim 129 on (65 in float32) dk and dv do not fit into registers together: a block computes one of them, and the scores a third time.
+//   Next: 32 keys a warp at head_dim 64, with dk and dv in halves of the head: the right operands would be read half as often.
 #include "attention_tile.cuh"
 
 namespace fastlm::cuda {

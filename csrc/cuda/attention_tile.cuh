@@ -129,15 +129,15 @@ template <class T, int D> FASTLM_DEVICE void read_left(uint32_t (&raw)[4], const
 
 template <class T, int D> constexpr int Steps = D * int(sizeof(T)) / 32;
 
-// c = A Bᵀ of 16 rows by N. left(step, raw) gives A.
-template <class T, int D, int N, class Read>
+// c = A Bᵀ of 16 rows by N. left(step, raw) gives A. So many steps are unrolled: all, where A is in registers, else a few: less code, and fewer addresses in registers.
+template <class T, int D, int N, int Unrolled = sizeof(T) == 2 ? 4 : 2, class Read>
 FASTLM_DEVICE void multiply_by_rows(float (&c)[N / 8][4], Read left, const unsigned char* right, bool tf32) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < N / 8; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e) c[n][e] = 0;
-#pragma unroll
+#pragma unroll Unrolled
   for (int step = 0; step < Steps<T, D>; ++step) {
     uint32_t raw[4];
     left(step, raw);
@@ -278,7 +278,7 @@ template <class T> FASTLM_DEVICE float mask_value(const AttentionArgs& a, int64_
 // Returns what is seen, bit 4n + e for element e of block n, found in a loop that is not unrolled: little code, and few registers.
 template <class T, bool KeysDown, int N>
 FASTLM_DEVICE uint32_t mask_scores(float (&scores)[N / 8][4], const AttentionArgs& a, const Sequence& s, const int (&row)[2], int column,
-                               const int64_t (&mask_at)[2], float scale) {
+                                   const int64_t (&mask_at)[2], float scale) {
   column += threadIdx.x % 4 * 2;
   const bool* padding = a.padding ? a.padding + s.batch * a.padding_batch_stride : nullptr;
   const bool* boolean = a.mask_type == MaskType::boolean ? static_cast<const bool*>(a.mask) : nullptr;
