@@ -3,6 +3,8 @@
 // A is (rows, k) with unit stride along k; W is (k, n) with unit stride along k (a Linear's weight, W1 or W2ᵀ) or along n (a Conv1D's): neither is ever copied.
 // 2·rows·k·n FLOP. A block owns a tile of C; per step of k it moves 64 bytes of each of its rows and columns into shared memory by cp.async, three
 // stages deep, in chunks of 16 bytes that are swizzled so that neither the copies nor ldmatrix meet a bank twice.
+// An operand whose rows do not consist of whole, aligned chunks (an odd width, a view that begins anywhere) is read element by element instead: as right, and
+// several times slower.
 //
 // 1. Tile 128×128, four warps of 64×64. A step of 64 bytes is 2·128·128·32 FLOP for 16 KiB from the L2 cache: 64 FLOP a byte, so sm_80's 312 TFLOP/s ask
 //    for 4.9 TB/s, what its L2 cache just gives; tiles are walked 8 rows of them at a time, which keeps W's columns there. From shared memory a
