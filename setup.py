@@ -334,6 +334,8 @@ class BuildModules(build_ext):
     def run(self) -> None:
         package = Path(ROOT if self.inplace else self.build_lib, "fastlm")
         cuda, why_no_cuda = wanted_cuda()
+        if cuda is None:
+            self.without_cuda(why_no_cuda)
         on_cuda = {"reason": why_no_cuda, "version": cuda.version if cuda else "", "archs": ",".join(cuda.archs) if cuda else ""}
         report = {"modules": [], "openmp": False, "compiler": "", "reason": "", "cuda": on_cuda}
         built: list[Path] = []
@@ -353,13 +355,17 @@ class BuildModules(build_ext):
             on_cuda["reason"] = on_cuda["reason"] or str(failure)
         if on_cuda["reason"]:
             built = [file for file in built if file.name != f"_cuda{SUFFIX}"]
-            if os.environ.get("FASTLM_BUILD_CUDA") == "1":
-                raise CompileError(f"FASTLM_BUILD_CUDA=1: {on_cuda['reason']}")
+            self.without_cuda(on_cuda["reason"])
         if report["reason"]:
             print(f"fastlm: {report['reason']}. The package works without; PyTorch's own operators serve there.", file=sys.stderr, flush=True)
             if os.environ.get("FASTLM_REQUIRE_BUILD") == "1":
                 raise CompileError(f"FASTLM_REQUIRE_BUILD=1: {report['reason']}")
         self.install_into(package, built, report)
+
+    def without_cuda(self, reason: str) -> None:
+        print(f"fastlm: no CUDA kernels: {reason}", flush=True)
+        if os.environ.get("FASTLM_BUILD_CUDA") == "1":
+            raise CompileError(f"FASTLM_BUILD_CUDA=1: {reason}")
 
     def check_cuda(self, folder: Path, linked: bool, log: str) -> str:
         """Why the CUDA module is not to be used, or ""."""
