@@ -283,7 +283,7 @@ static std::string source_of(void* place) {
   while (std::fgets(line, sizeof line, output)) {
     std::string one = line;
     one = one.substr(0, one.find_first_of(" \n"));
-    if (!one.empty() && one[0] != '?') places += (places.empty() ? "\n  at " : ", from ") + one;
+    if (!one.empty() && one[0] != '?' && !one.starts_with("cuda_emulation.h")) places += (places.empty() ? "\n  at " : ", from ") + one;
   }
   pclose(output);
   return places;
