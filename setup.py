@@ -48,7 +48,7 @@ FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fas
 # is there too, for GPUs that are later still.
 CUDA_ARCHS = ("80", "90", "100", "120")
 OLDEST_NVCC = (12, 0)  # the first that knows C++20
-NVCC_FLAGS = ["-std=c++20", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "-Xptxas", "-v"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "-Xptxas", "-v"]
 # Every kernel counts as tuned, and one that spills registers fails the build, unless a part of its mangled name stands here, with the reason.
 MAY_SPILL: dict[str, str] = {}
 
