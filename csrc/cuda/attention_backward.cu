@@ -18,6 +18,8 @@
 //      operands and 4 for the left (1150 cycles for the four warps): as in the forward the two are balanced. 240 and 250 registers and 48 and 50 KiB: 2 blocks
 //      a multiprocessor, in both passes and at head_dim 128 too. Expected: as in the forward half of the peak of mma, so 3.5 × the forward's time for 3.5 × its
 //      products. From head_dim 129 on (65 in float32) dk and dv do not fit into registers together: a block computes one of them, and the scores a third time.
+//   2. 16 queries across in the pass by keys at head_dim 128, and what only serves addresses is computed in each round: from 255 registers, with spills on
+//      sm_120, to 239…248 without. A barrier comes every 64 mma of a warp instead of 128: as often as in the forward at head_dim 64.
 //   Next: 32 keys a warp at head_dim 64, with dk and dv in halves of the head: the right operands would be read half as often.
 #include "attention_tile.cuh"
 
@@ -36,9 +38,10 @@ template <class T, int D> struct QueryTile {
 
 template <class T, int D> struct KeyTile {
   static constexpr int Warps = sizeof(T) == 4 && D > 128 ? 2 : 4, Keys = 16 * Warps;
-  static constexpr int Queries = sizeof(T) == 2 ? (D <= 64 ? 64 : 32) : D <= 128 ? 32 : 16;
+  static constexpr int Queries = sizeof(T) == 2 ? (D <= 64 ? 64 : D == 128 ? 16 : 32) : D <= 128 ? 32 : 16;
   static constexpr int Stages = D * sizeof(T) > 256 ? 1 : 2;
   static constexpr bool Both = sizeof(T) == 2 ? D <= 128 : D <= 64;  // dk and dv in one block
+  static constexpr int Unrolled = sizeof(T) == 4 ? 2 : D <= 128 ? Steps<T, D> : 4;
   static constexpr int RowBytes = 2 * int(sizeof(float)) * Queries;  // lse and δ of a stage
   static constexpr int Bytes = 2 * (Keys + Stages * Queries) * D * int(sizeof(T)) + Stages * RowBytes + 16 * Queries;
   static constexpr int Blocks = D <= 64 ? 2 : 1;
@@ -399,8 +402,8 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::Bloc
     if (!works) continue;
 
     float weights[Queries / 8][4], dscores[Queries / 8][4];
-    multiply_by_rows<T, D, Queries>(weights, left_key, queries + stage * Across, a.tf32);
-    if (wants_key) multiply_by_rows<T, D, Queries>(dscores, left_value, douts + stage * Across, a.tf32);
+    multiply_by_rows<T, D, Queries, Tile::Unrolled>(weights, left_key, queries + stage * Across, a.tf32);
+    if (wants_key) multiply_by_rows<T, D, Queries, Tile::Unrolled>(dscores, left_value, douts + stage * Across, a.tf32);
     uint32_t seen = ~0u;
     if (all_edges || tile < range.inner || tile >= range.outer) {
       const int64_t at = mask_offset(a, batch, head), mask_at[2] = {at, at};

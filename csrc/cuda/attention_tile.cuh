@@ -122,7 +122,7 @@ template <class T> FASTLM_DEVICE void multiply(float (&c)[4], const Left<T>& a, 
 
 // The 16 rows of a tile from `row` on, 32 bytes a step, as a left operand; `flip` is xored to what is read.
 template <class T, int D> FASTLM_DEVICE void read_left(uint32_t (&raw)[4], const unsigned char* tile, int row, int step, uint32_t flip) {
-  const int lane = threadIdx.x % 32;
+  const int lane = anew(threadIdx.x % 32);
   ldmatrix_x4(raw, tile + chunk_at<T, D>(row + lane % 16, 2 * step + lane / 16));
 #pragma unroll
   for (int i = 0; i < 4; ++i) raw[i] ^= flip;
@@ -134,7 +134,7 @@ template <class T, int D> constexpr int Steps = D * int(sizeof(T)) / 32;
 // registers.
 template <class T, int D, int N, int Unrolled = sizeof(T) == 2 ? 4 : 2, class Read>
 FASTLM_DEVICE void multiply_by_rows(float (&c)[N / 8][4], Read left, const unsigned char* right, bool tf32) {
-  const int lane = threadIdx.x % 32;
+  const int lane = anew(threadIdx.x % 32);
 #pragma unroll
   for (int n = 0; n < N / 8; ++n)
 #pragma unroll
@@ -157,7 +157,7 @@ FASTLM_DEVICE void multiply_by_rows(float (&c)[N / 8][4], Read left, const unsig
 // c += P B: P is 16 rows by N in registers, as a product leaves it, and B has N rows. parts 2: what rounding P to 16 bits took away is multiplied too.
 template <class T, int D, int N>
 FASTLM_DEVICE void multiply_from_registers(float (&c)[D / 8][4], float (&p)[N / 8][4], const unsigned char* right, bool tf32, int parts = 1) {
-  const int lane = threadIdx.x % 32;
+  const int lane = anew(threadIdx.x % 32);
   if constexpr (std::is_same_v<T, float>) {
     // A product sums over its columns in any order: let column 2i be the hardware's i, and 2i + 1 its i + 4, and the registers are those it wants.
 #pragma unroll
