@@ -182,6 +182,7 @@ struct Machine {
       fiber.index = {i % size.x | uint64_t(i / size.x % size.y) << 32, i / size.x / size.y};
     }
     resize_shared(block, launch.shape.shared_bytes);
+    follow_results(block);
   }
 
   void run(uint64_t number) {
@@ -332,6 +333,7 @@ void run(const launch_shape& shape, void (*body)(const void*), const void* argum
       }
       machine->block.error.clear();
     }
+    machine->block.results.clear();
     give_back(std::move(machine));
   };
   std::vector<std::thread> others;

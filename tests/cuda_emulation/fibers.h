@@ -93,6 +93,14 @@ struct Cell {
   static constexpr uint16_t Thread = 0x3FF, Pending = 0x8000, Split = 0x4000, Several = 0xFFFF;
 };
 
+struct Cells {
+  Cell *of_words, *of_bytes;  // the second of words that are Split
+};
+struct Result {
+  Cells cells;
+  std::unique_ptr<Cell[], void (*)(void*)> storage;
+};
+
 // What runs blocks one after another: the stacks, shared memory and what is known about it.
 struct Block {
   Fiber* fibers;
@@ -105,8 +113,9 @@ struct Block {
   Barrier barriers[Barriers];
   unsigned char* shared;
   size_t shared_bytes;
-  std::vector<Cell> cells;       // one for each word of shared memory
-  std::vector<Cell> byte_cells;  // one for each byte, of words that are Split
+  Cells shared_cells;
+  std::vector<Cell> shared_storage;
+  std::vector<Result> results;  // of the launch's grants to write, which are its first
   uint32_t now, began;
   size_t recent;  // the extent that the last access fell into
   std::string error;
@@ -123,6 +132,7 @@ std::string index_name(packed3 index);
 // memory.cpp
 constexpr size_t Guard = 4096;  // bytes on either side of shared memory
 void resize_shared(Block& block, size_t bytes);
+void follow_results(Block& block);
 void forget_shared(Block& block);  // a new block: nothing is written
 bool guards_intact(const Block& block);
 void synchronise(Block& block, uint32_t warps);                 // what these did until now comes before whatever they do from now on

@@ -104,7 +104,7 @@ __global__ void copies(Arguments a) {
   if (a.bad == 3) value += shared[4 * (blockDim.x + i)];
   if (a.bad != 4) cp_async_wait<0>();
   __syncthreads();
-  if (a.bad == 5) cp_async_16(shared + 4 * i, a.in + 4 * i + (i == 9 ? a.count : 0), true);
+  if (a.bad == 5) cp_async_16(shared + 4 * i, a.in + 4 * i, true);
   a.out[i] = value + shared[4 * (blockDim.x + (i ^ 33))] + shared[4 * (i ^ 33)];
 }
 
@@ -211,8 +211,10 @@ __global__ void indices(Arguments a) {
 __global__ void blocks(Arguments a) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   a.out[i] = a.in[threadIdx.x];
-  if (a.bad == 1 && threadIdx.x == 3) a.out[0] = 1;
+  if (a.bad == 1 && blockIdx.x > 0 && threadIdx.x == 3) a.out[0] = 1;
   if (a.bad == 2 && threadIdx.x == 3) a.out[i] += a.out[3];
+  if (a.bad != 3) __syncwarp();
+  if (a.bad >= 3) a.out[i] += a.out[i ^ 1];
 }
 
 }  // namespace fastlm::cuda
