@@ -236,6 +236,48 @@ def test_cpp_mutants(tmp_path):
     assert not survivors, survivors
 
 
+# CUDA C++: the same, built for the emulator, which also has to notice a barrier that is gone
+
+TILES, NORM_CU, LAUNCHERS = "csrc/cuda/attention_tile.cuh", "csrc/cuda/layernorm_residual.cu", "csrc/cuda"
+
+CUDA = [
+    [
+        Mutant(f"{LAUNCHERS}/attention.cu", "norm[half] = norm[half] * decay + sum;", "norm[half] = norm[half] + sum;", "ops/test_attention.py float64"),
+        Mutant(f"{LAUNCHERS}/gelu_mlp.cu", "0.134145f", "0.044715f", "ops/test_gelu_mlp.py float64"),
+        Mutant(NORM_CU, " - n[c][i] * correlation", "", "ops/test_layernorm_residual.py float64"),
+        Mutant(f"{LAUNCHERS}/linear_cross_entropy.cu", " * factor - uniform;", " * factor;", "ops/test_linear_cross_entropy.py float64"),
+        Mutant(f"{LAUNCHERS}/philox.cuh", "k1 += 0xBB67AE85u", "k1 += 0xBB67AE84u", "ops/test_dropout.py definition"),
+    ],
+    [
+        Mutant(TILES, "j - i >= s.lower && j - i <= s.upper;", "j - i >= s.lower && j - i < s.upper;", "ops/test_attention.py windows"),
+        Mutant(f"{LAUNCHERS}/gemm.cuh", "__syncthreads();  // this stage", "// this stage", "kernels/test_cuda_gemm.py"),
+        Mutant(NORM_CU, " + n] = values[n];\n    __syncthreads();", " + n] = values[n];", "kernels/test_cuda_layernorm_residual.py teams"),
+    ],
+    [
+        Mutant(f"{LAUNCHERS}/attention_backward.cu", "* (dscores[n][e] - delta[e / 2]);", "* dscores[n][e];", "ops/test_attention.py float64"),
+        Mutant(NORM_CU, " - average - n * correlation", " - average", "ops/test_layernorm_residual.py float64"),
+    ],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="the emulator is built by GCC on Linux")
+def test_cuda_mutants(tmp_path):
+    survivors = []
+    for number, group in enumerate(CUDA):
+        folder = tmp_path / str(number)
+        shutil.copytree(PACKAGE, folder / "fastlm", copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__", "_cuda*"))
+        for part in ("csrc", "tests/cuda_emulation"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for mutant in group:
+            mutate(folder, mutant)
+        build = [sys.executable, "-m", "tests.cuda_emulation"]
+        done = subprocess.run(build, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        survivors += [survives(folder, mutant, FASTLM_TEST_BACKENDS="cuda", FASTLM_CUDA_EMULATION="1", FASTLM_TEST_EMULATED="1") for mutant in group]
+    assert not any(survivors), "\n".join(filter(None, survivors))
+
+
 def test_every_file_of_kernels_has_a_mutant():
     """A new kernel needs its own."""
     on_triton = {Path(mutant.file).name for mutant in ON_TRITON}
@@ -245,3 +287,7 @@ def test_every_file_of_kernels_has_a_mutant():
     # every kernel's tests run through these
     spared = {"simd.h", "simd_avx2.h", "simd_avx512.h", "simd_generic.h", "tiles_amx.h", "vmath.h", "threads.h", "cpu_features.cpp"}
     assert {path.name for path in (ROOT / "csrc" / "cpu").iterdir()} - spared == mutated
+    mutated = {Path(mutant.file).name for group in CUDA for mutant in group}
+    # through which every kernel's tests run, or which need a GPU; attention_decode.cu puts together what attention.cu computes
+    spared = {"launch.cuh", "mma.cuh", "reduce.cuh", "vec.cuh", "device.cu", "attention_decode.cu"}
+    assert {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu*")} - spared == mutated

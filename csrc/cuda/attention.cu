@@ -1,17 +1,20 @@
-// softmax(q kᵀ · scale + mask) v by tiles, forward (Dao, 2023, arXiv:2307.08691): q (batch, heads, query_len, head_dim), k and v (batch, key_heads, key_len, head_dim).
-// 4 · query_len · key_len · head_dim FLOPs a head, half of it with a causal mask; each of q, k, v, out once through memory as long as the keys of a head stay in the
-// L2 cache: bound by the matrix units from some hundred tokens on.
+// softmax(q kᵀ · scale + mask) v by tiles, forward (Dao, 2023, arXiv:2307.08691): q (batch, heads, query_len, head_dim), k and v (batch, key_heads, key_len,
+// head_dim). 4 · query_len · key_len · head_dim FLOPs a head, half of it with a causal mask; each of q, k, v, out once through memory as long as the keys of a
+// head stay in the L2 cache: bound by the matrix units from some hundred tokens on.
 //
-// A block owns a tile of queries, 16 a warp, and walks over the keys with a running maximum and sum in float32. Blocks of one head follow each other, so that they
-// share its keys in the cache, and the tile with the most keys comes first. Scores stay raw, and the scale goes into the exponent of 2: one fused multiply-add a score.
-// (For that the scale must be positive: the queries take its sign.)
+// A block owns a tile of queries, 16 a warp, and walks over the keys with a running maximum and sum in float32. Blocks of one head follow each other, so that
+// they share its keys in the cache, and the tile with the most keys comes first. Scores stay raw, and the scale goes into the exponent of 2: one fused
+// multiply-add a score. (For that the scale must be positive: the queries take its sign.)
 //
 // History. Times are predicted, none has been measured.
-//   1. 64 queries by 64 keys (32 from head_dim 129 on and in float32), 4 warps, keys and values in two stages of cp.async, one barrier a tile, the queries' fragments in
-//      registers up to head_dim 128. At head_dim 64 in 16 bits a tile of keys costs a warp 64 mma (16 cycles each of its quarter of an A100's multiprocessor: 512) and
-//      16 KiB from shared memory (512 cycles for the four warps together at 128 bytes a cycle), and 32 · 32 exponentials at 4 a cycle and quarter (256): products and
-//      shared memory are balanced and overlap only between blocks. 40 KiB of shared memory and ≤ 168 registers: 3 blocks a multiprocessor. Expected: half of the
-//      peak of mma on an A100, about 150 TFLOP/s, and 250 on an H100, whose mma.sync reaches 62 % of what wgmma does.
+//   1. 64 queries by 64 keys (32 from head_dim 129 on and in float32), 4 warps, keys and values in two stages of cp.async, one barrier a tile, the queries'
+//      fragments in registers up to head_dim 128. At head_dim 64 in 16 bits a tile of keys costs a warp 64 mma (8 cycles each of its quarter of an A100's
+//      multiprocessor: 512), 16 KiB from shared memory (512 cycles for the four warps together at 128 bytes a cycle), and 32 exponentials a thread (256 cycles
+//      at 4 a cycle and quarter): products and shared memory are balanced, and overlap only between blocks. 160 registers and 40 KiB of shared memory: 3 blocks
+//      a multiprocessor; at head_dim 128 213 and 80 KiB: 2 on an A100 and an H100, 1 where there are 99 KiB. Expected: half of the peak of mma on an A100,
+//      about 150 TFLOP/s, and 250 on an H100, whose mma.sync reaches 62 % of what wgmma does.
+//   2. What only edges need (rows of the mask, counters of dropout) is computed where it is needed, and what is seen becomes a bit each in a loop that is not
+//      unrolled: from 248 registers to 160 at head_dim 64, which is 3 blocks for 2, and from 45 s of compilation to 34.
 //   Next: 32 queries a warp where registers allow (head_dim ≤ 64), which halves what is read from shared memory for a product: 1.3 × expected.
 #include "attention_tile.cuh"
 
@@ -23,7 +26,8 @@ template <class T, int D> struct ForwardTile {
   static constexpr int Keys = sizeof(T) == 2 ? (D <= 128 ? 64 : 32) : D <= 128 ? 32 : 16;
   static constexpr int Stages = sizeof(T) == 4 && D > 128 ? 1 : 2;
   static constexpr int Bytes = (Queries + 2 * Stages * Keys) * D * int(sizeof(T));
-  static constexpr bool Held = sizeof(T) == 2 && D <= 128;                         // the queries' fragments, in registers
+  static constexpr bool Held = sizeof(T) == 2 && D <= 128;  // the queries' fragments, in registers
+  static constexpr int Unrolled = Held ? Steps<T, D> : 4;
   static constexpr int Blocks = D <= 64 ? 3 : sizeof(T) == 2 && D <= 128 ? 2 : 1;  // at a time on a multiprocessor: what the registers are rationed for
   static_assert(Bytes <= 99 << 10);
 };
@@ -161,7 +165,7 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
     if (!works) continue;
 
     float weights[Keys / 8][4];
-    multiply_by_rows<T, D, Keys>(weights, left, keys + stage * TileBytes, a.tf32);
+    multiply_by_rows<T, D, Keys, Tile::Unrolled>(weights, left, keys + stage * TileBytes, a.tf32);
     if (all_edges || tile < range.inner || tile >= range.outer) {
       const QueryRow row[2] = {place.row(a, warp * 16 + lane / 4), place.row(a, warp * 16 + lane / 4 + 8)};
       const int64_t mask_at[2] = {mask_offset(a, s.batch, row[0].head), mask_offset(a, s.batch, row[1].head)};
@@ -209,6 +213,9 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
   for (int half = 0; half < 2; ++half) {
     norm[half] += shuffle_xor(norm[half], 1);
     norm[half] += shuffle_xor(norm[half], 2);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
     const QueryRow r = place.row(a, warp * 16 + lane / 4 + 8 * half);
     if (!r.real || again >> (half * 8 + lane / 4) & 1) continue;
     const bool empty = norm[half] == 0;

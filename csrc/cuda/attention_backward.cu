@@ -1,22 +1,26 @@
-// The gradients of attention: a pass by queries, a pass by keys, and for an additive mask's gradient the pass by queries once more. No atomics: every sum has one
-// owner and one order.
+// The gradients of attention: a pass by queries, a pass by keys, and for an additive mask's gradient the pass by queries once more. No atomics: every sum has
+// one owner and one order.
 //
-// The pass by queries owns dq of a tile and walks over the keys. The pass by keys owns dk and dv of a tile and walks over the queries of all heads that share it, with
-// scores transposed, so that both products that follow take them from registers. Weights come from the log-sum-exp of the forward, and δ = Σ out · dout − dlse from a
-// kernel that goes before. 14 · query_len · key_len · head_dim FLOPs a head, half of it with a causal mask: seven products where five would do, as the scores and
-// dout vᵀ are computed in both passes. The price of a gradient without atomics.
+// The pass by queries owns dq of a tile and walks over the keys. The pass by keys owns dk and dv of a tile and walks over the queries of all heads that share
+// it, with scores transposed, so that both products that follow take them from registers. Weights come from the log-sum-exp of the forward, and δ = Σ out ·
+// dout − dlse from a kernel that goes before. 14 · query_len · key_len · head_dim FLOPs a head, half of it with a causal mask: seven products where five would
+// do, as the scores and dout vᵀ are computed in both passes. The price of a gradient without atomics.
 //
-// exact: who asks for the gradient of a mask gets it, and all others, as exact as from PyTorch, whose operator there multiplies 16-bit numbers in float32. Over a row
-// dscores sum to 0, so that the rounding of out in δ shows in full, and what is left is that of the weights and dscores. So δ is Σ weights · dweights, of float32, in a
-// loop over the keys ahead of dq's, and those factors are multiplied in two parts: five products more.
+// exact: who asks for the gradient of a mask gets it, and all others, as exact as from PyTorch, whose operator there multiplies 16-bit numbers in float32. Over
+// a row dscores sum to 0, so that the rounding of out in δ shows in full, and what is left is that of the weights and dscores. So δ is Σ weights · dweights, of
+// float32, in a loop over the keys ahead of dq's, and those factors are multiplied in two parts: five products more.
 //
 // The gradient of a mask takes dq's place in the registers: a block owns a tile of it and walks over whatever the mask was broadcast over.
 //
 // History. Times are predicted, none has been measured.
-//   1. 4 warps of 16 rows; 64 rows across (32 from head_dim 65 on and in float32) in two stages of cp.async where 99 KiB hold them. At head_dim 64 in 16 bits the pass by
-//      keys multiplies 4 · 64 · 64 · 64 and reads 4 · 8 KiB a warp from shared memory for it, as the forward twice over, and both accumulators (64 registers), scores
-//      and dweights (64) stay in registers. Expected: like the forward half of the peak of mma, 2.5 × the forward's time by PyTorch's count of FLOPs.
-//      From head_dim 129 on dk and dv do not fit into registers together: a block computes one of them, and the scores a third time.
+//   1. 4 warps of 16 rows; 64 rows across (32 from head_dim 65 on and in float32) in two stages of cp.async where 99 KiB hold them. At head_dim 64 in 16 bits a
+//      tile costs a warp of the pass by keys 128 mma (1024 cycles of its quarter of an A100's multiprocessor) and 32 KiB of shared memory for the right
+//      operands and 4 for the left (1150 cycles for the four warps): as in the forward the two are balanced. 240 and 250 registers and 48 and 50 KiB: 2 blocks
+//      a multiprocessor, in both passes and at head_dim 128 too. Expected: as in the forward half of the peak of mma, so 3.5 × the forward's time for 3.5 × its
+//      products. From head_dim 129 on (65 in float32) dk and dv do not fit into registers together: a block computes one of them, and the scores a third time.
+//   2. 16 queries across in the pass by keys at head_dim 128, and what only serves addresses is computed in each round: from 255 registers, with spills on
+//      sm_120, to 239…248 without. A barrier comes every 64 mma of a warp instead of 128: as often as in the forward at head_dim 64.
+//   Next: 32 keys a warp at head_dim 64, with dk and dv in halves of the head: the right operands would be read half as often.
 #include "attention_tile.cuh"
 
 namespace fastlm::cuda {
@@ -34,9 +38,10 @@ template <class T, int D> struct QueryTile {
 
 template <class T, int D> struct KeyTile {
   static constexpr int Warps = sizeof(T) == 4 && D > 128 ? 2 : 4, Keys = 16 * Warps;
-  static constexpr int Queries = sizeof(T) == 2 ? (D <= 64 ? 64 : 32) : D <= 128 ? 32 : 16;
+  static constexpr int Queries = sizeof(T) == 2 ? (D <= 64 ? 64 : D == 128 ? 16 : 32) : D <= 128 ? 32 : 16;
   static constexpr int Stages = D * sizeof(T) > 256 ? 1 : 2;
   static constexpr bool Both = sizeof(T) == 2 ? D <= 128 : D <= 64;  // dk and dv in one block
+  static constexpr int Unrolled = sizeof(T) == 4 ? 2 : D <= 128 ? Steps<T, D> : 4;
   static constexpr int RowBytes = 2 * int(sizeof(float)) * Queries;  // lse and δ of a stage
   static constexpr int Bytes = 2 * (Keys + Stages * Queries) * D * int(sizeof(T)) + Stages * RowBytes + 16 * Queries;
   static constexpr int Blocks = D <= 64 ? 2 : 1;
@@ -91,7 +96,8 @@ __device__ __attribute__((noinline)) void query_gradient_key_by_key(const Attent
   write_channels<T>(token_of<T>(a.dquery, batch, head, s.query_begin + i), dquery, a.scale, a.head_dim);
 }
 
-// dq of a tile of queries, or with of_mask a tile of the mask's gradient: dscores summed over what the mask was broadcast over, in the order of batch, head and query.
+// dq of a tile of queries, or with of_mask a tile of the mask's gradient: dscores summed over what the mask was broadcast over, in the order of batch, head and
+// query.
 template <class T, int D>
 __global__ void __launch_bounds__(QueryTile<T, D>::Warps * 32, QueryTile<T, D>::Blocks)
     attention_backward_query_kernel(FASTLM_CONSTANT AttentionBackwardArgs a, bool of_mask) {
@@ -396,8 +402,8 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::Bloc
     if (!works) continue;
 
     float weights[Queries / 8][4], dscores[Queries / 8][4];
-    multiply_by_rows<T, D, Queries>(weights, left_key, queries + stage * Across, a.tf32);
-    if (wants_key) multiply_by_rows<T, D, Queries>(dscores, left_value, douts + stage * Across, a.tf32);
+    multiply_by_rows<T, D, Queries, Tile::Unrolled>(weights, left_key, queries + stage * Across, a.tf32);
+    if (wants_key) multiply_by_rows<T, D, Queries, Tile::Unrolled>(dscores, left_value, douts + stage * Across, a.tf32);
     uint32_t seen = ~0u;
     if (all_edges || tile < range.inner || tile >= range.outer) {
       const int64_t at = mask_offset(a, batch, head), mask_at[2] = {at, at};

@@ -1,11 +1,12 @@
 // Attention for a few queries against many keys, as in decoding with a cache: bound by reading k and v once, 4 FLOPs for each element of them.
 //
-// The kernel of the forward, on a tile of all queries of all heads that share a key head, so that their keys are read once. The keys are cut into stretches, by sizes
-// alone, so that one sequence still fills the GPU; each block leaves the sum of its stretch with its maximum and norm, and the kernel here puts them together in order.
+// The kernel of the forward, on a tile of all queries of all heads that share a key head, so that their keys are read once. The keys are cut into stretches, by
+// sizes alone, so that one sequence still fills the GPU; each block leaves the sum of its stretch with its maximum and norm, and the kernel here puts them
+// together in order.
 //
 // History. Times are predicted, none has been measured.
-//   1. Up to 16 rows keep one of a block's four warps at the products; all four copy. At head_dim 64 a tile of 64 keys costs that warp 64 mma, 512 cycles, in which a
-//      multiprocessor of an A100 receives 7 KiB of the tile's 16: with two blocks or more there the memory is the bound, at 80 % of its bandwidth.
+//   1. Up to 16 rows keep one of a block's four warps at the products; all four copy. At head_dim 64 a tile of 64 keys costs that warp 64 mma, 512 cycles, in
+//      which a multiprocessor of an A100 receives 7 KiB of the tile's 16: with two blocks or more there the memory is the bound, at 80 % of its bandwidth.
 //   Next: the four warps take 16 keys each, where a block has its multiprocessor to itself.
 #include "attention_tile.cuh"
 

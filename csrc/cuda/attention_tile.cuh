@@ -1,17 +1,18 @@
-// What the passes of attention share: tiles of tokens in shared memory, the two forms of product on them, where a sequence lies, which keys a tile of queries sees,
-// and scores with everything that masks them.
+// What the passes of attention share: tiles of tokens in shared memory, the two forms of product on them, where a sequence lies, which keys a tile of queries
+// sees, and scores with everything that masks them.
 //
-// A warp owns 16 rows. Scores are a product of rows by rows, A Bᵀ, both read with ldmatrix from tiles that hold tokens as memory does. What follows is a product of
-// those scores, out of the registers they are in, by a tile: A B. So one layout serves both products, and nothing goes through shared memory in between.
+// A warp owns 16 rows. Scores are a product of rows by rows, A Bᵀ, both read with ldmatrix from tiles that hold tokens as memory does. What follows is a
+// product of those scores, out of the registers they are in, by a tile: A B. So one layout serves both products, and nothing goes through shared memory in
+// between.
 //   16 bits: m16n8k16. float32: m16n8k8 in tf32, which takes 32 bytes of a row at a time too, so that ldmatrix moves its operands as it stands; exact are three
 //   products, of what rounding keeps and of what it takes away: x y ≈ (x − x') y' + x' (y − y') + x' y', all but 2⁻²² of it.
 //
-// A pass walks over tiles from the first to the last that is seen at all: empty ones are skipped. Only those at the edges compare positions: those that the band
-// cuts, or that reach over the end of the keys; with a mask or padding all are edges. What masks is decided at run time, tile by tile, so that there is one kernel a
-// dtype and width of head.
+// A pass walks over tiles from the first to the last that is seen at all: empty ones are skipped. Only those at the edges compare positions: those that the
+// band cuts, or that reach over the end of the keys; with a mask or padding all are edges. What masks is decided at run time, tile by tile, so that there is
+// one kernel a dtype and width of head.
 //
-// A product adds 0 · NaN for a value that a weight of 0 should hide. So a row of the result that is not finite is computed again, one key or query at a time by one
-// warp, and what is not seen is not added. That is slow, and happens only where there is a NaN or an infinity.
+// A product adds 0 · NaN for a value that a weight of 0 should hide. So a row of the result that is not finite is computed again, one key or query at a time by
+// one warp, and what is not seen is not added. That is slow, and happens only where there is a NaN or an infinity.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -121,7 +122,7 @@ template <class T> FASTLM_DEVICE void multiply(float (&c)[4], const Left<T>& a, 
 
 // The 16 rows of a tile from `row` on, 32 bytes a step, as a left operand; `flip` is xored to what is read.
 template <class T, int D> FASTLM_DEVICE void read_left(uint32_t (&raw)[4], const unsigned char* tile, int row, int step, uint32_t flip) {
-  const int lane = threadIdx.x % 32;
+  const int lane = anew(threadIdx.x % 32);
   ldmatrix_x4(raw, tile + chunk_at<T, D>(row + lane % 16, 2 * step + lane / 16));
 #pragma unroll
   for (int i = 0; i < 4; ++i) raw[i] ^= flip;
@@ -129,15 +130,16 @@ template <class T, int D> FASTLM_DEVICE void read_left(uint32_t (&raw)[4], const
 
 template <class T, int D> constexpr int Steps = D * int(sizeof(T)) / 32;
 
-// c = A Bᵀ of 16 rows by N. left(step, raw) gives A.
-template <class T, int D, int N, class Read>
+// c = A Bᵀ of 16 rows by N. left(step, raw) gives A. So many steps are unrolled: all, where A is in registers, else a few: less code, and fewer addresses in
+// registers.
+template <class T, int D, int N, int Unrolled = sizeof(T) == 2 ? 4 : 2, class Read>
 FASTLM_DEVICE void multiply_by_rows(float (&c)[N / 8][4], Read left, const unsigned char* right, bool tf32) {
-  const int lane = threadIdx.x % 32;
+  const int lane = anew(threadIdx.x % 32);
 #pragma unroll
   for (int n = 0; n < N / 8; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e) c[n][e] = 0;
-#pragma unroll
+#pragma unroll Unrolled
   for (int step = 0; step < Steps<T, D>; ++step) {
     uint32_t raw[4];
     left(step, raw);
@@ -155,7 +157,7 @@ FASTLM_DEVICE void multiply_by_rows(float (&c)[N / 8][4], Read left, const unsig
 // c += P B: P is 16 rows by N in registers, as a product leaves it, and B has N rows. parts 2: what rounding P to 16 bits took away is multiplied too.
 template <class T, int D, int N>
 FASTLM_DEVICE void multiply_from_registers(float (&c)[D / 8][4], float (&p)[N / 8][4], const unsigned char* right, bool tf32, int parts = 1) {
-  const int lane = threadIdx.x % 32;
+  const int lane = anew(threadIdx.x % 32);
   if constexpr (std::is_same_v<T, float>) {
     // A product sums over its columns in any order: let column 2i be the hardware's i, and 2i + 1 its i + 4, and the registers are those it wants.
 #pragma unroll
@@ -222,8 +224,8 @@ FASTLM_DEVICE Sequence sequence_of(const AttentionArgs& a, int batch) {
   return {batch, query_end - query, key_end - key, int(lower < -Far ? -Far : lower), int(upper > Far ? Far : upper), query, key};
 }
 
-// (sequence, tile) number `slot` of all tiles of a packed batch; `batch` sequences beyond the last. So the host need not know the lengths: it launches as many blocks
-// as there can be tiles, tokens / Tile + batch, and waits for nothing.
+// (sequence, tile) number `slot` of all tiles of a packed batch; `batch` sequences beyond the last. So the host need not know the lengths: it launches as many
+// blocks as there can be tiles, tokens / Tile + batch, and waits for nothing.
 FASTLM_DEVICE int find_tile(const void* starts, bool wide, int batch, int tile_rows, int& slot) {
   for (int sequence = 0; sequence < batch; ++sequence) {
     const int tiles = divide_up(start_of(starts, wide, sequence + 1) - start_of(starts, wide, sequence), tile_rows);
@@ -273,12 +275,12 @@ template <class T> FASTLM_DEVICE float mask_value(const AttentionArgs& a, int64_
   return a.mask_type == MaskType::additive ? to_float(static_cast<const T*>(a.mask)[at]) : static_cast<const float*>(a.mask)[at];
 }
 
-// Scores in place, −inf where not seen; with an additive mask they become scale · scores + mask. Rows are queries, columns keys from `column` on, or with KeysDown the
-// other way round; mask_at: the mask's offset for each of the thread's two rows, without what the positions add.
-// Returns what is seen, bit 4n + e for element e of block n, found in a loop that is not unrolled: little code, and few registers.
+// Scores in place, −inf where not seen; with an additive mask they become scale · scores + mask. Rows are queries, columns keys from `column` on, or with
+// KeysDown the other way round; mask_at: the mask's offset for each of the thread's two rows, without what the positions add. Returns what is seen, bit 4n + e
+// for element e of block n, found in a loop that is not unrolled: little code, and few registers.
 template <class T, bool KeysDown, int N>
 FASTLM_DEVICE uint32_t mask_scores(float (&scores)[N / 8][4], const AttentionArgs& a, const Sequence& s, const int (&row)[2], int column,
-                               const int64_t (&mask_at)[2], float scale) {
+                                   const int64_t (&mask_at)[2], float scale) {
   column += threadIdx.x % 4 * 2;
   const bool* padding = a.padding ? a.padding + s.batch * a.padding_batch_stride : nullptr;
   const bool* boolean = a.mask_type == MaskType::boolean ? static_cast<const bool*>(a.mask) : nullptr;
@@ -327,8 +329,8 @@ template <class T> FASTLM_DEVICE bool sees(const AttentionArgs& a, const Sequenc
   return !a.padding || a.padding[s.batch * a.padding_batch_stride + j * a.padding_key_stride];
 }
 
-// Dropout: bit 4n + e says whether element e of block n is kept; rows are queries, columns keys from `column` on, a multiple of 16. A counter gives the words of
-// columns c, c + 16, c + 32 and c + 48 of a block of 64.
+// Dropout: bit 4n + e says whether element e of block n is kept; rows are queries, columns keys from `column` on, a multiple of 16. A counter gives the words
+// of columns c, c + 16, c + 32 and c + 48 of a block of 64.
 template <int N> FASTLM_DEVICE uint32_t kept_bits(const AttentionArgs& a, uint64_t seed, const int (&row)[2], const uint32_t (&third)[2], int column) {
   uint32_t bits = 0;
   const int first_word = column % 64 / 16;

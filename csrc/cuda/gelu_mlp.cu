@@ -36,9 +36,10 @@ template <class T> struct gelu_epilogue {
   int n;
   bool tanh, whole;
 
-  FASTLM_DEVICE vec<T, 8> fetch(int, int column, bool inside) const { return load_run(bias + column, bias && inside ? n - column : 0, whole); }
+  FASTLM_DEVICE vec<T, 8> fetch_columns(int column, bool inside) const { return load_run(bias + column, bias && inside ? n - column : 0, whole); }
+  FASTLM_DEVICE nothing fetch(int, int, bool) const { return {}; }
 
-  template <int> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& c, const vec<T, 8>& shift, bool inside) const {
+  template <int> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& c, const vec<T, 8>& shift, nothing, bool inside) const {
     if (!inside) return;
     const int64_t at = int64_t(row) * n + column;
 #pragma unroll
@@ -57,9 +58,10 @@ template <class T> struct gelu_gradient_epilogue {
   int n;
   bool tanh, whole;
 
+  FASTLM_DEVICE nothing fetch_columns(int, bool) const { return {}; }
   FASTLM_DEVICE vec<T, 8> fetch(int row, int column, bool inside) const { return load_run(hidden + int64_t(row) * n + column, inside ? n - column : 0, whole); }
 
-  template <int> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& c, const vec<T, 8>& before, bool inside) const {
+  template <int> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& c, nothing, const vec<T, 8>& before, bool inside) const {
     if (!inside) return;
     const int64_t at = int64_t(row) * n + column;
     vec<float, 8> after;

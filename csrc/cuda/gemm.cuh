@@ -3,6 +3,8 @@
 // A is (rows, k) with unit stride along k; W is (k, n) with unit stride along k (a Linear's weight, W1 or W2ᵀ) or along n (a Conv1D's): neither is ever copied.
 // 2·rows·k·n FLOP. A block owns a tile of C; per step of k it moves 64 bytes of each of its rows and columns into shared memory by cp.async, three
 // stages deep, in chunks of 16 bytes that are swizzled so that neither the copies nor ldmatrix meet a bank twice.
+// An operand whose rows do not consist of whole, aligned chunks (an odd width, a view that begins anywhere) is read element by element instead: as right, and
+// several times slower.
 //
 // 1. Tile 128×128, four warps of 64×64. A step of 64 bytes is 2·128·128·32 FLOP for 16 KiB from the L2 cache: 64 FLOP a byte, so sm_80's 312 TFLOP/s ask
 //    for 4.9 TB/s, what its L2 cache just gives; tiles are walked 8 rows of them at a time, which keeps W's columns there. From shared memory a
@@ -188,6 +190,7 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
   FASTLM_DEVICE void finish(float* pass, const gemm_args<T>& args, const Epilogue& epilogue, int first_row, int first_column, int lane) {
     constexpr int LANES = WARP / 8, RUNS = PASS * WARP / 8 / 32, AT_ONCE = 32 / LANES;  // rows at once
     const int column = first_column + lane % LANES * 8;
+    const auto columns = epilogue.fetch_columns(column, column < args.n);
 #pragma unroll
     for (int begin = 0; begin < WARP; begin += PASS) {
       const int row = first_row + begin + lane / LANES;
@@ -210,7 +213,7 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
         if (run + 1 < RUNS) ahead = epilogue.fetch(next, column, next < args.rows && column < args.n);
         const float* from = pass + (run * AT_ONCE + lane / LANES) * PITCH + lane % LANES * 8;
         vec<float, 8> c = vec<float, 8>::load(from);
-        epilogue.template finish<LANES>(at, column, c, fetched, at < args.rows && column < args.n);
+        epilogue.template finish<LANES>(at, column, c, columns, fetched, at < args.rows && column < args.n);
       }
     }
   }
@@ -301,9 +304,14 @@ template <class T, bool K_CONTIGUOUS, int WARP, class Epilogue> void gemm_launch
   FASTLM_LAUNCH((gemm_kernel<T, K_CONTIGUOUS, WARP, Epilogue>), dim3(unsigned(tiles)), GEMM_THREADS, tile::SHARED, stream, args, epilogue);
 }
 
-// WARP: 64, or 32 where there are few tiles; 32 in float32, whose three products need the registers. An epilogue is a struct with
-//   auto fetch(int row, int column, bool inside) const: what finish will need of memory, asked for early
-//   template <int LANES> void finish(int row, int column, vec<float, 8>& c, fetched, bool inside) const: by whole warps, LANES lanes side by side to a row
+// An epilogue is a struct with
+//   auto fetch_columns(int column, bool inside) const: what all rows of a run's columns need of memory; a lane has the same columns throughout
+//   auto fetch(int row, int column, bool inside) const: what one run needs, asked for early
+//   template <int LANES> void finish(int row, int column, vec<float, 8>& c, columns, fetched, bool inside) const: by whole warps, LANES lanes to a row
+// and nothing{} is what one fetches that needs nothing.
+struct nothing {};
+
+// WARP: 64, or 32 where there are few tiles; 32 in float32, whose three products need the registers.
 template <class T, int WARP, class Epilogue> void gemm(const gemm_operands& with, const Epilogue& epilogue, stream_t stream) {
   if (with.w_k_stride == 1 || with.k == 1) gemm_launch<T, true, WARP>(with, epilogue, stream);
   else gemm_launch<T, false, WARP>(with, epilogue, stream);

@@ -57,30 +57,25 @@ template <class T> struct log_sum_exp_epilogue {
   int rows, vocab;
   bool whole;
 
-  struct input {
-    vec<T, 8> bias;
-    int64_t target;  // from the run's first column
-  };
+  FASTLM_DEVICE vec<T, 8> fetch_columns(int column, bool inside) const { return load_run(bias + column, bias && inside ? vocab - column : 0, whole); }
+  // The target, from the run's first column.
+  FASTLM_DEVICE int64_t fetch(int row, int column, bool inside) const { return inside ? target[row * target_stride] - column : -1; }
 
-  FASTLM_DEVICE input fetch(int row, int column, bool inside) const {
-    return {load_run(bias + column, bias && inside ? vocab - column : 0, whole), inside ? target[row * target_stride] - column : -1};
-  }
-
-  template <int LANES> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& z, const input& with, bool inside) const {
+  template <int LANES> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& z, const vec<T, 8>& shift, int64_t place, bool inside) const {
     const int count = inside ? vocab - column : 0;
     float top = -INFINITY, norm = 0.0f, sum = 0.0f;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      z[e] += to_float(with.bias[e]);
+      z[e] += to_float(shift[e]);
       if (e < count) top = maximum(top, z[e]);
-      if (with.target == e && e < count) at_target[row] = z[e];
+      if (place == e && e < count) at_target[row] = z[e];
     }
 #pragma unroll
     for (int mask = LANES / 2; mask > 0; mask /= 2) top = maximum(top, shuffle_xor(top, mask));
-    const float shift = shift_of(top);
+    const float from = shift_of(top);
 #pragma unroll
     for (int e = 0; e < 8; ++e)
-      if (e < count) norm += exponential(z[e], shift), sum += z[e];
+      if (e < count) norm += exponential(z[e], from), sum += z[e];
 #pragma unroll
     for (int mask = LANES / 2; mask > 0; mask /= 2) norm += shuffle_xor(norm, mask), sum += shuffle_xor(sum, mask);
     if (!inside || threadIdx.x % LANES != 0) return;

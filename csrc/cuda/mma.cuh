@@ -48,6 +48,7 @@ FASTLM_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_
       emulation::mma(emulation::floats{c[0], c[1], c[2], c[3]}, emulation::words{a[0], a[1], a[2], a[3]}, b[0], b[1], emulation::products::tf32, line), c);
 }
 FASTLM_DEVICE uint32_t to_tf32(float x) { return emulation::float_to_tf32(x); }
+FASTLM_DEVICE int anew(int x) { return x; }
 
 FASTLM_DEVICE void cp_async_16(void* shared, const void* global, bool valid) { emulation::copy_async(shared, global, 16, valid); }
 FASTLM_DEVICE void cp_async_8(void* shared, const void* global, bool valid) { emulation::copy_async(shared, global, 8, valid); }
@@ -100,6 +101,13 @@ FASTLM_DEVICE uint32_t to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
+}
+
+// x, as a number that the compiler knows nothing of: what a loop computes with it is computed in each round, where otherwise all of a tile's addresses would be
+// kept in registers from one to the next.
+FASTLM_DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // Where `valid` is false, zeros are written and the global address is not read. The 16-byte copies go past the L1 cache.

@@ -1,5 +1,6 @@
 """fastlm bench --gpu: operators and a training step on this GPU against PyTorch, timed in turn by the GPU's own events.
 
+Where the CUDA C++ kernels serve, each case has two rows, from the same timings: of what `auto` takes, among whose rivals they are, and of them.
 Ratios are of pairs timed one after the other in one process. Peaks are measured at the start: a large copy between two places in the GPU's memory (bytes
 read plus bytes written), and the largest of a few matrix products.
 """
@@ -15,8 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
+from fastlm.backends import choice
 from fastlm.benchmarking.machine import Work
 from fastlm.benchmarking.measure import Ratio
 from fastlm.benchmarking.operators import EPSILON
@@ -25,7 +28,8 @@ from fastlm.training.baseline import PlainGPT2
 
 Call = Callable[[], object]
 OperatorCase = tuple[str, str, dict[str, Callable], list[Tensor], list[Tensor], Work, Work]
-ROUNDS, LEAST = 20, 0.02  # rounds of each pair; seconds that one timing should take
+ROUNDS, LEAST = 12, 0.01  # rounds of each pair; seconds that one timing should take
+OURS = ("fastlm", "cuda")  # auto's choice, and the CUDA C++ kernels
 
 
 @dataclasses.dataclass
@@ -78,20 +82,60 @@ def in_turn(calls: dict[str, Call], device: str, rounds: int = ROUNDS, least: fl
     return taken
 
 
-def row(operator: str, shape: str, dtype: torch.dtype, direction: str, calls: dict[str, Call], device: str, work: Work | None, **options: int) -> Row:
-    """The first of calls is ours."""
+def rows(
+    operator: str, shape: str, dtype: torch.dtype, direction: str, calls: dict[str, Call], device: str, work: Work | None, **options: int
+) -> Iterator[Row]:
+    """One of each of OURS among the calls."""
     before = dict(fastlm.info().fallbacks)
     taken = in_turn(calls, device, **options)
     fell = [what for what, count in fastlm.info().fallbacks.items() if count > before.get(what, 0) and what.startswith(operator)]
-    ours, *others = taken
-    rivals = {}
-    for name in others:
-        ratio = Ratio.of(taken[ours], taken[name])
-        rivals[name] = {"seconds": statistics.median(taken[name]), "median": ratio.median, "low": ratio.low, "high": ratio.high}
-    return Row(
-        operator, shape, str(dtype).removeprefix("torch."), direction, fell[0] if fell else "triton" if device == "cuda" else "cpu",
-        statistics.median(taken[ours]), rivals, work.flops if work else None, work.bytes if work else None,
-    )  # fmt: skip
+    served_by = {"fastlm": fell[0] if fell else "triton" if device == "cuda" else "cpu", "cuda": "cuda"}
+    for ours in OURS:
+        if ours not in taken:
+            continue
+        rivals = {}
+        for name in taken:
+            if name == ours or (ours == "cuda" and name == "fastlm"):
+                continue
+            ratio = Ratio.of(taken[ours], taken[name])
+            rivals[name] = {"seconds": statistics.median(taken[name]), "median": ratio.median, "low": ratio.low, "high": ratio.high}
+        yield Row(
+            operator, shape, str(dtype).removeprefix("torch."), direction, served_by[ours], statistics.median(taken[ours]), rivals,
+            work.flops if work else None, work.bytes if work else None,
+        )  # fmt: skip
+
+
+def serves_cuda(device: str, dtype: torch.dtype = torch.float32) -> bool:
+    return not choice.refusals("cuda", "linear", torch.device(device), dtype, {})
+
+
+def ours(function: Callable[..., Any], device: str, dtype: torch.dtype) -> dict[str, Callable]:
+    """function(*inputs, backend=…) by what auto takes, and by the CUDA C++ kernels where they serve."""
+    return {"fastlm": function} | ({"cuda": functools.partial(function, backend="cuda")} if serves_cuda(device, dtype) else {})
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, kind: SDPBackend | None = None) -> Tensor:
+    if kind is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with sdpa_kernel(kind):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def attention_rivals(device: str, dtype: torch.dtype) -> dict[str, Callable]:
+    """PyTorch's own, as it chooses and each of its fast ones; flash-attn where it is installed."""
+    if device != "cuda" or dtype == torch.float32:
+        return {"sdpa": sdpa}
+    kinds = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+    rivals: dict[str, Callable] = {"sdpa": sdpa} | {name: functools.partial(sdpa, kind=kind) for name, kind in kinds.items()}
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return rivals
+    return rivals | {"flash-attn": lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)}
+
+
+def eager_and_compiled(function: Callable[..., Any], compiled: bool) -> dict[str, Callable]:
+    return {"eager": function} | ({"compiled": torch.compile(function, dynamic=False)} if compiled else {})
 
 
 def both_ways(function: Callable[..., Any], inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> dict[str, Call]:
@@ -110,8 +154,8 @@ def both_ways(function: Callable[..., Any], inputs: Sequence[Tensor], upstream: 
     return {"forward": forward, "forward+backward": both}
 
 
-def operator_cases(device: str, dtype: torch.dtype, small: bool = False) -> Iterator[OperatorCase]:
-    """(operator, shape, {who: function}, inputs, upstream, least work of forward, of both)."""
+def operator_cases(device: str, dtype: torch.dtype, small: bool = False, compiled: bool = False) -> Iterator[OperatorCase]:
+    """(operator, shape, {who: function}, inputs, upstream, least work of forward, of both). compiled: torch.compile is a rival too, in one shape of each."""
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=device) * scale).to(dtype)
@@ -122,11 +166,11 @@ def operator_cases(device: str, dtype: torch.dtype, small: bool = False) -> Iter
         flops, moved = 4 * batch * heads * head_dim * tokens * (tokens + 1) / 2, batch * heads * tokens * head_dim * size
         yield (
             "attention", f"{batch} × {heads} heads of {head_dim}, {tokens} tokens, causal",
-            {"fastlm": lambda q, k, v: fastlm.attention(q, k, v, causal=True), "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)},
+            ours(lambda q, k, v, backend=None: fastlm.attention(q, k, v, causal=True, backend=backend), device, dtype) | attention_rivals(device, dtype),
             list(packed.unbind(0)), [normal(batch, tokens, heads, head_dim).transpose(1, 2)],
             Work(flops, 4 * moved), Work(3.5 * flops, 12 * moved),
         )  # fmt: skip
-    for rows, width in ((32, 48),) if small else ((16384, 768), (16384, 1024), (16384, 1600), (65536, 256), (1024, 768)):
+    for rows, width in ((32, 48),) if small else ((4096, 768), (16384, 768), (16384, 1600), (65536, 256), (1024, 768)):
         weight, bias = normal(width), normal(width)
 
         def eager(x, residual, w, b, width=width):
@@ -134,7 +178,9 @@ def operator_cases(device: str, dtype: torch.dtype, small: bool = False) -> Iter
             return F.layer_norm(s, (width,), w, b, EPSILON), s
 
         yield (
-            "layernorm_residual", f"{rows} × {width}", {"fastlm": lambda x, r, w, b: fastlm.layernorm_residual(x, r, w, b, EPSILON), "eager": eager},
+            "layernorm_residual", f"{rows} × {width}",
+            ours(lambda x, r, w, b, backend=None: fastlm.layernorm_residual(x, r, w, b, EPSILON, backend=backend), device, dtype)
+            | eager_and_compiled(eager, compiled and rows == 4096),
             [normal(rows, width), normal(rows, width), weight, bias], [normal(rows, width), normal(rows, width)],
             Work(10 * rows * width, 4 * rows * width * size), Work(26 * rows * width, 8 * rows * width * size),
         )  # fmt: skip
@@ -143,10 +189,10 @@ def operator_cases(device: str, dtype: torch.dtype, small: bool = False) -> Iter
         flops, moved = 4 * rows * width * hidden, (2 * rows * width + 2 * width * hidden) * size
         yield (
             "gelu_mlp", f"{rows} × {width} → {hidden} → {width}",
-            {
-                "fastlm": lambda x, a, b, c, d: fastlm.gelu_mlp(x, a, b, c, d, approximate="tanh", layout="conv1d"),
-                "eager": lambda x, a, b, c, d: torch.addmm(d, F.gelu(torch.addmm(b, x, a), approximate="tanh"), c),
-            },
+            ours(
+                lambda x, a, b, c, d, backend=None: fastlm.gelu_mlp(x, a, b, c, d, approximate="tanh", layout="conv1d", backend=backend), device, dtype
+            )
+            | eager_and_compiled(lambda x, a, b, c, d: torch.addmm(d, F.gelu(torch.addmm(b, x, a), approximate="tanh"), c), compiled and width == 768),
             [normal(rows, width), normal(width, hidden, scale=0.02), normal(hidden), normal(hidden, width, scale=0.02), normal(width)], [normal(rows, width)],
             Work(flops, moved), Work(3 * flops, 3 * moved),
         )  # fmt: skip
@@ -155,23 +201,33 @@ def operator_cases(device: str, dtype: torch.dtype, small: bool = False) -> Iter
         flops, moved = 2 * rows * width * vocab, (rows + vocab) * width * size
         yield (
             "linear_cross_entropy", f"{rows} × {width} → {vocab}",
-            {
-                "fastlm": lambda x, w, target=target: fastlm.linear_cross_entropy(x, w, target),
-                "eager": lambda x, w, target=target: F.cross_entropy(F.linear(x, w), target),
-            },
+            ours(lambda x, w, target=target, backend=None: fastlm.linear_cross_entropy(x, w, target, backend=backend), device, dtype)
+            | eager_and_compiled(lambda x, w, target=target: F.cross_entropy(F.linear(x, w), target), compiled),
             [normal(rows, width), normal(vocab, width, scale=0.02)], [torch.ones((), device=device)], Work(flops, moved), Work(3 * flops, 3 * moved),
         )  # fmt: skip
 
 
+def works(call: Call) -> bool:
+    """PyTorch's kernels refuse what they cannot do when they are called."""
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True
+
+
 def operators(device: str, dtypes: Sequence[torch.dtype], small: bool = False, **options: int) -> Iterator[Row]:
     for dtype in dtypes:
-        for name, shape, functions, inputs, upstream, forward, both in operator_cases(device, dtype, small):
+        for name, shape, functions, inputs, upstream, forward, both in operator_cases(device, dtype, small, compiled=device == "cuda"):
             calls = {who: both_ways(function, inputs, upstream) for who, function in functions.items()}
             for direction, work in (("forward", forward), ("forward+backward", both)):
-                yield row(name, shape, dtype, direction, {who: calls[who][direction] for who in calls}, device, work, **options)
+                chosen = {who: call[direction] for who, call in calls.items() if who in OURS or works(call[direction])}
+                yield from rows(name, shape, dtype, direction, chosen, device, work, **options)
 
 
-def training_step(device: str, batch: int = 16, context: int = 1024, sizes: dict[str, int] | None = None, compiled: bool = True, **options: int) -> Row:
+def training_step(
+    device: str, batch: int = 16, context: int = 1024, sizes: dict[str, int] | None = None, compiled: bool = True, **options: int
+) -> Iterator[Row]:
     """GPT-2 124M in bfloat16 autocast with AdamW: ours, PyTorch eager with SDPA, and the same under torch.compile; and the most memory each took."""
     sizes = sizes or {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
     tokens = torch.randint(sizes["vocab_size"], (batch, context), device=device)
@@ -199,10 +255,17 @@ def training_step(device: str, batch: int = 16, context: int = 1024, sizes: dict
     def plain_loss(model: nn.Module) -> Tensor:
         return model(tokens, following).loss
 
-    makers: dict[str, Callable[[], Call]] = {
-        "fastlm": lambda: step_of(_copy_of(start).to(device).train(), lambda model: model(tokens, labels=tokens).loss),
-        "eager": lambda: step_of(plain(), plain_loss),
-    }
+    def ours_on(backend: str | None) -> Call:
+        def loss(model: nn.Module) -> Tensor:
+            with fastlm.use_backend(backend):
+                return model(tokens, labels=tokens).loss
+
+        return step_of(_copy_of(start).to(device).train(), loss)
+
+    makers: dict[str, Callable[[], Call]] = {"fastlm": lambda: ours_on(None)}
+    if serves_cuda(device, torch.bfloat16):
+        makers["cuda"] = lambda: ours_on("cuda")
+    makers["eager"] = lambda: step_of(plain(), plain_loss)
     if compiled:
         makers["compiled"] = lambda: step_of(cast(nn.Module, torch.compile(plain())), plain_loss)
     steps, memory = {}, {}
@@ -217,18 +280,10 @@ def training_step(device: str, batch: int = 16, context: int = 1024, sizes: dict
         if device == "cuda":
             memory[name] = torch.cuda.max_memory_allocated() - before
     work = Work(6 * sum(p.numel() for p in start.parameters()) * batch * context, 1)
-    found = row(
-        "training_step",
-        f"GPT-2, {sizes['n_layer']} layers of {sizes['n_embd']}, {batch} × {context} tokens",
-        torch.bfloat16,
-        "step",
-        steps,
-        device,
-        work,
-        **options,
-    )
-    found.bytes, found.peak_bytes = None, memory
-    return found
+    shape = f"GPT-2, {sizes['n_layer']} layers of {sizes['n_embd']}, {batch} × {context} tokens"
+    for found in rows("training_step", shape, torch.bfloat16, "step", steps, device, work, **options):
+        found.bytes, found.peak_bytes = None, memory
+        yield found
 
 
 def _copy_of(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
@@ -290,8 +345,8 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
             f"{'–' if part is None else f'{part:.0%}'} | {ratios} | {one.served_by} |"
         )
         if one.peak_bytes:
-            ours = one.peak_bytes["fastlm"]
-            words = ", ".join(f"{name} {taken / 2**30:.2f} GiB ({ours / max(taken, 1):.0%})" for name, taken in one.peak_bytes.items())
+            taken_by_ours = one.peak_bytes["cuda" if one.served_by == "cuda" else "fastlm"]
+            words = ", ".join(f"{name} {taken / 2**30:.2f} GiB ({taken_by_ours / max(taken, 1):.0%})" for name, taken in one.peak_bytes.items())
             lines.append(f"| | most memory of the step, and fastlm's share of it | | | | | | {words} | |")
     return "\n".join(lines) + "\n"
 

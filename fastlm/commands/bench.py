@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -76,9 +75,9 @@ def run_on_gpu(*, json_file: Path | None, markdown_file: Path | None, plot_file:
     dtypes = (torch.bfloat16, torch.float32)
     described = gpu.describe("cuda", gpu.peaks("cuda", dtypes))
     rows: list[gpu.Row] = []
-    for found in itertools.chain(gpu.operators("cuda", (torch.bfloat16,)), once(lambda: gpu.training_step("cuda")), gpu.operators("cuda", (torch.float32,))):
+    for found in itertools.chain(gpu.operators("cuda", (torch.bfloat16,)), gpu.training_step("cuda"), gpu.operators("cuda", (torch.float32,))):
         rows.append(found)
-        say(f"{found.operator} {found.shape}, {found.dtype}, {found.direction}: {found.seconds * 1e6:,.1f} µs")
+        say(f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.served_by}: {found.seconds * 1e6:,.1f} µs")
         if json_file:
             content = {"machine": described, "rows": [dataclasses.asdict(one) for one in rows]}
             json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -87,10 +86,6 @@ def run_on_gpu(*, json_file: Path | None, markdown_file: Path | None, plot_file:
     console.print(gpu.markdown(rows, described), markup=False)
     if plot_file:
         gpu.draw(plot_file, rows, described)
-
-
-def once(make: Callable[[], gpu.Row]) -> Iterator[gpu.Row]:
-    yield make()
 
 
 def ways_of(name: str, wanted: list[str], subjects: list[str], cases: list[str]) -> list[str]:

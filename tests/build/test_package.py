@@ -21,10 +21,11 @@ def test_sdist_holds_what_a_build_needs_and_nothing_built(tmp_path):
     archive = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     with tarfile.open(tmp_path / archive) as tar:
         inside = {name.partition("/")[2] for name in tar.getnames()}
-    needed = ["csrc/**/*.cpp", "csrc/**/*.h", "fastlm/**/*.py", "kernels/*.py", "tests/**/*.py", "tests/**/*.sh", "benchmarks/**/*.py", "docs/*.md"]
-    needed = {str(file.relative_to(copy)) for pattern in needed for file in copy.glob(pattern)}
+    needed = ["csrc/**/*.cpp", "csrc/**/*.h", "csrc/cuda/*.cu*", "fastlm/**/*.py", "kernels/*.py", "benchmarks/**/*.py", "docs/*.md"]
+    needed += ["tests/**/*.py", "tests/**/*.sh", "tests/cuda_emulation/**/*"]
+    needed = {str(file.relative_to(copy)) for pattern in needed for file in copy.glob(pattern) if file.is_file()}
     assert "kernels/attention.py" in needed
     needed |= {"setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "fastlm/py.typed"}
-    assert {"csrc/bindings.cpp", "csrc/cpu/cpu_features.cpp", "csrc/cpu/gemm.h", "tests/build/smoke.py"} <= needed
+    assert {"csrc/bindings.cpp", "csrc/cpu/cpu_features.cpp", "csrc/cpu/gemm.h", "csrc/cuda/layernorm_residual.cu", "tests/build/smoke.py"} <= needed
     assert needed - inside == set()
     assert not [name for name in inside if name.endswith((".so", ".pyc", "_build.json"))]

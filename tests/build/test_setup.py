@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "FASTLM_REQUIRE_BUILD", "FASTLM_BUILD_ISAS", "FASTLM_SANITIZE")
+SETTINGS += ("FASTLM_BUILD_CUDA", "FASTLM_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH")
 
 KERNELS = """\
 #include <pybind11/pybind11.h>
@@ -239,3 +240,92 @@ def test_other_headers_of_the_same_content_compile_nothing_again(setup, tmp_path
     assert (target / "sub/x.h").stat().st_mtime == 1
     setup.mirror(tmp_path / "three", target)
     assert (target / "sub/x.h").read_text() == "int b;" and (target / "sub/x.h").stat().st_mtime != 1
+
+
+# The CUDA module, with a stand-in for nvcc. (tests/kernels/test_cuda_build.py has the real one.)
+
+NVCC = """\
+#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release $RELEASE, V$RELEASE.88"; exit ;;
+  *--dryrun*) echo "#\\$ TOP=$(dirname "$0")/.." >&2; exit ;;
+  *--list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_90\\n'; exit ;;
+esac
+while [ $# -gt 0 ]; do
+  case "$1" in -o) out=$2 ;; -MF) deps=$2 ;; -gencode=*) echo "flags: $1" ;; esac
+  shift
+done
+echo "$out:" > "$deps"
+echo "ptxas info    : Compiling entry function '_Z6kernelv' for 'sm_90'"
+echo "ptxas info    : Function properties for _Z6kernelv"
+echo "    $SPILT bytes stack frame, $SPILT bytes spill stores, $SPILT bytes spill loads"
+[ -z "$BROKEN" ] || { echo "kernel.cu(3): error: $BROKEN" >&2; exit 2; }
+exec g++ -x c++ -c -fPIC /dev/null -o "$out"
+"""
+
+
+@pytest.fixture
+def toolkit(tree):
+    """The environment of a build by the stand-in; the tree has a kernel for it."""
+    home = tree / "cuda home"
+    for folder in ("bin", "include", "lib"):
+        (home / folder).mkdir(parents=True)
+    (home / "bin/nvcc").write_text(NVCC)
+    (home / "bin/nvcc").chmod(0o755)
+    (home / "include/cuda_runtime.h").touch()
+    subprocess.run(["ar", "rc", str(home / "lib/libcudart_static.a")], check=True)
+    (tree / "csrc/cuda").mkdir()
+    (tree / "csrc/cuda/kernel.cu").touch()
+    (tree / "csrc/bindings_cuda.cpp").write_text(KERNELS.replace("return answer()", "return FASTLM_CUDA_ARCHS"))
+    return {"CUDA_HOME": str(home), "RELEASE": "13.0", "SPILT": "0", "FASTLM_BUILD_ISAS": "baseline", "FASTLM_BUILD_CUDA": "1"}
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="CUDA kernels are built on Linux alone")
+
+
+@needs_compiler
+@needs_linux
+def test_the_cuda_module_is_built_for_the_architectures_that_nvcc_knows(tree, toolkit):
+    done = build(tree, **toolkit)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report(tree)["cuda"] == {"reason": "", "version": "13.0", "archs": "80,90"} and report(tree)["modules"] == ["_cpu_baseline"]
+    assert answer_of(tree, "_cuda") == "80,90"
+    assert "compiling" not in build(tree, **toolkit).stdout
+    (log,) = (tree / "build").glob("*/kernel.cu.o.log")
+    assert "flags: -gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]" in log.read_text()
+
+    assert build(tree, **toolkit | {"FASTLM_BUILD_CUDA": "0"}).returncode == 0
+    assert report(tree)["cuda"]["reason"] == "FASTLM_BUILD_CUDA=0" and not (tree / f"fastlm/_cuda{SUFFIX}").exists()
+
+
+@needs_compiler
+@needs_linux
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"SPILT": "8"}, "_Z6kernelv spills 8 bytes on sm_90"),
+        ({"BROKEN": "no such thing"}, "_cuda did not compile: kernel.cu(3): error: no such thing"),
+        ({"CUDA_HOME": "/nowhere"}, "no nvcc found (looked for /nowhere/bin/nvcc); pip install nvidia-cuda-nvcc nvidia-cuda-runtime brings one, and CUDA_HOME"),
+        ({"RELEASE": "11.8"}, "is of CUDA 11.8, and 12.0 or later is needed"),
+        ({"FASTLM_CUDA_ARCHS": "75,90,91"}, "FASTLM_CUDA_ARCHS: expected architectures out of 80,90, got 75,91"),
+        ({"FASTLM_BUILD_CUDA": "yes"}, "FASTLM_BUILD_CUDA: expected auto, 0 or 1, got 'yes'"),
+    ],
+)
+def test_what_is_wrong_with_the_cuda_module_is_an_error_that_says_so(tree, toolkit, changed, reason):
+    done = build(tree, **toolkit | changed)
+    assert done.returncode != 0 and reason in done.stderr, done.stdout + done.stderr
+    assert not (tree / f"fastlm/_cuda{SUFFIX}").exists()
+
+
+def test_auto_asks_for_a_driver_and_a_kernel_may_spill_where_it_is_listed(setup, monkeypatch):
+    monkeypatch.setattr(setup.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(setup.ctypes.util, "find_library", lambda name: None)
+    assert setup.wanted_cuda()[1].startswith("there was no NVIDIA driver where it was built")
+    monkeypatch.setattr(setup.ctypes.util, "find_library", lambda name: "libcuda.so.1")
+    monkeypatch.setattr(setup, "find_cuda", lambda: "a toolkit")
+    assert setup.wanted_cuda() == ("a toolkit", "")
+
+    log = "Compiling entry function '_Z3one' for 'sm_80'\n 0 bytes stack frame, 0 bytes spill stores, 4 bytes spill loads\n"
+    assert setup.spills([log, log.replace("sm_80", "sm_90")]) == ["_Z3one spills 4 bytes on sm_80", "_Z3one spills 4 bytes on sm_90"]
+    monkeypatch.setitem(setup.MAY_SPILL, "3one", "a reason")
+    assert setup.spills([log]) == []

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent.resolve()
 FOLDER = ROOT / "build" / "cuda_emulation"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
+COMPILER = "g++"  # whatever CXX says: the emulator counts on how GCC instruments, and on what it leaves alone
 COMMON = [
     "-std=c++20",
     "-O2",
@@ -52,18 +53,17 @@ def build(name: str, kernels: list[Path], bindings: list[Path]) -> Path:
     import ninja
 
     target = FOLDER / f"{name}{SUFFIX}"
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
     host = [*COMMON, *fused_multiply_add(), f"-DFASTLM_MODULE={name}"]
     text = f"""\
 ninja_required_version = 1.5
 builddir = {name}
 rule compile
-  command = {words(*compiler)} $flags -MMD -MF $out.d -c $in -o $out
+  command = {COMPILER} $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = compiling $in
 rule link
-  command = {words(*compiler)} $in -shared -pthread -ldl -o $out
+  command = {COMPILER} $in -shared -pthread -ldl -o $out
   description = linking $out
 """
     objects = []

@@ -26,7 +26,7 @@ unsigned char* shared_memory() { return current->block->shared; }
 int shared_memory_limit() { return 99 << 10; }
 int multiprocessors() { return 4; }
 
-static std::string index_name(packed3 index) {
+std::string index_name(packed3 index) {
   return "(" + std::to_string(unsigned(index.xy)) + ", " + std::to_string(unsigned(index.xy >> 32)) + ", " + std::to_string(index.z) + ")";
 }
 std::string name_of(const Block& block, int thread) { return "thread " + index_name(block.fibers[thread].index); }
@@ -182,10 +182,14 @@ struct Machine {
       fiber.index = {i % size.x | uint64_t(i / size.x % size.y) << 32, i / size.x / size.y};
     }
     resize_shared(block, launch.shape.shared_bytes);
+    follow_results(block);
   }
 
-  void run(packed3 index) {
+  void run(uint64_t number) {
+    const dim3 grid = block.launch->shape.grid;
+    const packed3 index = {number % grid.x | number / grid.x % grid.y << 32, number / grid.x / grid.y};
     block.index = index;
+    block.number = uint32_t(number);
     block.ended_warps = 0;
     forget_shared(block);
     for (Barrier& barrier : block.barriers) barrier = {};
@@ -280,7 +284,7 @@ static std::string source_of(void* place) {
   while (std::fgets(line, sizeof line, output)) {
     std::string one = line;
     one = one.substr(0, one.find_first_of(" \n"));
-    if (!one.empty() && one[0] != '?') places += (places.empty() ? "\n  at " : ", from ") + one;
+    if (!one.empty() && one[0] != '?' && !one.starts_with("cuda_emulation.h")) places += (places.empty() ? "\n  at " : ", from ") + one;
   }
   pclose(output);
   return places;
@@ -298,6 +302,15 @@ void run(const launch_shape& shape, void (*body)(const void*), const void* argum
   if (shape.shared_bytes > size_t(shared_memory_limit())) refuse("invalid argument: " + std::to_string(shape.shared_bytes) + " bytes of shared memory");
 
   Launch launch{shape, body, arguments, granted(), int(threads)};
+  if (blocks > 1)
+    for (Extent& extent : launch.extents)
+      if (extent.writable) {
+        auto* writers = static_cast<std::atomic<uint32_t>*>(std::calloc(extent.bytes / 2 + 2, sizeof(uint32_t)));  // pages that stay untouched cost nothing
+        if (!writers) throw std::bad_alloc();
+        extent.writers = {writers, [](std::atomic<uint32_t>* at) { std::free(at); }};
+      }
+  // A buffer that is granted twice, to be read and to be written, is found by its second grant, which knows who wrote.
+  std::stable_partition(launch.extents.begin(), launch.extents.end(), [](const Extent& extent) { return extent.writable; });
   launch.extents.push_back({uintptr_t(arguments), argument_bytes, false, "the kernel's arguments"});
   static const std::vector<Extent> image = module_image();
   launch.extents.insert(launch.extents.end(), image.begin(), image.end());
@@ -310,7 +323,7 @@ void run(const launch_shape& shape, void (*body)(const void*), const void* argum
     auto machine = take_machine();
     machine->prepare(launch);
     for (uint64_t i; (i = next++) < blocks;) {
-      machine->run({i % shape.grid.x | i / shape.grid.x % shape.grid.y << 32, i / shape.grid.x / shape.grid.y});
+      machine->run(i);
       if (machine->block.error.empty()) continue;
       next = blocks;  // no further ones
       std::lock_guard lock(mutex);
@@ -320,6 +333,7 @@ void run(const launch_shape& shape, void (*body)(const void*), const void* argum
       }
       machine->block.error.clear();
     }
+    machine->block.results.clear();
     give_back(std::move(machine));
   };
   std::vector<std::thread> others;

@@ -1,6 +1,8 @@
 // The inside of the emulator: blocks, warps and their threads, each a fiber with a stack of its own.
 #pragma once
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 #include "cuda_emulation.h"
@@ -70,6 +72,7 @@ struct Extent {
   size_t bytes;
   bool writable;
   const char* what;
+  std::shared_ptr<std::atomic<uint32_t>[]> writers{};  // of each two bytes of what is writable: 1 + the number of the block that wrote it, 0 for none
 };
 
 // One launch, shared by the OS threads that run its blocks.
@@ -90,6 +93,14 @@ struct Cell {
   static constexpr uint16_t Thread = 0x3FF, Pending = 0x8000, Split = 0x4000, Several = 0xFFFF;
 };
 
+struct Cells {
+  Cell *of_words, *of_bytes;  // the second of words that are Split
+};
+struct Result {
+  Cells cells;
+  std::unique_ptr<Cell[], void (*)(void*)> storage;
+};
+
 // What runs blocks one after another: the stacks, shared memory and what is known about it.
 struct Block {
   Fiber* fibers;
@@ -97,12 +108,14 @@ struct Block {
   int threads, warp_count, ended_warps;
   const Launch* launch;
   packed3 index, size, grid;
+  uint32_t number;  // in the grid
   void* host_stack_pointer;
   Barrier barriers[Barriers];
   unsigned char* shared;
   size_t shared_bytes;
-  std::vector<Cell> cells;       // one for each word of shared memory
-  std::vector<Cell> byte_cells;  // one for each byte, of words that are Split
+  Cells shared_cells;
+  std::vector<Cell> shared_storage;
+  std::vector<Result> results;  // of the launch's grants to write, which are its first
   uint32_t now, began;
   size_t recent;  // the extent that the last access fell into
   std::string error;
@@ -114,10 +127,12 @@ extern thread_local constinit Fiber* current __attribute__((tls_model("initial-e
 // Ends the launch with a report that names kernel, block and thread.
 [[noreturn]] void fail(const Fiber& thread, const std::string& what, void* place = nullptr);
 std::string name_of(const Block& block, int thread);
+std::string index_name(packed3 index);
 
 // memory.cpp
 constexpr size_t Guard = 4096;  // bytes on either side of shared memory
 void resize_shared(Block& block, size_t bytes);
+void follow_results(Block& block);
 void forget_shared(Block& block);  // a new block: nothing is written
 bool guards_intact(const Block& block);
 void synchronise(Block& block, uint32_t warps);                 // what these did until now comes before whatever they do from now on

@@ -1,11 +1,12 @@
 // Every load and store of the kernels passes here: in shared memory it must lie inside, be written before it is read, and meet no other thread's without a
-// barrier in between; elsewhere it must lie in what the launch was granted.
+// barrier in between; elsewhere it must lie in what the launch was granted, and meet no other block's.
 //
 // Time in a block advances with each synchronisation. A warp knows of each other warp until when what that one did is ordered before its own doings; between
 // threads of one warp, that is what __syncwarp and barriers order. For each word of shared memory the last write and the reads since are kept, for each
 // byte where a word is accessed in parts.
 #include "fibers.h"
 #include <sys/mman.h>
+#include <cstdlib>
 #include <stdexcept>
 
 namespace fastlm::emulation {
@@ -22,18 +23,28 @@ void resize_shared(Block& block, size_t bytes) {
   block.shared_bytes = bytes;
   std::memset(block.shared + bytes, GuardByte, Guard);
   const size_t words = (bytes + 3) / 4;
-  if (block.cells.size() < words) {
-    block.cells.resize(words);
-    block.byte_cells.resize(words * 4);
-  }
+  if (block.shared_storage.size() < words * 5) block.shared_storage.resize(words * 5);
+  block.shared_cells = {block.shared_storage.data(), block.shared_storage.data() + words};
 }
 
 void forget_shared(Block& block) {
   if (block.now > 0xF0000000u || block.now == 0) {
-    std::fill(block.cells.begin(), block.cells.end(), Cell{});
+    std::fill(block.shared_storage.begin(), block.shared_storage.end(), Cell{});
     block.now = 1;
   }
   block.began = ++block.now;
+}
+
+void follow_results(Block& block) {
+  block.results.clear();
+  for (const Extent& extent : block.launch->extents) {
+    if (!extent.writable) continue;
+    const size_t words = extent.bytes / 4 + 2;
+    std::unique_ptr<Cell[], void (*)(void*)> storage(static_cast<Cell*>(std::calloc(words * 5, sizeof(Cell))), std::free);  // untouched pages cost nothing
+    if (!storage) throw std::bad_alloc();
+    const Cells cells{storage.get(), storage.get() + words};
+    block.results.push_back({cells, std::move(storage)});
+  }
 }
 
 bool guards_intact(const Block& block) {
@@ -72,11 +83,14 @@ void synchronise(Block& block, uint32_t warps) {
 namespace {
 
 enum class Way { read, write, begin_copy, land_copy };
+// ldmatrix reads for the whole warp: not even the thread that gave the address may have written without a __syncwarp.
+enum class Where { shared, shared_for_warp, global };
 
-[[noreturn]] void race(Fiber& thread, uint32_t offset, const char* mine, int other, const char* theirs, void* place) {
+[[noreturn]] void race(Fiber& thread, Where where, uint32_t offset, const char* mine, int other, const char* theirs, void* place) {
   const std::string whose = other < 0 ? "several other threads" : name_of(*thread.block, other);
   fail(thread,
-       "race in shared memory: it " + std::string(mine) + " byte " + std::to_string(offset) + ", which " + whose + " " + theirs + " with no barrier in between",
+       std::string(where == Where::global ? "race in global memory: it " : "race in shared memory: it ") + mine + " byte " + std::to_string(offset) +
+           (where == Where::global ? " of a result" : "") + ", which " + whose + " " + theirs + " with no barrier in between",
        place);
 }
 
@@ -85,8 +99,8 @@ enum class Way { read, write, begin_copy, land_copy };
   return other == thread.number || time < thread.warp->seen[other / Lanes];
 }
 
-// ldmatrix reads for the whole warp: not even the thread that gave the address may have written without a __syncwarp.
-template <Way way, bool for_warp = false> [[gnu::always_inline]] inline void check(Cell& cell, Fiber& thread, uint32_t offset, void* place) {
+template <Way way, Where where> [[gnu::always_inline]] inline void check(Cell& cell, Fiber& thread, uint32_t offset, void* place) {
+  constexpr bool for_warp = where == Where::shared_for_warp;
   Block& block = *thread.block;
   const bool has_write = cell.written >= block.began;
   if constexpr (way == Way::land_copy) {
@@ -95,7 +109,8 @@ template <Way way, bool for_warp = false> [[gnu::always_inline]] inline void che
     return;
   }
   if (!has_write) {
-    if constexpr (way == Way::read) fail(thread, "reads byte " + std::to_string(offset) + " of shared memory, which nothing has written", place);
+    if constexpr (way == Way::read && where != Where::global)
+      fail(thread, "reads byte " + std::to_string(offset) + " of shared memory, which nothing has written", place);
   } else {
     const int writer = cell.writer & Cell::Thread;
     if (cell.writer & Cell::Pending) [[unlikely]]
@@ -104,7 +119,7 @@ template <Way way, bool for_warp = false> [[gnu::always_inline]] inline void che
                name_of(block, writer) + " is still copying to: it has not waited",
            place);
     if (for_warp ? cell.written >= thread.warp->seen[writer / Lanes] : !ordered(thread, writer, cell.written)) [[unlikely]]
-      race(thread, offset, way == Way::read ? "reads" : "writes", writer, "wrote", place);
+      race(thread, where, offset, for_warp ? "reads for its warp" : way == Way::read ? "reads" : "writes", writer, "wrote", place);
   }
   const uint32_t my_bit = 1u << thread.warp->number;
   const bool has_reads = cell.readers && cell.read >= block.began;
@@ -122,7 +137,7 @@ template <Way way, bool for_warp = false> [[gnu::always_inline]] inline void che
     if (has_reads && cell.reader != thread.number)
       for (uint32_t left = cell.readers; left; left &= left - 1)
         if (cell.read >= thread.warp->seen[std::countr_zero(left)]) [[unlikely]]
-          race(thread, offset, "writes", cell.reader == Cell::Several ? -1 : cell.reader, "read", place);
+          race(thread, where, offset, "writes", cell.reader == Cell::Several ? -1 : cell.reader, "read", place);
     cell.readers = 0;
     cell.written = block.now;
     cell.writer = uint16_t(thread.number) | (way == Way::begin_copy ? Cell::Pending : 0);
@@ -131,29 +146,33 @@ template <Way way, bool for_warp = false> [[gnu::always_inline]] inline void che
 
 bool same(const Cell& a, const Cell& b) { return std::memcmp(&a, &b, sizeof(Cell)) == 0; }
 
-template <Way way, bool for_warp> [[gnu::noinline]] void check_parts(Fiber& thread, uint32_t word, uint32_t first, uint32_t end, void* place) {
+template <Way way, Where where> [[gnu::noinline]] void check_parts(Fiber& thread, Cells cells, uint32_t word, uint32_t first, uint32_t end, void* place) {
   Block& block = *thread.block;
-  Cell& cell = block.cells[word];
-  Cell* bytes = &block.byte_cells[word * 4];
+  Cell& cell = cells.of_words[word];
+  Cell* bytes = &cells.of_bytes[word * 4];
   if (!(cell.written >= block.began && cell.writer & Cell::Split)) {
     std::fill_n(bytes, 4, cell);
     cell.written = block.now;
     cell.writer = Cell::Split;
   }
-  for (uint32_t i = first; i < end; ++i) check<way, for_warp>(bytes[i], thread, word * 4 + i, place);
+  for (uint32_t i = first; i < end; ++i) check<way, where>(bytes[i], thread, word * 4 + i, place);
   if (same(bytes[0], bytes[1]) && same(bytes[0], bytes[2]) && same(bytes[0], bytes[3])) cell = bytes[0];
 }
 
-template <Way way, bool for_warp = false> [[gnu::always_inline]] inline void check_words(Fiber& thread, uint32_t offset, uint32_t bytes, void* place) {
+template <Way way, Where where> [[gnu::always_inline]] inline void check_words(Fiber& thread, Cells cells, uint32_t offset, uint32_t bytes, void* place) {
   Block& block = *thread.block;
   const uint32_t end = offset + bytes;
   for (uint32_t word = offset / 4; word * 4 < end; ++word) {
-    Cell& cell = block.cells[word];
+    Cell& cell = cells.of_words[word];
     const uint32_t first = offset > word * 4 ? offset - word * 4 : 0, last = std::min(end - word * 4, 4u);
     if (last - first < 4 || (cell.written >= block.began && cell.writer & Cell::Split)) [[unlikely]]
-      check_parts<way, for_warp>(thread, word, first, last, place);
-    else check<way, for_warp>(cell, thread, word * 4, place);
+      check_parts<way, where>(thread, cells, word, first, last, place);
+    else check<way, where>(cell, thread, word * 4, place);
   }
+}
+template <Way way, Where where = Where::shared>
+[[gnu::always_inline]] inline void check_shared(Fiber& thread, uint32_t offset, uint32_t bytes, void* place) {
+  check_words<way, where>(thread, thread.block->shared_cells, offset, bytes, place);
 }
 
 std::string hex(uintptr_t address) {
@@ -191,14 +210,45 @@ std::string hex(uintptr_t address) {
   return address - extent.begin + bytes <= extent.bytes && address >= extent.begin && (extent.writable || !write);
 }
 
+[[gnu::noinline]] void race_of_blocks(Fiber& thread, const Extent& extent, uintptr_t address, uint32_t other, bool write, void* place) {
+  const dim3 grid = thread.block->launch->shape.grid;
+  const packed3 index = {other % grid.x | uint64_t(other / grid.x % grid.y) << 32, other / grid.x / grid.y};
+  fail(thread,
+       "race in global memory: it " + std::string(write ? "writes" : "reads") + " byte " + std::to_string(address - extent.begin) + " of " + extent.what +
+           " of " + std::to_string(extent.bytes) + " bytes, which block " + index_name(index) + " writes in the same launch",
+       place);
+}
+
+// Nothing orders the blocks of a launch: what one has written no other may write or read. Single bytes are not looked at, two may share a unit.
+[[gnu::always_inline]] inline void check_writer(Fiber& thread, const Extent& extent, uintptr_t address, size_t bytes, bool write, void* place) {
+  if (!extent.writable) return;
+  // Within the block, as in shared memory; grants to write come first in a launch.
+  const Cells cells = thread.block->results[&extent - thread.block->launch->extents.data()].cells;
+  const uint32_t offset = uint32_t(address - (extent.begin & ~uintptr_t(3)));
+  if (write) check_words<Way::write, Where::global>(thread, cells, offset, uint32_t(bytes), place);
+  else check_words<Way::read, Where::global>(thread, cells, offset, uint32_t(bytes), place);
+  if (!extent.writers || bytes < 2) return;
+  const uint32_t me = thread.block->number + 1;
+  const uintptr_t first = extent.begin & ~uintptr_t(1);
+  for (size_t i = (address - first) / 2, end = (address - first + bytes) / 2; i < end; ++i) {
+    std::atomic<uint32_t>& writer = extent.writers[i];
+    const uint32_t before = writer.load(std::memory_order_relaxed);
+    if (before != me) {
+      if (before) [[unlikely]]
+        race_of_blocks(thread, extent, address, before - 1, write, place);
+      if (write) writer.store(me, std::memory_order_relaxed);
+    }
+  }
+}
+
 [[gnu::always_inline]] inline void check_global(Fiber& thread, uintptr_t address, size_t bytes, bool write, void* place) {
   Block& block = *thread.block;
   const std::vector<Extent>& extents = block.launch->extents;
-  if (lies_in(extents[block.recent], address, bytes, write)) return;
+  if (lies_in(extents[block.recent], address, bytes, write)) return check_writer(thread, extents[block.recent], address, bytes, write, place);
   for (size_t i = 0; i < extents.size(); ++i)
     if (lies_in(extents[i], address, bytes, write)) {
       block.recent = i;
-      return;
+      return check_writer(thread, extents[i], address, bytes, write, place);
     }
   outside_global(thread, address, bytes, write, place);
 }
@@ -209,7 +259,7 @@ template <bool write> [[gnu::always_inline]] inline void check_access(Fiber& thr
   if (offset + Guard < block.shared_bytes + 2 * Guard) {
     if (offset >= block.shared_bytes || offset + bytes > block.shared_bytes) [[unlikely]]
       outside_shared(thread, address, bytes, write, place);
-    check_words<write ? Way::write : Way::read>(thread, uint32_t(offset), uint32_t(bytes), place);
+    check_shared<write ? Way::write : Way::read>(thread, uint32_t(offset), uint32_t(bytes), place);
   } else check_global(thread, address, bytes, write, place);
 }
 
@@ -241,7 +291,7 @@ void read_row(Fiber& thread, const void* shared, void* place) {
     misaligned(thread, address, 16, place);
   if (offset >= block.shared_bytes || offset + 16 > block.shared_bytes) [[unlikely]]
     outside_shared(thread, address, 16, false, place);
-  check_words<Way::read, true>(thread, uint32_t(offset), 16, place);
+  check_shared<Way::read, Where::shared_for_warp>(thread, uint32_t(offset), 16, place);
 }
 
 void copy_async(void* shared, const void* global, int bytes, bool valid) {
@@ -257,7 +307,7 @@ void copy_async(void* shared, const void* global, int bytes, bool valid) {
     check_global(thread, uintptr_t(global), bytes, false, place);
     std::memcpy(copy.data, global, bytes);
   }
-  check_words<Way::begin_copy>(thread, uint32_t(offset), bytes, place);
+  check_shared<Way::begin_copy>(thread, uint32_t(offset), bytes, place);
 }
 
 void copy_async_commit() { ++current->groups; }
@@ -269,7 +319,7 @@ void copy_async_wait(int under_way) {
     const Copy& copy = thread.copies[thread.landed];
     if (int64_t(copy.group) >= int64_t(thread.groups) - under_way) break;
     std::memcpy(block.shared + copy.offset, copy.data, copy.bytes);
-    check_words<Way::land_copy>(thread, copy.offset, copy.bytes, nullptr);
+    check_shared<Way::land_copy>(thread, copy.offset, copy.bytes, nullptr);
   }
   if (thread.landed == thread.copies.size()) {
     thread.copies.clear();

@@ -104,7 +104,7 @@ __global__ void copies(Arguments a) {
   if (a.bad == 3) value += shared[4 * (blockDim.x + i)];
   if (a.bad != 4) cp_async_wait<0>();
   __syncthreads();
-  if (a.bad == 5) cp_async_16(shared + 4 * i, a.in + 4 * i + (i == 9 ? a.count : 0), true);
+  if (a.bad == 5) cp_async_16(shared + 4 * i, a.in + 4 * i, true);
   a.out[i] = value + shared[4 * (blockDim.x + (i ^ 33))] + shared[4 * (i ^ 33)];
 }
 
@@ -207,6 +207,16 @@ __global__ void indices(Arguments a) {
   a.out[i] = float(threadIdx.x + 100 * threadIdx.y + 1000 * blockIdx.x + 10000 * blockIdx.y + 100000 * blockIdx.z);
 }
 
+// Each block has a part of the result; no two may meet in it.
+__global__ void blocks(Arguments a) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  a.out[i] = a.in[threadIdx.x];
+  if (a.bad == 1 && blockIdx.x > 0 && threadIdx.x == 3) a.out[0] = 1;
+  if (a.bad == 2 && threadIdx.x == 3) a.out[i] += a.out[3];
+  if (a.bad != 3) __syncwarp();
+  if (a.bad >= 3) a.out[i] += a.out[i ^ 1];
+}
+
 }  // namespace fastlm::cuda
 
 using namespace fastlm::cuda;
@@ -239,6 +249,7 @@ EXPORT const char* planted(const char* name, const float* in, float* out, int co
     PLANTED(matrix_order);
     PLANTED(collectives);
     if (wanted == "indices") return FASTLM_LAUNCH(indices, dim3(3, 2, 2), dim3(16, 4), 0, nullptr, a), nullptr;
+    if (wanted == "blocks") return FASTLM_LAUNCH(blocks, 4, 32, 0, nullptr, a), nullptr;
     return "no such kernel";
   } catch (const std::runtime_error& failure) {
     error = failure.what();

@@ -1,0 +1,84 @@
+"""Who may use the CUDA C++ kernels, and what is said where they cannot serve. (tests/kernels/test_cuda_build.py has the real module.)"""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from fastlm.backends import choice, isa
+from fastlm.backends import cuda as backend
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU and a module for it, as far as the questions go that are asked before a launch."""
+    found = types.SimpleNamespace(capability=(9, 0), driver=13010)
+    launchers = {f"{name}_forward": None for name in ("attention", "layernorm_residual", "gelu_mlp", "linear_cross_entropy")}
+    kernels = types.SimpleNamespace(archs="80,90", runtime_version=lambda: 13000, driver_version=lambda: found.driver, **launchers)
+    monkeypatch.setattr(backend, "EMULATED", False)
+    monkeypatch.setattr(backend, "kernels", kernels)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found.capability)
+    for cached in (backend.unfit, backend.unavailable):
+        cached.cache_clear()
+    yield found
+    for cached in (backend.unfit, backend.unavailable):
+        cached.cache_clear()
+
+
+def refused(operator="layernorm_residual", device=CUDA, dtype=torch.bfloat16, **features):
+    return backend.refuses(operator, device, dtype, **dict.fromkeys(choice.FEATURES[operator], 1) | features)
+
+
+def test_what_it_serves(card):
+    assert not any(refused(operator) for operator in choice.FEATURES if operator != "adamw")
+    assert refused("adamw") == ["has no adamw"]
+    assert refused(device=torch.device("cpu")) == ["serves CUDA tensors, not cpu"]
+    assert refused(dtype=torch.float64) == ["computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64"]
+    assert refused("attention", key_len=2**31) == [f"counts up to {2**30} queries and keys, not {2**31}"]
+    assert refused("attention_varlen", query_tokens=2**31) == [f"counts up to {2**30} tokens, not {2**31}"]
+
+
+@pytest.mark.parametrize("capability, fits", [((7, 5), False), ((8, 0), True), ((8, 9), True), ((10, 0), True), ((12, 1), True)])
+def test_a_gpu_needs_code_or_ptx(card, capability, fits):
+    card.capability = capability
+    assert refused() == ([] if fits else ["is compiled for sm_80, sm_90 and what is later, and Card is sm_75"])
+
+
+@pytest.mark.parametrize(
+    "driver, reason",
+    [(0, ["finds no NVIDIA driver"]), (12090, ["needs a driver for CUDA 13.0 or later, and this one serves up to 12.9"]), (13000, []), (14000, [])],
+)
+def test_the_driver_must_know_the_runtimes_major_version(card, driver, reason):
+    card.driver = driver
+    assert backend.unavailable() == refused() == reason
+
+
+def test_rocm_and_no_gpu(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.unavailable() == ["finds no GPU (torch.cuda.is_available() is false)"]
+    backend.unavailable.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert backend.unavailable() == ["serves NVIDIA GPUs, and this PyTorch is AMD's (ROCm)"]
+
+
+def test_the_account_of_the_module(card, monkeypatch):
+    monkeypatch.setattr(isa, "report", lambda: {"cuda": {"version": "13.1", "archs": "80,90", "reason": ""}})
+    assert backend.in_words() == (
+        "CUDA 13.1, code for sm_80, sm_90 and PTX for later ones; needs a driver for CUDA 13 (580 or later); "
+        "auto takes Triton first until measurements on a GPU say otherwise"
+    )
+
+
+def test_a_module_that_is_not_built_says_how_to_build_it():
+    code = "import sys; sys.modules['fastlm._cuda_emulated'] = None; import fastlm; print(fastlm.info().backends['cuda'][0])"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "FASTLM_CUDA_EMULATION": "1"}, capture_output=True, text=True)
+    assert done.stdout.strip() == "is not built for the CPU: run python -m tests.cuda_emulation in a checkout", done.stderr
