@@ -8,6 +8,7 @@ import transformers
 import fastlm
 from tests.models.hugging_face import DRAWS, Errors, errors_of, lively, ours_on, theirs_on
 
+V5 = int(transformers.__version__.partition(".")[0]) >= 5
 VOCAB = 131
 BERT = {"vocab_size": VOCAB, "max_position_embeddings": 48, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
 DROPOUTS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
