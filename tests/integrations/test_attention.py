@@ -100,6 +100,25 @@ def test_no_token_sees_a_later_one(name, way):
     assert not torch.allclose(a[:, 9], b[:, 9])
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_form_of_mask_has_the_numbers_of_eager(name, way):
+    eager, ours = pair(MODELS[name]())
+    x = ids(2, 12)
+    inputs = way(x)
+    seen = inputs.get("attention_mask")
+    theirs = dict(inputs)
+    if seen is not None and seen.dtype == torch.bool:  # eager adds what it is given
+        theirs["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    where = torch.ones_like(x).bool() if seen is None or seen.dim() == 4 else seen.bool()
+    own, other = ours(x, **inputs), eager(x, **theirs)
+    torch.testing.assert_close(own.logits[where], other.logits[where], **CLOSE)
+    for model, output in ((ours, own), (eager, other)):
+        output.logits[where].square().mean().backward()
+        assert model.get_input_embeddings().weight.grad is not None
+    torch.testing.assert_close(ours.get_input_embeddings().weight.grad, eager.get_input_embeddings().weight.grad, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("padding", [False, True, None])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_in_pieces_as_at_once(name, padding):

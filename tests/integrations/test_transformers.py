@@ -190,7 +190,14 @@ def test_generate_samples_as_before():
     ours = accelerated(theirs)
     x, mask = padded(9, 5, tokens=9)
     inputs = {"input_ids": x.flip(1), "attention_mask": mask.flip(1), "max_new_tokens": 8, "pad_token_id": 0}
-    for settings in ({}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}, {"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}):
+    for settings in (
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 20},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"cache_implementation": "dynamic"},
+        {"use_cache": False},
+    ):
         torch.manual_seed(0)
         own = ours.generate(**inputs, **{"do_sample": False, **settings})
         torch.manual_seed(0)
