@@ -125,7 +125,7 @@ FASTLM_DEVICE void drop_out(float (&values)[CHUNKS][CHUNK], const dropout& drop,
     for (int i = 0; i < CHUNK; ++i) values[c][i] = keeps >> (c * CHUNK + i) & 1 ? values[c][i] * drop.scale : 0.0f;
 }
 
-template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM) layernorm_residual_forward_kernel(const forward_args<T, R> args) {
+template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM, 2) layernorm_residual_forward_kernel(const forward_args<T, R> args) {
   FASTLM_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
   const row_team team(args.team, args.drop.active());

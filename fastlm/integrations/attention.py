@@ -59,7 +59,7 @@ def ends_together(asked: dict, kv_length: int, kv_offset: int) -> bool:
         offset = asked.get("q_offset", 0)
         return not isinstance(offset, Tensor) and offset + asked["q_length"] == kv_offset + kv_length
     queries = position.shape[0]
-    if queries in (1, kv_length):
+    if queries == kv_length:
         return True
     return position.is_cpu and eager(position) and bool((position == torch.arange(kv_length - queries, kv_length) + kv_offset).all())
 

@@ -6,9 +6,7 @@ container with hooks is called whole. The rest stays fused.
 
 import functools
 import inspect
-import itertools
 import re
-from operator import contains
 from typing import Any
 
 import torch
@@ -31,13 +29,14 @@ from fastlm.models.layers import RECOMPUTE
 
 LAYOUTS = {nn.Linear: "linear", nn.modules.linear.NonDynamicallyQuantizableLinear: "linear", Conv1D: "conv1d"}
 EXACT, TANH = ("GELUActivation",), ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation")
-PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two: what tracing puts in a parameter's place
+Parameter = nn.Parameter
+PLAIN = (Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two: what tracing puts in a parameter's place
 # Since 5.24 a layer checkpoints in its class's forward, which ours stands for; before, in __call__, around ours.
 CHECKPOINTS_IN_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
 
 
+CACHE_CLASSES = (Cache, EncoderDecoderCache)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-FORWARD = itertools.repeat("forward")
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 known: set[type] = set()  # classes of containers whose forward is the one that the fused forward repeats
@@ -137,6 +136,11 @@ class Parts:
         self.inside = list({id(inside): inside for inside, _, _ in self.links}.values())
         self.held = [dict(inside) for inside in self.inside]
         self.registered = next_hook(self.own)
+        # Attributes are read from here: a module's own lookup goes through nn.Module's __getattr__ slot, at several times the price.
+        self.block_own, self.attention_own = block.__dict__, self.attention.__dict__
+        self.norm1_own, self.norm2_own = self.norm1.__dict__, self.norm2.__dict__
+        self.out_dropout_own = {"training": False} if self.out_dropout is None else self.out_dropout.__dict__
+        self.down_dropout_own = {"training": False} if self.down_dropout is None else self.down_dropout.__dict__
 
     def find(self, module: Any, path: str) -> Any:
         for name in path.split("."):
@@ -153,12 +157,19 @@ class Parts:
         """
         if not self.clean or self.inside != self.held or [*map(type, self.modules)] != self.kinds:
             return False
-        if is_dynamo_compiling() or RemovableHandle.next_id != self.registered or any(map(contains, self.own, FORWARD)):
-            for module in self.modules:
-                if touched(module):
-                    return False
-            if not is_dynamo_compiling():
-                self.registered = next_hook(self.own)
+        if is_dynamo_compiling() or RemovableHandle.next_id != self.registered:
+            return self.untouched()
+        for own in self.own:
+            if "forward" in own:
+                return self.untouched()
+        return True
+
+    def untouched(self) -> bool:
+        for module in self.modules:
+            if touched(module):
+                return False
+        if not is_dynamo_compiling():
+            self.registered = next_hook(self.own)
         return True
 
 
@@ -170,7 +181,8 @@ def next_hook(modules: list[dict]) -> int:
 def all_plain(parts: Parts) -> bool:
     """Sharding puts other tensors in the place of weights between two calls."""
     for own in parts.parameters:
-        if type(own.get("weight")) not in PLAIN:
+        kind = type(own.get("weight"))
+        if kind is not Parameter and kind not in PLAIN:
             return False
     return True
 
@@ -251,8 +263,7 @@ def attended(
     patch: Patch, parts: Parts, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: dict, weights_wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
     """What the attention module computes up to the output projection: (batch, tokens, heads · head_dim), and the weights if they are wanted."""
-    module = parts.attention
-    own = module.__dict__
+    module, own = parts.attention, parts.attention_own
     scale = own.get("scaling")
     scale = scale_of(module, query.shape[-1]) if scale is None else scale
     dropout_p = parts.attention_dropout.p if own["training"] else 0.0
@@ -261,7 +272,6 @@ def attended(
         out = fastlm.attention_varlen(query[0], key[0], value[0], ends, ends, scale=scale, dropout_p=dropout_p)
         return out.view(1, -1, out.shape[1] * out.shape[2]), None
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    tokens = query.shape[2]
     cache = given.get(patch.cache)
     if cache is not None:
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
@@ -270,7 +280,7 @@ def attended(
     causal = given.get("is_causal")
     if causal is None:
         causal = own["is_causal"] if "is_causal" in own else own.get("is_decoder", False)
-    if mask is None and causal and cache is not None and key.shape[2] > tokens > 1 and implementation(module) != NAME:
+    if mask is None and causal and cache is not None and key.shape[2] > (tokens := query.shape[2]) > 1 and implementation(module) != NAME:
         key, value = key[:, :, :tokens], value[:, :, :tokens]  # elsewhere no mask means an empty static cache then, whose end is empty
     if mask is None and not weights_wanted:
         return fastlm.attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p).transpose(1, 2).flatten(2), None
@@ -290,16 +300,19 @@ def unusual(patch: Patch, given: dict) -> str:
     get = given.get
     if get("encoder_hidden_states") is not None:
         return "cross-attention"
-    if get("head_mask") is not None:
-        return "a mask of heads"
-    if not patch.not_cache.isdisjoint(given):
-        return f"an argument of the name {', '.join(patch.not_cache & given.keys())}"
+    a, b, c, d = patch.rare
+    if a in given or b in given or c in given or d in given:
+        if get("head_mask") is not None:
+            return "a mask of heads"
+        if not patch.not_cache.isdisjoint(given):
+            return f"an argument of the name {', '.join(patch.not_cache & given.keys())}"
     cache = get(patch.cache)
-    if cache is not None and not isinstance(cache, Cache | EncoderDecoderCache):
+    if cache is not None and not isinstance(cache, CACHE_CLASSES):
         return f"a cache of type {type(cache).__name__}"
-    if isinstance(get(patch.names[0]), Tensor) and not any(GLOBAL_HOOKS) and traced_by() is None and transformed_by() is None:
+    x = get(patch.names[0])
+    if type(x) is Tensor and not any(GLOBAL_HOOKS) and traced_by() is None and transformed_by() is None:
         return ""  # as `watched` would say
-    return watched(get(patch.names[0]))
+    return watched(x)
 
 
 def shared(patch: Patch, given: dict, module: Any) -> Any:
@@ -322,6 +335,7 @@ def put_layer(module: Any, family: Family, options: dict[str, bool]) -> None:
     patch = put(module, pre_norm if family.pre_norm else post_norm, family, options)
     patch.cache = next((name for name in patch.names if name in CACHES), CACHES[0])
     patch.not_cache = frozenset(CACHES) - {patch.cache}
+    patch.rare = (*patch.not_cache, "head_mask")
     patch.mask = next(name for name in patch.names if name in ("attention_mask", "attn_mask"))
     # Whether a layer returns (hidden states, …) or hidden states. The annotations of transformers 5.0 say the one and mean the other.
     patch.as_tuple = re.search(r"\boutputs? = \(", inspect.getsource(inspect.unwrap(type(module).forward))) is not None
@@ -335,23 +349,23 @@ def put_layer(module: Any, family: Family, options: dict[str, bool]) -> None:
 def straight_pre_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: dict) -> Tensor:
     qkv, out, up, down, norm1, norm2 = parts.parameters
     layout, (batch, tokens, _) = parts.layout, x.shape
-    y, _ = fastlm.layernorm_residual(x, None, norm1["weight"], norm1["bias"], parts.norm1.eps)
-    y = fastlm.linear(y, qkv["weight"], qkv["bias"], layout=layout).view(batch, tokens, 3, parts.attention.__dict__[patch.family.heads], -1)
+    y, _ = fastlm.layernorm_residual(x, None, norm1["weight"], norm1["bias"], parts.norm1_own["eps"])
+    y = fastlm.linear(y, qkv["weight"], qkv["bias"], layout=layout).view(batch, tokens, 3, parts.attention_own[patch.family.heads], -1)
     query, key, value = y.unbind(2)
     y, _ = attended(patch, parts, query, key, value, mask, given, False)
     y = fastlm.linear(y, out["weight"], out["bias"], layout=layout)
     if y.dtype != x.dtype:
         y, x = widened(y, x, post=False)
-    dropout = parts.out_dropout
-    y, x = fastlm.layernorm_residual(y, x, norm2["weight"], norm2["bias"], parts.norm2.eps, dropout_p=dropout.p if dropout.training else 0.0)
+    dropout = parts.out_dropout_own
+    y, x = fastlm.layernorm_residual(y, x, norm2["weight"], norm2["bias"], parts.norm2_own["eps"], dropout_p=dropout["p"] if dropout["training"] else 0.0)
     y = fastlm.gelu_mlp(y, up["weight"], up["bias"], down["weight"], down["bias"], approximate=parts.gelu, layout=layout, recompute=RECOMPUTE)
-    dropout = parts.down_dropout
-    return x + (F.dropout(y, dropout.p) if dropout.training and dropout.p else y)
+    dropout = parts.down_dropout_own
+    return x + (F.dropout(y, dropout["p"]) if dropout["training"] and dropout["p"] else y)
 
 
 def straight_post_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: dict) -> Tensor:
     q, k, v, out, up, down, norm1, norm2 = parts.parameters
-    layout, (batch, tokens, _), heads = parts.layout, x.shape, parts.attention.__dict__[patch.family.heads]
+    layout, (batch, tokens, _), heads = parts.layout, x.shape, parts.attention_own[patch.family.heads]
     query = fastlm.linear(x, q["weight"], q["bias"], layout=layout).view(batch, tokens, heads, -1)
     key = fastlm.linear(x, k["weight"], k["bias"], layout=layout).view(batch, tokens, heads, -1)
     value = fastlm.linear(x, v["weight"], v["bias"], layout=layout).view(batch, tokens, heads, -1)
@@ -359,15 +373,13 @@ def straight_post_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: 
     y = fastlm.linear(y, out["weight"], out["bias"], layout=layout)
     if y.dtype != x.dtype:
         y, x = widened(y, x, post=True)
-    dropout = parts.out_dropout
-    x, _ = fastlm.layernorm_residual(
-        y, x, norm1["weight"], norm1["bias"], parts.norm1.eps, dropout_p=dropout.p if dropout is not None and dropout.training else 0.0
-    )
+    dropout = parts.out_dropout_own
+    x, _ = fastlm.layernorm_residual(y, x, norm1["weight"], norm1["bias"], parts.norm1_own["eps"], dropout_p=dropout["p"] if dropout["training"] else 0.0)
     y = fastlm.gelu_mlp(x, up["weight"], up["bias"], down["weight"], down["bias"], approximate=parts.gelu, layout=layout, recompute=RECOMPUTE)
     if y.dtype != x.dtype:
         y, x = widened(y, x, post=True)
-    dropout = parts.down_dropout
-    return fastlm.layernorm_residual(y, x, norm2["weight"], norm2["bias"], parts.norm2.eps, dropout_p=dropout.p if dropout.training else 0.0)[0]
+    dropout = parts.down_dropout_own
+    return fastlm.layernorm_residual(y, x, norm2["weight"], norm2["bias"], parts.norm2_own["eps"], dropout_p=dropout["p"] if dropout["training"] else 0.0)[0]
 
 
 # Part by part
@@ -381,18 +393,22 @@ def layer(straight: Any) -> Any:
     def around(body: Any) -> Any:
         @functools.wraps(body)
         def forward(patch: Patch, args: tuple, kwargs: dict, again: bool = False) -> Any:
-            names = patch.names
-            given = {**dict(zip(names, args)), **kwargs} if len(args) <= len(names) else patch.bind(args, kwargs)  # noqa: B905
+            names, given = patch.names, dict(kwargs)
+            if len(args) > len(names):
+                patch.bind(args, kwargs)  # which says so
+            for name, argument in zip(names, args):  # noqa: B905  # fewer arguments than names
+                given[name] = argument
             if unusual(patch, given):
                 return patch.original(*args, **kwargs)
-            module = patch.module
-            if CHECKPOINTS_IN_FORWARD and module.gradient_checkpointing and module.training and torch.is_grad_enabled() and not again:
-                without = {**dict.fromkeys(CACHES), "use_cache": False}
-                kwargs = {name: without.get(name, x) for name, x in kwargs.items()}
-                return module._gradient_checkpointing_func(lambda *args: forward(patch, args, kwargs, again=True), *args)
-            parts, x, mask, wanted = patch.parts, given[names[0]], given.get(patch.mask), bool(given.get("output_attentions"))
+            parts = patch.parts
             if parts is None or not parts.still_clean():
                 parts = found_anew(patch)
+            own = parts.block_own
+            if CHECKPOINTS_IN_FORWARD and own.get("gradient_checkpointing") and own["training"] and torch.is_grad_enabled() and not again:
+                without = {**dict.fromkeys(CACHES), "use_cache": False}
+                kwargs = {name: without.get(name, x) for name, x in kwargs.items()}
+                return patch.module._gradient_checkpointing_func(lambda *args: forward(patch, args, kwargs, again=True), *args)
+            x, mask, wanted = given[names[0]], given.get(patch.mask), bool(given.get("output_attentions"))
             if parts.even and patch.fused and not wanted and all_plain(parts) and not (collector is not None and collector.get()):
                 out = straight(patch, parts, x, mask, given)
                 return (out,) if patch.as_tuple else out

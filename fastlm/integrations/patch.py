@@ -25,6 +25,7 @@ class Patch:
     parts: Any  # of a layer: its modules, as they were found last (blocks.py)
     cache: str  # of a layer: what it calls the cache, what it does not, the mask, and whether it returns a tuple
     not_cache: frozenset[str]
+    rare: tuple[str, ...]  # of a layer: names of arguments that, where they are given, may mean that nothing is replaced
     mask: str
     as_tuple: bool
     fused: bool  # of a layer: no part is left out

@@ -23,6 +23,10 @@ def kind(config_class: Any, replaced: str | None) -> type:
     def reduce(self: Any, protocol: Any = None) -> Any:
         return view, (original(self), replaced)
 
+    def new(cls: Any, *args: Any, **settings: Any) -> Any:
+        """Calling a view's class makes a configuration, with no view: transformers 4 does it to see what differs from the defaults."""
+        return config_class(*args, **settings)
+
     def write(self: Any, name: str, value: Any) -> None:
         """Checked as if there were no view: transformers allows some settings for "eager" alone, and writes back what a new model read here."""
         if not (name in (KEY, f"{KEY}_internal") and value == NAME):
@@ -31,7 +35,14 @@ def kind(config_class: Any, replaced: str | None) -> type:
     def validate(self: Any) -> None:
         original(self).validate()
 
-    members = {KEY: property(get), "__setattr__": write, "__reduce_ex__": reduce, "__module__": config_class.__module__, "__slots__": ("fastlm_original",)}
+    members = {
+        KEY: property(get),
+        "__new__": new,
+        "__setattr__": write,
+        "__reduce_ex__": reduce,
+        "__module__": config_class.__module__,
+        "__slots__": ("fastlm_original",),
+    }
     if hasattr(config_class, "validate"):
         members["validate"] = validate
     return type(config_class.__name__, (config_class,), members)

@@ -1,6 +1,7 @@
 """What the tests of integrations share: a small model of every family, and the 2 × rule for an accelerated model against the same model left alone."""
 
 import copy
+import importlib
 
 import torch
 import transformers
@@ -8,6 +9,7 @@ import transformers
 import fastlm
 from tests.models.hugging_face import DRAWS, Errors, errors_of, lively, ours_on, theirs_on
 
+V5 = int(transformers.__version__.partition(".")[0]) >= 5
 VOCAB = 131
 BERT = {"vocab_size": VOCAB, "max_position_embeddings": 48, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
 DROPOUTS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -39,6 +41,13 @@ def tiny(family, head="Model", **changes):
     """A model of transformers with lively weights, in eval mode, without dropout unless `changes` say so."""
     config = getattr(transformers, f"{family}Config")(**{**SETTINGS[family], **changes})
     return lively(getattr(transformers, f"{family}{head}")(config))
+
+
+def classes_of(family):
+    """All models of a family that transformers has: bare, and with every head."""
+    home = importlib.import_module(getattr(transformers, f"{family}Model").__module__)
+    models = [kind for name, kind in vars(home).items() if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and name in home.__all__]
+    return [kind.__name__.removeprefix(family) for kind in models if not kind.__name__.endswith("PreTrainedModel")]
 
 
 def accelerated(model, **options):

@@ -10,7 +10,7 @@ from transformers import masking_utils
 import fastlm
 import fastlm.integrations.transformers  # registers the name
 from fastlm.integrations import attention
-from tests.integrations.accelerated import ids, padded, tiny
+from tests.integrations.accelerated import V5, ids, padded, tiny
 from tests.models.hugging_face import lively
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -38,6 +38,8 @@ MODELS = {
     "sliding window": lambda: llama("Mistral", sliding_window=5),
     "sliding window of every other layer": lambda: llama("Qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=1),
 }
+if not V5:  # whose BERTs do not compute attention through the interface
+    del MODELS["BERT"], MODELS["BERT as decoder"]
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -54,6 +56,15 @@ def test_numbers_and_gradients(make):
             assert (a.grad is None) == (b.grad is None)
             if a.grad is not None:
                 torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(V5, reason="transformers 5 has every model on its interface")
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_models_that_are_not_on_the_interface_say_so(family):
+    """And not less than with an error: a model that is asked for this attention and has another would be worse."""
+    config = getattr(transformers, f"{family}Config")(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    with pytest.raises(ValueError, match=r"fastlm\.accelerate"):
+        getattr(transformers, f"{family}Model")._from_config(config, attn_implementation="fastlm")
 
 
 # The causal mask is never lost
@@ -89,10 +100,29 @@ def test_no_token_sees_a_later_one(name, way):
     assert not torch.allclose(a[:, 9], b[:, 9])
 
 
-@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_form_of_mask_has_the_numbers_of_eager(name, way):
+    eager, ours = pair(MODELS[name]())
+    x = ids(2, 12)
+    inputs = way(x)
+    seen = inputs.get("attention_mask")
+    theirs = dict(inputs)
+    if seen is not None and seen.dtype == torch.bool:  # eager adds what it is given
+        theirs["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    where = torch.ones_like(x).bool() if seen is None or seen.dim() == 4 else seen.bool()
+    own, other = ours(x, **inputs), eager(x, **theirs)
+    torch.testing.assert_close(own.logits[where], other.logits[where], **CLOSE)
+    for model, output in ((ours, own), (eager, other)):
+        output.logits[where].square().mean().backward()
+        assert model.get_input_embeddings().weight.grad is not None
+    torch.testing.assert_close(ours.get_input_embeddings().weight.grad, eager.get_input_embeddings().weight.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [False, True, None])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_in_pieces_as_at_once(name, padding):
-    """Prefill, several tokens behind a cache, then one at a time; the cache dynamic and static."""
+    """Prefill, several tokens behind a cache, then one at a time; the cache dynamic and static; with a mask, with none (None)."""
     model = MODELS[name]()
     eager, ours = pair(model)
     x = ids(2, 12)
@@ -103,7 +133,8 @@ def test_in_pieces_as_at_once(name, padding):
         cache = transformers.StaticCache(config=ours.config, max_cache_len=20) if static else transformers.DynamicCache(config=ours.config)
         pieces = []
         for begin, end in ((0, 5), (5, 9), (9, 10), (10, 12)):
-            piece = {"attention_mask": mask[:, :end], "position_ids": position[:, begin:end], "past_key_values": cache, "use_cache": True}
+            piece = {"position_ids": position[:, begin:end], "past_key_values": cache, "use_cache": True}
+            piece |= {} if padding is None else {"attention_mask": mask[:, :end]}
             pieces.append(ours(x[:, begin:end], **piece).logits)
         torch.testing.assert_close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()], **CLOSE)
 
@@ -145,7 +176,15 @@ def test_chunked_attention():
 def asked(**settings):
     """As transformers asks: for 2 rows of 6 tokens."""
     known = {"batch_size": 2, "q_length": 6, "kv_length": 6, "q_offset": 0, "kv_offset": 0, "mask_function": masking_utils.causal_mask_function}
-    return attention.mask(**{**known, "attention_mask": None, **settings})
+    return attention.mask(**spelled({**known, "attention_mask": None, **settings}))
+
+
+def spelled(settings):
+    """As this version of transformers does: in 4 the positions of the queries say how many there are, and where."""
+    if V5:
+        return settings
+    begin, length = settings.pop("q_offset", 0), settings.pop("q_length")
+    return {**settings, "cache_position": torch.arange(length) + begin}
 
 
 def test_plain_masks_are_none_or_2d():
@@ -173,8 +212,10 @@ def test_plain_masks_are_none_or_2d():
 )  # fmt: skip
 def test_anything_else_is_whole(settings):
     """A static cache, tensors for sizes, a mask someone needs in full, a window, a mask of one's own."""
+    if not V5 and isinstance(settings.get("q_offset"), torch.Tensor):
+        pytest.skip("transformers 4 gives positions, not sizes")
     whole = asked(**settings)
-    wanted = masking_utils.sdpa_mask(**{"batch_size": 2, "q_length": 6, "kv_length": 6, **settings, "allow_is_causal_skip": False})
+    wanted = masking_utils.sdpa_mask(**spelled({"batch_size": 2, "q_length": 6, "kv_length": 6, **settings, "allow_is_causal_skip": False}))
     assert whole.dtype == torch.bool and torch.equal(whole, wanted)
 
 

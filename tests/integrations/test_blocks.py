@@ -5,11 +5,23 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm.integrations import blocks
-from tests.integrations.accelerated import ENCODERS, accelerated, assert_close_gradients, assert_within_twice, gradients, ids, padded, tiny
+from tests.integrations.accelerated import (
+    ENCODERS,
+    SETTINGS,
+    accelerated,
+    assert_close_gradients,
+    assert_within_twice,
+    classes_of,
+    gradients,
+    ids,
+    padded,
+    tiny,
+)  # fmt: skip
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -47,6 +59,29 @@ def test_encoders(family, draw, dtype):
 @pytest.mark.parametrize("draw", [plain, right_padded, left_padded])
 def test_gpt2(draw, dtype):
     assert_within_twice(lambda: tiny("GPT2", "LMHeadModel"), draw, dtype, shifted=True)
+
+
+@pytest.mark.parametrize(("family", "head"), [(family, head) for family in SETTINGS for head in classes_of(family)])
+def test_every_model_of_every_family(family, head):
+    """What comes out and every gradient are those of the model left alone, with padding that the encoders leave out."""
+    settings = {"is_decoder": True} if head in ("LMHeadModel", "ForCausalLM") and family != "GPT2" else {}
+    theirs = tiny(family, head, **settings)
+    ours = accelerated(theirs)
+    assert not fastlm.report(ours).left_alone
+    x, mask = padded(11, 5, 9, 3)
+    if head in ("ForMultipleChoice", "DoubleHeadsModel"):
+        x, mask = x.view(2, 2, -1), mask.view(2, 2, -1)
+    for model in (ours, theirs):
+        model.zero_grad()
+        results = [result for result in model(x, attention_mask=mask).to_tuple() if isinstance(result, torch.Tensor)]
+        seen = [result[mask.bool()] if result.shape[: mask.dim()] == mask.shape else result for result in results]
+        sum(result.square().mean() for result in seen).backward()
+        if model is ours:
+            own = seen
+    assert len(own) == len(seen) > 0
+    for a, b in zip(own, seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert_close_gradients(ours, theirs)
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -296,6 +331,30 @@ def test_quantised_projections_are_left_alone():
     assert {entry.operator for entry in report.replaced} == {"attention", "attention_varlen", "layernorm_residual"}
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_pruned_projections_are_left_alone(when):
+    theirs, places = tiny("Bert"), ("encoder.layer.0.attention.self.key", "encoder.layer.1.output.dense")
+    ours = copy.deepcopy(theirs)
+    if when == "after":
+        fastlm.accelerate(ours)
+    for model in (theirs, ours):
+        for place in places:
+            prune.random_unstructured(model.get_submodule(place), "weight", 0.5)
+    ours.load_state_dict(theirs.state_dict())
+    if when == "before":
+        fastlm.accelerate(ours)
+    x, mask = padded(7, 4, tokens=7)
+    for model in (ours, theirs):
+        model(x, attention_mask=mask)[0][mask.bool()].square().sum().backward()
+    assert_close_gradients(ours, theirs)
+    left = fastlm.report(ours).left_alone
+    assert [entry.operator for entry in left] == ["attention_varlen", "linear", "gelu_mlp"]  # pruning is a hook: padding stays for it
+    assert left[1].module == places[0] and left[2].module.startswith("encoder.layer.1.")
+    for place in places:
+        prune.remove(ours.get_submodule(place), "weight")
+    assert not fastlm.report(ours).left_alone
+
+
 # Everything around a layer
 
 
@@ -337,8 +396,8 @@ class count_calls:
 
 def test_a_layer_called_by_itself_under_a_users_own_checkpoint():
     block, x = accelerated(tiny("GPT2")).h[0], torch.randn(2, 7, 36, requires_grad=True)
-    (a,) = torch.autograd.grad(block(x).square().sum(), x)
-    (b,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), x)
+    (a,) = torch.autograd.grad(first(block(x)).square().sum(), x)
+    (b,) = torch.autograd.grad(first(checkpoint(block, x, use_reentrant=False)).square().sum(), x)
     assert torch.equal(a, b)
 
 
@@ -402,4 +461,4 @@ def test_tracing_and_functional_transforms_see_the_class():
     other = ids(2, 7)
     torch.testing.assert_close(traced(other)[0], ours(other)[0], **CLOSE)
     block, y = accelerated(tiny("GPT2")).h[0], torch.randn(3, 5, 36)
-    torch.testing.assert_close(torch.func.vmap(lambda row: block(row[None])[0])(y), block(y), **CLOSE)
+    torch.testing.assert_close(torch.func.vmap(lambda row: first(block(row[None]))[0])(y), first(block(y)), **CLOSE)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -91,6 +92,8 @@ def test_num_items_in_batch_and_other_settings_of_the_loss(name):
     for settings in ({"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(5)}, {"ignore_index": 9}, {"shift_labels": ids(3, 9)}):
         if not HEADS[name].chosen and ("ignore_index" in settings or name == "GPT2DoubleHeadsModel"):  # its base model takes none of them
             continue
+        if "kwargs" not in inspect.signature(theirs.forward).parameters:  # masked heads of transformers 4
+            continue
         own, other = (model(x, labels=x, **others, **settings) for model in (ours, theirs))
         torch.testing.assert_close(own.loss, other.loss)
         assert getattr(own, HEADS[name].logits) is None
@@ -99,7 +102,9 @@ def test_num_items_in_batch_and_other_settings_of_the_loss(name):
 def test_positional_arguments_and_labels_of_another_integer_type():
     theirs = head("DistilBertForMaskedLM")
     ours, x = accelerated(theirs), ids(2, 7)
-    torch.testing.assert_close(ours(x, None, None, x).loss, theirs(x, None, None, x).loss)
+    names = list(inspect.signature(theirs.forward).parameters)
+    before = [None] * (names.index("labels") - 1)
+    torch.testing.assert_close(ours(x, *before, x).loss, theirs(x, *before, x).loss)
     torch.testing.assert_close(ours(x.int(), labels=x.int()).loss, theirs(x, labels=x).loss)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastlm
 from fastlm.integrations import pytest_plugin
-from tests.integrations.accelerated import SETTINGS, VOCAB, ids, padded, tiny
+from tests.integrations.accelerated import SETTINGS, V5, VOCAB, ids, padded, tiny
 
 FAMILIES = ("GPT2", "Bert", "Roberta", "DistilBert", "Electra")
 LANGUAGE = {"GPT2": "LMHeadModel"}  # else ForMaskedLM
@@ -221,7 +221,8 @@ def test_eager_matches_sdpa(family):
         seen = slice(None) if where is None else where.bool()
         torch.testing.assert_close(found[0][seen], found[1][seen], **CLOSE)
     model.set_attn_implementation("eager")
-    assert model.config._attn_implementation == "eager"
+    if V5 or family == "GPT2":  # elsewhere transformers 4 says that it cannot be set, and leaves it
+        assert model.config._attn_implementation == "eager"
 
 
 @each_family
@@ -289,5 +290,7 @@ def test_models_that_are_built_without_memory(tmp_path):
         with torch.device("meta"):
             model = kind(config).eval()
         x = torch.ones(2, 5, dtype=torch.int64, device="meta")
+        if not V5 and family != "GPT2":  # they look at the values of a mask, and without one at those of the ids
+            continue
         output = model(x, attention_mask=x)
         assert output[0].shape == (2, 5, WIDTH) and output[0].is_meta
