@@ -6,7 +6,7 @@ import torch
 
 from fastlm.backends import isa
 from fastlm.backends.layout import dense_last, laid_out_like, matrix_of, rows_of, without_gaps
-from fastlm.backends.reference import out_of_range, starts_of
+from fastlm.backends.reference import out_of_range, shift_gradient, starts_of
 from fastlm.ops.boundary import mismatch
 
 kernels = isa.kernels
@@ -346,14 +346,15 @@ def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, 
 def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
     needs_query, needs_key, needs_value, needs_mask = needed
     dquery, dkey, dvalue = tokens_first(query), tokens_first(key), tokens_first(value)
-    dmask = mask.new_zeros(mask.shape, dtype=torch.float32) if needs_mask else None
+    shifts = needs_mask and mask.shape[3] == 1
+    dmask = mask.new_zeros(mask.shape, dtype=torch.float32) if needs_mask and not shifts else None
     gradients = dquery, dkey, dvalue, dmask
     differentiate(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, *gradients, scale, lower, upper, dropout_p)
     return (
         dquery if needs_query else None,
         dkey if needs_key else None,
         dvalue if needs_value else None,
-        dmask.to(mask.dtype) if needs_mask else None,
+        shift_gradient(mask, lse, dlse) if shifts else dmask.to(mask.dtype) if needs_mask else None,
     )
 
 

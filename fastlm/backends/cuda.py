@@ -15,7 +15,7 @@ from fastlm.backends import isa
 from fastlm.backends import torch as native
 from fastlm.backends.gpu import DTYPES, FURTHEST, by_layout, check_starts, clamped, dropout, new_like, packed, precision, tokens_first, vector
 from fastlm.backends.layout import dense_last, matrix_of, rows_of
-from fastlm.backends.reference import as_written, check_targets
+from fastlm.backends.reference import as_written, check_targets, shift_gradient
 
 EMULATED = os.environ.get("FASTLM_CUDA_EMULATION") == "1"
 LOGITS_BYTES = 64 << 20  # of one chunk
@@ -361,7 +361,6 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
     needs_query, needs_key, needs_value, needs_mask = needed
     dquery = tokens_first(query)  # its pass computes what the others need too
     dkey, dvalue = tokens_first(key, needs_key or needs_value), tokens_first(value, needs_key or needs_value)
-    # One entry for all keys moves a whole row of scores: its gradient is that of the log-sum-exp.
     shifts = needs_mask and mask.shape[3] == 1
     dmask = mask.new_empty(mask.shape, dtype=torch.float32) if needs_mask and not shifts else None
     if query.numel() == 0 or key.numel() == 0:
@@ -375,7 +374,7 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
             needs_mask and query.dtype.itemsize == 2,
         )  # fmt: skip
     if shifts:
-        dmask = lse.new_zeros(mask.shape) if dlse is None else torch.where(lse == -torch.inf, 0, dlse)[..., None].sum_to_size(mask.shape)
+        dmask = shift_gradient(mask, lse, dlse)
     return (
         dquery if needs_query else None,
         dkey if needs_key else None,

@@ -370,8 +370,19 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
     if groups > 1:
         dkey, dvalue = (d if d is None else d.unflatten(1, (-1, groups)).sum(2) for d in (dkey, dvalue))
     dquery, dkey, dvalue = (d if d is None else tokens_first(d, query.dtype) for d in (dquery, dkey, dvalue))
-    dmask = dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous() if needed[3] else None
+    dmask = None
+    if needed[3]:
+        dmask = shift_gradient(mask, lse, dlse) if mask.shape[3] == 1 else dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous()
     return dquery, dkey, dvalue, dmask
+
+
+def shift_gradient(mask, lse, dlse):
+    """Of a mask with one entry for all keys. It moves a whole row of scores, which the weights do not notice and the log-sum-exp follows: summing the scores'
+    gradients would give nothing but their rounding.
+    """
+    if dlse is None:
+        return torch.zeros_like(mask, memory_format=torch.contiguous_format)
+    return torch.where(lse == -torch.inf, 0, dlse)[..., None].sum_to_size(mask.shape).to(mask.dtype).contiguous()
 
 
 # attention_varlen: each sequence as a batch of one

@@ -13,7 +13,7 @@ import fastlm
 from fastlm.backends import torch as native
 from fastlm.backends.gpu import DTYPES, FURTHEST, by_layout, check_starts, clamped, dropout, new_like, on, packed, precision, processors, tokens_first, vector
 from fastlm.backends.layout import dense_last, rows_of
-from fastlm.backends.reference import as_written, check_targets
+from fastlm.backends.reference import as_written, check_targets, shift_gradient
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OLDEST = (3, 4)
@@ -286,7 +286,6 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
     needs_query, needs_key, needs_value, needs_mask = needed
     dquery = tokens_first(query)  # its pass computes what the others need too
     dkey, dvalue = tokens_first(key, needs_key or needs_value), tokens_first(value, needs_key or needs_value)
-    # One entry for all keys moves a whole row of scores: its gradient is that of the log-sum-exp.
     shifts = needs_mask and mask.shape[3] == 1
     dmask = mask.new_empty(mask.shape, dtype=torch.float32) if needs_mask and not shifts else None
     if query.numel() == 0 or key.numel() == 0:
@@ -305,7 +304,7 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
                 architecture(device), device, torch.empty_like(lse),
             )  # fmt: skip
     if shifts:
-        dmask = lse.new_zeros(mask.shape) if dlse is None else torch.where(lse == -torch.inf, 0, dlse)[..., None].sum_to_size(mask.shape)
+        dmask = shift_gradient(mask, lse, dlse)
     return (
         dquery if needs_query else None,
         dkey if needs_key else None,
