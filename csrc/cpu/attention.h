@@ -22,11 +22,14 @@ template <class T> struct heads_view {  // (batch, head, token, dim), dim contig
 // Between rows of queries or keys that are copied as the first operand of a product over head_dim.
 template <class Arithmetic> int64_t copied_stride(int64_t dim) { return ceil_div(packed_depth<Arithmetic>(dim), vec::Lanes) * vec::Lanes; }
 
+// Of the products over head_dim. Where one key has nearly all the weight, dP and δ are nearly equal, and what is left of dP − δ is the rounding of their chains.
+inline constexpr int64_t DimChain = std::min<int64_t>(Chain, 32);
+
 // c[row][query] = Σ_d a(row, d)·b[d][query], the rows copied as they lie.
 template <class Arithmetic> void multiply_rows(int64_t rows, int64_t dim, const float* a, const float* b, float* c, int64_t width) {
   const int64_t stride = copied_stride<Arithmetic>(dim);
   for (int64_t r = 0; r < rows; r += Arithmetic::Rows)
-    multiply_tile<Arithmetic, true>(width / vec::Lanes, packed_depth<Arithmetic>(dim), a + r * stride, stride, b, width, c + r * width, width, false);
+    multiply_tile<Arithmetic, true>(width / vec::Lanes, packed_depth<Arithmetic>(dim), a + r * stride, stride, b, width, c + r * width, width, false, DimChain);
 }
 
 // c[row][query] += Σ_d a(row, d)·b[d][query] over d < depth, of the `packed` that pack_transposed made of each row of a.

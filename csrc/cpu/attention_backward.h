@@ -119,7 +119,7 @@ template <class T> void output_deltas(heads_view<const T> dout, heads_view<const
   float* packed_o = packed_g + depth * width;
   pack<arithmetic>(operand<T>{dout.at(batch, head, from), dout.row(), 1}, queries, dim, width, packed_g);
   pack<arithmetic>(operand<T>{out.at(batch, head, from), out.row(), 1}, queries, dim, width, packed_o);
-  sweep(queries, [=](int64_t i, auto span) { column_products<arithmetic>(depth, packed_o + i, packed_g + i, width).store(delta + i, span); });
+  sweep(queries, [=](int64_t i, auto span) { column_products<arithmetic>(depth, packed_o + i, packed_g + i, width, DimChain).store(delta + i, span); });
 }
 
 template <class T>

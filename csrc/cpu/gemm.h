@@ -145,12 +145,13 @@ inline constexpr int64_t Chain = FusesMultiplyAdd ? 192 : 8;
 
 // c (TileRows × Vecs·Lanes, rows c_stride apart) = a·b, or += where `accumulate`. a is packed (k-major, a_stride between successive k) or, with RowMajor, lies as rows a_stride apart.
 template <class Arithmetic, int Vecs, bool RowMajor = false>
-void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate,
+                   int64_t chain) {
   if constexpr (!FusesMultiplyAdd) {  // the many short chains of a block are added to each other before they are to what was there
-    if (accumulate && depth > Chain) {
+    if (accumulate && depth > chain) {
       constexpr int64_t Width = Vecs * vec::Lanes;
       alignas(64) float block[TileRows * Width];
-      multiply_tile<Arithmetic, Vecs, RowMajor>(depth, a, a_stride, b, b_stride, block, Width, false);
+      multiply_tile<Arithmetic, Vecs, RowMajor>(depth, a, a_stride, b, b_stride, block, Width, false, chain);
       for (int64_t r = 0; r < TileRows; ++r)
         sweep(Width, [=, &block](int64_t j, auto) {
           (vec::load(c + r * c_stride + j, full{}) + vec::load(block + r * Width + j, full{})).store(c + r * c_stride + j, full{});
@@ -158,13 +159,13 @@ void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float*
       return;
     }
   }
-  for (int64_t first = 0; first < depth; first += Chain) {
+  for (int64_t first = 0; first < depth; first += chain) {
     vec sum[TileRows][Vecs];
 #pragma GCC unroll 8
     for (int r = 0; r < TileRows; ++r)
 #pragma GCC unroll 3
       for (int v = 0; v < Vecs; ++v) sum[r][v] = vec::zero();
-    for (int64_t d = std::min(Chain, depth - first); d > 0; --d) {
+    for (int64_t d = std::min(chain, depth - first); d > 0; --d) {
       vec bv[Vecs];
 #pragma GCC unroll 3
       for (int v = 0; v < Vecs; ++v) bv[v] = vec::load(b + v * vec::Lanes, full{});
@@ -190,7 +191,7 @@ void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float*
 
 template <class Arithmetic, bool RowMajor = false>
 FASTLM_INLINE void multiply_tile(int64_t vecs, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                                 bool accumulate) {
+                                 bool accumulate, int64_t chain = Chain) {
 #if defined(__AMX_BF16__)
   if constexpr (Arithmetic::RowsOnly) {
     static_assert(RowMajor);
@@ -203,24 +204,24 @@ FASTLM_INLINE void multiply_tile(int64_t vecs, int64_t depth, const float* a, in
 #endif
   {
     switch (vecs) {
-      case 1: return multiply_tile<Arithmetic, 1, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-      case 2: return multiply_tile<Arithmetic, 2, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-      default: return multiply_tile<Arithmetic, 3, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      case 1: return multiply_tile<Arithmetic, 1, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, chain);
+      case 2: return multiply_tile<Arithmetic, 2, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, chain);
+      default: return multiply_tile<Arithmetic, 3, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, chain);
     }
   }
 }
 
 // Σ_d a[d]·b[d] in every lane, d counting vectors `stride` apart: the sums of multiply_tile, in its order.
-template <class Arithmetic> FASTLM_INLINE vec column_products(int64_t depth, const float* a, const float* b, int64_t stride) {
+template <class Arithmetic> FASTLM_INLINE vec column_products(int64_t depth, const float* a, const float* b, int64_t stride, int64_t chain) {
 #if defined(__AMX_BF16__)
   if constexpr (Arithmetic::RowsOnly) return tile_column_products(depth, a, b, stride);
 #endif
   vec sum = vec::zero();
-  for (int64_t first = 0; first < depth; first += Chain) {
-    vec chain = vec::zero();
-    for (int64_t d = first; d < std::min(depth, first + Chain); ++d)
-      chain = Arithmetic::multiply_add(chain, vec::load(a + d * stride, full{}), vec::load(b + d * stride, full{}));
-    sum = sum + chain;
+  for (int64_t first = 0; first < depth; first += chain) {
+    vec part = vec::zero();
+    for (int64_t d = first; d < std::min(depth, first + chain); ++d)
+      part = Arithmetic::multiply_add(part, vec::load(a + d * stride, full{}), vec::load(b + d * stride, full{}));
+    sum = sum + part;
   }
   return sum;
 }
