@@ -13,9 +13,9 @@ import torch
 
 from fastlm.backends import isa
 from fastlm.backends import torch as native
-from fastlm.backends.gpu import DTYPES, FURTHEST, by_layout, check_starts, clamped, dropout, new_like, packed, precision, tokens_first, vector
+from fastlm.backends.gpu import DTYPES, FURTHEST, attention_operators, by_layout, dropout, losses_and_gradients, new_like, precision, vector
 from fastlm.backends.layout import dense_last, matrix_of, rows_of
-from fastlm.backends.reference import as_written, check_targets, shift_gradient
+from fastlm.backends.reference import as_written, check_targets
 
 EMULATED = os.environ.get("FASTLM_CUDA_EMULATION") == "1"
 LOGITS_BYTES = 64 << 20  # of one chunk
@@ -219,7 +219,7 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
     return dx, dw1, db1, dw2, db2
 
 
-# linear_cross_entropy: without gradients one product that keeps no logits, else the vendor's products around a kernel that turns a chunk into its gradient
+# linear_cross_entropy: without gradients one product that keeps no logits
 
 LINE = 128  # bytes: rows of logits begin at multiples of it, whatever the vocabulary
 
@@ -229,12 +229,21 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
     check_targets(target, weight.shape[0], ignore_index)  # looks at values only on a CPU: the kernels assert
     flat, targets = rows_of(x), target.reshape(-1)
     loss = x.new_empty(targets.shape, dtype=torch.float32)
-    gradients = None, None, None
+    dtype, vocab = LAUNCHED_AS[x.dtype], weight.shape[0]
+    stride = -(-vocab * x.element_size() // LINE) * LINE // x.element_size()
+
+    def turn(logits, targets, scale, losses, statistics, shares):
+        kernels.linear_cross_entropy_gradient(
+            queue(x), dtype, written(logits), stride, address(targets), targets.stride(0), address(scale), written(losses),
+            written(statistics), written(shares), *logits.shape, ignore_index, label_smoothing,
+        )  # fmt: skip
+
+    dx = dweight = dbias = None
     if any(needed):
-        gradients = losses_and_gradients(flat, weight, bias, targets, row_scale.reshape(-1).contiguous(), loss, ignore_index, label_smoothing, needed)
+        scale, shares = row_scale.reshape(-1).contiguous(), kernels.linear_cross_entropy_shares
+        dx, dweight, dbias = losses_and_gradients(flat, weight, bias, targets, scale, loss, needed, LOGITS_BYTES, stride, shares, turn)
     else:
         losses(flat, matrix_of(weight), vector(bias), targets, loss, ignore_index, label_smoothing)
-    dx, dweight, dbias = gradients
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
 
 
@@ -254,36 +263,7 @@ def losses(x, weight, bias, targets, loss, ignore_index, label_smoothing):
         )  # fmt: skip
 
 
-def losses_and_gradients(x, weight, bias, targets, row_scale, loss, ignore_index, label_smoothing, needed):
-    rows, vocab = x.shape[0], weight.shape[0]
-    dx = x.new_empty(x.shape) if needed[0] else None
-    dweight = None if rows else torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    dbias = loss.new_zeros(vocab) if needed[2] else None
-    stride = -(-vocab * x.element_size() // LINE) * LINE // x.element_size()
-    chunk = min(rows, max(1, LOGITS_BYTES // (stride * x.element_size())))
-    memory = x.new_empty(chunk, stride)
-    for begin in range(0, rows, max(1, chunk)):
-        part, target, scale, result = (t[begin : begin + chunk] for t in (x, targets, row_scale, loss))
-        count = part.shape[0]
-        logits = memory[:count, :vocab]
-        torch.mm(part, weight.t(), out=logits) if bias is None else torch.addmm(bias, part, weight.t(), out=logits)
-        shares = statistics = None
-        if dbias is not None:
-            shares, statistics = loss.new_empty(kernels.linear_cross_entropy_shares(count), vocab), loss.new_empty(2, count)
-        kernels.linear_cross_entropy_gradient(
-            queue(x), LAUNCHED_AS[x.dtype], written(logits), stride, address(target), target.stride(0), address(scale), written(result),
-            written(statistics), written(shares), count, vocab, ignore_index, label_smoothing,
-        )  # fmt: skip
-        if dbias is not None:
-            dbias += shares.sum(0)
-        if dx is not None:
-            torch.mm(logits, weight, out=dx[begin : begin + chunk])
-        if needed[1]:
-            dweight = native.add_product(dweight, logits.t(), part, begin + chunk >= rows)
-    return dx, dweight if needed[1] else None, dbias if dbias is None else dbias.to(x.dtype)
-
-
-# attention
+# attention, attention_varlen
 
 
 FEW = 16  # queries of all heads that share a key head: so many make one sequence too little for a GPU, unless its keys are cut
@@ -303,18 +283,16 @@ def mask_type(mask, dtype):
     return 1 if mask.dtype == torch.bool else 2 if mask.dtype == dtype else 3
 
 
-def attention_inputs(query, key, value, lse, mask, padding, cu_query, cu_key, seed, sizes, band, scale, dropout_p, lse_written):
-    """What forward and backward share. query: (batch, heads, query_len, head_dim); of packed sequences (1, heads, tokens, head_dim). lse: contiguous.
-
-    It holds addresses: its tensors must live until the launch.
-    """
+def attention_inputs(query, key, value, lse, lse_written, call):
+    """What forward and backward share. It holds addresses: its tensors must live until the launch."""
     heads, tokens = lse.shape[1:]
+    cu_query, cu_key = call.cu_seqlens_q, call.cu_seqlens_k
     return kernels.attention_inputs(
         LAUNCHED_AS[query.dtype], address(query), strides(query, 3), address(key), strides(key, 3), address(value), strides(value, 3),
-        address(lse, lse_written), (heads * tokens, tokens), address(mask), mask_type(mask, query.dtype), strides(mask, 4),
-        address(padding), strides(padding, 2),
+        address(lse, lse_written), (heads * tokens, tokens), address(call.mask), mask_type(call.mask, query.dtype), strides(call.mask, 4),
+        address(call.key_padding), strides(call.key_padding, 2),
         (address(cu_query), cu_query is not None and cu_query.dtype == torch.int64), (address(cu_key), cu_key is not None and cu_key.dtype == torch.int64),
-        sizes, clamped(*band), scale, address(seed), *dropout(dropout_p), precision(query) == "tf32",
+        call.sizes, call.band, call.scale, address(call.seed), *dropout(call.dropout_p), precision(query) == "tf32",
     )  # fmt: skip
 
 
@@ -325,31 +303,20 @@ def stretches_of(batch, key_heads, key_len):
     return stretch, -(-key_len // stretch)
 
 
-def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
-    out, lse = tokens_first(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    if query.numel() == 0 or key.numel() == 0:  # no one to look, or nothing to see
-        return out.zero_(), lse.fill_(-torch.inf)
-    query, key, value = dense_last(query), dense_last(key), dense_last(value)
-    batch, heads, query_len, head_dim = query.shape
-    key_heads, key_len = key.shape[1:3]
-    sizes = batch, heads, key_heads, query_len, key_len, head_dim
-    inputs = attention_inputs(query, key, value, lse, mask, key_padding, None, None, seed, sizes, (lower, upper), scale, dropout_p, True)
-    if heads // key_heads * query_len <= FEW and key_len > SHORTEST:
+def launch_attention(query, key, value, out, lse, call):
+    batch, heads, key_heads, query_len, key_len, head_dim = call.sizes
+    inputs = attention_inputs(query, key, value, lse, True, call)
+    if call.cu_seqlens_q is None and heads // key_heads * query_len <= FEW and key_len > SHORTEST:
         stretch, stretches = stretches_of(batch, key_heads, key_len)
         part = query.new_empty((batch, heads, query_len, stretches, head_dim), dtype=torch.float32)
         top, norm = part.new_empty((2, batch, heads, query_len, stretches))
         kernels.attention_decode(queue(query), inputs, written(out), strides(out, 3), written(part), written(top), written(norm), stretch, stretches)
     else:
         kernels.attention_forward(queue(query), inputs, written(out), strides(out, 3))
-    return out, lse
 
 
-def attention_gradients(
-    dout, dlse, query, key, value, mask, padding, cu_query, cu_key, seed, out, lse, dquery, dkey, dvalue, dmask, sizes, band, scale, dropout_p, exact
-):  # fmt: skip
-    """Into dquery, dkey, dvalue and dmask, of which the last three may be None. All as batches; dlse, like lse, contiguous."""
-    inputs = attention_inputs(query, key, value, lse, mask, padding, cu_query, cu_key, seed, sizes, band, scale, dropout_p, False)
-    delta = torch.empty_like(lse)
+def launch_gradients(dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dmask, exact, call):
+    inputs, delta, mask = attention_inputs(query, key, value, lse, False, call), torch.empty_like(lse), call.mask
     kernels.attention_backward(
         queue(query), inputs, address(out), strides(out, 3), address(dout), strides(dout, 3), address(dlse), written(delta),
         written(dquery), strides(dquery, 3), written(dkey), strides(dkey, 3), written(dvalue), strides(dvalue, 3), written(dmask),
@@ -357,64 +324,4 @@ def attention_gradients(
     )  # fmt: skip
 
 
-def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
-    needs_query, needs_key, needs_value, needs_mask = needed
-    dquery = tokens_first(query)  # its pass computes what the others need too
-    dkey, dvalue = tokens_first(key, needs_key or needs_value), tokens_first(value, needs_key or needs_value)
-    shifts = needs_mask and mask.shape[3] == 1
-    dmask = mask.new_empty(mask.shape, dtype=torch.float32) if needs_mask and not shifts else None
-    if query.numel() == 0 or key.numel() == 0:
-        dquery, dkey, dvalue, dmask = (d if d is None else d.zero_() for d in (dquery, dkey, dvalue, dmask))
-    else:
-        dout = torch.zeros_like(out) if dout is None else dense_last(dout)
-        batch, heads, query_len, head_dim = query.shape
-        attention_gradients(
-            dout, vector(dlse), dense_last(query), dense_last(key), dense_last(value), mask, key_padding, None, None, seed, dense_last(out), lse.contiguous(),
-            dquery, dkey, dvalue, dmask, (batch, heads, key.shape[1], query_len, key.shape[2], head_dim), (lower, upper), scale, dropout_p,
-            needs_mask and query.dtype.itemsize == 2,
-        )  # fmt: skip
-    if shifts:
-        dmask = shift_gradient(mask, lse, dlse)
-    return (
-        dquery if needs_query else None,
-        dkey if needs_key else None,
-        dvalue if needs_value else None,
-        dmask.to(mask.dtype) if needs_mask else None,
-    )
-
-
-# attention_varlen: the kernels of attention, which find their sequences themselves
-
-
-def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):
-    check_starts(query, key, cu_seqlens_q, cu_seqlens_k)
-    out, lse = new_like(query), query.new_empty(query.shape[1::-1], dtype=torch.float32)
-    if query.numel() == 0 or key.numel() == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
-    (query_tokens, heads, head_dim), (key_tokens, key_heads, _) = query.shape, key.shape
-    sizes = cu_seqlens_q.shape[0] - 1, heads, key_heads, query_tokens, key_tokens, head_dim
-    query, key, value, result = (packed(dense_last(x)) for x in (query, key, value, out))
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    inputs = attention_inputs(
-        query, key, value, lse[None], None, None, cu_seqlens_q, cu_seqlens_k, seed, sizes, (lower, upper), scale, dropout_p, True
-    )  # fmt: skip
-    kernels.attention_forward(queue(query), inputs, written(result), strides(result, 3))
-    return out, lse
-
-
-def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed):
-    check_starts(query, key, cu_seqlens_q, cu_seqlens_k)
-    dquery = new_like(query)
-    dkey, dvalue = (new_like(x, needed[1] or needed[2]) for x in (key, value))
-    if query.numel() == 0 or key.numel() == 0:
-        return tuple(torch.zeros_like(x) if need else None for x, need in zip((query, key, value), needed, strict=True))
-    (query_tokens, heads, head_dim), (key_tokens, key_heads, _) = query.shape, key.shape
-    sizes = cu_seqlens_q.shape[0] - 1, heads, key_heads, query_tokens, key_tokens, head_dim
-    dout = torch.zeros_like(out) if dout is None else dout
-    query, key, value, dout, out = (packed(dense_last(x)) for x in (query, key, value, dout, out))
-    attention_gradients(
-        dout, None if dlse is None else dlse.contiguous()[None], query, key, value, None, None, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), seed,
-        out, lse.contiguous()[None], packed(dquery), *(d if d is None else packed(d) for d in (dkey, dvalue)), None,
-        sizes, (lower, upper), scale, dropout_p, False,
-    )  # fmt: skip
-    return tuple(gradient if need else None for gradient, need in zip((dquery, dkey, dvalue), needed, strict=True))
+attention_forward, attention_backward, attention_varlen_forward, attention_varlen_backward = attention_operators(launch_attention, launch_gradients, dense_last)

@@ -11,9 +11,9 @@ import torch
 
 import fastlm
 from fastlm.backends import torch as native
-from fastlm.backends.gpu import DTYPES, FURTHEST, by_layout, check_starts, clamped, dropout, new_like, on, packed, precision, processors, tokens_first, vector
+from fastlm.backends.gpu import DTYPES, FURTHEST, attention_operators, by_layout, dropout, losses_and_gradients, new_like, on, precision, processors, vector
 from fastlm.backends.layout import dense_last, rows_of
-from fastlm.backends.reference import as_written, check_targets, shift_gradient
+from fastlm.backends.reference import as_written, check_targets
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OLDEST = (3, 4)
@@ -170,47 +170,25 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
     return dx, dw1, db1, dw2, db2
 
 
-# linear_cross_entropy: the vendor's products, and between them a kernel that turns a chunk of logits into its gradient
+# linear_cross_entropy
 
 
 @as_written
 def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
     vocab = weight.shape[0]
     check_targets(target, vocab, ignore_index)  # looks at values only on a CPU: the kernel asserts
-    flat, targets = rows_of(x), target.reshape(-1)
-    row_scale = row_scale if row_scale is None or not any(needed) else row_scale.reshape(-1).contiguous()
-    rows = flat.shape[0]
-    loss = x.new_empty(rows, dtype=torch.float32)
-    dx = x.new_empty(flat.shape) if needed[0] else None
-    dweight = None if rows else torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    dbias = weight.new_zeros(vocab, dtype=torch.float32) if needed[2] else None
-    chunk = min(rows, max(1, LOGITS_BYTES // (vocab * x.element_size())))
-    memory = x.new_empty(chunk, vocab)
-    for begin in range(0, rows, max(1, chunk)):
-        part, at = flat[begin : begin + chunk], slice(begin, begin + chunk)
-        logits = memory[: part.shape[0]]
-        torch.mm(part, weight.t(), out=logits) if bias is None else torch.addmm(bias, part, weight.t(), out=logits)
-        share = statistics = None
-        if dbias is not None:
-            share = dbias.new_empty(kernels().linear_cross_entropy.parts(logits.shape[0]), vocab)
-            statistics = dbias.new_empty(2, logits.shape[0])
-        scale = row_scale[at] if any(needed) else None
+    loss = x.new_empty(target.numel(), dtype=torch.float32)
+    row_scale = row_scale.reshape(-1).contiguous() if any(needed) else None
+
+    def turn(logits, targets, scale, losses, statistics, shares):
         with on(x):
             kernels().linear_cross_entropy.linear_cross_entropy(
-                logits, targets[at], scale, loss[at], statistics, share, ignore_index, label_smoothing, x.device.index
+                logits, targets, scale, losses, statistics, shares, ignore_index, label_smoothing, x.device.index
             )  # fmt: skip
-        if dbias is not None:
-            dbias += share.sum(0)
-        if dx is not None:
-            torch.mm(logits, weight, out=dx[at])
-        if needed[1]:
-            dweight = native.add_product(dweight, logits.t(), part, begin + chunk >= rows)
-    return (
-        loss.view(target.shape),
-        dx if dx is None else dx.view(x.shape),
-        dweight if needed[1] else None,
-        dbias if dbias is None else dbias.to(x.dtype),
-    )
+
+    shares = kernels().linear_cross_entropy.parts
+    dx, dweight, dbias = losses_and_gradients(rows_of(x), weight, bias, target.reshape(-1), row_scale, loss, needed, LOGITS_BYTES, vocab, shares, turn)
+    return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
 
 
 # layernorm_residual
@@ -252,7 +230,7 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
     return dx, dresidual, dweight, dbias
 
 
-# attention
+# attention, attention_varlen
 
 
 def near(x):
@@ -260,92 +238,28 @@ def near(x):
     return dense_last(x) if x.stride(2) < 2**23 else x.contiguous()
 
 
-def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
-    out, lse = tokens_first(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    if query.numel() == 0 or key.numel() == 0:  # no one to look, or nothing to see
-        return out.zero_(), lse.fill_(-torch.inf)
-    query, key, value = near(query), near(key), near(value)
-    batch, heads, query_len, head_dim = query.shape
-    key_heads, key_len = key.shape[1:3]
-    sizes = batch, heads, key_heads, query_len, key_len, head_dim
-    band, drop, device = clamped(lower, upper), dropout(dropout_p), query.device.index
+def launch_attention(query, key, value, out, lse, call):
+    _, heads, key_heads, query_len, key_len, _ = call.sizes
+    settings = call.sizes, call.band, call.scale, *dropout(call.dropout_p), precision(query), architecture(query.device.index), query.device.index
     with on(query):
-        if kernels().attention_decode.serves(heads, key_heads, query_len, key_len):
+        if call.cu_seqlens_q is None and kernels().attention_decode.serves(heads, key_heads, query_len, key_len):
             kernels().attention_decode.attention_decode(
-                query, key, value, out, lse, mask, key_padding, seed, sizes, band, scale, *drop, precision(query), architecture(device), device,
+                query, key, value, out, lse, call.mask, call.key_padding, call.seed, *settings,
                 lambda shape: torch.empty(shape, dtype=torch.float32, device=query.device),
             )  # fmt: skip
         else:
             kernels().attention.attention_forward(
-                query, key, value, out, lse, mask, key_padding, None, None, seed, sizes, band, scale, *drop, precision(query), architecture(device), device
-            )  # fmt: skip
-    return out, lse
+                query, key, value, out, lse, call.mask, call.key_padding, call.cu_seqlens_q, call.cu_seqlens_k, call.seed, *settings
+            )
 
 
-def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
-    needs_query, needs_key, needs_value, needs_mask = needed
-    dquery = tokens_first(query)  # its pass computes what the others need too
-    dkey, dvalue = tokens_first(key, needs_key or needs_value), tokens_first(value, needs_key or needs_value)
-    shifts = needs_mask and mask.shape[3] == 1
-    dmask = mask.new_empty(mask.shape, dtype=torch.float32) if needs_mask and not shifts else None
-    if query.numel() == 0 or key.numel() == 0:
-        dquery, dkey, dvalue, dmask = (d if d is None else d.zero_() for d in (dquery, dkey, dvalue, dmask))
-    else:
-        query, key, value = near(query), near(key), near(value)
-        dout = torch.zeros_like(out) if dout is None else near(dout)
-        out = near(out)  # as it was, unless a hook on saved tensors laid it out anew
-        batch, heads, query_len, head_dim = query.shape
-        key_heads, key_len = key.shape[1:3]
-        sizes, device = (batch, heads, key_heads, query_len, key_len, head_dim), query.device.index
-        with on(query):
-            kernels().attention_backward.attention_backward(
-                dout, vector(dlse), query, key, value, mask, key_padding, None, None, seed, out, lse.contiguous(), dquery, dkey, dvalue, dmask,
-                sizes, clamped(lower, upper), scale, *dropout(dropout_p), precision(query), needs_mask and query.dtype.itemsize == 2,
-                architecture(device), device, torch.empty_like(lse),
-            )  # fmt: skip
-    if shifts:
-        dmask = shift_gradient(mask, lse, dlse)
-    return (
-        dquery if needs_query else None,
-        dkey if needs_key else None,
-        dvalue if needs_value else None,
-        dmask.to(mask.dtype) if needs_mask else None,
-    )
-
-
-# attention_varlen: the kernels of attention, which find their sequences themselves
-
-
-def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):
-    check_starts(query, key, cu_seqlens_q, cu_seqlens_k)
-    out, lse = new_like(query), query.new_empty(query.shape[1::-1], dtype=torch.float32)
-    if query.numel() == 0 or key.numel() == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
-    (query_tokens, heads, head_dim), (key_tokens, key_heads, _) = query.shape, key.shape
-    sizes, device = (cu_seqlens_q.shape[0] - 1, heads, key_heads, query_tokens, key_tokens, head_dim), query.device.index
-    with on(query):
-        kernels().attention.attention_forward(
-            near(packed(query)), near(packed(key)), near(packed(value)), packed(out), lse[None], None, None,
-            cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), seed,
-            sizes, clamped(lower, upper), scale, *dropout(dropout_p), precision(query), architecture(device), device,
-        )  # fmt: skip
-    return out, lse
-
-
-def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed):
-    check_starts(query, key, cu_seqlens_q, cu_seqlens_k)
-    dquery = new_like(query)
-    dkey, dvalue = (new_like(x, needed[1] or needed[2]) for x in (key, value))
-    if query.numel() == 0 or key.numel() == 0:
-        return tuple(torch.zeros_like(x) if need else None for x, need in zip((query, key, value), needed, strict=True))
-    (query_tokens, heads, head_dim), (key_tokens, key_heads, _) = query.shape, key.shape
-    sizes, device = (cu_seqlens_q.shape[0] - 1, heads, key_heads, query_tokens, key_tokens, head_dim), query.device.index
-    dout = torch.zeros_like(out) if dout is None else dout
+def launch_gradients(dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dmask, exact, call):
     with on(query):
         kernels().attention_backward.attention_backward(
-            near(packed(dout)), None if dlse is None else dlse.contiguous()[None], near(packed(query)), near(packed(key)), near(packed(value)), None, None,
-            cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), seed, near(packed(out)), lse.contiguous()[None],
-            packed(dquery), *(d if d is None else packed(d) for d in (dkey, dvalue)), None,
-            sizes, clamped(lower, upper), scale, *dropout(dropout_p), precision(query), False, architecture(device), device, torch.empty_like(lse)[None],
+            dout, dlse, query, key, value, call.mask, call.key_padding, call.cu_seqlens_q, call.cu_seqlens_k, call.seed, out, lse, dquery, dkey, dvalue, dmask,
+            call.sizes, call.band, call.scale, *dropout(call.dropout_p), precision(query), exact, architecture(query.device.index),
+            query.device.index, torch.empty_like(lse),
         )  # fmt: skip
-    return tuple(gradient if need else None for gradient, need in zip((dquery, dkey, dvalue), needed, strict=True))
+
+
+attention_forward, attention_backward, attention_varlen_forward, attention_varlen_backward = attention_operators(launch_attention, launch_gradients, near)
