@@ -25,7 +25,7 @@ if ON_GPU:
 # Backends whose kernels run on the CPU in a way made for checking, not for speed: of how many cases one runs.
 SAMPLED = {}
 if os.environ.get("TRITON_INTERPRET") == "1":
-    SAMPLED["triton"] = int(os.environ.get("FASTLM_TEST_INTERPRETED", 9))
+    SAMPLED["triton"] = int(os.environ.get("FASTLM_TEST_INTERPRETED", 18))
 if os.environ.get("FASTLM_CUDA_EMULATION") == "1":
     SAMPLED["cuda"] = int(os.environ.get("FASTLM_TEST_EMULATED", 3))
 
