@@ -1,6 +1,8 @@
 import collections
 import importlib.util
+import math
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,9 @@ if os.environ.get("FASTLM_CUDA_EMULATION") == "1":
 
 
 def pytest_collection_modifyitems(config, items):
-    """What runs on a GPU is marked so. Where Triton is interpreted or the CUDA kernels are emulated, a sample runs: of each test every n-th case in float32,
-    half as many in bfloat16 and one in float16, which differ in types alone. FASTLM_TEST_INTERPRETED and FASTLM_TEST_EMULATED say which n, as CI does
-    with smaller ones; 1 takes all.
+    """What runs on a GPU is marked so. Where Triton is interpreted or the CUDA kernels are emulated, a sample runs: of each test one case in n, and one at
+    least, drawn by the test's name, the same on every run. FASTLM_TEST_INTERPRETED and FASTLM_TEST_EMULATED say which n, as CI does with a smaller one; 1
+    takes all.
     """
     backend_of = {item: item.callspec.params.get("backend") for item in items if getattr(item, "callspec", None)}
     if ON_GPU:
@@ -41,14 +43,14 @@ def pytest_collection_modifyitems(config, items):
             if backend in ("triton", "cuda"):
                 item.add_marker("gpu")
         return
-    seen, left_out = collections.Counter(), set()
+    cases = collections.defaultdict(list)
     for item, backend in backend_of.items():
-        nth, dtype = SAMPLED.get(backend, 1), item.callspec.params.get("dtype")
-        every = {torch.float32: nth, torch.bfloat16: 2 * nth, torch.float16: 1 << 30}.get(dtype) if nth > 1 else None
-        if every is not None:
-            if seen[item.function, backend, dtype] % every:
-                left_out.add(item)
-            seen[item.function, backend, dtype] += 1
+        if backend in SAMPLED:
+            cases[item.function, backend].append(item)
+    left_out = set()
+    for (function, backend), of_one_test in cases.items():
+        wanted = math.ceil(len(of_one_test) / SAMPLED[backend])
+        left_out |= set(of_one_test) - set(random.Random(function.__qualname__).sample(of_one_test, wanted))
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]

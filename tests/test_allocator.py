@@ -62,10 +62,10 @@ def test_it_says_what_it_did():
     "variable, value, named",
     [
         ("MALLOC_MMAP_THRESHOLD_", "100000", "MALLOC_MMAP_THRESHOLD_"),
-        ("MALLOC_TRIM_THRESHOLD_", "100000", "MALLOC_TRIM_THRESHOLD_"),
-        ("MALLOC_MMAP_MAX_", "9", "MALLOC_MMAP_MAX_"),
+        pytest.param("MALLOC_TRIM_THRESHOLD_", "100000", "MALLOC_TRIM_THRESHOLD_", marks=pytest.mark.slow),
+        pytest.param("MALLOC_MMAP_MAX_", "9", "MALLOC_MMAP_MAX_", marks=pytest.mark.slow),
         ("GLIBC_TUNABLES", "glibc.malloc.check=0:glibc.malloc.trim_threshold=100000", "glibc.malloc.trim_threshold"),
-        ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=100000", "glibc.malloc.mmap_threshold"),
+        pytest.param("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=100000", "glibc.malloc.mmap_threshold", marks=pytest.mark.slow),
     ],
 )
 def test_a_setting_of_the_user_wins(variable, value, named):

@@ -301,6 +301,7 @@ def test_bench_prints_a_table_and_writes_its_files(small_cases, tmp_path):
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bench_takes_a_step_at_every_level(small_cases, monkeypatch, tmp_path):
     monkeypatch.setitem(whole.MODELS, "tiny", whole.Subject("GPT-2", 1, 32, 2, 50, 2, 16))
     file = tmp_path / "b.json"

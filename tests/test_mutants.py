@@ -226,7 +226,7 @@ def test_cpp_mutants(tmp_path):
         for mutant in group:
             mutate(folder, mutant)
         module = folder / "fastlm" / f"_cpu_baseline{EXTENSION_SUFFIXES[0]}"
-        command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-DFASTLM_MODULE=_cpu_baseline"]
+        command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O0", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-DFASTLM_MODULE=_cpu_baseline"]
         includes = [f"-I{folder / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{python_headers}"]
         subprocess.run([*command, *includes, str(folder / "csrc" / "bindings.cpp"), "-o", str(module)], check=True, capture_output=True, text=True)
         return [survives(folder, mutant, FASTLM_TEST_BACKENDS="cpu", FASTLM_ISA="baseline") for mutant in group]

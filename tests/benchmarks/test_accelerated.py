@@ -32,6 +32,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 def test_steps_are_compared_between_processes():
     pytest.importorskip("accelerate", reason="pip install 'fastlm[test]'")
     row = accelerated.compare_accelerated("gpt2", "bfloat16", 1, sizes=SIZES["gpt2"], rounds=3)
@@ -71,7 +72,7 @@ def test_other_work_is_timed(library):
     how = {"library": library, "number_of_threads": 1, "tuned": False}
     with threads(1):
         works = [accelerated.bert_timer(dtype="float32", sizes=SIZES["bert"], **how)]
-        works.append(accelerated.encoding_timer(dtype="bfloat16", checkpoint=str(real(accelerated.MINILM)), **how))
+        works.append(accelerated.encoding_timer(dtype="float32", checkpoint=str(real(accelerated.MINILM)), **how))
         assert all(timer() > 0 for timer, _ in works)
 
 

@@ -19,7 +19,7 @@ BERT = Subject("BERT", 1, 32, 2, 50, 4, 16, 0.1)
 WORK = {"dtype": "float32", "number_of_threads": 1, "subject": dataclasses.asdict(GPT), "tuned": False}
 
 
-@pytest.mark.parametrize("subject, dtype", [(GPT, "float32"), (BERT, "bfloat16")], ids=["GPT-2", "BERT"])
+@pytest.mark.parametrize("subject, dtype", [(GPT, "float32"), pytest.param(BERT, "bfloat16", marks=pytest.mark.slow)], ids=["GPT-2", "BERT"])
 def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
     monkeypatch.setattr(whole, "product_peak", lambda threads, kind: {torch.float32: 2e12, torch.bfloat16: 1e12}[kind])
     row = whole.compare_steps(dtype, 1, subject=subject, rounds=5, recompute=2)

@@ -17,5 +17,5 @@ LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.s
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
 for isa in $isas; do # --capture=sys leaves the report of an error on the terminal
   FASTLM_ISA=$isa "$python" -c 'import torch, fastlm; i = fastlm.info(); assert not i.build, i.build; print(fastlm.backends.isa.kernels.__file__)' | grep build/sanitized
-  FASTLM_ISA=$isa FASTLM_TEST_BACKENDS=cpu "$python" -m pytest -q -x --capture=sys --durations=5 tests/ops tests/optim -m "not slow" -k "not compile and not opcheck and not contract" "$@"
+  FASTLM_ISA=$isa FASTLM_TEST_BACKENDS=cpu "$python" -m pytest -q -x -n logical --maxprocesses 4 --dist loadfile --capture=sys --durations=5 tests/ops tests/optim -m "not slow" -k "not compile and not opcheck and not contract" "$@"
 done

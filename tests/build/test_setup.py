@@ -194,6 +194,7 @@ def test_an_unknown_instruction_set_is_an_error(tree):
     assert done.returncode != 0 and "FASTLM_BUILD_ISAS: expected names out of baseline" in done.stderr and "got avx1024" in done.stderr
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_rebuilds_what_a_header_reaches_and_drops_what_no_longer_compiles(tree):
     first = build(tree, FASTLM_BUILD_ISAS="baseline")
@@ -216,6 +217,7 @@ def test_rebuilds_what_a_header_reaches_and_drops_what_no_longer_compiles(tree):
     assert report(tree)["modules"] == [] and not (tree / f"fastlm/_cpu_baseline{SUFFIX}").exists()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_one_module_that_does_not_compile_leaves_the_others(tree, setup):
     isas = list(setup.find_toolchain().isas)
@@ -284,6 +286,7 @@ def toolkit(tree):
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="CUDA kernels are built on Linux alone")
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_linux
 def test_the_cuda_module_is_built_for_the_architectures_that_nvcc_knows(tree, toolkit):
@@ -299,6 +302,7 @@ def test_the_cuda_module_is_built_for_the_architectures_that_nvcc_knows(tree, to
     assert report(tree)["cuda"]["reason"] == "FASTLM_BUILD_CUDA=0" and not (tree / f"fastlm/_cuda{SUFFIX}").exists()
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_linux
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ A process of its own, as under TRITON_INTERPRET=1 there is nothing to compile. O
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ TARGETS = {
 }
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}  # KiB of one program
 launches: list[tuple] = []
+work: list[tuple] = []  # (target, case, launch) of all that is to be compiled
 
 
 def record(kernel, programs, arguments, constants, warps, stages, device, debug=False):
@@ -123,9 +124,9 @@ def layernorm(dtype, width, stream=None, dropout=False):
 
 
 def gelu_mlp(dtype, recompute):
-    x, w, b = torch.empty(4096, 768, dtype=dtype), torch.empty(3072, 768, dtype=dtype), torch.empty(3072, dtype=dtype)
+    x, w, b = torch.empty(64, 768, dtype=dtype), torch.empty(3072, 768, dtype=dtype), torch.empty(3072, dtype=dtype)
     y, hidden, activated = backend.gelu_mlp_forward(x, w, b, w.t(), x[0], "tanh" if recompute else "none", "linear", recompute)
-    hidden = torch.empty(4096, 3072, dtype=dtype)
+    hidden = torch.empty(64, 3072, dtype=dtype)
     backend.gelu_mlp_backward(y, x, w, b, w.t(), hidden, activated, "tanh" if recompute else "none", "linear", (True,) * 5)
 
 
@@ -173,6 +174,19 @@ def kernels_of(title, target):
     return ["linear_cross_entropy_kernel", *(["linear_cross_entropy_columns_kernel"] if "bias" in title else [])]
 
 
+def report(index):
+    name, title, launch = work[index]
+    entry = {"target": name, "case": title, "kernel": launch[0].__name__, "constants": list(map(str, launch[2])), "warps": launch[3], "stages": launch[4]}
+    try:
+        binary = compiled(launch, name)
+    except Exception as failure:  # each is one test's failure
+        while failure.__cause__ is not None:
+            failure = failure.__cause__
+        return entry | {"error": f"{type(failure).__name__}: {' '.join(str(failure)[-300:].split())}"}
+    spilled, registers, matrix = resources(binary, name)
+    return entry | {"shared": binary.metadata.shared, "limit": SHARED[name] << 10, "spilled": spilled, "registers": registers, "matrix": matrix}
+
+
 def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("out", type=Path)
@@ -186,7 +200,6 @@ def main():
     for module in backend.modules():
         if hasattr(module, "launch"):
             module.launch = record
-    work = []
     for name in arguments.targets:
         backend.architecture = lambda index, name=name: name
         for title, call in cases(arguments.quick):
@@ -197,20 +210,9 @@ def main():
             for launch in (launch for launch in launches if arguments.kernel in launch[0].__name__):
                 work.append((name, title, launch))
 
-    def report(item):
-        name, title, launch = item
-        entry = {"target": name, "case": title, "kernel": launch[0].__name__, "constants": list(map(str, launch[2])), "warps": launch[3], "stages": launch[4]}
-        try:
-            binary = compiled(launch, name)
-        except Exception as failure:  # each is one test's failure
-            while failure.__cause__ is not None:
-                failure = failure.__cause__
-            return entry | {"error": f"{type(failure).__name__}: {' '.join(str(failure)[-300:].split())}"}
-        spilled, registers, matrix = resources(binary, name)
-        return entry | {"shared": binary.metadata.shared, "limit": SHARED[name] << 10, "spilled": spilled, "registers": registers, "matrix": matrix}
-
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        arguments.out.write_text(json.dumps(list(pool.map(report, work)), indent=1))
+    # Forked, so that nothing need be sent. Threads would wait for one another: Triton holds Python's lock while it compiles.
+    with multiprocessing.get_context("fork").Pool(arguments.workers) as pool:
+        arguments.out.write_text(json.dumps(pool.map(report, range(len(work)), chunksize=1), indent=1))
 
 
 if __name__ == "__main__":
