@@ -35,7 +35,6 @@ namespace fastlm::cuda {
 constexpr float Log2e = 1.4426950408889634f;
 constexpr int WidestHead = 256;
 
-FASTLM_DEVICE bool is_finite(float x) { return x - x == 0; }
 FASTLM_DEVICE int divide_up(int x, int y) { return (x + y - 1) / y; }
 
 template <class T> struct alignas(2 * sizeof(T)) Pair {

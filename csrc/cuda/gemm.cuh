@@ -23,7 +23,8 @@
 // 4. float32 in three tf32 products, a·w ≈ a_low·w_high + a_high·w_low + a_high·w_high: what is left out is 2⁻²² of a product. The tensor cores
 //    truncate as they add, so each step of 8 along k starts from zero and is added to the total by an FADD, which rounds (Ootomo & Yokota 2022,
 //    arXiv:2203.03341): the error grows as that of a chain of FMA does, without a bias. Predicted on sm_80: 156/3 less the FADDs, about
-//    40 TFLOP/s against 19.5 of FMA. An infinite operand gives NaN.
+//    40 TFLOP/s against 19.5 of FMA. An infinite operand has no second part, and gives NaN: a tile that is not finite in the end is multiplied again, and
+//    where a step gives no number there, the high parts alone count, which are infinite where the operands are.
 #pragma once
 #include <climits>
 #include <initializer_list>
@@ -133,7 +134,7 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
     }
   }
 
-  FASTLM_DEVICE void multiply(const unsigned char* stage, int warp_row, int warp_column, int lane, bool tf32) {
+  FASTLM_DEVICE void multiply(const unsigned char* stage, int warp_row, int warp_column, int lane, bool tf32, bool again) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[ROWS][4], w[COLUMNS][2];
@@ -147,7 +148,7 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
 #pragma unroll
           for (int j = 0; j < COLUMNS; ++j) mma<T>(total[i][j], a[i], w[j]);
       } else {
-        multiply_float32(a, w, tf32);
+        multiply_float32(a, w, tf32, again);
       }
     }
   }
@@ -158,7 +159,7 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
     low = to_tf32(value - __uint_as_float(high));
   }
 
-  FASTLM_DEVICE void multiply_float32(uint32_t (&a)[ROWS][4], uint32_t (&w)[COLUMNS][2], bool tf32) {
+  FASTLM_DEVICE void multiply_float32(uint32_t (&a)[ROWS][4], uint32_t (&w)[COLUMNS][2], bool tf32, bool again) {
     uint32_t a_low[ROWS][4];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
@@ -178,11 +179,28 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
           mma_tf32(part, a_low[i], w[j]);
           mma_tf32(part, a[i], w_low);
           mma_tf32(part, a[i], w[j]);
+          if (again) {
+            float high[4] = {};
+            mma_tf32(high, a[i], w[j]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) part[e] = is_finite(part[e]) ? part[e] : high[e];
+          }
 #pragma unroll
           for (int e = 0; e < 4; ++e) total[i][j][e] += part[e];
         }
       }
     }
+  }
+
+  FASTLM_DEVICE bool finite() const {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) all = all && is_finite(total[i][j][e]);
+    return all;
   }
 
   // Hands the warp's part of C to the epilogue: WARP/8 neighbouring lanes share a row, each with 8 columns of it.
@@ -253,6 +271,18 @@ FASTLM_DEVICE tile_place place_of_tile(int tile, int tiles_m, int tiles_n) {
   return {group * GROUP + within % rows, within / rows};
 }
 
+// Whether any thread of the block says so. `flags`: a word of free shared memory for each warp, free again afterwards.
+FASTLM_DEVICE bool any_of_block(bool predicate, int* flags) {
+  const bool of_warp = any(predicate);
+  if (threadIdx.x % 32 == 0) flags[threadIdx.x / 32] = of_warp;
+  __syncthreads();
+  bool found = false;
+#pragma unroll
+  for (int warp = 0; warp < GEMM_THREADS / 32; ++warp) found = found || flags[warp];
+  __syncthreads();
+  return found;
+}
+
 template <class T, bool K_CONTIGUOUS, int WARP, class Epilogue>
 __global__ void __launch_bounds__(GEMM_THREADS, WARP == 64       ? 2
                                                 : sizeof(T) == 4 ? 3
@@ -266,24 +296,29 @@ __global__ void __launch_bounds__(GEMM_THREADS, WARP == 64       ? 2
   const bool idle = row + warp_row >= args.rows || column + warp_column >= args.n;  // a warp beyond the end only helps to load
 
   tile product;
-#pragma unroll
-  for (int step = 0; step < tile::STAGES - 1; ++step) {
-    if (step < steps) product.load(shared + step * tile::STAGE, args, row, column, step);
-    cp_async_commit();
-  }
-  int stage = 0, free = tile::STAGES - 1;
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<tile::STAGES - 2>();
-    __syncthreads();  // this stage has come for all, and all are done with the one before it, which is now free
-    if (step + tile::STAGES - 1 < steps) product.load(shared + free * tile::STAGE, args, row, column, step + tile::STAGES - 1);
-    cp_async_commit();
-    if (!idle) product.multiply(shared + stage * tile::STAGE, warp_row, warp_column, lane, args.tf32);
-    free = stage;
-    stage = stage + 1 == tile::STAGES ? 0 : stage + 1;
+  for (bool again = false;; again = true) {
+#pragma unroll
+    for (int step = 0; step < tile::STAGES - 1; ++step) {
+      if (step < steps) product.load(shared + step * tile::STAGE, args, row, column, step);
+      cp_async_commit();
+    }
+    int stage = 0, free = tile::STAGES - 1;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      cp_async_wait<tile::STAGES - 2>();
+      __syncthreads();  // this stage has come for all, and all are done with the one before it, which is now free
+      if (step + tile::STAGES - 1 < steps) product.load(shared + free * tile::STAGE, args, row, column, step + tile::STAGES - 1);
+      cp_async_commit();
+      if (!idle) product.multiply(shared + stage * tile::STAGE, warp_row, warp_column, lane, args.tf32, again);
+      free = stage;
+      stage = stage + 1 == tile::STAGES ? 0 : stage + 1;
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    if (sizeof(T) == 2 || args.tf32 || again || !any_of_block(!idle && !product.finite(), reinterpret_cast<int*>(shared))) break;
+    product = tile();
   }
-  cp_async_wait<0>();
-  __syncthreads();
   if (!idle) {
     float* pass = reinterpret_cast<float*>(shared) + warp * tile::PASS * tile::PITCH;
     product.finish(pass, args, epilogue, row + warp_row, column + warp_column, lane);

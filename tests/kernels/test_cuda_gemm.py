@@ -48,6 +48,23 @@ def test_float32_is_as_exact_on_a_long_chain(backend):
     assert_within_twice_torch(lambda *t: fastlm.gelu_mlp(*t, backend=backend), torch_mlp, mlp_inputs(9, 3072, 40, 3072), torch.float32)
 
 
+@only_cuda
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), 3e38], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_what_is_not_finite_goes_where_it_goes_in_pytorch(dtype, value, backend):
+    """An infinity has no second part in tf32, and times 0 it is no number; 3e38 becomes one in the product. Elsewhere the bits stay."""
+    x, w1, b1, _, _ = (t.to(dtype) for t in mlp_inputs(80, 64, 40, 8))
+    w1[3] = 2.0  # nothing is left of it below tf32
+    multiply = lambda x: load(backend).both_sides(x, w1, b1, "none", "linear", True, False)[0]  # noqa: E731
+    finite = multiply(x)
+    x[5, 7], x[70, 2], w1[9, 7] = value, -value, 0.0
+    found, expected = multiply(x), F.linear(x, w1, b1)
+    assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
+    assert torch.equal(found[found.isinf()], expected[expected.isinf()])
+    others = [i for i in range(80) if i not in (5, 70)]
+    assert torch.equal(found[others][:, :9], finite[others][:, :9])
+
+
 @pytest.fixture
 def less_precision():
     torch.set_float32_matmul_precision("high")
