@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -135,7 +134,7 @@ class Parts:
         self.kinds, self.own = [type(module) for module in self.modules], [module.__dict__ for module in self.modules]
         self.inside = list({id(inside): inside for inside, _, _ in self.links}.values())
         self.held = [dict(inside) for inside in self.inside]
-        self.registered = next_hook(self.own)
+        self.hooks = [own[kind] for own in self.own for kind in HOOKS]
         # Attributes are read from here: a module's own lookup goes through nn.Module's __getattr__ slot, at several times the price.
         self.block_own, self.attention_own = block.__dict__, self.attention.__dict__
         self.norm1_own, self.norm2_own = self.norm1.__dict__, self.norm2.__dict__
@@ -150,14 +149,10 @@ class Parts:
         return module
 
     def still_clean(self) -> bool:
-        """Whether all was clean and is: nothing replaced, hooked or wrapped since. All that a layer pays, at every call, for letting that happen.
-
-        Whoever registers a hook, anywhere, takes the next of PyTorch's numbers for it: as long as that number stays, no module has one that it had not. (To
-        torch.compile the number would be a reason to compile again.)
-        """
+        """Whether all was clean and is: nothing replaced, hooked or wrapped since. All that a layer pays, at every call, for letting that happen."""
         if not self.clean or self.inside != self.held or [*map(type, self.modules)] != self.kinds:
             return False
-        if is_dynamo_compiling() or RemovableHandle.next_id != self.registered:
+        if is_dynamo_compiling() or any(self.hooks):  # some hooks are idle
             return self.untouched()
         for own in self.own:
             if "forward" in own:
@@ -168,14 +163,7 @@ class Parts:
         for module in self.modules:
             if touched(module):
                 return False
-        if not is_dynamo_compiling():
-            self.registered = next_hook(self.own)
         return True
-
-
-def next_hook(modules: list[dict]) -> int:
-    """The number of the next hook that is registered; -1, which is none, if there are some."""
-    return -1 if any(own[kind] for own in modules for kind in HOOKS) else RemovableHandle.next_id
 
 
 def all_plain(parts: Parts) -> bool:

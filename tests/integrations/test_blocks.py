@@ -221,10 +221,14 @@ def test_a_hook_that_changes_something_changes_it():
         x = ids(2, 7)
         before = model(x)[0]
         twice = lambda module, args, out: (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2  # noqa: E731
-        handle = model.get_submodule(place).register_forward_hook(twice)
+        module = model.get_submodule(place)
+        handle = module.register_forward_hook(twice)
         assert not torch.allclose(before, model(x)[0], rtol=1e-3), (family, place)
         handle.remove()
         assert torch.equal(before, model(x)[0])
+        module._forward_hooks[-1] = twice  # without PyTorch's help
+        assert not torch.allclose(before, model(x)[0], rtol=1e-3), (family, place)
+        module._forward_hooks.clear()
 
 
 @pytest.mark.parametrize("how", ["forward", "class", "parametrization", "weight"])
