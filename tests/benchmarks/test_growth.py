@@ -30,6 +30,7 @@ def test_nothing_but_the_size_differs_along_a_series(series):
         assert f"{subject.layers} layers" in growth.SHAPES[series]
 
 
+@pytest.mark.slow
 def test_a_point_is_a_training_step_of_its_model(monkeypatch):
     monkeypatch.setitem(growth.POINTS, "context 128", Subject("GPT-2", 1, 32, 2, 50, 2, 16))
     monkeypatch.setattr(whole, "product_peak", lambda threads, kind: 1e12)

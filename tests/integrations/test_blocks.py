@@ -431,7 +431,9 @@ def test_inference_mode_and_accumulation_of_gradients():
         assert ours.eval()(x).logits.is_inference()
 
 
-@pytest.mark.parametrize(("family", "head", "one"), [("GPT2", "LMHeadModel", {"n_layer": 1}), ("Bert", "ForMaskedLM", {"num_hidden_layers": 1})])
+@pytest.mark.parametrize(
+    ("family", "head", "one"), [pytest.param("GPT2", "LMHeadModel", {"n_layer": 1}, marks=pytest.mark.slow), ("Bert", "ForMaskedLM", {"num_hidden_layers": 1})]
+)
 def test_compiled_whole_with_dynamic_shapes(family, head, one):
     theirs = tiny(family, head, **one).train()
     ours = accelerated(theirs)

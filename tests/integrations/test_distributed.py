@@ -56,6 +56,7 @@ def run(rank, port, kind, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_gradients_are_those_of_one_process(kind, tmp_path):
     with socket.socket() as free:

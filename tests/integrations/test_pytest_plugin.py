@@ -20,6 +20,7 @@ def test_every_eligible_model_is_accelerated():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", ["0", "1"])
 def test_on_request_only(on, tmp_path, monkeypatch):
     (tmp_path / "test_models.py").write_text(TEST.replace("WANTED", str(on == "1")))

@@ -53,6 +53,7 @@ def test_every_kind_of_input(draw, dtype):
     assert_within_twice_theirs(tiny_bert, draw, dtype)
 
 
+@pytest.mark.slow
 def test_the_real_size():
     """110 million parameters, 40 tokens, every fourth with a label."""
 

@@ -94,6 +94,7 @@ def test_every_block_alone():
         torch.testing.assert_close(added + stream, block(x, attention_mask=causal), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_real_size():
     """124 million parameters, 40 tokens."""
 

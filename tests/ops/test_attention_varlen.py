@@ -33,7 +33,7 @@ def cu_seqlens(lengths, dtype=torch.int64):
 def qkv(lengths, heads, key_heads, head_dim):
     total_q, total_k = (sum(side) for side in zip(*lengths, strict=True))
     key, value = floats(total_k, key_heads, head_dim), floats(head_dim, key_heads, total_k).permute(2, 1, 0)
-    return floats(total_q, heads, head_dim, 1)[..., 0], key, value
+    return floats(2, total_q, heads, head_dim)[1], key, value
 
 
 def torch_own(lengths, causal=False, window=None):
@@ -71,7 +71,7 @@ def test_as_close_to_float64_as_torch(batch, causal, dtype, backend):
 def test_where_one_key_has_nearly_all_the_weight(head_dim, backend):
     """There dscores are what the rounding of two sums over head_dim leaves. By chance one query's is twice another's: it is compared over hundreds of them."""
     lengths = [(20, 20), (40, 40)]
-    alike, value = floats(60, 8, head_dim), floats(60, 8, head_dim, 1)[..., 0]
+    alike, value = floats(60, 8, head_dim), floats(2, 60, 8, head_dim)[1]
     ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), backend=backend)  # noqa: E731
     inputs = alike, alike, value
     truths = outputs_and_gradients(torch_own(lengths), [x.double() for x in inputs], torch.float64, torch.float32)

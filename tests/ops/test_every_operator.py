@@ -176,6 +176,7 @@ def block_leaves():
     return [(floats(*shape, i + 1)[..., 0] / 3).contiguous().requires_grad_() for i, shape in enumerate(shapes)]
 
 
+@pytest.mark.slow
 @on_backends("reference", "torch", "cpu")
 def test_a_whole_layer_compiled_by_inductor(backend):
     dropout_p = 0.0 if backend == "torch" else 0.2
