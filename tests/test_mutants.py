@@ -2,6 +2,8 @@
 
 Python is changed in a copy of the package. The C++ is compiled again, without optimisation for speed, for the one instruction set that every machine has;
 several changes share a module where the tests of none can see the others.
+
+FASTLM_TEST_MUTANTS=0/3 takes the first third, 1/3 the second, 2/3 the last; by default all are taken.
 """
 
 import concurrent.futures
@@ -22,6 +24,8 @@ import fastlm
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(fastlm.__file__).parent
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+SHARE, SHARES = map(int, os.environ.get("FASTLM_TEST_MUTANTS", "0/1").split("/"))
+assert 0 <= SHARE < SHARES, f"FASTLM_TEST_MUTANTS: expected 0/3, 1/3, 2/3 or the like, got {SHARE}/{SHARES}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +133,7 @@ def test_python_mutants(tmp_path):
         return survives(folder, mutant, **backend)
 
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        survivors = "\n".join(filter(None, pool.map(outcome, enumerate(PYTHON))))
+        survivors = "\n".join(filter(None, pool.map(outcome, enumerate(PYTHON[SHARE::SHARES]))))
     assert not survivors, survivors
 
 
@@ -166,7 +170,7 @@ def test_triton_mutants(tmp_path):
         return survives(folder, mutant, FASTLM_TEST_BACKENDS="triton", TRITON_INTERPRET="1", FASTLM_TEST_INTERPRETED="1")
 
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        survivors = "\n".join(filter(None, pool.map(outcome, enumerate(ON_TRITON))))
+        survivors = "\n".join(filter(None, pool.map(outcome, enumerate(ON_TRITON[SHARE::SHARES]))))
     assert not survivors, survivors
 
 
@@ -232,7 +236,7 @@ def test_cpp_mutants(tmp_path):
         return [survives(folder, mutant, FASTLM_TEST_BACKENDS="cpu", FASTLM_ISA="baseline") for mutant in group]
 
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        survivors = "\n".join(outcome for outcomes in pool.map(built, enumerate(CPP)) for outcome in outcomes if outcome)
+        survivors = "\n".join(outcome for outcomes in pool.map(built, enumerate(CPP[SHARE::SHARES])) for outcome in outcomes if outcome)
     assert not survivors, survivors
 
 
@@ -265,7 +269,7 @@ CUDA = [
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="the emulator is built by GCC on Linux")
 def test_cuda_mutants(tmp_path):
     survivors = []
-    for number, group in enumerate(CUDA):
+    for number, group in enumerate(CUDA[SHARE::SHARES]):
         folder = tmp_path / str(number)
         shutil.copytree(PACKAGE, folder / "fastlm", copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__", "_cuda*"))
         for part in ("csrc", "tests/cuda_emulation"):

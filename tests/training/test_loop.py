@@ -200,7 +200,7 @@ def test_side_by_side_takes_the_same_steps(trained, small, corpus):
 @pytest.mark.slow
 def test_a_whole_training_reaches_the_loss_of_pytorch_operators(tmp_path):
     """The promise of the package: a megabyte of text, validation loss within 0.02. FASTLM_TEST_STEPS=2000 is its full length, some ten minutes."""
-    steps = int(os.environ.get("FASTLM_TEST_STEPS", 400))
+    steps = int(os.environ.get("FASTLM_TEST_STEPS", 200))
     standard_library = Path(sysconfig.get_path("stdlib"))
     text = "".join(file.read_text("utf-8", "replace") for file in sorted(standard_library.glob("*.py")))[:1_000_000]
     (tmp_path / "text.txt").write_text(text, "utf-8")
