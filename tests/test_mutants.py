@@ -3,7 +3,7 @@
 Python is changed in a copy of the package. The C++ is compiled again, without optimisation for speed, for the one instruction set that every machine has;
 several changes share a module where the tests of none can see the others.
 
-FASTLM_TEST_MUTANTS=0/3 takes the first third, 1/3 the second, 2/3 the last; by default all are taken.
+FASTLM_TEST_MUTANTS=0/3 takes every third from the first on, 1/3 from the second, 2/3 from the third; by default all are taken.
 """
 
 import concurrent.futures

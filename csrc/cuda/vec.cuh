@@ -36,9 +36,9 @@ FASTLM_DEVICE float to_float(fp16 x) {
 #endif
 }
 
-// Rounds to the nearest, ties to even; beyond the largest number lies infinity; a NaN becomes 0x7FFF, as the conversion instructions have it.
 FASTLM_DEVICE bool is_finite(float x) { return x - x == 0; }
 
+// Rounds to the nearest, ties to even; beyond the largest number lies infinity; a NaN becomes 0x7FFF, as the conversion instructions have it.
 template <class T> FASTLM_DEVICE T from_float(float x);
 template <> FASTLM_DEVICE float from_float<float>(float x) { return x; }
 template <> FASTLM_DEVICE bf16 from_float<bf16>(float x) {
