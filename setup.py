@@ -42,7 +42,7 @@ X86_ISAS = {
 }
 
 # Contraction to FMA is wanted on every compiler; -ffast-math is not: NaN and infinity have a meaning here.
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-falign-loops=64", "-Wall"]
 
 # Code for each (sm_80's runs on 86 and 89 too, 120's on 121). As the kernels use what sm_80 has and no more, all of it is made from one and the same PTX, which
 # is there too, for GPUs that are later still.

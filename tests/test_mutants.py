@@ -212,6 +212,9 @@ CPP = [
         Mutant(SKINNY, "from_bits(pair & uvec::all(0xffff0000u))", "from_bits(pair << 16)", "ops/test_linear.py few_rows_are and bfloat16 and 7-65-63"),
         Mutant(SKINNY, "if (a_sums && first == 0)", "if (a_sums)", "ops/test_linear.py few_rows_are and float32"),
     ],
+    [
+        Mutant(GEMM, "padded * (from - (together < depth_blocks ? 0 : split.begin(p0))) * L", "0", "ops/test_linear.py float64"),
+    ],
 ]
 
 

@@ -17,10 +17,11 @@ template <bool Tanh> FASTLM_INLINE gelu_value gelu(vec x) {
 template <bool Tanh, class T>
 void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, T* hidden, T* activated, int64_t rows, int64_t width,
                      int64_t hidden_width, int threads) {
-  project(x, x_stride, w1, b1, rows, width, hidden_width, threads, [=](int64_t i, int64_t j, vec value, auto span) {
+  auto write = [=](int64_t i, int64_t j, vec value, auto span) {
     if (hidden) value.store(hidden + i * hidden_width + j, span);
     gelu<Tanh>(value).value.store(activated + i * hidden_width + j, span);
-  });
+  };
+  project(x, x_stride, w1, b1, rows, width, hidden_width, threads, writing_to(activated, hidden_width, write));
 }
 
 template <bool Tanh, class T>
@@ -51,12 +52,13 @@ void gelu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_str
     make_activated = false;
   }
   if (out.dx || out.dw1.data || out.db1) {
-    project_back(dy, dy_stride, w2, rows, hidden_width, out_width, threads, [=](int64_t i, int64_t j, vec value, auto span) {
+    auto write = [=](int64_t i, int64_t j, vec value, auto span) {
       const int64_t at = i * hidden_width + j;
       gelu_value g = gelu<Tanh>(vec::load(hidden + at, span));
       (value * g.slope).store(dhidden + at, span);
       if (make_activated) g.value.store(activated + at, span);
-    });
+    };
+    project_back(dy, dy_stride, w2, rows, hidden_width, out_width, threads, writing_to(dhidden, hidden_width, write));
   } else if (make_activated) {
     parallel_for(rows, parts_for(rows, 2 * hidden_width * sizeof(T)), threads, [=](int64_t begin, int64_t end, int64_t) {
       const int64_t first = begin * hidden_width;

@@ -1,12 +1,14 @@
 // C = A·B with an epilogue, the matrix product under every operator. 2·m·n·k FLOP; compute bound from a few dozen rows on.
 //
-// A block of C (up to 512 rows) is one part of the work. Its rows of A are packed once and stay in the L2 cache; then, a panel of up to three vectors of columns
-// after the other, a block of B (≤ 192 deep) is packed into L1 and all the rows pass by it. Operands are read from where they lie, in either orientation, 16-bit types being
-// widened (or paired, for the bf16 dot product and for AMX) on the way; while one block of B is multiplied the next is fetched from memory. Packing costs 0.1–0.4
-// cycle an element and serves hundreds of rows or columns: 1–3 % of the multiplication.
+// A block of C (up to 512 rows) is one part of the work. Its rows of A are packed once and stay in the L2 cache; then, panel after panel of up to three vectors of
+// columns (with 8 lanes, where such a panel ends within a cache line, two beside each other), a block of B (≤ 192 deep) is packed into L1 and all the rows pass
+// by it. Operands are read from where they lie, in either orientation, 16-bit types being widened (or paired, for the bf16 dot product and for AMX) on the way;
+// while one block of B is multiplied the next is fetched from memory. Packing costs 0.1–0.4 cycle an element and serves hundreds of rows or columns: 1–3 % of the
+// multiplication.
 // The register tile of 8 × 3 vectors (AVX-512: 24 sums, 3 of B, 1 of A) does 24 multiply-adds for 11 loads; with 16 registers it is 4 × 3.
 // The epilogue sees each finished vector of C once, while it is in the cache: bias, activation and residual cost no pass over memory.
 #pragma once
+#include <numeric>
 #include <type_traits>
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
@@ -28,6 +30,9 @@ inline constexpr int TileRows = 8;  // 32 vector registers
 inline constexpr int TileRows = 4;  // 16
 #endif
 inline constexpr int TileVecs = 3;
+// Tiles that are done within a thousand cycles wait at their end for what is not in L1: the sums of earlier blocks and the lines that the epilogue writes are asked
+// for at their beginning. (On two cores with 32 registers, whose tiles take twice as long, it gained nothing on one thread and lost on two.)
+inline constexpr bool SmallTiles = TileRows == 4;
 inline constexpr int64_t PanelRows = TileRows > vec::Lanes ? TileRows : vec::Lanes;  // rows of A packed together: whole registers, one tile or two
 
 // What one 32-bit lane of a packed panel holds, and how two panels are multiplied.
@@ -91,6 +96,11 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
       const T* next = d * Per + 1 < k ? row + source.k_stride : nullptr;
       for (int64_t ahead = 0; ahead < Per; ++ahead)  // rows lie pages apart: no hardware follows them. Past the end a prefetch is harmless
         for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + (8 * Per + ahead) * source.k_stride + i);
+      if (count == TileVecs * L && width == count && (Per == 1 || next)) {  // most panels of B
+#pragma GCC unroll 3
+        for (int64_t i = 0; i < TileVecs * L; i += L) Arithmetic::along_i(row + i, Per == 1 ? nullptr : next + i, full{}).store(out + d * width + i, full{});
+        continue;
+      }
       for (int64_t i = 0; i < width; i += L) {
         const T* after = next ? next + i : nullptr;
         vec v = i >= count || d * Per >= k ? vec::zero()
@@ -159,6 +169,8 @@ void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float*
       return;
     }
   }
+  if (SmallTiles && accumulate && c_stride == Vecs * vec::Lanes)
+    for (int i = 0; i < TileRows * Vecs * vec::Lanes; i += 16) __builtin_prefetch(c + i, 1, 3);
   for (int64_t first = 0; first < depth; first += chain) {
     vec sum[TileRows][Vecs];
 #pragma GCC unroll 8
@@ -233,6 +245,9 @@ struct panels {
   int64_t begin(int64_t p) const { return total * p / count; }  // in vectors
 };
 
+// So many panels beside each other are multiplied by some rows of A before the next rows: together their rows of C are whole cache lines. One by one, a line at an
+// edge would have left the cache when the next panel writes its other half.
+inline constexpr int64_t PanelBytes = TileVecs * vec::Lanes * 4, Abreast = std::lcm(64, PanelBytes) / PanelBytes;
 inline constexpr int64_t PartRows = 512, PartColumns = 768;  // of C, at most: what one packing serves, and sums that stay near
 
 // Bytes of the L2 cache that rows of A may take: the rest is for what streams by. Where the system does not tell its size, that of a small server's.
@@ -269,6 +284,7 @@ struct blocking {
 
 // Between rows of A that are packed as they lie: no power of two, which would crowd a few sets of the cache.
 template <class Arithmetic> inline constexpr int64_t RowStride = Arithmetic::BlockDepth + 16;
+inline constexpr int64_t RowsAbreast = Abreast > 1 ? 64 : PartRows;
 inline constexpr int64_t PackedTogether = 8;  // k-major panels of A: so many read whole cache lines, and each page, once
 
 // Rows as they lie, row_stride (whole vectors) apart; zeros up to the last tile.
@@ -349,6 +365,19 @@ class prefetcher {
   }
 };
 
+// An epilogue that writes C[i, j] to out[i·stride + j], and says so: where that pays, its cache lines are fetched while the tile is multiplied.
+template <class T, class Write> struct writing : Write {
+  T* out;
+  int64_t stride;
+  FASTLM_INLINE void prefetch(int64_t i, int64_t j) const {
+    for (int64_t ahead = 0; ahead < TileVecs * vec::Lanes; ahead += 64 / int64_t(sizeof(T))) __builtin_prefetch(out + i * stride + j + ahead, 1, 3);
+  }
+};
+template <class T, class Write> writing<T, Write> writing_to(T* out, int64_t stride, Write write) { return {write, out, stride}; }
+template <class T> FASTLM_INLINE auto store_to(T* out, int64_t stride) {
+  return writing_to(out, stride, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); });
+}
+
 // epilogue(i, j, value, span): value holds C[i, j…]. a_sums (m; A contiguous along m) and b_sums (n), where given, are increased by the sums over k of A and of B.
 template <class Arithmetic, class TA, class TB, class Epilogue>
 void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums = nullptr, float* b_sums = nullptr) {
@@ -373,9 +402,11 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
     const int64_t padded = ceil_div(rows, PanelRows) * PanelRows, row_size = in_rows ? RowStride<Arithmetic> : Arithmetic::BlockDepth;
     // As many blocks of k at a time as the cache holds of A. If that is all of them, sums are kept for one panel only.
     const int64_t together = std::clamp<int64_t>(cache_for_rows() / (4 * padded * row_size), 1, depth_blocks);
-    float* packed_a = scratch(together * padded * row_size + Arithmetic::BlockDepth * TileVecs * L + padded * (together < depth_blocks ? vecs : TileVecs) * L);
+    constexpr int64_t PackedPanel = Arithmetic::BlockDepth * TileVecs * L;
+    float* packed_a = scratch(together * padded * row_size + Abreast * PackedPanel + padded * (together < depth_blocks ? vecs : Abreast * TileVecs) * L);
     float* packed_b = packed_a + together * padded * row_size;
-    float* sums = packed_b + Arithmetic::BlockDepth * TileVecs * L;  // C so far: panel by panel, each tile's rows one after another
+    float* sums = packed_b + Abreast * PackedPanel;  // C so far: panel by panel, each tile's rows one after another; a tile's alone, if one block is all of k
+    const bool at_once = depth_blocks == 1;
 
     struct block_of_k {
       int64_t first, count, lanes;
@@ -388,50 +419,69 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
     auto right = [=](int64_t p, int64_t k_first) {
       return operand<TB>{b.data + (first_vec + split.begin(p)) * L * b.stride + k_first * b.k_stride, b.stride, b.k_stride};
     };
+    auto columns_of = [=](int64_t p, int64_t end) { return std::min((split.begin(end) - split.begin(p)) * L, n - (first_vec + split.begin(p)) * L); };
 
     for (int64_t group = 0; group < depth_blocks; group += together)
-      for (int64_t p = 0; p < split.count; ++p) {
-        const int64_t from = split.begin(p), width = (split.begin(p + 1) - from) * L, column = (first_vec + from) * L, columns = std::min(width, n - column);
-        float* c = sums + (together < depth_blocks ? padded * from * L : 0);
+      for (int64_t p0 = 0; p0 < split.count; p0 += Abreast) {
+        const int64_t p1 = std::min(split.count, p0 + Abreast);
         for (int64_t block = group; block < std::min(depth_blocks, group + together); ++block) {
           const auto [k_first, k_count, count] = deep(block);
-          pack<Arithmetic>(right(p, k_first), columns, k_count, width, packed_b);
-          if (b_sums && row_block == 0) add_panel_sums<Arithmetic>(packed_b, count, width, columns, b_sums + column);
+          for (int64_t p = p0; p < p1; ++p) {
+            const int64_t column = (first_vec + split.begin(p)) * L, columns = columns_of(p, p + 1), width = (split.begin(p + 1) - split.begin(p)) * L;
+            float* to = packed_b + (p - p0) * PackedPanel;
+            pack<Arithmetic>(right(p, k_first), columns, k_count, width, to);
+            if (b_sums && row_block == 0) add_panel_sums<Arithmetic>(to, count, width, columns, b_sums + column);
+          }
           const bool last = block + 1 == std::min(depth_blocks, group + together);
-          const int64_t next_p = last ? p + 1 : p;
+          const int64_t next_p = last ? p1 : p0;
           prefetcher next;
           if (next_p < split.count) {
             const auto [next_k, next_count, lanes] = deep(last ? group : block + 1);
-            next = prefetcher(right(next_p, next_k), std::min((split.begin(next_p + 1) - split.begin(next_p)) * L, n - (first_vec + split.begin(next_p)) * L),
-                              next_count);
+            next = prefetcher(right(next_p, next_k), columns_of(next_p, std::min(split.count, next_p + Abreast)), next_count);
           }
-          const int64_t lines = ceil_div(next.lines() * Arithmetic::Rows, rows);
-          for (int64_t r = 0; r < rows; r += Arithmetic::Rows) {
-            next.fetch(lines);
-            const TA* source = a.data + (first_row + r) * a.stride + k_first * a.k_stride;
-            float *packed = packed_a + ((block - group) * padded + r) * row_size, *tile = c + r * width;
-            const bool direct = as_is && r + Arithmetic::Rows <= rows;
-            if (p == 0 && !direct && (as_rows || r % (PackedTogether * PanelRows) == 0)) {
-              const int64_t some = std::min(as_rows ? Arithmetic::Rows : PackedTogether * PanelRows, rows - r);
-              pack_left<Arithmetic>(operand<TA>{source, a.stride, a.k_stride}, some, k_count, as_rows, packed);
-              if (Arithmetic::RowsOnly && a_sums && col_block == 0) add_row_sums<Arithmetic>(packed, count, row_size, some, a_sums + first_row + r);
-              for (int64_t i = 0; !Arithmetic::RowsOnly && a_sums && col_block == 0 && i < some; i += PanelRows)
-                add_panel_sums<Arithmetic>(packed + i * row_size, count, PanelRows, std::min(PanelRows, some - i), a_sums + first_row + r + i);
+          const int64_t lines = ceil_div(next.lines() * Arithmetic::Rows, rows * (p1 - p0));
+          for (int64_t first = 0; first < rows; first += RowsAbreast)
+            for (int64_t p = p0; p < p1; ++p) {
+              const int64_t from = split.begin(p), vecs_wide = split.begin(p + 1) - from, width = vecs_wide * L, column = (first_vec + from) * L,
+                            columns = columns_of(p, p + 1);
+              const float* panel = packed_b + (p - p0) * PackedPanel;
+              float* c = sums + (at_once ? 0 : padded * (from - (together < depth_blocks ? 0 : split.begin(p0))) * L);
+              for (int64_t r = first; r < std::min(rows, first + RowsAbreast); r += Arithmetic::Rows) {
+                next.fetch(lines);
+                const TA* source = a.data + (first_row + r) * a.stride + k_first * a.k_stride;
+                float *packed = packed_a + ((block - group) * padded + r) * row_size, *tile = at_once ? c : c + r * width;
+                const bool direct = as_is && r + Arithmetic::Rows <= rows;
+                if (p == 0 && !direct && (as_rows || r % (PackedTogether * PanelRows) == 0)) {
+                  const int64_t some = std::min(as_rows ? Arithmetic::Rows : PackedTogether * PanelRows, rows - r);
+                  pack_left<Arithmetic>(operand<TA>{source, a.stride, a.k_stride}, some, k_count, as_rows, packed);
+                  if (Arithmetic::RowsOnly && a_sums && col_block == 0) add_row_sums<Arithmetic>(packed, count, row_size, some, a_sums + first_row + r);
+                  for (int64_t i = 0; !Arithmetic::RowsOnly && a_sums && col_block == 0 && i < some; i += PanelRows)
+                    add_panel_sums<Arithmetic>(packed + i * row_size, count, PanelRows, std::min(PanelRows, some - i), a_sums + first_row + r + i);
+                }
+                if constexpr (SmallTiles && requires { epilogue.prefetch(r, column); })
+                  if (block + 1 == depth_blocks)
+#pragma GCC unroll 4
+                    for (int64_t i = 0; i < TileRows; ++i) epilogue.prefetch(first_row + r + i, column);
+                if (direct)
+                  multiply_tile<Arithmetic, true>(vecs_wide, count, reinterpret_cast<const float*>(source), a.stride / Arithmetic::PerLane, panel, width, tile,
+                                                  width, block > 0);
+                else if (in_rows) multiply_tile<Arithmetic, true>(vecs_wide, count, packed, RowStride<Arithmetic>, panel, width, tile, width, block > 0);
+                else if constexpr (!Arithmetic::RowsOnly)
+                  multiply_tile<Arithmetic>(vecs_wide, count,
+                                            packed_a + (block - group) * padded * row_size + r / PanelRows * PanelRows * Arithmetic::BlockDepth + r % PanelRows,
+                                            PanelRows, panel, width, tile, width, block > 0);
+                if (block + 1 < depth_blocks) continue;
+                const int64_t tile_rows = std::min(Arithmetic::Rows, rows - r);
+                auto finish = [&](int64_t i, int64_t j, int64_t stride, auto span) {
+                  epilogue(first_row + r + i, column + j, vec::load(tile + i * stride + j, full{}), span);
+                };
+                for (int64_t i = 0; i < tile_rows; ++i)
+                  if (columns == TileVecs * L) {
+#pragma GCC unroll 3
+                    for (int64_t j = 0; j < TileVecs * L; j += L) finish(i, j, TileVecs * L, full{});
+                  } else sweep(columns, [&](int64_t j, auto span) { finish(i, j, width, span); });
+              }
             }
-            if (direct)
-              multiply_tile<Arithmetic, true>(width / L, count, reinterpret_cast<const float*>(source), a.stride / Arithmetic::PerLane, packed_b, width, tile,
-                                              width, block > 0);
-            else {
-              if (in_rows) multiply_tile<Arithmetic, true>(width / L, count, packed, RowStride<Arithmetic>, packed_b, width, tile, width, block > 0);
-              else if constexpr (!Arithmetic::RowsOnly)
-                multiply_tile<Arithmetic>(width / L, count,
-                                          packed_a + (block - group) * padded * row_size + r / PanelRows * PanelRows * Arithmetic::BlockDepth + r % PanelRows,
-                                          PanelRows, packed_b, width, tile, width, block > 0);
-            }
-            if (block + 1 < depth_blocks) continue;
-            for (int64_t i = 0; i < std::min(Arithmetic::Rows, rows - r); ++i)
-              sweep(columns, [&](int64_t j, auto span) { epilogue(first_row + r + i, column + j, vec::load(tile + i * width + j, full{}), span); });
-          }
         }
       }
   });

@@ -17,11 +17,18 @@ template <class T> inline void convert(const float* from, T* to, int64_t count) 
   sweep(count, [=](int64_t i, auto span) { vec::load(from + i, span).store(to + i, span); });
 }
 
+template <class T, class Epilogue> struct after_bias : Epilogue {
+  const T* bias;  // or null
+  template <class Span> FASTLM_INLINE void operator()(int64_t i, int64_t j, vec value, Span span) const {
+    Epilogue::operator()(i, j, bias ? value + vec::load(bias + j, span) : value, span);
+  }
+};
+
 // y = x·W + bias handed to epilogue(row, column, value, span). bias may be null.
 template <class T, class Epilogue>
 void project(const T* x, int64_t x_stride, weight_matrix<const T> weight, const T* bias, int64_t rows, int64_t k, int64_t n, int threads, Epilogue epilogue) {
   multiply<arithmetic_for<T>>(rows, n, k, operand<T>{x, x_stride, 1}, operand<T>{weight.data, weight.n_stride, weight.k_stride}, threads,
-                              [=](int64_t i, int64_t j, vec value, auto span) { epilogue(i, j, bias ? value + vec::load(bias + j, span) : value, span); });
+                              after_bias<T, Epilogue>{epilogue, bias});
 }
 
 // dy·Wᵀ handed to epilogue(row, column, value, span)
@@ -61,28 +68,21 @@ void weight_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t x_strid
     std::fill_n(sums.get(), n, 0.0f);
   }
   const operand<T> xs{x, 1, x_stride}, dys{dy, 1, dy_stride};
-  T* out = dweight.data;
-  if (dweight.n_stride == 1) {
-    const int64_t stride = dweight.k_stride;
-    multiply_transposed<arithmetic_for<T>>(
-        k, n, rows, xs, dys, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); }, nullptr, sums.get());
-  } else {
-    const int64_t stride = dweight.n_stride;
-    multiply_transposed<arithmetic_for<T>>(
-        n, k, rows, dys, xs, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); }, sums.get(), nullptr);
-  }
+  if (dweight.n_stride == 1)
+    multiply_transposed<arithmetic_for<T>>(k, n, rows, xs, dys, threads, store_to(dweight.data, dweight.k_stride), nullptr, sums.get());
+  else multiply_transposed<arithmetic_for<T>>(n, k, rows, dys, xs, threads, store_to(dweight.data, dweight.n_stride), sums.get(), nullptr);
   if (dbias) convert(sums.get(), dbias, n);
 }
 
 template <class T>
 void linear_forward(const T* x, int64_t x_stride, weight_matrix<const T> weight, const T* bias, T* y, int64_t rows, int64_t k, int64_t n, int threads) {
-  project(x, x_stride, weight, bias, rows, k, n, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(y + i * n + j, span); });
+  project(x, x_stride, weight, bias, rows, k, n, threads, store_to(y, n));
 }
 
 template <class T>
 void linear_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<const T> weight, T* dx, weight_matrix<T> dweight, T* dbias,
                      int64_t rows, int64_t k, int64_t n, int threads) {
-  if (dx) project_back(dy, dy_stride, weight, rows, k, n, threads, [=](int64_t i, int64_t j, vec value, auto span) { value.store(dx + i * k + j, span); });
+  if (dx) project_back(dy, dy_stride, weight, rows, k, n, threads, store_to(dx, k));
   weight_gradient(dy, dy_stride, x, x_stride, dweight, dbias, rows, k, n, threads);
 }
 

@@ -91,8 +91,7 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
   for (int64_t first = 0; first < rows; first += chunk_rows) {
     const int64_t count = std::min(chunk_rows, rows - first);
     const T* xs = x + first * x_stride;
-    project(xs, x_stride, weight, bias, count, width, vocab, threads,
-            [=](int64_t i, int64_t j, vec value, auto span) { value.store(logits + i * vocab + j, span); });
+    project(xs, x_stride, weight, bias, count, width, vocab, threads, store_to(logits, vocab));
     parallel_parts(count, threads, [=](int64_t row) {
       cross_entropy part = ce;
       part.target += first * ce.target_stride, part.loss += first, part.lse += first;
@@ -102,20 +101,19 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
     if (out.dx) {
       T* dx = out.dx + first * width;
       multiply<arithmetic>(count, width, vocab, operand<float>{logits, vocab, 1}, operand<T>{weight.data, weight.k_stride, weight.n_stride}, threads,
-                           [=](int64_t i, int64_t j, vec value, auto span) { value.store(dx + i * width + j, span); });
+                           store_to(dx, width));
     }
     if (out.dweight) {
       const bool starts = first == 0, ends = first + count == rows;
       T* dw = out.dweight;
-      multiply_transposed<arithmetic>(
-          vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads,
-          [=](int64_t i, int64_t j, vec value, auto span) {
-            const int64_t at = i * width + j;
-            if (!starts) value = value + vec::load(dw_sum + at, span);
-            if (ends) value.store(dw + at, span);
-            else value.store(dw_sum + at, span);
-          },
-          dbias_sum.get(), nullptr);
+      auto write = [=](int64_t i, int64_t j, vec value, auto span) {
+        const int64_t at = i * width + j;
+        if (!starts) value = value + vec::load(dw_sum + at, span);
+        if (ends) value.store(dw + at, span);
+        else value.store(dw_sum + at, span);
+      };
+      multiply_transposed<arithmetic>(vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads, writing_to(dw, width, write),
+                                      dbias_sum.get(), nullptr);
     } else if (out.dbias) {
       buffer chunk = make_buffer(vocab);
       column_sums(static_cast<const float*>(logits), vocab, chunk.get(), count, vocab, threads);

@@ -5,7 +5,7 @@ import os
 import torch
 
 from fastlm.backends import isa
-from fastlm.backends.layout import dense_last, laid_out_like, matrix_of, rows_of, without_gaps
+from fastlm.backends.layout import dense_last, laid_out_like, matrix_of, rows_and_stride, without_gaps
 from fastlm.backends.reference import out_of_range, shift_gradient, starts_of
 from fastlm.ops.boundary import mismatch
 
@@ -141,10 +141,10 @@ def linear_forward(x, weight, bias, layout):
     y = x.new_empty(*x.shape[:-1], n)
     if x.numel() == 0:
         return y
-    flat, weight, bias = rows_of(x), matrix_of(weight), vector(bias)
-    rows, k = flat.shape
+    (x, x_stride), weight, bias = rows_and_stride(x), matrix_of(weight), vector(bias)
+    k = x.shape[-1]
     kernels.linear_forward(
-        DTYPES[x.dtype], flat.data_ptr(), flat.stride(0), weight.data_ptr(), *by_layout(weight, layout), at(bias), y.data_ptr(), rows, k, n, threads()
+        DTYPES[x.dtype], x.data_ptr(), x_stride, weight.data_ptr(), *by_layout(weight, layout), at(bias), y.data_ptr(), x.numel() // k, k, n, threads()
     )  # fmt: skip
     return y
 
@@ -153,12 +153,12 @@ def linear_backward(dy, x, weight, layout, needed):
     n = weight.shape[layout != "linear"]
     if x.numel() == 0:
         return new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1]), zeros(x, n, needed[2])
-    dflat, flat, weight = rows_of(dy), rows_of(x), matrix_of(weight)
-    dx, dweight, dbias = new_like(x, needed[0]), new_like(weight, needed[1]), new(x, n, needed[2])
-    rows, k = flat.shape
+    dx = new_like(x, needed[0])
+    (dy, dy_stride), (x, x_stride), weight = rows_and_stride(dy), rows_and_stride(x), matrix_of(weight)
+    dweight, dbias, k = new_like(weight, needed[1]), new(x, n, needed[2]), x.shape[-1]
     kernels.linear_backward(
-        DTYPES[x.dtype], dflat.data_ptr(), dflat.stride(0), flat.data_ptr(), flat.stride(0), weight.data_ptr(), *by_layout(weight, layout),
-        at(dx), at(dweight), *((1, k) if layout == "linear" else (n, 1)), at(dbias), rows, k, n, threads(),
+        DTYPES[x.dtype], dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, weight.data_ptr(), *by_layout(weight, layout),
+        at(dx), at(dweight), *((1, k) if layout == "linear" else (n, 1)), at(dbias), x.numel() // k, k, n, threads(),
     )  # fmt: skip
     return dx, dweight, dbias
 
@@ -173,10 +173,11 @@ def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute):
     hidden = new(x, (*x.shape[:-1], hidden_width), recompute < 2)
     activated = x.new_empty(*x.shape[:-1], hidden_width)
     if x.numel():
-        flat, w1, b1, w2, b2 = rows_of(x), matrix_of(w1), vector(b1), matrix_of(w2), vector(b2)
+        (x, x_stride), w1, b1, w2, b2 = rows_and_stride(x), matrix_of(w1), vector(b1), matrix_of(w2), vector(b2)
+        width = x.shape[-1]
         kernels.gelu_mlp_forward(
-            DTYPES[x.dtype], flat.data_ptr(), flat.stride(0), w1.data_ptr(), *by_layout(w1, layout), at(b1), w2.data_ptr(), *by_layout(w2, layout), at(b2),
-            at(hidden), activated.data_ptr(), y.data_ptr(), *flat.shape, hidden_width, out_width, approximate == "tanh", threads(),
+            DTYPES[x.dtype], x.data_ptr(), x_stride, w1.data_ptr(), *by_layout(w1, layout), at(b1), w2.data_ptr(), *by_layout(w2, layout), at(b2),
+            at(hidden), activated.data_ptr(), y.data_ptr(), x.numel() // width, width, hidden_width, out_width, approximate == "tanh", threads(),
         )  # fmt: skip
     return y, hidden, activated if recompute < 1 else None
 
@@ -187,8 +188,8 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
     shapes = (x.shape, w1.shape, hidden_width, w2.shape, out_width)
     if x.numel() == 0:
         return tuple(zeros(x, shape, need) for shape, need in zip(shapes, needed, strict=True))
-    dflat, flat, w1, b1, w2 = rows_of(dy), rows_of(x), matrix_of(w1), vector(b1), matrix_of(w2)
-    rows = flat.shape[0]
+    (dy, dy_stride), (x, x_stride), w1, b1, w2 = rows_and_stride(dy), rows_and_stride(x), matrix_of(w1), vector(b1), matrix_of(w2)
+    rows = x.numel() // width
     dx, dw1, db1, dw2, db2 = (new(x, shape, need) for shape, need in zip(shapes, needed, strict=True))
     hidden_known, activated_known = hidden is not None, activated is not None
     hidden = hidden if hidden_known else x.new_empty(rows, hidden_width)
@@ -196,7 +197,7 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
     dhidden = x.new_empty(rows, hidden_width)
     linear = layout == "linear"
     kernels.gelu_mlp_backward(
-        DTYPES[x.dtype], dflat.data_ptr(), dflat.stride(0), flat.data_ptr(), flat.stride(0), w1.data_ptr(), *by_layout(w1, layout), at(b1),
+        DTYPES[x.dtype], dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, w1.data_ptr(), *by_layout(w1, layout), at(b1),
         w2.data_ptr(), *by_layout(w2, layout), hidden.data_ptr(), hidden_known, activated.data_ptr(), activated_known, dhidden.data_ptr(),
         at(dx), at(dw1), at(db1), at(dw2), at(db2), *((1, width, 1, hidden_width) if linear else (hidden_width, 1, out_width, 1)),
         rows, width, hidden_width, out_width, approximate == "tanh", threads(),
@@ -212,18 +213,21 @@ def single(parameter):
     return parameter if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()) else parameter.float().contiguous()
 
 
+def rows_if(x):
+    return (None, 0) if x is None else rows_and_stride(x)
+
+
 def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
     stream = x if residual is None else residual
     y = new_like(x)
     summed = new_like(stream, residual is not None or seed is not None)
     mean, rstd = new(x, x.shape[:-1], dtype=torch.float32), new(x, x.shape[:-1], dtype=torch.float32)
     if x.numel():
-        flat, weight, bias = rows_of(x), single(weight), single(bias)
-        rows, width = flat.shape
-        residual = residual if residual is None else rows_of(residual)
+        (x, x_stride), (residual, residual_stride), weight, bias = rows_and_stride(x), rows_if(residual), single(weight), single(bias)
+        width = x.shape[-1]
         kernels.layernorm_residual_forward(
-            DTYPES[x.dtype], DTYPES[stream.dtype], flat.data_ptr(), flat.stride(0), at(residual), 0 if residual is None else residual.stride(0),
-            weight.data_ptr(), at(bias), y.data_ptr(), at(summed), mean.data_ptr(), rstd.data_ptr(), rows, width, eps, dropout_p,
+            DTYPES[x.dtype], DTYPES[stream.dtype], x.data_ptr(), x_stride, at(residual), residual_stride,
+            weight.data_ptr(), at(bias), y.data_ptr(), at(summed), mean.data_ptr(), rstd.data_ptr(), x.numel() // width, width, eps, dropout_p,
             0 if seed is None else seed.item(), threads(),
         )  # fmt: skip
     return y, summed, mean, rstd
@@ -234,15 +238,13 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
     if summed.numel() == 0:
         dx, dresidual = new(summed, summed.shape, needed[0], dtype), new(summed, summed.shape, needed[1])
         return dx, dresidual, zeros(weight, width, needed[2]), zeros(weight, width, needed[3])
-    flat, wide = rows_of(summed), single(weight)
-    dy = dy if dy is None else rows_of(dy)
-    dsummed = dsummed if dsummed is None else rows_of(dsummed)
-    dx, dresidual = new_like(summed, needed[0], dtype), new_like(summed, needed[1])
+    dx, dresidual, wide = new_like(summed, needed[0], dtype), new_like(summed, needed[1]), single(weight)
+    (dy, dy_stride), (dsummed, dsummed_stride), (summed, summed_stride) = rows_if(dy), rows_if(dsummed), rows_and_stride(summed)
     dweight, dbias = new_like(wide, needed[2]), new_like(wide, needed[3])
     kernels.layernorm_residual_backward(
-        DTYPES[dtype], DTYPES[summed.dtype], at(dy), 0 if dy is None else dy.stride(0), at(dsummed), 0 if dsummed is None else dsummed.stride(0),
-        flat.data_ptr(), flat.stride(0), wide.data_ptr(), mean.data_ptr(), rstd.data_ptr(), at(dx), at(dresidual), at(dweight), at(dbias),
-        flat.shape[0], width, dropout_p, 0 if seed is None else seed.item(), threads(),
+        DTYPES[dtype], DTYPES[summed.dtype], at(dy), dy_stride, at(dsummed), dsummed_stride, summed.data_ptr(), summed_stride,
+        wide.data_ptr(), mean.data_ptr(), rstd.data_ptr(), at(dx), at(dresidual), at(dweight), at(dbias),
+        summed.numel() // width, width, dropout_p, 0 if seed is None else seed.item(), threads(),
     )  # fmt: skip
     return dx, dresidual, *(d if d is None else d.to(weight.dtype) for d in (dweight, dbias))
 
@@ -255,16 +257,16 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
     loss = x.new_empty(target.shape, dtype=torch.float32)
     if x.numel() == 0:
         return loss, new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1]), zeros(x, vocab, needed[2])
-    flat, weight, bias, targets = rows_of(x), matrix_of(weight), vector(bias), target.reshape(-1)
-    rows = flat.shape[0]
+    dx, rows = new_like(x, needed[0]), x.numel() // width
+    (x, x_stride), weight, bias, targets = rows_and_stride(x), matrix_of(weight), vector(bias), target.reshape(-1)
     chunk = -(-rows // -(-rows // max(1, LOGITS_BYTES // (4 * vocab))))  # chunks of one size: a small last one would read all the weights for little
     logits, lse = new(x, (chunk, vocab), dtype=torch.float32), new(x, rows, dtype=torch.float32)
     row_scale = row_scale if row_scale is None else row_scale.contiguous()
-    dx, dweight, dbias = new_like(x, needed[0]), new_like(weight, needed[1]), new(x, vocab, needed[2])
+    dweight, dbias = new_like(weight, needed[1]), new(x, vocab, needed[2])
     # 16-bit products of several chunks are added up in float32.
     dweight_sum = new(x, weight.shape, needed[1] and x.dtype != torch.float32 and chunk < rows, torch.float32)
     wrong = kernels.linear_cross_entropy_forward(
-        DTYPES[x.dtype], flat.data_ptr(), flat.stride(0), weight.data_ptr(), *by_layout(weight, "linear"), at(bias), targets.data_ptr(), targets.stride(0),
+        DTYPES[x.dtype], x.data_ptr(), x_stride, weight.data_ptr(), *by_layout(weight, "linear"), at(bias), targets.data_ptr(), targets.stride(0),
         at(row_scale), loss.data_ptr(), lse.data_ptr(), logits.data_ptr(), chunk, at(dx), at(dweight), at(dweight_sum), at(dbias),
         rows, width, vocab, ignore_index, label_smoothing, threads(),
     )  # fmt: skip

@@ -16,6 +16,14 @@ def rows_of(x: Tensor) -> Tensor:
     return dense_last(flat)
 
 
+def rows_and_stride(x: Tensor) -> tuple[Tensor, int]:
+    """What rows_of gives and its row stride; where x is contiguous, x itself, whose address and width say the same without making a view."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    flat = rows_of(x)
+    return flat, flat.stride(0)
+
+
 def dense_last(x: Tensor) -> Tensor:
     """x with a contiguous last dimension."""
     if x.stride(-1) == 1 or x.shape[-1] == 1:

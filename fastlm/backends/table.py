@@ -39,9 +39,6 @@ MEASURED: dict[str, tuple[Rule, ...]] = {
         Rule("linear_cross_entropy", "bfloat16"),  # with gradients PyTorch is 4–9 % faster, without 5 % slower
         Rule("attention", "float32", {"query_len": (None, 1)}),
     ),
-    # Two cores, PyTorch 2.13: large products, alone 7 % faster on two threads and 15 % on one, with a GELU between them up to 8 %. Its bfloat16, without
-    # instructions for it, is far slower.
-    "zen3": (Rule("linear", "float32", {"rows": (182, None)}), Rule("gelu_mlp", "float32", {"rows": (768, None), "in_width": (512, None)})),
 }
 
 # A CPU with AMX that has no rows of its own, from two cores of such a Xeon, PyTorch 2.13. Its bf16 products are as fast as ours in themselves: where ours win
