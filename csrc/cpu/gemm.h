@@ -31,7 +31,7 @@ inline constexpr int TileRows = 4;  // 16
 #endif
 inline constexpr int TileVecs = 3;
 // Tiles that are done within a thousand cycles wait at their end for what is not in L1: the sums of earlier blocks and the lines that the epilogue writes are asked
-// for at their beginning. (On two cores with 32 registers, whose tiles take twice as long, it gained nothing on one thread and lost on two.)
+// for at their beginning. (With 32 registers, where a tile takes twice as long, fetching those lines made most products slower: docs/cpu.md.)
 inline constexpr bool SmallTiles = TileRows == 4;
 inline constexpr int64_t PanelRows = TileRows > vec::Lanes ? TileRows : vec::Lanes;  // rows of A packed together: whole registers, one tile or two
 

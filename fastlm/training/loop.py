@@ -48,7 +48,7 @@ class Trainer:
 
     def step(self, inputs: Tensor, targets: Tensor, lr: float) -> float:
         """One update of the weights; returns the loss before it."""
-        if not self.model.training:  # a walk over all modules, a twentieth of a small model's step
+        if not self.model.training:  # which walks over all of its modules
             self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
