@@ -92,17 +92,15 @@ void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsumme
       const vec center = vec::all(mean[row]), scale = vec::all(rstd[row]);
       float average = 0, correlation = 0;
       if (dyr) {
-        average = sum_over(width, [=](int64_t i, auto span) { return vec::load(dyr + i, span) * vec::load(weight + i, span); }) / float(width);
-        correlation = sum_over(width,
-                               [=](int64_t i, auto span) {
-                                 vec d = vec::load(dyr + i, span), n = (vec::load(sr + i, span) - center) * scale;
-                                 if (sums) {
-                                   fma(d, n, vec::load(dw + i, span)).store(dw + i, span);
-                                   (vec::load(db + i, span) + d).store(db + i, span);
-                                 }
-                                 return d * vec::load(weight + i, span) * n;
-                               }) /
-                      float(width);
+        const two_floats totals = two_sums_over(width, [=](int64_t i, auto span) {
+          vec d = vec::load(dyr + i, span), n = (vec::load(sr + i, span) - center) * scale, g = d * vec::load(weight + i, span);
+          if (sums) {
+            fma(d, n, vec::load(dw + i, span)).store(dw + i, span);
+            (vec::load(db + i, span) + d).store(db + i, span);
+          }
+          return two_vecs{g, g * n};
+        });
+        average = totals.first / float(width), correlation = totals.second / float(width);
       }
       if (!dxr && !drr) continue;
       if (drop.active() && dxr) keep_row(drop, row, width, factors);

@@ -6,6 +6,7 @@ import torch
 
 from fastlm.backends import isa
 from fastlm.backends.layout import dense_last, laid_out_like, matrix_of, rows_and_stride, without_gaps
+from fastlm.backends.pages import on_huge_pages
 from fastlm.backends.reference import out_of_range, shift_gradient, starts_of
 from fastlm.ops.boundary import mismatch
 
@@ -62,12 +63,12 @@ def at(tensor):
 
 
 def new(x, shape, wanted=True, dtype=None):
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device) if wanted else None
+    return on_huge_pages(torch.empty(shape, dtype=dtype or x.dtype, device=x.device)) if wanted else None
 
 
 def new_like(x, wanted=True, dtype=None):
     """Contiguous, and half the price of new_empty."""
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) if wanted else None
+    return on_huge_pages(torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)) if wanted else None
 
 
 def zeros(x, shape, wanted=True):
@@ -138,7 +139,7 @@ def vector(bias):
 
 def linear_forward(x, weight, bias, layout):
     n = weight.shape[layout != "linear"]
-    y = x.new_empty(*x.shape[:-1], n)
+    y = new(x, (*x.shape[:-1], n))
     if x.numel() == 0:
         return y
     (x, x_stride), weight, bias = rows_and_stride(x), matrix_of(weight), vector(bias)
@@ -169,9 +170,9 @@ def linear_backward(dy, x, weight, layout, needed):
 def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute):
     out = layout != "linear"
     hidden_width, out_width = w1.shape[out], w2.shape[out]
-    y = x.new_empty(*x.shape[:-1], out_width)
+    y = new(x, (*x.shape[:-1], out_width))
     hidden = new(x, (*x.shape[:-1], hidden_width), recompute < 2)
-    activated = x.new_empty(*x.shape[:-1], hidden_width)
+    activated = new(x, (*x.shape[:-1], hidden_width))
     if x.numel():
         (x, x_stride), w1, b1, w2, b2 = rows_and_stride(x), matrix_of(w1), vector(b1), matrix_of(w2), vector(b2)
         width = x.shape[-1]
@@ -192,9 +193,9 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
     rows = x.numel() // width
     dx, dw1, db1, dw2, db2 = (new(x, shape, need) for shape, need in zip(shapes, needed, strict=True))
     hidden_known, activated_known = hidden is not None, activated is not None
-    hidden = hidden if hidden_known else x.new_empty(rows, hidden_width)
-    activated = activated if activated_known else x.new_empty(rows, hidden_width)
-    dhidden = x.new_empty(rows, hidden_width)
+    hidden = hidden if hidden_known else new(x, (rows, hidden_width))
+    activated = activated if activated_known else new(x, (rows, hidden_width))
+    dhidden = new(x, (rows, hidden_width))
     linear = layout == "linear"
     kernels.gelu_mlp_backward(
         DTYPES[x.dtype], dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, w1.data_ptr(), *by_layout(w1, layout), at(b1),
@@ -254,7 +255,7 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
 
 def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
     vocab, width = weight.shape
-    loss = x.new_empty(target.shape, dtype=torch.float32)
+    loss = new(x, target.shape, dtype=torch.float32)
     if x.numel() == 0:
         return loss, new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1]), zeros(x, vocab, needed[2])
     dx, rows = new_like(x, needed[0]), x.numel() // width
@@ -283,7 +284,7 @@ def tokens_first(x, wanted=True):
     if not wanted:
         return None
     batch, heads, length, head_dim = x.shape
-    return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    return new(x, (batch, length, heads, head_dim)).transpose(1, 2)
 
 
 def steps(x):
@@ -340,7 +341,7 @@ def differentiate(
 
 
 def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p):
-    out, lse = tokens_first(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    out, lse = tokens_first(query), new(query, query.shape[:3], dtype=torch.float32)
     attend(query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p)
     return out, lse
 
