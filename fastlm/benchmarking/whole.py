@@ -19,7 +19,7 @@ from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMod
 from fastlm.models.layers import RECOMPUTE
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.baseline_bert import PlainBert
-from fastlm.training.loop import Trainer
+from fastlm.training.loop import Loss, Trainer
 from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
 
@@ -88,21 +88,27 @@ MODELS = {
 }
 
 
+def fused(about: Subject, recompute: int) -> tuple[nn.Module, Loss]:
+    model = about.model()
+    model.recompute = recompute
+    return model, about.objective().loss
+
+
+def plain(about: Subject) -> tuple[nn.Module, Loss]:
+    """The same weights; nothing else of fastlm's model is left in memory."""
+    kind = PlainGPT2 if about.kind == "GPT-2" else PlainBert
+    return kind.like(about.model()), kind.loss
+
+
 def step_timer(
     *, library: str, dtype: str, number_of_threads: int, subject: dict[str, Any], tuned: bool, compiled: bool = False, recompute: int = RECOMPUTE
 ) -> tuple[Timer, Callable[[], int | None]]:
     """In an actor: one training step as the trainer takes it, with clipping and AdamW; and by how much memory rose above model and optimiser state."""
     torch.set_num_threads(number_of_threads)
     about = Subject(**subject)
-    drawn = about.model()
-    drawn.recompute = recompute
-    model: nn.Module = drawn
-    loss = about.objective().loss
-    if library != "fastlm":
-        plain = PlainGPT2 if about.kind == "GPT-2" else PlainBert
-        model, loss = plain.like(model), plain.loss
-        if compiled:
-            model = cast(nn.Module, torch.compile(model))
+    model, loss = plain(about) if library != "fastlm" else fused(about, recompute)
+    if compiled:
+        model = cast(nn.Module, torch.compile(model))
     if tuned:
         fastlm.tune_allocator()
     settings = Settings(batch=about.batch, context=about.context, dtype=dtype, width=about.width, heads=about.heads)

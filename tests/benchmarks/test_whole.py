@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -53,6 +54,22 @@ def test_a_step_is_taken_at_the_level_asked_for(library, monkeypatch):
         assert trainer.model.recompute == 0 and expected == [0]  # its moments are there before anything is measured
     else:
         assert expected == [8 * sum(p.numel() for p in trainer.parameters)]
+
+
+@pytest.mark.parametrize("subject", [GPT, BERT], ids=["GPT-2", "BERT"])
+def test_what_a_rival_holds_is_its_own(subject, monkeypatch):
+    """fastlm's model, from which it has its weights, is gone when measuring begins: freed later, it would hide as much of what the rival's step takes."""
+    drawn, draw, alive = [], Subject.model, []
+
+    def model(*args):
+        made = draw(*args)
+        drawn.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(Subject, "model", model)
+    monkeypatch.setattr(whole, "rise", lambda bytes: alive.extend(made() for made in drawn))
+    whole.step_timer(**WORK | {"library": "torch", "subject": dataclasses.asdict(subject)})
+    assert alive == [None]
 
 
 def test_an_actor_that_fails_says_so():
