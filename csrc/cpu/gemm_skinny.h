@@ -74,7 +74,8 @@ template <class Arithmetic, int Rows> FASTLM_INLINE void add_rows(int64_t m, int
   }
 }
 
-template <class Arithmetic> void add_rows(int64_t m, const float* a, const vec (&w)[vec::Lanes], float* sums) {
+// Inlined, or the corner would go through memory.
+template <class Arithmetic> FASTLM_INLINE void add_rows(int64_t m, const float* a, const vec (&w)[vec::Lanes], float* sums) {
   int64_t r = 0;
   add_rows<Arithmetic, TileRows>(m, r, a, w, sums);
   add_rows<Arithmetic, TileRows / 2>(m, r, a, w, sums);
