@@ -33,8 +33,8 @@ def tune_allocator() -> AllocatorTuning:
     """Let this process keep the memory that it frees, so that the next training step finds it mapped.
 
     With glibc: large blocks come from the heap, and the heap is not given back. It takes effect for what is allocated afterwards and holds until the process
-    ends, for PyTorch's own operators and everything else too; resident memory stays at its highest. Nothing calls this but the commands `fastlm train` and
-    `fastlm demo`: it is for the program to decide.
+    ends, for PyTorch's own operators and everything else too; resident memory stays at its highest. Nothing calls this but fastlm's own commands:
+    it is for the program to decide.
 
     Nothing is changed, and the result says why, where the user has set one of glibc's thresholds in the environment (MALLOC_MMAP_THRESHOLD_,
     MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_MAX_, MALLOC_TOP_PAD_, GLIBC_TUNABLES), where another allocator serves (jemalloc, tcmalloc, mimalloc, …), and where the

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+import fastlm
 from fastlm.benchmarking import accelerated, gpu, growth, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.benchmarking.operators import CASES, DIRECTIONS, FEW_ROWS, directions
@@ -17,7 +18,8 @@ from fastlm.ops.boundary import mismatch
 from fastlm.ops.gelu_mlp import LEVELS
 from fastlm.training.settings import within
 
-NAMES = (*CASES, *FEW_ROWS, "adamw", "training_step", "growth", "generation", "accelerated")
+ACTORS = ("training_step", "growth", "accelerated")  # measured in processes of their own, PyTorch as it comes and tuned
+NAMES = (*CASES, *FEW_ROWS, "adamw", "generation", *ACTORS)
 
 
 def run(
@@ -41,6 +43,8 @@ def run(
     say(f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}")
     for line in report.peaks_in_words(described):
         say(line)
+    if {*chosen} - {*ACTORS}:
+        say(str(fastlm.tune_allocator()))  # for both libraries: as it comes, what a call takes depends on what was freed before it
     plan = [
         (name, dtype, n, way, level) for name in chosen for dtype in kinds for n in numbers for way in ways_of(name, wanted, subjects, cases)
         for level in (levels if name == "training_step" else [None])
@@ -53,7 +57,7 @@ def run(
             rows.append(measured(name, dtype, n, way, level, compiled, seconds, checkpoint))
             bar.advance(task)
     say("times as fast as PyTorch: median [quartiles]; peak: share of the machine's, above 100 % where the data stayed in the cache; by: whose kernels served")
-    if {"training_step", "growth", "accelerated"} & {*chosen}:
+    if {*ACTORS} & {*chosen}:
         say("memory: what the step takes beyond the model and the optimiser's state, over the rival's")
         say("level: of the model's recomputation; tuned: with fastlm.tune_allocator(), as fastlm itself")
     for table in report.screen_tables(rows):
