@@ -1,4 +1,6 @@
-"""Causal attention of 12 heads of 64 over 1024 tokens, on views of a packed projection; FLOPs and bytes are counted in operators.py."""
+"""Causal attention of 12 heads of 64 over 1024 tokens and other lengths, on views of a packed projection; FLOPs and bytes are counted in operators.py."""
+
+import pytest
 
 from benchmarks.support import every_way, run
 
@@ -6,3 +8,9 @@ from benchmarks.support import every_way, run
 @every_way("attention")
 def test_attention(benchmark, dtype, number_of_threads, direction):
     run(benchmark, "attention", dtype, number_of_threads, direction)
+
+
+@pytest.mark.parametrize("operator", ["attention_512_tokens", "attention_2048_tokens", "attention_dropout"])
+@every_way("attention")
+def test_other_lengths(benchmark, operator, dtype, number_of_threads, direction):
+    run(benchmark, operator, dtype, number_of_threads, direction)

@@ -1,8 +1,11 @@
-"""LayerNorm of a residual sum, 1024 × 768; FLOPs and bytes are counted in operators.py."""
+"""LayerNorm of a residual sum, 1024 × 768 and 16384 × 768; FLOPs and bytes are counted in operators.py."""
+
+import pytest
 
 from benchmarks.support import every_way, run
 
 
+@pytest.mark.parametrize("operator", ["layernorm_residual", "layernorm_residual_16384_rows"])
 @every_way("layernorm_residual")
-def test_layernorm_residual(benchmark, dtype, number_of_threads, direction):
-    run(benchmark, "layernorm_residual", dtype, number_of_threads, direction)
+def test_layernorm_residual(benchmark, operator, dtype, number_of_threads, direction):
+    run(benchmark, operator, dtype, number_of_threads, direction)

@@ -3,7 +3,6 @@
 import pytest
 
 from benchmarks.support import every_way, run
-from fastlm.benchmarking.operators import FEW_ROWS
 
 
 @every_way("linear")
@@ -11,7 +10,7 @@ def test_linear(benchmark, dtype, number_of_threads, direction):
     run(benchmark, "linear", dtype, number_of_threads, direction)
 
 
-@pytest.mark.parametrize("operator", FEW_ROWS)
+@pytest.mark.parametrize("operator", ["linear_1_row", "linear_4_rows", "linear_16_rows", "linear_64_rows"])
 @every_way("linear")
 def test_few_rows(benchmark, operator, dtype, number_of_threads, direction):
     run(benchmark, operator, dtype, number_of_threads, direction)

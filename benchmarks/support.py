@@ -9,7 +9,7 @@ import pytest
 
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.benchmarking.machine import threads
-from fastlm.benchmarking.operators import CASES, FEW_ROWS, directions
+from fastlm.benchmarking.operators import CASES, OTHERS, directions
 
 # torch.compile takes half a minute per row; BENCH_COMPILE=0 leaves it out.
 COMPILED = os.environ.get("BENCH_COMPILE", "1") != "0"
@@ -29,7 +29,7 @@ def every_way(operator: str):
 
 def run(benchmark, operator: str, dtype: str, number_of_threads: int, direction: str) -> None:
     """Ours under pytest-benchmark; then ours and PyTorch's in turn for extra_info."""
-    case = (CASES | FEW_ROWS)[operator](DTYPES[dtype])
+    case = (CASES | OTHERS)[operator](DTYPES[dtype])
     prepare, work = case.parts(case.ours, direction)
     with threads(number_of_threads):
         benchmark.pedantic(work, setup=lambda: ((prepare(),), {}), rounds=10, warmup_rounds=1)

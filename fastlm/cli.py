@@ -188,7 +188,8 @@ def bench(
     operators: Annotated[
         str,
         typer.Option(
-            help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, linear_1_row, linear_4_rows, "
+            help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, "
+            "attention_512_tokens, attention_2048_tokens, attention_dropout, layernorm_residual_16384_rows, linear_1_row, linear_4_rows, "
             "linear_16_rows, linear_64_rows, adamw, training_step, growth (with context and width), generation, accelerated; commas between."
         ),
     ] = "attention,attention_varlen,layernorm_residual,gelu_mlp,linear,linear_cross_entropy",

@@ -78,17 +78,20 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
 
-def attention(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
+def attention(
+    dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY, *, batch: int = 1, dropout_p: float = 0.0
+) -> Case:
     """Causal; query, key and value are views of one packed projection, and the gradient of the result arrives token by token, as in a model."""
-    packed = normal(1, rows, 3, heads, width // heads, dtype=dtype).permute(2, 0, 3, 1, 4)
+    packed = normal(batch, rows, 3, heads, width // heads, dtype=dtype).permute(2, 0, 3, 1, 4)
     # Two products over the half of rows × rows that is not masked; backward computes the scores again and has two products for each of forward's.
     # Forward reads query, key and value and writes the result; backward reads these four and the gradient and writes three.
-    flops, size = 2 * 2 * width * rows * (rows + 1) // 2, rows * width * dtype.itemsize
+    flops, size = batch * 2 * 2 * width * rows * (rows + 1) // 2, batch * rows * width * dtype.itemsize
+    sequences, dropout = f"{batch} × " * (batch > 1), f", dropout {dropout_p:g}" * (dropout_p > 0)
     return Case(
-        "attention", f"{heads} heads of {width // heads}, {rows} tokens, causal",
-        ours=lambda query, key, value: fastlm.attention(query, key, value, causal=True),
-        eager=lambda query, key, value: F.scaled_dot_product_attention(query, key, value, is_causal=True),
-        inputs=packed.unbind(0), upstream=[normal(1, rows, heads, width // heads, dtype=dtype).transpose(1, 2)],
+        "attention", f"{heads} heads of {width // heads}, {sequences}{rows} tokens, causal{dropout}",
+        ours=functools.partial(fastlm.attention, causal=True, dropout_p=dropout_p),
+        eager=functools.partial(F.scaled_dot_product_attention, is_causal=True, dropout_p=dropout_p),
+        inputs=packed.unbind(0), upstream=[normal(batch, rows, heads, width // heads, dtype=dtype).transpose(1, 2)],
         forward=Work(flops, 4 * size), backward=Work(5 * flops / 2, 8 * size),
     )  # fmt: skip
 
@@ -188,7 +191,7 @@ def few_rows(dtype: torch.dtype, rows: int, width: int = WIDTH, layers: int = 4,
     flops, weights = 2 * rows * sum(k * n for k, n in sizes), sum(k * n for k, n in sizes)
     forward = weights + rows * sum(k + n for k, n in sizes)
     return Case(
-        f"linear_{rows}_row{'s' * (rows > 1)}", f"{rows} × the {len(sizes)} weights of {layers} layers, {width} wide",
+        "linear", f"{rows} × the {len(sizes)} weights of {layers} layers, {width} wide",
         ours=each(lambda x, weight: fastlm.linear(x, weight, layout="conv1d")), eager=each(torch.mm),
         inputs=[*inputs.values(), *(normal(k, n, dtype=dtype, scale=0.02) for k, n in sizes)],
         upstream=[normal(rows, n, dtype=dtype) for _, n in sizes],
@@ -212,8 +215,19 @@ def linear_cross_entropy(dtype: torch.dtype, rows: int = ROWS, width: int = WIDT
 
 CASES = {case.__name__: case for case in (attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy)}
 
-# By name of the case; the choice between backends is measured with those above alone.
-FEW_ROWS = {f"linear_{rows}_row{'s' * (rows > 1)}": functools.partial(few_rows, rows=rows) for rows in (1, 4, 16, 64)}
+
+def at(make: Callable[..., Case], **sizes: Any) -> Callable[..., Case]:
+    return lambda dtype, **others: make(dtype, **others | sizes)
+
+
+# Other sizes of some; the choice between backends is measured with those above alone.
+OTHERS = {
+    "attention_512_tokens": at(attention, rows=512, batch=2),
+    "attention_2048_tokens": at(attention, rows=2048),
+    "attention_dropout": at(attention, rows=512, batch=2, dropout_p=0.1),
+    "layernorm_residual_16384_rows": at(layernorm_residual, rows=16384),
+    **{f"linear_{rows}_row{'s' * (rows > 1)}": at(few_rows, rows=rows) for rows in (1, 4, 16, 64)},
+}
 
 
 def directions(operator: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import fastlm
 from fastlm.benchmarking import accelerated, gpu, growth, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
-from fastlm.benchmarking.operators import CASES, DIRECTIONS, FEW_ROWS, directions
+from fastlm.benchmarking.operators import CASES, DIRECTIONS, OTHERS, directions
 from fastlm.benchmarking.optimizer import compare_adamw
 from fastlm.commands.display import console, say
 from fastlm.ops.boundary import mismatch
@@ -19,7 +19,7 @@ from fastlm.ops.gelu_mlp import LEVELS
 from fastlm.training.settings import within
 
 ACTORS = ("training_step", "growth", "accelerated")  # measured in processes of their own, PyTorch as it comes and tuned
-NAMES = (*CASES, *FEW_ROWS, "adamw", "generation", *ACTORS)
+NAMES = (*CASES, *OTHERS, "adamw", "generation", *ACTORS)
 
 
 def run(
@@ -94,14 +94,14 @@ def run_on_gpu(*, json_file: Path | None, markdown_file: Path | None, plot_file:
 
 def ways_of(name: str, wanted: list[str], subjects: list[str], cases: list[str]) -> list[str]:
     """What there is to measure of it: directions of an operator, models of a whole step, sizes that grow; an optimiser and a generation go one way."""
-    if name in CASES or name in FEW_ROWS:
+    if name in CASES or name in OTHERS:
         return [d for d in directions(name) if d in wanted]
     return {"training_step": subjects, "growth": [*growth.POINTS], "accelerated": cases}.get(name, [""])
 
 
 def measured(name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float, checkpoint: Path | None) -> Row:
-    if make := (CASES | FEW_ROWS).get(name):
-        return compare(make(DTYPES[dtype]), n, way, compiled=compiled, budget=seconds)
+    if make := (CASES | OTHERS).get(name):
+        return compare(dataclasses.replace(make(DTYPES[dtype]), operator=name), n, way, compiled=compiled, budget=seconds)
     if name == "adamw":
         return compare_adamw(dtype, n, budget=seconds)
     if level is not None:
