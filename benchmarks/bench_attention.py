@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.support import every_way, run
+from benchmarks.support import every_way, other_sizes, run
 
 
 @every_way("attention")
@@ -10,7 +10,7 @@ def test_attention(benchmark, dtype, number_of_threads, direction):
     run(benchmark, "attention", dtype, number_of_threads, direction)
 
 
-@pytest.mark.parametrize("operator", ["attention_512_tokens", "attention_2048_tokens", "attention_dropout"])
+@pytest.mark.parametrize("operator", other_sizes("attention"))
 @every_way("attention")
-def test_other_lengths(benchmark, operator, dtype, number_of_threads, direction):
+def test_other_sizes(benchmark, operator, dtype, number_of_threads, direction):
     run(benchmark, operator, dtype, number_of_threads, direction)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmarks.support import every_way, run
+from benchmarks.support import every_way, other_sizes, run
 
 
-@pytest.mark.parametrize("operator", ["layernorm_residual", "layernorm_residual_16384_rows"])
+@pytest.mark.parametrize("operator", ["layernorm_residual", *other_sizes("layernorm_residual")])
 @every_way("layernorm_residual")
 def test_layernorm_residual(benchmark, operator, dtype, number_of_threads, direction):
     run(benchmark, operator, dtype, number_of_threads, direction)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.support import every_way, run
+from benchmarks.support import every_way, other_sizes, run
 
 
 @every_way("linear")
@@ -10,7 +10,7 @@ def test_linear(benchmark, dtype, number_of_threads, direction):
     run(benchmark, "linear", dtype, number_of_threads, direction)
 
 
-@pytest.mark.parametrize("operator", ["linear_1_row", "linear_4_rows", "linear_16_rows", "linear_64_rows"])
+@pytest.mark.parametrize("operator", other_sizes("linear"))
 @every_way("linear")
 def test_few_rows(benchmark, operator, dtype, number_of_threads, direction):
     run(benchmark, operator, dtype, number_of_threads, direction)

@@ -27,6 +27,10 @@ def every_way(operator: str):
     return mark
 
 
+def other_sizes(operator: str) -> list[str]:
+    return [name for name in OTHERS if name.startswith(operator)]
+
+
 def run(benchmark, operator: str, dtype: str, number_of_threads: int, direction: str) -> None:
     """Ours under pytest-benchmark; then ours and PyTorch's in turn for extra_info."""
     case = (CASES | OTHERS)[operator](DTYPES[dtype])

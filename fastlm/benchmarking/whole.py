@@ -88,13 +88,13 @@ MODELS = {
 }
 
 
-def fused(about: Subject, recompute: int) -> tuple[nn.Module, Loss]:
+def fused_model(about: Subject, recompute: int) -> tuple[nn.Module, Loss]:
     model = about.model()
     model.recompute = recompute
     return model, about.objective().loss
 
 
-def plain(about: Subject) -> tuple[nn.Module, Loss]:
+def plain_model(about: Subject) -> tuple[nn.Module, Loss]:
     """The same weights; nothing else of fastlm's model is left in memory."""
     kind = PlainGPT2 if about.kind == "GPT-2" else PlainBert
     return kind.like(about.model()), kind.loss
@@ -106,7 +106,7 @@ def step_timer(
     """In an actor: one training step as the trainer takes it, with clipping and AdamW; and by how much memory rose above model and optimiser state."""
     torch.set_num_threads(number_of_threads)
     about = Subject(**subject)
-    model, loss = plain(about) if library != "fastlm" else fused(about, recompute)
+    model, loss = plain_model(about) if library != "fastlm" else fused_model(about, recompute)
     if compiled:
         model = cast(nn.Module, torch.compile(model))
     if tuned:

@@ -18,9 +18,7 @@ def results_and_gradients(case, function):
     return (*results, *torch.autograd.grad(results, leaves, [u.to(r.dtype) for u, r in zip(case.upstream, results, strict=True)]))
 
 
-@pytest.mark.parametrize(
-    "operator", [*CASES, "attention_512_tokens", "attention_2048_tokens", "linear_1_row", "linear_4_rows", "linear_16_rows", "linear_64_rows"]
-)
+@pytest.mark.parametrize("operator", sorted({*ALL} - {"attention_dropout", "layernorm_residual_16384_rows"}))  # which is random, and whose sums are longer
 def test_the_rival_computes_the_same(operator):
     case = ALL[operator](torch.float32, **SMALL)
     for ours, theirs in zip(results_and_gradients(case, case.ours), results_and_gradients(case, case.eager), strict=True):
