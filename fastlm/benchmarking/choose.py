@@ -16,6 +16,7 @@ from fastlm.benchmarking.operators import CASES, ROWS, Case, Function
 SIZES = {"small": 32, "large": ROWS}  # rows: a few sequences that generate, a batch that trains
 BETWEEN = 181  # their geometric mean: on either side of it the nearer measurement holds
 ROWS_OF = {"attention": "query_len", "attention_varlen": "query_tokens"}  # what the table calls the rows, where not "rows"
+HOPELESS = 20  # times as slow: PyTorch has no fast product of 16-bit numbers for some CPUs. Its larger calls would take minutes each
 CLEARLY = 0.97  # slower than that counts; within it the kernels serve, whose promises are the wider ones
 
 
@@ -30,6 +31,11 @@ class Verdict:
     def torch_wins(self) -> bool:
         return self.ratio.high < CLEARLY
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether PyTorch will not win with more rows either."""
+        return self.ratio.low > HOPELESS
+
 
 def forced(function: Function, backend: str) -> Function:
     def call(*inputs):
@@ -41,16 +47,21 @@ def forced(function: Function, backend: str) -> Function:
 
 def verdict(case: Case, dtype: str, rows: int, budget: float) -> Verdict:
     timers = {name: case.timer(forced(case.ours, name), "forward+backward") for name in ("cpu", "torch")}
-    taken = in_turn(timers, rounds=30, budget=budget, least=2e-3)
+    once = {name: [timer()] for name, timer in timers.items()}
+    hopeless = once["torch"][0] > max(1.0, HOPELESS * once["cpu"][0])
+    taken = once if hopeless else in_turn(timers, rounds=30, budget=budget, least=2e-3)
     return Verdict(case.operator, dtype, rows, Ratio.of(taken["cpu"], taken["torch"]))
 
 
 def measure(cases: Mapping[str, Callable[..., Case]] | None = None, sizes: Mapping[str, int] | None = None, budget: float = 2.0) -> Iterator[Verdict]:
-    """One after the other, on PyTorch's number of threads. fastlm.Unsupported where no kernel is compiled."""
+    """One after the other, fewer rows first, on PyTorch's number of threads. fastlm.Unsupported where no kernel is compiled."""
     for make in (cases or CASES).values():
         for dtype in (*DTYPES, "float16"):
             for rows in (sizes or SIZES).values():
-                yield verdict(make(getattr(torch, dtype), rows=rows), dtype, rows, budget)
+                seen = verdict(make(getattr(torch, dtype), rows=rows), dtype, rows, budget)
+                yield seen
+                if seen.hopeless:
+                    break
 
 
 def rules(verdicts: list[Verdict]) -> list[table.Rule]:

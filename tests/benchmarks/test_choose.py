@@ -66,3 +66,20 @@ def test_every_operator_is_measured_on_both(own_cache):
     ]
     assert all(0 < v.ratio.low <= v.ratio.high for v in verdicts)
     assert fastlm.backends.choice.requested(None) is None  # nothing stays forced
+
+
+def test_what_pytorch_takes_minutes_for_is_not_measured(monkeypatch):
+    """A rival that needs a second and a hundred times as long is called once, and with more rows not at all."""
+    calls = []
+
+    def slow(self, function, direction):
+        name = "cpu" if not calls or calls[-1] == "torch" else "torch"
+        calls.append(name)
+        return lambda: {"cpu": 0.02, "torch": 2.0}[name]
+
+    monkeypatch.setattr(choose.Case, "timer", slow)
+    (case,) = (functools.partial(make, width=32, heads=2, vocabulary=50) for name, make in CASES.items() if name == "linear")
+    assert [(v.dtype, v.rows, v.ratio.median, v.torch_wins) for v in choose.measure({"linear": case}, {"small": 4, "large": 200})] == [
+        (dtype, 4, 100.0, False) for dtype in ("float32", "bfloat16", "float16")
+    ]
+    assert calls == ["cpu", "torch"] * 3
