@@ -19,17 +19,21 @@ template <class T> struct heads_view {  // (batch, head, token, dim), dim contig
   heads_view from(int64_t token) const { return {at(0, 0, token), strides}; }
 };
 
+// body(std::integral_constant of the number of vectors that a tile is wide).
+template <class Body> FASTLM_INLINE void with_vecs(int64_t vecs, Body body) {
+  if (vecs == TileVecs) body(std::integral_constant<int, TileVecs>{});
+  else if (vecs == 2) body(std::integral_constant<int, 2>{});
+  else body(std::integral_constant<int, 1>{});
+}
+
 // Between rows of queries or keys that are copied as the first operand of a product over head_dim.
 template <class Arithmetic> int64_t copied_stride(int64_t dim) { return ceil_div(packed_depth<Arithmetic>(dim), vec::Lanes) * vec::Lanes; }
 
-// Of the products over head_dim. Where one key has nearly all the weight, dP and δ are nearly equal, and what is left of dP − δ is the rounding of their chains.
-inline constexpr int64_t DimChain = std::min<int64_t>(Chain, 32);
-
 // c[row][query] = Σ_d a(row, d)·b[d][query], the rows copied as they lie.
-template <class Arithmetic> void multiply_rows(int64_t rows, int64_t dim, const float* a, const float* b, float* c, int64_t width) {
+template <class Arithmetic> void multiply_rows(int64_t rows, int64_t dim, const float* a, const float* b, float* c, int64_t width, int64_t chain = Chain) {
   const int64_t stride = copied_stride<Arithmetic>(dim);
   for (int64_t r = 0; r < rows; r += Arithmetic::Rows)
-    multiply_tile<Arithmetic, true>(width / vec::Lanes, packed_depth<Arithmetic>(dim), a + r * stride, stride, b, width, c + r * width, width, false, DimChain);
+    multiply_tile<Arithmetic, true>(width / vec::Lanes, packed_depth<Arithmetic>(dim), a + r * stride, stride, b, width, c + r * width, width, false, chain);
 }
 
 // c[row][query] += Σ_d a(row, d)·b[d][query] over d < depth, of the `packed` that pack_transposed made of each row of a.
@@ -54,9 +58,13 @@ template <class Arithmetic> void pair_rows(float* tile, int64_t rows, int64_t wi
 
 // Keys whose rows hold an Inf or NaN. A weight of 0 does not keep those out of a product: they are left out of it, and added where the weight is not 0.
 template <class T> int64_t find_nonfinite(const T* rows, int64_t stride, int64_t count, int64_t dim, uint8_t* found) {
-  vec any = vec::zero();
-  for (int64_t j = 0; j < count; ++j) sweep(dim, [=, &any](int64_t i, auto span) { any = fma(vec::load(rows + j * stride + i, span), vec::zero(), any); });
-  if (any.sum() == 0) return 0;
+  vec any[4] = {vec::zero(), vec::zero(), vec::zero(), vec::zero()};  // rows need not wait for each other
+  for (int64_t j = 0; j < count; j += 4)
+    sweep(dim, [&](int64_t i, auto span) {
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < 4; ++r) any[r] = fma(vec::load(rows + std::min(j + r, count - 1) * stride + i, span), vec::zero(), any[r]);
+    });
+  if (((any[0] + any[1]) + (any[2] + any[3])).sum() == 0) return 0;
   int64_t total = 0;
   for (int64_t j = 0; j < count; ++j) {
     const T* row = rows + j * stride;
@@ -94,7 +102,7 @@ template <class T> void add_nonfinite(const T* rows, int64_t stride, int64_t key
       vec::load(rows + j * stride + d, tail{1}).store(element, full{});
       for (int64_t i = 0; i < width; i += vec::Lanes) {
         const vec weight = vec::load(weights + j * width + i, full{});
-        (vec::load(o + d * width + i, full{}) + select(weight == vec::zero(), vec::zero(), weight * vec::all(element[0]))).store(o + d * width + i, full{});
+        (vec::load(o + d * width + i, full{}) + zero_where(weight == vec::zero(), weight * vec::all(element[0]))).store(o + d * width + i, full{});
       }
     }
 }
@@ -117,37 +125,42 @@ template <class T> void store_transposed(const float* tile, int64_t width, int64
   }
 }
 
-// Online softmax of one tile of masked scores (in place), still to be scaled: weights exp(scale·s − max), the running maximum and sum of each query, and what
-// earlier output must be scaled by.
-inline void online_softmax(float* tile, float scale, int64_t keys, int64_t width, float* highest, float* sum, float* rescale) {
+// Online softmax of one tile of masked scores (in place), still to be scaled (by more than 0): weights exp(scale·s − max), the running maximum and sum of each query, and what
+// earlier output must be scaled by. Row after row, as they lie: column by column a tile would pass through the L1 cache once for each vector of its width.
+template <int Vecs> void online_softmax(float* tile, float scale, int64_t keys, float* highest, float* sum, float* rescale) {
+  constexpr int64_t L = vec::Lanes;
   const vec factor = vec::all(scale);
-  for (int64_t i = 0; i < width; i += vec::Lanes) {
-    const vec before = vec::load(highest + i, full{});
-    auto score = [=](int64_t j) { return vec::load(tile + j * width + i, full{}) * factor; };
-    vec top = before, top2 = before;
-    int64_t j = 0;
-    for (; j + 2 <= keys; j += 2) {
-      top = max(top, score(j));
-      top2 = max(top2, score(j + 1));
+  vec top[Vecs], shift[Vecs], total[Vecs];
+  for (int v = 0; v < Vecs; ++v) top[v] = vec::all(-INFINITY);
+  for (int64_t j = 0; j < keys; ++j)
+    for (int v = 0; v < Vecs; ++v) top[v] = max(top[v], vec::load(tile + (j * Vecs + v) * L, full{}));
+  for (int v = 0; v < Vecs; ++v) {
+    top[v] = max(vec::load(highest + v * L, full{}), top[v] * factor);
+    shift[v] = zero_where(top[v] == vec::all(-INFINITY), top[v]);  // nothing seen yet: −inf − −inf would be NaN
+    total[v] = vec::zero();
+  }
+  constexpr int64_t Run = 16;  // weights are added up from zero, so that the rounding grows with the root of neither many additions nor large sums
+  for (int64_t first = 0; first < keys; first += Run) {
+    vec run[Vecs];
+    for (int v = 0; v < Vecs; ++v) run[v] = vec::zero();
+    for (int64_t j = first; j < std::min(first + Run, keys); ++j) {
+      vec weight[Vecs];
+      for (int v = 0; v < Vecs; ++v) weight[v] = vec::load(tile + (j * Vecs + v) * L, full{}) * factor - shift[v];
+      exp_below(weight);
+      for (int v = 0; v < Vecs; ++v) {
+        weight[v].store(tile + (j * Vecs + v) * L, full{});
+        run[v] = run[v] + weight[v];
+      }
     }
-    if (j < keys) top = max(top, score(j));
-    top = max(top, top2);
-    const vec shift = select(top == vec::all(-INFINITY), vec::zero(), top);  // nothing seen yet: −inf − −inf would be NaN
-    vec total = vec::zero(), total2 = vec::zero();
-    auto weigh = [=](int64_t j) {
-      const vec weight = exp(score(j) - shift);
-      weight.store(tile + j * width + i, full{});
-      return weight;
-    };
-    for (j = 0; j + 2 <= keys; j += 2) {
-      total = total + weigh(j);
-      total2 = total2 + weigh(j + 1);
-    }
-    if (j < keys) total = total + weigh(j);
-    const vec kept = exp(before - shift);
-    top.store(highest + i, full{});
-    kept.store(rescale + i, full{});
-    fma(vec::load(sum + i, full{}), kept, total + total2).store(sum + i, full{});
+    for (int v = 0; v < Vecs; ++v) total[v] = total[v] + run[v];
+  }
+  vec kept[Vecs];
+  for (int v = 0; v < Vecs; ++v) kept[v] = vec::load(highest + v * L, full{}) - shift[v];
+  exp_below(kept);
+  for (int v = 0; v < Vecs; ++v) {
+    top[v].store(highest + v * L, full{});
+    kept[v].store(rescale + v * L, full{});
+    fma(vec::load(sum + v * L, full{}), kept[v], total[v]).store(sum + v * L, full{});
   }
 }
 
@@ -157,7 +170,7 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
   using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim), copied = copied_stride<arithmetic>(dim);
-  const int64_t chunk = std::clamp<int64_t>(32768 / padded / QueryPanel, 1, 16) * QueryPanel;  // outputs of a chunk: up to 128 kB
+  const int64_t chunk = ceil_div(std::min<int64_t>(32768 / padded, 512), QueryPanel) * QueryPanel;  // outputs of a chunk: some 128 kB
   const std::vector<sequence> order = longest_first(sizes);
   const sequence_parts parts(order, [=](const sequence& s) { return sizes.heads * ceil_div(s.queries, chunk); });
 
@@ -207,7 +220,7 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
         float* o = output + from * padded;
         multiply_rows<arithmetic>(at.keys, dim, copied_k, packed_q + from * depth, tile, width);
         const float scale = mask_scores(mask, at, tile, width, extra);
-        online_softmax(tile, scale, at.keys, width, highest + from, sum + from, rescale + from);
+        with_vecs(width / L, [=](auto vecs) { online_softmax<vecs>(tile, scale, at.keys, highest + from, sum + from, rescale + from); });
         for (int64_t i = 0; i < width; i += L) {
           const vec factor = vec::load(rescale + from + i, full{});
           for (int64_t d = 0; d < dim; ++d) (vec::load(o + d * width + i, full{}) * factor).store(o + d * width + i, full{});

@@ -15,6 +15,9 @@ template <class T> struct attention_gradients {
   std::array<int64_t, 4> dmask_strides;
 };
 
+// Of dP and of δ. Where one key has nearly all the weight they are nearly equal, and what is left of dP − δ is the rounding of their chains.
+inline constexpr int64_t DeltaChain = std::min<int64_t>(Chain, 32);
+
 // dmask += dS, the mask's dimensions of size 1 having stride 0.
 inline void add_mask_gradient(const float* tile, int64_t width, const tile_place& at, float* dmask, const std::array<int64_t, 4>& strides) {
   dmask += at.batch * strides[0] + at.head * strides[1] + at.query * strides[2] + at.key * strides[3];
@@ -49,30 +52,47 @@ template <class Arithmetic> void add_over_queries(int64_t keys, int64_t queries,
     }
 }
 
-// In place: masked scores, still to be scaled → weights P (dropped ones zero, kept ones scaled), dP → dS. Queries from `count` on get zeros.
-inline void score_gradients(float* scores, float scale, float* dweights, const float* keep, const float* lse, const float* delta, int64_t keys, int64_t width,
-                            int64_t count) {
-  for (int64_t i = 0; i < width; i += vec::Lanes) {
-    alignas(64) float row_lse[vec::Lanes] = {}, row_delta[vec::Lanes] = {};
-    for (int64_t r = 0; r < vec::Lanes && i + r < count; ++r) {
-      row_lse[r] = std::isinf(lse[i + r]) && lse[i + r] < 0 ? 0.0f : lse[i + r];  // a fully masked row: all its scores are −inf, its weights 0
-      row_delta[r] = delta[i + r];
-    }
-    const vec shift = vec::load(row_lse, full{}), d = vec::load(row_delta, full{});
-    const lanes real = vec::iota() < vec::all(float(count - i));
-    for (int64_t j = 0; j < keys; ++j) {
-      float *s = scores + j * width + i, *dw = dweights + j * width + i;
-      vec p = select(real, exp(vec::load(s, full{}) * vec::all(scale) - shift), vec::zero()), dp = vec::load(dw, full{});
-      if (keep) {
-        const vec k = vec::load(keep + j * width + i, full{});
-        dp = dp * k;
-        (p * k).store(s, full{});
-      } else {
-        p.store(s, full{});
-      }
-      select(p == vec::zero(), vec::zero(), p * (dp - d)).store(dw, full{});  // where nothing was attended, NaN and Inf stay out
-    }
+// In place: masked scores, still to be scaled → weights P (dropped ones zero, kept ones scaled), dP → dS. Queries from `count` on get zeros. By rows, as the softmax.
+template <int Vecs>
+void score_gradients(float* scores, float scale, float* dweights, const float* keep, const float* lse, const float* delta, int64_t keys, int64_t count) {
+  constexpr int64_t L = vec::Lanes, Width = Vecs * L;
+  alignas(64) float row_lse[Width], row_delta[Width] = {};
+  std::fill_n(row_lse, Width, INFINITY);
+  for (int64_t i = 0; i < count; ++i) {
+    row_lse[i] = std::isinf(lse[i]) && lse[i] < 0 ? 0.0f : lse[i];  // a fully masked row: all its scores are −inf, its weights 0
+    row_delta[i] = delta[i];
   }
+  for (int64_t i = count / L * L; i < Width; i += L)  // where there is no query the score is 0, but NaN beside a key that holds an Inf
+    for (int64_t j = 0; j < keys; ++j) {
+      float* s = scores + j * Width + i;
+      select(vec::iota() < vec::all(float(count - i)), vec::load(s, full{}), vec::zero()).store(s, full{});
+    }
+  const vec factor = vec::all(scale);
+  vec shift[Vecs], d[Vecs];
+  for (int v = 0; v < Vecs; ++v) {
+    shift[v] = vec::load(row_lse + v * L, full{});
+    d[v] = vec::load(row_delta + v * L, full{});
+  }
+  auto rows = [&](auto kept) {
+    for (int64_t j = 0; j < keys; ++j) {
+      float *s = scores + j * Width, *dw = dweights + j * Width;
+      vec p[Vecs];
+      for (int v = 0; v < Vecs; ++v) p[v] = vec::load(s + v * L, full{}) * factor - shift[v];
+      exp_below(p);
+      for (int v = 0; v < Vecs; ++v) {
+        vec weight = p[v], dp = vec::load(dw + v * L, full{});
+        if constexpr (kept) {
+          const vec k = vec::load(keep + j * Width + v * L, full{});
+          dp = dp * k;
+          weight = weight * k;
+        }
+        weight.store(s + v * L, full{});
+        zero_where(p[v] == vec::zero(), p[v] * (dp - d[v])).store(dw + v * L, full{});  // where nothing was attended, NaN and Inf stay out
+      }
+    }
+  };
+  if (keep) rows(std::true_type{});
+  else rows(std::false_type{});
 }
 
 // δ of one panel of queries as Σ_key P·dP. Twice the work of Σ_d dO·O, but free of the rounding of a 16-bit O, which a mask's gradient would show in full:
@@ -100,10 +120,11 @@ void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_vie
     copy_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, at.keys, dim, copied, copied_k);
     copy_rows<arithmetic>(operand<T>{value.at(batch, kv_head, k0), value.row(), 1}, at.keys, dim, copied, copied_v);
     multiply_rows<arithmetic>(at.keys, dim, copied_k, packed_q, scores, width);
-    multiply_rows<arithmetic>(at.keys, dim, copied_v, packed_g, dscores, width);
+    multiply_rows<arithmetic>(at.keys, dim, copied_v, packed_g, dscores, width, DeltaChain);
     const float scale = mask_scores(mask, at, scores, width, extra);
     if (mask.drop.active()) keep_tile(mask.drop, at, size.heads, extra, width);
-    score_gradients(scores, scale, dscores, mask.drop.active() ? extra : nullptr, lse, none, at.keys, width, queries);
+    const float* keep = mask.drop.active() ? extra : nullptr;
+    with_vecs(width / L, [=](auto vecs) { score_gradients<vecs>(scores, scale, dscores, keep, lse, none, at.keys, queries); });
     for (int64_t j = 0; j < at.keys; ++j)
       for (int64_t i = 0; i < width; i += L) (vec::load(sums + i, full{}) + vec::load(dscores + j * width + i, full{})).store(sums + i, full{});
   }
@@ -119,7 +140,7 @@ template <class T> void output_deltas(heads_view<const T> dout, heads_view<const
   float* packed_o = packed_g + depth * width;
   pack<arithmetic>(operand<T>{dout.at(batch, head, from), dout.row(), 1}, queries, dim, width, packed_g);
   pack<arithmetic>(operand<T>{out.at(batch, head, from), out.row(), 1}, queries, dim, width, packed_o);
-  sweep(queries, [=](int64_t i, auto span) { column_products<arithmetic>(depth, packed_o + i, packed_g + i, width, DimChain).store(delta + i, span); });
+  sweep(queries, [=](int64_t i, auto span) { column_products<arithmetic>(depth, packed_o + i, packed_g + i, width, DeltaChain).store(delta + i, span); });
 }
 
 template <class T>
@@ -256,11 +277,11 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
           }
 
           multiply_rows<arithmetic>(at.keys, dim, copied_k, packed_q, scores, width);
-          multiply_rows<arithmetic>(at.keys, dim, copied_v, packed_g, dscores, width);
+          multiply_rows<arithmetic>(at.keys, dim, copied_v, packed_g, dscores, width, DeltaChain);
           const float scale = mask_scores(mask, at, scores, width, extra);
           if (mask.drop.active()) keep_tile(mask.drop, at, size.heads, extra, width);
-          score_gradients(scores, scale, dscores, mask.drop.active() ? extra : nullptr, lse + first_row + from, delta + first_row + from, at.keys, width,
-                          queries);
+          const float *keep = mask.drop.active() ? extra : nullptr, *row_lse = lse + first_row + from, *row_delta = delta + first_row + from;
+          with_vecs(width / L, [=](auto vecs) { score_gradients<vecs>(scores, scale, dscores, keep, row_lse, row_delta, at.keys, queries); });
           if (grad.dmask) add_mask_gradient(dscores, width, at, grad.dmask, grad.dmask_strides);
           add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(scores, at.keys, width, paired), natural_g, wide, dv);
           add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(dscores, at.keys, width, paired), natural_q, wide, dk);

@@ -87,19 +87,23 @@ template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& s
   }
 }
 
-// Scores in place: s → scale·s + mask, −inf wherever attention may not look, whatever stood there. Where there is nothing to mask the scores stay as they are; returns
-// what they are still to be multiplied by. bias_tile is working memory of the tile's size.
+// Scores in place: s → scale·s + mask, −inf wherever attention may not look, whatever stood there. Where only the band masks, the scores that it lets through stay as
+// they are; returns what the scores are still to be multiplied by. bias_tile is working memory of the tile's size.
 template <class T> float mask_scores(const masking<T>& m, const tile_place& at, float* scores, int64_t width, float* bias_tile) {
   constexpr int64_t L = vec::Lanes;
   const vec scale = vec::all(m.scale), nothing = vec::all(-INFINITY);
   const bool biased = m.type != mask_type::none, banded = !m.inside(at.query, at.query + at.queries, at.key, at.key + at.keys);
-  if (!biased && !banded && !m.key_padding) return m.scale;
+  const bool later = !biased && !m.key_padding && m.scale > 0;  // the multiplication
+  if (later && !banded) return m.scale;
   if (m.type == mask_type::boolean) load_mask(static_cast<const bool*>(m.mask), m.mask_strides, at, bias_tile, width);
   if (m.type == mask_type::additive) load_mask(static_cast<const T*>(m.mask), m.mask_strides, at, bias_tile, width);
   if (m.type == mask_type::additive_fp32) load_mask(static_cast<const float*>(m.mask), m.mask_strides, at, bias_tile, width);
   const bool* padding = m.key_padding ? m.key_padding + at.batch * m.padding_strides[0] + at.key * m.padding_strides[1] : nullptr;
 
-  for (int64_t j = 0; j < at.keys; ++j) {
+  // Nothing is done from `whole` to `rest`, where all of the tile's queries may look and nothing else masks.
+  const int64_t whole = later ? std::clamp<int64_t>(at.query + at.queries - 1 - at.key + std::max(m.lower, -at.query - at.queries), 0, at.keys) : at.keys,
+                rest = std::clamp<int64_t>(at.query - at.key + std::min(m.upper, at.keys + at.key) + 1, whole, at.keys);
+  for (int64_t j = whole == 0 ? rest : 0; j < at.keys; j = j + 1 == whole ? rest : j + 1) {
     float* row = scores + j * width;
     if (padding && !padding[j * m.padding_strides[1]]) {
       for (int64_t i = 0; i < width; i += L) nothing.store(row + i, full{});
@@ -110,7 +114,8 @@ template <class T> float mask_scores(const masking<T>& m, const tile_place& at, 
     const float first = float(std::clamp<int64_t>(diagonal - std::min(m.upper, diagonal + 1), -1, width)),
                 last = float(std::clamp<int64_t>(diagonal - std::max(m.lower, diagonal - width), -1, width));
     for (int64_t i = 0; i < width; i += L) {
-      vec s = vec::load(row + i, full{}) * scale;
+      vec s = vec::load(row + i, full{});
+      if (!later) s = s * scale;
       if (biased) {
         vec b = vec::load(bias_tile + j * width + i, full{});
         s = select(b == nothing, nothing, s + b);
@@ -122,7 +127,7 @@ template <class T> float mask_scores(const masking<T>& m, const tile_place& at, 
       s.store(row + i, full{});
     }
   }
-  return 1;
+  return later ? m.scale : 1;
 }
 
 // factors[j·width + i] = 0 where the weight of query i and key j is dropped, else 1/(1 − p).

@@ -24,7 +24,7 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
   vec highest = vec::all(-INFINITY), nans = vec::zero();
   sweep(vocab, [&](int64_t i, auto span) {
     vec v = vec::load(z + i, span);
-    nans = nans + select(v == v, vec::zero(), v);  // max() may lose a NaN, a sum does not
+    nans = nans + zero_where(v == v, v);  // max() may lose a NaN, a sum does not
     if constexpr (std::is_same_v<decltype(span), full>) highest = max(highest, v);
     else highest = max(highest, select(vec::iota() < vec::all(float(span.count)), v, vec::all(-INFINITY)));
   });

@@ -106,6 +106,7 @@ FASTLM_INLINE vec max(vec a, vec b) { return {_mm256_max_ps(a.v, b.v)}; }  // b 
 FASTLM_INLINE vec min(vec a, vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 FASTLM_INLINE vec sqrt(vec a) { return {_mm256_sqrt_ps(a.v)}; }
 FASTLM_INLINE vec select(lanes m, vec a, vec b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
+FASTLM_INLINE vec zero_where(lanes m, vec a) { return {_mm256_andnot_ps(m.m, a.v)}; }
 FASTLM_INLINE uvec bits_of(vec a) { return {_mm256_castps_si256(a.v)}; }
 FASTLM_INLINE vec from_bits(uvec a) { return {_mm256_castsi256_ps(a.v)}; }
 

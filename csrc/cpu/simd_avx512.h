@@ -88,6 +88,7 @@ FASTLM_INLINE vec max(vec a, vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b 
 FASTLM_INLINE vec min(vec a, vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 FASTLM_INLINE vec sqrt(vec a) { return {_mm512_sqrt_ps(a.v)}; }
 FASTLM_INLINE vec select(lanes m, vec a, vec b) { return {_mm512_mask_mov_ps(b.v, m.m, a.v)}; }
+FASTLM_INLINE vec zero_where(lanes m, vec a) { return {_mm512_mask_mov_ps(a.v, m.m, _mm512_setzero_ps())}; }
 FASTLM_INLINE uvec bits_of(vec a) { return {_mm512_castps_si512(a.v)}; }
 FASTLM_INLINE vec from_bits(uvec a) { return {_mm512_castsi512_ps(a.v)}; }
 

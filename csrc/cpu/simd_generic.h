@@ -118,6 +118,7 @@ FASTLM_INLINE vec sqrt(vec a) { return {float4{__builtin_sqrtf(a.v[0]), __builti
 FASTLM_INLINE uvec bits_of(vec a) { return {(uint4)a.v}; }
 FASTLM_INLINE vec from_bits(uvec a) { return {(float4)a.v}; }
 FASTLM_INLINE vec select(lanes m, vec a, vec b) { return {(float4)(((int4)a.v & m.m) | ((int4)b.v & ~m.m))}; }
+FASTLM_INLINE vec zero_where(lanes m, vec a) { return {(float4)((int4)a.v & ~m.m)}; }
 FASTLM_INLINE vec max(vec a, vec b) { return select(b < a, a, b); }  // b where either is NaN
 FASTLM_INLINE vec min(vec a, vec b) { return select(a < b, a, b); }
 

@@ -17,7 +17,29 @@ FASTLM_INLINE vec exp(vec x) {
   p = fma(p, r, vec::all(1.666651995e-1f));
   p = fma(p, r, vec::all(4.999999340e-1f));
   p = vec::all(1) + fma(r * r, p, r);  // the large term last: one rounding of its size, with and without a fused multiply-add
-  return select(clamped < vec::all(-87.33f), vec::zero(), from_bits(bits_of(p) + (bits_of(shifted) << 23)));
+  return zero_where(clamped < vec::all(-87.33f), from_bits(bits_of(p) + (bits_of(shifted) << 23)));
+}
+
+// e^x in place for the weights of a softmax, x ≤ 0 but for rounding: relative error below 9e-8 + 1.3e-8·|x|, less than the rounding of x makes of it. What exp
+// promises for 0, −inf and NaN holds. The steps of all N go side by side: a register's own wait for each other, and one register after another would fill the
+// scheduler with steps that wait.
+template <int N> FASTLM_INLINE void exp_below(vec (&x)[N]) {
+  if constexpr (!FusesMultiplyAdd) {  // x·log2 e would be rounded
+    for (vec& each : x) each = exp(each);
+    return;
+  }
+  const vec magic = vec::all(12582912.0f), log2e = vec::all(1.44269504f);
+  const float powers[] = {1.339887502e-3f, 9.618436918e-3f, 5.550332367e-2f, 2.402264774e-1f, 6.931471825e-1f, 1};
+  vec shifted[N], f[N], p[N];
+  auto each = [](auto step) {
+#pragma GCC unroll 3
+    for (int i = 0; i < N; ++i) step(i);
+  };
+  each([&](int i) { shifted[i] = fma(x[i], log2e, magic); });
+  each([&](int i) { f[i] = fma(x[i], log2e, magic - shifted[i]); });
+  each([&](int i) { p[i] = vec::all(1.535336196e-4f); });
+  for (float power : powers) each([&](int i) { p[i] = fma(p[i], f[i], vec::all(power)); });  // 2^f
+  each([&](int i) { x[i] = zero_where(x[i] < vec::all(-87.33f), from_bits(bits_of(p[i]) + (bits_of(shifted[i]) << 23))); });
 }
 
 struct gelu_value {
