@@ -285,6 +285,7 @@ struct blocking {
 // Between rows of A that are packed as they lie: no power of two, which would crowd a few sets of the cache.
 template <class Arithmetic> inline constexpr int64_t RowStride = Arithmetic::BlockDepth + 16;
 inline constexpr int64_t RowsAbreast = Abreast > 1 ? 64 : PartRows;
+inline constexpr int64_t PackedFrom = 8;      // panels of B
 inline constexpr int64_t PackedTogether = 8;  // k-major panels of A: so many read whole cache lines, and each page, once
 
 // Rows as they lie, row_stride (whole vectors) apart; zeros up to the last tile.
@@ -317,13 +318,19 @@ template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_
     }
 }
 
-// `rows` rows of A, one block of k deep. Where they are contiguous in k they are copied, RowStride apart; else they become k-major panels, or rows
-// for an arithmetic that takes nothing else.
-template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t rows, int64_t k, bool as_rows, float* out) {
+// `rows` rows of A, one block of k deep, in rows RowStride apart or in k-major panels of PanelRows.
+template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t rows, int64_t k, bool in_rows, float* out) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
   const int64_t depth = packed_depth<Arithmetic>(k);
-  if (as_rows) return copy_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
+  const bool along_k = source.stride != 1;
+  if (in_rows && along_k) return copy_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
   if constexpr (Arithmetic::RowsOnly) return pack_as_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
+  if (along_k) {
+    for (int64_t i = 0; i < rows; i += PanelRows)
+      pack<Arithmetic>(operand<T>{source.data + i * source.stride, source.stride, 1}, std::min(PanelRows, rows - i), k, PanelRows,
+                       out + i * Arithmetic::BlockDepth);
+    return;
+  }
   for (int64_t d = 0; d < depth; ++d) {
     const T* row = source.data + d * Per * source.k_stride;
     const T* next = d * Per + 1 < k ? row + source.k_stride : nullptr;
@@ -385,12 +392,11 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
   const blocking cut(m, n, k, threads);
   const int64_t row_panels = ceil_div(m, PanelRows), col_vecs = ceil_div(n, L);
   const int64_t depth = packed_depth<Arithmetic>(k), depth_blocks = std::max<int64_t>(1, ceil_div(depth, Arithmetic::BlockDepth));
-  const bool as_rows = a.stride != 1;
+  const bool along_k = a.stride != 1;
   // Rows that hold what the lanes shall hold need no packing, unless they lie whole pages apart and would crowd a few sets of the cache.
   constexpr int64_t step = Arithmetic::PerLane * Arithmetic::DepthStep;
-  const bool as_is = sizeof(TA) * Arithmetic::PerLane == 4 && as_rows && a.stride % (1024 * Arithmetic::PerLane) != 0 && a.stride % Arithmetic::PerLane == 0 &&
+  const bool as_is = sizeof(TA) * Arithmetic::PerLane == 4 && along_k && a.stride % (1024 * Arithmetic::PerLane) != 0 && a.stride % Arithmetic::PerLane == 0 &&
                      k % step == 0 && reinterpret_cast<uintptr_t>(a.data) % 4 == 0;
-  const bool in_rows = as_rows || Arithmetic::RowsOnly;
 
   parallel_parts(cut.row_blocks * cut.col_blocks, threads, [=](int64_t part) {
     [[maybe_unused]] const typename Arithmetic::session multiplying;
@@ -399,6 +405,8 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
                   rows = std::min(m, row_panels * (row_block + 1) / cut.row_blocks * PanelRows) - first_row;
     const int64_t first_vec = col_vecs * col_block / cut.col_blocks, vecs = col_vecs * (col_block + 1) / cut.col_blocks - first_vec;
     const panels split(vecs);
+    // Small tiles read k-major panels faster than pieces of long rows, which is worth packing them for so many columns.
+    const bool in_rows = Arithmetic::RowsOnly || (along_k && !(SmallTiles && depth_blocks > 1 && split.count >= PackedFrom));
     const int64_t padded = ceil_div(rows, PanelRows) * PanelRows, row_size = in_rows ? RowStride<Arithmetic> : Arithmetic::BlockDepth;
     // As many blocks of k at a time as the cache holds of A. If that is all of them, sums are kept for one panel only.
     const int64_t together = std::clamp<int64_t>(cache_for_rows() / (4 * padded * row_size), 1, depth_blocks);
@@ -450,10 +458,10 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
                 next.fetch(lines);
                 const TA* source = a.data + (first_row + r) * a.stride + k_first * a.k_stride;
                 float *packed = packed_a + ((block - group) * padded + r) * row_size, *tile = at_once ? c : c + r * width;
-                const bool direct = as_is && r + Arithmetic::Rows <= rows;
-                if (p == 0 && !direct && (as_rows || r % (PackedTogether * PanelRows) == 0)) {
-                  const int64_t some = std::min(as_rows ? Arithmetic::Rows : PackedTogether * PanelRows, rows - r);
-                  pack_left<Arithmetic>(operand<TA>{source, a.stride, a.k_stride}, some, k_count, as_rows, packed);
+                const bool direct = as_is && in_rows && r + Arithmetic::Rows <= rows, row_by_row = in_rows && along_k;
+                if (p == 0 && !direct && (row_by_row || r % (PackedTogether * PanelRows) == 0)) {
+                  const int64_t some = std::min(row_by_row ? Arithmetic::Rows : PackedTogether * PanelRows, rows - r);
+                  pack_left<Arithmetic>(operand<TA>{source, a.stride, a.k_stride}, some, k_count, in_rows, packed);
                   if (Arithmetic::RowsOnly && a_sums && col_block == 0) add_row_sums<Arithmetic>(packed, count, row_size, some, a_sums + first_row + r);
                   for (int64_t i = 0; !Arithmetic::RowsOnly && a_sums && col_block == 0 && i < some; i += PanelRows)
                     add_panel_sums<Arithmetic>(packed + i * row_size, count, PanelRows, std::min(PanelRows, some - i), a_sums + first_row + r + i);
