@@ -198,7 +198,7 @@ CPP = [
         Mutant(GELU, "(value * g.slope).store", "value.store", "ops/test_gelu_mlp.py float64"),
         Mutant(CE, " * factor - uniform)", " * factor)", "ops/test_linear_cross_entropy.py float64"),
         Mutant(DROPOUT, "k1 += 0xBB67AE85u", "k1 += 0xBB67AE84u", "ops/test_dropout.py definition"),
-        Mutant(BACKWARD, "p * (dp - d)).store", "p * dp).store", "ops/test_attention.py float64"),
+        Mutant(BACKWARD, "p[v] * (dp - d[v])).store", "p[v] * dp).store", "ops/test_attention.py float64"),
         Mutant(ADAMW, "select(rounded_to<T>(kept) == w, kept, w)", "kept", "optim/test_adamw.py changed_by_others"),
     ],
     [
@@ -214,6 +214,7 @@ CPP = [
     ],
     [
         Mutant(GEMM, "padded * (from - (together < depth_blocks ? 0 : split.begin(p0))) * L", "0", "ops/test_linear.py float64"),
+        Mutant(MASK, "+ 1, whole, at.keys)", "+ 2, whole, at.keys)", "ops/test_attention.py windows"),
     ],
 ]
 
