@@ -125,8 +125,8 @@ template <class T> void store_transposed(const float* tile, int64_t width, int64
   }
 }
 
-// Online softmax of one tile of masked scores (in place), still to be scaled (by more than 0): weights exp(scale·s − max), the running maximum and sum of each query, and what
-// earlier output must be scaled by. Row after row, as they lie: column by column a tile would pass through the L1 cache once for each vector of its width.
+// Online softmax of one tile of masked scores (in place), still to be scaled, by more than 0: weights exp(scale·s − max), the running maximum and sum of each
+// query, and what earlier output must be scaled by. Row after row, as they lie: so all vectors of a row are there for exp_below.
 template <int Vecs> void online_softmax(float* tile, float scale, int64_t keys, float* highest, float* sum, float* rescale) {
   constexpr int64_t L = vec::Lanes;
   const vec factor = vec::all(scale);

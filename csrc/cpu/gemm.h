@@ -285,7 +285,7 @@ struct blocking {
 // Between rows of A that are packed as they lie: no power of two, which would crowd a few sets of the cache.
 template <class Arithmetic> inline constexpr int64_t RowStride = Arithmetic::BlockDepth + 16;
 inline constexpr int64_t RowsAbreast = Abreast > 1 ? 64 : PartRows;
-inline constexpr int64_t PackedFrom = 8;      // panels of B
+inline constexpr int64_t PackedFrom = 8;      // panels of B: with so many columns
 inline constexpr int64_t PackedTogether = 8;  // k-major panels of A: so many read whole cache lines, and each page, once
 
 // Rows as they lie, row_stride (whole vectors) apart; zeros up to the last tile.

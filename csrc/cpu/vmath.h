@@ -20,9 +20,9 @@ FASTLM_INLINE vec exp(vec x) {
   return zero_where(clamped < vec::all(-87.33f), from_bits(bits_of(p) + (bits_of(shifted) << 23)));
 }
 
-// e^x in place for the weights of a softmax, x ≤ 0 but for rounding: relative error below 9e-8 + 1.3e-8·|x|, less than the rounding of x makes of it. What exp
-// promises for 0, −inf and NaN holds. The steps of all N go side by side: a register's own wait for each other, and one register after another would fill the
-// scheduler with steps that wait.
+// e^x in place for the weights of a softmax, x ≤ 0 but for rounding: relative error below 9e-8 + 1.3e-8·|x|, of which the second is less than x's own rounding
+// makes. What exp promises for 0, −inf and NaN holds. Each step is made for all N vectors before the next: those of one vector wait for each other, and one
+// vector after another would fill the scheduler with steps that wait.
 template <int N> FASTLM_INLINE void exp_below(vec (&x)[N]) {
   if constexpr (!FusesMultiplyAdd) {  // x·log2 e would be rounded
     for (vec& each : x) each = exp(each);
