@@ -282,9 +282,9 @@ def small_cases(monkeypatch):
     small = {name: functools.partial(case, rows=16, width=32, heads=2, vocabulary=50) for name, case in operators.CASES.items()}
     monkeypatch.setattr(bench, "CASES", small)
     monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 1e10)
-    monkeypatch.setattr(machine, "product_peak", lambda threads, dtype: 1e11)
     monkeypatch.setattr("fastlm.benchmarking.report.read_bandwidth", lambda threads: 1e10)
-    monkeypatch.setattr("fastlm.benchmarking.report.product_peak", lambda threads, dtype: 1e11)
+    monkeypatch.setattr(machine, "reading", lambda: machine.Probe(lambda: None, 1e7))
+    monkeypatch.setattr(machine, "fastest_product", lambda threads, dtype: (machine.Probe(lambda: None, 1e9), 1e11))
 
 
 def test_bench_prints_a_table_and_writes_its_files(small_cases, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from fastlm.backends import choice
 from fastlm.benchmarking.machine import Work, threads
-from fastlm.benchmarking.measure import Ratio, in_turn
+from fastlm.benchmarking.measure import Ratio, in_turn, timed
 from fastlm.benchmarking.operators import Case, Function
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,7 +32,7 @@ class Row:
     backend: str  # who served our call
     seconds: float  # ours, median
     rivals: dict[str, Rival]
-    share: float | None = None  # of the machine's peak: the least seconds that it could take, over ours
+    share: float | None = None  # of what the machine can do, probed in turn
     bound: str | None = None  # by what: memory or arithmetic
     work: Work | None = None
     bytes_held: int | None = None  # at most at once
@@ -66,20 +66,18 @@ def contestants(case: Case, *, compiled: bool) -> dict[str, Function]:
 
 def compare(case: Case, number_of_threads: int, direction: str, *, compiled: bool = False, rounds: int = 30, budget: float = 3.0) -> Row:
     """compiled: also against torch.compile, which needs a C++ compiler and half a minute per operator."""
-    dtype = case.inputs[0].dtype
+    dtype, work = case.inputs[0].dtype, case.least(direction)
+    bound, probe, amount = work.bound(number_of_threads, dtype)
     with threads(number_of_threads):
         timers = {name: case.timer(function, direction) for name, function in contestants(case, compiled=compiled).items()}
         backend = served_by(timers["fastlm"])
-        taken = in_turn(timers, rounds, budget=budget, least=2e-3)
+        taken = in_turn({**timers, "machine": timed(probe.call)}, rounds, budget=budget, least=2e-3)
         held = {name: bytes_held(timers[name]) for name in ("fastlm", "eager") if direction == "forward+backward"}
-    ours = taken.pop("fastlm")
-    work = case.least(direction)
-    seconds = statistics.median(ours)
+    ours, own = taken.pop("fastlm"), taken.pop("machine")
     return Row(
-        case.operator, case.shape, str(dtype).removeprefix("torch."), number_of_threads, direction, backend, seconds,
+        case.operator, case.shape, str(dtype).removeprefix("torch."), number_of_threads, direction, backend, statistics.median(ours),
         {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), held.get(name)) for name, theirs in taken.items()},
-        share=work.least_seconds(number_of_threads, dtype) / seconds, bound=work.bound(number_of_threads, dtype), work=work,
-        bytes_held=held.get("fastlm"),
+        share=probe.share(amount, ours, own), bound=bound, work=work, bytes_held=held.get("fastlm"),
     )  # fmt: skip
 
 

@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 import fastlm
-from fastlm.benchmarking.measure import timed
+from fastlm.benchmarking.measure import Ratio, timed
 
 
 @contextlib.contextmanager
@@ -28,23 +28,50 @@ def best(call, times: int = 5) -> float:
     return min(timer() for _ in range(times))
 
 
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A call that keeps one part of the machine busy and nothing else. Timed in turn with what is measured, it says what the machine can do at that moment: a
+    virtual one may have half the speed a minute later.
+    """
+
+    call: Callable[[], object]
+    amount: float  # of bytes read or floating-point operations done
+
+    def share(self, amount: float, seconds: Sequence[float], own_seconds: Sequence[float]) -> float:
+        """Of the machine's rate, round by round, that work of this amount reached; the median."""
+        return amount / self.amount * Ratio.of(seconds, own_seconds).median
+
+
+@functools.cache
+def reading() -> Probe:
+    """A sum over 256 MB, far more than any cache holds: one addition per four bytes, so nothing but the memory is busy."""
+    numbers = torch.ones(64 << 20)
+    return Probe(numbers.sum, numbers.nbytes)
+
+
 @functools.cache
 def read_bandwidth(number_of_threads: int) -> float:
-    """Bytes/s of a sum over 256 MB, far more than any cache holds: one addition per four bytes, so nothing but the memory is busy."""
-    numbers = torch.ones(64 << 20)
+    """Bytes/s of reading()."""
     with threads(number_of_threads):
-        return numbers.nbytes / best(numbers.sum)
+        return reading().amount / best(reading().call)
 
 
 @functools.cache
-def product_peak(number_of_threads: int, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest matrix product that PyTorch or fastlm computes here, at 1024³: a stand-in for the rate of the multiply-add units.
+def fastest_product(number_of_threads: int, dtype: torch.dtype) -> tuple[Probe, float]:
+    """The fastest matrix product that PyTorch or fastlm computes here, at 1024³, and its FLOP/s: a stand-in for the rate of the multiply-add units.
 
     Products of that size come within a tenth of it, so a share of this peak is at most so much too high.
     """
     a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     with threads(number_of_threads), torch.no_grad():
-        return 2 * 1024**3 / min(best(call) for call in (lambda: a @ b, lambda: a @ b.T, lambda: fastlm.linear(a, b)))
+        seconds = {call: best(call) for call in (lambda: a @ b, lambda: a @ b.T, lambda: fastlm.linear(a, b))}
+    call = min(seconds, key=lambda each: seconds[each])
+    return Probe(call, 2 * 1024**3), 2 * 1024**3 / seconds[call]
+
+
+def product_peak(number_of_threads: int, dtype: torch.dtype) -> float:
+    """FLOP/s of fastest_product."""
+    return fastest_product(number_of_threads, dtype)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +84,8 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
-    def least_seconds(self, number_of_threads: int, dtype: torch.dtype) -> float:
-        return max(self.flops / product_peak(number_of_threads, dtype), self.bytes / read_bandwidth(number_of_threads))
-
-    def bound(self, number_of_threads: int, dtype: torch.dtype) -> str:
-        by_memory = self.bytes / read_bandwidth(number_of_threads) > self.flops / product_peak(number_of_threads, dtype)
-        return "memory" if by_memory else "arithmetic"
+    def bound(self, number_of_threads: int, dtype: torch.dtype) -> tuple[str, Probe, float]:
+        """memory or arithmetic, whichever takes the longer here; what probes it; how much of it there is to do."""
+        if self.bytes / read_bandwidth(number_of_threads) > self.flops / product_peak(number_of_threads, dtype):
+            return "memory", reading(), self.bytes
+        return "arithmetic", fastest_product(number_of_threads, dtype)[0], self.flops

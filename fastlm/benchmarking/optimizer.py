@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from fastlm.benchmarking.compare import DTYPES, Rival, Row, served_by
-from fastlm.benchmarking.machine import Work, threads
+from fastlm.benchmarking.machine import Work, reading, threads
 from fastlm.benchmarking.measure import Ratio, Timer, in_turn, timed
 from fastlm.models import GPT2Config, GPT2LMHeadModel
 from fastlm.optim import AdamW
@@ -62,14 +62,13 @@ def compare_adamw(
     with threads(number_of_threads):
         timers = {"fastlm": adamw(parameters["fastlm"]), "eager": torch_adamw(parameters["eager"])}
         backend = served_by(timers["fastlm"])
-        taken = in_turn(timers, rounds, budget=budget)
-    ours = taken.pop("fastlm")
+        taken = in_turn({**timers, "machine": timed(reading().call)}, rounds, budget=budget)
+    ours, own = taken.pop("fastlm"), taken.pop("machine")
     count = sum(shape.numel() for shape in shapes)
     # The gradient is read for its norm, then all is read and all but the gradient written: 4 + 16 + 12 bytes in float32; with a master 2 + 16 + 14.
     work = Work(18 * count, 32 * count)
-    seconds = statistics.median(ours)
     return Row(
         "adamw", f"{count / 1e6:.3g} million parameters, clipped" + (", with masters" if dtype != "float32" else ""), dtype, number_of_threads, "step", backend,
-        seconds, {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs)) for name, theirs in taken.items()},
-        share=work.least_seconds(number_of_threads, DTYPES[dtype]) / seconds, bound="memory", work=work,
+        statistics.median(ours), {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs)) for name, theirs in taken.items()},
+        share=reading().share(work.bytes, ours, own), bound="memory", work=work,
     )  # fmt: skip

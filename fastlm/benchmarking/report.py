@@ -86,7 +86,7 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
     """Operators with a column per direction, then whole steps and generations with one per rival."""
     lines = [
         f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}. "
-        "How many times as fast as PyTorch: median [quartiles] of pairs timed in turn.",
+        "How many times as fast as PyTorch: median [quartiles] of pairs timed in turn; so is the product, or the reading, that a share of the peak is of.",
         "",
         *[f"- {line}" for line in peaks_in_words(described)],
         "",

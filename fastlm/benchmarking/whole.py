@@ -2,7 +2,8 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import fastlm
 from fastlm.benchmarking.actor import Actor
 from fastlm.benchmarking.compare import DTYPES, Rival, Row, served_by
-from fastlm.benchmarking.machine import product_peak, threads
+from fastlm.benchmarking.machine import Probe, fastest_product, product_peak, threads
 from fastlm.benchmarking.measure import Ratio, Timer, in_turn, timed
 from fastlm.benchmarking.resident import rise
 from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
@@ -119,11 +120,27 @@ def step_timer(
     return timed(lambda: trainer.step(inputs, targets, 1e-4)), held
 
 
-def contest(work: str, common: dict[str, Any], *, compiled: bool, rounds: int, budget: float) -> tuple[float, dict[str, Rival], dict[str, Any]]:
-    """fastlm, its allocator tuned, and PyTorch as it comes and "tuned" in the same way, each in a process of its own.
+def product_timer(number_of_threads: int, dtypes: Iterable[torch.dtype]) -> tuple[Probe, Timer]:
+    """Of the faster of the dtypes' products, beside processes that work in turn: when the timer returns, the threads have gone to sleep."""
+    dtype = max(dtypes, key=lambda each: product_peak(number_of_threads, each))
+    probe = fastest_product(number_of_threads, dtype)[0]
+
+    def timer() -> float:
+        with threads(number_of_threads), torch.no_grad():
+            seconds = timed(probe.call)()
+        time.sleep(0.01)
+        return seconds
+
+    return probe, timer
+
+
+def contest(
+    work: str, common: dict[str, Any], *, compiled: bool, rounds: int, budget: float, others: Mapping[str, Timer] | None = None
+) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """fastlm, its allocator tuned, and PyTorch as it comes and "tuned" in the same way, each in a process of its own; others: what else is timed in turn.
 
     Returns:
-        our seconds, the rivals, and what our process said last.
+        the seconds of each, and what each process said last.
     """
     actors: dict[str, dict[str, Any]] = {
         "fastlm": {"library": "fastlm", "tuned": True},
@@ -135,11 +152,15 @@ def contest(work: str, common: dict[str, Any], *, compiled: bool, rounds: int, b
         actors["compiled tuned"] = {"library": "torch", "tuned": True, "compiled": True}
     with ExitStack() as stack:
         running = {name: stack.enter_context(Actor(work, common | own)) for name, own in actors.items()}
-        taken = in_turn(running, rounds, budget=budget)
-        last = {name: actor.ask() for name, actor in running.items()}
-    ours = taken.pop("fastlm")
-    rivals = {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), last[name]["bytes"]) for name, theirs in taken.items()}
-    return statistics.median(ours), rivals, last["fastlm"]
+        taken = in_turn({**running, **(others or {})}, rounds, budget=budget)
+        return taken, {name: actor.ask() for name, actor in running.items()}
+
+
+def rivals(taken: Mapping[str, list[float]], last: Mapping[str, dict[str, Any]]) -> dict[str, Rival]:
+    """Of a contest, all processes but fastlm's."""
+    return {
+        name: Rival(statistics.median(taken[name]), Ratio.of(taken["fastlm"], taken[name]), said["bytes"]) for name, said in last.items() if name != "fastlm"
+    }
 
 
 def compare_steps(
@@ -148,12 +169,13 @@ def compare_steps(
 ) -> Row:  # fmt: skip
     """At a level of recomputation, which is ours alone."""
     common = {"dtype": dtype, "number_of_threads": number_of_threads, "subject": dataclasses.asdict(subject), "recompute": recompute}
-    seconds, rivals, last = contest("whole.step_timer", common, compiled=compiled, rounds=rounds, budget=budget)
-    # bfloat16 is a type to store in: its limit is the faster arithmetic.
-    peak = max(product_peak(number_of_threads, kind) for kind in {torch.float32, DTYPES[dtype]})
+    probe, product = product_timer(number_of_threads, {torch.float32, DTYPES[dtype]})  # bfloat16 is a type to store in: its limit is the faster arithmetic
+    taken, last = contest("whole.step_timer", common, compiled=compiled, rounds=rounds, budget=budget, others={"machine": product})
+    ours, said = taken["fastlm"], last["fastlm"]
     return Row(
-        "training_step", str(subject), dtype, number_of_threads, "step", ", ".join(last["backends"]), seconds, rivals,
-        share=subject.flops() / peak / seconds, bound="arithmetic", bytes_held=last["bytes"], tokens=subject.batch * subject.context, recompute=recompute,
+        "training_step", str(subject), dtype, number_of_threads, "step", ", ".join(said["backends"]), statistics.median(ours), rivals(taken, last),
+        share=probe.share(subject.flops(), ours, taken["machine"]), bound="arithmetic", bytes_held=said["bytes"],
+        tokens=subject.batch * subject.context, recompute=recompute,
     )  # fmt: skip
 
 

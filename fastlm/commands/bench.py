@@ -56,7 +56,7 @@ def run(
             bar.update(task, description=f"{' '.join(filter(None, (name, way)))}, {dtype}, {n} thread{'s' * (n > 1)}")
             rows.append(measured(name, dtype, n, way, level, compiled, seconds, checkpoint))
             bar.advance(task)
-    say("times as fast as PyTorch: median [quartiles]; peak: share of the machine's, above 100 % where the data stayed in the cache; by: whose kernels served")
+    say("times as fast as PyTorch: median [quartiles]; peak: share of what the machine can do, timed in turn too, above 100 % in its caches; by: whose kernels")
     if {*ACTORS} & {*chosen}:
         say("memory: what the step takes beyond the model and the optimiser's state, over the rival's")
         say("level: of the model's recomputation; tuned: with fastlm.tune_allocator(), as fastlm itself")

@@ -1,6 +1,6 @@
 import pytest
 
-from fastlm.benchmarking import growth, plots, report, whole
+from fastlm.benchmarking import growth, plots, report
 from fastlm.benchmarking.compare import Rival, Row
 from fastlm.benchmarking.measure import Ratio
 from fastlm.benchmarking.whole import Subject
@@ -33,7 +33,6 @@ def test_nothing_but_the_size_differs_along_a_series(series):
 @pytest.mark.slow
 def test_a_point_is_a_training_step_of_its_model(monkeypatch):
     monkeypatch.setitem(growth.POINTS, "context 128", Subject("GPT-2", 1, 32, 2, 50, 2, 16))
-    monkeypatch.setattr(whole, "product_peak", lambda threads, kind: 1e12)
     found = growth.compare_growth("context 128", "float32", 1, rounds=5, budget=1.0)
     assert (found.operator, found.direction, found.tokens, found.shape) == ("growth", "context 128", 32, growth.SHAPES["context"])
     assert growth.series_of(found.direction) == "context" and growth.size_of(found) == 128

@@ -1,10 +1,13 @@
 """The rivals compute the same as ours, and the counted FLOPs are those that PyTorch counts."""
 
+import time
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm.benchmarking import compare, machine, operators
+from fastlm.benchmarking.machine import Probe
 from fastlm.benchmarking.operators import CASES, DIRECTIONS, OTHERS, directions
 
 SMALL = {"rows": 48, "width": 64, "heads": 4, "vocabulary": 90}
@@ -73,13 +76,14 @@ def test_backward_alone_is_not_asked_of_the_fused_loss():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_of_the_table(dtype, monkeypatch):
     monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 1e9)
-    monkeypatch.setattr(machine, "product_peak", lambda threads, dtype: 1e18)
+    monkeypatch.setattr(machine, "fastest_product", lambda threads, dtype: (None, 1e18))
+    monkeypatch.setattr(machine, "reading", lambda: Probe(lambda: time.sleep(0.01), 1e7))
     threads = torch.get_num_threads()
     row = compare.compare(CASES["linear"](compare.DTYPES[dtype], **SMALL), 2, "forward+backward", rounds=5)
     assert torch.get_num_threads() == threads
     assert (row.operator, row.dtype, row.threads, row.direction, row.best_rival, row.bound) == ("linear", dtype, 2, "forward+backward", "eager", "memory")
     assert row.backend in ("cpu", "torch")
-    assert row.share == pytest.approx(row.work.bytes / 1e9 / row.seconds)
+    assert row.share == pytest.approx(row.work.bytes / 1e9 / row.seconds, rel=0.5)
     size = 48 * 192 * compare.DTYPES[dtype].itemsize  # the result, at least, was held
     assert size <= row.bytes_held and size <= row.rivals["eager"].bytes
 

@@ -1,7 +1,10 @@
+import time
+
 import pytest
 import torch
 
-from fastlm.benchmarking import machine, optimizer
+from fastlm.benchmarking import optimizer
+from fastlm.benchmarking.machine import Probe
 
 SHAPES = [torch.Size((30, 20)), torch.Size((7,))]
 
@@ -30,11 +33,10 @@ def test_the_rival_takes_the_same_steps(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row(dtype, monkeypatch):
-    monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 1e9)
-    monkeypatch.setattr(machine, "product_peak", lambda threads, dtype: 1e18)
+    monkeypatch.setattr(optimizer, "reading", lambda: Probe(lambda: time.sleep(0.01), 1e7))
     row = optimizer.compare_adamw(dtype, 1, shapes=SHAPES, rounds=5)
     assert row.operator == "adamw" and row.direction == "step" and list(row.rivals) == ["eager"] and row.backend in ("cpu", "torch")
-    assert row.share == pytest.approx(32 * 607 / 1e9 / row.seconds)
+    assert row.share == pytest.approx(32 * 607 / 1e9 / row.seconds, rel=0.5)
 
 
 def test_the_shapes_are_gpt2s():
