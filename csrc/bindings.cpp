@@ -9,6 +9,7 @@
 #include "cpu/layernorm_residual.h"
 #include "cpu/linear.h"
 #include "cpu/linear_cross_entropy.h"
+#include "cpu/peak.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -249,6 +250,11 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   bind_layernorm_residual(m);
   bind_linear(m);
   bind_linear_cross_entropy(m);
+
+  m.def(
+      "multiply_adds",
+      [](dtype type, int64_t rounds, int threads) { return launch(type, [=]<class T>() { return multiply_adds<arithmetic_for<T>>(rounds, threads); }); },
+      "dtype"_a, "rounds"_a, "threads"_a);
 
   m.def(
       "philox_keep",

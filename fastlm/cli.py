@@ -91,7 +91,11 @@ def demo(
 @app.command()
 def info(
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure first where PyTorch's own operators are faster here, and let them serve there from now on; minutes.")
+        bool,
+        typer.Option(
+            "--measure",
+            help="Measure first what the machine can do and where PyTorch's own operators are faster, to let them serve there from now on; minutes.",
+        ),
     ] = False,
 ) -> None:
     """What is built, what this machine can use, and why the rest is not used."""

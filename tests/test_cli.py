@@ -15,13 +15,16 @@ import torch
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm.benchmarking import machine, operators, whole
+from fastlm.backends import choice, table
+from fastlm.benchmarking import choose, machine, operators, report, whole
+from fastlm.benchmarking.measure import Ratio
 from fastlm.cli import app
 from fastlm.commands import bench, demo
 from fastlm.generation import load_tokenizer
 from fastlm.models import BertForMaskedLM, GPT2LMHeadModel, load_model
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.curve import draw_losses
+from tests.benchmarks.test_report import DESCRIBED
 
 TINY = ["--layers", "1", "--heads", "2", "--width", "32", "--context", "16", "--batch", "4", "--steps", "12", "--eval-every", "5", "--warmup", "2"]
 TEXT = "for line in lines:\n    print(line, 'naïve')\n" * 60
@@ -267,6 +270,21 @@ def test_info_is_the_report():
     assert succeeds("info") == f"{fastlm.info()}\n"
 
 
+def test_info_measures_the_machine_and_who_is_faster(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(report, "machine", lambda threads, dtypes: DESCRIBED)
+    monkeypatch.setattr(choose, "measure", lambda: iter([choose.Verdict("linear", "float32", 32, Ratio(0.8, 0.7, 0.9))]))
+    table.rules.cache_clear()
+    try:
+        said = succeeds("info", "--measure")
+        assert "2 threads: reads 20.0 GB/s; multiply-adds 200 GFLOP/s in float32, PyTorch's product 90% of it\n" in said
+        assert "32 rows: 0.80 [0.70–0.90] times as fast as PyTorch; PyTorch's operator serves\n" in said and said.endswith(f"{fastlm.info()}\n")
+        assert table.rules() == (table.Rule("linear", "float32", {"rows": (None, choose.BETWEEN)}),)
+    finally:
+        table.rules.cache_clear()
+        choice.CHOICES.clear()
+
+
 def test_version_and_help():
     assert succeeds("--version") == f"{fastlm.__version__}\n"
     assert all(command in succeeds() for command in ("demo", "info", "train", "generate", "predict", "bench"))
@@ -281,10 +299,12 @@ def small_cases(monkeypatch):
     """The same cases at sizes that take no time; the peaks as if they had been measured."""
     small = {name: functools.partial(case, rows=16, width=32, heads=2, vocabulary=50) for name, case in operators.CASES.items()}
     monkeypatch.setattr(bench, "CASES", small)
-    monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 1e10)
-    monkeypatch.setattr("fastlm.benchmarking.report.read_bandwidth", lambda threads: 1e10)
     monkeypatch.setattr(machine, "reading", lambda: machine.Probe(lambda: None, 1e7))
-    monkeypatch.setattr(machine, "fastest_product", lambda threads, dtype: (machine.Probe(lambda: None, 1e9), 1e11))
+    monkeypatch.setattr(machine, "arithmetic", lambda threads, dtype: machine.Probe(lambda: None, 1e9))
+    for module in (machine, report):
+        monkeypatch.setattr(module, "peak", lambda threads, dtype: 1e11)
+        monkeypatch.setattr(module, "read_bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr(report, "product", lambda threads, dtype: (None, 9e10))
 
 
 def test_bench_prints_a_table_and_writes_its_files(small_cases, tmp_path):

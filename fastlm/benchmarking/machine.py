@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-import fastlm
+from fastlm.backends import isa
 from fastlm.benchmarking.measure import Ratio, timed
 
 
@@ -24,7 +24,8 @@ def threads(number: int) -> Iterator[None]:
 def best(call, times: int = 5) -> float:
     """Seconds of the fastest: a peak is what the machine can do when nothing else disturbs it."""
     timer = timed(call)
-    timer()
+    if timer() > 1:
+        return timer()  # nothing of the kind is a peak
     return min(timer() for _ in range(times))
 
 
@@ -57,21 +58,35 @@ def read_bandwidth(number_of_threads: int) -> float:
 
 
 @functools.cache
-def fastest_product(number_of_threads: int, dtype: torch.dtype) -> tuple[Probe, float]:
-    """The fastest matrix product that PyTorch or fastlm computes here, at 1024³, and its FLOP/s: a stand-in for the rate of the multiply-add units.
-
-    Products of that size come within a tenth of it, so a share of this peak is at most so much too high.
-    """
+def product(number_of_threads: int, dtype: torch.dtype) -> tuple[Probe, float]:
+    """The fastest of PyTorch's own matrix products at 1024³, and its FLOP/s."""
     a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     with threads(number_of_threads), torch.no_grad():
-        seconds = {call: best(call) for call in (lambda: a @ b, lambda: a @ b.T, lambda: fastlm.linear(a, b))}
+        seconds = {call: best(call) for call in (lambda: a @ b, lambda: a @ b.T)}
     call = min(seconds, key=lambda each: seconds[each])
     return Probe(call, 2 * 1024**3), 2 * 1024**3 / seconds[call]
 
 
-def product_peak(number_of_threads: int, dtype: torch.dtype) -> float:
-    """FLOP/s of fastest_product."""
-    return fastest_product(number_of_threads, dtype)[1]
+@functools.cache
+def arithmetic(number_of_threads: int, dtype: torch.dtype) -> Probe:
+    """Multiply-adds of the kind that fastlm's products in this dtype are made of, in registers; without kernels PyTorch's product, a tenth or so slower."""
+    kernels = isa.kernels
+    if not kernels:
+        return product(number_of_threads, dtype)[0]
+    name, rounds = getattr(kernels.dtype, str(dtype).removeprefix("torch.")), 1 << 20  # milliseconds
+
+    def call() -> float:
+        return kernels.multiply_adds(dtype=name, rounds=rounds, threads=number_of_threads)
+
+    return Probe(call, call())
+
+
+@functools.cache
+def peak(number_of_threads: int, dtype: torch.dtype) -> float:
+    """FLOP/s of arithmetic()."""
+    probe = arithmetic(number_of_threads, dtype)
+    with threads(number_of_threads), torch.no_grad():
+        return probe.amount / best(probe.call)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +101,6 @@ class Work:
 
     def bound(self, number_of_threads: int, dtype: torch.dtype) -> tuple[str, Probe, float]:
         """memory or arithmetic, whichever takes the longer here; what probes it; how much of it there is to do."""
-        if self.bytes / read_bandwidth(number_of_threads) > self.flops / product_peak(number_of_threads, dtype):
+        if self.bytes / read_bandwidth(number_of_threads) > self.flops / peak(number_of_threads, dtype):
             return "memory", reading(), self.bytes
-        return "arithmetic", fastest_product(number_of_threads, dtype)[0], self.flops
+        return "arithmetic", arithmetic(number_of_threads, dtype), self.flops

@@ -56,7 +56,7 @@ def roofline(axes, rows: Sequence[Row], described: dict[str, Any]) -> None:
     shown = [(row, work.flops / work.bytes, work.flops) for row, work in measured if row.threads == threads]
     lowest, highest = min(i for _, i, _ in shown), max(i for _, i, _ in shown)
     for dtype, colour in (("float32", OURS), ("bfloat16", "#238b45")):
-        top = peaks.get(f"{dtype}_product_flops_per_second")
+        top = peaks.get(f"{dtype}_flops_per_second")
         if top is None:
             continue
         knee = top / peaks["read_bytes_per_second"]

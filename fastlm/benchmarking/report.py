@@ -10,7 +10,7 @@ from rich.table import Table
 
 import fastlm
 from fastlm.benchmarking.compare import DTYPES, Row
-from fastlm.benchmarking.machine import product_peak, read_bandwidth
+from fastlm.benchmarking.machine import peak, product, read_bandwidth
 from fastlm.benchmarking.operators import DIRECTIONS
 
 
@@ -25,7 +25,11 @@ def machine(numbers_of_threads: Sequence[int], dtypes: Sequence[str]) -> dict[st
         "python": platform.python_version(),
         "system": platform.platform(),
         "peaks": {
-            str(n): {"read_bytes_per_second": read_bandwidth(n), **{f"{d}_product_flops_per_second": product_peak(n, DTYPES[d]) for d in dtypes}}
+            str(n): {
+                "read_bytes_per_second": read_bandwidth(n),
+                **{f"{d}_flops_per_second": peak(n, DTYPES[d]) for d in dtypes},
+                **{f"{d}_product_flops_per_second": product(n, DTYPES[d])[1] for d in dtypes},
+            }
             for n in numbers_of_threads
         },
     }
@@ -35,9 +39,12 @@ def peaks_in_words(described: dict[str, Any]) -> list[str]:
     """One line per number of threads."""
     lines = []
     for n, peaks in described["peaks"].items():
-        products = ", ".join(f"{peaks[f'{d}_product_flops_per_second'] / 1e9:,.0f} GFLOP/s in {d}" for d in DTYPES if f"{d}_product_flops_per_second" in peaks)
-        reads = f"{peaks['read_bytes_per_second'] / 1e9:.1f} GB/s"
-        lines.append(f"{n} thread{'s' * (n != '1')}: reads {reads}; fastest matrix product seen (stand-in for the peak): {products}")
+        words = [f"reads {peaks['read_bytes_per_second'] / 1e9:.1f} GB/s"]
+        for d in DTYPES:
+            if f"{d}_flops_per_second" in peaks:
+                rate, reached = peaks[f"{d}_flops_per_second"], peaks[f"{d}_product_flops_per_second"]
+                words.append(f"multiply-adds {rate / 1e9:,.0f} GFLOP/s in {d}, PyTorch's product {reached / rate:.0%} of it")
+        lines.append(f"{n} thread{'s' * (n != '1')}: {'; '.join(words)}")
     return lines
 
 
@@ -86,7 +93,7 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
     """Operators with a column per direction, then whole steps and generations with one per rival."""
     lines = [
         f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}. "
-        "How many times as fast as PyTorch: median [quartiles] of pairs timed in turn; so is the product, or the reading, that a share of the peak is of.",
+        "How many times as fast as PyTorch: median [quartiles] of pairs timed in turn; so is what a share of the peak is of, multiply-adds or reading.",
         "",
         *[f"- {line}" for line in peaks_in_words(described)],
         "",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastlm
 from fastlm.benchmarking.actor import Actor
 from fastlm.benchmarking.compare import DTYPES, Rival, Row, served_by
-from fastlm.benchmarking.machine import Probe, fastest_product, product_peak, threads
+from fastlm.benchmarking.machine import Probe, arithmetic, peak, threads
 from fastlm.benchmarking.measure import Ratio, Timer, in_turn, timed
 from fastlm.benchmarking.resident import rise
 from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
@@ -120,14 +120,12 @@ def step_timer(
     return timed(lambda: trainer.step(inputs, targets, 1e-4)), held
 
 
-def product_timer(number_of_threads: int, dtypes: Iterable[torch.dtype]) -> tuple[Probe, Timer]:
-    """Of the faster of the dtypes' products, beside processes that work in turn: when the timer returns, the threads have gone to sleep."""
-    dtype = max(dtypes, key=lambda each: product_peak(number_of_threads, each))
-    probe = fastest_product(number_of_threads, dtype)[0]
+def machine_timer(number_of_threads: int, dtypes: Iterable[torch.dtype]) -> tuple[Probe, Timer]:
+    """Of the faster of the dtypes' arithmetic, beside processes that work in turn: when the timer returns, the threads have gone to sleep."""
+    probe = arithmetic(number_of_threads, max(dtypes, key=lambda dtype: peak(number_of_threads, dtype)))
 
     def timer() -> float:
-        with threads(number_of_threads), torch.no_grad():
-            seconds = timed(probe.call)()
+        seconds = timed(probe.call)()
         time.sleep(0.01)
         return seconds
 
@@ -169,8 +167,8 @@ def compare_steps(
 ) -> Row:  # fmt: skip
     """At a level of recomputation, which is ours alone."""
     common = {"dtype": dtype, "number_of_threads": number_of_threads, "subject": dataclasses.asdict(subject), "recompute": recompute}
-    probe, product = product_timer(number_of_threads, {torch.float32, DTYPES[dtype]})  # bfloat16 is a type to store in: its limit is the faster arithmetic
-    taken, last = contest("whole.step_timer", common, compiled=compiled, rounds=rounds, budget=budget, others={"machine": product})
+    probe, timer = machine_timer(number_of_threads, {torch.float32, DTYPES[dtype]})  # bfloat16 is a type to store in: its limit is the faster arithmetic
+    taken, last = contest("whole.step_timer", common, compiled=compiled, rounds=rounds, budget=budget, others={"machine": timer})
     ours, said = taken["fastlm"], last["fastlm"]
     return Row(
         "training_step", str(subject), dtype, number_of_threads, "step", ", ".join(said["backends"]), statistics.median(ours), rivals(taken, last),

@@ -1,13 +1,18 @@
-"""fastlm info: the report; with --measure, who serves is measured first."""
+"""fastlm info: the report; with --measure, what the machine can do and who serves are measured first."""
+
+import torch
 
 import fastlm
 from fastlm.backends import table
-from fastlm.benchmarking import choose
+from fastlm.benchmarking import choose, report
+from fastlm.benchmarking.compare import DTYPES
 from fastlm.commands.display import say
 
 
 def run(*, measure: bool) -> None:
     if measure:
+        for line in report.peaks_in_words(report.machine(sorted({1, torch.get_num_threads()}), list(DTYPES))):
+            say(line)
         verdicts = []
         for seen in choose.measure():
             verdicts.append(seen)

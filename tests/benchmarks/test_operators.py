@@ -76,7 +76,7 @@ def test_backward_alone_is_not_asked_of_the_fused_loss():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_of_the_table(dtype, monkeypatch):
     monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 1e9)
-    monkeypatch.setattr(machine, "fastest_product", lambda threads, dtype: (None, 1e18))
+    monkeypatch.setattr(machine, "peak", lambda threads, dtype: 1e18)
     monkeypatch.setattr(machine, "reading", lambda: Probe(lambda: time.sleep(0.01), 1e7))
     threads = torch.get_num_threads()
     row = compare.compare(CASES["linear"](compare.DTYPES[dtype], **SMALL), 2, "forward+backward", rounds=5)

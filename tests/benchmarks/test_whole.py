@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm import allocator
-from fastlm.benchmarking import machine, whole
+from fastlm.benchmarking import whole
 from fastlm.benchmarking.actor import Actor
 from fastlm.benchmarking.machine import Probe
 from fastlm.benchmarking.whole import MODELS, Subject
@@ -24,9 +24,9 @@ WORK = {"dtype": "float32", "number_of_threads": 1, "subject": dataclasses.asdic
 
 @pytest.mark.parametrize("subject, dtype", [(GPT, "float32"), pytest.param(BERT, "bfloat16", marks=pytest.mark.slow)], ids=["GPT-2", "BERT"])
 def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
-    products = {torch.float32: (Probe(lambda: time.sleep(0.01), 1e7), 1e9), torch.bfloat16: (Probe(lambda: time.sleep(0.01), 1e6), 1e8)}
-    monkeypatch.setattr(machine, "fastest_product", lambda threads, kind: products[kind])
-    monkeypatch.setattr(whole, "fastest_product", machine.fastest_product)
+    peaks = {torch.float32: 1e9, torch.bfloat16: 1e8}
+    monkeypatch.setattr(whole, "peak", lambda threads, kind: peaks[kind])
+    monkeypatch.setattr(whole, "arithmetic", lambda threads, kind: Probe(lambda: time.sleep(0.01), peaks[kind] / 100))
     row = whole.compare_steps(dtype, 1, subject=subject, rounds=5, recompute=2)
     assert row.recompute == 2
     assert list(row.rivals) == ["eager", "eager tuned"] and row.shape == str(subject)

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from fastlm.backends import isa
+from fastlm.benchmarking import machine
+from fastlm.benchmarking.measure import timed
+
+pytestmark = pytest.mark.skipif(not isa.kernels, reason=f"not compiled: {isa.missing}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_multiply_adds_are_those_counted(dtype):
+    """Twice the rounds are twice the FLOP, and take twice as long: none is left out."""
+    of = getattr(isa.kernels.dtype, dtype)
+    flops = [isa.kernels.multiply_adds(of, rounds, 1) for rounds in (1 << 18, 1 << 19)]
+    assert flops[1] == pytest.approx(2 * flops[0], rel=0.01) and isa.kernels.multiply_adds(of, 1 << 18, 3) == 3 * flops[0]
+    short, long = (min(timed(lambda n=n: isa.kernels.multiply_adds(of, n, 1))() for _ in range(10)) for n in (1 << 18, 1 << 20))
+    assert 2 < long / short < 8
+
+
+def test_no_product_is_faster_than_its_multiply_adds():
+    arithmetic, (product, rate) = machine.arithmetic(1, torch.float32), machine.product(1, torch.float32)
+    with machine.threads(1):
+        seconds = [min(timed(probe.call)() for _ in range(10)) / probe.amount for probe in (arithmetic, product)]
+    assert rate > 0 and seconds[0] < 1.2 * seconds[1]  # the machine may have sped up in between
