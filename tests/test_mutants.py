@@ -176,9 +176,10 @@ def test_triton_mutants(tmp_path):
 
 # C++: a module for each group, in which no operator's tests run another's change
 
-GEMM, LINEAR, GELU, NORM, CE = (f"csrc/cpu/{name}.h" for name in ("gemm", "linear", "gelu_mlp", "layernorm_residual", "linear_cross_entropy"))
+GEMM, PACK, TILE, SKINNY = (f"csrc/cpu/{name}.h" for name in ("gemm", "gemm_pack", "gemm_tile", "gemm_skinny"))
+LINEAR, GELU, NORM, CE = (f"csrc/cpu/{name}.h" for name in ("linear", "gelu_mlp", "layernorm_residual", "linear_cross_entropy"))
 FORWARD, MASK, BACKWARD, SEQUENCES, DROPOUT = (f"csrc/cpu/{name}.h" for name in ("attention", "attention_mask", "attention_backward", "sequences", "philox"))
-ADAMW, SKINNY = "csrc/cpu/adamw.h", "csrc/cpu/gemm_skinny.h"
+ADAMW = "csrc/cpu/adamw.h"
 
 CPP = [
     [
@@ -211,10 +212,12 @@ CPP = [
     [
         Mutant(SKINNY, "from_bits(pair & uvec::all(0xffff0000u))", "from_bits(pair << 16)", "ops/test_linear.py few_rows_are and bfloat16 and 7-65-63"),
         Mutant(SKINNY, "if (a_sums && first == 0)", "if (a_sums)", "ops/test_linear.py few_rows_are and float32"),
+        Mutant(PACK, "all = all + run;", "all = run;", "ops/test_linear.py float64"),
     ],
     [
-        Mutant(GEMM, "padded * (from - (together < depth_blocks ? 0 : split.begin(p0))) * L", "0", "ops/test_linear.py float64"),
+        Mutant(GEMM, "left.padded() * (right.first(p) - (all_panels ? 0 : right.first(p0)))", "0", "ops/test_linear.py float64"),
         Mutant(MASK, "+ 1, whole, at.keys)", "+ 2, whole, at.keys)", "ops/test_attention.py windows"),
+        Mutant(TILE, "const bool add = accumulate || first > 0;", "const bool add = first > 0;", "ops/test_linear.py float64"),
         Mutant("csrc/cpu/peak.h", "return flops * double(threads * Shares);", "return flops * double(Shares);", "benchmarks/test_machine.py counted"),
     ],
 ]

@@ -19,13 +19,6 @@ template <class T> struct heads_view {  // (batch, head, token, dim), dim contig
   heads_view from(int64_t token) const { return {at(0, 0, token), strides}; }
 };
 
-// body(std::integral_constant of the number of vectors that a tile is wide).
-template <class Body> FASTLM_INLINE void with_vecs(int64_t vecs, Body body) {
-  if (vecs == TileVecs) body(std::integral_constant<int, TileVecs>{});
-  else if (vecs == 2) body(std::integral_constant<int, 2>{});
-  else body(std::integral_constant<int, 1>{});
-}
-
 // Between rows of queries or keys that are copied as the first operand of a product over head_dim.
 template <class Arithmetic> int64_t copied_stride(int64_t dim) { return ceil_div(packed_depth<Arithmetic>(dim), vec::Lanes) * vec::Lanes; }
 

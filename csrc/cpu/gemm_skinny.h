@@ -87,7 +87,7 @@ inline void add(float* sums, const float* more, int64_t count) {
 }
 
 inline constexpr int64_t MostOfA = 1 << 18;  // elements: packed, they stay in the L2 cache
-inline constexpr int64_t FewDeep = 48;
+inline constexpr int64_t FewDeep = 64;
 inline constexpr int64_t SumsHeld = 8192;  // of C, at a time: 32 kB. With fewer, what is read of each row of B is short, and no hardware follows it
 
 // As gemm(); A contiguous in k.
@@ -156,8 +156,36 @@ void gemm_few_rows(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
   });
 }
 
+// A tile of a·b, both packed and k-major, `depth` ≤ FewDeep, from the registers to write(row, vector, value): as multiply_tile, in its order.
+template <class Arithmetic, int Vecs, class Write>
+FASTLM_INLINE void write_tile(int64_t depth, const float* a, const float* b, Write write) {
+  vec total[TileRows][Vecs];
+  int64_t first = 0;
+  do {
+    vec sum[TileRows][Vecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < TileRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < Vecs; ++v) sum[r][v] = vec::zero();
+    for (int64_t d = first; d < std::min(depth, first + Chain); ++d)
+#pragma GCC unroll 8
+      for (int r = 0; r < TileRows; ++r)
+#pragma GCC unroll 3
+        for (int v = 0; v < Vecs; ++v)
+          sum[r][v] = Arithmetic::multiply_add(sum[r][v], vec::all(a[d * PanelRows + r]), vec::load(b + (d * Vecs + v) * vec::Lanes, full{}));
+#pragma GCC unroll 8
+    for (int r = 0; r < TileRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < Vecs; ++v) total[r][v] = FewDeep > Chain && first > 0 ? total[r][v] + sum[r][v] : sum[r][v];
+  } while ((first += Chain) < depth);
+#pragma GCC unroll 8
+  for (int r = 0; r < TileRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < Vecs; ++v) write(r, v, total[r][v]);
+}
+
 // As gemm(); A contiguous in its rows' index and no more than one block deep: the gradient of weights. m·n results are written, and that is the bound up to some
-// sixteen multiply-adds for each. B is packed for hundreds of columns, so that rows of C are written in long runs.
+// sixteen multiply-adds for each: they go there straight from the registers. B is packed for hundreds of columns at a time, all of which a few rows of C pass.
 template <class Arithmetic, class TA, class TB, class Epilogue>
 void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums, float* b_sums) {
   constexpr int64_t L = vec::Lanes, Panel = TileVecs * L, Held = 768;
@@ -166,7 +194,6 @@ void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
   const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(m * n / 32768, 1, std::min<int64_t>(4 * threads, row_panels));
   parallel_parts(parts, threads, [=](int64_t part) {
     float *packed_a = scratch(Arithmetic::BlockDepth * (PanelRows + Held)), *packed_b = packed_a + Arithmetic::BlockDepth * PanelRows;
-    alignas(64) float finished[TileRows * Held];
     const int64_t end = std::min(m, row_panels * (part + 1) / parts * PanelRows);
     for (int64_t first = 0; first < n; first += Held) {
       const int64_t last = std::min(n, first + Held);
@@ -180,14 +207,23 @@ void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
         const int64_t rows = std::min(PanelRows, end - panel);
         pack_left<Arithmetic>(operand<TA>{a.data + panel, 1, a.k_stride}, rows, k, false, packed_a);
         if (a_sums && first == 0) add_panel_sums<Arithmetic>(packed_a, depth, PanelRows, rows, a_sums + panel);
-        for (int64_t r = 0; r < rows; r += TileRows) {
+        for (int64_t r = 0; r < rows; r += TileRows)
           for (int64_t column = first; column < last; column += Panel) {
-            const int64_t width = ceil_div(std::min(Panel, n - column), L) * L, from = column - first;
-            multiply_tile<Arithmetic>(width / L, depth, packed_a + r, PanelRows, packed_b + from * depth, width, finished + from, Held, false);
+            const int64_t tile_rows = std::min<int64_t>(TileRows, rows - r), columns = std::min(Panel, last - column);
+            const float* columns_of_b = packed_b + (column - first) * depth;
+            auto write = [&](int64_t i, int64_t v, vec value, auto span) { epilogue(panel + r + i, column + v * L, value, span); };
+            if (tile_rows == TileRows && columns == Panel) {
+              write_tile<Arithmetic, TileVecs>(depth, packed_a + r, columns_of_b, [=](int i, int v, vec value) { write(i, v, value, full{}); });
+              continue;
+            }
+            with_vecs(ceil_div(columns, L), [=](auto vecs) {
+              write_tile<Arithmetic, vecs>(depth, packed_a + r, columns_of_b, [=](int i, int v, vec value) {
+                if (i >= tile_rows) return;
+                if ((v + 1) * L <= columns) write(i, v, value, full{});
+                else write(i, v, value, tail{size_t(columns - v * L)});
+              });
+            });
           }
-          for (int64_t i = 0; i < std::min<int64_t>(TileRows, rows - r); ++i)
-            sweep(last - first, [&](int64_t j, auto span) { epilogue(panel + r + i, first + j, vec::load(finished + i * Held + j, full{}), span); });
-        }
       }
     }
   });

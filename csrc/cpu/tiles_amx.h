@@ -1,5 +1,5 @@
 // Products of bf16 by AMX: a tile is 16 rows of 64 bytes, and one instruction adds the product of two of them to a third, 16 × 16 sums over 32 bf16, in 16 cycles.
-// Both operands are what the bf16 dot product takes, pairs of bf16 in 32-bit lanes: the first [row][pair of k], the second [pair of k][column]. Included by gemm.h.
+// Both operands are what the bf16 dot product takes, pairs of bf16 in 32-bit lanes: the first [row][pair of k], the second [pair of k][column]. Included by gemm_tile.h.
 #pragma once
 #include <immintrin.h>
 

@@ -1,0 +1,165 @@
+// The register tile under every product, and the arithmetic that it is made of.
+//
+// The tile of 8 × 3 vectors (AVX-512: 24 sums, 3 of B, 1 of A) does 24 multiply-adds for 11 loads; with 16 registers it is 4 × 3, 12 for 7.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+#include "simd.h"
+
+namespace fastlm {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int TileRows = 8;  // 32 vector registers
+#else
+inline constexpr int TileRows = 4;  // 16
+#endif
+inline constexpr int TileVecs = 3;
+// Tiles that are done within a thousand cycles wait at their end for what is not in L1: the sums of earlier blocks and the lines that the epilogue writes are asked
+// for at their beginning. (With 32 registers, where a tile takes twice as long, fetching those lines made most products slower: docs/cpu.md.)
+inline constexpr bool SmallTiles = TileRows == 4;
+inline constexpr int64_t PanelRows = TileRows > vec::Lanes ? TileRows : vec::Lanes;  // rows of A packed together: whole registers, one tile or two
+
+// What one 32-bit lane of a packed panel holds, and how two panels are multiplied.
+struct by_fma {  // one fp32 value
+  static constexpr int64_t PerLane = 1;
+  static constexpr int64_t BlockDepth = 192;                // lanes of k per packed block: with three vectors of columns most of the L1 cache
+  static constexpr int64_t Rows = TileRows, DepthStep = 1;  // of the first operand, multiplied at once; lanes of k come in steps, zeros at their end
+  static constexpr bool RowsOnly = false;                   // whether the first operand may not be k-major
+  static constexpr bool Cheap = false;                      // whether products cost little beside what is done around them
+  struct session {};                                        // lives while a thread multiplies
+  static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return fma(a, b, sum); }
+  template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T*, Span span) { return vec::load(p, span); }
+  template <class T> static FASTLM_INLINE vec along_k(const T* p, int64_t count) {
+    return count >= vec::Lanes ? vec::load(p, full{}) : count > 0 ? vec::load(p, tail{size_t(count)}) : vec::zero();
+  }
+  static FASTLM_INLINE vec total(vec lane) { return lane; }
+};
+
+#if defined(__AVX512BF16__)
+struct by_dot {  // two bf16 values, consecutive in k
+  static constexpr int64_t PerLane = 2, BlockDepth = 192, Rows = TileRows, DepthStep = 1;
+  static constexpr bool RowsOnly = false, Cheap = false;
+  struct session {};
+  static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return dot_bf16(sum, a, b); }
+  template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T* next, Span span) {
+    return next ? interleave_pairs(p, next, span) : interleave_pairs(p, nullptr, span);
+  }
+  template <class T> static FASTLM_INLINE vec along_k(const T* p, int64_t count) { return count > 0 ? load_pairs(p, count) : vec::zero(); }
+  static FASTLM_INLINE vec join(vec value, vec next) { return make_pairs(value, next); }
+  static FASTLM_INLINE vec total(vec lane) { return from_bits(bits_of(lane) << 16) + from_bits(bits_of(lane) & uvec::all(0xffff0000u)); }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+}  // namespace fastlm
+#include "tiles_amx.h"
+namespace fastlm {
+template <class T> using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16>, by_tiles, by_fma>;
+#elif defined(__AVX512BF16__)
+template <class T> using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16>, by_dot, by_fma>;
+#else
+template <class T> using arithmetic_for = by_fma;
+#endif
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Lanes that k values take.
+template <class Arithmetic> inline int64_t packed_depth(int64_t k) { return ceil_div(k, Arithmetic::PerLane * Arithmetic::DepthStep) * Arithmetic::DepthStep; }
+
+// The longest chain of additions in one register, which is what bounds the rounding error: chains are summed from zero. Without a fused multiply-add every step
+// rounds twice, and a chain as long as elsewhere would lose what the others keep.
+inline constexpr int64_t Chain = FusesMultiplyAdd ? 192 : 8;
+
+// c (TileRows × Vecs·Lanes, rows c_stride apart) = a·b, or += where `accumulate`. a is packed (k-major, a_stride between successive k) or, with RowMajor, lies as rows a_stride apart.
+template <class Arithmetic, int Vecs, bool RowMajor = false>
+void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate,
+                   int64_t chain) {
+  if constexpr (!FusesMultiplyAdd) {  // the many short chains of a block are added to each other before they are to what was there
+    if (accumulate && depth > chain) {
+      constexpr int64_t Width = Vecs * vec::Lanes;
+      alignas(64) float block[TileRows * Width];
+      multiply_tile<Arithmetic, Vecs, RowMajor>(depth, a, a_stride, b, b_stride, block, Width, false, chain);
+      for (int64_t r = 0; r < TileRows; ++r)
+        sweep(Width, [=, &block](int64_t j, auto) {
+          (vec::load(c + r * c_stride + j, full{}) + vec::load(block + r * Width + j, full{})).store(c + r * c_stride + j, full{});
+        });
+      return;
+    }
+  }
+  if (SmallTiles && accumulate && c_stride == Vecs * vec::Lanes)
+    for (int i = 0; i < TileRows * Vecs * vec::Lanes; i += 16) __builtin_prefetch(c + i, 1, 3);
+  for (int64_t first = 0; first < depth; first += chain) {
+    vec sum[TileRows][Vecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < TileRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < Vecs; ++v) sum[r][v] = vec::zero();
+    for (int64_t d = std::min(chain, depth - first); d > 0; --d) {
+      vec bv[Vecs];
+#pragma GCC unroll 3
+      for (int v = 0; v < Vecs; ++v) bv[v] = vec::load(b + v * vec::Lanes, full{});
+#pragma GCC unroll 8
+      for (int r = 0; r < TileRows; ++r) {
+        vec av = vec::all(RowMajor ? a[r * a_stride] : a[r]);
+#pragma GCC unroll 3
+        for (int v = 0; v < Vecs; ++v) sum[r][v] = Arithmetic::multiply_add(sum[r][v], av, bv[v]);
+      }
+      a += RowMajor ? 1 : a_stride;
+      b += b_stride;
+    }
+    const bool add = accumulate || first > 0;
+#pragma GCC unroll 8
+    for (int r = 0; r < TileRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < Vecs; ++v) {
+        float* at = c + r * c_stride + v * vec::Lanes;
+        (add ? vec::load(at, full{}) + sum[r][v] : sum[r][v]).store(at, full{});
+      }
+  }
+}
+
+// body(std::integral_constant of the number of vectors that a tile is wide).
+template <class Body> FASTLM_INLINE void with_vecs(int64_t vecs, Body body) {
+  if (vecs == TileVecs) body(std::integral_constant<int, TileVecs>{});
+  else if (vecs == 2) body(std::integral_constant<int, 2>{});
+  else body(std::integral_constant<int, 1>{});
+}
+
+template <class Arithmetic, bool RowMajor = false>
+FASTLM_INLINE void multiply_tile(int64_t vecs, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                                 bool accumulate, int64_t chain = Chain) {
+#if defined(__AMX_BF16__)
+  if constexpr (Arithmetic::RowsOnly) {
+    static_assert(RowMajor);
+    switch (vecs) {
+      case 1: return multiply_tiles<1>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      case 2: return multiply_tiles<2>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      default: return multiply_tiles<3>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    }
+  } else
+#endif
+  {
+    switch (vecs) {
+      case 1: return multiply_tile<Arithmetic, 1, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, chain);
+      case 2: return multiply_tile<Arithmetic, 2, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, chain);
+      default: return multiply_tile<Arithmetic, 3, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, chain);
+    }
+  }
+}
+
+// Σ_d a[d]·b[d] in every lane, d counting vectors `stride` apart: the sums of multiply_tile, in its order.
+template <class Arithmetic> FASTLM_INLINE vec column_products(int64_t depth, const float* a, const float* b, int64_t stride, int64_t chain) {
+#if defined(__AMX_BF16__)
+  if constexpr (Arithmetic::RowsOnly) return tile_column_products(depth, a, b, stride);
+#endif
+  vec sum = vec::zero();
+  for (int64_t first = 0; first < depth; first += chain) {
+    vec part = vec::zero();
+    for (int64_t d = first; d < std::min(depth, first + chain); ++d)
+      part = Arithmetic::multiply_add(part, vec::load(a + d * stride, full{}), vec::load(b + d * stride, full{}));
+    sum = sum + part;
+  }
+  return sum;
+}
+
+}  // namespace fastlm
