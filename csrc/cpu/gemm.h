@@ -82,10 +82,24 @@ template <class T, class Write> struct writing : Write {
   T* out;
   int64_t stride;
   FASTLM_INLINE void prefetch(int64_t i, int64_t j) const {
-    for (int64_t ahead = 0; ahead < TileVecs * vec::Lanes; ahead += 64 / int64_t(sizeof(T))) __builtin_prefetch(out + i * stride + j + ahead, 1, 3);
+    if constexpr (SmallTiles)
+      for (int64_t ahead = 0; ahead < TileVecs * vec::Lanes; ahead += 64 / int64_t(sizeof(T))) __builtin_prefetch(out + i * stride + j + ahead, 1, 3);
   }
 };
 template <class T, class Write> writing<T, Write> writing_to(T* out, int64_t stride, Write write) { return {write, out, stride}; }
+
+// One that reads in[i·stride + j] as well, or nothing where that is null. No hardware foresees eight rows of a tile, and memory is far.
+template <class In, class T, class Write> struct updating : writing<T, Write> {
+  const In* in;
+  FASTLM_INLINE void prefetch(int64_t i, int64_t j) const {
+    if (in)
+      for (int64_t ahead = 0; ahead < TileVecs * vec::Lanes; ahead += 64 / int64_t(sizeof(In))) __builtin_prefetch(in + i * this->stride + j + ahead, 0, 3);
+    writing<T, Write>::prefetch(i, j);
+  }
+};
+template <class In, class T, class Write> updating<In, T, Write> updating_from(const In* in, T* out, int64_t stride, Write write) {
+  return {{write, out, stride}, in};
+}
 template <class T> FASTLM_INLINE auto store_to(T* out, int64_t stride) {
   return writing_to(out, stride, [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); });
 }
@@ -165,7 +179,7 @@ template <class Arithmetic, class T> struct right_side {
 
 // A tile's rows, `width` apart, to epilogue(i, j, value, span) from (row, column) on.
 template <class Epilogue>
-FASTLM_INLINE void finish(const float* tile, int64_t rows, int64_t columns, int64_t width, int64_t row, int64_t column, const Epilogue& epilogue) {
+FASTLM_INLINE void finish(const float* tile, int64_t rows, int64_t columns, int64_t width, int64_t row, int64_t column, Epilogue epilogue) {
   constexpr int64_t L = vec::Lanes, Whole = TileVecs * L;
   for (int64_t i = 0; i < rows; ++i)
     if (columns == Whole) {
@@ -220,7 +234,7 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
                 float* tile = at_once ? panel_sums : panel_sums + r * width;
                 next.fetch(lines);
                 if (p == 0) left.pack(r, block, index - group);
-                if constexpr (SmallTiles && requires { epilogue.prefetch(r, column); })
+                if constexpr (requires { epilogue.prefetch(r, column); })
                   if (index + 1 == blocks.count)
 #pragma GCC unroll 4
                     for (int64_t i = 0; i < TileRows; ++i) epilogue.prefetch(first_row + r + i, column);

@@ -159,25 +159,17 @@ void gemm_few_rows(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
 // A tile of a·b, both packed and k-major, `depth` ≤ FewDeep, from the registers to write(row, vector, value): as multiply_tile, in its order.
 template <class Arithmetic, int Vecs, class Write>
 FASTLM_INLINE void write_tile(int64_t depth, const float* a, const float* b, Write write) {
+  constexpr int64_t Width = Vecs * vec::Lanes;
   vec total[TileRows][Vecs];
-  int64_t first = 0;
-  do {
+  sum_chain<Arithmetic, false>(std::min(depth, Chain), a, PanelRows, b, Width, total);
+  for (int64_t first = Chain; FewDeep > Chain && first < depth; first += Chain) {
     vec sum[TileRows][Vecs];
+    sum_chain<Arithmetic, false>(std::min(depth - first, Chain), a + first * PanelRows, PanelRows, b + first * Width, Width, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < TileRows; ++r)
 #pragma GCC unroll 3
-      for (int v = 0; v < Vecs; ++v) sum[r][v] = vec::zero();
-    for (int64_t d = first; d < std::min(depth, first + Chain); ++d)
-#pragma GCC unroll 8
-      for (int r = 0; r < TileRows; ++r)
-#pragma GCC unroll 3
-        for (int v = 0; v < Vecs; ++v)
-          sum[r][v] = Arithmetic::multiply_add(sum[r][v], vec::all(a[d * PanelRows + r]), vec::load(b + (d * Vecs + v) * vec::Lanes, full{}));
-#pragma GCC unroll 8
-    for (int r = 0; r < TileRows; ++r)
-#pragma GCC unroll 3
-      for (int v = 0; v < Vecs; ++v) total[r][v] = FewDeep > Chain && first > 0 ? total[r][v] + sum[r][v] : sum[r][v];
-  } while ((first += Chain) < depth);
+      for (int v = 0; v < Vecs; ++v) total[r][v] = total[r][v] + sum[r][v];
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < TileRows; ++r)
 #pragma GCC unroll 3

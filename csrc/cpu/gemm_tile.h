@@ -70,49 +70,56 @@ template <class Arithmetic> inline int64_t packed_depth(int64_t k) { return ceil
 // rounds twice, and a chain as long as elsewhere would lose what the others keep.
 inline constexpr int64_t Chain = FusesMultiplyAdd ? 192 : 8;
 
-// c (TileRows × Vecs·Lanes, rows c_stride apart) = a·b, or += where `accumulate`. a is packed (k-major, a_stride between successive k) or, with RowMajor, lies as rows a_stride apart.
-template <class Arithmetic, int Vecs, bool RowMajor = false>
-void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate,
+// sum = a·b, one chain of `depth` multiply-adds each. a is packed (k-major, a_stride between successive k) or, with RowMajor, lies as rows a_stride apart.
+template <class Arithmetic, bool RowMajor, int Vecs>
+FASTLM_INLINE void sum_chain(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, vec (&sum)[TileRows][Vecs]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < TileRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < Vecs; ++v) sum[r][v] = vec::zero();
+  for (int64_t d = depth; d > 0; --d) {
+    vec bv[Vecs];
+#pragma GCC unroll 3
+    for (int v = 0; v < Vecs; ++v) bv[v] = vec::load(b + v * vec::Lanes, full{});
+#pragma GCC unroll 8
+    for (int r = 0; r < TileRows; ++r) {
+      vec av = vec::all(RowMajor ? a[r * a_stride] : a[r]);
+#pragma GCC unroll 3
+      for (int v = 0; v < Vecs; ++v) sum[r][v] = Arithmetic::multiply_add(sum[r][v], av, bv[v]);
+    }
+    a += RowMajor ? 1 : a_stride;
+    b += b_stride;
+  }
+}
+
+// c (TileRows × Vecs·Lanes, rows c_stride apart) = a·b, or += where `accumulate`. Where b and c are just as wide as the tile the strides are constants, `Stride` a
+// type: c's 24 addresses, made anew from a variable at the end of every tile, took 2–3 % of a product.
+template <class Arithmetic, int Vecs, bool RowMajor, class Stride>
+void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, Stride b_stride, float* c, Stride c_stride, bool accumulate,
                    int64_t chain) {
+  constexpr int64_t L = vec::Lanes;
   if constexpr (!FusesMultiplyAdd) {  // the many short chains of a block are added to each other before they are to what was there
     if (accumulate && depth > chain) {
-      constexpr int64_t Width = Vecs * vec::Lanes;
-      alignas(64) float block[TileRows * Width];
-      multiply_tile<Arithmetic, Vecs, RowMajor>(depth, a, a_stride, b, b_stride, block, Width, false, chain);
+      alignas(64) float block[TileRows * Vecs * L];
+      multiply_tile<Arithmetic, Vecs, RowMajor, int64_t>(depth, a, a_stride, b, b_stride, block, Vecs * L, false, chain);
       for (int64_t r = 0; r < TileRows; ++r)
-        sweep(Width, [=, &block](int64_t j, auto) {
-          (vec::load(c + r * c_stride + j, full{}) + vec::load(block + r * Width + j, full{})).store(c + r * c_stride + j, full{});
+        sweep(Vecs * L, [=, &block](int64_t j, auto) {
+          (vec::load(c + r * c_stride + j, full{}) + vec::load(block + r * Vecs * L + j, full{})).store(c + r * c_stride + j, full{});
         });
       return;
     }
   }
-  if (SmallTiles && accumulate && c_stride == Vecs * vec::Lanes)
-    for (int i = 0; i < TileRows * Vecs * vec::Lanes; i += 16) __builtin_prefetch(c + i, 1, 3);
+  if (SmallTiles && accumulate && c_stride == Vecs * L)
+    for (int i = 0; i < TileRows * Vecs * L; i += 16) __builtin_prefetch(c + i, 1, 3);
   for (int64_t first = 0; first < depth; first += chain) {
     vec sum[TileRows][Vecs];
-#pragma GCC unroll 8
-    for (int r = 0; r < TileRows; ++r)
-#pragma GCC unroll 3
-      for (int v = 0; v < Vecs; ++v) sum[r][v] = vec::zero();
-    for (int64_t d = std::min(chain, depth - first); d > 0; --d) {
-      vec bv[Vecs];
-#pragma GCC unroll 3
-      for (int v = 0; v < Vecs; ++v) bv[v] = vec::load(b + v * vec::Lanes, full{});
-#pragma GCC unroll 8
-      for (int r = 0; r < TileRows; ++r) {
-        vec av = vec::all(RowMajor ? a[r * a_stride] : a[r]);
-#pragma GCC unroll 3
-        for (int v = 0; v < Vecs; ++v) sum[r][v] = Arithmetic::multiply_add(sum[r][v], av, bv[v]);
-      }
-      a += RowMajor ? 1 : a_stride;
-      b += b_stride;
-    }
+    sum_chain<Arithmetic, RowMajor>(std::min(chain, depth - first), a + first * (RowMajor ? 1 : a_stride), a_stride, b + first * b_stride, b_stride, sum);
     const bool add = accumulate || first > 0;
 #pragma GCC unroll 8
     for (int r = 0; r < TileRows; ++r)
 #pragma GCC unroll 3
       for (int v = 0; v < Vecs; ++v) {
-        float* at = c + r * c_stride + v * vec::Lanes;
+        float* at = c + r * c_stride + v * L;
         (add ? vec::load(at, full{}) + sum[r][v] : sum[r][v]).store(at, full{});
       }
   }
@@ -131,20 +138,14 @@ FASTLM_INLINE void multiply_tile(int64_t vecs, int64_t depth, const float* a, in
 #if defined(__AMX_BF16__)
   if constexpr (Arithmetic::RowsOnly) {
     static_assert(RowMajor);
-    switch (vecs) {
-      case 1: return multiply_tiles<1>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-      case 2: return multiply_tiles<2>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-      default: return multiply_tiles<3>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-    }
+    with_vecs(vecs, [=](auto count) { multiply_tiles<count>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate); });
   } else
 #endif
-  {
-    switch (vecs) {
-      case 1: return multiply_tile<Arithmetic, 1, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, chain);
-      case 2: return multiply_tile<Arithmetic, 2, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, chain);
-      default: return multiply_tile<Arithmetic, 3, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, chain);
-    }
-  }
+    with_vecs(vecs, [=](auto count) {
+      constexpr std::integral_constant<int64_t, count * vec::Lanes> width;
+      if (b_stride == width && c_stride == width) multiply_tile<Arithmetic, count, RowMajor>(depth, a, a_stride, b, width, c, width, accumulate, chain);
+      else multiply_tile<Arithmetic, count, RowMajor>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate, chain);
+    });
 }
 
 // Σ_d a[d]·b[d] in every lane, d counting vectors `stride` apart: the sums of multiply_tile, in its order.

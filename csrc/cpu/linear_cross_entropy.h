@@ -112,8 +112,8 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
         if (ends) value.store(dw + at, span);
         else value.store(dw_sum + at, span);
       };
-      multiply_transposed<arithmetic>(vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads, writing_to(dw, width, write),
-                                      dbias_sum.get(), nullptr);
+      multiply_transposed<arithmetic>(vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads,
+                                      updating_from(starts ? nullptr : static_cast<const float*>(dw_sum), dw, width, write), dbias_sum.get(), nullptr);
     } else if (out.dbias) {
       buffer chunk = make_buffer(vocab);
       column_sums(static_cast<const float*>(logits), vocab, chunk.get(), count, vocab, threads);
