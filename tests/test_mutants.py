@@ -213,6 +213,7 @@ CPP = [
         Mutant(SKINNY, "from_bits(pair & uvec::all(0xffff0000u))", "from_bits(pair << 16)", "ops/test_linear.py few_rows_are and bfloat16 and 7-65-63"),
         Mutant(SKINNY, "if (a_sums && first == 0)", "if (a_sums)", "ops/test_linear.py few_rows_are and float32"),
         Mutant(PACK, "all = all + run;", "all = run;", "ops/test_linear.py float64"),
+        Mutant("csrc/cpu/streaming.h", "source + i, size_t(bytes - i)", "source + i, 0", "ops/test_layernorm_residual.py no_cache_holds"),
     ],
     [
         Mutant(GEMM, "left.padded() * (right.first(p) - (all_panels ? 0 : right.first(p0)))", "0", "ops/test_linear.py float64"),

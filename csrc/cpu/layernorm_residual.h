@@ -7,6 +7,7 @@
 #include <cmath>
 #include "philox.h"
 #include "simd.h"
+#include "streaming.h"
 #include "threads.h"
 
 namespace fastlm {
@@ -25,14 +26,17 @@ inline void keep_row(const dropout& drop, int64_t row, int64_t width, float* fac
 template <class T, class R>
 void layernorm_residual_forward(const T* x, int64_t x_stride, const R* residual, int64_t residual_stride, const float* weight, const float* bias, T* y,
                                 R* summed, float* mean, float* rstd, layernorm_size size, float eps, dropout drop, int threads) {
-  const int64_t width = size.width;
-  parallel_for(size.rows, parts_for(size.rows, width * (2 * sizeof(T) + 2 * sizeof(R))), threads, [=](int64_t begin, int64_t end, int64_t) {
-    float* s = scratch(2 * padded_width(width));
-    float* factors = s + padded_width(width);
+  const int64_t width = size.width, padded = padded_width(width), touched = width * int64_t(2 * sizeof(T) + 2 * sizeof(R));
+  const bool stream = past_cache(size.rows * touched);
+  parallel_for(size.rows, parts_for(size.rows, touched), threads, [=](int64_t begin, int64_t end, int64_t) {
+    float* s = scratch((stream ? 4 : 2) * padded);
+    float* factors = s + padded;
+    T* streamed_y = reinterpret_cast<T*>(factors + padded);
+    R* streamed_sum = reinterpret_cast<R*>(factors + 2 * padded);
     for (int64_t row = begin; row < end; ++row) {
       const T* xr = x + row * x_stride;
       const R* rr = residual ? residual + row * residual_stride : nullptr;
-      R* sr = summed ? summed + row * width : nullptr;
+      R* sr = summed ? stream ? streamed_sum : summed + row * width : nullptr;
       if (drop.active()) keep_row(drop, row, width, factors);
       const float total = sum_over(width, [=](int64_t i, auto span) {
         vec v = vec::load(xr + i, span);
@@ -54,12 +58,15 @@ void layernorm_residual_forward(const T* x, int64_t x_stride, const R* residual,
       mean[row] = total / float(width);
       rstd[row] = 1.0f / std::sqrt(squares / float(width) + eps);
       const vec scale = vec::all(rstd[row]);
-      T* yr = y + row * width;
+      T* yr = stream ? streamed_y : y + row * width;
       sweep(width, [=](int64_t i, auto span) {
         vec normal = (vec::load(s + i, span) - center) * scale * vec::load(weight + i, span);
         (bias ? normal + vec::load(bias + i, span) : normal).store(yr + i, span);
       });
+      if (stream) stream_row(yr, width, y + row * width);
+      if (stream && sr) stream_row(sr, width, summed + row * width);
     }
+    if (stream) end_streaming();
   });
 }
 
@@ -75,20 +82,23 @@ template <class T, class R>
 void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsummed, int64_t dsummed_stride, const R* summed, int64_t summed_stride,
                                  const float* weight, const float* mean, const float* rstd, layernorm_gradients<T, R> out, layernorm_size size, dropout drop,
                                  int threads) {
-  const int64_t width = size.width, parts = parts_for(size.rows, width * (2 * sizeof(T) + 3 * sizeof(R))), padded = padded_width(width);
-  const bool sums = out.dweight || out.dbias;
+  const int64_t width = size.width, padded = padded_width(width), touched = width * int64_t(2 * sizeof(T) + 3 * sizeof(R));
+  const int64_t parts = parts_for(size.rows, touched);
+  const bool sums = out.dweight || out.dbias, stream = past_cache(size.rows * touched);
   buffer partials = make_buffer(sums ? parts * 2 * padded : 0);
   float* partial = partials.get();
   parallel_for(size.rows, parts, threads, [=](int64_t begin, int64_t end, int64_t part) {
-    float* factors = scratch(padded);
+    float* factors = scratch((stream ? 3 : 1) * padded);
+    T* streamed_dx = reinterpret_cast<T*>(factors + padded);
+    R* streamed_dresidual = reinterpret_cast<R*>(factors + 2 * padded);
     float *dw = sums ? partial + part * 2 * padded : nullptr, *db = sums ? dw + padded : nullptr;
     if (sums) std::fill_n(dw, 2 * padded, 0.0f);
     for (int64_t row = begin; row < end; ++row) {
       const R* sr = summed + row * summed_stride;
       const R* dsr = dsummed ? dsummed + row * dsummed_stride : nullptr;
       const T* dyr = dy ? dy + row * dy_stride : nullptr;
-      T* dxr = out.dx ? out.dx + row * width : nullptr;
-      R* drr = out.dresidual ? out.dresidual + row * width : nullptr;
+      T* dxr = out.dx ? stream ? streamed_dx : out.dx + row * width : nullptr;
+      R* drr = out.dresidual ? stream ? streamed_dresidual : out.dresidual + row * width : nullptr;
       const vec center = vec::all(mean[row]), scale = vec::all(rstd[row]);
       float average = 0, correlation = 0;
       if (dyr) {
@@ -114,7 +124,10 @@ void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsumme
         if (drr) ds.store(drr + i, span);
         if (dxr) (drop.active() ? ds * vec::load(factors + i, span) : ds).store(dxr + i, span);
       });
+      if (stream && dxr) stream_row(dxr, width, out.dx + row * width);
+      if (stream && drr) stream_row(drr, width, out.dresidual + row * width);
     }
+    if (stream) end_streaming();
   });
   auto reduce = [=](const float* from, float* to) {
     if (!to) return;

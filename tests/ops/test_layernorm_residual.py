@@ -1,9 +1,11 @@
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastlm
-from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_every_backend
+from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend
 
 SHAPES = [(1, 2), (3, 7), (2, 5, 768), (1, 1023), (0, 64), (300, 500), (33,), (40, 1), (5, 17)]
 
@@ -176,3 +178,26 @@ def call(**changed):
 def test_errors_say_which_and_why(changed, message):
     with pytest.raises(ValueError, match=message):
         call(**changed)
+
+
+@on_backends("cpu")
+@pytest.mark.parametrize("width", [1021, 768], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_results_that_no_cache_holds_have_the_bits_of_those_that_one_does(dtype, width, backend):
+    """The former are written past the caches: rows that begin and end amid cache lines (1021), and rows of whole lines."""
+    cache = max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 0) if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
+    rows = (cache or 32 << 20) // (width * dtype.itemsize) + 100  # as many bytes in each of the four tensors, and a few more
+
+    def results(some):
+        x, residual, dy, ds = (t[some].detach().requires_grad_() for t in (whole, whole.flip(1), whole * 2, whole + 1))
+        torch.manual_seed(3)  # of the dropout's mask
+        y, s = fastlm.layernorm_residual(x, residual, weight, bias, dropout_p=0.1, backend=backend)
+        return y.detach(), s.detach(), *torch.autograd.grad((y, s), (x, residual), (dy.detach(), ds.detach()))
+
+    whole = floats(512, width).to(dtype).repeat(rows // 512 + 1, 1)[:rows]
+    weight, bias = floats(width).to(dtype), floats(1, width)[0].to(dtype)
+    past, few = results(slice(None)), results(slice(0, 700))
+    assert_same_bits([result[:700] for result in past], few)
+    last = slice(rows - 700, rows)  # without dropout, whose mask is another there
+    past, few = (fastlm.layernorm_residual(whole[some], whole[some], weight, backend=backend)[0] for some in (slice(None), last))
+    assert torch.equal(past[last], few)
