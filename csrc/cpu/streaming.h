@@ -13,18 +13,24 @@
 
 namespace fastlm {
 
-// Whether an operator that touches so many bytes, each once, leaves nothing of its results in the last cache. From four times its size on it paid (docs/cpu.md).
-// Where the system does not tell the size, that of a small server's.
+#ifdef __SSE2__
+inline constexpr bool CanStream = true;
+#else
+inline constexpr bool CanStream = false;
+#endif
+
+// Whether to stream the results of an operator that touches so many bytes, each once: from four times the last cache on it paid (docs/cpu.md). Where the system
+// does not tell its size, that of a small server's.
 inline bool past_cache(int64_t bytes) {
   int64_t size = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
   static const int64_t reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
   size = reported;
 #endif
-  return bytes > 4 * (size > 0 ? size : 32 << 20);
+  return CanStream && bytes > 4 * (size > 0 ? size : 32 << 20);
 }
 
-// Copies a row that was just made and is in L1. Whole lines go to memory as they are, where that is known how; others as ever. end_streaming() before others read.
+// Copies a row that was just made and is in L1, whole lines of the target past the caches. end_streaming() before others read it.
 template <class T> void stream_row(const T* from, int64_t count, T* to) {
   const char* source = reinterpret_cast<const char*>(from);
   char* target = reinterpret_cast<char*>(to);
