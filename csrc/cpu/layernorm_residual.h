@@ -2,7 +2,7 @@
 //
 // Memory bound: forward reads x and residual and writes y and s, 4·rows·width elements; backward reads dy, ds and s and writes dresidual (and dx where dropout or
 // the dtype makes it another tensor), 4 to 5. About 15 FLOP an element. A row is brought into the L1 cache once and its passes (sum, squares, result) run there;
-// variance is two-pass. s is normalised as stored, that is rounded to residual's dtype.
+// variance is two-pass. Results that no cache can hold go past it (streaming.h). s is normalised as stored, that is rounded to residual's dtype.
 #pragma once
 #include <cmath>
 #include "philox.h"

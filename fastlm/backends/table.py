@@ -39,7 +39,7 @@ MEASURED: dict[str, tuple[Rule, ...]] = {
         Rule("linear_cross_entropy", "bfloat16"),  # with gradients PyTorch is 4–9 % faster, without 5 % slower
         Rule("attention", "float32", {"query_len": (None, 1)}),
     ),
-    "zen5": (),  # two cores, PyTorch 2.13: both directions together, no operator of any number of rows was slower
+    "zen5": (),  # two cores, PyTorch 2.13: both directions together, no operator was slower at any size that `fastlm bench` has
 }
 
 # A CPU with AMX that has no rows of its own, from two cores of such a Xeon, PyTorch 2.13. Its bf16 products are as fast as ours in themselves: where ours win
