@@ -48,7 +48,7 @@ def survives(folder: Path, mutant: Mutant, **environment: str) -> str:
     file, _, selected = mutant.tests.partition(" ")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "--durations=0", "-p", "no:cacheprovider", "-o", f"pythonpath={folder} {ROOT}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "FASTLM_TEST_PACKAGE": str(folder)} | environment
-    done = subprocess.run([*command, f"tests/{file}", "-k", selected], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, f"tests/{file}", "-k", selected], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode == 1 and "1 failed" in done.stdout and "error" not in done.stdout.splitlines()[-1]:
         return ""
     return f"{mutant}\npytest ended with {done.returncode} (1 = a test failed):\n{done.stdout[-1500:]}{done.stderr[-500:]}"
