@@ -7,7 +7,7 @@ import torch
 
 from fastlm import allocator
 from fastlm._version import __version__
-from fastlm.backends import choice, cuda, isa, layout
+from fastlm.backends import choice, cuda, isa, layout, table
 
 
 @dataclasses.dataclass
@@ -19,6 +19,8 @@ class Info:
     cpu: str  # the processor's own name for itself
     isa: str | None  # of the module in use
     isas: list[str]  # that this machine can run, the widest first
+    bfloat16: str  # by what arithmetic the module multiplies it
+    table: str  # which operators go to PyTorch's own on this CPU
     threads: int
     openmp: bool  # whether the extension was built with it
     backends: dict[str, list[str]]  # name → why it serves nothing here; empty = it can serve
@@ -32,7 +34,8 @@ class Info:
         lines = [
             f"fastlm {self.version}, PyTorch {self.torch_version}",
             f"CPU: {self.cpu or 'unknown'}; can run {', '.join(self.isas) or 'no module that was built'}",
-            f"compiled module: {self.isa}, {self.threads_in_words()}" if self.isa else f"compiled module: none ({self.build})",
+            f"compiled module: {self.isa}, {self.threads_in_words()}, bfloat16 by {self.bfloat16}" if self.isa else f"compiled module: none ({self.build})",
+            *([f"table: {self.table}"] if self.isa else []),
             f"CUDA module: {self.cuda}",
             f"allocator: {self.allocator}",
             "backends:",
@@ -58,6 +61,8 @@ def info() -> Info:
         cpu=features.brand() if features else platform.processor(),
         isa=isa.name,
         isas=isa.usable(),
+        bfloat16=isa.BFLOAT16.get(isa.name or "", "multiply-adds in float32"),
+        table=table.in_words(),
         threads=torch.get_num_threads(),
         openmp=isa.report().get("openmp", False),
         backends={name: choice.unavailable(name) for name in choice.NAMES},

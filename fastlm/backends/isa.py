@@ -9,6 +9,10 @@ from types import ModuleType
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
 
 
+# How a module multiplies bfloat16 numbers; the others widen them to float32 as they pack them.
+BFLOAT16 = {"amx": "tiles (AMX)", "avx512_bf16": "dot products (AVX-512 BF16)"}
+
+
 def report() -> dict:
     """What setup.py says about the build: its modules, whether with OpenMP, the compiler, and the reason if there is no module."""
     written = pathlib.Path(__file__).parent.parent / "_build.json"

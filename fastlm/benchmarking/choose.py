@@ -83,7 +83,7 @@ def remember(found: list[table.Rule]) -> None:
     except (OSError, ValueError):
         kept = {}
     kept = kept if isinstance(kept, dict) else {}
-    kept[table.microarchitecture()] = [dataclasses.asdict(rule) for rule in found]
+    kept[table.cpu()] = [dataclasses.asdict(rule) for rule in found]
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
     beside.write_text(json.dumps(kept, indent=1) + "\n")

@@ -160,18 +160,39 @@ def test_the_table_puts_pytorch_first_where_it_is_faster(monkeypatch):
 
 def test_the_users_own_table_replaces_ours(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(table, "microarchitecture", lambda: "zen9")
-    monkeypatch.setitem(table.MEASURED, "zen9", (table.Rule("linear", "float32"),))
+    monkeypatch.setattr(table, "cpu", lambda: "zen9/avx512")
+    monkeypatch.setitem(table.MEASURED, "zen9/avx512", (table.Rule("linear", "float32"),))
     read = RULES
     assert read() == (table.Rule("linear", "float32"),)
     table.user_table().parent.mkdir()
-    table.user_table().write_text('{"zen9": [{"operator": "attention", "dtype": "bfloat16", "where": {"query_len": [1, 1], "key_len": [null, 64]}}]}')
+    table.user_table().write_text('{"zen9/avx512": [{"operator": "attention", "dtype": "bfloat16", "where": {"query_len": [1, 1], "key_len": [null, 64]}}]}')
     (rule,) = read()
     assert rule.holds("attention", "bfloat16", {"query_len": 1, "key_len": 64})
     assert not rule.holds("attention", "bfloat16", {"query_len": 2, "key_len": 64})
     assert not rule.holds("attention", "float32", {"query_len": 1, "key_len": 64})
     table.user_table().write_text("{}")
     assert read() == (table.Rule("linear", "float32"),)
+
+
+def test_a_cpu_that_hides_instructions_has_rows_of_its_own(monkeypatch):
+    """PyTorch's bfloat16 products are slow without the instructions that its rows were measured with."""
+
+    class Zen4:
+        microarchitecture, has_amx = staticmethod(lambda: "zen4"), staticmethod(lambda: False)
+
+    monkeypatch.setattr(table.isa, "features", lambda: Zen4)
+    for usable, rows in ((["avx512_bf16", "avx512", "avx2", "baseline"], True), (["avx2", "baseline"], False)):
+        monkeypatch.setattr(table.isa, "usable", lambda usable=usable: usable)
+        assert any(rule.holds("linear", "bfloat16", {"rows": 1024}) for rule in table.shipped()) is rows
+
+
+def test_the_rows_in_words(monkeypatch):
+    monkeypatch.setattr(table, "cpu", lambda: "zen9/avx512")
+    monkeypatch.setattr(table, "rules", lambda: ())
+    assert table.in_words() == "zen9/avx512: fastlm's kernels serve whatever they can"
+    rows = (table.Rule("linear", "bfloat16"), table.Rule("gelu_mlp", "float32", {"rows": (2, 40), "in_width": (512, None), "conv1d": (1, 1)}))
+    monkeypatch.setattr(table, "rules", lambda: rows)
+    assert table.in_words() == "zen9/avx512: PyTorch serves linear in bfloat16; gelu_mlp in float32 (2 ≤ rows ≤ 40, 512 ≤ in_width, conv1d)"
 
 
 def test_a_table_that_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -104,7 +104,8 @@ def test_without_a_report_the_reason_is_that_it_was_not_built(bare):
 def test_a_module_that_does_not_load_is_named(bare):
     """Built for another Python, say: the reason is the loader's."""
     (bare / "fastlm" / "_cpu_features.py").write_text(
-        "def isas():\n    return ['avx2', 'baseline']\n\n\ndef vendor():\n    return ''\n\n\ndef brand():\n    return 'Some CPU'\n"
+        "def isas():\n    return ['avx2', 'baseline']\n\n\ndef vendor():\n    return ''\n\n\n"
+        "brand = microarchitecture = vendor\n\n\ndef has_amx():\n    return False\n"
     )
     (bare / "fastlm" / f"_cpu_avx2{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
     done = run("import fastlm; print(fastlm.info().build)", bare)
