@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlm
+from fastlm.benchmarking import accuracy
 from fastlm.benchmarking.compare import DTYPES, Row
 from fastlm.benchmarking.machine import threads
 from fastlm.benchmarking.measure import Timer, timed
@@ -180,12 +181,7 @@ def error_over_theirs(case: str, dtype: str, number_of_threads: int, subject: di
     """
     with threads(number_of_threads):
         true, theirs, ours = encoded(dtype, **subject) if case == "encoding" else stepped(case, dtype, **subject)
-    own, other = (statistics.geometric_mean(max(rms(found[name] - true[name]) / rms(true[name]), 1e-12) for name in true) for found in (ours, theirs))
-    return own / other
-
-
-def rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
+    return accuracy.error_over_theirs(*([found[name] for name in true] for found in (true, theirs, ours)))
 
 
 def encoded(dtype: str, checkpoint: str) -> Iterator[dict[str, Tensor]]:
@@ -256,9 +252,7 @@ def compare_accelerated(
     """
     subject = subject_of(case, checkpoint, sizes)
     shape, tokens = shape_and_tokens(case, subject)
-    error = error_over_theirs(case, dtype, number_of_threads, subject)
-    if not error <= 2:
-        raise ArithmeticError(f"{case} in {dtype}: {error:.2f} times PyTorch's own error, more than twice")
+    error = accuracy.checked(error_over_theirs(case, dtype, number_of_threads, subject), f"{case} in {dtype}")
     common = {"dtype": dtype, "number_of_threads": number_of_threads} | subject
     taken, last = contest(f"accelerated.{case}_timer", common, compiled=compiled, rounds=rounds, budget=budget)
     direction, said = "encode" if case == "encoding" else "step", last["fastlm"]

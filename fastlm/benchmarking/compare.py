@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastlm.backends import choice
+from fastlm.benchmarking import accuracy
 from fastlm.benchmarking.machine import Work, threads
 from fastlm.benchmarking.measure import Ratio, in_turn, timed
 from fastlm.benchmarking.operators import Case, Function
@@ -72,13 +73,22 @@ def compare(case: Case, number_of_threads: int, direction: str, *, compiled: boo
         timers = {name: case.timer(function, direction) for name, function in contestants(case, compiled=compiled).items()}
         backend = served_by(timers["fastlm"])
         taken = in_turn({**timers, "machine": timed(probe.call)}, rounds, budget=budget, least=2e-3)
-        held = {name: bytes_held(timers[name]) for name in ("fastlm", "eager") if direction == "forward+backward"}
+        both = direction == "forward+backward"
+        held = {name: bytes_held(timers[name]) for name in ("fastlm", "eager") if both}
+        error = error_of(case) if both and not case.random else None
     ours, own = taken.pop("fastlm"), taken.pop("machine")
     return Row(
         case.operator, case.shape, str(dtype).removeprefix("torch."), number_of_threads, direction, backend, statistics.median(ours),
         {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), held.get(name)) for name, theirs in taken.items()},
-        share=probe.share(amount, ours, own), bound=bound, work=work, bytes_held=held.get("fastlm"),
+        share=probe.share(amount, ours, own), bound=bound, work=work, bytes_held=held.get("fastlm"), error=error,
     )  # fmt: skip
+
+
+def error_of(case: Case) -> float:
+    """Of the results and all gradients, at the very sizes that are timed."""
+    true = case.results(case.eager, torch.float64)
+    error = accuracy.error_over_theirs(true, case.results(case.eager), case.results(case.ours))
+    return accuracy.checked(error, f"{case.operator} of {case.shape} in {str(case.inputs[0].dtype).removeprefix('torch.')}")
 
 
 def bytes_held(call) -> int:

@@ -34,6 +34,7 @@ class Case:
     upstream: Sequence[Tensor]  # the gradients of the results
     forward: Work
     backward: Work
+    random: bool = False  # the results of two calls differ
 
     def least(self, direction: str) -> Work:
         return {"forward": self.forward, "backward": self.backward, "forward+backward": self.forward + self.backward}[direction]
@@ -62,6 +63,13 @@ class Case:
             return None
 
         return {"forward": (nothing, forward), "backward": (graph, backward), "forward+backward": (nothing, lambda _: backward(graph()))}[direction]
+
+    def results(self, function: Function, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """What the function returns, and the gradients of `inputs`; computed in dtype, from the same numbers."""
+        leaves = [x.to(dtype or x.dtype).detach().requires_grad_() for x in self.inputs]
+        results = function(*leaves)
+        results = results if isinstance(results, tuple) else (results,)
+        return (*(r.detach() for r in results), *torch.autograd.grad(results, leaves, [u.to(r.dtype) for u, r in zip(self.upstream, results, strict=True)]))
 
     def timer(self, function: Function, direction: str) -> Timer:
         prepare, work = self.parts(function, direction)
@@ -92,7 +100,7 @@ def attention(
         ours=functools.partial(fastlm.attention, causal=True, dropout_p=dropout_p),
         eager=functools.partial(F.scaled_dot_product_attention, is_causal=True, dropout_p=dropout_p),
         inputs=packed.unbind(0), upstream=[normal(batch, rows, heads, width // heads, dtype=dtype).transpose(1, 2)],
-        forward=Work(flops, 4 * size), backward=Work(5 * flops / 2, 8 * size),
+        forward=Work(flops, 4 * size), backward=Work(5 * flops / 2, 8 * size), random=dropout_p > 0,
     )  # fmt: skip
 
 
@@ -140,23 +148,40 @@ def layernorm_residual(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH,
     )  # fmt: skip
 
 
-def gelu_mlp(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
+def stored(width: int, out: int, dtype: torch.dtype, layout: str) -> Tensor:
+    return normal(*((width, out) if layout == "conv1d" else (out, width)), dtype=dtype, scale=0.02)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor, layout: str) -> Tensor:
+    return torch.addmm(bias, x, weight) if layout == "conv1d" else F.linear(x, weight, bias)
+
+
+def gelu_mlp(
+    dtype: torch.dtype,
+    rows: int = ROWS,
+    width: int = WIDTH,
+    heads: int = HEADS,
+    vocabulary: int = VOCABULARY,
+    *,
+    approximate: str = "tanh",
+    layout: str = "conv1d",
+) -> Case:
     """As in GPT-2: the tanh GELU, weights stored (in, out), everything that backward wants saved."""
     hidden = 4 * width
 
     def ours(x, w1, b1, w2, b2):
-        return fastlm.gelu_mlp(x, w1, b1, w2, b2, approximate="tanh", layout="conv1d", recompute=0)
+        return fastlm.gelu_mlp(x, w1, b1, w2, b2, approximate=approximate, layout=layout, recompute=0)
 
     def eager(x, w1, b1, w2, b2):
-        return torch.addmm(b2, F.gelu(torch.addmm(b1, x, w1), approximate="tanh"), w2)
+        return product(F.gelu(product(x, w1, b1, layout), approximate=approximate), w2, b2, layout)
 
     # Two products, in backward two for each of them. The hidden values stay in the cache at best; backward reads both sides of the GELU.
     flops, weights = 2 * 2 * rows * width * hidden, 2 * width * hidden
     return Case(
-        "gelu_mlp", f"{rows} × {width} → {hidden} → {width}", ours=ours, eager=eager,
+        "gelu_mlp", f"{rows} × {width} → {hidden} → {width}{of_linear(layout)}", ours=ours, eager=eager,
         inputs=[
-            normal(rows, width, dtype=dtype), normal(width, hidden, dtype=dtype, scale=0.02), normal(hidden, dtype=dtype),
-            normal(hidden, width, dtype=dtype, scale=0.02), normal(width, dtype=dtype),
+            normal(rows, width, dtype=dtype), stored(width, hidden, dtype, layout), normal(hidden, dtype=dtype),
+            stored(hidden, width, dtype, layout), normal(width, dtype=dtype),
         ],
         upstream=[normal(rows, width, dtype=dtype)],
         forward=Work(flops, (weights + 2 * rows * width) * dtype.itemsize),
@@ -164,16 +189,29 @@ def gelu_mlp(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: in
     )  # fmt: skip
 
 
-def linear(dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH, heads: int = HEADS, vocabulary: int = VOCABULARY) -> Case:
-    """GPT-2's projection before attention, weights stored (in, out)."""
-    out = 3 * width
+def of_linear(layout: str) -> str:
+    return ", weights as nn.Linear stores them" * (layout == "linear")
+
+
+def linear(
+    dtype: torch.dtype,
+    rows: int = ROWS,
+    width: int = WIDTH,
+    heads: int = HEADS,
+    vocabulary: int = VOCABULARY,
+    *,
+    out: int | None = None,
+    layout: str = "conv1d",
+) -> Case:
+    """GPT-2's projection before attention unless `out` says otherwise, weights stored (in, out)."""
+    out = out or 3 * width
     # One product, in backward two. Forward reads x and the weight and writes the result; backward reads these and the gradient and writes two gradients.
     flops, forward = 2 * rows * width * out, rows * width + width * out + rows * out
     return Case(
-        "linear", f"{rows} × {width} → {out}",
-        ours=lambda x, weight, bias: fastlm.linear(x, weight, bias, layout="conv1d"),
-        eager=lambda x, weight, bias: torch.addmm(bias, x, weight),
-        inputs=[normal(rows, width, dtype=dtype), normal(width, out, dtype=dtype, scale=0.02), normal(out, dtype=dtype)],
+        "linear", f"{rows} × {width} → {out}{of_linear(layout)}",
+        ours=lambda x, weight, bias: fastlm.linear(x, weight, bias, layout=layout),
+        eager=lambda x, weight, bias: product(x, weight, bias, layout),
+        inputs=[normal(rows, width, dtype=dtype), stored(width, out, dtype, layout), normal(out, dtype=dtype)],
         upstream=[normal(rows, out, dtype=dtype)],
         forward=Work(flops, forward * dtype.itemsize), backward=Work(2 * flops, (forward + rows * width + width * out) * dtype.itemsize),
     )  # fmt: skip
@@ -226,6 +264,11 @@ OTHERS = {
     "attention_2048_tokens": at(attention, rows=2048),
     "attention_dropout": at(attention, rows=512, batch=2, dropout_p=0.1),
     "layernorm_residual_16384_rows": at(layernorm_residual, rows=16384),
+    "gelu_mlp_bert": at(gelu_mlp, approximate="none", layout="linear"),
+    "linear_bert": at(linear, layout="linear"),
+    "linear_up": at(linear, out=4 * WIDTH),
+    "linear_down": at(linear, width=4 * WIDTH, out=WIDTH),
+    "linear_vocabulary": at(linear, out=VOCABULARY),
     **{f"linear_{rows}_row{'s' * (rows > 1)}": at(few_rows, rows=rows) for rows in (1, 4, 16, 64)},
 }
 

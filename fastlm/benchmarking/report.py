@@ -93,15 +93,16 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
     """Operators with a column per direction, then whole steps and generations with one per rival."""
     lines = [
         f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}. "
-        "How many times as fast as PyTorch: median [quartiles] of pairs timed in turn; so is what a share of the peak is of, multiply-adds or reading.",
+        "How many times as fast as PyTorch: median [quartiles] of pairs timed in turn; so is what a share of the peak is of, multiply-adds or reading. "
+        "Memory that a call holds at most, and error against float64: over PyTorch's own.",
         "",
         *[f"- {line}" for line in peaks_in_words(described)],
         "",
     ]
     operators = [row for row in rows if row.tokens is None]
     if operators:
-        lines += ["| operator | dtype | threads | forward | backward | forward + backward | of peak, forward / backward | served by |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += ["| operator | dtype | threads | forward | backward | forward + backward | of peak, forward / backward | memory | error | served by |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     groups: dict[tuple, dict[str, Row]] = {}
     for row in operators:
         groups.setdefault((row.operator, row.dtype, row.threads), {})[row.direction] = row
@@ -109,8 +110,11 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
         by = by | {"forward+backward": by["step"]} if "step" in by else by  # an optimiser has but one figure
         cells = [against_best(by[d]) if d in by else "–" for d in DIRECTIONS]
         shares = f"{by['step'].share:.0%}" if "step" in by else " / ".join(f"{by[d].share:.0%}" if d in by else "–" for d in DIRECTIONS[:2])
+        whole = by.get("forward+backward")
+        memory = f"{whole.bytes_held / whole.rivals['eager'].bytes:.2f}" if whole and whole.bytes_held and whole.rivals["eager"].bytes else "–"
+        error = f"{whole.error:.2f}" if whole and whole.error is not None else "–"
         served = ", ".join(sorted({row.backend for row in by.values()}))
-        lines.append(f"| `{operator}` | {dtype} | {threads} | {' | '.join(cells)} | {shares} | {served} |")
+        lines.append(f"| `{operator}` | {dtype} | {threads} | {' | '.join(cells)} | {shares} | {memory} | {error} | {served} |")
     for kind, shape in dict.fromkeys((row.operator, row.shape) for row in rows if row.tokens is not None):
         some = [row for row in rows if (row.operator, row.shape) == (kind, shape)]
         names = list(dict.fromkeys(name for row in some for name in row.rivals))

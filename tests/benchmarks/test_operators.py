@@ -12,17 +12,10 @@ SMALL = {"rows": 48, "width": 64, "heads": 4, "vocabulary": 90}
 ALL = CASES | OTHERS
 
 
-def results_and_gradients(case, function):
-    leaves = [x.detach().requires_grad_() for x in case.inputs]
-    results = function(*leaves)
-    results = results if isinstance(results, tuple) else (results,)
-    return (*results, *torch.autograd.grad(results, leaves, [u.to(r.dtype) for u, r in zip(case.upstream, results, strict=True)]))
-
-
 @pytest.mark.parametrize("operator", sorted({*ALL} - {"attention_dropout", "layernorm_residual_16384_rows"}))  # which is random, and whose sums are longer
 def test_the_rival_computes_the_same(operator):
     case = ALL[operator](torch.float32, **SMALL)
-    for ours, theirs in zip(results_and_gradients(case, case.ours), results_and_gradients(case, case.eager), strict=True):
+    for ours, theirs in zip(case.results(case.ours), case.results(case.eager), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # float32, the same sums of up to 256 terms of size 1 in another order
 
 
@@ -37,7 +30,7 @@ def test_the_rival_drops_as_often():
 def test_flops_of_the_products_are_those_that_pytorch_counts(operator):
     case = ALL[operator](torch.float32, **SMALL)
     with FlopCounterMode(display=False) as both:
-        results_and_gradients(case, case.eager)
+        case.results(case.eager)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         case.eager(*case.inputs)
     assert case.least("forward").flops == forward.get_total_flops()
@@ -57,7 +50,7 @@ def test_flops_of_packed_attention_are_those_of_each_sequence():
     assert operators.uneven(1024) == [256, 32, 64, 96, 128, 128, 128, 192] and sum(operators.uneven(48)) == 48
     case = CASES["attention_varlen"](torch.float32, **SMALL)
     with FlopCounterMode(display=False) as both:
-        results_and_gradients(case, case.ours)
+        case.results(case.ours)
     assert case.least("forward+backward").flops == both.get_total_flops()
 
 
@@ -85,6 +78,14 @@ def test_a_row_of_the_table(dtype, monkeypatch):
     assert row.share == pytest.approx(row.work.bytes / 1e9 / row.seconds)
     size = 48 * 192 * compare.DTYPES[dtype].itemsize  # the result, at least, was held
     assert size <= row.bytes_held and size <= row.rivals["eager"].bytes
+    assert 0 < row.error <= 2
+
+
+def test_what_is_timed_must_be_right():
+    case = CASES["linear"](torch.float32, **SMALL)
+    case.ours = lambda x, weight, bias: 1.0001 * case.eager(x, weight, bias)
+    with pytest.raises(ArithmeticError, match=r"linear of 48 × 64 → 192 in float32: \d+\.\d\d times PyTorch's own error, more than twice"):
+        compare.compare(case, 1, "forward+backward", rounds=1)
 
 
 def test_bytes_held_counts_what_is_held_at_once():

@@ -28,7 +28,8 @@ STEP = Row(
 def test_markdown_has_a_row_per_operator_dtype_and_threads():
     text = report.markdown([*OPERATORS, STEP], DESCRIBED)
     assert "- 2 threads: reads 20.0 GB/s; multiply-adds 200 GFLOP/s in float32, PyTorch's product 90% of it" in text
-    assert "| `linear` | float32 | 2 | 1.20 [1.10–1.30] | 1.30 [1.20–1.40] | – | 50% / 50% | cpu |" in text
+    assert "| `linear` | float32 | 2 | 1.20 [1.10–1.30] | 1.30 [1.20–1.40] | – | 50% / 50% | – | – | cpu |" in text
+    assert "| 1.40 [1.30–1.50] | 50% / 50% | 0.50 | 0.75 | cpu |" in report.markdown([*OPERATORS, row("forward+backward", 1.4, error=0.75)], DESCRIBED)
     assert "| dtype | threads | recompute | fastlm | of peak | against eager | against eager tuned | memory | over eager's |" in text
     assert "| float32 | 2 | 2 | 2,048.0 tokens/s | 80% | 2.00 [1.90–2.10] | 1.50 [1.40–1.60] | 2 MB | 0.50 |" in text
 

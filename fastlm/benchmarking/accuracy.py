@@ -1,0 +1,25 @@
+"""What is timed is right: no further from float64 than twice as far as PyTorch is."""
+
+import statistics
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def error_over_theirs(true: Sequence[Tensor], theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
+    """How many times as far from the truth ours are as theirs: root mean squares, relative to each tensor's; over all tensors the geometric mean."""
+    own, other = (
+        statistics.geometric_mean(max(rms(x.double() - t) / max(rms(t), 1e-30), 1e-12) for x, t in zip(found, true, strict=True)) for found in (ours, theirs)
+    )
+    return own / other
+
+
+def checked(error: float, what: str) -> float:
+    """The error that it is given; ArithmeticError where it is more than twice PyTorch's."""
+    if not error <= 2:
+        raise ArithmeticError(f"{what}: {error:.2f} times PyTorch's own error, more than twice")
+    return error
