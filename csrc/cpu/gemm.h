@@ -3,7 +3,7 @@
 // A block of C (up to 512 rows) is one part of the work. Its rows of A are packed once and stay in the L2 cache; then, panel after panel of up to three vectors of
 // columns (with 8 lanes, where such a panel ends within a cache line, two beside each other), a block of B (≤ 192 deep) is packed into L1 and all the rows pass
 // by it. While one block of B is multiplied the next is fetched from memory. Packing (gemm_pack.h) takes 1–3 % of the multiplication (gemm_tile.h).
-// The epilogue sees each finished vector of C once, while it is in the cache: bias, activation and residual cost no pass over memory.
+// The epilogue sees each finished vector of C once, while it is in the cache: a bias, an activation, what the result is added to cost no pass over memory.
 #pragma once
 #include <numeric>
 #if defined(__unix__) || defined(__APPLE__)

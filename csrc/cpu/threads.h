@@ -1,4 +1,4 @@
-// Work is cut into parts by its sizes alone, so a result does not depend on how many threads there are, bit for bit.
+// No result depends on how many threads there are, bit for bit: sums over parts are cut by sizes alone; where the number of threads cuts the work, no sum is cut.
 #pragma once
 #include <algorithm>
 #include <atomic>
