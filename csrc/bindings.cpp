@@ -31,11 +31,8 @@ template <class Kernel> static auto launch(dtype type, Kernel kernel) {
 }
 
 // The same with a second type, which is T or fp32.
-template <class Kernel> static void launch(dtype type, dtype wider, Kernel kernel) {
-  launch(type, [&]<class T>() {
-    if (wider == dtype::float32) kernel.template operator()<T, float>();
-    else kernel.template operator()<T, T>();
-  });
+template <class Kernel> static auto launch(dtype type, dtype wider, Kernel kernel) {
+  return launch(type, [&]<class T>() { return wider == dtype::float32 ? kernel.template operator()<T, float>() : kernel.template operator()<T, T>(); });
 }
 
 using strides3 = std::array<int64_t, 3>;
@@ -141,15 +138,16 @@ static void bind_linear(py::module_& m) {
 
   m.def(
       "linear_backward",
-      [](dtype type, address dy, int64_t dy_stride, address x, int64_t x_stride, address weight, int64_t weight_k_stride, int64_t weight_n_stride, address dx,
-         address dweight, int64_t dweight_k_stride, int64_t dweight_n_stride, address dbias, int64_t rows, int64_t k, int64_t n, int threads) {
-        launch(type, [&]<class T>() {
+      [](dtype type, dtype gradients, address dy, int64_t dy_stride, address x, int64_t x_stride, address weight, int64_t weight_k_stride,
+         int64_t weight_n_stride, address dx, address dweight, int64_t dweight_k_stride, int64_t dweight_n_stride, address dbias, int64_t rows, int64_t k,
+         int64_t n, int threads) {
+        launch(type, gradients, [&]<class T, class G>() {
           linear_backward(at<const T>(dy), dy_stride, at<const T>(x), x_stride, weights<const T>(weight, weight_k_stride, weight_n_stride), at<T>(dx),
-                          weights<T>(dweight, dweight_k_stride, dweight_n_stride), at<T>(dbias), rows, k, n, threads);
+                          weights<G>(dweight, dweight_k_stride, dweight_n_stride), at<G>(dbias), rows, k, n, threads);
         });
       },
-      "dtype"_a, "dy"_a, "dy_stride"_a, "x"_a, "x_stride"_a, "weight"_a, "weight_k_stride"_a, "weight_n_stride"_a, "dx"_a, "dweight"_a, "dweight_k_stride"_a,
-      "dweight_n_stride"_a, "dbias"_a, "rows"_a, "k"_a, "n"_a, "threads"_a);
+      "dtype"_a, "gradients"_a, "dy"_a, "dy_stride"_a, "x"_a, "x_stride"_a, "weight"_a, "weight_k_stride"_a, "weight_n_stride"_a, "dx"_a, "dweight"_a,
+      "dweight_k_stride"_a, "dweight_n_stride"_a, "dbias"_a, "rows"_a, "k"_a, "n"_a, "threads"_a);
 }
 
 static void bind_gelu_mlp(py::module_& m) {
@@ -169,40 +167,40 @@ static void bind_gelu_mlp(py::module_& m) {
 
   m.def(
       "gelu_mlp_backward",
-      [](dtype type, address dy, int64_t dy_stride, address x, int64_t x_stride, address w1, int64_t w1_k_stride, int64_t w1_n_stride, address b1, address w2,
-         int64_t w2_k_stride, int64_t w2_n_stride, address hidden, bool hidden_known, address activated, bool activated_known, address dhidden, address dx,
-         address dw1, address db1, address dw2, address db2, int64_t dw1_k_stride, int64_t dw1_n_stride, int64_t dw2_k_stride, int64_t dw2_n_stride,
-         int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, bool tanh, int threads) {
-        launch(type, [&]<class T>() {
-          auto run = tanh ? gelu_mlp_backward<true, T> : gelu_mlp_backward<false, T>;
+      [](dtype type, dtype gradients, address dy, int64_t dy_stride, address x, int64_t x_stride, address w1, int64_t w1_k_stride, int64_t w1_n_stride,
+         address b1, address w2, int64_t w2_k_stride, int64_t w2_n_stride, address hidden, bool hidden_known, address activated, bool activated_known,
+         address dhidden, address dx, address dw1, address db1, address dw2, address db2, int64_t dw1_k_stride, int64_t dw1_n_stride, int64_t dw2_k_stride,
+         int64_t dw2_n_stride, int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, bool tanh, int threads) {
+        launch(type, gradients, [&]<class T, class G>() {
+          auto run = tanh ? gelu_mlp_backward<true, T, G> : gelu_mlp_backward<false, T, G>;
           run(at<const T>(dy), dy_stride, at<const T>(x), x_stride, weights<const T>(w1, w1_k_stride, w1_n_stride), at<const T>(b1),
               weights<const T>(w2, w2_k_stride, w2_n_stride), {at<T>(hidden), at<T>(activated), at<T>(dhidden), hidden_known, activated_known},
-              {at<T>(dx), weights<T>(dw1, dw1_k_stride, dw1_n_stride), weights<T>(dw2, dw2_k_stride, dw2_n_stride), at<T>(db1), at<T>(db2)}, rows, width,
+              {at<T>(dx), weights<G>(dw1, dw1_k_stride, dw1_n_stride), weights<G>(dw2, dw2_k_stride, dw2_n_stride), at<G>(db1), at<G>(db2)}, rows, width,
               hidden_width, out_width, threads);
         });
       },
-      "dtype"_a, "dy"_a, "dy_stride"_a, "x"_a, "x_stride"_a, "w1"_a, "w1_k_stride"_a, "w1_n_stride"_a, "b1"_a, "w2"_a, "w2_k_stride"_a, "w2_n_stride"_a,
-      "hidden"_a, "hidden_known"_a, "activated"_a, "activated_known"_a, "dhidden"_a, "dx"_a, "dw1"_a, "db1"_a, "dw2"_a, "db2"_a, "dw1_k_stride"_a,
-      "dw1_n_stride"_a, "dw2_k_stride"_a, "dw2_n_stride"_a, "rows"_a, "width"_a, "hidden_width"_a, "out_width"_a, "tanh"_a, "threads"_a);
+      "dtype"_a, "gradients"_a, "dy"_a, "dy_stride"_a, "x"_a, "x_stride"_a, "w1"_a, "w1_k_stride"_a, "w1_n_stride"_a, "b1"_a, "w2"_a, "w2_k_stride"_a,
+      "w2_n_stride"_a, "hidden"_a, "hidden_known"_a, "activated"_a, "activated_known"_a, "dhidden"_a, "dx"_a, "dw1"_a, "db1"_a, "dw2"_a, "db2"_a,
+      "dw1_k_stride"_a, "dw1_n_stride"_a, "dw2_k_stride"_a, "dw2_n_stride"_a, "rows"_a, "width"_a, "hidden_width"_a, "out_width"_a, "tanh"_a, "threads"_a);
 }
 
 static void bind_linear_cross_entropy(py::module_& m) {
   m.def(
       "linear_cross_entropy_forward",
-      [](dtype type, address x, int64_t x_stride, address weight, int64_t weight_k_stride, int64_t weight_n_stride, address bias, address target,
-         int64_t target_stride, address row_scale, address loss, address lse, address logits, int64_t chunk_rows, address dx, address dweight,
+      [](dtype type, dtype gradients, address x, int64_t x_stride, address weight, int64_t weight_k_stride, int64_t weight_n_stride, address bias,
+         address target, int64_t target_stride, address row_scale, address loss, address lse, address logits, int64_t chunk_rows, address dx, address dweight,
          address dweight_sum, address dbias, int64_t rows, int64_t width, int64_t vocab, int64_t ignore_index, float label_smoothing, int threads) {
-        return launch(type, [&]<class T>() {
+        return launch(type, gradients, [&]<class T, class G>() {
           cross_entropy ce{at<const int64_t>(target),  target_stride,   ignore_index,   label_smoothing,
                            at<const float>(row_scale), at<float>(loss), at<float>(lse), false};
-          return linear_cross_entropy(at<const T>(x), x_stride, weights<const T>(weight, weight_k_stride, weight_n_stride), at<const T>(bias), ce,
-                                      at<float>(logits), chunk_rows, {at<T>(dx), at<T>(dweight), at<float>(dweight_sum), at<T>(dbias)}, rows, width, vocab,
-                                      threads);
+          return linear_cross_entropy(
+              at<const T>(x), x_stride, weights<const T>(weight, weight_k_stride, weight_n_stride), at<const T>(bias), ce, at<float>(logits), chunk_rows,
+              cross_entropy_gradients<T, G>{at<T>(dx), at<G>(dweight), at<float>(dweight_sum), at<G>(dbias)}, rows, width, vocab, threads);
         });
       },
-      "dtype"_a, "x"_a, "x_stride"_a, "weight"_a, "weight_k_stride"_a, "weight_n_stride"_a, "bias"_a, "target"_a, "target_stride"_a, "row_scale"_a, "loss"_a,
-      "lse"_a, "logits"_a, "chunk_rows"_a, "dx"_a, "dweight"_a, "dweight_sum"_a, "dbias"_a, "rows"_a, "width"_a, "vocab"_a, "ignore_index"_a,
-      "label_smoothing"_a, "threads"_a);
+      "dtype"_a, "gradients"_a, "x"_a, "x_stride"_a, "weight"_a, "weight_k_stride"_a, "weight_n_stride"_a, "bias"_a, "target"_a, "target_stride"_a,
+      "row_scale"_a, "loss"_a, "lse"_a, "logits"_a, "chunk_rows"_a, "dx"_a, "dweight"_a, "dweight_sum"_a, "dbias"_a, "rows"_a, "width"_a, "vocab"_a,
+      "ignore_index"_a, "label_smoothing"_a, "threads"_a);
 }
 
 using addresses = std::vector<address>;

@@ -36,15 +36,16 @@ template <class T> struct gelu_mlp_saved {
   bool hidden_known, activated_known;
 };
 
-template <class T> struct gelu_mlp_gradients {  // null where not wanted
+template <class T, class G> struct gelu_mlp_gradients {  // null where not wanted
   T* dx;
-  weight_matrix<T> dw1, dw2;
-  T *db1, *db2;
+  weight_matrix<G> dw1, dw2;
+  G *db1, *db2;
 };
 
-template <bool Tanh, class T>
+template <bool Tanh, class T, class G>
 void gelu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, weight_matrix<const T> w2,
-                       gelu_mlp_saved<T> saved, gelu_mlp_gradients<T> out, int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, int threads) {
+                       gelu_mlp_saved<T> saved, gelu_mlp_gradients<T, G> out, int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width,
+                       int threads) {
   T *hidden = saved.hidden, *activated = saved.activated, *dhidden = saved.dhidden;
   bool make_activated = !saved.activated_known;
   if (!saved.hidden_known) {

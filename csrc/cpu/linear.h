@@ -37,8 +37,10 @@ void project_back(const T* dy, int64_t dy_stride, weight_matrix<const T> weight,
   multiply<arithmetic_for<T>>(rows, k, n, operand<T>{dy, dy_stride, 1}, operand<T>{weight.data, weight.k_stride, weight.n_stride}, threads, epilogue);
 }
 
+// Gradients of weights are of type G: theirs, or fp32 where the weights were rounded to T for this call alone.
+
 // db = Σ_rows dy where dW, which gives it for nothing, is not wanted. Cut by columns: each is summed by one thread, in runs of 32 rows.
-template <class T> void column_sums(const T* dy, int64_t dy_stride, T* dbias, int64_t rows, int64_t n, int threads) {
+template <class T, class G> void column_sums(const T* dy, int64_t dy_stride, G* dbias, int64_t rows, int64_t n, int threads) {
   const int64_t vecs = ceil_div(n, vec::Lanes);
   parallel_for(vecs, parts_for(vecs, rows * vec::Lanes * sizeof(T)), threads, [=](int64_t begin, int64_t end, int64_t) {
     const int64_t first = begin * vec::Lanes;
@@ -55,8 +57,8 @@ template <class T> void column_sums(const T* dy, int64_t dy_stride, T* dbias, in
 }
 
 // dweight (in its own layout) and dbias, each where wanted (not null).
-template <class T>
-void weight_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<T> dweight, T* dbias, int64_t rows, int64_t k, int64_t n,
+template <class T, class G>
+void weight_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<G> dweight, G* dbias, int64_t rows, int64_t k, int64_t n,
                      int threads) {
   if (!dweight.data) {
     if (dbias) column_sums(dy, dy_stride, dbias, rows, n, threads);
@@ -79,8 +81,8 @@ void linear_forward(const T* x, int64_t x_stride, weight_matrix<const T> weight,
   project(x, x_stride, weight, bias, rows, k, n, threads, store_to(y, n));
 }
 
-template <class T>
-void linear_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<const T> weight, T* dx, weight_matrix<T> dweight, T* dbias,
+template <class T, class G>
+void linear_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<const T> weight, T* dx, weight_matrix<G> dweight, G* dbias,
                      int64_t rows, int64_t k, int64_t n, int threads) {
   if (dx) project_back(dy, dy_stride, weight, rows, k, n, threads, store_to(dx, k));
   weight_gradient(dy, dy_stride, x, x_stride, dweight, dbias, rows, k, n, threads);

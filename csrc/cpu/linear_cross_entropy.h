@@ -64,16 +64,17 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
   z[target] -= scale * (1 - smoothing);
 }
 
-template <class T> struct cross_entropy_gradients {
-  T *dx, *dweight;     // (rows, width), (vocab, width); null where not wanted
-  float* dweight_sum;  // (vocab, width) where T is narrower than fp32 and there are several chunks
-  T* dbias;            // (vocab) or null
+template <class T, class G> struct cross_entropy_gradients {
+  T* dx;               // (rows, width), null where not wanted, as is
+  G* dweight;          // (vocab, width)
+  float* dweight_sum;  // the same size, where G is narrower than fp32 and there are several chunks
+  G* dbias;            // (vocab) or null
 };
 
 // Returns −1, or the first row whose target is neither a token nor ignore_index (nothing is computed then).
-template <class T>
+template <class T, class G>
 int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T> weight, const T* bias, cross_entropy ce, float* logits, int64_t chunk_rows,
-                             cross_entropy_gradients<T> out, int64_t rows, int64_t width, int64_t vocab, int threads) {
+                             cross_entropy_gradients<T, G> out, int64_t rows, int64_t width, int64_t vocab, int threads) {
   for (int64_t row = 0; row < rows; ++row) {
     int64_t target = ce.target[row * ce.target_stride];
     if (target != ce.ignore_index && (target < 0 || target >= vocab)) return row;
@@ -86,7 +87,7 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
     std::fill_n(dbias_sum.get(), vocab, 0.0f);
   }
   float* dw_sum = out.dweight_sum;
-  if constexpr (std::is_same_v<T, float>) dw_sum = out.dweight;  // an fp32 result is its own accumulator
+  if constexpr (std::is_same_v<G, float>) dw_sum = out.dweight;  // an fp32 result is its own accumulator
 
   for (int64_t first = 0; first < rows; first += chunk_rows) {
     const int64_t count = std::min(chunk_rows, rows - first);
@@ -105,7 +106,7 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
     }
     if (out.dweight) {
       const bool starts = first == 0, ends = first + count == rows;
-      T* dw = out.dweight;
+      G* dw = out.dweight;
       auto write = [=](int64_t i, int64_t j, vec value, auto span) {
         const int64_t at = i * width + j;
         if (!starts) value = value + vec::load(dw_sum + at, span);

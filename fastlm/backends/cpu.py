@@ -12,6 +12,7 @@ from fastlm.ops.boundary import mismatch
 
 kernels = isa.kernels
 DTYPES = {dtype: getattr(kernels.dtype, str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.bfloat16, torch.float16)} if kernels else {}
+GRADIENTS_ARE_SUMS = True  # of weights: with wide=True in float32, as they are added up, whatever the weights' type
 LOGITS_BYTES = 64 << 20  # of one chunk
 
 ADAMW_REFUSES = {
@@ -71,8 +72,13 @@ def new_like(x, wanted=True, dtype=None):
     return on_huge_pages(torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)) if wanted else None
 
 
-def zeros(x, shape, wanted=True):
-    return x.new_zeros(shape) if wanted else None
+def zeros(x, shape, wanted=True, dtype=None):
+    return x.new_zeros(shape, dtype=dtype) if wanted else None
+
+
+def of_weights(x, wide):
+    """The dtype of gradients of weights."""
+    return torch.float32 if wide else x.dtype
 
 
 # adamw
@@ -150,15 +156,15 @@ def linear_forward(x, weight, bias, layout):
     return y
 
 
-def linear_backward(dy, x, weight, layout, needed):
-    n = weight.shape[layout != "linear"]
+def linear_backward(dy, x, weight, layout, needed, wide=False):
+    n, dtype = weight.shape[layout != "linear"], of_weights(x, wide)
     if x.numel() == 0:
-        return new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1]), zeros(x, n, needed[2])
+        return new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1], dtype), zeros(x, n, needed[2], dtype)
     dx = new_like(x, needed[0])
     (dy, dy_stride), (x, x_stride), weight = rows_and_stride(dy), rows_and_stride(x), matrix_of(weight)
-    dweight, dbias, k = new_like(weight, needed[1]), new(x, n, needed[2]), x.shape[-1]
+    dweight, dbias, k = new_like(weight, needed[1], dtype), new(x, n, needed[2], dtype), x.shape[-1]
     kernels.linear_backward(
-        DTYPES[x.dtype], dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, weight.data_ptr(), *by_layout(weight, layout),
+        DTYPES[x.dtype], DTYPES[dtype], dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, weight.data_ptr(), *by_layout(weight, layout),
         at(dx), at(dweight), *((1, k) if layout == "linear" else (n, 1)), at(dbias), x.numel() // k, k, n, threads(),
     )  # fmt: skip
     return dx, dweight, dbias
@@ -183,22 +189,22 @@ def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute):
     return y, hidden, activated if recompute < 1 else None
 
 
-def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed):
+def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed, wide=False):
     out = layout != "linear"
     hidden_width, out_width, width = w1.shape[out], w2.shape[out], x.shape[-1]
-    shapes = (x.shape, w1.shape, hidden_width, w2.shape, out_width)
+    results = tuple(zip((x.shape, w1.shape, hidden_width, w2.shape, out_width), needed, (x.dtype, *(of_weights(x, wide),) * 4), strict=True))
     if x.numel() == 0:
-        return tuple(zeros(x, shape, need) for shape, need in zip(shapes, needed, strict=True))
+        return tuple(zeros(x, *result) for result in results)
     (dy, dy_stride), (x, x_stride), w1, b1, w2 = rows_and_stride(dy), rows_and_stride(x), matrix_of(w1), vector(b1), matrix_of(w2)
     rows = x.numel() // width
-    dx, dw1, db1, dw2, db2 = (new(x, shape, need) for shape, need in zip(shapes, needed, strict=True))
+    dx, dw1, db1, dw2, db2 = (new(x, *result) for result in results)
     hidden_known, activated_known = hidden is not None, activated is not None
     hidden = hidden if hidden_known else new(x, (rows, hidden_width))
     activated = activated if activated_known else new(x, (rows, hidden_width))
     dhidden = new(x, (rows, hidden_width))
     linear = layout == "linear"
     kernels.gelu_mlp_backward(
-        DTYPES[x.dtype], dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, w1.data_ptr(), *by_layout(w1, layout), at(b1),
+        DTYPES[x.dtype], DTYPES[of_weights(x, wide)], dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, w1.data_ptr(), *by_layout(w1, layout), at(b1),
         w2.data_ptr(), *by_layout(w2, layout), hidden.data_ptr(), hidden_known, activated.data_ptr(), activated_known, dhidden.data_ptr(),
         at(dx), at(dw1), at(db1), at(dw2), at(db2), *((1, width, 1, hidden_width) if linear else (hidden_width, 1, out_width, 1)),
         rows, width, hidden_width, out_width, approximate == "tanh", threads(),
@@ -253,23 +259,23 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
 # linear_cross_entropy
 
 
-def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
-    vocab, width = weight.shape
+def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, wide=False):
+    (vocab, width), dtype = weight.shape, of_weights(x, wide)
     loss = new(x, target.shape, dtype=torch.float32)
     if x.numel() == 0:
-        return loss, new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1]), zeros(x, vocab, needed[2])
+        return loss, new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1], dtype), zeros(x, vocab, needed[2], dtype)
     dx, rows = new_like(x, needed[0]), x.numel() // width
     (x, x_stride), weight, bias, targets = rows_and_stride(x), matrix_of(weight), vector(bias), target.reshape(-1)
     chunk = -(-rows // -(-rows // max(1, LOGITS_BYTES // (4 * vocab))))  # chunks of one size: a small last one would read all the weights for little
     logits, lse = new(x, (chunk, vocab), dtype=torch.float32), new(x, rows, dtype=torch.float32)
     row_scale = row_scale if row_scale is None else row_scale.contiguous()
-    dweight, dbias = new_like(weight, needed[1]), new(x, vocab, needed[2])
-    # 16-bit products of several chunks are added up in float32.
-    dweight_sum = new(x, weight.shape, needed[1] and x.dtype != torch.float32 and chunk < rows, torch.float32)
+    dweight, dbias = new_like(weight, needed[1], dtype), new(x, vocab, needed[2], dtype)
+    # Products of several chunks are added up in float32.
+    dweight_sum = new(x, weight.shape, needed[1] and dtype != torch.float32 and chunk < rows, torch.float32)
     wrong = kernels.linear_cross_entropy_forward(
-        DTYPES[x.dtype], x.data_ptr(), x_stride, weight.data_ptr(), *by_layout(weight, "linear"), at(bias), targets.data_ptr(), targets.stride(0),
-        at(row_scale), loss.data_ptr(), lse.data_ptr(), logits.data_ptr(), chunk, at(dx), at(dweight), at(dweight_sum), at(dbias),
-        rows, width, vocab, ignore_index, label_smoothing, threads(),
+        DTYPES[x.dtype], DTYPES[dtype], x.data_ptr(), x_stride, weight.data_ptr(), *by_layout(weight, "linear"), at(bias),
+        targets.data_ptr(), targets.stride(0), at(row_scale), loss.data_ptr(), lse.data_ptr(), logits.data_ptr(), chunk,
+        at(dx), at(dweight), at(dweight_sum), at(dbias), rows, width, vocab, ignore_index, label_smoothing, threads(),
     )  # fmt: skip
     if wrong >= 0:
         raise out_of_range(target, tuple(int(i) for i in torch.unravel_index(torch.tensor(wrong), target.shape)), vocab, ignore_index)

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, lowered, opaque, present
+from fastlm.ops import autocast
+from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, opaque, present
 from fastlm.ops.linear import LAYOUTS, check_weight
 
 APPROXIMATIONS = ("none", "tanh")
@@ -52,8 +53,9 @@ def gelu_mlp(
         ValueError: an argument that does not fit; the message names it.
         fastlm.Unsupported: no backend, or not the forced one, can serve this call; the message lists why.
     """
+    originals: tuple = ()
     if autocasts(x):
-        x, w1, b1, w2, b2 = lowered(x, w1, b1, w2, b2)
+        x, originals, w1, b1, w2, b2 = autocast.lowered_for(x, w1, b1, w2, b2)
     check_rows(x)
     check_choice("approximate", approximate, APPROXIMATIONS)
     check_choice("layout", layout, LAYOUTS)
@@ -70,8 +72,8 @@ def gelu_mlp(
         check_like("b2", b2, x)
 
     backend = backends.requested(backend) if opaque(x, w1, b1, w2, b2) else serving(x, w1, w2, layout, backend)  # once: the backward uses the same
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)):
-        return GeluMlp.apply(x, w1, b1, w2, b2, approximate, layout, recompute, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2, *originals)):
+        return GeluMlp.apply(x, w1, b1, w2, b2, approximate, layout, recompute, backend, *originals)
     return gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, NOTHING, backend)[0]
 
 
@@ -86,22 +88,23 @@ def serving(x, w1, w2, layout, backend):
 
 class GeluMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, approximate, layout, recompute, backend):
+    def forward(ctx, x, w1, b1, w2, b2, approximate, layout, recompute, backend, *originals):
         y, hidden, activated = gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute, backend)
         ctx.save_for_backward(x, w1, b1, w2, b2, hidden, activated)
-        ctx.approximate, ctx.layout, ctx.backend = approximate, layout, backend
+        ctx.approximate, ctx.layout, ctx.backend, ctx.originals = approximate, layout, backend, originals
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, w1, b1, w2, b2, hidden, activated = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:5]
+        needed = autocast.needed_by(ctx, 5)
         if torch.is_grad_enabled():  # create_graph=True: gradients that can themselves be differentiated
-            formula = functools.partial(reference.gelu_mlp, approximate=ctx.approximate, layout=ctx.layout)
-            gradients = reference.differentiable_gradients(formula, (x, w1, b1, w2, b2), needed, dy)
+            formula = autocast.of_originals(functools.partial(reference.gelu_mlp, approximate=ctx.approximate, layout=ctx.layout), ctx.originals)
+            gradients = reference.differentiable_gradients(formula, (x, *(ctx.originals or (w1, b1, w2, b2))), needed, dy)
         else:
-            gradients = gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, ctx.approximate, ctx.layout, needed, ctx.backend)
-        return *gradients, None, None, None, None
+            saved = x, w1, b1, w2, hidden, activated
+            gradients = gelu_mlp_backward(dy, *saved, ctx.approximate, ctx.layout, needed, ctx.backend, wide=bool(ctx.originals))
+        return autocast.handed_out(ctx, gradients, 4)
 
 
 # 3. Eager calls go straight to the backend; a tracer sees one opaque operator
@@ -115,12 +118,14 @@ def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute, backend)
     return y, hidden if recompute < 2 else None, activated if recompute < 1 else None
 
 
-def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed, backend):
+def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed, backend, wide):
+    """wide: gradients of weights in float32."""
     arguments = dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed
     if isinstance(backend, ModuleType) and not opaque(dy, x, w1, b1, w2):
-        return backend.gelu_mlp_backward(*arguments)
+        return autocast.given_by(backend, "gelu_mlp_backward", arguments, wide)
     gradients = torch.ops.fastlm.gelu_mlp_backward(*arguments, backends.name_of(backend))
-    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
+    gradients = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
+    return autocast.widened(gradients) if wide else gradients
 
 
 @torch.library.custom_op("fastlm::gelu_mlp_forward", mutates_args=())

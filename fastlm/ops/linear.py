@@ -10,7 +10,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, lowered, mismatch, opaque, present
+from fastlm.ops import autocast
+from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, mismatch, opaque, present
 
 LAYOUTS = ("linear", "conv1d")
 
@@ -34,8 +35,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, layout: str
         ValueError: a shape, dtype, device or layout that does not fit; the message names the argument.
         fastlm.Unsupported: no backend, or not the forced one, can serve this call; the message lists why.
     """
+    originals: tuple = ()
     if autocasts(x):
-        x, weight, bias = lowered(x, weight, bias)
+        x, originals, weight, bias = autocast.lowered_for(x, weight, bias)
     check_rows(x)
     check_choice("layout", layout, LAYOUTS)
     out_width = check_weight("weight", weight, x.shape[-1], layout, "the last dimension of x")
@@ -45,8 +47,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, layout: str
         check_like("bias", bias, x)
 
     backend = backends.requested(backend) if opaque(x, weight, bias) else serving(x, weight, layout, backend)  # once: the backward uses the same
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return Linear.apply(x, weight, bias, layout, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *originals)):
+        return Linear.apply(x, weight, bias, layout, backend, *originals)
     return linear_forward(x, weight, bias, layout, backend)
 
 
@@ -68,21 +70,22 @@ def serving(x, weight, layout, backend):
 
 class Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, layout, backend):
+    def forward(ctx, x, weight, bias, layout, backend, *originals):
         ctx.save_for_backward(x, weight, bias)
+        ctx.originals = originals
         ctx.layout, ctx.backend = layout, backend
         return linear_forward(x, weight, bias, layout, backend)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
+        needed = autocast.needed_by(ctx, 3)
         if torch.is_grad_enabled():  # create_graph=True: gradients that can themselves be differentiated
-            formula = functools.partial(reference.linear, layout=ctx.layout)
-            gradients = reference.differentiable_gradients(formula, (x, weight, bias), needed, dy)
+            formula = autocast.of_originals(functools.partial(reference.linear, layout=ctx.layout), ctx.originals)
+            gradients = reference.differentiable_gradients(formula, (x, *(ctx.originals or (weight, bias))), needed, dy)
         else:
-            gradients = linear_backward(dy, x, weight, ctx.layout, needed, ctx.backend)
-        return *gradients, None, None
+            gradients = linear_backward(dy, x, weight, ctx.layout, needed, ctx.backend, wide=bool(ctx.originals))
+        return autocast.handed_out(ctx, gradients, 2)
 
 
 # 3. Eager calls go straight to the backend; a tracer (torch.compile, export, fake tensors, dispatch modes) sees one opaque operator
@@ -94,11 +97,13 @@ def linear_forward(x, weight, bias, layout, backend):
     return torch.ops.fastlm.linear_forward(x, weight, bias, layout, backend)
 
 
-def linear_backward(dy, x, weight, layout, needed, backend):
+def linear_backward(dy, x, weight, layout, needed, backend, wide):
+    """wide: gradients of weights in float32."""
     if isinstance(backend, ModuleType) and not opaque(dy, x, weight):
-        return backend.linear_backward(dy, x, weight, layout, needed)
+        return autocast.given_by(backend, "linear_backward", (dy, x, weight, layout, needed), wide)
     gradients = torch.ops.fastlm.linear_backward(dy, x, weight, layout, needed, backends.name_of(backend))
-    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
+    gradients = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
+    return autocast.widened(gradients) if wide else gradients
 
 
 @torch.library.custom_op("fastlm::linear_forward", mutates_args=())

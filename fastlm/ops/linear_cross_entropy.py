@@ -9,7 +9,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, lowered, mismatch, opaque, present
+from fastlm.ops import autocast
+from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, mismatch, opaque, present
 from fastlm.ops.linear import check_weight
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -52,8 +53,9 @@ def linear_cross_entropy(
             (on a GPU it is a device assert).
         fastlm.Unsupported: no backend, or not the forced one, can serve this call; the message lists why.
     """
+    originals: tuple = ()
     if autocasts(x):
-        x, weight, bias = lowered(x, weight, bias)
+        x, originals, weight, bias = autocast.lowered_for(x, weight, bias)
     check_rows(x)
     vocab = check_weight("weight", weight, x.shape[-1], "linear", "the last dimension of x")
     check_like("weight", weight, x)
@@ -71,8 +73,8 @@ def linear_cross_entropy(
         raise mismatch("label_smoothing", "a share in [0, 1]", label_smoothing)
 
     backend = backends.requested(backend) if opaque(x, weight, target, bias) else serving(x, weight, backend)  # once: the backward uses the same
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return LinearCrossEntropy.apply(x, weight, bias, target, ignore_index, reduction, label_smoothing, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *originals)):
+        return LinearCrossEntropy.apply(x, weight, bias, target, ignore_index, reduction, label_smoothing, backend, *originals)
     losses = linear_cross_entropy_forward(x, weight, bias, target, None, ignore_index, label_smoothing, NOTHING, backend)[0]
     return reduced(losses, target, ignore_index, reduction)
 
@@ -95,15 +97,16 @@ def reduced(losses, target, ignore_index, reduction):
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, target, ignore_index, reduction, label_smoothing, backend):
+    def forward(ctx, x, weight, bias, target, ignore_index, reduction, label_smoothing, backend, *originals):
         ctx.settings = ignore_index, reduction, label_smoothing
-        ctx.backend = backend
+        ctx.backend, ctx.originals = backend, originals
         ctx.traced = not isinstance(backend, ModuleType)
         ctx.scale = row_scale = None
-        needed = NOTHING if reduction == "none" else ctx.needs_input_grad[:3]
+        needed = NOTHING if reduction == "none" else autocast.needed_by(ctx, 3)
         if reduction != "none":
             row_scale, ctx.scale = scales(x, target, ignore_index, reduction)
-        losses, *gradients = linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend)
+        arguments = x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend
+        losses, *gradients = linear_cross_entropy_forward(*arguments, wide=bool(originals))
         ctx.gradients = None
         if ctx.traced:
             ctx.save_for_backward(x, weight, bias, target, *gradients)
@@ -116,10 +119,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         x, weight, bias, target, *gradients = ctx.saved_tensors
         ignore_index, reduction, label_smoothing = ctx.settings
-        needed = ctx.needs_input_grad[:3]
-        again = (x, weight, bias, target), (ignore_index, label_smoothing, needed, ctx.backend)
+        needed = autocast.needed_by(ctx, 3)
+        again = (x, weight, bias, target), (ignore_index, label_smoothing, needed, ctx.backend, bool(ctx.originals))
         if torch.is_grad_enabled():  # create_graph=True: gradients that can themselves be differentiated
-            gradients = differentiable_gradients(dloss, x, weight, bias, target, *ctx.settings, needed)
+            gradients = differentiable_gradients(dloss, (x, weight, bias), target, *ctx.settings, needed, ctx.originals)
         elif reduction == "none":
             gradients = linear_cross_entropy_forward(*again[0], dloss.contiguous(), *again[1])[1:]
         elif ctx.traced:
@@ -132,7 +135,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             factor = later(dloss, ctx.scale)
             if factor.device.type != "cpu" or factor.item() != 1:  # a loss that is the end of the graph saves a pass over the weight
                 gradients = [d if d is None else d.mul_(factor) for d in gradients]
-        return *gradients, None, None, None, None, None
+        return autocast.handed_out(ctx, gradients, 5)
 
 
 def scales(x, target, ignore_index, reduction):
@@ -153,25 +156,26 @@ def later(dloss, scale):
     return dloss if scale is None else dloss * scale
 
 
-def differentiable_gradients(dloss, x, weight, bias, target, ignore_index, reduction, label_smoothing, needed):
+def differentiable_gradients(dloss, inputs, target, ignore_index, reduction, label_smoothing, needed, originals):
     def formula(x, weight, bias):
         losses = reference.row_losses(x, weight, bias, target, ignore_index, label_smoothing)
         # a mean over no rows is NaN, but its gradient is 0
         return losses if reduction == "none" else losses.sum() / (target != ignore_index).sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
-    return reference.differentiable_gradients(formula, (x, weight, bias), needed, dloss)
+    return reference.differentiable_gradients(autocast.of_originals(formula, originals), (inputs[0], *(originals or inputs[1:])), needed, dloss)
 
 
 # 3. Eager calls go straight to the backend; a tracer sees one opaque operator
 
 
-def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend):
-    """(losses of the rows, and of those that are needed, dx, dweight, dbias of Σ row_scale · loss)."""
+def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend, wide=False):
+    """(losses of the rows, and of those that are needed, dx, dweight, dbias of Σ row_scale · loss); wide: the last two in float32."""
     arguments = x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed
     if isinstance(backend, ModuleType) and not opaque(x, weight, bias, target):  # also called in backward, where a tracer may watch by now
-        return backend.linear_cross_entropy_forward(*arguments)
+        return autocast.given_by(backend, "linear_cross_entropy_forward", arguments, wide, 2)
     losses, *gradients = torch.ops.fastlm.linear_cross_entropy_forward(*arguments, backends.name_of(backend))
-    return losses, *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+    gradients = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
+    return losses, *(autocast.widened(gradients) if wide else gradients)
 
 
 @torch.library.custom_op("fastlm::linear_cross_entropy_forward", mutates_args=())
