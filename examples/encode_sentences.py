@@ -18,7 +18,7 @@ SENTENCES = [
 
 
 def main():
-    model = fastlm.accelerate(SentenceTransformer(sys.argv[1], device="cpu"))
+    model = fastlm.accelerate(SentenceTransformer(sys.argv[1]))
     embeddings = model.encode(SENTENCES, normalize_embeddings=True, convert_to_tensor=True)
     similarity = embeddings @ embeddings.T
     similarity.fill_diagonal_(-1)

@@ -41,7 +41,7 @@ class OneLineErrors(TyperGroup):
         except (ValueError, OSError, Unsupported) as error:
             say_error(str(error))
         except RuntimeError as error:
-            if "DefaultCPUAllocator" not in str(error):
+            if "DefaultCPUAllocator" not in str(error) and "out of memory" not in str(error):  # the latter a GPU's
                 raise
             say_error("not enough memory for this model and batch: lower --batch, --context, --width or --layers")
         raise typer.Exit(1)
@@ -55,6 +55,10 @@ app = typer.Typer(
     cls=OneLineErrors, add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False
 )
 
+Device = Annotated[
+    str,
+    typer.Option(metavar="auto|cpu|cuda|cuda:N", help="auto: the GPU (NVIDIA's or AMD's) where PyTorch finds one, else the CPU.", rich_help_panel="Machine"),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; PyTorch's own number when not given.", rich_help_panel="Machine")]
 Model = Annotated[Path, typer.Option(help="A folder with config.json, the weights and the tokenizer: what `fastlm train` writes, or Hugging Face's.")]
 Temperature = Annotated[float, typer.Option(help="Below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest token.")]
@@ -80,12 +84,13 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the loss curve and summary.json.")] = Path("runs/demo"),
     seconds: Annotated[float, typer.Option(help="How long to train; comparing and sampling come on top, about half a minute.")] = 100.0,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and the sample.")] = 0,
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Train a small GPT on the Python standard library's source, beside the same model of plain PyTorch operators, and let it write."""
     from fastlm.commands import demo
 
-    demo.run(out=out, seconds=seconds, seed=seed, threads=threads)
+    demo.run(out=out, seconds=seconds, seed=seed, device=device, threads=threads)
 
 
 @app.command()
@@ -139,6 +144,7 @@ def train(
         int,
         typer.Option(metavar="0|1|2", help="What backward computes again, not keeps: 1 the GELU, 2 the product before it too.", rich_help_panel="Machine"),
     ] = DEFAULT.recompute,
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Train a model from scratch on text.
@@ -152,7 +158,7 @@ def train(
         decay_steps=decay_steps, beta1=beta1, beta2=beta2, weight_decay=weight_decay, grad_clip=grad_clip, dropout=dropout, seed=seed, dtype=dtype,
         eval_every=eval_every, recompute=recompute,
     )  # fmt: skip
-    train.run([*data, *(more or [])], settings, tokenizer=tokenizer, val_fraction=val_fraction, val_file=val_file, out=out, threads=threads)
+    train.run([*data, *(more or [])], settings, tokenizer=tokenizer, val_fraction=val_fraction, val_file=val_file, out=out, device=device, threads=threads)
 
 
 @app.command()
@@ -163,14 +169,15 @@ def generate(
     temperature: Temperature = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens only.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest tokens that together have this probability.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text on the same device.")] = 0,
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Continue a text, token by token as it is written."""
     from fastlm.commands import generate
 
     generate.run(
-        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, threads=threads,
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, device=device, threads=threads,
     )  # fmt: skip
 
 
@@ -180,11 +187,12 @@ def predict(
     text: Annotated[str, typer.Argument(help="What comes before; or, for a BERT, a text with \\[MASK] in it.")],
     top: Annotated[int, typer.Option(help="How many tokens to show.")] = 10,
     temperature: Annotated[float, typer.Option(help="Divides the scores before softmax; above 0.")] = 1.0,
+    device: Device = "auto",
 ) -> None:
     """Show the likeliest next tokens, or the likeliest fillings of \\[MASK], with their scores and probabilities."""
     from fastlm.commands import predict
 
-    predict.run(model, text, top=top, temperature=temperature)
+    predict.run(model, text, top=top, temperature=temperature, device=device)
 
 
 @app.command()
@@ -235,7 +243,7 @@ def profile(
     json: Annotated[Path | None, typer.Option(help="Write the whole profile into this file.")] = None,
     threads: Threads = None,
 ) -> None:
-    """Show where a training step spends its time: in fastlm's kernels, in PyTorch's operators, in Python."""
+    """Show where a training step on the CPU spends its time: in fastlm's kernels, in PyTorch's operators, in Python."""
     from fastlm.commands import profile
 
     profile.run(model=model, dtype=dtype, recompute=recompute, steps=steps, threads=threads, json_file=json)

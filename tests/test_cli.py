@@ -30,6 +30,14 @@ TINY = ["--layers", "1", "--heads", "2", "--width", "32", "--context", "16", "--
 TEXT = "for line in lines:\n    print(line, 'naïve')\n" * 60
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """Whatever the machine has: what comes out is compared with what this process computes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 def fastlm_command(*arguments):
     threads = torch.get_num_threads()
     try:
@@ -74,7 +82,7 @@ def test_train_ends_with_the_validation_loss_and_writes_a_summary(trained, text_
     assert summary["settings"] == {
         "data": [str(text_file)], "tokenizer": "byte", "val_fraction": 0.1, "val_file": None, "objective": "next-token", "layers": 1, "heads": 2, "width": 32,
         "context": 16, "batch": 4, "steps": 12, "lr": 1e-3, "min_lr": 1e-4, "warmup": 2, "decay_steps": None, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1,
-        "grad_clip": 1.0, "dropout": 0.0, "seed": 0, "dtype": "float32", "eval_every": 5, "recompute": 1, "threads": 1,
+        "grad_clip": 1.0, "dropout": 0.0, "seed": 0, "dtype": "float32", "eval_every": 5, "recompute": 1, "device": "cpu", "threads": 1,
     }  # fmt: skip
     assert summary["steps"] == 12 and not summary["interrupted"] and summary["tokens_per_second"] > 0
     assert 0 < summary["train_loss"] < 6 and [e["step"] for e in summary["evaluations"]] == [5, 10, 12]
@@ -97,7 +105,7 @@ def test_train_takes_every_setting(text_file, tmp_path):
     given = {
         "tokenizer": "char", "layers": 2, "heads": 4, "width": 16, "context": 8, "batch": 3, "steps": 4, "lr": 0.002, "min_lr": 0.0003, "warmup": 1,
         "decay_steps": 3, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.2, "grad_clip": 0.5, "dropout": 0.1, "seed": 7, "dtype": "bf16",
-        "objective": "next-token", "eval_every": 2, "recompute": 2, "val_file": str(tmp_path / "val.txt"), "threads": 2,
+        "objective": "next-token", "eval_every": 2, "recompute": 2, "val_file": str(tmp_path / "val.txt"), "device": "cpu", "threads": 2,
     }  # fmt: skip
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     succeeds("train", "--data", text_file, tmp_path / "more.txt", *flags, "--out", tmp_path / "out")

@@ -43,6 +43,8 @@ def run(
     say(f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}")
     for line in report.peaks_in_words(described):
         say(line)
+    if torch.cuda.is_available():
+        say("This is the CPU; fastlm bench --gpu measures the GPU.")
     if {*chosen} - {*ACTORS}:
         say(str(fastlm.tune_allocator()))  # for both libraries: as it comes, what a call takes depends on what was freed before it
     plan = [

@@ -12,8 +12,9 @@ import typer
 from torch import Tensor
 
 import fastlm
-from fastlm.commands.display import in_words, progress_bar, say, set_threads
+from fastlm.commands.display import computer, in_words, progress_bar, say, set_threads
 from fastlm.commands.streaming import continue_text
+from fastlm.device import choose_device
 from fastlm.generation import Tokenizer
 from fastlm.models import GPT2LMHeadModel
 from fastlm.ops.boundary import mismatch
@@ -52,20 +53,21 @@ class Learnt:
     interrupted: bool
 
 
-def run(*, out: Path, seconds: float, seed: int, threads: int | None) -> None:
+def run(*, out: Path, seconds: float, seed: int, device: str, threads: int | None) -> None:
     within("seconds", seconds, 0, 3600, open_left=True)
-    settings = dataclasses.replace(SETTINGS, seed=seed)
+    settings, chosen = dataclasses.replace(SETTINGS, seed=seed), choose_device(device)
     set_threads(threads)
-    fastlm.tune_allocator()
+    if chosen.type == "cpu":
+        fastlm.tune_allocator()
     out = checkpoint.prepare(out)
     files = standard_library()
     corpus = data.load(files, tokenizer="byte", val_fraction=0.05)
-    model = build_gpt2(settings, corpus.tokenizer)
+    model = build_gpt2(settings, corpus.tokenizer).to(chosen)
     say(f"fastlm {fastlm.__version__}: a GPT learns Python from the standard library's own source; nothing is downloaded")
     size = len(corpus.train) + len(corpus.validation)
     say(f"corpus   {size / 1e6:.1f} million bytes, one token each, in {in_words(len(files), 'file')} of {files[0].parent}")
     sizes = f"{settings.layers} layers, {settings.heads} heads, width {settings.width}, context {settings.context}"
-    say(f"model    {sizes}: {model.num_parameters() / 1e6:.1f} million parameters, {in_words(torch.get_num_threads(), 'thread')}")
+    say(f"model    {sizes}: {model.num_parameters() / 1e6:.1f} million parameters, {computer(model.device)}")
 
     learnt = learn(model, settings, corpus, seconds)
     saved = save(out, model, corpus, settings, learnt)
@@ -131,6 +133,8 @@ def compare(ours: Trainer, settings: Settings, batches: Batches, stop: threading
     rates = (settings.lr * (i + 1) / PAIRS for i in range(PAIRS))
     seen = Comparison()
     with progress_bar(PAIRS, "comparing") as bar:
+        for trainer in (ours, plain):
+            trainer.warm_up()
         start = time.perf_counter()
         for seen in side_by_side(ours, plain, ((*next(batches), lr) for lr in rates)):
             speed = settings.tokens_per_step / seen.ours[-1]
@@ -151,15 +155,25 @@ def show_comparison(seen: Comparison, settings: Settings) -> None:
 
 def keep_training(ours: Trainer, settings: Settings, batches: Batches, losses: list[float], seconds: float, stop: threading.Event) -> float:
     """As many steps as fit, the cosine over the time rather than the steps: a slow machine ends as soon, and as well as it can. Returns tokens/s."""
-    first = len(losses)
+    first, speed = len(losses), 0.0
+
+    def read() -> None:
+        nonlocal speed
+        if not ours.unread:
+            return
+        losses.extend(ours.read())
+        speed = (len(losses) - first) * settings.tokens_per_step / (time.perf_counter() - start)
+        bar.show(time.perf_counter() - start, f"step {len(losses)}", losses[-1], f"{speed:,.0f}")
+
     with progress_bar(seconds) as bar:
         start = time.perf_counter()
         while (elapsed := time.perf_counter() - start) < seconds and not stop.is_set():
             lr = learning_rate(elapsed, lr=settings.lr, min_lr=settings.min_lr, warmup=0, decay_steps=seconds)
             inputs, targets = next(batches)
-            losses.append(ours.step(inputs, targets, lr))
-            speed = (len(losses) - first) * settings.tokens_per_step / (time.perf_counter() - start)
-            bar.show(time.perf_counter() - start, f"step {len(losses)}", losses[-1], f"{speed:,.0f}")
+            ours.begin_step(inputs, targets, lr)
+            if ours.due:
+                read()
+        read()
     return speed
 
 
@@ -171,7 +185,7 @@ def save(out: Path, model: GPT2LMHeadModel, corpus: data.Corpus, settings: Setti
         plain = [loss for _, loss in compared.losses]
         drawn = draw_losses(folder / "loss.png", losses, validation=[(len(losses), learnt.val_loss)], plain=plain, unit="nats per byte")
         summary = {
-            "settings": dataclasses.asdict(settings) | {"threads": torch.get_num_threads()},
+            "settings": dataclasses.asdict(settings) | {"device": str(model.device), "threads": torch.get_num_threads()},
             "train_loss": sum(losses[-50:]) / len(losses[-50:]),
             "val_loss": learnt.val_loss,
             "tokens_per_second": learnt.tokens_per_second,

@@ -23,6 +23,13 @@ def in_words(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def computer(device: torch.device) -> str:
+    """What computes: the GPU by its name, or so many threads."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return in_words(torch.get_num_threads(), "thread") if device.type == "cpu" else str(device)
+
+
 def set_threads(threads: int | None) -> None:
     if threads is not None:
         whole("threads", threads, 1)

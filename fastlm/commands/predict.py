@@ -6,13 +6,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fastlm.commands.display import console
+from fastlm.device import choose_device
 from fastlm.generation import load_tokenizer
 from fastlm.generation.predict import predict
 from fastlm.models import load_model
 
 
-def run(directory: Path, text: str, *, top: int, temperature: float) -> None:
-    candidates = predict(load_model(directory), load_tokenizer(directory), text, top, temperature)
+def run(directory: Path, text: str, *, top: int, temperature: float, device: str) -> None:
+    chosen = choose_device(device)
+    candidates = predict(load_model(directory).to(chosen), load_tokenizer(directory), text, top, temperature)
     several = any(c.place for c in candidates)
     table = Table()
     if several:

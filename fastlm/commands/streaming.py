@@ -49,5 +49,6 @@ def continue_text(
     if max_new_tokens is None:
         max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, model.config.n_positions - len(ids)))
     model.generate(
-        torch.tensor([ids]), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, streamer=TextStreamer(tokenizer)
-    )
+        torch.tensor([ids], device=model.device), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        streamer=TextStreamer(tokenizer),
+    )  # fmt: skip

@@ -8,30 +8,36 @@ import torch
 import typer
 
 import fastlm
-from fastlm.commands.display import in_words, progress_bar, say, set_threads
+from fastlm.commands.display import computer, in_words, progress_bar, say, set_threads
+from fastlm.device import choose_device
 from fastlm.training import checkpoint, data
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build
 from fastlm.training.settings import Settings
 
 
-def run(paths: list[Path], settings: Settings, *, tokenizer: str, val_fraction: float, val_file: Path | None, out: Path, threads: int | None) -> None:
+def run(
+    paths: list[Path], settings: Settings, *, tokenizer: str, val_fraction: float, val_file: Path | None, out: Path, device: str, threads: int | None
+) -> None:
+    chosen = choose_device(device)
     set_threads(threads)
-    fastlm.tune_allocator()
+    if chosen.type == "cpu":
+        fastlm.tune_allocator()
     out = checkpoint.prepare(out)
     corpus = data.load(paths, tokenizer=tokenizer, val_fraction=val_fraction, val_file=val_file, masked=settings.objective == "masked-token")
     data.check_length(corpus, settings.context)
-    model = build(settings, corpus.tokenizer)
+    model = build(settings, corpus.tokenizer).to(chosen)
     say(
         f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation, {corpus.tokenizer.get_vocab_size()} in the vocabulary; "
-        f"{model.num_parameters():,} parameters; {settings.dtype}, {in_words(torch.get_num_threads(), 'thread')}"
+        f"{model.num_parameters():,} parameters; {settings.dtype}, {computer(model.device)}"
     )
     with progress_bar(settings.steps) as report:
         result = train(settings, corpus, model, report=report)
     if not result.steps:
         raise KeyboardInterrupt  # nothing was learnt, so there is nothing to save
     inputs = {"data": [str(p) for p in paths], "tokenizer": tokenizer, "val_fraction": None if val_file else val_fraction}
-    settings_used = {**inputs, "val_file": str(val_file) if val_file else None, **dataclasses.asdict(settings), "threads": torch.get_num_threads()}
+    settings_used = {**inputs, "val_file": str(val_file) if val_file else None, **dataclasses.asdict(settings)}
+    settings_used |= {"device": str(model.device), "threads": torch.get_num_threads()}
     with checkpoint.staged(out) as folder:
         checkpoint.write_model(folder, model, corpus.tokenizer)
         checkpoint.write_json(folder / "summary.json", summary(settings_used, result, corpus))

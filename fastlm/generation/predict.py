@@ -56,8 +56,8 @@ def predict(model: PretrainedModel, tokenizer: Tokenizer, text: str, top: int = 
 
 
 def scores(model: PretrainedModel, ids: list[int], places: list[int]) -> Tensor:
-    """(places, vocabulary), in float32."""
+    """(places, vocabulary), in float32, on the CPU."""
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode():
         logits: Tensor = model(torch.tensor([ids], device=device)).logits
-    return logits[0, places].float()
+    return logits[0, places].float().cpu()

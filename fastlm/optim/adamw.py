@@ -178,8 +178,7 @@ class AdamW(torch.optim.AdamW):
 
     def _begin(self, state: dict[str, Tensor], p: Tensor) -> None:
         dtype = torch.float32 if self._has_master(p) else p.dtype
-        on_device = p.device.type in ("cuda", "xpu")  # as PyTorch's fused implementation wants it there
-        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=home_of_step(p))
         for key in MOMENTS[:2]:
             state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         if self._has_master(p):
@@ -223,8 +222,8 @@ class AdamW(torch.optim.AdamW):
                     continue
                 if mine["step"].dtype != torch.float32:
                     mine["step"] = mine["step"].to(torch.float32)
+                mine["step"] = mine["step"].to(home_of_step(p))  # it may have been saved on another
                 if type(p) in PLAIN and p.is_cpu:
-                    mine["step"] = mine["step"].cpu()
                     for key in (*MOMENTS, MASTER):
                         if key in mine:
                             mine[key] = laid_out_like(mine[key], p)
@@ -255,3 +254,8 @@ class AdamW(torch.optim.AdamW):
                 if key in saved and (key != MASTER or saved[key].dtype == torch.float32):
                     value = saved[key].to(device=p.device, dtype=torch.float32)
                     state[key] = laid_out_like(value, p) if type(p) in PLAIN else value
+
+
+def home_of_step(p: Tensor) -> torch.device:
+    """Where the count of steps is kept: where PyTorch's fused implementation wants it, else on the CPU, where reading it costs nothing."""
+    return p.device if p.device.type in ("cuda", "xpu") else torch.device("cpu")

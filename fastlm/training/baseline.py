@@ -91,8 +91,8 @@ class PlainGPT2(nn.Module):
 
     @classmethod
     def like(cls, model: nn.Module) -> "PlainGPT2":
-        """The same weights as a fastlm.models.GPT2LMHeadModel, in memory of their own."""
-        plain = cls(model.config)
+        """The same weights as a fastlm.models.GPT2LMHeadModel, on its device, in memory of their own."""
+        plain = cls(model.config).to(next(model.parameters()).device)
         plain.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
         return plain
 

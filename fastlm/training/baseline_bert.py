@@ -81,8 +81,8 @@ class PlainBert(nn.Module):
 
     @classmethod
     def like(cls, model: nn.Module) -> "PlainBert":
-        """The same weights as a fastlm.models.BertForMaskedLM, in memory of their own."""
-        plain = cls(model.config)
+        """The same weights as a fastlm.models.BertForMaskedLM, on its device, in memory of their own."""
+        plain = cls(model.config).to(next(model.parameters()).device)
         plain.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
         return plain
 

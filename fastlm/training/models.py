@@ -23,7 +23,7 @@ def objective_of(settings: Settings, tokenizer: Tokenizer) -> NextToken | Masked
 
 
 def build(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel | BertForMaskedLM:
-    """A GPT-2 for next tokens, a BERT for masked tokens; initial weights by the seed."""
+    """A GPT-2 for next tokens, a BERT for masked tokens, on the CPU; initial weights by the seed, the same wherever the model goes from there."""
     model = (build_gpt2 if settings.objective == "next-token" else build_bert)(settings, tokenizer)
     model.recompute = settings.recompute
     return model

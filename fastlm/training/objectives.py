@@ -1,4 +1,7 @@
-"""What a model learns to predict: windows of tokens become inputs and targets, inputs and targets become a loss."""
+"""What a model learns to predict: windows of tokens become inputs and targets, inputs and targets become a loss.
+
+Windows and draws stay on the CPU, so that every device trains on the same batches; the trainer takes them to the model's.
+"""
 
 from typing import Any
 

@@ -1,6 +1,8 @@
 """What only a GPU can show: devices and streams, capture in graphs, asserts on the device, no length compiled anew. (The tests of the operators
 run there too: make gpu.)"""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +11,9 @@ import torch
 
 import fastlm
 from fastlm.models import GPT2Config, GPT2LMHeadModel
+from fastlm.training.loop import Trainer
+from fastlm.training.objectives import NextToken
+from fastlm.training.settings import Settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -135,3 +140,88 @@ def test_no_length_compiles_anew():
     for tokens in (1, 2, 100, 129, 130, 144, 257):
         run(tokens)
     assert kernels() <= before + 2  # the strides of one token alone are another kind
+
+
+# The commands, in processes of their own: here new tensors are on the GPU, which is not so for who types them.
+
+
+def succeeds(*arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-m", "fastlm.cli", *map(str, arguments)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def trained(folder, *options):
+    """12 steps of a small model on a text. Returns where it is saved, and summary.json."""
+    (folder / "text.txt").write_text("for line in lines:\n    print(line, 'words')\n" * 60)
+    sizes = "--layers 2 --heads 2 --width 64 --context 32 --batch 4 --steps 12 --eval-every 6 --warmup 2".split()
+    out = folder / "-".join(options).replace(":", "")
+    succeeds("train", "--data", folder / "text.txt", *sizes, *options, "--out", out)
+    return out, json.loads((out / "summary.json").read_text())
+
+
+# float32: both round by 2^-24, and what twelve steps make of that is some millionths (commands/demo.py). bfloat16 rounds by 2^-9 of the loss, at many places.
+@pytest.mark.parametrize("objective, dtype, apart", [("next-token", "fp32", 1e-4), ("masked-token", "fp32", 1e-4), ("next-token", "bf16", 0.05)])
+def test_train_takes_the_gpu_and_reaches_the_loss_of_the_cpu(tmp_path, objective, dtype, apart):
+    options = ["--objective", objective, "--dtype", dtype]
+    out, ours = trained(tmp_path, *options)
+    _, on_cpu = trained(tmp_path, *options, "--device", "cpu")
+    assert (ours["settings"]["device"], on_cpu["settings"]["device"]) == ("cuda:0", "cpu")
+    for a, b in zip(ours["evaluations"], on_cpu["evaluations"], strict=True):
+        assert a == pytest.approx(b, abs=apart)
+    assert "probability" in succeeds("predict", "--model", out, "for[MASK]")
+    if objective == "next-token":
+        assert succeeds("generate", "--model", out, "--prompt", "for ", "--max-new-tokens", 10).startswith("for ")
+
+
+def test_the_demo_agrees_with_pytorch(tmp_path):
+    assert "the losses agree" in succeeds("demo", "--out", tmp_path, "--seconds", 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_train_on_the_second_gpu(tmp_path):
+    (_, first), (_, second) = trained(tmp_path), trained(tmp_path, "--device", "cuda:1")
+    assert second["settings"]["device"] == "cuda:1" and second["evaluations"] == first["evaluations"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_of_the_trainer_waits_for_nothing(dtype):
+    """The copy of the batch and the clipping neither."""
+    trainer = Trainer(gpt2(), Settings(dtype=dtype), NextToken().loss)
+    inputs, targets = NextToken().pairs(torch.randint(301, (2, 129), device="cpu"))
+    for _ in range(2):
+        trainer.step(inputs, targets, 1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.begin_step(inputs, targets, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(trainer.read()) == 3
+
+
+@pytest.mark.parametrize("way", [("cpu", "cuda"), ("cuda", "cpu")], ids="-".join)
+def test_the_optimisers_state_moves_between_devices(way):
+    start = torch.linspace(-1, 1, 24, device="cpu").view(4, 6)
+
+    def begun(device):
+        p = torch.nn.Parameter(start.to(device).clone())
+        return p, fastlm.optim.AdamW([p], lr=0.1, max_grad_norm=1.0)
+
+    def steps(p, optimizer, numbers):
+        for i in numbers:
+            p.grad = (start * (i + 1)).cos().to(p.device)
+            optimizer.step()
+
+    expected, whole = begun("cpu")
+    steps(expected, whole, range(4))
+    p, first = begun(way[0])
+    steps(p, first, range(2))
+    moved, second = begun(way[1])
+    with torch.no_grad():
+        moved.copy_(p)
+    second.load_state_dict(first.state_dict())
+    assert {value.device.type for value in second.state[moved].values()} == {way[1]}
+    steps(moved, second, range(2, 4))
+    torch.testing.assert_close(moved.cpu(), expected, rtol=1e-6, atol=1e-6)

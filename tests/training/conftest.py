@@ -2,9 +2,18 @@ import keyword
 import random
 
 import pytest
+import torch
 
 from fastlm.training import data
 from fastlm.training.settings import Settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """Whatever the machine has: bits are compared with those of models that a test builds itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")
