@@ -58,8 +58,8 @@ def survives(folder: Path, mutant: Mutant, **environment: str) -> str:
 
 REFERENCE, TORCH, CPU = ({"FASTLM_TEST_BACKENDS": name} for name in ("reference", "torch", "cpu"))
 ORACLE, PHILOX, NATIVE, KERNELS, LAYOUT = (f"fastlm/backends/{name}.py" for name in ("reference", "philox", "torch", "cpu", "layout"))
-ATTENTION, LAYERNORM, LOSS, MLP, EDGE = (
-    f"fastlm/ops/{name}.py" for name in ("attention", "layernorm_residual", "linear_cross_entropy", "gelu_mlp", "boundary")
+ATTENTION, LAYERNORM, LOSS, MLP, EDGE, AUTOCAST = (
+    f"fastlm/ops/{name}.py" for name in ("attention", "layernorm_residual", "linear_cross_entropy", "gelu_mlp", "boundary", "autocast")
 )
 
 OPTIMIZER, LAYERS = "fastlm/optim/adamw.py", "fastlm/models/layers.py"
@@ -113,6 +113,9 @@ PYTHON = [
     ),
     (REFERENCE, Mutant(OPTIMIZER, "state.pop(MASTER, None)  # rounded by PyTorch", "continue", "optim/test_adamw.py survive")),
     (REFERENCE, Mutant(EDGE, "return torch.randint(", "return 0 * torch.randint(", "ops/test_dropout.py calls_differ")),
+    # autocast
+    (REFERENCE, Mutant(AUTOCAST, "w if w is None else w.to(x.dtype) for w", "w for w", "ops/test_every_operator.py rounded_weights")),
+    (CPU, Mutant(KERNELS, "return torch.float32 if wide else x.dtype", "return x.dtype", "ops/test_every_operator.py not_rounded")),
 ]
 
 

@@ -40,14 +40,7 @@ def of_originals(formula: Callable[..., Tensor], originals: Sequence[Tensor | No
     return (lambda x, *weights: formula(x, *(w if w is None else w.to(x.dtype) for w in weights))) if originals else formula
 
 
-def widened(results: Sequence[Tensor | None], first: int = 1) -> tuple[Tensor | None, ...]:
-    """With those from `first` on, the gradients of weights, in float32."""
-    return (*results[:first], *(d if d is None else d.float() for d in results[first:]))
-
-
-def given_by(backend: ModuleType, function: str, arguments: tuple, wide: bool, first: int = 1) -> Sequence[Tensor | None]:
-    """The backend's results; wide: those from `first` on in float32, the very sums where the backend hands them out."""
-    call = getattr(backend, function)
-    if not wide:
-        return call(*arguments)
-    return call(*arguments, wide=True) if hasattr(backend, "GRADIENTS_ARE_SUMS") else widened(call(*arguments), first)
+def given_by(backend: ModuleType, function: str, arguments: tuple, wide: bool) -> Sequence[Tensor | None]:
+    """The backend's results; wide: gradients of weights as the sums that they are, where the backend hands them out. (Autograd makes others float32.)"""
+    sums = {"wide": True} if wide and hasattr(backend, "GRADIENTS_ARE_SUMS") else {}
+    return getattr(backend, function)(*arguments, **sums)

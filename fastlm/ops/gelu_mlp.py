@@ -119,13 +119,12 @@ def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute, backend)
 
 
 def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed, backend, wide):
-    """wide: gradients of weights in float32."""
+    """wide: gradients of weights in float32, from a backend that has them so."""
     arguments = dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed
     if isinstance(backend, ModuleType) and not opaque(dy, x, w1, b1, w2):
         return autocast.given_by(backend, "gelu_mlp_backward", arguments, wide)
     gradients = torch.ops.fastlm.gelu_mlp_backward(*arguments, backends.name_of(backend))
-    gradients = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
-    return autocast.widened(gradients) if wide else gradients
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
 @torch.library.custom_op("fastlm::gelu_mlp_forward", mutates_args=())

@@ -98,12 +98,11 @@ def linear_forward(x, weight, bias, layout, backend):
 
 
 def linear_backward(dy, x, weight, layout, needed, backend, wide):
-    """wide: gradients of weights in float32."""
+    """wide: gradients of weights in float32, from a backend that has them so."""
     if isinstance(backend, ModuleType) and not opaque(dy, x, weight):
         return autocast.given_by(backend, "linear_backward", (dy, x, weight, layout, needed), wide)
     gradients = torch.ops.fastlm.linear_backward(dy, x, weight, layout, needed, backends.name_of(backend))
-    gradients = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
-    return autocast.widened(gradients) if wide else gradients
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
 @torch.library.custom_op("fastlm::linear_forward", mutates_args=())

@@ -169,13 +169,12 @@ def differentiable_gradients(dloss, inputs, target, ignore_index, reduction, lab
 
 
 def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend, wide=False):
-    """(losses of the rows, and of those that are needed, dx, dweight, dbias of Σ row_scale · loss); wide: the last two in float32."""
+    """(losses of the rows, and of those that are needed, dx, dweight, dbias of Σ row_scale · loss); wide: as in linear."""
     arguments = x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed
     if isinstance(backend, ModuleType) and not opaque(x, weight, bias, target):  # also called in backward, where a tracer may watch by now
-        return autocast.given_by(backend, "linear_cross_entropy_forward", arguments, wide, 2)
+        return autocast.given_by(backend, "linear_cross_entropy_forward", arguments, wide)
     losses, *gradients = torch.ops.fastlm.linear_cross_entropy_forward(*arguments, backends.name_of(backend))
-    gradients = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
-    return losses, *(autocast.widened(gradients) if wide else gradients)
+    return losses, *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
 
 
 @torch.library.custom_op("fastlm::linear_cross_entropy_forward", mutates_args=())

@@ -493,6 +493,18 @@ def test_under_autocast_gradients_can_be_differentiated_down_to_float32_weights(
         assert found.dtype == torch.float32 and error(found, true) <= 2**-4  # bfloat16 on the way, several times
 
 
+@pytest.mark.parametrize("name", WEIGHED)
+def test_under_autocast_differentiable_gradients_are_those_of_rounded_weights(name):
+    inputs = weighed_inputs(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = weighed(name, *inputs, backend="reference")
+    upstream = floats(*result.shape).to(result.dtype)
+    got = torch.autograd.grad(result, inputs, upstream, create_graph=True)
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(weighed(name, *exact, backend="reference"), exact, upstream.double())
+    assert all(error(found, true) <= 2**-8 for found, true in zip(got, expected, strict=True))  # rounded once, as the formula's casts are differentiated
+
+
 @on_every_backend
 @pytest.mark.parametrize("name", WEIGHED)
 def test_under_autocast_weights_may_change_before_the_backward(name, backend):
