@@ -13,7 +13,7 @@ import torch
 
 from fastlm.backends import isa
 from fastlm.backends import torch as native
-from fastlm.backends.gpu import DTYPES, FURTHEST, attention_operators, by_layout, dropout, losses_and_gradients, new_like, precision, vector
+from fastlm.backends.gpu import DTYPES, attention_operators, beyond, by_layout, dropout, losses_and_gradients, new_like, precision, vector
 from fastlm.backends.layout import dense_last, matrix_of, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
@@ -99,11 +99,7 @@ def refuses(operator, device, dtype, **features):
         reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
     if dtype not in DTYPES:
         reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
-    if operator == "attention" and max(features["query_len"], features["key_len"]) > FURTHEST:
-        reasons.append(f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}")
-    if operator == "attention_varlen" and features["query_tokens"] > FURTHEST:
-        reasons.append(f"counts up to {FURTHEST} tokens, not {features['query_tokens']}")
-    return reasons
+    return reasons + beyond(operator, features)
 
 
 def address(tensor, writable=False):

@@ -12,6 +12,19 @@ from fastlm.backends.reference import shift_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FURTHEST = 2**30  # positions and distances are 32-bit numbers in the kernels
+WIDEST_HEAD = 256  # of what a tile of attention holds
+
+
+def beyond(operator, features):
+    """Reasons: what of a call's sizes is more than the kernels of attention count or hold."""
+    reasons = []
+    if operator == "attention" and max(features["query_len"], features["key_len"]) > FURTHEST:
+        reasons.append(f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}")
+    if operator == "attention_varlen" and features["query_tokens"] > FURTHEST:
+        reasons.append(f"counts up to {FURTHEST} tokens, not {features['query_tokens']}")
+    if operator in ("attention", "attention_varlen") and features["head_dim"] > WIDEST_HEAD:
+        reasons.append(f"holds heads of head_dim up to {WIDEST_HEAD}, not {features['head_dim']}")
+    return reasons
 
 
 def on(x):

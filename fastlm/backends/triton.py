@@ -11,7 +11,7 @@ import torch
 
 import fastlm
 from fastlm.backends import torch as native
-from fastlm.backends.gpu import DTYPES, FURTHEST, attention_operators, by_layout, dropout, losses_and_gradients, new_like, on, precision, processors, vector
+from fastlm.backends.gpu import DTYPES, attention_operators, beyond, by_layout, dropout, losses_and_gradients, new_like, on, precision, processors, vector
 from fastlm.backends.layout import dense_last, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
@@ -98,10 +98,7 @@ def refuses(operator, device, dtype, **features):
         reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
     if dtype not in DTYPES:
         reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
-    if operator == "attention" and max(features["query_len"], features["key_len"]) > FURTHEST:
-        reasons.append(f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}")
-    if operator == "attention_varlen" and features["query_tokens"] > FURTHEST:
-        reasons.append(f"counts up to {FURTHEST} tokens, not {features['query_tokens']}")
+    reasons += beyond(operator, features)
     if operator == "layernorm_residual" and features["width"] > WIDEST:
         reasons.append(f"holds a row in registers: width up to {WIDEST}, not {features['width']}")
     return reasons

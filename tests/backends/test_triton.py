@@ -76,6 +76,15 @@ def test_a_row_too_wide_for_registers(gpu):
         decided(forced="triton", width=16385)
 
 
+@pytest.mark.parametrize("operator", ["attention", "attention_varlen"])
+def test_a_head_too_wide_for_a_tile(gpu, operator):
+    sizes = dict.fromkeys(choice.FEATURES[operator], 0)
+    assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 256}) == ("triton", None)
+    assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 257}) == ("torch", f"{operator}: torch instead of triton")
+    with pytest.raises(fastlm.Unsupported, match="triton holds heads of head_dim up to 256, not 257;"):
+        choice.decide(operator, CUDA, torch.bfloat16, "triton", sizes | {"head_dim": 257})
+
+
 def test_no_triton_and_an_old_one(gpu, monkeypatch):
     for said, version in (("needs Triton, which cannot be imported", None), ("needs Triton 3.4 or later, not 3.3.1", "3.3.1")):
         monkeypatch.setitem(sys.modules, "triton", version and types.SimpleNamespace(__version__=version))
