@@ -66,10 +66,12 @@ def tokens_first(x, wanted=True):
 
 
 def precision(x):
-    """Of products: full float32 unless the user asked PyTorch for less. 16-bit operands are multiplied exactly."""
-    if x.dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
+    """Of products: full float32 unless the user asked PyTorch for less, by what PyTorch's own products follow. 16-bit operands are multiplied exactly."""
+    if x.dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    return "tf32"
+    # Whatever the user set it with: set_float32_matmul_precision and allow_tf32 write it too, and "none" everywhere is full precision. Reading
+    # through those raises once the settings of products, of CUDA or of all differ.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def clamped(lower, upper):

@@ -124,17 +124,66 @@ def test_the_interpreter_serves_a_cpu_only_when_it_is_asked_to(backend):
         choice.decide("linear", CUDA, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})
 
 
-def test_products_of_float32_follow_the_users_precision(monkeypatch):
+def everything(value):
+    torch.backends.fp32_precision = value
+
+
+def of_cuda(value):
+    torch.backends.cudnn.fp32_precision = value  # PyTorch's name for all of CUDA
+
+
+def of_products(value):
+    torch.backends.cuda.matmul.fp32_precision = value
+
+
+def allow_tf32(value):
+    torch.backends.cuda.matmul.allow_tf32 = value
+
+
+@pytest.fixture
+def precisions():
+    """What a user may set, each by PyTorch's older or newer API; as it was afterwards."""
+    settings = torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul
+    before, older = [each.fp32_precision for each in settings], torch.get_float32_matmul_precision()
+    yield
+    for each in settings:
+        each.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision(older)  # of which PyTorch keeps a record of its own
+    for each, value in zip(settings, before, strict=True):
+        each.fp32_precision = value
+
+
+@pytest.mark.parametrize(
+    "steps, wanted",
+    [
+        ([], "ieee"),
+        ([(torch.set_float32_matmul_precision, "highest")], "ieee"),
+        ([(torch.set_float32_matmul_precision, "high")], "tf32"),
+        ([(torch.set_float32_matmul_precision, "medium")], "tf32"),
+        ([(torch.set_float32_matmul_precision, "high"), (torch.set_float32_matmul_precision, "highest")], "ieee"),
+        ([(allow_tf32, True)], "tf32"),
+        ([(of_products, "tf32")], "tf32"),
+        ([(of_products, "ieee")], "ieee"),
+        ([(of_products, "none")], "ieee"),
+        ([(of_cuda, "tf32")], "tf32"),
+        ([(everything, "tf32")], "tf32"),  # inherited
+        ([(everything, "ieee")], "ieee"),
+        ([(everything, "tf32"), (of_products, "ieee")], "ieee"),  # the nearer setting holds
+        ([(everything, "tf32"), (of_cuda, "ieee")], "ieee"),
+        ([(everything, "ieee"), (of_products, "tf32")], "tf32"),
+        ([(everything, "tf32"), (of_products, "ieee"), (of_products, "none")], "tf32"),
+        ([(torch.set_float32_matmul_precision, "high"), (of_products, "ieee")], "ieee"),  # the later one
+    ],
+    ids=lambda part: " ".join(f"{set_by.__name__}={value}" for set_by, value in part) if isinstance(part, list) else part,
+)
+def test_products_of_float32_follow_the_users_precision(steps, wanted, precisions, monkeypatch):
     x = floats(1)
-    before = torch.get_float32_matmul_precision()
-    try:
-        for setting, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
-            torch.set_float32_matmul_precision(setting)
-            assert backend.precision(x) == wanted and backend.precision(x.bfloat16()) == "ieee"
-        monkeypatch.setattr(torch.version, "hip", "6.4")
-        assert backend.precision(x) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    of_products("none")
+    for set_by, value in steps:
+        set_by(value)
+    assert backend.precision(x) == wanted and backend.precision(x.bfloat16()) == "ieee"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert backend.precision(x) == "ieee"
 
 
 # Launches
