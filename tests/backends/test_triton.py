@@ -235,6 +235,24 @@ def test_the_second_launch_of_a_kind_goes_past_triton(monkeypatch):
 
 
 @pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("hip, kinds", [(False, 1), (True, 2)])
+def test_on_amd_what_lies_beyond_2_gib_is_another_kind(hip, kinds, monkeypatch):
+    """There Triton compiles offsets of 32 bits where the storage, not the view of it, allows them."""
+    from fastlm.kernels import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "compiled", {})
+    monkeypatch.setattr(launch, "HIP", hip)
+    kernel = Kernel()
+    for length in (16, 2**31 - 1, 2**31, 2**33):
+        x = torch.empty(length, dtype=torch.int8, device="meta")
+        for view in (x, x[:16]):
+            launch.launch(kernel, 7, (view, 16), (32,), 4, 2, 0)
+    assert len(kernel.slow) == kinds and len(kernel.fast) == 8 - kinds
+    assert [arguments[0].untyped_storage().nbytes() for _, arguments, _ in kernel.slow] == [16, 2**31][:kinds]
+
+
+@pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")
 def test_what_is_compiled_is_bounded(monkeypatch):
     from fastlm.kernels import launch
 
