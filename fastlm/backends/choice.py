@@ -116,7 +116,7 @@ def choose(operator: str, x: torch.Tensor, dtype: torch.dtype, backend: str | No
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise Unsupported(f"{operator} under a torch.func transform (vmap, grad, jvp, …): not supported; use torch.autograd")
     forced = requested(backend)
-    key = (operator, x.is_cpu or x.device.type, dtype, forced, features)
+    key = (operator, x.is_cpu or x.device, dtype, forced, features)  # of two GPUs one may be older
     choice = CHOICES.get(key)
     if choice is None:
         name, fallback = decide(operator, x.device, dtype, forced, dict(zip(FEATURES[operator], features, strict=True)))

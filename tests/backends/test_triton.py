@@ -70,6 +70,16 @@ def test_a_gpu_that_cannot_is_named_and_the_next_backend_serves(gpu, changed, me
         decided(forced="triton")
 
 
+def test_each_gpu_is_asked_for_itself(gpu, monkeypatch):
+    """An old card beside a new one, whichever is called first."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    for _ in range(2):
+        for index, name in enumerate(("triton", "torch")):
+            x = types.SimpleNamespace(is_cpu=False, device=torch.device("cuda", index))
+            assert choice.choose("layernorm_residual", x, torch.bfloat16, None, 40, 768, False) is choice.load(name)
+    assert len(choice.CHOICES) == 2
+
+
 def test_a_row_too_wide_for_registers(gpu):
     assert decided(width=16384)[0] == "triton" and decided(width=16385)[0] == "torch"
     with pytest.raises(fastlm.Unsupported, match="triton holds a row in registers: width up to 16384, not 16385"):
