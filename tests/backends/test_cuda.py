@@ -1,5 +1,6 @@
 """Who may use the CUDA C++ kernels, and what is said where they cannot serve. (tests/kernels/test_cuda_build.py has the real module.)"""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -48,6 +49,28 @@ def test_what_it_serves(card):
     for operator in ("attention", "attention_varlen"):
         assert not refused(operator, head_dim=256)
         assert refused(operator, head_dim=257) == ["holds heads of head_dim up to 256, not 257"]
+
+
+def test_a_launch_gives_pytorchs_device_back(card, monkeypatch):
+    """The kernel's stream and the driver's current device are the tensor's, also where PyTorch's is another; nothing is set where it is the same."""
+    device, moves = [0], []
+
+    @contextlib.contextmanager
+    def moved(to):
+        moves.append(to)
+        before, device[0] = device[0], to.index
+        yield
+        device[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", moved)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: types.SimpleNamespace(cuda_stream=70 + of.index))
+    seen = []
+    for index in (1, 0):
+        x = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+        backend.launch(lambda *arguments: seen.append((device[0], *arguments)), x, "argument")
+    assert seen == [(1, (1, 71), "argument"), (0, (0, 70), "argument")]
+    assert moves == [torch.device("cuda", 1)] and device == [0]
 
 
 @pytest.mark.parametrize("capability, fits", [((7, 5), False), ((8, 0), True), ((8, 9), True), ((10, 0), True), ((12, 1), True)])
