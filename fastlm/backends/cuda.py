@@ -225,27 +225,24 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
 
 # linear_cross_entropy: without gradients one product that keeps no logits
 
-LINE = 128  # bytes: rows of logits begin at multiples of it, whatever the vocabulary
-
 
 @as_written
 def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
     check_targets(target, weight.shape[0], ignore_index)  # looks at values only on a CPU: the kernels assert
     flat, targets = rows_of(x), target.reshape(-1)
     loss = x.new_empty(targets.shape, dtype=torch.float32)
-    dtype, vocab = LAUNCHED_AS[x.dtype], weight.shape[0]
-    stride = -(-vocab * x.element_size() // LINE) * LINE // x.element_size()
+    dtype = LAUNCHED_AS[x.dtype]
 
     def turn(logits, targets, scale, losses, statistics, shares):
         launch(
-            kernels.linear_cross_entropy_gradient, x, dtype, written(logits), stride, address(targets), targets.stride(0), address(scale), written(losses),
-            written(statistics), written(shares), *logits.shape, ignore_index, label_smoothing,
+            kernels.linear_cross_entropy_gradient, x, dtype, written(logits), logits.stride(0), address(targets), targets.stride(0), address(scale),
+            written(losses), written(statistics), written(shares), *logits.shape, ignore_index, label_smoothing,
         )  # fmt: skip
 
     dx = dweight = dbias = None
     if any(needed):
         scale, shares = row_scale.reshape(-1).contiguous(), kernels.linear_cross_entropy_shares
-        dx, dweight, dbias = losses_and_gradients(flat, weight, bias, targets, scale, loss, needed, LOGITS_BYTES, stride, shares, turn)
+        dx, dweight, dbias = losses_and_gradients(flat, weight, bias, targets, scale, loss, needed, LOGITS_BYTES, shares, turn)
     else:
         losses(flat, matrix_of(weight), vector(bias), targets, loss, ignore_index, label_smoothing)
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias

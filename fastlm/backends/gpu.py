@@ -81,13 +81,17 @@ def clamped(lower, upper):
 # linear_cross_entropy: the vendor's products around a kernel that turns a chunk of logits into its gradient
 
 
-def losses_and_gradients(x, weight, bias, targets, row_scale, loss, needed, chunk_bytes, stride, shares_of, turn):
+LINE = 128  # bytes: rows of logits begin at multiples of it, whatever the vocabulary, as vectors and the vendor's products want them (50257 is odd)
+
+
+def losses_and_gradients(x, weight, bias, targets, row_scale, loss, needed, chunk_bytes, shares_of, turn):
     """The gradients of x, weight and bias that are needed, by chunks of rows (rows, width); loss (rows,) is filled.
 
-    turn(logits, targets, row scale, loss, statistics, shares) makes the gradient of a chunk's logits out of them, `stride` elements from row to row; where the
+    turn(logits, targets, row scale, loss, statistics, shares) makes the gradient of a chunk's logits out of them, whose rows begin at a LINE each; where the
     bias needs its gradient, as the sum of shares_of(rows) shares.
     """
-    rows, vocab = x.shape[0], weight.shape[0]
+    rows, vocab, of_line = x.shape[0], weight.shape[0], LINE // x.element_size()
+    stride = -(-vocab // of_line) * of_line
     dx = x.new_empty(x.shape) if needed[0] else None
     dweight = None if rows else torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dbias = loss.new_zeros(vocab) if needed[2] else None

@@ -172,8 +172,7 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
 
 @as_written
 def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
-    vocab = weight.shape[0]
-    check_targets(target, vocab, ignore_index)  # looks at values only on a CPU: the kernel asserts
+    check_targets(target, weight.shape[0], ignore_index)  # looks at values only on a CPU: the kernel asserts
     loss = x.new_empty(target.numel(), dtype=torch.float32)
     row_scale = row_scale.reshape(-1).contiguous() if any(needed) else None
 
@@ -184,7 +183,7 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
             )  # fmt: skip
 
     shares = kernels().linear_cross_entropy.parts
-    dx, dweight, dbias = losses_and_gradients(rows_of(x), weight, bias, target.reshape(-1), row_scale, loss, needed, LOGITS_BYTES, vocab, shares, turn)
+    dx, dweight, dbias = losses_and_gradients(rows_of(x), weight, bias, target.reshape(-1), row_scale, loss, needed, LOGITS_BYTES, shares, turn)
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
 
 

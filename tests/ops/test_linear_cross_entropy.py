@@ -119,6 +119,18 @@ def test_chunks_change_nothing_but_memory(backend, monkeypatch):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@on_backends("triton", "cuda")
+def test_rows_of_logits_are_aligned_whatever_the_vocabulary(dtype, backend, monkeypatch):
+    """The vendor's products want it: at an odd vocabulary (GPT-2's is 50257) no row but the first would begin where a vector may."""
+    strides, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *t, out: (strides.append(out.stride()), addmm(*t, out=out))[1])
+    small_chunks(monkeypatch, backend, 16 * 4 * 257)
+    inputs, target = (floats(40, 12), floats(257, 12), floats(257)), targets(257, 40, ignored=[3])
+    assert_within_twice_torch(lambda *t: fastlm.linear_cross_entropy(*t[:2], target, t[2], backend=backend), torch_own(target), inputs, dtype)
+    assert len(strides) > 1 and all(row * dtype.itemsize % 128 == 0 and row >= 257 and one == 1 for row, one in strides)
+
+
 @on_backends("torch", "cpu", "triton", "cuda")  # the oracle is the one that does hold all the logits
 def test_never_more_than_one_chunk_of_logits(backend, monkeypatch):
     rows, width, vocab, chunk = 400, 8, 1000, 16
