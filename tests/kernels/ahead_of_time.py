@@ -184,7 +184,12 @@ def report(index):
             failure = failure.__cause__
         return entry | {"error": f"{type(failure).__name__}: {' '.join(str(failure)[-300:].split())}"}
     spilled, registers, matrix = resources(binary, name)
-    return entry | {"shared": binary.metadata.shared, "limit": SHARED[name] << 10, "spilled": spilled, "registers": registers, "matrix": matrix}
+    divisions = re.findall(r"arith\.(?:div|rem)[us]i .*tensor<\S*i64>", binary.asm["ttir"])
+    return (
+        entry
+        | {"wide_divisions": len(divisions)}
+        | {"shared": binary.metadata.shared, "limit": SHARED[name] << 10, "spilled": spilled, "registers": registers, "matrix": matrix}
+    )
 
 
 def main():

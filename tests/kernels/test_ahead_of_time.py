@@ -1,5 +1,5 @@
 """Every kernel compiled for GPUs that are not here: it compiles, its shared memory fits, its tuned configurations spill no registers, and matrices are
-multiplied by matrix instructions.
+multiplied by matrix instructions. No kernel divides 64-bit numbers element by element.
 
 By default a few for one architecture. FASTLM_TEST_TARGETS=all (or names) compiles the commonest configurations for all eight (or those),
 FASTLM_TEST_CONFIGURATIONS=all every configuration: both together are some 900 compilations, about an hour of one core. See ahead_of_time.py for the launches.
@@ -64,6 +64,7 @@ def test_it_compiles_and_fits(target, title, kernel, compiled):
     entry = compiled[target, title, kernel]
     assert "error" not in entry, entry["error"]
     assert entry["shared"] <= entry["limit"], f"{entry['shared']} bytes of shared memory, of {entry['limit']}"
+    assert entry["wide_divisions"] == 0, "64 bits are divided element by element, which no GPU has an instruction for"
     if target.startswith("sm_") and any(tuned in title for tuned in TUNED) | (not title.startswith("attention")):
         assert entry["spilled"] == 0, f"{entry['spilled']} bytes on the stack in tiles of {entry['constants']}, {entry['warps']} warps"
     if "float32 " not in title.replace("float32 stream", "") and not any(word in kernel for word in WITHOUT_PRODUCTS):
