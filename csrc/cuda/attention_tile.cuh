@@ -26,11 +26,7 @@
 
 namespace fastlm::cuda {
 
-#ifdef FASTLM_EMULATION
-#define FASTLM_CONSTANT const
-#else
 #define FASTLM_CONSTANT const __grid_constant__  // an argument whose address a function may take without a copy of it in each thread's memory
-#endif
 
 constexpr float Log2e = 1.4426950408889634f;
 constexpr int WidestHead = 256;

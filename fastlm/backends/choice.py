@@ -26,7 +26,7 @@ MOST_CHOICES = 4096
 FEATURES = {
     "adamw": ("amsgrad", "gaps", "mixed", "subclass"),
     "attention": ("batch", "heads", "query_len", "key_len", "head_dim", "masked", "dropout", "return_lse", "mask_gradient"),
-    "attention_varlen": ("sequences", "heads", "query_tokens", "head_dim", "masked", "dropout", "return_lse"),
+    "attention_varlen": ("sequences", "heads", "query_tokens", "key_tokens", "head_dim", "masked", "dropout", "return_lse"),
     "gelu_mlp": ("rows", "in_width", "hidden_width", "out_width", "conv1d"),
     "layernorm_residual": ("rows", "width", "dropout"),
     "linear": ("rows", "in_width", "out_width", "conv1d"),

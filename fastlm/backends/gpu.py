@@ -20,8 +20,8 @@ def beyond(operator, features):
     reasons = []
     if operator == "attention" and max(features["query_len"], features["key_len"]) > FURTHEST:
         reasons.append(f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}")
-    if operator == "attention_varlen" and features["query_tokens"] > FURTHEST:
-        reasons.append(f"counts up to {FURTHEST} tokens, not {features['query_tokens']}")
+    if operator == "attention_varlen" and max(features["query_tokens"], features["key_tokens"]) > FURTHEST:
+        reasons.append(f"counts up to {FURTHEST} tokens, not {max(features['query_tokens'], features['key_tokens'])}")
     if operator in ("attention", "attention_varlen") and features["head_dim"] > WIDEST_HEAD:
         reasons.append(f"holds heads of head_dim up to {WIDEST_HEAD}, not {features['head_dim']}")
     return reasons

@@ -45,7 +45,8 @@ def test_what_it_serves(card):
     assert refused(device=torch.device("cpu")) == ["serves CUDA tensors, not cpu"]
     assert refused(dtype=torch.float64) == ["computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64"]
     assert refused("attention", key_len=2**31) == [f"counts up to {2**30} queries and keys, not {2**31}"]
-    assert refused("attention_varlen", query_tokens=2**31) == [f"counts up to {2**30} tokens, not {2**31}"]
+    for tokens in ("query_tokens", "key_tokens"):
+        assert refused("attention_varlen", **{tokens: 2**31}) == [f"counts up to {2**30} tokens, not {2**31}"]
     for operator in ("attention", "attention_varlen"):
         assert not refused(operator, head_dim=256)
         assert refused(operator, head_dim=257) == ["holds heads of head_dim up to 256, not 257"]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
-from fastlm.backends import philox
+from fastlm.backends import choice, philox
 from tests.ops.test_attention import HARM, seen
 from tests.support import DTYPES, SLOW, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
 
@@ -453,3 +453,11 @@ def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason)
     with pytest.raises(fastlm.Unsupported, match=f"torch {reason}"):
         call(backend="torch", **changed)
     assert call(**changed) is not None  # another serves
+
+
+def test_a_backend_is_asked_for_queries_and_keys(monkeypatch):
+    asked, decide = [], choice.decide
+    monkeypatch.setattr(choice, "CHOICES", {})
+    monkeypatch.setattr(choice, "decide", lambda *call: (asked.append(call[-1]), decide(*call))[1])
+    fastlm.attention_varlen(*qkv([(1, 3), (1, 2)], 2, 1, 8), *cu_seqlens([(1, 3), (1, 2)]))
+    assert [(call["sequences"], call["query_tokens"], call["key_tokens"]) for call in asked] == [(2, 2, 5)]
