@@ -19,6 +19,7 @@ from fastlm.backends.reference import as_written, check_targets
 
 EMULATED = os.environ.get("FASTLM_CUDA_EMULATION") == "1"
 LOGITS_BYTES = 64 << 20  # of one chunk
+OLDEST_ARCH = 80  # the kernels use mma.sync of bfloat16 and cp.async
 
 
 def find() -> tuple[ModuleType | None, str]:
@@ -81,9 +82,13 @@ def unavailable():
 def unfit(index):
     """Why a GPU cannot run the kernels."""
     major, minor = torch.cuda.get_device_capability(index)
-    if major * 10 + minor >= int(kernels.archs.split(",")[0]):  # there is code or PTX for it
-        return []
-    return [f"is compiled for sm_{kernels.archs.replace(',', ', sm_')} and what is later, and {torch.cuda.get_device_name(index)} is sm_{major}{minor}"]
+    arch, name = major * 10 + minor, torch.cuda.get_device_name(index)
+    if arch < OLDEST_ARCH:
+        return [f"needs an architecture of sm_{OLDEST_ARCH} or later, and {name} is sm_{arch} (auto takes another backend)"]
+    if arch < int(kernels.archs.split(",")[0]):  # there is neither code nor PTX for it
+        compiled = f"is compiled for sm_{kernels.archs.replace(',', ', sm_')} and what is later, and {name} is sm_{arch}"
+        return [f"{compiled} (FASTLM_BUILD_CUDA=1 FASTLM_CUDA_ARCHS={arch} pip install builds it for that)"]
+    return []
 
 
 def refuses(operator, device, dtype, **features):
@@ -94,7 +99,8 @@ def refuses(operator, device, dtype, **features):
     if operator != "linear" and not hasattr(kernels, f"{operator.removesuffix('_varlen')}_forward"):
         reasons.append(f"has no {operator}")
     if device.type != ("cpu" if EMULATED else "cuda"):
-        reasons.append(f"serves CPU tensors under FASTLM_CUDA_EMULATION=1, not {device}" if EMULATED else f"serves CUDA tensors, not {device}")
+        emulating = f"serves CPU tensors under FASTLM_CUDA_EMULATION=1, not {device} (without that variable it serves GPUs)"
+        reasons.append(emulating if EMULATED else f"serves CUDA tensors, not {device} (.to('cuda') moves them)")
     elif device.type == "cuda":
         reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
     if dtype not in DTYPES:

@@ -80,11 +80,11 @@ def unfit(index: int) -> list[str]:
     """Why a GPU cannot run the kernels."""
     reasons, name = [], torch.cuda.get_device_name(index)
     if not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
-        reasons.append(f"needs an architecture of sm_80 or later, and {name} is {architecture(index)}")
+        reasons.append(f"needs an architecture of sm_80 or later, and {name} is {architecture(index)} (auto takes another backend)")
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or getattr(properties, "shared_memory_per_block", LEAST_SHARED)
     if shared < LEAST_SHARED:
-        reasons.append(f"needs {LEAST_SHARED >> 10} KiB of shared memory, and {name} has {shared >> 10}")
+        reasons.append(f"needs {LEAST_SHARED >> 10} KiB of shared memory, and {name} has {shared >> 10} (auto takes another backend)")
     return reasons
 
 
@@ -93,7 +93,8 @@ def refuses(operator, device, dtype, **features):
     if operator not in OPERATORS:
         reasons.append(f"has no {operator}")
     if device.type != ("cpu" if INTERPRETED else "cuda"):
-        reasons.append(f"serves CPU tensors under TRITON_INTERPRET=1, not {device}" if INTERPRETED else f"serves CUDA and ROCm tensors, not {device}")
+        interpreting = f"serves CPU tensors under TRITON_INTERPRET=1, not {device} (without that variable it serves GPUs)"
+        reasons.append(interpreting if INTERPRETED else f"serves CUDA and ROCm tensors, not {device} (.to('cuda') moves them)")
     elif device.type == "cuda":
         reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
     if dtype not in DTYPES:

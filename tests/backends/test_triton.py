@@ -57,17 +57,27 @@ def test_a_card_s_table_puts_pytorch_first_where_it_is_faster(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    "changed, reason",
     [
-        ({"capability": (7, 5)}, r"needs an architecture of sm_80 or later, and Card is sm_75"),
-        ({"shared": 48 << 10}, r"needs 64 KiB of shared memory, and Card has 48"),
+        ({"capability": (7, 5)}, "needs an architecture of sm_80 or later, and Card is sm_75 (auto takes another backend)"),
+        ({"shared": 48 << 10}, "needs 64 KiB of shared memory, and Card has 48 (auto takes another backend)"),
     ],
 )
-def test_a_gpu_that_cannot_is_named_and_the_next_backend_serves(gpu, changed, message):
+def test_a_gpu_that_cannot_is_named_and_the_next_backend_serves(gpu, changed, reason):
+    """One line: which backend and card, why, and what to do."""
     vars(gpu).update(changed)
     assert decided() == ("torch", "layernorm_residual: torch instead of triton")
-    with pytest.raises(fastlm.Unsupported, match=f"triton {message}"):
+    with pytest.raises(fastlm.Unsupported) as raised:
         decided(forced="triton")
+    cpu, cuda = (", ".join(choice.refusals(name, "layernorm_residual", CUDA, torch.bfloat16, {"rows": 40, "width": 768})) for name in ("cpu", "cuda"))
+    others = "torch could, but another was forced; reference could, but another was forced"
+    assert str(raised.value) == f"layernorm_residual on cuda:0 in torch.bfloat16 with backend='triton': cpu {cpu}; triton {reason}; cuda {cuda}; {others}"
+
+
+def test_tensors_elsewhere(gpu):
+    for device in ("cpu", "mps:0"):
+        reasons = backend.refuses("linear", torch.device(device), torch.float32)
+        assert reasons == [f"serves CUDA and ROCm tensors, not {device} (.to('cuda') moves them)"]
 
 
 def test_each_gpu_is_asked_for_itself(gpu, monkeypatch):
@@ -130,7 +140,8 @@ def test_the_interpreter_serves_a_cpu_only_when_it_is_asked_to(backend):
     x = floats(4, 8)
     assert choice.decide("linear", x.device, x.dtype, None, {"rows": 4, "in_width": 8, "out_width": 8})[0] != "triton"
     assert choice.decide("linear", x.device, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})[0] == "triton"
-    with pytest.raises(fastlm.Unsupported, match="triton serves CPU tensors under TRITON_INTERPRET=1, not cuda:0"):
+    reason = r"triton serves CPU tensors under TRITON_INTERPRET=1, not cuda:0 \(without that variable it serves GPUs\);"
+    with pytest.raises(fastlm.Unsupported, match=reason):
         choice.decide("linear", CUDA, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})
 
 
