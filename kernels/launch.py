@@ -39,6 +39,7 @@ def launch(kernel, programs, arguments, constants, warps, stages, device, debug=
     if programs == 0:
         return
     if INTERPRETED:
+        interpreter.check(debug)
         kernel[(programs,)](*arguments, *constants)
         return
     key = kernel, device, warps, stages, constants, *map(kind, arguments)
