@@ -105,7 +105,7 @@ def parts(rows):
 def linear_cross_entropy(logits, target, row_scale, loss, statistics, share, ignore_index, label_smoothing, device):
     """logits: (rows, vocab) with unit last stride: they become their gradient, unless row_scale is None. target: (rows,), any stride.
 
-    share: (parts(rows), vocab) in float32 for the sums of that gradient over the rows, with statistics (2, rows) to work in; or None, both.
+    share: (parts(rows), vocab) in float32 for the sums of that gradient over the rows, with statistics (2, rows or more) to work in; or None, both.
     """
     rows, vocab = logits.shape
     block = min(triton.next_power_of_2(vocab), BLOCK)

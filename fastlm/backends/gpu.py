@@ -88,14 +88,16 @@ def losses_and_gradients(x, weight, bias, targets, row_scale, loss, needed, chun
     """The gradients of x, weight and bias that are needed, by chunks of rows (rows, width); loss (rows,) is filled.
 
     turn(logits, targets, row scale, loss, statistics, shares) makes the gradient of a chunk's logits out of them, whose rows begin at a LINE each; where the
-    bias needs its gradient, as the sum of shares_of(rows) shares.
+    bias needs its gradient, as the sum of shares_of(rows) shares, with statistics (2, rows or a few more) to work in.
     """
     rows, vocab, of_line = x.shape[0], weight.shape[0], LINE // x.element_size()
     stride = -(-vocab // of_line) * of_line
     dx = x.new_empty(x.shape) if needed[0] else None
     dweight = None if rows else torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dbias = loss.new_zeros(vocab) if needed[2] else None
-    chunk = min(rows, max(1, chunk_bytes // (stride * x.element_size())))
+    chunk = max(1, chunk_bytes // (stride * x.element_size()))
+    # In chunks of 16 rows every chunk's targets and losses are aligned alike, so that Triton compiles one kernel for all of them.
+    chunk = min(rows, chunk // 16 * 16 or chunk)
     memory = x.new_empty(chunk, stride)
     for begin in range(0, rows, max(1, chunk)):
         part, target, result = (t[begin : begin + chunk] for t in (x, targets, loss))
@@ -105,7 +107,7 @@ def losses_and_gradients(x, weight, bias, targets, row_scale, loss, needed, chun
         torch.mm(part, weight.t(), out=logits) if bias is None else torch.addmm(bias, part, weight.t(), out=logits)
         statistics = shares = None
         if dbias is not None:
-            statistics, shares = loss.new_empty(2, count), loss.new_empty(shares_of(count), vocab)
+            statistics, shares = loss.new_empty(2, -(-count // 4) * 4), loss.new_empty(shares_of(count), vocab)
         turn(logits, target, scale, result, statistics, shares)
         if dbias is not None:
             dbias += shares.sum(0)

@@ -255,6 +255,62 @@ def test_the_second_launch_of_a_kind_goes_past_triton(monkeypatch):
     assert len(kernel.slow) == 1 + len(others) + 3
 
 
+def compiled_for(kernel, arguments, constants):
+    """All that Triton compiles a kernel anew for: of an integer that it was told not to specialise, only whether it has 32 bits."""
+    from fastlm.kernels.launch import kind
+
+    if hasattr(kernel, "params"):
+        names, plain = [parameter.name for parameter in kernel.params], {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    else:  # interpreted
+        names, plain = kernel.arg_names, set(kernel.kwargs.get("do_not_specialize") or ())
+    kinds = (kind(value)[2] if name in plain else kind(value) for name, value in zip(names, arguments, strict=False))
+    return kernel, constants, *kinds
+
+
+def attention_of(queries, keys):
+    q, k = torch.zeros(2, queries, 4, 64, requires_grad=True), torch.zeros(2, keys, 2, 64, requires_grad=True)
+    fastlm.attention(q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2), causal=True, dropout_p=0.1, backend="triton").sum().backward()
+
+
+def packed_of(tokens):
+    x, starts = torch.zeros(tokens, 4, 64, requires_grad=True), torch.tensor([0, tokens])
+    fastlm.attention_varlen(x, x, x, starts, starts, causal=True, backend="triton").sum().backward()
+
+
+def block_of(rows):
+    x, w = torch.zeros(rows, 64, requires_grad=True), torch.zeros(64, 64, requires_grad=True)
+    y, s = fastlm.layernorm_residual(x, x, w[0], w[1], dropout_p=0.1, backend="triton")
+    y = fastlm.gelu_mlp(y, w, w[0], w, w[1], backend="triton")
+    fastlm.linear_cross_entropy(y + s, w, torch.zeros(rows, dtype=torch.int64), w[0], backend="triton").backward()
+
+
+@on_backends("triton")
+@pytest.mark.parametrize("card", ["sm_90", "sm_80", "gfx942"])  # with the fused products of gelu_mlp, and without
+@pytest.mark.parametrize(
+    "run, joins",
+    [
+        pytest.param(lambda n: attention_of(n, n), [], id="attention"),
+        pytest.param(lambda n: attention_of(1, n + 256), [2, 8], id="decode"),  # what joins the stretches is compiled for up to 2, 4, … 128 of them
+        pytest.param(packed_of, [], id="packed"),
+        pytest.param(block_of, [], id="the rest of a layer"),
+    ],
+)
+def test_no_length_is_compiled_anew(run, joins, card, backend, monkeypatch):
+    """Every launch of a step, at lengths that are odd, even and multiples of 16, is of a kind that the first length has seen."""
+    launched, module = [], choice.load(backend)
+    monkeypatch.setattr(module, "architecture", lambda index: card)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 100 * 64 * 4)  # several chunks, of rows not so round
+    for kernels in module.modules():
+        monkeypatch.setattr(kernels, "launch", lambda kernel, programs, arguments, constants, *rest, **options: launched.append((kernel, arguments, constants)))
+    seen = []
+    for length in (320, 100, 333, 400, 512, 1031):
+        launched.clear()
+        run(length)
+        seen.append({compiled_for(*launch) for launch in launched})
+    others = set.union(*seen) - seen[0]
+    assert seen[0] and sorted(constants[-1] for _, constants, *_ in others) == joins, "\n".join(f"{kind[0]}: {kind[1:]}" for kind in others)
+
+
 @pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("hip, kinds", [(False, 1), (True, 2)])
 def test_on_amd_what_lies_beyond_2_gib_is_another_kind(hip, kinds, monkeypatch):
