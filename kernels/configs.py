@@ -60,6 +60,7 @@ HOPPER = LARGE | {  # a warpgroup of four multiplies tiles of 64 queries at leas
 }
 BLACKWELL = HOPPER | {
     ("forward", 2, 64): (128, 64, 8, 3),
+    ("forward masked", 2, 128): (64, 64, 8, 2),
 }
 ONE_STAGE = {at: (m, n, warps, 1) for at, (m, n, warps, stages) in SMALL.items()}  # AMD: 64 KiB, and loads are kept in flight in registers
 # Small, so that small tests have several tiles, and of unlike sides, so that no side is taken for the other.
