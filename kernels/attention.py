@@ -14,6 +14,7 @@ from fastlm.kernels.attention_tiles import (
     LOG2E,
     any_not_finite,
     check_sequence,
+    check_starts,
     find_tile,
     key_by_key,
     load_tile,
@@ -79,12 +80,17 @@ def attention_forward_kernel(
     if cu_query_ptr is None:
         batch, head, tile = pid // tiles // heads, pid // tiles % heads, tiles - 1 - pid % tiles
     else:  # query_len and key_len are the numbers of all tokens, the band is relative to each sequence's own corner
-        batch, tile = find_tile(cu_query_ptr, sequences, pid % tiles, TILE_M)
+        slot = pid % tiles
+        if slot == 0:
+            check_starts(cu_query_ptr, sequences, query_len)
+            check_starts(cu_key_ptr, sequences, key_len)
+            return
+        batch, tile = find_tile(cu_query_ptr, sequences, slot - 1, TILE_M)
         head = pid // tiles
         if batch >= sequences:
             return
-        check_sequence(cu_query_ptr, batch, sequences, query_len)
-        check_sequence(cu_key_ptr, batch, sequences, key_len)
+        check_sequence(cu_query_ptr, batch, query_len)
+        check_sequence(cu_key_ptr, batch, key_len)
     first = tile * TILE_M
     q_begin, query_len = sequence(cu_query_ptr, batch, query_len)
     k_begin, key_len = sequence(cu_key_ptr, batch, key_len)
@@ -179,7 +185,7 @@ def attention_forward(q, k, v, out, lse, mask, padding, cu_query, cu_key, seed, 
     tile_m, tile_n, warps, stages = attention_tile(
         architecture, "forward", q.dtype.itemsize, block, mask is not None or padding is not None or seed is not None or cu_query is not None
     )
-    tiles = triton.cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch
+    tiles = triton.cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch + 1
     arguments = (
         q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3), out, *strides(out, 3), lse, *strides(lse, 2),
         mask, *strides(mask, 4), padding, *strides(padding, 2), cu_query, cu_key, seed,

@@ -18,6 +18,7 @@ from fastlm.kernels.attention_tiles import (
     LOG2E,
     any_not_finite,
     check_sequence,
+    check_starts,
     column,
     find_tile,
     kept_of_key,
@@ -163,12 +164,17 @@ def attention_backward_query_kernel(
     if cu_query_ptr is None:
         batch, head, tile = pid // tiles // heads, pid // tiles % heads, tiles - 1 - pid % tiles
     else:
-        batch, tile = find_tile(cu_query_ptr, sequences, pid % tiles, TILE_M)
+        slot = pid % tiles
+        if slot == 0:
+            check_starts(cu_query_ptr, sequences, query_len)
+            check_starts(cu_key_ptr, sequences, key_len)
+            return
+        batch, tile = find_tile(cu_query_ptr, sequences, slot - 1, TILE_M)
         head = pid // tiles
         if batch >= sequences:
             return
-        check_sequence(cu_query_ptr, batch, sequences, query_len)
-        check_sequence(cu_key_ptr, batch, sequences, key_len)
+        check_sequence(cu_query_ptr, batch, query_len)
+        check_sequence(cu_key_ptr, batch, key_len)
     first = tile * TILE_M
     q_begin, query_len = sequence(cu_query_ptr, batch, query_len)
     k_begin, key_len = sequence(cu_key_ptr, batch, key_len)
@@ -493,7 +499,7 @@ def attention_backward(
     numbers = *band, scale, threshold, keep_scale
 
     tile_m, tile_n, warps, stages = attention_tile(architecture, "query", q.dtype.itemsize, block, masked_at_all, exact)
-    tiles = triton.cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch
+    tiles = triton.cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch + 1
     arguments = (
         *inputs, out, *strides(out, 3), dout, *strides(dout, 3), lse, dlse, delta, *strides(lse, 2), *masks, cu_query, cu_key, seed, dq, *strides(dq, 3),
         batch, heads, groups, query_len, key_len, tiles, *numbers,

@@ -46,12 +46,24 @@ def find_tile(cu_ptr, sequences, slot, TILE: tl.constexpr):
 
 
 @triton.jit
-def check_sequence(cu_ptr, batch, sequences, total):
-    """A device assert where the cumulative lengths do not start at 0, decrease, or do not end at the number of tokens."""
+def check_sequence(cu_ptr, batch, total):
+    """A device assert where a program's own sequence would lead it out of the tensors, which the program that checks all might notice too late."""
     begin, end = tl.load(cu_ptr + batch), tl.load(cu_ptr + batch + 1)
-    tl.device_assert(begin <= end, "cu_seqlens: expected values that never decrease")
-    tl.device_assert((batch > 0) | (begin == 0), "cu_seqlens: expected 0 as its first value")
-    tl.device_assert((batch < sequences - 1) | (end == total), "cu_seqlens: expected the number of tokens as its last value")
+    tl.device_assert((begin >= 0) & (begin <= end) & (end <= total), "cu_seqlens: expected values that never decrease, from 0 to the number of tokens")
+
+
+@triton.jit
+def check_starts(cu_ptr, sequences, total):
+    """A device assert where the cumulative lengths do not start at 0, decrease, or do not end at the number of tokens. A program of its own checks them all:
+    what is wrong may leave a sequence without a tile, and so without a program. (In a program that goes on it takes registers all the way.)
+    """
+    AT_ONCE: tl.constexpr = 128
+    tl.device_assert(tl.load(cu_ptr) == 0, "cu_seqlens: expected 0 as its first value")
+    tl.device_assert(tl.load(cu_ptr + sequences) == total, "cu_seqlens: expected the number of tokens as its last value")
+    for first in range(0, sequences, AT_ONCE):
+        at = first + tl.arange(0, AT_ONCE)
+        begin = tl.load(cu_ptr + at, mask=at < sequences, other=0)
+        tl.device_assert(begin <= tl.load(cu_ptr + at + 1, mask=at < sequences, other=0), "cu_seqlens: expected values that never decrease")
 
 
 @triton.jit

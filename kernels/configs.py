@@ -22,6 +22,7 @@ SMALL = {  # what 99 KiB hold
     ("query", 4, 128): (32, 16, 8, 1),
     ("query", 4, 256): (16, 16, 8, 1),
     ("key", 2, 64): (32, 32, 4, 2),
+    ("key masked", 2, 64): (32, 32, 8, 2),
     ("key exact", 2, 64): (32, 32, 8, 2),
     ("key", 2, 128): (32, 32, 8, 2),
     ("key exact", 2, 128): (32, 32, 8, 2),
@@ -55,12 +56,11 @@ HOPPER = LARGE | {  # a warpgroup of four multiplies tiles of 64 queries at leas
     ("forward masked", 2, 64): (128, 64, 8, 2),
     ("query", 2, 128): (64, 64, 8, 2),
     ("query masked", 2, 128): (64, 32, 8, 2),
-    ("key masked", 2, 64): (32, 32, 4, 2),
     ("key masked", 2, 128): (32, 32, 8, 1),
 }
 BLACKWELL = HOPPER | {
     ("forward", 2, 64): (128, 64, 8, 3),
-    ("key masked", 2, 64): (32, 32, 8, 2),
+    ("forward masked", 2, 128): (64, 64, 8, 2),
 }
 ONE_STAGE = {at: (m, n, warps, 1) for at, (m, n, warps, stages) in SMALL.items()}  # AMD: 64 KiB, and loads are kept in flight in registers
 # Small, so that small tests have several tiles, and of unlike sides, so that no side is taken for the other.

@@ -107,13 +107,27 @@ def gelu_mlp_backward_kernel(
             tl.store(activated_ptr + at, activated.to(activated_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def columns(first, n, POINTS: tl.constexpr, WIDE: tl.constexpr):
+    """In which columns of rows of n the elements from `first` on lie. One division of 64 bits for all: a GPU has none, and takes a hundred instructions.
+
+    WIDE: n is POINTS at least, so that they reach into the next row at most.
+    """
+    column = (first % n).to(tl.int32) + tl.arange(0, POINTS)
+    if WIDE:
+        return tl.where(column < n, column, column - n)
+    else:
+        return column % n
+
+
 @triton.jit(do_not_specialize=["elements"])
-def gelu_mlp_activate_kernel(hidden_ptr, bias_ptr, activated_ptr, elements, n, TANH: tl.constexpr, POINTS: tl.constexpr):
+def gelu_mlp_activate_kernel(hidden_ptr, bias_ptr, activated_ptr, elements, n, TANH: tl.constexpr, POINTS: tl.constexpr, WIDE: tl.constexpr):
     """After the vendor's product: hidden += bias in place, activated = gelu(hidden). activated may be hidden, where nothing keeps it."""
-    at = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    first = tl.program_id(0).to(tl.int64) * POINTS
+    at = first + tl.arange(0, POINTS)
     hidden = tl.load(hidden_ptr + at, mask=at < elements, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        hidden += tl.load(bias_ptr + at % n, mask=at < elements, other=0.0).to(tl.float32)
+        hidden += tl.load(bias_ptr + columns(first, n, POINTS, WIDE), mask=at < elements, other=0.0).to(tl.float32)
         tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask=at < elements)
     activated, _ = gelu(hidden, TANH)
     tl.store(activated_ptr + at, activated.to(activated_ptr.dtype.element_ty), mask=at < elements)
@@ -156,8 +170,8 @@ def gelu_mlp_backward(dy, w, w_strides, hidden, dhidden, activated, n, tanh, pre
 
 
 def gelu_mlp_activate(hidden, bias, activated, tanh, device):
-    elements = hidden.numel()
-    launch(gelu_mlp_activate_kernel, triton.cdiv(elements, POINTS), (hidden, bias, activated, elements, hidden.shape[-1]), (tanh, POINTS), 4, 1, device)
+    elements, n = hidden.numel(), hidden.shape[-1]
+    launch(gelu_mlp_activate_kernel, triton.cdiv(elements, POINTS), (hidden, bias, activated, elements, n), (tanh, POINTS, n >= POINTS), 4, 1, device)
 
 
 def gelu_mlp_slope(dactivated, hidden, activated, tanh, device):

@@ -25,5 +25,10 @@ def create_dot(self, a, b, total, *options):
     return dot_as_it_comes(self, a, b, total, *options)
 
 
+def check(asserts: bool) -> None:
+    """Whether device asserts are checked in what is launched next: it leaves them out, as launches without debug do."""
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=asserts, sanitize_overflow=False)
+
+
 def mend() -> None:
     Builder.cast_impl, Builder.create_dot = cast_impl, create_dot

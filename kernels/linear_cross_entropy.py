@@ -20,15 +20,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def linear_cross_entropy_kernel(
-    logits_ptr, target_ptr, target_stride, row_scale_ptr, loss_ptr, top_ptr, norm_ptr, vocab, ignore_index, label_smoothing,
+    logits_ptr, logits_stride, target_ptr, target_stride, row_scale_ptr, loss_ptr, top_ptr, norm_ptr, vocab, ignore_index, label_smoothing,
     SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """logits: (rows, vocab), contiguous. row_scale_ptr None: no gradient, the logits stay. top, norm: what the pass by columns needs, or None.
+    """logits: (rows, vocab), rows logits_stride apart. row_scale_ptr None: no gradient, the logits stay. top, norm: what the pass by columns needs, or None.
 
     A target out of range is a device assert.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * vocab
+    logits_ptr += row * logits_stride
     target = tl.load(target_ptr + row * target_stride)
     ignored = target == ignore_index
     tl.device_assert(ignored | ((target >= 0) & (target < vocab)), "target: expected values in [0, vocabulary) or ignore_index")
@@ -76,7 +76,7 @@ def linear_cross_entropy_kernel(
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def linear_cross_entropy_columns_kernel(
-    logits_ptr, target_ptr, target_stride, row_scale_ptr, top_ptr, norm_ptr, share_ptr, rows, vocab, ignore_index, label_smoothing,
+    logits_ptr, logits_stride, target_ptr, target_stride, row_scale_ptr, top_ptr, norm_ptr, share_ptr, rows, vocab, ignore_index, label_smoothing,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient in place of the logits, and its sum over ROWS rows in a row of share: (parts, vocab)."""
@@ -85,7 +85,7 @@ def linear_cross_entropy_columns_kernel(
     column = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for row in range(part * ROWS, tl.minimum((part + 1) * ROWS, rows)):
-        at = logits_ptr + tl.cast(row, tl.int64) * vocab + column
+        at = logits_ptr + tl.cast(row, tl.int64) * logits_stride + column
         target = tl.load(target_ptr + tl.cast(row, tl.int64) * target_stride)
         gradient = tl.zeros((BLOCK,), tl.float32)
         if target != ignore_index:
@@ -103,16 +103,16 @@ def parts(rows):
 
 
 def linear_cross_entropy(logits, target, row_scale, loss, statistics, share, ignore_index, label_smoothing, device):
-    """logits: (rows, vocab), contiguous: they become their gradient, unless row_scale is None. target: (rows,), any stride.
+    """logits: (rows, vocab) with unit last stride: they become their gradient, unless row_scale is None. target: (rows,), any stride.
 
-    share: (parts(rows), vocab) in float32 for the sums of that gradient over the rows, with statistics (2, rows) to work in; or None, both.
+    share: (parts(rows), vocab) in float32 for the sums of that gradient over the rows, with statistics (2, rows or more) to work in; or None, both.
     """
     rows, vocab = logits.shape
     block = min(triton.next_power_of_2(vocab), BLOCK)
     top, norm = (None, None) if share is None else statistics.unbind()
-    arguments = logits, target, target.stride(0), row_scale if share is None else None, loss, top, norm, vocab, ignore_index, label_smoothing
+    arguments = logits, logits.stride(0), target, target.stride(0), row_scale if share is None else None, loss, top, norm, vocab, ignore_index, label_smoothing
     launch(linear_cross_entropy_kernel, rows, arguments, (label_smoothing != 0, block), max(1, min(8, block // 256)), 1, device, debug=True)
     if share is not None:
         block = min(block, 512)
-        arguments = logits, target, target.stride(0), row_scale, top, norm, share, rows, vocab, ignore_index, label_smoothing
+        arguments = logits, logits.stride(0), target, target.stride(0), row_scale, top, norm, share, rows, vocab, ignore_index, label_smoothing
         launch(linear_cross_entropy_columns_kernel, parts(rows) * triton.cdiv(vocab, block), arguments, (ROWS, block), 4, 1, device)

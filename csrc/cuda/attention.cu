@@ -97,6 +97,7 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
     const int block = blockIdx.x / a.stretches;
     place = {sequence_of(a, block / a.key_heads), 0, block % a.key_heads * groups, int(blockIdx.x % a.stretches)};
   } else if (a.query_starts) {
+    check_starts(a);
     const int tiles = gridDim.x / a.heads;
     int tile = blockIdx.x % tiles;
     const int batch = find_tile(a.query_starts, a.wide_query_starts, a.batch, Queries, tile);

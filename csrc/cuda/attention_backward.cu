@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(QueryTile<T, D>::Warps * 32, QueryTile<T, D>::
     heads_each = divide_up(a.heads - head, a.mask_heads), tiles_each = a.mask_row ? tiles : 1;
     steps = divide_up(a.batch - batch, a.mask_batch) * heads_each * tiles_each;
   } else if (a.query_starts) {
+    check_starts(a);
     const int slots = gridDim.x / a.heads;
     tile_m = blockIdx.x % slots, head = blockIdx.x / slots;
     batch = find_tile(a.query_starts, a.wide_query_starts, a.batch, Queries, tile_m);

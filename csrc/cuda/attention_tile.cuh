@@ -26,11 +26,7 @@
 
 namespace fastlm::cuda {
 
-#ifdef FASTLM_EMULATION
-#define FASTLM_CONSTANT const
-#else
 #define FASTLM_CONSTANT const __grid_constant__  // an argument whose address a function may take without a copy of it in each thread's memory
-#endif
 
 constexpr float Log2e = 1.4426950408889634f;
 constexpr int WidestHead = 256;
@@ -207,27 +203,39 @@ struct Sequence {
   int64_t query_begin, key_begin;  // the first token
 };
 
-FASTLM_DEVICE int start_of(const void* starts, bool wide, int at) {
-  return wide ? int(static_cast<const int64_t*>(starts)[at]) : static_cast<const int32_t*>(starts)[at];
+FASTLM_DEVICE int64_t start_of(const void* starts, bool wide, int at) {
+  return wide ? static_cast<const int64_t*>(starts)[at] : static_cast<const int32_t*>(starts)[at];
+}
+
+// cu_seqlens begin with 0, never decrease and end with the number of tokens. The first block checks all of them: what is wrong may leave a sequence without a
+// tile, and so without a block.
+FASTLM_DEVICE void check_starts(const AttentionArgs& a) {
+  if (blockIdx.x) return;
+  for (int i = int(threadIdx.x); i <= a.batch; i += int(blockDim.x)) {
+    const int64_t query = start_of(a.query_starts, a.wide_query_starts, i), key = start_of(a.key_starts, a.wide_key_starts, i);
+    FASTLM_ASSERT(i > 0 || (query == 0 && key == 0));
+    FASTLM_ASSERT(i < a.batch || (query == a.query_len && key == a.key_len));
+    FASTLM_ASSERT(i == a.batch || query <= start_of(a.query_starts, a.wide_query_starts, i + 1));
+    FASTLM_ASSERT(i == a.batch || key <= start_of(a.key_starts, a.wide_key_starts, i + 1));
+  }
 }
 
 FASTLM_DEVICE Sequence sequence_of(const AttentionArgs& a, int batch) {
   if (!a.query_starts) return {batch, a.query_len, a.key_len, a.lower, a.upper, 0, 0};
-  const int query = start_of(a.query_starts, a.wide_query_starts, batch), query_end = start_of(a.query_starts, a.wide_query_starts, batch + 1);
-  const int key = start_of(a.key_starts, a.wide_key_starts, batch), key_end = start_of(a.key_starts, a.wide_key_starts, batch + 1);
-  FASTLM_ASSERT(query <= query_end && key <= key_end);                                       // cu_seqlens never decrease,
-  FASTLM_ASSERT(batch > 0 || (query == 0 && key == 0));                                      // begin with 0,
-  FASTLM_ASSERT(batch < a.batch - 1 || (query_end == a.query_len && key_end == a.key_len));  // and end with the number of tokens
+  const int64_t query = start_of(a.query_starts, a.wide_query_starts, batch), query_end = start_of(a.query_starts, a.wide_query_starts, batch + 1);
+  const int64_t key = start_of(a.key_starts, a.wide_key_starts, batch), key_end = start_of(a.key_starts, a.wide_key_starts, batch + 1);
+  FASTLM_ASSERT(query >= 0 && query <= query_end && query_end <= a.query_len);  // nothing leads out of the tensors, even before
+  FASTLM_ASSERT(key >= 0 && key <= key_end && key_end <= a.key_len);            // the block that checks all has come to it
   constexpr int64_t Far = 1 << 30;
-  const int64_t corner = int64_t(key_end - key) - (query_end - query), lower = a.lower + corner, upper = a.upper + corner;
-  return {batch, query_end - query, key_end - key, int(lower < -Far ? -Far : lower), int(upper > Far ? Far : upper), query, key};
+  const int64_t corner = (key_end - key) - (query_end - query), lower = a.lower + corner, upper = a.upper + corner;
+  return {batch, int(query_end - query), int(key_end - key), int(lower < -Far ? -Far : lower), int(upper > Far ? Far : upper), query, key};
 }
 
 // (sequence, tile) number `slot` of all tiles of a packed batch; `batch` sequences beyond the last. So the host need not know the lengths: it launches as many
 // blocks as there can be tiles, tokens / Tile + batch, and waits for nothing.
 FASTLM_DEVICE int find_tile(const void* starts, bool wide, int batch, int tile_rows, int& slot) {
   for (int sequence = 0; sequence < batch; ++sequence) {
-    const int tiles = divide_up(start_of(starts, wide, sequence + 1) - start_of(starts, wide, sequence), tile_rows);
+    const int tiles = divide_up(int(start_of(starts, wide, sequence + 1) - start_of(starts, wide, sequence)), tile_rows);
     if (slot < tiles) return sequence;
     slot -= tiles;
   }

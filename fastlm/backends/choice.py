@@ -26,7 +26,7 @@ MOST_CHOICES = 4096
 FEATURES = {
     "adamw": ("amsgrad", "gaps", "mixed", "subclass"),
     "attention": ("batch", "heads", "query_len", "key_len", "head_dim", "masked", "dropout", "return_lse", "mask_gradient"),
-    "attention_varlen": ("sequences", "heads", "query_tokens", "head_dim", "masked", "dropout", "return_lse"),
+    "attention_varlen": ("sequences", "heads", "query_tokens", "key_tokens", "head_dim", "masked", "dropout", "return_lse"),
     "gelu_mlp": ("rows", "in_width", "hidden_width", "out_width", "conv1d"),
     "layernorm_residual": ("rows", "width", "dropout"),
     "linear": ("rows", "in_width", "out_width", "conv1d"),
@@ -116,7 +116,7 @@ def choose(operator: str, x: torch.Tensor, dtype: torch.dtype, backend: str | No
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise Unsupported(f"{operator} under a torch.func transform (vmap, grad, jvp, …): not supported; use torch.autograd")
     forced = requested(backend)
-    key = (operator, x.is_cpu or x.device.type, dtype, forced, features)
+    key = (operator, x.is_cpu or x.device, dtype, forced, features)  # of two GPUs one may be older
     choice = CHOICES.get(key)
     if choice is None:
         name, fallback = decide(operator, x.device, dtype, forced, dict(zip(FEATURES[operator], features, strict=True)))

@@ -13,12 +13,13 @@ import torch
 
 from fastlm.backends import isa
 from fastlm.backends import torch as native
-from fastlm.backends.gpu import DTYPES, FURTHEST, attention_operators, by_layout, dropout, losses_and_gradients, new_like, precision, vector
+from fastlm.backends.gpu import DTYPES, attention_operators, beyond, by_layout, dropout, losses_and_gradients, new_like, on, precision, vector
 from fastlm.backends.layout import dense_last, matrix_of, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
 EMULATED = os.environ.get("FASTLM_CUDA_EMULATION") == "1"
 LOGITS_BYTES = 64 << 20  # of one chunk
+OLDEST_ARCH = 80  # the kernels use mma.sync of bfloat16 and cp.async
 
 
 def find() -> tuple[ModuleType | None, str]:
@@ -81,9 +82,13 @@ def unavailable():
 def unfit(index):
     """Why a GPU cannot run the kernels."""
     major, minor = torch.cuda.get_device_capability(index)
-    if major * 10 + minor >= int(kernels.archs.split(",")[0]):  # there is code or PTX for it
-        return []
-    return [f"is compiled for sm_{kernels.archs.replace(',', ', sm_')} and what is later, and {torch.cuda.get_device_name(index)} is sm_{major}{minor}"]
+    arch, name = major * 10 + minor, torch.cuda.get_device_name(index)
+    if arch < OLDEST_ARCH:
+        return [f"needs an architecture of sm_{OLDEST_ARCH} or later, and {name} is sm_{arch} (auto takes another backend)"]
+    if arch < int(kernels.archs.split(",")[0]):  # there is neither code nor PTX for it
+        compiled = f"is compiled for sm_{kernels.archs.replace(',', ', sm_')} and what is later, and {name} is sm_{arch}"
+        return [f"{compiled} (FASTLM_BUILD_CUDA=1 FASTLM_CUDA_ARCHS={arch} pip install builds it for that)"]
+    return []
 
 
 def refuses(operator, device, dtype, **features):
@@ -94,16 +99,13 @@ def refuses(operator, device, dtype, **features):
     if operator != "linear" and not hasattr(kernels, f"{operator.removesuffix('_varlen')}_forward"):
         reasons.append(f"has no {operator}")
     if device.type != ("cpu" if EMULATED else "cuda"):
-        reasons.append(f"serves CPU tensors under FASTLM_CUDA_EMULATION=1, not {device}" if EMULATED else f"serves CUDA tensors, not {device}")
+        emulating = f"serves CPU tensors under FASTLM_CUDA_EMULATION=1, not {device} (without that variable it serves GPUs)"
+        reasons.append(emulating if EMULATED else f"serves CUDA tensors, not {device} (.to('cuda') moves them)")
     elif device.type == "cuda":
         reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
     if dtype not in DTYPES:
         reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
-    if operator == "attention" and max(features["query_len"], features["key_len"]) > FURTHEST:
-        reasons.append(f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}")
-    if operator == "attention_varlen" and features["query_tokens"] > FURTHEST:
-        reasons.append(f"counts up to {FURTHEST} tokens, not {features['query_tokens']}")
-    return reasons
+    return reasons + beyond(operator, features)
 
 
 def address(tensor, writable=False):
@@ -129,6 +131,12 @@ def queue(x):
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
+def launch(kernel, x, *arguments):
+    """kernel(queue, *arguments) while x's device is PyTorch's current one: the driver has one for each thread, and a launch elsewhere would leave it moved."""
+    with on(x):
+        kernel(queue(x), *arguments)
+
+
 # linear: the vendor's GEMM
 
 
@@ -146,8 +154,8 @@ def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
     if x.numel():
         flat, residual = rows_of(x), residual if residual is None else rows_of(residual)
         weight, bias = vector(weight), vector(bias)
-        kernels.layernorm_residual_forward(
-            queue(x), LAUNCHED_AS[x.dtype], LAUNCHED_AS[stream.dtype], LAUNCHED_AS[weight.dtype], address(flat), flat.stride(0),
+        launch(
+            kernels.layernorm_residual_forward, x, LAUNCHED_AS[x.dtype], LAUNCHED_AS[stream.dtype], LAUNCHED_AS[weight.dtype], address(flat), flat.stride(0),
             address(residual), 0 if residual is None else residual.stride(0), address(weight), address(bias), written(y), written(summed),
             written(mean), written(rstd), address(seed), *flat.shape, eps, dropout_p,
         )  # fmt: skip
@@ -167,8 +175,9 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
         wanted = sum(d is not None for d in sums)
         shape = wanted, kernels.layernorm_residual_most_shares(), -(-width // 8) * 8
         shares = torch.empty(shape, dtype=torch.float32, device=summed.device) if wanted else None
-        kernels.layernorm_residual_backward(
-            queue(summed), LAUNCHED_AS[dtype], LAUNCHED_AS[summed.dtype], LAUNCHED_AS[weight.dtype], address(dy), 0 if dy is None else dy.stride(0),
+        launch(
+            kernels.layernorm_residual_backward, summed,
+            LAUNCHED_AS[dtype], LAUNCHED_AS[summed.dtype], LAUNCHED_AS[weight.dtype], address(dy), 0 if dy is None else dy.stride(0),
             address(dsummed), 0 if dsummed is None else dsummed.stride(0), address(flat), flat.stride(0), address(weight), address(mean), address(rstd),
             written(dx), written(dresidual), *map(written, sums), written(shares), address(seed), *flat.shape, dropout_p,
         )  # fmt: skip
@@ -184,8 +193,8 @@ def both_sides(x, w1, b1, approximate, layout, keeps_hidden, keeps_activated):
     hidden, activated = (x.new_empty(shape) if kept else None for kept in (keeps_hidden, keeps_activated))
     if x.numel():
         flat, w1, b1 = rows_of(x), matrix_of(w1), vector(b1)
-        kernels.gelu_mlp_forward(
-            queue(x), LAUNCHED_AS[x.dtype], address(flat), flat.stride(0), address(w1), *by_layout(w1, layout), address(b1), written(hidden),
+        launch(
+            kernels.gelu_mlp_forward, x, LAUNCHED_AS[x.dtype], address(flat), flat.stride(0), address(w1), *by_layout(w1, layout), address(b1), written(hidden),
             written(activated), *flat.shape, shape[-1], approximate == "tanh", precision(x) == "tf32",
         )  # fmt: skip
     return hidden, activated
@@ -208,8 +217,9 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
         dhidden, activated = torch.empty_like(hidden), torch.empty_like(hidden) if remake else activated
         if x.numel():
             dflat, w = rows_of(dy), matrix_of(w2)
-            kernels.gelu_mlp_backward(
-                queue(x), LAUNCHED_AS[x.dtype], address(dflat), dflat.stride(0), address(w), *by_layout(w, layout)[::-1], address(hidden), written(dhidden),
+            launch(
+                kernels.gelu_mlp_backward, x,
+                LAUNCHED_AS[x.dtype], address(dflat), dflat.stride(0), address(w), *by_layout(w, layout)[::-1], address(hidden), written(dhidden),
                 written(activated if remake else None), *dflat.shape, hidden.shape[-1], approximate == "tanh", precision(x) == "tf32",
             )  # fmt: skip
     elif remake:
@@ -221,27 +231,24 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
 
 # linear_cross_entropy: without gradients one product that keeps no logits
 
-LINE = 128  # bytes: rows of logits begin at multiples of it, whatever the vocabulary
-
 
 @as_written
 def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
     check_targets(target, weight.shape[0], ignore_index)  # looks at values only on a CPU: the kernels assert
     flat, targets = rows_of(x), target.reshape(-1)
     loss = x.new_empty(targets.shape, dtype=torch.float32)
-    dtype, vocab = LAUNCHED_AS[x.dtype], weight.shape[0]
-    stride = -(-vocab * x.element_size() // LINE) * LINE // x.element_size()
+    dtype = LAUNCHED_AS[x.dtype]
 
     def turn(logits, targets, scale, losses, statistics, shares):
-        kernels.linear_cross_entropy_gradient(
-            queue(x), dtype, written(logits), stride, address(targets), targets.stride(0), address(scale), written(losses),
-            written(statistics), written(shares), *logits.shape, ignore_index, label_smoothing,
+        launch(
+            kernels.linear_cross_entropy_gradient, x, dtype, written(logits), logits.stride(0), address(targets), targets.stride(0), address(scale),
+            written(losses), written(statistics), written(shares), *logits.shape, ignore_index, label_smoothing,
         )  # fmt: skip
 
     dx = dweight = dbias = None
     if any(needed):
         scale, shares = row_scale.reshape(-1).contiguous(), kernels.linear_cross_entropy_shares
-        dx, dweight, dbias = losses_and_gradients(flat, weight, bias, targets, scale, loss, needed, LOGITS_BYTES, stride, shares, turn)
+        dx, dweight, dbias = losses_and_gradients(flat, weight, bias, targets, scale, loss, needed, LOGITS_BYTES, shares, turn)
     else:
         losses(flat, matrix_of(weight), vector(bias), targets, loss, ignore_index, label_smoothing)
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
@@ -256,8 +263,9 @@ def losses(x, weight, bias, targets, loss, ignore_index, label_smoothing):
         count = part.shape[0]
         tops_and_norms, at_target = loss.new_empty(parts, count, 2), loss.new_empty(count)
         sums = loss.new_empty(parts, count) if label_smoothing else None
-        kernels.linear_cross_entropy_forward(
-            queue(x), dtype, address(part), part.stride(0), address(weight), *by_layout(weight, "linear"), address(bias), address(target), target.stride(0),
+        launch(
+            kernels.linear_cross_entropy_forward, x,
+            dtype, address(part), part.stride(0), address(weight), *by_layout(weight, "linear"), address(bias), address(target), target.stride(0),
             written(result), written(tops_and_norms), written(sums), written(at_target), count, width, vocab, ignore_index, label_smoothing,
             precision(x) == "tf32",
         )  # fmt: skip
@@ -310,15 +318,15 @@ def launch_attention(query, key, value, out, lse, call):
         stretch, stretches = stretches_of(batch, key_heads, key_len)
         part = query.new_empty((batch, heads, query_len, stretches, head_dim), dtype=torch.float32)
         top, norm = part.new_empty((2, batch, heads, query_len, stretches))
-        kernels.attention_decode(queue(query), inputs, written(out), strides(out, 3), written(part), written(top), written(norm), stretch, stretches)
+        launch(kernels.attention_decode, query, inputs, written(out), strides(out, 3), written(part), written(top), written(norm), stretch, stretches)
     else:
-        kernels.attention_forward(queue(query), inputs, written(out), strides(out, 3))
+        launch(kernels.attention_forward, query, inputs, written(out), strides(out, 3))
 
 
 def launch_gradients(dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dmask, exact, call):
     inputs, delta, mask = attention_inputs(query, key, value, lse, False, call), torch.empty_like(lse), call.mask
-    kernels.attention_backward(
-        queue(query), inputs, address(out), strides(out, 3), address(dout), strides(dout, 3), address(dlse), written(delta),
+    launch(
+        kernels.attention_backward, query, inputs, address(out), strides(out, 3), address(dout), strides(dout, 3), address(dlse), written(delta),
         written(dquery), strides(dquery, 3), written(dkey), strides(dkey, 3), written(dvalue), strides(dvalue, 3), written(dmask),
         (1, 1) if mask is None else tuple(mask.shape[:2]), mask is not None and mask.shape[2] == 1, exact,
     )  # fmt: skip

@@ -12,6 +12,19 @@ from fastlm.backends.reference import shift_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FURTHEST = 2**30  # positions and distances are 32-bit numbers in the kernels
+WIDEST_HEAD = 256  # of what a tile of attention holds
+
+
+def beyond(operator, features):
+    """Reasons: what of a call's sizes is more than the kernels of attention count or hold."""
+    reasons = []
+    if operator == "attention" and max(features["query_len"], features["key_len"]) > FURTHEST:
+        reasons.append(f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}")
+    if operator == "attention_varlen" and max(features["query_tokens"], features["key_tokens"]) > FURTHEST:
+        reasons.append(f"counts up to {FURTHEST} tokens, not {max(features['query_tokens'], features['key_tokens'])}")
+    if operator in ("attention", "attention_varlen") and features["head_dim"] > WIDEST_HEAD:
+        reasons.append(f"holds heads of head_dim up to {WIDEST_HEAD}, not {features['head_dim']}")
+    return reasons
 
 
 def on(x):
@@ -53,10 +66,12 @@ def tokens_first(x, wanted=True):
 
 
 def precision(x):
-    """Of products: full float32 unless the user asked PyTorch for less. 16-bit operands are multiplied exactly."""
-    if x.dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
+    """Of products: full float32 unless the user asked PyTorch for less, by what PyTorch's own products follow. 16-bit operands are multiplied exactly."""
+    if x.dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    return "tf32"
+    # Whatever the user set it with: set_float32_matmul_precision and allow_tf32 write it too, and "none" everywhere is full precision. Reading
+    # through those raises once the settings of products, of CUDA or of all differ.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def clamped(lower, upper):
@@ -66,17 +81,23 @@ def clamped(lower, upper):
 # linear_cross_entropy: the vendor's products around a kernel that turns a chunk of logits into its gradient
 
 
-def losses_and_gradients(x, weight, bias, targets, row_scale, loss, needed, chunk_bytes, stride, shares_of, turn):
+LINE = 128  # bytes: rows of logits begin at multiples of it, whatever the vocabulary, as vectors and the vendor's products want them (50257 is odd)
+
+
+def losses_and_gradients(x, weight, bias, targets, row_scale, loss, needed, chunk_bytes, shares_of, turn):
     """The gradients of x, weight and bias that are needed, by chunks of rows (rows, width); loss (rows,) is filled.
 
-    turn(logits, targets, row scale, loss, statistics, shares) makes the gradient of a chunk's logits out of them, `stride` elements from row to row; where the
-    bias needs its gradient, as the sum of shares_of(rows) shares.
+    turn(logits, targets, row scale, loss, statistics, shares) makes the gradient of a chunk's logits out of them, whose rows begin at a LINE each; where the
+    bias needs its gradient, as the sum of shares_of(rows) shares, with statistics (2, rows or a few more) to work in.
     """
-    rows, vocab = x.shape[0], weight.shape[0]
+    rows, vocab, of_line = x.shape[0], weight.shape[0], LINE // x.element_size()
+    stride = -(-vocab // of_line) * of_line
     dx = x.new_empty(x.shape) if needed[0] else None
     dweight = None if rows else torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dbias = loss.new_zeros(vocab) if needed[2] else None
-    chunk = min(rows, max(1, chunk_bytes // (stride * x.element_size())))
+    chunk = max(1, chunk_bytes // (stride * x.element_size()))
+    # In chunks of 16 rows every chunk's targets and losses are aligned alike, so that Triton compiles one kernel for all of them.
+    chunk = min(rows, chunk // 16 * 16 or chunk)
     memory = x.new_empty(chunk, stride)
     for begin in range(0, rows, max(1, chunk)):
         part, target, result = (t[begin : begin + chunk] for t in (x, targets, loss))
@@ -86,7 +107,7 @@ def losses_and_gradients(x, weight, bias, targets, row_scale, loss, needed, chun
         torch.mm(part, weight.t(), out=logits) if bias is None else torch.addmm(bias, part, weight.t(), out=logits)
         statistics = shares = None
         if dbias is not None:
-            statistics, shares = loss.new_empty(2, count), loss.new_empty(shares_of(count), vocab)
+            statistics, shares = loss.new_empty(2, -(-count // 4) * 4), loss.new_empty(shares_of(count), vocab)
         turn(logits, target, scale, result, statistics, shares)
         if dbias is not None:
             dbias += shares.sum(0)

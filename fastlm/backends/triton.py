@@ -11,7 +11,7 @@ import torch
 
 import fastlm
 from fastlm.backends import torch as native
-from fastlm.backends.gpu import DTYPES, FURTHEST, attention_operators, by_layout, dropout, losses_and_gradients, new_like, on, precision, processors, vector
+from fastlm.backends.gpu import DTYPES, attention_operators, beyond, by_layout, dropout, losses_and_gradients, new_like, on, precision, processors, vector
 from fastlm.backends.layout import dense_last, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
@@ -80,11 +80,11 @@ def unfit(index: int) -> list[str]:
     """Why a GPU cannot run the kernels."""
     reasons, name = [], torch.cuda.get_device_name(index)
     if not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
-        reasons.append(f"needs an architecture of sm_80 or later, and {name} is {architecture(index)}")
+        reasons.append(f"needs an architecture of sm_80 or later, and {name} is {architecture(index)} (auto takes another backend)")
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or getattr(properties, "shared_memory_per_block", LEAST_SHARED)
     if shared < LEAST_SHARED:
-        reasons.append(f"needs {LEAST_SHARED >> 10} KiB of shared memory, and {name} has {shared >> 10}")
+        reasons.append(f"needs {LEAST_SHARED >> 10} KiB of shared memory, and {name} has {shared >> 10} (auto takes another backend)")
     return reasons
 
 
@@ -93,15 +93,13 @@ def refuses(operator, device, dtype, **features):
     if operator not in OPERATORS:
         reasons.append(f"has no {operator}")
     if device.type != ("cpu" if INTERPRETED else "cuda"):
-        reasons.append(f"serves CPU tensors under TRITON_INTERPRET=1, not {device}" if INTERPRETED else f"serves CUDA and ROCm tensors, not {device}")
+        interpreting = f"serves CPU tensors under TRITON_INTERPRET=1, not {device} (without that variable it serves GPUs)"
+        reasons.append(interpreting if INTERPRETED else f"serves CUDA and ROCm tensors, not {device} (.to('cuda') moves them)")
     elif device.type == "cuda":
         reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
     if dtype not in DTYPES:
         reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")
-    if operator == "attention" and max(features["query_len"], features["key_len"]) > FURTHEST:
-        reasons.append(f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}")
-    if operator == "attention_varlen" and features["query_tokens"] > FURTHEST:
-        reasons.append(f"counts up to {FURTHEST} tokens, not {features['query_tokens']}")
+    reasons += beyond(operator, features)
     if operator == "layernorm_residual" and features["width"] > WIDEST:
         reasons.append(f"holds a row in registers: width up to {WIDEST}, not {features['width']}")
     return reasons
@@ -175,8 +173,7 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
 
 @as_written
 def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed):
-    vocab = weight.shape[0]
-    check_targets(target, vocab, ignore_index)  # looks at values only on a CPU: the kernel asserts
+    check_targets(target, weight.shape[0], ignore_index)  # looks at values only on a CPU: the kernel asserts
     loss = x.new_empty(target.numel(), dtype=torch.float32)
     row_scale = row_scale.reshape(-1).contiguous() if any(needed) else None
 
@@ -187,7 +184,7 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
             )  # fmt: skip
 
     shares = kernels().linear_cross_entropy.parts
-    dx, dweight, dbias = losses_and_gradients(rows_of(x), weight, bias, target.reshape(-1), row_scale, loss, needed, LOGITS_BYTES, vocab, shares, turn)
+    dx, dweight, dbias = losses_and_gradients(rows_of(x), weight, bias, target.reshape(-1), row_scale, loss, needed, LOGITS_BYTES, shares, turn)
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
 
 

@@ -150,10 +150,23 @@ def report(model: nn.Module) -> Report:
             entries += layer_entries(name, module, family)
         elif (family := family_of(module, "encoder")) is not None and (patch := patch_of(module)) is not None:
             why = packing.not_packable(patch, torch.empty(()), {})
-            entries.append(entry(f"{name}, padding left out", "attention_varlen", next(module.parameters()), why))
+            entries.append(entry(f"{name}, padding left out", "attention_varlen", next(module.parameters()), why, **({} if why else heads_inside(module))))
         elif head_of(module) is not None:
             entries.append(head_entry(name, module))
     return Report(tuple(entries))
+
+
+def heads_inside(encoder: Any) -> dict[str, int]:
+    """The sizes that its layers call attention with."""
+    layer = next(encoder._modules["layer"].children())
+    family = family_of(layer, "block")
+    assert family is not None  # a layer that is not known is a reason to keep the padding
+    return heads_of(blocks.Parts(layer, family), family)
+
+
+def heads_of(parts: blocks.Parts, family: Family) -> dict[str, int]:
+    heads = getattr(parts.attention, family.heads)
+    return {"heads": heads, "head_dim": parts.norm1.weight.shape[-1] // heads}
 
 
 def entry(name: str, operator: str, parameter: torch.Tensor, why: str, **features: Any) -> Entry:
@@ -179,8 +192,8 @@ def layer_entries(name: str, layer: Any, family: Family) -> list[Entry]:
     if patch is None:
         return [Entry(name, "layer", "", "has a forward of its own" if foreign(layer) else "is not accelerated")]
     parts, entries = blocks.Parts(layer, family), []
-    attention, around, why = parts.attention, parts.around_why, parts.why
-    heads, width = getattr(attention, family.heads), parts.norm1.weight.shape[-1]
+    around, why = parts.around_why, parts.why
+    width = parts.norm1.weight.shape[-1]
 
     def off(option: str) -> str:
         return "" if patch.options[option] else f"accelerate(…, {option}=False)"
@@ -191,7 +204,7 @@ def layer_entries(name: str, layer: Any, family: Family) -> list[Entry]:
         entries.append(entry(f"{name}.{where}", operator, parts.norm1.weight, reason, conv1d=conv1d, **features))
 
     inside = off("attention") or around or parts.attention_why
-    add(family.attention, "attention", inside, heads=heads, head_dim=width // heads)
+    add(family.attention, "attention", inside, **heads_of(parts, family))
     for path, projection in zip(family.projections, parts.projections, strict=True):
         add(f"{family.attention}.{path}", "linear", inside or why[projection])
     add(f"{family.out[0]}.{family.out[1]}", "linear", off("attention") or around or parts.owner_why or why[parts.out])

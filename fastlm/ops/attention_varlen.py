@@ -73,7 +73,8 @@ def attention_varlen(
         query: (total_q, heads, head_dim), floating point, any strides, as views of one packed projection. Under autocast query, key and value are
             cast to its dtype.
         key, value: (total_k, key_heads, head_dim), dtype and device of query; heads is a multiple of key_heads (grouped queries).
-        cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32 or int64, on query's device: 0, then where each sequence ends. On a GPU the values are read back.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32 or int64, on query's device: 0, then where each sequence ends. On a GPU the kernels of triton and cuda
+            read them there, and what does not fit is a device assert; only torch and reference, where they serve, read them back and wait for the GPU.
         causal: a query sees no key after it.
         window: (left, right): how many keys before and after its own position a query sees, its own always; None on a side = unlimited.
         scale: of the scores; None = 1 / √head_dim.
@@ -98,7 +99,7 @@ def attention_varlen(
     if opaque(query, key, value, cu_seqlens_q, cu_seqlens_k):
         backend = backends.requested(backend)
     else:  # once: the backward uses the same
-        backend = serving(query, cu_seqlens_q, lower, upper, dropout_p > 0, return_lse, backend)
+        backend = serving(query, key, cu_seqlens_q, lower, upper, dropout_p > 0, return_lse, backend)
     seed = draw_seed(query) if dropout_p > 0 else None
     tensors, settings = (query, key, value, cu_seqlens_q, cu_seqlens_k), (scale, lower, upper, dropout_p, return_lse)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
@@ -132,11 +133,11 @@ def check(query, key, value, cu_seqlens_q, cu_seqlens_k):
         raise mismatch("cu_seqlens_k", f"shape {tuple(cu_seqlens_q.shape)}, as cu_seqlens_q", tuple(cu_seqlens_k.shape))
 
 
-def serving(query, cu_seqlens_q, lower, upper, dropout, return_lse, backend):
+def serving(query, key, cu_seqlens_q, lower, upper, dropout, return_lse, backend):
     query_tokens, heads, head_dim = query.shape
     masked = lower > -UNLIMITED or upper < UNLIMITED
     return backends.choose(
-        "attention_varlen", query, query.dtype, backend, cu_seqlens_q.shape[0] - 1, heads, query_tokens, head_dim, masked, dropout, return_lse
+        "attention_varlen", query, query.dtype, backend, cu_seqlens_q.shape[0] - 1, heads, query_tokens, key.shape[0], head_dim, masked, dropout, return_lse
     )  # fmt: skip
 
 
@@ -202,7 +203,7 @@ def attention_varlen_forward_op(
     return_lse: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    serves = serving(query, cu_seqlens_q, lower, upper, seed is not None, return_lse, backend)
+    serves = serving(query, key, cu_seqlens_q, lower, upper, seed is not None, return_lse, backend)
     return serves.attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p)
 
 
@@ -226,7 +227,7 @@ def attention_varlen_backward_op(
     needed: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    serves = serving(query, cu_seqlens_q, lower, upper, seed is not None, return_lse, backend)
+    serves = serving(query, key, cu_seqlens_q, lower, upper, seed is not None, return_lse, backend)
     return present(
         query,
         *serves.attention_varlen_backward(

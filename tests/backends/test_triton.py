@@ -57,23 +57,52 @@ def test_a_card_s_table_puts_pytorch_first_where_it_is_faster(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    "changed, reason",
     [
-        ({"capability": (7, 5)}, r"needs an architecture of sm_80 or later, and Card is sm_75"),
-        ({"shared": 48 << 10}, r"needs 64 KiB of shared memory, and Card has 48"),
+        ({"capability": (7, 5)}, "needs an architecture of sm_80 or later, and Card is sm_75 (auto takes another backend)"),
+        ({"shared": 48 << 10}, "needs 64 KiB of shared memory, and Card has 48 (auto takes another backend)"),
     ],
 )
-def test_a_gpu_that_cannot_is_named_and_the_next_backend_serves(gpu, changed, message):
+def test_a_gpu_that_cannot_is_named_and_the_next_backend_serves(gpu, changed, reason):
+    """One line: which backend and card, why, and what to do."""
     vars(gpu).update(changed)
     assert decided() == ("torch", "layernorm_residual: torch instead of triton")
-    with pytest.raises(fastlm.Unsupported, match=f"triton {message}"):
+    with pytest.raises(fastlm.Unsupported) as raised:
         decided(forced="triton")
+    cpu, cuda = (", ".join(choice.refusals(name, "layernorm_residual", CUDA, torch.bfloat16, {"rows": 40, "width": 768})) for name in ("cpu", "cuda"))
+    others = "torch could, but another was forced; reference could, but another was forced"
+    assert str(raised.value) == f"layernorm_residual on cuda:0 in torch.bfloat16 with backend='triton': cpu {cpu}; triton {reason}; cuda {cuda}; {others}"
+
+
+def test_tensors_elsewhere(gpu):
+    for device in ("cpu", "mps:0"):
+        reasons = backend.refuses("linear", torch.device(device), torch.float32)
+        assert reasons == [f"serves CUDA and ROCm tensors, not {device} (.to('cuda') moves them)"]
+
+
+def test_each_gpu_is_asked_for_itself(gpu, monkeypatch):
+    """An old card beside a new one, whichever is called first."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    for _ in range(2):
+        for index, name in enumerate(("triton", "torch")):
+            x = types.SimpleNamespace(is_cpu=False, device=torch.device("cuda", index))
+            assert choice.choose("layernorm_residual", x, torch.bfloat16, None, 40, 768, False) is choice.load(name)
+    assert len(choice.CHOICES) == 2
 
 
 def test_a_row_too_wide_for_registers(gpu):
     assert decided(width=16384)[0] == "triton" and decided(width=16385)[0] == "torch"
     with pytest.raises(fastlm.Unsupported, match="triton holds a row in registers: width up to 16384, not 16385"):
         decided(forced="triton", width=16385)
+
+
+@pytest.mark.parametrize("operator", ["attention", "attention_varlen"])
+def test_a_head_too_wide_for_a_tile(gpu, operator):
+    sizes = dict.fromkeys(choice.FEATURES[operator], 0)
+    assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 256}) == ("triton", None)
+    assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 257}) == ("torch", f"{operator}: torch instead of triton")
+    with pytest.raises(fastlm.Unsupported, match="triton holds heads of head_dim up to 256, not 257;"):
+        choice.decide(operator, CUDA, torch.bfloat16, "triton", sizes | {"head_dim": 257})
 
 
 def test_no_triton_and_an_old_one(gpu, monkeypatch):
@@ -111,21 +140,71 @@ def test_the_interpreter_serves_a_cpu_only_when_it_is_asked_to(backend):
     x = floats(4, 8)
     assert choice.decide("linear", x.device, x.dtype, None, {"rows": 4, "in_width": 8, "out_width": 8})[0] != "triton"
     assert choice.decide("linear", x.device, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})[0] == "triton"
-    with pytest.raises(fastlm.Unsupported, match="triton serves CPU tensors under TRITON_INTERPRET=1, not cuda:0"):
+    reason = r"triton serves CPU tensors under TRITON_INTERPRET=1, not cuda:0 \(without that variable it serves GPUs\);"
+    with pytest.raises(fastlm.Unsupported, match=reason):
         choice.decide("linear", CUDA, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})
 
 
-def test_products_of_float32_follow_the_users_precision(monkeypatch):
+def everything(value):
+    torch.backends.fp32_precision = value
+
+
+def of_cuda(value):
+    torch.backends.cudnn.fp32_precision = value  # PyTorch's name for all of CUDA
+
+
+def of_products(value):
+    torch.backends.cuda.matmul.fp32_precision = value
+
+
+def allow_tf32(value):
+    torch.backends.cuda.matmul.allow_tf32 = value
+
+
+@pytest.fixture
+def precisions():
+    """What a user may set, each by PyTorch's older or newer API; as it was afterwards."""
+    settings = torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul
+    before, older = [each.fp32_precision for each in settings], torch.get_float32_matmul_precision()
+    yield
+    for each in settings:
+        each.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision(older)  # of which PyTorch keeps a record of its own
+    for each, value in zip(settings, before, strict=True):
+        each.fp32_precision = value
+
+
+@pytest.mark.parametrize(
+    "steps, wanted",
+    [
+        ([], "ieee"),
+        ([(torch.set_float32_matmul_precision, "highest")], "ieee"),
+        ([(torch.set_float32_matmul_precision, "high")], "tf32"),
+        ([(torch.set_float32_matmul_precision, "medium")], "tf32"),
+        ([(torch.set_float32_matmul_precision, "high"), (torch.set_float32_matmul_precision, "highest")], "ieee"),
+        ([(allow_tf32, True)], "tf32"),
+        ([(of_products, "tf32")], "tf32"),
+        ([(of_products, "ieee")], "ieee"),
+        ([(of_products, "none")], "ieee"),
+        ([(of_cuda, "tf32")], "tf32"),
+        ([(everything, "tf32")], "tf32"),  # inherited
+        ([(everything, "ieee")], "ieee"),
+        ([(everything, "tf32"), (of_products, "ieee")], "ieee"),  # the nearer setting holds
+        ([(everything, "tf32"), (of_cuda, "ieee")], "ieee"),
+        ([(everything, "ieee"), (of_products, "tf32")], "tf32"),
+        ([(everything, "tf32"), (of_products, "ieee"), (of_products, "none")], "tf32"),
+        ([(torch.set_float32_matmul_precision, "high"), (of_products, "ieee")], "ieee"),  # the later one
+    ],
+    ids=lambda part: " ".join(f"{set_by.__name__}={value}" for set_by, value in part) if isinstance(part, list) else part,
+)
+def test_products_of_float32_follow_the_users_precision(steps, wanted, precisions, monkeypatch):
     x = floats(1)
-    before = torch.get_float32_matmul_precision()
-    try:
-        for setting, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
-            torch.set_float32_matmul_precision(setting)
-            assert backend.precision(x) == wanted and backend.precision(x.bfloat16()) == "ieee"
-        monkeypatch.setattr(torch.version, "hip", "6.4")
-        assert backend.precision(x) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    of_products("none")
+    for set_by, value in steps:
+        set_by(value)
+    assert backend.precision(x) == wanted and backend.precision(x.bfloat16()) == "ieee"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert backend.precision(x) == "ieee"
 
 
 # Launches
@@ -174,6 +253,80 @@ def test_the_second_launch_of_a_kind_goes_past_triton(monkeypatch):
     assert len(kernel.slow) == 1 + len(others) + 3
     launch.launch(kernel, 0, (x,), (), 4, 2, 0)  # nothing to do
     assert len(kernel.slow) == 1 + len(others) + 3
+
+
+def compiled_for(kernel, arguments, constants):
+    """All that Triton compiles a kernel anew for: of an integer that it was told not to specialise, only whether it has 32 bits."""
+    from fastlm.kernels.launch import kind
+
+    if hasattr(kernel, "params"):
+        names, plain = [parameter.name for parameter in kernel.params], {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    else:  # interpreted
+        names, plain = kernel.arg_names, set(kernel.kwargs.get("do_not_specialize") or ())
+    kinds = (kind(value)[2] if name in plain else kind(value) for name, value in zip(names, arguments, strict=False))
+    return kernel, constants, *kinds
+
+
+def attention_of(queries, keys):
+    q, k = torch.zeros(2, queries, 4, 64, requires_grad=True), torch.zeros(2, keys, 2, 64, requires_grad=True)
+    fastlm.attention(q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2), causal=True, dropout_p=0.1, backend="triton").sum().backward()
+
+
+def packed_of(tokens):
+    x, starts = torch.zeros(tokens, 4, 64, requires_grad=True), torch.tensor([0, tokens])
+    fastlm.attention_varlen(x, x, x, starts, starts, causal=True, backend="triton").sum().backward()
+
+
+def block_of(rows):
+    x, w = torch.zeros(rows, 64, requires_grad=True), torch.zeros(64, 64, requires_grad=True)
+    y, s = fastlm.layernorm_residual(x, x, w[0], w[1], dropout_p=0.1, backend="triton")
+    y = fastlm.gelu_mlp(y, w, w[0], w, w[1], backend="triton")
+    fastlm.linear_cross_entropy(y + s, w, torch.zeros(rows, dtype=torch.int64), w[0], backend="triton").backward()
+
+
+@on_backends("triton")
+@pytest.mark.parametrize("card", ["sm_90", "sm_80", "gfx942"])  # with the fused products of gelu_mlp, and without
+@pytest.mark.parametrize(
+    "run, joins",
+    [
+        pytest.param(lambda n: attention_of(n, n), [], id="attention"),
+        pytest.param(lambda n: attention_of(1, n + 256), [2, 8], id="decode"),  # what joins the stretches is compiled for up to 2, 4, … 128 of them
+        pytest.param(packed_of, [], id="packed"),
+        pytest.param(block_of, [], id="the rest of a layer"),
+    ],
+)
+def test_no_length_is_compiled_anew(run, joins, card, backend, monkeypatch):
+    """Every launch of a step, at lengths that are odd, even and multiples of 16, is of a kind that the first length has seen."""
+    launched, module = [], choice.load(backend)
+    monkeypatch.setattr(module, "architecture", lambda index: card)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 100 * 64 * 4)  # several chunks, of rows not so round
+    for kernels in module.modules():
+        monkeypatch.setattr(kernels, "launch", lambda kernel, programs, arguments, constants, *rest, **options: launched.append((kernel, arguments, constants)))
+    seen = []
+    for length in (320, 100, 333, 400, 512, 1031):
+        launched.clear()
+        run(length)
+        seen.append({compiled_for(*launch) for launch in launched})
+    others = set.union(*seen) - seen[0]
+    assert seen[0] and sorted(constants[-1] for _, constants, *_ in others) == joins, "\n".join(f"{kind[0]}: {kind[1:]}" for kind in others)
+
+
+@pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("hip, kinds", [(False, 1), (True, 2)])
+def test_on_amd_what_lies_beyond_2_gib_is_another_kind(hip, kinds, monkeypatch):
+    """There Triton compiles offsets of 32 bits where the storage, not the view of it, allows them."""
+    from fastlm.kernels import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "compiled", {})
+    monkeypatch.setattr(launch, "HIP", hip)
+    kernel = Kernel()
+    for length in (16, 2**31 - 1, 2**31, 2**33):
+        x = torch.empty(length, dtype=torch.int8, device="meta")
+        for view in (x, x[:16]):
+            launch.launch(kernel, 7, (view, 16), (32,), 4, 2, 0)
+    assert len(kernel.slow) == kinds and len(kernel.fast) == 8 - kinds
+    assert [arguments[0].untyped_storage().nbytes() for _, arguments, _ in kernel.slow] == [16, 2**31][:kinds]
 
 
 @pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastlm
+from fastlm.backends import choice
 from fastlm.integrations import packing
 from tests.integrations.accelerated import ENCODERS, V5, accelerated, assert_close_gradients, ids, padded, tiny
 
@@ -121,3 +122,15 @@ def test_one_synchronisation(monkeypatch):
     assert packed.index.shape == (14,) and len(read) == 1
     assert torch.ops.aten.nonzero_static.default in operators
     assert not {torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default} & set(operators)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_the_report_asks_who_serves_heads_of_their_own_width(family, monkeypatch):
+    """A backend that holds heads up to 256 wide must not be said to refuse a model that is wider."""
+    asked, decide = {}, choice.decide
+    monkeypatch.setattr(choice, "decide", lambda operator, *rest: (asked.setdefault(operator, rest[-1]), decide(operator, *rest))[1])
+    model = accelerated(tiny(family))
+    fastlm.report(model)
+    heads, width = model.config.num_attention_heads, model.config.hidden_size
+    for operator in ("attention", "attention_varlen"):
+        assert (asked[operator]["heads"], asked[operator]["head_dim"]) == (heads, width // heads)

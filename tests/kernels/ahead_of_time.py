@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs that are not there: ahead_of_time.py OUT.json TARGET… [--only WORD] [--quick]
+"""Compiles the kernels for GPUs that are not there: ahead_of_time.py OUT.json TARGET… [--only WORD…] [--configurations all|K/N|none]
 
 The launches are those of the backend itself: it is called on tensors of the CPU as if they lay on the target, and each launch is compiled instead of made.
 A process of its own, as under TRITON_INTERPRET=1 there is nothing to compile. OUT.json gets one entry for each kernel, configuration and target.
@@ -145,10 +145,12 @@ def cases(quick):
             yield f"attention {short} {head_dim} decode", lambda d=dtype, h=head_dim: attention(d, h, "", (1, 2048), backward=False)
         if dtype == torch.bfloat16:
             for masked in ("bias dropout",) if quick else ("window", "bool padding", "bias dropout", "dropout"):
-                for head_dim in (64,) if quick else (64, 128):
+                for head_dim in (64,) if quick else (64, 128, 256) if "bias" in masked else (64, 128):
                     yield f"attention {short} {head_dim} {masked}", lambda d=dtype, h=head_dim, m=masked: attention(d, h, m)
             for head_dim in () if quick else (64, 128):
                 yield f"attention {short} {head_dim} packed", lambda d=dtype, h=head_dim: packed(d, h)
+        for head_dim in (64, 128, 256) if dtype == torch.float32 else ():
+            yield f"attention {short} {head_dim} bias dropout", lambda d=dtype, h=head_dim: attention(d, h, "bias dropout")
         for width in (768,) if quick else (768, 1600, 64, 16384):
             yield f"layernorm_residual {short} {width}", lambda d=dtype, w=width: layernorm(d, w, d)
         yield f"layernorm_residual {short} 768 dropout float32 stream", lambda d=dtype: layernorm(d, 768, torch.float32, True)
@@ -156,6 +158,17 @@ def cases(quick):
             yield f"gelu_mlp {short} recompute {recompute}", lambda d=dtype, r=recompute: gelu_mlp(d, r)
         for with_bias in (False, True):
             yield f"linear_cross_entropy {short}{' bias' * with_bias}", lambda d=dtype, b=with_bias: cross_entropy(d, b)
+
+
+def chosen(targets, configurations="all", only=("",)):
+    """(target, title) of what is to be compiled: the commonest configurations, and of the others all, none, or every N-th from the K-th on ("K/N")."""
+    common = [title for title, _ in cases(True)]
+    pairs = [(target, title) for target in targets for title in common]
+    if configurations != "none":
+        others = [(target, title) for target in targets for title, _ in cases(False) if title not in common]
+        first, step = (0, 1) if configurations == "all" else map(int, configurations.split("/"))
+        pairs += others[first::step]
+    return [(target, title) for target, title in pairs if any(part in title for part in only)]
 
 
 def kernels_of(title, target):
@@ -184,7 +197,12 @@ def report(index):
             failure = failure.__cause__
         return entry | {"error": f"{type(failure).__name__}: {' '.join(str(failure)[-300:].split())}"}
     spilled, registers, matrix = resources(binary, name)
-    return entry | {"shared": binary.metadata.shared, "limit": SHARED[name] << 10, "spilled": spilled, "registers": registers, "matrix": matrix}
+    divisions = re.findall(r"arith\.(?:div|rem)[us]i .*tensor<\S*i64>", binary.asm["ttir"])
+    return (
+        entry
+        | {"wide_divisions": len(divisions)}
+        | {"shared": binary.metadata.shared, "limit": SHARED[name] << 10, "spilled": spilled, "registers": registers, "matrix": matrix}
+    )
 
 
 def main():
@@ -193,22 +211,19 @@ def main():
     arguments.add_argument("targets", nargs="+")
     arguments.add_argument("--only", nargs="*", default=[""])
     arguments.add_argument("--kernel", default="")
-    arguments.add_argument("--quick", action="store_true")
+    arguments.add_argument("--configurations", default="all")
     arguments.add_argument("--workers", type=int, default=2)
     arguments = arguments.parse_args()
     gpu.check_starts = lambda *tensors: None
     for module in backend.modules():
         if hasattr(module, "launch"):
             module.launch = record
-    for name in arguments.targets:
+    calls = dict(cases(False))
+    for name, title in chosen(arguments.targets, arguments.configurations, arguments.only):
         backend.architecture = lambda index, name=name: name
-        for title, call in cases(arguments.quick):
-            if not any(part in title for part in arguments.only):
-                continue
-            launches.clear()
-            call()
-            for launch in (launch for launch in launches if arguments.kernel in launch[0].__name__):
-                work.append((name, title, launch))
+        launches.clear()
+        calls[title]()
+        work.extend((name, title, launch) for launch in launches if arguments.kernel in launch[0].__name__)
 
     # Forked, so that nothing need be sent. Threads would wait for one another: Triton holds Python's lock while it compiles.
     with multiprocessing.get_context("fork").Pool(arguments.workers) as pool:

@@ -1,5 +1,5 @@
 """What only a GPU can show: devices and streams, capture in graphs, asserts on the device, no length compiled anew. (The tests of the operators
-run there too: make gpu.)"""
+run there too: make gpu. What can be shown of devices and kinds of launches without one is in tests/backends.)"""
 
 import json
 import os
@@ -10,12 +10,22 @@ import pytest
 import torch
 
 import fastlm
+from fastlm.backends import choice
 from fastlm.models import GPT2Config, GPT2LMHeadModel
 from fastlm.training.loop import Trainer
 from fastlm.training.objectives import NextToken
 from fastlm.training.settings import Settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    """Each of the backends that have kernels for this GPU, whichever of them auto would take."""
+    if why := choice.unavailable(request.param) or choice.load(request.param).refuses("linear", torch.device("cuda", 0), torch.float32):
+        pytest.skip(f"{request.param} {', '.join(why)}")
+    with fastlm.use_backend(request.param):
+        yield request.param
 
 
 def gpt2(dropout=0.1):
@@ -31,22 +41,21 @@ def test_auto_takes_triton():
     assert fastlm.info().fallbacks == before and not fastlm.info().backends["triton"]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_same_step_as_on_the_cpu(dropout):
-    """The seeds are drawn from another generator there: each is set."""
+def test_the_same_step_as_on_the_cpu(backend):
     tokens = torch.randint(301, (2, 128), device="cpu")
     outcomes = []
-    for device in ("cpu", "cuda"):
+    for device, name in (("cpu", "reference"), ("cuda", backend)):
         model = gpt2(dropout=0.0).to(device)
-        loss = model(tokens.to(device), labels=tokens.to(device)).loss
-        loss.backward()
+        with fastlm.use_backend(name):
+            loss = model(tokens.to(device), labels=tokens.to(device)).loss
+            loss.backward()
         outcomes.append((loss.item(), [p.grad.cpu() for p in model.parameters()]))
     assert abs(outcomes[0][0] - outcomes[1][0]) < 1e-4
     for a, b in zip(outcomes[0][1], outcomes[1][1], strict=True):
         assert (a - b).abs().max() <= 1e-4 * max(a.abs().max().item(), 1e-3)
 
 
-def test_a_training_step_in_a_graph():
+def test_a_training_step_in_a_graph(backend):
     tokens = torch.randint(301, (2, 128), device="cuda")
     model = gpt2()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
@@ -71,7 +80,7 @@ def test_a_training_step_in_a_graph():
     assert losses[-1] < losses[0] and len(set(losses)) == len(losses)  # it learns, and drops other elements each time
 
 
-def test_decoding_in_a_graph():
+def test_decoding_in_a_graph(backend):
     query, key, value = (torch.randn(2, 4, n, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 700, 700))
     expected = fastlm.attention(query, key, value, causal=True)
     torch.cuda.synchronize()
@@ -83,7 +92,7 @@ def test_decoding_in_a_graph():
     assert torch.equal(out, fastlm.attention(query, key, value, causal=True)) and not torch.equal(out, expected)
 
 
-def test_nothing_waits_for_the_gpu():
+def test_nothing_waits_for_the_gpu(backend):
     tokens = torch.randint(301, (2, 128), device="cuda")
     model = gpt2()
     model(tokens, labels=tokens).loss.backward()
@@ -94,7 +103,7 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_on_the_current_stream():
+def test_on_the_current_stream(backend):
     """A kernel that took another stream would read x before the wait is over."""
     x, w = torch.zeros(64, 256, device="cuda"), torch.ones(256, device="cuda")
     expected = fastlm.layernorm_residual(torch.arange(64 * 256, device="cuda").view(64, 256).float(), None, w)[0]
@@ -108,19 +117,29 @@ def test_on_the_current_stream():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_tensor_on_the_second_gpu_runs_there():
+def test_a_tensor_on_the_second_gpu_runs_there(backend):
     x, w = torch.randn(8, 64, device="cuda:1"), torch.ones(64, device="cuda:1")
-    y, _ = fastlm.layernorm_residual(x, None, w)
-    assert y.device.index == 1 and torch.cuda.current_device() == 0
-    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (64,), w))
+    query = torch.randn(1, 2, 40, 64, device="cuda:1")
+    for _ in range(2):  # the second launch goes past Triton
+        y, _ = fastlm.layernorm_residual(x, None, w)
+        out = fastlm.attention(query, query, query)
+        assert y.device.index == out.device.index == 1 and torch.cuda.current_device() == 0 == torch.empty(1, device="cuda").device.index
+        torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (64,), w))
+        torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, query, query))
 
 
-def test_a_target_out_of_range_is_a_device_assert():
-    code = (
-        "import torch, fastlm; t = torch.tensor([0, 99], device='cuda'); x = torch.ones(2, 8, device='cuda');"
-        "fastlm.linear_cross_entropy(x, torch.ones(9, 8, device='cuda'), t); torch.cuda.synchronize()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)})
+WRONG = {
+    "a target": "fastlm.linear_cross_entropy(x[:, 0], x[0, 0].expand(9, 8), torch.tensor([0, 99]), backend={backend!r})",
+    "cu_seqlens": "fastlm.attention_varlen(x, x, x, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 2, 2, 2]), backend={backend!r})",
+    "a last start": "fastlm.attention_varlen(x, x, x, torch.tensor([0, 2]), torch.tensor([0, 1]), backend={backend!r})",
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_value_out_of_range_is_a_device_assert(what, backend):
+    """In a process of its own, which is of no use afterwards."""
+    code = f"import torch, fastlm; torch.set_default_device('cuda'); x = torch.ones(2, 1, 8); {WRONG[what].format(backend=backend)}; torch.cuda.synchronize()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
     assert done.returncode != 0 and "assert" in (done.stderr + done.stdout).lower()
 
 

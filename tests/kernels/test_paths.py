@@ -46,6 +46,38 @@ def test_the_vendors_product_and_a_pointwise_pass(approximate, recompute, dtype,
 
 
 @only_triton
+@pytest.mark.parametrize("n", [1, 12, 15, 16, 17, 40])
+def test_a_bias_in_pointwise_passes_over_rows_of_any_width(n, backend, configs, architecture, monkeypatch):
+    """Narrower than what a program takes, as wide, and wider: each element finds its column."""
+    from fastlm.kernels import gelu_mlp
+
+    monkeypatch.delitem(configs.MLP, (architecture, 4), raising=False)
+    monkeypatch.setattr(gelu_mlp, "POINTS", 16)
+    x, w, b, eye = floats(7, 3), torch.zeros(n, 3), torch.arange(n) + 10.0, torch.eye(n)  # gelu(10) is 10
+    out = fastlm.gelu_mlp(x, w, b, eye, None, backend=backend)
+    assert torch.equal(out, b.expand(7, n))
+
+
+@only_triton
+@pytest.mark.parametrize("n", [1, 16, 3072, 50257])
+@pytest.mark.parametrize("row", [0, 5, 2**31, 2**33 + 1])
+def test_columns_beyond_two_to_the_31_elements(row, n, backend):
+    import triton
+    import triton.language as tl
+
+    from fastlm.kernels.gelu_mlp import columns
+
+    @triton.jit
+    def kernel(out_ptr, first, n, POINTS: tl.constexpr, WIDE: tl.constexpr):
+        tl.store(out_ptr + tl.arange(0, POINTS), columns(first.to(tl.int64), n, POINTS, WIDE))
+
+    globals().update(tl=tl, columns=columns)  # among them the interpreter looks a kernel's names up
+    out, first = torch.empty(16, dtype=torch.int32), row * n + n // 2 // 16 * 16
+    kernel[(1,)](out, first, n, 16, n >= 16)
+    assert torch.equal(out.long(), (first + torch.arange(16)) % n)
+
+
+@only_triton
 @pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 16), (32, 32), (16, 128)], ids=str)
 def test_attention_in_tiles_of_any_shape(tiles, backend, configs, architecture, monkeypatch):
     """Every edge of the band falls elsewhere; dropout spreads its words over 16, 32 and 64 columns and more."""

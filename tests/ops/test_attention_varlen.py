@@ -6,9 +6,20 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
-from fastlm.backends import philox
+from fastlm.backends import choice, gpu, load, philox
 from tests.ops.test_attention import HARM, seen
-from tests.support import DTYPES, SLOW, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
+from tests.support import (
+    DTYPES,
+    SLOW,
+    assert_same_bits,
+    assert_within_twice_torch,
+    error,
+    floats,
+    on_backends,
+    on_every_backend,
+    on_every_backend_that_raises,
+    outputs_and_gradients,
+)
 
 # ([(query_len, key_len) of each sequence], heads, key_heads, head_dim): single elements, odd sizes around vectors and tiles, sequences without queries,
 # without keys, without either, grouped queries, keys enough for several blocks and queries for several panels
@@ -426,7 +437,7 @@ WRONG_STARTS = [
 ]
 
 
-@on_every_backend
+@on_every_backend_that_raises
 @pytest.mark.parametrize("changed, message", WRONG_STARTS)
 def test_starts_that_do_not_fit(changed, message, backend):
     """Eager, under a compiler that cannot see the values, and where they have changed before backward."""
@@ -453,3 +464,33 @@ def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason)
     with pytest.raises(fastlm.Unsupported, match=f"torch {reason}"):
         call(backend="torch", **changed)
     assert call(**changed) is not None  # another serves
+
+
+@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="a device assert ends the process: tests/kernels/test_gpu.py")
+@on_backends("triton", "cuda")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("wrong", [(1, 3, 7), (-1, 3, 7), (0, 8, 7), (0, 3, 6), (0, 3, 2**33 + 7), (0, 9, 9), (0, 7, 8), (0, 9, 7), (0, -2, 7)], ids=str)
+@pytest.mark.parametrize("side", ["queries", "keys"])
+def test_starts_that_do_not_fit_are_a_device_assert(side, wrong, dtype, backend, monkeypatch):
+    """Where no one looks at them beforehand. A sequence of a negative length has no program of its own, nor has an empty one."""
+    if max(wrong) >= 2**31 and dtype == torch.int32:
+        pytest.skip("is not a number of 32 bits")
+    monkeypatch.setattr(gpu, "check_starts", lambda *tensors: None)
+    right, wrong = torch.tensor([0, 3, 7], dtype=dtype), torch.tensor(wrong, dtype=dtype)
+    starts = (wrong, right) if side == "queries" else (right, wrong)
+    inputs = qkv([(7, 7)], 4, 2, 8)
+    asserted = "cu_seqlens: expected" if backend == "triton" else r"assertion failed: .*(query|key)"
+    module = load(backend)
+    with pytest.raises(Exception, match=asserted):
+        module.attention_varlen_forward(*inputs, *starts, None, 1.0, -9, 9, 0.0)
+    out, lse = module.attention_varlen_forward(*inputs, right, right, None, 1.0, -9, 9, 0.0)  # what was wrong has left nothing behind
+    with pytest.raises(Exception, match=asserted):
+        module.attention_varlen_backward(out, None, *inputs, *starts, None, out, lse, 1.0, -9, 9, 0.0, (True, True, True))
+
+
+def test_a_backend_is_asked_for_queries_and_keys(monkeypatch):
+    asked, decide = [], choice.decide
+    monkeypatch.setattr(choice, "CHOICES", {})
+    monkeypatch.setattr(choice, "decide", lambda *call: (asked.append(call[-1]), decide(*call))[1])
+    fastlm.attention_varlen(*qkv([(1, 3), (1, 2)], 2, 1, 8), *cu_seqlens([(1, 3), (1, 2)]))
+    assert [(call["sequences"], call["query_tokens"], call["key_tokens"]) for call in asked] == [(2, 2, 5)]

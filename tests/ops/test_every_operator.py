@@ -1,6 +1,7 @@
 """What holds for all operators alike: autograd, tracing, devices, threads, autocast."""
 
 import concurrent.futures
+import contextlib
 import mmap
 import sys
 
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
+from fastlm.backends import load
 from tests.ops.cases import CASES, on_every_case
 from tests.support import BACKENDS as ALL
 from tests.support import SLOW, as_tuple, assert_same_bits, error, floats, on_backends, on_every_backend, targets
@@ -274,6 +276,38 @@ def test_results_go_where_the_inputs_are(case, backend):
         gradients = torch.autograd.grad(results, leaves, upstreams)
     assert_close([y.detach() for y in results], expected[0])
     assert all(d.device == x.device for d, x in zip(gradients, leaves, strict=True))
+
+
+@on_backends("triton", "cuda")
+def test_every_launch_is_on_the_device_of_its_tensors(backend, monkeypatch):
+    """On several GPUs: the driver launches on the device that is current, which is the caller's again afterwards."""
+    module, current, launches = load(backend), [], []
+
+    @contextlib.contextmanager
+    def on(x):
+        current.append(x.device)
+        yield
+        current.pop()
+
+    def launching(launch):
+        def launched(*arguments, **options):
+            launches.append(current[-1:] == [torch.get_default_device()] or arguments)
+            return launch(*arguments, **options)
+
+        return launched
+
+    monkeypatch.setattr(module, "on", on)
+    if backend == "cuda":
+        monkeypatch.setattr(module, "queue", launching(module.queue))
+    else:
+        for kernels in module.modules():
+            monkeypatch.setattr(kernels, "launch", launching(kernels.launch))
+    for case in CASES:
+        if backend in case.backends:
+            launches.clear()
+            run(case, backend, case.leaves())
+            assert set(launches) <= {True} and not current, case.name
+            assert launches or case.name.startswith("linear"), case.name  # whose products are the vendor's
 
 
 @on_every_case(backends=ALL)

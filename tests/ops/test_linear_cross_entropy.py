@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
+from fastlm.backends import load
 from tests.support import (
     DTYPES,
     assert_same_bits,
@@ -11,6 +12,7 @@ from tests.support import (
     floats,
     on_backends,
     on_every_backend,
+    on_every_backend_that_raises,
     outputs_and_gradients,
     small_chunks,
     targets,
@@ -119,6 +121,18 @@ def test_chunks_change_nothing_but_memory(backend, monkeypatch):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@on_backends("triton", "cuda")
+def test_rows_of_logits_are_aligned_whatever_the_vocabulary(dtype, backend, monkeypatch):
+    """The vendor's products want it: at an odd vocabulary (GPT-2's is 50257) no row but the first would begin where a vector may."""
+    strides, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *t, out: (strides.append(out.stride()), addmm(*t, out=out))[1])
+    small_chunks(monkeypatch, backend, 16 * 4 * 257)
+    inputs, target = (floats(40, 12), floats(257, 12), floats(257)), targets(257, 40, ignored=[3])
+    assert_within_twice_torch(lambda *t: fastlm.linear_cross_entropy(*t[:2], target, t[2], backend=backend), torch_own(target), inputs, dtype)
+    assert len(strides) > 1 and all(row * dtype.itemsize % 128 == 0 and row >= 257 and one == 1 for row, one in strides)
+
+
 @on_backends("torch", "cpu", "triton", "cuda")  # the oracle is the one that does hold all the logits
 def test_never_more_than_one_chunk_of_logits(backend, monkeypatch):
     rows, width, vocab, chunk = 400, 8, 1000, 16
@@ -208,7 +222,7 @@ def test_any_strides_give_the_same(backend):
                 assert_same_bits(*results)
 
 
-@on_every_backend
+@on_every_backend_that_raises
 @pytest.mark.parametrize("bad, position", [(7, 0), (-1, 5), (2**40, 3), (-(2**63), 2)])
 def test_a_target_out_of_range_is_named(bad, position, backend):
     target = targets(7, 2, 3, ignored=[1])
@@ -217,6 +231,21 @@ def test_a_target_out_of_range_is_named(bad, position, backend):
     for asks in (False, True):
         with pytest.raises(ValueError, match=message):
             fastlm.linear_cross_entropy(floats(2, 3, 4).requires_grad_(asks), floats(7, 4), target, backend=backend)
+
+
+@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="a device assert ends the process: tests/kernels/test_gpu.py")
+@on_backends("triton", "cuda")
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("bad", [7, -1, 2**40, -(2**63), -99])
+def test_a_target_out_of_range_is_a_device_assert(bad, asks, backend, monkeypatch):
+    """Where no one looks at it beforehand."""
+    monkeypatch.setattr(load(backend), "check_targets", lambda *arguments: None)
+    x, weight, target = floats(6, 4).requires_grad_(asks), floats(7, 4), targets(7, 6, ignored=[1])
+    target[4] = bad
+    with pytest.raises(Exception, match="target: expected values in" if backend == "triton" else "assertion failed: target >= 0 && target < vocab"):
+        fastlm.linear_cross_entropy(x, weight, target, backend=backend)
+    target[4] = 6
+    assert fastlm.linear_cross_entropy(x, weight, target, backend=backend).isfinite()  # what was wrong has left nothing behind
 
 
 def call(**changed):
