@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -11,10 +12,14 @@ def rms(x: Tensor) -> float:
 
 
 def error_over_theirs(true: Sequence[Tensor], theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
-    """How many times as far from the truth ours are as theirs: root mean squares, relative to each tensor's; over all tensors the geometric mean."""
-    own, other = (
-        statistics.geometric_mean(max(rms(x.double() - t) / max(rms(t), 1e-30), 1e-12) for x, t in zip(found, true, strict=True)) for found in (ours, theirs)
-    )
+    """How many times as far from the truth ours are as theirs: root mean squares, relative to each tensor's; over all tensors the geometric mean. Half a unit
+    in the last place counts as the least there is, or a single number would be compared with another's luck.
+    """
+
+    def relative(x: Tensor, truth: Tensor) -> float:
+        return max(rms(x.double() - truth) / max(rms(truth), 1e-30), torch.finfo(x.dtype).eps / 2)
+
+    own, other = (statistics.geometric_mean(relative(x, truth) for x, truth in zip(found, true, strict=True)) for found in (ours, theirs))
     return own / other
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlm.benchmarking import compare, machine, operators
+from fastlm.benchmarking import accuracy, compare, machine, operators
 from fastlm.benchmarking.machine import Probe
 from fastlm.benchmarking.operators import CASES, DIRECTIONS, OTHERS, directions
 
@@ -105,3 +105,10 @@ def test_served_by_names_the_backend_that_ran():
     with use_backend("reference"):
         assert compare.served_by(lambda: linear(x, weight)) == "reference"
     assert compare.served_by(lambda: linear(x, weight, backend="torch")) == "torch"
+
+
+def test_a_single_number_is_not_compared_with_luck():
+    true = [torch.tensor(1.0, dtype=torch.float64)]
+    near, exact, far = [torch.tensor(1 + 2**-23)], [torch.tensor(1.0)], [torch.tensor(1 + 2**-20)]
+    assert accuracy.error_over_theirs(true, exact, near) == 2 and accuracy.error_over_theirs(true, exact, far) == 16
+    assert accuracy.error_over_theirs(true, exact, exact) == 1
