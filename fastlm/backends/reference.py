@@ -272,13 +272,18 @@ def band_mask(query, key, lower, upper):
 def isolated(weights, values, reachable):
     """weights @ values, where a non-finite value reaches only the rows that `reachable` (None = all) lets see it: 0 · NaN is not 0."""
     finite = values.isfinite()
-    if reachable is None or finite.all():
+    if reachable is None or (not captured(values) and finite.all()):
         return weights @ values
     reachable = reachable.expand(weights.shape).to(weights.dtype)
     product = weights @ torch.where(finite, values, 0)
     for harm, found in ((torch.inf, values == torch.inf), (-torch.inf, values == -torch.inf), (torch.nan, values.isnan())):
         product = torch.where(reachable @ found.to(weights.dtype) > 0, product + harm, product)
     return product
+
+
+def captured(x):
+    """Whether what is launched on x goes into a CUDA graph: then no value can be looked at."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def grouped(x, groups):

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastlm.generation.cache import KVCache
+from fastlm.backends.gpu import on
+from fastlm.generation import graphs
 from fastlm.generation.sampling import Sampling
+from fastlm.generation.steps import Steps
 from fastlm.ops.boundary import mismatch
 
 if TYPE_CHECKING:
     from fastlm.models.gpt2 import GPT2LMHeadModel
+
+PATIENCE = 16  # steps after which it is looked at, on a GPU, whether all rows have ended: that waits for it
 
 
 class Streamer(Protocol):
@@ -37,6 +41,7 @@ def generate(
     attention_mask: Tensor | None = None,
     streamer: Streamer | None = None,
     pad_token_id: int | None = None,
+    cuda_graphs: bool = True,
 ) -> Tensor:
     """Continues every row of input_ids, by default with the likeliest tokens. Dropout is off meanwhile, whatever mode the model is in.
 
@@ -49,6 +54,8 @@ def generate(
         attention_mask: (batch, tokens), 0 at padding.
         streamer: sees the prompt, then the tokens of each step.
         pad_token_id: what follows the end of a row; None: the config's, or the (first) token that ends rows.
+        cuda_graphs: on a GPU, replay the steps after the prompt from CUDA graphs, unless a module has forward hooks. False: launch each step for itself, as a
+            model needs whose forward() looks at values.
 
     Returns:
         (batch, tokens + the new ones): prompt and continuation. Fewer than max_new_tokens were added where every row ended before.
@@ -71,52 +78,25 @@ def generate(
     eos = tuple_of(model.config.eos_token_id if eos_token_id is None else eos_token_id)
     pad = next((p for p in (pad_token_id, model.config.pad_token_id, *eos) if p is not None), 0)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-    with evaluating(model), torch.inference_mode():
-        sequences = continued(model, input_ids, max_new_tokens, sampling, eos, pad, generator, attention_mask, streamer)
+    steps_of = graphs.CapturedSteps if cuda_graphs and graphs.possible(model, input_ids.device) else Steps
+    with evaluating(model), torch.inference_mode(), on(input_ids):
+        sequences = continued(steps_of(model, input_ids, max_new_tokens, sampling, eos, pad, generator, attention_mask), streamer)
     return sequences.clone()  # outside inference mode, so that training on them is possible
 
 
-def continued(
-    model: "GPT2LMHeadModel",
-    input_ids: Tensor,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos: tuple[int, ...],
-    pad: int,
-    generator: torch.Generator | None,
-    attention_mask: Tensor | None,
-    streamer: Streamer | None,
-) -> Tensor:
-    batch, prompt = input_ids.shape
-    sequences = input_ids.new_full((batch, prompt + max_new_tokens), pad)
-    sequences[:, :prompt] = input_ids
-    real = positions = None
-    if attention_mask is not None:
-        real = attention_mask.new_ones(sequences.shape)
-        real[:, :prompt] = attention_mask
-        positions = (real.cumsum(-1) - 1).clamp(min=0)  # the first real token of a row stands at 0, whatever is before it
-    ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-    endings = torch.tensor(eos, dtype=torch.long, device=input_ids.device)
-    cache = KVCache(model.config.n_layer, capacity=prompt + max_new_tokens)
+def continued(step: Steps, streamer: Streamer | None) -> Tensor:
     if streamer is not None:
-        streamer.put(input_ids.cpu())
-    for end in range(prompt, prompt + max_new_tokens):
-        seen = slice(cache.length, end)
-        logits = model(
-            sequences[:, seen], cache, None if real is None else real[:, :end], position_ids=None if positions is None else positions[:, seen], logits_to_keep=1
-        ).logits
-        tokens = sampling.choose(logits[:, -1], generator).masked_fill(ended, pad)
-        sequences[:, end] = tokens
+        streamer.put(step.sequences[:, : step.prompt].cpu())
+    patience = 1 if step.waits or streamer is not None else PATIENCE
+    for end in range(step.prompt, step.capacity):
+        step(end)
         if streamer is not None:
-            streamer.put(tokens.cpu())
-        if eos:
-            ended |= torch.isin(tokens, endings)
-            if ended.all():
-                sequences = sequences[:, : end + 1]
-                break
+            streamer.put(step.sequences[:, end].cpu())
+        if step.endings.numel() and (end - step.prompt + 1) % patience == 0 and step.ended.all():
+            break
     if streamer is not None:
         streamer.end()
-    return sequences
+    return step.sequences[:, : step.prompt + int(step.begun)]
 
 
 def tuple_of(eos: int | Sequence[int] | None) -> tuple[int, ...]:

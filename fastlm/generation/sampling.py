@@ -38,7 +38,8 @@ class Sampling:
         logits = logits.float()
         if self.greedy:
             return logits.argmax(-1)
-        return torch.multinomial(self.restricted(logits).softmax(-1), 1, generator=generator)[:, 0]
+        probabilities = self.restricted(logits).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0] if logits.is_cpu else drawn(probabilities, generator)
 
     def restricted(self, logits: Tensor) -> Tensor:
         """The scores to draw from, -inf where the limits exclude a token. In this order: temperature, top-k, top-p, as Hugging Face applies them."""
@@ -52,3 +53,12 @@ class Sampling:
             excluded[..., -1] = False  # rounding must not leave nothing
             logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -torch.inf)
         return logits
+
+
+def drawn(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(batch, vocabulary) → (batch,), as torch.multinomial draws, which on a GPU reads back whether they are probabilities. Here that is a device assert.
+
+    Of independent exponential variables E_i the p_i / E_i of token i is the largest with probability p_i.
+    """
+    torch._assert_async(probabilities.isfinite().all())
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)

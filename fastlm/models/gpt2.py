@@ -202,6 +202,7 @@ class GPT2LMHeadModel(GPT2PretrainedModel):
         attention_mask: Tensor | None = None,
         streamer: Streamer | None = None,
         pad_token_id: int | None = None,
+        cuda_graphs: bool = True,
     ) -> Tensor:
         """Continues every row of input_ids; see fastlm.generation.generate."""
-        return generate(self, input_ids, max_new_tokens, temperature, top_k, top_p, eos_token_id, seed, attention_mask, streamer, pad_token_id)
+        return generate(self, input_ids, max_new_tokens, temperature, top_k, top_p, eos_token_id, seed, attention_mask, streamer, pad_token_id, cuda_graphs)

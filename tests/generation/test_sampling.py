@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from fastlm.generation.sampling import Sampling
+from fastlm.generation.sampling import Sampling, drawn
 
 DRAWS = 40_000
 
@@ -35,6 +35,19 @@ def test_draws_follow_the_probabilities():
         # five standard errors of a frequency; exactly none of what is excluded
         assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / DRAWS).sqrt()).all()
         assert not found[expected == 0].any()
+
+
+def test_drawing_without_waiting_draws_as_pytorch_does():
+    """What serves on a GPU, here on the CPU: the same tokens, and the generator in the same state."""
+    probabilities = (3 * torch.randn(200, 60)).softmax(-1)
+    probabilities[probabilities < 0.01] = 0
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    for _ in range(10):
+        expected = torch.multinomial(probabilities, 1, generator=generators[0])[:, 0]
+        assert torch.equal(drawn(probabilities, generators[1]), expected)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    with pytest.raises(RuntimeError):
+        drawn(torch.tensor([[0.5, torch.nan]]), None)
 
 
 def test_greedy_unless_asked_otherwise():

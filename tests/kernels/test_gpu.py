@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastlm
 from fastlm.backends import choice
+from fastlm.generation import graphs
 from fastlm.models import GPT2Config, GPT2LMHeadModel
 from fastlm.training.loop import Trainer
 from fastlm.training.objectives import NextToken
@@ -90,6 +92,32 @@ def test_decoding_in_a_graph(backend):
     query.mul_(2)
     graph.replay()
     assert torch.equal(out, fastlm.attention(query, key, value, causal=True)) and not torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "top_k": 40, "top_p": 0.95}, {"temperature": 1.0, "seed": 5}], ids=str)
+def test_generating_from_graphs(settings, dtype, backend, monkeypatch):
+    """What is replayed gives the tokens of the same steps launched one by one, bit for bit, and in float32 those of steps without a mask too."""
+    monkeypatch.setattr(graphs, "STRETCH", 32)
+    model, tokens = gpt2().to(dtype), torch.randint(301, (3, 20), device="cuda")
+    mask = (torch.arange(20, device="cuda") >= torch.tensor([[0], [3], [19]], device="cuda")).long()
+    own, made = graphs.capture, []
+    outcomes = {}
+    for way in ("in place", "captured", "step by step"):
+        monkeypatch.setattr(
+            graphs, "capture", lambda *given, way=way: made.append(way) or (own(*given) if way == "captured" else SimpleNamespace(replay=given[0]))
+        )
+        torch.manual_seed(1)
+        outcomes[way] = model.generate(tokens, 60, attention_mask=mask, eos_token_id=(), cuda_graphs=way != "step by step", **settings)
+    assert made == ["in place"] * 3 + ["captured"] * 3 and outcomes["captured"].shape == (3, 80)
+    assert torch.equal(outcomes["captured"], outcomes["in place"])
+    assert dtype != torch.float32 or torch.equal(outcomes["captured"], outcomes["step by step"])
+
+
+def test_generating_with_the_reference_too():
+    model, tokens = gpt2(), torch.randint(301, (2, 5), device="cuda")
+    with fastlm.use_backend("reference"):
+        assert torch.equal(model.generate(tokens, 40), model.generate(tokens, 40, cuda_graphs=False))
 
 
 def test_nothing_waits_for_the_gpu(backend):

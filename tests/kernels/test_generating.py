@@ -1,0 +1,30 @@
+"""Whole decoding steps on the GPUs' kernels, as a graph holds them: against more keys than are filled, whose number is nowhere in Python."""
+
+from types import SimpleNamespace
+
+import torch
+
+import fastlm
+from fastlm.backends import load
+from fastlm.generation import graphs
+from fastlm.models import GPT2Config, GPT2LMHeadModel
+from tests.support import on_backends
+
+
+@on_backends("triton", "cuda")
+def test_the_tokens_of_the_reference(backend, monkeypatch):
+    module = load(backend).kernels().attention_decode if backend == "triton" else load(backend)
+    monkeypatch.setattr(module, "SHORTEST", 32)  # keys of one stretch; a second one holds no key at first
+    monkeypatch.setattr(graphs, "STRETCH", 20)
+    monkeypatch.setattr(graphs, "possible", lambda model, device: True)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(graphs, "capture", lambda step, generator, earlier: SimpleNamespace(replay=step))
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=64, n_embd=24, n_layer=2, n_head=2, initializer_range=0.5))
+    ids = torch.randint(61, (2, 29))
+    mask = (torch.arange(29) >= torch.tensor([[0], [6]])).long()
+    with fastlm.use_backend("reference"):
+        expected = model.generate(ids, 14, attention_mask=mask, eos_token_id=(), cuda_graphs=False)
+    with fastlm.use_backend(backend):
+        assert torch.equal(model.generate(ids, 14, attention_mask=mask, eos_token_id=()), expected)
+    assert expected[:, 29:].unique().numel() > 8  # not one token over and over
