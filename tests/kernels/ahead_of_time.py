@@ -34,7 +34,8 @@ work: list[tuple] = []  # (target, case, launch) of all that is to be compiled
 
 
 def record(kernel, programs, arguments, constants, warps, stages, device, debug=False):
-    launches.append((kernel, arguments, constants, warps, stages, debug))
+    """Without the tensors: those of all configurations are more than a process may have."""
+    launches.append((source_of(kernel, arguments, constants), constants, warps, stages, debug))
 
 
 def source_of(kernel, arguments, constants):
@@ -60,9 +61,9 @@ def source_of(kernel, arguments, constants):
 
 
 def compiled(launch, name):
-    kernel, arguments, constants, warps, stages, debug = launch
+    source, _, warps, stages, debug = launch
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **({"debug": True, "sanitize_overflow": False} if debug else {})}
-    return triton.compile(source_of(kernel, arguments, constants), target=TARGETS[name], options=options)
+    return triton.compile(source, target=TARGETS[name], options=options)
 
 
 def resources(binary, name):
@@ -189,7 +190,7 @@ def kernels_of(title, target):
 
 def report(index):
     name, title, launch = work[index]
-    entry = {"target": name, "case": title, "kernel": launch[0].__name__, "constants": list(map(str, launch[2])), "warps": launch[3], "stages": launch[4]}
+    entry = {"target": name, "case": title, "kernel": launch[0].fn.__name__, "constants": list(map(str, launch[1])), "warps": launch[2], "stages": launch[3]}
     try:
         binary = compiled(launch, name)
     except Exception as failure:  # each is one test's failure
@@ -223,7 +224,7 @@ def main():
         backend.architecture = lambda index, name=name: name
         launches.clear()
         calls[title]()
-        work.extend((name, title, launch) for launch in launches if arguments.kernel in launch[0].__name__)
+        work.extend((name, title, launch) for launch in launches if arguments.kernel in launch[0].fn.__name__)
 
     # Forked, so that nothing need be sent. Threads would wait for one another: Triton holds Python's lock while it compiles.
     with multiprocessing.get_context("fork").Pool(arguments.workers) as pool:
