@@ -96,7 +96,7 @@ def continued(step: Steps, streamer: Streamer | None) -> Tensor:
             break
     if streamer is not None:
         streamer.end()
-    return step.sequences[:, : step.prompt + int(step.begun)]
+    return step.sequences[:, : step.prompt + int(step.begun.cpu())]
 
 
 def tuple_of(eos: int | Sequence[int] | None) -> tuple[int, ...]:
