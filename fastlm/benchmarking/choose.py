@@ -88,5 +88,5 @@ def remember(found: list[table.Rule]) -> None:
     beside = path.with_suffix(f".{os.getpid()}")
     beside.write_text(json.dumps(kept, indent=1) + "\n")
     beside.replace(path)
-    table.rules.cache_clear()
+    table.forget()
     choice.CHOICES.clear()
