@@ -4,7 +4,7 @@ import torch
 
 import fastlm
 from fastlm.backends import table
-from fastlm.benchmarking import choose, report
+from fastlm.benchmarking import choose, report, rules
 from fastlm.benchmarking.compare import DTYPES
 from fastlm.commands.display import say
 
@@ -18,7 +18,7 @@ def run(*, measure: bool) -> None:
             verdicts.append(seen)
             winner = "PyTorch's operator serves" if seen.torch_wins else "fastlm's kernel serves"
             say(f"{seen.operator:20} {seen.dtype:8} {seen.rows:5} rows: {seen.ratio} times as fast as PyTorch; {winner}")
-        choose.remember(choose.rules(verdicts))
+        rules.remember({table.cpu(): choose.rules(verdicts)})
         say(f"remembered in {table.user_table()}")
         say()
     print(fastlm.info())
