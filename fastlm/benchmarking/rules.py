@@ -123,8 +123,8 @@ def edges(values: Sequence[int], first: int, last: int) -> Range:
     if isinstance(values[0], bool):
         return (None, None) if whole and len(values) == 2 else (int(values[first]), int(values[last]))
     if len(values) == 1:
-        low, high = -(-values[0] // REACH), values[0] * REACH
-        return low if low > 1 else None, high
+        least, most = -(-values[0] // REACH), values[0] * REACH
+        return least if least > 1 else None, most
     low = between(values[first - 1], values[first]) + 1 if first > 0 else None
     return low, between(values[last], values[last + 1]) if last + 1 < len(values) else None
 
