@@ -99,7 +99,7 @@ def info(
         bool,
         typer.Option(
             "--measure",
-            help="Measure first what the machine can do and where PyTorch's own operators are faster, to let them serve there from now on; minutes.",
+            help="Measure first what the machine can do and which backend is the fastest where, on a GPU too, to let it serve there from now on; minutes.",
         ),
     ] = False,
 ) -> None:

@@ -175,14 +175,24 @@ def in_words() -> str:
     return f"{cpu() or 'this machine'}: " + (", ".join(listed(rules())) or "fastlm's kernels serve whatever they can")
 
 
+def cards() -> dict[str, int]:
+    """The kinds of GPU here, and which is the first of each."""
+    if not torch.cuda.is_available():
+        return {}
+    found: dict[str, int] = {}
+    for index in range(torch.cuda.device_count()):
+        found.setdefault(torch.cuda.get_device_name(index), index)
+    return found
+
+
 def gpus_in_words() -> list[str]:
     """A line for each kind of GPU here."""
     try:
-        cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+        found = cards()
     except RuntimeError:  # in a forked process, where PyTorch cannot ask
         return []
     lines = []
-    for card in dict.fromkeys(cards):
+    for card in found:
         rows = gpu_rules(card)
         if rows is None:
             lines.append(f"{card}: not measured yet, Triton comes first (fastlm info --measure measures it)")
