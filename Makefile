@@ -38,7 +38,7 @@ gpu:
 	{ PYTHONPATH="$(CURDIR)" FASTLM_TEST_DEVICE=cuda \
 	  FASTLM_TEST_BACKENDS=triton$$(PYTHONPATH="$(CURDIR)" $(PYTHON) -c 'import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")') timeout 330 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/ops \
 	  --junitxml=$(OUT)/tests.xml $(ARGS) || echo "the tests: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/tests.txt
-	{ PYTHONPATH="$(CURDIR)" timeout 240 $(PYTHON) -m fastlm.cli bench --gpu --json $(OUT)/bench.json --markdown $(OUT)/bench.md \
+	{ PYTHONPATH="$(CURDIR)" timeout -k 20 240 $(PYTHON) -m fastlm.cli bench --gpu --limit 200 --table $(OUT)/table.json --json $(OUT)/bench.json --markdown $(OUT)/bench.md \
 	  $$($(PYTHON) -c 'import matplotlib; print("--plot $(OUT)/bench.png")' 2> /dev/null) || echo "the measurements: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/bench.txt
 	@! cat $(OUT)/failed 2> /dev/null
 

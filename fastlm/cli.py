@@ -99,7 +99,7 @@ def info(
         bool,
         typer.Option(
             "--measure",
-            help="Measure first what the machine can do and where PyTorch's own operators are faster, to let them serve there from now on; minutes.",
+            help="Measure first what the machine can do and which backend is the fastest where, on a GPU too, to let it serve there from now on; minutes.",
         ),
     ] = False,
 ) -> None:
@@ -219,14 +219,23 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured into this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table into this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw throughput, roofline, memory and growth into this file (.png, .svg, .pdf).")] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="On the GPU instead, with its own sizes; a few minutes. Takes --json, --markdown, --plot.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="On the GPU instead, with its own sizes; a few minutes. Takes --json, --markdown, --plot, --table, --limit.")
+    ] = False,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="With --gpu: write who comes first for what into this file, as `info --measure` keeps it, and as source beside it (.txt)."),
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="With --gpu: seconds after which no case is begun; the most important ones come first.")] = None,
 ) -> None:
     """Compare with PyTorch on this machine, at the sizes of GPT-2 small."""
-    from fastlm.commands import bench
-
     if gpu:
-        bench.run_on_gpu(json_file=json, markdown_file=markdown, plot_file=plot)
+        from fastlm.commands import bench_gpu
+
+        bench_gpu.run(bench_gpu.Files(json, markdown, plot, table), limit)
         return
+
+    from fastlm.commands import bench
 
     bench.run(
         operators=operators, dtypes=dtypes, threads=threads, ways=directions, models=model, recompute=recompute, accelerated_cases=case, checkpoint=checkpoint,

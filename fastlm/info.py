@@ -21,6 +21,7 @@ class Info:
     isas: list[str]  # that this machine can run, the widest first
     bfloat16: str  # by what arithmetic the module multiplies it
     table: str  # which operators go to PyTorch's own on this CPU
+    gpus: list[str]  # of each kind of GPU here, which backend comes first for what, or that it was not measured yet
     threads: int
     openmp: bool  # whether the extension was built with it
     backends: dict[str, list[str]]  # name → why it serves nothing here; empty = it can serve
@@ -36,6 +37,7 @@ class Info:
             f"CPU: {self.cpu or 'unknown'}; can run {', '.join(self.isas) or 'no module that was built'}",
             f"compiled module: {self.isa}, {self.threads_in_words()}, bfloat16 by {self.bfloat16}" if self.isa else f"compiled module: none ({self.build})",
             *([f"table: {self.table}"] if self.isa else []),
+            *(f"GPU: {line}" for line in self.gpus),
             f"CUDA module: {self.cuda}",
             f"allocator: {self.allocator}",
             "backends:",
@@ -63,6 +65,7 @@ def info() -> Info:
         isas=isa.usable(),
         bfloat16=isa.BFLOAT16.get(isa.name or "", "multiply-adds in float32"),
         table=table.in_words(),
+        gpus=table.gpus_in_words(),
         threads=torch.get_num_threads(),
         openmp=isa.report().get("openmp", False),
         backends={name: choice.unavailable(name) for name in choice.NAMES},

@@ -1,5 +1,6 @@
 """The commands as a user types them: in this process where only the words matter, in one of its own where signals and exit codes do."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,11 +16,13 @@ import torch
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm.backends import choice, table
+from fastlm.backends import choice, isa, table
 from fastlm.benchmarking import choose, machine, operators, report, whole
+from fastlm.benchmarking.gpu import plan
+from fastlm.benchmarking.gpu.timing import Row
 from fastlm.benchmarking.measure import Ratio
 from fastlm.cli import app
-from fastlm.commands import bench, demo
+from fastlm.commands import bench, bench_gpu, demo
 from fastlm.generation import load_tokenizer
 from fastlm.models import BertForMaskedLM, GPT2LMHeadModel, load_model
 from fastlm.training.baseline import PlainGPT2
@@ -281,16 +284,69 @@ def test_info_is_the_report():
 def test_info_measures_the_machine_and_who_is_faster(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(report, "machine", lambda threads, dtypes: DESCRIBED)
-    monkeypatch.setattr(choose, "measure", lambda: iter([choose.Verdict("linear", "float32", 32, Ratio(0.8, 0.7, 0.9))]))
-    table.rules.cache_clear()
+    verdicts = [choose.Verdict("linear", "float32", 32, Ratio(0.8, 0.7, 0.9)), choose.Verdict("linear", "float32", 1024, Ratio(1.2, 1.1, 1.3))]
+    monkeypatch.setattr(choose, "measure", lambda: iter(verdicts))
+    table.forget()
     try:
         said = succeeds("info", "--measure")
         assert "2 threads: reads 20.0 GB/s; multiply-adds 200 GFLOP/s in float32, PyTorch's product 90% of it\n" in said
         assert "32 rows: 0.80 [0.70–0.90] times as fast as PyTorch; PyTorch's operator serves\n" in said and said.endswith(f"{fastlm.info()}\n")
-        assert table.rules() == (table.Rule("linear", "float32", {"rows": (None, choose.BETWEEN)}),)
+        assert table.rules() == (table.Rule("linear", "float32", {"rows": (None, 181)}),)
     finally:
-        table.rules.cache_clear()
+        table.forget()
         choice.CHOICES.clear()
+
+
+@pytest.fixture
+def two_gpus(monkeypatch, tmp_path):
+    """Two of one kind and one of another, as far as the commands ask; nothing is launched."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["Card", "Card", "Other"][index])
+    measured = []
+
+    @contextlib.contextmanager
+    def device(index):
+        measured.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    table.forget()
+    yield measured
+    table.forget()
+    choice.CHOICES.clear()
+
+
+def test_info_measures_each_kind_of_gpu(two_gpus, monkeypatch):
+    """And where there is no module for the CPU, the GPUs alone."""
+
+    def measure(run, device, planned, rivals):
+        assert device == "cuda" and planned[0] is plan.FIRST[0] and len(planned) == len(plan.FIRST) + len(plan.THEN) and not rivals
+        run.failed.append("gelu_mlp: out of memory")
+        run.left_out.append("attention")
+        slower = {} if two_gpus[-1] == 2 else {"cuda": {"seconds": 1e-6, "median": 0.8, "low": 0.7, "high": 0.9}}
+        features = {"rows": 64, "width": 64, "dropout": False}
+        yield Row("layernorm_residual", "64 × 64", "bfloat16", "forward", "triton", True, 2e-6, {}, slower, features)
+
+    monkeypatch.setattr(plan.Run, "measure", measure)
+    monkeypatch.setattr(isa, "kernels", None)
+    said = succeeds("info", "--measure")
+    assert two_gpus == [0, 2]
+    assert "layernorm_residual 64 × 64, bfloat16, forward, triton: 2.0 µs; cuda 0.80 [0.70–0.90]\n" in said
+    assert "failed: gelu_mlp: out of memory\nleft out, as time ran out: attention\n" in said and "Other\n" in said
+    assert list(json.loads(table.user_table().read_text())) == ["Card"]
+    rule = "layernorm_residual in bfloat16 (8 ≤ rows ≤ 512, 8 ≤ width ≤ 512)"
+    assert f"GPU: Card: the CUDA C++ kernels serve {rule}, Triton comes first elsewhere\n" in said
+    assert "nothing to choose between" in said and "GPU: Other: not measured yet" in said
+
+
+def test_bench_on_a_gpu_hands_on_its_options(monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setattr(bench_gpu, "run", lambda files, limit: taken.append((files, limit)))
+    names = {"json": tmp_path / "b.json", "markdown": tmp_path / "b.md", "plot": tmp_path / "b.png", "table": tmp_path / "t.json"}
+    succeeds("bench", "--gpu", "--limit", 7, *[word for name, file in names.items() for word in (f"--{name}", file)])
+    assert taken == [(bench_gpu.Files(**names), 7.0)]
 
 
 def test_version_and_help():
@@ -351,6 +407,7 @@ def test_bench_takes_a_step_at_every_level(small_cases, monkeypatch, tmp_path):
         (["--threads", "1,x"], "threads: expected whole numbers of at least 1, with commas between, got 'x'"),
         (["--directions", "up"], "directions: expected some of forward, backward, .*, got 'up'"),
         (["--seconds", "0"], r"seconds: expected a number in \(0, 3600\), got 0.0"),
+        (["--gpu"], r"gpu: expected a GPU that PyTorch can use, got none \(.*\)"),
         (["--json", "/nowhere/b.json"], "json: expected a file name in a folder that exists, got '/nowhere/b.json'"),
     ],
 )

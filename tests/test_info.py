@@ -9,7 +9,7 @@ from fastlm.backends import isa
 def test_the_fields():
     info = fastlm.info()
     assert [field.name for field in dataclasses.fields(info)] == [
-        "version", "torch_version", "cpu", "isa", "isas", "bfloat16", "table",
+        "version", "torch_version", "cpu", "isa", "isas", "bfloat16", "table", "gpus",
         "threads", "openmp", "backends", "allocator", "build", "cuda", "fallbacks", "copies",
     ]  # fmt: skip
     assert info.version == fastlm.__version__ and info.torch_version == torch.__version__
@@ -37,7 +37,7 @@ def test_it_is_a_copy():
 
 EXAMPLE = {
     "version": "1.0", "torch_version": "2.9", "cpu": "Some CPU", "isa": "avx2", "isas": ["avx2", "baseline"],
-    "bfloat16": "multiply-adds in float32", "table": "some rows", "threads": 4, "openmp": True,
+    "bfloat16": "multiply-adds in float32", "table": "some rows", "gpus": ["Card: some rows", "Other: none"], "threads": 4, "openmp": True,
     "backends": {"cpu": [], "triton": ["is not part of this build"]}, "allocator": "tuned (so)",
     "build": "", "cuda": "not compiled here", "fallbacks": {"linear: torch instead of cpu": 3}, "copies": {},
 }  # fmt: skip
@@ -49,6 +49,8 @@ def test_the_report():
         "CPU: Some CPU; can run avx2, baseline",
         "compiled module: avx2, 4 threads, bfloat16 by multiply-adds in float32",
         "table: some rows",
+        "GPU: Card: some rows",
+        "GPU: Other: none",
         "CUDA module: not compiled here",
         "allocator: tuned (so)",
         "backends:",

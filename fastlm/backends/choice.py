@@ -13,25 +13,14 @@ from types import ModuleType
 import torch
 
 from fastlm.backends import table
+from fastlm.backends.table import FEATURES, ORDER
 
 NAMES = ("cpu", "triton", "cuda", "torch", "reference")
-ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "cuda", "torch", "reference")}
 ELSEWHERE = ("torch", "reference")  # MPS, XPU, …
 
 # A call with sizes seen before costs one dictionary lookup; the bound only matters to a program that never repeats a size.
 CHOICES: dict[tuple, tuple[ModuleType, str | None]] = {}
 MOST_CHOICES = 4096
-
-# What each operator tells of a call, in this order: all that a backend's reasons and the table may depend on.
-FEATURES = {
-    "adamw": ("amsgrad", "gaps", "mixed", "subclass"),
-    "attention": ("batch", "heads", "query_len", "key_len", "head_dim", "masked", "dropout", "return_lse", "mask_gradient"),
-    "attention_varlen": ("sequences", "heads", "query_tokens", "key_tokens", "head_dim", "masked", "dropout", "return_lse"),
-    "gelu_mlp": ("rows", "in_width", "hidden_width", "out_width", "conv1d"),
-    "layernorm_residual": ("rows", "width", "dropout"),
-    "linear": ("rows", "in_width", "out_width", "conv1d"),
-    "linear_cross_entropy": ("rows", "width", "vocab"),
-}
 
 fallbacks: collections.Counter[str] = collections.Counter()  # auto took a later backend: how often, per operator and backend
 
@@ -129,13 +118,21 @@ def choose(operator: str, x: torch.Tensor, dtype: torch.dtype, backend: str | No
     return module
 
 
+def automatic(operator: str, device: torch.device, dtype: torch.dtype, features: dict) -> tuple[str, ...]:
+    """The device's order, with what the table puts first at its head. That PyTorch's operator, though the faster one, does not do what a call asks for is
+    no fallback; that the CUDA kernels are not built is."""
+    order = ORDER.get(device.type, ELSEWHERE)
+    for rule in table.of(device):
+        if not rule.holds(operator, str(dtype).removeprefix("torch."), features):
+            continue
+        if rule.first != "torch" or not refusals("torch", operator, device, dtype, features):
+            return rule.first, *(name for name in order if name != rule.first)
+    return order
+
+
 def decide(operator: str, device: torch.device, dtype: torch.dtype, forced: str | None, features: dict) -> tuple[str, str | None]:
     """The backend, and what to count if auto did not get the first of its order."""
-    order = (forced,) if forced else ORDER.get(device.type, ELSEWHERE)
-    if order == ORDER["cpu"] and table.prefers_torch(operator, dtype, features):
-        order = ("torch", "cpu", "reference")
-    if order == ORDER["cuda"] and table.GPUS and table.gpu_prefers_torch(torch.cuda.get_device_name(device), operator, dtype, features):
-        order = ("torch", "triton", "cuda", "reference")
+    order = (forced,) if forced else automatic(operator, device, dtype, features)
     for name in order:
         if not refusals(name, operator, device, dtype, features):
             return name, None if name == order[0] else f"{operator}: {name} instead of {order[0]}"

@@ -58,7 +58,7 @@ def in_words():
     needed = f"a driver for CUDA {number.partition('.')[0]}{f' ({driver} or later)' if driver else ''}"
     return (
         f"CUDA {number}, code for sm_{kernels.archs.replace(',', ', sm_')} and PTX for later ones; needs {needed}; "
-        "auto takes Triton first until measurements on a GPU say otherwise"
+        "auto takes Triton first but where measurements of the GPU say otherwise"
     )
 
 

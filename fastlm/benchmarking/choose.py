@@ -1,23 +1,21 @@
 """Which of fastlm's kernels and PyTorch's own operators is the faster one on this machine, for the table that backends choose by."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 import fastlm
-from fastlm.backends import choice, table
+from fastlm.backends import table
 from fastlm.benchmarking.compare import DTYPES
 from fastlm.benchmarking.measure import Ratio, in_turn
 from fastlm.benchmarking.operators import CASES, ROWS, Case, Function
+from fastlm.benchmarking.rules import CLEARLY, Point
+from fastlm.benchmarking.rules import rules as from_points
 
 SIZES = {"small": 32, "large": ROWS}  # rows: a few sequences that generate, a batch that trains
-BETWEEN = 181  # their geometric mean: on either side of it the nearer measurement holds
 ROWS_OF = {"attention": "query_len", "attention_varlen": "query_tokens"}  # what the table calls the rows, where not "rows"
 HOPELESS = 20  # times as slow: PyTorch has no fast product of 16-bit numbers for some CPUs. Its larger calls would take minutes each
-CLEARLY = 0.97  # slower than that counts; within it the kernels serve, whose promises are the wider ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,28 +63,7 @@ def measure(cases: Mapping[str, Callable[..., Case]] | None = None, sizes: Mappi
 
 
 def rules(verdicts: list[Verdict]) -> list[table.Rule]:
-    """PyTorch serves where it was clearly faster: everywhere, or on one side of BETWEEN."""
-    found = []
-    for operator, dtype in dict.fromkeys((v.operator, v.dtype) for v in verdicts):
-        won = {v.rows > BETWEEN for v in verdicts if (v.operator, v.dtype) == (operator, dtype) and v.torch_wins}
-        if won:
-            ends = (BETWEEN + 1 if False not in won else None, BETWEEN if True not in won else None)
-            found.append(table.Rule(operator, dtype, {} if len(won) == 2 else {ROWS_OF.get(operator, "rows"): ends}))
-    return found
-
-
-def remember(found: list[table.Rule]) -> None:
-    """Into the user's cache, beside what it holds for other machines; from now on, in this process too."""
-    path = table.user_table()
-    try:
-        kept = json.loads(path.read_text())
-    except (OSError, ValueError):
-        kept = {}
-    kept = kept if isinstance(kept, dict) else {}
-    kept[table.cpu()] = [dataclasses.asdict(rule) for rule in found]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(kept, indent=1) + "\n")
-    beside.replace(path)
-    table.rules.cache_clear()
-    choice.CHOICES.clear()
+    """PyTorch serves where it was clearly faster: everywhere, or on one side of the sizes' geometric mean."""
+    rows_of = {operator: ROWS_OF.get(operator, "rows") for operator in CASES}
+    found = [Point(v.operator, v.dtype, {rows_of[v.operator]: v.rows}, "torch" if v.torch_wins else None) for v in verdicts]
+    return from_points(found, {operator: (({}, (rows,)),) for operator, rows in rows_of.items()})

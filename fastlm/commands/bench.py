@@ -1,7 +1,6 @@
 """fastlm bench: ours against PyTorch on this machine, as a table and as files."""
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fastlm
-from fastlm.benchmarking import accelerated, gpu, growth, plots, report, whole
+from fastlm.benchmarking import accelerated, growth, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.benchmarking.operators import CASES, DIRECTIONS, OTHERS, directions
 from fastlm.benchmarking.optimizer import compare_adamw
@@ -70,28 +69,6 @@ def run(
         markdown_file.write_text(report.markdown(rows, described), encoding="utf-8")
     if plot_file:
         plots.draw(plot_file, rows, described)
-
-
-def run_on_gpu(*, json_file: Path | None, markdown_file: Path | None, plot_file: Path | None) -> None:
-    """The files are written again after every row: what was measured is not lost when time runs out."""
-    if not torch.cuda.is_available():
-        raise mismatch("gpu", "a GPU that PyTorch can use", "none (torch.cuda.is_available() is false)")
-    for argument, file in (("json", json_file), ("markdown", markdown_file), ("plot", plot_file)):
-        check_target(argument, file)
-    dtypes = (torch.bfloat16, torch.float32)
-    described = gpu.describe("cuda", gpu.peaks("cuda", dtypes))
-    rows: list[gpu.Row] = []
-    for found in itertools.chain(gpu.operators("cuda", (torch.bfloat16,)), gpu.training_step("cuda"), gpu.operators("cuda", (torch.float32,))):
-        rows.append(found)
-        say(f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.served_by}: {found.seconds * 1e6:,.1f} µs")
-        if json_file:
-            content = {"machine": described, "rows": [dataclasses.asdict(one) for one in rows]}
-            json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        if markdown_file:
-            markdown_file.write_text(gpu.markdown(rows, described), encoding="utf-8")
-    console.print(gpu.markdown(rows, described), markup=False)
-    if plot_file:
-        gpu.draw(plot_file, rows, described)
 
 
 def ways_of(name: str, wanted: list[str], subjects: list[str], cases: list[str]) -> list[str]:

@@ -1,4 +1,6 @@
 import concurrent.futures
+import dataclasses
+import itertools
 import subprocess
 import sys
 import types
@@ -204,9 +206,9 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_every_rule_that_comes_with_fastlm_names_features_that_exist():
-    for rules in (*table.MEASURED.values(), table.AMX_UNUSED):
-        for rule in rules:
-            assert set(rule.where) <= set(choice.FEATURES[rule.operator]) and rule.dtype in ("float32", "bfloat16", "float16")
+    for device, tables in (("cpu", (*table.MEASURED.values(), table.WITH_AMX, table.AMX_UNUSED)), ("cuda", table.GPUS.values())):
+        for rule in itertools.chain(*tables):
+            assert table.rule_of(dataclasses.asdict(rule), device) == rule
 
 
 def test_elsewhere_pytorch_comes_first_and_on_a_gpu_the_kernels_do():

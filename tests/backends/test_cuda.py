@@ -124,7 +124,7 @@ def test_the_account_of_the_module(card, monkeypatch):
     monkeypatch.setattr(isa, "report", lambda: {"cuda": {"version": "13.1", "archs": "80,90", "reason": ""}})
     assert backend.in_words() == (
         "CUDA 13.1, code for sm_80, sm_90 and PTX for later ones; needs a driver for CUDA 13 (580 or later); "
-        "auto takes Triton first until measurements on a GPU say otherwise"
+        "auto takes Triton first but where measurements of the GPU say otherwise"
     )
 
 

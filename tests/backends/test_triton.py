@@ -16,7 +16,7 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, tmp_path):
     """A GPU as far as the questions go that are asked before a launch."""
     card = types.SimpleNamespace(name="Card", capability=(9, 0), shared=227 << 10)
     monkeypatch.setattr(backend, "INTERPRETED", False)
@@ -27,12 +27,15 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: card.name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card.capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(shared_memory_per_block_optin=card.shared))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no table of the user's own
     for cached in (backend.unfit, backend.architecture):
         cached.cache_clear()
+    table.forget()
     choice.CHOICES.clear()
     yield card
     for cached in (backend.unfit, backend.architecture):
         cached.cache_clear()
+    table.forget()
     choice.CHOICES.clear()
 
 
@@ -49,11 +52,114 @@ def test_a_gpu_is_served_by_triton_first(gpu):
         assert choice.decide(operator, CUDA, torch.float16, None, dict.fromkeys(features, 1))[0] == "triton"
 
 
+def rows_of(monkeypatch, card, *rules):
+    monkeypatch.setitem(table.GPUS, card, rules)
+    table.forget()
+
+
+def served(monkeypatch, *names):
+    """As if these backends could serve whatever they do not refuse by its features; the others cannot."""
+    monkeypatch.setattr(choice, "unavailable", lambda name: [] if name in names else ["is not compiled here"])
+    monkeypatch.setattr(choice.load("cuda"), "refuses", lambda *call, **features: [])
+
+
 def test_a_card_s_table_puts_pytorch_first_where_it_is_faster(gpu, monkeypatch):
-    monkeypatch.setitem(table.GPUS, "Card", (table.Rule("layernorm_residual", "bfloat16", {"width": (None, 512)}),))
+    rule = table.Rule("layernorm_residual", "bfloat16", {"width": (None, 512)})
+    rows_of(monkeypatch, "Card", rule)
     assert decided(width=512) == ("torch", None) and decided(width=513)[0] == "triton" and decided(torch.float16, width=512)[0] == "triton"
-    monkeypatch.setitem(table.GPUS, "Another", table.GPUS.pop("Card"))
+    table.GPUS.pop("Card")
+    rows_of(monkeypatch, "Another", rule)
     assert decided(width=512)[0] == "triton"
+
+
+@pytest.mark.parametrize(
+    "can_serve, width, taken",
+    [
+        (("triton", "cuda", "torch"), 512, ("cuda", None)),
+        (("triton", "cuda", "torch"), 513, ("triton", None)),
+        (("triton", "cuda", "torch"), 2000, ("torch", None)),
+        (("triton", "torch"), 512, ("triton", "layernorm_residual: triton instead of cuda")),  # the rest in its usual order, and counted
+        (("torch",), 512, ("torch", "layernorm_residual: torch instead of cuda")),
+        (("cuda",), 2000, ("cuda", "layernorm_residual: cuda instead of triton")),  # PyTorch cannot: as without the row
+    ],
+)
+def test_a_card_s_table_puts_either_backend_first(gpu, can_serve, width, taken, monkeypatch):
+    cuda = table.Rule("layernorm_residual", "bfloat16", {"width": (None, 512)}, "cuda")
+    rows_of(monkeypatch, "Card", cuda, table.Rule("layernorm_residual", "bfloat16", {"width": (2000, None)}))
+    served(monkeypatch, *can_serve)
+    assert decided(width=width) == taken
+
+
+def test_what_pytorch_cannot_do_goes_on_to_the_next_row(gpu, monkeypatch):
+    """Its dropout is another one. The row that puts it first does not hold then, which is no fallback."""
+    served(monkeypatch, "triton", "cuda", "torch")
+    rows = [table.Rule("layernorm_residual", "bfloat16"), table.Rule("layernorm_residual", "bfloat16", {"rows": (None, 40)}, "cuda")]
+    rows_of(monkeypatch, "Card", *rows)
+    for rows, dropout, taken in ((40, False, "torch"), (40, True, "cuda"), (41, True, "triton")):
+        assert choice.decide("layernorm_residual", CUDA, torch.bfloat16, None, {"rows": rows, "width": 8, "dropout": dropout}) == (taken, None)
+
+
+def test_the_users_own_table_of_a_card(gpu, monkeypatch):
+    rows_of(monkeypatch, "Card", table.Rule("layernorm_residual", "bfloat16"))
+    file = table.user_table()
+    file.parent.mkdir()
+    for content, taken in (
+        ('{"Card": [{"operator": "layernorm_residual", "dtype": "bfloat16", "where": {"rows": [null, 40]}, "first": "cuda"}]}', "cuda"),
+        ('{"Card": []}', "triton"),
+        ('{"another": []}', "torch"),
+    ):
+        served(monkeypatch, "triton", "cuda", "torch")
+        file.write_text(content)
+        table.forget()
+        assert decided() == (taken, None)
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ('{"operator": "layernorm", "dtype": "bfloat16"}', "operator: expected one of adamw, .*, got 'layernorm'"),
+        ('{"operator": "linear", "dtype": "bf16"}', "dtype: expected one of float32, bfloat16, float16, got 'bf16'"),
+        ('{"operator": "linear", "dtype": "bfloat16", "first": "cpu"}', "first: expected one of triton, cuda, torch, got 'cpu'"),
+        ('{"operator": "linear", "dtype": "bfloat16", "where": {"width": [1, 2]}}', "where: expected some of rows, in_width, out_width, conv1d, got 'width'"),
+        ('{"operator": "linear", "dtype": "bfloat16", "where": {"rows": ["few", 2]}}', r"rows: expected two whole numbers or null, got \['few', 2\]"),
+        ('{"operator": "linear", "dtype": "bfloat16", "where": {"rows": [1]}}', "unpack"),
+        ('{"operator": "linear"}', "dtype"),
+        ('{"operator": [], "dtype": {}}', "operator: expected one of"),
+        ("7", "subscriptable"),
+    ],
+)
+def test_a_damaged_table_of_a_card_is_named_and_stops_nothing(gpu, row, reason, monkeypatch):
+    rows_of(monkeypatch, "Card", table.Rule("layernorm_residual", "bfloat16"))
+    table.user_table().parent.mkdir()
+    table.user_table().write_text(f'{{"Card": [{row}]}}')
+    with pytest.warns(RuntimeWarning, match=rf"table.json: cannot be read \(.*{reason}.*\); the measurements that come with fastlm hold"):
+        assert decided() == ("torch", None)
+    assert decided() == ("torch", None)  # and once is enough
+
+
+def test_each_kind_of_gpu_is_reported(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["Card", "Other", "Card"][index])
+    rows = [table.Rule("attention", "bfloat16", {"query_len": (None, 32)}, "cuda"), table.Rule("layernorm_residual", "float16", {"rows": (None, 181)})]
+    rows_of(monkeypatch, "Card", *rows, table.Rule("gelu_mlp", "bfloat16", {"conv1d": (0, 0)}, "cuda"))
+    unmeasured = "Other: not measured yet, Triton comes first (fastlm info --measure measures it)"
+    assert fastlm.info().gpus == [
+        "Card: the CUDA C++ kernels serve attention in bfloat16 (query_len ≤ 32); gelu_mlp in bfloat16 (not conv1d), "
+        "PyTorch serves layernorm_residual in float16 (rows ≤ 181), Triton comes first elsewhere",
+        unmeasured,
+    ]
+    rows_of(monkeypatch, "Card")
+    assert fastlm.info().gpus == ["Card: Triton comes first everywhere, as measured", unmeasured]
+    assert f"GPU: {unmeasured}\n" in str(fastlm.info())
+
+
+def test_where_pytorch_cannot_ask_for_gpus_none_are_reported(gpu, monkeypatch):
+    def refused(index):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", refused)
+    assert fastlm.info().gpus == []
 
 
 @pytest.mark.parametrize(

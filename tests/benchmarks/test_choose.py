@@ -6,7 +6,7 @@ import torch
 
 import fastlm
 from fastlm.backends import choice, table
-from fastlm.benchmarking import choose
+from fastlm.benchmarking import choose, rules
 from fastlm.benchmarking.choose import Verdict
 from fastlm.benchmarking.compare import served_by
 from fastlm.benchmarking.measure import Ratio
@@ -18,9 +18,9 @@ SLOWER, FASTER = Ratio(0.8, 0.7, 0.9), Ratio(1.2, 1.1, 1.3)
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    table.rules.cache_clear()
+    table.forget()
     yield tmp_path / "fastlm" / "table.json"
-    table.rules.cache_clear()
+    table.forget()
     choice.CHOICES.clear()
 
 
@@ -49,9 +49,9 @@ def test_what_is_remembered_decides_from_now_on(own_cache):
     call = lambda: fastlm.linear(x, weight)  # noqa: E731
     own_cache.parent.mkdir(parents=True)
     own_cache.write_text(json.dumps({"another": [{"operator": "linear", "dtype": "float32"}]}))
-    choose.remember([])
+    rules.remember({table.cpu(): []})
     assert served_by(call) == "cpu"
-    choose.remember([table.Rule("linear", "float32", {"rows": (None, 181)})])
+    rules.remember({table.cpu(): [table.Rule("linear", "float32", {"rows": (None, 181)})]})
     assert served_by(call) == "torch"
     assert served_by(lambda: fastlm.linear(torch.randn(200, 8), weight)) == "cpu"
     assert set(json.loads(own_cache.read_text())) == {"another", table.cpu()}

@@ -36,11 +36,13 @@ def gpt2(dropout=0.1):
     return GPT2LMHeadModel(config).cuda().train()
 
 
-def test_auto_takes_triton():
+def test_auto_takes_the_kernels():
+    """Triton's, and where the card's table says so those in CUDA C++; where these are not built, Triton's again."""
     before = dict(fastlm.info().fallbacks)
     tokens = torch.randint(301, (2, 128), device="cuda")
     gpt2()(tokens, labels=tokens).loss.backward()
-    assert fastlm.info().fallbacks == before and not fastlm.info().backends["triton"]
+    new = {what for what, count in fastlm.info().fallbacks.items() if count != before.get(what)}
+    assert not fastlm.info().backends["triton"] and all(what.endswith("triton instead of cuda") for what in new)
 
 
 def test_the_same_step_as_on_the_cpu(backend):

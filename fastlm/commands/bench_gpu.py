@@ -1,0 +1,97 @@
+"""fastlm bench --gpu: this GPU, as a table and as files. They are written again after every row: what was measured is not lost when time runs out."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import typer
+
+from fastlm.benchmarking import rules
+from fastlm.benchmarking.gpu import plan, report
+from fastlm.benchmarking.gpu.timing import Row, peaks
+from fastlm.benchmarking.gpu.training import training_step
+from fastlm.commands.bench import check_target
+from fastlm.commands.display import console, say
+from fastlm.ops.boundary import mismatch
+from fastlm.training.settings import within
+
+
+class Stopped(BaseException):
+    """SIGTERM. Not an Exception, which a compiler might take for its own."""
+
+
+@contextlib.contextmanager
+def stoppable(run: plan.Run) -> Iterator[None]:
+    """SIGTERM, as `timeout` sends it, ends the measurements in here but not the program."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        run.stopped = True
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except Stopped:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    json: Path | None = None
+    markdown: Path | None = None
+    plot: Path | None = None
+    table: Path | None = None  # as the user's cache holds it; beside it, .txt, as an entry of fastlm/backends/table.py
+
+    def write(self, rows: list[Row], described: dict[str, Any], run: plan.Run) -> None:
+        if self.json:
+            content = {"machine": described, "rows": [dataclasses.asdict(one) for one in rows], "failed": run.failed, "left_out": run.left_out}
+            rules.write(self.json, json.dumps(content | {"stopped": run.stopped}, indent=1) + "\n")
+        if self.markdown:
+            rules.write(self.markdown, report.markdown(rows, described, run.failed, run.left_out))
+        if self.table:
+            found = rules.of_rows(rows)
+            measured_with = f"fastlm {described['fastlm']}, PyTorch {described['torch']}, Triton {described['triton']}"
+            rules.write(self.table, rules.as_json({described["card"]: found}))
+            rules.write(self.table.with_suffix(".txt"), rules.as_python(described["card"], found, measured_with))
+
+
+def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
+    """limit: seconds after which no case is begun."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise mismatch("gpu", "a GPU that PyTorch can use", "none (torch.cuda.is_available() is false)")
+    for argument, file in dataclasses.asdict(files).items():
+        check_target(argument, file)
+    if limit is not None:
+        within("limit", limit, 0, 86400, open_left=True)
+    now = plan.Run(float("inf") if limit is None else limit)
+    rows: list[Row] = []
+    described = report.describe(device, {})
+    with stoppable(now):
+        described["peaks"] = peaks(device, (plan.BF16, plan.FP32, plan.FP16))
+        step = now.attempt("training step", functools.partial(training_step, device))
+        for found in itertools.chain(now.measure(device, plan.FIRST), step, now.measure(device, plan.THEN)):
+            rows.append(found)
+            say(f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.served_by}: {found.seconds * 1e6:,.1f} µs")
+            files.write(rows, described, now)
+    if described["peaks"]:
+        files.write(rows, described, now)
+        console.print(report.markdown(rows, described, now.failed, now.left_out), markup=False)
+    if files.plot and rows:
+        report.draw(files.plot, rows, described)
+    if now.stopped:
+        print(f"stopped; the files have the {len(rows)} rows that were measured", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGTERM)
+    if now.failed:
+        print(f"error: {'; '.join(now.failed)}", file=sys.stderr)
+        raise typer.Exit(1)
