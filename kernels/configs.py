@@ -70,13 +70,14 @@ INTERPRETER = {at: (*UNLIKE[at[0]], 1, 1) for at in SMALL if at[0] in UNLIKE}
 ATTENTION = {"sm_80": LARGE, "sm_90": HOPPER, "sm_100": BLACKWELL, "interpreter": INTERPRETER}
 
 
-def attention_tile(architecture: str, which: str, itemsize: int, block: int, masked: bool = False, exact: bool = False) -> tuple[int, int, int, int]:
-    """An architecture that is not in the table gets the tiles that fit everywhere.
+def table_of(architecture: str) -> dict[tuple[str, int, int], tuple[int, int, int, int]]:
+    """An architecture that is not in the table gets the tiles that fit everywhere."""
+    return ATTENTION.get(architecture, ONE_STAGE if architecture.startswith("gfx") else SMALL)
 
-    masked: with what wants registers too: a mask, padding, dropout, packed sequences. exact: with the products in two parts of attention_backward.py.
-    """
-    table = ATTENTION.get(architecture, ONE_STAGE if architecture.startswith("gfx") else SMALL)
-    at = itemsize, 64 if block <= 64 else block
+
+def attention_tile(architecture: str, which: str, itemsize: int, block: int, masked: bool = False, exact: bool = False) -> tuple[int, int, int, int]:
+    """masked: with what wants registers too: a mask, padding, dropout, packed sequences. exact: with the products in two parts of attention_backward.py."""
+    table, at = table_of(architecture), (itemsize, 64 if block <= 64 else block)
     names = (f"{which} exact",) * exact + (f"{which} masked",) * masked + (which,)
     return next(table[(name, *at)] for name in names if (name, *at) in table)
 
