@@ -17,6 +17,7 @@ import typer
 
 from fastlm.benchmarking import rules
 from fastlm.benchmarking.gpu import plan, report
+from fastlm.benchmarking.gpu.generation import generation
 from fastlm.benchmarking.gpu.timing import Row, peaks
 from fastlm.benchmarking.gpu.training import training_step
 from fastlm.commands.bench import check_target
@@ -80,7 +81,8 @@ def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
     with stoppable(now):
         described["peaks"] = peaks(device, (plan.BF16, plan.FP32, plan.FP16))
         step = now.attempt("training step", functools.partial(training_step, device))
-        for found in itertools.chain(now.measure(device, plan.FIRST), step, now.measure(device, plan.THEN)):
+        texts = (now.attempt(f"generation, batch {batch}", functools.partial(generation, device, batch)) for batch in (1, 8))
+        for found in itertools.chain(now.measure(device, plan.FIRST), step, *texts, now.measure(device, plan.THEN)):
             rows.append(found)
             say(f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.served_by}: {found.seconds * 1e6:,.1f} µs")
             files.write(rows, described, now)

@@ -5,6 +5,7 @@ and normalises in one pass over memory.
 """
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -197,7 +198,7 @@ class GPT2LMHeadModel(GPT2PretrainedModel):
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        eos_token_id: int | list[int] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         seed: int | None = None,
         attention_mask: Tensor | None = None,
         streamer: Streamer | None = None,

@@ -10,8 +10,10 @@ import types
 import pytest
 import torch
 
+import fastlm
 from fastlm.backends import choice, table
 from fastlm.benchmarking.gpu import cases, plan, report, rivals, timing
+from fastlm.benchmarking.gpu.generation import generation
 from fastlm.benchmarking.gpu.training import training_step
 from fastlm.commands import bench_gpu
 from tests.support import error
@@ -23,6 +25,10 @@ BF16 = torch.bfloat16
 
 def small_step(device="cpu", **options):
     return training_step(device, 2, 16, SIZES, compiled=False, **{"rounds": 2, "least": 0, **options})
+
+
+def small_generation(device="cpu", batch=2, **options):
+    return generation(device, batch, 6, 5, SIZES, **{"rounds": 2, "least": 0, **options})
 
 
 def outcome(function, case, forward_only=False):
@@ -188,6 +194,24 @@ def test_rows_as_files(tmp_path):
     assert json.dumps([described, [dataclasses.asdict(row) for row in rows]])
 
 
+def test_generation_compares_what_is_the_same(monkeypatch):
+    """All give the same tokens, in as many steps."""
+    outcomes = []
+    own = timing.in_turn
+
+    def in_turn(calls, device, **options):
+        outcomes.extend((name, call()) for name, call in calls.items())
+        return own(calls, device, **options)
+
+    monkeypatch.setattr(timing, "in_turn", in_turn)
+    row, *_ = small_generation()
+    names = [name for name, _ in outcomes]
+    assert names[0] == "auto" and names[-2:] == ["step by step", "eager"] and {*row.rivals} == {"step by step", "eager"} and row.auto
+    assert all(torch.equal(tokens, outcomes[0][1]) and tokens.shape == (2, 11) for _, tokens in outcomes)
+    parameters = sum(p.numel() for p in fastlm.models.GPT2LMHeadModel(fastlm.models.GPT2Config(**SIZES)).parameters())
+    assert (row.flops, row.bytes) == (2 * parameters * 2 * 11, 2 * (5 * parameters + 2 * 16 * 2 * (6 + 7 + 8 + 9 + 10)))
+
+
 def test_what_auto_takes_is_marked(monkeypatch):
     """It has a row of its own even where that is PyTorch's operator."""
     for first in ("torch", "cpu"):
@@ -251,6 +275,7 @@ def small_plan(monkeypatch):
     monkeypatch.setattr(plan, "FIRST", plan.SMALL[:1])
     monkeypatch.setattr(plan, "THEN", plan.SMALL[5:7])
     monkeypatch.setattr(bench_gpu, "training_step", small_step)
+    monkeypatch.setattr(bench_gpu, "generation", small_generation)
     monkeypatch.setattr(bench_gpu, "peaks", lambda device, dtypes: timing.peaks(device, (torch.float32,), 64, 1 << 16))
     monkeypatch.setattr(timing, "in_turn", functools.partial(timing.in_turn, **QUICK))
 
@@ -264,7 +289,7 @@ def test_the_command_writes_its_files(small_plan, tmp_path, capsys):
     bench_gpu.run(all_files(tmp_path), limit=600, device="cpu")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["b.json", "b.md", "b.png", "t.json", "t.txt"]
     content = json.loads((tmp_path / "b.json").read_text())
-    assert list(dict.fromkeys(row["operator"] for row in content["rows"])) == ["attention", "training_step", "layernorm_residual", "gelu_mlp"]
+    assert list(dict.fromkeys(row["operator"] for row in content["rows"])) == ["attention", "training_step", "generation", "layernorm_residual", "gelu_mlp"]
     assert content["failed"] == content["left_out"] == [] and not content["stopped"]
     assert json.loads((tmp_path / "t.json").read_text()) == {"cpu": []} and '"cpu": ()' in (tmp_path / "t.txt").read_text()
     assert "`gelu_mlp`" in (tmp_path / "b.md").read_text()

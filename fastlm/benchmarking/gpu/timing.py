@@ -103,6 +103,12 @@ def serving(operator: str, device: str, dtype: torch.dtype, features: dict[str, 
     return [name for name in BACKENDS[device] if not choice.refusals(name, operator, torch.device(device), dtype, features)]
 
 
+def whole_backends(device: str, dtype: torch.dtype) -> list[str]:
+    """Those that can compute a whole model, besides what `auto` takes: without a table that is the first, everywhere."""
+    able = [name for name in serving("linear", device, dtype, dict.fromkeys(table.FEATURES["linear"], 1)) if name != "torch"]
+    return able if table.of(torch.device(device)) else able[1:]
+
+
 def both_ways(function: Callable[..., Any], case: Case) -> dict[str, Call]:
     """{direction: call}: forward without gradients, and where the case has it forward with backward."""
     leaves = [x.detach().requires_grad_(case.both is not None) for x in case.inputs]

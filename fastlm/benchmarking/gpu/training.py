@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlm
-from fastlm.backends import table
-from fastlm.benchmarking.gpu.timing import Call, Row, rows, serving
+from fastlm.benchmarking.gpu.timing import Call, Row, rows, whole_backends
 from fastlm.benchmarking.machine import Work
 from fastlm.models import GPT2Config, GPT2LMHeadModel
 from fastlm.training.baseline import PlainGPT2
+
+SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}  # GPT-2 124M
 
 
 def training_step(
@@ -22,7 +23,7 @@ def training_step(
 
     Raises RuntimeError after the rows, if one of them failed.
     """
-    sizes = sizes or {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
+    sizes = sizes or SMALL
     tokens = torch.randint(sizes["vocab_size"], (batch, context), device=device)
     following = F.pad(tokens[:, 1:], (0, 1), value=-100)  # what our model makes of its labels itself
 
@@ -55,9 +56,7 @@ def training_step(
 
         return step_of(_copy_of(start).to(device).train(), loss)
 
-    backends = [name for name in serving("linear", device, torch.bfloat16, dict.fromkeys(table.FEATURES["linear"], 1)) if name != "torch"]
-    if not table.of(torch.device(device)):
-        backends = backends[1:]  # the first is what auto takes everywhere
+    backends = whole_backends(device, torch.bfloat16)
     makers: dict[str, Callable[[], Call]] = {"auto": lambda: ours_on(None)}
     makers |= {name: lambda name=name: ours_on(name) for name in backends}  # type: ignore[misc]
     makers["eager"] = lambda: step_of(plain(), plain_loss)
