@@ -30,7 +30,7 @@ def outcome(function, case, forward_only=False):
     leaves = [x.detach().requires_grad_(case.both is not None and not forward_only) for x in case.inputs]
     try:
         results = function(*leaves)
-    except RuntimeError:
+    except RuntimeError:  # and nothing else: a mistake of the case's own is none of their refusals
         return None
     results = results if isinstance(results, tuple) else (results,)
     gradients = torch.autograd.grad(results, leaves, case.upstream) if leaves[0].requires_grad else ()
@@ -166,7 +166,10 @@ def test_the_plan():
 
 
 def measured():
-    return list(plan.Run().measure("cpu", plan.SMALL, **QUICK))
+    run = plan.Run()
+    rows = list(run.measure("cpu", plan.SMALL, **QUICK))
+    assert run.failed == run.left_out == []
+    return rows
 
 
 def test_rows_as_files(tmp_path):
@@ -224,6 +227,14 @@ def test_a_failure_keeps_nothing_from_being_measured(monkeypatch):
     assert run.failed[0].startswith(
         "layernorm_residual, float32, rows 32, width 48: forward by cpu: an illegal memory access was encountered; forward+backward"
     )
+
+
+def test_a_rival_of_another_version_is_left_out():
+    """Whatever it raises."""
+    case = plan.SMALL[5].build("cpu")
+    case.rivals["of old"] = lambda x: x
+    rows = list(timing.compare(case, "cpu", **QUICK))
+    assert rows and all({*row.rivals} == {"eager"} for row in rows)
 
 
 def test_a_rival_that_is_hopeless_is_no_choice(monkeypatch):
