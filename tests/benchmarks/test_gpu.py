@@ -185,7 +185,8 @@ def test_rows_as_files(tmp_path):
     text = report.markdown(rows, described, ["attention: out of memory"], ["gelu_mlp"])
     assert "auto 1.00 GiB (100%), eager 2.00 GiB (50%)" in text and text.count("| `") == len(rows)
     assert text.endswith("\nFailed:\n\n- attention: out of memory\n\nLeft out, as time ran out:\n\n- gelu_mlp\n")
-    assert all(0 < report.share(row, described["peaks"]) for row in rows if row is not step) and report.share(step, described["peaks"]) is None
+    assert all((report.share(row, described["peaks"]) or 0) > 0 for row in rows if row.operator != "training_step")
+    assert report.share(step, described["peaks"]) is None
     report.draw(tmp_path / "bench.png", rows, described)
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     assert json.dumps([described, [dataclasses.asdict(row) for row in rows]])
@@ -277,7 +278,9 @@ def test_the_command_writes_its_files(small_plan, tmp_path, capsys):
     content = json.loads((tmp_path / "b.json").read_text())
     assert list(dict.fromkeys(row["operator"] for row in content["rows"])) == ["attention", "training_step", "layernorm_residual", "gelu_mlp"]
     assert content["failed"] == content["left_out"] == [] and not content["stopped"]
-    assert json.loads((tmp_path / "t.json").read_text()) == {"cpu": []} and '"cpu": ()' in (tmp_path / "t.txt").read_text()
+    (found,) = json.loads((tmp_path / "t.json").read_text()).values()  # of the emulated CUDA kernels, where they are: no others have two to compare here
+    entry = eval(f"{{{(tmp_path / 't.txt').read_text()}}}", {"Rule": table.Rule})
+    assert entry == {"cpu": tuple(table.rule_of(row, "cuda") for row in found)}
     assert "`gelu_mlp`" in (tmp_path / "b.md").read_text()
 
 
