@@ -29,7 +29,7 @@ def fast(device: str, dtype: torch.dtype) -> bool:
 def installed(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):  # not there, or built for another PyTorch
         return None
 
 

@@ -127,10 +127,10 @@ def both_ways(function: Callable[..., Any], case: Case) -> dict[str, Call]:
 
 
 def refusal(call: Call) -> str:
-    """Why it does not work: PyTorch's kernels refuse what they cannot do when they are called."""
+    """Why it does not work: PyTorch's kernels refuse what they cannot do when they are called, and another version of a library may want other arguments."""
     try:
         call()
-    except RuntimeError as why:  # the compiler's errors are of this kind too
+    except Exception as why:
         return " ".join(str(why).split())[:500] or type(why).__name__
     return ""
 
