@@ -26,7 +26,7 @@ tests=(
   "${attention}rows_that_are_computed_again[40-torch.bfloat16-cuda]"
   "${products}many_tiles[(130, 33, 261, 17)-"{linear,conv1d}"-torch."{float32,bfloat16}"-cuda]"
   "${products}losses_without_logits[70-16-65-0.1-torch.bfloat16-cuda]"
-  "${products}gradients_of_wide_and_of_many_rows[200-1100-torch.bfloat16-cuda]"
+  "${products}gradients_of_wide_and_of_many_rows[200-1100-0.1-torch.bfloat16-cuda]"
   "${norm}teams_of_every_size["{9-256,5-264,2-8200}"-torch.bfloat16-cuda]"
   "${norm}dropout_where_a_threads_columns_are_apart[1088-cuda]"
 )
