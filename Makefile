@@ -68,10 +68,10 @@ format: .venv/with-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-# The CUDA kernels without a GPU: the tests of operators and of a training step on them, in the emulator, which checks every access. ARGS="-k attention" selects.
+# The CUDA kernels without a GPU: all tests of operators and of a training step on them, in the emulator, which checks every access. ARGS="-k attention" selects.
 emulated: .venv/with-test
 	$(BIN)/python -m tests.cuda_emulation
-	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_BACKENDS=cuda $(PYTEST) -q --durations=5 -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) \
+	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_EMULATED=1 FASTLM_TEST_BACKENDS=cuda $(PYTEST) -q --durations=5 -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) \
 	  tests/kernels/test_paths.py tests/kernels/test_training.py $(ARGS)
 
 # The operator tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
