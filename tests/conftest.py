@@ -34,8 +34,8 @@ if os.environ.get("FASTLM_CUDA_EMULATION") == "1":
 
 def pytest_collection_modifyitems(config, items):
     """What runs on a GPU is marked so. Where Triton is interpreted or the CUDA kernels are emulated, a sample runs: of each test one case in n, and one at
-    least, drawn by the test's name, the same on every run. FASTLM_TEST_INTERPRETED and FASTLM_TEST_EMULATED say which n, as CI does with a smaller one; 1
-    takes all.
+    least, drawn by the test's name, the same on every run. FASTLM_TEST_INTERPRETED and FASTLM_TEST_EMULATED say which n, as CI and `make emulated` do with a
+    smaller one; 1 takes all. What is marked `unsampled` runs in all its cases.
     """
     backend_of = {item: item.callspec.params.get("backend") for item in items if getattr(item, "callspec", None)}
     if ON_GPU:
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
         return
     cases = collections.defaultdict(list)
     for item, backend in backend_of.items():
-        if backend in SAMPLED:
+        if backend in SAMPLED and not item.get_closest_marker("unsampled"):
             cases[item.function, backend].append(item)
     left_out = set()
     for (function, backend), of_one_test in cases.items():

@@ -254,7 +254,8 @@ def test_cpp_mutants(tmp_path):
 
 # CUDA C++: the same, built for the emulator, which also has to notice a barrier that is gone
 
-TILES, NORM_CU, LAUNCHERS = "csrc/cuda/attention_tile.cuh", "csrc/cuda/layernorm_residual.cu", "csrc/cuda"
+LAUNCHERS = "csrc/cuda"
+TILES, NORM_CU, MMA, REDUCE = (f"{LAUNCHERS}/{name}" for name in ("attention_tile.cuh", "layernorm_residual.cu", "mma.cuh", "reduce.cuh"))
 
 CUDA = [
     [
@@ -273,6 +274,47 @@ CUDA = [
         Mutant(f"{LAUNCHERS}/attention_backward.cu", "* (dscores[n][e] - delta[e / 2]);", "* dscores[n][e];", "ops/test_attention.py float64"),
         Mutant(NORM_CU, " - average - n * correlation", " - average", "ops/test_layernorm_residual.py float64"),
         Mutant(f"{LAUNCHERS}/gemm.cuh", "          if (again) {", "          if (false) {", "kernels/test_cuda_gemm.py finite"),
+        Mutant(
+            f"{LAUNCHERS}/attention_decode.cu",
+            "sum += exp2_fast((top[piece] - base) * Log2e) * part[",
+            "sum += part[",
+            "kernels/test_paths.py stretches",
+        ),
+        Mutant(
+            f"{LAUNCHERS}/linear_cross_entropy.cu", "target >= 0 && target < vocab", "target >= 0 && target <= vocab", "ops/test_linear_cross_entropy.py assert"
+        ),
+        Mutant(TILES, "int64_t(first + row) * view.token_stride", "int((first + row) * view.token_stride)", "ops/test_every_operator.py two_to_the_31"),
+    ],
+    [
+        Mutant(MMA, "emulation::ldmatrix(shared, 4, true, line)", "emulation::ldmatrix(shared, 4, false, line)", "ops/test_attention.py float64"),
+        Mutant(
+            f"{LAUNCHERS}/attention_decode.cu", "whole += exp2_fast((top[piece] - base) * Log2e) * norm", "whole += norm", "kernels/test_paths.py stretches"
+        ),
+        Mutant(f"{LAUNCHERS}/vec.cuh", "emulation::load<vec, Bytes>(from)", "emulation::load<vec, Bytes>(from + N)", "ops/test_layernorm_residual.py float64"),
+    ],
+    [
+        Mutant(
+            REDUCE,
+            "mask > 0; mask /= 2) value += shuffle_xor",
+            "mask > 1; mask /= 2) value += shuffle_xor",
+            "ops/test_linear_cross_entropy.py float64",
+        ),
+        Mutant(MMA, "emulation::copy_async_wait(N)", "emulation::copy_async_wait(N + 1)", "kernels/test_paths.py stretches"),
+    ],
+    [
+        Mutant(
+            MMA,
+            "emulation::words{a[0], a[1], a[2], a[3]}, b[0], b[1],\n",
+            "emulation::words{a[0], a[1], a[2], a[3]}, b[1], b[0],\n",
+            "ops/test_attention.py float64 and bfloat16",
+        ),
+        Mutant(
+            f"{LAUNCHERS}/gemm.cuh",
+            "warp_row + lane % 16, half * 2 + lane / 16",
+            "warp_row + lane % 8, half * 2 + lane / 16",
+            "ops/test_gelu_mlp.py float64 and float32",
+        ),
+        Mutant(REDUCE, "shared[lane] : 0.0f);\n  __syncthreads();", "shared[lane] : 0.0f);", "kernels/test_cuda_gemm.py gradients_of_wide"),
     ],
 ]
 
@@ -305,6 +347,5 @@ def test_every_file_of_kernels_has_a_mutant():
     spared = {"simd.h", "simd_avx2.h", "simd_avx512.h", "simd_generic.h", "tiles_amx.h", "vmath.h", "threads.h", "cpu_features.cpp"}
     assert {path.name for path in (ROOT / "csrc" / "cpu").iterdir()} - spared == mutated
     mutated = {Path(mutant.file).name for group in CUDA for mutant in group}
-    # through which every kernel's tests run, or which need a GPU; attention_decode.cu puts together what attention.cu computes
-    spared = {"launch.cuh", "mma.cuh", "reduce.cuh", "vec.cuh", "device.cu", "attention_decode.cu"}
+    spared = {"launch.cuh", "device.cu"}  # through which every kernel's tests run, or which needs a GPU
     assert {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu*")} - spared == mutated

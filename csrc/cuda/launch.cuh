@@ -27,7 +27,6 @@ constexpr uint32_t FullWarp = 0xFFFFFFFFu;
 
 using emulation::launch;
 using emulation::multiprocessors;
-using emulation::shared_memory_limit;
 
 #define FASTLM_SHARED(name) unsigned char* const name = ::fastlm::emulation::shared_memory()
 #define FASTLM_ASSERT(condition) ((condition) ? void() : ::fastlm::emulation::assertion_failed(#condition, __FILE__, __LINE__))
@@ -60,8 +59,6 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Bytes of shared memory that one block may have at most, asked for as launches do.
-inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 template <class... Parameters>

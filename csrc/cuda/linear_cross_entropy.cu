@@ -254,6 +254,7 @@ template <class T> __global__ void __launch_bounds__(COLUMN_THREADS) linear_cros
 }
 
 void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_args& args, stream_t stream) {
+  if (args.rows > 1 << 30 || args.vocab > 1 << 30) throw std::runtime_error("linear_cross_entropy: sizes beyond the range of 32 bits");
   with_dtype(args.dtype, [&]<class T>() {
     const gradient_args<T> with{static_cast<T*>(args.logits),
                                 args.logits_stride,

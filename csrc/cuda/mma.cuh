@@ -13,15 +13,6 @@
 
 namespace fastlm::cuda {
 
-// Where the 16-byte chunk `chunk` of row `row` lies, in bytes from the tile's start, in a tile whose rows are RowBytes wide, a power of two ≥ 32: chunks are
-// permuted within a row so that eight rows at one chunk, which is what ldmatrix reads at once, lie in eight different groups of banks.
-template <int RowBytes> FASTLM_DEVICE constexpr int swizzle(int row, int chunk) {
-  static_assert(RowBytes >= 32 && (RowBytes & (RowBytes - 1)) == 0);
-  constexpr int rows_in_banks = RowBytes >= 128 ? 1 : 128 / RowBytes;  // rows side by side in the 128 bytes of all banks
-  constexpr int chunks = RowBytes >= 128 ? 8 : RowBytes / 16;
-  return row * RowBytes + ((chunk ^ (row / rows_in_banks % chunks)) << 4);
-}
-
 #ifdef FASTLM_CUDA_EMULATION
 
 FASTLM_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* shared, int line = __builtin_LINE()) {
@@ -51,7 +42,6 @@ FASTLM_DEVICE uint32_t to_tf32(float x) { return emulation::float_to_tf32(x); }
 FASTLM_DEVICE int anew(int x) { return x; }
 
 FASTLM_DEVICE void cp_async_16(void* shared, const void* global, bool valid) { emulation::copy_async(shared, global, 16, valid); }
-FASTLM_DEVICE void cp_async_8(void* shared, const void* global, bool valid) { emulation::copy_async(shared, global, 8, valid); }
 FASTLM_DEVICE void cp_async_4(void* shared, const void* global, bool valid) { emulation::copy_async(shared, global, 4, valid); }
 FASTLM_DEVICE void cp_async_commit() { emulation::copy_async_commit(); }
 template <int N> FASTLM_DEVICE void cp_async_wait() { emulation::copy_async_wait(N); }
@@ -113,9 +103,6 @@ FASTLM_DEVICE int anew(int x) {
 // Where `valid` is false, zeros are written and the global address is not read. The 16-byte copies go past the L1 cache.
 FASTLM_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
-}
-FASTLM_DEVICE void cp_async_8(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 8 : 0) : "memory");
 }
 FASTLM_DEVICE void cp_async_4(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 4 : 0) : "memory");

@@ -81,10 +81,8 @@ template <> FASTLM_DEVICE uint32_t pack2<fp16>(float low, float high) {
 #endif
 }
 
-template <class T> FASTLM_DEVICE float2 unpack2(uint32_t pair) { return make_float2(to_float(T{uint16_t(pair & 0xFFFFu)}), to_float(T{uint16_t(pair >> 16)})); }
-
 // N numbers side by side in memory, N·sizeof(T) a power of two. An access is one instruction up to 16 bytes and asks for addresses aligned to it; beyond, it is
-// several of 16. The streaming ones mark what is not read again soon, so that it leaves the caches first; they are for global memory alone.
+// several of 16.
 template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) vec {
   static constexpr int Bytes = N * sizeof(T);
   static_assert((Bytes & (Bytes - 1)) == 0);
@@ -97,42 +95,9 @@ template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16
 #ifdef FASTLM_CUDA_EMULATION
   FASTLM_DEVICE static vec load(const T* from) { return emulation::load<vec, Bytes>(from); }
   FASTLM_DEVICE void store(T* to) const { emulation::store<vec, Bytes>(to, *this); }
-  FASTLM_DEVICE static vec load_streaming(const T* from) { return load(from); }
-  FASTLM_DEVICE void store_streaming(T* to) const { store(to); }
 #else
   FASTLM_DEVICE static vec load(const T* from) { return *reinterpret_cast<const vec*>(from); }
   FASTLM_DEVICE void store(T* to) const { *reinterpret_cast<vec*>(to) = *this; }
-
-  struct unit2 {
-    using type = uint16_t;
-  };
-  struct unit4 {
-    using type = uint32_t;
-  };
-  struct unit8 {
-    using type = uint2;
-  };
-  struct unit16 {
-    using type = uint4;
-  };
-  template <int B> static auto unit_of() {
-    if constexpr (B == 2) return unit2();
-    else if constexpr (B == 4) return unit4();
-    else if constexpr (B == 8) return unit8();
-    else return unit16();
-  }
-  using unit = typename decltype(unit_of<Bytes>())::type;
-
-  FASTLM_DEVICE static vec load_streaming(const T* from) {
-    vec result;
-#pragma unroll
-    for (int i = 0; i < Bytes / int(sizeof(unit)); ++i) reinterpret_cast<unit*>(&result)[i] = __ldcs(reinterpret_cast<const unit*>(from) + i);
-    return result;
-  }
-  FASTLM_DEVICE void store_streaming(T* to) const {
-#pragma unroll
-    for (int i = 0; i < Bytes / int(sizeof(unit)); ++i) __stcs(reinterpret_cast<unit*>(to) + i, reinterpret_cast<const unit*>(this)[i]);
-  }
 #endif
 };
 
@@ -150,8 +115,6 @@ FASTLM_DEVICE float exp2_fast(float x) {
 // Accurate to one or two units in the last place.
 FASTLM_DEVICE float exp_(float x) { return expf(x); }
 FASTLM_DEVICE float log_(float x) { return logf(x); }
-FASTLM_DEVICE float rsqrt_(float x) { return rsqrtf(x); }
-FASTLM_DEVICE float tanh_(float x) { return tanhf(x); }
 FASTLM_DEVICE float erf_(float x) { return erff(x); }
 
 }  // namespace fastlm::cuda

@@ -1,8 +1,9 @@
-"""`make gpu` where there is no GPU: a Python that only says what it was asked for."""
+"""`make gpu` where there is no GPU: a Python and a compute-sanitizer that only say what they were asked for."""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,13 @@ case "$*" in
   setup.py*) echo "archs $FASTLM_CUDA_ARCHS" >> "$LOG"; case "$FASTLM_CUDA_ARCHS" in 75) exit 1 ;; esac ;;
   *"-m pytest"*) echo "tests on $FASTLM_TEST_BACKENDS" >> "$LOG"; exit "$TESTS" ;;
   *" bench --gpu"*) echo "measurements" >> "$LOG"; exit "$BENCH" ;;
+  *'print(*'*) echo "$REFUSES" ;;
   *backends*) echo ",cuda" ;;
 esac
+"""
+SANITIZER = """#!/bin/sh
+printf '%s\\n' "$@" > "$LOG.$2"
+exit "$FINDS"
 """
 
 
@@ -26,13 +32,17 @@ def make(tmp_path):
     python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
 
-    def run(tests=0, bench=0, cards="90", **given):
+    def run(tests=0, bench=0, cards="90", target="gpu", **given):
         log = tmp_path / "log"
-        log.unlink(missing_ok=True)
+        log.write_text("")
         environment = {k: v for k, v in os.environ.items() if k not in ("FASTLM_CUDA_ARCHS", "MAKEFLAGS", "MAKELEVEL")}
-        environment |= {"LOG": str(log), "TESTS": str(tests), "BENCH": str(bench), "FAKE_CARDS": cards, **given}
-        command = ["make", "-C", str(ROOT), "gpu", f"PYTHON={python}", f"OUT={tmp_path / 'out'}"]
+        environment |= {"LOG": str(log), "TESTS": str(tests), "BENCH": str(bench), "FAKE_CARDS": cards, "FINDS": "0", "REFUSES": ""}
+        environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **given}
+        command = ["make", "-C", str(ROOT), target, f"PYTHON={python}", f"OUT={tmp_path / 'out'}"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         return done, log.read_text().splitlines()
 
@@ -57,3 +67,55 @@ def test_the_kernels_are_built_for_the_cards_that_are_here(make):
     assert make(cards="75")[1][:2] == ["archs 75", "archs "]  # which is not served: as everywhere
     assert make(cards="")[1][0] == "archs "  # AMD's, or none
     assert make(cards="90", FASTLM_CUDA_ARCHS="86")[1][0] == "archs 86"  # the user's own
+
+
+@pytest.fixture
+def sanitizer(tmp_path):
+    def asked(tool):
+        """The arguments of compute-sanitizer when it was asked to be `tool`, None if it was not."""
+        said = tmp_path / f"log.{tool}"
+        return said.read_text().splitlines() if said.exists() else None
+
+    return asked
+
+
+@pytest.mark.parametrize("finds", [0, 99])
+def test_what_compute_sanitizer_finds_fails_the_whole(finds, make, sanitizer):
+    done, log = make(FINDS=str(finds))
+    assert log == ["archs 90", "tests on triton,cuda", "measurements"]
+    assert (done.returncode == 0) == (finds == 0), done.stderr
+    for tool in ("memcheck", "racecheck"):
+        assert f"compute-sanitizer {tool}: {'exit status 99' if finds else 'nothing found'}" in done.stdout
+        assert sanitizer(tool)[:4] == ["--tool", tool, "--error-exitcode", "99"]
+    assert ("compute-sanitizer: exit status 1" in done.stdout.splitlines()) == bool(finds)
+    assert sanitizer("synccheck") is None
+
+
+def test_compute_sanitizer_by_itself(make, sanitizer):
+    done, log = make(target="gpu-sanitize", TOOLS="synccheck", FINDS="1")
+    assert done.returncode and log == [] and sanitizer("synccheck") and sanitizer("memcheck") is None
+
+
+def test_where_compute_sanitizer_has_nothing_to_do_a_line_says_so(make, sanitizer, tmp_path):
+    done, _ = make(REFUSES="finds no NVIDIA driver")
+    assert done.returncode == 0 and "compute-sanitizer has nothing to look at: cuda finds no NVIDIA driver" in done.stdout.splitlines()
+    assert sanitizer("memcheck") is None
+    (tmp_path / "compute-sanitizer").rename(tmp_path / "elsewhere")
+    if not shutil.which("compute-sanitizer") and not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+        done, _ = make(CUDA_HOME="", CUDA_PATH="")
+        assert done.returncode == 0 and [line for line in done.stdout.splitlines() if line.startswith("compute-sanitizer is not on the PATH")]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "bin" / "compute-sanitizer")
+    assert make(CUDA_HOME=str(tmp_path))[0].returncode == 0 and (sanitizer("memcheck") or shutil.which("compute-sanitizer"))
+
+
+def test_the_tests_that_compute_sanitizer_looks_at_exist(make, sanitizer):
+    """As a run on a GPU names them; every file of kernels' tests has some."""
+    make(target="gpu-sanitize")
+    named = [argument for argument in sanitizer("memcheck") if argument.startswith("tests/")]
+    environment = os.environ | {"FASTLM_TEST_BACKENDS": "cuda", "FASTLM_TEST_EMULATED": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *named]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert files == {f"tests/kernels/test_{name}.py" for name in ("training", "cuda_attention", "cuda_gemm", "cuda_layernorm_residual")}

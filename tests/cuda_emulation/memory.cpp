@@ -301,9 +301,9 @@ void copy_async(void* shared, const void* global, int bytes, bool valid) {
   const uintptr_t address = uintptr_t(shared), offset = address - uintptr_t(block.shared);
   if (address % bytes) misaligned(thread, address, bytes, place);
   if (offset >= block.shared_bytes || offset + bytes > block.shared_bytes) outside_shared(thread, address, bytes, true, place);
+  if (uintptr_t(global) % bytes) misaligned(thread, uintptr_t(global), bytes, place);  // wherever it leads: CUDA asks that of a copy of 0 bytes too
   Copy& copy = thread.copies.emplace_back(Copy{uint32_t(offset), bytes, thread.groups, {}});
   if (valid) {
-    if (uintptr_t(global) % bytes) misaligned(thread, uintptr_t(global), bytes, place);
     check_global(thread, uintptr_t(global), bytes, false, place);
     std::memcpy(copy.data, global, bytes);
   }

@@ -21,6 +21,7 @@ MODULE = f"fastlm/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 REQUIRED = os.environ.get("FASTLM_REQUIRE_NVCC") == "1"  # as CI has it: then a missing tool is a failure
 
 MATRIX = ("attention_forward_kernel", "attention_backward_key_kernel", "attention_backward_query_kernel", "gemm_kernel")
+ASSERTING = ("linear_cross_entropy_row_kernel", "linear_cross_entropy_column_kernel", "linear_cross_entropy_join_kernel", *MATRIX[:3])
 STREAMING = ("layernorm_residual_forward_kernel", "layernorm_residual_backward_kernel")
 
 pytestmark = pytest.mark.slow
@@ -95,13 +96,47 @@ def test_every_architecture_is_inside_and_ptx_for_later_ones(built, cuobjdump):
     assert set(re.findall(r"\.(sm_\d+)\.ptx", cuobjdump("-lptx", str(built / MODULE)))) == {f"sm_{archs(built)[0]}"}
 
 
+def type_of(kernel):
+    """The type that a kernel is compiled for, in its mangled name: the first of its template's arguments."""
+    arguments = kernel.partition("kernelI")[2]
+    return next((name for name in ("bf16", "fp16") if arguments.startswith(f"NS0_4{name}E")), "fp32")
+
+
+PRODUCTS = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "fp32": "HMMA.1688.F32.TF32"}
+
+
 @pytest.mark.parametrize("kernel", MATRIX)
 def test_products_run_on_tensor_cores(kernel, built, instructions):
+    """On those of their own type, and on nothing else: the emulator has other code in the place of these instructions."""
+    for arch in archs(built):
+        those = {name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name}
+        assert {type_of(name) for name in those} == set(PRODUCTS)
+        for name, mnemonics in those.items():
+            assert {code for code in mnemonics if code.startswith("HMMA.")} == {PRODUCTS[type_of(name)]}, f"{name} on sm_{arch}"
+
+
+@pytest.mark.parametrize("kernel", MATRIX)
+def test_operands_come_by_asynchronous_copies_and_ldmatrix(kernel, built, instructions):
+    """16 bytes a copy, past the L1 cache; four matrices a load, transposed where rows of 16-bit numbers lie along the product's columns."""
+    for arch in archs(built):
+        for (on, name), mnemonics in instructions.items():
+            if on != f"sm_{arch}" or kernel not in name:
+                continue
+            assert any(code.startswith("LDGSTS.E.BYPASS.") and ".128" in code for code in mnemonics), f"{name} on sm_{arch}"
+            loads = {code for code in mnemonics if code.startswith("LDSM.")}
+            transposes = type_of(name) != "fp32" and ("gemm_kernel" not in name or "16ELb0E" in name)  # Lb0: of weights that are contiguous along n
+            assert loads == {"LDSM.16.M88.4", *(["LDSM.16.MT88.4"] if transposes else [])}, f"{name} on sm_{arch}: {loads}"
+
+
+@pytest.mark.parametrize("kernel", ASSERTING)
+def test_wrong_values_are_asserted_in_what_is_released(kernel, built, instructions):
+    """Whatever NDEBUG says: a call of __assertfail is the only one that leaves a kernel's own code."""
     for arch in archs(built):
         those = {name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name}
         assert those
         for name, mnemonics in those.items():
-            assert any(code.startswith("HMMA.") for code in mnemonics), f"{name} on sm_{arch}"
+            assert any(code.startswith("CALL.ABS") for code in mnemonics), f"{name} on sm_{arch}"
+    assert not any(code.startswith("CALL.ABS") for (_, name), mnemonics in instructions.items() if "gemm_kernel" in name for code in mnemonics)
 
 
 @pytest.mark.parametrize("kernel", STREAMING)

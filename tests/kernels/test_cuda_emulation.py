@@ -275,9 +275,10 @@ def test_divergent_barriers(run, bad, what):
         (3, r"reads byte 2048 of shared memory, which cp\.async of thread \(0, 0, 0\) is still copying to"),
         (4, r"which cp\.async of thread \(\d+, 0, 0\) is still copying to"),
         (5, r"race in shared memory: it writes byte \d+, which .* read|still copying to"),
+        (6, r"misaligned access of 16 bytes"),
     ],
 )
-def test_copies_before_their_wait(run, bad, what):
+def test_copies_before_their_wait_and_from_nowhere(run, bad, what):
     assert reported(run("copies", torch.randn(512), 512, bad, shared=4096)[1], what)
 
 

@@ -33,6 +33,17 @@ def test_many_tiles(sizes, layout, dtype, backend):
 
 
 @only_cuda
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("rows, hidden", [(1, 40), (5, 1), (1, 1)])
+def test_one_row_of_a_matrix_whose_next_one_would_not_be_aligned(rows, hidden, dtype, backend):
+    """Its chunks are whole; those of the rows that a tile has beyond it are not read, and still must not begin anywhere."""
+    x, w1, b1 = floats(rows, 65 if rows == 1 else 64).to(dtype), floats(hidden, 65 if hidden == 1 else 64).to(dtype) / 8, floats(hidden).to(dtype)
+    x, w1 = x[:, :64], w1[:, :64]
+    hidden, _ = load(backend).both_sides(x, w1, b1, "none", "linear", True, False)
+    assert error(hidden, F.linear(x.double(), w1.double(), b1.double())) <= {torch.float32: 2**-21, torch.bfloat16: 2**-8}[dtype]
+
+
+@only_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bits_of_a_row_do_not_depend_on_the_tile(dtype, backend):
     """Few rows get small tiles, many rows large ones: along the chain of a sum both add in the same order."""
@@ -109,11 +120,22 @@ def test_a_nan_reaches_the_losses_of_its_row_alone(backend):
 
 @only_cuda
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows, vocab", [(3, 9000), (200, 1100), (65, 8)])
-def test_gradients_of_wide_and_of_many_rows(rows, vocab, dtype, backend):
+def test_gradients_of_wide_and_of_many_rows(rows, vocab, label_smoothing, dtype, backend):
     """More runs of a row than threads, more rows than one share, and threads that have nothing to do."""
     target = targets(vocab, rows, ignored=[2])
     assert_within_twice_torch(
-        lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend),
-        lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target), (floats(rows, 8), floats(vocab, 8) / 3, floats(vocab)), dtype,
+        lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, label_smoothing=label_smoothing, backend=backend),
+        lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target, label_smoothing=label_smoothing),
+        (floats(rows, 8), floats(vocab, 8) / 3, floats(vocab)), dtype,
     )  # fmt: skip
+
+
+@only_cuda
+@pytest.mark.parametrize("rows, vocab", [(1, 2**30 + 1), (2**31, 1)])
+def test_sizes_beyond_32_bits_are_refused_before_anything_is_read(rows, vocab, backend):
+    """Rather than counted wrongly: of so many logits no memory holds even one row in a test."""
+    module, addresses = load(backend), (0, vocab, 0, 1, 0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: sizes beyond the range of 32 bits"):
+        module.kernels.linear_cross_entropy_gradient(module.queue(torch.ones(1)), module.LAUNCHED_AS[torch.float32], *addresses, rows, vocab, -100, 0.0)

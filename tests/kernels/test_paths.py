@@ -1,15 +1,18 @@
-"""What the tests of the operators do not reach: the other side of each table, tiles of every shape, the same bits every time, and that nothing is written where
-it should not be. On the real kernels where there is a GPU, else under the interpreter."""
+"""What the tests of the operators do not reach in the kernels for GPUs: the other side of each of Triton's tables, tiles of every shape, the same bits every
+time, and that nothing is written where it should not be. On the real kernels where there is a GPU, else under the interpreter and in the emulator. What the
+CUDA kernels alone have is in test_cuda_*.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastlm
+from fastlm.backends import cuda as cuda_backend
 from fastlm.backends import triton as triton_backend
 from tests.support import assert_same_bits, assert_within_twice_torch, error, floats, on_backends, outputs_and_gradients
 
 only_triton = on_backends("triton")
+on_gpus = on_backends("triton", "cuda")
 
 
 @pytest.fixture
@@ -100,7 +103,7 @@ def test_attention_in_tiles_of_any_shape(tiles, backend, configs, architecture, 
         assert error(a, b.double()) <= 2**-19
 
 
-@only_triton
+@on_gpus
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_with_a_masks_gradient_all_are_rounded_once(dtype, backend):
     """Nearly every gradient is the true one, rounded: with any factor in 16 bits on its way (out, dscores, the weights) a third and more would be others."""
@@ -115,18 +118,28 @@ def test_with_a_masks_gradient_all_are_rounded_once(dtype, backend):
         assert (got == truth.to(dtype)).float().mean() > 0.98
 
 
-@only_triton
-@pytest.mark.parametrize("query_len, groups", [(1, 1), (1, 4), (3, 4)])
-@pytest.mark.parametrize("masked", ["", "bool", "additive", "padding", "dropout", "nothing seen"])
-def test_decoding_in_stretches(masked, query_len, groups, backend, monkeypatch):
-    """Few queries against keys enough for several stretches, which another kernel puts together."""
+def three_stretches(backend, monkeypatch):
+    """How many keys are cut into three, the last of them short, for two sequences of 4 heads."""
+    if backend == "cuda":
+        monkeypatch.setattr(cuda_backend, "SHORTEST", 64)
+        assert all(cuda_backend.stretches_of(2, heads, 150) == (64, 3) for heads in (1, 4))
+        return 150
     pytest.importorskip("triton")
     from fastlm.kernels import attention_decode
 
     monkeypatch.setattr(attention_decode, "SHORTEST", 32)
-    key_len = 75
+    for heads, query_len in ((4, 1), (1, 1), (1, 3)):
+        assert attention_decode.serves(4, heads, query_len, 75) and attention_decode.stretches_of(2, heads, 75)[1] == 3
+    return 75
+
+
+@on_gpus
+@pytest.mark.parametrize("query_len, groups", [(1, 1), (1, 4), (3, 4)])
+@pytest.mark.parametrize("masked", ["", "bool", "additive", "padding", "dropout", "nothing seen"])
+def test_decoding_in_stretches(masked, query_len, groups, backend, monkeypatch):
+    """Few queries against keys enough for several stretches, which another kernel puts together."""
+    key_len = three_stretches(backend, monkeypatch)
     q, k, v = floats(2, 4, query_len, 24), floats(2, 4 // groups, key_len, 24), floats(24, 4 // groups, key_len, 2).permute(3, 1, 2, 0)
-    assert attention_decode.serves(4, 4 // groups, query_len, key_len) and attention_decode.stretches_of(2, 4 // groups, key_len)[1] == 3
     options = {"causal": True, "return_lse": True}
     if masked == "bool":
         options["mask"] = floats(2, 1, query_len, key_len) > 0
@@ -141,11 +154,12 @@ def test_decoding_in_stretches(masked, query_len, groups, backend, monkeypatch):
     for name in ("reference", backend):
         torch.manual_seed(3)
         results.append(fastlm.attention(q, k, v, **options, backend=name))
+    bound = {"triton": 2**-20, "cuda": 2**-18}[backend]  # the one multiplies float32, the other tf32 three times
     for a, b in zip(results[1], results[0], strict=True):
-        assert torch.equal(a.isfinite(), b.isfinite()) and error(a, b.double()) <= 2**-20
+        assert torch.equal(a.isfinite(), b.isfinite()) and error(a, b.double()) <= bound
 
 
-@only_triton
+@on_gpus
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_nan_that_is_seen_stays_where_it_is_seen(which, backend):
     """With a causal mask and a NaN at position 11: in which results which positions hold one, and that the rest is as without it."""
@@ -165,7 +179,7 @@ def test_a_nan_that_is_seen_stays_where_it_is_seen(which, backend):
         torch.testing.assert_close(got[0, 0, rest], clean[0, 0, rest])
 
 
-@only_triton
+@on_gpus
 def test_the_same_bits_every_time(backend):
     """Nothing is added in an order that a run may change."""
     q, k, v = floats(1, 4, 40, 16), floats(1, 2, 40, 16), floats(16, 2, 40, 1).permute(3, 1, 2, 0)
@@ -184,7 +198,7 @@ def test_the_same_bits_every_time(backend):
         assert_same_bits(outcome(), first)
 
 
-@only_triton
+@on_gpus
 def test_float64_and_other_devices_are_left_to_others(backend):
-    with pytest.raises(fastlm.Unsupported, match=r"triton computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64"):
+    with pytest.raises(fastlm.Unsupported, match=rf"{backend} computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64"):
         fastlm.linear(floats(2, 3).double(), floats(4, 3).double(), backend=backend)

@@ -338,7 +338,7 @@ def test_same_bits_on_every_thread_count(dropout_p, dtype, backend):
         assert_same_bits(other, outcomes[0])
 
 
-@on_backends("cpu")
+@on_backends("cpu", "cuda")
 def test_many_short_sequences(backend):
     lengths = [(1 + i * 7 % 5, 1 + i * 7 % 5) for i in range(400)]
     ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), causal=True, backend=backend)  # noqa: E731

@@ -95,7 +95,7 @@ __global__ void copies(Arguments a) {
   const int i = threadIdx.x;
   cp_async_16(shared + 4 * i, a.in + 4 * i, true);
   cp_async_commit();
-  cp_async_16(shared + 4 * (blockDim.x + i), a.in, false);
+  cp_async_16(shared + 4 * (blockDim.x + i), a.in + (a.bad == 6), false);
   cp_async_commit();
   if (a.bad == 1) cp_async_wait<2>();
   else cp_async_wait<1>();

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# NVIDIA's compute-sanitizer over some small tests of the CUDA kernels: on the GPU itself, what the emulator shows of bounds and races on a CPU. One process a
+# tool, each with its share of the time. OUT/sanitizer-TOOL.txt has what a tool reports; where there is nothing to run, one line says why.
+#   gpu_sanitized.sh PYTHON OUT SECONDS TOOL… -- ARGUMENTS OF PYTEST…
+# Exit status: 1 where a tool reports something, a test fails or the time runs out.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+python=$1 out=$2 limit=$3 tools=()
+shift 3
+while (($#)) && [[ $1 != -- ]]; do
+  tools+=("$1")
+  shift
+done
+shift
+
+# Each kernel with what it can do: a training step of both models, heads of two widths, a mask's gradient, keys in stretches, rows that are computed again;
+# products in both layouts, losses with logits and without; teams of a warp and of several, and rows of any width.
+attention=tests/kernels/test_cuda_attention.py::test_
+products=tests/kernels/test_cuda_gemm.py::test_
+norm=tests/kernels/test_cuda_layernorm_residual.py::test_
+tests=(
+  tests/kernels/test_training.py
+  "${attention}heads_of_every_width["{64,136}"-torch."{float32,bfloat16}"-cuda]"
+  "${attention}gradients_of_masks_over_several_tiles["{"(1, 1, 70, 90)","(2, 1, 1, 90)"}"-72-torch.bfloat16-cuda]"
+  "${attention}few_queries_with_everything_that_masks[cuda]"
+  "${attention}rows_that_are_computed_again[40-torch.bfloat16-cuda]"
+  "${products}many_tiles[(130, 33, 261, 17)-"{linear,conv1d}"-torch."{float32,bfloat16}"-cuda]"
+  "${products}losses_without_logits[70-16-65-0.1-torch.bfloat16-cuda]"
+  "${products}gradients_of_wide_and_of_many_rows[200-1100-0.1-torch.bfloat16-cuda]"
+  "${norm}teams_of_every_size["{9-256,5-264,2-8200}"-torch.bfloat16-cuda]"
+  "${norm}dropout_where_a_threads_columns_are_apart[1088-cuda]"
+)
+
+mkdir -p "$out"
+rm -f "$out"/sanitizer-*.txt
+sanitizer=
+for found in "$(command -v compute-sanitizer)" {"${CUDA_HOME:-}","${CUDA_PATH:-}",/usr/local/cuda}/bin/compute-sanitizer; do
+  if [[ -x $found ]]; then
+    sanitizer=$found
+    break
+  fi
+done
+if [[ -z $sanitizer ]]; then
+  echo "compute-sanitizer is not on the PATH or in CUDA_HOME/bin (NVIDIA's toolkit brings it): the CUDA kernels go without"
+  exit 0
+fi
+export PYTHONPATH="$PWD"
+if ! reasons=$("$python" -c 'import fastlm; print(*fastlm.info().backends["cuda"])') || [[ -n $reasons ]]; then
+  echo "compute-sanitizer has nothing to look at: cuda ${reasons:-cannot be asked}"
+  exit 0
+fi
+
+export FASTLM_TEST_DEVICE=cuda FASTLM_TEST_BACKENDS=cuda
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor by itself, so that what lies behind it is not another's
+failed=0
+for tool in "${tools[@]}"; do
+  # The vendor's kernels are not ours to judge, and what PyTorch asks of the driver in vain is no mistake of a kernel.
+  timeout -k 10 $((limit / ${#tools[@]})) "$sanitizer" --tool "$tool" --error-exitcode 99 --kernel-regex kns=fastlm --report-api-errors no \
+    --log-file "$out/sanitizer-$tool.txt" "$python" -m pytest -q -x -p no:cacheprovider -m gpu "${tests[@]}" "$@"
+  status=$?
+  if ((status)); then
+    failed=1
+    echo "compute-sanitizer $tool: exit status $status (99: something found, 124: out of time, else of pytest); see $out/sanitizer-$tool.txt"
+  else
+    echo "compute-sanitizer $tool: nothing found"
+  fi
+done
+exit $failed
