@@ -1,7 +1,7 @@
 """Triton's interpreter, mended where it does not do what every GPU does. Imported only under TRITON_INTERPRET=1.
 
 It keeps bfloat16 as integers, truncates when it converts float32 to them (GPUs round to nearest even), and multiplies matrices of them as the integers
-that they are not. Seen in Triton 3.4 to 3.9. Up to Triton 3.6 it turns a number into an index in a way that NumPy 2.4 refuses.
+that they are not. Seen in Triton 3.6 to 3.9. That of 3.6 turns a number into an index in a way that NumPy 2.4 refuses.
 """
 
 import numpy as np
