@@ -134,6 +134,24 @@ def odd():
     backend.layernorm_residual_backward(y, None, summed, w, mean, rstd, seed, 0.6, x.dtype, (True, False, True, False))
 
 
+def ones():
+    """Every size is 1, of which Triton makes constants."""
+    from fastlm.backends import triton as backend
+
+    q, starts, every = torch.zeros(1, 1, 1, 1), torch.tensor([0, 1], dtype=torch.int32), (True,) * 3
+    band = -(2**62), 0
+    out, lse = backend.attention_forward(q, q, q, None, None, None, 1.0, *band, 0.0)
+    backend.attention_backward(out, lse, q, q, q, None, None, None, out, lse, 1.0, *band, 0.0, (*every, False))
+    out, lse = backend.attention_varlen_forward(q[0], q[0], q[0], starts, starts, None, 1.0, *band, 0.0)
+    backend.attention_varlen_backward(out, None, q[0], q[0], q[0], starts, starts, None, out, lse, 1.0, *band, 0.0, every)
+    x, w = torch.zeros(1, 1), torch.ones(1)
+    y, summed, mean, rstd = backend.layernorm_residual_forward(x, x, w, w, None, 1e-5, 0.0)
+    backend.layernorm_residual_backward(y, y, summed, w, mean, rstd, None, 0.0, x.dtype, (True,) * 4)
+    y, hidden, activated = backend.gelu_mlp_forward(x, x, w, x, None, "none", "linear", 1)
+    backend.gelu_mlp_backward(y, x, x, w, x, hidden, activated, "none", "linear", (True,) * 5)
+    backend.linear_cross_entropy_forward(x, x, w, torch.zeros(1, dtype=torch.int64), w, -100, 0.1, every)
+
+
 def cases():
     """(title, card whose tiles are taken, call)."""
     from tests.kernels import ahead_of_time
@@ -142,6 +160,7 @@ def cases():
     for title, card in CASES.items():
         yield title, card, calls[title]
     yield "layernorm_residual float16 odd", "sm_90", odd
+    yield "float32 ones", "sm_90", ones
 
 
 def main():
