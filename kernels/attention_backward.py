@@ -140,7 +140,7 @@ def query_gradient_key_by_key(
         scores, seen = column(scores, seen)
         dweights = tl.sum(dout.to(tl.float32) * v[None, :], 1)
         if DROPOUT:
-            dweights = tl.where(kept_each(seed, i, i * 0 + key, third, threshold), dweights * keep_scale, 0.0)
+            dweights = tl.where(kept_each(seed, i, key, third, threshold), dweights * keep_scale, 0.0)
         dscores = weights_of(scores, lse, scale, MASK) * (dweights - delta)
         dq += tl.where(seen[:, None], dscores[:, None] * k[None, :], 0.0)
     return dq
@@ -311,7 +311,7 @@ def key_gradient_query_by_query(
         dweights = tl.sum(v.to(tl.float32) * dout[None, :], 1)
         sent = weights
         if DROPOUT:
-            keep = kept_each(seed, j * 0 + query, j, third, threshold)
+            keep = kept_each(seed, query, j, third, threshold)
             sent = tl.where(keep, weights * keep_scale, 0.0)
             dweights = tl.where(keep, dweights * keep_scale, 0.0)
         dscores = weights * (dweights - tl.load(delta_ptr + query))

@@ -181,6 +181,8 @@ def key_by_key(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     norm = tl.zeros((ROWS,), tl.float32)
     for key in range(begin, end):
+        if DROPOUT:
+            keep = kept_each(seed, i, key, third, threshold)
         k = load_token(k_ptr, k_stride, key, HEAD_DIM, BLOCK_D)
         v = load_token(v_ptr, v_stride, key, HEAD_DIM, BLOCK_D)
         j = key + tl.arange(0, 1)
@@ -195,7 +197,7 @@ def key_by_key(
         decay = tl.exp2((top - base) * unit)
         norm = norm * decay + weights
         if DROPOUT:
-            weights = tl.where(kept_each(seed, i, i * 0 + key, third, threshold), weights, 0.0)
+            weights = tl.where(keep, weights, 0.0)
         total = total * decay[:, None] + tl.where(seen[:, None], weights[:, None] * v[None, :], 0.0)
         top = new_top
     return total, top, norm
