@@ -21,8 +21,6 @@ from fastlm.kernels.attention_tiles import (
     check_starts,
     column,
     find_tile,
-    kept_of_key,
-    kept_of_query,
     load_tile,
     load_token,
     masked,
@@ -34,7 +32,7 @@ from fastlm.kernels.attention_tiles import (
 )
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
-from fastlm.kernels.philox import kept
+from fastlm.kernels.philox import kept, kept_each
 
 
 @triton.jit
@@ -139,10 +137,10 @@ def query_gradient_key_by_key(
             tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None], i[:, None], j[None, :], query_len, key_len, lower, upper, scale,
             mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, MASK,
         )  # fmt: skip
-        scores, seen = column(scores, seen, TILE_M)
+        scores, seen = column(scores, seen)
         dweights = tl.sum(dout.to(tl.float32) * v[None, :], 1)
         if DROPOUT:
-            dweights = tl.where(kept_of_key(seed, i, key, third, threshold, TILE_M), dweights * keep_scale, 0.0)
+            dweights = tl.where(kept_each(seed, i, key, third, threshold), dweights * keep_scale, 0.0)
         dscores = weights_of(scores, lse, scale, MASK) * (dweights - delta)
         dq += tl.where(seen[:, None], dscores[:, None] * k[None, :], 0.0)
     return dq
@@ -308,12 +306,12 @@ def key_gradient_query_by_query(
             tl.sum(k.to(tl.float32) * q[None, :], 1)[:, None], i[None, :], j[:, None], query_len, key_len, lower, upper, scale,
             mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, MASK,
         )  # fmt: skip
-        scores, seen = column(scores, seen, TILE_N)
+        scores, seen = column(scores, seen)
         weights = weights_of(scores, tl.load(lse_ptr + query), scale, MASK)
         dweights = tl.sum(v.to(tl.float32) * dout[None, :], 1)
         sent = weights
         if DROPOUT:
-            keep = kept_of_query(seed, query, first, third, threshold, TILE_N)
+            keep = kept_each(seed, query, j, third, threshold)
             sent = tl.where(keep, weights * keep_scale, 0.0)
             dweights = tl.where(keep, dweights * keep_scale, 0.0)
         dscores = weights * (dweights - tl.load(delta_ptr + query))

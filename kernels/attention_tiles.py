@@ -11,7 +11,7 @@ time, and what is not seen is not added. That is slow, and happens only where th
 import triton
 import triton.language as tl
 
-from fastlm.kernels.philox import kept
+from fastlm.kernels.philox import kept_each
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -165,22 +165,9 @@ def load_token(pointer, stride, token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
-def column(scores, seen, ROWS: tl.constexpr):
-    """(ROWS, 1) or (1, ROWS) as vectors."""
-    return tl.reshape(scores, (ROWS,)), tl.reshape(seen, (ROWS,))
-
-
-@triton.jit
-def kept_of_key(seed, rows, key, third, threshold, ROWS: tl.constexpr):
-    """What dropout keeps of one column."""
-    keep = kept(seed, rows, key // 16 * 16, third, threshold, ROWS, 16, False)
-    return tl.sum(tl.where((tl.arange(0, 16) == key % 16)[None, :] & keep, 1, 0), 1) > 0
-
-
-@triton.jit
-def kept_of_query(seed, query, first_key, third, threshold, KEYS: tl.constexpr):
-    """What dropout keeps of one row."""
-    return tl.reshape(kept(seed, query + tl.arange(0, 1), first_key, third, threshold, 1, KEYS, True), (KEYS,))
+def column(scores, seen):
+    """(ROWS, 1) as vectors. By a sum of one number each: Triton before 3.9 spreads what it reshapes otherwise over the threads, and then holds all twice."""
+    return tl.sum(scores, 1), tl.max(seen.to(tl.int32), 1) > 0
 
 
 @triton.jit
@@ -194,6 +181,8 @@ def key_by_key(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     norm = tl.zeros((ROWS,), tl.float32)
     for key in range(begin, end):
+        if DROPOUT:
+            keep = kept_each(seed, i, key, third, threshold)
         k = load_token(k_ptr, k_stride, key, HEAD_DIM, BLOCK_D)
         v = load_token(v_ptr, v_stride, key, HEAD_DIM, BLOCK_D)
         j = key + tl.arange(0, 1)
@@ -201,14 +190,14 @@ def key_by_key(
             tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None], i[:, None], j[None, :], query_len, key_len, lower, upper, scale,
             mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, MASK,
         )  # fmt: skip
-        scores, seen = column(scores, seen, ROWS)
+        scores, seen = column(scores, seen)
         new_top = tl.maximum(top, scores)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp2((scores - base) * unit)
         decay = tl.exp2((top - base) * unit)
         norm = norm * decay + weights
         if DROPOUT:
-            weights = tl.where(kept_of_key(seed, i, key, third, threshold, ROWS), weights, 0.0)
+            weights = tl.where(keep, weights, 0.0)
         total = total * decay[:, None] + tl.where(seen[:, None], weights[:, None] * v[None, :], 0.0)
         top = new_top
     return total, top, norm

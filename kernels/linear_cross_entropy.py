@@ -39,6 +39,8 @@ def linear_cross_entropy_kernel(
                 column = begin + tl.arange(0, BLOCK)
                 tl.store(logits_ptr + column, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), mask=column < vocab)
     else:
+        # Ahead of the reductions, where threads wait for one another: later one of them may have overwritten it, in the second pass, before another reads it.
+        logit = tl.load(logits_ptr + target).to(tl.float32)
         tops = tl.full((BLOCK,), float("-inf"), tl.float32)  # lane by lane: one reduction at the end
         norms = tl.zeros((BLOCK,), tl.float32)
         sums = tl.zeros((BLOCK,), tl.float32)
@@ -54,7 +56,7 @@ def linear_cross_entropy_kernel(
         top = tl.max(tops, 0)
         # relative to the largest: the loss of a target that is nearly certain is lost in the difference of two large numbers otherwise
         norm = tl.sum(tl.where(tops == float("-inf"), 0.0, norms * tl.exp2((tops - top) * LOG2E)), 0)
-        loss = (top - tl.load(logits_ptr + target).to(tl.float32)) * (1 - label_smoothing) + tl.log(norm)
+        loss = (top - logit) * (1 - label_smoothing) + tl.log(norm)
         if SMOOTH:
             loss += label_smoothing * (top - tl.sum(sums, 0) / vocab)
         tl.store(loss_ptr + row, loss)

@@ -152,6 +152,7 @@ ON_TRITON = [
     Mutant("kernels/attention_backward.py", "q, dk, PRECISION, EXACT)", "q, dk, PRECISION, False)", "kernels/test_paths.py rounded_once"),
     Mutant("kernels/attention_decode.py", "out = tl.sum(part * share[:, None], 0)", "out = tl.sum(part, 0)", "kernels/test_paths.py stretches"),
     Mutant("kernels/philox.py", "tl.join(words[0], words[2])", "tl.join(words[2], words[0])", "ops/test_dropout.py definition"),
+    Mutant("kernels/philox.py", "columns // 64 * 16 + columns", "columns // 32 * 16 + columns", "kernels/test_paths.py hidden_nan"),
     Mutant("kernels/layernorm_residual.py", " - xhat * correlation[:, None]", "", "ops/test_layernorm_residual.py float64"),
     Mutant("kernels/gelu_mlp.py", "dactivated * slope).to(dhidden", "dactivated).to(dhidden", "ops/test_gelu_mlp.py float64"),
     Mutant("kernels/linear_cross_entropy.py", "* share - uniform", "* share", "ops/test_linear_cross_entropy.py float64"),

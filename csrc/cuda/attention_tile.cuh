@@ -90,7 +90,7 @@ template <> struct Left<float> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       near[i] = to_tf32(__uint_as_float(raw[i]));
-      rest[i] = to_tf32(__uint_as_float(raw[i]) - __uint_as_float(near[i]));
+      rest[i] = rest_in_tf32(__uint_as_float(raw[i]), near[i]);
     }
   }
 };
@@ -101,7 +101,7 @@ template <class T> FASTLM_DEVICE void multiply(float (&c)[4], const Left<T>& a, 
     if (tf32) {
       mma_tf32(c, a.near, near);
     } else {  // summed by themselves, the smallest first, and added once: c is rounded once for eight terms, not for each of three times eight
-      const uint32_t rest[2] = {to_tf32(__uint_as_float(b0) - __uint_as_float(near[0])), to_tf32(__uint_as_float(b1) - __uint_as_float(near[1]))};
+      const uint32_t rest[2] = {rest_in_tf32(__uint_as_float(b0), near[0]), rest_in_tf32(__uint_as_float(b1), near[1])};
       float sum[4] = {};
       mma_tf32(sum, a.rest, near);
       mma_tf32(sum, a.near, rest);

@@ -113,4 +113,7 @@ template <int N> FASTLM_DEVICE void cp_async_wait() { asm volatile("cp.async.wai
 
 #endif
 
+// What rounding to `near` took away from x, rounded itself. The lower 13 bits of `near` are no part of it.
+FASTLM_DEVICE uint32_t rest_in_tf32(float x, uint32_t near) { return to_tf32(x - __uint_as_float(near & 0xFFFFE000u)); }
+
 }  // namespace fastlm::cuda

@@ -16,7 +16,7 @@ from fastlm.backends.layout import dense_last, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OLDEST = (3, 4)
+OLDEST = (3, 6)  # what PyTorch 2.10 brings; 3.5 fails to compile the gradients of packed attention (its asynchronous copies of less than 4 bytes)
 OPERATORS = ("attention", "attention_varlen", "layernorm_residual", "gelu_mlp", "linear", "linear_cross_entropy")
 WIDEST = 16384  # LayerNorm holds a row in registers
 LOGITS_BYTES = 64 << 20  # of one chunk

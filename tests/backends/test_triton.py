@@ -212,7 +212,7 @@ def test_a_head_too_wide_for_a_tile(gpu, operator):
 
 
 def test_no_triton_and_an_old_one(gpu, monkeypatch):
-    for said, version in (("needs Triton, which cannot be imported", None), ("needs Triton 3.4 or later, not 3.3.1", "3.3.1")):
+    for said, version in (("needs Triton, which cannot be imported", None), ("needs Triton 3.6 or later, not 3.5.1", "3.5.1")):
         monkeypatch.setitem(sys.modules, "triton", version and types.SimpleNamespace(__version__=version))
         reason = MISSING.__wrapped__()
         assert reason.startswith(said) and "\n" not in reason

@@ -153,11 +153,11 @@ __forceinline__ float half_to_float(uint16_t h) {
   return std::bit_cast<float>(sign | ((size << 13) + 0x38000000));
 }
 
-// To 10 bits of mantissa, ties away from zero.
+// To 10 bits of mantissa, ties away from zero. The 13 bits below are not part of a number in tf32, and nobody may count on what stands there.
 __forceinline__ uint32_t float_to_tf32(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if (x != x) return 0x7FFFFFFF;
-  return (bits & 0x7F800000) == 0x7F800000 ? bits : (bits + 0x1000) & 0xFFFFE000;
+  return (bits & 0x7F800000) == 0x7F800000 ? bits : ((bits + 0x1000) & 0xFFFFE000) | 0x1555;
 }
 
 __forceinline__ float exp2_flushed(float x) {

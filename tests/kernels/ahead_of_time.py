@@ -199,9 +199,11 @@ def report(index):
         return entry | {"error": f"{type(failure).__name__}: {' '.join(str(failure)[-300:].split())}"}
     spilled, registers, matrix = resources(binary, name)
     divisions = re.findall(r"arith\.(?:div|rem)[us]i .*tensor<\S*i64>", binary.asm["ttir"])
+    # A single logit, say, after the reductions that every thread waits for: by then another thread may have put the gradient in its place.
+    _, _, reduced = binary.asm["ttir"].partition('"tt.reduce"')
     return (
         entry
-        | {"wide_divisions": len(divisions)}
+        | {"wide_divisions": len(divisions), "read_late": len(re.findall(r"tt\.load .*: !tt\.ptr<b?f16>", reduced))}
         | {"shared": binary.metadata.shared, "limit": SHARED[name] << 10, "spilled": spilled, "registers": registers, "matrix": matrix}
     )
 

@@ -180,6 +180,24 @@ def test_a_nan_that_is_seen_stays_where_it_is_seen(which, backend):
 
 
 @on_gpus
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_dropout_around_a_hidden_nan_drops_the_same(where, backend):
+    """The way around matrix units, one key or query at a time, over more columns than one counter serves: the weights that the tiles drop."""
+    hidden = torch.zeros(1, 80, dtype=torch.bool)
+    hidden[0, [5, 70]] = True
+    outcomes = []
+    for stands in (0.0, torch.nan):
+        inputs = [floats(1, 2, 9, 8), floats(1, 1, 80, 8), floats(8, 1, 80, 1).permute(3, 1, 2, 0).contiguous()]
+        inputs[1 if where == "key" else 2].masked_fill_(hidden[:, None, :, None], stands)
+        leaves = [t.requires_grad_() for t in inputs]
+        torch.manual_seed(7)
+        out = fastlm.attention(*leaves, key_padding=~hidden, dropout_p=0.5, backend=backend)
+        outcomes.append((out.detach(), *torch.autograd.grad(out, leaves, floats(*out.shape))))
+    for clean, harmed in zip(*outcomes, strict=True):
+        torch.testing.assert_close(harmed, clean)
+
+
+@on_gpus
 def test_the_same_bits_every_time(backend):
     """Nothing is added in an order that a run may change."""
     q, k, v = floats(1, 4, 40, 16), floats(1, 2, 40, 16), floats(16, 2, 40, 1).permute(3, 1, 2, 0)

@@ -1,0 +1,213 @@
+"""Launches every kernel through Triton's real launcher, on a stub of the CUDA driver (stub_libcuda.c): launches.py OUT.json FOLDER
+
+A process of its own, with FOLDER, where the stub is, in LD_LIBRARY_PATH and TRITON_LIBCUDA_PATH. The backend is called on tensors of the CPU as if they lay on
+an H100, and each launch is made three times: by kernels/launch.py with other values of the same kinds, by kernels/launch.py with its own values, which goes
+past Triton, and through Triton. OUT.json gets what the driver was given each time, and what it should have been given.
+"""
+
+import ctypes
+import itertools
+import json
+import re
+import struct
+import sys
+import types
+from pathlib import Path
+
+import torch
+import triton
+
+STREAM = 0x1230  # the current one
+CASES = {  # every kernel, with and without what it can leave out, in the tiles of a card: small ones compile faster
+    "attention bfloat16 64 bias dropout": "sm_86",
+    "attention bfloat16 64 bool padding": "sm_90",
+    "attention bfloat16 64 packed": "sm_86",
+    "attention bfloat16 64 decode": "sm_90",
+    "layernorm_residual bfloat16 768 dropout float32 stream": "sm_90",
+    "gelu_mlp bfloat16 recompute 0": "sm_90",
+    "gelu_mlp bfloat16 recompute 1": "sm_80",  # fused
+    "linear_cross_entropy bfloat16": "sm_90",
+    "linear_cross_entropy bfloat16 bias": "sm_90",
+}
+
+
+class Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(Config), ctypes.POINTER(ctypes.c_void_p))
+loaded = {}  # the driver's handle of a function → (its name, the size of each parameter)
+driven = []  # all that the driver was given
+through_triton = []  # the kernels that were launched by Triton's own way
+
+
+@LAUNCH
+def on_launch(function, config, parameters):
+    name, sizes = loaded[function]
+    made = config.contents
+    driven.append(
+        {
+            "kernel": name,
+            "grid": [made.grid_x, made.grid_y, made.grid_z],
+            "block": [made.block_x, made.block_y, made.block_z],
+            "shared": made.shared,
+            "stream": made.stream,
+            "attributes": made.attribute_count,
+            "parameters": [int.from_bytes(ctypes.string_at(parameters[i], size), "little") for i, size in enumerate(sizes)],
+        }
+    )
+
+
+def parameter_sizes(ptx):
+    """In bytes."""
+    header = re.search(r"\.entry \w+\((.*?)\n\)", ptx, re.DOTALL).group(1)
+    return [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+) ", header)]
+
+
+def drive(folder):
+    """Puts the stub in the driver's place, and one H100 in PyTorch's."""
+    stub = ctypes.CDLL(str(folder / "libcuda.so.1"))
+    ctypes.c_void_p.in_dll(stub, "on_launch").value = ctypes.cast(on_launch, ctypes.c_void_p).value
+    torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda index=None: (9, 0)
+    torch.cuda.current_stream = lambda index=None: types.SimpleNamespace(cuda_stream=STREAM)
+    torch._C._cuda_getCurrentRawStream = lambda index: STREAM  # of a PyTorch for CUDA, which Triton prefers
+
+    load = triton.compiler.CompiledKernel._init_handles
+    run = triton.JITFunction.run
+
+    def and_measure(self):
+        known = self.function
+        load(self)
+        if self.function != known:
+            loaded[self.function] = self.name, parameter_sizes(self.asm["ptx"])
+
+    def and_count(self, *arguments, **options):
+        through_triton.append(self.__name__)
+        return run(self, *arguments, **options)
+
+    triton.compiler.CompiledKernel._init_handles = and_measure
+    triton.JITFunction.run = and_count
+
+
+def another(value):
+    """Another value of the same kind, as far as launch.kind tells them apart."""
+    if isinstance(value, torch.Tensor):
+        offset = value.data_ptr() % 16 // value.itemsize  # as far from a multiple of 16 bytes
+        extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
+        return torch.empty(offset + extent, dtype=value.dtype).as_strided(value.shape, value.stride(), offset)
+    if isinstance(value, float):
+        return value + 0.5
+    return value if value is None or value == 1 else value + 32
+
+
+def parameters_of(kernel, arguments):
+    """What the driver should be given of a launch: all but constants, None, and integers that are 1, each as its bits."""
+    given = []
+    for parameter, value in zip(kernel.params, arguments, strict=False):
+        if value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+            continue
+        if isinstance(value, float):
+            given.append(struct.unpack("I", struct.pack("f", value))[0])
+        elif isinstance(value, int):
+            given.append(value % 2 ** (32 if -(2**31) <= value < 2**31 else 64))
+        else:
+            given.append(value.data_ptr())
+    return given
+
+
+def odd():
+    """What the other cases have not: a threshold of dropout that takes 64 bits, neither residual nor bias, rows that are not aligned, float16 and float32."""
+    from fastlm.backends import triton as backend
+
+    x, w = torch.zeros(40, 71, dtype=torch.float16)[:, 1:68], torch.zeros(67)
+    seed = torch.zeros((), dtype=torch.int64)
+    y, summed, mean, rstd = backend.layernorm_residual_forward(x, None, w, None, seed, 1e-5, 0.6)
+    backend.layernorm_residual_backward(y, None, summed, w, mean, rstd, seed, 0.6, x.dtype, (True, False, True, False))
+
+
+def ones():
+    """Every size is 1, of which Triton makes constants."""
+    from fastlm.backends import triton as backend
+
+    q, starts, every = torch.zeros(1, 1, 1, 1), torch.tensor([0, 1], dtype=torch.int32), (True,) * 3
+    band = -(2**62), 0
+    out, lse = backend.attention_forward(q, q, q, None, None, None, 1.0, *band, 0.0)
+    backend.attention_backward(out, lse, q, q, q, None, None, None, out, lse, 1.0, *band, 0.0, (*every, False))
+    out, lse = backend.attention_varlen_forward(q[0], q[0], q[0], starts, starts, None, 1.0, *band, 0.0)
+    backend.attention_varlen_backward(out, None, q[0], q[0], q[0], starts, starts, None, out, lse, 1.0, *band, 0.0, every)
+    x, w = torch.zeros(1, 1), torch.ones(1)
+    y, summed, mean, rstd = backend.layernorm_residual_forward(x, x, w, w, None, 1e-5, 0.0)
+    backend.layernorm_residual_backward(y, y, summed, w, mean, rstd, None, 0.0, x.dtype, (True,) * 4)
+    y, hidden, activated = backend.gelu_mlp_forward(x, x, w, x, None, "none", "linear", 1)
+    backend.gelu_mlp_backward(y, x, x, w, x, hidden, activated, "none", "linear", (True,) * 5)
+    backend.linear_cross_entropy_forward(x, x, w, torch.zeros(1, dtype=torch.int64), w, -100, 0.1, every)
+
+
+def cases():
+    """(title, card whose tiles are taken, call)."""
+    from tests.kernels import ahead_of_time
+
+    calls = dict(ahead_of_time.cases(False))
+    for title, card in CASES.items():
+        yield title, card, calls[title]
+    yield "layernorm_residual float16 odd", "sm_90", odd
+    yield "float32 ones", "sm_90", ones
+
+
+def main():
+    out, folder = map(Path, sys.argv[1:])
+    drive(folder)
+    from fastlm.backends import triton as backend
+    from fastlm.kernels import launch
+
+    made = []
+
+    def thrice(kernel, programs, arguments, constants, warps, stages, device, debug=False):
+        global STREAM
+        begin, counts = len(driven), [len(through_triton)]
+        others = tuple(map(another, arguments))
+        for values, grid in ((others, programs + 1), (arguments, programs)):
+            STREAM += 16
+            to_launch(kernel, grid, values, constants, warps, stages, device, debug)
+            counts.append(len(through_triton))
+        options = {"debug": True, "sanitize_overflow": False} if debug else {}
+        binary = kernel[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **options)
+        key = (kernel, device, warps, stages, constants, *map(launch.kind, arguments))
+        first, past, own = driven[begin:]
+        assert (first["stream"], first["grid"]) == (STREAM - 16, [programs + 1, 1, 1])
+        made.append(
+            {
+                "case": title,
+                "kernel": kernel.__name__,
+                "grid": [programs, 1, 1],
+                "block": [32 * warps, 1, 1],
+                "shared": binary.metadata.shared,
+                "stream": STREAM,
+                "through_triton": [after - before for before, after in itertools.pairwise(counts)],
+                "same_binary": launch.compiled[key] is binary,
+                "parameters": {"first": parameters_of(kernel, others), "past": parameters_of(kernel, arguments)},
+                "driven": {"first": first, "past": past, "own": own},
+            }
+        )
+
+    to_launch = launch.launch
+    for module in backend.modules():
+        if hasattr(module, "launch"):
+            module.launch = thrice
+    for title, card, call in cases():  # noqa: B007
+        backend.architecture = lambda index, card=card: card
+        call()
+    out.write_text(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()

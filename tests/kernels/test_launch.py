@@ -1,0 +1,81 @@
+"""Every kernel through Triton's real launcher, which runs nothing: in the driver's place is a stub that keeps what it is given (see launches.py).
+
+kernels/launch.py calls a compiled kernel past Triton's binding of arguments from the second launch of a kind on. What the driver is given must be the same.
+"""
+
+import collections
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import WITH_TRITON
+
+HERE = Path(__file__).parent
+
+pytestmark = [
+    pytest.mark.skipif(not WITH_TRITON, reason="needs Triton"),
+    pytest.mark.skipif(platform.system() != "Linux" or shutil.which("gcc") is None, reason="needs gcc, on Linux"),
+    pytest.mark.skipif(torch.version.hip is not None, reason="PyTorch for ROCm launches another way"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU its driver takes what is launched"),
+]
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("libcuda")
+    nvidia = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia"
+    stub = ["gcc", "-shared", "-fPIC", f"-I{nvidia / 'include'}", "-Wl,-soname,libcuda.so.1", str(HERE / "stub_libcuda.c"), "-o", str(folder / "libcuda.so.1")]
+    subprocess.run(stub, check=True)
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "LD_LIBRARY_PATH": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "cache"),  # what is linked with the stub must not be taken for the launcher of a GPU
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path]),
+    }
+    done = subprocess.run([sys.executable, str(HERE / "launches.py"), str(folder / "out.json"), str(folder)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "out.json").read_text())
+
+
+def named(launch):
+    return f"{launch['case']}: {launch['kernel']}"
+
+
+def test_every_kernel_is_launched(launches):
+    from fastlm.backends import triton as backend
+
+    every = {name for module in backend.modules() for name in vars(module) if name.endswith("_kernel")}
+    assert {launch["kernel"] for launch in launches} == every
+
+
+def test_the_driver_is_given_what_the_call_says(launches):
+    """The arguments in their order, each as wide as the kernel takes it, without constants, None and integers that are 1; then where Triton has its scratch."""
+    for launch in launches:
+        for way, expected in launch["parameters"].items():
+            given = launch["driven"][way]["parameters"]
+            assert given[: len(expected)] == expected, f"{named(launch)} {way}"
+            assert set(given[len(expected) :]) == {0}, f"{named(launch)} {way}"
+        past = launch["driven"]["past"]
+        for what in ("kernel", "grid", "block", "shared", "stream"):
+            assert past[what] == launch[what], f"{named(launch)}: {what}"
+
+
+def test_past_triton_is_as_through_triton(launches):
+    ways = collections.Counter()
+    for launch in launches:
+        assert launch["driven"]["past"] == launch["driven"]["own"], named(launch)
+        assert launch["same_binary"], f"{named(launch)}: kernels/launch.py takes it for a kind that it is not"
+        first, second = launch["through_triton"]
+        ways[first] += 1
+        assert second == 0, f"{named(launch)}: through Triton a second time"
+        assert launch["parameters"]["first"] != launch["parameters"]["past"], f"{named(launch)}: the same values show nothing"
+    assert ways[0] <= 2, ways  # kinds that another case has launched before
