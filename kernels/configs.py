@@ -62,12 +62,16 @@ BLACKWELL = HOPPER | {
     ("forward", 2, 64): (128, 64, 8, 3),
     ("forward masked", 2, 128): (64, 64, 8, 2),
 }
+SM_120 = SMALL | {  # as ptxas deals out registers there, SMALL's rows spill a few
+    ("query masked", 2, 128): (32, 16, 8, 2),
+    ("query exact", 2, 64): (64, 32, 8, 1),
+}
 ONE_STAGE = {at: (m, n, warps, 1) for at, (m, n, warps, stages) in SMALL.items()}  # AMD: 64 KiB, and loads are kept in flight in registers
 # Small, so that small tests have several tiles, and of unlike sides, so that no side is taken for the other.
 UNLIKE = {"forward": (64, 32), "query": (32, 64), "key": (32, 64), "mask": (64, 32), "decode": (16, 32)}
 INTERPRETER = {at: (*UNLIKE[at[0]], 1, 1) for at in SMALL if at[0] in UNLIKE}
 
-ATTENTION = {"sm_80": LARGE, "sm_90": HOPPER, "sm_100": BLACKWELL, "interpreter": INTERPRETER}
+ATTENTION = {"sm_80": LARGE, "sm_90": HOPPER, "sm_100": BLACKWELL, "sm_120": SM_120, "interpreter": INTERPRETER}
 
 
 def table_of(architecture: str) -> dict[tuple[str, int, int], tuple[int, int, int, int]]:
@@ -77,9 +81,9 @@ def table_of(architecture: str) -> dict[tuple[str, int, int], tuple[int, int, in
 
 def attention_tile(architecture: str, which: str, itemsize: int, block: int, masked: bool = False, exact: bool = False) -> tuple[int, int, int, int]:
     """masked: with what wants registers too: a mask, padding, dropout, packed sequences. exact: with the products in two parts of attention_backward.py."""
-    table, at = table_of(architecture), (itemsize, 64 if block <= 64 else block)
-    names = (f"{which} exact",) * exact + (f"{which} masked",) * masked + (which,)
-    return next(table[(name, *at)] for name in names if (name, *at) in table)
+    table, block = table_of(architecture), max(block, 64)
+    names = (f"{which} exact",) * exact + (f"{which} masked",) * masked
+    return next((table[name, itemsize, block] for name in names if (name, itemsize, block) in table), None) or table[which, itemsize, block]
 
 
 # gelu_mlp: (architecture, bytes of an element) → (tile_m, tile_n, tile_k, warps, stages) of the fused products. Not in the table: the vendor's product
@@ -89,7 +93,7 @@ MLP = {
     ("sm_80", 2): (128, 64, 32, 8, 3),
     ("sm_86", 2): (128, 64, 32, 8, 3),
     ("sm_89", 2): (128, 64, 32, 8, 3),
-    ("sm_120", 2): (128, 64, 32, 8, 3),
+    ("sm_120", 2): (64, 128, 32, 8, 3),
     ("interpreter", 2): (64, 32, 32, 1, 1),
     ("interpreter", 4): (64, 32, 32, 1, 1),
 }
