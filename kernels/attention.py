@@ -28,6 +28,7 @@ from fastlm.kernels.attention_tiles import (
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
 from fastlm.kernels.philox import kept
+from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -162,7 +163,12 @@ def attention_forward_kernel(
 
 def strides(x, rank):
     """As if expanded: 0 where a size is 1; all 0 for None."""
-    return (0,) * rank if x is None else tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:rank], x.stride()[:rank], strict=True))
+    if x is None:
+        return (0,) * rank
+    shape, own = x.shape, x.stride()
+    if 1 in shape:
+        return tuple([0 if shape[i] == 1 else own[i] for i in range(rank)])
+    return own[:rank]
 
 
 def mask_kind(mask):
@@ -171,7 +177,7 @@ def mask_kind(mask):
 
 def block_of(head_dim):
     """The width of a tile that holds a head: matrix units multiply by 16 at least."""
-    return max(triton.next_power_of_2(head_dim), 16)
+    return max(next_power_of_2(head_dim), 16)
 
 
 def attention_forward(q, k, v, out, lse, mask, padding, cu_query, cu_key, seed, sizes, band, scale, threshold, keep_scale, precision, architecture, device):
@@ -185,7 +191,7 @@ def attention_forward(q, k, v, out, lse, mask, padding, cu_query, cu_key, seed, 
     tile_m, tile_n, warps, stages = attention_tile(
         architecture, "forward", q.dtype.itemsize, block, mask is not None or padding is not None or seed is not None or cu_query is not None
     )
-    tiles = triton.cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch + 1
+    tiles = cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch + 1
     arguments = (
         q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3), out, *strides(out, 3), lse, *strides(lse, 2),
         mask, *strides(mask, 4), padding, *strides(padding, 2), cu_query, cu_key, seed,

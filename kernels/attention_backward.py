@@ -33,6 +33,7 @@ from fastlm.kernels.attention_tiles import (
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
 from fastlm.kernels.philox import kept, kept_each
+from fastlm.kernels.sizes import cdiv
 
 
 @triton.jit
@@ -497,7 +498,7 @@ def attention_backward(
     numbers = *band, scale, threshold, keep_scale
 
     tile_m, tile_n, warps, stages = attention_tile(architecture, "query", q.dtype.itemsize, block, masked_at_all, exact)
-    tiles = triton.cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch + 1
+    tiles = cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch + 1
     arguments = (
         *inputs, out, *strides(out, 3), dout, *strides(dout, 3), lse, dlse, delta, *strides(lse, 2), *masks, cu_query, cu_key, seed, dq, *strides(dq, 3),
         batch, heads, groups, query_len, key_len, tiles, *numbers,
@@ -507,7 +508,7 @@ def attention_backward(
 
     if dk is not None:
         tile_m, tile_n, warps, stages = attention_tile(architecture, "key", q.dtype.itemsize, block, masked_at_all, exact)
-        tiles = triton.cdiv(key_len, tile_n) if cu_key is None else key_len // tile_n + batch
+        tiles = cdiv(key_len, tile_n) if cu_key is None else key_len // tile_n + batch
         arguments = (
             *inputs, dout, *strides(dout, 3), lse, delta, *strides(lse, 2), *masks, cu_query, cu_key, seed, dk, *strides(dk, 3), dv, *strides(dv, 3),
             batch, heads, groups, query_len, key_len, tiles, *numbers,
@@ -517,7 +518,7 @@ def attention_backward(
 
     if dmask is not None:
         tile_m, tile_n, warps, stages = attention_tile(architecture, "mask", q.dtype.itemsize, block)
-        tiles_m, tiles_n = triton.cdiv(query_len, tile_m), triton.cdiv(key_len, tile_n)
+        tiles_m, tiles_n = cdiv(query_len, tile_m), cdiv(key_len, tile_n)
         one_row = mask.shape[2] == 1
         programs = mask.shape[0] * mask.shape[1] * (1 if one_row else tiles_m) * tiles_n
         arguments = (

@@ -12,6 +12,7 @@ from fastlm.kernels.attention_tiles import LOG2E, any_not_finite, key_by_key, lo
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
 from fastlm.kernels.philox import kept
+from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 ROWS = 16  # queries of all heads that share a key head: the least that matrix units multiply by
 SHORTEST = 256  # keys of one stretch
@@ -137,9 +138,9 @@ def attention_decode_join_kernel(
 
 def stretches_of(batch, key_heads, key_len):
     """(keys of one stretch, how many), by sizes alone."""
-    wanted = max(1, min(PROGRAMS // max(1, batch * key_heads), MOST_STRETCHES, triton.cdiv(key_len, SHORTEST)))
-    stretch = triton.cdiv(triton.cdiv(key_len, wanted), SHORTEST) * SHORTEST
-    return stretch, triton.cdiv(key_len, stretch)
+    wanted = max(1, min(PROGRAMS // max(1, batch * key_heads), MOST_STRETCHES, cdiv(key_len, SHORTEST)))
+    stretch = cdiv(cdiv(key_len, wanted), SHORTEST) * SHORTEST
+    return stretch, cdiv(key_len, stretch)
 
 
 def serves(heads, key_heads, query_len, key_len):
@@ -162,4 +163,4 @@ def attention_decode(q, k, v, out, lse, mask, padding, seed, sizes, band, scale,
     constants = head_dim, block, ROWS, tile_n, mask_kind(mask), precision
     launch(attention_decode_kernel, batch * key_heads * stretches, arguments, constants, warps, stages, device)
     arguments = part, top, norm, out, *strides(out, 3), lse, heads, query_len, stretches
-    launch(attention_decode_join_kernel, queries, arguments, (head_dim, block, triton.next_power_of_2(stretches)), 4, 1, device)
+    launch(attention_decode_join_kernel, queries, arguments, (head_dim, block, next_power_of_2(stretches)), 4, 1, device)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastlm.kernels.configs import MLP
 from fastlm.kernels.launch import launch
+from fastlm.kernels.sizes import cdiv
 
 POINTS = 1024  # elements of a pointwise program
 
@@ -156,7 +157,7 @@ def programs(tiles, processors):
 def gelu_mlp_forward(x, w, w_strides, bias, hidden, activated, n, tanh, precision, tile, device, processors):
     """x: (rows, k) with unit last stride; w_strides: along its input and its output."""
     (rows, k), (tile_m, tile_n, tile_k, warps, stages) = x.shape, tile
-    tiles = triton.cdiv(rows, tile_m) * triton.cdiv(n, tile_n)
+    tiles = cdiv(rows, tile_m) * cdiv(n, tile_n)
     arguments = x, x.stride(0), w, *w_strides, bias, hidden, activated, rows, k, n
     launch(gelu_mlp_forward_kernel, programs(tiles, processors), arguments, (tanh, tile_m, tile_n, tile_k, precision), warps, stages, device)
 
@@ -164,16 +165,16 @@ def gelu_mlp_forward(x, w, w_strides, bias, hidden, activated, n, tanh, precisio
 def gelu_mlp_backward(dy, w, w_strides, hidden, dhidden, activated, n, tanh, precision, tile, device, processors):
     """dy: (rows, k) with unit last stride; w_strides: along dy's width and along hidden's."""
     (rows, k), (tile_m, tile_n, tile_k, warps, stages) = dy.shape, tile
-    tiles = triton.cdiv(rows, tile_m) * triton.cdiv(n, tile_n)
+    tiles = cdiv(rows, tile_m) * cdiv(n, tile_n)
     arguments = dy, dy.stride(0), w, *w_strides, hidden, dhidden, activated, rows, k, n
     launch(gelu_mlp_backward_kernel, programs(tiles, processors), arguments, (tanh, tile_m, tile_n, tile_k, precision), warps, stages, device)
 
 
 def gelu_mlp_activate(hidden, bias, activated, tanh, device):
     elements, n = hidden.numel(), hidden.shape[-1]
-    launch(gelu_mlp_activate_kernel, triton.cdiv(elements, POINTS), (hidden, bias, activated, elements, n), (tanh, POINTS, n >= POINTS), 4, 1, device)
+    launch(gelu_mlp_activate_kernel, cdiv(elements, POINTS), (hidden, bias, activated, elements, n), (tanh, POINTS, n >= POINTS), 4, 1, device)
 
 
 def gelu_mlp_slope(dactivated, hidden, activated, tanh, device):
     elements = hidden.numel()
-    launch(gelu_mlp_slope_kernel, triton.cdiv(elements, POINTS), (dactivated, hidden, activated, elements), (tanh, POINTS), 4, 1, device)
+    launch(gelu_mlp_slope_kernel, cdiv(elements, POINTS), (dactivated, hidden, activated, elements), (tanh, POINTS), 4, 1, device)

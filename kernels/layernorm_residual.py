@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fastlm.kernels.launch import launch
 from fastlm.kernels.philox import kept
+from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 WIDEST = 16384  # a row is held in registers
 ELEMENTS = 4096  # that one program aims to hold
@@ -112,40 +113,40 @@ def layernorm_residual_fold_kernel(share_ptr, dweight_ptr, dbias_ptr, shares, wi
 
 def tile(width, dropout):
     """(rows, block, warps) of one program's tile."""
-    block = max(triton.next_power_of_2(width), 64 if dropout else 1)
+    block = max(next_power_of_2(width), 64 if dropout else 1)
     rows = min(max(ELEMENTS // block, 1), 16)
     return rows, block, min(max(rows * block // 1024, 1), 16)
 
 
-def layernorm_residual_forward(x, residual, weight, bias, y, summed, mean, rstd, seed, rows, width, eps, threshold, keep_scale, device):
-    """x, residual: (rows, width) with unit last stride; the results are contiguous."""
+def layernorm_residual_forward(
+    x, x_stride, residual, residual_stride, weight, bias, y, summed, mean, rstd, seed, rows, width, eps, threshold, keep_scale, device
+):  # fmt: skip
+    """x, residual: rows with unit last stride, so far apart; the results are contiguous."""
     tile_rows, block, warps = tile(width, seed is not None)
-    arguments = (
-        x, x.stride(0), residual, 0 if residual is None else residual.stride(0), weight, bias, y, summed, mean, rstd, seed,
-        rows, width, eps, threshold, keep_scale,
-    )  # fmt: skip
-    launch(layernorm_residual_forward_kernel, triton.cdiv(rows, tile_rows), arguments, (tile_rows, block), warps, 1, device)
+    arguments = x, x_stride, residual, residual_stride, weight, bias, y, summed, mean, rstd, seed, rows, width, eps, threshold, keep_scale
+    launch(layernorm_residual_forward_kernel, cdiv(rows, tile_rows), arguments, (tile_rows, block), warps, 1, device)
 
 
 def cut(rows, width, dropout):
     """(programs, steps): how the rows are dealt out in backward, by sizes alone."""
-    tiles = triton.cdiv(rows, tile(width, dropout)[0])
-    steps = triton.cdiv(tiles, SHARES)
-    return triton.cdiv(tiles, steps), steps
+    tiles = cdiv(rows, tile(width, dropout)[0])
+    steps = cdiv(tiles, SHARES)
+    return cdiv(tiles, steps), steps
 
 
 def layernorm_residual_backward(
-    dy, dsummed, summed, weight, mean, rstd, dx, dresidual, shares_of_dweight, shares_of_dbias, seed, rows, width, threshold, keep_scale, device
+    dy, dy_stride, dsummed, dsummed_stride, summed, summed_stride, weight, mean, rstd, dx, dresidual, shares_of_dweight, shares_of_dbias, seed,
+    rows, width, programs, steps, threshold, keep_scale, device,
 ):  # fmt: skip
+    """programs, steps: of cut()."""
     tile_rows, block, warps = tile(width, seed is not None)
-    programs, steps = cut(rows, width, seed is not None)
     arguments = (
-        dy, 0 if dy is None else dy.stride(0), dsummed, 0 if dsummed is None else dsummed.stride(0), summed, summed.stride(0), weight, mean, rstd,
-        dx, dresidual, shares_of_dweight, shares_of_dbias, seed, rows, width, steps, threshold, keep_scale,
+        dy, dy_stride, dsummed, dsummed_stride, summed, summed_stride, weight, mean, rstd, dx, dresidual, shares_of_dweight, shares_of_dbias, seed,
+        rows, width, steps, threshold, keep_scale,
     )  # fmt: skip
     launch(layernorm_residual_backward_kernel, programs, arguments, (tile_rows, block), warps, 1, device)
 
 
 def layernorm_residual_fold(shares, dweight, dbias, programs, width, device):
     wanted = (dweight is not None) + (dbias is not None)
-    launch(layernorm_residual_fold_kernel, wanted * triton.cdiv(width, FOLD), (shares, dweight, dbias, programs, width), (FOLD,), 4, 1, device)
+    launch(layernorm_residual_fold_kernel, wanted * cdiv(width, FOLD), (shares, dweight, dbias, programs, width), (FOLD,), 4, 1, device)

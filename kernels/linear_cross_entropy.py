@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastlm.kernels.launch import launch
+from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 4096  # logits of a row that are in registers at a time
 ROWS = 64  # of a part, in the pass by columns
@@ -101,7 +102,7 @@ def linear_cross_entropy_columns_kernel(
 
 
 def parts(rows):
-    return triton.cdiv(rows, ROWS)
+    return cdiv(rows, ROWS)
 
 
 def linear_cross_entropy(logits, target, row_scale, loss, statistics, share, ignore_index, label_smoothing, device):
@@ -110,11 +111,11 @@ def linear_cross_entropy(logits, target, row_scale, loss, statistics, share, ign
     share: (parts(rows), vocab) in float32 for the sums of that gradient over the rows, with statistics (2, rows or more) to work in; or None, both.
     """
     rows, vocab = logits.shape
-    block = min(triton.next_power_of_2(vocab), BLOCK)
+    block = min(next_power_of_2(vocab), BLOCK)
     top, norm = (None, None) if share is None else statistics.unbind()
     arguments = logits, logits.stride(0), target, target.stride(0), row_scale if share is None else None, loss, top, norm, vocab, ignore_index, label_smoothing
     launch(linear_cross_entropy_kernel, rows, arguments, (label_smoothing != 0, block), max(1, min(8, block // 256)), 1, device, debug=True)
     if share is not None:
         block = min(block, 512)
         arguments = logits, logits.stride(0), target, target.stride(0), row_scale, top, norm, share, rows, vocab, ignore_index, label_smoothing
-        launch(linear_cross_entropy_columns_kernel, parts(rows) * triton.cdiv(vocab, block), arguments, (ROWS, block), 4, 1, device)
+        launch(linear_cross_entropy_columns_kernel, parts(rows) * cdiv(vocab, block), arguments, (ROWS, block), 4, 1, device)

@@ -5,7 +5,7 @@ import os
 import torch
 
 from fastlm.backends import isa
-from fastlm.backends.layout import dense_last, laid_out_like, matrix_of, rows_and_stride, without_gaps
+from fastlm.backends.layout import dense_last, laid_out_like, matrix_of, rows_and_stride, rows_if, without_gaps
 from fastlm.backends.pages import on_huge_pages
 from fastlm.backends.reference import out_of_range, shift_gradient, starts_of
 from fastlm.ops.boundary import mismatch
@@ -218,10 +218,6 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
 def single(parameter):
     """A weight or bias as the kernels take it: float32, one after the other."""
     return parameter if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()) else parameter.float().contiguous()
-
-
-def rows_if(x):
-    return (None, 0) if x is None else rows_and_stride(x)
 
 
 def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):

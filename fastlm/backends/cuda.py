@@ -13,8 +13,8 @@ import torch
 
 from fastlm.backends import isa
 from fastlm.backends import torch as native
-from fastlm.backends.gpu import DTYPES, attention_operators, beyond, by_layout, dropout, losses_and_gradients, new_like, on, precision, vector
-from fastlm.backends.layout import dense_last, matrix_of, rows_of
+from fastlm.backends.gpu import DTYPES, attention_operators, beyond, by_layout, dropout, losses_and_gradients, new_like, new_of_rows, on, precision, vector
+from fastlm.backends.layout import dense_last, matrix_of, rows_if, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
 EMULATED = os.environ.get("FASTLM_CUDA_EMULATION") == "1"
@@ -150,14 +150,13 @@ def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
     stream = x if residual is None else residual
     y = new_like(x)
     summed = new_like(stream, residual is not None or seed is not None)
-    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = new_of_rows(x)
     if x.numel():
-        flat, residual = rows_of(x), residual if residual is None else rows_of(residual)
-        weight, bias = vector(weight), vector(bias)
+        (rows, step), (residual, residual_step), weight, bias, width = rows_if(x), rows_if(residual), vector(weight), vector(bias), x.shape[-1]
         launch(
-            kernels.layernorm_residual_forward, x, LAUNCHED_AS[x.dtype], LAUNCHED_AS[stream.dtype], LAUNCHED_AS[weight.dtype], address(flat), flat.stride(0),
-            address(residual), 0 if residual is None else residual.stride(0), address(weight), address(bias), written(y), written(summed),
-            written(mean), written(rstd), address(seed), *flat.shape, eps, dropout_p,
+            kernels.layernorm_residual_forward, x, LAUNCHED_AS[x.dtype], LAUNCHED_AS[stream.dtype], LAUNCHED_AS[weight.dtype], address(rows), step,
+            address(residual), residual_step, address(weight), address(bias), written(y), written(summed), written(mean), written(rstd), address(seed),
+            x.numel() // width, width, eps, dropout_p,
         )  # fmt: skip
     return y, summed, mean, rstd
 
@@ -169,17 +168,16 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
     if summed.numel() == 0 or dy is None:
         dweight, dbias = (d if d is None else d.zero_() for d in (dweight, dbias))
     if summed.numel():
-        flat, weight = rows_of(summed), vector(weight)
-        dy, dsummed = (d if d is None else rows_of(d) for d in (dy, dsummed))
+        (flat, step), (dy, dy_step), (dsummed, dsummed_step), weight = rows_if(summed), rows_if(dy), rows_if(dsummed), vector(weight)
         sums = [d if dy is not None else None for d in (dweight, dbias)]
         wanted = sum(d is not None for d in sums)
         shape = wanted, kernels.layernorm_residual_most_shares(), -(-width // 8) * 8
         shares = torch.empty(shape, dtype=torch.float32, device=summed.device) if wanted else None
         launch(
             kernels.layernorm_residual_backward, summed,
-            LAUNCHED_AS[dtype], LAUNCHED_AS[summed.dtype], LAUNCHED_AS[weight.dtype], address(dy), 0 if dy is None else dy.stride(0),
-            address(dsummed), 0 if dsummed is None else dsummed.stride(0), address(flat), flat.stride(0), address(weight), address(mean), address(rstd),
-            written(dx), written(dresidual), *map(written, sums), written(shares), address(seed), *flat.shape, dropout_p,
+            LAUNCHED_AS[dtype], LAUNCHED_AS[summed.dtype], LAUNCHED_AS[weight.dtype], address(dy), dy_step, address(dsummed), dsummed_step, address(flat), step,
+            address(weight), address(mean), address(rstd), written(dx), written(dresidual), *map(written, sums), written(shares), address(seed),
+            summed.numel() // width, width, dropout_p,
         )  # fmt: skip
     return dx, dresidual, dweight, dbias
 
@@ -282,7 +280,10 @@ MOST_STRETCHES = 128
 
 def strides(x, rank):
     """As if expanded: 0 where a size is 1; all 0 for None."""
-    return (0,) * rank if x is None else tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:rank], x.stride()[:rank], strict=True))
+    if x is None:
+        return (0,) * rank
+    shape, own = x.shape, x.stride()
+    return tuple([0 if shape[i] == 1 else own[i] for i in range(rank)]) if 1 in shape else own[:rank]
 
 
 def mask_type(mask, dtype):

@@ -24,6 +24,11 @@ def rows_and_stride(x: Tensor) -> tuple[Tensor, int]:
     return flat, flat.stride(0)
 
 
+def rows_if(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """The same, where there is a tensor."""
+    return (None, 0) if x is None else rows_and_stride(x)
+
+
 def dense_last(x: Tensor) -> Tensor:
     """x with a contiguous last dimension."""
     if x.stride(-1) == 1 or x.shape[-1] == 1:

@@ -11,8 +11,21 @@ import torch
 
 import fastlm
 from fastlm.backends import torch as native
-from fastlm.backends.gpu import DTYPES, attention_operators, beyond, by_layout, dropout, losses_and_gradients, new_like, on, precision, processors, vector
-from fastlm.backends.layout import dense_last, rows_of
+from fastlm.backends.gpu import (
+    DTYPES,
+    attention_operators,
+    beyond,
+    by_layout,
+    dropout,
+    losses_and_gradients,
+    new_like,
+    new_of_rows,
+    on,
+    precision,
+    processors,
+    vector,
+)  # fmt: skip
+from fastlm.backends.layout import dense_last, rows_if, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -195,13 +208,15 @@ def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
     stream = x if residual is None else residual
     y = new_like(x)
     summed = new_like(stream, residual is not None or seed is not None)
-    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = new_of_rows(x)
     if x.numel():
-        flat, residual = rows_of(x), residual if residual is None else rows_of(residual)
+        width = x.shape[-1]
+        (flat, step), (residual, residual_step) = rows_if(x), rows_if(residual)
         with on(x):
             kernels().layernorm_residual.layernorm_residual_forward(
-                flat, residual, vector(weight), vector(bias), y, summed, mean, rstd, seed, *flat.shape, eps, *dropout(dropout_p), x.device.index
-            )
+                flat, step, residual, residual_step, vector(weight), vector(bias), y, summed, mean, rstd, seed, x.numel() // width, width, eps,
+                *dropout(dropout_p), x.device.index,
+            )  # fmt: skip
     return y, summed, mean, rstd
 
 
@@ -212,18 +227,18 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
     if summed.numel() == 0 or dy is None:
         dweight, dbias = (d if d is None else d.zero_() for d in (dweight, dbias))
     if summed.numel():
-        flat = rows_of(summed)
-        dy, dsummed = (d if d is None else rows_of(d) for d in (dy, dsummed))
+        rows, device = summed.numel() // width, summed.device.index
+        inputs = *rows_if(dy), *rows_if(dsummed), *rows_if(summed)
         wanted = dy is not None and (needed[2] or needed[3])
-        programs, _ = kernels().layernorm_residual.cut(*flat.shape, seed is not None)
-        shares = torch.empty((needed[2] + needed[3], programs, width), dtype=torch.float32, device=summed.device) if wanted else None
+        programs, steps = kernels().layernorm_residual.cut(rows, width, seed is not None)
+        shares = summed.new_empty((needed[2] + needed[3], programs, width), dtype=torch.float32) if wanted else None
         with on(summed):
             kernels().layernorm_residual.layernorm_residual_backward(
-                dy, dsummed, flat, vector(weight), mean, rstd, dx, dresidual, shares[0] if wanted and needed[2] else None,
-                shares[-1] if wanted and needed[3] else None, seed, *flat.shape, *dropout(dropout_p), summed.device.index,
+                *inputs, vector(weight), mean, rstd, dx, dresidual, shares[0] if wanted and needed[2] else None, shares[-1] if wanted and needed[3] else None,
+                seed, rows, width, programs, steps, *dropout(dropout_p), device,
             )  # fmt: skip
             if wanted:
-                kernels().layernorm_residual.layernorm_residual_fold(shares, dweight, dbias, programs, width, summed.device.index)
+                kernels().layernorm_residual.layernorm_residual_fold(shares, dweight, dbias, programs, width, device)
     return dx, dresidual, dweight, dbias
 
 

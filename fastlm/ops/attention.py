@@ -161,7 +161,7 @@ def finite_scale(scale, head_dim):
         return head_dim**-0.5
     if not abs(scale) < math.inf:
         raise mismatch("scale", "a finite number", scale)
-    return scale
+    return float(scale)  # whole numbers are another type to a kernel
 
 
 def check_window(window):

@@ -59,6 +59,7 @@ def layernorm_residual(
         check_like("bias", bias, weight, "weight")
     if not eps > 0:
         raise mismatch("eps", "a positive number", eps)
+    eps = float(eps)  # whole numbers are another type to a kernel
     check_probability("dropout_p", dropout_p)
 
     dropout = dropout_p > 0

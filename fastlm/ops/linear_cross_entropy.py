@@ -71,6 +71,7 @@ def linear_cross_entropy(
     check_choice("reduction", reduction, REDUCTIONS)
     if not 0 <= label_smoothing <= 1:
         raise mismatch("label_smoothing", "a share in [0, 1]", label_smoothing)
+    label_smoothing = float(label_smoothing)  # whole numbers are another type to a kernel
 
     backend = backends.requested(backend) if opaque(x, weight, target, bias) else serving(x, weight, backend)  # once: the backward uses the same
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *originals)):

@@ -10,7 +10,7 @@ import torch
 import fastlm
 from fastlm.backends import choice, table
 from fastlm.backends import triton as backend
-from tests.support import WITH_TRITON, floats, on_backends
+from tests.support import floats, on_backends
 
 CUDA = torch.device("cuda", 0)
 
@@ -320,7 +320,7 @@ class Kernel:
     """Counts how often Triton's own way of launching is taken, and hands out what it compiles."""
 
     def __init__(self):
-        self.slow, self.fast = [], []
+        self.slow, self.fast, self.told = [], [], []
 
     def __getitem__(self, grid):
         def run(*arguments, **options):
@@ -331,24 +331,43 @@ class Kernel:
 
 
 class Compiled:
+    """As Triton's: started by run(), or, where someone is to be told, by what binary[grid] gives."""
+
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, kernel):
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.fast.append((grid, arguments))
+        return lambda *arguments: self.kernel.told.append((grid, arguments))
+
+    def run(self, *given):
+        *grid, stream, function, metadata, of_launch, on_enter, on_exit = given[:9]
+        assert (stream, function, metadata) == ("stream", "function", "metadata") and of_launch is on_enter is on_exit is None
+        self.kernel.fast.append((tuple(grid), given[9:]))
 
 
-@pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")
-def test_the_second_launch_of_a_kind_goes_past_triton(monkeypatch):
+@pytest.fixture
+def launch(monkeypatch):
+    """kernels/launch.py as on a GPU, with nothing launched before."""
+    pytest.importorskip("triton")
     from fastlm.kernels import launch
 
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "compiled", {})
+    monkeypatch.setattr(launch, "repeated", {})
+    monkeypatch.setattr(launch, "current_stream", lambda: lambda device: "stream")
+    return launch
+
+
+def test_the_second_launch_of_a_kind_goes_past_triton(launch):
     kernel, x = Kernel(), torch.zeros(64)
     go = lambda *arguments, constants=(32,), device=0, warps=4: launch.launch(kernel, 7, arguments, constants, warps, 2, device)  # noqa: E731
     go(x, 48, 0.5, None)
-    go(torch.ones(64), 64, 0.25, None)  # another tensor, another size, another number of the same kinds
-    assert len(kernel.slow) == 1 and kernel.fast[0][0] == (7, 1, 1) and kernel.fast[0][1][1:] == (64, 0.25, None, 32)
+    for number, (size, factor) in enumerate([(64, 0.25), (64, 0.25), (48, 0.5)], start=1):  # another tensor, and numbers of the same kinds, new and seen before
+        go(torch.ones(64), size, factor, None)
+        assert len(kernel.slow) == 1 and len(kernel.fast) == number
+        assert kernel.fast[-1][0] == (7, 1, 1) and kernel.fast[-1][1][0].sum() == 64 and kernel.fast[-1][1][1:] == (size, factor, None, 32)
     assert kernel.slow[0][2] == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     others = [(x.half(), 48, 0.5, None), (x[1:], 48, 0.5, None), (x, 49, 0.5, None), (x, 1, 0.5, None), (x, 2**40, 0.5, None), (x, 48, 0.5, x)]
     for other in others:
@@ -358,7 +377,24 @@ def test_the_second_launch_of_a_kind_goes_past_triton(monkeypatch):
     go(x, 48, 0.5, None, warps=8)
     assert len(kernel.slow) == 1 + len(others) + 3
     launch.launch(kernel, 0, (x,), (), 4, 2, 0)  # nothing to do
-    assert len(kernel.slow) == 1 + len(others) + 3
+    assert len(kernel.slow) == 1 + len(others) + 3 and len(kernel.fast) == 3
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_asked_triton_for_launches_is_told_of_them(hook, launch):
+    import triton
+
+    kernel, x, chain = Kernel(), torch.zeros(64), getattr(triton.knobs.runtime, hook)
+    for _ in range(2):
+        launch.launch(kernel, 7, (x, 48), (32,), 4, 2, 0)
+    chain.add(print)
+    try:
+        launch.launch(kernel, 7, (x, 48), (32,), 4, 2, 0)
+    finally:
+        chain.remove(print)
+    assert len(kernel.slow) == len(kernel.fast) == 1 and kernel.told == [((7, 1, 1), (x, 48, 32))]
+    launch.launch(kernel, 7, (x, 48), (32,), 4, 2, 0)
+    assert len(kernel.fast) == 2
 
 
 def compiled_for(kernel, arguments, constants):
@@ -417,14 +453,9 @@ def test_no_length_is_compiled_anew(run, joins, card, backend, monkeypatch):
     assert seen[0] and sorted(constants[-1] for _, constants, *_ in others) == joins, "\n".join(f"{kind[0]}: {kind[1:]}" for kind in others)
 
 
-@pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("hip, kinds", [(False, 1), (True, 2)])
-def test_on_amd_what_lies_beyond_2_gib_is_another_kind(hip, kinds, monkeypatch):
+def test_on_amd_what_lies_beyond_2_gib_is_another_kind(hip, kinds, launch, monkeypatch):
     """There Triton compiles offsets of 32 bits where the storage, not the view of it, allows them."""
-    from fastlm.kernels import launch
-
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "compiled", {})
     monkeypatch.setattr(launch, "HIP", hip)
     kernel = Kernel()
     for length in (16, 2**31 - 1, 2**31, 2**33):
@@ -435,13 +466,11 @@ def test_on_amd_what_lies_beyond_2_gib_is_another_kind(hip, kinds, monkeypatch):
     assert [arguments[0].untyped_storage().nbytes() for _, arguments, _ in kernel.slow] == [16, 2**31][:kinds]
 
 
-@pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")
-def test_what_is_compiled_is_bounded(monkeypatch):
-    from fastlm.kernels import launch
-
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "compiled", {})
-    monkeypatch.setattr(launch, "MOST_COMPILED", 3)
+def test_what_is_compiled_is_bounded(launch, monkeypatch):
+    monkeypatch.setattr(launch, "MOST", 3)
     for constant in range(20):
-        launch.launch(Kernel(), 1, (), (constant,), 4, 2, 0)
-    assert len(launch.compiled) <= 3
+        kernel = Kernel()
+        for size in (32, 32, 64, 96, 128):
+            launch.launch(kernel, 1, (size,), (constant,), 4, 2, 0)
+        assert len(kernel.slow) == 1 and len(kernel.fast) == 4
+    assert len(launch.compiled) <= 3 and len(launch.repeated) <= 3

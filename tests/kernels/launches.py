@@ -1,8 +1,8 @@
 """Launches every kernel through Triton's real launcher, on a stub of the CUDA driver (stub_libcuda.c): launches.py OUT.json FOLDER
 
 A process of its own, with FOLDER, where the stub is, in LD_LIBRARY_PATH and TRITON_LIBCUDA_PATH. The backend is called on tensors of the CPU as if they lay on
-an H100, and each launch is made three times: by kernels/launch.py with other values of the same kinds, by kernels/launch.py with its own values, which goes
-past Triton, and through Triton. OUT.json gets what the driver was given each time, and what it should have been given.
+an H100, and each launch is made four times: by kernels/launch.py with other values of the same kinds, by kernels/launch.py with its own values, which goes
+past Triton, once more, when it has seen them, and through Triton. OUT.json gets what the driver was given each time, and what it should have been given.
 """
 
 import ctypes
@@ -171,7 +171,7 @@ def main():
 
     made = []
 
-    def thrice(kernel, programs, arguments, constants, warps, stages, device, debug=False):
+    def each_way(kernel, programs, arguments, constants, warps, stages, device, debug=False):
         global STREAM
         begin, counts = len(driven), [len(through_triton)]
         others = tuple(map(another, arguments))
@@ -179,10 +179,12 @@ def main():
             STREAM += 16
             to_launch(kernel, grid, values, constants, warps, stages, device, debug)
             counts.append(len(through_triton))
+        to_launch(kernel, programs, arguments, constants, warps, stages, device, debug)
+        counts.append(len(through_triton))
         options = {"debug": True, "sanitize_overflow": False} if debug else {}
         binary = kernel[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **options)
-        key = (kernel, device, warps, stages, constants, *map(launch.kind, arguments))
-        first, past, own = driven[begin:]
+        key = (id(kernel), device, warps, stages, constants, *map(launch.kind, arguments))
+        first, past, again, own = driven[begin:]
         assert (first["stream"], first["grid"]) == (STREAM - 16, [programs + 1, 1, 1])
         made.append(
             {
@@ -195,14 +197,14 @@ def main():
                 "through_triton": [after - before for before, after in itertools.pairwise(counts)],
                 "same_binary": launch.compiled[key] is binary,
                 "parameters": {"first": parameters_of(kernel, others), "past": parameters_of(kernel, arguments)},
-                "driven": {"first": first, "past": past, "own": own},
+                "driven": {"first": first, "past": past, "again": again, "own": own},
             }
         )
 
     to_launch = launch.launch
     for module in backend.modules():
         if hasattr(module, "launch"):
-            module.launch = thrice
+            module.launch = each_way
     for title, card, call in cases():  # noqa: B007
         backend.architecture = lambda index, card=card: card
         call()

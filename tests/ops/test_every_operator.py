@@ -5,6 +5,7 @@ import contextlib
 import mmap
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
 from fastlm.backends import load
+from fastlm.backends import torch as native
 from tests.ops.cases import CASES, on_every_case
 from tests.support import BACKENDS as ALL
 from tests.support import EMULATED, SLOW, as_tuple, assert_same_bits, error, floats, on_backends, on_every_backend, targets
@@ -572,3 +574,21 @@ def test_checkpointing_replays(case, backend):
     replayed = torch.autograd.grad(again, leaves, [floats(*y.shape).to(y.dtype) for y in again])
     assert_close([y.detach() for y in again], results)
     assert_close(replayed, gradients)
+
+
+@pytest.mark.parametrize("number", [1, np.float32(1)], ids=["whole", "NumPy's"])
+def test_whatever_number_is_given_a_backend_gets_a_float(number, monkeypatch):
+    """A kernel would be compiled for another type."""
+    x, target, seen = floats(1, 1, 4, 8), targets(8, 4), []
+    for name in ("attention_forward", "layernorm_residual_forward", "linear_cross_entropy_forward"):
+        own = getattr(native, name)
+
+        def spy(*given, own=own):
+            seen.append([type(a) for a in given if isinstance(a, (int, float, np.floating)) and a is not True and a is not False])
+            return own(*given)
+
+        monkeypatch.setattr(native, name, spy)
+    fastlm.attention(x, x, x, scale=number, backend="torch")
+    fastlm.layernorm_residual(x, None, x[0, 0, 0], eps=number, backend="torch")
+    fastlm.linear_cross_entropy(x[0, 0], floats(8, 8), target, label_smoothing=number, backend="torch")
+    assert seen == [[float, int, int, float], [float, float], [int, float]]
