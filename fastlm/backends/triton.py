@@ -121,6 +121,7 @@ def refuses(operator, device, dtype, **features):
 # linear: the vendor's GEMM, which nothing here would improve on
 
 
+LINEAR_IS_PYTORCHS = True
 linear_forward, linear_backward = native.linear_forward, native.linear_backward
 
 

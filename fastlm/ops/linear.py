@@ -10,8 +10,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastlm import backends
 from fastlm.backends import reference
+from fastlm.backends import torch as native
 from fastlm.ops import autocast
-from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, mismatch, opaque, present
+from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, lowered, mismatch, opaque, present
 
 LAYOUTS = ("linear", "conv1d")
 
@@ -37,7 +38,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, layout: str
     """
     originals: tuple = ()
     if autocasts(x):
-        x, originals, weight, bias = autocast.lowered_for(x, weight, bias)
+        if x.is_cuda:
+            x, weight, bias = lowered(x, weight, bias)
+        else:
+            x, originals, weight, bias = autocast.lowered_for(x, weight, bias)
     check_rows(x)
     check_choice("layout", layout, LAYOUTS)
     out_width = check_weight("weight", weight, x.shape[-1], layout, "the last dimension of x")
@@ -47,6 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, layout: str
         check_like("bias", bias, x)
 
     backend = backends.requested(backend) if opaque(x, weight, bias) else serving(x, weight, layout, backend)  # once: the backward uses the same
+    if hasattr(backend, "LINEAR_IS_PYTORCHS") and not originals:
+        return native.linear(x, weight, bias, layout)  # with PyTorch's own gradients: a node of ours around them costs the host more than a launch
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *originals)):
         return Linear.apply(x, weight, bias, layout, backend, *originals)
     return linear_forward(x, weight, bias, layout, backend)

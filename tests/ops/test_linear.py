@@ -161,3 +161,12 @@ def test_nan_stays_in_its_row_and_column(backend):
 def test_errors_say_which_and_why(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@on_backends("triton", "cuda")
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_on_a_gpu_nothing_stands_between_it_and_pytorchs_gradients(layout, backend):
+    """There it is PyTorch's product, and a node of ours would cost the host more than a launch. (What it computes the other tests show.)"""
+    y = fastlm.linear(floats(2, 9, 8).requires_grad_(), floats(8, 8), floats(8), layout=layout, backend=backend)
+    assert y.requires_grad and not isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction)
+    assert isinstance(fastlm.linear(floats(2, 8).requires_grad_(), floats(8, 8), backend="reference").grad_fn, torch.autograd.function.BackwardCFunction)
