@@ -17,6 +17,8 @@ SANITIZED = tests/build/gpu_sanitized.sh $(PYTHON) $(OUT) $(LIMIT) $(TOOLS) --
 
 # The compute capabilities of the NVIDIA GPUs here, as setup.py takes them: 80,90
 CARDS := import torch; of = torch.cuda.get_device_capability; print(",".join(sorted({"%d%d" % of(i) for i in range(torch.cuda.device_count()) if not torch.version.hip})))
+# Most of the time of the tests on a GPU goes into compiling kernels: several at a time, where pytest-xdist is.
+SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
 .PHONY: demo test bench gpu gpu-sanitize models lint format emulated sanitize clean
 
@@ -42,8 +44,8 @@ gpu:
 	PYTHONPATH="$(CURDIR)" $(PYTHON) -m fastlm.cli info | tee $(OUT)/info.txt
 	{ $(SANITIZED) > $(OUT)/sanitizer.txt 2>&1 || echo "compute-sanitizer: exit status $$?" >> $(OUT)/failed; } & \
 	{ PYTHONPATH="$(CURDIR)" FASTLM_TEST_DEVICE=cuda \
-	  FASTLM_TEST_BACKENDS=triton$$(PYTHONPATH="$(CURDIR)" $(PYTHON) -c 'import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")') timeout 310 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/ops \
-	  --junitxml=$(OUT)/tests.xml $(ARGS) || echo "the tests: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/tests.txt; wait
+	  FASTLM_TEST_BACKENDS=triton$$(PYTHONPATH="$(CURDIR)" $(PYTHON) -c 'import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")') timeout 310 $(PYTHON) -m pytest -q -p no:cacheprovider \
+	  $$($(PYTHON) -c '$(SEVERAL)' 2> /dev/null) -m gpu tests/kernels tests/ops --junitxml=$(OUT)/tests.xml $(ARGS) || echo "the tests: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/tests.txt; wait
 	@grep ^compute-sanitizer $(OUT)/sanitizer.txt
 	{ PYTHONPATH="$(CURDIR)" timeout -k 20 220 $(PYTHON) -m fastlm.cli bench --gpu --limit 190 --table $(OUT)/table.json --json $(OUT)/bench.json --markdown $(OUT)/bench.md \
 	  $$($(PYTHON) -c 'import matplotlib; print("--plot $(OUT)/bench.png")' 2> /dev/null) || echo "the measurements: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/bench.txt

@@ -13,7 +13,8 @@ PYTHON = """#!/bin/sh
 case "$*" in
   *get_device_capability*) echo "$FAKE_CARDS" ;;
   setup.py*) echo "archs $FASTLM_CUDA_ARCHS" >> "$LOG"; case "$FASTLM_CUDA_ARCHS" in 75) exit 1 ;; esac ;;
-  *"-m pytest"*) echo "tests on $FASTLM_TEST_BACKENDS" >> "$LOG"; exit "$TESTS" ;;
+  *xdist*) test -z "$XDIST" || echo "-n $XDIST"; test -n "$XDIST" ;;
+  *"-m pytest"*) echo "$*" > "$LOG.pytest"; echo "tests on $FASTLM_TEST_BACKENDS" >> "$LOG"; exit "$TESTS" ;;
   *" bench --gpu"*) echo "measurements" >> "$LOG"; exit "$BENCH" ;;
   *'print(*'*) echo "$REFUSES" ;;
   *backends*) echo ",cuda" ;;
@@ -40,7 +41,7 @@ def make(tmp_path):
         log = tmp_path / "log"
         log.write_text("")
         environment = {k: v for k, v in os.environ.items() if k not in ("FASTLM_CUDA_ARCHS", "MAKEFLAGS", "MAKELEVEL")}
-        environment |= {"LOG": str(log), "TESTS": str(tests), "BENCH": str(bench), "FAKE_CARDS": cards, "FINDS": "0", "REFUSES": ""}
+        environment |= {"LOG": str(log), "TESTS": str(tests), "BENCH": str(bench), "FAKE_CARDS": cards, "FINDS": "0", "REFUSES": "", "XDIST": ""}
         environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **given}
         command = ["make", "-C", str(ROOT), target, f"PYTHON={python}", f"OUT={tmp_path / 'out'}"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -56,6 +57,14 @@ def test_what_fails_fails_the_whole_and_keeps_nothing_from_running(tests, bench,
     assert (done.returncode == 0) == (tests == bench == 0), done.stderr
     said = done.stdout.splitlines()
     assert (f"the tests: exit status {tests}" in said) == bool(tests) and (f"the measurements: exit status {bench}" in said) == bool(bench)
+
+
+@pytest.mark.parametrize("xdist", ["", "7"])
+def test_several_tests_at_a_time_where_there_is_something_for_it(xdist, make, tmp_path):
+    done, _ = make(XDIST=xdist)
+    given = (tmp_path / "log.pytest").read_text().split()
+    assert done.returncode == 0 and "gpu" in given
+    assert [after for before, after in zip(given, given[1:], strict=False) if before == "-n"] == [xdist] * bool(xdist)
 
 
 def test_an_earlier_run_that_failed_is_forgotten(make):
