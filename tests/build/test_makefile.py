@@ -1,5 +1,6 @@
 """`make gpu` where there is no GPU: a Python and a compute-sanitizer that only say what they were asked for."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -64,7 +65,7 @@ def test_several_tests_at_a_time_where_there_is_something_for_it(xdist, make, tm
     done, _ = make(XDIST=xdist)
     given = (tmp_path / "log.pytest").read_text().split()
     assert done.returncode == 0 and "gpu" in given
-    assert [after for before, after in zip(given, given[1:], strict=False) if before == "-n"] == [xdist] * bool(xdist)
+    assert [after for before, after in itertools.pairwise(given) if before == "-n"] == [xdist] * bool(xdist)
 
 
 def test_an_earlier_run_that_failed_is_forgotten(make):

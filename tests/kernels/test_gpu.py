@@ -59,10 +59,13 @@ def test_the_same_step_as_on_the_cpu(backend):
         assert (a - b).abs().max() <= 1e-4 * max(a.abs().max().item(), 1e-3)
 
 
-def test_a_training_step_in_a_graph(backend):
+@pytest.mark.parametrize(
+    "adamw", [lambda p: torch.optim.AdamW(p, lr=1e-3, capturable=True), lambda p: fastlm.optim.AdamW(p, lr=1e-3, max_grad_norm=1.0)], ids=["torch", "fastlm"]
+)
+def test_a_training_step_in_a_graph(adamw, backend):
     tokens = torch.randint(301, (2, 128), device="cuda")
     model = gpt2()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+    optimizer = adamw(model.parameters())
     fastlm.warmup(model, [(2, 128)])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
