@@ -18,6 +18,9 @@ STRETCH = 128  # tokens that one graph is replayed for: as many keys are looked 
 FEWEST = 4  # replays that are worth making one
 ONE_AT_A_TIME = threading.Lock()  # two threads cannot capture on one stream
 
+# By the stream that replays it. A later graph uses its memory: that of graphs which are gone PyTorch would keep for nobody until there is none left.
+newest: dict[torch.cuda.Stream, torch.cuda.CUDAGraph] = {}
+
 
 class PlacedCache(KVCache):
     """A cache as a captured step sees it: the new token goes to `place`, (1,) int64, and the first `seen` places are looked at, filled or not."""
@@ -45,7 +48,7 @@ class CapturedSteps(Steps):
 
     waits = False
     seen = 0  # places that the steps look at now
-    captured = False  # whether the newest graph does
+    captured = False  # whether the graph does
 
     def __call__(self, end: int) -> None:
         if end == self.prompt:
@@ -58,9 +61,9 @@ class CapturedSteps(Steps):
             self.in_place()  # once without a graph: what is new is compiled, which cannot be captured
         elif self.captured or seen - end >= FEWEST:
             if not self.captured:
-                self.graphs.append(capture(self.in_place, self.generator, self.graphs))
+                self.graph = capture(self.in_place, self.generator)
                 self.captured = True
-            self.graphs[-1].replay()
+            self.graph.replay()
         else:
             self.in_place()
 
@@ -69,7 +72,6 @@ class CapturedSteps(Steps):
         for kept in (*self.cache.keys, *self.cache.values):
             assert kept is not None  # the prompt has been written there
             kept[:, :, self.prompt :].zero_()
-        self.graphs: list[torch.cuda.CUDAGraph] = []
         self.place = self.begun.new_full((1,), self.prompt)
         self.token = self.sequences[:, self.prompt, None].clone()
         self.position = (self.place if self.positions is None else self.positions[:, self.prompt]).clone()[:, None]
@@ -97,7 +99,7 @@ def beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
     return torch.cuda.Stream(stream.device)
 
 
-def capture(step: Callable[[], None], generator: torch.Generator | None, earlier: list[torch.cuda.CUDAGraph]) -> torch.cuda.CUDAGraph:
+def capture(step: Callable[[], None], generator: torch.Generator | None) -> torch.cuda.CUDAGraph:
     """What `step` launches on the current device, for replaying on the current stream; it must have run before, so that nothing is compiled now.
 
     Unlike the context manager torch.cuda.graph this neither collects garbage nor gives PyTorch's cached memory back to the driver, which would take longer than
@@ -105,7 +107,6 @@ def capture(step: Callable[[], None], generator: torch.Generator | None, earlier
 
     Args:
         generator: what the step draws from, if not the default one.
-        earlier: graphs that are not replayed any more, whose memory this one uses too. They must live as long as it does.
 
     Raises:
         RuntimeError: the step waits for the GPU, which a graph cannot.
@@ -116,14 +117,14 @@ def capture(step: Callable[[], None], generator: torch.Generator | None, earlier
     current = torch.cuda.current_stream()
     with ONE_AT_A_TIME, torch.cuda.stream(beside(current)):
         torch.cuda.current_stream().wait_stream(current)
+        pool = newest[current].pool() if current in newest else None
         try:
-            graph.capture_begin(
-                earlier[-1].pool() if earlier else None, capture_error_mode="thread_local"
-            )  # other threads may go on with what they do on the GPU
+            graph.capture_begin(pool, capture_error_mode="thread_local")  # other threads may go on with what they do on the GPU
             try:
                 step()
             finally:
                 graph.capture_end()
         except RuntimeError as why:
             raise RuntimeError(f"a step of generate could not be captured; cuda_graphs=False launches each step for itself ({why})") from why
+        newest[current] = graph
     return graph

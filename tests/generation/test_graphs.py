@@ -16,8 +16,7 @@ def recordings(monkeypatch):
     """CUDA graphs of `STRETCH` steps on this device: those that were made, in order."""
     made = []
 
-    def capture(step, generator, earlier):
-        assert earlier == made  # they are kept
+    def capture(step, generator):
         return made.append(Recording(step, generator)) or made[-1]
 
     monkeypatch.setattr(graphs, "possible", lambda model, device: True)
@@ -161,19 +160,20 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[current[0]])
     monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(graphs, "newest", {})
     graphs.beside.cache_clear()
     yield streams, current
     graphs.beside.cache_clear()
 
 
 def test_captures_take_place_beside_the_current_stream(cuda):
-    """On the same one each time, after what is on the current one, in the memory of those before; and draw from the generator that is given."""
+    """On the same one each time, after what is on the current one, in the memory of the one before; and draw from the generator that is given."""
     streams, current = cuda
     steps, generator = [], torch.Generator()
-    first = graphs.capture(lambda: steps.append(torch.cuda.current_stream()), generator, [])
-    second = graphs.capture(lambda: steps.append(torch.cuda.current_stream()), None, [first])
+    first = graphs.capture(lambda: steps.append(torch.cuda.current_stream()), generator)
+    second = graphs.capture(lambda: steps.append(torch.cuda.current_stream()), None)
     current[0] = 1
-    third = graphs.capture(lambda: steps.append(torch.cuda.current_stream()), None, [])
+    third = graphs.capture(lambda: steps.append(torch.cuda.current_stream()), None)
     assert first.generators == (generator,) and second.generators == third.generators == ()
     assert [graph.begun for graph in (first, second, third)] == [(None, steps[0]), (id(first), steps[1]), (None, steps[2])]
     assert steps[0] is steps[1] is not steps[2] and not {*steps} & {*streams[:2]}
@@ -187,7 +187,7 @@ def test_a_step_that_waits_is_told_what_to_do(cuda, monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(RuntimeError, match=r"a step of generate could not be captured; cuda_graphs=False launches each step for itself .*previous error"):
-        graphs.capture(step, None, [])
+        graphs.capture(step, None)
 
 
 def test_the_recording_refuses_to_wait():
