@@ -236,6 +236,11 @@ def bench(
         return
 
     from fastlm.commands import bench
+    from fastlm.ops.boundary import mismatch
+
+    for name, given in (("table", table), ("limit", limit)):
+        if given is not None:
+            raise mismatch(name, "--gpu with it", f"{given} for the CPU")
 
     bench.run(
         operators=operators, dtypes=dtypes, threads=threads, ways=directions, models=model, recompute=recompute, accelerated_cases=case, checkpoint=checkpoint,

@@ -341,6 +341,12 @@ def test_info_measures_each_kind_of_gpu(two_gpus, monkeypatch):
     assert "nothing to choose between" in said and "GPU: Other: not measured yet" in said
 
 
+@pytest.mark.parametrize("name, value", [("limit", "7"), ("table", "t.json")])
+def test_what_only_a_gpus_measurements_take_is_refused_without_one(name, value):
+    result = fastlm_command("bench", f"--{name}", value)
+    assert result.exit_code == 1 and result.stderr.startswith(f"error: {name}: expected --gpu with it, got {value[0]}")
+
+
 def test_bench_on_a_gpu_hands_on_its_options(monkeypatch, tmp_path):
     taken = []
     monkeypatch.setattr(bench_gpu, "run", lambda files, limit: taken.append((files, limit)))
