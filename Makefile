@@ -46,7 +46,7 @@ gpu:
 	{ PYTHONPATH="$(CURDIR)" FASTLM_TEST_DEVICE=cuda \
 	  FASTLM_TEST_BACKENDS=triton$$(PYTHONPATH="$(CURDIR)" $(PYTHON) -c 'import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")') timeout 310 $(PYTHON) -m pytest -q -p no:cacheprovider \
 	  $$($(PYTHON) -c '$(SEVERAL)' 2> /dev/null) -m gpu tests/kernels tests/ops --junitxml=$(OUT)/tests.xml $(ARGS) || echo "the tests: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/tests.txt; wait
-	@grep ^compute-sanitizer $(OUT)/sanitizer.txt
+	@grep ^compute-sanitizer $(OUT)/sanitizer.txt || cat $(OUT)/sanitizer.txt
 	{ PYTHONPATH="$(CURDIR)" timeout -k 20 220 $(PYTHON) -m fastlm.cli bench --gpu --limit 190 --table $(OUT)/table.json --json $(OUT)/bench.json --markdown $(OUT)/bench.md \
 	  $$($(PYTHON) -c 'import matplotlib; print("--plot $(OUT)/bench.png")' 2> /dev/null) || echo "the measurements: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/bench.txt
 	@! cat $(OUT)/failed 2> /dev/null

@@ -1,6 +1,6 @@
 """Every kernel is launched here, and the second launch of a kind is cheap.
 
-Triton binds and specialises the arguments of each launch anew, in Python; at the widths of GPT-2 small that takes longer than the kernel. Here a launch is
+Triton binds and specialises the arguments of each launch anew, in Python, and at the widths of GPT-2 small it is launches that decide. Here a launch is
 looked up, first by its numbers as they are, then, where they are new, by what Triton specialises on (types, 16-byte alignment, integers that are 1,
 multiples of 16 or wider than 32 bits, constants, and for AMD GPUs whether a tensor's storage is within 2 GiB, where offsets of 32 bits reach all of it).
 From the second time on the compiled kernel is started as Triton itself starts one, unless a profiler has asked Triton to tell it of launches.

@@ -42,7 +42,7 @@ def new_like(x, wanted=True, dtype=None):
 
 def new_of_rows(x):
     """Two numbers in float32 for each row of x."""
-    one = x.new_empty(tuple(x.shape[:-1]), dtype=torch.float32)  # PyTorch reads a tuple in half the time of a torch.Size
+    one = x.new_empty(tuple(x.shape[:-1]), dtype=torch.float32)  # PyTorch reads a tuple a microsecond faster than a torch.Size
     return one, torch.empty_like(one)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastlm.generation.cache import KVCache
 from fastlm.generation.steps import Steps
 
-STRETCH = 128  # tokens that one graph is replayed for: as many keys are looked at in vain at most, and it takes the time of two steps to make one
+STRETCH = 128  # tokens that one graph is replayed for: as many keys are looked at in vain at most, and Python runs a step twice to make one
 FEWEST = 4  # replays that are worth making one
 ONE_AT_A_TIME = threading.Lock()  # two threads cannot capture on one stream
 
@@ -102,8 +102,8 @@ def beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
 def capture(step: Callable[[], None], generator: torch.Generator | None) -> torch.cuda.CUDAGraph:
     """What `step` launches on the current device, for replaying on the current stream; it must have run before, so that nothing is compiled now.
 
-    Unlike the context manager torch.cuda.graph this neither collects garbage nor gives PyTorch's cached memory back to the driver, which would take longer than
-    many steps.
+    Unlike the context manager torch.cuda.graph this neither collects garbage nor gives PyTorch's cached memory back to the driver, for which
+    everything on the GPU would have to end.
 
     Args:
         generator: what the step draws from, if not the default one.

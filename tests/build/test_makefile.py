@@ -38,13 +38,13 @@ def make(tmp_path):
     tool.write_text(SANITIZER)
     tool.chmod(0o755)
 
-    def run(tests=0, bench=0, cards="90", target="gpu", **given):
+    def run(tests=0, bench=0, cards="90", target="gpu", variables=(), **given):
         log = tmp_path / "log"
         log.write_text("")
         environment = {k: v for k, v in os.environ.items() if k not in ("FASTLM_CUDA_ARCHS", "MAKEFLAGS", "MAKELEVEL")}
         environment |= {"LOG": str(log), "TESTS": str(tests), "BENCH": str(bench), "FAKE_CARDS": cards, "FINDS": "0", "REFUSES": "", "XDIST": ""}
         environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **given}
-        command = ["make", "-C", str(ROOT), target, f"PYTHON={python}", f"OUT={tmp_path / 'out'}"]
+        command = ["make", "-C", str(ROOT), target, f"PYTHON={python}", f"OUT={tmp_path / 'out'}", *variables]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         return done, log.read_text().splitlines()
 
@@ -66,6 +66,11 @@ def test_several_tests_at_a_time_where_there_is_something_for_it(xdist, make, tm
     given = (tmp_path / "log.pytest").read_text().split()
     assert done.returncode == 0 and "gpu" in given
     assert [after for before, after in itertools.pairwise(given) if before == "-n"] == [xdist] * bool(xdist)
+
+
+def test_a_sanitizer_that_says_nothing_keeps_nothing_from_being_measured(make):
+    done, log = make(variables=["SANITIZED=false"])
+    assert log[-1] == "measurements" and done.returncode != 0 and "compute-sanitizer: exit status 1" in done.stdout
 
 
 def test_an_earlier_run_that_failed_is_forgotten(make):

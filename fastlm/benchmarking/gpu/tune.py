@@ -115,7 +115,7 @@ def better(trials: Sequence[Trial]) -> Trial | None:
 
 
 def tiles(best: Value) -> list[Value]:
-    """First tiles and warps, then stages of the best of them."""
+    """Half and twice as large tiles, with either number of warps, and other stages."""
     m, n, warps, stages = best
     return [
         *((other_m, other_n, other_warps, stages) for other_m, other_n, other_warps in itertools.product((m // 2, m, 2 * m), (n // 2, n, 2 * n), (4, 8))
