@@ -42,7 +42,17 @@ X86_ISAS = {
 }
 
 # Contraction to FMA is wanted on every compiler; -ffast-math is not: NaN and infinity have a meaning here.
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-falign-loops=64", "-Wall"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-falign-loops=64",
+    "-Wall",
+]
 
 # Code for each (sm_80's runs on 86 and 89 too, 120's on 121). As the kernels use what sm_80 has and no more, all of it is made from one and the same PTX, which
 # is there too, for GPUs that are later still.
@@ -51,7 +61,10 @@ OLDEST_NVCC = (12, 0)  # the first that knows C++20
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "-Xptxas", "-v"]
 # Every kernel counts as tuned, and one that spills registers fails the build, unless a part of its mangled name stands here, with the reason.
 MAY_SPILL: dict[str, str] = {
-    **{f"attention_{name}_kernelIfLi": "float32, whose attention is for exactness" for name in ("forward", "backward_query", "backward_key")},
+    **{
+        f"attention_{name}_kernelIfLi": "float32, whose attention is for exactness"
+        for name in ("forward", "backward_query", "backward_key")
+    },
     **{
         f"attention_{name}_kernelINS0_4{dtype}ELi256E": "a head of more than 128, whose sums alone take half of the registers"
         for name in ("forward", "backward_query", "backward_key")
@@ -80,7 +93,12 @@ def compiles(command: list[str], source: str, *flags: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder, "probe.cpp")
         probe.write_text(source)
-        return subprocess.run([*command, *flags, str(probe), "-o", str(probe.with_suffix(""))], capture_output=True).returncode == 0
+        return (
+            subprocess.run(
+                [*command, *flags, str(probe), "-o", str(probe.with_suffix(""))], capture_output=True
+            ).returncode
+            == 0
+        )
 
 
 def macros_of(command: list[str]) -> dict[str, str]:
@@ -117,12 +135,16 @@ def find_toolchain() -> Toolchain:
     isas = {isa: flags for isa, flags in isas.items() if compiles(command, "int main() {}", *flags)}
     if wanted := os.environ.get("FASTLM_BUILD_ISAS"):
         if unknown := set(wanted.split(",")) - set(isas):
-            raise CompileError(f"FASTLM_BUILD_ISAS: expected names out of {','.join(isas)}, got {','.join(sorted(unknown))}")
+            raise CompileError(
+                f"FASTLM_BUILD_ISAS: expected names out of {','.join(isas)}, got {','.join(sorted(unknown))}"
+            )
         isas = {isa: isas[isa] for isa in isas if isa in wanted.split(",")}
     # torch has loaded an OpenMP runtime before our modules are imported. GCC's code finds its functions there, so it is linked to none: a second
     # copy would mean a second pool of threads. Clang's code calls another runtime, which it must bring.
     openmp = compiles(command, OPENMP_PROBE, "-fopenmp", "-fPIC", "-shared")
-    return Toolchain(command, compiler_name(macros), isas, openmp, ["-fopenmp"] if openmp and "__clang__" in macros else [])
+    return Toolchain(
+        command, compiler_name(macros), isas, openmp, ["-fopenmp"] if openmp and "__clang__" in macros else []
+    )
 
 
 @dataclass(frozen=True)
@@ -139,7 +161,9 @@ def nvcc_candidates() -> list[str]:
     if homes:
         return [os.path.join(home, "bin", "nvcc") for home in homes]
     packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path}
-    installed = sorted((str(file) for folder in packages for file in Path(folder, "nvidia").glob("cu*/bin/nvcc")), reverse=True)
+    installed = sorted(
+        (str(file) for folder in packages for file in Path(folder, "nvidia").glob("cu*/bin/nvcc")), reverse=True
+    )
     return [*filter(None, [shutil.which("nvcc")]), *installed, "/usr/local/cuda/bin/nvcc"]
 
 
@@ -156,17 +180,28 @@ def find_cuda() -> Cuda:
         )
 
     def says(*options: str) -> str:
-        done = subprocess.run([nvcc, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        done = subprocess.run(
+            [nvcc, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
         return done.stdout
 
-    release, top = re.search(r"release (\d+)\.(\d+)", says("--version")), re.search(r"#\$ TOP=(.+)", says("--dryrun", "-c", "-x", "cu", os.devnull))
+    release, top = (
+        re.search(r"release (\d+)\.(\d+)", says("--version")),
+        re.search(r"#\$ TOP=(.+)", says("--dryrun", "-c", "-x", "cu", os.devnull)),
+    )
     if release is None or top is None:
-        raise BuildFailed(f"{nvcc} does not work: {(says('--version').strip().splitlines() or ['it says nothing'])[-1]}")
+        raise BuildFailed(
+            f"{nvcc} does not work: {(says('--version').strip().splitlines() or ['it says nothing'])[-1]}"
+        )
     if tuple(map(int, release.groups())) < OLDEST_NVCC:
-        raise BuildFailed(f"{nvcc} is of CUDA {'.'.join(release.groups())}, and {'.'.join(map(str, OLDEST_NVCC))} or later is needed")
+        raise BuildFailed(
+            f"{nvcc} is of CUDA {'.'.join(release.groups())}, and {'.'.join(map(str, OLDEST_NVCC))} or later is needed"
+        )
     home, known = Path(top[1]).resolve(), re.findall(r"compute_(\d+)", says("--list-gpu-arch"))
     if not (home / "include" / "cuda_runtime.h").exists():
-        raise BuildFailed(f"cuda_runtime.h is not in {home / 'include'}; pip install nvidia-cuda-runtime (of nvcc's version) brings it")
+        raise BuildFailed(
+            f"cuda_runtime.h is not in {home / 'include'}; pip install nvidia-cuda-runtime (of nvcc's version) brings it"
+        )
     archs = tuple(arch for arch in CUDA_ARCHS if arch in known)
     if wanted := os.environ.get("FASTLM_CUDA_ARCHS"):
         archs = tuple(sorted(set(wanted.split(",")), key=lambda arch: (len(arch), arch)))
@@ -183,7 +218,9 @@ def wanted_cuda() -> tuple[Cuda | None, str]:
         raise CompileError(f"FASTLM_BUILD_CUDA: expected auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
         return None, "FASTLM_BUILD_CUDA=0"
-    if wanted == "auto" and not (os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/dxg") or ctypes.util.find_library("cuda")):
+    if wanted == "auto" and not (
+        os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/dxg") or ctypes.util.find_library("cuda")
+    ):
         return None, "there was no NVIDIA driver where it was built (FASTLM_BUILD_CUDA=1 builds all the same)"
     try:
         return find_cuda(), ""
@@ -204,7 +241,9 @@ def cuda_build_file(cuda: Cuda, tools: Toolchain) -> str:
 
     virtual = f"compute_{cuda.archs[0]}"
     code = ",".join([*(f"sm_{arch}" for arch in cuda.archs), virtual])
-    compiler = next((word for word in tools.command if os.path.basename(word) not in ("ccache", "sccache")), tools.command[0])
+    compiler = next(
+        (word for word in tools.command if os.path.basename(word) not in ("ccache", "sccache")), tools.command[0]
+    )
     flags = [*NVCC_FLAGS, "-ccbin", compiler, f"-gencode=arch={virtual},code=[{code}]", f"-I{ROOT / 'csrc'}"]
     # The runtime's symbols stay inside: PyTorch brings a runtime of its own, perhaps of another version.
     libraries = [f"-L{cuda.home / name}" for name in ("lib64", "lib") if (cuda.home / name).exists()]
@@ -272,7 +311,11 @@ rule link
     modules = {"_cpu_features": ("csrc/cpu/cpu_features.cpp", [], [])}
     for isa, isa_flags in tools.isas.items():
         openmp = ["-fopenmp"] if tools.openmp else ["-Wno-unknown-pragmas"]
-        modules[f"_cpu_{isa}"] = ("csrc/bindings.cpp", [*isa_flags, *openmp, f"-DFASTLM_MODULE=_cpu_{isa}"], tools.openmp_link)
+        modules[f"_cpu_{isa}"] = (
+            "csrc/bindings.cpp",
+            [*isa_flags, *openmp, f"-DFASTLM_MODULE=_cpu_{isa}"],
+            tools.openmp_link,
+        )
     for name, (source, module_flags, link_flags) in modules.items():
         text += f"""\
 build {name}.o: compile {escape_path(str(ROOT / source))}
@@ -325,7 +368,9 @@ def compile_modules(folder: Path, cuda: Cuda | None) -> tuple[Toolchain, list[Pa
     for target in targets:  # so that one which exists afterwards is one that was built
         target.unlink(missing_ok=True)
     command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-k", "0", "-j", str(jobs())]
-    print(f"fastlm: building {', '.join(names)} with {tools.name}{'' if tools.openmp else ', without OpenMP'}", flush=True)
+    print(
+        f"fastlm: building {', '.join(names)} with {tools.name}{'' if tools.openmp else ', without OpenMP'}", flush=True
+    )
     if cuda:
         print(f"fastlm: _cuda with CUDA {cuda.version} ({cuda.nvcc}) for sm_{', sm_'.join(cuda.archs)}", flush=True)
     log = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace").stdout
@@ -334,7 +379,10 @@ def compile_modules(folder: Path, cuda: Cuda | None) -> tuple[Toolchain, list[Pa
 
 
 def first_error(log: str) -> str:
-    return next((line.replace(f"{ROOT}{os.sep}", "").strip() for line in log.splitlines() if "error" in line.lower()), "see the build log")
+    return next(
+        (line.replace(f"{ROOT}{os.sep}", "").strip() for line in log.splitlines() if "error" in line.lower()),
+        "see the build log",
+    )
 
 
 class BuildModules(build_ext):
@@ -343,7 +391,11 @@ class BuildModules(build_ext):
         cuda, why_no_cuda = wanted_cuda()
         if cuda is None:
             self.without_cuda(why_no_cuda)
-        on_cuda = {"reason": why_no_cuda, "version": cuda.version if cuda else "", "archs": ",".join(cuda.archs) if cuda else ""}
+        on_cuda = {
+            "reason": why_no_cuda,
+            "version": cuda.version if cuda else "",
+            "archs": ",".join(cuda.archs) if cuda else "",
+        }
         report = {"modules": [], "openmp": False, "compiler": "", "reason": "", "cuda": on_cuda}
         built: list[Path] = []
         folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
@@ -364,7 +416,11 @@ class BuildModules(build_ext):
             built = [file for file in built if file.name != f"_cuda{SUFFIX}"]
             self.without_cuda(on_cuda["reason"])
         if report["reason"]:
-            print(f"fastlm: {report['reason']}. The package works without; PyTorch's own operators serve there.", file=sys.stderr, flush=True)
+            print(
+                f"fastlm: {report['reason']}. The package works without; PyTorch's own operators serve there.",
+                file=sys.stderr,
+                flush=True,
+            )
             if os.environ.get("FASTLM_REQUIRE_BUILD") == "1":
                 raise CompileError(f"FASTLM_REQUIRE_BUILD=1: {report['reason']}")
         self.install_into(package, built, report)
@@ -377,7 +433,9 @@ class BuildModules(build_ext):
     def check_cuda(self, folder: Path, linked: bool, log: str) -> str:
         """Why the CUDA module is not to be used, or ""."""
         logs = [
-            file.read_text(errors="replace") for file in sorted(folder.glob("*.cu.o.log")) if (ROOT / "csrc/cuda" / file.name.removesuffix(".o.log")).exists()
+            file.read_text(errors="replace")
+            for file in sorted(folder.glob("*.cu.o.log"))
+            if (ROOT / "csrc/cuda" / file.name.removesuffix(".o.log")).exists()
         ]
         if not linked:
             wrong = next((text for text in logs if "error" in text.lower()), log)

@@ -28,10 +28,16 @@ def test_accelerated(benchmark, case, dtype):
         pytest.skip("FASTLM_TEST_MODELS is not set")
     checkpoint = Path(models) / accelerated.MINILM if models else None
     subject = accelerated.subject_of(case, checkpoint)
-    with Actor(f"accelerated.{case}_timer", {"library": "fastlm", "tuned": True, "dtype": dtype, "number_of_threads": number_of_threads} | subject) as work:
+    with Actor(
+        f"accelerated.{case}_timer",
+        {"library": "fastlm", "tuned": True, "dtype": dtype, "number_of_threads": number_of_threads} | subject,
+    ) as work:
         work()
         benchmark.pedantic(work, rounds=3)
-    describe(benchmark, accelerated.compare_accelerated(case, dtype, number_of_threads, checkpoint=checkpoint, compiled=COMPILED))
+    describe(
+        benchmark,
+        accelerated.compare_accelerated(case, dtype, number_of_threads, checkpoint=checkpoint, compiled=COMPILED),
+    )
 
 
 def gpt2_by_hand(layer):
@@ -41,7 +47,9 @@ def gpt2_by_hand(layer):
 
     def call(x):
         y, _ = fastlm.layernorm_residual(x, None, w[0], w[1], 1e-5)
-        query, key, value = (part.transpose(1, 2) for part in fastlm.linear(y, w[2], w[3], layout="conv1d").view(1, 4, 3, 2, 8).unbind(2))
+        query, key, value = (
+            part.transpose(1, 2) for part in fastlm.linear(y, w[2], w[3], layout="conv1d").view(1, 4, 3, 2, 8).unbind(2)
+        )
         y = fastlm.attention(query, key, value, causal=True, scale=8**-0.5).transpose(1, 2).flatten(2)
         y, x = fastlm.layernorm_residual(fastlm.linear(y, w[4], w[5], layout="conv1d"), x, w[6], w[7], 1e-5)
         return x + fastlm.gelu_mlp(y, *w[8:], approximate="tanh", layout="conv1d")
@@ -51,7 +59,16 @@ def gpt2_by_hand(layer):
 
 def bert_by_hand(layer):
     inner, out = layer.attention.self, layer.attention.output
-    w = weights_of(inner.query, inner.key, inner.value, out.dense, out.LayerNorm, layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm)
+    w = weights_of(
+        inner.query,
+        inner.key,
+        inner.value,
+        out.dense,
+        out.LayerNorm,
+        layer.intermediate.dense,
+        layer.output.dense,
+        layer.output.LayerNorm,
+    )
 
     def call(x):
         query, key, value = (fastlm.linear(x, w[i], w[i + 1]).view(1, 4, 2, 8).transpose(1, 2) for i in (0, 2, 4))
@@ -70,9 +87,17 @@ def weights_of(*modules):
 def tiny_layer(model):
     """A layer, the same by hand, and the arguments that its model calls it with."""
     if model == "gpt2":
-        whole = transformers.GPT2Model(transformers.GPT2Config(n_embd=16, n_head=2, n_layer=1, n_positions=8, vocab_size=9, bos_token_id=0, eos_token_id=0))
+        whole = transformers.GPT2Model(
+            transformers.GPT2Config(
+                n_embd=16, n_head=2, n_layer=1, n_positions=8, vocab_size=9, bos_token_id=0, eos_token_id=0
+            )
+        )
     else:
-        whole = transformers.BertModel(transformers.BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=9))
+        whole = transformers.BertModel(
+            transformers.BertConfig(
+                hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=9
+            )
+        )
     fastlm.accelerate(whole.eval())
     layer, seen = (whole.h if model == "gpt2" else whole.encoder.layer)[0], []
     with layer.register_forward_pre_hook(lambda module, args, kwargs: seen.extend((args, kwargs)), with_kwargs=True):

@@ -22,11 +22,20 @@ def test_attention_varlen(benchmark, dtype, number_of_threads, direction):
 @every_way("attention_varlen")
 def test_padded_batch(benchmark, dtype, number_of_threads, direction):
     packed, padded = CASES["attention_varlen"](DTYPES[dtype]), padded_batch(DTYPES[dtype])
-    ways = {"packed": (packed, packed.ours), "fastlm padded": (padded, padded.ours), "PyTorch padded": (padded, padded.eager)}
+    ways = {
+        "packed": (packed, packed.ours),
+        "fastlm padded": (padded, padded.ours),
+        "PyTorch padded": (padded, padded.eager),
+    }
     prepare, work = packed.parts(packed.ours, direction)
     with threads(number_of_threads):
         benchmark.pedantic(work, setup=lambda: ((prepare(),), {}), rounds=10, warmup_rounds=1)
-        taken = in_turn({name: case.timer(function, direction) for name, (case, function) in ways.items()}, rounds=30, budget=3.0, least=2e-3)
+        taken = in_turn(
+            {name: case.timer(function, direction) for name, (case, function) in ways.items()},
+            rounds=30,
+            budget=3.0,
+            least=2e-3,
+        )
     ours = taken.pop("packed")
     benchmark.extra_info |= {f"times as fast as {name}": str(Ratio.of(ours, theirs)) for name, theirs in taken.items()}
 
@@ -39,9 +48,14 @@ def padded_batch(dtype: torch.dtype) -> Case:
     case = CASES["attention_varlen"](dtype)
     projection = normal(batch, longest, 3, HEADS, head_dim, dtype=dtype)
     return Case(
-        "attention", f"{batch} × {longest}, half of it padding",
+        "attention",
+        f"{batch} × {longest}, half of it padding",
         ours=lambda query, key, value: fastlm.attention(query, key, value, key_padding=real),
-        eager=lambda query, key, value: F.scaled_dot_product_attention(query, key, value, attn_mask=real[:, None, None]),
-        inputs=projection.permute(2, 0, 3, 1, 4).unbind(0), upstream=[normal(batch, longest, HEADS, head_dim, dtype=dtype).transpose(1, 2)],
-        forward=case.forward, backward=case.backward,
-    )  # fmt: skip
+        eager=lambda query, key, value: F.scaled_dot_product_attention(
+            query, key, value, attn_mask=real[:, None, None]
+        ),
+        inputs=projection.permute(2, 0, 3, 1, 4).unbind(0),
+        upstream=[normal(batch, longest, HEADS, head_dim, dtype=dtype).transpose(1, 2)],
+        forward=case.forward,
+        backward=case.backward,
+    )

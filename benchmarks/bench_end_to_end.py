@@ -15,7 +15,13 @@ from fastlm.benchmarking.whole import MODELS, compare_steps
 @on_one_thread_and_two
 @pytest.mark.parametrize("model", MODELS)
 def test_training_step(benchmark, model, dtype, number_of_threads):
-    work = {"library": "fastlm", "dtype": dtype, "number_of_threads": number_of_threads, "subject": dataclasses.asdict(MODELS[model]), "tuned": True}
+    work = {
+        "library": "fastlm",
+        "dtype": dtype,
+        "number_of_threads": number_of_threads,
+        "subject": dataclasses.asdict(MODELS[model]),
+        "tuned": True,
+    }
     with Actor("whole.step_timer", work) as step:
         step()
         benchmark.pedantic(step, rounds=3)

@@ -17,5 +17,7 @@ def test_generate(benchmark, dtype, number_of_threads):
     model = model_of(SMALL).to(DTYPES[dtype]).eval()
     tokens = torch.randint(SMALL["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(0))
     with threads(number_of_threads):
-        benchmark.pedantic(model.generate, (tokens,), {"max_new_tokens": NEW_TOKENS, "eos_token_id": ()}, rounds=3, warmup_rounds=1)
+        benchmark.pedantic(
+            model.generate, (tokens,), {"max_new_tokens": NEW_TOKENS, "eos_token_id": ()}, rounds=3, warmup_rounds=1
+        )
     describe(benchmark, compare_generation(dtype, number_of_threads))

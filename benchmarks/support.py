@@ -43,8 +43,17 @@ def run(benchmark, operator: str, dtype: str, number_of_threads: int, direction:
 def describe(benchmark, row: Row) -> None:
     for name, rival in row.rivals.items():
         benchmark.extra_info[f"times as fast as PyTorch {name}"] = str(rival.ratio)
-    benchmark.extra_info |= {"best rival": row.best_rival, "served by": row.backend, "threads": row.threads, "shape": row.shape, "seconds": row.seconds}
+    benchmark.extra_info |= {
+        "best rival": row.best_rival,
+        "served by": row.backend,
+        "threads": row.threads,
+        "shape": row.shape,
+        "seconds": row.seconds,
+    }
     if row.share is not None:
         benchmark.extra_info["share of peak"] = f"{row.share:.0%} of what {row.bound} allows"
     if row.bytes_held is not None:
-        benchmark.extra_info["bytes held"] = {"fastlm": row.bytes_held, **{name: rival.bytes for name, rival in row.rivals.items() if rival.bytes}}
+        benchmark.extra_info["bytes held"] = {
+            "fastlm": row.bytes_held,
+            **{name: rival.bytes for name, rival in row.rivals.items() if rival.bytes},
+        }

@@ -18,7 +18,11 @@ WEATHER = (
     ("rain", "snow", "be sunny", "be windy", "hail", "be foggy"),
     ("today", "tomorrow", "in the north", "all week", "before dawn", "again"),
 )
-FOOD = ("She {} the {}.", ("cooked", "ate", "ordered", "tasted", "burned", "served"), ("soup", "rice", "noodles", "pancakes", "stew", "salad"))
+FOOD = (
+    "She {} the {}.",
+    ("cooked", "ate", "ordered", "tasted", "burned", "served"),
+    ("soup", "rice", "noodles", "pancakes", "stew", "salad"),
+)
 
 
 def examples(tokenizer):
@@ -45,7 +49,13 @@ def main():
         trainer = transformers.Trainer(
             model,
             transformers.TrainingArguments(
-                folder, max_steps=arguments.steps, per_device_train_batch_size=8, learning_rate=5e-5, logging_steps=20, report_to=[], save_strategy="no"
+                folder,
+                max_steps=arguments.steps,
+                per_device_train_batch_size=8,
+                learning_rate=5e-5,
+                logging_steps=20,
+                report_to=[],
+                save_strategy="no",
             ),
             train_dataset=data,
             eval_dataset=held_out,

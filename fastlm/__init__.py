@@ -38,4 +38,8 @@ __all__ = [
 ]
 
 if isa.kernels is None:
-    warnings.warn(f"fastlm: no compiled kernels ({isa.missing}); PyTorch's own operators serve instead. See fastlm.info().", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"fastlm: no compiled kernels ({isa.missing}); PyTorch's own operators serve instead. See fastlm.info().",
+        RuntimeWarning,
+        stacklevel=2,
+    )

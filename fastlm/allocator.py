@@ -54,7 +54,11 @@ def in_words() -> str:
     if done is not None and done.tuned:
         return f"tuned ({done.reason})"
     why_not = obstacle()
-    return f"as it is ({why_not})" if why_not else "glibc's defaults; fastlm.tune_allocator() makes training faster (fastlm train and fastlm demo call it)"
+    return (
+        f"as it is ({why_not})"
+        if why_not
+        else "glibc's defaults; fastlm.tune_allocator() makes training faster (fastlm train and fastlm demo call it)"
+    )
 
 
 def obstacle() -> str:
@@ -80,7 +84,12 @@ def own_settings() -> list[str]:
 class Found(ctypes.Structure):
     """Dl_info of dladdr(3)."""
 
-    _fields_ = (("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("symbol", ctypes.c_char_p), ("address", ctypes.c_void_p))
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
 
 
 def library_of(libc: Any, function: str) -> str:

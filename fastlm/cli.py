@@ -52,20 +52,39 @@ def say_error(message: str) -> None:
 
 
 app = typer.Typer(
-    cls=OneLineErrors, add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False
+    cls=OneLineErrors,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
 )
 
 Device = Annotated[
     str,
-    typer.Option(metavar="auto|cpu|cuda|cuda:N", help="auto: the GPU (NVIDIA's or AMD's) where PyTorch finds one, else the CPU.", rich_help_panel="Machine"),
+    typer.Option(
+        metavar="auto|cpu|cuda|cuda:N",
+        help="auto: the GPU (NVIDIA's or AMD's) where PyTorch finds one, else the CPU.",
+        rich_help_panel="Machine",
+    ),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; PyTorch's own number when not given.", rich_help_panel="Machine")]
-Model = Annotated[Path, typer.Option(help="A folder with config.json, the weights and the tokenizer: what `fastlm train` writes, or Hugging Face's.")]
-Temperature = Annotated[float, typer.Option(help="Below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest token.")]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; PyTorch's own number when not given.", rich_help_panel="Machine")
+]
+Model = Annotated[
+    Path,
+    typer.Option(
+        help="A folder with config.json, the weights and the tokenizer: what `fastlm train` writes, or Hugging Face's."
+    ),
+]
+Temperature = Annotated[
+    float, typer.Option(help="Below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest token.")
+]
 
 
 @app.callback(invoke_without_command=True)
-def fastlm(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def fastlm(
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False
+) -> None:
     """GPT-2 and BERT, trained and run faster on the machine you have.
 
     Start with [bold]fastlm demo[/bold]: it downloads nothing and takes under three minutes.
@@ -81,8 +100,12 @@ def fastlm(ctx: typer.Context, version: Annotated[bool, typer.Option("--version"
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the loss curve and summary.json.")] = Path("runs/demo"),
-    seconds: Annotated[float, typer.Option(help="How long to train; comparing and sampling come on top, about half a minute.")] = 100.0,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the loss curve and summary.json.")] = Path(
+        "runs/demo"
+    ),
+    seconds: Annotated[
+        float, typer.Option(help="How long to train; comparing and sampling come on top, about half a minute.")
+    ] = 100.0,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and the sample.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -111,38 +134,89 @@ def info(
 
 @app.command()
 def train(
-    data: Annotated[list[Path], typer.Option(metavar="PATH…", help="Files, folders or patterns; read in this order as one text.")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="More of --data, as a shell expands a pattern.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the tokenizer and summary.json.")] = Path("runs/train"),
-    tokenizer: Annotated[str, typer.Option(metavar="byte|char", help="byte: 256 tokens, any file; char: the characters of a UTF-8 text.")] = "byte",
-    objective: Annotated[str, typer.Option(metavar="next-token|masked-token", help="next-token trains a GPT-2, masked-token a BERT.")] = DEFAULT.objective,
-    val_fraction: Annotated[float, typer.Option(help="The share of the text, at its end, that is kept for validation.")] = 0.1,
-    val_file: Annotated[Path | None, typer.Option(help="A text of its own for validation, in place of --val-fraction.")] = None,
+    data: Annotated[
+        list[Path], typer.Option(metavar="PATH…", help="Files, folders or patterns; read in this order as one text.")
+    ],
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="PATH", help="More of --data, as a shell expands a pattern.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the tokenizer and summary.json.")] = Path(
+        "runs/train"
+    ),
+    tokenizer: Annotated[
+        str, typer.Option(metavar="byte|char", help="byte: 256 tokens, any file; char: the characters of a UTF-8 text.")
+    ] = "byte",
+    objective: Annotated[
+        str, typer.Option(metavar="next-token|masked-token", help="next-token trains a GPT-2, masked-token a BERT.")
+    ] = DEFAULT.objective,
+    val_fraction: Annotated[
+        float, typer.Option(help="The share of the text, at its end, that is kept for validation.")
+    ] = 0.1,
+    val_file: Annotated[
+        Path | None, typer.Option(help="A text of its own for validation, in place of --val-fraction.")
+    ] = None,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = DEFAULT.eval_every,
     layers: Annotated[int, typer.Option(help="Transformer layers.", rich_help_panel="Model")] = DEFAULT.layers,
     heads: Annotated[int, typer.Option(help="Attention heads per layer.", rich_help_panel="Model")] = DEFAULT.heads,
-    width: Annotated[int, typer.Option(help="Numbers per token; a multiple of --heads.", rich_help_panel="Model")] = DEFAULT.width,
-    context: Annotated[int, typer.Option(help="Tokens that the model sees at most.", rich_help_panel="Model")] = DEFAULT.context,
-    dropout: Annotated[float, typer.Option(help="Probability that training drops a value, in [0, 1).", rich_help_panel="Model")] = DEFAULT.dropout,
-    batch: Annotated[int, typer.Option(help="Sequences of one context per step.", rich_help_panel="Optimiser")] = DEFAULT.batch,
+    width: Annotated[
+        int, typer.Option(help="Numbers per token; a multiple of --heads.", rich_help_panel="Model")
+    ] = DEFAULT.width,
+    context: Annotated[
+        int, typer.Option(help="Tokens that the model sees at most.", rich_help_panel="Model")
+    ] = DEFAULT.context,
+    dropout: Annotated[
+        float, typer.Option(help="Probability that training drops a value, in [0, 1).", rich_help_panel="Model")
+    ] = DEFAULT.dropout,
+    batch: Annotated[
+        int, typer.Option(help="Sequences of one context per step.", rich_help_panel="Optimiser")
+    ] = DEFAULT.batch,
     steps: Annotated[int, typer.Option(help="Updates of the weights.", rich_help_panel="Optimiser")] = DEFAULT.steps,
-    lr: Annotated[float, typer.Option(help="The highest learning rate, reached after --warmup.", rich_help_panel="Optimiser")] = DEFAULT.lr,
-    min_lr: Annotated[float, typer.Option(help="The learning rate from --decay-steps on.", rich_help_panel="Optimiser")] = DEFAULT.min_lr,
-    warmup: Annotated[int, typer.Option(help="Steps in which the rate rises.", rich_help_panel="Optimiser")] = DEFAULT.warmup,
+    lr: Annotated[
+        float, typer.Option(help="The highest learning rate, reached after --warmup.", rich_help_panel="Optimiser")
+    ] = DEFAULT.lr,
+    min_lr: Annotated[
+        float, typer.Option(help="The learning rate from --decay-steps on.", rich_help_panel="Optimiser")
+    ] = DEFAULT.min_lr,
+    warmup: Annotated[
+        int, typer.Option(help="Steps in which the rate rises.", rich_help_panel="Optimiser")
+    ] = DEFAULT.warmup,
     decay_steps: Annotated[
-        int | None, typer.Option(help="Step at which the cosine reaches --min-lr; without it the last.", rich_help_panel="Optimiser")
+        int | None,
+        typer.Option(
+            help="Step at which the cosine reaches --min-lr; without it the last.", rich_help_panel="Optimiser"
+        ),
     ] = None,
-    beta1: Annotated[float, typer.Option(help="AdamW's mean of gradients.", rich_help_panel="Optimiser")] = DEFAULT.beta1,
-    beta2: Annotated[float, typer.Option(help="AdamW's mean of squared gradients.", rich_help_panel="Optimiser")] = DEFAULT.beta2,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's, of matrices only.", rich_help_panel="Optimiser")] = DEFAULT.weight_decay,
-    grad_clip: Annotated[float, typer.Option(help="Largest norm of all gradients together; 0: unlimited.", rich_help_panel="Optimiser")] = DEFAULT.grad_clip,
-    seed: Annotated[int, typer.Option(help="Of the weights, the batches and dropout.", rich_help_panel="Optimiser")] = DEFAULT.seed,
+    beta1: Annotated[
+        float, typer.Option(help="AdamW's mean of gradients.", rich_help_panel="Optimiser")
+    ] = DEFAULT.beta1,
+    beta2: Annotated[
+        float, typer.Option(help="AdamW's mean of squared gradients.", rich_help_panel="Optimiser")
+    ] = DEFAULT.beta2,
+    weight_decay: Annotated[
+        float, typer.Option(help="AdamW's, of matrices only.", rich_help_panel="Optimiser")
+    ] = DEFAULT.weight_decay,
+    grad_clip: Annotated[
+        float, typer.Option(help="Largest norm of all gradients together; 0: unlimited.", rich_help_panel="Optimiser")
+    ] = DEFAULT.grad_clip,
+    seed: Annotated[
+        int, typer.Option(help="Of the weights, the batches and dropout.", rich_help_panel="Optimiser")
+    ] = DEFAULT.seed,
     dtype: Annotated[
-        str, typer.Option(metavar="fp32|bf16", help="bf16: bfloat16 activations and products, float32 weights, sums and optimiser.", rich_help_panel="Machine")
+        str,
+        typer.Option(
+            metavar="fp32|bf16",
+            help="bf16: bfloat16 activations and products, float32 weights, sums and optimiser.",
+            rich_help_panel="Machine",
+        ),
     ] = DEFAULT.dtype,
     recompute: Annotated[
         int,
-        typer.Option(metavar="0|1|2", help="What backward computes again, not keeps: 1 the GELU, 2 the product before it too.", rich_help_panel="Machine"),
+        typer.Option(
+            metavar="0|1|2",
+            help="What backward computes again, not keeps: 1 the GELU, 2 the product before it too.",
+            rich_help_panel="Machine",
+        ),
     ] = DEFAULT.recompute,
     device: Device = "auto",
     threads: Threads = None,
@@ -154,21 +228,51 @@ def train(
     from fastlm.commands import train
 
     settings = Settings(
-        objective=objective, layers=layers, heads=heads, width=width, context=context, batch=batch, steps=steps, lr=lr, min_lr=min_lr, warmup=warmup,
-        decay_steps=decay_steps, beta1=beta1, beta2=beta2, weight_decay=weight_decay, grad_clip=grad_clip, dropout=dropout, seed=seed, dtype=dtype,
-        eval_every=eval_every, recompute=recompute,
-    )  # fmt: skip
-    train.run([*data, *(more or [])], settings, tokenizer=tokenizer, val_fraction=val_fraction, val_file=val_file, out=out, device=device, threads=threads)
+        objective=objective,
+        layers=layers,
+        heads=heads,
+        width=width,
+        context=context,
+        batch=batch,
+        steps=steps,
+        lr=lr,
+        min_lr=min_lr,
+        warmup=warmup,
+        decay_steps=decay_steps,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        grad_clip=grad_clip,
+        dropout=dropout,
+        seed=seed,
+        dtype=dtype,
+        eval_every=eval_every,
+        recompute=recompute,
+    )
+    train.run(
+        [*data, *(more or [])],
+        settings,
+        tokenizer=tokenizer,
+        val_fraction=val_fraction,
+        val_file=val_file,
+        out=out,
+        device=device,
+        threads=threads,
+    )
 
 
 @app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to write at most; without it up to 200, as far as the context has room.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to write at most; without it up to 200, as far as the context has room.")
+    ] = None,
     temperature: Temperature = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens only.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest tokens that together have this probability.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among the likeliest tokens that together have this probability.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text on the same device.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -177,8 +281,16 @@ def generate(
     from fastlm.commands import generate
 
     generate.run(
-        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, device=device, threads=threads,
-    )  # fmt: skip
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        device=device,
+        threads=threads,
+    )
 
 
 @app.command()
@@ -207,26 +319,54 @@ def bench(
     ] = "attention,attention_varlen,layernorm_residual,gelu_mlp,linear,linear_cross_entropy",
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, a comma between.")] = "float32,bfloat16",
     threads: Annotated[str, typer.Option(help="Numbers of threads, commas between.")] = "1,2",
-    directions: Annotated[str, typer.Option(help="Some of forward, backward, forward+backward; commas between.")] = "forward,backward,forward+backward",
-    model: Annotated[str, typer.Option(help="Of training_step: some of gpt2, gpt2-dropout, bert, small, tiny; commas between.")] = "gpt2",
-    recompute: Annotated[str, typer.Option(help="Of training_step: levels 0, 1, 2 of the model's recomputation; commas between.")] = str(DEFAULT.recompute),
+    directions: Annotated[
+        str, typer.Option(help="Some of forward, backward, forward+backward; commas between.")
+    ] = "forward,backward,forward+backward",
+    model: Annotated[
+        str, typer.Option(help="Of training_step: some of gpt2, gpt2-dropout, bert, small, tiny; commas between.")
+    ] = "gpt2",
+    recompute: Annotated[
+        str, typer.Option(help="Of training_step: levels 0, 1, 2 of the model's recomputation; commas between.")
+    ] = str(DEFAULT.recompute),
     case: Annotated[
-        str, typer.Option(help="Of accelerated (transformers' models): some of encoding (sentences), bert, gpt2 (fine-tuning); commas between.")
+        str,
+        typer.Option(
+            help="Of accelerated (transformers' models): some of encoding (sentences), bert, gpt2 (fine-tuning); commas between."
+        ),
     ] = "encoding,bert,gpt2",
     checkpoint: Annotated[Path | None, typer.Option(help="Of encoding: the folder of a MiniLM checkpoint.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Also against torch.compile: needs a C++ compiler, and minutes.")] = False,
-    seconds: Annotated[float, typer.Option(help="For each row, at least five rounds; whole steps take twenty times as long, those of growth five.")] = 3.0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also against torch.compile: needs a C++ compiler, and minutes.")
+    ] = False,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="For each row, at least five rounds; whole steps take twenty times as long, those of growth five."
+        ),
+    ] = 3.0,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured into this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table into this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw throughput, roofline, memory and growth into this file (.png, .svg, .pdf).")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw throughput, roofline, memory and growth into this file (.png, .svg, .pdf)."),
+    ] = None,
     gpu: Annotated[
-        bool, typer.Option("--gpu", help="On the GPU instead, with its own sizes; a few minutes. Takes --json, --markdown, --plot, --table, --limit.")
+        bool,
+        typer.Option(
+            "--gpu",
+            help="On the GPU instead, with its own sizes; a few minutes. Takes --json, --markdown, --plot, --table, --limit.",
+        ),
     ] = False,
     table: Annotated[
         Path | None,
-        typer.Option(help="With --gpu: write who comes first for what into this file, as `info --measure` keeps it, and as source beside it (.txt)."),
+        typer.Option(
+            help="With --gpu: write who comes first for what into this file, as `info --measure` keeps it, and as source beside it (.txt)."
+        ),
     ] = None,
-    limit: Annotated[float | None, typer.Option(help="With --gpu: seconds after which no case is begun; the most important ones come first.")] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(help="With --gpu: seconds after which no case is begun; the most important ones come first."),
+    ] = None,
 ) -> None:
     """Compare with PyTorch on this machine, at the sizes of GPT-2 small."""
     if gpu:
@@ -243,9 +383,20 @@ def bench(
             raise mismatch(name, "--gpu with it", f"{given} for the CPU")
 
     bench.run(
-        operators=operators, dtypes=dtypes, threads=threads, ways=directions, models=model, recompute=recompute, accelerated_cases=case, checkpoint=checkpoint,
-        compiled=compiled, seconds=seconds, json_file=json, markdown_file=markdown, plot_file=plot,
-    )  # fmt: skip
+        operators=operators,
+        dtypes=dtypes,
+        threads=threads,
+        ways=directions,
+        models=model,
+        recompute=recompute,
+        accelerated_cases=case,
+        checkpoint=checkpoint,
+        compiled=compiled,
+        seconds=seconds,
+        json_file=json,
+        markdown_file=markdown,
+        plot_file=plot,
+    )
 
 
 @app.command()

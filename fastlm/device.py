@@ -27,5 +27,7 @@ def choose_device(name: str = "auto") -> torch.device:
         raise mismatch("device", f"auto or cpu, as {why}", repr(name))
     count = torch.cuda.device_count()
     if found[1] is not None and int(found[1]) >= count:
-        raise mismatch("device", f"a GPU from cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0, the only GPU", repr(name))
+        raise mismatch(
+            "device", f"a GPU from cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0, the only GPU", repr(name)
+        )
     return torch.device(name)

@@ -35,7 +35,9 @@ class Info:
         lines = [
             f"fastlm {self.version}, PyTorch {self.torch_version}",
             f"CPU: {self.cpu or 'unknown'}; can run {', '.join(self.isas) or 'no module that was built'}",
-            f"compiled module: {self.isa}, {self.threads_in_words()}, bfloat16 by {self.bfloat16}" if self.isa else f"compiled module: none ({self.build})",
+            f"compiled module: {self.isa}, {self.threads_in_words()}, bfloat16 by {self.bfloat16}"
+            if self.isa
+            else f"compiled module: none ({self.build})",
             *([f"table: {self.table}"] if self.isa else []),
             *(f"GPU: {line}" for line in self.gpus),
             f"CUDA module: {self.cuda}",

@@ -30,7 +30,9 @@ def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
         with torch.random.fork_rng(devices):
             output = model(tokens, labels=tokens) if labelled else model(tokens)
             if model.training and torch.is_grad_enabled():
-                result = output.loss if labelled else next(iter(output.values())) if isinstance(output, dict) else output
+                result = (
+                    output.loss if labelled else next(iter(output.values())) if isinstance(output, dict) else output
+                )
                 result = result if torch.is_tensor(result) else result[0]
                 wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
                 torch.autograd.grad(result.sum(), wanted, allow_unused=True)

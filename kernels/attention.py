@@ -33,11 +33,40 @@ from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 @triton.jit
 def key_tiles(
-    total, top, norm, q, first, begin, end, query_len, key_len, lower, upper, scale, unit, k_ptr, k_stride, v_ptr, v_stride,
-    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+    total,
+    top,
+    norm,
+    q,
+    first,
+    begin,
+    end,
+    query_len,
+    key_len,
+    lower,
+    upper,
+    scale,
+    unit,
+    k_ptr,
+    k_stride,
+    v_ptr,
+    v_stride,
+    mask_ptr,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_stride,
+    seed,
+    third,
+    threshold,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EDGE: tl.constexpr,
+):
     """Tiles begin … end of the keys: (Σ weights · v, running maximum, Σ weights)."""
     i = first + tl.arange(0, TILE_M)
     for tile in range(begin, end):
@@ -47,9 +76,21 @@ def key_tiles(
         if EDGE:
             j = key + tl.arange(0, TILE_N)
             scores, _ = masked(
-                scores, i[:, None], j[None, :], query_len, key_len, lower, upper, scale, mask_ptr, mask_query_stride, mask_key_stride,
-                padding_ptr, padding_stride, MASK,
-            )  # fmt: skip
+                scores,
+                i[:, None],
+                j[None, :],
+                query_len,
+                key_len,
+                lower,
+                upper,
+                scale,
+                mask_ptr,
+                mask_query_stride,
+                mask_key_stride,
+                padding_ptr,
+                padding_stride,
+                MASK,
+            )
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
         if MASK == 2:
@@ -67,15 +108,69 @@ def key_tiles(
     return total, top, norm
 
 
-@triton.jit(do_not_specialize=["sequences", "query_len", "key_len", "tiles", "lower", "upper", "threshold", "lse_batch_stride", "lse_head_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "sequences",
+        "query_len",
+        "key_len",
+        "tiles",
+        "lower",
+        "upper",
+        "threshold",
+        "lse_batch_stride",
+        "lse_head_stride",
+    ]
+)
 def attention_forward_kernel(
-    q_ptr, q_batch_stride, q_head_stride, q_stride, k_ptr, k_batch_stride, k_head_stride, k_stride, v_ptr, v_batch_stride, v_head_stride, v_stride,
-    out_ptr, out_batch_stride, out_head_stride, out_stride, lse_ptr, lse_batch_stride, lse_head_stride,
-    mask_ptr, mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride, padding_ptr, padding_batch_stride, padding_stride,
-    cu_query_ptr, cu_key_ptr, seed_ptr, sequences, heads, groups, query_len, key_len, tiles, lower, upper, scale, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, LEFT: tl.constexpr,
+    q_ptr,
+    q_batch_stride,
+    q_head_stride,
+    q_stride,
+    k_ptr,
+    k_batch_stride,
+    k_head_stride,
+    k_stride,
+    v_ptr,
+    v_batch_stride,
+    v_head_stride,
+    v_stride,
+    out_ptr,
+    out_batch_stride,
+    out_head_stride,
+    out_stride,
+    lse_ptr,
+    lse_batch_stride,
+    lse_head_stride,
+    mask_ptr,
+    mask_batch_stride,
+    mask_head_stride,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_batch_stride,
+    padding_stride,
+    cu_query_ptr,
+    cu_key_ptr,
+    seed_ptr,
+    sequences,
+    heads,
+    groups,
+    query_len,
+    key_len,
+    tiles,
+    lower,
+    upper,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """MASK: 0 none, 1 bool, 2 additive. LEFT: the band has a lower edge. PRECISION of products of float32."""
     pid = tl.program_id(0)
     if cu_query_ptr is None:
@@ -114,7 +209,9 @@ def attention_forward_kernel(
     q = load_tile(q_ptr, q_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
     q = signed(q, scale)
     size = tl.abs(scale)
-    unit = LOG2E if MASK == 2 else tl.maximum(size * LOG2E, 1e-37)  # of a score in the exponent; never 0, which would make −inf a NaN
+    unit = (
+        LOG2E if MASK == 2 else tl.maximum(size * LOG2E, 1e-37)
+    )  # of a score in the exponent; never 0, which would make −inf a NaN
     total = tl.zeros((TILE_M, BLOCK_D), tl.float32)
     top = tl.full((TILE_M,), float("-inf"), tl.float32)
     norm = tl.zeros((TILE_M,), tl.float32)
@@ -122,37 +219,180 @@ def attention_forward_kernel(
     begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, TILE_N)
     if MASK != 0 or padding_ptr is not None:
         total, top, norm = key_tiles(
-            total, top, norm, q, first, begin, end, query_len, key_len, lower, upper, size, unit, k_ptr, k_stride, v_ptr, v_stride,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
-        )  # fmt: skip
+            total,
+            top,
+            norm,
+            q,
+            first,
+            begin,
+            end,
+            query_len,
+            key_len,
+            lower,
+            upper,
+            size,
+            unit,
+            k_ptr,
+            k_stride,
+            v_ptr,
+            v_stride,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            TILE_N,
+            MASK,
+            seed_ptr is not None,
+            PRECISION,
+            True,
+        )
     else:
         if LEFT:
             total, top, norm = key_tiles(
-                total, top, norm, q, first, begin, inner, query_len, key_len, lower, upper, size, unit, k_ptr, k_stride, v_ptr, v_stride,
-                mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold,
-                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
-            )  # fmt: skip
+                total,
+                top,
+                norm,
+                q,
+                first,
+                begin,
+                inner,
+                query_len,
+                key_len,
+                lower,
+                upper,
+                size,
+                unit,
+                k_ptr,
+                k_stride,
+                v_ptr,
+                v_stride,
+                mask_ptr,
+                mask_query_stride,
+                mask_key_stride,
+                padding_ptr,
+                padding_stride,
+                seed,
+                third,
+                threshold,
+                HEAD_DIM,
+                BLOCK_D,
+                TILE_M,
+                TILE_N,
+                MASK,
+                seed_ptr is not None,
+                PRECISION,
+                True,
+            )
         total, top, norm = key_tiles(
-            total, top, norm, q, first, inner if LEFT else begin, outer, query_len, key_len, lower, upper, size, unit, k_ptr, k_stride, v_ptr, v_stride,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, False,
-        )  # fmt: skip
+            total,
+            top,
+            norm,
+            q,
+            first,
+            inner if LEFT else begin,
+            outer,
+            query_len,
+            key_len,
+            lower,
+            upper,
+            size,
+            unit,
+            k_ptr,
+            k_stride,
+            v_ptr,
+            v_stride,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            TILE_N,
+            MASK,
+            seed_ptr is not None,
+            PRECISION,
+            False,
+        )
         total, top, norm = key_tiles(
-            total, top, norm, q, first, outer, end, query_len, key_len, lower, upper, size, unit, k_ptr, k_stride, v_ptr, v_stride,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, True,
-        )  # fmt: skip
+            total,
+            top,
+            norm,
+            q,
+            first,
+            outer,
+            end,
+            query_len,
+            key_len,
+            lower,
+            upper,
+            size,
+            unit,
+            k_ptr,
+            k_stride,
+            v_ptr,
+            v_stride,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            TILE_N,
+            MASK,
+            seed_ptr is not None,
+            PRECISION,
+            True,
+        )
     found = any_not_finite(total)
     if found > 0:
         zero = nothing(found)
         q = load_tile(q_ptr, q_stride + zero, first + zero, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
         total, top, norm = key_by_key(
-            signed(q, scale), first + zero + tl.arange(0, TILE_M), begin * TILE_N + zero, tl.minimum(end * TILE_N, key_len), query_len + zero, key_len,
-            lower, upper, size, unit, k_ptr, k_stride + zero, v_ptr, v_stride + zero,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold,
-            HEAD_DIM, BLOCK_D, TILE_M, MASK, seed_ptr is not None,
-        )  # fmt: skip
+            signed(q, scale),
+            first + zero + tl.arange(0, TILE_M),
+            begin * TILE_N + zero,
+            tl.minimum(end * TILE_N, key_len),
+            query_len + zero,
+            key_len,
+            lower,
+            upper,
+            size,
+            unit,
+            k_ptr,
+            k_stride + zero,
+            v_ptr,
+            v_stride + zero,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            MASK,
+            seed_ptr is not None,
+        )
     empty = norm == 0
     out = total * (keep_scale / tl.where(empty, 1.0, norm))[:, None]
     store_tile(out_ptr, out_stride, first, query_len, out, HEAD_DIM, TILE_M, BLOCK_D)
@@ -180,7 +420,26 @@ def block_of(head_dim):
     return max(next_power_of_2(head_dim), 16)
 
 
-def attention_forward(q, k, v, out, lse, mask, padding, cu_query, cu_key, seed, sizes, band, scale, threshold, keep_scale, precision, architecture, device):
+def attention_forward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    mask,
+    padding,
+    cu_query,
+    cu_key,
+    seed,
+    sizes,
+    band,
+    scale,
+    threshold,
+    keep_scale,
+    precision,
+    architecture,
+    device,
+):
     """q, out: (batch, heads, query_len, head_dim) with unit last stride; of packed sequences (1, heads, total, head_dim).
 
     sizes: (batch, heads, key_heads, query_len, key_len, head_dim), where of packed sequences the lengths are those of all together.
@@ -189,14 +448,50 @@ def attention_forward(q, k, v, out, lse, mask, padding, cu_query, cu_key, seed, 
     batch, heads, key_heads, query_len, key_len, head_dim = sizes
     block = block_of(head_dim)
     tile_m, tile_n, warps, stages = attention_tile(
-        architecture, "forward", q.dtype.itemsize, block, mask is not None or padding is not None or seed is not None or cu_query is not None
+        architecture,
+        "forward",
+        q.dtype.itemsize,
+        block,
+        mask is not None or padding is not None or seed is not None or cu_query is not None,
     )
     tiles = cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch + 1
     arguments = (
-        q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3), out, *strides(out, 3), lse, *strides(lse, 2),
-        mask, *strides(mask, 4), padding, *strides(padding, 2), cu_query, cu_key, seed,
-        batch, heads, heads // key_heads, query_len, key_len, tiles, *band, scale, threshold, keep_scale,
-    )  # fmt: skip
-    constants = head_dim, block, tile_m, tile_n, mask_kind(mask), cu_query is not None or band[0] > 1 - query_len, precision
+        q,
+        *strides(q, 3),
+        k,
+        *strides(k, 3),
+        v,
+        *strides(v, 3),
+        out,
+        *strides(out, 3),
+        lse,
+        *strides(lse, 2),
+        mask,
+        *strides(mask, 4),
+        padding,
+        *strides(padding, 2),
+        cu_query,
+        cu_key,
+        seed,
+        batch,
+        heads,
+        heads // key_heads,
+        query_len,
+        key_len,
+        tiles,
+        *band,
+        scale,
+        threshold,
+        keep_scale,
+    )
+    constants = (
+        head_dim,
+        block,
+        tile_m,
+        tile_n,
+        mask_kind(mask),
+        cu_query is not None or band[0] > 1 - query_len,
+        precision,
+    )
     programs = tiles * heads * (batch if cu_query is None else 1)
     launch(attention_forward_kernel, programs, arguments, constants, warps, stages, device, debug=cu_query is not None)

@@ -56,11 +56,38 @@ def multiply(x, y, total, PRECISION: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def query_tile(
-    q, dout, lse, i, key, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+    q,
+    dout,
+    lse,
+    i,
+    key,
+    query_len,
+    key_len,
+    lower,
+    upper,
+    scale,
+    k_ptr,
+    k_stride,
+    v_ptr,
+    v_stride,
+    mask_ptr,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_stride,
+    seed,
+    third,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EDGE: tl.constexpr,
+):
     """(keys, weights, their gradient, what is seen) of queries i and the tile of keys from `key` on. Weights are 0 where not seen, their gradient is not."""
     k = load_tile(k_ptr, k_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
     v = load_tile(v_ptr, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
@@ -70,9 +97,21 @@ def query_tile(
     if EDGE:
         j = key + tl.arange(0, TILE_N)
         scores, seen = masked(
-            scores, i[:, None], j[None, :], query_len, key_len, lower, upper, scale, mask_ptr, mask_query_stride, mask_key_stride,
-            padding_ptr, padding_stride, MASK,
-        )  # fmt: skip
+            scores,
+            i[:, None],
+            j[None, :],
+            query_len,
+            key_len,
+            lower,
+            upper,
+            scale,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            MASK,
+        )
     weights = weights_of(scores, lse[:, None], scale, MASK)
     if EDGE:
         weights = tl.where(seen, weights, 0.0)
@@ -83,38 +122,152 @@ def query_tile(
 
 @triton.jit
 def exact_delta(
-    q, dout, lse, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    q,
+    dout,
+    lse,
+    first,
+    begin,
+    end,
+    query_len,
+    key_len,
+    lower,
+    upper,
+    scale,
+    k_ptr,
+    k_stride,
+    v_ptr,
+    v_stride,
+    mask_ptr,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_stride,
+    seed,
+    third,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Σ weights · dweights: what Σ out · dout is, but for the rounding of out and of the weights in it to 16 bits."""
     delta = tl.zeros((TILE_M,), tl.float32)
     i = first + tl.arange(0, TILE_M)
     for tile in range(begin, end):
         _, weights, dweights, seen = query_tile(
-            q, dout, lse, i, tile * TILE_N, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, DROPOUT, PRECISION, True,
-        )  # fmt: skip
+            q,
+            dout,
+            lse,
+            i,
+            tile * TILE_N,
+            query_len,
+            key_len,
+            lower,
+            upper,
+            scale,
+            k_ptr,
+            k_stride,
+            v_ptr,
+            v_stride,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            keep_scale,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            TILE_N,
+            MASK,
+            DROPOUT,
+            PRECISION,
+            True,
+        )
         delta += tl.sum(tl.where(seen, weights * dweights, 0.0), 1)
     return delta
 
 
 @triton.jit
 def query_gradient_tiles(
-    dq, q, dout, lse, delta, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    first,
+    begin,
+    end,
+    query_len,
+    key_len,
+    lower,
+    upper,
+    scale,
+    k_ptr,
+    k_stride,
+    v_ptr,
+    v_stride,
+    mask_ptr,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_stride,
+    seed,
+    third,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    EDGE: tl.constexpr,
+):
     i = first + tl.arange(0, TILE_M)
     for tile in range(begin, end):
         k, weights, dweights, seen = query_tile(
-            q, dout, lse, i, tile * TILE_N, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, DROPOUT, PRECISION, EDGE,
-        )  # fmt: skip
+            q,
+            dout,
+            lse,
+            i,
+            tile * TILE_N,
+            query_len,
+            key_len,
+            lower,
+            upper,
+            scale,
+            k_ptr,
+            k_stride,
+            v_ptr,
+            v_stride,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            keep_scale,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            TILE_N,
+            MASK,
+            DROPOUT,
+            PRECISION,
+            EDGE,
+        )
         dscores = weights * (dweights - delta[:, None])
         if EDGE:
             dscores = tl.where(seen, dscores, 0.0)
@@ -124,10 +277,37 @@ def query_gradient_tiles(
 
 @triton.jit
 def query_gradient_key_by_key(
-    q, dout, lse, delta, i, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
+    q,
+    dout,
+    lse,
+    delta,
+    i,
+    begin,
+    end,
+    query_len,
+    key_len,
+    lower,
+    upper,
+    scale,
+    k_ptr,
+    k_stride,
+    v_ptr,
+    v_stride,
+    mask_ptr,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_stride,
+    seed,
+    third,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
     """For what is not finite: see attention_tiles.py."""
     dq = tl.zeros((TILE_M, BLOCK_D), tl.float32)
     for key in range(begin, end):
@@ -135,9 +315,21 @@ def query_gradient_key_by_key(
         v = load_token(v_ptr, v_stride, key, HEAD_DIM, BLOCK_D)
         j = key + tl.arange(0, 1)
         scores, seen = masked(
-            tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None], i[:, None], j[None, :], query_len, key_len, lower, upper, scale,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, MASK,
-        )  # fmt: skip
+            tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None],
+            i[:, None],
+            j[None, :],
+            query_len,
+            key_len,
+            lower,
+            upper,
+            scale,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            MASK,
+        )
         scores, seen = column(scores, seen)
         dweights = tl.sum(dout.to(tl.float32) * v[None, :], 1)
         if DROPOUT:
@@ -147,17 +339,80 @@ def query_gradient_key_by_key(
     return dq
 
 
-@triton.jit(do_not_specialize=["sequences", "query_len", "key_len", "tiles", "lower", "upper", "threshold", "lse_batch_stride", "lse_head_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "sequences",
+        "query_len",
+        "key_len",
+        "tiles",
+        "lower",
+        "upper",
+        "threshold",
+        "lse_batch_stride",
+        "lse_head_stride",
+    ]
+)
 def attention_backward_query_kernel(
-    q_ptr, q_batch_stride, q_head_stride, q_stride, k_ptr, k_batch_stride, k_head_stride, k_stride, v_ptr, v_batch_stride, v_head_stride, v_stride,
-    out_ptr, out_batch_stride, out_head_stride, out_stride, dout_ptr, dout_batch_stride, dout_head_stride, dout_stride,
-    lse_ptr, dlse_ptr, delta_ptr, lse_batch_stride, lse_head_stride,
-    mask_ptr, mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride, padding_ptr, padding_batch_stride, padding_stride,
-    cu_query_ptr, cu_key_ptr, seed_ptr, dq_ptr, dq_batch_stride, dq_head_stride, dq_stride,
-    sequences, heads, groups, query_len, key_len, tiles, lower, upper, scale, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, LEFT: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    q_batch_stride,
+    q_head_stride,
+    q_stride,
+    k_ptr,
+    k_batch_stride,
+    k_head_stride,
+    k_stride,
+    v_ptr,
+    v_batch_stride,
+    v_head_stride,
+    v_stride,
+    out_ptr,
+    out_batch_stride,
+    out_head_stride,
+    out_stride,
+    dout_ptr,
+    dout_batch_stride,
+    dout_head_stride,
+    dout_stride,
+    lse_ptr,
+    dlse_ptr,
+    delta_ptr,
+    lse_batch_stride,
+    lse_head_stride,
+    mask_ptr,
+    mask_batch_stride,
+    mask_head_stride,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_batch_stride,
+    padding_stride,
+    cu_query_ptr,
+    cu_key_ptr,
+    seed_ptr,
+    dq_ptr,
+    dq_batch_stride,
+    dq_head_stride,
+    dq_stride,
+    sequences,
+    heads,
+    groups,
+    query_len,
+    key_len,
+    tiles,
+    lower,
+    upper,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """dq and delta of one tile of queries. lse, dlse and delta are laid out alike."""
     pid = tl.program_id(0)
     if cu_query_ptr is None:
@@ -203,10 +458,38 @@ def attention_backward_query_kernel(
     begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, TILE_N)
     if EXACT:
         delta = exact_delta(
-            q, dout, lse, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION,
-        )  # fmt: skip
+            q,
+            dout,
+            lse,
+            first,
+            begin,
+            end,
+            query_len,
+            key_len,
+            lower,
+            upper,
+            scale,
+            k_ptr,
+            k_stride,
+            v_ptr,
+            v_stride,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            keep_scale,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            TILE_N,
+            MASK,
+            seed_ptr is not None,
+            PRECISION,
+        )
     else:
         out = load_tile(out_ptr, out_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
@@ -216,48 +499,234 @@ def attention_backward_query_kernel(
     dq = tl.zeros((TILE_M, BLOCK_D), tl.float32)
     if MASK != 0 or padding_ptr is not None:
         dq = query_gradient_tiles(
-            dq, q, dout, lse, delta, first, begin, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
-        )  # fmt: skip
+            dq,
+            q,
+            dout,
+            lse,
+            delta,
+            first,
+            begin,
+            end,
+            query_len,
+            key_len,
+            lower,
+            upper,
+            scale,
+            k_ptr,
+            k_stride,
+            v_ptr,
+            v_stride,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            keep_scale,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            TILE_N,
+            MASK,
+            seed_ptr is not None,
+            PRECISION,
+            EXACT,
+            True,
+        )
     else:
         if LEFT:
             dq = query_gradient_tiles(
-                dq, q, dout, lse, delta, first, begin, inner, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-                mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
-            )  # fmt: skip
+                dq,
+                q,
+                dout,
+                lse,
+                delta,
+                first,
+                begin,
+                inner,
+                query_len,
+                key_len,
+                lower,
+                upper,
+                scale,
+                k_ptr,
+                k_stride,
+                v_ptr,
+                v_stride,
+                mask_ptr,
+                mask_query_stride,
+                mask_key_stride,
+                padding_ptr,
+                padding_stride,
+                seed,
+                third,
+                threshold,
+                keep_scale,
+                HEAD_DIM,
+                BLOCK_D,
+                TILE_M,
+                TILE_N,
+                MASK,
+                seed_ptr is not None,
+                PRECISION,
+                EXACT,
+                True,
+            )
         dq = query_gradient_tiles(
-            dq, q, dout, lse, delta, first, inner if LEFT else begin, outer, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, False,
-        )  # fmt: skip
+            dq,
+            q,
+            dout,
+            lse,
+            delta,
+            first,
+            inner if LEFT else begin,
+            outer,
+            query_len,
+            key_len,
+            lower,
+            upper,
+            scale,
+            k_ptr,
+            k_stride,
+            v_ptr,
+            v_stride,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            keep_scale,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            TILE_N,
+            MASK,
+            seed_ptr is not None,
+            PRECISION,
+            EXACT,
+            False,
+        )
         dq = query_gradient_tiles(
-            dq, q, dout, lse, delta, first, outer, end, query_len, key_len, lower, upper, scale, k_ptr, k_stride, v_ptr, v_stride,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
-        )  # fmt: skip
+            dq,
+            q,
+            dout,
+            lse,
+            delta,
+            first,
+            outer,
+            end,
+            query_len,
+            key_len,
+            lower,
+            upper,
+            scale,
+            k_ptr,
+            k_stride,
+            v_ptr,
+            v_stride,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            keep_scale,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            TILE_N,
+            MASK,
+            seed_ptr is not None,
+            PRECISION,
+            EXACT,
+            True,
+        )
     found = any_not_finite(dq)
     if found > 0:
         zero = nothing(found)
         q = load_tile(q_ptr, q_stride + zero, first + zero, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
         dout = load_tile(dout_ptr, dout_stride + zero, first + zero, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
         dq = query_gradient_key_by_key(
-            q, dout, lse, delta, first + zero + tl.arange(0, TILE_M), begin * TILE_N + zero, tl.minimum(end * TILE_N, key_len), query_len + zero, key_len,
-            lower, upper, scale, k_ptr, k_stride + zero, v_ptr, v_stride + zero,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-            HEAD_DIM, BLOCK_D, TILE_M, MASK, seed_ptr is not None,
-        )  # fmt: skip
+            q,
+            dout,
+            lse,
+            delta,
+            first + zero + tl.arange(0, TILE_M),
+            begin * TILE_N + zero,
+            tl.minimum(end * TILE_N, key_len),
+            query_len + zero,
+            key_len,
+            lower,
+            upper,
+            scale,
+            k_ptr,
+            k_stride + zero,
+            v_ptr,
+            v_stride + zero,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            keep_scale,
+            HEAD_DIM,
+            BLOCK_D,
+            TILE_M,
+            MASK,
+            seed_ptr is not None,
+        )
     store_tile(dq_ptr, dq_stride, first, query_len, dq * scale, HEAD_DIM, TILE_M, BLOCK_D)
 
 
 @triton.jit
 def key_gradient_tiles(
-    dk, dv, k, v, first, begin, end, query_len, key_len, lower, upper, scale, q_ptr, q_stride, dout_ptr, dout_stride, lse_ptr, delta_ptr,
-    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+    dk,
+    dv,
+    k,
+    v,
+    first,
+    begin,
+    end,
+    query_len,
+    key_len,
+    lower,
+    upper,
+    scale,
+    q_ptr,
+    q_stride,
+    dout_ptr,
+    dout_stride,
+    lse_ptr,
+    delta_ptr,
+    mask_ptr,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_stride,
+    seed,
+    third,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    EDGE: tl.constexpr,
+):
     """Scores are (TILE_N, TILE_M) here: keys by queries."""
     j = first + tl.arange(0, TILE_N)
     for tile in range(begin, end):
@@ -265,16 +734,30 @@ def key_gradient_tiles(
         i = query + tl.arange(0, TILE_M)
         q = load_tile(q_ptr, q_stride, query, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
         dout = load_tile(dout_ptr, dout_stride, query, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
-        lse = tl.load(lse_ptr + i, mask=i < query_len, other=float("inf"))  # so that a query beyond the end weighs nothing
+        lse = tl.load(
+            lse_ptr + i, mask=i < query_len, other=float("inf")
+        )  # so that a query beyond the end weighs nothing
         delta = tl.load(delta_ptr + i, mask=i < query_len, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         seen = True
         if EDGE:
             scores, seen = masked(
-                scores, i[None, :], j[:, None], query_len, key_len, lower, upper, scale, mask_ptr, mask_query_stride, mask_key_stride,
-                padding_ptr, padding_stride, MASK,
-            )  # fmt: skip
+                scores,
+                i[None, :],
+                j[:, None],
+                query_len,
+                key_len,
+                lower,
+                upper,
+                scale,
+                mask_ptr,
+                mask_query_stride,
+                mask_key_stride,
+                padding_ptr,
+                padding_stride,
+                MASK,
+            )
         weights = weights_of(scores, lse[None, :], scale, MASK)
         if EDGE:
             weights = tl.where(seen, weights, 0.0)
@@ -293,10 +776,39 @@ def key_gradient_tiles(
 
 @triton.jit
 def key_gradient_query_by_query(
-    dk, dv, k, v, first, begin, end, query_len, key_len, lower, upper, scale, q_ptr, q_stride, dout_ptr, dout_stride, lse_ptr, delta_ptr,
-    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
+    dk,
+    dv,
+    k,
+    v,
+    first,
+    begin,
+    end,
+    query_len,
+    key_len,
+    lower,
+    upper,
+    scale,
+    q_ptr,
+    q_stride,
+    dout_ptr,
+    dout_stride,
+    lse_ptr,
+    delta_ptr,
+    mask_ptr,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_stride,
+    seed,
+    third,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
     """For what is not finite: see attention_tiles.py."""
     j = first + tl.arange(0, TILE_N)
     for query in range(begin, end):
@@ -304,9 +816,21 @@ def key_gradient_query_by_query(
         dout = load_token(dout_ptr, dout_stride, query, HEAD_DIM, BLOCK_D)
         i = query + tl.arange(0, 1)
         scores, seen = masked(
-            tl.sum(k.to(tl.float32) * q[None, :], 1)[:, None], i[None, :], j[:, None], query_len, key_len, lower, upper, scale,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, MASK,
-        )  # fmt: skip
+            tl.sum(k.to(tl.float32) * q[None, :], 1)[:, None],
+            i[None, :],
+            j[:, None],
+            query_len,
+            key_len,
+            lower,
+            upper,
+            scale,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            MASK,
+        )
         scores, seen = column(scores, seen)
         weights = weights_of(scores, tl.load(lse_ptr + query), scale, MASK)
         dweights = tl.sum(v.to(tl.float32) * dout[None, :], 1)
@@ -321,21 +845,88 @@ def key_gradient_query_by_query(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["sequences", "query_len", "key_len", "tiles", "lower", "upper", "threshold", "lse_batch_stride", "lse_head_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "sequences",
+        "query_len",
+        "key_len",
+        "tiles",
+        "lower",
+        "upper",
+        "threshold",
+        "lse_batch_stride",
+        "lse_head_stride",
+    ]
+)
 def attention_backward_key_kernel(
-    q_ptr, q_batch_stride, q_head_stride, q_stride, k_ptr, k_batch_stride, k_head_stride, k_stride, v_ptr, v_batch_stride, v_head_stride, v_stride,
-    dout_ptr, dout_batch_stride, dout_head_stride, dout_stride, lse_ptr, delta_ptr, lse_batch_stride, lse_head_stride,
-    mask_ptr, mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride, padding_ptr, padding_batch_stride, padding_stride,
-    cu_query_ptr, cu_key_ptr, seed_ptr, dk_ptr, dk_batch_stride, dk_head_stride, dk_stride, dv_ptr, dv_batch_stride, dv_head_stride, dv_stride,
-    sequences, heads, groups, query_len, key_len, tiles, lower, upper, scale, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, LEFT: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    q_batch_stride,
+    q_head_stride,
+    q_stride,
+    k_ptr,
+    k_batch_stride,
+    k_head_stride,
+    k_stride,
+    v_ptr,
+    v_batch_stride,
+    v_head_stride,
+    v_stride,
+    dout_ptr,
+    dout_batch_stride,
+    dout_head_stride,
+    dout_stride,
+    lse_ptr,
+    delta_ptr,
+    lse_batch_stride,
+    lse_head_stride,
+    mask_ptr,
+    mask_batch_stride,
+    mask_head_stride,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_batch_stride,
+    padding_stride,
+    cu_query_ptr,
+    cu_key_ptr,
+    seed_ptr,
+    dk_ptr,
+    dk_batch_stride,
+    dk_head_stride,
+    dk_stride,
+    dv_ptr,
+    dv_batch_stride,
+    dv_head_stride,
+    dv_stride,
+    sequences,
+    heads,
+    groups,
+    query_len,
+    key_len,
+    tiles,
+    lower,
+    upper,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """dk and dv of one tile of keys, from all heads that share it."""
     pid = tl.program_id(0)
     key_heads = heads // groups
     if cu_query_ptr is None:
-        batch, key_head, tile = pid // tiles // key_heads, pid // tiles % key_heads, pid % tiles  # of a causal mask the first tile has the most queries
+        batch, key_head, tile = (
+            pid // tiles // key_heads,
+            pid // tiles % key_heads,
+            pid % tiles,
+        )  # of a causal mask the first tile has the most queries
     else:
         batch, tile = find_tile(cu_key_ptr, sequences, pid % tiles, TILE_N)
         key_head = pid // tiles
@@ -371,31 +962,159 @@ def attention_backward_key_kernel(
         mask_at = None if MASK == 0 else mask_ptr + at[0] * mask_batch_stride + head * mask_head_stride
         if MASK != 0 or padding_ptr is not None:
             dk, dv = key_gradient_tiles(
-                dk, dv, k, v, first, begin, end, query_len, key_len, lower, upper, scale,
-                q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
-                mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
-            )  # fmt: skip
+                dk,
+                dv,
+                k,
+                v,
+                first,
+                begin,
+                end,
+                query_len,
+                key_len,
+                lower,
+                upper,
+                scale,
+                q_at,
+                q_stride,
+                dout_at,
+                dout_stride,
+                lse_ptr + row,
+                delta_ptr + row,
+                mask_at,
+                mask_query_stride,
+                mask_key_stride,
+                padding_ptr,
+                padding_stride,
+                seed,
+                third,
+                threshold,
+                keep_scale,
+                HEAD_DIM,
+                BLOCK_D,
+                TILE_M,
+                TILE_N,
+                MASK,
+                seed_ptr is not None,
+                PRECISION,
+                EXACT,
+                True,
+            )
         else:
             dk, dv = key_gradient_tiles(
-                dk, dv, k, v, first, begin, inner, query_len, key_len, lower, upper, scale,
-                q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
-                mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
-            )  # fmt: skip
+                dk,
+                dv,
+                k,
+                v,
+                first,
+                begin,
+                inner,
+                query_len,
+                key_len,
+                lower,
+                upper,
+                scale,
+                q_at,
+                q_stride,
+                dout_at,
+                dout_stride,
+                lse_ptr + row,
+                delta_ptr + row,
+                mask_at,
+                mask_query_stride,
+                mask_key_stride,
+                padding_ptr,
+                padding_stride,
+                seed,
+                third,
+                threshold,
+                keep_scale,
+                HEAD_DIM,
+                BLOCK_D,
+                TILE_M,
+                TILE_N,
+                MASK,
+                seed_ptr is not None,
+                PRECISION,
+                EXACT,
+                True,
+            )
             dk, dv = key_gradient_tiles(
-                dk, dv, k, v, first, inner, outer, query_len, key_len, lower, upper, scale,
-                q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
-                mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, False,
-            )  # fmt: skip
+                dk,
+                dv,
+                k,
+                v,
+                first,
+                inner,
+                outer,
+                query_len,
+                key_len,
+                lower,
+                upper,
+                scale,
+                q_at,
+                q_stride,
+                dout_at,
+                dout_stride,
+                lse_ptr + row,
+                delta_ptr + row,
+                mask_at,
+                mask_query_stride,
+                mask_key_stride,
+                padding_ptr,
+                padding_stride,
+                seed,
+                third,
+                threshold,
+                keep_scale,
+                HEAD_DIM,
+                BLOCK_D,
+                TILE_M,
+                TILE_N,
+                MASK,
+                seed_ptr is not None,
+                PRECISION,
+                EXACT,
+                False,
+            )
             if LEFT:
                 dk, dv = key_gradient_tiles(
-                    dk, dv, k, v, first, outer, end, query_len, key_len, lower, upper, scale,
-                    q_at, q_stride, dout_at, dout_stride, lse_ptr + row, delta_ptr + row,
-                    mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                    HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION, EXACT, True,
-                )  # fmt: skip
+                    dk,
+                    dv,
+                    k,
+                    v,
+                    first,
+                    outer,
+                    end,
+                    query_len,
+                    key_len,
+                    lower,
+                    upper,
+                    scale,
+                    q_at,
+                    q_stride,
+                    dout_at,
+                    dout_stride,
+                    lse_ptr + row,
+                    delta_ptr + row,
+                    mask_at,
+                    mask_query_stride,
+                    mask_key_stride,
+                    padding_ptr,
+                    padding_stride,
+                    seed,
+                    third,
+                    threshold,
+                    keep_scale,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    TILE_M,
+                    TILE_N,
+                    MASK,
+                    seed_ptr is not None,
+                    PRECISION,
+                    EXACT,
+                    True,
+                )
     found = tl.maximum(any_not_finite(dk), any_not_finite(dv))
     if found > 0:
         zero = nothing(found)
@@ -411,24 +1130,107 @@ def attention_backward_key_kernel(
             row = at[0] * lse_batch_stride + head * lse_head_stride + q_begin + zero
             mask_at = None if MASK == 0 else mask_ptr + at[0] * mask_batch_stride + head * mask_head_stride
             dk, dv = key_gradient_query_by_query(
-                dk, dv, k, v, first + zero, begin * TILE_M, tl.minimum(end * TILE_M, query_len), query_len + zero, key_len + zero, lower, upper, scale,
-                q_at, q_stride + zero, dout_at, dout_stride + zero, lse_ptr + row, delta_ptr + row,
-                mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold, keep_scale,
-                HEAD_DIM, BLOCK_D, TILE_N, MASK, seed_ptr is not None,
-            )  # fmt: skip
+                dk,
+                dv,
+                k,
+                v,
+                first + zero,
+                begin * TILE_M,
+                tl.minimum(end * TILE_M, query_len),
+                query_len + zero,
+                key_len + zero,
+                lower,
+                upper,
+                scale,
+                q_at,
+                q_stride + zero,
+                dout_at,
+                dout_stride + zero,
+                lse_ptr + row,
+                delta_ptr + row,
+                mask_at,
+                mask_query_stride,
+                mask_key_stride,
+                padding_ptr,
+                padding_stride,
+                seed,
+                third,
+                threshold,
+                keep_scale,
+                HEAD_DIM,
+                BLOCK_D,
+                TILE_N,
+                MASK,
+                seed_ptr is not None,
+            )
     store_tile(dk_ptr, dk_stride, first, key_len, dk * scale, HEAD_DIM, TILE_N, BLOCK_D)
     store_tile(dv_ptr, dv_stride, first, key_len, dv, HEAD_DIM, TILE_N, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["query_len", "key_len", "tiles_m", "tiles_n", "lower", "upper", "threshold", "mask_batch", "mask_heads", "batch_size"])
+@triton.jit(
+    do_not_specialize=[
+        "query_len",
+        "key_len",
+        "tiles_m",
+        "tiles_n",
+        "lower",
+        "upper",
+        "threshold",
+        "mask_batch",
+        "mask_heads",
+        "batch_size",
+    ]
+)
 def attention_backward_mask_kernel(
-    q_ptr, q_batch_stride, q_head_stride, q_stride, k_ptr, k_batch_stride, k_head_stride, k_stride, v_ptr, v_batch_stride, v_head_stride, v_stride,
-    dout_ptr, dout_batch_stride, dout_head_stride, dout_stride, lse_ptr, delta_ptr,
-    mask_ptr, mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride, padding_ptr, padding_batch_stride, padding_stride, seed_ptr,
-    dmask_ptr, batch_size, heads, groups, query_len, key_len, mask_batch, mask_heads, tiles_m, tiles_n, lower, upper, scale, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, ONE_ROW: tl.constexpr,
+    q_ptr,
+    q_batch_stride,
+    q_head_stride,
+    q_stride,
+    k_ptr,
+    k_batch_stride,
+    k_head_stride,
+    k_stride,
+    v_ptr,
+    v_batch_stride,
+    v_head_stride,
+    v_stride,
+    dout_ptr,
+    dout_batch_stride,
+    dout_head_stride,
+    dout_stride,
+    lse_ptr,
+    delta_ptr,
+    mask_ptr,
+    mask_batch_stride,
+    mask_head_stride,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_batch_stride,
+    padding_stride,
+    seed_ptr,
+    dmask_ptr,
+    batch_size,
+    heads,
+    groups,
+    query_len,
+    key_len,
+    mask_batch,
+    mask_heads,
+    tiles_m,
+    tiles_n,
+    lower,
+    upper,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    ONE_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """A tile of the gradient of an additive mask: dscores summed over whatever the mask was broadcast over, in the order of batch, head and query.
 
     ONE_ROW: the mask has one row for all queries. (Where it has one entry for all keys the gradient is that of the log-sum-exp: no kernel is needed.)
@@ -450,23 +1252,63 @@ def attention_backward_mask_kernel(
                 first = m * TILE_M
                 i = first + tl.arange(0, TILE_M)
                 q = load_tile(
-                    q_ptr + at[0] * q_batch_stride + at[1] * q_head_stride, q_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False
-                )  # fmt: skip
+                    q_ptr + at[0] * q_batch_stride + at[1] * q_head_stride,
+                    q_stride,
+                    first,
+                    query_len,
+                    HEAD_DIM,
+                    TILE_M,
+                    BLOCK_D,
+                    False,
+                )
                 dout = load_tile(
-                    dout_ptr + at[0] * dout_batch_stride + at[1] * dout_head_stride, dout_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False
-                )  # fmt: skip
+                    dout_ptr + at[0] * dout_batch_stride + at[1] * dout_head_stride,
+                    dout_stride,
+                    first,
+                    query_len,
+                    HEAD_DIM,
+                    TILE_M,
+                    BLOCK_D,
+                    False,
+                )
                 lse = tl.load(lse_ptr + row + i, mask=i < query_len, other=float("inf"))
                 delta = tl.load(delta_ptr + row + i, mask=i < query_len, other=0.0)
                 k = load_tile(
-                    k_ptr + at[0] * k_batch_stride + at[2] * k_head_stride, k_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, False
-                )  # fmt: skip
+                    k_ptr + at[0] * k_batch_stride + at[2] * k_head_stride,
+                    k_stride,
+                    key,
+                    key_len,
+                    HEAD_DIM,
+                    TILE_N,
+                    BLOCK_D,
+                    False,
+                )
                 v = load_tile(
-                    v_ptr + at[0] * v_batch_stride + at[2] * v_head_stride, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, False
-                )  # fmt: skip
+                    v_ptr + at[0] * v_batch_stride + at[2] * v_head_stride,
+                    v_stride,
+                    key,
+                    key_len,
+                    HEAD_DIM,
+                    TILE_N,
+                    BLOCK_D,
+                    False,
+                )
                 scores, seen = masked(
-                    tl.dot(q, tl.trans(k), input_precision=PRECISION), i[:, None], j[None, :], query_len, key_len, lower, upper, scale,
-                    mask_ptr + at[0] * mask_batch_stride + at[1] * mask_head_stride, mask_query_stride, mask_key_stride, padding_at, padding_stride, 2,
-                )  # fmt: skip
+                    tl.dot(q, tl.trans(k), input_precision=PRECISION),
+                    i[:, None],
+                    j[None, :],
+                    query_len,
+                    key_len,
+                    lower,
+                    upper,
+                    scale,
+                    mask_ptr + at[0] * mask_batch_stride + at[1] * mask_head_stride,
+                    mask_query_stride,
+                    mask_key_stride,
+                    padding_at,
+                    padding_stride,
+                    2,
+                )
                 dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
                 if seed_ptr is not None:
                     keep = kept(seed, i, key, batch * heads + head, threshold, TILE_M, TILE_N, False)
@@ -482,16 +1324,43 @@ def attention_backward_mask_kernel(
 
 
 def attention_backward(
-    dout, dlse, q, k, v, mask, padding, cu_query, cu_key, seed, out, lse, dq, dk, dv, dmask, sizes, band, scale, threshold, keep_scale, precision,
-    exact, architecture, device, delta,
-):  # fmt: skip
+    dout,
+    dlse,
+    q,
+    k,
+    v,
+    mask,
+    padding,
+    cu_query,
+    cu_key,
+    seed,
+    out,
+    lse,
+    dq,
+    dk,
+    dv,
+    dmask,
+    sizes,
+    band,
+    scale,
+    threshold,
+    keep_scale,
+    precision,
+    exact,
+    architecture,
+    device,
+    delta,
+):
     """As attention_forward; dlse and delta are laid out as lse. dk is None where neither dk nor dv is wanted.
 
     dmask is contiguous in float32, or None; its mask has a column for each key. exact: where q is 16 bits wide and the mask wants a gradient.
     """
     batch, heads, key_heads, query_len, key_len, head_dim = sizes
     groups, block, left = heads // key_heads, block_of(head_dim), cu_query is not None or band[0] > 1 - query_len
-    kind, masked_at_all = mask_kind(mask), mask is not None or padding is not None or seed is not None or cu_query is not None
+    kind, masked_at_all = (
+        mask_kind(mask),
+        mask is not None or padding is not None or seed is not None or cu_query is not None,
+    )
     masks = mask, *strides(mask, 4), padding, *strides(padding, 2)
     each = batch if cu_query is None else 1
     inputs = q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3)
@@ -500,19 +1369,69 @@ def attention_backward(
     tile_m, tile_n, warps, stages = attention_tile(architecture, "query", q.dtype.itemsize, block, masked_at_all, exact)
     tiles = cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch + 1
     arguments = (
-        *inputs, out, *strides(out, 3), dout, *strides(dout, 3), lse, dlse, delta, *strides(lse, 2), *masks, cu_query, cu_key, seed, dq, *strides(dq, 3),
-        batch, heads, groups, query_len, key_len, tiles, *numbers,
-    )  # fmt: skip
+        *inputs,
+        out,
+        *strides(out, 3),
+        dout,
+        *strides(dout, 3),
+        lse,
+        dlse,
+        delta,
+        *strides(lse, 2),
+        *masks,
+        cu_query,
+        cu_key,
+        seed,
+        dq,
+        *strides(dq, 3),
+        batch,
+        heads,
+        groups,
+        query_len,
+        key_len,
+        tiles,
+        *numbers,
+    )
     constants = head_dim, block, tile_m, tile_n, kind, left, precision, exact
-    launch(attention_backward_query_kernel, tiles * each * heads, arguments, constants, warps, stages, device, debug=cu_query is not None)
+    launch(
+        attention_backward_query_kernel,
+        tiles * each * heads,
+        arguments,
+        constants,
+        warps,
+        stages,
+        device,
+        debug=cu_query is not None,
+    )
 
     if dk is not None:
-        tile_m, tile_n, warps, stages = attention_tile(architecture, "key", q.dtype.itemsize, block, masked_at_all, exact)
+        tile_m, tile_n, warps, stages = attention_tile(
+            architecture, "key", q.dtype.itemsize, block, masked_at_all, exact
+        )
         tiles = cdiv(key_len, tile_n) if cu_key is None else key_len // tile_n + batch
         arguments = (
-            *inputs, dout, *strides(dout, 3), lse, delta, *strides(lse, 2), *masks, cu_query, cu_key, seed, dk, *strides(dk, 3), dv, *strides(dv, 3),
-            batch, heads, groups, query_len, key_len, tiles, *numbers,
-        )  # fmt: skip
+            *inputs,
+            dout,
+            *strides(dout, 3),
+            lse,
+            delta,
+            *strides(lse, 2),
+            *masks,
+            cu_query,
+            cu_key,
+            seed,
+            dk,
+            *strides(dk, 3),
+            dv,
+            *strides(dv, 3),
+            batch,
+            heads,
+            groups,
+            query_len,
+            key_len,
+            tiles,
+            *numbers,
+        )
         constants = head_dim, block, tile_m, tile_n, kind, left, precision, exact
         launch(attention_backward_key_kernel, tiles * each * key_heads, arguments, constants, warps, stages, device)
 
@@ -522,8 +1441,24 @@ def attention_backward(
         one_row = mask.shape[2] == 1
         programs = mask.shape[0] * mask.shape[1] * (1 if one_row else tiles_m) * tiles_n
         arguments = (
-            *inputs, dout, *strides(dout, 3), lse, delta, *masks, seed, dmask, batch, heads, groups, query_len, key_len, mask.shape[0], mask.shape[1],
-            tiles_m, tiles_n, *numbers,
-        )  # fmt: skip
+            *inputs,
+            dout,
+            *strides(dout, 3),
+            lse,
+            delta,
+            *masks,
+            seed,
+            dmask,
+            batch,
+            heads,
+            groups,
+            query_len,
+            key_len,
+            mask.shape[0],
+            mask.shape[1],
+            tiles_m,
+            tiles_n,
+            *numbers,
+        )
         constants = head_dim, block, tile_m, tile_n, one_row, precision
         launch(attention_backward_mask_kernel, programs, arguments, constants, warps, stages, device)

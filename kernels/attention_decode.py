@@ -22,11 +22,39 @@ MOST_STRETCHES = 128
 
 @triton.jit
 def stretch_of_keys(
-    q, i, head, real, begin, end, query_len, key_len, lower, upper, size, unit, k_ptr, k_stride, v_ptr, v_stride,
-    mask_ptr, mask_head_stride, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    q,
+    i,
+    head,
+    real,
+    begin,
+    end,
+    query_len,
+    key_len,
+    lower,
+    upper,
+    size,
+    unit,
+    k_ptr,
+    k_stride,
+    v_ptr,
+    v_stride,
+    mask_ptr,
+    mask_head_stride,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_stride,
+    seed,
+    third,
+    threshold,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """(Σ weights · v, maximum, Σ weights) of keys begin … end."""
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -37,9 +65,21 @@ def stretch_of_keys(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         mask_at = None if MASK == 0 else mask_ptr + (head.to(tl.int64) * mask_head_stride)[:, None]
         scores, _ = masked(
-            scores, i[:, None], j[None, :], tl.where(real, query_len, 0)[:, None], key_len, lower, upper, size, mask_at, mask_query_stride, mask_key_stride,
-            padding_ptr, padding_stride, MASK,
-        )  # fmt: skip
+            scores,
+            i[:, None],
+            j[None, :],
+            tl.where(real, query_len, 0)[:, None],
+            key_len,
+            lower,
+            upper,
+            size,
+            mask_at,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            MASK,
+        )
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         if MASK == 2:
@@ -59,12 +99,48 @@ def stretch_of_keys(
 
 @triton.jit(do_not_specialize=["query_len", "key_len", "stretch", "stretches", "lower", "upper", "threshold"])
 def attention_decode_kernel(
-    q_ptr, q_batch_stride, q_head_stride, q_stride, k_ptr, k_batch_stride, k_head_stride, k_stride, v_ptr, v_batch_stride, v_head_stride, v_stride,
-    part_ptr, top_ptr, norm_ptr, mask_ptr, mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride,
-    padding_ptr, padding_batch_stride, padding_stride, seed_ptr, key_heads, groups, query_len, key_len, stretch, stretches,
-    lower, upper, scale, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE_N: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    q_batch_stride,
+    q_head_stride,
+    q_stride,
+    k_ptr,
+    k_batch_stride,
+    k_head_stride,
+    k_stride,
+    v_ptr,
+    v_batch_stride,
+    v_head_stride,
+    v_stride,
+    part_ptr,
+    top_ptr,
+    norm_ptr,
+    mask_ptr,
+    mask_batch_stride,
+    mask_head_stride,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_batch_stride,
+    padding_stride,
+    seed_ptr,
+    key_heads,
+    groups,
+    query_len,
+    key_len,
+    stretch,
+    stretches,
+    lower,
+    upper,
+    scale,
+    threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """part: (batch, heads, query_len, stretches, head_dim), top and norm: (batch, heads, query_len, stretches), in float32."""
     pid = tl.program_id(0)
     piece, key_head, batch = pid % stretches, pid // stretches % key_heads, pid // stretches // key_heads
@@ -80,7 +156,12 @@ def attention_decode_kernel(
     if padding_ptr is not None:
         padding_ptr += at[0] * padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
-    q_at = q_ptr + at[0] * q_batch_stride + (head.to(tl.int64) * q_head_stride + i.to(tl.int64) * q_stride)[:, None] + channel[None, :]
+    q_at = (
+        q_ptr
+        + at[0] * q_batch_stride
+        + (head.to(tl.int64) * q_head_stride + i.to(tl.int64) * q_stride)[:, None]
+        + channel[None, :]
+    )
     q = tl.load(q_at, mask=real[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
     q = signed(q, scale)
     size = tl.abs(scale)
@@ -90,30 +171,101 @@ def attention_decode_kernel(
     end = tl.minimum(tl.minimum((piece + 1) * stretch, key_len), query_len + upper)
     third = batch * key_heads * groups + head
     total, top, norm = stretch_of_keys(
-        q, i, head, real, begin, end, query_len, key_len, lower, upper, size, unit, k_ptr, k_stride, v_ptr, v_stride,
-        mask_ptr, mask_head_stride, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold,
-        HEAD_DIM, BLOCK_D, ROWS, TILE_N, MASK, seed_ptr is not None, PRECISION,
-    )  # fmt: skip
+        q,
+        i,
+        head,
+        real,
+        begin,
+        end,
+        query_len,
+        key_len,
+        lower,
+        upper,
+        size,
+        unit,
+        k_ptr,
+        k_stride,
+        v_ptr,
+        v_stride,
+        mask_ptr,
+        mask_head_stride,
+        mask_query_stride,
+        mask_key_stride,
+        padding_ptr,
+        padding_stride,
+        seed,
+        third,
+        threshold,
+        HEAD_DIM,
+        BLOCK_D,
+        ROWS,
+        TILE_N,
+        MASK,
+        seed_ptr is not None,
+        PRECISION,
+    )
     if any_not_finite(total) > 0:
         mask_at = None if MASK == 0 else mask_ptr + (head.to(tl.int64) * mask_head_stride)[:, None]
         total, top, norm = key_by_key(
-            q, i, begin, end, tl.where(real, query_len, 0)[:, None], key_len, lower, upper, size, unit, k_ptr, k_stride, v_ptr, v_stride,
-            mask_at, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold,
-            HEAD_DIM, BLOCK_D, ROWS, MASK, seed_ptr is not None,
-        )  # fmt: skip
+            q,
+            i,
+            begin,
+            end,
+            tl.where(real, query_len, 0)[:, None],
+            key_len,
+            lower,
+            upper,
+            size,
+            unit,
+            k_ptr,
+            k_stride,
+            v_ptr,
+            v_stride,
+            mask_at,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            seed,
+            third,
+            threshold,
+            HEAD_DIM,
+            BLOCK_D,
+            ROWS,
+            MASK,
+            seed_ptr is not None,
+        )
     total *= keep_scale
     query = (at[0] * key_heads * groups + head) * query_len + i
     place = query * stretches + piece
-    tl.store(part_ptr + place[:, None] * HEAD_DIM + channel[None, :], total, mask=real[:, None] & (channel < HEAD_DIM)[None, :])
-    tl.store(top_ptr + place, top if MASK == 2 else top * size, mask=real)  # −inf · 0 would be NaN, which the second kernel does not look at
+    tl.store(
+        part_ptr + place[:, None] * HEAD_DIM + channel[None, :],
+        total,
+        mask=real[:, None] & (channel < HEAD_DIM)[None, :],
+    )
+    tl.store(
+        top_ptr + place, top if MASK == 2 else top * size, mask=real
+    )  # −inf · 0 would be NaN, which the second kernel does not look at
     tl.store(norm_ptr + place, norm, mask=real)
 
 
 @triton.jit(do_not_specialize=["query_len", "stretches"])
 def attention_decode_join_kernel(
-    part_ptr, top_ptr, norm_ptr, out_ptr, out_batch_stride, out_head_stride, out_stride, lse_ptr, heads, query_len, stretches,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRETCHES: tl.constexpr,
-):  # fmt: skip
+    part_ptr,
+    top_ptr,
+    norm_ptr,
+    out_ptr,
+    out_batch_stride,
+    out_head_stride,
+    out_stride,
+    lse_ptr,
+    heads,
+    query_len,
+    stretches,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STRETCHES: tl.constexpr,
+):
     """out and lse of one query of one head."""
     pid = tl.program_id(0).to(tl.int64)
     i, head, batch = pid % query_len, pid // query_len % heads, pid // query_len // heads
@@ -131,8 +283,10 @@ def attention_decode_join_kernel(
     # A NaN of a stretch is one that was seen; where nothing was seen the part is 0.
     out = tl.sum(part * share[:, None], 0) / tl.where(whole == 0, 1.0, whole)
     tl.store(
-        out_ptr + batch * out_batch_stride + head * out_head_stride + i * out_stride + channel, out.to(out_ptr.dtype.element_ty), mask=channel < HEAD_DIM
-    )  # fmt: skip
+        out_ptr + batch * out_batch_stride + head * out_head_stride + i * out_stride + channel,
+        out.to(out_ptr.dtype.element_ty),
+        mask=channel < HEAD_DIM,
+    )
     tl.store(lse_ptr + pid, tl.where(whole == 0, float("-inf"), base + tl.log(tl.where(whole == 0, 1.0, whole))))
 
 
@@ -148,7 +302,25 @@ def serves(heads, key_heads, query_len, key_len):
     return heads // key_heads * query_len <= ROWS and key_len > SHORTEST
 
 
-def attention_decode(q, k, v, out, lse, mask, padding, seed, sizes, band, scale, threshold, keep_scale, precision, architecture, device, new):
+def attention_decode(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    mask,
+    padding,
+    seed,
+    sizes,
+    band,
+    scale,
+    threshold,
+    keep_scale,
+    precision,
+    architecture,
+    device,
+    new,
+):
     """As attention_forward. new(shape): memory in float32 for what the stretches leave."""
     batch, heads, key_heads, query_len, key_len, head_dim = sizes
     block = block_of(head_dim)
@@ -157,10 +329,34 @@ def attention_decode(q, k, v, out, lse, mask, padding, seed, sizes, band, scale,
     queries = batch * heads * query_len
     part, top, norm = new((queries, stretches, head_dim)), new((queries, stretches)), new((queries, stretches))
     arguments = (
-        q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3), part, top, norm, mask, *strides(mask, 4), padding, *strides(padding, 2), seed,
-        key_heads, heads // key_heads, query_len, key_len, stretch, stretches, *band, scale, threshold, keep_scale,
-    )  # fmt: skip
+        q,
+        *strides(q, 3),
+        k,
+        *strides(k, 3),
+        v,
+        *strides(v, 3),
+        part,
+        top,
+        norm,
+        mask,
+        *strides(mask, 4),
+        padding,
+        *strides(padding, 2),
+        seed,
+        key_heads,
+        heads // key_heads,
+        query_len,
+        key_len,
+        stretch,
+        stretches,
+        *band,
+        scale,
+        threshold,
+        keep_scale,
+    )
     constants = head_dim, block, ROWS, tile_n, mask_kind(mask), precision
     launch(attention_decode_kernel, batch * key_heads * stretches, arguments, constants, warps, stages, device)
     arguments = part, top, norm, out, *strides(out, 3), lse, heads, query_len, stretches
-    launch(attention_decode_join_kernel, queries, arguments, (head_dim, block, next_power_of_2(stretches)), 4, 1, device)
+    launch(
+        attention_decode_join_kernel, queries, arguments, (head_dim, block, next_power_of_2(stretches)), 4, 1, device
+    )

@@ -49,7 +49,10 @@ def find_tile(cu_ptr, sequences, slot, TILE: tl.constexpr):
 def check_sequence(cu_ptr, batch, total):
     """A device assert where a program's own sequence would lead it out of the tensors, which the program that checks all might notice too late."""
     begin, end = tl.load(cu_ptr + batch), tl.load(cu_ptr + batch + 1)
-    tl.device_assert((begin >= 0) & (begin <= end) & (end <= total), "cu_seqlens: expected values that never decrease, from 0 to the number of tokens")
+    tl.device_assert(
+        (begin >= 0) & (begin <= end) & (end <= total),
+        "cu_seqlens: expected values that never decrease, from 0 to the number of tokens",
+    )
 
 
 @triton.jit
@@ -59,15 +62,29 @@ def check_starts(cu_ptr, sequences, total):
     """
     AT_ONCE: tl.constexpr = 128
     tl.device_assert(tl.load(cu_ptr) == 0, "cu_seqlens: expected 0 as its first value")
-    tl.device_assert(tl.load(cu_ptr + sequences) == total, "cu_seqlens: expected the number of tokens as its last value")
+    tl.device_assert(
+        tl.load(cu_ptr + sequences) == total, "cu_seqlens: expected the number of tokens as its last value"
+    )
     for first in range(0, sequences, AT_ONCE):
         at = first + tl.arange(0, AT_ONCE)
         begin = tl.load(cu_ptr + at, mask=at < sequences, other=0)
-        tl.device_assert(begin <= tl.load(cu_ptr + at + 1, mask=at < sequences, other=0), "cu_seqlens: expected values that never decrease")
+        tl.device_assert(
+            begin <= tl.load(cu_ptr + at + 1, mask=at < sequences, other=0),
+            "cu_seqlens: expected values that never decrease",
+        )
 
 
 @triton.jit
-def load_tile(pointer, stride, first, length, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, ALL_ROWS: tl.constexpr):
+def load_tile(
+    pointer,
+    stride,
+    first,
+    length,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+):
     """(TILE, BLOCK_D) tokens from `first` on; 0 beyond the end of the sequence and of the head. The offsets within a tile are 32-bit numbers."""
     token = tl.arange(0, TILE)
     channel = tl.arange(0, BLOCK_D)
@@ -114,9 +131,21 @@ def tiles_of_queries(first, last, lower, upper, query_len, TILE_M: tl.constexpr)
 
 @triton.jit
 def masked(
-    scores, i, j, query_len, key_len, lower, upper, scale, mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride,
+    scores,
+    i,
+    j,
+    query_len,
+    key_len,
+    lower,
+    upper,
+    scale,
+    mask_ptr,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_stride,
     MASK: tl.constexpr,
-):  # fmt: skip
+):
     """(scores, −inf where not seen; what is seen). i and j are the positions, shaped to broadcast against each other in either order.
 
     With an additive mask (MASK 2) scores become scale · scores + mask; an additive −inf masks whatever stands there.
@@ -161,7 +190,9 @@ def nothing(found):
 def load_token(pointer, stride, token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """(BLOCK_D,) one token in float32."""
     channel = tl.arange(0, BLOCK_D)
-    return tl.load(pointer + tl.cast(token, tl.int64) * stride + channel, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
+    return tl.load(pointer + tl.cast(token, tl.int64) * stride + channel, mask=channel < HEAD_DIM, other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -172,10 +203,34 @@ def column(scores, seen):
 
 @triton.jit
 def key_by_key(
-    q, i, begin, end, query_len, key_len, lower, upper, scale, unit, k_ptr, k_stride, v_ptr, v_stride,
-    mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, seed, third, threshold,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
+    q,
+    i,
+    begin,
+    end,
+    query_len,
+    key_len,
+    lower,
+    upper,
+    scale,
+    unit,
+    k_ptr,
+    k_stride,
+    v_ptr,
+    v_stride,
+    mask_ptr,
+    mask_query_stride,
+    mask_key_stride,
+    padding_ptr,
+    padding_stride,
+    seed,
+    third,
+    threshold,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
     """The forward of queries i and keys begin … end without matrix units, where only what is seen is ever added."""
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -187,9 +242,21 @@ def key_by_key(
         v = load_token(v_ptr, v_stride, key, HEAD_DIM, BLOCK_D)
         j = key + tl.arange(0, 1)
         scores, seen = masked(
-            tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None], i[:, None], j[None, :], query_len, key_len, lower, upper, scale,
-            mask_ptr, mask_query_stride, mask_key_stride, padding_ptr, padding_stride, MASK,
-        )  # fmt: skip
+            tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None],
+            i[:, None],
+            j[None, :],
+            query_len,
+            key_len,
+            lower,
+            upper,
+            scale,
+            mask_ptr,
+            mask_query_stride,
+            mask_key_stride,
+            padding_ptr,
+            padding_stride,
+            MASK,
+        )
         scores, seen = column(scores, seen)
         new_top = tl.maximum(top, scores)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)

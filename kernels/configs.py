@@ -66,7 +66,9 @@ SM_120 = SMALL | {  # as ptxas deals out registers there, SMALL's rows spill a f
     ("query masked", 2, 128): (32, 16, 8, 2),
     ("query exact", 2, 64): (64, 32, 8, 1),
 }
-ONE_STAGE = {at: (m, n, warps, 1) for at, (m, n, warps, stages) in SMALL.items()}  # AMD: 64 KiB, and loads are kept in flight in registers
+ONE_STAGE = {
+    at: (m, n, warps, 1) for at, (m, n, warps, stages) in SMALL.items()
+}  # AMD: 64 KiB, and loads are kept in flight in registers
 # Small, so that small tests have several tiles, and of unlike sides, so that no side is taken for the other.
 UNLIKE = {"forward": (64, 32), "query": (32, 64), "key": (32, 64), "mask": (64, 32), "decode": (16, 32)}
 INTERPRETER = {at: (*UNLIKE[at[0]], 1, 1) for at in SMALL if at[0] in UNLIKE}
@@ -79,11 +81,16 @@ def table_of(architecture: str) -> dict[tuple[str, int, int], tuple[int, int, in
     return ATTENTION.get(architecture, ONE_STAGE if architecture.startswith("gfx") else SMALL)
 
 
-def attention_tile(architecture: str, which: str, itemsize: int, block: int, masked: bool = False, exact: bool = False) -> tuple[int, int, int, int]:
+def attention_tile(
+    architecture: str, which: str, itemsize: int, block: int, masked: bool = False, exact: bool = False
+) -> tuple[int, int, int, int]:
     """masked: with what wants registers too: a mask, padding, dropout, packed sequences. exact: with the products in two parts of attention_backward.py."""
     table, block = table_of(architecture), max(block, 64)
     names = (f"{which} exact",) * exact + (f"{which} masked",) * masked
-    return next((table[name, itemsize, block] for name in names if (name, itemsize, block) in table), None) or table[which, itemsize, block]
+    return (
+        next((table[name, itemsize, block] for name in names if (name, itemsize, block) in table), None)
+        or table[which, itemsize, block]
+    )
 
 
 # gelu_mlp: (architecture, bytes of an element) → (tile_m, tile_n, tile_k, warps, stages) of the fused products. Not in the table: the vendor's product

@@ -46,9 +46,21 @@ def tile_of_product(tile, tiles_m, tiles_n):
 
 @triton.jit
 def product(
-    a_ptr, a_stride, w_ptr, w_k_stride, w_n_stride, row, column, rows, k, n, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    a_ptr,
+    a_stride,
+    w_ptr,
+    w_k_stride,
+    w_n_stride,
+    row,
+    column,
+    rows,
+    k,
+    n,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """One tile of a @ w in float32. Rows and columns beyond the end are read from the start again: what they give is not stored."""
     m = row * TILE_M + tl.arange(0, TILE_M)
     j = column * TILE_N + tl.arange(0, TILE_N)
@@ -68,14 +80,30 @@ def product(
 
 @triton.jit(do_not_specialize=["rows"])
 def gelu_mlp_forward_kernel(
-    x_ptr, x_stride, w_ptr, w_k_stride, w_n_stride, bias_ptr, hidden_ptr, activated_ptr, rows, k, n,
-    TANH: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_stride,
+    w_ptr,
+    w_k_stride,
+    w_n_stride,
+    bias_ptr,
+    hidden_ptr,
+    activated_ptr,
+    rows,
+    k,
+    n,
+    TANH: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """activated = gelu(x W + bias), and hidden, what the GELU reads, where it is wanted: (rows, n), contiguous."""
     tiles_m, tiles_n = tl.cdiv(rows, TILE_M), tl.cdiv(n, TILE_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         row, column = tile_of_product(tile, tiles_m, tiles_n)
-        hidden = product(x_ptr, x_stride, w_ptr, w_k_stride, w_n_stride, row, column, rows, k, n, TILE_M, TILE_N, TILE_K, PRECISION)
+        hidden = product(
+            x_ptr, x_stride, w_ptr, w_k_stride, w_n_stride, row, column, rows, k, n, TILE_M, TILE_N, TILE_K, PRECISION
+        )
         m = row * TILE_M + tl.arange(0, TILE_M)
         j = column * TILE_N + tl.arange(0, TILE_N)
         if bias_ptr is not None:
@@ -90,14 +118,30 @@ def gelu_mlp_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def gelu_mlp_backward_kernel(
-    dy_ptr, dy_stride, w_ptr, w_k_stride, w_n_stride, hidden_ptr, dhidden_ptr, activated_ptr, rows, k, n,
-    TANH: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    dy_stride,
+    w_ptr,
+    w_k_stride,
+    w_n_stride,
+    hidden_ptr,
+    dhidden_ptr,
+    activated_ptr,
+    rows,
+    k,
+    n,
+    TANH: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dhidden = (dy W) · gelu'(hidden), where W is W2 read the other way round; activated = gelu(hidden) too where it is wanted."""
     tiles_m, tiles_n = tl.cdiv(rows, TILE_M), tl.cdiv(n, TILE_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         row, column = tile_of_product(tile, tiles_m, tiles_n)
-        dactivated = product(dy_ptr, dy_stride, w_ptr, w_k_stride, w_n_stride, row, column, rows, k, n, TILE_M, TILE_N, TILE_K, PRECISION)
+        dactivated = product(
+            dy_ptr, dy_stride, w_ptr, w_k_stride, w_n_stride, row, column, rows, k, n, TILE_M, TILE_N, TILE_K, PRECISION
+        )
         m = row * TILE_M + tl.arange(0, TILE_M)
         j = column * TILE_N + tl.arange(0, TILE_N)
         at = m.to(tl.int64)[:, None] * n + j[None, :]
@@ -122,7 +166,9 @@ def columns(first, n, POINTS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["elements"])
-def gelu_mlp_activate_kernel(hidden_ptr, bias_ptr, activated_ptr, elements, n, TANH: tl.constexpr, POINTS: tl.constexpr, WIDE: tl.constexpr):
+def gelu_mlp_activate_kernel(
+    hidden_ptr, bias_ptr, activated_ptr, elements, n, TANH: tl.constexpr, POINTS: tl.constexpr, WIDE: tl.constexpr
+):
     """After the vendor's product: hidden += bias in place, activated = gelu(hidden). activated may be hidden, where nothing keeps it."""
     first = tl.program_id(0).to(tl.int64) * POINTS
     at = first + tl.arange(0, POINTS)
@@ -135,7 +181,9 @@ def gelu_mlp_activate_kernel(hidden_ptr, bias_ptr, activated_ptr, elements, n, T
 
 
 @triton.jit(do_not_specialize=["elements"])
-def gelu_mlp_slope_kernel(dactivated_ptr, hidden_ptr, activated_ptr, elements, TANH: tl.constexpr, POINTS: tl.constexpr):
+def gelu_mlp_slope_kernel(
+    dactivated_ptr, hidden_ptr, activated_ptr, elements, TANH: tl.constexpr, POINTS: tl.constexpr
+):
     """After the vendor's product: dactivated · gelu'(hidden) in place; activated = gelu(hidden) too where it is wanted."""
     at = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     activated, slope = gelu(tl.load(hidden_ptr + at, mask=at < elements, other=0.0).to(tl.float32), TANH)
@@ -159,7 +207,15 @@ def gelu_mlp_forward(x, w, w_strides, bias, hidden, activated, n, tanh, precisio
     (rows, k), (tile_m, tile_n, tile_k, warps, stages) = x.shape, tile
     tiles = cdiv(rows, tile_m) * cdiv(n, tile_n)
     arguments = x, x.stride(0), w, *w_strides, bias, hidden, activated, rows, k, n
-    launch(gelu_mlp_forward_kernel, programs(tiles, processors), arguments, (tanh, tile_m, tile_n, tile_k, precision), warps, stages, device)
+    launch(
+        gelu_mlp_forward_kernel,
+        programs(tiles, processors),
+        arguments,
+        (tanh, tile_m, tile_n, tile_k, precision),
+        warps,
+        stages,
+        device,
+    )
 
 
 def gelu_mlp_backward(dy, w, w_strides, hidden, dhidden, activated, n, tanh, precision, tile, device, processors):
@@ -167,14 +223,38 @@ def gelu_mlp_backward(dy, w, w_strides, hidden, dhidden, activated, n, tanh, pre
     (rows, k), (tile_m, tile_n, tile_k, warps, stages) = dy.shape, tile
     tiles = cdiv(rows, tile_m) * cdiv(n, tile_n)
     arguments = dy, dy.stride(0), w, *w_strides, hidden, dhidden, activated, rows, k, n
-    launch(gelu_mlp_backward_kernel, programs(tiles, processors), arguments, (tanh, tile_m, tile_n, tile_k, precision), warps, stages, device)
+    launch(
+        gelu_mlp_backward_kernel,
+        programs(tiles, processors),
+        arguments,
+        (tanh, tile_m, tile_n, tile_k, precision),
+        warps,
+        stages,
+        device,
+    )
 
 
 def gelu_mlp_activate(hidden, bias, activated, tanh, device):
     elements, n = hidden.numel(), hidden.shape[-1]
-    launch(gelu_mlp_activate_kernel, cdiv(elements, POINTS), (hidden, bias, activated, elements, n), (tanh, POINTS, n >= POINTS), 4, 1, device)
+    launch(
+        gelu_mlp_activate_kernel,
+        cdiv(elements, POINTS),
+        (hidden, bias, activated, elements, n),
+        (tanh, POINTS, n >= POINTS),
+        4,
+        1,
+        device,
+    )
 
 
 def gelu_mlp_slope(dactivated, hidden, activated, tanh, device):
     elements = hidden.numel()
-    launch(gelu_mlp_slope_kernel, cdiv(elements, POINTS), (dactivated, hidden, activated, elements), (tanh, POINTS), 4, 1, device)
+    launch(
+        gelu_mlp_slope_kernel,
+        cdiv(elements, POINTS),
+        (dactivated, hidden, activated, elements),
+        (tanh, POINTS),
+        4,
+        1,
+        device,
+    )

@@ -10,7 +10,11 @@ from triton.runtime import interpreter
 
 tl = interpreter.tl
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-cast_as_it_comes, dot_as_it_comes, patch_as_it_comes = Builder.cast_impl, Builder.create_dot, interpreter._patch_lang_tensor
+cast_as_it_comes, dot_as_it_comes, patch_as_it_comes = (
+    Builder.cast_impl,
+    Builder.create_dot,
+    interpreter._patch_lang_tensor,
+)
 
 
 def cast_impl(self, source, dtype):
@@ -21,7 +25,10 @@ def cast_impl(self, source, dtype):
 
 
 def create_dot(self, a, b, total, *options):
-    a, b = (Handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    a, b = (
+        Handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+        for x in (a, b)
+    )
     return dot_as_it_comes(self, a, b, total, *options)
 
 

@@ -58,7 +58,15 @@ def launch(kernel, programs, arguments, constants, warps, stages, device, debug=
         kernel[(programs,)](*arguments, *constants)
         return
     known = id(kernel), device, warps, stages, constants  # kernels live as long as their module, and hash slowly
-    same = *known, *[a if type(a) in NUMBERS else (a.dtype, a.untyped_storage().nbytes() < 2**31 if HIP else 0, a.data_ptr() & 15) for a in arguments]
+    same = (
+        *known,
+        *[
+            a
+            if type(a) in NUMBERS
+            else (a.dtype, a.untyped_storage().nbytes() < 2**31 if HIP else 0, a.data_ptr() & 15)
+            for a in arguments
+        ],
+    )
     ready = repeated.get(same)
     if ready is None:
         key = *known, *map(kind, arguments)
@@ -67,7 +75,9 @@ def launch(kernel, programs, arguments, constants, warps, stages, device, debug=
             if len(compiled) >= MOST:
                 compiled.clear()
             options = {"debug": True, "sanitize_overflow": False} if debug else {}
-            compiled[key] = kernel[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **options)
+            compiled[key] = kernel[(programs,)](
+                *arguments, *constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **options
+            )
             return
         if len(repeated) >= MOST:
             repeated.clear()

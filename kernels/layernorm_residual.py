@@ -21,9 +21,25 @@ FOLD = 32  # shares added at a time by the second stage, for FOLD columns
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def layernorm_residual_forward_kernel(
-    x_ptr, x_stride, residual_ptr, residual_stride, weight_ptr, bias_ptr, y_ptr, summed_ptr, mean_ptr, rstd_ptr, seed_ptr,
-    rows, width, eps, threshold, keep_scale, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_stride,
+    residual_ptr,
+    residual_stride,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    summed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    seed_ptr,
+    rows,
+    width,
+    eps,
+    threshold,
+    keep_scale,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < width)[None, :]
@@ -31,7 +47,9 @@ def layernorm_residual_forward_kernel(
     if seed_ptr is not None:
         s = tl.where(kept(tl.load(seed_ptr), row, 0, 0, threshold, ROWS, BLOCK, False), s * keep_scale, 0.0)
     if residual_ptr is not None:
-        s += tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        s += tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
     if summed_ptr is not None:
         stored = s.to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + row[:, None] * width + column[None, :], stored, mask=inside)
@@ -49,9 +67,28 @@ def layernorm_residual_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "steps", "threshold"])
 def layernorm_residual_backward_kernel(
-    dy_ptr, dy_stride, dsummed_ptr, dsummed_stride, summed_ptr, summed_stride, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr,
-    dweight_ptr, dbias_ptr, seed_ptr, rows, width, steps, threshold, keep_scale, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    dy_stride,
+    dsummed_ptr,
+    dsummed_stride,
+    summed_ptr,
+    summed_stride,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    seed_ptr,
+    rows,
+    width,
+    steps,
+    threshold,
+    keep_scale,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """A program takes `steps` tiles of ROWS rows, one after the other; its share of dweight and dbias is one row of each."""
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
@@ -63,10 +100,14 @@ def layernorm_residual_backward_kernel(
         inside = (row < rows)[:, None] & (column < width)[None, :]
         ds = tl.zeros((ROWS, BLOCK), tl.float32)
         if dsummed_ptr is not None:
-            ds += tl.load(dsummed_ptr + row[:, None] * dsummed_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            ds += tl.load(dsummed_ptr + row[:, None] * dsummed_stride + column[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
         if dy_ptr is not None:
             dy = tl.load(dy_ptr + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            s = tl.load(summed_ptr + row[:, None] * summed_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            s = tl.load(summed_ptr + row[:, None] * summed_stride + column[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
             mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
             rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
             xhat = tl.where(inside, (s - mean[:, None]) * rstd[:, None], 0.0)
@@ -78,7 +119,11 @@ def layernorm_residual_backward_kernel(
             if dbias_ptr is not None:
                 dbias += dy
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + row[:, None] * width + column[None, :], ds.to(dresidual_ptr.dtype.element_ty), mask=inside)
+            tl.store(
+                dresidual_ptr + row[:, None] * width + column[None, :],
+                ds.to(dresidual_ptr.dtype.element_ty),
+                mask=inside,
+            )
         if dx_ptr is not None:
             if seed_ptr is not None:
                 ds = tl.where(kept(tl.load(seed_ptr), row, 0, 0, threshold, ROWS, BLOCK, False), ds * keep_scale, 0.0)
@@ -119,11 +164,44 @@ def tile(width, dropout):
 
 
 def layernorm_residual_forward(
-    x, x_stride, residual, residual_stride, weight, bias, y, summed, mean, rstd, seed, rows, width, eps, threshold, keep_scale, device
-):  # fmt: skip
+    x,
+    x_stride,
+    residual,
+    residual_stride,
+    weight,
+    bias,
+    y,
+    summed,
+    mean,
+    rstd,
+    seed,
+    rows,
+    width,
+    eps,
+    threshold,
+    keep_scale,
+    device,
+):
     """x, residual: rows with unit last stride, so far apart; the results are contiguous."""
     tile_rows, block, warps = tile(width, seed is not None)
-    arguments = x, x_stride, residual, residual_stride, weight, bias, y, summed, mean, rstd, seed, rows, width, eps, threshold, keep_scale
+    arguments = (
+        x,
+        x_stride,
+        residual,
+        residual_stride,
+        weight,
+        bias,
+        y,
+        summed,
+        mean,
+        rstd,
+        seed,
+        rows,
+        width,
+        eps,
+        threshold,
+        keep_scale,
+    )
     launch(layernorm_residual_forward_kernel, cdiv(rows, tile_rows), arguments, (tile_rows, block), warps, 1, device)
 
 
@@ -135,18 +213,62 @@ def cut(rows, width, dropout):
 
 
 def layernorm_residual_backward(
-    dy, dy_stride, dsummed, dsummed_stride, summed, summed_stride, weight, mean, rstd, dx, dresidual, shares_of_dweight, shares_of_dbias, seed,
-    rows, width, programs, steps, threshold, keep_scale, device,
-):  # fmt: skip
+    dy,
+    dy_stride,
+    dsummed,
+    dsummed_stride,
+    summed,
+    summed_stride,
+    weight,
+    mean,
+    rstd,
+    dx,
+    dresidual,
+    shares_of_dweight,
+    shares_of_dbias,
+    seed,
+    rows,
+    width,
+    programs,
+    steps,
+    threshold,
+    keep_scale,
+    device,
+):
     """programs, steps: of cut()."""
     tile_rows, block, warps = tile(width, seed is not None)
     arguments = (
-        dy, dy_stride, dsummed, dsummed_stride, summed, summed_stride, weight, mean, rstd, dx, dresidual, shares_of_dweight, shares_of_dbias, seed,
-        rows, width, steps, threshold, keep_scale,
-    )  # fmt: skip
+        dy,
+        dy_stride,
+        dsummed,
+        dsummed_stride,
+        summed,
+        summed_stride,
+        weight,
+        mean,
+        rstd,
+        dx,
+        dresidual,
+        shares_of_dweight,
+        shares_of_dbias,
+        seed,
+        rows,
+        width,
+        steps,
+        threshold,
+        keep_scale,
+    )
     launch(layernorm_residual_backward_kernel, programs, arguments, (tile_rows, block), warps, 1, device)
 
 
 def layernorm_residual_fold(shares, dweight, dbias, programs, width, device):
     wanted = (dweight is not None) + (dbias is not None)
-    launch(layernorm_residual_fold_kernel, wanted * cdiv(width, FOLD), (shares, dweight, dbias, programs, width), (FOLD,), 4, 1, device)
+    launch(
+        layernorm_residual_fold_kernel,
+        wanted * cdiv(width, FOLD),
+        (shares, dweight, dbias, programs, width),
+        (FOLD,),
+        4,
+        1,
+        device,
+    )

@@ -21,9 +21,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def linear_cross_entropy_kernel(
-    logits_ptr, logits_stride, target_ptr, target_stride, row_scale_ptr, loss_ptr, top_ptr, norm_ptr, vocab, ignore_index, label_smoothing,
-    SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    logits_stride,
+    target_ptr,
+    target_stride,
+    row_scale_ptr,
+    loss_ptr,
+    top_ptr,
+    norm_ptr,
+    vocab,
+    ignore_index,
+    label_smoothing,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """logits: (rows, vocab), rows logits_stride apart. row_scale_ptr None: no gradient, the logits stay. top, norm: what the pass by columns needs, or None.
 
     A target out of range is a device assert.
@@ -32,7 +43,9 @@ def linear_cross_entropy_kernel(
     logits_ptr += row * logits_stride
     target = tl.load(target_ptr + row * target_stride)
     ignored = target == ignore_index
-    tl.device_assert(ignored | ((target >= 0) & (target < vocab)), "target: expected values in [0, vocabulary) or ignore_index")
+    tl.device_assert(
+        ignored | ((target >= 0) & (target < vocab)), "target: expected values in [0, vocabulary) or ignore_index"
+    )
     if ignored:
         tl.store(loss_ptr + row, 0.0)
         if row_scale_ptr is not None:
@@ -79,9 +92,21 @@ def linear_cross_entropy_kernel(
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def linear_cross_entropy_columns_kernel(
-    logits_ptr, logits_stride, target_ptr, target_stride, row_scale_ptr, top_ptr, norm_ptr, share_ptr, rows, vocab, ignore_index, label_smoothing,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    logits_stride,
+    target_ptr,
+    target_stride,
+    row_scale_ptr,
+    top_ptr,
+    norm_ptr,
+    share_ptr,
+    rows,
+    vocab,
+    ignore_index,
+    label_smoothing,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The gradient in place of the logits, and its sum over ROWS rows in a row of share: (parts, vocab)."""
     blocks = tl.cdiv(vocab, BLOCK)
     part, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -94,7 +119,10 @@ def linear_cross_entropy_columns_kernel(
         if target != ignore_index:
             scale = tl.load(row_scale_ptr + row)
             z = tl.load(at, mask=column < vocab, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp2((z - tl.load(top_ptr + row)) * LOG2E) * (scale / tl.load(norm_ptr + row)) - scale * label_smoothing / vocab
+            gradient = (
+                tl.exp2((z - tl.load(top_ptr + row)) * LOG2E) * (scale / tl.load(norm_ptr + row))
+                - scale * label_smoothing / vocab
+            )
             gradient -= tl.where(column == target, scale * (1 - label_smoothing), 0.0)
         total += gradient
         tl.store(at, gradient.to(logits_ptr.dtype.element_ty), mask=column < vocab)
@@ -113,9 +141,51 @@ def linear_cross_entropy(logits, target, row_scale, loss, statistics, share, ign
     rows, vocab = logits.shape
     block = min(next_power_of_2(vocab), BLOCK)
     top, norm = (None, None) if share is None else statistics.unbind()
-    arguments = logits, logits.stride(0), target, target.stride(0), row_scale if share is None else None, loss, top, norm, vocab, ignore_index, label_smoothing
-    launch(linear_cross_entropy_kernel, rows, arguments, (label_smoothing != 0, block), max(1, min(8, block // 256)), 1, device, debug=True)
+    arguments = (
+        logits,
+        logits.stride(0),
+        target,
+        target.stride(0),
+        row_scale if share is None else None,
+        loss,
+        top,
+        norm,
+        vocab,
+        ignore_index,
+        label_smoothing,
+    )
+    launch(
+        linear_cross_entropy_kernel,
+        rows,
+        arguments,
+        (label_smoothing != 0, block),
+        max(1, min(8, block // 256)),
+        1,
+        device,
+        debug=True,
+    )
     if share is not None:
         block = min(block, 512)
-        arguments = logits, logits.stride(0), target, target.stride(0), row_scale, top, norm, share, rows, vocab, ignore_index, label_smoothing
-        launch(linear_cross_entropy_columns_kernel, parts(rows) * cdiv(vocab, block), arguments, (ROWS, block), 4, 1, device)
+        arguments = (
+            logits,
+            logits.stride(0),
+            target,
+            target.stride(0),
+            row_scale,
+            top,
+            norm,
+            share,
+            rows,
+            vocab,
+            ignore_index,
+            label_smoothing,
+        )
+        launch(
+            linear_cross_entropy_columns_kernel,
+            parts(rows) * cdiv(vocab, block),
+            arguments,
+            (ROWS, block),
+            4,
+            1,
+            device,
+        )

@@ -56,7 +56,11 @@ def kept(seed, rows, first_column, third, threshold, ROWS: tl.constexpr, COLUMNS
 def kept_each(seed, rows, columns, third, threshold):
     """kept, element by element, at four times the work. rows: a vector, and columns a number, or the other way round."""
     zero = rows * 0 + columns * 0
-    counter, row, other = (columns // 64 * 16 + columns % 16 + zero).to(tl.uint32), (rows + zero).to(tl.uint32), (third + zero).to(tl.uint32)
+    counter, row, other = (
+        (columns // 64 * 16 + columns % 16 + zero).to(tl.uint32),
+        (rows + zero).to(tl.uint32),
+        (third + zero).to(tl.uint32),
+    )
     w0, w1, w2, w3 = tl.philox(seed, counter, row, other, zero.to(tl.uint32))
     which = columns % 64 // 16
     return tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3))) >= threshold.to(tl.uint32)

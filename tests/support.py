@@ -16,7 +16,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The backends that this run must cover. A named backend that is missing fails; it is not skipped. `cuda` is covered where it is named: by `make gpu`, and by CI
 # in the emulator.
-WITH_TRITON = ",triton" if importlib.util.find_spec("triton") else ""  # on a GPU, or under its interpreter (see conftest.py)
+WITH_TRITON = (
+    ",triton" if importlib.util.find_spec("triton") else ""
+)  # on a GPU, or under its interpreter (see conftest.py)
 BACKENDS = os.environ.get("FASTLM_TEST_BACKENDS", f"reference,torch,cpu{WITH_TRITON}").split(",")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("FASTLM_CUDA_EMULATION") == "1"
@@ -35,13 +37,17 @@ def on_backends(*names):
 
 def on_every_backend_that_raises(test):
     """Wrong values are an exception, but where the kernels of a GPU look at them: there they are a device assert, after which the process is of no use."""
-    names = [name for name in BACKENDS if os.environ.get("FASTLM_TEST_DEVICE") != "cuda" or name not in ("triton", "cuda")]
+    names = [
+        name for name in BACKENDS if os.environ.get("FASTLM_TEST_DEVICE") != "cuda" or name not in ("triton", "cuda")
+    ]
     return pytest.mark.parametrize("backend", names)(test)
 
 
 def floats(*shape, dtype=torch.float32):
     generator = torch.Generator("cpu").manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(torch.get_default_device())  # the same numbers everywhere
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(
+        torch.get_default_device()
+    )  # the same numbers everywhere
 
 
 def targets(vocab, *shape, ignored=()):
@@ -80,12 +86,16 @@ def error(a, truth):
 
 def assert_within_twice_torch(ours, torch_own, inputs, dtype):
     """Outputs and gradients: our error against float64 is at most twice the error of PyTorch's own operator in the same dtype."""
-    rounded = [x.to(dtype).double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]  # the truth starts from the same rounded inputs
+    rounded = [
+        x.to(dtype).double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs
+    ]  # the truth starts from the same rounded inputs
     truths = outputs_and_gradients(torch_own, rounded, torch.float64, dtype)
     theirs = outputs_and_gradients(torch_own, inputs, dtype)
     for i, (a, b, truth) in enumerate(zip(outputs_and_gradients(ours, inputs, dtype), theirs, truths, strict=True)):
         assert a.shape == truth.shape, f"result {i}"
-        assert error(a, truth) <= 2 * error(b, truth) + FLOOR[dtype], f"result {i}: {error(a, truth):.2e} against torch's {error(b, truth):.2e}"
+        assert error(a, truth) <= 2 * error(b, truth) + FLOOR[dtype], (
+            f"result {i}: {error(a, truth):.2e} against torch's {error(b, truth):.2e}"
+        )
 
 
 def assert_same_bits(a, b):

@@ -16,9 +16,15 @@ on_glibc = pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
 
 def process(code, **environment):
     """What a new process prints, in an environment without the user's own settings."""
-    clean = {name: value for name, value in os.environ.items() if name not in (*allocator.VARIABLES, "GLIBC_TUNABLES", "LD_PRELOAD")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*allocator.VARIABLES, "GLIBC_TUNABLES", "LD_PRELOAD")
+    }
     clean |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=clean, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=clean, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 # Twice 64 MB, written to, then freed, eight times; the first round always takes its memory fresh.
@@ -44,16 +50,19 @@ def test_memory_stays_mapped():
 
 @on_glibc
 def test_importing_changes_nothing():
-    code = (
-        "import fastlm, fastlm.cli, fastlm.commands.train, fastlm.commands.demo; from fastlm import allocator; print(allocator.done, fastlm.info().allocator)"
-    )
+    code = "import fastlm, fastlm.cli, fastlm.commands.train, fastlm.commands.demo; from fastlm import allocator; print(allocator.done, fastlm.info().allocator)"
     assert process(code).startswith("None glibc's defaults; fastlm.tune_allocator() makes training faster")
 
 
 @on_glibc
 def test_it_says_what_it_did():
-    said = process("import fastlm; t = fastlm.tune_allocator(); print(t.tuned, t); print(fastlm.info().allocator)").splitlines()
-    assert said[0] == "True allocator: tuned (M_MMAP_THRESHOLD 2147483647, M_TRIM_THRESHOLD -1: memory that is freed stays with the process)"
+    said = process(
+        "import fastlm; t = fastlm.tune_allocator(); print(t.tuned, t); print(fastlm.info().allocator)"
+    ).splitlines()
+    assert (
+        said[0]
+        == "True allocator: tuned (M_MMAP_THRESHOLD 2147483647, M_TRIM_THRESHOLD -1: memory that is freed stays with the process)"
+    )
     assert said[1] == said[0].removeprefix("True allocator: ")
 
 
@@ -65,7 +74,12 @@ def test_it_says_what_it_did():
         pytest.param("MALLOC_TRIM_THRESHOLD_", "100000", "MALLOC_TRIM_THRESHOLD_", marks=pytest.mark.slow),
         pytest.param("MALLOC_MMAP_MAX_", "9", "MALLOC_MMAP_MAX_", marks=pytest.mark.slow),
         ("GLIBC_TUNABLES", "glibc.malloc.check=0:glibc.malloc.trim_threshold=100000", "glibc.malloc.trim_threshold"),
-        pytest.param("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=100000", "glibc.malloc.mmap_threshold", marks=pytest.mark.slow),
+        pytest.param(
+            "GLIBC_TUNABLES",
+            "glibc.malloc.mmap_threshold=100000",
+            "glibc.malloc.mmap_threshold",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_setting_of_the_user_wins(variable, value, named):
@@ -77,7 +91,10 @@ def test_a_setting_of_the_user_wins(variable, value, named):
 
 @on_glibc
 def test_another_tunable_is_no_setting_of_the_allocators_thresholds():
-    assert process("import fastlm; print(fastlm.tune_allocator().tuned)", GLIBC_TUNABLES="glibc.malloc.arena_max=2") == "True"
+    assert (
+        process("import fastlm; print(fastlm.tune_allocator().tuned)", GLIBC_TUNABLES="glibc.malloc.arena_max=2")
+        == "True"
+    )
 
 
 @on_glibc

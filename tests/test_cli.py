@@ -29,7 +29,24 @@ from fastlm.training.baseline import PlainGPT2
 from fastlm.training.curve import draw_losses
 from tests.benchmarks.test_report import DESCRIBED
 
-TINY = ["--layers", "1", "--heads", "2", "--width", "32", "--context", "16", "--batch", "4", "--steps", "12", "--eval-every", "5", "--warmup", "2"]
+TINY = [
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--width",
+    "32",
+    "--context",
+    "16",
+    "--batch",
+    "4",
+    "--steps",
+    "12",
+    "--eval-every",
+    "5",
+    "--warmup",
+    "2",
+]
 TEXT = "for line in lines:\n    print(line, 'naïve')\n" * 60
 
 
@@ -71,7 +88,9 @@ def trained(text_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained_bert(text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "bert"
-    return out, succeeds("train", "--data", text_file, *TINY, "--out", out, "--objective", "masked-token", "--tokenizer", "char")
+    return out, succeeds(
+        "train", "--data", text_file, *TINY, "--out", out, "--objective", "masked-token", "--tokenizer", "char"
+    )
 
 
 # train
@@ -83,10 +102,33 @@ def test_train_ends_with_the_validation_loss_and_writes_a_summary(trained, text_
     assert said.splitlines()[-1] == f"val loss {summary['val_loss']:.4f}"
     assert re.search(r"^step 5: train loss \d\.\d{4}, val loss \d\.\d{4}$", said, re.MULTILINE)
     assert summary["settings"] == {
-        "data": [str(text_file)], "tokenizer": "byte", "val_fraction": 0.1, "val_file": None, "objective": "next-token", "layers": 1, "heads": 2, "width": 32,
-        "context": 16, "batch": 4, "steps": 12, "lr": 1e-3, "min_lr": 1e-4, "warmup": 2, "decay_steps": None, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1,
-        "grad_clip": 1.0, "dropout": 0.0, "seed": 0, "dtype": "float32", "eval_every": 5, "recompute": 1, "device": "cpu", "threads": 1,
-    }  # fmt: skip
+        "data": [str(text_file)],
+        "tokenizer": "byte",
+        "val_fraction": 0.1,
+        "val_file": None,
+        "objective": "next-token",
+        "layers": 1,
+        "heads": 2,
+        "width": 32,
+        "context": 16,
+        "batch": 4,
+        "steps": 12,
+        "lr": 1e-3,
+        "min_lr": 1e-4,
+        "warmup": 2,
+        "decay_steps": None,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+        "dropout": 0.0,
+        "seed": 0,
+        "dtype": "float32",
+        "eval_every": 5,
+        "recompute": 1,
+        "device": "cpu",
+        "threads": 1,
+    }
     assert summary["steps"] == 12 and not summary["interrupted"] and summary["tokens_per_second"] > 0
     assert 0 < summary["train_loss"] < 6 and [e["step"] for e in summary["evaluations"]] == [5, 10, 12]
     assert summary["evaluations"][-1]["val_loss"] == summary["val_loss"]
@@ -98,7 +140,13 @@ def test_train_writes_a_model_that_loads(trained):
     out, _ = trained
     model = load_model(out)
     assert isinstance(model, GPT2LMHeadModel)
-    assert (model.config.n_layer, model.config.n_head, model.config.n_embd, model.config.n_positions, model.config.vocab_size) == (1, 2, 32, 16, 256)
+    assert (
+        model.config.n_layer,
+        model.config.n_head,
+        model.config.n_embd,
+        model.config.n_positions,
+        model.config.vocab_size,
+    ) == (1, 2, 32, 16, 256)
     assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "summary.json", "tokenizer.json"]
 
 
@@ -106,14 +154,39 @@ def test_train_takes_every_setting(text_file, tmp_path):
     (tmp_path / "val.txt").write_text("print(lines)\n" * 10)
     (tmp_path / "more.txt").write_text("more")
     given = {
-        "tokenizer": "char", "layers": 2, "heads": 4, "width": 16, "context": 8, "batch": 3, "steps": 4, "lr": 0.002, "min_lr": 0.0003, "warmup": 1,
-        "decay_steps": 3, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.2, "grad_clip": 0.5, "dropout": 0.1, "seed": 7, "dtype": "bf16",
-        "objective": "next-token", "eval_every": 2, "recompute": 2, "val_file": str(tmp_path / "val.txt"), "device": "cpu", "threads": 2,
-    }  # fmt: skip
+        "tokenizer": "char",
+        "layers": 2,
+        "heads": 4,
+        "width": 16,
+        "context": 8,
+        "batch": 3,
+        "steps": 4,
+        "lr": 0.002,
+        "min_lr": 0.0003,
+        "warmup": 1,
+        "decay_steps": 3,
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "weight_decay": 0.2,
+        "grad_clip": 0.5,
+        "dropout": 0.1,
+        "seed": 7,
+        "dtype": "bf16",
+        "objective": "next-token",
+        "eval_every": 2,
+        "recompute": 2,
+        "val_file": str(tmp_path / "val.txt"),
+        "device": "cpu",
+        "threads": 2,
+    }
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     succeeds("train", "--data", text_file, tmp_path / "more.txt", *flags, "--out", tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["settings"] == given | {"dtype": "bfloat16", "data": [str(text_file), str(tmp_path / "more.txt")], "val_fraction": None}
+    assert summary["settings"] == given | {
+        "dtype": "bfloat16",
+        "data": [str(text_file), str(tmp_path / "more.txt")],
+        "val_fraction": None,
+    }
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
 
 
@@ -132,17 +205,32 @@ def test_train_with_masked_tokens_makes_a_bert(trained_bert):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--data", "nowhere.txt"], "data: expected a file, a folder with text files in it or a pattern that matches some, got 'nowhere.txt'"),
+        (
+            ["--data", "nowhere.txt"],
+            "data: expected a file, a folder with text files in it or a pattern that matches some, got 'nowhere.txt'",
+        ),
         (["--data", "empty.txt"], "data: expected some text, got 1 empty file, the first empty.txt"),
-        (["--data", "short.txt"], "data: expected at least 65 tokens for training, one context of 64 and the token after it, got 9"),
-        (["--data", "text.txt", "--val-file", "short.txt"], "val_fraction or val_file: expected at least 65 tokens for validation, .*, got 10"),
+        (
+            ["--data", "short.txt"],
+            "data: expected at least 65 tokens for training, one context of 64 and the token after it, got 9",
+        ),
+        (
+            ["--data", "text.txt", "--val-file", "short.txt"],
+            "val_fraction or val_file: expected at least 65 tokens for validation, .*, got 10",
+        ),
         (["--data", "text.txt", "--layers", "0"], "layers: expected a whole number of at least 1, got 0"),
         (["--data", "text.txt", "--heads", "5"], "width: expected a multiple of heads, 5, got 128"),
         (["--data", "text.txt", "--dropout", "1"], r"dropout: expected a number in \[0, 1\), got 1.0"),
-        (["--data", "text.txt", "--objective", "guess"], "objective: expected one of next-token, masked-token, got 'guess'"),
+        (
+            ["--data", "text.txt", "--objective", "guess"],
+            "objective: expected one of next-token, masked-token, got 'guess'",
+        ),
         (["--data", "text.txt", "--tokenizer", "bpe"], "tokenizer: expected one of byte, char, got 'bpe'"),
         (["--data", "text.txt", "--threads", "0"], "threads: expected a whole number of at least 1, got 0"),
-        (["--data", "text.txt", "--out", "text.txt"], "out: expected a folder, or a name for a new one, got the file 'text.txt'"),
+        (
+            ["--data", "text.txt", "--out", "text.txt"],
+            "out: expected a folder, or a name for a new one, got the file 'text.txt'",
+        ),
         (["--data", "text.txt", "--layers", "many"], "Invalid value for '--layers': .*integer.*"),
         (["--data", "text.txt", "--colour", "red"], "No such option: --colour.*"),
         ([], "Missing option '--data'.*"),
@@ -161,28 +249,39 @@ def test_train_refuses_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, arg
 
 def test_train_on_a_full_disk_leaves_nothing(text_file, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # the system refuses to write on, as it does when a disk is full
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (10_000, before[1])
+    )  # the system refuses to write on, as it does when a disk is full
     try:
         result = fastlm_command("train", "--data", text_file, *TINY, "--out", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert result.exit_code == 1
-    assert re.fullmatch(r"error: out: could not save into '.*out', nothing was kept there: .*\n", result.stderr), result.stderr
+    assert re.fullmatch(r"error: out: could not save into '.*out', nothing was kept there: .*\n", result.stderr), (
+        result.stderr
+    )
     assert os.listdir(tmp_path) == []
 
 
 def test_more_memory_than_there_is_is_one_line(text_file, tmp_path):
     result = fastlm_command("train", "--data", text_file, *TINY, "--batch", 2**50, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert result.stderr == "error: not enough memory for this model and batch: lower --batch, --context, --width or --layers\n"
+    assert (
+        result.stderr
+        == "error: not enough memory for this model and batch: lower --batch, --context, --width or --layers\n"
+    )
 
 
 def process(*arguments, cwd):
     """The command in a process of its own, and its lines as they come."""
     return subprocess.Popen(
-        [sys.executable, "-m", "fastlm.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        [sys.executable, "-m", "fastlm.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))},
-    )  # fmt: skip
+    )
 
 
 def test_ctrl_c_saves_what_was_learnt(text_file, tmp_path):
@@ -195,7 +294,10 @@ def test_ctrl_c_saves_what_was_learnt(text_file, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["interrupted"] and 10 <= summary["steps"] < 10**6
     ended, last = said.splitlines()[-2:]
-    assert ended.startswith(f"interrupted after {summary['steps']} steps") and last == f"val loss {summary['val_loss']:.4f}"
+    assert (
+        ended.startswith(f"interrupted after {summary['steps']} steps")
+        and last == f"val loss {summary['val_loss']:.4f}"
+    )
     assert load_model(tmp_path / "out").config.n_layer == 1
 
 
@@ -255,7 +357,9 @@ def test_a_model_that_is_not_there_or_of_the_other_kind(trained_bert, tmp_path):
     result = fastlm_command("generate", "--model", tmp_path / "none", "--prompt", "x")
     assert result.exit_code == 1 and re.fullmatch(r"error: .*none/config.json: no such file.*\n", result.stderr)
     result = fastlm_command("generate", "--model", trained_bert[0], "--prompt", "x")
-    assert result.exit_code == 1 and re.fullmatch(r"error: model: expected a GPT-2 .*, got the BertForMaskedLM in .*\n", result.stderr)
+    assert result.exit_code == 1 and re.fullmatch(
+        r"error: model: expected a GPT-2 .*, got the BertForMaskedLM in .*\n", result.stderr
+    )
 
 
 def test_predict_shows_the_likeliest_next_tokens(trained):
@@ -265,7 +369,9 @@ def test_predict_shows_the_likeliest_next_tokens(trained):
     scores, tokens = logits.topk(3)
     rows = re.findall(r"│ '(.+?)' +│ +(-?\d+\.\d+) │ +(\d+\.\d+) % │", said)
     assert [float(score) for _, score, _ in rows] == pytest.approx(scores.tolist(), abs=6e-4)
-    assert [float(p) for _, _, p in rows] == pytest.approx([100 * p for p in (logits / 2).softmax(-1)[tokens].tolist()], abs=6e-3)
+    assert [float(p) for _, _, p in rows] == pytest.approx(
+        [100 * p for p in (logits / 2).softmax(-1)[tokens].tolist()], abs=6e-3
+    )
     assert "temperature 2" in said
 
 
@@ -284,13 +390,19 @@ def test_info_is_the_report():
 def test_info_measures_the_machine_and_who_is_faster(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(report, "machine", lambda threads, dtypes: DESCRIBED)
-    verdicts = [choose.Verdict("linear", "float32", 32, Ratio(0.8, 0.7, 0.9)), choose.Verdict("linear", "float32", 1024, Ratio(1.2, 1.1, 1.3))]
+    verdicts = [
+        choose.Verdict("linear", "float32", 32, Ratio(0.8, 0.7, 0.9)),
+        choose.Verdict("linear", "float32", 1024, Ratio(1.2, 1.1, 1.3)),
+    ]
     monkeypatch.setattr(choose, "measure", lambda: iter(verdicts))
     table.forget()
     try:
         said = succeeds("info", "--measure")
         assert "2 threads: reads 20.0 GB/s; multiply-adds 200 GFLOP/s in float32, PyTorch's product 90% of it\n" in said
-        assert "32 rows: 0.80 [0.70–0.90] times as fast as PyTorch; PyTorch's operator serves\n" in said and said.endswith(f"{fastlm.info()}\n")
+        assert (
+            "32 rows: 0.80 [0.70–0.90] times as fast as PyTorch; PyTorch's operator serves\n" in said
+            and said.endswith(f"{fastlm.info()}\n")
+        )
         assert table.rules() == (table.Rule("linear", "float32", {"rows": (None, 181)}),)
     finally:
         table.forget()
@@ -322,7 +434,12 @@ def test_info_measures_each_kind_of_gpu(two_gpus, monkeypatch):
     """And where there is no module for the CPU, the GPUs alone."""
 
     def measure(run, device, planned, rivals):
-        assert device == "cuda" and planned[0] is plan.FIRST[0] and len(planned) == len(plan.FIRST) + len(plan.THEN) and not rivals
+        assert (
+            device == "cuda"
+            and planned[0] is plan.FIRST[0]
+            and len(planned) == len(plan.FIRST) + len(plan.THEN)
+            and not rivals
+        )
         run.failed.append("gelu_mlp: out of memory")
         run.left_out.append("attention")
         slower = {} if two_gpus[-1] == 2 else {"cuda": {"seconds": 1e-6, "median": 0.8, "low": 0.7, "high": 0.9}}
@@ -350,7 +467,12 @@ def test_what_only_a_gpus_measurements_take_is_refused_without_one(name, value):
 def test_bench_on_a_gpu_hands_on_its_options(monkeypatch, tmp_path):
     taken = []
     monkeypatch.setattr(bench_gpu, "run", lambda files, limit: taken.append((files, limit)))
-    names = {"json": tmp_path / "b.json", "markdown": tmp_path / "b.md", "plot": tmp_path / "b.png", "table": tmp_path / "t.json"}
+    names = {
+        "json": tmp_path / "b.json",
+        "markdown": tmp_path / "b.md",
+        "plot": tmp_path / "b.png",
+        "table": tmp_path / "t.json",
+    }
     succeeds("bench", "--gpu", "--limit", 7, *[word for name, file in names.items() for word in (f"--{name}", file)])
     assert taken == [(bench_gpu.Files(**names), 7.0)]
 
@@ -367,7 +489,10 @@ def test_version_and_help():
 @pytest.fixture
 def small_cases(monkeypatch):
     """The same cases at sizes that take no time; the peaks as if they had been measured."""
-    small = {name: functools.partial(case, rows=16, width=32, heads=2, vocabulary=50) for name, case in operators.CASES.items()}
+    small = {
+        name: functools.partial(case, rows=16, width=32, heads=2, vocabulary=50)
+        for name, case in operators.CASES.items()
+    }
     monkeypatch.setattr(bench, "CASES", small)
     monkeypatch.setattr(machine, "reading", lambda: machine.Probe(lambda: None, 1e7))
     monkeypatch.setattr(machine, "arithmetic", lambda threads, dtype: machine.Probe(lambda: None, 1e9))
@@ -379,9 +504,22 @@ def small_cases(monkeypatch):
 
 def test_bench_prints_a_table_and_writes_its_files(small_cases, tmp_path):
     files = {"json": tmp_path / "b.json", "markdown": tmp_path / "b.md", "plot": tmp_path / "b.png"}
-    said = succeeds("bench", "--threads", "2", "--seconds", 0.01, *[word for name, file in files.items() for word in (f"--{name}", file)])
+    said = succeeds(
+        "bench",
+        "--threads",
+        "2",
+        "--seconds",
+        0.01,
+        *[word for name, file in files.items() for word in (f"--{name}", file)],
+    )
     rows = json.loads(files["json"].read_text())["rows"]
-    expected = {(o, d, n, w) for o in operators.CASES for d in ("float32", "bfloat16") for n in (2,) for w in ("forward", "backward", "forward+backward")}
+    expected = {
+        (o, d, n, w)
+        for o in operators.CASES
+        for d in ("float32", "bfloat16")
+        for n in (2,)
+        for w in ("forward", "backward", "forward+backward")
+    }
     expected -= {(o, d, n, w) for o, d, n, w in expected if (o, w) == ("linear_cross_entropy", "backward")}
     assert {(row["operator"], row["dtype"], row["threads"], row["direction"]) for row in rows} == expected
     assert all(row["rivals"]["eager"]["ratio"]["low"] <= row["rivals"]["eager"]["ratio"]["high"] for row in rows)
@@ -395,7 +533,9 @@ def test_bench_prints_a_table_and_writes_its_files(small_cases, tmp_path):
 def test_bench_takes_a_step_at_every_level(small_cases, monkeypatch, tmp_path):
     monkeypatch.setitem(whole.MODELS, "tiny", whole.Subject("GPT-2", 1, 32, 2, 50, 2, 16))
     file = tmp_path / "b.json"
-    options = "--operators training_step --model tiny --dtypes float32 --threads 1 --seconds 0.01 --recompute 0,2 --json"
+    options = (
+        "--operators training_step --model tiny --dtypes float32 --threads 1 --seconds 0.01 --recompute 0,2 --json"
+    )
     said = succeeds("bench", *options.split(), file)
     rows = json.loads(file.read_text())["rows"]
     assert [row["recompute"] for row in rows] == [0, 2] and all(row["bytes_held"] for row in rows)
@@ -406,8 +546,14 @@ def test_bench_takes_a_step_at_every_level(small_cases, monkeypatch, tmp_path):
     "arguments, message",
     [
         (["--recompute", "3"], "recompute: expected some of 0, 1, 2, with commas between, got '3'"),
-        (["--operators", "softmax"], "operators: expected some of attention, .*, growth, accelerated, with commas between, got 'softmax'"),
-        (["--operators", "accelerated", "--case", "llama"], "case: expected some of encoding, bert, gpt2, with commas between, got 'llama'"),
+        (
+            ["--operators", "softmax"],
+            "operators: expected some of attention, .*, growth, accelerated, with commas between, got 'softmax'",
+        ),
+        (
+            ["--operators", "accelerated", "--case", "llama"],
+            "case: expected some of encoding, bert, gpt2, with commas between, got 'llama'",
+        ),
         (["--operators", "accelerated"], r"checkpoint: expected the folder of a sentence encoder .*, got None"),
         (["--dtypes", "float16"], "dtypes: expected some of float32, bfloat16, with commas between, got 'float16'"),
         (["--threads", "1,x"], "threads: expected whole numbers of at least 1, with commas between, got 'x'"),
@@ -425,14 +571,19 @@ def test_bench_refuses_in_one_line(arguments, message):
 
 @pytest.fixture
 def small_demo(monkeypatch):
-    monkeypatch.setattr(demo, "SETTINGS", dataclasses.replace(demo.SETTINGS, layers=1, heads=2, width=32, context=64, batch=4))
+    monkeypatch.setattr(
+        demo, "SETTINGS", dataclasses.replace(demo.SETTINGS, layers=1, heads=2, width=32, context=64, batch=4)
+    )
     monkeypatch.setattr(demo, "CORPUS_BYTES", 100_000)
     monkeypatch.setattr(demo, "PAIRS", 6)
 
 
 def test_demo_compares_trains_writes_and_saves(small_demo, tmp_path):
     said = succeeds("demo", "--out", tmp_path / "out", "--seconds", 1)
-    assert re.search(r"fastlm +[\d,]+ tokens/s\n +PyTorch +[\d,]+ tokens/s\n +fastlm is \d+\.\d\d times as fast: median of 5 pairs", said)
+    assert re.search(
+        r"fastlm +[\d,]+ tokens/s\n +PyTorch +[\d,]+ tokens/s\n +fastlm is \d+\.\d\d times as fast: median of 5 pairs",
+        said,
+    )
     assert "the losses agree" in said and "\ndef " in said
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert said.splitlines()[-1] == f"val loss {summary['val_loss']:.4f}"
@@ -447,13 +598,17 @@ def test_demo_fails_where_the_losses_disagree(small_demo, tmp_path, monkeypatch)
     monkeypatch.setattr(PlainGPT2, "loss", staticmethod(lambda *batch: right(*batch) * 1.001))
     result = fastlm_command("demo", "--out", tmp_path, "--seconds", 0.1)
     assert result.exit_code == 1 and "the losses DISAGREE" in result.stdout
-    assert re.fullmatch(r"error: losses: expected fastlm's and PyTorch's within 1e-05 of each other, got \d\.\de-0\d\n", result.stderr)
+    assert re.fullmatch(
+        r"error: losses: expected fastlm's and PyTorch's within 1e-05 of each other, got \d\.\de-0\d\n", result.stderr
+    )
 
 
 def test_demo_says_where_the_source_should_be(monkeypatch, tmp_path):
     monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(tmp_path))
     result = fastlm_command("demo", "--out", tmp_path / "out")
-    assert result.exit_code == 1 and re.fullmatch(r"error: corpus: expected the standard library's source, got no .py file in '.*'\n", result.stderr)
+    assert result.exit_code == 1 and re.fullmatch(
+        r"error: corpus: expected the standard library's source, got no .py file in '.*'\n", result.stderr
+    )
 
 
 def test_ctrl_c_ends_the_demo_cleanly(tmp_path):

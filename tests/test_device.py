@@ -26,7 +26,26 @@ from fastlm.training.models import build
 from fastlm.training.objectives import NextToken
 from fastlm.training.settings import Settings
 
-TINY = ["--layers", 1, "--heads", 2, "--width", 32, "--context", 16, "--batch", 4, "--steps", 7, "--eval-every", 3, "--warmup", 2, "--threads", 1]
+TINY = [
+    "--layers",
+    1,
+    "--heads",
+    2,
+    "--width",
+    32,
+    "--context",
+    16,
+    "--batch",
+    4,
+    "--steps",
+    7,
+    "--eval-every",
+    3,
+    "--warmup",
+    2,
+    "--threads",
+    1,
+]
 TEXT = "for line in lines:\n    print(line, 'naïve')\n" * 60
 
 
@@ -37,7 +56,14 @@ def gpus(monkeypatch, number):
 
 @pytest.mark.parametrize(
     "name, number, expected",
-    [("auto", 0, "cpu"), ("auto", 1, "cuda"), ("cpu", 1, "cpu"), ("cuda", 1, "cuda"), ("cuda:0", 1, "cuda:0"), ("cuda:1", 2, "cuda:1")],
+    [
+        ("auto", 0, "cpu"),
+        ("auto", 1, "cuda"),
+        ("cpu", 1, "cpu"),
+        ("cuda", 1, "cuda"),
+        ("cuda:0", 1, "cuda:0"),
+        ("cuda:1", 2, "cuda:1"),
+    ],
 )
 def test_the_gpu_is_chosen_where_there_is_one(monkeypatch, name, number, expected):
     gpus(monkeypatch, number)
@@ -54,7 +80,9 @@ def test_the_gpu_is_chosen_where_there_is_one(monkeypatch, name, number, expecte
         ("cuda:2", 2, "device: expected a GPU from cuda:0 to cuda:1, got 'cuda:2'"),
     ],
 )
-@pytest.mark.parametrize("command", ["train --data text.txt", "demo", "generate --model . --prompt x", "predict --model . x"])
+@pytest.mark.parametrize(
+    "command", ["train --data text.txt", "demo", "generate --model . --prompt x", "predict --model . x"]
+)
 def test_a_device_that_is_not_there_is_refused_in_one_line(monkeypatch, tmp_path, command, name, number, message):
     monkeypatch.chdir(tmp_path)
     gpus(monkeypatch, number)
@@ -106,7 +134,9 @@ def elsewhere(monkeypatch):
     for command in (demo, generate, predict, train, loop):
         monkeypatch.setattr(command, "choose_device", lambda name="auto": torch.device("meta"))
     made = torch.optim.AdamW.__init__
-    monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda self, *a, fused=None, **k: made(self, *a, **k))  # which meta tensors have no kernel for
+    monkeypatch.setattr(
+        torch.optim.AdamW, "__init__", lambda self, *a, fused=None, **k: made(self, *a, **k)
+    )  # which meta tensors have no kernel for
     monkeypatch.setattr(torch, "Generator", OnTheCPU)  # meta has none
     with Elsewhere() as mode:
         yield mode
@@ -130,8 +160,12 @@ def text_file(tmp_path):
 @pytest.mark.parametrize("objective", ["next-token", "masked-token"])
 def test_train_predict_and_generate_leave_nothing_behind(elsewhere, text_file, tmp_path, objective):
     out = tmp_path / "out"
-    assert "float32, meta\n" in succeeds("train", "--data", text_file, *TINY, "--dropout", 0.1, "--objective", objective, "--out", out)
-    assert {"fastlm.attention_forward", "fastlm.linear_cross_entropy_forward", "aten._foreach_mul"} <= elsewhere.ran, sorted(elsewhere.ran)
+    assert "float32, meta\n" in succeeds(
+        "train", "--data", text_file, *TINY, "--dropout", 0.1, "--objective", objective, "--out", out
+    )
+    assert {"fastlm.attention_forward", "fastlm.linear_cross_entropy_forward", "aten._foreach_mul"} <= elsewhere.ran, (
+        sorted(elsewhere.ran)
+    )
     summary = json.loads((out / "summary.json").read_text())
     assert summary["settings"]["device"] == "meta" and summary["val_loss"] == 1 and summary["steps"] == 7
     assert load_model(out).device.type == "cpu"  # a checkpoint belongs to no device
@@ -147,7 +181,9 @@ def test_train_predict_and_generate_leave_nothing_behind(elsewhere, text_file, t
 
 
 def test_demo_leaves_nothing_behind(elsewhere, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "SETTINGS", dataclasses.replace(demo.SETTINGS, layers=1, heads=2, width=32, context=64, batch=4))
+    monkeypatch.setattr(
+        demo, "SETTINGS", dataclasses.replace(demo.SETTINGS, layers=1, heads=2, width=32, context=64, batch=4)
+    )
     monkeypatch.setattr(demo, "CORPUS_BYTES", 100_000)
     monkeypatch.setattr(demo, "PAIRS", 4)
     assert "the losses agree" in succeeds("demo", "--out", tmp_path / "out", "--seconds", 0.2)
@@ -183,7 +219,10 @@ def test_a_gpu_without_room_is_one_line(monkeypatch, text_file):
     monkeypatch.setattr(train, "build", build)
     result = CliRunner().invoke(app, ["train", "--data", str(text_file)])
     assert result.exit_code == 1
-    assert result.stderr == "error: not enough memory for this model and batch: lower --batch, --context, --width or --layers\n"
+    assert (
+        result.stderr
+        == "error: not enough memory for this model and batch: lower --batch, --context, --width or --layers\n"
+    )
 
 
 @pytest.fixture

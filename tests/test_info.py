@@ -9,14 +9,32 @@ from fastlm.backends import isa
 def test_the_fields():
     info = fastlm.info()
     assert [field.name for field in dataclasses.fields(info)] == [
-        "version", "torch_version", "cpu", "isa", "isas", "bfloat16", "table", "gpus",
-        "threads", "openmp", "backends", "allocator", "build", "cuda", "fallbacks", "copies",
-    ]  # fmt: skip
+        "version",
+        "torch_version",
+        "cpu",
+        "isa",
+        "isas",
+        "bfloat16",
+        "table",
+        "gpus",
+        "threads",
+        "openmp",
+        "backends",
+        "allocator",
+        "build",
+        "cuda",
+        "fallbacks",
+        "copies",
+    ]
     assert info.version == fastlm.__version__ and info.torch_version == torch.__version__
     assert list(info.backends) == ["cpu", "triton", "cuda", "torch", "reference"]
     assert info.backends["torch"] == info.backends["reference"] == []
     assert not info.backends["cuda"] or len(info.backends["cuda"]) == 1
-    assert not info.backends["triton"] or "needs Triton" in info.backends["triton"][0] or "finds no GPU" in info.backends["triton"][0]
+    assert (
+        not info.backends["triton"]
+        or "needs Triton" in info.backends["triton"][0]
+        or "finds no GPU" in info.backends["triton"][0]
+    )
     assert (info.isa is None) == bool(info.build) == bool(info.backends["cpu"])
     assert info.isa is None or info.isa in info.isas
 
@@ -36,11 +54,23 @@ def test_it_is_a_copy():
 
 
 EXAMPLE = {
-    "version": "1.0", "torch_version": "2.9", "cpu": "Some CPU", "isa": "avx2", "isas": ["avx2", "baseline"],
-    "bfloat16": "multiply-adds in float32", "table": "some rows", "gpus": ["Card: some rows", "Other: none"], "threads": 4, "openmp": True,
-    "backends": {"cpu": [], "triton": ["is not part of this build"]}, "allocator": "tuned (so)",
-    "build": "", "cuda": "not compiled here", "fallbacks": {"linear: torch instead of cpu": 3}, "copies": {},
-}  # fmt: skip
+    "version": "1.0",
+    "torch_version": "2.9",
+    "cpu": "Some CPU",
+    "isa": "avx2",
+    "isas": ["avx2", "baseline"],
+    "bfloat16": "multiply-adds in float32",
+    "table": "some rows",
+    "gpus": ["Card: some rows", "Other: none"],
+    "threads": 4,
+    "openmp": True,
+    "backends": {"cpu": [], "triton": ["is not part of this build"]},
+    "allocator": "tuned (so)",
+    "build": "",
+    "cuda": "not compiled here",
+    "fallbacks": {"linear: torch instead of cpu": 3},
+    "copies": {},
+}
 
 
 def test_the_report():

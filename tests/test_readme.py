@@ -17,8 +17,23 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-TINY_GPT2 = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": None, "eos_token_id": None}
-TINY_BERT = {"vocab_size": 300, "max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TINY_GPT2 = {
+    "vocab_size": 300,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+TINY_BERT = {
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 
 
 def blocks(language, text=README):
@@ -26,7 +41,12 @@ def blocks(language, text=README):
 
 
 def commands(word):
-    lines = [line.split("#")[0].strip() for page in PAGES for block in blocks("sh", page.read_text()) for line in block.splitlines()]
+    lines = [
+        line.split("#")[0].strip()
+        for page in PAGES
+        for block in blocks("sh", page.read_text())
+        for line in block.splitlines()
+    ]
     return sorted({line for line in lines if line.split()[:1] == [word]})
 
 
@@ -43,7 +63,9 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-SNIPPETS = [(f"{page.name} {i + 1}", snippet) for page in PAGES for i, snippet in enumerate(blocks("python", page.read_text()))]
+SNIPPETS = [
+    (f"{page.name} {i + 1}", snippet) for page in PAGES for i, snippet in enumerate(blocks("python", page.read_text()))
+]
 
 
 @pytest.mark.parametrize("snippet", [snippet for _, snippet in SNIPPETS], ids=[name for name, _ in SNIPPETS])
@@ -79,9 +101,16 @@ def test_make_target_exists(command):
 def test_variables_are_documented_and_real():
     names = re.compile(r"FASTLM_[A-Z_]+\b")
     sources = [ROOT / "setup.py", ROOT / "Makefile", *(ROOT / "fastlm").rglob("*.py")]
-    read = {name for source in sources for name in names.findall(source.read_text())} - {"FASTLM_MODULE"}  # a macro of the build's own
+    read = {name for source in sources for name in names.findall(source.read_text())} - {
+        "FASTLM_MODULE"
+    }  # a macro of the build's own
     documented = {name for page in PAGES for name in names.findall(page.read_text())}
-    by_tests = {name for file in (ROOT / "tests").rglob("*.py") for name in names.findall(file.read_text()) if name.startswith("FASTLM_TEST_")}
+    by_tests = {
+        name
+        for file in (ROOT / "tests").rglob("*.py")
+        for name in names.findall(file.read_text())
+        if name.startswith("FASTLM_TEST_")
+    }
     assert read <= documented and documented - read <= by_tests
 
 

@@ -9,7 +9,16 @@ from fastlm.models import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 def test_warmup_leaves_everything_as_it_was(training):
     models = (
         GPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=16, n_embd=16, n_layer=1, n_head=2)),
-        BertModel(BertConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=16)),
+        BertModel(
+            BertConfig(
+                vocab_size=31,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=16,
+            )
+        ),
     )
     for model in models:
         model.train(training)
@@ -19,7 +28,9 @@ def test_warmup_leaves_everything_as_it_was(training):
         fastlm.warmup(model, [(2, 8), (1, 16)])
         assert seen == [(2, 8), (1, 16)] and model.training == training
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-        assert torch.equal(torch.get_rng_state(), state) and all(parameter.grad is None for parameter in model.parameters())
+        assert torch.equal(torch.get_rng_state(), state) and all(
+            parameter.grad is None for parameter in model.parameters()
+        )
 
 
 def test_warmup_runs_backward_in_train_mode():

@@ -3,12 +3,14 @@
 //   m = m + (1 − β1)(g − m)
 //   v = β2 v + (1 − β2) g²
 //   p = p (1 − lr λ) − lr / (1 − β1ᵗ) · m / (√v / √(1 − β2ᵗ) + ε)
-// Memory per fp32 parameter: 16 bytes read, 12 written (every line that is written was read: nothing to gain from stores past the cache). Some 15 operations
-// with a root and a division among them, 36 cycles per 16 lanes on Intel's cores and fewer on AMD's: below what memory takes, on two cores and more.
-// A 16-bit parameter with a master copy: 2 + 12 + 2 bytes read, 12 + 2 written; casting the master in a pass of its own would read 4 and write 2 more.
+// Memory per fp32 parameter: 16 bytes read, 12 written (every line that is written was read: nothing to gain from
+// stores past the cache). Some 15 operations with a root and a division among them, 36 cycles per 16 lanes on Intel's
+// cores and fewer on AMD's: below what memory takes, on two cores and more. A 16-bit parameter with a master copy: 2 +
+// 12 + 2 bytes read, 12 + 2 written; casting the master in a pass of its own would read 4 and write 2 more.
 //
-// The tensors of a call are treated as one after the other and cut into parts of equal length, so that a model of many small tensors and one of few large ones
-// cost the same; a part looks up where it begins. Sums of squares are cut the same way, in blocks whose float32 sums are added in double precision.
+// The tensors of a call are treated as one after the other and cut into parts of equal length, so that a model of many
+// small tensors and one of few large ones cost the same; a part looks up where it begins. Sums of squares are cut the
+// same way, in blocks whose float32 sums are added in double precision.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -62,7 +64,8 @@ template <class T> FASTLM_INLINE vec rounded_to(vec x) {
   return vec::load(stored, full{});
 }
 
-template <class T, class S> void adamw(const std::vector<adamw_tensor<T, S>>& tensors, const std::vector<int64_t>& sizes, const adamw_hyper& h, int threads) {
+template <class T, class S> void adamw(const std::vector<adamw_tensor<T, S>>& tensors,
+                                       const std::vector<int64_t>& sizes, const adamw_hyper& h, int threads) {
   struct scalars {
     float step_size, root_correction;
   };
@@ -71,7 +74,8 @@ template <class T, class S> void adamw(const std::vector<adamw_tensor<T, S>>& te
     double t = double(*tensor.step += 1);  // float32, as PyTorch keeps it
     of_tensor.push_back({float(-h.lr / (1 - std::pow(h.beta1, t))), float(1 / std::sqrt(1 - std::pow(h.beta2, t)))});
   }
-  const vec factor = vec::all(float(h.factor)), decay = vec::all(float(1 - h.lr * h.weight_decay)), eps = vec::all(float(h.eps));
+  const vec factor = vec::all(float(h.factor)), decay = vec::all(float(1 - h.lr * h.weight_decay)),
+            eps = vec::all(float(h.eps));
   const vec beta2 = vec::all(float(h.beta2)), rest2 = vec::all(float(1 - h.beta2));
   // From the nearer end: with β1 = 0 the mean is the gradient itself, unrounded.
   const bool from_gradient = h.beta1 < 0.5;
@@ -90,7 +94,8 @@ template <class T, class S> void adamw(const std::vector<adamw_tensor<T, S>>& te
       sweep(end - begin, [=](int64_t j, auto span) {
         vec g = vec::load(gp + j, span) * factor, m = vec::load(mp + j, span), w = vec::load(pp + j, span);
         if constexpr (!std::is_same_v<T, float>) {
-          if (wp) {  // a parameter that someone else has changed since is the truth, not the master that it once came from
+          if (wp) {  // a parameter that someone else has changed since is the truth, not the master that it once came
+                     // from
             vec kept = vec::load(wp + j, span);
             w = select(rounded_to<T>(kept) == w, kept, w);
           }
@@ -111,8 +116,10 @@ template <class T, class S> void adamw(const std::vector<adamw_tensor<T, S>>& te
 }
 
 // Σ x² of all elements of all tensors: the square of their norm.
-template <class T> double sum_of_squares(const std::vector<const T*>& tensors, const std::vector<int64_t>& sizes, int threads) {
-  constexpr int64_t Block = 2048;  // elements whose squares are added in float32: rounding that does not grow with the size of a model
+template <class T> double sum_of_squares(const std::vector<const T*>& tensors, const std::vector<int64_t>& sizes,
+                                         int threads) {
+  constexpr int64_t Block =
+      2048;  // elements whose squares are added in float32: rounding that does not grow with the size of a model
   const element_ranges ranges(sizes);
   std::vector<double> sums(size_t(ranges.parts()), 0.0);
   parallel_parts(ranges.parts(), threads, [&](int64_t part) {

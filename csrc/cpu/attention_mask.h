@@ -1,5 +1,6 @@
-// What attention may look at: the band of diagonals (causal, window), padding of keys, and a bool or additive mask of four dimensions, none of them ever expanded.
-// Scores live in tiles stored key by key, [key][query], so that a vector holds one key's scores for Lanes queries: the softmax needs no sum across lanes.
+// What attention may look at: the band of diagonals (causal, window), padding of keys, and a bool or additive mask of
+// four dimensions, none of them ever expanded. Scores live in tiles stored key by key, [key][query], so that a vector
+// holds one key's scores for Lanes queries: the softmax needs no sum across lanes.
 #pragma once
 #include <array>
 #include <cmath>
@@ -8,7 +9,8 @@
 
 namespace fastlm {
 
-inline constexpr int64_t KeyBlock = 256;                      // keys per tile; a multiple of 64, so that a dropout group never straddles two
+inline constexpr int64_t KeyBlock =
+    256;  // keys per tile; a multiple of 64, so that a dropout group never straddles two
 inline constexpr int64_t QueryPanel = TileVecs * vec::Lanes;  // queries per tile, at most
 
 enum class mask_type { none = 0, boolean = 1, additive = 2, additive_fp32 = 3 };
@@ -30,11 +32,18 @@ template <class T> struct masking {
     return m;
   }
   // Some (not all) of the queries [q0, q1) × keys [k0, k1)
-  bool touches(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const { return k1 - 1 - q0 >= lower && k0 - (q1 - 1) <= upper; }
-  bool inside(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const { return k0 - (q1 - 1) >= lower && k1 - 1 - q0 <= upper; }
+  bool touches(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const {
+    return k1 - 1 - q0 >= lower && k0 - (q1 - 1) <= upper;
+  }
+  bool inside(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const {
+    return k0 - (q1 - 1) >= lower && k1 - 1 - q0 <= upper;
+  }
   int64_t first_key(int64_t q0) const { return std::max<int64_t>(0, q0 + std::max(lower, -q0)) / KeyBlock * KeyBlock; }
-  int64_t end_key(int64_t q1, int64_t key_len) const { return upper >= key_len ? key_len : std::min(key_len, q1 + upper); }
-  // How many of the keys from k0 on (whole tiles of them) reach to the last that the last query before q1 may look at: what lies beyond is no work.
+  int64_t end_key(int64_t q1, int64_t key_len) const {
+    return upper >= key_len ? key_len : std::min(key_len, q1 + upper);
+  }
+  // How many of the keys from k0 on (whole tiles of them) reach to the last that the last query before q1 may look at:
+  // what lies beyond is no work.
   int64_t seen(int64_t q1, int64_t k0, int64_t keys) const {
     constexpr int64_t together = arithmetic_for<T>::Rows;
     return std::min(keys, ceil_div(std::max<int64_t>(0, end_key(q1, k0 + keys) - k0), together) * together);
@@ -46,7 +55,8 @@ struct tile_place {
 };  // head of the queries; `queries` and `keys` are counts
 
 // tile[j·width + i] = mask value of query i and key j; −inf where a bool mask is False.
-template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& strides, const tile_place& at, float* tile, int64_t width) {
+template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& strides, const tile_place& at,
+                                  float* tile, int64_t width) {
   constexpr int64_t L = vec::Lanes;
   mask += at.batch * strides[0] + at.head * strides[1] + at.query * strides[2] + at.key * strides[3];
   auto scores = [](vec v) {
@@ -87,21 +97,29 @@ template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& s
   }
 }
 
-// Scores in place: s → scale·s + mask, −inf wherever attention may not look, whatever stood there. Where only the band masks, the scores that it lets through stay as
-// they are; returns what the scores are still to be multiplied by. bias_tile is working memory of the tile's size.
-template <class T> float mask_scores(const masking<T>& m, const tile_place& at, float* scores, int64_t width, float* bias_tile) {
+// Scores in place: s → scale·s + mask, −inf wherever attention may not look, whatever stood there. Where only the band
+// masks, the scores that it lets through stay as they are; returns what the scores are still to be multiplied by.
+// bias_tile is working memory of the tile's size.
+template <class T> float mask_scores(const masking<T>& m, const tile_place& at, float* scores, int64_t width,
+                                     float* bias_tile) {
   constexpr int64_t L = vec::Lanes;
   const vec scale = vec::all(m.scale), nothing = vec::all(-INFINITY);
-  const bool biased = m.type != mask_type::none, banded = !m.inside(at.query, at.query + at.queries, at.key, at.key + at.keys);
+  const bool biased = m.type != mask_type::none,
+             banded = !m.inside(at.query, at.query + at.queries, at.key, at.key + at.keys);
   const bool later = !biased && !m.key_padding && m.scale > 0;  // the multiplication
   if (later && !banded) return m.scale;
   if (m.type == mask_type::boolean) load_mask(static_cast<const bool*>(m.mask), m.mask_strides, at, bias_tile, width);
   if (m.type == mask_type::additive) load_mask(static_cast<const T*>(m.mask), m.mask_strides, at, bias_tile, width);
-  if (m.type == mask_type::additive_fp32) load_mask(static_cast<const float*>(m.mask), m.mask_strides, at, bias_tile, width);
-  const bool* padding = m.key_padding ? m.key_padding + at.batch * m.padding_strides[0] + at.key * m.padding_strides[1] : nullptr;
+  if (m.type == mask_type::additive_fp32)
+    load_mask(static_cast<const float*>(m.mask), m.mask_strides, at, bias_tile, width);
+  const bool* padding =
+      m.key_padding ? m.key_padding + at.batch * m.padding_strides[0] + at.key * m.padding_strides[1] : nullptr;
 
   // Nothing is done from `whole` to `rest`, where all of the tile's queries may look and nothing else masks.
-  const int64_t whole = later ? std::clamp<int64_t>(at.query + at.queries - 1 - at.key + std::max(m.lower, -at.query - at.queries), 0, at.keys) : at.keys,
+  const int64_t whole = later ? std::clamp<int64_t>(
+                                    at.query + at.queries - 1 - at.key + std::max(m.lower, -at.query - at.queries), 0,
+                                    at.keys)
+                              : at.keys,
                 rest = std::clamp<int64_t>(at.query - at.key + std::min(m.upper, at.keys + at.key) + 1, whole, at.keys);
   for (int64_t j = whole == 0 ? rest : 0; j < at.keys; j = j + 1 == whole ? rest : j + 1) {
     float* row = scores + j * width;
@@ -137,10 +155,13 @@ inline void keep_tile(const dropout& drop, const tile_place& at, int64_t heads, 
     for (int64_t column = 0; column < 16; ++column)
       for (int64_t i = 0; i < width; i += vec::Lanes) {
         uvec words[4];
-        philox(uvec::all(uint32_t((at.key / 64 + group) * 16 + column)), uvec::all(uint32_t(at.query + i)) + uvec::iota(), third, drop.seed, words);
+        philox(uvec::all(uint32_t((at.key / 64 + group) * 16 + column)),
+               uvec::all(uint32_t(at.query + i)) + uvec::iota(), third, drop.seed, words);
         for (int64_t word = 0; word < 4; ++word) {
           const int64_t j = group * 64 + word * 16 + column;
-          if (j < at.keys) select(words[word] >= uvec::all(drop.threshold), vec::all(drop.scale), vec::zero()).store(factors + j * width + i, full{});
+          if (j < at.keys)
+            select(words[word] >= uvec::all(drop.threshold), vec::all(drop.scale), vec::zero())
+                .store(factors + j * width + i, full{});
         }
       }
 }

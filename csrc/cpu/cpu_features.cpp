@@ -1,4 +1,5 @@
-// What this CPU and its operating system can run: read once at import, before any module compiled for a wider instruction set is touched.
+// What this CPU and its operating system can run: read once at import, before any module compiled for a wider
+// instruction set is touched.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -41,7 +42,8 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf = 0) {
 
 bool bit(uint32_t word, int index) { return (word >> index) & 1; }
 
-// Which register files the operating system saves on a context switch: without that an instruction that the CPU knows still faults.
+// Which register files the operating system saves on a context switch: without that an instruction that the CPU knows
+// still faults.
 uint64_t enabled_state() {
   if (!bit(cpuid(1).ecx, 27)) return 0;  // OSXSAVE
   uint32_t low, high;
@@ -59,7 +61,8 @@ bool has_avx2() {
 
 bool has_avx512() {
   uint32_t seven = cpuid(7).ebx;
-  return has_avx2() && saves(Zmm) && bit(seven, 16) && bit(seven, 17) && bit(seven, 28) && bit(seven, 30) && bit(seven, 31);  // F, DQ, CD, BW, VL
+  return has_avx2() && saves(Zmm) && bit(seven, 16) && bit(seven, 17) && bit(seven, 28) && bit(seven, 30) &&
+         bit(seven, 31);  // F, DQ, CD, BW, VL
 }
 
 bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).eax, 5); }
@@ -128,23 +131,27 @@ struct Models {
 
 // Virtual machines often hide the brand; family and model they pass on. Ranges as in Linux's arch/x86/kernel/cpu/amd.c.
 constexpr Models Amd[] = {
-    {0x17, 0x00, 0x2f, "zen1"}, {0x17, 0x50, 0x5f, "zen1"}, {0x17, 0x30, 0x4f, "zen2"}, {0x17, 0x60, 0x7f, "zen2"}, {0x17, 0x90, 0x91, "zen2"},
-    {0x17, 0xa0, 0xaf, "zen2"}, {0x18, 0x00, 0xff, "zen1"}, {0x19, 0x00, 0x0f, "zen3"}, {0x19, 0x20, 0x5f, "zen3"}, {0x19, 0x10, 0x1f, "zen4"},
-    {0x19, 0x60, 0xaf, "zen4"}, {0x1a, 0x00, 0x2f, "zen5"}, {0x1a, 0x40, 0x4f, "zen5"}, {0x1a, 0x60, 0x7f, "zen5"}, {0x1a, 0x50, 0x5f, "zen6"},
-    {0x1a, 0x80, 0xaf, "zen6"}, {0x1a, 0xc0, 0xcf, "zen6"},
+    {0x17, 0x00, 0x2f, "zen1"}, {0x17, 0x50, 0x5f, "zen1"}, {0x17, 0x30, 0x4f, "zen2"}, {0x17, 0x60, 0x7f, "zen2"},
+    {0x17, 0x90, 0x91, "zen2"}, {0x17, 0xa0, 0xaf, "zen2"}, {0x18, 0x00, 0xff, "zen1"}, {0x19, 0x00, 0x0f, "zen3"},
+    {0x19, 0x20, 0x5f, "zen3"}, {0x19, 0x10, 0x1f, "zen4"}, {0x19, 0x60, 0xaf, "zen4"}, {0x1a, 0x00, 0x2f, "zen5"},
+    {0x1a, 0x40, 0x4f, "zen5"}, {0x1a, 0x60, 0x7f, "zen5"}, {0x1a, 0x50, 0x5f, "zen6"}, {0x1a, 0x80, 0xaf, "zen6"},
+    {0x1a, 0xc0, 0xcf, "zen6"},
 };
 
 // As in Linux's arch/x86/include/asm/intel-family.h. Model 0x55 is three generations: see microarchitecture().
 constexpr Models Intel[] = {
-    {6, 0x2a, 0x2a, "sandybridge"},    {6, 0x2d, 0x2d, "sandybridge"},    {6, 0x3a, 0x3a, "ivybridge"},      {6, 0x3e, 0x3e, "ivybridge"},
-    {6, 0x3c, 0x3c, "haswell"},        {6, 0x3f, 0x3f, "haswell"},        {6, 0x45, 0x46, "haswell"},        {6, 0x3d, 0x3d, "broadwell"},
-    {6, 0x47, 0x47, "broadwell"},      {6, 0x4f, 0x4f, "broadwell"},      {6, 0x56, 0x56, "broadwell"},      {6, 0x4e, 0x4e, "skylake"},
-    {6, 0x5e, 0x5e, "skylake"},        {6, 0x8e, 0x8e, "skylake"},        {6, 0x9e, 0x9e, "skylake"},        {6, 0xa5, 0xa6, "skylake"},
-    {6, 0x7d, 0x7e, "icelake"},        {6, 0x6a, 0x6a, "icelake-server"}, {6, 0x6c, 0x6c, "icelake-server"}, {6, 0x8c, 0x8d, "tigerlake"},
-    {6, 0xa7, 0xa7, "rocketlake"},     {6, 0x97, 0x97, "alderlake"},      {6, 0x9a, 0x9a, "alderlake"},      {6, 0xbe, 0xbe, "gracemont"},
-    {6, 0xb7, 0xb7, "raptorlake"},     {6, 0xba, 0xba, "raptorlake"},     {6, 0xbf, 0xbf, "raptorlake"},     {6, 0xaa, 0xaa, "meteorlake"},
-    {6, 0xac, 0xac, "meteorlake"},     {6, 0xb5, 0xb5, "arrowlake"},      {6, 0xc5, 0xc6, "arrowlake"},      {6, 0xbd, 0xbd, "lunarlake"},
-    {6, 0x8f, 0x8f, "sapphirerapids"}, {6, 0xcf, 0xcf, "emeraldrapids"},  {6, 0xad, 0xae, "graniterapids"},  {6, 0xaf, 0xaf, "sierraforest"},
+    {6, 0x2a, 0x2a, "sandybridge"},    {6, 0x2d, 0x2d, "sandybridge"},   {6, 0x3a, 0x3a, "ivybridge"},
+    {6, 0x3e, 0x3e, "ivybridge"},      {6, 0x3c, 0x3c, "haswell"},       {6, 0x3f, 0x3f, "haswell"},
+    {6, 0x45, 0x46, "haswell"},        {6, 0x3d, 0x3d, "broadwell"},     {6, 0x47, 0x47, "broadwell"},
+    {6, 0x4f, 0x4f, "broadwell"},      {6, 0x56, 0x56, "broadwell"},     {6, 0x4e, 0x4e, "skylake"},
+    {6, 0x5e, 0x5e, "skylake"},        {6, 0x8e, 0x8e, "skylake"},       {6, 0x9e, 0x9e, "skylake"},
+    {6, 0xa5, 0xa6, "skylake"},        {6, 0x7d, 0x7e, "icelake"},       {6, 0x6a, 0x6a, "icelake-server"},
+    {6, 0x6c, 0x6c, "icelake-server"}, {6, 0x8c, 0x8d, "tigerlake"},     {6, 0xa7, 0xa7, "rocketlake"},
+    {6, 0x97, 0x97, "alderlake"},      {6, 0x9a, 0x9a, "alderlake"},     {6, 0xbe, 0xbe, "gracemont"},
+    {6, 0xb7, 0xb7, "raptorlake"},     {6, 0xba, 0xba, "raptorlake"},    {6, 0xbf, 0xbf, "raptorlake"},
+    {6, 0xaa, 0xaa, "meteorlake"},     {6, 0xac, 0xac, "meteorlake"},    {6, 0xb5, 0xb5, "arrowlake"},
+    {6, 0xc5, 0xc6, "arrowlake"},      {6, 0xbd, 0xbd, "lunarlake"},     {6, 0x8f, 0x8f, "sapphirerapids"},
+    {6, 0xcf, 0xcf, "emeraldrapids"},  {6, 0xad, 0xae, "graniterapids"}, {6, 0xaf, 0xaf, "sierraforest"},
 };
 
 std::string microarchitecture() {
@@ -171,7 +178,8 @@ Caches caches() {
     uint32_t type = r.eax & 0x1f, level = r.eax >> 5 & 7;
     if (type == 0) break;
     if (type == 2) continue;  // instructions
-    int64_t bytes = int64_t((r.ebx >> 22) + 1) * ((r.ebx >> 12 & 0x3ff) + 1) * ((r.ebx & 0xfff) + 1) * (int64_t(r.ecx) + 1);
+    int64_t bytes =
+        int64_t((r.ebx >> 22) + 1) * ((r.ebx >> 12 & 0x3ff) + 1) * ((r.ebx & 0xfff) + 1) * (int64_t(r.ecx) + 1);
     if (level == 1) sizes.l1d = bytes;
     if (level == 2) sizes.l2 = bytes;
     if (level == 3) sizes.l3 = bytes;
@@ -200,7 +208,8 @@ std::string brand() {
   return sysctlbyname("machdep.cpu.brand_string", name, &size, nullptr, 0) == 0 ? name : "";
 }
 Caches caches() {  // of the performance cores
-  return {system_size("hw.perflevel0.l1dcachesize"), system_size("hw.perflevel0.l2cachesize"), system_size("hw.l3cachesize")};
+  return {system_size("hw.perflevel0.l1dcachesize"), system_size("hw.perflevel0.l2cachesize"),
+          system_size("hw.l3cachesize")};
 }
 #else
 std::string brand() { return ""; }
@@ -215,8 +224,8 @@ Caches caches() {
 #endif
 #endif
 
-// The kernels are linked to no OpenMP runtime: they use the one that torch loaded, so that there is one pool of threads. A torch without any
-// is the only case in which the compiler's own is loaded.
+// The kernels are linked to no OpenMP runtime: they use the one that torch loaded, so that there is one pool of
+// threads. A torch without any is the only case in which the compiler's own is loaded.
 void provide_openmp() {
 #if defined(__linux__)
   if (!dlsym(RTLD_DEFAULT, "GOMP_parallel")) dlopen("libgomp.so.1", RTLD_NOW | RTLD_GLOBAL);

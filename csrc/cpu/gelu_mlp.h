@@ -1,7 +1,8 @@
 // GELU-MLP:  h = x·W1 + b1,  a = gelu(h),  y = a·W2 + b2
 //
-// Forward 4·rows·width·hidden FLOP (both products), backward twice that; with hidden = 4·width compute bound by far. The activation is an epilogue: h and a are
-// written once from registers and never read back for it. The backward's GELU gradient is the epilogue of dy·W2ᵀ, which also makes a again where it was not kept.
+// Forward 4·rows·width·hidden FLOP (both products), backward twice that; with hidden = 4·width compute bound by far.
+// The activation is an epilogue: h and a are written once from registers and never read back for it. The backward's
+// GELU gradient is the epilogue of dy·W2ᵀ, which also makes a again where it was not kept.
 #pragma once
 #include "linear.h"
 #include "vmath.h"
@@ -15,8 +16,8 @@ template <bool Tanh> FASTLM_INLINE gelu_value gelu(vec x) {
 
 // hidden may be null (nothing will need it); activated is always written: (rows, hidden_width), as is hidden.
 template <bool Tanh, class T>
-void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, T* hidden, T* activated, int64_t rows, int64_t width,
-                     int64_t hidden_width, int threads) {
+void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, T* hidden, T* activated,
+                     int64_t rows, int64_t width, int64_t hidden_width, int threads) {
   auto write = [=](int64_t i, int64_t j, vec value, auto span) {
     if (hidden) value.store(hidden + i * hidden_width + j, span);
     gelu<Tanh>(value).value.store(activated + i * hidden_width + j, span);
@@ -25,8 +26,9 @@ void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_matrix<const T> w1, co
 }
 
 template <bool Tanh, class T>
-void gelu_mlp_forward(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, weight_matrix<const T> w2, const T* b2, T* hidden, T* activated,
-                      T* y, int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, int threads) {
+void gelu_mlp_forward(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, weight_matrix<const T> w2,
+                      const T* b2, T* hidden, T* activated, T* y, int64_t rows, int64_t width, int64_t hidden_width,
+                      int64_t out_width, int threads) {
   gelu_mlp_hidden<Tanh>(x, x_stride, w1, b1, hidden, activated, rows, width, hidden_width, threads);
   linear_forward(activated, hidden_width, w2, b2, y, rows, hidden_width, out_width, threads);
 }
@@ -43,9 +45,9 @@ template <class T, class G> struct gelu_mlp_gradients {  // null where not wante
 };
 
 template <bool Tanh, class T, class G>
-void gelu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, weight_matrix<const T> w2,
-                       gelu_mlp_saved<T> saved, gelu_mlp_gradients<T, G> out, int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width,
-                       int threads) {
+void gelu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<const T> w1,
+                       const T* b1, weight_matrix<const T> w2, gelu_mlp_saved<T> saved, gelu_mlp_gradients<T, G> out,
+                       int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, int threads) {
   T *hidden = saved.hidden, *activated = saved.activated, *dhidden = saved.dhidden;
   bool make_activated = !saved.activated_known;
   if (!saved.hidden_known) {
@@ -61,14 +63,18 @@ void gelu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_str
     };
     project_back(dy, dy_stride, w2, rows, hidden_width, out_width, threads, writing_to(dhidden, hidden_width, write));
   } else if (make_activated) {
-    parallel_for(rows, parts_for(rows, 2 * hidden_width * sizeof(T)), threads, [=](int64_t begin, int64_t end, int64_t) {
-      const int64_t first = begin * hidden_width;
-      sweep((end - begin) * hidden_width,
-            [=](int64_t i, auto span) { gelu<Tanh>(vec::load(hidden + first + i, span)).value.store(activated + first + i, span); });
-    });
+    parallel_for(rows, parts_for(rows, 2 * hidden_width * sizeof(T)), threads,
+                 [=](int64_t begin, int64_t end, int64_t) {
+                   const int64_t first = begin * hidden_width;
+                   sweep((end - begin) * hidden_width, [=](int64_t i, auto span) {
+                     gelu<Tanh>(vec::load(hidden + first + i, span)).value.store(activated + first + i, span);
+                   });
+                 });
   }
-  weight_gradient(dy, dy_stride, static_cast<const T*>(activated), hidden_width, out.dw2, out.db2, rows, hidden_width, out_width, threads);
-  linear_backward(static_cast<const T*>(dhidden), hidden_width, x, x_stride, w1, out.dx, out.dw1, out.db1, rows, width, hidden_width, threads);
+  weight_gradient(dy, dy_stride, static_cast<const T*>(activated), hidden_width, out.dw2, out.db2, rows, hidden_width,
+                  out_width, threads);
+  linear_backward(static_cast<const T*>(dhidden), hidden_width, x, x_stride, w1, out.dx, out.dw1, out.db1, rows, width,
+                  hidden_width, threads);
 }
 
 }  // namespace fastlm

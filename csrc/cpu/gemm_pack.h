@@ -1,11 +1,13 @@
-// Operands of a product: packed into the panels that the register tile reads, from either orientation, 16-bit types being widened (or paired, for the bf16 dot
-// product and for AMX) on the way. That costs 0.1–0.4 cycle an element and serves hundreds of rows or columns.
+// Operands of a product: packed into the panels that the register tile reads, from either orientation, 16-bit types
+// being widened (or paired, for the bf16 dot product and for AMX) on the way. That costs 0.1–0.4 cycle an element and
+// serves hundreds of rows or columns.
 #pragma once
 #include "gemm_tile.h"
 
 namespace fastlm {
 
-// A matrix operand: element (i, k) at data[i·stride + k·k_stride], k being the dimension that is summed over. One of the strides is 1.
+// A matrix operand: element (i, k) at data[i·stride + k·k_stride], k being the dimension that is summed over. One of
+// the strides is 1.
 template <class T> struct operand {
   const T* data;
   int64_t stride, k_stride;
@@ -23,11 +25,14 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
     for (int64_t d = 0; d < depth; ++d) {
       const T* row = source.data + d * Per * source.k_stride;
       const T* next = d * Per + 1 < k ? row + source.k_stride : nullptr;
-      for (int64_t ahead = 0; ahead < Per; ++ahead)  // rows lie pages apart: no hardware follows them. Past the end a prefetch is harmless
-        for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + (8 * Per + ahead) * source.k_stride + i);
+      for (int64_t ahead = 0; ahead < Per;
+           ++ahead)  // rows lie pages apart: no hardware follows them. Past the end a prefetch is harmless
+        for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T)))
+          __builtin_prefetch(row + (8 * Per + ahead) * source.k_stride + i);
       if (count == TileVecs * L && width == count && (Per == 1 || next)) {  // most panels of B
 #pragma GCC unroll 3
-        for (int64_t i = 0; i < TileVecs * L; i += L) Arithmetic::along_i(row + i, Per == 1 ? nullptr : next + i, full{}).store(out + d * width + i, full{});
+        for (int64_t i = 0; i < TileVecs * L; i += L)
+          Arithmetic::along_i(row + i, Per == 1 ? nullptr : next + i, full{}).store(out + d * width + i, full{});
         continue;
       }
       for (int64_t i = 0; i < width; i += L) {
@@ -51,7 +56,8 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
 #pragma GCC unroll 16
         for (int64_t r = 0; r < L; ++r) block[r].store(out + (d + r) * width + i, full{});
       } else {
-        for (int64_t r = 0; r < L; ++r) block[r] = i + r < count ? Arithmetic::along_k(rows + r * source.stride + d * Per, k - d * Per) : vec::zero();
+        for (int64_t r = 0; r < L; ++r)
+          block[r] = i + r < count ? Arithmetic::along_k(rows + r * source.stride + d * Per, k - d * Per) : vec::zero();
         transpose(block);
         for (int64_t r = 0; r < L && d + r < depth; ++r) put(block[r], out + (d + r) * width + i, width - i);
       }
@@ -59,13 +65,16 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
   }
 }
 
-// sums[i] += Σ_k of a packed panel. In runs of 32, so that the error grows with the square root of neither many additions nor large partial sums.
-template <class Arithmetic> void add_panel_sums(const float* panel, int64_t depth, int64_t width, int64_t count, float* sums) {
+// sums[i] += Σ_k of a packed panel. In runs of 32, so that the error grows with the square root of neither many
+// additions nor large partial sums.
+template <class Arithmetic> void add_panel_sums(const float* panel, int64_t depth, int64_t width, int64_t count,
+                                                float* sums) {
   sweep(count, [=](int64_t i, auto span) {
     vec all = vec::zero();
     for (int64_t d = 0; d < depth; d += 32) {
       vec run = vec::zero();
-      for (int64_t e = d; e < depth && e < d + 32; ++e) run = run + Arithmetic::total(vec::load(panel + e * width + i, span));
+      for (int64_t e = d; e < depth && e < d + 32; ++e)
+        run = run + Arithmetic::total(vec::load(panel + e * width + i, span));
       all = all + run;
     }
     (vec::load(sums + i, span) + all).store(sums + i, span);
@@ -73,16 +82,19 @@ template <class Arithmetic> void add_panel_sums(const float* panel, int64_t dept
 }
 
 // The same of `count` rows that lie row_stride apart.
-template <class Arithmetic> void add_row_sums(const float* rows, int64_t depth, int64_t row_stride, int64_t count, float* sums) {
+template <class Arithmetic> void add_row_sums(const float* rows, int64_t depth, int64_t row_stride, int64_t count,
+                                              float* sums) {
   for (int64_t r = 0; r < count; ++r)
-    sums[r] += sum_over(depth, [=](int64_t d, auto span) { return Arithmetic::total(vec::load(rows + r * row_stride + d, span)); });
+    sums[r] += sum_over(
+        depth, [=](int64_t d, auto span) { return Arithmetic::total(vec::load(rows + r * row_stride + d, span)); });
 }
 
 // Between rows of A that are packed as they lie: no power of two, which would crowd a few sets of the cache.
 template <class Arithmetic> inline constexpr int64_t RowStride = Arithmetic::BlockDepth + 16;
 
 // Rows as they lie, row_stride (whole vectors) apart; zeros up to the last tile.
-template <class Arithmetic, class T> void copy_rows(operand<T> source, int64_t rows, int64_t k, int64_t row_stride, float* out) {
+template <class Arithmetic, class T> void copy_rows(operand<T> source, int64_t rows, int64_t k, int64_t row_stride,
+                                                    float* out) {
   constexpr int64_t Per = Arithmetic::PerLane;
   const int64_t depth = packed_depth<Arithmetic>(k);
   for (int64_t r = 0; r < ceil_div(rows, Arithmetic::Rows) * Arithmetic::Rows; ++r) {
@@ -94,7 +106,8 @@ template <class Arithmetic, class T> void copy_rows(operand<T> source, int64_t r
 }
 
 // out[i·row_stride + d] = source (i, k) for i < count, zeros up to whole vectors; source is contiguous in i.
-template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_t count, int64_t k, int64_t row_stride, float* out) {
+template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_t count, int64_t k, int64_t row_stride,
+                                                       float* out) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
   for (int64_t first = 0; first < packed_depth<Arithmetic>(k); first += L)
     for (int64_t i = 0; i < count; i += L) {
@@ -103,7 +116,9 @@ template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_
       for (int64_t r = 0; r < L; ++r) {
         const int64_t at = (first + r) * Per;
         const T *row = source.data + at * source.k_stride + i, *next = at + 1 < k ? row + source.k_stride : nullptr;
-        block[r] = at >= k ? vec::zero() : i + L <= count ? Arithmetic::along_i(row, next, full{}) : Arithmetic::along_i(row, next, tail{size_t(count - i)});
+        block[r] = at >= k          ? vec::zero()
+                   : i + L <= count ? Arithmetic::along_i(row, next, full{})
+                                    : Arithmetic::along_i(row, next, tail{size_t(count - i)});
       }
       transpose(block);
 #pragma GCC unroll 16
@@ -112,7 +127,8 @@ template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_
 }
 
 // `rows` rows of A, one block of k deep, in rows RowStride apart or in k-major panels of PanelRows.
-template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t rows, int64_t k, bool in_rows, float* out) {
+template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t rows, int64_t k, bool in_rows,
+                                                    float* out) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
   const int64_t depth = packed_depth<Arithmetic>(k);
   const bool along_k = source.stride != 1;
@@ -120,8 +136,8 @@ template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t r
   if constexpr (Arithmetic::RowsOnly) return pack_as_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
   if (along_k) {
     for (int64_t i = 0; i < rows; i += PanelRows)
-      pack<Arithmetic>(operand<T>{source.data + i * source.stride, source.stride, 1}, std::min(PanelRows, rows - i), k, PanelRows,
-                       out + i * Arithmetic::BlockDepth);
+      pack<Arithmetic>(operand<T>{source.data + i * source.stride, source.stride, 1}, std::min(PanelRows, rows - i), k,
+                       PanelRows, out + i * Arithmetic::BlockDepth);
     return;
   }
   for (int64_t d = 0; d < depth; ++d) {
@@ -138,7 +154,8 @@ template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t r
   }
 }
 
-// The cache lines of a block of B, a few at a time while another block is multiplied: what memory takes then costs little.
+// The cache lines of a block of B, a few at a time while another block is multiplied: what memory takes then costs
+// little.
 class prefetcher {
   const char *row = nullptr, *at = nullptr;
   int64_t rows = 0, row_bytes = 0, stride_bytes = 0;

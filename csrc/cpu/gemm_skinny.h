@@ -1,9 +1,11 @@
 // C = A·B where A has few rows (a decode step, a small batch), and the choice between this way and the packed one.
 //
-// 2·m·n·k FLOP on n·k elements of B, each of which serves m times: up to some sixteen rows reading B is the bound (n·k times the size of its type), and packing
-// it first costs more than the multiplication. Here B is read once, where it lies and in its own type. Lanes × Lanes of it at a time become Lanes registers,
-// widened or paired as Arithmetic wants them and transposed where B is contiguous in k; then the rows of A, a cache full of them at most, pass by: Lanes multiply-adds
-// for one sum that is loaded and stored. Every element is the same chain of sums as in gemm(): the bits do not depend on the way that is taken.
+// 2·m·n·k FLOP on n·k elements of B, each of which serves m times: up to some sixteen rows reading B is the bound (n·k
+// times the size of its type), and packing it first costs more than the multiplication. Here B is read once, where it
+// lies and in its own type. Lanes × Lanes of it at a time become Lanes registers, widened or paired as Arithmetic wants
+// them and transposed where B is contiguous in k; then the rows of A, a cache full of them at most, pass by: Lanes
+// multiply-adds for one sum that is loaded and stored. Every element is the same chain of sums as in gemm(): the bits
+// do not depend on the way that is taken.
 #pragma once
 #include "gemm.h"
 
@@ -12,7 +14,8 @@ namespace fastlm {
 // What lies in B from one corner on: w[d] holds Lanes columns at the depth of lane d, zero where there is nothing.
 template <class Arithmetic, class T> struct corner_of {
   static constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
-  // bf16 that is contiguous in k and to be widened is transposed as pairs, in half the time: then a block is two blocks deep.
+  // bf16 that is contiguous in k and to be widened is transposed as pairs, in half the time: then a block is two blocks
+  // deep.
   static constexpr bool AsPairs = std::is_same_v<T, bf16> && Per == 1;
   static constexpr int64_t Depth = AsPairs ? 2 * L : L;
 
@@ -22,8 +25,11 @@ template <class Arithmetic, class T> struct corner_of {
 #pragma GCC unroll 16
     for (int64_t d = 0; d < L; ++d) {
       const T* row = b.data + d * Per * b.k_stride;
-      for (int64_t i = 0; i < Per; ++i) __builtin_prefetch(row + (2 * L * Per + i) * b.k_stride, 0, 2);  // into L2; past the end it is harmless
-      w[d] = whole || d * Per < k ? Arithmetic::along_i(row, whole || d * Per + 1 < k ? row + b.k_stride : nullptr, span) : vec::zero();
+      for (int64_t i = 0; i < Per; ++i)
+        __builtin_prefetch(row + (2 * L * Per + i) * b.k_stride, 0, 2);  // into L2; past the end it is harmless
+      w[d] = whole || d * Per < k
+                 ? Arithmetic::along_i(row, whole || d * Per + 1 < k ? row + b.k_stride : nullptr, span)
+                 : vec::zero();
     }
   }
 
@@ -59,8 +65,10 @@ template <class Arithmetic, class T> struct corner_of {
   }
 };
 
-// sums[r] += Σ_d a[r][d]·w[d] for rows r < m, Lanes values in each row of both; Rows at a time, so that as many additions are under way.
-template <class Arithmetic, int Rows> FASTLM_INLINE void add_rows(int64_t m, int64_t& r, const float* a, const vec (&w)[vec::Lanes], float* sums) {
+// sums[r] += Σ_d a[r][d]·w[d] for rows r < m, Lanes values in each row of both; Rows at a time, so that as many
+// additions are under way.
+template <class Arithmetic, int Rows> FASTLM_INLINE void add_rows(int64_t m, int64_t& r, const float* a,
+                                                                  const vec (&w)[vec::Lanes], float* sums) {
   for (; r + Rows <= m; r += Rows) {
     vec sum[Rows];
 #pragma GCC unroll 8
@@ -68,14 +76,16 @@ template <class Arithmetic, int Rows> FASTLM_INLINE void add_rows(int64_t m, int
 #pragma GCC unroll 16
     for (int64_t d = 0; d < vec::Lanes; ++d)
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < Rows; ++i) sum[i] = Arithmetic::multiply_add(sum[i], vec::all(a[(r + i) * vec::Lanes + d]), w[d]);
+      for (int64_t i = 0; i < Rows; ++i)
+        sum[i] = Arithmetic::multiply_add(sum[i], vec::all(a[(r + i) * vec::Lanes + d]), w[d]);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < Rows; ++i) sum[i].store(sums + (r + i) * vec::Lanes, full{});
   }
 }
 
 // Inlined, or the corner would go through memory.
-template <class Arithmetic> FASTLM_INLINE void add_rows(int64_t m, const float* a, const vec (&w)[vec::Lanes], float* sums) {
+template <class Arithmetic> FASTLM_INLINE void add_rows(int64_t m, const float* a, const vec (&w)[vec::Lanes],
+                                                        float* sums) {
   int64_t r = 0;
   add_rows<Arithmetic, TileRows>(m, r, a, w, sums);
   add_rows<Arithmetic, TileRows / 2>(m, r, a, w, sums);
@@ -83,33 +93,39 @@ template <class Arithmetic> FASTLM_INLINE void add_rows(int64_t m, const float* 
 }
 
 inline void add(float* sums, const float* more, int64_t count) {
-  sweep(count, [=](int64_t i, auto span) { (vec::load(sums + i, span) + vec::load(more + i, span)).store(sums + i, span); });
+  sweep(count,
+        [=](int64_t i, auto span) { (vec::load(sums + i, span) + vec::load(more + i, span)).store(sums + i, span); });
 }
 
 inline constexpr int64_t MostOfA = 1 << 18;  // elements: packed, they stay in the L2 cache
 inline constexpr int64_t FewDeep = 64;
-inline constexpr int64_t SumsHeld = 8192;  // of C, at a time: 32 kB. With fewer, what is read of each row of B is short, and no hardware follows it
+inline constexpr int64_t SumsHeld =
+    8192;  // of C, at a time: 32 kB. With fewer, what is read of each row of B is short, and no hardware follows it
 
 // As gemm(); A contiguous in k.
 template <class Arithmetic, class TA, class TB, class Epilogue>
 void gemm_few_rows(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue) {
   using corner = corner_of<Arithmetic, TB>;
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
-  const int64_t depth = packed_depth<Arithmetic>(k), depth_blocks = std::max<int64_t>(1, ceil_div(depth, Arithmetic::BlockDepth)), col_vecs = ceil_div(n, L);
+  const int64_t depth = packed_depth<Arithmetic>(k),
+                depth_blocks = std::max<int64_t>(1, ceil_div(depth, Arithmetic::BlockDepth)), col_vecs = ceil_div(n, L);
   const bool along_k = b.stride != 1;
   auto begin = [=](int64_t block) { return depth * block / depth_blocks; };
 
-  // A once, for all threads: block after block of the depth, Lanes deep pieces of all rows, with zeros up to the last corner of B.
+  // A once, for all threads: block after block of the depth, Lanes deep pieces of all rows, with zeros up to the last
+  // corner of B.
   static_assert(Arithmetic::BlockDepth % (2 * L) == 0);
   float* packed_a = scratch(depth_blocks * Arithmetic::BlockDepth * m);
   for (int64_t block = 0; block < depth_blocks; ++block)
     for (int64_t r = 0; r < m; ++r)
       for (int64_t d = 0; d < ceil_div(begin(block + 1) - begin(block), corner::Depth) * corner::Depth; d += L) {
         const int64_t from = (begin(block) + d) * Per, left = std::min(k, begin(block + 1) * Per) - from;
-        Arithmetic::along_k(a.data + r * a.stride + from, left).store(packed_a + (block * Arithmetic::BlockDepth + d) * m + r * L, full{});
+        Arithmetic::along_k(a.data + r * a.stride + from, left)
+            .store(packed_a + (block * Arithmetic::BlockDepth + d) * m + r * L, full{});
       }
 
-  // A part reads 64 kB of B at least. Where that is a piece of each of B's rows, long pieces are worth more than a second part for a thread whose first was early.
+  // A part reads 64 kB of B at least. Where that is a piece of each of B's rows, long pieces are worth more than a
+  // second part for a thread whose first was early.
   const int64_t most = std::min<int64_t>(along_k ? 2 * threads : threads, col_vecs);
   const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(n * k * int64_t(sizeof(TB)) / 65536, 1, most);
   const int64_t held = along_k ? L : SumsHeld / (m * L) * L;
@@ -151,12 +167,15 @@ void gemm_few_rows(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
         }
         if (block_sums == of_block) add(total, of_block, size);
       }
-      for (int64_t r = 0; r < m; ++r) sweep(columns, [&](int64_t j, auto span) { epilogue(r, column + j, vec::load(total + j * m + r * L, full{}), span); });
+      for (int64_t r = 0; r < m; ++r)
+        sweep(columns,
+              [&](int64_t j, auto span) { epilogue(r, column + j, vec::load(total + j * m + r * L, full{}), span); });
     }
   });
 }
 
-// A tile of a·b, both packed and k-major, `depth` ≤ FewDeep, from the registers to write(row, vector, value): as multiply_tile, in its order.
+// A tile of a·b, both packed and k-major, `depth` ≤ FewDeep, from the registers to write(row, vector, value): as
+// multiply_tile, in its order.
 template <class Arithmetic, int Vecs, class Write>
 FASTLM_INLINE void write_tile(int64_t depth, const float* a, const float* b, Write write) {
   constexpr int64_t Width = Vecs * vec::Lanes;
@@ -164,7 +183,8 @@ FASTLM_INLINE void write_tile(int64_t depth, const float* a, const float* b, Wri
   sum_chain<Arithmetic, false>(std::min(depth, Chain), a, PanelRows, b, Width, total);
   for (int64_t first = Chain; FewDeep > Chain && first < depth; first += Chain) {
     vec sum[TileRows][Vecs];
-    sum_chain<Arithmetic, false>(std::min(depth - first, Chain), a + first * PanelRows, PanelRows, b + first * Width, Width, sum);
+    sum_chain<Arithmetic, false>(std::min(depth - first, Chain), a + first * PanelRows, PanelRows, b + first * Width,
+                                 Width, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < TileRows; ++r)
 #pragma GCC unroll 3
@@ -176,16 +196,20 @@ FASTLM_INLINE void write_tile(int64_t depth, const float* a, const float* b, Wri
     for (int v = 0; v < Vecs; ++v) write(r, v, total[r][v]);
 }
 
-// As gemm(); A contiguous in its rows' index and no more than one block deep: the gradient of weights. m·n results are written, and that is the bound up to some
-// sixteen multiply-adds for each: they go there straight from the registers. B is packed for hundreds of columns at a time, all of which a few rows of C pass.
+// As gemm(); A contiguous in its rows' index and no more than one block deep: the gradient of weights. m·n results are
+// written, and that is the bound up to some sixteen multiply-adds for each: they go there straight from the registers.
+// B is packed for hundreds of columns at a time, all of which a few rows of C pass.
 template <class Arithmetic, class TA, class TB, class Epilogue>
-void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums, float* b_sums) {
+void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue,
+                   float* a_sums, float* b_sums) {
   constexpr int64_t L = vec::Lanes, Panel = TileVecs * L, Held = 768;
   static_assert(Held % Panel == 0);
   const int64_t depth = packed_depth<Arithmetic>(k), row_panels = ceil_div(m, PanelRows);
-  const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(m * n / 32768, 1, std::min<int64_t>(4 * threads, row_panels));
+  const int64_t parts =
+      threads == 1 ? 1 : std::clamp<int64_t>(m * n / 32768, 1, std::min<int64_t>(4 * threads, row_panels));
   parallel_parts(parts, threads, [=](int64_t part) {
-    float *packed_a = scratch(Arithmetic::BlockDepth * (PanelRows + Held)), *packed_b = packed_a + Arithmetic::BlockDepth * PanelRows;
+    float *packed_a = scratch(Arithmetic::BlockDepth * (PanelRows + Held)),
+          *packed_b = packed_a + Arithmetic::BlockDepth * PanelRows;
     const int64_t end = std::min(m, row_panels * (part + 1) / parts * PanelRows);
     for (int64_t first = 0; first < n; first += Held) {
       const int64_t last = std::min(n, first + Held);
@@ -203,9 +227,12 @@ void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
           for (int64_t column = first; column < last; column += Panel) {
             const int64_t tile_rows = std::min<int64_t>(TileRows, rows - r), columns = std::min(Panel, last - column);
             const float* columns_of_b = packed_b + (column - first) * depth;
-            auto write = [&](int64_t i, int64_t v, vec value, auto span) { epilogue(panel + r + i, column + v * L, value, span); };
+            auto write = [&](int64_t i, int64_t v, vec value, auto span) {
+              epilogue(panel + r + i, column + v * L, value, span);
+            };
             if (tile_rows == TileRows && columns == Panel) {
-              write_tile<Arithmetic, TileVecs>(depth, packed_a + r, columns_of_b, [=](int i, int v, vec value) { write(i, v, value, full{}); });
+              write_tile<Arithmetic, TileVecs>(depth, packed_a + r, columns_of_b,
+                                               [=](int i, int v, vec value) { write(i, v, value, full{}); });
               continue;
             }
             with_vecs(ceil_div(columns, L), [=](auto vecs) {
@@ -232,7 +259,8 @@ void multiply(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int
 
 // The same; A contiguous in its rows' index.
 template <class Arithmetic, class TA, class TB, class Epilogue>
-void multiply_transposed(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue, float* a_sums, float* b_sums) {
+void multiply_transposed(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue,
+                         float* a_sums, float* b_sums) {
   if constexpr (!Arithmetic::RowsOnly)
     if (k <= FewDeep) return gemm_few_deep<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
   gemm<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);

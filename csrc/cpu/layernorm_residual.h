@@ -1,8 +1,9 @@
 // LayerNorm after the residual sum:  s = residual + dropout(x),  y = (s − mean)·rstd·w + b,  rstd = 1/√(var + eps)
 //
-// Memory bound: forward reads x and residual and writes y and s, 4·rows·width elements; backward reads dy, ds and s and writes dresidual (and dx where dropout or
-// the dtype makes it another tensor), 4 to 5. About 15 FLOP an element. A row is brought into the L1 cache once and its passes (sum, squares, result) run there;
-// variance is two-pass. Results that no cache can hold go past it (streaming.h). s is normalised as stored, that is rounded to residual's dtype.
+// Memory bound: forward reads x and residual and writes y and s, 4·rows·width elements; backward reads dy, ds and s and
+// writes dresidual (and dx where dropout or the dtype makes it another tensor), 4 to 5. About 15 FLOP an element. A row
+// is brought into the L1 cache once and its passes (sum, squares, result) run there; variance is two-pass. Results that
+// no cache can hold go past it (streaming.h). s is normalised as stored, that is rounded to residual's dtype.
 #pragma once
 #include <cmath>
 #include "philox.h"
@@ -22,11 +23,14 @@ inline void keep_row(const dropout& drop, int64_t row, int64_t width, float* fac
   for (int64_t group = 0; group * 64 < width; ++group) keep_factors(drop, group, row, 0, factors + group * 64);
 }
 
-// x, y: T. residual, summed: R. weight, bias: fp32. residual, bias and summed may be null; summed is null only where it would be x itself.
+// x, y: T. residual, summed: R. weight, bias: fp32. residual, bias and summed may be null; summed is null only where it
+// would be x itself.
 template <class T, class R>
-void layernorm_residual_forward(const T* x, int64_t x_stride, const R* residual, int64_t residual_stride, const float* weight, const float* bias, T* y,
-                                R* summed, float* mean, float* rstd, layernorm_size size, float eps, dropout drop, int threads) {
-  const int64_t width = size.width, padded = padded_width(width), touched = width * int64_t(2 * sizeof(T) + 2 * sizeof(R));
+void layernorm_residual_forward(const T* x, int64_t x_stride, const R* residual, int64_t residual_stride,
+                                const float* weight, const float* bias, T* y, R* summed, float* mean, float* rstd,
+                                layernorm_size size, float eps, dropout drop, int threads) {
+  const int64_t width = size.width, padded = padded_width(width),
+                touched = width * int64_t(2 * sizeof(T) + 2 * sizeof(R));
   const bool stream = past_cache(size.rows * touched);
   parallel_for(size.rows, parts_for(size.rows, touched), threads, [=](int64_t begin, int64_t end, int64_t) {
     float* s = scratch((stream ? 4 : 2) * padded);
@@ -52,7 +56,8 @@ void layernorm_residual_forward(const T* x, int64_t x_stride, const R* residual,
       const vec center = vec::all(total / float(width));
       const float squares = sum_over(width, [=](int64_t i, auto span) {
         vec d = vec::load(s + i, span) - center;
-        if constexpr (!std::is_same_v<decltype(span), full>) d = select(vec::iota() < vec::all(float(span.count)), d, vec::zero());
+        if constexpr (!std::is_same_v<decltype(span), full>)
+          d = select(vec::iota() < vec::all(float(span.count)), d, vec::zero());
         return d * d;
       });
       mean[row] = total / float(width);
@@ -76,13 +81,16 @@ template <class T, class R> struct layernorm_gradients {  // null where not want
   float *dweight, *dbias;
 };
 
-// ds = rstd·(g − mean(g) − n·mean(g·n)) + dsummed,  n = (s − mean)·rstd,  g = dy·w;  dresidual = ds,  dx = dropout(ds);  dw = Σ_rows dy·n,  db = Σ_rows dy
-// dw and db in two stages, a partial row per part and then the parts in order: repeatable, no atomics. dy or dsummed may be null, not both.
+// ds = rstd·(g − mean(g) − n·mean(g·n)) + dsummed,  n = (s − mean)·rstd,  g = dy·w;  dresidual = ds,  dx = dropout(ds);
+// dw = Σ_rows dy·n,  db = Σ_rows dy dw and db in two stages, a partial row per part and then the parts in order:
+// repeatable, no atomics. dy or dsummed may be null, not both.
 template <class T, class R>
-void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsummed, int64_t dsummed_stride, const R* summed, int64_t summed_stride,
-                                 const float* weight, const float* mean, const float* rstd, layernorm_gradients<T, R> out, layernorm_size size, dropout drop,
+void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsummed, int64_t dsummed_stride,
+                                 const R* summed, int64_t summed_stride, const float* weight, const float* mean,
+                                 const float* rstd, layernorm_gradients<T, R> out, layernorm_size size, dropout drop,
                                  int threads) {
-  const int64_t width = size.width, padded = padded_width(width), touched = width * int64_t(2 * sizeof(T) + 3 * sizeof(R));
+  const int64_t width = size.width, padded = padded_width(width),
+                touched = width * int64_t(2 * sizeof(T) + 3 * sizeof(R));
   const int64_t parts = parts_for(size.rows, touched);
   const bool sums = out.dweight || out.dbias, stream = past_cache(size.rows * touched);
   buffer partials = make_buffer(sums ? parts * 2 * padded : 0);
@@ -103,7 +111,8 @@ void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsumme
       float average = 0, correlation = 0;
       if (dyr) {
         const two_floats totals = two_sums_over(width, [=](int64_t i, auto span) {
-          vec d = vec::load(dyr + i, span), n = (vec::load(sr + i, span) - center) * scale, g = d * vec::load(weight + i, span);
+          vec d = vec::load(dyr + i, span), n = (vec::load(sr + i, span) - center) * scale,
+              g = d * vec::load(weight + i, span);
           if (sums) {
             fma(d, n, vec::load(dw + i, span)).store(dw + i, span);
             (vec::load(db + i, span) + d).store(db + i, span);
@@ -118,7 +127,8 @@ void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsumme
         vec ds = vec::zero();
         if (dyr) {
           vec n = (vec::load(sr + i, span) - center) * scale;
-          ds = scale * (vec::load(dyr + i, span) * vec::load(weight + i, span) - vec::all(average) - n * vec::all(correlation));
+          ds = scale *
+               (vec::load(dyr + i, span) * vec::load(weight + i, span) - vec::all(average) - n * vec::all(correlation));
         }
         if (dsr) ds = ds + vec::load(dsr + i, span);
         if (drr) ds.store(drr + i, span);

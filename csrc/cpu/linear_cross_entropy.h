@@ -1,8 +1,10 @@
-// Linear cross-entropy:  loss = lse(z) − (1 − ε)·z[target] − ε·mean(z),  z = x·Wᵀ + b (one row per token, vocab columns), ε the label smoothing
+// Linear cross-entropy:  loss = lse(z) − (1 − ε)·z[target] − ε·mean(z),  z = x·Wᵀ + b (one row per token, vocab
+// columns), ε the label smoothing
 //
-// Three products of 2·rows·width·vocab FLOP where gradients are wanted, one where not. Logits exist for one chunk of rows at a time: product, softmax and its
-// gradient in place, then both gradient products, while the chunk (≤ 64 MB) is still near. Keeping nothing and computing the gradient now saves the
-// fourth product that a recompute in the backward would cost. dW is accumulated over the chunks in fp32.
+// Three products of 2·rows·width·vocab FLOP where gradients are wanted, one where not. Logits exist for one chunk of
+// rows at a time: product, softmax and its gradient in place, then both gradient products, while the chunk (≤ 64 MB) is
+// still near. Keeping nothing and computing the gradient now saves the fourth product that a recompute in the backward
+// would cost. dW is accumulated over the chunks in fp32.
 #pragma once
 #include "linear.h"
 #include "vmath.h"
@@ -18,7 +20,8 @@ struct cross_entropy {
   bool gradients;
 };
 
-// One row of logits z: its loss, and d(total)/dz in its place where gradients are wanted. Three passes over a row that stays in the L2 cache.
+// One row of logits z: its loss, and d(total)/dz in its place where gradients are wanted. Three passes over a row that
+// stays in the L2 cache.
 inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, int64_t vocab) {
   constexpr int64_t Run = 4096;  // partial sums, so that rounding does not grow with the vocabulary
   vec highest = vec::all(-INFINITY), nans = vec::zero();
@@ -34,7 +37,8 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
   if (ce.label_smoothing > 0)
     for (int64_t first = 0; first < vocab; first += Run) {
       const float* at = z + first;
-      linear_sum += sum_over(std::min(Run, vocab - first), [=](int64_t i, auto span) { return vec::load(at + i, span); });
+      linear_sum +=
+          sum_over(std::min(Run, vocab - first), [=](int64_t i, auto span) { return vec::load(at + i, span); });
     }
   const int64_t target = ce.target[row * ce.target_stride];
   const bool ignored = target == ce.ignore_index;
@@ -43,7 +47,8 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
     float* at = z + first;
     sum += sum_over(std::min(Run, vocab - first), [=](int64_t i, auto span) {
       vec e = exp(vec::load(at + i, span) - vec::all(shift));
-      if constexpr (!std::is_same_v<decltype(span), full>) e = select(vec::iota() < vec::all(float(span.count)), e, vec::zero());
+      if constexpr (!std::is_same_v<decltype(span), full>)
+        e = select(vec::iota() < vec::all(float(span.count)), e, vec::zero());
       if (keep) e.store(at + i, span);
       return e;
     });
@@ -51,8 +56,11 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
   sum += nans.sum();
   const float log_sum = std::log(sum), smoothing = ce.label_smoothing;
   ce.lse[row] = shift + log_sum;
-  // Differences from the highest logit first: they are exact where the loss is small, and adding the shift to both sides would drown it.
-  ce.loss[row] = ignored ? 0.0f : log_sum + (1 - smoothing) * (shift - target_logit) + (smoothing > 0 ? smoothing * (shift - linear_sum / float(vocab)) : 0.0f);
+  // Differences from the highest logit first: they are exact where the loss is small, and adding the shift to both
+  // sides would drown it.
+  ce.loss[row] = ignored ? 0.0f
+                         : log_sum + (1 - smoothing) * (shift - target_logit) +
+                               (smoothing > 0 ? smoothing * (shift - linear_sum / float(vocab)) : 0.0f);
   if (!keep) return;
   if (ignored) {
     std::fill_n(z, vocab, 0.0f);
@@ -73,8 +81,9 @@ template <class T, class G> struct cross_entropy_gradients {
 
 // Returns −1, or the first row whose target is neither a token nor ignore_index (nothing is computed then).
 template <class T, class G>
-int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T> weight, const T* bias, cross_entropy ce, float* logits, int64_t chunk_rows,
-                             cross_entropy_gradients<T, G> out, int64_t rows, int64_t width, int64_t vocab, int threads) {
+int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T> weight, const T* bias,
+                             cross_entropy ce, float* logits, int64_t chunk_rows, cross_entropy_gradients<T, G> out,
+                             int64_t rows, int64_t width, int64_t vocab, int threads) {
   for (int64_t row = 0; row < rows; ++row) {
     int64_t target = ce.target[row * ce.target_stride];
     if (target != ce.ignore_index && (target < 0 || target >= vocab)) return row;
@@ -101,8 +110,8 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
     });
     if (out.dx) {
       T* dx = out.dx + first * width;
-      multiply<arithmetic>(count, width, vocab, operand<float>{logits, vocab, 1}, operand<T>{weight.data, weight.k_stride, weight.n_stride}, threads,
-                           store_to(dx, width));
+      multiply<arithmetic>(count, width, vocab, operand<float>{logits, vocab, 1},
+                           operand<T>{weight.data, weight.k_stride, weight.n_stride}, threads, store_to(dx, width));
     }
     if (out.dweight) {
       const bool starts = first == 0, ends = first + count == rows;
@@ -113,8 +122,10 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
         if (ends) value.store(dw + at, span);
         else value.store(dw_sum + at, span);
       };
-      multiply_transposed<arithmetic>(vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads,
-                                      updating_from(starts ? nullptr : static_cast<const float*>(dw_sum), dw, width, write), dbias_sum.get(), nullptr);
+      multiply_transposed<arithmetic>(
+          vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads,
+          updating_from(starts ? nullptr : static_cast<const float*>(dw_sum), dw, width, write), dbias_sum.get(),
+          nullptr);
     } else if (out.dbias) {
       buffer chunk = make_buffer(vocab);
       column_sums(static_cast<const float*>(logits), vocab, chunk.get(), count, vocab, threads);

@@ -1,4 +1,5 @@
-// What the arithmetic can do at most: multiply-adds of what lies in registers already (of AMX, tiles from L1), as many chains of sums as the product's tile has.
+// What the arithmetic can do at most: multiply-adds of what lies in registers already (of AMX, tiles from L1), as many
+// chains of sums as the product's tile has.
 #pragma once
 #include "gemm.h"
 
@@ -6,12 +7,14 @@ namespace fastlm {
 
 // Returns the FLOP done: `rounds` multiply-adds to each sum, on every thread.
 template <class Arithmetic> double multiply_adds(int64_t rounds, int threads) {
-  constexpr int64_t L = vec::Lanes, Sums = TileRows * TileVecs, Shares = 8;  // a thread that is late does not hold up the rest
+  constexpr int64_t L = vec::Lanes, Sums = TileRows * TileVecs,
+                    Shares = 8;  // a thread that is late does not hold up the rest
   int64_t count = rounds / Shares;
   double flops = 2.0 * double(Arithmetic::PerLane * L * Sums) * double(count);
   if constexpr (Arithmetic::RowsOnly) {
     count = ceil_div(count, Arithmetic::BlockDepth);
-    flops = 2.0 * double(Arithmetic::PerLane * Arithmetic::Rows * TileVecs * L * Arithmetic::BlockDepth) * double(count);
+    flops =
+        2.0 * double(Arithmetic::PerLane * Arithmetic::Rows * TileVecs * L * Arithmetic::BlockDepth) * double(count);
   }
   parallel_parts(threads * Shares, threads, [=](int64_t) {
     [[maybe_unused]] const typename Arithmetic::session multiplying;
@@ -22,7 +25,8 @@ template <class Arithmetic> double multiply_adds(int64_t rounds, int threads) {
     if constexpr (Arithmetic::RowsOnly) {
       float *rows = ones + Arithmetic::BlockDepth * Width, *sums = rows + Arithmetic::BlockDepth * Arithmetic::Rows;
       for (int64_t i = 0; i < count; ++i)
-        multiply_tile<Arithmetic, true>(TileVecs, Arithmetic::BlockDepth, rows, Arithmetic::BlockDepth, ones, Width, sums, Width, false);
+        multiply_tile<Arithmetic, true>(TileVecs, Arithmetic::BlockDepth, rows, Arithmetic::BlockDepth, ones, Width,
+                                        sums, Width, false);
     } else {
       vec sum[Sums];
 #pragma GCC unroll 24

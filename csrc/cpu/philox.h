@@ -1,6 +1,8 @@
-// Dropout by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a pure function of seed and position, so that a mask is the
-// same on every backend and number of threads, and is drawn again in the backward instead of being stored.
-//   key = the 64-bit seed; counter = ((col/64)·16 + col%16, row, third, 0); an element takes word (col/16)%4 and is kept iff word ≥ ⌊p·2³²⌋.
+// Dropout by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a pure function of
+// seed and position, so that a mask is the same on every backend and number of threads, and is drawn again in the
+// backward instead of being stored.
+//   key = the 64-bit seed; counter = ((col/64)·16 + col%16, row, third, 0); an element takes word (col/16)%4 and is
+//   kept iff word ≥ ⌊p·2³²⌋.
 #pragma once
 #include <cmath>
 #include "simd.h"
@@ -12,7 +14,8 @@ struct dropout {
   uint32_t threshold;  // 0: nothing is dropped
   float scale;         // of what is kept, 1/(1 − p)
 
-  dropout(double p, int64_t seed) : seed(uint64_t(seed)), threshold(uint32_t(std::floor(p * 4294967296.0))), scale(float(1.0 / (1.0 - p))) {}
+  dropout(double p, int64_t seed)
+      : seed(uint64_t(seed)), threshold(uint32_t(std::floor(p * 4294967296.0))), scale(float(1.0 / (1.0 - p))) {}
   bool active() const { return threshold != 0; }
 };
 
@@ -41,10 +44,12 @@ FASTLM_INLINE void philox(uvec c0, uvec c1, uvec c2, uint64_t seed, uvec (&words
 inline void keep_factors(const dropout& d, int64_t group, int64_t row, int64_t third, float* factors) {
   for (int64_t lane = 0; lane < 16; lane += vec::Lanes) {
     uvec words[4];
-    philox(uvec::all(uint32_t(group * 16 + lane)) + uvec::iota(), uvec::all(uint32_t(row)), uvec::all(uint32_t(third)), d.seed, words);
+    philox(uvec::all(uint32_t(group * 16 + lane)) + uvec::iota(), uvec::all(uint32_t(row)), uvec::all(uint32_t(third)),
+           d.seed, words);
 #pragma GCC unroll 4
     for (int word = 0; word < 4; ++word)
-      select(words[word] >= uvec::all(d.threshold), vec::all(d.scale), vec::zero()).store(factors + word * 16 + lane, full{});
+      select(words[word] >= uvec::all(d.threshold), vec::all(d.scale), vec::zero())
+          .store(factors + word * 16 + lane, full{});
   }
 }
 

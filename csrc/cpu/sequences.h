@@ -1,7 +1,8 @@
 // The sequences of a batch, and the parts that the work on them is cut into.
 //
-// A dense batch is so many sequences of one length, a batch stride apart. A packed one has them one after another along the tokens: sequence b has the queries from
-// query_starts[b] to query_starts[b + 1] and the keys of key_starts, as many as it likes of each, none too; the batch strides are 0.
+// A dense batch is so many sequences of one length, a batch stride apart. A packed one has them one after another along
+// the tokens: sequence b has the queries from query_starts[b] to query_starts[b + 1] and the keys of key_starts, as
+// many as it likes of each, none too; the batch strides are 0.
 #pragma once
 #include <vector>
 #include "gemm.h"
@@ -23,13 +24,16 @@ struct attention_size {
 
   sequence at(int64_t index) const {
     if (!query_starts) return {index, query_len, key_len, 0, 0, 0};
-    const int64_t q = query_starts[index], k = key_starts[index], queries = query_starts[index + 1] - q, keys = key_starts[index + 1] - k;
+    const int64_t q = query_starts[index], k = key_starts[index], queries = query_starts[index + 1] - q,
+                  keys = key_starts[index + 1] - k;
     return {index, queries, keys, q, k, keys - queries};
   }
   attention_size of(const sequence& s) const { return {1, heads, kv_heads, s.queries, s.keys, head_dim}; }
   // What there is one of for each query of each head: (batch, head, query), or (head, query) where packed.
   int64_t rows() const { return (query_starts ? 1 : batch) * heads * query_len; }
-  int64_t row(const sequence& s, int64_t head) const { return ((query_starts ? 0 : s.index * heads) + head) * query_len + s.first_query; }
+  int64_t row(const sequence& s, int64_t head) const {
+    return ((query_starts ? 0 : s.index * heads) + head) * query_len + s.first_query;
+  }
 };
 
 // The sequence with most to do first: what a thread is left with at the end is then little. Equals keep their order.
@@ -37,7 +41,8 @@ inline std::vector<sequence> longest_first(const attention_size& size) {
   std::vector<sequence> order;
   order.reserve(size.batch);
   for (int64_t i = 0; i < size.batch; ++i) order.push_back(size.at(i));
-  std::stable_sort(order.begin(), order.end(), [](const sequence& a, const sequence& b) { return a.work() > b.work(); });
+  std::stable_sort(order.begin(), order.end(),
+                   [](const sequence& a, const sequence& b) { return a.work() > b.work(); });
   return order;
 }
 

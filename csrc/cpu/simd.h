@@ -1,5 +1,6 @@
-// The only files that know instruction sets are this one and the simd_*.h beside it. A kernel is written once over `vec`: Lanes fp32 values in one
-// register. Everything is compiled once per ISA module (see setup.py), so `vec` is as wide as that module may assume.
+// The only files that know instruction sets are this one and the simd_*.h beside it. A kernel is written once over
+// `vec`: Lanes fp32 values in one register. Everything is compiled once per ISA module (see setup.py), so `vec` is as
+// wide as that module may assume.
 //
 // What each simd_*.h provides:
 //   vec     fp32 lanes: zero, all, iota, load, store (fp32, bf16 and fp16 in memory), arithmetic, sqrt, sum, max_lane
@@ -7,7 +8,8 @@
 //   lanes   one truth value per lane: comparisons, &, |, select
 //   transpose(vec[Lanes])
 //   FusesMultiplyAdd: whether fma rounds once
-//   where the module may assume the bf16 dot product: dot_bf16, load_pairs, make_pairs, interleave_pairs (two bf16 in one 32-bit lane)
+//   where the module may assume the bf16 dot product: dot_bf16, load_pairs, make_pairs, interleave_pairs (two bf16 in
+//   one 32-bit lane)
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -41,14 +43,16 @@ struct tail {
 
 namespace fastlm {
 
-// body(i, span) for every register's worth of n elements: whole ones, then one masked tail. No kernel writes a scalar tail.
+// body(i, span) for every register's worth of n elements: whole ones, then one masked tail. No kernel writes a scalar
+// tail.
 template <class Body> FASTLM_INLINE void sweep(int64_t n, Body body) {
   int64_t i = 0;
   for (; i + vec::Lanes <= n; i += vec::Lanes) body(i, full{});
   if (i < n) body(i, tail{size_t(n - i)});
 }
 
-// Sum of term(i, span) over n elements. Four running sums, so that the loop is not bound by the latency of one addition.
+// Sum of term(i, span) over n elements. Four running sums, so that the loop is not bound by the latency of one
+// addition.
 template <class Term> FASTLM_INLINE float sum_over(int64_t n, Term term) {
   vec a = vec::zero(), b = a, c = a, d = a;
   int64_t i = 0;

@@ -10,7 +10,9 @@ struct lanes {
   friend lanes operator|(lanes a, lanes b) { return {_mm256_or_ps(a.m, b.m)}; }
 };
 
-inline __m256i mask_of(tail t) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(t.count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline __m256i mask_of(tail t) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(t.count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
 
 struct uvec {
   __m256i v;
@@ -23,12 +25,15 @@ struct uvec {
   friend uvec operator|(uvec a, uvec b) { return {_mm256_or_si256(a.v, b.v)}; }
   friend uvec operator<<(uvec a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
   friend uvec operator>>(uvec a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
-  friend lanes operator>=(uvec a, uvec b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v))}; }
+  friend lanes operator>=(uvec a, uvec b) {
+    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v))};
+  }
 };
 
 // The two halves of the 64-bit products a·b.
 inline void multiply_wide(uvec a, uvec b, uvec& high, uvec& low) {
-  __m256i even = _mm256_mul_epu32(a.v, b.v), odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
+  __m256i even = _mm256_mul_epu32(a.v, b.v),
+          odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
   low.v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
   high.v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
 }
@@ -44,7 +49,9 @@ struct vec {
   static vec load(const float* p, tail t) { return {_mm256_maskload_ps(p, mask_of(t))}; }
   static vec load(const bf16* p, full) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static vec load(const bf16* p, tail t) { return widen(some(p, t)); }
-  static vec load(const fp16* p, full) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static vec load(const fp16* p, full) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
   static vec load(const fp16* p, tail t) { return {_mm256_cvtph_ps(some(p, t))}; }
   // 0 where the byte is 0, else 1
   static vec load(const bool* p, full) { return truth(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }

@@ -28,7 +28,8 @@ struct uvec {
 
 // The two halves of the 64-bit products a·b.
 inline void multiply_wide(uvec a, uvec b, uvec& high, uvec& low) {
-  __m512i even = _mm512_mul_epu32(a.v, b.v), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));
+  __m512i even = _mm512_mul_epu32(a.v, b.v),
+          odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));
   low.v = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
   high.v = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
 }
@@ -44,7 +45,9 @@ struct vec {
   static vec load(const float* p, tail t) { return {_mm512_maskz_loadu_ps(mask_of(t), p)}; }
   static vec load(const bf16* p, full) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static vec load(const bf16* p, tail t) { return widen(_mm256_maskz_loadu_epi16(mask_of(t), p)); }
-  static vec load(const fp16* p, full) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+  static vec load(const fp16* p, full) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
   static vec load(const fp16* p, tail t) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask_of(t), p))}; }
   // 0 where the byte is 0, else 1
   static vec load(const bool* p, full) { return truth(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -111,7 +114,8 @@ FASTLM_INLINE void transpose(vec (&r)[16]) {
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {  // 128-bit quarters across the four groups of rows
     __m512 a = _mm512_shuffle_f32x4(r[c].v, r[c + 4].v, 0x88), b = _mm512_shuffle_f32x4(r[c].v, r[c + 4].v, 0xdd);
-    __m512 e = _mm512_shuffle_f32x4(r[c + 8].v, r[c + 12].v, 0x88), f = _mm512_shuffle_f32x4(r[c + 8].v, r[c + 12].v, 0xdd);
+    __m512 e = _mm512_shuffle_f32x4(r[c + 8].v, r[c + 12].v, 0x88),
+           f = _mm512_shuffle_f32x4(r[c + 8].v, r[c + 12].v, 0xdd);
     t[c] = _mm512_shuffle_f32x4(a, e, 0x88);
     t[c + 8] = _mm512_shuffle_f32x4(a, e, 0xdd);
     t[c + 4] = _mm512_shuffle_f32x4(b, f, 0x88);
@@ -127,16 +131,20 @@ FASTLM_INLINE vec dot_bf16(vec acc, vec a, vec b) { return {_mm512_dpbf16_ps(acc
 
 // 2·Lanes consecutive elements as pairs; `count` of them exist, the rest reads as zero
 FASTLM_INLINE vec load_pairs(const bf16* p, int64_t count) {
-  return {_mm512_castsi512_ps(count >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << count) - 1), p))};
+  return {_mm512_castsi512_ps(count >= 32 ? _mm512_loadu_si512(p)
+                                          : _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << count) - 1), p))};
 }
 FASTLM_INLINE vec load_pairs(const float* p, int64_t count) {
   vec low = count >= 16 ? vec::load(p, full{}) : vec::load(p, tail{size_t(count)});
-  vec high = count >= 32 ? vec::load(p + 16, full{}) : count > 16 ? vec::load(p + 16, tail{size_t(count - 16)}) : vec::zero();
+  vec high = count >= 32  ? vec::load(p + 16, full{})
+             : count > 16 ? vec::load(p + 16, tail{size_t(count - 16)})
+                          : vec::zero();
   return {(__m512)_mm512_cvtne2ps_pbh(high.v, low.v)};
 }
 
 FASTLM_INLINE vec make_pairs(vec low, vec high) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)))};
 }
 

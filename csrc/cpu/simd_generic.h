@@ -1,4 +1,5 @@
-// 4 lanes in the compilers' portable vector types: SSE2 on x86-64, NEON on Arm, and whatever else there is. Included by simd.h.
+// 4 lanes in the compilers' portable vector types: SSE2 on x86-64, NEON on Arm, and whatever else there is. Included by
+// simd.h.
 #pragma once
 
 namespace fastlm {
@@ -57,7 +58,7 @@ struct vec {
   static vec load(const bf16* p, tail t) { return {(float4)(gather(p, t) << 16u)}; }
   static vec load(const fp16* p, tail t) {
     uint4 h = gather(p, t), magnitude = (h & 0x7fffu) << 13u;
-    float4 f = (float4)magnitude * 0x1p112f;                          // moves the exponent's bias from 15 to 127, subnormals included
+    float4 f = (float4)magnitude * 0x1p112f;  // moves the exponent's bias from 15 to 127, subnormals included
     uint4 special = (uint4)(magnitude >= 0x0f800000u) & 0x7f800000u;  // infinity and NaN keep an exponent of all ones
     return {(float4)((uint4)f | special | ((h & 0x8000u) << 16u))};
   }
@@ -79,10 +80,12 @@ struct vec {
   }
   void store(fp16* p, tail t) const {
     uint4 u = (uint4)v, magnitude = u & 0x7fffffffu;
-    // Normal: rebias and round to nearest even. Small: adding 0.5 lines the mantissa up with the subnormal step 2^-24 and rounds it.
+    // Normal: rebias and round to nearest even. Small: adding 0.5 lines the mantissa up with the subnormal step 2^-24
+    // and rounds it.
     uint4 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13u) & 1u)) >> 13u;
     uint4 small = (uint4)((float4)magnitude + 0.5f) - 0x3f000000u;
-    uint4 is_small = (uint4)(magnitude < 0x38800000u), is_large = (uint4)(magnitude >= 0x477ff000u), is_nan = (uint4)(magnitude > 0x7f800000u);
+    uint4 is_small = (uint4)(magnitude < 0x38800000u), is_large = (uint4)(magnitude >= 0x477ff000u),
+          is_nan = (uint4)(magnitude > 0x7f800000u);
     uint4 r = (small & is_small) | (normal & ~is_small);
     r = (r & ~is_large) | (is_large & 0x7c00u);
     r = (r & ~is_nan) | (is_nan & 0x7e00u);
@@ -114,7 +117,9 @@ struct vec {
 };
 
 FASTLM_INLINE vec fma(vec a, vec b, vec c) { return {a.v * b.v + c.v}; }  // one rounding where the target fuses
-FASTLM_INLINE vec sqrt(vec a) { return {float4{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]), __builtin_sqrtf(a.v[3])}}; }
+FASTLM_INLINE vec sqrt(vec a) {
+  return {float4{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]), __builtin_sqrtf(a.v[3])}};
+}
 FASTLM_INLINE uvec bits_of(vec a) { return {(uint4)a.v}; }
 FASTLM_INLINE vec from_bits(uvec a) { return {(float4)a.v}; }
 FASTLM_INLINE vec select(lanes m, vec a, vec b) { return {(float4)(((int4)a.v & m.m) | ((int4)b.v & ~m.m))}; }

@@ -1,5 +1,6 @@
-// Results that no cache can hold: written past it. An ordinary store first reads the line that it is about to overwrite, a third of the traffic of an operator
-// that reads as much as it writes, and pushes out what others could still use.
+// Results that no cache can hold: written past it. An ordinary store first reads the line that it is about to
+// overwrite, a third of the traffic of an operator that reads as much as it writes, and pushes out what others could
+// still use.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -19,8 +20,8 @@ inline constexpr bool CanStream = true;
 inline constexpr bool CanStream = false;
 #endif
 
-// Whether to stream the results of an operator that touches so many bytes, each once: from four times the last cache on it paid (docs/cpu.md). Where the system
-// does not tell its size, that of a small server's.
+// Whether to stream the results of an operator that touches so many bytes, each once: from four times the last cache on
+// it paid (docs/cpu.md). Where the system does not tell its size, that of a small server's.
 inline bool past_cache(int64_t bytes) {
   int64_t size = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
@@ -30,7 +31,8 @@ inline bool past_cache(int64_t bytes) {
   return CanStream && bytes > 4 * (size > 0 ? size : 32 << 20);
 }
 
-// Copies a row that was just made and is in L1, whole lines of the target past the caches. end_streaming() before others read it.
+// Copies a row that was just made and is in L1, whole lines of the target past the caches. end_streaming() before
+// others read it.
 template <class T> void stream_row(const T* from, int64_t count, T* to) {
   const char* source = reinterpret_cast<const char*>(from);
   char* target = reinterpret_cast<char*>(to);
@@ -41,7 +43,8 @@ template <class T> void stream_row(const T* from, int64_t count, T* to) {
   int64_t i = first;
   for (; i + 64 <= bytes; i += 64)
     for (int64_t j = i; j < i + 64; j += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(target + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j)));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + j),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j)));
   std::memcpy(target + i, source + i, size_t(bytes - i));
 #else
   std::memcpy(target, source, size_t(bytes));

@@ -1,21 +1,28 @@
-// softmax(q kᵀ · scale + mask) v by tiles, forward (Dao, 2023, arXiv:2307.08691): q (batch, heads, query_len, head_dim), k and v (batch, key_heads, key_len,
-// head_dim). 4 · query_len · key_len · head_dim FLOPs a head, half of it with a causal mask; each of q, k, v, out once through memory as long as the keys of a
-// head stay in the L2 cache: bound by the matrix units from some hundred tokens on.
+// softmax(q kᵀ · scale + mask) v by tiles, forward (Dao, 2023, arXiv:2307.08691): q (batch, heads, query_len,
+// head_dim), k and v (batch, key_heads, key_len, head_dim). 4 · query_len · key_len · head_dim FLOPs a head, half of it
+// with a causal mask; each of q, k, v, out once through memory as long as the keys of a head stay in the L2 cache:
+// bound by the matrix units from some hundred tokens on.
 //
-// A block owns a tile of queries, 16 a warp, and walks over the keys with a running maximum and sum in float32. Blocks of one head follow each other, so that
-// they share its keys in the cache, and the tile with the most keys comes first. Scores stay raw, and the scale goes into the exponent of 2: one fused
-// multiply-add a score. (For that the scale must be positive: the queries take its sign.)
+// A block owns a tile of queries, 16 a warp, and walks over the keys with a running maximum and sum in float32. Blocks
+// of one head follow each other, so that they share its keys in the cache, and the tile with the most keys comes first.
+// Scores stay raw, and the scale goes into the exponent of 2: one fused multiply-add a score. (For that the scale must
+// be positive: the queries take its sign.)
 //
 // History. Times are predicted, none has been measured.
-//   1. 64 queries by 64 keys (32 from head_dim 129 on and in float32), 4 warps, keys and values in two stages of cp.async, one barrier a tile, the queries'
-//      fragments in registers up to head_dim 128. At head_dim 64 in 16 bits a tile of keys costs a warp 64 mma (8 cycles each of its quarter of an A100's
-//      multiprocessor: 512), 16 KiB from shared memory (512 cycles for the four warps together at 128 bytes a cycle), and 32 exponentials a thread (256 cycles
-//      at 4 a cycle and quarter): products and shared memory are balanced, and overlap only between blocks. 160 registers and 40 KiB of shared memory: 3 blocks
-//      a multiprocessor; at head_dim 128 213 and 80 KiB: 2 on an A100 and an H100, 1 where there are 99 KiB. Expected: half of the peak of mma on an A100,
-//      about 150 TFLOP/s, and 250 on an H100, whose mma.sync reaches 62 % of what wgmma does.
-//   2. What only edges need (rows of the mask, counters of dropout) is computed where it is needed, and what is seen becomes a bit each in a loop that is not
+//   1. 64 queries by 64 keys (32 from head_dim 129 on and in float32), 4 warps, keys and values in two stages of
+//   cp.async, one barrier a tile, the queries'
+//      fragments in registers up to head_dim 128. At head_dim 64 in 16 bits a tile of keys costs a warp 64 mma (8
+//      cycles each of its quarter of an A100's multiprocessor: 512), 16 KiB from shared memory (512 cycles for the four
+//      warps together at 128 bytes a cycle), and 32 exponentials a thread (256 cycles at 4 a cycle and quarter):
+//      products and shared memory are balanced, and overlap only between blocks. 160 registers and 40 KiB of shared
+//      memory: 3 blocks a multiprocessor; at head_dim 128 213 and 80 KiB: 2 on an A100 and an H100, 1 where there are
+//      99 KiB. Expected: half of the peak of mma on an A100, about 150 TFLOP/s, and 250 on an H100, whose mma.sync
+//      reaches 62 % of what wgmma does.
+//   2. What only edges need (rows of the mask, counters of dropout) is computed where it is needed, and what is seen
+//   becomes a bit each in a loop that is not
 //      unrolled: from 248 registers to 160 at head_dim 64, which is 3 blocks for 2, and from 45 s of compilation to 34.
-//   Next: 32 queries a warp where registers allow (head_dim ≤ 64), which halves what is read from shared memory for a product: 1.3 × expected.
+//   Next: 32 queries a warp where registers allow (head_dim ≤ 64), which halves what is read from shared memory for a
+//   product: 1.3 × expected.
 #include "attention_tile.cuh"
 
 namespace fastlm::cuda {
@@ -28,11 +35,15 @@ template <class T, int D> struct ForwardTile {
   static constexpr int Bytes = (Queries + 2 * Stages * Keys) * D * int(sizeof(T));
   static constexpr bool Held = sizeof(T) == 2 && D <= 128;  // the queries' fragments, in registers
   static constexpr int Unrolled = Held ? Steps<T, D> : 4;
-  static constexpr int Blocks = D <= 64 ? 3 : sizeof(T) == 2 && D <= 128 ? 2 : 1;  // at a time on a multiprocessor: what the registers are rationed for
+  static constexpr int Blocks = D <= 64 ? 3
+                                : sizeof(T) == 2 && D <= 128
+                                    ? 2
+                                    : 1;  // at a time on a multiprocessor: what the registers are rationed for
   static_assert(Bytes <= 99 << 10);
 };
 
-// What a row of a tile is: a query of a head. Where keys are split, a tile has the queries of all heads that share a key head.
+// What a row of a tile is: a query of a head. Where keys are split, a tile has the queries of all heads that share a
+// key head.
 struct QueryRow {
   int i, head;
   bool real;
@@ -51,8 +62,9 @@ struct ForwardPlace {
 };
 
 // One row by one warp, without matrix units: only what is seen is ever added.
-template <class T> __device__ __attribute__((noinline)) void forward_key_by_key(const AttentionForwardArgs& a, int batch, int i, int head, int piece, int begin,
-                                                                                int end) {
+template <class T> __device__ __attribute__((noinline)) void forward_key_by_key(const AttentionForwardArgs& a,
+                                                                                int batch, int i, int head, int piece,
+                                                                                int begin, int end) {
   const Sequence s = sequence_of(a, batch);
   const QueryRow row = {i, head, true};
   const int key_head = row.head / (a.heads / a.key_heads);
@@ -79,17 +91,22 @@ template <class T> __device__ __attribute__((noinline)) void forward_key_by_key(
     write_channels<float>(a.part + place * a.head_dim, total, a.keep_scale, a.head_dim);
     if (first_lane) a.top[place] = top, a.norm[place] = norm;
   } else {
-    write_channels<T>(token_of<T>(a.out, s.batch, row.head, s.query_begin + row.i), total, norm == 0 ? 0.f : a.keep_scale / norm, a.head_dim);
-    if (first_lane) a.lse[s.batch * a.lse_batch_stride + row.head * a.lse_head_stride + s.query_begin + row.i] = norm == 0 ? -INFINITY : top + log_(norm);
+    write_channels<T>(token_of<T>(a.out, s.batch, row.head, s.query_begin + row.i), total,
+                      norm == 0 ? 0.f : a.keep_scale / norm, a.head_dim);
+    if (first_lane)
+      a.lse[s.batch * a.lse_batch_stride + row.head * a.lse_head_stride + s.query_begin + row.i] =
+          norm == 0 ? -INFINITY : top + log_(norm);
   }
 }
 
 template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::Warps * 32, ForwardTile<T, D>::Blocks)
     attention_forward_kernel(FASTLM_CONSTANT AttentionForwardArgs a) {
   using Tile = ForwardTile<T, D>;
-  constexpr int Queries = Tile::Queries, Keys = Tile::Keys, Threads = Tile::Warps * 32, TileBytes = Keys * D * int(sizeof(T));
+  constexpr int Queries = Tile::Queries, Keys = Tile::Keys, Threads = Tile::Warps * 32,
+                TileBytes = Keys * D * int(sizeof(T));
   FASTLM_SHARED(shared);
-  unsigned char *const queries = shared, *const keys = shared + Queries * D * sizeof(T), *const values = keys + Tile::Stages * TileBytes;
+  unsigned char *const queries = shared, *const keys = shared + Queries * D * sizeof(T),
+                       *const values = keys + Tile::Stages * TileBytes;
 
   const int groups = a.heads / a.key_heads;
   ForwardPlace place;
@@ -118,12 +135,15 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
   }
   const bool all_edges = a.mask_type != MaskType::none || a.padding;
 
-  const int64_t key_offset = s.batch * a.key.batch_stride + place.head / groups * a.key.head_stride + s.key_begin * a.key.token_stride;
-  const int64_t value_offset = s.batch * a.value.batch_stride + place.head / groups * a.value.head_stride + s.key_begin * a.value.token_stride;
+  const int64_t key_offset =
+      s.batch * a.key.batch_stride + place.head / groups * a.key.head_stride + s.key_begin * a.key.token_stride;
+  const int64_t value_offset =
+      s.batch * a.value.batch_stride + place.head / groups * a.value.head_stride + s.key_begin * a.value.token_stride;
   const auto fetch = [&](int tile, int stage) {
     if (tile < range.end) {
       load_tokens<T, D, Keys, Threads>(keys + stage * TileBytes, a.key, key_offset, tile * Keys, s.key_len, a.head_dim);
-      load_tokens<T, D, Keys, Threads>(values + stage * TileBytes, a.value, value_offset, tile * Keys, s.key_len, a.head_dim);
+      load_tokens<T, D, Keys, Threads>(values + stage * TileBytes, a.value, value_offset, tile * Keys, s.key_len,
+                                       a.head_dim);
     }
     cp_async_commit();
   };
@@ -139,7 +159,8 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
   const bool additive = is_additive(a);
   const uint32_t flip = a.scale < 0 ? SignBits<T> : 0;
   const float size = fabsf(a.scale);
-  const float unit = additive ? Log2e : fmaxf(size * Log2e, 1e-37f);  // of a score in the exponent; never 0, which would make −∞ a NaN
+  const float unit =
+      additive ? Log2e : fmaxf(size * Log2e, 1e-37f);  // of a score in the exponent; never 0, which would make −∞ a NaN
 
   cp_async_wait<1>();
   __syncthreads();
@@ -176,7 +197,8 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
     for (int half = 0; half < 2; ++half) {
       float new_top = top[half];
 #pragma unroll
-      for (int n = 0; n < Keys / 8; ++n) new_top = fmaxf(new_top, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
+      for (int n = 0; n < Keys / 8; ++n)
+        new_top = fmaxf(new_top, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
       new_top = fmaxf(new_top, shuffle_xor(new_top, 1));
       new_top = fmaxf(new_top, shuffle_xor(new_top, 2));
       const float base = new_top == -INFINITY ? 0.f : new_top;  // a row that has seen nothing yet
@@ -189,7 +211,8 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
 #pragma unroll
       for (int n = 0; n < Keys / 8; ++n)
 #pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) sum += weights[n][e] = exp2_fast(fmaf(weights[n][e], unit, shift));
+        for (int e = 2 * half; e < 2 * half + 2; ++e)
+          sum += weights[n][e] = exp2_fast(fmaf(weights[n][e], unit, shift));
       norm[half] = norm[half] * decay + sum;
       top[half] = new_top;
 #pragma unroll
@@ -226,9 +249,11 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
       write_row<float, D>(a.part + at * a.head_dim, total, half, a.keep_scale, a.head_dim, a.head_dim % 2 == 0);
       if (lane % 4 == 0) a.top[at] = empty ? -INFINITY : highest, a.norm[at] = norm[half];
     } else {
-      write_row<T, D>(token_of<T>(a.out, s.batch, r.head, s.query_begin + r.i), total, half, empty ? 0.f : a.keep_scale / norm[half], a.head_dim, a.out.paired);
+      write_row<T, D>(token_of<T>(a.out, s.batch, r.head, s.query_begin + r.i), total, half,
+                      empty ? 0.f : a.keep_scale / norm[half], a.head_dim, a.out.paired);
       if (lane % 4 == 0)
-        a.lse[s.batch * a.lse_batch_stride + r.head * a.lse_head_stride + s.query_begin + r.i] = empty ? -INFINITY : highest + log_(norm[half]);
+        a.lse[s.batch * a.lse_batch_stride + r.head * a.lse_head_stride + s.query_begin + r.i] =
+            empty ? -INFINITY : highest + log_(norm[half]);
     }
   }
   if (again)
@@ -236,7 +261,8 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
       if (again >> r & 1) {
         const QueryRow bad = place.row(a, warp * 16 + r);
         if (bad.real)
-          forward_key_by_key<T>(a, s.batch, bad.i, bad.head, place.piece, range.begin * Keys, range.end * Keys < s.key_len ? range.end * Keys : s.key_len);
+          forward_key_by_key<T>(a, s.batch, bad.i, bad.head, place.piece, range.begin * Keys,
+                                range.end * Keys < s.key_len ? range.end * Keys : s.key_len);
       }
 }
 

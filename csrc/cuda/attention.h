@@ -31,8 +31,8 @@ struct AttentionArgs {
   const bool* padding;                                                              // true = a real token
   int64_t padding_batch_stride, padding_key_stride;
 
-  // Of packed sequences where each begins, `batch` + 1 numbers of 32 or 64 bits; query_len and key_len are those of all together then, and the band is relative
-  // to each sequence's own last key.
+  // Of packed sequences where each begins, `batch` + 1 numbers of 32 or 64 bits; query_len and key_len are those of all
+  // together then, and the band is relative to each sequence's own last key.
   const void *query_starts, *key_starts;
   bool wide_query_starts, wide_key_starts;
 
@@ -47,8 +47,9 @@ struct AttentionArgs {
 
 struct AttentionForwardArgs : AttentionArgs {
   TokensResult out;
-  // Split over the keys: each block sees `stretch` keys and leaves Σ weights · v, the maximum and Σ weights here, in float32, by (batch, head, query, stretch).
-  // All queries of all heads that share a key head are one tile then, 64 at most. 0 stretches: no split.
+  // Split over the keys: each block sees `stretch` keys and leaves Σ weights · v, the maximum and Σ weights here, in
+  // float32, by (batch, head, query, stretch). All queries of all heads that share a key head are one tile then, 64 at
+  // most. 0 stretches: no split.
   float *part, *top, *norm;
   int stretch, stretches;
 };
@@ -62,7 +63,7 @@ struct AttentionBackwardArgs : AttentionArgs {
   float* dmask;                // contiguous, or null
   int mask_batch, mask_heads;  // sizes of the mask
   bool mask_row;               // it has one row for all queries
-  bool exact;                  // factors that are rounded to 16 bits are multiplied in two parts, and δ is summed from float32 weights
+  bool exact;  // factors that are rounded to 16 bits are multiplied in two parts, and δ is summed from float32 weights
 };
 
 void attention_forward(const AttentionForwardArgs& args, stream_t stream);

@@ -1,12 +1,15 @@
-// Attention for a few queries against many keys, as in decoding with a cache: bound by reading k and v once, 4 FLOPs for each element of them.
+// Attention for a few queries against many keys, as in decoding with a cache: bound by reading k and v once, 4 FLOPs
+// for each element of them.
 //
-// The kernel of the forward, on a tile of all queries of all heads that share a key head, so that their keys are read once. The keys are cut into stretches, by
-// sizes alone, so that one sequence still fills the GPU; each block leaves the sum of its stretch with its maximum and norm, and the kernel here puts them
-// together in order.
+// The kernel of the forward, on a tile of all queries of all heads that share a key head, so that their keys are read
+// once. The keys are cut into stretches, by sizes alone, so that one sequence still fills the GPU; each block leaves
+// the sum of its stretch with its maximum and norm, and the kernel here puts them together in order.
 //
 // History. Times are predicted, none has been measured.
-//   1. Up to 16 rows keep one of a block's four warps at the products; all four copy. At head_dim 64 a tile of 64 keys costs that warp 64 mma, 512 cycles, in
-//      which a multiprocessor of an A100 receives 7 KiB of the tile's 16: with two blocks or more there the memory is the bound, at 80 % of its bandwidth.
+//   1. Up to 16 rows keep one of a block's four warps at the products; all four copy. At head_dim 64 a tile of 64 keys
+//   costs that warp 64 mma, 512 cycles, in
+//      which a multiprocessor of an A100 receives 7 KiB of the tile's 16: with two blocks or more there the memory is
+//      the bound, at 80 % of its bandwidth.
 //   Next: the four warps take 16 keys each, where a block has its multiprocessor to itself.
 #include "attention_tile.cuh"
 
@@ -16,8 +19,10 @@ namespace {
 constexpr int JoinThreads = 128;
 
 // out and lse of one query of one head: a block.
-template <class T> __global__ void __launch_bounds__(JoinThreads) attention_decode_join_kernel(FASTLM_CONSTANT AttentionForwardArgs a) {
-  const int64_t row = blockIdx.x, i = row % a.query_len, head = row / a.query_len % a.heads, batch = row / a.query_len / a.heads;
+template <class T> __global__ void __launch_bounds__(JoinThreads)
+    attention_decode_join_kernel(FASTLM_CONSTANT AttentionForwardArgs a) {
+  const int64_t row = blockIdx.x, i = row % a.query_len, head = row / a.query_len % a.heads,
+                batch = row / a.query_len / a.heads;
   const float *const top = a.top + row * a.stretches, *const norm = a.norm + row * a.stretches;
   const float* const part = a.part + row * a.stretches * a.head_dim;
   float highest = -INFINITY;
@@ -30,11 +35,13 @@ template <class T> __global__ void __launch_bounds__(JoinThreads) attention_deco
   T* const out = token_of<T>(a.out, batch, head, i);
   for (int channel = threadIdx.x; channel < a.head_dim; channel += JoinThreads) {
     float sum = 0;
-    for (int piece = 0; piece < a.stretches; ++piece)  // where nothing was seen the part is 0; a NaN in it is one that was seen
+    for (int piece = 0; piece < a.stretches;
+         ++piece)  // where nothing was seen the part is 0; a NaN in it is one that was seen
       if (norm[piece] != 0) sum += exp2_fast((top[piece] - base) * Log2e) * part[int64_t(piece) * a.head_dim + channel];
     out[channel] = from_float<T>(empty ? 0.f : sum / whole);
   }
-  if (threadIdx.x == 0) a.lse[batch * a.lse_batch_stride + head * a.lse_head_stride + i] = empty ? -INFINITY : base + log_(whole);
+  if (threadIdx.x == 0)
+    a.lse[batch * a.lse_batch_stride + head * a.lse_head_stride + i] = empty ? -INFINITY : base + log_(whole);
 }
 
 }  // namespace
@@ -42,7 +49,8 @@ template <class T> __global__ void __launch_bounds__(JoinThreads) attention_deco
 void attention_decode(const AttentionForwardArgs& args, stream_t stream) {
   attention_forward(args, stream);
   with_dtype(args.dtype, [&]<class T>() {
-    FASTLM_LAUNCH(attention_decode_join_kernel<T>, unsigned(int64_t(args.batch) * args.heads * args.query_len), JoinThreads, 0, stream, args);
+    FASTLM_LAUNCH(attention_decode_join_kernel<T>, unsigned(int64_t(args.batch) * args.heads * args.query_len),
+                  JoinThreads, 0, stream, args);
   });
 }
 

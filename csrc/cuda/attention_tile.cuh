@@ -1,18 +1,20 @@
-// What the passes of attention share: tiles of tokens in shared memory, the two forms of product on them, where a sequence lies, which keys a tile of queries
-// sees, and scores with everything that masks them.
+// What the passes of attention share: tiles of tokens in shared memory, the two forms of product on them, where a
+// sequence lies, which keys a tile of queries sees, and scores with everything that masks them.
 //
-// A warp owns 16 rows. Scores are a product of rows by rows, A Bᵀ, both read with ldmatrix from tiles that hold tokens as memory does. What follows is a
-// product of those scores, out of the registers they are in, by a tile: A B. So one layout serves both products, and nothing goes through shared memory in
-// between.
-//   16 bits: m16n8k16. float32: m16n8k8 in tf32, which takes 32 bytes of a row at a time too, so that ldmatrix moves its operands as it stands; exact are three
-//   products, of what rounding keeps and of what it takes away: x y ≈ (x − x') y' + x' (y − y') + x' y', all but 2⁻²² of it.
+// A warp owns 16 rows. Scores are a product of rows by rows, A Bᵀ, both read with ldmatrix from tiles that hold tokens
+// as memory does. What follows is a product of those scores, out of the registers they are in, by a tile: A B. So one
+// layout serves both products, and nothing goes through shared memory in between.
+//   16 bits: m16n8k16. float32: m16n8k8 in tf32, which takes 32 bytes of a row at a time too, so that ldmatrix moves
+//   its operands as it stands; exact are three products, of what rounding keeps and of what it takes away: x y ≈ (x −
+//   x') y' + x' (y − y') + x' y', all but 2⁻²² of it.
 //
-// A pass walks over tiles from the first to the last that is seen at all: empty ones are skipped. Only those at the edges compare positions: those that the
-// band cuts, or that reach over the end of the keys; with a mask or padding all are edges. What masks is decided at run time, tile by tile, so that there is
-// one kernel a dtype and width of head.
+// A pass walks over tiles from the first to the last that is seen at all: empty ones are skipped. Only those at the
+// edges compare positions: those that the band cuts, or that reach over the end of the keys; with a mask or padding all
+// are edges. What masks is decided at run time, tile by tile, so that there is one kernel a dtype and width of head.
 //
-// A product adds 0 · NaN for a value that a weight of 0 should hide. So a row of the result that is not finite is computed again, one key or query at a time by
-// one warp, and what is not seen is not added. That is slow, and happens only where there is a NaN or an infinity.
+// A product adds 0 · NaN for a value that a weight of 0 should hide. So a row of the result that is not finite is
+// computed again, one key or query at a time by one warp, and what is not seen is not added. That is slow, and happens
+// only where there is a NaN or an infinity.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -26,7 +28,8 @@
 
 namespace fastlm::cuda {
 
-#define FASTLM_CONSTANT const __grid_constant__  // an argument whose address a function may take without a copy of it in each thread's memory
+#define FASTLM_CONSTANT \
+  const __grid_constant__  // an argument whose address a function may take without a copy of it in each thread's memory
 
 constexpr float Log2e = 1.4426950408889634f;
 constexpr int WidestHead = 256;
@@ -54,24 +57,28 @@ FASTLM_DEVICE void load_rows(unsigned char* tile, const TokensView& view, int he
       const int row = at / Chunks, chunk = at % Chunks;
       const T* from = token(row);
       const bool real = from && chunk * Each < head_dim;
-      cp_async_16(tile + chunk_at<T, D>(row, chunk), real ? from + chunk * Each : static_cast<const T*>(view.data), real);
+      cp_async_16(tile + chunk_at<T, D>(row, chunk), real ? from + chunk * Each : static_cast<const T*>(view.data),
+                  real);
     }
   } else {
 #pragma unroll 1
     for (int at = threadIdx.x; at < Rows * D; at += Threads) {
       const int row = at / D, channel = at % D;
       const T* from = token(row);
-      reinterpret_cast<T*>(tile + chunk_at<T, D>(row, channel / Each))[channel % Each] = from && channel < head_dim ? from[channel] : from_float<T>(0.f);
+      reinterpret_cast<T*>(tile + chunk_at<T, D>(row, channel / Each))[channel % Each] =
+          from && channel < head_dim ? from[channel] : from_float<T>(0.f);
     }
   }
 }
 
 // `Rows` tokens of one head from `first` on; zeros beyond the end of the sequence.
 template <class T, int D, int Rows, int Threads>
-FASTLM_DEVICE void load_tokens(unsigned char* tile, const TokensView& view, int64_t offset, int first, int length, int head_dim) {
+FASTLM_DEVICE void load_tokens(unsigned char* tile, const TokensView& view, int64_t offset, int first, int length,
+                               int head_dim) {
   const T* data = static_cast<const T*>(view.data) + offset;
-  load_rows<T, D, Rows, Threads>(tile, view, head_dim,
-                                 [&](int row) -> const T* { return first + row < length ? data + int64_t(first + row) * view.token_stride : nullptr; });
+  load_rows<T, D, Rows, Threads>(tile, view, head_dim, [&](int row) -> const T* {
+    return first + row < length ? data + int64_t(first + row) * view.token_stride : nullptr;
+  });
 }
 
 // Products
@@ -100,7 +107,8 @@ template <class T> FASTLM_DEVICE void multiply(float (&c)[4], const Left<T>& a, 
     const uint32_t near[2] = {to_tf32(__uint_as_float(b0)), to_tf32(__uint_as_float(b1))};
     if (tf32) {
       mma_tf32(c, a.near, near);
-    } else {  // summed by themselves, the smallest first, and added once: c is rounded once for eight terms, not for each of three times eight
+    } else {  // summed by themselves, the smallest first, and added once: c is rounded once for eight terms, not for
+              // each of three times eight
       const uint32_t rest[2] = {rest_in_tf32(__uint_as_float(b0), near[0]), rest_in_tf32(__uint_as_float(b1), near[1])};
       float sum[4] = {};
       mma_tf32(sum, a.rest, near);
@@ -116,7 +124,8 @@ template <class T> FASTLM_DEVICE void multiply(float (&c)[4], const Left<T>& a, 
 }
 
 // The 16 rows of a tile from `row` on, 32 bytes a step, as a left operand; `flip` is xored to what is read.
-template <class T, int D> FASTLM_DEVICE void read_left(uint32_t (&raw)[4], const unsigned char* tile, int row, int step, uint32_t flip) {
+template <class T, int D> FASTLM_DEVICE void read_left(uint32_t (&raw)[4], const unsigned char* tile, int row, int step,
+                                                       uint32_t flip) {
   const int lane = anew(threadIdx.x % 32);
   ldmatrix_x4(raw, tile + chunk_at<T, D>(row + lane % 16, 2 * step + lane / 16));
 #pragma unroll
@@ -125,8 +134,8 @@ template <class T, int D> FASTLM_DEVICE void read_left(uint32_t (&raw)[4], const
 
 template <class T, int D> constexpr int Steps = D * int(sizeof(T)) / 32;
 
-// c = A Bᵀ of 16 rows by N. left(step, raw) gives A. So many steps are unrolled: all, where A is in registers, else a few: less code, and fewer addresses in
-// registers.
+// c = A Bᵀ of 16 rows by N. left(step, raw) gives A. So many steps are unrolled: all, where A is in registers, else a
+// few: less code, and fewer addresses in registers.
 template <class T, int D, int N, int Unrolled = sizeof(T) == 2 ? 4 : 2, class Read>
 FASTLM_DEVICE void multiply_by_rows(float (&c)[N / 8][4], Read left, const unsigned char* right, bool tf32) {
   const int lane = anew(threadIdx.x % 32);
@@ -149,22 +158,27 @@ FASTLM_DEVICE void multiply_by_rows(float (&c)[N / 8][4], Read left, const unsig
   }
 }
 
-// c += P B: P is 16 rows by N in registers, as a product leaves it, and B has N rows. parts 2: what rounding P to 16 bits took away is multiplied too.
+// c += P B: P is 16 rows by N in registers, as a product leaves it, and B has N rows. parts 2: what rounding P to 16
+// bits took away is multiplied too.
 template <class T, int D, int N>
-FASTLM_DEVICE void multiply_from_registers(float (&c)[D / 8][4], float (&p)[N / 8][4], const unsigned char* right, bool tf32, int parts = 1) {
+FASTLM_DEVICE void multiply_from_registers(float (&c)[D / 8][4], float (&p)[N / 8][4], const unsigned char* right,
+                                           bool tf32, int parts = 1) {
   const int lane = anew(threadIdx.x % 32);
   if constexpr (std::is_same_v<T, float>) {
-    // A product sums over its columns in any order: let column 2i be the hardware's i, and 2i + 1 its i + 4, and the registers are those it wants.
+    // A product sums over its columns in any order: let column 2i be the hardware's i, and 2i + 1 its i + 4, and the
+    // registers are those it wants.
 #pragma unroll
     for (int step = 0; step < N / 8; ++step) {
-      const uint32_t raw[4] = {__float_as_uint(p[step][0]), __float_as_uint(p[step][2]), __float_as_uint(p[step][1]), __float_as_uint(p[step][3])};
+      const uint32_t raw[4] = {__float_as_uint(p[step][0]), __float_as_uint(p[step][2]), __float_as_uint(p[step][1]),
+                               __float_as_uint(p[step][3])};
       const Left<T> a(raw, tf32);
       const int row = step * 8 + lane % 4 * 2;
 #pragma unroll
       for (int d = 0; d < D / 8; ++d) {
         const int within = lane / 4 % 4 * 4;
         const uint32_t b0 = *reinterpret_cast<const uint32_t*>(right + chunk_at<T, D>(row, 2 * d + lane / 16) + within);
-        const uint32_t b1 = *reinterpret_cast<const uint32_t*>(right + chunk_at<T, D>(row + 1, 2 * d + lane / 16) + within);
+        const uint32_t b1 =
+            *reinterpret_cast<const uint32_t*>(right + chunk_at<T, D>(row + 1, 2 * d + lane / 16) + within);
         multiply<T>(c[d], a, b0, b1, tf32);
       }
     }
@@ -175,7 +189,8 @@ FASTLM_DEVICE void multiply_from_registers(float (&c)[D / 8][4], float (&p)[N / 
       for (int step = 0; step < N / 16; ++step) {
         uint32_t raw[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) raw[i] = pack2<T>(p[2 * step + i / 2][i % 2 * 2], p[2 * step + i / 2][i % 2 * 2 + 1]);
+        for (int i = 0; i < 4; ++i)
+          raw[i] = pack2<T>(p[2 * step + i / 2][i % 2 * 2], p[2 * step + i / 2][i % 2 * 2 + 1]);
         const Left<T> a(raw, tf32);
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
@@ -207,12 +222,13 @@ FASTLM_DEVICE int64_t start_of(const void* starts, bool wide, int at) {
   return wide ? static_cast<const int64_t*>(starts)[at] : static_cast<const int32_t*>(starts)[at];
 }
 
-// cu_seqlens begin with 0, never decrease and end with the number of tokens. The first block checks all of them: what is wrong may leave a sequence without a
-// tile, and so without a block.
+// cu_seqlens begin with 0, never decrease and end with the number of tokens. The first block checks all of them: what
+// is wrong may leave a sequence without a tile, and so without a block.
 FASTLM_DEVICE void check_starts(const AttentionArgs& a) {
   if (blockIdx.x) return;
   for (int i = int(threadIdx.x); i <= a.batch; i += int(blockDim.x)) {
-    const int64_t query = start_of(a.query_starts, a.wide_query_starts, i), key = start_of(a.key_starts, a.wide_key_starts, i);
+    const int64_t query = start_of(a.query_starts, a.wide_query_starts, i),
+                  key = start_of(a.key_starts, a.wide_key_starts, i);
     FASTLM_ASSERT(i > 0 || (query == 0 && key == 0));
     FASTLM_ASSERT(i < a.batch || (query == a.query_len && key == a.key_len));
     FASTLM_ASSERT(i == a.batch || query <= start_of(a.query_starts, a.wide_query_starts, i + 1));
@@ -222,20 +238,30 @@ FASTLM_DEVICE void check_starts(const AttentionArgs& a) {
 
 FASTLM_DEVICE Sequence sequence_of(const AttentionArgs& a, int batch) {
   if (!a.query_starts) return {batch, a.query_len, a.key_len, a.lower, a.upper, 0, 0};
-  const int64_t query = start_of(a.query_starts, a.wide_query_starts, batch), query_end = start_of(a.query_starts, a.wide_query_starts, batch + 1);
-  const int64_t key = start_of(a.key_starts, a.wide_key_starts, batch), key_end = start_of(a.key_starts, a.wide_key_starts, batch + 1);
-  FASTLM_ASSERT(query >= 0 && query <= query_end && query_end <= a.query_len);  // nothing leads out of the tensors, even before
-  FASTLM_ASSERT(key >= 0 && key <= key_end && key_end <= a.key_len);            // the block that checks all has come to it
+  const int64_t query = start_of(a.query_starts, a.wide_query_starts, batch),
+                query_end = start_of(a.query_starts, a.wide_query_starts, batch + 1);
+  const int64_t key = start_of(a.key_starts, a.wide_key_starts, batch),
+                key_end = start_of(a.key_starts, a.wide_key_starts, batch + 1);
+  FASTLM_ASSERT(query >= 0 && query <= query_end &&
+                query_end <= a.query_len);                            // nothing leads out of the tensors, even before
+  FASTLM_ASSERT(key >= 0 && key <= key_end && key_end <= a.key_len);  // the block that checks all has come to it
   constexpr int64_t Far = 1 << 30;
   const int64_t corner = (key_end - key) - (query_end - query), lower = a.lower + corner, upper = a.upper + corner;
-  return {batch, int(query_end - query), int(key_end - key), int(lower < -Far ? -Far : lower), int(upper > Far ? Far : upper), query, key};
+  return {batch,
+          int(query_end - query),
+          int(key_end - key),
+          int(lower < -Far ? -Far : lower),
+          int(upper > Far ? Far : upper),
+          query,
+          key};
 }
 
-// (sequence, tile) number `slot` of all tiles of a packed batch; `batch` sequences beyond the last. So the host need not know the lengths: it launches as many
-// blocks as there can be tiles, tokens / Tile + batch, and waits for nothing.
+// (sequence, tile) number `slot` of all tiles of a packed batch; `batch` sequences beyond the last. So the host need
+// not know the lengths: it launches as many blocks as there can be tiles, tokens / Tile + batch, and waits for nothing.
 FASTLM_DEVICE int find_tile(const void* starts, bool wide, int batch, int tile_rows, int& slot) {
   for (int sequence = 0; sequence < batch; ++sequence) {
-    const int tiles = divide_up(int(start_of(starts, wide, sequence + 1) - start_of(starts, wide, sequence)), tile_rows);
+    const int tiles =
+        divide_up(int(start_of(starts, wide, sequence + 1) - start_of(starts, wide, sequence)), tile_rows);
     if (slot < tiles) return sequence;
     slot -= tiles;
   }
@@ -260,14 +286,16 @@ FASTLM_DEVICE int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
 // What queries first … last see, in tiles of keys.
 FASTLM_DEVICE TileRange tiles_of_keys(const Sequence& s, int first, int last, int tile) {
   const int64_t lower = s.lower, upper = s.upper, end = at_least_0(lesser(last + upper + 1, s.key_len));
-  return ordered(at_least_0(first + lower) / tile, (at_least_0(last + lower) + tile - 1) / tile, at_least_0(lesser(first + upper + 1, s.key_len)) / tile,
-                 (end + tile - 1) / tile);
+  return ordered(at_least_0(first + lower) / tile, (at_least_0(last + lower) + tile - 1) / tile,
+                 at_least_0(lesser(first + upper + 1, s.key_len)) / tile, (end + tile - 1) / tile);
 }
 
 // The queries that see keys first … last. Those beyond the end need no edge: they weigh nothing.
 FASTLM_DEVICE TileRange tiles_of_queries(const Sequence& s, int first, int last, int tile) {
-  const int64_t lower = s.lower, upper = s.upper, end = (at_least_0(lesser(last - lower + 1, s.query_len)) + tile - 1) / tile, whole = first - lower + 1;
-  return ordered(at_least_0(first - upper) / tile, (at_least_0(last - upper) + tile - 1) / tile, whole >= s.query_len ? end : at_least_0(whole) / tile, end);
+  const int64_t lower = s.lower, upper = s.upper,
+                end = (at_least_0(lesser(last - lower + 1, s.query_len)) + tile - 1) / tile, whole = first - lower + 1;
+  return ordered(at_least_0(first - upper) / tile, (at_least_0(last - upper) + tile - 1) / tile,
+                 whole >= s.query_len ? end : at_least_0(whole) / tile, end);
 }
 
 // Masks
@@ -275,34 +303,42 @@ FASTLM_DEVICE TileRange tiles_of_queries(const Sequence& s, int first, int last,
 FASTLM_DEVICE bool is_additive(const AttentionArgs& a) { return int(a.mask_type) >= int(MaskType::additive); }
 
 // The mask's offset of a head's query 0 and key 0.
-FASTLM_DEVICE int64_t mask_offset(const AttentionArgs& a, int batch, int head) { return batch * a.mask_batch_stride + head * a.mask_head_stride; }
+FASTLM_DEVICE int64_t mask_offset(const AttentionArgs& a, int batch, int head) {
+  return batch * a.mask_batch_stride + head * a.mask_head_stride;
+}
 
 // Of an additive mask.
 template <class T> FASTLM_DEVICE float mask_value(const AttentionArgs& a, int64_t at) {
-  return a.mask_type == MaskType::additive ? to_float(static_cast<const T*>(a.mask)[at]) : static_cast<const float*>(a.mask)[at];
+  return a.mask_type == MaskType::additive ? to_float(static_cast<const T*>(a.mask)[at])
+                                           : static_cast<const float*>(a.mask)[at];
 }
 
-// Scores in place, −inf where not seen; with an additive mask they become scale · scores + mask. Rows are queries, columns keys from `column` on, or with
-// KeysDown the other way round; mask_at: the mask's offset for each of the thread's two rows, without what the positions add. Returns what is seen, bit 4n + e
-// for element e of block n, found in a loop that is not unrolled: little code, and few registers.
+// Scores in place, −inf where not seen; with an additive mask they become scale · scores + mask. Rows are queries,
+// columns keys from `column` on, or with KeysDown the other way round; mask_at: the mask's offset for each of the
+// thread's two rows, without what the positions add. Returns what is seen, bit 4n + e for element e of block n, found
+// in a loop that is not unrolled: little code, and few registers.
 template <class T, bool KeysDown, int N>
-FASTLM_DEVICE uint32_t mask_scores(float (&scores)[N / 8][4], const AttentionArgs& a, const Sequence& s, const int (&row)[2], int column,
-                                   const int64_t (&mask_at)[2], float scale) {
+FASTLM_DEVICE uint32_t mask_scores(float (&scores)[N / 8][4], const AttentionArgs& a, const Sequence& s,
+                                   const int (&row)[2], int column, const int64_t (&mask_at)[2], float scale) {
   column += threadIdx.x % 4 * 2;
   const bool* padding = a.padding ? a.padding + s.batch * a.padding_batch_stride : nullptr;
   const bool* boolean = a.mask_type == MaskType::boolean ? static_cast<const bool*>(a.mask) : nullptr;
   uint32_t bits = 0;
 #pragma unroll 1
   for (int at = N / 2 - 1; at >= 0; --at) {  // element e = at % 4 of block at / 4
-    const int down = at & 2 ? row[1] : row[0], across = column + at / 4 * 8 + at % 2, i = KeysDown ? across : down, j = KeysDown ? down : across;
+    const int down = at & 2 ? row[1] : row[0], across = column + at / 4 * 8 + at % 2, i = KeysDown ? across : down,
+              j = KeysDown ? down : across;
     bool seen = i < s.query_len && j < s.key_len && j - i >= s.lower && j - i <= s.upper;
     if (padding && seen) seen = padding[j * a.padding_key_stride];
-    if (boolean && seen) seen = boolean[(at & 2 ? mask_at[1] : mask_at[0]) + i * a.mask_query_stride + j * a.mask_key_stride];
+    if (boolean && seen)
+      seen = boolean[(at & 2 ? mask_at[1] : mask_at[0]) + i * a.mask_query_stride + j * a.mask_key_stride];
     bits = bits << 1 | seen;
   }
   if (is_additive(a)) {
-    const int64_t down_stride = KeysDown ? a.mask_key_stride : a.mask_query_stride, across_stride = KeysDown ? a.mask_query_stride : a.mask_key_stride;
-    int64_t at[2] = {mask_at[0] + row[0] * down_stride + column * across_stride, mask_at[1] + row[1] * down_stride + column * across_stride};
+    const int64_t down_stride = KeysDown ? a.mask_key_stride : a.mask_query_stride,
+                  across_stride = KeysDown ? a.mask_query_stride : a.mask_key_stride;
+    int64_t at[2] = {mask_at[0] + row[0] * down_stride + column * across_stride,
+                     mask_at[1] + row[1] * down_stride + column * across_stride};
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
 #pragma unroll
@@ -324,7 +360,8 @@ FASTLM_DEVICE uint32_t mask_scores(float (&scores)[N / 8][4], const AttentionArg
 }
 
 // The same for one pair, with the scaled score.
-template <class T> FASTLM_DEVICE bool sees(const AttentionArgs& a, const Sequence& s, int head, int i, int j, float& score) {
+template <class T> FASTLM_DEVICE bool sees(const AttentionArgs& a, const Sequence& s, int head, int i, int j,
+                                           float& score) {
   if (j - i < s.lower || j - i > s.upper) return false;
   score *= a.scale;
   if (a.mask_type != MaskType::none) {
@@ -336,16 +373,17 @@ template <class T> FASTLM_DEVICE bool sees(const AttentionArgs& a, const Sequenc
   return !a.padding || a.padding[s.batch * a.padding_batch_stride + j * a.padding_key_stride];
 }
 
-// Dropout: bit 4n + e says whether element e of block n is kept; rows are queries, columns keys from `column` on, a multiple of 16. A counter gives the words
-// of columns c, c + 16, c + 32 and c + 48 of a block of 64.
-template <int N> FASTLM_DEVICE uint32_t kept_bits(const AttentionArgs& a, uint64_t seed, const int (&row)[2], const uint32_t (&third)[2], int column) {
+// Dropout: bit 4n + e says whether element e of block n is kept; rows are queries, columns keys from `column` on, a
+// multiple of 16. A counter gives the words of columns c, c + 16, c + 32 and c + 48 of a block of 64.
+template <int N> FASTLM_DEVICE uint32_t kept_bits(const AttentionArgs& a, uint64_t seed, const int (&row)[2],
+                                                  const uint32_t (&third)[2], int column) {
   uint32_t bits = 0;
   const int first_word = column % 64 / 16;
 #pragma unroll 1
   for (int at = 0; at < 8; ++at) {
     const int e = at % 4, odd = at / 4;
-    const philox_words words =
-        philox(seed, uint32_t(column / 64 * 16 + odd * 8 + threadIdx.x % 4 * 2 + e % 2), uint32_t(e & 2 ? row[1] : row[0]), e & 2 ? third[1] : third[0]);
+    const philox_words words = philox(seed, uint32_t(column / 64 * 16 + odd * 8 + threadIdx.x % 4 * 2 + e % 2),
+                                      uint32_t(e & 2 ? row[1] : row[0]), e & 2 ? third[1] : third[0]);
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
       const int n = (word - first_word) * 2 + odd;
@@ -429,7 +467,8 @@ template <int D> FASTLM_DEVICE uint32_t rows_not_finite(const float (&c)[D / 8][
 
 template <class View> inline bool divides(const View& x, int bytes, size_t size) {
   const auto whole = [&](int64_t stride) { return stride * int64_t(size) % bytes == 0; };
-  return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && whole(x.batch_stride) && whole(x.head_stride) && whole(x.token_stride);
+  return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && whole(x.batch_stride) && whole(x.head_stride) &&
+         whole(x.token_stride);
 }
 
 inline size_t size_of(DType type) { return type == DType::float32 ? 4 : 2; }
@@ -447,7 +486,8 @@ template <class... Views> void complete(AttentionArgs& a, Views&... others) {
   if (a.query_starts) a.lse_batch_stride = 0;
 }
 
-// launch.operator()<T, D>() with the narrowest bucket that holds the head. In float32, whose products no one tunes for, 96 shares the bucket of 128.
+// launch.operator()<T, D>() with the narrowest bucket that holds the head. In float32, whose products no one tunes for,
+// 96 shares the bucket of 128.
 template <class Launch> void by_type_and_width(DType type, int head_dim, Launch launch) {
   with_dtype(type, [&]<class T>() {
     if (head_dim <= 32) return launch.template operator()<T, 32>();

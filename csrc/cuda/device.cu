@@ -18,7 +18,8 @@ int driver_version() {
 void use_device(int device) {
   int current = -1;
   if (cudaGetDevice(&current) == cudaSuccess && current == device) return;
-  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess)
+    throw std::runtime_error(cudaGetErrorString(error));
 }
 
 }  // namespace fastlm::cuda

@@ -1,4 +1,5 @@
-// What a launcher's arguments are made of besides pointers and sizes. No CUDA header: the bindings, which the host's compiler sees, include it.
+// What a launcher's arguments are made of besides pointers and sizes. No CUDA header: the bindings, which the host's
+// compiler sees, include it.
 #pragma once
 
 struct CUstream_st;

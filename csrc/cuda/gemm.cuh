@@ -1,30 +1,39 @@
-// Tile products on tensor cores:  C = A·W, with an epilogue that meets every run of 8 columns of C in float32, once, before anything is stored
+// Tile products on tensor cores:  C = A·W, with an epilogue that meets every run of 8 columns of C in float32, once,
+// before anything is stored
 //
-// A is (rows, k) with unit stride along k; W is (k, n) with unit stride along k (a Linear's weight, W1 or W2ᵀ) or along n (a Conv1D's): neither is ever copied.
-// 2·rows·k·n FLOP. A block owns a tile of C; per step of k it moves 64 bytes of each of its rows and columns into shared memory by cp.async, three
-// stages deep, in chunks of 16 bytes that are swizzled so that neither the copies nor ldmatrix meet a bank twice.
-// An operand whose rows do not consist of whole, aligned chunks (an odd width, a view that begins anywhere) is read element by element instead: as right, and
-// several times slower.
+// A is (rows, k) with unit stride along k; W is (k, n) with unit stride along k (a Linear's weight, W1 or W2ᵀ) or along
+// n (a Conv1D's): neither is ever copied. 2·rows·k·n FLOP. A block owns a tile of C; per step of k it moves 64 bytes of
+// each of its rows and columns into shared memory by cp.async, three stages deep, in chunks of 16 bytes that are
+// swizzled so that neither the copies nor ldmatrix meet a bank twice. An operand whose rows do not consist of whole,
+// aligned chunks (an odd width, a view that begins anywhere) is read element by element instead: as right, and several
+// times slower.
 //
-// 1. Tile 128×128, four warps of 64×64. A step of 64 bytes is 2·128·128·32 FLOP for 16 KiB from the L2 cache: 64 FLOP a byte, so sm_80's 312 TFLOP/s ask
-//    for 4.9 TB/s, what its L2 cache just gives; tiles are walked 8 rows of them at a time, which keeps W's columns there. From shared memory a
-//    warp takes 4 KiB for 64·64·16 products: half of what the tensor cores' rate would let it take (8 warps of 64×32: three quarters).
-//    Three stages are 48 KiB, and a thread has 255 registers at most: two blocks to a multiprocessor on every architecture (sm_86 has 100 KiB, a block
-//    takes 49), so that one multiplies while the other is in its epilogue. Used: 214 registers. Predicted on sm_80: 70–75 % of the peak at
-//    k = 768, bound by the epilogue and by the last wave of tiles.
-// 2. The epilogue goes through shared memory, 32 rows of a warp at a time, in a loop that is not unrolled: the accumulators' own layout would give
-//    4 bytes a lane to a row, half-written sectors of 32 bytes, and one copy of the epilogue's code for every accumulator. A row of a warp leaves in
-//    whole lines of 128 bytes; what the epilogue reads is fetched one run ahead. Predicted: stores at full width; about 5 % of a product with k = 768.
-//    A thread's copies stand below one another, so that a step costs it one address and additions for each operand: 60 instructions a step beside
-//    64 of the tensor cores and 16 ldmatrix (addresses made one by one were 110).
-// 3. Tile 64×64, four warps of 32×32, where tiles of 128 would leave multiprocessors without work: half the FLOP a byte, 24 KiB and 100 registers, so
-//    four blocks to a multiprocessor. In float32 always: a warp of 64×64 spills 400 bytes a thread with what 4. holds, and 16 FLOP a byte
-//    ask the L2 cache for 2.5 TB/s only.
-// 4. float32 in three tf32 products, a·w ≈ a_low·w_high + a_high·w_low + a_high·w_high: what is left out is 2⁻²² of a product. The tensor cores
-//    truncate as they add, so each step of 8 along k starts from zero and is added to the total by an FADD, which rounds (Ootomo & Yokota 2022,
-//    arXiv:2203.03341): the error grows as that of a chain of FMA does, without a bias. Predicted on sm_80: 156/3 less the FADDs, about
-//    40 TFLOP/s against 19.5 of FMA. An infinite operand has no second part, and gives NaN: a tile that is not finite in the end is multiplied again, and
-//    where a step gives no number there, the high parts alone count, which are infinite where the operands are.
+// 1. Tile 128×128, four warps of 64×64. A step of 64 bytes is 2·128·128·32 FLOP for 16 KiB from the L2 cache: 64 FLOP a
+// byte, so sm_80's 312 TFLOP/s ask
+//    for 4.9 TB/s, what its L2 cache just gives; tiles are walked 8 rows of them at a time, which keeps W's columns
+//    there. From shared memory a warp takes 4 KiB for 64·64·16 products: half of what the tensor cores' rate would let
+//    it take (8 warps of 64×32: three quarters). Three stages are 48 KiB, and a thread has 255 registers at most: two
+//    blocks to a multiprocessor on every architecture (sm_86 has 100 KiB, a block takes 49), so that one multiplies
+//    while the other is in its epilogue. Used: 214 registers. Predicted on sm_80: 70–75 % of the peak at k = 768, bound
+//    by the epilogue and by the last wave of tiles.
+// 2. The epilogue goes through shared memory, 32 rows of a warp at a time, in a loop that is not unrolled: the
+// accumulators' own layout would give
+//    4 bytes a lane to a row, half-written sectors of 32 bytes, and one copy of the epilogue's code for every
+//    accumulator. A row of a warp leaves in whole lines of 128 bytes; what the epilogue reads is fetched one run ahead.
+//    Predicted: stores at full width; about 5 % of a product with k = 768. A thread's copies stand below one another,
+//    so that a step costs it one address and additions for each operand: 60 instructions a step beside 64 of the tensor
+//    cores and 16 ldmatrix (addresses made one by one were 110).
+// 3. Tile 64×64, four warps of 32×32, where tiles of 128 would leave multiprocessors without work: half the FLOP a
+// byte, 24 KiB and 100 registers, so
+//    four blocks to a multiprocessor. In float32 always: a warp of 64×64 spills 400 bytes a thread with what 4. holds,
+//    and 16 FLOP a byte ask the L2 cache for 2.5 TB/s only.
+// 4. float32 in three tf32 products, a·w ≈ a_low·w_high + a_high·w_low + a_high·w_high: what is left out is 2⁻²² of a
+// product. The tensor cores
+//    truncate as they add, so each step of 8 along k starts from zero and is added to the total by an FADD, which
+//    rounds (Ootomo & Yokota 2022, arXiv:2203.03341): the error grows as that of a chain of FMA does, without a bias.
+//    Predicted on sm_80: 156/3 less the FADDs, about 40 TFLOP/s against 19.5 of FMA. An infinite operand has no second
+//    part, and gives NaN: a tile that is not finite in the end is multiplied again, and where a step gives no number
+//    there, the high parts alone count, which are infinite where the operands are.
 #pragma once
 #include <climits>
 #include <initializer_list>
@@ -44,7 +53,9 @@ template <class T> struct matrix {
 };
 
 template <class T> matrix<T> matrix_at(const void* data, int64_t stride, int64_t rows, int64_t columns) {
-  if (rows == 1) stride = 0;  // of no meaning; yet a copy of nothing, for a row beyond the end, wants its address aligned like any other
+  if (rows == 1)
+    stride =
+        0;  // of no meaning; yet a copy of nothing, for a row beyond the end, wants its address aligned like any other
   const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * sizeof(T) % 16 == 0;
   return {static_cast<const T*>(data), stride, int(rows), int(columns), aligned && columns * sizeof(T) % 16 == 0};
 }
@@ -65,8 +76,9 @@ template <class T> struct gemm_args {
   bool tf32;
 };
 
-// Where a chunk of 16 bytes of a tile in shared memory lies. Rows of 4 chunks are read 8 at a time, the same chunk of each. Rows along n: 8 at a time too by
-// ldmatrix; in float32, which it cannot transpose, 4 rows × 2 chunks, word by word.
+// Where a chunk of 16 bytes of a tile in shared memory lies. Rows of 4 chunks are read 8 at a time, the same chunk of
+// each. Rows along n: 8 at a time too by ldmatrix; in float32, which it cannot transpose, 4 rows × 2 chunks, word by
+// word.
 template <class T, int CHUNKS> FASTLM_DEVICE int tile_offset(int row, int chunk) {
   if constexpr (CHUNKS == 4) return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4);
   else if constexpr (sizeof(T) == 2) return row * CHUNKS * 16 + ((chunk ^ (row & 7)) << 4);
@@ -75,10 +87,13 @@ template <class T, int CHUNKS> FASTLM_DEVICE int tile_offset(int row, int chunk)
 
 constexpr int GEMM_THREADS = 128;
 
-// ROWS × CHUNKS chunks of a matrix, zeros beyond its end. A thread's chunks stand below one another, as many rows apart as leave the swizzle as it is.
-template <class T, int ROWS, int CHUNKS> FASTLM_DEVICE void load_tile(unsigned char* tile, const matrix<T>& from, int first_row, int first_column) {
+// ROWS × CHUNKS chunks of a matrix, zeros beyond its end. A thread's chunks stand below one another, as many rows apart
+// as leave the swizzle as it is.
+template <class T, int ROWS, int CHUNKS> FASTLM_DEVICE void load_tile(unsigned char* tile, const matrix<T>& from,
+                                                                      int first_row, int first_column) {
   constexpr int PER = 16 / sizeof(T), APART = GEMM_THREADS / CHUNKS;
-  const int chunk = int(threadIdx.x) % CHUNKS, place = int(threadIdx.x) / CHUNKS, row = first_row + place, column = first_column + chunk * PER;
+  const int chunk = int(threadIdx.x) % CHUNKS, place = int(threadIdx.x) / CHUNKS, row = first_row + place,
+            column = first_column + chunk * PER;
   static_assert(GEMM_THREADS % CHUNKS == 0 && APART % (sizeof(T) == 2 || CHUNKS == 4 ? 8 : 4) == 0);
   unsigned char* to = tile + tile_offset<T, CHUNKS>(place, chunk);
   const T* source = from.data + row * from.stride + column;
@@ -92,7 +107,8 @@ template <class T, int ROWS, int CHUNKS> FASTLM_DEVICE void load_tile(unsigned c
   for (int i = 0; i < ROWS / APART; ++i, source += APART * from.stride) {
     vec<T, PER> values;
 #pragma unroll
-    for (int e = 0; e < PER; ++e) values[e] = row + i * APART < from.rows && column + e < from.columns ? source[e] : from_float<T>(0.0f);
+    for (int e = 0; e < PER; ++e)
+      values[e] = row + i * APART < from.rows && column + e < from.columns ? source[e] : from_float<T>(0.0f);
     values.store(reinterpret_cast<T*>(to + i * APART * CHUNKS * 16));
   }
 }
@@ -103,7 +119,8 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
   static constexpr int ROWS = WARP / 16, COLUMNS = WARP / 8;                   // of fragments
   static constexpr int A_BYTES = TILE * 64, STAGE = 2 * A_BYTES, STAGES = 3;
   static constexpr int W_CHUNKS = K_CONTIGUOUS ? 4 : TILE / PER;  // of a row of W's tile
-  static constexpr int PASS = 32, PITCH = WARP + 8;               // rows and floats a row of the epilogue's passes: 8 rows apart in banks
+  static constexpr int PASS = 32,
+                       PITCH = WARP + 8;  // rows and floats a row of the epilogue's passes: 8 rows apart in banks
   static constexpr int SHARED = STAGES * STAGE;
   static_assert(4 * PASS * PITCH * sizeof(float) <= SHARED);
 
@@ -123,19 +140,24 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
       for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          w[j][r] = *reinterpret_cast<const uint32_t*>(tile + tile_offset<T, W_CHUNKS>(k + 4 * r, (n + 8 * j) / 4) + (n + 8 * j) % 4 * 4);
+          w[j][r] = *reinterpret_cast<const uint32_t*>(tile + tile_offset<T, W_CHUNKS>(k + 4 * r, (n + 8 * j) / 4) +
+                                                       (n + 8 * j) % 4 * 4);
     } else {
 #pragma unroll
       for (int j = 0; j < COLUMNS; j += 2) {
         uint32_t r[4];
-        if constexpr (K_CONTIGUOUS) ldmatrix_x4(r, tile + tile_offset<T, 4>(warp_column + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2) + j * 8 * 64);
-        else ldmatrix_x4_trans(r, tile + tile_offset<T, W_CHUNKS>(half * 16 + lane % 16, warp_column / 8 + j + lane / 16));
+        if constexpr (K_CONTIGUOUS)
+          ldmatrix_x4(r, tile + tile_offset<T, 4>(warp_column + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2) +
+                             j * 8 * 64);
+        else
+          ldmatrix_x4_trans(r, tile + tile_offset<T, W_CHUNKS>(half * 16 + lane % 16, warp_column / 8 + j + lane / 16));
         w[j][0] = r[0], w[j][1] = r[1], w[j + 1][0] = r[2], w[j + 1][1] = r[3];
       }
     }
   }
 
-  FASTLM_DEVICE void multiply(const unsigned char* stage, int warp_row, int warp_column, int lane, bool tf32, bool again) {
+  FASTLM_DEVICE void multiply(const unsigned char* stage, int warp_row, int warp_column, int lane, bool tf32,
+                              bool again) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[ROWS][4], w[COLUMNS][2];
@@ -206,7 +228,8 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
 
   // Hands the warp's part of C to the epilogue: WARP/8 neighbouring lanes share a row, each with 8 columns of it.
   template <class Epilogue>
-  FASTLM_DEVICE void finish(float* pass, const gemm_args<T>& args, const Epilogue& epilogue, int first_row, int first_column, int lane) {
+  FASTLM_DEVICE void finish(float* pass, const gemm_args<T>& args, const Epilogue& epilogue, int first_row,
+                            int first_column, int lane) {
     constexpr int LANES = WARP / 8, RUNS = PASS * WARP / 8 / 32, AT_ONCE = 32 / LANES;  // rows at once
     const int column = first_column + lane % LANES * 8;
     const auto columns = epilogue.fetch_columns(column, column < args.n);
@@ -222,7 +245,8 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const float (&c)[4] = total[begin / 16 + i][j];
-            vec<float, 2>{{c[2 * h], c[2 * h + 1]}}.store(pass + (i * 16 + h * 8 + lane / 4) * PITCH + j * 8 + lane % 4 * 2);
+            vec<float, 2>{{c[2 * h], c[2 * h + 1]}}.store(pass + (i * 16 + h * 8 + lane / 4) * PITCH + j * 8 +
+                                                          lane % 4 * 2);
           }
       __syncwarp();
 #pragma unroll 1
@@ -287,14 +311,18 @@ FASTLM_DEVICE bool any_of_block(bool predicate, int* flags) {
 template <class T, bool K_CONTIGUOUS, int WARP, class Epilogue>
 __global__ void __launch_bounds__(GEMM_THREADS, WARP == 64       ? 2
                                                 : sizeof(T) == 4 ? 3
-                                                                 : 4) gemm_kernel(const gemm_args<T> args, const Epilogue epilogue) {
+                                                                 : 4)
+    gemm_kernel(const gemm_args<T> args, const Epilogue epilogue) {
   using tile = gemm_tile<T, K_CONTIGUOUS, WARP>;
   FASTLM_SHARED(shared);
   const int tiles_m = (args.rows + tile::TILE - 1) / tile::TILE, tiles_n = (args.n + tile::TILE - 1) / tile::TILE;
   const tile_place place = place_of_tile(int(blockIdx.x), tiles_m, tiles_n);
-  const int row = place.row * tile::TILE, column = place.column * tile::TILE, steps = (args.k + tile::STEP - 1) / tile::STEP;
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, warp_row = warp / 2 * WARP, warp_column = warp % 2 * WARP;
-  const bool idle = row + warp_row >= args.rows || column + warp_column >= args.n;  // a warp beyond the end only helps to load
+  const int row = place.row * tile::TILE, column = place.column * tile::TILE,
+            steps = (args.k + tile::STEP - 1) / tile::STEP;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, warp_row = warp / 2 * WARP,
+            warp_column = warp % 2 * WARP;
+  const bool idle =
+      row + warp_row >= args.rows || column + warp_column >= args.n;  // a warp beyond the end only helps to load
 
   tile product;
 #pragma unroll 1
@@ -309,7 +337,8 @@ __global__ void __launch_bounds__(GEMM_THREADS, WARP == 64       ? 2
     for (int step = 0; step < steps; ++step) {
       cp_async_wait<tile::STAGES - 2>();
       __syncthreads();  // this stage has come for all, and all are done with the one before it, which is now free
-      if (step + tile::STAGES - 1 < steps) product.load(shared + free * tile::STAGE, args, row, column, step + tile::STAGES - 1);
+      if (step + tile::STAGES - 1 < steps)
+        product.load(shared + free * tile::STAGE, args, row, column, step + tile::STAGES - 1);
       cp_async_commit();
       if (!idle) product.multiply(shared + stage * tile::STAGE, warp_row, warp_column, lane, args.tf32, again);
       free = stage;
@@ -317,7 +346,9 @@ __global__ void __launch_bounds__(GEMM_THREADS, WARP == 64       ? 2
     }
     cp_async_wait<0>();
     __syncthreads();
-    if (sizeof(T) == 2 || args.tf32 || again || !any_of_block(!idle && !product.finite(), reinterpret_cast<int*>(shared))) break;
+    if (sizeof(T) == 2 || args.tf32 || again ||
+        !any_of_block(!idle && !product.finite(), reinterpret_cast<int*>(shared)))
+      break;
     product = tile();
   }
   if (!idle) {
@@ -326,29 +357,35 @@ __global__ void __launch_bounds__(GEMM_THREADS, WARP == 64       ? 2
   }
 }
 
-template <class T, bool K_CONTIGUOUS, int WARP, class Epilogue> void gemm_launch(const gemm_operands& with, const Epilogue& epilogue, stream_t stream) {
+template <class T, bool K_CONTIGUOUS, int WARP, class Epilogue> void gemm_launch(const gemm_operands& with,
+                                                                                 const Epilogue& epilogue,
+                                                                                 stream_t stream) {
   using tile = gemm_tile<T, K_CONTIGUOUS, WARP>;
   const int64_t tiles = (with.rows + tile::TILE - 1) / tile::TILE * ((with.n + tile::TILE - 1) / tile::TILE);
   if (tiles > INT_MAX || with.rows > INT_MAX - 128 || with.n > INT_MAX - 128 || with.k > INT_MAX - 128)
     throw std::runtime_error("a product beyond the range of 32-bit sizes");
   const gemm_args<T> args{matrix_at<T>(with.a, with.a_stride, with.rows, with.k),
-                          K_CONTIGUOUS ? matrix_at<T>(with.w, with.w_n_stride, with.n, with.k) : matrix_at<T>(with.w, with.w_k_stride, with.k, with.n),
+                          K_CONTIGUOUS ? matrix_at<T>(with.w, with.w_n_stride, with.n, with.k)
+                                       : matrix_at<T>(with.w, with.w_k_stride, with.k, with.n),
                           int(with.rows),
                           int(with.k),
                           int(with.n),
                           with.tf32};
-  FASTLM_LAUNCH((gemm_kernel<T, K_CONTIGUOUS, WARP, Epilogue>), dim3(unsigned(tiles)), GEMM_THREADS, tile::SHARED, stream, args, epilogue);
+  FASTLM_LAUNCH((gemm_kernel<T, K_CONTIGUOUS, WARP, Epilogue>), dim3(unsigned(tiles)), GEMM_THREADS, tile::SHARED,
+                stream, args, epilogue);
 }
 
 // An epilogue is a struct with
-//   auto fetch_columns(int column, bool inside) const: what all rows of a run's columns need of memory; a lane has the same columns throughout
-//   auto fetch(int row, int column, bool inside) const: what one run needs, asked for early
-//   template <int LANES> void finish(int row, int column, vec<float, 8>& c, columns, fetched, bool inside) const: by whole warps, LANES lanes to a row
+//   auto fetch_columns(int column, bool inside) const: what all rows of a run's columns need of memory; a lane has the
+//   same columns throughout auto fetch(int row, int column, bool inside) const: what one run needs, asked for early
+//   template <int LANES> void finish(int row, int column, vec<float, 8>& c, columns, fetched, bool inside) const: by
+//   whole warps, LANES lanes to a row
 // and nothing{} is what one fetches that needs nothing.
 struct nothing {};
 
 // WARP: 64, or 32 where there are few tiles; 32 in float32, whose three products need the registers.
-template <class T, int WARP, class Epilogue> void gemm(const gemm_operands& with, const Epilogue& epilogue, stream_t stream) {
+template <class T, int WARP, class Epilogue> void gemm(const gemm_operands& with, const Epilogue& epilogue,
+                                                       stream_t stream) {
   if (with.w_k_stride == 1 || with.k == 1) gemm_launch<T, true, WARP>(with, epilogue, stream);
   else gemm_launch<T, false, WARP>(with, epilogue, stream);
 }

@@ -1,19 +1,26 @@
 // s = residual + dropout(x),  y = (s − mean)·rstd·w + b,  rstd = 1/√(var + eps)
 //
-// Bound by memory. Forward reads x and residual and writes s and y: 8 bytes an element in 16 bits. Backward reads dy, s and ds and writes dresidual, and dx where
-// dropout or its type makes it another tensor: 8 or 10. About 10 and 15 FLOP an element; dropout adds 8 calls of Philox to 32 elements, some 25 integer
-// instructions an element, still less than the memory takes. s is normalised as stored, rounded to residual's type; the variance is two-pass.
+// Bound by memory. Forward reads x and residual and writes s and y: 8 bytes an element in 16 bits. Backward reads dy, s
+// and ds and writes dresidual, and dx where dropout or its type makes it another tensor: 8 or 10. About 10 and 15 FLOP
+// an element; dropout adds 8 calls of Philox to 32 elements, some 25 integer instructions an element, still less than
+// the memory takes. s is normalised as stored, rounded to residual's type; the variance is two-pass.
 //
-// 1. A row is held in registers, 32 columns a thread, by a team of 8 to 256 threads, so that x and residual are read once whatever the width up to 8192. Chunks of
-//    8 columns: 16 bytes an access in 16 bits. With dropout a thread's four chunks are 16 columns apart, so that each call of Philox gives four of its
-//    columns, not one. Predicted: above 90 % of the copy bandwidth forward from 768 wide; 512 threads · 32 columns · 4 bytes = 64 KiB are on their way to
-//    a multiprocessor where 20 KiB cover the latency.
-// 2. Backward: 264 blocks (two a multiprocessor of an H100) walk over many rows each and keep their share of dw and db in registers; a second kernel adds the
-//    shares in order. No atomics: the same bits on every run. The shares are 264 · width · 8 bytes, written and read: 12 % of the traffic at 4096 × 768 in 16 bits,
-//    most of it in the L2 cache.
-// 3. ds is asked for before the two sums over the row, with dy and s: three loads' latency for one. Predicted: a third of backward's time at 8 warps a multiprocessor.
-// 4. Rows that are wider, or whose chunks are not whole and aligned, have kernels of their own, which hold nothing: a column at a time, read again for each pass,
-//    from the caches. Without their branches the kernels above compile in a fraction of the time. Predicted: half the bandwidth, on widths that models do not have.
+// 1. A row is held in registers, 32 columns a thread, by a team of 8 to 256 threads, so that x and residual are read
+// once whatever the width up to 8192. Chunks of
+//    8 columns: 16 bytes an access in 16 bits. With dropout a thread's four chunks are 16 columns apart, so that each
+//    call of Philox gives four of its columns, not one. Predicted: above 90 % of the copy bandwidth forward from 768
+//    wide; 512 threads · 32 columns · 4 bytes = 64 KiB are on their way to a multiprocessor where 20 KiB cover the
+//    latency.
+// 2. Backward: 264 blocks (two a multiprocessor of an H100) walk over many rows each and keep their share of dw and db
+// in registers; a second kernel adds the
+//    shares in order. No atomics: the same bits on every run. The shares are 264 · width · 8 bytes, written and read:
+//    12 % of the traffic at 4096 × 768 in 16 bits, most of it in the L2 cache.
+// 3. ds is asked for before the two sums over the row, with dy and s: three loads' latency for one. Predicted: a third
+// of backward's time at 8 warps a multiprocessor.
+// 4. Rows that are wider, or whose chunks are not whole and aligned, have kernels of their own, which hold nothing: a
+// column at a time, read again for each pass,
+//    from the caches. Without their branches the kernels above compile in a fraction of the time. Predicted: half the
+//    bandwidth, on widths that models do not have.
 #include "layernorm_residual.h"
 #include <algorithm>
 #include "launch.cuh"
@@ -62,15 +69,22 @@ template <class T, class R> struct backward_args {
   dropout drop;
 };
 
-// The threads that share a row, one of `teams` of a block. It hands out columns by chunks, whole and aligned to 16 bytes.
+// The threads that share a row, one of `teams` of a block. It hands out columns by chunks, whole and aligned to 16
+// bytes.
 struct row_team {
   int size, teams, index, thread;
   bool apart;  // with dropout
 
   FASTLM_DEVICE row_team(int size, bool apart)
-      : size(size), teams(int(blockDim.x) / size), index(int(threadIdx.x) / size), thread(int(threadIdx.x) % size), apart(apart) {}
+      : size(size),
+        teams(int(blockDim.x) / size),
+        index(int(threadIdx.x) / size),
+        thread(int(threadIdx.x) % size),
+        apart(apart) {}
 
-  FASTLM_DEVICE int column(int chunk) const { return apart ? thread / 2 * 64 + chunk * 16 + thread % 2 * CHUNK : (chunk * size + thread) * CHUNK; }
+  FASTLM_DEVICE int column(int chunk) const {
+    return apart ? thread / 2 * 64 + chunk * 16 + thread % 2 * CHUNK : (chunk * size + thread) * CHUNK;
+  }
 
   // Every thread of the block takes part. shared: room for N numbers of each warp.
   template <int N> FASTLM_DEVICE void sum(float (&values)[N], float* shared) const {
@@ -97,7 +111,8 @@ template <class T> FASTLM_DEVICE float parameter(const void* from, bool is_float
   return is_float ? static_cast<const float*>(from)[column] : to_float(static_cast<const T*>(from)[column]);
 }
 
-template <class T> FASTLM_DEVICE void load_parameters(float (&out)[CHUNK], const void* from, bool is_float, int column) {
+template <class T> FASTLM_DEVICE void load_parameters(float (&out)[CHUNK], const void* from, bool is_float,
+                                                      int column) {
   if (is_float) {
     const auto chunk = vec<float, CHUNK>::load(static_cast<const float*>(from) + column);
 #pragma unroll
@@ -109,7 +124,8 @@ template <class T> FASTLM_DEVICE void load_parameters(float (&out)[CHUNK], const
   }
 }
 
-// A thread's columns after dropout, given the first of them. The words are asked for in a loop that stays one: they are 8 · 60 instructions.
+// A thread's columns after dropout, given the first of them. The words are asked for in a loop that stays one: they are
+// 8 · 60 instructions.
 FASTLM_DEVICE void drop_out(float (&values)[CHUNKS][CHUNK], const dropout& drop, int64_t row, int first) {
   const uint64_t seed = uint64_t(*drop.seed);
   uint32_t keeps = 0;  // bit c·8 + i
@@ -125,7 +141,8 @@ FASTLM_DEVICE void drop_out(float (&values)[CHUNKS][CHUNK], const dropout& drop,
     for (int i = 0; i < CHUNK; ++i) values[c][i] = keeps >> (c * CHUNK + i) & 1 ? values[c][i] * drop.scale : 0.0f;
 }
 
-template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM, 2) layernorm_residual_forward_kernel(const forward_args<T, R> args) {
+template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM, 2)
+    layernorm_residual_forward_kernel(const forward_args<T, R> args) {
   FASTLM_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
   const row_team team(args.team, args.drop.active());
@@ -139,7 +156,8 @@ template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM, 2) l
     const int column = team.column(c);
     x[c] = {}, residual[c] = {};
     if (column < end) x[c] = vec<T, CHUNK>::load(args.x + row * args.x_stride + column);
-    if (column < end && args.residual) residual[c] = vec<R, CHUNK>::load(args.residual + row * args.residual_stride + column);
+    if (column < end && args.residual)
+      residual[c] = vec<R, CHUNK>::load(args.residual + row * args.residual_stride + column);
   }
   float s[CHUNKS][CHUNK];
 #pragma unroll
@@ -190,7 +208,8 @@ template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM, 2) l
 }
 
 // The teams of a block add up their shares in shared memory, one after the other; the last writes the sum.
-FASTLM_DEVICE void combine_shares(const row_team& team, const float (&values)[CHUNKS][CHUNK], float* sums, float* share, int width) {
+FASTLM_DEVICE void combine_shares(const row_team& team, const float (&values)[CHUNKS][CHUNK], float* sums, float* share,
+                                  int width) {
   for (int turn = 0; turn < team.teams; ++turn) {
     if (team.index == turn)
 #pragma unroll
@@ -207,8 +226,10 @@ FASTLM_DEVICE void combine_shares(const row_team& team, const float (&values)[CH
   }
 }
 
-// ds = rstd·(g − mean(g) − n·mean(g·n)) + dsummed,  n = (s − mean)·rstd,  g = dy·w;  dresidual = ds,  dx = dropout(ds);  dw = Σ_rows dy·n,  db = Σ_rows dy
-template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM) layernorm_residual_backward_kernel(const backward_args<T, R> args) {
+// ds = rstd·(g − mean(g) − n·mean(g·n)) + dsummed,  n = (s − mean)·rstd,  g = dy·w;  dresidual = ds,  dx = dropout(ds);
+// dw = Σ_rows dy·n,  db = Σ_rows dy
+template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM)
+    layernorm_residual_backward_kernel(const backward_args<T, R> args) {
   FASTLM_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
   const row_team team(args.team, args.drop.active());
@@ -228,7 +249,8 @@ template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM) laye
         dy[c] = vec<T, CHUNK>::load(args.dy + row * args.dy_stride + column);
         s[c] = vec<R, CHUNK>::load(args.summed + row * args.summed_stride + column);
       }
-      if (column < end && args.dsummed) dsummed[c] = vec<R, CHUNK>::load(args.dsummed + row * args.dsummed_stride + column);
+      if (column < end && args.dsummed)
+        dsummed[c] = vec<R, CHUNK>::load(args.dsummed + row * args.dsummed_stride + column);
     }
     float ds[CHUNKS][CHUNK] = {};
     if (args.dy) {
@@ -281,7 +303,8 @@ template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM) laye
 }
 
 // The same of any width and alignment, a column at a time: thread t has columns t, t + threads, …; a block is one team.
-template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM) layernorm_residual_forward_any_kernel(const forward_args<T, R> args) {
+template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM)
+    layernorm_residual_forward_any_kernel(const forward_args<T, R> args) {
   FASTLM_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
   const row_team team(int(blockDim.x), false);
@@ -294,7 +317,10 @@ template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM) laye
 #pragma unroll 1
   for (int column = first; column < width; column += team.size) {
     float sum = to_float(x[column]);
-    if (args.drop.active()) sum = kept(uint64_t(*args.drop.seed), args.drop.threshold, uint32_t(column), uint32_t(row), 0) ? sum * args.drop.scale : 0.0f;
+    if (args.drop.active())
+      sum = kept(uint64_t(*args.drop.seed), args.drop.threshold, uint32_t(column), uint32_t(row), 0)
+                ? sum * args.drop.scale
+                : 0.0f;
     if (args.residual) sum += to_float(args.residual[row * args.residual_stride + column]);
     if (args.summed) {
       summed[column] = from_float<R>(sum);
@@ -312,17 +338,20 @@ template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM) laye
 #pragma unroll 1
   for (int column = first; column < width; column += team.size) {
     const float normal = (s(column) - mean) * rstd * parameter<T>(args.weight, args.float_weights, column);
-    args.y[row * width + column] = from_float<T>(args.bias ? normal + parameter<T>(args.bias, args.float_weights, column) : normal);
+    args.y[row * width + column] =
+        from_float<T>(args.bias ? normal + parameter<T>(args.bias, args.float_weights, column) : normal);
   }
 }
 
 // The shares are kept in memory: each thread adds to its own columns of the block's.
-template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM) layernorm_residual_backward_any_kernel(const backward_args<T, R> args) {
+template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM)
+    layernorm_residual_backward_any_kernel(const backward_args<T, R> args) {
   FASTLM_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
   const row_team team(int(blockDim.x), false);
   const int width = args.width, first = int(threadIdx.x);
-  float *dweight = args.dweight + int64_t(blockIdx.x) * args.padded, *dbias = args.dbias + int64_t(blockIdx.x) * args.padded;
+  float *dweight = args.dweight + int64_t(blockIdx.x) * args.padded,
+        *dbias = args.dbias + int64_t(blockIdx.x) * args.padded;
 #pragma unroll 1
   for (int step = 0; step < args.steps; ++step) {
     const int64_t row = int64_t(blockIdx.x) * args.steps + step;
@@ -349,22 +378,29 @@ template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM) laye
       float ds = 0.0f;
       if (args.dy) {
         const float n = (to_float(s[column]) - mean) * rstd;
-        ds = rstd * (to_float(upstream[column]) * parameter<T>(args.weight, args.float_weights, column) - average - n * correlation);
+        ds = rstd * (to_float(upstream[column]) * parameter<T>(args.weight, args.float_weights, column) - average -
+                     n * correlation);
       }
       if (args.dsummed) ds += to_float(args.dsummed[row * args.dsummed_stride + column]);
       if (args.dresidual) args.dresidual[row * width + column] = from_float<R>(ds);
       if (!args.dx) continue;
-      if (args.drop.active()) ds = kept(uint64_t(*args.drop.seed), args.drop.threshold, uint32_t(column), uint32_t(row), 0) ? ds * args.drop.scale : 0.0f;
+      if (args.drop.active())
+        ds = kept(uint64_t(*args.drop.seed), args.drop.threshold, uint32_t(column), uint32_t(row), 0)
+                 ? ds * args.drop.scale
+                 : 0.0f;
       args.dx[row * width + column] = from_float<T>(ds);
     }
   }
 }
 
-// dweight (blockIdx.y = 0) or dbias from its shares: each warp adds every eighth share of 32 columns, and the first the sums of all warps.
-template <class W> __global__ void layernorm_residual_fold_kernel(const float* shares, W* dweight, W* dbias, int count, int width, int padded) {
+// dweight (blockIdx.y = 0) or dbias from its shares: each warp adds every eighth share of 32 columns, and the first the
+// sums of all warps.
+template <class W> __global__ void layernorm_residual_fold_kernel(const float* shares, W* dweight, W* dbias, int count,
+                                                                  int width, int padded) {
   FASTLM_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
-  const int lane = int(threadIdx.x) % WarpSize, warp = int(threadIdx.x) / WarpSize, column = int(blockIdx.x) * FOLD_COLUMNS + lane;
+  const int lane = int(threadIdx.x) % WarpSize, warp = int(threadIdx.x) / WarpSize,
+            column = int(blockIdx.x) * FOLD_COLUMNS + lane;
   const float* from = shares + int64_t(blockIdx.y) * count * padded;
   float total = 0.0f;
   if (column < width)
@@ -385,7 +421,8 @@ struct row_cut {
   int64_t blocks;  // of forward, a row a team
 
   row_cut(int64_t rows, int64_t width, bool held) {
-    if (width > 1 << 30 || rows > int64_t(1) << 31) throw std::runtime_error("layernorm_residual: sizes beyond the range of 32 bits");
+    if (width > 1 << 30 || rows > int64_t(1) << 31)
+      throw std::runtime_error("layernorm_residual: sizes beyond the range of 32 bits");
     for (team = held ? 8 : WarpSize; team < LARGEST_TEAM && team * (held ? HELD : CHUNKS) < width; team *= 2) {}
     threads = held ? std::max(team, FEWEST_THREADS) : team;
     blocks = (rows + threads / team - 1) / (threads / team);
@@ -398,7 +435,9 @@ struct row_cut {
   size_t room(int numbers) const { return size_t(threads / WarpSize) * numbers * sizeof(float); }
 };
 
-static bool aligned(const void* data, int64_t stride) { return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % CHUNK == 0; }
+static bool aligned(const void* data, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % CHUNK == 0;
+}
 static bool fits(int64_t width) { return width % CHUNK == 0 && width <= WIDEST_HELD; }
 
 // Calls run.template operator()<T, R>().
@@ -411,8 +450,9 @@ template <class F> static void with_types(DType x, DType residual, F run) {
 
 void layernorm_residual_forward(const layernorm_residual_forward_args& args, stream_t stream) {
   if (args.rows == 0) return;
-  const bool held = fits(args.width) && aligned(args.x, args.x_stride) && aligned(args.residual, args.residual_stride) && aligned(args.weight, 0) &&
-                    aligned(args.bias, 0) && aligned(args.y, 0) && aligned(args.summed, 0);
+  const bool held = fits(args.width) && aligned(args.x, args.x_stride) &&
+                    aligned(args.residual, args.residual_stride) && aligned(args.weight, 0) && aligned(args.bias, 0) &&
+                    aligned(args.y, 0) && aligned(args.summed, 0);
   const row_cut cut(args.rows, args.width, held);
   with_types(args.x_dtype, args.residual_dtype, [&]<class T, class R>() {
     const forward_args<T, R> with{.x = static_cast<const T*>(args.x),
@@ -431,8 +471,12 @@ void layernorm_residual_forward(const layernorm_residual_forward_args& args, str
                                   .team = cut.team,
                                   .eps = args.eps,
                                   .drop = make_dropout(args.seed ? args.dropout_p : 0.0, args.seed)};
-    if (held) FASTLM_LAUNCH((layernorm_residual_forward_kernel<T, R>), unsigned(cut.blocks), cut.threads, cut.room(1), stream, with);
-    else FASTLM_LAUNCH((layernorm_residual_forward_any_kernel<T, R>), unsigned(cut.blocks), cut.threads, cut.room(1), stream, with);
+    if (held)
+      FASTLM_LAUNCH((layernorm_residual_forward_kernel<T, R>), unsigned(cut.blocks), cut.threads, cut.room(1), stream,
+                    with);
+    else
+      FASTLM_LAUNCH((layernorm_residual_forward_any_kernel<T, R>), unsigned(cut.blocks), cut.threads, cut.room(1),
+                    stream, with);
   });
 }
 
@@ -440,8 +484,9 @@ int64_t layernorm_residual_most_shares() { return SHARES; }
 
 void layernorm_residual_backward(const layernorm_residual_backward_args& args, stream_t stream) {
   if (args.rows == 0) return;
-  const bool held = fits(args.width) && aligned(args.dy, args.dy_stride) && aligned(args.dsummed, args.dsummed_stride) &&
-                    aligned(args.summed, args.summed_stride) && aligned(args.weight, 0) && aligned(args.dx, 0) && aligned(args.dresidual, 0) &&
+  const bool held = fits(args.width) && aligned(args.dy, args.dy_stride) &&
+                    aligned(args.dsummed, args.dsummed_stride) && aligned(args.summed, args.summed_stride) &&
+                    aligned(args.weight, 0) && aligned(args.dx, 0) && aligned(args.dresidual, 0) &&
                     aligned(args.shares, 0);
   const row_cut cut(args.rows, args.width, held);
   float* dbias_shares = args.dweight ? args.shares + int64_t(cut.shares) * cut.padded : args.shares;
@@ -466,17 +511,22 @@ void layernorm_residual_backward(const layernorm_residual_backward_args& args, s
                                    .team = cut.team,
                                    .steps = cut.steps,
                                    .drop = make_dropout(args.seed ? args.dropout_p : 0.0, args.seed)};
-    const size_t sums = cut.threads > cut.team ? size_t(cut.team) * HELD * sizeof(float) : 0;  // of the teams of a block
-    if (held) FASTLM_LAUNCH((layernorm_residual_backward_kernel<T, R>), unsigned(cut.shares), cut.threads, std::max(cut.room(2), sums), stream, with);
-    else FASTLM_LAUNCH((layernorm_residual_backward_any_kernel<T, R>), unsigned(cut.shares), cut.threads, cut.room(2), stream, with);
+    const size_t sums =
+        cut.threads > cut.team ? size_t(cut.team) * HELD * sizeof(float) : 0;  // of the teams of a block
+    if (held)
+      FASTLM_LAUNCH((layernorm_residual_backward_kernel<T, R>), unsigned(cut.shares), cut.threads,
+                    std::max(cut.room(2), sums), stream, with);
+    else
+      FASTLM_LAUNCH((layernorm_residual_backward_any_kernel<T, R>), unsigned(cut.shares), cut.threads, cut.room(2),
+                    stream, with);
   });
   const unsigned wanted = (args.dweight != nullptr) + (args.dbias != nullptr);
   if (wanted == 0) return;
   const dim3 grid(unsigned((args.width + FOLD_COLUMNS - 1) / FOLD_COLUMNS), wanted);
   constexpr int threads = FOLD_WARPS * WarpSize;
   with_dtype(args.weight_dtype, [&]<class W>() {
-    FASTLM_LAUNCH(layernorm_residual_fold_kernel<W>, grid, threads, threads * sizeof(float), stream, args.shares, static_cast<W*>(args.dweight),
-                  static_cast<W*>(args.dbias), cut.shares, int(args.width), cut.padded);
+    FASTLM_LAUNCH(layernorm_residual_fold_kernel<W>, grid, threads, threads * sizeof(float), stream, args.shares,
+                  static_cast<W*>(args.dweight), static_cast<W*>(args.dbias), cut.shares, int(args.width), cut.padded);
   });
 }
 

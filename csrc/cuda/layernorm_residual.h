@@ -1,5 +1,6 @@
-// Launchers of LayerNorm after the residual sum. x, y, dy and dx are of x_dtype; residual, summed, their gradients of residual_dtype, which is the same or
-// float32; weight, bias and their gradients of weight_dtype, again the same or float32. Strides are between rows, in elements; results are contiguous.
+// Launchers of LayerNorm after the residual sum. x, y, dy and dx are of x_dtype; residual, summed, their gradients of
+// residual_dtype, which is the same or float32; weight, bias and their gradients of weight_dtype, again the same or
+// float32. Strides are between rows, in elements; results are contiguous.
 #pragma once
 #include <cstdint>
 #include "dtype.h"
@@ -34,14 +35,16 @@ struct layernorm_residual_backward_args {
   const float *mean, *rstd;
   void *dx, *dresidual;   // null where not wanted
   void *dweight, *dbias;  // null where not wanted, and without dy
-  float* shares;          // room for (dweight and dbias that are wanted, layernorm_residual_most_shares(), width rounded up to 8)
+  float*
+      shares;  // room for (dweight and dbias that are wanted, layernorm_residual_most_shares(), width rounded up to 8)
   const int64_t* seed;
   int64_t rows, width;
   double dropout_p;
 };
 void layernorm_residual_backward(const layernorm_residual_backward_args& args, stream_t stream);
 
-// Of how many shares the weights' gradients are the sum at most. How many there are follows from the sizes and from how the arguments lie in memory.
+// Of how many shares the weights' gradients are the sum at most. How many there are follows from the sizes and from how
+// the arguments lie in memory.
 int64_t layernorm_residual_most_shares();
 
 }  // namespace fastlm::cuda

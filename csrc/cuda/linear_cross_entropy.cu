@@ -1,17 +1,25 @@
-// Linear cross-entropy:  loss = lse(z) − (1 − ε)·z[target] − ε·mean(z),  z = x·Wᵀ + b (one row per token, vocab columns), ε the label smoothing
+// Linear cross-entropy:  loss = lse(z) − (1 − ε)·z[target] − ε·mean(z),  z = x·Wᵀ + b (one row per token, vocab
+// columns), ε the label smoothing
 //
-// Without gradients: 2·rows·width·vocab FLOP, and of the logits nothing is stored but a largest one and a sum of exponentials for every 64 columns: 12 bytes
-// instead of 128. With gradients the products on all sides are the vendor's, on a chunk of rows, and a kernel goes over the chunk twice, the second time
-// in place: 6 bytes and about 10 FLOP a logit in 16 bits.
+// Without gradients: 2·rows·width·vocab FLOP, and of the logits nothing is stored but a largest one and a sum of
+// exponentials for every 64 columns: 12 bytes instead of 128. With gradients the products on all sides are the
+// vendor's, on a chunk of rows, and a kernel goes over the chunk twice, the second time in place: 6 bytes and about 10
+// FLOP a logit in 16 bits.
 //
-// 1. The log-sum-exp is an epilogue of gemm.cuh. A pass of its own would write and read 4 bytes a logit: 1.6 GB at 8192×50257, 1.0 ms of sm_80's bandwidth
-//    beside a product of 2.0 ms at its peak. The epilogue costs 9 exponentials (of 16 a cycle) for 8 logits, 16384·9/8/16 = 1,150 cycles a tile against
-//    12,300 of the tensor cores at width 768: 85 % of the product alone is predicted.
-// 2. The gradient: a block to a row, which it reads into the L1 cache: a row of 50257 logits in 16 bits is 100 KB, a chunk 64 MB. The rows of a chunk begin
-//    at multiples of 128 bytes whatever the vocabulary, so that accesses are of 16 bytes and the vendor's products get a leading dimension that they like.
-//    Bound by memory: 64 MB read and written, 80 µs on sm_80, of about 600 with the chunk's three products at width 768.
-// 3. Where the bias wants a gradient the second pass goes by columns: a thread owns 8 columns of 64 rows and adds up what it writes, before it is
-//    rounded. No atomics: the shares are added in order. The logits are then read from the L2 cache or from memory again: half as much traffic again.
+// 1. The log-sum-exp is an epilogue of gemm.cuh. A pass of its own would write and read 4 bytes a logit: 1.6 GB at
+// 8192×50257, 1.0 ms of sm_80's bandwidth
+//    beside a product of 2.0 ms at its peak. The epilogue costs 9 exponentials (of 16 a cycle) for 8 logits,
+//    16384·9/8/16 = 1,150 cycles a tile against 12,300 of the tensor cores at width 768: 85 % of the product alone is
+//    predicted.
+// 2. The gradient: a block to a row, which it reads into the L1 cache: a row of 50257 logits in 16 bits is 100 KB, a
+// chunk 64 MB. The rows of a chunk begin
+//    at multiples of 128 bytes whatever the vocabulary, so that accesses are of 16 bytes and the vendor's products get
+//    a leading dimension that they like. Bound by memory: 64 MB read and written, 80 µs on sm_80, of about 600 with the
+//    chunk's three products at width 768.
+// 3. Where the bias wants a gradient the second pass goes by columns: a thread owns 8 columns of 64 rows and adds up
+// what it writes, before it is
+//    rounded. No atomics: the shares are added in order. The logits are then read from the L2 cache or from memory
+//    again: half as much traffic again.
 #include "linear_cross_entropy.h"
 #include "gemm.cuh"
 #include "reduce.cuh"
@@ -20,8 +28,8 @@ namespace fastlm::cuda {
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-// The largest of some logits, and Σ exp(z − largest): relative to it, as the loss of a target that is nearly certain would be lost in the difference of two
-// large numbers. A NaN stays one in both.
+// The largest of some logits, and Σ exp(z − largest): relative to it, as the loss of a target that is nearly certain
+// would be lost in the difference of two large numbers. A NaN stays one in both.
 struct softmax_part {
   float top, norm;
 };
@@ -57,11 +65,16 @@ template <class T> struct log_sum_exp_epilogue {
   int rows, vocab;
   bool whole;
 
-  FASTLM_DEVICE vec<T, 8> fetch_columns(int column, bool inside) const { return load_run(bias + column, bias && inside ? vocab - column : 0, whole); }
+  FASTLM_DEVICE vec<T, 8> fetch_columns(int column, bool inside) const {
+    return load_run(bias + column, bias && inside ? vocab - column : 0, whole);
+  }
   // The target, from the run's first column.
-  FASTLM_DEVICE int64_t fetch(int row, int column, bool inside) const { return inside ? target[row * target_stride] - column : -1; }
+  FASTLM_DEVICE int64_t fetch(int row, int column, bool inside) const {
+    return inside ? target[row * target_stride] - column : -1;
+  }
 
-  template <int LANES> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& z, const vec<T, 8>& shift, int64_t place, bool inside) const {
+  template <int LANES> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& z, const vec<T, 8>& shift,
+                                                 int64_t place, bool inside) const {
     const int count = inside ? vocab - column : 0;
     float top = -INFINITY, norm = 0.0f, sum = 0.0f;
 #pragma unroll
@@ -94,7 +107,8 @@ struct join_args {
   int rows, vocab, count;
 };
 
-template <int WARPS> __global__ void __launch_bounds__(WARPS * 32) linear_cross_entropy_join_kernel(const join_args args) {
+template <int WARPS> __global__ void __launch_bounds__(WARPS * 32)
+    linear_cross_entropy_join_kernel(const join_args args) {
   FASTLM_SHARED(shared);
   float *tops = reinterpret_cast<float*>(shared), *norms = tops + WARPS * 32, *totals = norms + WARPS * 32;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, row = int(blockIdx.x) * 32 + lane;
@@ -116,7 +130,8 @@ template <int WARPS> __global__ void __launch_bounds__(WARPS * 32) linear_cross_
     sum += totals[at];
   }
   const int64_t target = target_of(args.targets, row, args.vocab);
-  args.targets.loss[row] = target < 0 ? 0.0f : loss_of(own, args.at_target[row], sum, args.vocab, args.targets.label_smoothing);
+  args.targets.loss[row] =
+      target < 0 ? 0.0f : loss_of(own, args.at_target[row], sum, args.vocab, args.targets.label_smoothing);
 }
 
 template <class T> constexpr int PART_WARP = sizeof(T) == 2 ? 64 : 32;  // of gemm.cuh: columns to a part
@@ -130,15 +145,28 @@ void linear_cross_entropy_forward(const linear_cross_entropy_forward_args& args,
   const cross_entropy_targets& targets = args.targets;
   float* sums = targets.label_smoothing > 0.0f ? args.sums : nullptr;
   with_dtype(args.dtype, [&]<class T>() {
-    const log_sum_exp_epilogue<T> epilogue{
-        static_cast<const T*>(args.bias),      targets.target, targets.target_stride, args.parts, sums, args.at_target, int(args.rows), int(args.vocab),
-        in_whole_runs(args.vocab, {args.bias})};
-    gemm<T, PART_WARP<T>>({args.x, args.x_stride, args.weight, args.weight_k_stride, args.weight_n_stride, args.rows, args.width, args.vocab, args.tf32},
+    const log_sum_exp_epilogue<T> epilogue{static_cast<const T*>(args.bias),
+                                           targets.target,
+                                           targets.target_stride,
+                                           args.parts,
+                                           sums,
+                                           args.at_target,
+                                           int(args.rows),
+                                           int(args.vocab),
+                                           in_whole_runs(args.vocab, {args.bias})};
+    gemm<T, PART_WARP<T>>({args.x, args.x_stride, args.weight, args.weight_k_stride, args.weight_n_stride, args.rows,
+                           args.width, args.vocab, args.tf32},
                           epilogue, stream);
   });
-  const join_args join{targets, args.parts, sums, args.at_target, int(args.rows), int(args.vocab), int(linear_cross_entropy_parts(args.dtype, args.vocab))};
-  FASTLM_LAUNCH(linear_cross_entropy_join_kernel<JOIN_WARPS>, unsigned((args.rows + 31) / 32), JOIN_WARPS * 32, 3 * JOIN_WARPS * 32 * sizeof(float), stream,
-                join);
+  const join_args join{targets,
+                       args.parts,
+                       sums,
+                       args.at_target,
+                       int(args.rows),
+                       int(args.vocab),
+                       int(linear_cross_entropy_parts(args.dtype, args.vocab))};
+  FASTLM_LAUNCH(linear_cross_entropy_join_kernel<JOIN_WARPS>, unsigned((args.rows + 31) / 32), JOIN_WARPS * 32,
+                3 * JOIN_WARPS * 32 * sizeof(float), stream, join);
 }
 
 // From logits to their gradient
@@ -163,14 +191,18 @@ struct row_gradient {
   }
 };
 
-FASTLM_DEVICE row_gradient gradient_of(softmax_part row, float scale, int64_t target, int vocab, float label_smoothing) {
-  return {row.top, scale / row.norm, scale * label_smoothing / float(vocab), scale * (1.0f - label_smoothing), int(target)};
+FASTLM_DEVICE row_gradient gradient_of(softmax_part row, float scale, int64_t target, int vocab,
+                                       float label_smoothing) {
+  return {row.top, scale / row.norm, scale * label_smoothing / float(vocab), scale * (1.0f - label_smoothing),
+          int(target)};
 }
 
 constexpr int ROW_THREADS = 512;
 
-// One row to a block. Where shares are wanted it writes the statistics of its row, and the pass by columns the gradient.
-template <class T> __global__ void __launch_bounds__(ROW_THREADS) linear_cross_entropy_row_kernel(const gradient_args<T> args) {
+// One row to a block. Where shares are wanted it writes the statistics of its row, and the pass by columns the
+// gradient.
+template <class T> __global__ void __launch_bounds__(ROW_THREADS)
+    linear_cross_entropy_row_kernel(const gradient_args<T> args) {
   FASTLM_SHARED(shared);
   float* room = reinterpret_cast<float*>(shared);
   const int64_t row = blockIdx.x;
@@ -180,7 +212,8 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS) linear_cross_e
   if (target < 0) {
     if (threadIdx.x == 0) args.targets.loss[row] = 0.0f;
     if (!args.shares)
-      for (int column = first; column < vocab; column += step) store_run({}, logits + column, vocab - column, column + 8 <= vocab);
+      for (int column = first; column < vocab; column += step)
+        store_run({}, logits + column, vocab - column, column + 8 <= vocab);
     return;
   }
   const float at_target = to_float(logits[target]);
@@ -222,14 +255,18 @@ constexpr int SHARE_ROWS = 64, COLUMN_THREADS = 128;
 int64_t linear_cross_entropy_shares(int64_t rows) { return (rows + SHARE_ROWS - 1) / SHARE_ROWS; }
 
 // 8 columns to a thread, SHARE_ROWS rows to a block: the gradient, and its sum over these rows.
-template <class T> __global__ void __launch_bounds__(COLUMN_THREADS) linear_cross_entropy_column_kernel(const gradient_args<T> args) {
+template <class T> __global__ void __launch_bounds__(COLUMN_THREADS)
+    linear_cross_entropy_column_kernel(const gradient_args<T> args) {
   FASTLM_SHARED(shared);
   row_gradient* gradients = reinterpret_cast<row_gradient*>(shared);
-  const int vocab = args.vocab, first = int(blockIdx.y) * SHARE_ROWS, left = args.rows - first, count = left < SHARE_ROWS ? left : SHARE_ROWS;
+  const int vocab = args.vocab, first = int(blockIdx.y) * SHARE_ROWS, left = args.rows - first,
+            count = left < SHARE_ROWS ? left : SHARE_ROWS;
   for (int i = int(threadIdx.x); i < count; i += COLUMN_THREADS) {
     const int64_t row = first + i, target = target_of(args.targets, row, vocab);
     gradients[i].target = -1;
-    if (target >= 0) gradients[i] = gradient_of({args.tops[row], args.norms[row]}, args.row_scale[row], target, vocab, args.targets.label_smoothing);
+    if (target >= 0)
+      gradients[i] = gradient_of({args.tops[row], args.norms[row]}, args.row_scale[row], target, vocab,
+                                 args.targets.label_smoothing);
   }
   __syncthreads();
   const int column = (int(blockIdx.x) * COLUMN_THREADS + int(threadIdx.x)) * 8;
@@ -254,7 +291,8 @@ template <class T> __global__ void __launch_bounds__(COLUMN_THREADS) linear_cros
 }
 
 void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_args& args, stream_t stream) {
-  if (args.rows > 1 << 30 || args.vocab > 1 << 30) throw std::runtime_error("linear_cross_entropy: sizes beyond the range of 32 bits");
+  if (args.rows > 1 << 30 || args.vocab > 1 << 30)
+    throw std::runtime_error("linear_cross_entropy: sizes beyond the range of 32 bits");
   with_dtype(args.dtype, [&]<class T>() {
     const gradient_args<T> with{static_cast<T*>(args.logits),
                                 args.logits_stride,
@@ -269,8 +307,10 @@ void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_args& arg
     const int threads = wanted < ROW_THREADS ? int(wanted) : ROW_THREADS;  // whole warps
     FASTLM_LAUNCH(linear_cross_entropy_row_kernel<T>, unsigned(args.rows), threads, 32 * sizeof(float), stream, with);
     if (!args.shares) return;
-    const dim3 grid(unsigned((runs + COLUMN_THREADS - 1) / COLUMN_THREADS), unsigned(linear_cross_entropy_shares(args.rows)));
-    FASTLM_LAUNCH(linear_cross_entropy_column_kernel<T>, grid, COLUMN_THREADS, SHARE_ROWS * sizeof(row_gradient), stream, with);
+    const dim3 grid(unsigned((runs + COLUMN_THREADS - 1) / COLUMN_THREADS),
+                    unsigned(linear_cross_entropy_shares(args.rows)));
+    FASTLM_LAUNCH(linear_cross_entropy_column_kernel<T>, grid, COLUMN_THREADS, SHARE_ROWS * sizeof(row_gradient),
+                  stream, with);
   });
 }
 

@@ -1,4 +1,5 @@
-// The launchers of linear_cross_entropy: losses straight from the product, and what turns a chunk of logits into its gradient.
+// The launchers of linear_cross_entropy: losses straight from the product, and what turns a chunk of logits into its
+// gradient.
 #pragma once
 #include <cstdint>
 #include "dtype.h"
@@ -40,7 +41,8 @@ struct linear_cross_entropy_gradient_args {
   cross_entropy_targets targets;
   const float* row_scale;  // (rows)
   float* statistics;       // (2, rows): working memory where shares are wanted
-  float* shares;           // (linear_cross_entropy_shares(rows), vocab): sums of the gradient over some rows each, before it is rounded; or null
+  float* shares;  // (linear_cross_entropy_shares(rows), vocab): sums of the gradient over some rows each, before it is
+                  // rounded; or null
   int64_t rows, vocab;
 };
 void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_args& args, stream_t stream);

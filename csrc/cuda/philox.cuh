@@ -1,5 +1,7 @@
-// Dropout by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with the counters of every other backend:
-//   key = the 64-bit seed; counter = ((col/64)·16 + col%16, row, third, 0); an element takes word (col/16)%4 and is kept iff word ≥ ⌊p·2³²⌋.
+// Dropout by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with the counters of
+// every other backend:
+//   key = the 64-bit seed; counter = ((col/64)·16 + col%16, row, third, 0); an element takes word (col/16)%4 and is
+//   kept iff word ≥ ⌊p·2³²⌋.
 // One call serves columns c, c + 16, c + 32 and c + 48 of a block of 64.
 #pragma once
 #include <cmath>
@@ -16,7 +18,9 @@ struct dropout {
 };
 
 // p in [0, 1)
-inline dropout make_dropout(double p, const int64_t* seed) { return {seed, uint32_t(std::floor(p * 4294967296.0)), float(1.0 / (1.0 - p))}; }
+inline dropout make_dropout(double p, const int64_t* seed) {
+  return {seed, uint32_t(std::floor(p * 4294967296.0)), float(1.0 / (1.0 - p))};
+}
 
 struct philox_words {
   uint32_t word[4];
@@ -46,7 +50,10 @@ FASTLM_DEVICE philox_words dropout_words(uint64_t seed, uint32_t column, uint32_
 FASTLM_DEVICE bool kept(uint64_t seed, uint32_t threshold, uint32_t column, uint32_t row, uint32_t third) {
   const philox_words words = dropout_words(seed, column, row, third);
   const uint32_t which = column / 16 % 4;
-  const uint32_t word = which == 0 ? words.word[0] : which == 1 ? words.word[1] : which == 2 ? words.word[2] : words.word[3];
+  const uint32_t word = which == 0   ? words.word[0]
+                        : which == 1 ? words.word[1]
+                        : which == 2 ? words.word[2]
+                                     : words.word[3];
   return word >= threshold;
 }
 

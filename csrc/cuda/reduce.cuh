@@ -1,4 +1,5 @@
-// Sums and maxima over a warp and over a block, always along the same tree, so that a result never depends on who came first. Every thread gets the result.
+// Sums and maxima over a warp and over a block, always along the same tree, so that a result never depends on who came
+// first. Every thread gets the result.
 #pragma once
 #include "launch.cuh"
 
@@ -19,7 +20,8 @@ FASTLM_DEVICE float warp_max(float value) {
   return value;
 }
 
-// The threads of a block are numbered along x; their number is a multiple of 32. `shared` is room for 32 numbers, free again on return.
+// The threads of a block are numbered along x; their number is a multiple of 32. `shared` is room for 32 numbers, free
+// again on return.
 FASTLM_DEVICE float block_sum(float value, float* shared) {
   const int lane = threadIdx.x % WarpSize, warp = threadIdx.x / WarpSize, warps = blockDim.x / WarpSize;
   value = warp_sum(value);

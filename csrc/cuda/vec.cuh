@@ -38,7 +38,8 @@ FASTLM_DEVICE float to_float(fp16 x) {
 
 FASTLM_DEVICE bool is_finite(float x) { return x - x == 0; }
 
-// Rounds to the nearest, ties to even; beyond the largest number lies infinity; a NaN becomes 0x7FFF, as the conversion instructions have it.
+// Rounds to the nearest, ties to even; beyond the largest number lies infinity; a NaN becomes 0x7FFF, as the conversion
+// instructions have it.
 template <class T> FASTLM_DEVICE T from_float(float x);
 template <> FASTLM_DEVICE float from_float<float>(float x) { return x; }
 template <> FASTLM_DEVICE bf16 from_float<bf16>(float x) {
@@ -81,8 +82,8 @@ template <> FASTLM_DEVICE uint32_t pack2<fp16>(float low, float high) {
 #endif
 }
 
-// N numbers side by side in memory, N·sizeof(T) a power of two. An access is one instruction up to 16 bytes and asks for addresses aligned to it; beyond, it is
-// several of 16.
+// N numbers side by side in memory, N·sizeof(T) a power of two. An access is one instruction up to 16 bytes and asks
+// for addresses aligned to it; beyond, it is several of 16.
 template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) vec {
   static constexpr int Bytes = N * sizeof(T);
   static_assert((Bytes & (Bytes - 1)) == 0);

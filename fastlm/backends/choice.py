@@ -22,7 +22,9 @@ ELSEWHERE = ("torch", "reference")  # MPS, XPU, …
 CHOICES: dict[tuple, tuple[ModuleType, str | None]] = {}
 MOST_CHOICES = 4096
 
-fallbacks: collections.Counter[str] = collections.Counter()  # auto took a later backend: how often, per operator and backend
+fallbacks: collections.Counter[str] = (
+    collections.Counter()
+)  # auto took a later backend: how often, per operator and backend
 
 
 class Unsupported(RuntimeError):
@@ -100,10 +102,14 @@ def refusals(name: str, operator: str, device: torch.device, dtype: torch.dtype,
     return unavailable(name) or load(name).refuses(operator, device, dtype, **features)
 
 
-def choose(operator: str, x: torch.Tensor, dtype: torch.dtype, backend: str | None, *features: int | bool) -> ModuleType:
+def choose(
+    operator: str, x: torch.Tensor, dtype: torch.dtype, backend: str | None, *features: int | bool
+) -> ModuleType:
     """The backend that serves `operator` on x's device in dtype with these FEATURES; Unsupported, with every backend's reasons, if none does."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise Unsupported(f"{operator} under a torch.func transform (vmap, grad, jvp, …): not supported; use torch.autograd")
+        raise Unsupported(
+            f"{operator} under a torch.func transform (vmap, grad, jvp, …): not supported; use torch.autograd"
+        )
     forced = requested(backend)
     key = (operator, x.is_cpu or x.device, dtype, forced, features)  # of two GPUs one may be older
     choice = CHOICES.get(key)
@@ -130,7 +136,9 @@ def automatic(operator: str, device: torch.device, dtype: torch.dtype, features:
     return order
 
 
-def decide(operator: str, device: torch.device, dtype: torch.dtype, forced: str | None, features: dict) -> tuple[str, str | None]:
+def decide(
+    operator: str, device: torch.device, dtype: torch.dtype, forced: str | None, features: dict
+) -> tuple[str, str | None]:
     """The backend, and what to count if auto did not get the first of its order."""
     order = (forced,) if forced else automatic(operator, device, dtype, features)
     for name in order:

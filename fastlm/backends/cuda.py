@@ -13,7 +13,19 @@ import torch
 
 from fastlm.backends import isa
 from fastlm.backends import torch as native
-from fastlm.backends.gpu import DTYPES, attention_operators, beyond, by_layout, dropout, losses_and_gradients, new_like, new_of_rows, on, precision, vector
+from fastlm.backends.gpu import (
+    DTYPES,
+    attention_operators,
+    beyond,
+    by_layout,
+    dropout,
+    losses_and_gradients,
+    new_like,
+    new_of_rows,
+    on,
+    precision,
+    vector,
+)
 from fastlm.backends.layout import dense_last, matrix_of, rows_if, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
@@ -29,7 +41,10 @@ def find() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError:
         if EMULATED:
             return None, "is not built for the CPU: run python -m tests.cuda_emulation in a checkout"
-        return None, f"is not compiled here: {isa.report().get('cuda', {}).get('reason') or 'the extension was not built'}"
+        return (
+            None,
+            f"is not compiled here: {isa.report().get('cuda', {}).get('reason') or 'the extension was not built'}",
+        )
     except ImportError as broken:  # built, but for another Python or with a library that is missing
         return None, f"does not load ({broken})"
 
@@ -84,9 +99,13 @@ def unfit(index):
     major, minor = torch.cuda.get_device_capability(index)
     arch, name = major * 10 + minor, torch.cuda.get_device_name(index)
     if arch < OLDEST_ARCH:
-        return [f"needs an architecture of sm_{OLDEST_ARCH} or later, and {name} is sm_{arch} (auto takes another backend)"]
+        return [
+            f"needs an architecture of sm_{OLDEST_ARCH} or later, and {name} is sm_{arch} (auto takes another backend)"
+        ]
     if arch < int(kernels.archs.split(",")[0]):  # there is neither code nor PTX for it
-        compiled = f"is compiled for sm_{kernels.archs.replace(',', ', sm_')} and what is later, and {name} is sm_{arch}"
+        compiled = (
+            f"is compiled for sm_{kernels.archs.replace(',', ', sm_')} and what is later, and {name} is sm_{arch}"
+        )
         return [f"{compiled} (FASTLM_BUILD_CUDA=1 FASTLM_CUDA_ARCHS={arch} pip install builds it for that)"]
     return []
 
@@ -99,7 +118,9 @@ def refuses(operator, device, dtype, **features):
     if operator != "linear" and not hasattr(kernels, f"{operator.removesuffix('_varlen')}_forward"):
         reasons.append(f"has no {operator}")
     if device.type != ("cpu" if EMULATED else "cuda"):
-        emulating = f"serves CPU tensors under FASTLM_CUDA_EMULATION=1, not {device} (without that variable it serves GPUs)"
+        emulating = (
+            f"serves CPU tensors under FASTLM_CUDA_EMULATION=1, not {device} (without that variable it serves GPUs)"
+        )
         reasons.append(emulating if EMULATED else f"serves CUDA tensors, not {device} (.to('cuda') moves them)")
     elif device.type == "cuda":
         reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
@@ -153,12 +174,35 @@ def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
     summed = new_like(stream, residual is not None or seed is not None)
     mean, rstd = new_of_rows(x)
     if x.numel():
-        (rows, step), (residual, residual_step), weight, bias, width = rows_if(x), rows_if(residual), vector(weight), vector(bias), x.shape[-1]
+        (rows, step), (residual, residual_step), weight, bias, width = (
+            rows_if(x),
+            rows_if(residual),
+            vector(weight),
+            vector(bias),
+            x.shape[-1],
+        )
         launch(
-            kernels.layernorm_residual_forward, x, LAUNCHED_AS[x.dtype], LAUNCHED_AS[stream.dtype], LAUNCHED_AS[weight.dtype], address(rows), step,
-            address(residual), residual_step, address(weight), address(bias), written(y), written(summed), written(mean), written(rstd), address(seed),
-            x.numel() // width, width, eps, dropout_p,
-        )  # fmt: skip
+            kernels.layernorm_residual_forward,
+            x,
+            LAUNCHED_AS[x.dtype],
+            LAUNCHED_AS[stream.dtype],
+            LAUNCHED_AS[weight.dtype],
+            address(rows),
+            step,
+            address(residual),
+            residual_step,
+            address(weight),
+            address(bias),
+            written(y),
+            written(summed),
+            written(mean),
+            written(rstd),
+            address(seed),
+            x.numel() // width,
+            width,
+            eps,
+            dropout_p,
+        )
     return y, summed, mean, rstd
 
 
@@ -169,17 +213,40 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
     if summed.numel() == 0 or dy is None:
         dweight, dbias = (d if d is None else d.zero_() for d in (dweight, dbias))
     if summed.numel():
-        (flat, step), (dy, dy_step), (dsummed, dsummed_step), weight = rows_if(summed), rows_if(dy), rows_if(dsummed), vector(weight)
+        (flat, step), (dy, dy_step), (dsummed, dsummed_step), weight = (
+            rows_if(summed),
+            rows_if(dy),
+            rows_if(dsummed),
+            vector(weight),
+        )
         sums = [d if dy is not None else None for d in (dweight, dbias)]
         wanted = sum(d is not None for d in sums)
         shape = wanted, kernels.layernorm_residual_most_shares(), -(-width // 8) * 8
         shares = torch.empty(shape, dtype=torch.float32, device=summed.device) if wanted else None
         launch(
-            kernels.layernorm_residual_backward, summed,
-            LAUNCHED_AS[dtype], LAUNCHED_AS[summed.dtype], LAUNCHED_AS[weight.dtype], address(dy), dy_step, address(dsummed), dsummed_step, address(flat), step,
-            address(weight), address(mean), address(rstd), written(dx), written(dresidual), *map(written, sums), written(shares), address(seed),
-            summed.numel() // width, width, dropout_p,
-        )  # fmt: skip
+            kernels.layernorm_residual_backward,
+            summed,
+            LAUNCHED_AS[dtype],
+            LAUNCHED_AS[summed.dtype],
+            LAUNCHED_AS[weight.dtype],
+            address(dy),
+            dy_step,
+            address(dsummed),
+            dsummed_step,
+            address(flat),
+            step,
+            address(weight),
+            address(mean),
+            address(rstd),
+            written(dx),
+            written(dresidual),
+            *map(written, sums),
+            written(shares),
+            address(seed),
+            summed.numel() // width,
+            width,
+            dropout_p,
+        )
     return dx, dresidual, dweight, dbias
 
 
@@ -193,9 +260,21 @@ def both_sides(x, w1, b1, approximate, layout, keeps_hidden, keeps_activated):
     if x.numel():
         flat, w1, b1 = rows_of(x), matrix_of(w1), vector(b1)
         launch(
-            kernels.gelu_mlp_forward, x, LAUNCHED_AS[x.dtype], address(flat), flat.stride(0), address(w1), *by_layout(w1, layout), address(b1), written(hidden),
-            written(activated), *flat.shape, shape[-1], approximate == "tanh", precision(x) == "tf32",
-        )  # fmt: skip
+            kernels.gelu_mlp_forward,
+            x,
+            LAUNCHED_AS[x.dtype],
+            address(flat),
+            flat.stride(0),
+            address(w1),
+            *by_layout(w1, layout),
+            address(b1),
+            written(hidden),
+            written(activated),
+            *flat.shape,
+            shape[-1],
+            approximate == "tanh",
+            precision(x) == "tf32",
+        )
     return hidden, activated
 
 
@@ -217,10 +296,21 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
         if x.numel():
             dflat, w = rows_of(dy), matrix_of(w2)
             launch(
-                kernels.gelu_mlp_backward, x,
-                LAUNCHED_AS[x.dtype], address(dflat), dflat.stride(0), address(w), *by_layout(w, layout)[::-1], address(hidden), written(dhidden),
-                written(activated if remake else None), *dflat.shape, hidden.shape[-1], approximate == "tanh", precision(x) == "tf32",
-            )  # fmt: skip
+                kernels.gelu_mlp_backward,
+                x,
+                LAUNCHED_AS[x.dtype],
+                address(dflat),
+                dflat.stride(0),
+                address(w),
+                *by_layout(w, layout)[::-1],
+                address(hidden),
+                written(dhidden),
+                written(activated if remake else None),
+                *dflat.shape,
+                hidden.shape[-1],
+                approximate == "tanh",
+                precision(x) == "tf32",
+            )
     elif remake:
         activated = torch.nn.functional.gelu(hidden, approximate=approximate)
     _, dw2, db2 = linear_backward(dy, hidden if activated is None else activated, w2, layout, (False, *needed[3:]))
@@ -240,14 +330,28 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
 
     def turn(logits, targets, scale, losses, statistics, shares):
         launch(
-            kernels.linear_cross_entropy_gradient, x, dtype, written(logits), logits.stride(0), address(targets), targets.stride(0), address(scale),
-            written(losses), written(statistics), written(shares), *logits.shape, ignore_index, label_smoothing,
-        )  # fmt: skip
+            kernels.linear_cross_entropy_gradient,
+            x,
+            dtype,
+            written(logits),
+            logits.stride(0),
+            address(targets),
+            targets.stride(0),
+            address(scale),
+            written(losses),
+            written(statistics),
+            written(shares),
+            *logits.shape,
+            ignore_index,
+            label_smoothing,
+        )
 
     dx = dweight = dbias = None
     if any(needed):
         scale, shares = row_scale.reshape(-1).contiguous(), kernels.linear_cross_entropy_shares
-        dx, dweight, dbias = losses_and_gradients(flat, weight, bias, targets, scale, loss, needed, LOGITS_BYTES, shares, turn)
+        dx, dweight, dbias = losses_and_gradients(
+            flat, weight, bias, targets, scale, loss, needed, LOGITS_BYTES, shares, turn
+        )
     else:
         losses(flat, matrix_of(weight), vector(bias), targets, loss, ignore_index, label_smoothing)
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
@@ -263,11 +367,27 @@ def losses(x, weight, bias, targets, loss, ignore_index, label_smoothing):
         tops_and_norms, at_target = loss.new_empty(parts, count, 2), loss.new_empty(count)
         sums = loss.new_empty(parts, count) if label_smoothing else None
         launch(
-            kernels.linear_cross_entropy_forward, x,
-            dtype, address(part), part.stride(0), address(weight), *by_layout(weight, "linear"), address(bias), address(target), target.stride(0),
-            written(result), written(tops_and_norms), written(sums), written(at_target), count, width, vocab, ignore_index, label_smoothing,
+            kernels.linear_cross_entropy_forward,
+            x,
+            dtype,
+            address(part),
+            part.stride(0),
+            address(weight),
+            *by_layout(weight, "linear"),
+            address(bias),
+            address(target),
+            target.stride(0),
+            written(result),
+            written(tops_and_norms),
+            written(sums),
+            written(at_target),
+            count,
+            width,
+            vocab,
+            ignore_index,
+            label_smoothing,
             precision(x) == "tf32",
-        )  # fmt: skip
+        )
 
 
 # attention, attention_varlen
@@ -298,12 +418,29 @@ def attention_inputs(query, key, value, lse, lse_written, call):
     heads, tokens = lse.shape[1:]
     cu_query, cu_key = call.cu_seqlens_q, call.cu_seqlens_k
     return kernels.attention_inputs(
-        LAUNCHED_AS[query.dtype], address(query), strides(query, 3), address(key), strides(key, 3), address(value), strides(value, 3),
-        address(lse, lse_written), (heads * tokens, tokens), address(call.mask), mask_type(call.mask, query.dtype), strides(call.mask, 4),
-        address(call.key_padding), strides(call.key_padding, 2),
-        (address(cu_query), cu_query is not None and cu_query.dtype == torch.int64), (address(cu_key), cu_key is not None and cu_key.dtype == torch.int64),
-        call.sizes, call.band, call.scale, address(call.seed), *dropout(call.dropout_p), precision(query) == "tf32",
-    )  # fmt: skip
+        LAUNCHED_AS[query.dtype],
+        address(query),
+        strides(query, 3),
+        address(key),
+        strides(key, 3),
+        address(value),
+        strides(value, 3),
+        address(lse, lse_written),
+        (heads * tokens, tokens),
+        address(call.mask),
+        mask_type(call.mask, query.dtype),
+        strides(call.mask, 4),
+        address(call.key_padding),
+        strides(call.key_padding, 2),
+        (address(cu_query), cu_query is not None and cu_query.dtype == torch.int64),
+        (address(cu_key), cu_key is not None and cu_key.dtype == torch.int64),
+        call.sizes,
+        call.band,
+        call.scale,
+        address(call.seed),
+        *dropout(call.dropout_p),
+        precision(query) == "tf32",
+    )
 
 
 def stretches_of(batch, key_heads, key_len):
@@ -320,7 +457,18 @@ def launch_attention(query, key, value, out, lse, call):
         stretch, stretches = stretches_of(batch, key_heads, key_len)
         part = query.new_empty((batch, heads, query_len, stretches, head_dim), dtype=torch.float32)
         top, norm = part.new_empty((2, batch, heads, query_len, stretches))
-        launch(kernels.attention_decode, query, inputs, written(out), strides(out, 3), written(part), written(top), written(norm), stretch, stretches)
+        launch(
+            kernels.attention_decode,
+            query,
+            inputs,
+            written(out),
+            strides(out, 3),
+            written(part),
+            written(top),
+            written(norm),
+            stretch,
+            stretches,
+        )
     else:
         launch(kernels.attention_forward, query, inputs, written(out), strides(out, 3))
 
@@ -328,10 +476,28 @@ def launch_attention(query, key, value, out, lse, call):
 def launch_gradients(dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dmask, exact, call):
     inputs, delta, mask = attention_inputs(query, key, value, lse, False, call), torch.empty_like(lse), call.mask
     launch(
-        kernels.attention_backward, query, inputs, address(out), strides(out, 3), address(dout), strides(dout, 3), address(dlse), written(delta),
-        written(dquery), strides(dquery, 3), written(dkey), strides(dkey, 3), written(dvalue), strides(dvalue, 3), written(dmask),
-        (1, 1) if mask is None else tuple(mask.shape[:2]), mask is not None and mask.shape[2] == 1, exact,
-    )  # fmt: skip
+        kernels.attention_backward,
+        query,
+        inputs,
+        address(out),
+        strides(out, 3),
+        address(dout),
+        strides(dout, 3),
+        address(dlse),
+        written(delta),
+        written(dquery),
+        strides(dquery, 3),
+        written(dkey),
+        strides(dkey, 3),
+        written(dvalue),
+        strides(dvalue, 3),
+        written(dmask),
+        (1, 1) if mask is None else tuple(mask.shape[:2]),
+        mask is not None and mask.shape[2] == 1,
+        exact,
+    )
 
 
-attention_forward, attention_backward, attention_varlen_forward, attention_varlen_backward = attention_operators(launch_attention, launch_gradients, dense_last)
+attention_forward, attention_backward, attention_varlen_forward, attention_varlen_backward = attention_operators(
+    launch_attention, launch_gradients, dense_last
+)

@@ -19,7 +19,9 @@ def beyond(operator, features):
     """Reasons: what of a call's sizes is more than the kernels of attention count or hold."""
     reasons = []
     if operator == "attention" and max(features["query_len"], features["key_len"]) > FURTHEST:
-        reasons.append(f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}")
+        reasons.append(
+            f"counts up to {FURTHEST} queries and keys, not {max(features['query_len'], features['key_len'])}"
+        )
     if operator == "attention_varlen" and max(features["query_tokens"], features["key_tokens"]) > FURTHEST:
         reasons.append(f"counts up to {FURTHEST} tokens, not {max(features['query_tokens'], features['key_tokens'])}")
     if operator in ("attention", "attention_varlen") and features["head_dim"] > WIDEST_HEAD:
@@ -29,7 +31,11 @@ def beyond(operator, features):
 
 def on(x):
     """Kernels launch on the device that is current, and on its current stream: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else contextlib.nullcontext()
+    return (
+        torch.cuda.device(x.device)
+        if x.is_cuda and x.device.index != torch.cuda.current_device()
+        else contextlib.nullcontext()
+    )
 
 
 def new_like(x, wanted=True, dtype=None):
@@ -42,7 +48,9 @@ def new_like(x, wanted=True, dtype=None):
 
 def new_of_rows(x):
     """Two numbers in float32 for each row of x."""
-    one = x.new_empty(tuple(x.shape[:-1]), dtype=torch.float32)  # PyTorch reads a tuple a microsecond faster than a torch.Size
+    one = x.new_empty(
+        tuple(x.shape[:-1]), dtype=torch.float32
+    )  # PyTorch reads a tuple a microsecond faster than a torch.Size
     return one, torch.empty_like(one)
 
 
@@ -180,7 +188,9 @@ def attention_operators(launch_forward, launch_backward, near):
         launch_forward(near(query), near(key), near(value), out, lse, call)
         return out, lse
 
-    def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    def attention_backward(
+        dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed
+    ):
         needs_query, needs_key, needs_value, needs_mask = needed
         dquery = tokens_first(query)  # its pass computes what the others need too
         dkey, dvalue = tokens_first(key, needs_key or needs_value), tokens_first(value, needs_key or needs_value)
@@ -195,7 +205,17 @@ def attention_operators(launch_forward, launch_backward, near):
             dout = torch.zeros_like(out) if dout is None else near(dout)
             # out and lse are as they were, unless a hook on saved tensors laid them out anew.
             tensors = near(query), near(key), near(value), near(out), lse.contiguous()
-            launch_backward(dout, vector(dlse), *tensors, dquery, dkey, dvalue, dmask, needs_mask and query.dtype.itemsize == 2, call)
+            launch_backward(
+                dout,
+                vector(dlse),
+                *tensors,
+                dquery,
+                dkey,
+                dvalue,
+                dmask,
+                needs_mask and query.dtype.itemsize == 2,
+                call,
+            )
         if shifts:
             dmask = shift_gradient(mask, lse, dlse)
         return (
@@ -219,17 +239,47 @@ def attention_operators(launch_forward, launch_backward, near):
         launch_forward(*(near(packed(x)) for x in (query, key, value)), packed(out), lse[None], call)
         return out, lse
 
-    def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed):
+    def attention_varlen_backward(
+        dout,
+        dlse,
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        out,
+        lse,
+        scale,
+        lower,
+        upper,
+        dropout_p,
+        needed,
+    ):
         check_starts(query, key, cu_seqlens_q, cu_seqlens_k)
         if query.numel() == 0 or key.numel() == 0:
-            return tuple(torch.zeros_like(x) if need else None for x, need in zip((query, key, value), needed, strict=True))
+            return tuple(
+                torch.zeros_like(x) if need else None for x, need in zip((query, key, value), needed, strict=True)
+            )
         dquery = new_like(query)
         dkey, dvalue = (new_like(x, needed[1] or needed[2]) for x in (key, value))
         call = call_of(query, key, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p)
         dout = torch.zeros_like(out) if dout is None else dout
         dout, query, key, value, out = (near(packed(x)) for x in (dout, query, key, value, out))
         gradients = [d if d is None else packed(d) for d in (dquery, dkey, dvalue)]
-        launch_backward(dout, None if dlse is None else dlse.contiguous()[None], query, key, value, out, lse.contiguous()[None], *gradients, None, False, call)
+        launch_backward(
+            dout,
+            None if dlse is None else dlse.contiguous()[None],
+            query,
+            key,
+            value,
+            out,
+            lse.contiguous()[None],
+            *gradients,
+            None,
+            False,
+            call,
+        )
         return tuple(gradient if need else None for gradient, need in zip((dquery, dkey, dvalue), needed, strict=True))
 
     return attention_forward, attention_backward, attention_varlen_forward, attention_varlen_backward

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-FRESH = 32 << 20  # bytes: glibc, left to itself, keeps no larger block for the next call; smaller ones are mostly found again in the heap
+FRESH = (
+    32 << 20
+)  # bytes: glibc, left to itself, keeps no larger block for the next call; smaller ones are mostly found again in the heap
 MADV_HUGEPAGE = 14  # sys/mman.h
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -13,7 +15,9 @@ SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 def page_bytes() -> int:
     """Of a huge page; 0 where asking for one changes nothing: they are always given, or never."""
     try:
-        return int((SETTINGS / "hpage_pmd_size").read_text()) if "[madvise]" in (SETTINGS / "enabled").read_text() else 0
+        return (
+            int((SETTINGS / "hpage_pmd_size").read_text()) if "[madvise]" in (SETTINGS / "enabled").read_text() else 0
+        )
     except OSError:
         return 0
 

@@ -34,5 +34,7 @@ def kept(seed: Tensor, rows: int, columns: int, third: Tensor, p: float) -> Tens
     counters = torch.arange(blocks * 16, device=seed.device)
     row = torch.arange(rows, device=seed.device)[:, None]
     each = philox((counters, row, third[..., None, None].to(torch.int64), zero), (seed & WORD, seed >> 32 & WORD))
-    words = torch.stack([word.expand(*third.shape, rows, blocks * 16).unflatten(-1, (blocks, 16)) for word in each], dim=-2)
+    words = torch.stack(
+        [word.expand(*third.shape, rows, blocks * 16).unflatten(-1, (blocks, 16)) for word in each], dim=-2
+    )
     return (words >= int(p * 2**32)).flatten(-3)[..., :columns]

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from fastlm.backends.philox import kept
 
-OPERATORS = ("adamw", "attention", "attention_varlen", "layernorm_residual", "gelu_mlp", "linear", "linear_cross_entropy")
+OPERATORS = (
+    "adamw",
+    "attention",
+    "attention_varlen",
+    "layernorm_residual",
+    "gelu_mlp",
+    "linear",
+    "linear_cross_entropy",
+)
 
 
 def refuses(operator, device, dtype, **features):
@@ -53,15 +61,33 @@ def narrow(dtype, *tensors):
 
 
 def adamw(
-    parameters, gradients, exp_avgs, exp_avg_sqs, masters, steps, *, max_exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, factor, zero_gradients
-):  # fmt: skip
-    for p, gradient, exp_avg, exp_avg_sq, master, step in zip(parameters, gradients, exp_avgs, exp_avg_sqs, masters or parameters, steps, strict=True):
+    parameters,
+    gradients,
+    exp_avgs,
+    exp_avg_sqs,
+    masters,
+    steps,
+    *,
+    max_exp_avg_sqs,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    factor,
+    zero_gradients,
+):
+    for p, gradient, exp_avg, exp_avg_sq, master, step in zip(
+        parameters, gradients, exp_avgs, exp_avg_sqs, masters or parameters, steps, strict=True
+    ):
         t = step.add_(1).item()
         g, m, v, w, held = widen(gradient, exp_avg, exp_avg_sq, p, master)
         g = g * factor
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
-        w = torch.where(master.to(p.dtype) == p, held, w)  # a parameter that others have changed is the truth, not its master copy
+        w = torch.where(
+            master.to(p.dtype) == p, held, w
+        )  # a parameter that others have changed is the truth, not its master copy
         w = w * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / (v.sqrt() / math.sqrt(1 - beta2**t) + eps)
         for target, value in ((exp_avg, m), (exp_avg_sq, v), (p, w), (master, w)):
             target.copy_(value)
@@ -152,7 +178,9 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
     dactivated, dw2, db2 = linear_backward(g, activated, wide_w2, layout, (any(needed[:3]), needs_w2, needs_b2))
     dx = dw1 = db1 = None
     if any(needed[:3]):
-        dx, dw1, db1 = linear_backward(dactivated * gelu_gradient(hidden, approximate), wide, wide_w1, layout, needed[:3])
+        dx, dw1, db1 = linear_backward(
+            dactivated * gelu_gradient(hidden, approximate), wide, wide_w1, layout, needed[:3]
+        )
     return narrow(x.dtype, dx, dw1, db1, dw2, db2)
 
 
@@ -180,7 +208,11 @@ def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
         summed = x
     else:
         (wide,) = widen(dropped(widen(x)[0], seed, dropout_p))
-        summed = (wide if residual is None else widen(residual)[0] + wide).to((x if residual is None else residual).dtype).contiguous()
+        summed = (
+            (wide if residual is None else widen(residual)[0] + wide)
+            .to((x if residual is None else residual).dtype)
+            .contiguous()
+        )
     (wide,) = widen(summed)  # LN reads the sum as it is stored
     y = layer_norm(summed, weight, bias, eps, x.dtype).contiguous()
     mean = wide.mean(-1)
@@ -219,7 +251,9 @@ def check_targets(target, vocab, ignore_index):
 
 
 def out_of_range(target, position, vocab, ignore_index):
-    return ValueError(f"target: expected values in [0, {vocab}), the vocabulary, or ignore_index {ignore_index}, got {target[position]} at {list(position)}")
+    return ValueError(
+        f"target: expected values in [0, {vocab}), the vocabulary, or ignore_index {ignore_index}, got {target[position]} at {list(position)}"
+    )
 
 
 @as_written
@@ -242,7 +276,9 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
     wide, w, b = widen(x, weight, bias)
     dlogits = torch.softmax(linear(wide, w, b, "linear"), -1) - label_smoothing / vocab
     ignored = (target == ignore_index)[..., None]
-    dlogits.scatter_add_(-1, torch.where(ignored, 0, target[..., None]), dlogits.new_full((*target.shape, 1), label_smoothing - 1))
+    dlogits.scatter_add_(
+        -1, torch.where(ignored, 0, target[..., None]), dlogits.new_full((*target.shape, 1), label_smoothing - 1)
+    )
     dlogits = torch.where(ignored, 0, dlogits * row_scale[..., None])
     return loss, *narrow(x.dtype, *linear_backward(dlogits, wide, w, "linear", needed))
 
@@ -276,7 +312,11 @@ def isolated(weights, values, reachable):
         return weights @ values
     reachable = reachable.expand(weights.shape).to(weights.dtype)
     product = weights @ torch.where(finite, values, 0)
-    for harm, found in ((torch.inf, values == torch.inf), (-torch.inf, values == -torch.inf), (torch.nan, values.isnan())):
+    for harm, found in (
+        (torch.inf, values == torch.inf),
+        (-torch.inf, values == -torch.inf),
+        (torch.nan, values.isnan()),
+    ):
         product = torch.where(reachable @ found.to(weights.dtype) > 0, product + harm, product)
     return product
 
@@ -334,7 +374,13 @@ def attention(query, key, value, mask, key_padding, seed, scale, lower, upper, d
 
 def attention_kept(seed, weights, p, first):
     batch, heads, query_len, key_len = weights.shape
-    return kept(seed, query_len, key_len, torch.arange(first * heads, (first + batch) * heads, device=weights.device).view(batch, heads), p)
+    return kept(
+        seed,
+        query_len,
+        key_len,
+        torch.arange(first * heads, (first + batch) * heads, device=weights.device).view(batch, heads),
+        p,
+    )
 
 
 def tokens_first(x, dtype):
@@ -349,14 +395,18 @@ def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, 
 
 
 @as_written
-def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed, first=0):
+def attention_backward(
+    dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed, first=0
+):
     q, k, v, g = widen(query, key, value, dout)
     groups = query.shape[1] // key.shape[1]
     k, v = grouped(k, groups), grouped(v, groups)
     wide_mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
     allowed = allowed_places(query, key, mask, key_padding, lower, upper)
     reachable = reach(q, k, wide_mask, allowed)
-    weights, _ = softmax(scores_of(q, k, wide_mask, allowed, scale))  # anew: exp(score − lse) rounds with the size of the scores
+    weights, _ = softmax(
+        scores_of(q, k, wide_mask, allowed, scale)
+    )  # anew: exp(score − lse) rounds with the size of the scores
     g = torch.zeros_like(q) if g is None else g
     dweights = g @ v.mT
     if reachable is not None:  # a NaN behind the mask has come this far, in both
@@ -377,7 +427,11 @@ def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, o
     dquery, dkey, dvalue = (d if d is None else tokens_first(d, query.dtype) for d in (dquery, dkey, dvalue))
     dmask = None
     if needed[3]:
-        dmask = shift_gradient(mask, lse, dlse) if mask.shape[3] == 1 else dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous()
+        dmask = (
+            shift_gradient(mask, lse, dlse)
+            if mask.shape[3] == 1
+            else dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous()
+        )
     return dquery, dkey, dvalue, dmask
 
 
@@ -410,7 +464,9 @@ def each_sequence(query, key, cu_seqlens_q, cu_seqlens_k):
     """(number, its queries, its keys, what the band moves by) for each: the last query stands at the last key."""
     starts_q = starts_of("cu_seqlens_q", cu_seqlens_q, query.shape[0])
     starts_k = starts_of("cu_seqlens_k", cu_seqlens_k, key.shape[0])
-    for number, ((q0, q1), (k0, k1)) in enumerate(zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k), strict=True)):
+    for number, ((q0, q1), (k0, k1)) in enumerate(
+        zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k), strict=True)
+    ):
         yield number, slice(q0, q1), slice(k0, k1), (k1 - k0) - (q1 - q0)
 
 
@@ -441,19 +497,42 @@ def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed
 
 
 @as_written
-def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed):
+def attention_varlen_backward(
+    dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed
+):
     def differentiate(number, dout, dlse, q, k, v, out, lse, moved):
         masks = None, None
-        return attention_backward(dout, dlse, q, k, v, *masks, seed, out, lse, scale, lower + moved, upper + moved, dropout_p, (*needed, False), number)
+        return attention_backward(
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            *masks,
+            seed,
+            out,
+            lse,
+            scale,
+            lower + moved,
+            upper + moved,
+            dropout_p,
+            (*needed, False),
+            number,
+        )
 
     return gather_backward(differentiate, dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse, needed)
 
 
 def gather_forward(attend, query, key, value, cu_seqlens_q, cu_seqlens_k):
     """What attend(number, query, key, value, moved) makes of each sequence, packed."""
-    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
+    out, lse = (
+        query.new_empty(query.shape),
+        query.new_empty(query.shape[1], query.shape[0], dtype=torch.promote_types(query.dtype, torch.float32)),
+    )
     for number, queries, keys, moved in each_sequence(query, key, cu_seqlens_q, cu_seqlens_k):
-        one, one_lse = attend(number, batch_of_one(query, queries), batch_of_one(key, keys), batch_of_one(value, keys), moved)
+        one, one_lse = attend(
+            number, batch_of_one(query, queries), batch_of_one(key, keys), batch_of_one(value, keys), moved
+        )
         out[queries], lse[:, queries] = one[0].transpose(0, 1), one_lse[0]
     return out, lse
 
@@ -465,7 +544,9 @@ def gather_backward(differentiate, dout, dlse, query, key, value, cu_seqlens_q, 
     for number, queries, keys, moved in each_sequence(query, key, cu_seqlens_q, cu_seqlens_k):
         q, g, o = (batch_of_one(x, queries) for x in (query, dout, out))
         k, v = batch_of_one(key, keys), batch_of_one(value, keys)
-        parts = differentiate(number, g, None if dlse is None else dlse[None, :, queries], q, k, v, o, lse[None, :, queries], moved)
+        parts = differentiate(
+            number, g, None if dlse is None else dlse[None, :, queries], q, k, v, o, lse[None, :, queries], moved
+        )
         for gradient, part, tokens in zip(gradients, parts[:3], (queries, keys, keys), strict=True):
             if gradient is not None:
                 gradient[tokens] = part[0].transpose(0, 1)

@@ -22,8 +22,27 @@ DTYPES = ("float32", "bfloat16", "float16")
 # What each operator tells of a call, in this order: all that a backend's reasons and the table may depend on.
 FEATURES = {
     "adamw": ("amsgrad", "gaps", "mixed", "subclass"),
-    "attention": ("batch", "heads", "query_len", "key_len", "head_dim", "masked", "dropout", "return_lse", "mask_gradient"),
-    "attention_varlen": ("sequences", "heads", "query_tokens", "key_tokens", "head_dim", "masked", "dropout", "return_lse"),
+    "attention": (
+        "batch",
+        "heads",
+        "query_len",
+        "key_len",
+        "head_dim",
+        "masked",
+        "dropout",
+        "return_lse",
+        "mask_gradient",
+    ),
+    "attention_varlen": (
+        "sequences",
+        "heads",
+        "query_tokens",
+        "key_tokens",
+        "head_dim",
+        "masked",
+        "dropout",
+        "return_lse",
+    ),
     "gelu_mlp": ("rows", "in_width", "hidden_width", "out_width", "conv1d"),
     "layernorm_residual": ("rows", "width", "dropout"),
     "linear": ("rows", "in_width", "out_width", "conv1d"),
@@ -41,7 +60,8 @@ class Rule:
 
     def holds(self, operator: str, dtype: str, features: dict) -> bool:
         return (operator, dtype) == (self.operator, self.dtype) and all(
-            (low is None or features[name] >= low) and (high is None or features[name] <= high) for name, (low, high) in self.where.items()
+            (low is None or features[name] >= low) and (high is None or features[name] <= high)
+            for name, (low, high) in self.where.items()
         )
 
     def __str__(self) -> str:
@@ -107,8 +127,17 @@ def shipped() -> tuple[Rule, ...]:
 
 def rule_of(row: dict[str, Any], device: str) -> Rule:
     """A row of the user's table; ValueError, LookupError, TypeError or AttributeError where it is none."""
-    rule = Rule(row["operator"], row["dtype"], {name: (low, high) for name, (low, high) in row.get("where", {}).items()}, row.get("first", "torch"))
-    for name, given, known in (("operator", rule.operator, tuple(FEATURES)), ("dtype", rule.dtype, DTYPES), ("first", rule.first, ORDER[device][:-1])):
+    rule = Rule(
+        row["operator"],
+        row["dtype"],
+        {name: (low, high) for name, (low, high) in row.get("where", {}).items()},
+        row.get("first", "torch"),
+    )
+    for name, given, known in (
+        ("operator", rule.operator, tuple(FEATURES)),
+        ("dtype", rule.dtype, DTYPES),
+        ("first", rule.first, ORDER[device][:-1]),
+    ):
         if given not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
     for name, ends in rule.where.items():
@@ -127,7 +156,11 @@ def own(model: str, device: str) -> tuple[Rule, ...] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as wrong:
-        warnings.warn(f"{user_table()}: cannot be read ({wrong}); the measurements that come with fastlm hold", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"{user_table()}: cannot be read ({wrong}); the measurements that come with fastlm hold",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return None
 
 
@@ -164,11 +197,19 @@ def of(device: torch.device) -> tuple[Rule, ...]:
     return ()
 
 
-NAMES = {"torch": "PyTorch serves", "cpu": "fastlm's kernels serve", "triton": "the Triton kernels serve", "cuda": "the CUDA C++ kernels serve"}
+NAMES = {
+    "torch": "PyTorch serves",
+    "cpu": "fastlm's kernels serve",
+    "triton": "the Triton kernels serve",
+    "cuda": "the CUDA C++ kernels serve",
+}
 
 
 def listed(rows: tuple[Rule, ...]) -> list[str]:
-    return [f"{NAMES[first]} {'; '.join(str(rule) for rule in rows if rule.first == first)}" for first in dict.fromkeys(rule.first for rule in rows)]
+    return [
+        f"{NAMES[first]} {'; '.join(str(rule) for rule in rows if rule.first == first)}"
+        for first in dict.fromkeys(rule.first for rule in rows)
+    ]
 
 
 def in_words() -> str:
@@ -197,5 +238,7 @@ def gpus_in_words() -> list[str]:
         if rows is None:
             lines.append(f"{card}: not measured yet, Triton comes first (fastlm info --measure measures it)")
         else:
-            lines.append(f"{card}: {', '.join([*listed(rows), 'Triton comes first ' + ('elsewhere' if rows else 'everywhere, as measured')])}")
+            lines.append(
+                f"{card}: {', '.join([*listed(rows), 'Triton comes first ' + ('elsewhere' if rows else 'everywhere, as measured')])}"
+            )
     return lines

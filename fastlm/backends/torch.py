@@ -44,8 +44,22 @@ def flat_rows(x: Tensor) -> Tensor:
 
 
 def adamw(
-    parameters, gradients, exp_avgs, exp_avg_sqs, masters, steps, *, max_exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, factor, zero_gradients
-):  # fmt: skip
+    parameters,
+    gradients,
+    exp_avgs,
+    exp_avg_sqs,
+    masters,
+    steps,
+    *,
+    max_exp_avg_sqs,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    factor,
+    zero_gradients,
+):
     targets = masters or parameters
     if masters:  # a parameter that others have changed is the truth, not its master copy
         for p, master in zip(parameters, masters, strict=True):
@@ -55,10 +69,22 @@ def adamw(
         scaled = list(torch._foreach_mul(scaled, factor))
     moments = [*exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs]
     functional_adamw(
-        targets, scaled, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, fused=fusable(targets, scaled, moments, steps) or None,
-        has_complex=any(p.is_complex() for p in targets), amsgrad=bool(max_exp_avg_sqs), beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps,
+        targets,
+        scaled,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        fused=fusable(targets, scaled, moments, steps) or None,
+        has_complex=any(p.is_complex() for p in targets),
+        amsgrad=bool(max_exp_avg_sqs),
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
         maximize=False,
-    )  # fmt: skip
+    )
     torch.autograd.graph.increment_version([*targets, *moments])  # which PyTorch's fused kernels leave out
     if masters:
         torch._foreach_copy_(parameters, masters)
@@ -69,15 +95,23 @@ def adamw(
 def fusable(targets, gradients, moments, steps):
     """Whether PyTorch's fused kernels can serve: they walk through memory, and on a CPU they do not look whether all lies in one order."""
     first = targets[0]
-    if first.device.type not in ("cpu", "cuda", "xpu") or not first.is_floating_point() or steps[0].device != first.device:
+    if (
+        first.device.type not in ("cpu", "cuda", "xpu")
+        or not first.is_floating_point()
+        or steps[0].device != first.device
+    ):
         return False
-    return all((type(x) in PLAIN or isinstance(x, FakeTensor)) and x.is_contiguous() for x in (*targets, *gradients, *moments))
+    return all(
+        (type(x) in PLAIN or isinstance(x, FakeTensor)) and x.is_contiguous() for x in (*targets, *gradients, *moments)
+    )
 
 
 def sum_of_squares(tensors):
     wide = torch.float64 if tensors[0].dtype in (torch.float64, torch.complex128) else torch.float32
     squares = [torch.linalg.vector_norm(x, dtype=x.dtype if x.is_complex() else wide).square() for x in tensors]
-    total = torch.stack([s.full_tensor() if hasattr(s, "full_tensor") else s for s in squares]).sum()  # a DTensor's, over all processes
+    total = torch.stack(
+        [s.full_tensor() if hasattr(s, "full_tensor") else s for s in squares]
+    ).sum()  # a DTensor's, over all processes
     return total
 
 
@@ -88,7 +122,9 @@ def linear(x, weight, bias, layout):
     if layout == "linear":
         return torch.nn.functional.linear(x, weight, bias).contiguous()
     flat = flat_rows(x)
-    return (torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)).view(*x.shape[:-1], weight.shape[1])
+    return (torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)).view(
+        *x.shape[:-1], weight.shape[1]
+    )
 
 
 linear_forward = as_written(linear)
@@ -98,7 +134,9 @@ linear_forward = as_written(linear)
 def linear_backward(dy, x, weight, layout, needed):
     flat, gradient = flat_rows(x), flat_rows(dy)
     dx = torch.mm(gradient, weight if layout == "linear" else weight.t()).view(x.shape) if needed[0] else None
-    dweight = (torch.mm(gradient.t(), flat) if layout == "linear" else torch.mm(flat.t(), gradient)) if needed[1] else None
+    dweight = (
+        (torch.mm(gradient.t(), flat) if layout == "linear" else torch.mm(flat.t(), gradient)) if needed[1] else None
+    )
     return dx, dweight, gradient.sum(0) if needed[2] else None
 
 
@@ -109,7 +147,11 @@ def linear_backward(dy, x, weight, layout, needed):
 def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute):
     hidden = linear_forward(x, w1, b1, layout)
     activated = torch.nn.functional.gelu(hidden, approximate=approximate)
-    return linear_forward(activated, w2, b2, layout), hidden if recompute < 2 else None, activated if recompute < 1 else None
+    return (
+        linear_forward(activated, w2, b2, layout),
+        hidden if recompute < 2 else None,
+        activated if recompute < 1 else None,
+    )
 
 
 @as_written
@@ -118,10 +160,14 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
         hidden = linear_forward(x, w1, b1, layout)
     if activated is None and needed[3]:
         activated = torch.nn.functional.gelu(hidden, approximate=approximate)
-    dactivated, dw2, db2 = linear_backward(dy, hidden if activated is None else activated, w2, layout, (any(needed[:3]), *needed[3:]))
+    dactivated, dw2, db2 = linear_backward(
+        dy, hidden if activated is None else activated, w2, layout, (any(needed[:3]), *needed[3:])
+    )
     if dactivated is None:
         return None, None, None, dw2, db2
-    dhidden = aten.gelu_backward.grad_input(dactivated, hidden, approximate=approximate, grad_input=dactivated)  # in its place: fresh pages cost as much
+    dhidden = aten.gelu_backward.grad_input(
+        dactivated, hidden, approximate=approximate, grad_input=dactivated
+    )  # in its place: fresh pages cost as much
     return *linear_backward(dhidden, x, w1, layout, needed[:3]), dw2, db2
 
 
@@ -151,9 +197,17 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
         w = statistics_weight(weight, dtype)
         statistics = mean[..., None], rstd[..., None]
         ds, dweight, dbias = aten.native_layer_norm_backward(
-            dy.to(summed.dtype), summed, w.shape, *statistics, w, w, [needs_dx or needs_dresidual, needs_dweight, needs_dbias]
+            dy.to(summed.dtype),
+            summed,
+            w.shape,
+            *statistics,
+            w,
+            w,
+            [needs_dx or needs_dresidual, needs_dweight, needs_dbias],
         )
-        dweight, dbias = (d.to(weight.dtype) if need else None for d, need in ((dweight, needs_dweight), (dbias, needs_dbias)))
+        dweight, dbias = (
+            d.to(weight.dtype) if need else None for d, need in ((dweight, needs_dweight), (dbias, needs_dbias))
+        )
         if ds is not None and dsummed is not None:
             ds.add_(dsummed)
     return ds.to(dtype).contiguous() if needs_dx else None, ds.contiguous() if needs_dresidual else None, dweight, dbias
@@ -273,7 +327,9 @@ def additive(query, key, mask, key_padding, lower, upper):
 def harmed(query, key, value, bias, causal):
     """A NaN or Inf where PyTorch would not do as promised: in queries or keys (a row of nothing but NaN scores gives 0), or in values that are masked."""
     looked_at = (query, key, value) if bias is not None or causal else (query, key)
-    dtype = torch.float32 if query.dtype == torch.float16 else query.dtype  # whose sums would overflow; those of bfloat16 round, no harm
+    dtype = (
+        torch.float32 if query.dtype == torch.float16 else query.dtype
+    )  # whose sums would overflow; those of bfloat16 round, no harm
     # Over heads and dimensions first: one sum over everything takes PyTorch four times as long.
     return not all(math.isfinite(x.transpose(1, 2).sum((2, 3), dtype=dtype).sum().item()) for x in looked_at)
 
@@ -291,28 +347,36 @@ def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, 
         return reference.attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p)
     if on_cpu:
         query, key, value = dense(query, *ungrouped(query, key, value))
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
+        )
         return tokens_first(out), lse
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
     return tokens_first(out), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 @as_written
-def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed):
+def attention_backward(
+    dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed
+):
     on_cpu = query.device.type == "cpu"
     bias, causal = additive(query, key, mask, key_padding, lower, upper)
     if query.numel() == 0 or key.numel() == 0 or not on_cpu or harmed(query, key, value, bias, causal):
         return reference.attention_backward(
             dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed
-        )  # fmt: skip
+        )
     key_heads = key.shape[1]
     query, key, value, dout = dense(query, *ungrouped(query, key, value), dout)
     dquery, dkey, dvalue = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, query, key, value, out, lse, 0.0, causal, attn_mask=bias, scale=scale
-    )  # fmt: skip
+    )
     if key.shape[1] != key_heads:
         dkey, dvalue = (d.unflatten(1, (key_heads, -1)).sum(2) for d in (dkey, dvalue))
-    return *(tokens_first(d) if need else None for d, need in zip((dquery, dkey, dvalue), needed[:3], strict=True)), None
+    return *(
+        tokens_first(d) if need else None for d, need in zip((dquery, dkey, dvalue), needed[:3], strict=True)
+    ), None
 
 
 # attention_varlen: sequence by sequence
@@ -327,9 +391,28 @@ def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed
 
 
 @as_written
-def attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed):
+def attention_varlen_backward(
+    dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed
+):
     def differentiate(number, dout, dlse, q, k, v, out, lse, moved):
         masks = None, None
-        return attention_backward(dout, dlse, q, k, v, *masks, seed, out, lse, scale, lower + moved, upper + moved, dropout_p, (*needed, False))
+        return attention_backward(
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            *masks,
+            seed,
+            out,
+            lse,
+            scale,
+            lower + moved,
+            upper + moved,
+            dropout_p,
+            (*needed, False),
+        )
 
-    return reference.gather_backward(differentiate, dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse, needed)
+    return reference.gather_backward(
+        differentiate, dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, lse, needed
+    )

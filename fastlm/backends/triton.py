@@ -24,12 +24,15 @@ from fastlm.backends.gpu import (
     precision,
     processors,
     vector,
-)  # fmt: skip
+)
 from fastlm.backends.layout import dense_last, rows_if, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OLDEST = (3, 6)  # what PyTorch 2.10 brings; 3.5 fails to compile the gradients of packed attention (its asynchronous copies of less than 4 bytes)
+OLDEST = (
+    3,
+    6,
+)  # what PyTorch 2.10 brings; 3.5 fails to compile the gradients of packed attention (its asynchronous copies of less than 4 bytes)
 OPERATORS = ("attention", "attention_varlen", "layernorm_residual", "gelu_mlp", "linear", "linear_cross_entropy")
 WIDEST = 16384  # LayerNorm holds a row in registers
 LOGITS_BYTES = 64 << 20  # of one chunk
@@ -39,7 +42,11 @@ LEAST_SHARED = 64 << 10  # bytes of a program's shared memory: no tile of the ta
 def checkout() -> None:
     """In a checkout that is not installed the kernels lie beside the package, where fastlm.kernels must find them."""
     folder = pathlib.Path(__file__).parents[2]
-    if importlib.util.find_spec("fastlm.kernels") is None and (folder / "kernels").exists() and (folder / "csrc").exists():
+    if (
+        importlib.util.find_spec("fastlm.kernels") is None
+        and (folder / "kernels").exists()
+        and (folder / "csrc").exists()
+    ):
         fastlm.__path__.append(str(folder))
 
 
@@ -54,11 +61,20 @@ def missing() -> str:
     except ImportError as why:
         return f"needs Triton, which cannot be imported ({why}); PyTorch for CUDA or ROCm brings it, else: pip install triton"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-        return f"needs Triton {'.'.join(map(str, OLDEST))} or later, not {triton.__version__}; a newer PyTorch brings it"
+        return (
+            f"needs Triton {'.'.join(map(str, OLDEST))} or later, not {triton.__version__}; a newer PyTorch brings it"
+        )
     return ""
 
 
-MODULES = ("attention", "attention_backward", "attention_decode", "gelu_mlp", "layernorm_residual", "linear_cross_entropy")
+MODULES = (
+    "attention",
+    "attention_backward",
+    "attention_decode",
+    "gelu_mlp",
+    "layernorm_residual",
+    "linear_cross_entropy",
+)
 
 
 @functools.cache
@@ -93,11 +109,17 @@ def unfit(index: int) -> list[str]:
     """Why a GPU cannot run the kernels."""
     reasons, name = [], torch.cuda.get_device_name(index)
     if not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
-        reasons.append(f"needs an architecture of sm_80 or later, and {name} is {architecture(index)} (auto takes another backend)")
+        reasons.append(
+            f"needs an architecture of sm_80 or later, and {name} is {architecture(index)} (auto takes another backend)"
+        )
     properties = torch.cuda.get_device_properties(index)
-    shared = getattr(properties, "shared_memory_per_block_optin", 0) or getattr(properties, "shared_memory_per_block", LEAST_SHARED)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or getattr(
+        properties, "shared_memory_per_block", LEAST_SHARED
+    )
     if shared < LEAST_SHARED:
-        reasons.append(f"needs {LEAST_SHARED >> 10} KiB of shared memory, and {name} has {shared >> 10} (auto takes another backend)")
+        reasons.append(
+            f"needs {LEAST_SHARED >> 10} KiB of shared memory, and {name} has {shared >> 10} (auto takes another backend)"
+        )
     return reasons
 
 
@@ -106,8 +128,12 @@ def refuses(operator, device, dtype, **features):
     if operator not in OPERATORS:
         reasons.append(f"has no {operator}")
     if device.type != ("cpu" if INTERPRETED else "cuda"):
-        interpreting = f"serves CPU tensors under TRITON_INTERPRET=1, not {device} (without that variable it serves GPUs)"
-        reasons.append(interpreting if INTERPRETED else f"serves CUDA and ROCm tensors, not {device} (.to('cuda') moves them)")
+        interpreting = (
+            f"serves CPU tensors under TRITON_INTERPRET=1, not {device} (without that variable it serves GPUs)"
+        )
+        reasons.append(
+            interpreting if INTERPRETED else f"serves CUDA and ROCm tensors, not {device} (.to('cuda') moves them)"
+        )
     elif device.type == "cuda":
         reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
     if dtype not in DTYPES:
@@ -141,14 +167,29 @@ def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute):
         hidden, activated = x.new_empty(shape) if keeps_hidden else None, x.new_empty(shape)
         with on(x):
             kernels().gelu_mlp.gelu_mlp_forward(
-                rows_of(x), w1, by_layout(w1, layout), vector(b1), hidden, activated, shape[-1], tanh, precision(x), tile, device, processors(device)
-            )  # fmt: skip
+                rows_of(x),
+                w1,
+                by_layout(w1, layout),
+                vector(b1),
+                hidden,
+                activated,
+                shape[-1],
+                tanh,
+                precision(x),
+                tile,
+                device,
+                processors(device),
+            )
     else:
         hidden = linear_forward(x, w1, None, layout)
         activated = torch.empty_like(hidden) if keeps_hidden else hidden
         with on(x):
             kernels().gelu_mlp.gelu_mlp_activate(hidden, vector(b1), activated, tanh, device)
-    return linear_forward(activated, w2, b2, layout), hidden if keeps_hidden else None, activated if recompute < 1 else None
+    return (
+        linear_forward(activated, w2, b2, layout),
+        hidden if keeps_hidden else None,
+        activated if recompute < 1 else None,
+    )
 
 
 @as_written
@@ -168,8 +209,19 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
         dhidden = torch.empty_like(hidden)
         with on(x):
             kernels().gelu_mlp.gelu_mlp_backward(
-                rows_of(dy), w2, by_layout(w2, layout)[::-1], hidden, dhidden, made, hidden.shape[-1], tanh, precision(x), tile, device, processors(device)
-            )  # fmt: skip
+                rows_of(dy),
+                w2,
+                by_layout(w2, layout)[::-1],
+                hidden,
+                dhidden,
+                made,
+                hidden.shape[-1],
+                tanh,
+                precision(x),
+                tile,
+                device,
+                processors(device),
+            )
     elif any(needed[:3]):
         dhidden = linear_backward(dy, hidden, w2, layout, (True, False, False))[0]
         with on(x):
@@ -195,10 +247,12 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
         with on(x):
             kernels().linear_cross_entropy.linear_cross_entropy(
                 logits, targets, scale, losses, statistics, shares, ignore_index, label_smoothing, x.device.index
-            )  # fmt: skip
+            )
 
     shares = kernels().linear_cross_entropy.parts
-    dx, dweight, dbias = losses_and_gradients(rows_of(x), weight, bias, target.reshape(-1), row_scale, loss, needed, LOGITS_BYTES, shares, turn)
+    dx, dweight, dbias = losses_and_gradients(
+        rows_of(x), weight, bias, target.reshape(-1), row_scale, loss, needed, LOGITS_BYTES, shares, turn
+    )
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
 
 
@@ -215,9 +269,23 @@ def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
         (flat, step), (residual, residual_step) = rows_if(x), rows_if(residual)
         with on(x):
             kernels().layernorm_residual.layernorm_residual_forward(
-                flat, step, residual, residual_step, vector(weight), vector(bias), y, summed, mean, rstd, seed, x.numel() // width, width, eps,
-                *dropout(dropout_p), x.device.index,
-            )  # fmt: skip
+                flat,
+                step,
+                residual,
+                residual_step,
+                vector(weight),
+                vector(bias),
+                y,
+                summed,
+                mean,
+                rstd,
+                seed,
+                x.numel() // width,
+                width,
+                eps,
+                *dropout(dropout_p),
+                x.device.index,
+            )
     return y, summed, mean, rstd
 
 
@@ -235,9 +303,22 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
         shares = summed.new_empty((needed[2] + needed[3], programs, width), dtype=torch.float32) if wanted else None
         with on(summed):
             kernels().layernorm_residual.layernorm_residual_backward(
-                *inputs, vector(weight), mean, rstd, dx, dresidual, shares[0] if wanted and needed[2] else None, shares[-1] if wanted and needed[3] else None,
-                seed, rows, width, programs, steps, *dropout(dropout_p), device,
-            )  # fmt: skip
+                *inputs,
+                vector(weight),
+                mean,
+                rstd,
+                dx,
+                dresidual,
+                shares[0] if wanted and needed[2] else None,
+                shares[-1] if wanted and needed[3] else None,
+                seed,
+                rows,
+                width,
+                programs,
+                steps,
+                *dropout(dropout_p),
+                device,
+            )
             if wanted:
                 kernels().layernorm_residual.layernorm_residual_fold(shares, dweight, dbias, programs, width, device)
     return dx, dresidual, dweight, dbias
@@ -253,26 +334,76 @@ def near(x):
 
 def launch_attention(query, key, value, out, lse, call):
     _, heads, key_heads, query_len, key_len, _ = call.sizes
-    settings = call.sizes, call.band, call.scale, *dropout(call.dropout_p), precision(query), architecture(query.device.index), query.device.index
+    settings = (
+        call.sizes,
+        call.band,
+        call.scale,
+        *dropout(call.dropout_p),
+        precision(query),
+        architecture(query.device.index),
+        query.device.index,
+    )
     with on(query):
         if call.cu_seqlens_q is None and kernels().attention_decode.serves(heads, key_heads, query_len, key_len):
             kernels().attention_decode.attention_decode(
-                query, key, value, out, lse, call.mask, call.key_padding, call.seed, *settings,
+                query,
+                key,
+                value,
+                out,
+                lse,
+                call.mask,
+                call.key_padding,
+                call.seed,
+                *settings,
                 lambda shape: torch.empty(shape, dtype=torch.float32, device=query.device),
-            )  # fmt: skip
+            )
         else:
             kernels().attention.attention_forward(
-                query, key, value, out, lse, call.mask, call.key_padding, call.cu_seqlens_q, call.cu_seqlens_k, call.seed, *settings
+                query,
+                key,
+                value,
+                out,
+                lse,
+                call.mask,
+                call.key_padding,
+                call.cu_seqlens_q,
+                call.cu_seqlens_k,
+                call.seed,
+                *settings,
             )
 
 
 def launch_gradients(dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dmask, exact, call):
     with on(query):
         kernels().attention_backward.attention_backward(
-            dout, dlse, query, key, value, call.mask, call.key_padding, call.cu_seqlens_q, call.cu_seqlens_k, call.seed, out, lse, dquery, dkey, dvalue, dmask,
-            call.sizes, call.band, call.scale, *dropout(call.dropout_p), precision(query), exact, architecture(query.device.index),
-            query.device.index, torch.empty_like(lse),
-        )  # fmt: skip
+            dout,
+            dlse,
+            query,
+            key,
+            value,
+            call.mask,
+            call.key_padding,
+            call.cu_seqlens_q,
+            call.cu_seqlens_k,
+            call.seed,
+            out,
+            lse,
+            dquery,
+            dkey,
+            dvalue,
+            dmask,
+            call.sizes,
+            call.band,
+            call.scale,
+            *dropout(call.dropout_p),
+            precision(query),
+            exact,
+            architecture(query.device.index),
+            query.device.index,
+            torch.empty_like(lse),
+        )
 
 
-attention_forward, attention_backward, attention_varlen_forward, attention_varlen_backward = attention_operators(launch_attention, launch_gradients, near)
+attention_forward, attention_backward, attention_varlen_forward, attention_varlen_backward = attention_operators(
+    launch_attention, launch_gradients, near
+)

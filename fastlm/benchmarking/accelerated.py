@@ -47,7 +47,10 @@ def minilm(checkpoint: str) -> tuple[nn.Module, list[Batch]]:
     """The encoder, and all sentences tokenised in the order in which they come, each batch padded to its longest."""
     auto = transformers()
     tokenizer, words = auto.AutoTokenizer.from_pretrained(checkpoint), sentences(ENCODED)
-    batches = [dict(tokenizer(words[i : i + AT_ONCE], padding=True, truncation=True, return_tensors="pt")) for i in range(0, ENCODED, AT_ONCE)]
+    batches = [
+        dict(tokenizer(words[i : i + AT_ONCE], padding=True, truncation=True, return_tensors="pt"))
+        for i in range(0, ENCODED, AT_ONCE)
+    ]
     return auto.AutoModel.from_pretrained(checkpoint).eval(), batches
 
 
@@ -65,7 +68,11 @@ def bert(batch: int = 16, tokens: int = 128, mean: int = 64, **config: Any) -> t
     model = auto.BertForSequenceClassification(auto.BertConfig(**config)).train()
     lengths = torch.linspace(2 * mean - tokens + 1, tokens, batch).round().long()
     x = torch.randint(model.config.vocab_size, (batch, tokens))
-    return model, {"input_ids": x, "attention_mask": (torch.arange(tokens) < lengths[:, None]).long(), "labels": torch.arange(batch) % 2}
+    return model, {
+        "input_ids": x,
+        "attention_mask": (torch.arange(tokens) < lengths[:, None]).long(),
+        "labels": torch.arange(batch) % 2,
+    }
 
 
 def gpt2(batch: int = 2, tokens: int = 512, **config: Any) -> tuple[nn.Module, Batch]:
@@ -146,9 +153,17 @@ def gpt2_timer(*, dtype: str, sizes: dict[str, Any], compiled: bool = False, **h
         data = [{name: x[i] for name, x in batch.items()} for i in range(rows)] * 1000  # an epoch's end is rare
         with tempfile.TemporaryDirectory() as folder:
             arguments = auto.TrainingArguments(
-                folder, use_cpu=True, bf16=dtype == "bfloat16", per_device_train_batch_size=rows, max_steps=1 << 30, torch_compile=compiled,
-                report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
-            )  # fmt: skip
+                folder,
+                use_cpu=True,
+                bf16=dtype == "bfloat16",
+                per_device_train_batch_size=rows,
+                max_steps=1 << 30,
+                torch_compile=compiled,
+                report_to=[],
+                logging_strategy="no",
+                save_strategy="no",
+                disable_tqdm=True,
+            )
             try:
                 auto.Trainer(model, arguments, train_dataset=data, callbacks=[OnRequest()]).train()
             except BaseException as failed:
@@ -201,7 +216,9 @@ def stepped(case: str, dtype: str, sizes: dict[str, Any]) -> Iterator[dict[str, 
             loss = next_token_loss(ready, batch) if kind == "true" and case == "gpt2" else ready(**batch).loss
         loss.backward()
         # The gradient of a key's bias is 0 but for rounding.
-        gradients = {name: p.grad for name, p in ready.named_parameters() if p.grad is not None and not name.endswith("key.bias")}
+        gradients = {
+            name: p.grad for name, p in ready.named_parameters() if p.grad is not None and not name.endswith("key.bias")
+        }
         yield {"loss": loss.detach(), **gradients}
 
 
@@ -217,13 +234,26 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 def shape_and_tokens(case: str, subject: dict[str, Any]) -> tuple[str, int]:
     if case == "encoding":
         batches = minilm(subject["checkpoint"])[1]
-        real, all_ = (sum(count(batch["attention_mask"]) for batch in batches) for count in (lambda mask: int(mask.sum()), torch.numel))
-        return f"{ENCODED} sentences with MiniLM, {AT_ONCE} at a time, {1 - real / all_:.0%} of the positions padding", real
+        real, all_ = (
+            sum(count(batch["attention_mask"]) for batch in batches)
+            for count in (lambda mask: int(mask.sum()), torch.numel)
+        )
+        return (
+            f"{ENCODED} sentences with MiniLM, {AT_ONCE} at a time, {1 - real / all_:.0%} of the positions padding",
+            real,
+        )
     model, batch = (bert if case == "bert" else gpt2)(**subject["sizes"])
     rows, tokens = batch["input_ids"].shape
     real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else rows * tokens
-    what = f"BERT, {rows} sequences of {real / rows:.0f} tokens on average" if case == "bert" else f"GPT-2 through Trainer, {rows} sequences"
-    return f"{what} in {tokens} positions, dropout 0.1, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters", real
+    what = (
+        f"BERT, {rows} sequences of {real / rows:.0f} tokens on average"
+        if case == "bert"
+        else f"GPT-2 through Trainer, {rows} sequences"
+    )
+    return (
+        f"{what} in {tokens} positions, dropout 0.1, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters",
+        real,
+    )
 
 
 def check_checkpoint(cases: Sequence[str], checkpoint: Path | None) -> None:
@@ -238,9 +268,16 @@ def subject_of(case: str, checkpoint: Path | None = None, sizes: dict[str, Any] 
 
 
 def compare_accelerated(
-    case: str, dtype: str, number_of_threads: int, *, checkpoint: Path | None = None, sizes: dict[str, Any] | None = None, compiled: bool = False,
-    rounds: int = 10, budget: float = 60.0,
-) -> Row:  # fmt: skip
+    case: str,
+    dtype: str,
+    number_of_threads: int,
+    *,
+    checkpoint: Path | None = None,
+    sizes: dict[str, Any] | None = None,
+    compiled: bool = False,
+    rounds: int = 10,
+    budget: float = 60.0,
+) -> Row:
     """One of CASES.
 
     Args:
@@ -257,6 +294,15 @@ def compare_accelerated(
     taken, last = contest(f"accelerated.{case}_timer", common, compiled=compiled, rounds=rounds, budget=budget)
     direction, said = "encode" if case == "encoding" else "step", last["fastlm"]
     return Row(
-        f"accelerated_{case}", shape, dtype, number_of_threads, direction, ", ".join(said["backends"]), statistics.median(taken["fastlm"]), rivals(taken, last),
-        bytes_held=said["bytes"], tokens=tokens, error=error,
-    )  # fmt: skip
+        f"accelerated_{case}",
+        shape,
+        dtype,
+        number_of_threads,
+        direction,
+        ", ".join(said["backends"]),
+        statistics.median(taken["fastlm"]),
+        rivals(taken, last),
+        bytes_held=said["bytes"],
+        tokens=tokens,
+        error=error,
+    )

@@ -19,7 +19,10 @@ def error_over_theirs(true: Sequence[Tensor], theirs: Sequence[Tensor], ours: Se
     def relative(x: Tensor, truth: Tensor) -> float:
         return max(rms(x.double() - truth) / max(rms(truth), 1e-30), torch.finfo(x.dtype).eps / 2)
 
-    own, other = (statistics.geometric_mean(relative(x, truth) for x, truth in zip(found, true, strict=True)) for found in (ours, theirs))
+    own, other = (
+        statistics.geometric_mean(relative(x, truth) for x, truth in zip(found, true, strict=True))
+        for found in (ours, theirs)
+    )
     return own / other
 
 

@@ -20,7 +20,9 @@ class Actor:
     """
 
     def __init__(self, work: str, arguments: dict[str, Any]):
-        clean = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "GLIBC_TUNABLES")}  # as it comes is without the user's tuning
+        clean = {
+            name: value for name, value in os.environ.items() if name not in (*VARIABLES, "GLIBC_TUNABLES")
+        }  # as it comes is without the user's tuning
         command = [sys.executable, "-m", "fastlm.benchmarking.actor", work, json.dumps(arguments)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean)
         assert self.process.stdin and self.process.stdout
@@ -61,7 +63,10 @@ def main(work: str, arguments: str) -> None:
     timer, held = getattr(importlib.import_module(f"fastlm.benchmarking.{module}"), function)(**json.loads(arguments))
     for _ in sys.stdin:
         tuned = allocator.done is not None and allocator.done.tuned
-        print(json.dumps({"seconds": timer(), "bytes": held(), "backends": compare.backends_seen(), "tuned": tuned}), flush=True)
+        print(
+            json.dumps({"seconds": timer(), "bytes": held(), "backends": compare.backends_seen(), "tuned": tuned}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ from fastlm.benchmarking.rules import CLEARLY, Point
 from fastlm.benchmarking.rules import rules as from_points
 
 SIZES = {"small": 32, "large": ROWS}  # rows: a few sequences that generate, a batch that trains
-ROWS_OF = {"attention": "query_len", "attention_varlen": "query_tokens"}  # what the table calls the rows, where not "rows"
+ROWS_OF = {
+    "attention": "query_len",
+    "attention_varlen": "query_tokens",
+}  # what the table calls the rows, where not "rows"
 HOPELESS = 20  # times as slow: PyTorch has no fast product of 16-bit numbers for some CPUs. Its larger calls would take minutes each
 
 
@@ -51,7 +54,9 @@ def verdict(case: Case, dtype: str, rows: int, budget: float) -> Verdict:
     return Verdict(case.operator, dtype, rows, Ratio.of(taken["cpu"], taken["torch"]))
 
 
-def measure(cases: Mapping[str, Callable[..., Case]] | None = None, sizes: Mapping[str, int] | None = None, budget: float = 2.0) -> Iterator[Verdict]:
+def measure(
+    cases: Mapping[str, Callable[..., Case]] | None = None, sizes: Mapping[str, int] | None = None, budget: float = 2.0
+) -> Iterator[Verdict]:
     """One after the other, fewer rows first, on PyTorch's number of threads. fastlm.Unsupported where no kernel is compiled."""
     for make in (cases or CASES).values():
         for dtype in (*DTYPES, "float16"):
@@ -65,5 +70,7 @@ def measure(cases: Mapping[str, Callable[..., Case]] | None = None, sizes: Mappi
 def rules(verdicts: list[Verdict]) -> list[table.Rule]:
     """PyTorch serves where it was clearly faster: everywhere, or on one side of the sizes' geometric mean."""
     rows_of = {operator: ROWS_OF.get(operator, "rows") for operator in CASES}
-    found = [Point(v.operator, v.dtype, {rows_of[v.operator]: v.rows}, "torch" if v.torch_wins else None) for v in verdicts]
+    found = [
+        Point(v.operator, v.dtype, {rows_of[v.operator]: v.rows}, "torch" if v.torch_wins else None) for v in verdicts
+    ]
     return from_points(found, {operator: (({}, (rows,)),) for operator, rows in rows_of.items()})

@@ -65,12 +65,16 @@ def contestants(case: Case, *, compiled: bool) -> dict[str, Function]:
     return rivals | {"compiled": torch.compile(case.eager)} if compiled else rivals
 
 
-def compare(case: Case, number_of_threads: int, direction: str, *, compiled: bool = False, rounds: int = 30, budget: float = 3.0) -> Row:
+def compare(
+    case: Case, number_of_threads: int, direction: str, *, compiled: bool = False, rounds: int = 30, budget: float = 3.0
+) -> Row:
     """compiled: also against torch.compile, which needs a C++ compiler and half a minute per operator."""
     dtype, work = case.inputs[0].dtype, case.least(direction)
     bound, probe, amount = work.bound(number_of_threads, dtype)
     with threads(number_of_threads):
-        timers = {name: case.timer(function, direction) for name, function in contestants(case, compiled=compiled).items()}
+        timers = {
+            name: case.timer(function, direction) for name, function in contestants(case, compiled=compiled).items()
+        }
         backend = served_by(timers["fastlm"])
         taken = in_turn({**timers, "machine": timed(probe.call)}, rounds, budget=budget, least=2e-3)
         both = direction == "forward+backward"
@@ -78,17 +82,32 @@ def compare(case: Case, number_of_threads: int, direction: str, *, compiled: boo
         error = error_of(case) if both and not case.random else None
     ours, own = taken.pop("fastlm"), taken.pop("machine")
     return Row(
-        case.operator, case.shape, str(dtype).removeprefix("torch."), number_of_threads, direction, backend, statistics.median(ours),
-        {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), held.get(name)) for name, theirs in taken.items()},
-        share=probe.share(amount, ours, own), bound=bound, work=work, bytes_held=held.get("fastlm"), error=error,
-    )  # fmt: skip
+        case.operator,
+        case.shape,
+        str(dtype).removeprefix("torch."),
+        number_of_threads,
+        direction,
+        backend,
+        statistics.median(ours),
+        {
+            name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), held.get(name))
+            for name, theirs in taken.items()
+        },
+        share=probe.share(amount, ours, own),
+        bound=bound,
+        work=work,
+        bytes_held=held.get("fastlm"),
+        error=error,
+    )
 
 
 def error_of(case: Case) -> float:
     """Of the results and all gradients, at the very sizes that are timed."""
     true = case.results(case.eager, torch.float64)
     error = accuracy.error_over_theirs(true, case.results(case.eager), case.results(case.ours))
-    return accuracy.checked(error, f"{case.operator} of {case.shape} in {str(case.inputs[0].dtype).removeprefix('torch.')}")
+    return accuracy.checked(
+        error, f"{case.operator} of {case.shape} in {str(case.inputs[0].dtype).removeprefix('torch.')}"
+    )
 
 
 def bytes_held(call) -> int:
@@ -101,7 +120,9 @@ def bytes_held(call) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
     held = most = 0
-    for event in sorted((e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         held += event.nbytes()
         most = max(most, held)
     return most

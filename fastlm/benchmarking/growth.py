@@ -11,8 +11,12 @@ from fastlm.benchmarking.whole import Subject, compare_steps
 
 # By series and size. The tokens of a step stay the same along a series, and so does the size of a head.
 SERIES: dict[str, dict[int, Subject]] = {
-    "context": {size: Subject("GPT-2", 2, 256, 4, 256, 4096 // size, size) for size in (128, 256, 512, 1024, 2048, 4096)},
-    "width": {size: Subject("GPT-2", 2, size, size // 64, 4096, 2, 128) for size in (256, 384, 512, 768, 1024, 1536, 2048)},
+    "context": {
+        size: Subject("GPT-2", 2, 256, 4, 256, 4096 // size, size) for size in (128, 256, 512, 1024, 2048, 4096)
+    },
+    "width": {
+        size: Subject("GPT-2", 2, size, size // 64, 4096, 2, 128) for size in (256, 384, 512, 768, 1024, 1536, 2048)
+    },
 }
 POINTS = {f"{series} {size}": subject for series, sizes in SERIES.items() for size, subject in sizes.items()}
 SHAPES = {

@@ -19,7 +19,9 @@ def timed(call: Callable[[], object]) -> Timer:
     return timer
 
 
-def in_turn(timers: Mapping[str, Timer], rounds: int, *, budget: float = float("inf"), least: float = 0.0) -> dict[str, list[float]]:
+def in_turn(
+    timers: Mapping[str, Timer], rounds: int, *, budget: float = float("inf"), least: float = 0.0
+) -> dict[str, list[float]]:
     """Seconds per call of each, once per round.
 
     Args:

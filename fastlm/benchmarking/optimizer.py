@@ -50,13 +50,20 @@ def torch_adamw(parameters: list[torch.Tensor]) -> Timer:
 
 
 def compare_adamw(
-    dtype: str, number_of_threads: int, *, shapes: Sequence[torch.Size] | None = None, rounds: int = 30, budget: float = 3.0
-) -> Row:  # fmt: skip
+    dtype: str,
+    number_of_threads: int,
+    *,
+    shapes: Sequence[torch.Size] | None = None,
+    rounds: int = 30,
+    budget: float = 3.0,
+) -> Row:
     shapes = shapes or gpt2_shapes()
     generator = torch.Generator().manual_seed(0)
     parameters = {}
     for name in ("fastlm", "eager"):
-        parameters[name] = [torch.randn(shape, generator=generator).mul_(0.02).to(DTYPES[dtype]).requires_grad_() for shape in shapes]
+        parameters[name] = [
+            torch.randn(shape, generator=generator).mul_(0.02).to(DTYPES[dtype]).requires_grad_() for shape in shapes
+        ]
         for p in parameters[name]:
             p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3).to(p.dtype)
     with threads(number_of_threads):
@@ -68,7 +75,15 @@ def compare_adamw(
     # The gradient is read for its norm, then all is read and all but the gradient written: 4 + 16 + 12 bytes in float32; with a master 2 + 16 + 14.
     work = Work(18 * count, 32 * count)
     return Row(
-        "adamw", f"{count / 1e6:.3g} million parameters, clipped" + (", with masters" if dtype != "float32" else ""), dtype, number_of_threads, "step", backend,
-        statistics.median(ours), {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs)) for name, theirs in taken.items()},
-        share=reading().share(work.bytes, ours, own), bound="memory", work=work,
-    )  # fmt: skip
+        "adamw",
+        f"{count / 1e6:.3g} million parameters, clipped" + (", with masters" if dtype != "float32" else ""),
+        dtype,
+        number_of_threads,
+        "step",
+        backend,
+        statistics.median(ours),
+        {name: Rival(statistics.median(theirs), Ratio.of(ours, theirs)) for name, theirs in taken.items()},
+        share=reading().share(work.bytes, ours, own),
+        bound="memory",
+        work=work,
+    )

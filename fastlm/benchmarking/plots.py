@@ -61,9 +61,17 @@ def roofline(axes, rows: Sequence[Row], described: dict[str, Any]) -> None:
             continue
         knee = top / peaks["read_bytes_per_second"]
         left, right = min(lowest, knee) / 2, max(highest, knee) * 2
-        axes.plot([left, knee, right], [left * peaks["read_bytes_per_second"] / 1e9, top / 1e9, top / 1e9], color=colour, linewidth=1, label=f"roof, {dtype}")
+        axes.plot(
+            [left, knee, right],
+            [left * peaks["read_bytes_per_second"] / 1e9, top / 1e9, top / 1e9],
+            color=colour,
+            linewidth=1,
+            label=f"roof, {dtype}",
+        )
         mine = [(i, flops / row.seconds / 1e9) for row, i, flops in shown if row.dtype == dtype]
-        theirs = [(i, flops / row.rivals[row.best_rival].seconds / 1e9) for row, i, flops in shown if row.dtype == dtype]
+        theirs = [
+            (i, flops / row.rivals[row.best_rival].seconds / 1e9) for row, i, flops in shown if row.dtype == dtype
+        ]
         axes.scatter(*zip(*mine, strict=True), color=colour, s=18, label=f"fastlm, {dtype}")
         axes.scatter(*zip(*theirs, strict=True), edgecolor=colour, facecolor="none", s=18, label=f"PyTorch, {dtype}")
     axes.legend(fontsize=7, frameon=False)
@@ -71,10 +79,18 @@ def roofline(axes, rows: Sequence[Row], described: dict[str, Any]) -> None:
 
 def memory(axes, rows: Sequence[Row]) -> None:
     """What the allocator held at most, ours beside PyTorch's."""
-    shown = list({(row.operator, row.dtype): row for row in rows if row.bytes_held and row.rivals["eager"].bytes}.values())
+    shown = list(
+        {(row.operator, row.dtype): row for row in rows if row.bytes_held and row.rivals["eager"].bytes}.values()
+    )
     places = range(len(shown))
     axes.bar([p - 0.2 for p in places], [row.bytes_held / 1e6 for row in shown], width=0.4, color=OURS, label="fastlm")  # type: ignore[operator]
-    axes.bar([p + 0.2 for p in places], [row.rivals["eager"].bytes / 1e6 for row in shown], width=0.4, color=THEIRS, label="PyTorch")  # type: ignore[operator]
+    axes.bar(
+        [p + 0.2 for p in places],
+        [row.rivals["eager"].bytes / 1e6 for row in shown],
+        width=0.4,
+        color=THEIRS,
+        label="PyTorch",
+    )  # type: ignore[operator]
     axes.set_xticks(places, [f"{row.operator}\n{row.dtype}" for row in shown], rotation=30, ha="right", fontsize=7)
     axes.set(title="memory", ylabel="MB at most", yscale="log", ylim=(1, None))
     axes.grid(axis="y", alpha=0.3)
@@ -88,11 +104,21 @@ def grown(axes, series: str, rows: Sequence[Row]) -> None:
     axes.set(title=f"time for a token against {series}", xlabel=series, ylabel="µs")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    for (dtype, threads), style in zip(dict.fromkeys((row.dtype, row.threads) for row in rows), ("-", "--", ":", "-."), strict=False):
+    for (dtype, threads), style in zip(
+        dict.fromkeys((row.dtype, row.threads) for row in rows), ("-", "--", ":", "-."), strict=False
+    ):
         some = sorted((row for row in rows if (row.dtype, row.threads) == (dtype, threads)), key=growth.size_of)
         sizes = [growth.size_of(row) for row in some]
         kind = f"{dtype}, {threads} thread{'s' * (threads > 1)}"
-        axes.plot(sizes, [row.seconds / row.tokens * 1e6 for row in some], style, marker="o", markersize=4, color=OURS, label=f"fastlm, {kind}")  # type: ignore[operator]
+        axes.plot(
+            sizes,
+            [row.seconds / row.tokens * 1e6 for row in some],
+            style,
+            marker="o",
+            markersize=4,
+            color=OURS,
+            label=f"fastlm, {kind}",
+        )  # type: ignore[operator]
         for name, colour in zip(some[0].rivals, (THEIRS, "#fdae6b", "#636363", "#bdbdbd"), strict=False):
             times = [row.rivals[name].seconds / row.tokens * 1e6 for row in some]  # type: ignore[operator]
             axes.plot(sizes, times, style, marker="o", markersize=3, color=colour, linewidth=1, label=f"{name}, {kind}")

@@ -76,7 +76,9 @@ def profile_step(subject: Subject, dtype: str, *, recompute: int = RECOMPUTE, st
     fastlm.tune_allocator()
     model = subject.model()
     model.recompute = recompute
-    settings = Settings(batch=subject.batch, context=subject.context, dtype=dtype, width=subject.width, heads=subject.heads)
+    settings = Settings(
+        batch=subject.batch, context=subject.context, dtype=dtype, width=subject.width, heads=subject.heads
+    )
     trainer = Trainer(model, settings, subject.objective().loss)
     inputs, targets = subject.pairs()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself on stderr
@@ -89,7 +91,12 @@ def profile_step(subject: Subject, dtype: str, *, recompute: int = RECOMPUTE, st
     averages = seen.key_averages()
     whole = next(event for event in averages if event.key == STEP)
     parts = [
-        Part(OURS if ours else THEIRS, event.key.removeprefix(MARK if ours else "aten::"), event.count / steps, event.self_cpu_time_total * 1e-6 / steps)
+        Part(
+            OURS if ours else THEIRS,
+            event.key.removeprefix(MARK if ours else "aten::"),
+            event.count / steps,
+            event.self_cpu_time_total * 1e-6 / steps,
+        )
         for event in averages
         if (ours := event.key.startswith(MARK)) or event.key.startswith("aten::")
     ]

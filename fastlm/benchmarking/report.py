@@ -43,7 +43,9 @@ def peaks_in_words(described: dict[str, Any]) -> list[str]:
         for d in DTYPES:
             if f"{d}_flops_per_second" in peaks:
                 rate, reached = peaks[f"{d}_flops_per_second"], peaks[f"{d}_product_flops_per_second"]
-                words.append(f"multiply-adds {rate / 1e9:,.0f} GFLOP/s in {d}, PyTorch's product {reached / rate:.0%} of it")
+                words.append(
+                    f"multiply-adds {rate / 1e9:,.0f} GFLOP/s in {d}, PyTorch's product {reached / rate:.0%} of it"
+                )
         lines.append(f"{n} thread{'s' * (n != '1')}: {'; '.join(words)}")
     return lines
 
@@ -58,10 +60,28 @@ def seconds_in_words(seconds: float) -> str:
 def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
     """One per operator, a line per rival, narrow enough for a terminal of 80 columns."""
     for operator, shape in dict.fromkeys((row.operator, row.shape) for row in rows):
-        table = Table(title=f"{operator}: {shape}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table = Table(
+            title=f"{operator}: {shape}",
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
         mine = [row for row in rows if (row.operator, row.shape) == (operator, shape)]
-        columns = [("dtype", 8), ("threads", 7), ("direction", 8), ("fastlm", 6), ("against", 5), ("times as fast", 16), ("peak", 4), ("by", 3)]
-        if mine[0].tokens is not None:  # a whole step or generation: there is one direction, and no peak was counted of the latter
+        columns = [
+            ("dtype", 8),
+            ("threads", 7),
+            ("direction", 8),
+            ("fastlm", 6),
+            ("against", 5),
+            ("times as fast", 16),
+            ("peak", 4),
+            ("by", 3),
+        ]
+        if (
+            mine[0].tokens is not None
+        ):  # a whole step or generation: there is one direction, and no peak was counted of the latter
             columns = [c for c in columns if c[0] != "direction" and (c[0] != "peak" or mine[0].share is not None)]
             columns[2] = ("fastlm", 7)
             if mine[0].bytes_held:
@@ -72,7 +92,11 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
                     columns[2:2] = [("level", 5)]
                 table.caption, table.caption_justify = f"by {', '.join(sorted({row.backend for row in mine}))}", "left"
         for column, width in columns:
-            table.add_column(column, min_width=width, justify="right" if column in ("threads", "level", "fastlm", "peak", "memory") else "left")
+            table.add_column(
+                column,
+                min_width=width,
+                justify="right" if column in ("threads", "level", "fastlm", "peak", "memory") else "left",
+            )
         for row in mine:
             time = seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.0f}/s"
             for i, (name, rival) in enumerate(row.rivals.items()):
@@ -101,7 +125,9 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
     ]
     operators = [row for row in rows if row.tokens is None]
     if operators:
-        lines += ["| operator | dtype | threads | forward | backward | forward + backward | of peak, forward / backward | memory | error | served by |"]
+        lines += [
+            "| operator | dtype | threads | forward | backward | forward + backward | of peak, forward / backward | memory | error | served by |"
+        ]
         lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     groups: dict[tuple, dict[str, Row]] = {}
     for row in operators:
@@ -109,12 +135,22 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
     for (operator, dtype, threads), by in groups.items():
         by = by | {"forward+backward": by["step"]} if "step" in by else by  # an optimiser has but one figure
         cells = [against_best(by[d]) if d in by else "–" for d in DIRECTIONS]
-        shares = f"{by['step'].share:.0%}" if "step" in by else " / ".join(f"{by[d].share:.0%}" if d in by else "–" for d in DIRECTIONS[:2])
+        shares = (
+            f"{by['step'].share:.0%}"
+            if "step" in by
+            else " / ".join(f"{by[d].share:.0%}" if d in by else "–" for d in DIRECTIONS[:2])
+        )
         whole = by.get("forward+backward")
-        memory = f"{whole.bytes_held / whole.rivals['eager'].bytes:.2f}" if whole and whole.bytes_held and whole.rivals["eager"].bytes else "–"
+        memory = (
+            f"{whole.bytes_held / whole.rivals['eager'].bytes:.2f}"
+            if whole and whole.bytes_held and whole.rivals["eager"].bytes
+            else "–"
+        )
         error = f"{whole.error:.2f}" if whole and whole.error is not None else "–"
         served = ", ".join(sorted({row.backend for row in by.values()}))
-        lines.append(f"| `{operator}` | {dtype} | {threads} | {' | '.join(cells)} | {shares} | {memory} | {error} | {served} |")
+        lines.append(
+            f"| `{operator}` | {dtype} | {threads} | {' | '.join(cells)} | {shares} | {memory} | {error} | {served} |"
+        )
     for kind, shape in dict.fromkeys((row.operator, row.shape) for row in rows if row.tokens is not None):
         some = [row for row in rows if (row.operator, row.shape) == (kind, shape)]
         names = list(dict.fromkeys(name for row in some for name in row.rivals))
@@ -132,7 +168,9 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
             megabytes = f"{row.bytes_held / 1e6:,.0f} MB" if row.bytes_held else "–"
             level = row.direction if kind == "growth" else "–" if row.recompute is None else row.recompute
             speed = f"{row.tokens / row.seconds:,.1f} tokens/s"  # type: ignore[operator]
-            lines.append(f"| {row.dtype} | {row.threads} | {level} | {speed} | {share} | {' | '.join(cells)} | {megabytes} | {memory} |")
+            lines.append(
+                f"| {row.dtype} | {row.threads} | {level} | {speed} | {share} | {' | '.join(cells)} | {megabytes} | {memory} |"
+            )
     return "\n".join(lines) + "\n"
 
 

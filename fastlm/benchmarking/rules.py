@@ -21,10 +21,15 @@ FEW = 32  # queries, as of a decoding step: the kernels read keys and values, an
 
 Range = tuple[int | None, int | None]
 Box = dict[str, Range]
-Axes = Mapping[str, tuple[tuple[Box, tuple[str, ...]], ...]]  # operator → calls that are measured apart, and the features that tell them, the first one first
+Axes = Mapping[
+    str, tuple[tuple[Box, tuple[str, ...]], ...]
+]  # operator → calls that are measured apart, and the features that tell them, the first one first
 
 GPU_AXES: Axes = {
-    "attention": (({"query_len": (None, FEW)}, ("batch", "key_len")), ({"query_len": (FEW + 1, None)}, ("masked", "head_dim", "query_len"))),
+    "attention": (
+        ({"query_len": (None, FEW)}, ("batch", "key_len")),
+        ({"query_len": (FEW + 1, None)}, ("masked", "head_dim", "query_len")),
+    ),
     "attention_varlen": (({}, ("masked", "query_tokens")),),
     "gelu_mlp": (({}, ("conv1d", "rows")),),
     "layernorm_residual": (({}, ("rows", "width")),),  # rows first: of few, launches decide, whatever the width
@@ -50,7 +55,9 @@ class Measured(Protocol):
     direction: str
     served_by: str
     features: dict[str, int]
-    backends: dict[str, dict[str, float]]  # other backend → the ratio's median, low and high: how many times as fast as it
+    backends: dict[
+        str, dict[str, float]
+    ]  # other backend → the ratio's median, low and high: how many times as fast as it
 
 
 def winner(contests: Sequence[Mapping[str, Mapping[str, Ratio]]], order: Sequence[str]) -> str | None:
@@ -138,7 +145,10 @@ def narrowed(box: Box, where: Box) -> Box:
     """Both hold."""
     both = dict(box)
     for name, (low, high) in where.items():
-        lows, highs = [[end for end in ends if end is not None] for ends in zip((low, high), both.get(name, (None, None)), strict=True)]
+        lows, highs = [
+            [end for end in ends if end is not None]
+            for ends in zip((low, high), both.get(name, (None, None)), strict=True)
+        ]
         both[name] = max(lows, default=None), min(highs, default=None)
     return both
 
@@ -155,7 +165,10 @@ def write(path: pathlib.Path, text: str) -> None:
 
 def as_json(tables: Mapping[str, Sequence[table.Rule]]) -> str:
     """{CPU or GPU: rules} as the user's cache holds it."""
-    return json.dumps({model: [dataclasses.asdict(rule) for rule in found] for model, found in tables.items()}, indent=1) + "\n"
+    return (
+        json.dumps({model: [dataclasses.asdict(rule) for rule in found] for model, found in tables.items()}, indent=1)
+        + "\n"
+    )
 
 
 def as_python(model: str, found: Sequence[table.Rule], comment: str) -> str:
@@ -166,7 +179,11 @@ def as_python(model: str, found: Sequence[table.Rule], comment: str) -> str:
         return f"        Rule({json.dumps(rule.operator)}, {json.dumps(rule.dtype)}, {{{where}}}, {json.dumps(rule.first)}),\n"
 
     name = json.dumps(model, ensure_ascii=False)
-    return f"    # {comment}\n    {name}: (\n{''.join(map(line, found))}    ),\n" if found else f"    # {comment}\n    {name}: (),\n"
+    return (
+        f"    # {comment}\n    {name}: (\n{''.join(map(line, found))}    ),\n"
+        if found
+        else f"    # {comment}\n    {name}: (),\n"
+    )
 
 
 def remember(tables: Mapping[str, Sequence[table.Rule]]) -> None:

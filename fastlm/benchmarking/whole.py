@@ -50,24 +50,41 @@ class Subject:
         if self.kind == "GPT-2":
             return GPT2LMHeadModel(
                 GPT2Config(
-                    n_layer=self.layers, n_embd=self.width, n_head=self.heads, vocab_size=self.vocabulary, n_positions=self.context,
-                    resid_pdrop=self.dropout, embd_pdrop=self.dropout, attn_pdrop=self.dropout,
+                    n_layer=self.layers,
+                    n_embd=self.width,
+                    n_head=self.heads,
+                    vocab_size=self.vocabulary,
+                    n_positions=self.context,
+                    resid_pdrop=self.dropout,
+                    embd_pdrop=self.dropout,
+                    attn_pdrop=self.dropout,
                 )
-            )  # fmt: skip
+            )
         return BertForMaskedLM(
             BertConfig(
-                num_hidden_layers=self.layers, hidden_size=self.width, num_attention_heads=self.heads, intermediate_size=4 * self.width,
-                vocab_size=self.vocabulary, max_position_embeddings=self.context, hidden_dropout_prob=self.dropout,
+                num_hidden_layers=self.layers,
+                hidden_size=self.width,
+                num_attention_heads=self.heads,
+                intermediate_size=4 * self.width,
+                vocab_size=self.vocabulary,
+                max_position_embeddings=self.context,
+                hidden_dropout_prob=self.dropout,
                 attention_probs_dropout_prob=self.dropout,
             )
-        )  # fmt: skip
+        )
 
     def objective(self) -> NextToken | MaskedToken:
-        return NextToken() if self.kind == "GPT-2" else MaskedToken(vocabulary=self.vocabulary, mask_token=min(103, self.vocabulary - 1))
+        return (
+            NextToken()
+            if self.kind == "GPT-2"
+            else MaskedToken(vocabulary=self.vocabulary, mask_token=min(103, self.vocabulary - 1))
+        )
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        return self.objective().pairs(torch.randint(self.vocabulary, (self.batch, self.context + 1), generator=generator), generator)
+        return self.objective().pairs(
+            torch.randint(self.vocabulary, (self.batch, self.context + 1), generator=generator), generator
+        )
 
     def flops(self) -> float:
         """Of a step, at least: a multiply-add of every weight for every token, of the output projection for every token that is predicted, and twice that in
@@ -102,7 +119,14 @@ def plain_model(about: Subject) -> tuple[nn.Module, Loss]:
 
 
 def step_timer(
-    *, library: str, dtype: str, number_of_threads: int, subject: dict[str, Any], tuned: bool, compiled: bool = False, recompute: int = RECOMPUTE
+    *,
+    library: str,
+    dtype: str,
+    number_of_threads: int,
+    subject: dict[str, Any],
+    tuned: bool,
+    compiled: bool = False,
+    recompute: int = RECOMPUTE,
 ) -> tuple[Timer, Callable[[], int | None]]:
     """In an actor: one training step as the trainer takes it, with clipping and AdamW; and by how much memory rose above model and optimiser state."""
     torch.set_num_threads(number_of_threads)
@@ -134,7 +158,13 @@ def machine_timer(number_of_threads: int, dtypes: Iterable[torch.dtype]) -> tupl
 
 
 def contest(
-    work: str, common: dict[str, Any], *, compiled: bool, rounds: int, budget: float, others: Mapping[str, Timer] | None = None
+    work: str,
+    common: dict[str, Any],
+    *,
+    compiled: bool,
+    rounds: int,
+    budget: float,
+    others: Mapping[str, Timer] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
     """fastlm, its allocator tuned, and PyTorch as it comes and "tuned" in the same way, each in a process of its own; others: what else is timed in turn.
 
@@ -158,24 +188,51 @@ def contest(
 def rivals(taken: Mapping[str, list[float]], last: Mapping[str, dict[str, Any]]) -> dict[str, Rival]:
     """Of a contest, all processes but fastlm's."""
     return {
-        name: Rival(statistics.median(taken[name]), Ratio.of(taken["fastlm"], taken[name]), said["bytes"]) for name, said in last.items() if name != "fastlm"
+        name: Rival(statistics.median(taken[name]), Ratio.of(taken["fastlm"], taken[name]), said["bytes"])
+        for name, said in last.items()
+        if name != "fastlm"
     }
 
 
 def compare_steps(
-    dtype: str, number_of_threads: int, *, subject: Subject = MODELS["gpt2"], recompute: int = RECOMPUTE, compiled: bool = False, rounds: int = 10,
+    dtype: str,
+    number_of_threads: int,
+    *,
+    subject: Subject = MODELS["gpt2"],
+    recompute: int = RECOMPUTE,
+    compiled: bool = False,
+    rounds: int = 10,
     budget: float = 60.0,
-) -> Row:  # fmt: skip
+) -> Row:
     """At a level of recomputation, which is ours alone."""
-    common = {"dtype": dtype, "number_of_threads": number_of_threads, "subject": dataclasses.asdict(subject), "recompute": recompute}
-    probe, timer = machine_timer(number_of_threads, {torch.float32, DTYPES[dtype]})  # bfloat16 is a type to store in: its limit is the faster arithmetic
-    taken, last = contest("whole.step_timer", common, compiled=compiled, rounds=rounds, budget=budget, others={"machine": timer})
+    common = {
+        "dtype": dtype,
+        "number_of_threads": number_of_threads,
+        "subject": dataclasses.asdict(subject),
+        "recompute": recompute,
+    }
+    probe, timer = machine_timer(
+        number_of_threads, {torch.float32, DTYPES[dtype]}
+    )  # bfloat16 is a type to store in: its limit is the faster arithmetic
+    taken, last = contest(
+        "whole.step_timer", common, compiled=compiled, rounds=rounds, budget=budget, others={"machine": timer}
+    )
     ours, said = taken["fastlm"], last["fastlm"]
     return Row(
-        "training_step", str(subject), dtype, number_of_threads, "step", ", ".join(said["backends"]), statistics.median(ours), rivals(taken, last),
-        share=probe.share(subject.flops(), ours, taken["machine"]), bound="arithmetic", bytes_held=said["bytes"],
-        tokens=subject.batch * subject.context, recompute=recompute,
-    )  # fmt: skip
+        "training_step",
+        str(subject),
+        dtype,
+        number_of_threads,
+        "step",
+        ", ".join(said["backends"]),
+        statistics.median(ours),
+        rivals(taken, last),
+        share=probe.share(subject.flops(), ours, taken["machine"]),
+        bound="arithmetic",
+        bytes_held=said["bytes"],
+        tokens=subject.batch * subject.context,
+        recompute=recompute,
+    )
 
 
 def model_of(sizes: dict[str, Any], seed: int = 0) -> GPT2LMHeadModel:
@@ -184,9 +241,15 @@ def model_of(sizes: dict[str, Any], seed: int = 0) -> GPT2LMHeadModel:
 
 
 def compare_generation(
-    dtype: str, number_of_threads: int, *, sizes: dict[str, int] | None = None, prompt: int = PROMPT, new_tokens: int = NEW_TOKENS,
-    rounds: int = 10, budget: float = 30.0,
-) -> Row:  # fmt: skip
+    dtype: str,
+    number_of_threads: int,
+    *,
+    sizes: dict[str, int] | None = None,
+    prompt: int = PROMPT,
+    new_tokens: int = NEW_TOKENS,
+    rounds: int = 10,
+    budget: float = 30.0,
+) -> Row:
     """One sequence, greedy, with a cache of keys and values on both sides."""
     sizes = sizes or SMALL
     model = model_of(sizes).to(DTYPES[dtype]).eval()
@@ -198,10 +261,19 @@ def compare_generation(
 
     with threads(number_of_threads):
         backend = served_by(ours)
-        taken = in_turn({"fastlm": timed(ours), "eager": timed(lambda: plain.generate(tokens, new_tokens))}, rounds, budget=budget)
+        taken = in_turn(
+            {"fastlm": timed(ours), "eager": timed(lambda: plain.generate(tokens, new_tokens))}, rounds, budget=budget
+        )
     mine = taken.pop("fastlm")
     shape = f"GPT-2, {sizes['n_layer']} layers of {sizes['n_embd']}, {prompt} tokens + {new_tokens}"
     return Row(
-        "generation", shape, dtype, number_of_threads, "greedy", backend, statistics.median(mine),
-        {name: Rival(statistics.median(theirs), Ratio.of(mine, theirs)) for name, theirs in taken.items()}, tokens=new_tokens,
-    )  # fmt: skip
+        "generation",
+        shape,
+        dtype,
+        number_of_threads,
+        "greedy",
+        backend,
+        statistics.median(mine),
+        {name: Rival(statistics.median(theirs), Ratio.of(mine, theirs)) for name, theirs in taken.items()},
+        tokens=new_tokens,
+    )

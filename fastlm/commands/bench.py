@@ -22,9 +22,21 @@ NAMES = (*CASES, *OTHERS, "adamw", "generation", *ACTORS)
 
 
 def run(
-    *, operators: str, dtypes: str, threads: str, ways: str, models: str, recompute: str, accelerated_cases: str, checkpoint: Path | None, compiled: bool,
-    seconds: float, json_file: Path | None, markdown_file: Path | None, plot_file: Path | None,
-) -> None:  # fmt: skip
+    *,
+    operators: str,
+    dtypes: str,
+    threads: str,
+    ways: str,
+    models: str,
+    recompute: str,
+    accelerated_cases: str,
+    checkpoint: Path | None,
+    compiled: bool,
+    seconds: float,
+    json_file: Path | None,
+    markdown_file: Path | None,
+    plot_file: Path | None,
+) -> None:
     chosen = several("operators", operators, NAMES)
     kinds = several("dtypes", dtypes, tuple(DTYPES))
     wanted = several("directions", ways, DIRECTIONS)
@@ -45,19 +57,33 @@ def run(
     if torch.cuda.is_available():
         say("This is the CPU; fastlm bench --gpu measures the GPU.")
     if {*chosen} - {*ACTORS}:
-        say(str(fastlm.tune_allocator()))  # for both libraries: as it comes, what a call takes depends on what was freed before it
+        say(
+            str(fastlm.tune_allocator())
+        )  # for both libraries: as it comes, what a call takes depends on what was freed before it
     plan = [
-        (name, dtype, n, way, level) for name in chosen for dtype in kinds for n in numbers for way in ways_of(name, wanted, subjects, cases)
+        (name, dtype, n, way, level)
+        for name in chosen
+        for dtype in kinds
+        for n in numbers
+        for way in ways_of(name, wanted, subjects, cases)
         for level in (levels if name == "training_step" else [None])
-    ]  # fmt: skip
+    ]
     rows: list[Row] = []
-    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total}"), TimeElapsedColumn(), console=console) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed} of {task.total}"),
+        TimeElapsedColumn(),
+        console=console,
+    ) as bar:
         task = bar.add_task("", total=len(plan))
         for name, dtype, n, way, level in plan:
             bar.update(task, description=f"{' '.join(filter(None, (name, way)))}, {dtype}, {n} thread{'s' * (n > 1)}")
             rows.append(measured(name, dtype, n, way, level, compiled, seconds, checkpoint))
             bar.advance(task)
-    say("times as fast as PyTorch: median [quartiles]; peak: share of what the machine can do, timed in turn too, above 100 % in its caches; by: whose kernels")
+    say(
+        "times as fast as PyTorch: median [quartiles]; peak: share of what the machine can do, timed in turn too, above 100 % in its caches; by: whose kernels"
+    )
     if {*ACTORS} & {*chosen}:
         say("memory: what the step takes beyond the model and the optimiser's state, over the rival's")
         say("level: of the model's recomputation; tuned: with fastlm.tune_allocator(), as fastlm itself")
@@ -78,17 +104,25 @@ def ways_of(name: str, wanted: list[str], subjects: list[str], cases: list[str])
     return {"training_step": subjects, "growth": [*growth.POINTS], "accelerated": cases}.get(name, [""])
 
 
-def measured(name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float, checkpoint: Path | None) -> Row:
+def measured(
+    name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float, checkpoint: Path | None
+) -> Row:
     if make := (CASES | OTHERS).get(name):
-        return compare(dataclasses.replace(make(DTYPES[dtype]), operator=name), n, way, compiled=compiled, budget=seconds)
+        return compare(
+            dataclasses.replace(make(DTYPES[dtype]), operator=name), n, way, compiled=compiled, budget=seconds
+        )
     if name == "adamw":
         return compare_adamw(dtype, n, budget=seconds)
     if level is not None:
-        return whole.compare_steps(dtype, n, subject=whole.MODELS[way], recompute=level, compiled=compiled, budget=20 * seconds)
+        return whole.compare_steps(
+            dtype, n, subject=whole.MODELS[way], recompute=level, compiled=compiled, budget=20 * seconds
+        )
     if name == "growth":
         return growth.compare_growth(way, dtype, n, compiled=compiled, budget=5 * seconds)
     if name == "accelerated":
-        return accelerated.compare_accelerated(way, dtype, n, checkpoint=checkpoint, compiled=compiled, budget=20 * seconds)
+        return accelerated.compare_accelerated(
+            way, dtype, n, checkpoint=checkpoint, compiled=compiled, budget=20 * seconds
+        )
     return whole.compare_generation(dtype, n, budget=10 * seconds)
 
 
@@ -116,4 +150,6 @@ def check_target(argument: str, file: Path | None) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            raise mismatch("plot", "matplotlib to be installed (pip install 'fastlm[plot]')", "an installation without it") from None
+            raise mismatch(
+                "plot", "matplotlib to be installed (pip install 'fastlm[plot]')", "an installation without it"
+            ) from None

@@ -56,7 +56,12 @@ class Files:
 
     def write(self, rows: list[Row], described: dict[str, Any], run: plan.Run) -> None:
         if self.json:
-            content = {"machine": described, "rows": [dataclasses.asdict(one) for one in rows], "failed": run.failed, "left_out": run.left_out}
+            content = {
+                "machine": described,
+                "rows": [dataclasses.asdict(one) for one in rows],
+                "failed": run.failed,
+                "left_out": run.left_out,
+            }
             rules.write(self.json, json.dumps(content | {"stopped": run.stopped}, indent=1) + "\n")
         if self.markdown:
             rules.write(self.markdown, report.markdown(rows, described, run.failed, run.left_out))
@@ -81,10 +86,14 @@ def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
     with stoppable(now):
         described["peaks"] = peaks(device, (plan.BF16, plan.FP32, plan.FP16))
         step = now.attempt("training step", functools.partial(training_step, device))
-        texts = (now.attempt(f"generation, batch {batch}", functools.partial(generation, device, batch)) for batch in (1, 8))
+        texts = (
+            now.attempt(f"generation, batch {batch}", functools.partial(generation, device, batch)) for batch in (1, 8)
+        )
         for found in itertools.chain(now.measure(device, plan.FIRST), step, *texts, now.measure(device, plan.THEN)):
             rows.append(found)
-            say(f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.served_by}: {found.seconds * 1e6:,.1f} µs")
+            say(
+                f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.served_by}: {found.seconds * 1e6:,.1f} µs"
+            )
             files.write(rows, described, now)
     if described["peaks"]:
         files.write(rows, described, now)

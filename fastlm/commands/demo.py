@@ -63,21 +63,34 @@ def run(*, out: Path, seconds: float, seed: int, device: str, threads: int | Non
     files = standard_library()
     corpus = data.load(files, tokenizer="byte", val_fraction=0.05)
     model = build_gpt2(settings, corpus.tokenizer).to(chosen)
-    say(f"fastlm {fastlm.__version__}: a GPT learns Python from the standard library's own source; nothing is downloaded")
+    say(
+        f"fastlm {fastlm.__version__}: a GPT learns Python from the standard library's own source; nothing is downloaded"
+    )
     size = len(corpus.train) + len(corpus.validation)
-    say(f"corpus   {size / 1e6:.1f} million bytes, one token each, in {in_words(len(files), 'file')} of {files[0].parent}")
+    say(
+        f"corpus   {size / 1e6:.1f} million bytes, one token each, in {in_words(len(files), 'file')} of {files[0].parent}"
+    )
     sizes = f"{settings.layers} layers, {settings.heads} heads, width {settings.width}, context {settings.context}"
     say(f"model    {sizes}: {model.num_parameters() / 1e6:.1f} million parameters, {computer(model.device)}")
 
     learnt = learn(model, settings, corpus, seconds)
     saved = save(out, model, corpus, settings, learnt)
-    say(f"{'interrupted after' if learnt.interrupted else 'trained for'} {in_words(len(learnt.losses), 'step')}; saved in {out}: {saved}")
+    say(
+        f"{'interrupted after' if learnt.interrupted else 'trained for'} {in_words(len(learnt.losses), 'step')}; saved in {out}: {saved}"
+    )
     if not learnt.interrupted:
         say()
         say(f"3. What it writes after {PROMPT!r}")
         say()
         continue_text(
-            model, Tokenizer(corpus.tokenizer), PROMPT, max_new_tokens=SETTINGS.context - len(PROMPT), temperature=0.8, top_k=None, top_p=None, seed=seed
+            model,
+            Tokenizer(corpus.tokenizer),
+            PROMPT,
+            max_new_tokens=SETTINGS.context - len(PROMPT),
+            temperature=0.8,
+            top_k=None,
+            top_p=None,
+            seed=seed,
         )
         say()
         say(f"More of it: fastlm generate --model {out} --prompt 'import '")
@@ -85,7 +98,9 @@ def run(*, out: Path, seconds: float, seed: int, device: str, threads: int | Non
     if learnt.interrupted:
         raise typer.Exit(130)
     if not learnt.compared.disagreement <= AGREE:
-        raise mismatch("losses", f"fastlm's and PyTorch's within {AGREE:g} of each other", f"{learnt.compared.disagreement:.1e}")
+        raise mismatch(
+            "losses", f"fastlm's and PyTorch's within {AGREE:g} of each other", f"{learnt.compared.disagreement:.1e}"
+        )
 
 
 def learn(model: GPT2LMHeadModel, settings: Settings, corpus: data.Corpus, seconds: float) -> Learnt:
@@ -103,7 +118,10 @@ def learn(model: GPT2LMHeadModel, settings: Settings, corpus: data.Corpus, secon
             say()
             say(f"2. Training on fastlm's operators for {seconds:.0f} seconds")
             speed = keep_training(ours, settings, batches, losses, seconds, stop)
-        pairs = [NextToken().pairs(w) for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch, most=2**14)]
+        pairs = [
+            NextToken().pairs(w)
+            for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch, most=2**14)
+        ]
         return Learnt(compared, losses, ours.evaluate(pairs), speed, stop.is_set())
 
 
@@ -148,12 +166,18 @@ def show_comparison(seen: Comparison, settings: Settings) -> None:
     for name, taken in (("fastlm", seen.ours), ("PyTorch", seen.plain)):
         say(f"   {name:8} {settings.tokens_per_step / sorted(taken)[len(taken) // 2]:8,.0f} tokens/s")
     ratio = seen.ratio
-    say(f"   fastlm is {ratio.median:.2f} times as fast: median of {len(seen.ours) - 1} pairs, quartiles {ratio.low:.2f} to {ratio.high:.2f}")
+    say(
+        f"   fastlm is {ratio.median:.2f} times as fast: median of {len(seen.ours) - 1} pairs, quartiles {ratio.low:.2f} to {ratio.high:.2f}"
+    )
     verdict = "agree" if seen.disagreement <= AGREE else "DISAGREE"
-    say(f"   the losses {verdict}: at most {seen.disagreement:.1e} apart, relative, where rounding alone explains up to {AGREE:g}")
+    say(
+        f"   the losses {verdict}: at most {seen.disagreement:.1e} apart, relative, where rounding alone explains up to {AGREE:g}"
+    )
 
 
-def keep_training(ours: Trainer, settings: Settings, batches: Batches, losses: list[float], seconds: float, stop: threading.Event) -> float:
+def keep_training(
+    ours: Trainer, settings: Settings, batches: Batches, losses: list[float], seconds: float, stop: threading.Event
+) -> float:
     """As many steps as fit, the cosine over the time rather than the steps: a slow machine ends as soon, and as well as it can. Returns tokens/s."""
     first, speed = len(losses), 0.0
 
@@ -183,15 +207,24 @@ def save(out: Path, model: GPT2LMHeadModel, corpus: data.Corpus, settings: Setti
     with checkpoint.staged(out) as folder:
         checkpoint.write_model(folder, model, corpus.tokenizer)
         plain = [loss for _, loss in compared.losses]
-        drawn = draw_losses(folder / "loss.png", losses, validation=[(len(losses), learnt.val_loss)], plain=plain, unit="nats per byte")
+        drawn = draw_losses(
+            folder / "loss.png", losses, validation=[(len(losses), learnt.val_loss)], plain=plain, unit="nats per byte"
+        )
         summary = {
-            "settings": dataclasses.asdict(settings) | {"device": str(model.device), "threads": torch.get_num_threads()},
+            "settings": dataclasses.asdict(settings)
+            | {"device": str(model.device), "threads": torch.get_num_threads()},
             "train_loss": sum(losses[-50:]) / len(losses[-50:]),
             "val_loss": learnt.val_loss,
             "tokens_per_second": learnt.tokens_per_second,
             "steps": len(losses),
             "interrupted": learnt.interrupted,
-            "comparison": {"seconds_fastlm": compared.ours, "seconds_pytorch": compared.plain, "losses": compared.losses},
+            "comparison": {
+                "seconds_fastlm": compared.ours,
+                "seconds_pytorch": compared.plain,
+                "losses": compared.losses,
+            },
         }
         checkpoint.write_json(folder / "summary.json", summary)
-    return "config.json, model.safetensors, tokenizer.json, summary.json" + (", loss.png" if drawn else " (and loss.png, where matplotlib is installed)")
+    return "config.json, model.safetensors, tokenizer.json, summary.json" + (
+        ", loss.png" if drawn else " (and loss.png, where matplotlib is installed)"
+    )

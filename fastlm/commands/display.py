@@ -41,9 +41,15 @@ def set_threads(threads: int | None) -> None:
 @contextlib.contextmanager
 def progress_bar(total: float, name: str = "training") -> Iterator["BarReport"]:
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[place]}"), TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[speed]} tokens/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[place]}"),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]} tokens/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
     with Progress(*columns, console=console) as progress:
         yield BarReport(progress, total, name)
 
@@ -64,4 +70,6 @@ class BarReport(Report):
 
     def evaluated(self, step: int, train_loss: float, val_loss: float) -> None:
         self.progress.update(self.task, description=self.name)
-        self.progress.console.print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}", markup=False, soft_wrap=True)
+        self.progress.console.print(
+            f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}", markup=False, soft_wrap=True
+        )

@@ -18,5 +18,9 @@ def run(directory: Path, prompt: str, *, device: str, threads: int | None, seed:
     set_threads(threads)
     model = load_model(directory)
     if not isinstance(model, GPT2LMHeadModel):
-        raise mismatch("model", "a GPT-2 (a model of masked tokens fills in what is missing: fastlm predict)", f"the {type(model).__name__} in {directory}")
+        raise mismatch(
+            "model",
+            "a GPT-2 (a model of masked tokens fills in what is missing: fastlm predict)",
+            f"the {type(model).__name__} in {directory}",
+        )
     continue_text(model.to(chosen), load_tokenizer(directory), prompt, seed=seed, **sampling)

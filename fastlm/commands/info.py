@@ -46,7 +46,9 @@ def measured_gpu(card: str, index: int) -> list[table.Rule] | None:
     with torch.cuda.device(index):
         for row in now.measure("cuda", (*plan.FIRST, *plan.THEN), rivals=False):
             rows.append(row)
-            say(f"{row.operator} {row.shape}, {row.dtype}, {row.direction}, {row.served_by}: {row.seconds * 1e6:,.1f} µs; {ratios(row.backends)}")
+            say(
+                f"{row.operator} {row.shape}, {row.dtype}, {row.direction}, {row.served_by}: {row.seconds * 1e6:,.1f} µs; {ratios(row.backends)}"
+            )
     for title, what in (("failed", now.failed), ("left out, as time ran out", now.left_out)):
         for line in what:
             say(f"{title}: {line}")

@@ -27,5 +27,7 @@ def run(directory: Path, text: str, *, top: int, temperature: float, device: str
         last = i + 1 < len(candidates) and candidates[i + 1].place != c.place
         place = [str(c.place + 1)] if several else []
         bar = "█" * round(20 * c.probability)
-        table.add_row(*place, Text(repr(c.token)), f"{c.score:.3f}", f"{100 * c.probability:.2f} %", bar, end_section=last)
+        table.add_row(
+            *place, Text(repr(c.token)), f"{c.score:.3f}", f"{100 * c.probability:.2f} %", bar, end_section=last
+        )
     console.print(table)

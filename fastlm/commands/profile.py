@@ -26,9 +26,14 @@ def run(*, model: str, dtype: str, recompute: int, steps: int, threads: int | No
     check_target("json", json_file)
     set_threads(threads)
     found = profile_step(MODELS[model], dtype, recompute=recompute, steps=steps)
-    title = f"{MODELS[model]}, {dtype}, {in_words(torch.get_num_threads(), 'thread')}: {found.seconds * 1e3:,.1f} ms a step"
+    title = (
+        f"{MODELS[model]}, {dtype}, {in_words(torch.get_num_threads(), 'thread')}: {found.seconds * 1e3:,.1f} ms a step"
+    )
     console.print(table(found, title))
-    ours, theirs = (sum(part.seconds for part in found.parts if part.library == library) / found.seconds for library in (OURS, THEIRS))
+    ours, theirs = (
+        sum(part.seconds for part in found.parts if part.library == library) / found.seconds
+        for library in (OURS, THEIRS)
+    )
     say(f"fastlm's kernels {ours:.1%}, PyTorch's operators {theirs:.1%}, Python and autograd {found.outside:.1%}")
     if json_file:
         json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -47,6 +52,11 @@ def table(found: Profile, title: str) -> Table:
         for part in parts[:most]:
             row(library, part.name, f"{part.calls:,.0f}", part.seconds)
         if rest := parts[len(parts[:most]) :]:
-            row(library, f"{len(rest)} more", f"{sum(part.calls for part in rest):,.0f}", sum(part.seconds for part in rest))
+            row(
+                library,
+                f"{len(rest)} more",
+                f"{sum(part.calls for part in rest):,.0f}",
+                sum(part.seconds for part in rest),
+            )
     row("", "Python and autograd", "", found.outside * found.seconds)
     return shown

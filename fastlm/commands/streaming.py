@@ -39,9 +39,16 @@ class TextStreamer:
 
 
 def continue_text(
-    model: GPT2LMHeadModel, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int | None, temperature: float, top_k: int | None, top_p: float | None,
+    model: GPT2LMHeadModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     """max_new_tokens None: up to DEFAULT_NEW_TOKENS, as far as the context has room."""
     ids = tokenizer.encode(prompt)
     if not ids:
@@ -49,6 +56,11 @@ def continue_text(
     if max_new_tokens is None:
         max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, model.config.n_positions - len(ids)))
     model.generate(
-        torch.tensor([ids], device=model.device), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        torch.tensor([ids], device=model.device),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
         streamer=TextStreamer(tokenizer),
-    )  # fmt: skip
+    )

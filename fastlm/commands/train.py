@@ -17,14 +17,28 @@ from fastlm.training.settings import Settings
 
 
 def run(
-    paths: list[Path], settings: Settings, *, tokenizer: str, val_fraction: float, val_file: Path | None, out: Path, device: str, threads: int | None
+    paths: list[Path],
+    settings: Settings,
+    *,
+    tokenizer: str,
+    val_fraction: float,
+    val_file: Path | None,
+    out: Path,
+    device: str,
+    threads: int | None,
 ) -> None:
     chosen = choose_device(device)
     set_threads(threads)
     if chosen.type == "cpu":
         fastlm.tune_allocator()
     out = checkpoint.prepare(out)
-    corpus = data.load(paths, tokenizer=tokenizer, val_fraction=val_fraction, val_file=val_file, masked=settings.objective == "masked-token")
+    corpus = data.load(
+        paths,
+        tokenizer=tokenizer,
+        val_fraction=val_fraction,
+        val_file=val_file,
+        masked=settings.objective == "masked-token",
+    )
     data.check_length(corpus, settings.context)
     model = build(settings, corpus.tokenizer).to(chosen)
     say(
@@ -35,7 +49,11 @@ def run(
         result = train(settings, corpus, model, report=report)
     if not result.steps:
         raise KeyboardInterrupt  # nothing was learnt, so there is nothing to save
-    inputs = {"data": [str(p) for p in paths], "tokenizer": tokenizer, "val_fraction": None if val_file else val_fraction}
+    inputs = {
+        "data": [str(p) for p in paths],
+        "tokenizer": tokenizer,
+        "val_fraction": None if val_file else val_fraction,
+    }
     settings_used = {**inputs, "val_file": str(val_file) if val_file else None, **dataclasses.asdict(settings)}
     settings_used |= {"device": str(model.device), "threads": torch.get_num_threads()}
     with checkpoint.staged(out) as folder:

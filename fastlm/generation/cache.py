@@ -25,7 +25,11 @@ class KVCache:
         if end > self.capacity:
             raise mismatch("past_key_values", f"room for {end} tokens", f"a cache of {self.capacity}")
         if self.length and torch.is_grad_enabled() and key.requires_grad:
-            raise mismatch("past_key_values", "a call under torch.no_grad() or inference_mode(): a cache carries no gradients", "one that wants gradients")
+            raise mismatch(
+                "past_key_values",
+                "a call under torch.no_grad() or inference_mode(): a cache carries no gradients",
+                "one that wants gradients",
+            )
         return self.append(self.keys, layer, key, end), self.append(self.values, layer, value, end)
 
     def append(self, store: list[Tensor | None], layer: int, new: Tensor, end: int) -> Tensor:

@@ -68,19 +68,31 @@ def generate(
     if room < 1:
         raise mismatch("input_ids", f"fewer tokens than the context of {context}", input_ids.shape[1])
     if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= room:
-        raise mismatch("max_new_tokens", f"a whole number from 1 to {room}: the context of {context} less the prompt of {input_ids.shape[1]}", max_new_tokens)
+        raise mismatch(
+            "max_new_tokens",
+            f"a whole number from 1 to {room}: the context of {context} less the prompt of {input_ids.shape[1]}",
+            max_new_tokens,
+        )
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
-            raise mismatch("attention_mask", f"shape {tuple(input_ids.shape)}, as input_ids", tuple(attention_mask.shape))
+            raise mismatch(
+                "attention_mask", f"shape {tuple(input_ids.shape)}, as input_ids", tuple(attention_mask.shape)
+            )
         if not attention_mask[:, -1].all():
-            raise mismatch("attention_mask", "padding on the left, so that every row ends in a real token", "a last column with zeros")
+            raise mismatch(
+                "attention_mask",
+                "padding on the left, so that every row ends in a real token",
+                "a last column with zeros",
+            )
         attention_mask = None if attention_mask.all() else attention_mask.bool()
     eos = tuple_of(model.config.eos_token_id if eos_token_id is None else eos_token_id)
     pad = next((p for p in (pad_token_id, model.config.pad_token_id, *eos) if p is not None), 0)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     steps_of = graphs.CapturedSteps if cuda_graphs and graphs.possible(model, input_ids.device) else Steps
     with evaluating(model), torch.inference_mode(), on(input_ids):
-        sequences = continued(steps_of(model, input_ids, max_new_tokens, sampling, eos, pad, generator, attention_mask), streamer)
+        sequences = continued(
+            steps_of(model, input_ids, max_new_tokens, sampling, eos, pad, generator, attention_mask), streamer
+        )
     return sequences.clone()  # outside inference mode, so that training on them is possible
 
 

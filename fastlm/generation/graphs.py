@@ -80,7 +80,9 @@ class CapturedSteps(Steps):
 
     def in_place(self) -> None:
         cache = PlacedCache(self.cache, self.place, self.seen)
-        logits = self.model(self.token, cache, self.filled[:, : self.seen], position_ids=self.position, logits_to_keep=1).logits
+        logits = self.model(
+            self.token, cache, self.filled[:, : self.seen], position_ids=self.position, logits_to_keep=1
+        ).logits
         self.token.copy_(self.chosen(logits)[:, None])
         self.place += 1
         self.position += 1
@@ -90,7 +92,9 @@ class CapturedSteps(Steps):
 
 def possible(model: nn.Module, device: torch.device) -> bool:
     """On a GPU, and where nobody's hooks are to be called with each step: a graph repeats kernels, not Python."""
-    return device.type == "cuda" and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return device.type == "cuda" and not any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )
 
 
 @functools.cache
@@ -119,12 +123,16 @@ def capture(step: Callable[[], None], generator: torch.Generator | None) -> torc
         torch.cuda.current_stream().wait_stream(current)
         pool = newest[current].pool() if current in newest else None
         try:
-            graph.capture_begin(pool, capture_error_mode="thread_local")  # other threads may go on with what they do on the GPU
+            graph.capture_begin(
+                pool, capture_error_mode="thread_local"
+            )  # other threads may go on with what they do on the GPU
             try:
                 step()
             finally:
                 graph.capture_end()
         except RuntimeError as why:
-            raise RuntimeError(f"a step of generate could not be captured; cuda_graphs=False launches each step for itself ({why})") from why
+            raise RuntimeError(
+                f"a step of generate could not be captured; cuda_graphs=False launches each step for itself ({why})"
+            ) from why
         newest[current] = graph
     return graph

@@ -21,7 +21,9 @@ class Candidate(NamedTuple):
     place: int  # which [MASK] of the text it fills, from 0; 0 for the next token
 
 
-def predict(model: PretrainedModel, tokenizer: Tokenizer, text: str, top: int = 10, temperature: float = 1.0) -> list[Candidate]:
+def predict(
+    model: PretrainedModel, tokenizer: Tokenizer, text: str, top: int = 10, temperature: float = 1.0
+) -> list[Candidate]:
     """The `top` likeliest next tokens of a text (GPT-2), or fillings of each [MASK] in it (BERT), likeliest first.
 
     Raises:
@@ -42,7 +44,11 @@ def predict(model: PretrainedModel, tokenizer: Tokenizer, text: str, top: int = 
         raise mismatch("text", f"at most {context} tokens, the context of the model", len(ids))
     places = [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id] if masked else [len(ids) - 1]
     if not places:
-        raise mismatch("text", f"at least one {tokenizer.mask_token}" if tokenizer.mask_token else "a tokenizer with a mask token", repr(text))
+        raise mismatch(
+            "text",
+            f"at least one {tokenizer.mask_token}" if tokenizer.mask_token else "a tokenizer with a mask token",
+            repr(text),
+        )
     logits = scores(model, ids, places)
     probabilities = (logits / temperature).softmax(-1)
     rows = []

@@ -39,7 +39,11 @@ class Sampling:
         if self.greedy:
             return logits.argmax(-1)
         probabilities = self.restricted(logits).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0] if logits.is_cpu else drawn(probabilities, generator)
+        return (
+            torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            if logits.is_cpu
+            else drawn(probabilities, generator)
+        )
 
     def restricted(self, logits: Tensor) -> Tensor:
         """The scores to draw from, -inf where the limits exclude a token. In this order: temperature, top-k, top-p, as Hugging Face applies them."""

@@ -43,7 +43,9 @@ class Steps:
         if attention_mask is not None:
             self.real = attention_mask.new_ones(self.sequences.shape)
             self.real[:, : self.prompt] = attention_mask
-            self.positions = (self.real.cumsum(-1) - 1).clamp(min=0)  # the first real token of a row stands at 0, whatever is before it
+            self.positions = (self.real.cumsum(-1) - 1).clamp(
+                min=0
+            )  # the first real token of a row stands at 0, whatever is before it
         self.cache = KVCache(model.config.n_layer, self.capacity)
         self.ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         self.endings = torch.tensor(eos, dtype=torch.long, device=input_ids.device)

@@ -64,19 +64,25 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def read(directory: Path, options: dict) -> tokenizers.Tokenizer:
-    whole, words, merges, pieces = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"))
+    whole, words, merges, pieces = (
+        directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
+    )
     try:
         if whole.is_file():
             return tokenizers.Tokenizer.from_file(str(whole))
         if words.is_file() and merges.is_file():
-            byte_level = ByteLevelBPETokenizer(str(words), str(merges), add_prefix_space=bool(options.get("add_prefix_space", False)))
+            byte_level = ByteLevelBPETokenizer(
+                str(words), str(merges), add_prefix_space=bool(options.get("add_prefix_space", False))
+            )
             byte_level.add_special_tokens([t for t in ("<|endoftext|>",) if byte_level.token_to_id(t) is not None])
             return byte_level._tokenizer
         if pieces.is_file():
             return BertWordPieceTokenizer(
-                str(pieces), lowercase=options.get("do_lower_case", uncased(pieces)), strip_accents=options.get("strip_accents"),
+                str(pieces),
+                lowercase=options.get("do_lower_case", uncased(pieces)),
+                strip_accents=options.get("strip_accents"),
                 handle_chinese_chars=options.get("tokenize_chinese_chars", True),
-            )._tokenizer  # fmt: skip
+            )._tokenizer
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{directory}: the tokenizer could not be read ({error})") from None
     raise FileNotFoundError(f"{directory}: expected a tokenizer there: {FILES}")

@@ -10,7 +10,15 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 
-def accelerate(model: M, *, attention: bool = True, layernorm: bool = True, mlp: bool = True, loss: bool = True, strict: bool = True) -> M:
+def accelerate(
+    model: M,
+    *,
+    attention: bool = True,
+    layernorm: bool = True,
+    mlp: bool = True,
+    loss: bool = True,
+    strict: bool = True,
+) -> M:
     """Make a Hugging Face model compute with fastlm's operators, in place: GPT-2, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA and DistilBERT, with any head.
 
     Parameters stay where they are: state dict, optimisers, `save_pretrained`, `Trainer`, weight tying and resizing work as before, and hooks, adapters and

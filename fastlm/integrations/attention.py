@@ -40,7 +40,11 @@ def mask(**asked: Any) -> Tensor | None:
     plain = window is None or kv_length < window  # a window that hides nothing
     if causal and window is None and asked.get("mask_function", causal_mask_function) is not causal_mask_function:
         plain = False
-    if isinstance(kv_offset, Tensor) or not plain or not (bidirectional or (causal and ends_together(asked, kv_length, kv_offset))):
+    if (
+        isinstance(kv_offset, Tensor)
+        or not plain
+        or not (bidirectional or (causal and ends_together(asked, kv_length, kv_offset)))
+    ):
         return sdpa_mask(**{**asked, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     if padding is None:
         return None
@@ -61,7 +65,11 @@ def ends_together(asked: dict, kv_length: int, kv_offset: int) -> bool:
     queries = position.shape[0]
     if queries == kv_length:
         return True
-    return position.is_cpu and eager(position) and bool((position == torch.arange(kv_length - queries, kv_length) + kv_offset).all())
+    return (
+        position.is_cpu
+        and eager(position)
+        and bool((position == torch.arange(kv_length - queries, kv_length) + kv_offset).all())
+    )
 
 
 def padding_of(mask: Tensor | None) -> Tensor | None:
@@ -78,7 +86,9 @@ def padding_of(mask: Tensor | None) -> Tensor | None:
     if keys.dtype == torch.bool:
         return keys
     hidden = keys <= torch.finfo(keys.dtype).min
-    return ~hidden if mask.is_cpu and bool((hidden | (keys == 0)).all()) else None  # a bias that is neither is more than padding
+    return (
+        ~hidden if mask.is_cpu and bool((hidden | (keys == 0)).all()) else None
+    )  # a bias that is neither is more than padding
 
 
 # 2. Attention
@@ -116,15 +126,33 @@ def attention(
     """
     for name, what in (("softcap", "soft-capped scores"), ("s_aux", "attention sinks")):
         if others.get(name) is not None:
-            raise Unsupported(f"attn_implementation={NAME!r}: {what} ({name}) are not supported; use another implementation for this model")
+            raise Unsupported(
+                f"attn_implementation={NAME!r}: {what} ({name}) are not supported; use another implementation for this model"
+            )
     if attention_mask is None and others.get("cu_seq_lens_q") is not None:
-        raise Unsupported(f"attn_implementation={NAME!r}: cu_seq_lens_q without position_ids is not supported; pass position_ids of the packed sequences")
+        raise Unsupported(
+            f"attn_implementation={NAME!r}: cu_seq_lens_q without position_ids is not supported; pass position_ids of the packed sequences"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     wanted = output_attentions or head_mask is not None or attentions_wanted()
-    return attend(query, key, value, attention_mask, causal, scaling, dropout, head_mask, position_bias, sliding_window, bool(wanted))
+    return attend(
+        query,
+        key,
+        value,
+        attention_mask,
+        causal,
+        scaling,
+        dropout,
+        head_mask,
+        position_bias,
+        sliding_window,
+        bool(wanted),
+    )
 
 
-def attend(query, key, value, mask, causal, scale, dropout_p, head_mask=None, bias=None, window=None, weights_wanted=False):
+def attend(
+    query, key, value, mask, causal, scale, dropout_p, head_mask=None, bias=None, window=None, weights_wanted=False
+):
     """(batch, query_len, heads, value_dim) and None or the weights. causal and window are for a mask of None: another says it itself."""
     key_padding = None
     sides = None
@@ -140,14 +168,26 @@ def attend(query, key, value, mask, causal, scale, dropout_p, head_mask=None, bi
     else:
         raise mismatch("attention_mask", "2 or 4 dimensions", tuple(mask.shape))
     if bias is not None:
-        mask = bias if mask is None else torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+        mask = (
+            bias if mask is None else torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+        )
     if weights_wanted or transformed():
         return with_weights(query, key, value, mask, key_padding, causal, sides, scale, dropout_p, head_mask)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if value_dim != head_dim:
         scale = head_dim**-0.5 if scale is None else scale
         query, key, value = (F.pad(x, (0, max(head_dim, value_dim) - x.shape[-1])) for x in (query, key, value))
-    out = fastlm.attention(query, key, value, causal=causal, mask=mask, key_padding=key_padding, window=sides, scale=scale, dropout_p=dropout_p)
+    out = fastlm.attention(
+        query,
+        key,
+        value,
+        causal=causal,
+        mask=mask,
+        key_padding=key_padding,
+        window=sides,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
     out = out.transpose(1, 2)
     return (out if value_dim == head_dim else out[..., :value_dim]), None
 
@@ -160,7 +200,11 @@ def with_weights(query, key, value, mask, key_padding, causal, sides, scale, dro
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
     lowest = torch.finfo(scores.dtype).min
     hidden = torch.zeros(1, 1, *scores.shape[2:], dtype=torch.bool, device=scores.device)
-    ahead = torch.arange(key.shape[2], device=key.device) - torch.arange(query.shape[2], device=key.device)[:, None] - (key.shape[2] - query.shape[2])
+    ahead = (
+        torch.arange(key.shape[2], device=key.device)
+        - torch.arange(query.shape[2], device=key.device)[:, None]
+        - (key.shape[2] - query.shape[2])
+    )
     if causal:
         hidden = hidden | (ahead > 0)
     for side, beyond in zip(sides or (None, None), (-ahead, ahead), strict=True):

@@ -23,11 +23,24 @@ from fastlm.integrations.attention import NAME, attend
 from fastlm.integrations.capture import attentions_wanted, collector
 from fastlm.integrations.families import Family
 from fastlm.integrations.packing import Packed
-from fastlm.integrations.patch import CACHES, GLOBAL_HOOKS, Patch, is_compiling, put, touched, traced_by, transformed_by, watched
+from fastlm.integrations.patch import (
+    CACHES,
+    GLOBAL_HOOKS,
+    Patch,
+    is_compiling,
+    put,
+    touched,
+    traced_by,
+    transformed_by,
+    watched,
+)
 from fastlm.models.layers import RECOMPUTE
 
 LAYOUTS = {nn.Linear: "linear", nn.modules.linear.NonDynamicallyQuantizableLinear: "linear", Conv1D: "conv1d"}
-EXACT, TANH = ("GELUActivation",), ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation")
+EXACT, TANH = (
+    ("GELUActivation",),
+    ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation"),
+)
 Parameter = nn.Parameter
 PLAIN = (Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two: what tracing puts in a parameter's place
 # Since 5.24 a layer checkpoints in its class's forward, which ours stands for; before, in __call__, around ours.
@@ -69,7 +82,13 @@ def not_norm(module: Any) -> str:
 
 
 def not_dropout(module: Any) -> str:
-    return f"is a {type(module).__name__}" if type(module) is not nn.Dropout else "drops everything" if module.p >= 1 else touched(module)
+    return (
+        f"is a {type(module).__name__}"
+        if type(module) is not nn.Dropout
+        else "drops everything"
+        if module.p >= 1
+        else touched(module)
+    )
 
 
 def not_attention(module: Any) -> str:
@@ -108,7 +127,11 @@ class Parts:
         self.around: Any = None if family.around is None else self.find(block, family.around)
         self.projections = [self.find(self.attention, name) for name in family.projections]
         self.attention_dropout = self.find(self.attention, family.attention_dropout)
-        self.out, self.up, self.down = self.find(self.owner, family.out[1]), self.find(self.first, family.up[1]), self.find(self.last, family.down[1])
+        self.out, self.up, self.down = (
+            self.find(self.owner, family.out[1]),
+            self.find(self.first, family.up[1]),
+            self.find(self.last, family.down[1]),
+        )
         self.out_dropout: Any = None if family.out[2] is None else self.find(self.owner, family.out[2])
         self.down_dropout: Any = None if family.down[2] is None else self.find(self.last, family.down[2])
         self.activation = getattr(self.first, family.up[2])  # a module, or a function
@@ -123,8 +146,17 @@ class Parts:
         plain = (*self.projections, self.out, self.up, self.down)
         self.why = {module: not_plain(module) for module in plain}
         self.why |= {module: not_norm(module) for module in (self.norm1, self.norm2)}
-        self.why |= {module: not_dropout(module) for module in (self.out_dropout, self.down_dropout) if module is not None}
-        reasons = (self.attention_why, self.around_why, self.owner_why, self.first_why, self.last_why, *self.why.values())
+        self.why |= {
+            module: not_dropout(module) for module in (self.out_dropout, self.down_dropout) if module is not None
+        }
+        reasons = (
+            self.attention_why,
+            self.around_why,
+            self.owner_why,
+            self.first_why,
+            self.last_why,
+            *self.why.values(),
+        )
         self.clean = self.gelu is not None and not any(reasons)
         self.layout = LAYOUTS.get(type(self.up), "")
         self.even = self.clean and len({type(module) for module in plain}) == 1  # one layout
@@ -202,7 +234,9 @@ def dropped(branch: Tensor, dropout: Any, why: dict) -> tuple[Tensor, float]:
     return branch, dropout.p if dropout.training else 0.0
 
 
-def add_norm(branch: Tensor, residual: Tensor, dropout: Any, norm: Any, parts: Parts, fused: bool, post: bool) -> tuple[Tensor, Tensor]:
+def add_norm(
+    branch: Tensor, residual: Tensor, dropout: Any, norm: Any, parts: Parts, fused: bool, post: bool
+) -> tuple[Tensor, Tensor]:
     """(LayerNorm(residual + dropout(branch)), the sum)."""
     branch, dropout_p = dropped(branch, dropout, parts.why) if dropout is not None else (branch, 0.0)
     own = norm._parameters
@@ -227,9 +261,25 @@ def feed_forward(x: Tensor, parts: Parts, fused: bool) -> Tensor:
     if not fused:
         return down(parts.activation(up(x)))
     a, b = up._parameters, down._parameters
-    if parts.gelu is None or why[up] or why[down] or type(up) is not type(down) or type(a.get("weight")) not in PLAIN or type(b.get("weight")) not in PLAIN:
+    if (
+        parts.gelu is None
+        or why[up]
+        or why[down]
+        or type(up) is not type(down)
+        or type(a.get("weight")) not in PLAIN
+        or type(b.get("weight")) not in PLAIN
+    ):
         return project(down, parts.activation(project(up, x, why[up])), why[down])
-    return fastlm.gelu_mlp(x, a["weight"], a["bias"], b["weight"], b["bias"], approximate=parts.gelu, layout=LAYOUTS[type(up)], recompute=RECOMPUTE)
+    return fastlm.gelu_mlp(
+        x,
+        a["weight"],
+        a["bias"],
+        b["weight"],
+        b["bias"],
+        approximate=parts.gelu,
+        layout=LAYOUTS[type(up)],
+        recompute=RECOMPUTE,
+    )
 
 
 def scale_of(module: Any, head_dim: int) -> float:
@@ -242,7 +292,9 @@ def projected(patch: Patch, parts: Parts, x: Tensor) -> Any:
     """Query, key and value, (batch, tokens, heads, head_dim)."""
     heads, (batch, tokens, _) = parts.attention.__dict__[patch.family.heads], x.shape
     found = [project(projection, x, parts.why[projection]) for projection in parts.projections]
-    if len(found) == 1:  # the attention reads the three where the projection left them, side by side in every token's row
+    if (
+        len(found) == 1
+    ):  # the attention reads the three where the projection left them, side by side in every token's row
         return found[0].view(batch, tokens, 3, heads, -1).unbind(2)
     return [part.view(batch, tokens, heads, -1) for part in found]
 
@@ -264,14 +316,27 @@ def attended(
     if cache is not None:
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         position = given.get("cache_position")
-        key, value = cache.update(key, value, module.layer_idx, *(() if position is None else ({"cache_position": position},)))
+        key, value = cache.update(
+            key, value, module.layer_idx, *(() if position is None else ({"cache_position": position},))
+        )
     causal = given.get("is_causal")
     if causal is None:
         causal = own["is_causal"] if "is_causal" in own else own.get("is_decoder", False)
-    if mask is None and causal and cache is not None and key.shape[2] > (tokens := query.shape[2]) > 1 and implementation(module) != NAME:
-        key, value = key[:, :, :tokens], value[:, :, :tokens]  # elsewhere no mask means an empty static cache then, whose end is empty
+    if (
+        mask is None
+        and causal
+        and cache is not None
+        and key.shape[2] > (tokens := query.shape[2]) > 1
+        and implementation(module) != NAME
+    ):
+        key, value = (
+            key[:, :, :tokens],
+            value[:, :, :tokens],
+        )  # elsewhere no mask means an empty static cache then, whose end is empty
     if mask is None and not weights_wanted:
-        return fastlm.attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p).transpose(1, 2).flatten(2), None
+        return fastlm.attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p).transpose(
+            1, 2
+        ).flatten(2), None
     out, weights = attend(query, key, value, mask, causal, scale, dropout_p, weights_wanted=weights_wanted)
     return out.flatten(2), weights
 
@@ -338,15 +403,33 @@ def straight_pre_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: d
     qkv, out, up, down, norm1, norm2 = parts.parameters
     layout, (batch, tokens, _) = parts.layout, x.shape
     y, _ = fastlm.layernorm_residual(x, None, norm1["weight"], norm1["bias"], parts.norm1_own["eps"])
-    y = fastlm.linear(y, qkv["weight"], qkv["bias"], layout=layout).view(batch, tokens, 3, parts.attention_own[patch.family.heads], -1)
+    y = fastlm.linear(y, qkv["weight"], qkv["bias"], layout=layout).view(
+        batch, tokens, 3, parts.attention_own[patch.family.heads], -1
+    )
     query, key, value = y.unbind(2)
     y, _ = attended(patch, parts, query, key, value, mask, given, False)
     y = fastlm.linear(y, out["weight"], out["bias"], layout=layout)
     if y.dtype != x.dtype:
         y, x = widened(y, x, post=False)
     dropout = parts.out_dropout_own
-    y, x = fastlm.layernorm_residual(y, x, norm2["weight"], norm2["bias"], parts.norm2_own["eps"], dropout_p=dropout["p"] if dropout["training"] else 0.0)
-    y = fastlm.gelu_mlp(y, up["weight"], up["bias"], down["weight"], down["bias"], approximate=parts.gelu, layout=layout, recompute=RECOMPUTE)
+    y, x = fastlm.layernorm_residual(
+        y,
+        x,
+        norm2["weight"],
+        norm2["bias"],
+        parts.norm2_own["eps"],
+        dropout_p=dropout["p"] if dropout["training"] else 0.0,
+    )
+    y = fastlm.gelu_mlp(
+        y,
+        up["weight"],
+        up["bias"],
+        down["weight"],
+        down["bias"],
+        approximate=parts.gelu,
+        layout=layout,
+        recompute=RECOMPUTE,
+    )
     dropout = parts.down_dropout_own
     return x + (F.dropout(y, dropout["p"]) if dropout["training"] and dropout["p"] else y)
 
@@ -362,12 +445,35 @@ def straight_post_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: 
     if y.dtype != x.dtype:
         y, x = widened(y, x, post=True)
     dropout = parts.out_dropout_own
-    x, _ = fastlm.layernorm_residual(y, x, norm1["weight"], norm1["bias"], parts.norm1_own["eps"], dropout_p=dropout["p"] if dropout["training"] else 0.0)
-    y = fastlm.gelu_mlp(x, up["weight"], up["bias"], down["weight"], down["bias"], approximate=parts.gelu, layout=layout, recompute=RECOMPUTE)
+    x, _ = fastlm.layernorm_residual(
+        y,
+        x,
+        norm1["weight"],
+        norm1["bias"],
+        parts.norm1_own["eps"],
+        dropout_p=dropout["p"] if dropout["training"] else 0.0,
+    )
+    y = fastlm.gelu_mlp(
+        x,
+        up["weight"],
+        up["bias"],
+        down["weight"],
+        down["bias"],
+        approximate=parts.gelu,
+        layout=layout,
+        recompute=RECOMPUTE,
+    )
     if y.dtype != x.dtype:
         y, x = widened(y, x, post=True)
     dropout = parts.down_dropout_own
-    return fastlm.layernorm_residual(y, x, norm2["weight"], norm2["bias"], parts.norm2_own["eps"], dropout_p=dropout["p"] if dropout["training"] else 0.0)[0]
+    return fastlm.layernorm_residual(
+        y,
+        x,
+        norm2["weight"],
+        norm2["bias"],
+        parts.norm2_own["eps"],
+        dropout_p=dropout["p"] if dropout["training"] else 0.0,
+    )[0]
 
 
 # Part by part
@@ -392,12 +498,26 @@ def layer(straight: Any) -> Any:
             if parts is None or not parts.still_clean():
                 parts = found_anew(patch)
             own = parts.block_own
-            if CHECKPOINTS_IN_FORWARD and own.get("gradient_checkpointing") and own["training"] and torch.is_grad_enabled() and not again:
+            if (
+                CHECKPOINTS_IN_FORWARD
+                and own.get("gradient_checkpointing")
+                and own["training"]
+                and torch.is_grad_enabled()
+                and not again
+            ):
                 without = {**dict.fromkeys(CACHES), "use_cache": False}
                 kwargs = {name: without.get(name, x) for name, x in kwargs.items()}
-                return patch.module._gradient_checkpointing_func(lambda *args: forward(patch, args, kwargs, again=True), *args)
+                return patch.module._gradient_checkpointing_func(
+                    lambda *args: forward(patch, args, kwargs, again=True), *args
+                )
             x, mask, wanted = given[names[0]], given.get(patch.mask), bool(given.get("output_attentions"))
-            if parts.even and patch.fused and not wanted and all_plain(parts) and not (collector is not None and collector.get()):
+            if (
+                parts.even
+                and patch.fused
+                and not wanted
+                and all_plain(parts)
+                and not (collector is not None and collector.get())
+            ):
                 out = straight(patch, parts, x, mask, given)
                 return (out,) if patch.as_tuple else out
             result = body(patch, parts, x, mask, given, wanted)
@@ -416,7 +536,9 @@ def layer(straight: Any) -> Any:
 
 
 @layer(straight_pre_norm)
-def pre_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: dict, wanted: bool) -> tuple[Tensor, Tensor | None] | None:
+def pre_norm(
+    patch: Patch, parts: Parts, x: Tensor, mask: Any, given: dict, wanted: bool
+) -> tuple[Tensor, Tensor | None] | None:
     """s = x + attention(LayerNorm(x)), s + feed_forward(LayerNorm(s)), each branch with dropout."""
     options = patch.options
     norms, norm1 = options["layernorm"], parts.norm1
@@ -442,7 +564,9 @@ def pre_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: dict, want
 
 
 @layer(straight_post_norm)
-def post_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: dict, wanted: bool) -> tuple[Tensor, Tensor | None] | None:
+def post_norm(
+    patch: Patch, parts: Parts, x: Tensor, mask: Any, given: dict, wanted: bool
+) -> tuple[Tensor, Tensor | None] | None:
     """x = LayerNorm(x + attention(x)), LayerNorm(x + feed_forward(x)), each branch with dropout."""
     options = patch.options
     norms, fused, weights = options["layernorm"], options["attention"], None
@@ -474,7 +598,11 @@ def post_norm(patch: Patch, parts: Parts, x: Tensor, mask: Any, given: dict, wan
     elif first is last:
         return add_norm(first(x), x, None, parts.norm2, parts, norms, post=True)[0], weights
     else:
-        middle = first(x) if parts.first_why else parts.activation(project(parts.up, x, parts.why[parts.up]) if fused else parts.up(x))
+        middle = (
+            first(x)
+            if parts.first_why
+            else parts.activation(project(parts.up, x, parts.why[parts.up]) if fused else parts.up(x))
+        )
         if parts.last_why:
             return last(middle, x), weights
         branch = project(parts.down, middle, parts.why[parts.down]) if fused else parts.down(middle)

@@ -8,7 +8,9 @@ class Family:
     """Names of modules, relative to the block; projections and dropout relative to the module that owns them. None: the family has no such part."""
 
     block: str  # the class of a layer
-    encoder: str | None  # the class that runs the layers one after another on hidden states alone, if its padding may be packed away
+    encoder: (
+        str | None
+    )  # the class that runs the layers one after another on hidden states alone, if its padding may be packed away
     pre_norm: bool
     attention: str  # the module that computes softmax(q kᵀ) v
     heads: str  # its attribute with their number
@@ -95,7 +97,9 @@ class Head:
     shifted: bool = False  # a token's logits are held against the label of the next one
     chosen: bool = False  # by the model's loss function, which a user may set and which takes num_items_in_batch, ignore_index and shift_labels
     logits: str = "logits"  # what the output calls them
-    other: tuple[str, str] | None = None  # another label and the logits that it is for, whose cross-entropy is added; without it there is no loss
+    other: tuple[str, str] | None = (
+        None  # another label and the logits that it is for, whose cross-entropy is added; without it there is no loss
+    )
 
     def __deepcopy__(self, memo: dict) -> "Head":
         return self

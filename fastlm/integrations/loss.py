@@ -47,7 +47,14 @@ def held_patch(module: nn.Module, function: Any, options: dict) -> Patch | None:
 
 def lookup(patch: Patch, args: tuple, kwargs: dict) -> Any:
     """Forward of a token embedding: its class's, but for the first call while a loss is being computed, which hands the table on too."""
-    if not patch.held or patch.table is not None or kwargs or len(args) != 1 or not torch.is_grad_enabled() or not eager(args[0]):
+    if (
+        not patch.held
+        or patch.table is not None
+        or kwargs
+        or len(args) != 1
+        or not torch.is_grad_enabled()
+        or not eager(args[0])
+    ):
         return patch.original(*args, **kwargs)
     embedding = patch.module
     rows, patch.table = SharedTable.apply(embedding.weight, args[0], embedding.padding_idx)
@@ -99,7 +106,11 @@ def own_loss(patch: Patch) -> str:
 
 
 def plain_cross_entropy(module: Any) -> bool:
-    settings = (module.weight, module.ignore_index, module.reduction, module.label_smoothing) if type(module) is nn.CrossEntropyLoss else ()
+    settings = (
+        (module.weight, module.ignore_index, module.reduction, module.label_smoothing)
+        if type(module) is nn.CrossEntropyLoss
+        else ()
+    )
     return settings == (None, -100, "mean", 0.0)
 
 
@@ -108,7 +119,9 @@ def head(patch: Patch, args: tuple, kwargs: dict) -> Any:
     if not_fused(patch, given) or (held := hold(patch.module, patch.options)) is None:
         return patch.original(*args, **kwargs)
     about, labels = patch.family, given.pop("labels")
-    settings = {name: given.pop(name) for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in given}
+    settings = {
+        name: given.pop(name) for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in given
+    }
     return_dict = given.pop("return_dict", None)
     if about.chosen and "use_cache" in patch.names and "GPT2" not in type(patch.module).__name__:
         given["use_cache"] = False  # as these heads do when they see labels

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from fastlm.integrations.capture import idle
 from fastlm.ops.boundary import opaque
 
-GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
-is_compiling, traced_by, transformed_by = torch.compiler.is_compiling, torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
+GLOBAL_HOOKS = tuple(
+    getattr(torch.nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+)
+is_compiling, traced_by, transformed_by = (
+    torch.compiler.is_compiling,
+    torch._C._get_tracing_state,
+    torch._C._functorch.peek_interpreter_stack,
+)
 REPLICATE = "_replicate_for_data_parallel"  # a method of nn.Module
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
@@ -25,7 +32,9 @@ class Patch:
     parts: Any  # of a layer: its modules, as they were found last (blocks.py)
     cache: str  # of a layer: what it calls the cache, what it does not, the mask, and whether it returns a tuple
     not_cache: frozenset[str]
-    rare: tuple[str, ...]  # of a layer: names of arguments that, where they are given, may mean that nothing is replaced
+    rare: tuple[
+        str, ...
+    ]  # of a layer: names of arguments that, where they are given, may mean that nothing is replaced
     mask: str
     as_tuple: bool
     fused: bool  # of a layer: no part is left out
@@ -51,7 +60,9 @@ class Patch:
     def bind(self, args: tuple, kwargs: dict) -> dict:
         """All arguments by name."""
         if len(args) > len(self.names):
-            raise TypeError(f"{type(self.module).__name__}.forward: expected at most {len(self.names)} positional arguments, got {len(args)}")
+            raise TypeError(
+                f"{type(self.module).__name__}.forward: expected at most {len(self.names)} positional arguments, got {len(args)}"
+            )
         given = dict(zip(self.names, args))  # noqa: B905  # fewer arguments than names
         given.update(kwargs)
         return given
@@ -100,7 +111,11 @@ def touched(module: nn.Module) -> str:
     if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "has a backward hook"
     forward = own.get("forward")
-    if forward is not None and type(forward) is not Patch and getattr(forward, "__func__", None) is not type(module).forward:
+    if (
+        forward is not None
+        and type(forward) is not Patch
+        and getattr(forward, "__func__", None) is not type(module).forward
+    ):
         return "has a forward of its own"
     return ""
 

@@ -28,6 +28,8 @@ class Report:
     def __str__(self) -> str:
         if not self.entries:
             return "nothing here is of a family that fastlm knows"
-        rows = [(entry.module, entry.operator, entry.backend or f"left alone: {entry.reason}") for entry in self.entries]
+        rows = [
+            (entry.module, entry.operator, entry.backend or f"left alone: {entry.reason}") for entry in self.entries
+        ]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         return "\n".join(f"{name:{widths[0]}}  {operator:{widths[1]}}  {who}" for name, operator, who in rows)

@@ -26,9 +26,19 @@ ROWS = 512  # for which a report says who serves
 interface.register()
 
 
-def accelerate(model: M, *, attention: bool = True, layernorm: bool = True, mlp: bool = True, loss: bool = True, strict: bool = True) -> M:
+def accelerate(
+    model: M,
+    *,
+    attention: bool = True,
+    layernorm: bool = True,
+    mlp: bool = True,
+    loss: bool = True,
+    strict: bool = True,
+) -> M:
     if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ValueError("model: expected one that is not compiled yet (accelerate, then torch.compile), got the result of torch.compile")
+        raise ValueError(
+            "model: expected one that is not compiled yet (accelerate, then torch.compile), got the result of torch.compile"
+        )
     restore(model)
     options = {"attention": attention, "layernorm": layernorm, "mlp": mlp, "loss": loss}
     for _, module, family in layers(model):
@@ -44,15 +54,22 @@ def accelerate(model: M, *, attention: bool = True, layernorm: bool = True, mlp:
         if attention and isinstance(module, PreTrainedModel) and uses_interface(module):
             look_through_views(module)
     if strict and not (found := report(model)).replaced:
-        why = "; ".join(f"{entry.module}: {entry.reason}" for entry in found.left_alone[:5]) or "no layer of a known family in it"
-        raise ValueError(f"model: expected layers of {', '.join(sorted({f.block for f in FAMILIES.values()}))} to replace, got {type(model).__name__} ({why})")
+        why = (
+            "; ".join(f"{entry.module}: {entry.reason}" for entry in found.left_alone[:5])
+            or "no layer of a known family in it"
+        )
+        raise ValueError(
+            f"model: expected layers of {', '.join(sorted({f.block for f in FAMILIES.values()}))} to replace, got {type(model).__name__} ({why})"
+        )
     return model
 
 
 def restore(model: M) -> M:
     wrapped = [name or "the model" for name, module in model.named_modules() if buried(module)]
     if wrapped:
-        raise RuntimeError(f"model: expected forwards as accelerate left them, got one wrapped by something else at {', '.join(wrapped[:5])}; undo that first")
+        raise RuntimeError(
+            f"model: expected forwards as accelerate left them, got one wrapped by something else at {', '.join(wrapped[:5])}; undo that first"
+        )
     for module in model.modules():
         if patch_of(module) is not None:
             detach(module)
@@ -64,7 +81,11 @@ def restore(model: M) -> M:
 def buried(module: nn.Module) -> bool:
     """Whether our forward is inside someone else's."""
     forward = module.__dict__.get("forward")
-    return forward is not None and type(forward) is not Patch and any(type(x) is Patch for x in (module.__dict__.get("_old_forward"), inspect.unwrap(forward)))
+    return (
+        forward is not None
+        and type(forward) is not Patch
+        and any(type(x) is Patch for x in (module.__dict__.get("_old_forward"), inspect.unwrap(forward)))
+    )
 
 
 # 1. Finding
@@ -76,7 +97,10 @@ def family_of(module: nn.Module, role: str) -> Family | None:
     family = FAMILIES.get(getattr(forward, "__module__", ""))
     if family is None or getattr(family, role) is None:
         return None
-    named = any(kind.__name__ == getattr(family, role) and kind.__module__ == forward.__module__ for kind in type(module).__mro__)
+    named = any(
+        kind.__name__ == getattr(family, role) and kind.__module__ == forward.__module__
+        for kind in type(module).__mro__
+    )
     return family if named else None
 
 
@@ -97,7 +121,14 @@ def head_of(module: nn.Module) -> Head | None:
     forward = inspect.unwrap(type(module).forward)
     if getattr(forward, "__module__", "") not in FAMILIES:
         return None
-    return next((HEADS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in HEADS and kind.__module__ == forward.__module__), None)
+    return next(
+        (
+            HEADS[kind.__name__]
+            for kind in type(module).__mro__
+            if kind.__name__ in HEADS and kind.__module__ == forward.__module__
+        ),
+        None,
+    )
 
 
 def foreign(module: Any) -> bool:
@@ -108,7 +139,13 @@ def foreign(module: Any) -> bool:
 def learn(layer: nn.Module, family: Family) -> None:
     """Remembers the classes of a layer's containers, if their forward is the one of transformers that the fused forward repeats."""
     home = inspect.unwrap(type(layer).forward).__module__
-    for path in {family.attention, family.out[0], family.up[0], family.down[0], *((family.around,) if family.around else ())}:
+    for path in {
+        family.attention,
+        family.out[0],
+        family.up[0],
+        family.down[0],
+        *((family.around,) if family.around else ()),
+    }:
         kind = type(blocks.descend(layer, path))
         blocks.parameters(kind)
         if getattr(inspect.unwrap(kind.forward), "__module__", "") == home:
@@ -150,7 +187,15 @@ def report(model: nn.Module) -> Report:
             entries += layer_entries(name, module, family)
         elif (family := family_of(module, "encoder")) is not None and (patch := patch_of(module)) is not None:
             why = packing.not_packable(patch, torch.empty(()), {})
-            entries.append(entry(f"{name}, padding left out", "attention_varlen", next(module.parameters()), why, **({} if why else heads_inside(module))))
+            entries.append(
+                entry(
+                    f"{name}, padding left out",
+                    "attention_varlen",
+                    next(module.parameters()),
+                    why,
+                    **({} if why else heads_inside(module)),
+                )
+            )
         elif head_of(module) is not None:
             entries.append(head_entry(name, module))
     return Report(tuple(entries))
@@ -184,7 +229,9 @@ def entry(name: str, operator: str, parameter: torch.Tensor, why: str, **feature
         "mask_gradient": False,
     }
     asked = {feature: {**sizes, **features}.get(feature, parameter.shape[-1]) for feature in choice.FEATURES[operator]}
-    return Entry(name, operator, choice.decide(operator, parameter.device, parameter.dtype, choice.requested(None), asked)[0], "")
+    return Entry(
+        name, operator, choice.decide(operator, parameter.device, parameter.dtype, choice.requested(None), asked)[0], ""
+    )
 
 
 def layer_entries(name: str, layer: Any, family: Family) -> list[Entry]:
@@ -229,11 +276,22 @@ def layer_entries(name: str, layer: Any, family: Family) -> list[Entry]:
 def head_entry(name: str, head: Any) -> Entry:
     patch = patch_of(head)
     if patch is None:
-        return Entry(name, "linear_cross_entropy", "", "has a forward of its own" if foreign(head) else "accelerate(…, loss=False)")
+        return Entry(
+            name,
+            "linear_cross_entropy",
+            "",
+            "has a forward of its own" if foreign(head) else "accelerate(…, loss=False)",
+        )
     decoder = head.get_output_embeddings()
     why = blocks.not_plain(decoder) if decoder is not None else "is missing"
     own_loss = loss.own_loss(patch)
-    return entry(name, "linear_cross_entropy", next(head.parameters()), own_loss or (why and f"its output projection {why}"), vocab=32000)
+    return entry(
+        name,
+        "linear_cross_entropy",
+        next(head.parameters()),
+        own_loss or (why and f"its output projection {why}"),
+        vocab=32000,
+    )
 
 
 # 4. transformers 4, whose other families choose a class by the implementation's name

@@ -5,4 +5,13 @@ from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, B
 from fastlm.models.config import BertConfig, GPT2Config
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
 
-__all__ = ["BertConfig", "BertForMaskedLM", "BertForSequenceClassification", "BertModel", "GPT2Config", "GPT2LMHeadModel", "GPT2Model", "load_model"]
+__all__ = [
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertModel",
+    "GPT2Config",
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "load_model",
+]

@@ -135,7 +135,12 @@ class PretrainedModel(nn.Module):
         if backend is None:
             return checkpoint(layer, *arguments, use_reentrant=False)
         # The second run is in backward, perhaps outside of the `with use_backend(…)` that the first was in.
-        return checkpoint(layer, *arguments, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), backends.use_backend(backend)))
+        return checkpoint(
+            layer,
+            *arguments,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), backends.use_backend(backend)),
+        )
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,17 @@ import fastlm
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.config import GELUS, BertConfig
-from fastlm.models.layers import Embedding, FeedForward, LayerNorm, Linear, embed, heads_of, joined, look_up, loss_and_logits
+from fastlm.models.layers import (
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    embed,
+    heads_of,
+    joined,
+    look_up,
+    loss_and_logits,
+)
 from fastlm.models.outputs import HeadOutput, ModelOutput
 from fastlm.ops.boundary import mismatch, opaque
 
@@ -30,7 +40,9 @@ class BertEmbeddings(nn.Module):
 
     def forward(self, words: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """words: (batch, tokens, hidden_size), looked up already."""
-        x = words + embed(self.token_type_embeddings, token_type_ids, slice(0, 1))  # without ids all tokens are of type 0
+        x = words + embed(
+            self.token_type_embeddings, token_type_ids, slice(0, 1)
+        )  # without ids all tokens are of type 0
         x = x + embed(self.position_embeddings, position_ids, slice(0, words.shape[1]))
         return F.dropout(self.LayerNorm(x)[0], self.pdrop, self.training)
 
@@ -44,7 +56,9 @@ class BertSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, key_padding: Tensor | None) -> Tensor:
         query, key, value = (heads_of(projection(x), self.heads) for projection in (self.query, self.key, self.value))
-        return joined(fastlm.attention(query, key, value, key_padding=key_padding, dropout_p=self.pdrop if self.training else 0.0))
+        return joined(
+            fastlm.attention(query, key, value, key_padding=key_padding, dropout_p=self.pdrop if self.training else 0.0)
+        )
 
 
 class BertOutput(nn.Module):
@@ -82,7 +96,9 @@ class BertLayer(FeedForward):
         attended = self.attention.output.dense(self.attention.self(x, key_padding))
         x, _ = self.attention.output.LayerNorm(attended, x, dropout_p)
         up, down = self.intermediate.dense, self.output.dense
-        fed = fastlm.gelu_mlp(x, up.weight, up.bias, down.weight, down.bias, approximate=self.approximate, recompute=self.recompute)
+        fed = fastlm.gelu_mlp(
+            x, up.weight, up.bias, down.weight, down.bias, approximate=self.approximate, recompute=self.recompute
+        )
         return self.output.LayerNorm(fed, x, dropout_p)[0]
 
 
@@ -142,11 +158,14 @@ class BertModel(BertPretrainedModel):
             position_ids: (batch, tokens); None: counted from 0.
         """
         words = self.embeddings.word_embeddings
-        batch, tokens = inputs.batch_and_tokens(input_ids, inputs_embeds, words.weight, 0, self.config.max_position_embeddings)
+        batch, tokens = inputs.batch_and_tokens(
+            input_ids, inputs_embeds, words.weight, 0, self.config.max_position_embeddings
+        )
         device = words.weight.device
         for name, given, below in (
-            ("token_type_ids", token_type_ids, self.config.type_vocab_size), ("position_ids", position_ids, self.config.max_position_embeddings)
-        ):  # fmt: skip
+            ("token_type_ids", token_type_ids, self.config.type_vocab_size),
+            ("position_ids", position_ids, self.config.max_position_embeddings),
+        ):
             if given is not None:
                 inputs.ids(name, given, below=below, device=device, shape=(batch, tokens))
         key_padding = inputs.key_padding(attention_mask, batch, tokens, device)
@@ -166,7 +185,9 @@ class BertPredictions(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.transform = BertOutput(config, config.hidden_size)
-        self.decoder = Linear(config.hidden_size, config.vocab_size, device="meta" if config.tie_word_embeddings else None)
+        self.decoder = Linear(
+            config.hidden_size, config.vocab_size, device="meta" if config.tie_word_embeddings else None
+        )
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
         self.approximate = GELUS[config.hidden_act]
 
@@ -183,7 +204,10 @@ class BertMaskedLMHead(nn.Module):
 class BertForMaskedLM(BertPretrainedModel):
     """BERT with the masked-token head."""
 
-    tied: ClassVar = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias": "cls.predictions.bias"}
+    tied: ClassVar = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -209,8 +233,17 @@ class BertForMaskedLM(BertPretrainedModel):
         hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         x = hidden.last_hidden_state
         if labels is not None:
-            inputs.ids("labels", labels, below=self.config.vocab_size, device=x.device, shape=tuple(x.shape[:2]), ignore=inputs.IGNORE)
-            if self.training and x.device.type == "cpu" and not opaque(x, labels):  # elsewhere counting them would wait for the GPU, or end the graph
+            inputs.ids(
+                "labels",
+                labels,
+                below=self.config.vocab_size,
+                device=x.device,
+                shape=tuple(x.shape[:2]),
+                ignore=inputs.IGNORE,
+            )
+            if (
+                self.training and x.device.type == "cpu" and not opaque(x, labels)
+            ):  # elsewhere counting them would wait for the GPU, or end the graph
                 counted = (labels != inputs.IGNORE).flatten().nonzero()[:, 0]
                 x, labels = x.flatten(0, 1).index_select(0, counted), labels.flatten()[counted]
         head = self.cls.predictions
@@ -243,16 +276,31 @@ class BertForSequenceClassification(BertPretrainedModel):
         floating-point (batch,), with num_labels = 1: regression, mean squared error;
         floating-point (batch, num_labels): any of the labels, mean binary cross-entropy.
         """
-        x = F.dropout(self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds).pooler_output, self.pdrop, self.training)
+        x = F.dropout(
+            self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds).pooler_output,
+            self.pdrop,
+            self.training,
+        )
         if labels is None or self.problem(labels) == "single_label_classification":
             if labels is not None:
-                inputs.ids("labels", labels, below=self.config.num_labels, device=x.device, shape=(x.shape[0],), ignore=inputs.IGNORE)
+                inputs.ids(
+                    "labels",
+                    labels,
+                    below=self.config.num_labels,
+                    device=x.device,
+                    shape=(x.shape[0],),
+                    ignore=inputs.IGNORE,
+                )
             return HeadOutput(*loss_and_logits(x, self.classifier.weight, self.classifier.bias, labels, self.training))
         logits = self.classifier(x)
         wide, truth = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.to(logits.device)
         if self.problem(labels) == "regression":
             if truth.numel() != logits.numel():
-                raise mismatch("labels", f"shape {tuple(logits.shape[: 1 if self.config.num_labels == 1 else 2])}", tuple(labels.shape))
+                raise mismatch(
+                    "labels",
+                    f"shape {tuple(logits.shape[: 1 if self.config.num_labels == 1 else 2])}",
+                    tuple(labels.shape),
+                )
             return HeadOutput(F.mse_loss(wide, truth.view_as(wide).to(wide.dtype)), logits)
         if truth.shape != logits.shape:
             raise mismatch("labels", f"shape {tuple(logits.shape)}", tuple(labels.shape))

@@ -18,7 +18,12 @@ from fastlm.models.config import read_json
 if TYPE_CHECKING:
     from fastlm.models.base import PretrainedModel
 
-WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # in order of preference
+WHOLE = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # in order of preference
 # Constants that older versions of Hugging Face's models kept among the parameters.
 CONSTANTS = re.compile(r"(^|\.)(embeddings\.position_ids|attn\.bias|attn\.masked_bias)$")
 SHOWN = 10  # of a list of keys in one line
@@ -36,7 +41,9 @@ def read(directory: Path) -> dict[str, Tensor]:
     if not name.endswith(".index.json"):
         return read_file(directory / name)
     shards = read_json(directory / name).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()):
+    if not isinstance(shards, dict) or not all(
+        isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
+    ):
         raise ValueError(f"{directory / name}: expected a weight_map from parameters to files in the same directory")
     tensors = {}
     for shard in sorted(set(shards.values())):
@@ -48,7 +55,11 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, but the index beside it names it")
     try:
-        contents = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        contents = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # every reader has its own errors for a damaged file, PyTorch's half a dozen
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
@@ -74,7 +85,9 @@ def own_name(key: str, known: set[str], prefix: str) -> str | None:
     if CONSTANTS.search(key):
         return None
     modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))  # LayerNorm as TensorFlow named it
-    return next((name for name in (modern, f"{prefix}.{modern}", modern.removeprefix(f"{prefix}.")) if name in known), key)
+    return next(
+        (name for name in (modern, f"{prefix}.{modern}", modern.removeprefix(f"{prefix}.")) if name in known), key
+    )
 
 
 @torch.no_grad()
@@ -84,12 +97,17 @@ def fill(model: "PretrainedModel", stored: dict[str, Tensor], initialise: tuple[
     found = {own_name(key, set(parameters), model.base_model_prefix): tensor for key, tensor in stored.items()}
     found.pop(None, None)
     if unknown := [str(name) for name in found if name not in parameters]:
-        warnings.warn(f"{directory}: {type(model).__name__} has no parameter for {listed(unknown)}; not loaded", stacklevel=4)
+        warnings.warn(
+            f"{directory}: {type(model).__name__} has no parameter for {listed(unknown)}; not loaded", stacklevel=4
+        )
 
     tied = dict(model.tied) if model.config.tie_word_embeddings else {}
     for name, source in tied.items():
         if name in found and source in found and not torch.equal(found[name].float(), found[source].float()):
-            warnings.warn(f"{directory}: {name} and {source} differ, so they are not tied although tie_word_embeddings is true", stacklevel=4)
+            warnings.warn(
+                f"{directory}: {name} and {source} differ, so they are not tied although tie_word_embeddings is true",
+                stacklevel=4,
+            )
             untie(model, name)
             parameters[name] = model.get_parameter(name)
         elif name in found:  # one tensor under two names, or under the second one alone
@@ -97,14 +115,18 @@ def fill(model: "PretrainedModel", stored: dict[str, Tensor], initialise: tuple[
 
     missing = [name for name in parameters if name not in found and name not in tied]
     if absent := [name for name in missing if not name.startswith(initialise or "\0")]:
-        raise ValueError(f"{directory}: parameters of {type(model).__name__} missing in the file (initialise= begins them anew): {listed(absent)}")
+        raise ValueError(
+            f"{directory}: parameters of {type(model).__name__} missing in the file (initialise= begins them anew): {listed(absent)}"
+        )
     if missing:
         model.initialise(model)
     for name, parameter in parameters.items():
         if name in found:
             tensor = found[name]
             if tensor.shape != parameter.shape:
-                raise ValueError(f"{directory}: {name}: expected shape {tuple(parameter.shape)} by config.json, got {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{directory}: {name}: expected shape {tuple(parameter.shape)} by config.json, got {tuple(tensor.shape)}"
+                )
             if not tensor.is_floating_point():
                 raise ValueError(f"{directory}: {name}: expected a floating-point dtype, got {tensor.dtype}")
             parameter.copy_(tensor)
@@ -128,13 +150,21 @@ def save(model: "PretrainedModel", directory: Path) -> None:
     for name, source in model.tied.items():
         if name in state and state[name].data_ptr() == state[source].data_ptr():
             del state[name]
-    settings = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    settings = {
+        **model.config.to_dict(),
+        "architectures": [type(model).__name__],
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    write_together({
-        directory / "model.safetensors": lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-        directory / "config.json": lambda path: path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8"),
-    })  # fmt: skip
+    write_together(
+        {
+            directory / "model.safetensors": lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            directory / "config.json": lambda path: path.write_text(
+                json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            ),
+        }
+    )
 
 
 def write_together(files: dict[Path, Callable[[Path], object]]) -> None:
@@ -150,7 +180,9 @@ def write_together(files: dict[Path, Callable[[Path], object]]) -> None:
                 with open(temporaries[path], "rb+") as file:
                     os.fsync(file.fileno())  # a full disk may say so only now
             except (OSError, SafetensorError) as error:
-                raise OSError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); nothing was changed") from None
+                raise OSError(
+                    f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); nothing was changed"
+                ) from None
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     finally:

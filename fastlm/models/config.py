@@ -31,7 +31,12 @@ class Config:
     model_type: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]]
     # Keys that change the mathematics, with the only value that this library computes.
-    fixed: ClassVar[dict[str, Any]] = {"add_cross_attention": False, "is_encoder_decoder": False, "pruned_heads": {}, "quantization_config": None}
+    fixed: ClassVar[dict[str, Any]] = {
+        "add_cross_attention": False,
+        "is_encoder_decoder": False,
+        "pruned_heads": {},
+        "quantization_config": None,
+    }
     aliases: ClassVar[dict[str, str]] = {}
 
     tie_word_embeddings: bool = True
@@ -89,7 +94,12 @@ class GPT2Config(Config):
         "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
         "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
     }
-    aliases: ClassVar = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}
+    aliases: ClassVar = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    }
 
     vocab_size: int = 50257
     n_positions: int = 1024  # the context: tokens that the model sees at most
@@ -110,7 +120,9 @@ class GPT2Config(Config):
     eos_token_id: int | list[int] | None = 50256
 
     def __post_init__(self) -> None:
-        sizes(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", *["n_inner"] * (self.n_inner is not None))
+        sizes(
+            self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", *["n_inner"] * (self.n_inner is not None)
+        )
         divides(self, "n_head", "n_embd")
         probabilities(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
         one_gelu(self, "activation_function")
@@ -123,7 +135,12 @@ class BertConfig(Config):
     model_type = "bert"
     presets: ClassVar = {
         "bert-base": {},
-        "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+        "bert-large": {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
     }
     fixed: ClassVar = Config.fixed | {"is_decoder": False, "position_embedding_type": "absolute"}
 
@@ -145,10 +162,23 @@ class BertConfig(Config):
     problem_type: str | None = None  # None: by the labels, see BertForSequenceClassification
 
     def __post_init__(self) -> None:
-        sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+        sizes(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        )
         sizes(self, "type_vocab_size", "num_labels")
         divides(self, "num_attention_heads", "hidden_size")
-        probabilities(self, "hidden_dropout_prob", "attention_probs_dropout_prob", *["classifier_dropout"] * (self.classifier_dropout is not None))
+        probabilities(
+            self,
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            *["classifier_dropout"] * (self.classifier_dropout is not None),
+        )
         one_gelu(self, "hidden_act")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise mismatch("pad_token_id", f"a token id in [0, {self.vocab_size})", self.pad_token_id)
@@ -193,7 +223,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; a directory in Hugging Face's format has one, and nothing is downloaded") from None
+        raise FileNotFoundError(
+            f"{path}: no such file; a directory in Hugging Face's format has one, and nothing is downloaded"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(contents, dict):

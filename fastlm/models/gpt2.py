@@ -18,7 +18,18 @@ from fastlm.generation.decode import Streamer, generate
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.config import GELUS, GPT2Config
-from fastlm.models.layers import Conv1D, Embedding, FeedForward, LayerNorm, Linear, embed, heads_of, joined, look_up, loss_and_logits
+from fastlm.models.layers import (
+    Conv1D,
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    embed,
+    heads_of,
+    joined,
+    look_up,
+    loss_and_logits,
+)
 from fastlm.models.outputs import HeadOutput, ModelOutput
 from fastlm.ops.boundary import mismatch
 
@@ -39,7 +50,13 @@ class GPT2Attention(nn.Module):
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
         dropout_p = self.pdrop if self.training else 0.0
-        return self.c_proj(joined(fastlm.attention(query, key, value, causal=True, key_padding=key_padding, scale=self.scale, dropout_p=dropout_p)))
+        return self.c_proj(
+            joined(
+                fastlm.attention(
+                    query, key, value, causal=True, key_padding=key_padding, scale=self.scale, dropout_p=dropout_p
+                )
+            )
+        )
 
 
 class GPT2MLP(FeedForward):
@@ -52,9 +69,15 @@ class GPT2MLP(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         return fastlm.gelu_mlp(
-            x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, approximate=self.approximate, layout="conv1d",
+            x,
+            self.c_fc.weight,
+            self.c_fc.bias,
+            self.c_proj.weight,
+            self.c_proj.bias,
+            approximate=self.approximate,
+            layout="conv1d",
             recompute=self.recompute,
-        )  # fmt: skip
+        )
 
 
 class GPT2Block(nn.Module):
@@ -66,7 +89,9 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(config)
         self.pdrop = config.resid_pdrop
 
-    def forward(self, x: Tensor, stream: Tensor | None, key_padding: Tensor | None = None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, stream: Tensor | None, key_padding: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x: what the block before computed, not yet added to the stream; or the embeddings, and no stream. Returns the same pair for the next."""
         dropout_p = self.pdrop if self.training else 0.0
         x, stream = self.ln_1(x, stream, dropout_p if stream is not None else 0.0)
@@ -82,7 +107,9 @@ class GPT2PretrainedModel(PretrainedModel):
     def initialise(self, root: nn.Module) -> None:
         super().initialise(root)
         for module in root.modules():
-            if isinstance(module, (GPT2Attention, GPT2MLP)):  # 2 · n_layer of these are added up along the stream; this keeps the variance of the sum
+            if isinstance(
+                module, (GPT2Attention, GPT2MLP)
+            ):  # 2 · n_layer of these are added up along the stream; this keeps the variance of the sum
                 module.c_proj.weight.normal_(0.0, self.config.initializer_range / math.sqrt(2 * self.config.n_layer))
 
 
@@ -118,21 +145,29 @@ class GPT2Model(GPT2PretrainedModel):
             use_cache: begin a cache, as long as the context.
         """
         past = past_key_values.length if past_key_values is not None else 0
-        batch, tokens = inputs.batch_and_tokens(input_ids, inputs_embeds, self.wte.weight, past, self.config.n_positions)
+        batch, tokens = inputs.batch_and_tokens(
+            input_ids, inputs_embeds, self.wte.weight, past, self.config.n_positions
+        )
         device = self.wte.weight.device
         if position_ids is not None:
-            inputs.ids("position_ids", position_ids, below=self.config.n_positions, device=device, shape=(batch, tokens))
+            inputs.ids(
+                "position_ids", position_ids, below=self.config.n_positions, device=device, shape=(batch, tokens)
+            )
         key_padding = inputs.key_padding(attention_mask, batch, past + tokens, device)
         cache = past_key_values
         if use_cache and cache is None:
             cache = KVCache(self.config.n_layer, self.config.n_positions)
         if cache is not None and self.gradient_checkpointing and self.training:
-            raise mismatch("past_key_values", "no cache while layers are computed twice (gradient checkpointing)", "one")
+            raise mismatch(
+                "past_key_values", "no cache while layers are computed twice (gradient checkpointing)", "one"
+            )
 
         x, table = look_up(self.wte, input_ids, inputs_embeds)
         x = x + embed(self.wpe, position_ids, slice(past, past + tokens))
         if token_type_ids is not None:
-            inputs.ids("token_type_ids", token_type_ids, below=self.config.vocab_size, device=device, shape=(batch, tokens))
+            inputs.ids(
+                "token_type_ids", token_type_ids, below=self.config.vocab_size, device=device, shape=(batch, tokens)
+            )
             x = x + self.wte(token_type_ids)
         x, stream = F.dropout(x, self.config.embd_pdrop, self.training), None
         for block in self.h:
@@ -153,7 +188,9 @@ class GPT2LMHeadModel(GPT2PretrainedModel):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
         self.transformer = GPT2Model(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False, device="meta" if config.tie_word_embeddings else None)
+        self.lm_head = Linear(
+            config.n_embd, config.vocab_size, bias=False, device="meta" if config.tie_word_embeddings else None
+        )
         self.initialise(self.lm_head)
         self.tie_weights()
 
@@ -175,10 +212,19 @@ class GPT2LMHeadModel(GPT2PretrainedModel):
             the loss is computed without the logits, which are then None.
         logits_to_keep: logits of so many last tokens only; 0: of all.
         """
-        hidden = self.transformer(input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache)
+        hidden = self.transformer(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache
+        )
         x = hidden.last_hidden_state
         if labels is not None:
-            inputs.ids("labels", labels, below=self.config.vocab_size, device=x.device, shape=tuple(x.shape[:2]), ignore=inputs.IGNORE)
+            inputs.ids(
+                "labels",
+                labels,
+                below=self.config.vocab_size,
+                device=x.device,
+                shape=tuple(x.shape[:2]),
+                ignore=inputs.IGNORE,
+            )
             labels = F.pad(labels[:, 1:], (0, 1), value=inputs.IGNORE)
         elif logits_to_keep:
             x = x[:, -logits_to_keep:]
@@ -206,4 +252,17 @@ class GPT2LMHeadModel(GPT2PretrainedModel):
         cuda_graphs: bool = True,
     ) -> Tensor:
         """Continues every row of input_ids; see fastlm.generation.generate."""
-        return generate(self, input_ids, max_new_tokens, temperature, top_k, top_p, eos_token_id, seed, attention_mask, streamer, pad_token_id, cuda_graphs)
+        return generate(
+            self,
+            input_ids,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            eos_token_id,
+            seed,
+            attention_mask,
+            streamer,
+            pad_token_id,
+            cuda_graphs,
+        )

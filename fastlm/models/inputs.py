@@ -8,7 +8,9 @@ from fastlm.ops.boundary import mismatch, opaque
 IGNORE = -100  # a label with this value counts for nothing
 
 
-def batch_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, embedding: Tensor, past: int, context: int) -> tuple[int, int]:
+def batch_and_tokens(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, embedding: Tensor, past: int, context: int
+) -> tuple[int, int]:
     """Checks the one of the two that is given against the embedding (vocabulary, width) and the context; returns its (batch, tokens)."""
     if (input_ids is None) == (inputs_embeds is None):
         raise mismatch("input_ids", "either input_ids or inputs_embeds", "neither" if input_ids is None else "both")
@@ -30,11 +32,23 @@ def batch_and_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, emb
     if tokens == 0:
         raise mismatch(name, "at least one token", tuple(given.shape))
     if past + tokens > context:
-        raise mismatch(name, f"at most {context} tokens, the context of the model", f"{tokens} after {past} in the cache" if past else tokens)
+        raise mismatch(
+            name,
+            f"at most {context} tokens, the context of the model",
+            f"{tokens} after {past} in the cache" if past else tokens,
+        )
     return batch, tokens
 
 
-def ids(name: str, given: Tensor, *, below: int, device: torch.device, shape: tuple[int, ...] | None = None, ignore: int | None = None) -> None:
+def ids(
+    name: str,
+    given: Tensor,
+    *,
+    below: int,
+    device: torch.device,
+    shape: tuple[int, ...] | None = None,
+    ignore: int | None = None,
+) -> None:
     """Integers in [0, below), or `ignore`. A first size of 1 stands for the whole batch where a shape is asked for and ignore is not."""
     if given.dtype not in (torch.int64, torch.int32):
         raise mismatch(name, "dtype torch.int64 or torch.int32", given.dtype)
@@ -54,7 +68,11 @@ def key_padding(attention_mask: Tensor | None, batch: int, tokens: int, device: 
     if attention_mask is None:
         return None
     if attention_mask.shape != (batch, tokens):
-        raise mismatch("attention_mask", f"shape ({batch}, {tokens}): one value for every token, those in the cache too", tuple(attention_mask.shape))
+        raise mismatch(
+            "attention_mask",
+            f"shape ({batch}, {tokens}): one value for every token, those in the cache too",
+            tuple(attention_mask.shape),
+        )
     if attention_mask.device != device:
         raise mismatch("attention_mask", f"a tensor on {device}, as the model", attention_mask.device)
     return attention_mask.bool()

@@ -94,7 +94,13 @@ def look_up(embedding: nn.Embedding, ids: Tensor | None, rows: Tensor | None) ->
     if rows is not None:
         return rows, table
     assert ids is not None  # one of the two: the model has checked
-    if torch.is_grad_enabled() and table.requires_grad and table.is_cpu and not opaque(table, ids) and unwatched(embedding):
+    if (
+        torch.is_grad_enabled()
+        and table.requires_grad
+        and table.is_cpu
+        and not opaque(table, ids)
+        and unwatched(embedding)
+    ):
         return SharedTable.apply(table, ids, embedding.padding_idx)
     return embedding(ids), table
 
@@ -121,7 +127,9 @@ def joined(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def loss_and_logits(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, training: bool) -> tuple[Tensor | None, Tensor | None]:
+def loss_and_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, training: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """The output projection and its mean cross-entropy over the labels that are not -100.
 
     In training with labels the two are one operator that never holds the logits, and None stands for them.

@@ -52,7 +52,9 @@ class ModelOutput(Output):
     past_key_values: KVCache | None = None
 
     def __post_init__(self) -> None:
-        self.table: Tensor | None = None  # not a field: the embedding's, for an output projection that is tied to it; see SharedTable
+        self.table: Tensor | None = (
+            None  # not a field: the embedding's, for an output projection that is tied to it; see SharedTable
+        )
 
 
 @dataclasses.dataclass
@@ -60,5 +62,7 @@ class HeadOutput(Output):
     """Of a model with a head."""
 
     loss: Tensor | None = None  # a scalar, where labels were given
-    logits: Tensor | None = None  # (batch, tokens, vocabulary) or (batch, labels); None in training mode with labels, where they are never computed
+    logits: Tensor | None = (
+        None  # (batch, tokens, vocabulary) or (batch, labels); None in training mode with labels, where they are never computed
+    )
     past_key_values: KVCache | None = None

@@ -10,7 +10,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import autocasts, check_like, check_probability, distinct, draw_seed, lowered, mismatch, opaque, present
+from fastlm.ops.boundary import (
+    autocasts,
+    check_like,
+    check_probability,
+    distinct,
+    draw_seed,
+    lowered,
+    mismatch,
+    opaque,
+    present,
+)
 
 UNLIMITED = 2**62  # an edge of the band that no position reaches
 
@@ -118,19 +128,29 @@ def banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p,
     if opaque(query, key, value, mask, key_padding):
         backend = backends.requested(backend)
     else:  # once: the backward uses the same
-        backend = serving(query, key, mask, key_padding, lower, upper, dropout_p > 0, return_lse, mask_gradient, backend)
+        backend = serving(
+            query, key, mask, key_padding, lower, upper, dropout_p > 0, return_lse, mask_gradient, backend
+        )
     seed = draw_seed(query) if dropout_p > 0 else None
     if mask_gradient or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
         query, key, value = distinct(query, key, value)
-        out, lse = Attention.apply(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, backend)
+        out, lse = Attention.apply(
+            query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, backend
+        )
     else:
-        out, lse = attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, False, backend)
+        out, lse = attention_forward(
+            query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, False, backend
+        )
     return (out, lse) if return_lse else out
 
 
 def check(query, key, value, mask, key_padding):
     if query.dim() != 4 or query.shape[3] == 0 or query.shape[1] == 0:
-        raise mismatch("query", "shape (batch, heads, query_len, head_dim), at least one head and head_dim 1 or more", tuple(query.shape))
+        raise mismatch(
+            "query",
+            "shape (batch, heads, query_len, head_dim), at least one head and head_dim 1 or more",
+            tuple(query.shape),
+        )
     if not query.dtype.is_floating_point:
         raise mismatch("query", "a floating-point tensor", query.dtype)
     batch, heads, query_len, head_dim = query.shape
@@ -146,13 +166,23 @@ def check(query, key, value, mask, key_padding):
         full = (batch, heads, query_len, key.shape[2])
         if mask.dim() != 4 or any(size not in (1, wanted) for size, wanted in zip(mask.shape, full, strict=True)):
             raise mismatch("mask", f"4 dimensions, each 1 or that of {full}", tuple(mask.shape))
-        if mask.device != query.device or (mask.dtype not in (torch.bool, query.dtype) and (mask.dtype != torch.float32 or query.dtype.itemsize > 2)):
-            raise mismatch("mask", f"torch.bool, {query.dtype} or torch.float32 on {query.device}", f"{mask.dtype} on {mask.device}")
+        if mask.device != query.device or (
+            mask.dtype not in (torch.bool, query.dtype) and (mask.dtype != torch.float32 or query.dtype.itemsize > 2)
+        ):
+            raise mismatch(
+                "mask",
+                f"torch.bool, {query.dtype} or torch.float32 on {query.device}",
+                f"{mask.dtype} on {mask.device}",
+            )
     if key_padding is not None:
         if key_padding.shape != (batch, key.shape[2]):
             raise mismatch("key_padding", f"shape {(batch, key.shape[2])}, (batch, key_len)", tuple(key_padding.shape))
         if key_padding.dtype != torch.bool or key_padding.device != query.device:
-            raise mismatch("key_padding", f"torch.bool on {query.device}, True = a real token", f"{key_padding.dtype} on {key_padding.device}")
+            raise mismatch(
+                "key_padding",
+                f"torch.bool on {query.device}, True = a real token",
+                f"{key_padding.dtype} on {key_padding.device}",
+            )
 
 
 def finite_scale(scale, head_dim):
@@ -165,7 +195,11 @@ def finite_scale(scale, head_dim):
 
 
 def check_window(window):
-    if not isinstance(window, tuple | list) or len(window) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in window):
+    if (
+        not isinstance(window, tuple | list)
+        or len(window) != 2
+        or any(side is not None and (not isinstance(side, int) or side < 0) for side in window)
+    ):
         raise mismatch("window", "(left, right), each None or an integer of 0 or more", window)
     return window
 
@@ -175,8 +209,20 @@ def serving(query, key, mask, key_padding, lower, upper, dropout, return_lse, ma
     key_len = key.shape[2]
     masked = mask is not None or key_padding is not None or lower > 1 - query_len or upper < key_len - 1
     return backends.choose(
-        "attention", query, query.dtype, backend, batch, heads, query_len, key_len, head_dim, masked, dropout, return_lse, mask_gradient
-    )  # fmt: skip
+        "attention",
+        query,
+        query.dtype,
+        backend,
+        batch,
+        heads,
+        query_len,
+        key_len,
+        head_dim,
+        masked,
+        dropout,
+        return_lse,
+        mask_gradient,
+    )
 
 
 # 2. Autograd
@@ -187,7 +233,9 @@ class Attention(torch.autograd.Function):
     def forward(ctx, query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, backend):
         ctx.set_materialize_grads(False)
         settings = scale, lower, upper, dropout_p, return_lse
-        out, lse = attention_forward(query, key, value, mask, key_padding, seed, *settings, ctx.needs_input_grad[3], backend)
+        out, lse = attention_forward(
+            query, key, value, mask, key_padding, seed, *settings, ctx.needs_input_grad[3], backend
+        )
         ctx.save_for_backward(query, key, value, mask, key_padding, seed, out, lse)
         ctx.settings, ctx.backend = settings, backend
         return out, lse
@@ -202,7 +250,9 @@ class Attention(torch.autograd.Function):
             formula = lambda q, k, v, m: reference.attention(q, k, v, m, key_padding, seed, *ctx.settings[:4])  # noqa: E731
             gradients = differentiable_gradients(formula, (query, key, value, mask), needed, dout, dlse)
         else:
-            gradients = attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, *ctx.settings, needed, ctx.backend)
+            gradients = attention_backward(
+                dout, dlse, query, key, value, mask, key_padding, seed, out, lse, *ctx.settings, needed, ctx.backend
+            )
         return *gradients, *(None,) * 8
 
 
@@ -220,14 +270,34 @@ def differentiable_gradients(formula, inputs, needed, dout, dlse):
 # 3. Eager calls go straight to the backend; a tracer sees one opaque operator
 
 
-def attention_forward(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, mask_gradient, backend):
+def attention_forward(
+    query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, mask_gradient, backend
+):
     arguments = query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p
     if isinstance(backend, ModuleType):
         return backend.attention_forward(*arguments)
     return torch.ops.fastlm.attention_forward(*arguments, return_lse, mask_gradient, backend)
 
 
-def attention_backward(dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, return_lse, needed, backend):
+def attention_backward(
+    dout,
+    dlse,
+    query,
+    key,
+    value,
+    mask,
+    key_padding,
+    seed,
+    out,
+    lse,
+    scale,
+    lower,
+    upper,
+    dropout_p,
+    return_lse,
+    needed,
+    backend,
+):
     arguments = dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p
     if isinstance(backend, ModuleType) and not opaque(dout, dlse, query, key, value, mask, key_padding):
         return backend.attention_backward(*arguments, needed)
@@ -282,7 +352,7 @@ def attention_backward_op(
         *serves.attention_backward(
             dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, needed
         ),
-    )  # fmt: skip
+    )
 
 
 # 4. Shapes, dtypes and strides of the results, for tracing, and their cost
@@ -294,14 +364,32 @@ def tokens_first(x):
 
 
 @attention_forward_op.register_fake
-def attention_forward_fake(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, mask_gradient, backend):
+def attention_forward_fake(
+    query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, return_lse, mask_gradient, backend
+):
     return tokens_first(query), query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 @attention_backward_op.register_fake
 def attention_backward_fake(
-    dout, dlse, query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, return_lse, needed, backend
-):  # fmt: skip
+    dout,
+    dlse,
+    query,
+    key,
+    value,
+    mask,
+    key_padding,
+    seed,
+    out,
+    lse,
+    scale,
+    lower,
+    upper,
+    dropout_p,
+    return_lse,
+    needed,
+    backend,
+):
     gradients = [tokens_first(x) if need else None for x, need in zip((query, key, value), needed[:3], strict=True)]
     return present(query, *gradients, mask.new_empty(mask.shape) if needed[3] else None)
 

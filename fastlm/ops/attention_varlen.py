@@ -12,7 +12,17 @@ from torch.utils.flop_counter import register_flop_formula
 from fastlm import backends
 from fastlm.backends import reference
 from fastlm.ops.attention import UNLIMITED, band, differentiable_gradients, finite_scale
-from fastlm.ops.boundary import autocasts, check_like, check_probability, distinct, draw_seed, lowered, mismatch, opaque, present
+from fastlm.ops.boundary import (
+    autocasts,
+    check_like,
+    check_probability,
+    distinct,
+    draw_seed,
+    lowered,
+    mismatch,
+    opaque,
+    present,
+)
 
 # 1. The function people call
 
@@ -112,7 +122,9 @@ def attention_varlen(
 def check(query, key, value, cu_seqlens_q, cu_seqlens_k):
     """Everything but the values of cu_seqlens, which the backends check where they read them."""
     if query.dim() != 3 or query.shape[2] == 0 or query.shape[1] == 0:
-        raise mismatch("query", "shape (total_q, heads, head_dim), at least one head and head_dim 1 or more", tuple(query.shape))
+        raise mismatch(
+            "query", "shape (total_q, heads, head_dim), at least one head and head_dim 1 or more", tuple(query.shape)
+        )
     if not query.dtype.is_floating_point:
         raise mismatch("query", "a floating-point tensor", query.dtype)
     _, heads, head_dim = query.shape
@@ -128,7 +140,9 @@ def check(query, key, value, cu_seqlens_q, cu_seqlens_k):
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise mismatch(name, "shape (batch + 1,), 0 and where each sequence ends", tuple(cu_seqlens.shape))
         if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.device != query.device:
-            raise mismatch(name, f"torch.int32 or torch.int64 on {query.device}", f"{cu_seqlens.dtype} on {cu_seqlens.device}")
+            raise mismatch(
+                name, f"torch.int32 or torch.int64 on {query.device}", f"{cu_seqlens.dtype} on {cu_seqlens.device}"
+            )
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise mismatch("cu_seqlens_k", f"shape {tuple(cu_seqlens_q.shape)}, as cu_seqlens_q", tuple(cu_seqlens_k.shape))
 
@@ -137,8 +151,19 @@ def serving(query, key, cu_seqlens_q, lower, upper, dropout, return_lse, backend
     query_tokens, heads, head_dim = query.shape
     masked = lower > -UNLIMITED or upper < UNLIMITED
     return backends.choose(
-        "attention_varlen", query, query.dtype, backend, cu_seqlens_q.shape[0] - 1, heads, query_tokens, key.shape[0], head_dim, masked, dropout, return_lse
-    )  # fmt: skip
+        "attention_varlen",
+        query,
+        query.dtype,
+        backend,
+        cu_seqlens_q.shape[0] - 1,
+        heads,
+        query_tokens,
+        key.shape[0],
+        head_dim,
+        masked,
+        dropout,
+        return_lse,
+    )
 
 
 # 2. Autograd
@@ -146,7 +171,9 @@ def serving(query, key, cu_seqlens_q, lower, upper, dropout, return_lse, backend
 
 class AttentionVarlen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p, return_lse, backend):
+    def forward(
+        ctx, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p, return_lse, backend
+    ):
         ctx.set_materialize_grads(False)
         settings = scale, lower, upper, dropout_p, return_lse
         out, lse = attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, *settings, backend)
@@ -161,17 +188,35 @@ class AttentionVarlen(torch.autograd.Function):
         if dout is None and dlse is None:
             gradients = (None,) * 3
         elif torch.is_grad_enabled():  # create_graph=True: gradients that can themselves be differentiated
-            formula = lambda q, k, v: reference.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, *ctx.settings[:4])  # noqa: E731
+            formula = lambda q, k, v: reference.attention_varlen(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, seed, *ctx.settings[:4]
+            )  # noqa: E731
             gradients = differentiable_gradients(formula, (query, key, value), needed, dout, dlse)
         else:
-            gradients = attention_varlen_backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, *ctx.settings, needed, ctx.backend)
+            gradients = attention_varlen_backward(
+                dout,
+                dlse,
+                query,
+                key,
+                value,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                seed,
+                out,
+                lse,
+                *ctx.settings,
+                needed,
+                ctx.backend,
+            )
         return *gradients, *(None,) * 9
 
 
 # 3. Eager calls go straight to the backend; a tracer sees one opaque operator
 
 
-def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p, return_lse, backend):
+def attention_varlen_forward(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p, return_lse, backend
+):
     arguments = query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p
     if isinstance(backend, ModuleType):
         return backend.attention_varlen_forward(*arguments)
@@ -179,9 +224,40 @@ def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed
 
 
 def attention_varlen_backward(
-    dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, return_lse, needed, backend
-):  # fmt: skip
-    arguments = dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p
+    dout,
+    dlse,
+    query,
+    key,
+    value,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seed,
+    out,
+    lse,
+    scale,
+    lower,
+    upper,
+    dropout_p,
+    return_lse,
+    needed,
+    backend,
+):
+    arguments = (
+        dout,
+        dlse,
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        out,
+        lse,
+        scale,
+        lower,
+        upper,
+        dropout_p,
+    )
     if isinstance(backend, ModuleType) and not opaque(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k):
         return backend.attention_varlen_backward(*arguments, needed)
     gradients = torch.ops.fastlm.attention_varlen_backward(*arguments, return_lse, needed, backends.name_of(backend))
@@ -204,7 +280,9 @@ def attention_varlen_forward_op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     serves = serving(query, key, cu_seqlens_q, lower, upper, seed is not None, return_lse, backend)
-    return serves.attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p)
+    return serves.attention_varlen_forward(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p
+    )
 
 
 @torch.library.custom_op("fastlm::attention_varlen_backward", mutates_args=())
@@ -231,25 +309,61 @@ def attention_varlen_backward_op(
     return present(
         query,
         *serves.attention_varlen_backward(
-            dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, needed
+            dout,
+            dlse,
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            seed,
+            out,
+            lse,
+            scale,
+            lower,
+            upper,
+            dropout_p,
+            needed,
         ),
-    )  # fmt: skip
+    )
 
 
 # 4. Shapes, dtypes and strides of the results, for tracing, and their cost
 
 
 @attention_varlen_forward_op.register_fake
-def attention_varlen_forward_fake(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p, return_lse, backend):
+def attention_varlen_forward_fake(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p, return_lse, backend
+):
     total_q, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty(heads, total_q, dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty(query.shape), query.new_empty(
+        heads, total_q, dtype=torch.promote_types(query.dtype, torch.float32)
+    )
 
 
 @attention_varlen_backward_op.register_fake
 def attention_varlen_backward_fake(
-    dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse, scale, lower, upper, dropout_p, return_lse, needed, backend
-):  # fmt: skip
-    return present(query, *(x.new_empty(x.shape) if need else None for x, need in zip((query, key, value), needed, strict=True)))
+    dout,
+    dlse,
+    query,
+    key,
+    value,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seed,
+    out,
+    lse,
+    scale,
+    lower,
+    upper,
+    dropout_p,
+    return_lse,
+    needed,
+    backend,
+):
+    return present(
+        query, *(x.new_empty(x.shape) if need else None for x, need in zip((query, key, value), needed, strict=True))
+    )
 
 
 # As for attention, sequence by sequence. While tracing no lengths are known, and equal ones are counted.
@@ -259,7 +373,9 @@ def pairs(query, key, cu_seqlens_q, cu_seqlens_k):
     """How many queries stand before how many keys."""
     if isinstance(cu_seqlens_q, FakeTensor) or cu_seqlens_q.is_meta:
         return query.shape[0] * key.shape[0] // max(1, cu_seqlens_q.shape[0] - 1)
-    lengths = ([end - start for start, end in itertools.pairwise(starts.tolist())] for starts in (cu_seqlens_q, cu_seqlens_k))
+    lengths = (
+        [end - start for start, end in itertools.pairwise(starts.tolist())] for starts in (cu_seqlens_q, cu_seqlens_k)
+    )
     return sum(q * k for q, k in zip(*lengths, strict=True))
 
 

@@ -26,18 +26,30 @@ def lowered_for(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
 
 def needed_by(ctx: Any, count: int) -> tuple[bool, ...]:
     """Which gradients of the first `count` inputs, x and the weights, are wanted; of the originals, where there are any."""
-    return ctx.needs_input_grad[:count] if not ctx.originals else (ctx.needs_input_grad[0], *ctx.needs_input_grad[1 - count :])
+    return (
+        ctx.needs_input_grad[:count]
+        if not ctx.originals
+        else (ctx.needs_input_grad[0], *ctx.needs_input_grad[1 - count :])
+    )
 
 
 def handed_out(ctx: Any, gradients: Sequence[Tensor | None], settings: int) -> tuple[Tensor | None, ...]:
     """What backward returns: gradients of x and the weights, None for each of the settings; of the originals, where there are any."""
     nothing = (None,) * settings
-    return (gradients[0], *(None for _ in ctx.originals), *nothing, *gradients[1:]) if ctx.originals else (*gradients, *nothing)
+    return (
+        (gradients[0], *(None for _ in ctx.originals), *nothing, *gradients[1:])
+        if ctx.originals
+        else (*gradients, *nothing)
+    )
 
 
 def of_originals(formula: Callable[..., Tensor], originals: Sequence[Tensor | None]) -> Callable[..., Tensor]:
     """The formula of rounded weights as one of their originals, which it rounds."""
-    return (lambda x, *weights: formula(x, *(w if w is None else w.to(x.dtype) for w in weights))) if originals else formula
+    return (
+        (lambda x, *weights: formula(x, *(w if w is None else w.to(x.dtype) for w in weights)))
+        if originals
+        else formula
+    )
 
 
 def given_by(backend: ModuleType, function: str, arguments: tuple, wide: bool) -> Sequence[Tensor | None]:

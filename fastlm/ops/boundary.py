@@ -70,7 +70,10 @@ def autocasts(x: Tensor) -> bool:
 def lowered(x: Tensor, *others: Tensor | None) -> list[Any]:
     """As autocast feeds a matrix product: every floating-point tensor in the autocast dtype of x's device, float64 left alone."""
     dtype = torch.get_autocast_dtype(x.device.type)
-    return [t.to(dtype) if t is not None and t.dtype.is_floating_point and t.dtype != torch.float64 else t for t in (x, *others)]
+    return [
+        t.to(dtype) if t is not None and t.dtype.is_floating_point and t.dtype != torch.float64 else t
+        for t in (x, *others)
+    ]
 
 
 def draw_seed(x: Tensor) -> Tensor:

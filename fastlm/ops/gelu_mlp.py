@@ -71,7 +71,9 @@ def gelu_mlp(
         check_vector("b2", b2, out_width, "the output width of w2")
         check_like("b2", b2, x)
 
-    backend = backends.requested(backend) if opaque(x, w1, b1, w2, b2) else serving(x, w1, w2, layout, backend)  # once: the backward uses the same
+    backend = (
+        backends.requested(backend) if opaque(x, w1, b1, w2, b2) else serving(x, w1, w2, layout, backend)
+    )  # once: the backward uses the same
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2, *originals)):
         return GeluMlp.apply(x, w1, b1, w2, b2, approximate, layout, recompute, backend, *originals)
     return gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, NOTHING, backend)[0]
@@ -80,7 +82,9 @@ def gelu_mlp(
 def serving(x, w1, w2, layout, backend):
     in_width = x.shape[-1]
     conv1d = layout == "conv1d"
-    return backends.choose("gelu_mlp", x, x.dtype, backend, x.numel() // in_width, in_width, w1.shape[conv1d], w2.shape[conv1d], conv1d)
+    return backends.choose(
+        "gelu_mlp", x, x.dtype, backend, x.numel() // in_width, in_width, w1.shape[conv1d], w2.shape[conv1d], conv1d
+    )
 
 
 # 2. Autograd
@@ -99,11 +103,17 @@ class GeluMlp(torch.autograd.Function):
         x, w1, b1, w2, b2, hidden, activated = ctx.saved_tensors
         needed = autocast.needed_by(ctx, 5)
         if torch.is_grad_enabled():  # create_graph=True: gradients that can themselves be differentiated
-            formula = autocast.of_originals(functools.partial(reference.gelu_mlp, approximate=ctx.approximate, layout=ctx.layout), ctx.originals)
-            gradients = reference.differentiable_gradients(formula, (x, *(ctx.originals or (w1, b1, w2, b2))), needed, dy)
+            formula = autocast.of_originals(
+                functools.partial(reference.gelu_mlp, approximate=ctx.approximate, layout=ctx.layout), ctx.originals
+            )
+            gradients = reference.differentiable_gradients(
+                formula, (x, *(ctx.originals or (w1, b1, w2, b2))), needed, dy
+            )
         else:
             saved = x, w1, b1, w2, hidden, activated
-            gradients = gelu_mlp_backward(dy, *saved, ctx.approximate, ctx.layout, needed, ctx.backend, wide=bool(ctx.originals))
+            gradients = gelu_mlp_backward(
+                dy, *saved, ctx.approximate, ctx.layout, needed, ctx.backend, wide=bool(ctx.originals)
+            )
         return autocast.handed_out(ctx, gradients, 4)
 
 
@@ -129,7 +139,15 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
 
 @torch.library.custom_op("fastlm::gelu_mlp_forward", mutates_args=())
 def gelu_mlp_forward_op(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, layout: str, recompute: int, backend: str | None
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str,
+    layout: str,
+    recompute: int,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     serves = serving(x, w1, w2, layout, backend)
     return present(x, *serves.gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute))
@@ -161,8 +179,11 @@ def gelu_mlp_forward_fake(x, w1, b1, w2, b2, approximate, layout, recompute, bac
     out = layout != "linear"
     hidden = (*x.shape[:-1], w1.shape[out])
     return present(
-        x, x.new_empty(*x.shape[:-1], w2.shape[out]), x.new_empty(hidden) if recompute < 2 else None, x.new_empty(hidden) if recompute < 1 else None
-    )  # fmt: skip
+        x,
+        x.new_empty(*x.shape[:-1], w2.shape[out]),
+        x.new_empty(hidden) if recompute < 2 else None,
+        x.new_empty(hidden) if recompute < 1 else None,
+    )
 
 
 @gelu_mlp_backward_op.register_fake
@@ -178,7 +199,9 @@ def gelu_mlp_forward_flops(x, w1, b1, w2, *args, out_shape=None, **kwargs) -> in
 
 
 @register_flop_formula(torch.ops.fastlm.gelu_mlp_backward)
-def gelu_mlp_backward_flops(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed, *args, out_shape=None, **kwargs) -> int:
+def gelu_mlp_backward_flops(
+    dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed, *args, out_shape=None, **kwargs
+) -> int:
     rows, first, second = math.prod(x[:-1]), math.prod(w1), math.prod(w2)
     again = first if hidden is None else 0
     return 2 * rows * (again + first * (needed[0] + needed[1]) + second * (any(needed[:3]) + needed[3]))

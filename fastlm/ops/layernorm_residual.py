@@ -8,7 +8,17 @@ from torch import Tensor
 
 from fastlm import backends
 from fastlm.backends import reference
-from fastlm.ops.boundary import autocasts, check_like, check_probability, check_rows, check_vector, draw_seed, mismatch, opaque, present
+from fastlm.ops.boundary import (
+    autocasts,
+    check_like,
+    check_probability,
+    check_rows,
+    check_vector,
+    draw_seed,
+    mismatch,
+    opaque,
+    present,
+)
 
 # 1. The function people call
 
@@ -63,7 +73,9 @@ def layernorm_residual(
     check_probability("dropout_p", dropout_p)
 
     dropout = dropout_p > 0
-    backend = backends.requested(backend) if opaque(x, residual, weight, bias) else serving(x, x.dtype, dropout, backend)  # once: the backward too
+    backend = (
+        backends.requested(backend) if opaque(x, residual, weight, bias) else serving(x, x.dtype, dropout, backend)
+    )  # once: the backward too
     seed = draw_seed(x) if dropout else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
         y, summed = LayerNormResidual.apply(x, residual, weight, bias, seed, eps, dropout_p, backend)
@@ -74,7 +86,9 @@ def layernorm_residual(
 
 def check_wide(argument: str, tensor: Tensor, x: Tensor) -> None:
     """x's dtype, or float32 where that is the wider one."""
-    if tensor.device != x.device or (tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype.itemsize > 2)):
+    if tensor.device != x.device or (
+        tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype.itemsize > 2)
+    ):
         wanted = f"{x.dtype}, as x," + (" or torch.float32" if x.dtype.itemsize == 2 else "")
         raise mismatch(argument, f"{wanted} on {x.device}", f"{tensor.dtype} on {tensor.device}")
 
@@ -115,9 +129,13 @@ class LayerNormResidual(torch.autograd.Function):
         shared = seed is None and summed.dtype == ctx.dtype  # then dx and dresidual are one tensor
         needed = (needs_dx or (shared and needs_dresidual), needs_dresidual and not shared, needs_dweight, needs_dbias)
         if torch.is_grad_enabled():  # create_graph=True: gradients that can themselves be differentiated
-            gradients = differentiable_gradients(dy, dsummed, summed, weight, seed, ctx.eps, ctx.dropout_p, ctx.dtype, needed)
+            gradients = differentiable_gradients(
+                dy, dsummed, summed, weight, seed, ctx.eps, ctx.dropout_p, ctx.dtype, needed
+            )
         else:
-            gradients = layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, ctx.dropout_p, ctx.dtype, needed, ctx.backend)
+            gradients = layernorm_residual_backward(
+                dy, dsummed, summed, weight, mean, rstd, seed, ctx.dropout_p, ctx.dtype, needed, ctx.backend
+            )
         dx, dresidual, dweight, dbias = gradients
         if shared:
             dresidual = dx
@@ -130,10 +148,17 @@ def differentiable_gradients(dy, dsummed, summed, weight, seed, eps, dropout_p, 
     ds, dweight, dbias = dsummed, None, None
     if dy is not None:
         formula = functools.partial(reference.layer_norm, bias=None, eps=eps, dtype=dtype)
-        normalised, dweight = reference.differentiable_gradients(formula, (summed, weight), (needs_dx or needs_dresidual, needs_dweight), dy)
+        normalised, dweight = reference.differentiable_gradients(
+            formula, (summed, weight), (needs_dx or needs_dresidual, needs_dweight), dy
+        )
         ds = normalised if ds is None else ds if normalised is None else ds + normalised
         dbias = dy.reshape(-1, weight.shape[0]).sum(0).to(weight.dtype) if needs_dbias else None
-    return reference.dropped(ds, seed, dropout_p).to(dtype) if needs_dx else None, ds if needs_dresidual else None, dweight, dbias
+    return (
+        reference.dropped(ds, seed, dropout_p).to(dtype) if needs_dx else None,
+        ds if needs_dresidual else None,
+        dweight,
+        dbias,
+    )
 
 
 # 3. Eager calls go straight to the backend; a tracer sees one opaque operator
@@ -143,7 +168,9 @@ def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p, 
     """(y, summed, mean, rstd); summed is None where it is x itself."""
     if isinstance(backend, ModuleType):
         return backend.layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p)
-    y, summed, mean, rstd = torch.ops.fastlm.layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p, backend)
+    y, summed, mean, rstd = torch.ops.fastlm.layernorm_residual_forward(
+        x, residual, weight, bias, seed, eps, dropout_p, backend
+    )
     return y, None if residual is None and seed is None else summed, mean, rstd
 
 
@@ -157,7 +184,14 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
 
 @torch.library.custom_op("fastlm::layernorm_residual_forward", mutates_args=())
 def layernorm_residual_forward_op(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float, backend: str | None
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     serves = serving(x, x.dtype, seed is not None, backend)
     return present(x, *serves.layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p))
@@ -178,7 +212,9 @@ def layernorm_residual_backward_op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     serves = serving(summed, dtype, seed is not None, backend)
-    gradients = serves.layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed)
+    gradients = serves.layernorm_residual_backward(
+        dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed
+    )
     return present(summed, *(own(gradient, dsummed) for gradient in gradients))
 
 
@@ -192,7 +228,11 @@ def own(gradient, dsummed):
 
 @layernorm_residual_forward_op.register_fake
 def layernorm_residual_forward_fake(x, residual, weight, bias, seed, eps, dropout_p, backend):
-    summed = None if residual is None and seed is None else x.new_empty(x.shape, dtype=(x if residual is None else residual).dtype)
+    summed = (
+        None
+        if residual is None and seed is None
+        else x.new_empty(x.shape, dtype=(x if residual is None else residual).dtype)
+    )
     y, summed = present(x, x.new_empty(x.shape), summed)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
     return y, summed, mean, rstd
@@ -202,4 +242,7 @@ def layernorm_residual_forward_fake(x, residual, weight, bias, seed, eps, dropou
 def layernorm_residual_backward_fake(dy, dsummed, summed, weight, mean, rstd, seed, dropout_p, dtype, needed, backend):
     dtypes = (dtype, summed.dtype, weight.dtype, weight.dtype)
     shapes = (summed.shape, summed.shape, weight.shape, weight.shape)
-    return present(summed, *(summed.new_empty(s, dtype=d) if need else None for s, d, need in zip(shapes, dtypes, needed, strict=True)))
+    return present(
+        summed,
+        *(summed.new_empty(s, dtype=d) if need else None for s, d, need in zip(shapes, dtypes, needed, strict=True)),
+    )

@@ -12,14 +12,26 @@ from fastlm import backends
 from fastlm.backends import reference
 from fastlm.backends import torch as native
 from fastlm.ops import autocast
-from fastlm.ops.boundary import autocasts, check_choice, check_like, check_rows, check_vector, lowered, mismatch, opaque, present
+from fastlm.ops.boundary import (
+    autocasts,
+    check_choice,
+    check_like,
+    check_rows,
+    check_vector,
+    lowered,
+    mismatch,
+    opaque,
+    present,
+)
 
 LAYOUTS = ("linear", "conv1d")
 
 # 1. The function people call
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, layout: str = "linear", backend: str | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, layout: str = "linear", backend: str | None = None
+) -> Tensor:
     """Multiply the last dimension of x by a weight matrix, and add a bias.
 
     Args:
@@ -50,9 +62,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, layout: str
         check_vector("bias", bias, out_width, "the output width of weight")
         check_like("bias", bias, x)
 
-    backend = backends.requested(backend) if opaque(x, weight, bias) else serving(x, weight, layout, backend)  # once: the backward uses the same
+    backend = (
+        backends.requested(backend) if opaque(x, weight, bias) else serving(x, weight, layout, backend)
+    )  # once: the backward uses the same
     if hasattr(backend, "LINEAR_IS_PYTORCHS") and not originals:
-        return native.linear(x, weight, bias, layout)  # with PyTorch's own gradients: a node of ours around them costs the host more than a launch
+        return native.linear(
+            x, weight, bias, layout
+        )  # with PyTorch's own gradients: a node of ours around them costs the host more than a launch
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *originals)):
         return Linear.apply(x, weight, bias, layout, backend, *originals)
     return linear_forward(x, weight, bias, layout, backend)
@@ -68,7 +84,16 @@ def check_weight(argument: str, weight: Tensor, in_width: int, layout: str, why:
 
 def serving(x, weight, layout, backend):
     in_width = x.shape[-1]
-    return backends.choose("linear", x, x.dtype, backend, x.numel() // in_width, in_width, weight.shape[layout != "linear"], layout == "conv1d")
+    return backends.choose(
+        "linear",
+        x,
+        x.dtype,
+        backend,
+        x.numel() // in_width,
+        in_width,
+        weight.shape[layout != "linear"],
+        layout == "conv1d",
+    )
 
 
 # 2. Autograd
@@ -117,7 +142,9 @@ def linear_forward_op(x: Tensor, weight: Tensor, bias: Tensor | None, layout: st
 
 
 @torch.library.custom_op("fastlm::linear_backward", mutates_args=())
-def linear_backward_op(dy: Tensor, x: Tensor, weight: Tensor, layout: str, needed: list[bool], backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def linear_backward_op(
+    dy: Tensor, x: Tensor, weight: Tensor, layout: str, needed: list[bool], backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return present(x, *serving(x, weight, layout, backend).linear_backward(dy, x, weight, layout, needed))
 
 

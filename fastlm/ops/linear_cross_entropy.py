@@ -73,10 +73,16 @@ def linear_cross_entropy(
         raise mismatch("label_smoothing", "a share in [0, 1]", label_smoothing)
     label_smoothing = float(label_smoothing)  # whole numbers are another type to a kernel
 
-    backend = backends.requested(backend) if opaque(x, weight, target, bias) else serving(x, weight, backend)  # once: the backward uses the same
+    backend = (
+        backends.requested(backend) if opaque(x, weight, target, bias) else serving(x, weight, backend)
+    )  # once: the backward uses the same
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *originals)):
-        return LinearCrossEntropy.apply(x, weight, bias, target, ignore_index, reduction, label_smoothing, backend, *originals)
-    losses = linear_cross_entropy_forward(x, weight, bias, target, None, ignore_index, label_smoothing, NOTHING, backend)[0]
+        return LinearCrossEntropy.apply(
+            x, weight, bias, target, ignore_index, reduction, label_smoothing, backend, *originals
+        )
+    losses = linear_cross_entropy_forward(
+        x, weight, bias, target, None, ignore_index, label_smoothing, NOTHING, backend
+    )[0]
     return reduced(losses, target, ignore_index, reduction)
 
 
@@ -88,7 +94,9 @@ def serving(x, weight, backend):
 def reduced(losses, target, ignore_index, reduction):
     if reduction == "none":
         return losses
-    if not torch.compiler.is_compiling() and losses.numel() >= SERIAL:  # in parts, so that the order does not follow the number of threads
+    if (
+        not torch.compiler.is_compiling() and losses.numel() >= SERIAL
+    ):  # in parts, so that the order does not follow the number of threads
         losses = torch.stack([part.sum() for part in losses.flatten().split(SERIAL - 1)])
     return losses.sum() / (target != ignore_index).sum() if reduction == "mean" else losses.sum()
 
@@ -134,7 +142,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 row_scale, _ = scales(x, target, ignore_index, reduction)
                 gradients = linear_cross_entropy_forward(*again[0], row_scale, *again[1])[1:]
             factor = later(dloss, ctx.scale)
-            if factor.device.type != "cpu" or factor.item() != 1:  # a loss that is the end of the graph saves a pass over the weight
+            if (
+                factor.device.type != "cpu" or factor.item() != 1
+            ):  # a loss that is the end of the graph saves a pass over the weight
                 gradients = [d if d is None else d.mul_(factor) for d in gradients]
         return autocast.handed_out(ctx, gradients, 5)
 
@@ -161,18 +171,30 @@ def differentiable_gradients(dloss, inputs, target, ignore_index, reduction, lab
     def formula(x, weight, bias):
         losses = reference.row_losses(x, weight, bias, target, ignore_index, label_smoothing)
         # a mean over no rows is NaN, but its gradient is 0
-        return losses if reduction == "none" else losses.sum() / (target != ignore_index).sum().clamp(min=1) if reduction == "mean" else losses.sum()
+        return (
+            losses
+            if reduction == "none"
+            else losses.sum() / (target != ignore_index).sum().clamp(min=1)
+            if reduction == "mean"
+            else losses.sum()
+        )
 
-    return reference.differentiable_gradients(autocast.of_originals(formula, originals), (inputs[0], *(originals or inputs[1:])), needed, dloss)
+    return reference.differentiable_gradients(
+        autocast.of_originals(formula, originals), (inputs[0], *(originals or inputs[1:])), needed, dloss
+    )
 
 
 # 3. Eager calls go straight to the backend; a tracer sees one opaque operator
 
 
-def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend, wide=False):
+def linear_cross_entropy_forward(
+    x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend, wide=False
+):
     """(losses of the rows, and of those that are needed, dx, dweight, dbias of Σ row_scale · loss); wide: as in linear."""
     arguments = x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed
-    if isinstance(backend, ModuleType) and not opaque(x, weight, bias, target):  # also called in backward, where a tracer may watch by now
+    if isinstance(backend, ModuleType) and not opaque(
+        x, weight, bias, target
+    ):  # also called in backward, where a tracer may watch by now
         return autocast.given_by(backend, "linear_cross_entropy_forward", arguments, wide)
     losses, *gradients = torch.ops.fastlm.linear_cross_entropy_forward(*arguments, backends.name_of(backend))
     return losses, *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
@@ -191,19 +213,28 @@ def linear_cross_entropy_forward_op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     serves = serving(x, weight, backend)
-    return present(x, *serves.linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed))
+    return present(
+        x,
+        *serves.linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed),
+    )
 
 
 # 4. Shapes and dtypes of the results, for tracing, and their cost
 
 
 @linear_cross_entropy_forward_op.register_fake
-def linear_cross_entropy_forward_fake(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend):
+def linear_cross_entropy_forward_fake(
+    x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, backend
+):
     losses = x.new_empty(target.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    return present(x, losses, *(x.new_empty(shape) if need else None for shape, need in zip(shapes, needed, strict=True)))
+    return present(
+        x, losses, *(x.new_empty(shape) if need else None for shape, need in zip(shapes, needed, strict=True))
+    )
 
 
 @register_flop_formula(torch.ops.fastlm.linear_cross_entropy_forward)
-def linear_cross_entropy_flops(x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, *args, out_shape=None, **kwargs) -> int:
+def linear_cross_entropy_flops(
+    x, weight, bias, target, row_scale, ignore_index, label_smoothing, needed, *args, out_shape=None, **kwargs
+) -> int:
     return 2 * math.prod(x[:-1]) * math.prod(weight) * (1 + needed[0] + needed[1])

@@ -34,26 +34,44 @@ def scaled_dot_product_attention(
         ValueError, fastlm.Unsupported: as fastlm.attention.
     """
     if is_causal and attn_mask is not None:
-        raise mismatch("attn_mask", "None together with is_causal=True, as in PyTorch", f"a mask of shape {tuple(attn_mask.shape)}")
+        raise mismatch(
+            "attn_mask", "None together with is_causal=True, as in PyTorch", f"a mask of shape {tuple(attn_mask.shape)}"
+        )
     if autocasts(query):
         query, key, value = lowered(query, key, value)
-        attn_mask = attn_mask if attn_mask is None or attn_mask.dtype in (torch.bool, torch.float32) else attn_mask.to(query.dtype)
+        attn_mask = (
+            attn_mask
+            if attn_mask is None or attn_mask.dtype in (torch.bool, torch.float32)
+            else attn_mask.to(query.dtype)
+        )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2 or tensor.shape[-1] == 0:
-            raise mismatch(name, "at least two dimensions, (..., length, head_dim), the last of size 1 or more", tuple(tensor.shape))
+            raise mismatch(
+                name,
+                "at least two dimensions, (..., length, head_dim), the last of size 1 or more",
+                tuple(tensor.shape),
+            )
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
 
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     flat = query.dim() == key.dim() == value.dim() == 2
     query, key, value = (four_dimensions(x, lead) for x in (query, key, value))
-    mask = attn_mask if attn_mask is None else four_dimensions(attn_mask, lead if attn_mask.dim() > 4 or len(lead) > 1 else attn_mask.shape[:-3])
+    mask = (
+        attn_mask
+        if attn_mask is None
+        else four_dimensions(attn_mask, lead if attn_mask.dim() > 4 or len(lead) > 1 else attn_mask.shape[:-3])
+    )
     if query.shape[1] != key.shape[1] and not enable_gqa and key.shape[1] != 1:
         raise mismatch("key", f"query's number of heads, {query.shape[1]}, without enable_gqa=True", key.shape[1])
     if value_dim != head_dim:
-        query, key, value = (torch.nn.functional.pad(x, (0, max(head_dim, value_dim) - x.shape[-1])) for x in (query, key, value))
+        query, key, value = (
+            torch.nn.functional.pad(x, (0, max(head_dim, value_dim) - x.shape[-1])) for x in (query, key, value)
+        )
     check(query, key, value, mask, None)
-    out = banded(query, key, value, mask, None, scale, -UNLIMITED, 0 if is_causal else UNLIMITED, dropout_p, False, backend)
+    out = banded(
+        query, key, value, mask, None, scale, -UNLIMITED, 0 if is_causal else UNLIMITED, dropout_p, False, backend
+    )
     out = out if value_dim == head_dim else out[..., :value_dim]
     if len(lead) == 1:
         return out

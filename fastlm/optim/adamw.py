@@ -36,10 +36,21 @@ class Batch:
         group = self.group
         beta1, beta2 = group["betas"]
         self.backend.adamw(
-            self.parameters, self.gradients, self.of("exp_avg"), self.of("exp_avg_sq"), self.of(MASTER), self.of("step"),
-            max_exp_avg_sqs=self.of("max_exp_avg_sq") if group["amsgrad"] else [], lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2),
-            eps=float(group["eps"]), weight_decay=float(group["weight_decay"]), factor=-factor if group["maximize"] else factor, zero_gradients=zero_gradients,
-        )  # fmt: skip
+            self.parameters,
+            self.gradients,
+            self.of("exp_avg"),
+            self.of("exp_avg_sq"),
+            self.of(MASTER),
+            self.of("step"),
+            max_exp_avg_sqs=self.of("max_exp_avg_sq") if group["amsgrad"] else [],
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            factor=-factor if group["maximize"] else factor,
+            zero_gradients=zero_gradients,
+        )
 
 
 class AdamW(torch.optim.AdamW):
@@ -88,15 +99,40 @@ class AdamW(torch.optim.AdamW):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise mismatch("max_grad_norm", "a number above 0, or None", max_grad_norm)
         super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable, fused=fused
-        )  # fmt: skip
-        self.max_grad_norm, self.master_weights, self.zero_gradients, self.backend = max_grad_norm, master_weights, zero_gradients, backend
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            fused=fused,
+        )
+        self.max_grad_norm, self.master_weights, self.zero_gradients, self.backend = (
+            max_grad_norm,
+            master_weights,
+            zero_gradients,
+            backend,
+        )
         self.grad_norm: Tensor | None = None
-        self._step_supports_amp_scaling = True  # GradScaler then gives grad_scale and found_inf instead of a pass over the gradients
+        self._step_supports_amp_scaling = (
+            True  # GradScaler then gives grad_scale and found_inf instead of a pass over the gradients
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "master_weights", "zero_gradients", "backend", "grad_norm", "_step_supports_amp_scaling")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}  # PyTorch's forgets what is not its own, and a copy would step otherwise
+        own = (
+            "max_grad_norm",
+            "master_weights",
+            "zero_gradients",
+            "backend",
+            "grad_norm",
+            "_step_supports_amp_scaling",
+        )
+        return super().__getstate__() | {
+            name: getattr(self, name) for name in own
+        }  # PyTorch's forgets what is not its own, and a copy would step otherwise
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -153,11 +189,16 @@ class AdamW(torch.optim.AdamW):
                     continue
                 if gradient.layout != torch.strided:
                     place = f"of parameter {index} in group {number}"
-                    raise RuntimeError(f"gradient {place}: expected a dense one, got layout {gradient.layout}; torch.optim.SparseAdam takes sparse gradients")
+                    raise RuntimeError(
+                        f"gradient {place}: expected a dense one, got layout {gradient.layout}; torch.optim.SparseAdam takes sparse gradients"
+                    )
                 state = self.state[p]
                 if not state or "exp_avg" not in state:
                     self._begin(state, p)
-                elif p.dtype in HALVES and (self.master_weights != (MASTER in state) or self.master_weights != (state["exp_avg"].dtype == torch.float32)):
+                elif p.dtype in HALVES and (
+                    self.master_weights != (MASTER in state)
+                    or self.master_weights != (state["exp_avg"].dtype == torch.float32)
+                ):
                     self._convert(state, p)
                 if amsgrad and "max_exp_avg_sq" not in state:
                     state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
@@ -166,7 +207,9 @@ class AdamW(torch.optim.AdamW):
                 key = (p.dtype, p.device, plain, gaps, gradient.dtype != p.dtype)
                 batch = batches.get(key)
                 if batch is None:
-                    backend = choose("adamw", p, p.dtype, self.backend, amsgrad, gaps, gradient.dtype != p.dtype, not plain)
+                    backend = choose(
+                        "adamw", p, p.dtype, self.backend, amsgrad, gaps, gradient.dtype != p.dtype, not plain
+                    )
                     batch = batches[key] = Batch(group, backend)
                 batch.parameters.append(p)
                 batch.gradients.append(gradient)
@@ -208,8 +251,12 @@ class AdamW(torch.optim.AdamW):
             norm = math.sqrt(sum(float(s) for s in squares)) * abs(float(factor))
             self.grad_norm = torch.tensor(norm, dtype=torch.float32, device="cpu")
             coefficient = self.max_grad_norm / (norm + 1e-6)
-            return 1.0 if coefficient > 1 else coefficient  # NaN stays: a gradient that is NaN must not pass for a small one
-        norms = torch.stack([torch.as_tensor(s, dtype=torch.float32).to(elsewhere) for s in squares]).sum().sqrt() * factor  # nobody waits for another device
+            return (
+                1.0 if coefficient > 1 else coefficient
+            )  # NaN stays: a gradient that is NaN must not pass for a small one
+        norms = (
+            torch.stack([torch.as_tensor(s, dtype=torch.float32).to(elsewhere) for s in squares]).sum().sqrt() * factor
+        )  # nobody waits for another device
         self.grad_norm = norms
         return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
 
@@ -235,7 +282,9 @@ class AdamW(torch.optim.AdamW):
         PyTorch casts all state to the type of its parameter. A state dict without master weights starts them from the parameters.
         """
         seen: list[dict[str, Any]] = []
-        last = self.register_load_state_dict_pre_hook(lambda _, final: seen.append(final))  # as the user's own hooks leave it
+        last = self.register_load_state_dict_pre_hook(
+            lambda _, final: seen.append(final)
+        )  # as the user's own hooks leave it
         try:
             super().load_state_dict(state_dict)
         finally:

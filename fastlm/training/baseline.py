@@ -42,7 +42,9 @@ class Attention(nn.Module):
         query, key, value = self.c_attn(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if past is not None:
             key, value = torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=tokens > 1, dropout_p=self.dropout if self.training else 0.0)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, is_causal=tokens > 1, dropout_p=self.dropout if self.training else 0.0
+        )
         y = self.c_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
         return F.dropout(y, self.residual_dropout, self.training), (key, value)
 

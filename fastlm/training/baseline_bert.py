@@ -28,8 +28,14 @@ class SelfAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
 
     def forward(self, x):
-        query, key, value = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0).transpose(1, 2).flatten(2)
+        query, key, value = (
+            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        return (
+            F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 
 class Layer(nn.Module):
@@ -66,12 +72,16 @@ class PlainBert(nn.Module):
                         "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps),
                     }
                 ),
-                "encoder": nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))}),
+                "encoder": nn.ModuleDict(
+                    {"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))}
+                ),
             }
         )
         predictions = nn.ModuleDict(
             {
-                "transform": nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps)}),
+                "transform": nn.ModuleDict(
+                    {"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps)}
+                ),
                 "decoder": nn.Linear(width, config.vocab_size),
             }
         )

@@ -39,8 +39,12 @@ def staged(out: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(out if created and not whole else folder, ignore_errors=True)
     except Exception as failure:
-        if isinstance(failure, OSError) or type(failure).__name__ == "SafetensorError":  # the latter is what a full disk looks like from safetensors
-            raise OSError(f"out: could not save into {str(out)!r}, nothing was kept there: {one_line(failure)}") from failure
+        if (
+            isinstance(failure, OSError) or type(failure).__name__ == "SafetensorError"
+        ):  # the latter is what a full disk looks like from safetensors
+            raise OSError(
+                f"out: could not save into {str(out)!r}, nothing was kept there: {one_line(failure)}"
+            ) from failure
         raise
 
 

@@ -27,7 +27,9 @@ class Comparison:
         return max(abs(a - b) / abs(b) for a, b in self.losses)
 
 
-def side_by_side(ours: Trainer, plain: Trainer, batches: Iterator[tuple[Tensor, Tensor, float]]) -> Iterator[Comparison]:
+def side_by_side(
+    ours: Trainer, plain: Trainer, batches: Iterator[tuple[Tensor, Tensor, float]]
+) -> Iterator[Comparison]:
     """One step of each per batch and rate, each first every other time; yields after every pair, and the caller stops when it has seen enough."""
     seen = Comparison()
     for i, (inputs, targets, lr) in enumerate(batches):

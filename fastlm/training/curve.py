@@ -6,7 +6,12 @@ from pathlib import Path
 
 
 def draw_losses(
-    path: Path, losses: Sequence[float], *, validation: Sequence[tuple[int, float]] = (), plain: Sequence[float] = (), unit: str = "nats per token"
+    path: Path,
+    losses: Sequence[float],
+    *,
+    validation: Sequence[tuple[int, float]] = (),
+    plain: Sequence[float] = (),
+    unit: str = "nats per token",
 ) -> bool:
     """losses: of each step, from step 1; plain: of the same model on PyTorch's operators. False, and no file, where matplotlib is not installed."""
     try:
@@ -19,7 +24,14 @@ def draw_losses(
     axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="batch")
     axes.plot(steps, smoothed(losses), color="#08519c", linewidth=1.8, label="batch, smoothed")
     if plain:
-        axes.plot(range(1, len(plain) + 1), plain, color="#d94801", linestyle=(0, (4, 4)), linewidth=0.8, label="plain PyTorch, same batches")
+        axes.plot(
+            range(1, len(plain) + 1),
+            plain,
+            color="#d94801",
+            linestyle=(0, (4, 4)),
+            linewidth=0.8,
+            label="plain PyTorch, same batches",
+        )
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#238b45", marker="o", linewidth=1.2, label="validation")
     axes.set(xlabel="step", ylabel=f"loss ({unit})", xlim=(0, len(losses) + 1))

@@ -13,7 +13,9 @@ from fastlm.ops.boundary import mismatch
 from fastlm.training.settings import TOKENIZERS, one_of, within
 from fastlm.training.tokenizers import byte_tokenizer, char_tokenizer
 
-EVALUATED_TOKENS = 2**16  # at most: enough for a standard error of a hundredth of a nat, and seconds at most for the models this trainer is for
+EVALUATED_TOKENS = (
+    2**16
+)  # at most: enough for a standard error of a hundredth of a nat, and seconds at most for the models this trainer is for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,12 @@ class Corpus:
 
 
 def load(
-    paths: Sequence[str | Path], *, tokenizer: str = "byte", val_fraction: float = 0.1, val_file: str | Path | None = None, masked: bool = False
+    paths: Sequence[str | Path],
+    *,
+    tokenizer: str = "byte",
+    val_fraction: float = 0.1,
+    val_file: str | Path | None = None,
+    masked: bool = False,
 ) -> Corpus:
     """Read the files (folders, patterns) in order as one text; validation is its end, or a file of its own."""
     one_of("tokenizer", tokenizer, TOKENIZERS)
@@ -35,7 +42,9 @@ def load(
     text = read(find_files("data", paths))
     held_out = read(find_files("val_file", [val_file])) if val_file else {}
     if not any(text.values()):
-        raise mismatch("data", "some text", f"{len(text)} empty file{'s' * (len(text) != 1)}, the first {next(iter(text))}")
+        raise mismatch(
+            "data", "some text", f"{len(text)} empty file{'s' * (len(text) != 1)}, the first {next(iter(text))}"
+        )
     encode, made = (by_byte if tokenizer == "byte" else by_character)(text | held_out, masked)
     ids = encode(text)
     cut = len(ids) if val_file else round(len(ids) * (1 - val_fraction))
@@ -44,9 +53,16 @@ def load(
 
 def check_length(corpus: Corpus, context: int) -> None:
     """One context and the token after it, on either side of the split."""
-    for argument, ids, part in (("data", corpus.train, "training"), ("val_fraction or val_file", corpus.validation, "validation")):
+    for argument, ids, part in (
+        ("data", corpus.train, "training"),
+        ("val_fraction or val_file", corpus.validation, "validation"),
+    ):
         if len(ids) < context + 1:
-            raise mismatch(argument, f"at least {context + 1} tokens for {part}, one context of {context} and the token after it", len(ids))
+            raise mismatch(
+                argument,
+                f"at least {context + 1} tokens for {part}, one context of {context} and the token after it",
+                len(ids),
+            )
 
 
 def find_files(argument: str, paths: Iterable[str | Path]) -> list[Path]:
@@ -59,9 +75,15 @@ def find_files(argument: str, paths: Iterable[str | Path]) -> list[Path]:
         if path.exists() and not path.is_dir():
             raise mismatch(argument, "a file, a folder or a pattern", path)
         candidates = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-        files = sorted(p for p in candidates if p.is_file() and not hidden(p.relative_to(path) if path.is_dir() else p) and not binary(p))
+        files = sorted(
+            p
+            for p in candidates
+            if p.is_file() and not hidden(p.relative_to(path) if path.is_dir() else p) and not binary(p)
+        )
         if not files:
-            raise FileNotFoundError(f"{argument}: expected a file, a folder with text files in it or a pattern that matches some, got {str(path)!r}")
+            raise FileNotFoundError(
+                f"{argument}: expected a file, a folder with text files in it or a pattern that matches some, got {str(path)!r}"
+            )
         found += files
     if not found:
         raise mismatch(argument, "at least one file, folder or pattern", "none")
@@ -106,7 +128,11 @@ def code_points(path: Path, text: bytes) -> Tensor:
     try:
         decoded = bytearray(text.decode("utf-8").encode("utf-32-le"))
     except UnicodeDecodeError as wrong:
-        raise mismatch("data", "UTF-8 text for the char tokenizer (the byte tokenizer reads anything)", f"{path}, where byte {wrong.start} is not") from None
+        raise mismatch(
+            "data",
+            "UTF-8 text for the char tokenizer (the byte tokenizer reads anything)",
+            f"{path}, where byte {wrong.start} is not",
+        ) from None
     return torch.frombuffer(decoded, dtype=torch.int32) if decoded else torch.empty(0, dtype=torch.int32)
 
 
@@ -123,6 +149,8 @@ def spread_windows(ids: Tensor, length: int, batch: int, most: int = EVALUATED_T
     """The same windows every time, (≤ batch, length) each: side by side where `most` tokens cover the ids, else evenly spread over them."""
     count = max(1, min((len(ids) - 1) // (length - 1), most // (length - 1)))
     room = len(ids) - length  # start of the last window
-    starts = torch.tensor([i * room // (count - 1) for i in range(count)]) if count > 1 else torch.zeros(1, dtype=torch.long)
+    starts = (
+        torch.tensor([i * room // (count - 1) for i in range(count)]) if count > 1 else torch.zeros(1, dtype=torch.long)
+    )
     for some in starts.split(batch):
         yield windows(ids, some, length)

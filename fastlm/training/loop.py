@@ -38,19 +38,28 @@ class Trainer:
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},  # biases and norms: decay would pull them to 0, where they are not at home
+            {
+                "params": [p for p in parameters if p.dim() < 2],
+                "weight_decay": 0.0,
+            },  # biases and norms: decay would pull them to 0, where they are not at home
         ]
         self.optimizer: torch.optim.Optimizer
         betas = (settings.beta1, settings.beta2)
         if native:
             self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True)
         else:
-            self.optimizer = optimizer = AdamW(groups, lr=settings.lr, betas=betas, max_grad_norm=settings.grad_clip or None)
+            self.optimizer = optimizer = AdamW(
+                groups, lr=settings.lr, betas=betas, max_grad_norm=settings.grad_clip or None
+            )
             optimizer.begin()
         self.parameters, self.native = parameters, native
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.settings.dtype == "bfloat16" else contextlib.nullcontext()
+        return (
+            torch.autocast(self.device.type, dtype=torch.bfloat16)
+            if self.settings.dtype == "bfloat16"
+            else contextlib.nullcontext()
+        )
 
     def placed(self, *batch: Tensor) -> list[Tensor]:
         """On the model's device. To a GPU from memory that is pinned, so that nobody waits for the copy."""
@@ -135,7 +144,13 @@ class Report:
 
 
 def train(
-    settings: Settings, corpus: Corpus, model: nn.Module | None = None, loss: Loss | None = None, report: Report | None = None, *, native: bool = False
+    settings: Settings,
+    corpus: Corpus,
+    model: nn.Module | None = None,
+    loss: Loss | None = None,
+    report: Report | None = None,
+    *,
+    native: bool = False,
 ) -> Result:
     """Train a fastlm model of the size that the settings give, on the GPU where there is one; or `model`, any module, where it is, with
     `loss(model, inputs, targets)`, on the same batches; native: with PyTorch's own clipping and optimiser.
@@ -145,11 +160,16 @@ def train(
     check_length(corpus, settings.context)
     report = report or Report()
     objective = objective_of(settings, corpus.tokenizer)
-    trainer = Trainer(model or build(settings, corpus.tokenizer).to(choose_device()), settings, loss or objective.loss, native=native)
+    trainer = Trainer(
+        model or build(settings, corpus.tokenizer).to(choose_device()), settings, loss or objective.loss, native=native
+    )
     length = settings.context + 1
     draw = torch.Generator().manual_seed(settings.seed)
     held = [
-        [objective.pairs(w, torch.Generator().manual_seed(i)) for i, w in enumerate(spread_windows(ids, length, settings.batch))]
+        [
+            objective.pairs(w, torch.Generator().manual_seed(i))
+            for i, w in enumerate(spread_windows(ids, length, settings.batch))
+        ]
         for ids in (corpus.train, corpus.validation)
     ]
     begun = 0  # steps, of which the last losses may still be unread
@@ -166,7 +186,11 @@ def train(
         for loss in values:
             losses.append(loss)
             if loss != loss or loss == float("inf"):
-                raise mismatch("lr", f"one at which the loss stays finite (it is {loss} at step {len(losses)}: try a smaller one)", settings.lr)
+                raise mismatch(
+                    "lr",
+                    f"one at which the loss stays finite (it is {loss} at step {len(losses)}: try a smaller one)",
+                    settings.lr,
+                )
             report.stepped(len(losses), loss, begun * settings.tokens_per_step / spent)
 
     def evaluate() -> None:
@@ -194,9 +218,15 @@ def train(
         evaluate()
     _, train_loss, val_loss = evaluations[-1]
     return Result(
-        model=trainer.model, train_loss=train_loss, val_loss=val_loss, tokens_per_second=len(losses) * settings.tokens_per_step / spent if spent else 0.0,
-        steps=len(losses), interrupted=interrupted, losses=losses, evaluations=evaluations,
-    )  # fmt: skip
+        model=trainer.model,
+        train_loss=train_loss,
+        val_loss=val_loss,
+        tokens_per_second=len(losses) * settings.tokens_per_step / spent if spent else 0.0,
+        steps=len(losses),
+        interrupted=interrupted,
+        losses=losses,
+        evaluations=evaluations,
+    )
 
 
 def scheduled(settings: Settings, step: int) -> float:

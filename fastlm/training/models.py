@@ -19,7 +19,9 @@ def objective_of(settings: Settings, tokenizer: Tokenizer) -> NextToken | Masked
     pad, mask = tokenizer.token_to_id(PAD), tokenizer.token_to_id(MASK)
     if pad is None or mask is None:
         raise mismatch("tokenizer", f"one with {PAD} and {MASK} for masked tokens", "one without")
-    return MaskedToken(vocabulary=pad, mask_token=mask)  # replacements are drawn from the ordinary tokens alone: the special ones have the last ids
+    return MaskedToken(
+        vocabulary=pad, mask_token=mask
+    )  # replacements are drawn from the ordinary tokens alone: the special ones have the last ids
 
 
 def build(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel | BertForMaskedLM:
@@ -31,19 +33,33 @@ def build(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel | BertFor
 
 def build_gpt2(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel:
     config = GPT2Config(
-        vocab_size=tokenizer.get_vocab_size(), n_positions=settings.context, n_embd=settings.width, n_layer=settings.layers, n_head=settings.heads,
-        resid_pdrop=settings.dropout, embd_pdrop=settings.dropout, attn_pdrop=settings.dropout, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=tokenizer.get_vocab_size(),
+        n_positions=settings.context,
+        n_embd=settings.width,
+        n_layer=settings.layers,
+        n_head=settings.heads,
+        resid_pdrop=settings.dropout,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=settings.dropout,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     with seeded(settings.seed):
         return GPT2LMHeadModel(config)
 
 
 def build_bert(settings: Settings, tokenizer: Tokenizer) -> BertForMaskedLM:
     config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=settings.context, hidden_size=settings.width, num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads, intermediate_size=4 * settings.width, hidden_dropout_prob=settings.dropout,
-        attention_probs_dropout_prob=settings.dropout, pad_token_id=tokenizer.token_to_id(PAD),
-    )  # fmt: skip
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=settings.context,
+        hidden_size=settings.width,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        intermediate_size=4 * settings.width,
+        hidden_dropout_prob=settings.dropout,
+        attention_probs_dropout_prob=settings.dropout,
+        pad_token_id=tokenizer.token_to_id(PAD),
+    )
     with seeded(settings.seed):
         return BertForMaskedLM(config)
 

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 import fastlm
 
 IGNORED = -100  # the target of a position that is not predicted
-CHOSEN, MASKED, REPLACED = 0.15, 0.8, 0.1  # BERT's shares: of the positions; of the chosen ones (the rest stay as they are)
+CHOSEN, MASKED, REPLACED = (
+    0.15,
+    0.8,
+    0.1,
+)  # BERT's shares: of the positions; of the chosen ones (the rest stay as they are)
 
 
 class NextToken:
@@ -23,7 +27,9 @@ class NextToken:
     def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         # model(labels=…) shifts inside and so leaves the last position, the one with the longest context, without a target
         hidden = model.transformer(input_ids=inputs)
-        return fastlm.linear_cross_entropy(hidden.last_hidden_state.flatten(0, 1), model.output_weight(hidden), targets.flatten())
+        return fastlm.linear_cross_entropy(
+            hidden.last_hidden_state.flatten(0, 1), model.output_weight(hidden), targets.flatten()
+        )
 
 
 class MaskedToken:
@@ -36,7 +42,9 @@ class MaskedToken:
         inputs = windows[:, :-1].contiguous()
         position, fate = torch.rand((2, *inputs.shape), generator=generator)
         chosen = position < CHOSEN
-        chosen[:, 0] |= ~chosen.any(1)  # a window in which nothing is predicted would teach nothing; a batch of them has no mean
+        chosen[:, 0] |= ~chosen.any(
+            1
+        )  # a window in which nothing is predicted would teach nothing; a batch of them has no mean
         targets = inputs.masked_fill(~chosen, IGNORED)
         random = torch.randint(self.vocabulary, inputs.shape, generator=generator)
         corrupted = torch.where(fate < MASKED, self.mask_token, torch.where(fate < MASKED + REPLACED, random, inputs))

@@ -42,7 +42,9 @@ class Settings:
     seed: int = 0
     dtype: str = "float32"
     eval_every: int = 250  # steps
-    recompute: int = RECOMPUTE  # of every feed-forward part, in backward: 0 nothing, 1 the GELU, 2 the first product too
+    recompute: int = (
+        RECOMPUTE  # of every feed-forward part, in backward: 0 nothing, 1 the GELU, 2 the first product too
+    )
 
     def __post_init__(self):
         one_of("objective", self.objective, OBJECTIVES)
@@ -82,8 +84,12 @@ def whole(name: str, value: object, least: int) -> None:
         raise mismatch(name, f"a whole number of at least {least}", value)
 
 
-def within(name: str, value: float, low: float, high: float, *, open_left: bool = False, closed_right: bool = False) -> None:
+def within(
+    name: str, value: float, low: float, high: float, *, open_left: bool = False, closed_right: bool = False
+) -> None:
     """Comparisons that are false for NaN, so that it is refused too."""
     inside = (value > low if open_left else value >= low) and (value <= high if closed_right else value < high)
     if not inside:
-        raise mismatch(name, f"a number in {'(' if open_left else '['}{low}, {high}{']' if closed_right else ')'}", value)
+        raise mismatch(
+            name, f"a number in {'(' if open_left else '['}{low}, {high}{']' if closed_right else ')'}", value
+        )

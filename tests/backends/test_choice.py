@@ -65,8 +65,11 @@ def test_none_gives_the_choice_back():
 def test_the_environment_variable():
     code = "import fastlm, torch; x = torch.ones(2, 2); {}"
     run = lambda name, code: subprocess.run(  # noqa: E731
-        [sys.executable, "-W", "ignore", "-c", code], env={"FASTLM_BACKEND": name, "PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={"FASTLM_BACKEND": name, "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
     done = run("cuda", code.format("fastlm.linear(x, x)"))
     assert "Unsupported: linear on cpu in torch.float32 with backend='cuda'" in done.stderr
     done = run("gpu", code.format("fastlm.linear(x, x)"))
@@ -85,7 +88,9 @@ def test_a_context_is_left_on_an_error_and_belongs_to_its_thread():
 def test_a_compiled_function_follows_the_context():
     torch._dynamo.reset()
     seen = []
-    compiled = torch.compile(fastlm.linear, fullgraph=True, backend=lambda graph, inputs: seen.append(str(graph.graph)) or graph.forward)
+    compiled = torch.compile(
+        fastlm.linear, fullgraph=True, backend=lambda graph, inputs: seen.append(str(graph.graph)) or graph.forward
+    )
     compiled(X, W)
     with fastlm.use_backend("reference"):
         compiled(X, W)
@@ -102,7 +107,12 @@ def test_backward_uses_the_backend_of_the_forward():
 
 def test_names_are_checked():
     for name in ("gpu", "CPU", ""):
-        with pytest.raises(ValueError, match=f"backend: expected one of cpu, triton, cuda, torch, reference, got '{name}'"), fastlm.use_backend(name):
+        with (
+            pytest.raises(
+                ValueError, match=f"backend: expected one of cpu, triton, cuda, torch, reference, got '{name}'"
+            ),
+            fastlm.use_backend(name),
+        ):
             pass
 
 
@@ -117,7 +127,10 @@ def test_an_error_lists_every_backend_with_its_reasons():
 
 
 def test_a_forced_backend_never_falls_back():
-    with fastlm.use_backend("torch"), pytest.raises(fastlm.Unsupported, match="torch draws its dropout masks otherwise than fastlm"):
+    with (
+        fastlm.use_backend("torch"),
+        pytest.raises(fastlm.Unsupported, match="torch draws its dropout masks otherwise than fastlm"),
+    ):
         fastlm.layernorm_residual(X, None, W[0], dropout_p=0.5)
 
 
@@ -167,7 +180,9 @@ def test_the_users_own_table_replaces_ours(tmp_path, monkeypatch):
     read = RULES
     assert read() == (table.Rule("linear", "float32"),)
     table.user_table().parent.mkdir()
-    table.user_table().write_text('{"zen9/avx512": [{"operator": "attention", "dtype": "bfloat16", "where": {"query_len": [1, 1], "key_len": [null, 64]}}]}')
+    table.user_table().write_text(
+        '{"zen9/avx512": [{"operator": "attention", "dtype": "bfloat16", "where": {"query_len": [1, 1], "key_len": [null, 64]}}]}'
+    )
     (rule,) = read()
     assert rule.holds("attention", "bfloat16", {"query_len": 1, "key_len": 64})
     assert not rule.holds("attention", "bfloat16", {"query_len": 2, "key_len": 64})
@@ -192,21 +207,32 @@ def test_the_rows_in_words(monkeypatch):
     monkeypatch.setattr(table, "cpu", lambda: "zen9/avx512")
     monkeypatch.setattr(table, "rules", lambda: ())
     assert table.in_words() == "zen9/avx512: fastlm's kernels serve whatever they can"
-    rows = (table.Rule("linear", "bfloat16"), table.Rule("gelu_mlp", "float32", {"rows": (2, 40), "in_width": (512, None), "conv1d": (1, 1)}))
+    rows = (
+        table.Rule("linear", "bfloat16"),
+        table.Rule("gelu_mlp", "float32", {"rows": (2, 40), "in_width": (512, None), "conv1d": (1, 1)}),
+    )
     monkeypatch.setattr(table, "rules", lambda: rows)
-    assert table.in_words() == "zen9/avx512: PyTorch serves linear in bfloat16; gelu_mlp in float32 (2 ≤ rows ≤ 40, 512 ≤ in_width, conv1d)"
+    assert (
+        table.in_words()
+        == "zen9/avx512: PyTorch serves linear in bfloat16; gelu_mlp in float32 (2 ≤ rows ≤ 40, 512 ≤ in_width, conv1d)"
+    )
 
 
 def test_a_table_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     table.user_table().parent.mkdir()
     table.user_table().write_text("{not json")
-    with pytest.warns(RuntimeWarning, match=r"table.json: cannot be read \(.*\); the measurements that come with fastlm hold"):
+    with pytest.warns(
+        RuntimeWarning, match=r"table.json: cannot be read \(.*\); the measurements that come with fastlm hold"
+    ):
         assert RULES() == table.shipped()
 
 
 def test_every_rule_that_comes_with_fastlm_names_features_that_exist():
-    for device, tables in (("cpu", (*table.MEASURED.values(), table.WITH_AMX, table.AMX_UNUSED)), ("cuda", table.GPUS.values())):
+    for device, tables in (
+        ("cpu", (*table.MEASURED.values(), table.WITH_AMX, table.AMX_UNUSED)),
+        ("cuda", table.GPUS.values()),
+    ):
         for rule in itertools.chain(*tables):
             assert table.rule_of(dataclasses.asdict(rule), device) == rule
 
@@ -220,7 +246,11 @@ def test_elsewhere_pytorch_comes_first_and_on_a_gpu_the_kernels_do():
 
     original, choice.refusals = choice.refusals, watch
     try:
-        for device, order in (("mps", ["torch", "reference"]), ("cuda", ["triton", "cuda", "torch", "reference"]), ("cpu", ["cpu", "torch", "reference"])):
+        for device, order in (
+            ("mps", ["torch", "reference"]),
+            ("cuda", ["triton", "cuda", "torch", "reference"]),
+            ("cpu", ["cpu", "torch", "reference"]),
+        ):
             asked.clear()
             with pytest.raises(fastlm.Unsupported):
                 choice.decide("linear", types.SimpleNamespace(type=device), torch.float32, None, {"rows": 40})

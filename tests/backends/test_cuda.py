@@ -20,8 +20,12 @@ CUDA = torch.device("cuda", 0)
 def card(monkeypatch):
     """A GPU and a module for it, as far as the questions go that are asked before a launch."""
     found = types.SimpleNamespace(capability=(9, 0), driver=13010)
-    launchers = {f"{name}_forward": None for name in ("attention", "layernorm_residual", "gelu_mlp", "linear_cross_entropy")}
-    kernels = types.SimpleNamespace(archs="80,90", runtime_version=lambda: 13000, driver_version=lambda: found.driver, **launchers)
+    launchers = {
+        f"{name}_forward": None for name in ("attention", "layernorm_residual", "gelu_mlp", "linear_cross_entropy")
+    }
+    kernels = types.SimpleNamespace(
+        archs="80,90", runtime_version=lambda: 13000, driver_version=lambda: found.driver, **launchers
+    )
     monkeypatch.setattr(backend, "EMULATED", False)
     monkeypatch.setattr(backend, "kernels", kernels)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -44,7 +48,9 @@ def test_what_it_serves(card):
     assert not any(refused(operator) for operator in choice.FEATURES if operator != "adamw")
     assert refused("adamw") == ["has no adamw"]
     assert refused(device=torch.device("cpu")) == ["serves CUDA tensors, not cpu (.to('cuda') moves them)"]
-    assert refused(dtype=torch.float64) == ["computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64"]
+    assert refused(dtype=torch.float64) == [
+        "computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64"
+    ]
     assert refused("attention", key_len=2**31) == [f"counts up to {2**30} queries and keys, not {2**31}"]
     for tokens in ("query_tokens", "key_tokens"):
         assert refused("attention_varlen", **{tokens: 2**31}) == [f"counts up to {2**30} tokens, not {2**31}"]
@@ -96,7 +102,9 @@ def test_a_gpu_needs_code_or_ptx(card, archs, capability, reason):
     if reason:
         with pytest.raises(fastlm.Unsupported) as raised:
             choice.decide("linear", CUDA, torch.float16, "cuda", dict.fromkeys(choice.FEATURES["linear"], 1))
-        cpu, triton = (", ".join(choice.refusals(name, "linear", CUDA, torch.float16, {})) for name in ("cpu", "triton"))
+        cpu, triton = (
+            ", ".join(choice.refusals(name, "linear", CUDA, torch.float16, {})) for name in ("cpu", "triton")
+        )
         others = "torch could, but another was forced; reference could, but another was forced"
         assert str(raised.value) == (
             f"linear on cuda:0 in torch.float16 with backend='cuda': cpu {cpu}; triton {triton or 'could, but another was forced'}; cuda {reason}; {others}"
@@ -105,7 +113,12 @@ def test_a_gpu_needs_code_or_ptx(card, archs, capability, reason):
 
 @pytest.mark.parametrize(
     "driver, reason",
-    [(0, ["finds no NVIDIA driver"]), (12090, ["needs a driver for CUDA 13.0 or later, and this one serves up to 12.9"]), (13000, []), (14000, [])],
+    [
+        (0, ["finds no NVIDIA driver"]),
+        (12090, ["needs a driver for CUDA 13.0 or later, and this one serves up to 12.9"]),
+        (13000, []),
+        (14000, []),
+    ],
 )
 def test_the_driver_must_know_the_runtimes_major_version(card, driver, reason):
     card.driver = driver
@@ -130,5 +143,9 @@ def test_the_account_of_the_module(card, monkeypatch):
 
 def test_a_module_that_is_not_built_says_how_to_build_it():
     code = "import sys; sys.modules['fastlm._cuda_emulated'] = None; import fastlm; print(fastlm.info().backends['cuda'][0])"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "FASTLM_CUDA_EMULATION": "1"}, capture_output=True, text=True)
-    assert done.stdout.strip() == "is not built for the CPU: run python -m tests.cuda_emulation in a checkout", done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FASTLM_CUDA_EMULATION": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "is not built for the CPU: run python -m tests.cuda_emulation in a checkout", (
+        done.stderr
+    )

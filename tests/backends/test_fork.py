@@ -45,5 +45,11 @@ print(os.waitstatus_to_exitcode(status), all(map(numpy.array_equal, before, ever
 
 @pytest.mark.skipif("cpu" not in BACKENDS or sys.platform == "win32", reason="the kernels are not under test here")
 def test_the_kernels_work_in_a_forked_child_and_give_the_same_bits():
-    done = subprocess.run([sys.executable, "-c", CODE], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.stdout.split() == ["0", "True"], done.stderr

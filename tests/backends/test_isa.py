@@ -20,7 +20,13 @@ USABLE = [name for name in BUILT if name in isa.usable()]
 
 def run(code, path=PACKAGE.parent, **environment):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FASTLM")}
-    return subprocess.run([sys.executable, "-c", code], cwd=path, env=kept | {"PYTHONPATH": str(path)} | environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=path,
+        env=kept | {"PYTHONPATH": str(path)} | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("name", USABLE)
@@ -32,18 +38,29 @@ def test_each_module_can_be_forced(name):
 
 @pytest.mark.skipif(not USABLE, reason="nothing is compiled here")
 def test_the_fastest_that_is_built_and_usable_is_chosen():
-    assert run("import fastlm; print(fastlm.info().isa)").stdout.strip() == isa.by_speed(USABLE, isa.features().vendor())[0]
+    assert (
+        run("import fastlm; print(fastlm.info().isa)").stdout.strip()
+        == isa.by_speed(USABLE, isa.features().vendor())[0]
+    )
 
 
 def test_the_bf16_dot_product_comes_second_where_it_is_the_slower_arithmetic():
     assert isa.by_speed(["avx512_bf16", "avx512", "avx2"], "GenuineIntel") == ["avx512", "avx512_bf16", "avx2"]
-    assert isa.by_speed(["amx", "avx512_bf16", "avx512", "avx2"], "GenuineIntel") == ["amx", "avx512", "avx512_bf16", "avx2"]
+    assert isa.by_speed(["amx", "avx512_bf16", "avx512", "avx2"], "GenuineIntel") == [
+        "amx",
+        "avx512",
+        "avx512_bf16",
+        "avx2",
+    ]
     assert isa.by_speed(["avx512_bf16", "avx512", "avx2"], "AuthenticAMD") == ["avx512_bf16", "avx512", "avx2"]
     assert isa.by_speed(["avx2", "baseline"], "GenuineIntel") == ["avx2", "baseline"]
 
 
 def test_an_isa_that_does_not_exist_is_an_error():
-    assert "RuntimeError: FASTLM_ISA: expected one of amx, avx512_bf16, avx512, avx2, baseline, got 'sse9'" in run("import fastlm", FASTLM_ISA="sse9").stderr
+    assert (
+        "RuntimeError: FASTLM_ISA: expected one of amx, avx512_bf16, avx512, avx2, baseline, got 'sse9'"
+        in run("import fastlm", FASTLM_ISA="sse9").stderr
+    )
 
 
 @pytest.fixture
@@ -51,23 +68,32 @@ def bare(tmp_path):
     """The package without compiled modules."""
     shutil.copytree(PACKAGE, tmp_path / "fastlm", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
     # Where fastlm is installed editable, the finder that pip set up would bring the checkout's modules back.
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+    )
     return tmp_path
 
 
 def test_an_isa_that_was_not_built_is_an_error(bare):
     done = run("import fastlm", bare, FASTLM_ISA="avx2")
-    assert "RuntimeError: FASTLM_ISA: expected an ISA that was built, got 'avx2' (no module for avx2 was built)" in done.stderr
+    assert (
+        "RuntimeError: FASTLM_ISA: expected an ISA that was built, got 'avx2' (no module for avx2 was built)"
+        in done.stderr
+    )
 
 
 def test_an_isa_that_this_cpu_lacks_is_an_error(bare):
-    (bare / "fastlm" / "_cpu_features.py").write_text("def isas():\n    return ['baseline']\n\n\ndef vendor():\n    return ''\n")
+    (bare / "fastlm" / "_cpu_features.py").write_text(
+        "def isas():\n    return ['baseline']\n\n\ndef vendor():\n    return ''\n"
+    )
     done = run("import fastlm", bare, FASTLM_ISA="avx2")
     assert "RuntimeError: FASTLM_ISA: expected one of baseline, which this CPU can run, got 'avx2'" in done.stderr
 
 
 def test_without_compiled_modules_one_warning_says_so_and_everything_works(bare):
-    (bare / "fastlm" / "_build.json").write_text(json.dumps({"modules": [], "openmp": False, "compiler": "", "reason": "no C++ compiler found"}))
+    (bare / "fastlm" / "_build.json").write_text(
+        json.dumps({"modules": [], "openmp": False, "compiler": "", "reason": "no C++ compiler found"})
+    )
     code = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -89,11 +115,16 @@ except fastlm.Unsupported as error:
 """
     done = run(code, bare)
     lines = done.stdout.splitlines()
-    assert lines[0] == '["fastlm: no compiled kernels (no C++ compiler found); PyTorch\'s own operators serve instead. See fastlm.info()."]', done.stderr
+    assert (
+        lines[0]
+        == '["fastlm: no compiled kernels (no C++ compiler found); PyTorch\'s own operators serve instead. See fastlm.info()."]'
+    ), done.stderr
     assert lines[1] == "{'attention: torch instead of cpu': 1, 'attention: reference instead of cpu': 1}"
     assert "compiled module: none (no C++ compiler found)" in lines
     assert "  cpu        is not compiled here: no C++ compiler found" in lines
-    assert lines[-1].startswith("linear on cpu in torch.float32 with backend='cpu': cpu is not compiled here: no C++ compiler found; triton")
+    assert lines[-1].startswith(
+        "linear on cpu in torch.float32 with backend='cpu': cpu is not compiled here: no C++ compiler found; triton"
+    )
 
 
 def test_without_a_report_the_reason_is_that_it_was_not_built(bare):
@@ -109,4 +140,6 @@ def test_a_module_that_does_not_load_is_named(bare):
     )
     (bare / "fastlm" / f"_cpu_avx2{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
     done = run("import fastlm; print(fastlm.info().build)", bare)
-    assert done.stdout.startswith("the module for avx2 does not load (") and done.stdout.endswith("no module for baseline was built\n"), done.stderr
+    assert done.stdout.startswith("the module for avx2 does not load (") and done.stdout.endswith(
+        "no module for baseline was built\n"
+    ), done.stderr

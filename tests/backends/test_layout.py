@@ -12,26 +12,55 @@ def copies(function):
 
 
 def test_rows_that_a_stride_describes_are_views():
-    for x in (floats(4, 6), floats(2, 3, 6), floats(6), floats(8, 10)[:, 2:8], floats(4, 3, 6)[:, 1], floats(5, 1).expand(5, 1), floats(6).expand(4, 6)):
+    for x in (
+        floats(4, 6),
+        floats(2, 3, 6),
+        floats(6),
+        floats(8, 10)[:, 2:8],
+        floats(4, 3, 6)[:, 1],
+        floats(5, 1).expand(5, 1),
+        floats(6).expand(4, 6),
+    ):
         count, rows = copies(lambda x=x: layout.rows_of(x))
         assert count == 0 and rows.data_ptr() == x.data_ptr() and torch.equal(rows, x.reshape(-1, x.shape[-1]))
 
 
 def test_others_are_copied_and_counted():
-    for x in (floats(6, 4).t(), floats(4, 12)[:, ::2], floats(3, 2, 6).transpose(0, 1), floats(2, 3, 12)[..., ::2], torch.ones(()).expand(3, 4)):
+    for x in (
+        floats(6, 4).t(),
+        floats(4, 12)[:, ::2],
+        floats(3, 2, 6).transpose(0, 1),
+        floats(2, 3, 12)[..., ::2],
+        torch.ones(()).expand(3, 4),
+    ):
         count, rows = copies(lambda x=x: layout.rows_of(x))
         assert count == 1 and rows.stride(-1) == 1 and torch.equal(rows, x.reshape(-1, x.shape[-1]))
 
 
 def test_a_row_stride_leads_from_row_to_row():
-    for x in (floats(4, 6), floats(2, 3, 6), floats(6), floats(8, 10)[:, 2:8], floats(4, 3, 6)[:, 1], floats(6, 4).t(), floats(3, 2, 6).transpose(0, 1)):
+    for x in (
+        floats(4, 6),
+        floats(2, 3, 6),
+        floats(6),
+        floats(8, 10)[:, 2:8],
+        floats(4, 3, 6)[:, 1],
+        floats(6, 4).t(),
+        floats(3, 2, 6).transpose(0, 1),
+    ):
         rows, stride = layout.rows_and_stride(x)
         width = x.shape[-1]
         assert torch.equal(rows.as_strided((x.numel() // width, width), (stride, 1)), x.reshape(-1, width))
 
 
 def test_weights_in_either_layout_are_views():
-    for w in (floats(5, 7), floats(7, 5).t(), floats(5, 20)[:, 3:10], floats(7, 20)[:, :5].t(), floats(5, 1), floats(1, 7)):
+    for w in (
+        floats(5, 7),
+        floats(7, 5).t(),
+        floats(5, 20)[:, 3:10],
+        floats(7, 20)[:, :5].t(),
+        floats(5, 1),
+        floats(1, 7),
+    ):
         count, same = copies(lambda w=w: layout.matrix_of(w))
         assert count == 0 and same is w
     count, copied = copies(lambda: layout.matrix_of(floats(5, 14)[:, ::2]))

@@ -14,7 +14,9 @@ from tests.support import BACKENDS
 def asked(x):
     """The bytes of x that lie where the process has asked for huge pages."""
     begin, end, total = x.data_ptr(), x.data_ptr() + x.nbytes, 0
-    for low, high, flags in re.findall(r"^(\w+)-(\w+) .*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.MULTILINE | re.DOTALL):
+    for low, high, flags in re.findall(
+        r"^(\w+)-(\w+) .*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.MULTILINE | re.DOTALL
+    ):
         if " hg" in flags:
             total += max(0, min(end, int(high, 16)) - max(begin, int(low, 16)))
     return total

@@ -24,7 +24,16 @@ print(small - before, started() - small)
 """
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS or sys.platform != "linux", reason="the kernels are not under test here, or threads cannot be counted")
+@pytest.mark.skipif(
+    "cpu" not in BACKENDS or sys.platform != "linux",
+    reason="the kernels are not under test here, or threads cannot be counted",
+)
 def test_small_calls_start_no_thread():
-    done = subprocess.run([sys.executable, "-c", CODE], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.stdout.split() == ["0", "1"], done.stdout + done.stderr

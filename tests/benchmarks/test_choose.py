@@ -32,11 +32,15 @@ def test_pytorch_wins_only_where_it_is_clearly_faster():
 
 def test_rules_name_the_side_on_which_pytorch_wins():
     verdicts = [
-        Verdict("linear", "float32", 32, SLOWER), Verdict("linear", "float32", 1024, FASTER),
-        Verdict("linear", "bfloat16", 32, SLOWER), Verdict("linear", "bfloat16", 1024, SLOWER),
-        Verdict("attention", "float32", 32, FASTER), Verdict("attention", "float32", 1024, SLOWER),
-        Verdict("gelu_mlp", "float32", 32, FASTER), Verdict("gelu_mlp", "float32", 1024, FASTER),
-    ]  # fmt: skip
+        Verdict("linear", "float32", 32, SLOWER),
+        Verdict("linear", "float32", 1024, FASTER),
+        Verdict("linear", "bfloat16", 32, SLOWER),
+        Verdict("linear", "bfloat16", 1024, SLOWER),
+        Verdict("attention", "float32", 32, FASTER),
+        Verdict("attention", "float32", 1024, SLOWER),
+        Verdict("gelu_mlp", "float32", 32, FASTER),
+        Verdict("gelu_mlp", "float32", 1024, FASTER),
+    ]
     assert choose.rules(verdicts) == [
         table.Rule("linear", "float32", {"rows": (None, 181)}),
         table.Rule("linear", "bfloat16", {}),
@@ -78,8 +82,11 @@ def test_what_pytorch_takes_minutes_for_is_not_measured(monkeypatch):
         return lambda: {"cpu": 0.02, "torch": 2.0}[name]
 
     monkeypatch.setattr(choose.Case, "timer", slow)
-    (case,) = (functools.partial(make, width=32, heads=2, vocabulary=50) for name, make in CASES.items() if name == "linear")
-    assert [(v.dtype, v.rows, v.ratio.median, v.torch_wins) for v in choose.measure({"linear": case}, {"small": 4, "large": 200})] == [
-        (dtype, 4, 100.0, False) for dtype in ("float32", "bfloat16", "float16")
-    ]
+    (case,) = (
+        functools.partial(make, width=32, heads=2, vocabulary=50) for name, make in CASES.items() if name == "linear"
+    )
+    assert [
+        (v.dtype, v.rows, v.ratio.median, v.torch_wins)
+        for v in choose.measure({"linear": case}, {"small": 4, "large": 200})
+    ] == [(dtype, 4, 100.0, False) for dtype in ("float32", "bfloat16", "float16")]
     assert calls == ["cpu", "torch"] * 3

@@ -105,7 +105,19 @@ class Flash(types.ModuleType):
         self.called.append("flash_attn_with_kvcache")
         return rivals.sdpa(*rivals.tokens_first(q, k_cache, v_cache), causal=causal).transpose(1, 2)
 
-    def flash_attn_varlen_func(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False):
+    def flash_attn_varlen_func(
+        self,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+    ):
         self.called.append("flash_attn_varlen_func")
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         lengths = cu_seqlens_q.diff().tolist()
@@ -113,7 +125,9 @@ class Flash(types.ModuleType):
         return rivals.by_sequence(q, k, v, lengths, causal)
 
     def varlen_attn(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
-        out = self.flash_attn_varlen_func(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal={(-1, 0): True, (-1, -1): False}[window_size])
+        out = self.flash_attn_varlen_func(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal={(-1, 0): True, (-1, -1): False}[window_size]
+        )
         self.called[-1] = "varlen_attn"
         return out
 
@@ -144,29 +158,61 @@ def test_work_is_counted():
     """Two FLOPs per multiply-add of the products; bytes of what is read and written once."""
     make = lambda make, **sizes: work(make("cpu", BF16, False, **sizes))  # noqa: E731
     seen = 3 + 2 + 1  # of 3 × 3 scores
-    assert make(cases.attention, batch=2, heads=4, tokens=3, head_dim=8) == (2 * 4 * seen * 8 * 4, 4 * 192 * 2, 2 * 4 * seen * 8 * 14, 12 * 192 * 2)
+    assert make(cases.attention, batch=2, heads=4, tokens=3, head_dim=8) == (
+        2 * 4 * seen * 8 * 4,
+        4 * 192 * 2,
+        2 * 4 * seen * 8 * 14,
+        12 * 192 * 2,
+    )
     assert make(cases.attention, batch=2, heads=4, tokens=3, head_dim=8, causal=False)[0] == 2 * 4 * 9 * 8 * 4
-    assert make(cases.attention_decode, batch=2, heads=4, tokens=3, head_dim=8) == (2 * 4 * 3 * 8 * 4, 2 * 4 * 8 * (3 + 3 + 1 + 1) * 2)
+    assert make(cases.attention_decode, batch=2, heads=4, tokens=3, head_dim=8) == (
+        2 * 4 * 3 * 8 * 4,
+        2 * 4 * 8 * (3 + 3 + 1 + 1) * 2,
+    )
     lengths = [16, 2, 4, 6, 8, 8, 8, 12] * 2
     forward, moved, both, more = make(cases.attention_varlen, tokens=64, heads=4, head_dim=8, times=2)
     assert (forward, both) == (4 * 8 * 4 * sum(n * n for n in lengths), 4 * 8 * 14 * sum(n * n for n in lengths))
     assert (moved, more) == (4 * 128 * 4 * 8 * 2, 12 * 128 * 4 * 8 * 2)
-    assert make(cases.attention_varlen, tokens=64, heads=4, head_dim=8, causal=True)[0] == 4 * 8 * 4 * sum(n * (n + 1) // 2 for n in lengths[:8])
+    assert make(cases.attention_varlen, tokens=64, heads=4, head_dim=8, causal=True)[0] == 4 * 8 * 4 * sum(
+        n * (n + 1) // 2 for n in lengths[:8]
+    )
     assert make(cases.layernorm_residual, rows=3, width=8)[1::2] == (4 * 24 * 2, 8 * 24 * 2)
-    assert make(cases.gelu_mlp, rows=3, width=8) == (4 * 3 * 8 * 32, (48 + 512) * 2, 12 * 3 * 8 * 32, 3 * (48 + 512) * 2)
-    assert make(cases.linear_cross_entropy, rows=3, width=8, vocab=5) == (2 * 3 * 8 * 5, 64 * 2, 6 * 3 * 8 * 5, 3 * 64 * 2)
+    assert make(cases.gelu_mlp, rows=3, width=8) == (
+        4 * 3 * 8 * 32,
+        (48 + 512) * 2,
+        12 * 3 * 8 * 32,
+        3 * (48 + 512) * 2,
+    )
+    assert make(cases.linear_cross_entropy, rows=3, width=8, vocab=5) == (
+        2 * 3 * 8 * 5,
+        64 * 2,
+        6 * 3 * 8 * 5,
+        3 * 64 * 2,
+    )
 
 
 def test_the_plan():
     """What matters most comes first; every case is one of those that are tested here; each tells of another call."""
     everything = (*plan.FIRST, *plan.THEN)
-    assert [one.make for one in plan.FIRST] == [cases.attention, cases.layernorm_residual] and {one.dtype for one in plan.FIRST} == {BF16}
-    assert plan.FIRST[0].sizes["tokens"] == 1024 and plan.FIRST[0].sizes["head_dim"] == 64 and plan.FIRST[1].sizes == {"rows": 4096, "width": 768}
+    assert [one.make for one in plan.FIRST] == [cases.attention, cases.layernorm_residual] and {
+        one.dtype for one in plan.FIRST
+    } == {BF16}
+    assert (
+        plan.FIRST[0].sizes["tokens"] == 1024
+        and plan.FIRST[0].sizes["head_dim"] == 64
+        and plan.FIRST[1].sizes == {"rows": 4096, "width": 768}
+    )
     assert {one.make for one in everything} == {one.make for one in plan.SMALL}
     assert len({str(one) for one in everything}) == len(everything)
-    small = {one.sizes["rows"] for one in everything if one.make is cases.layernorm_residual and one.sizes["width"] == 768 and one.dtype == BF16}
+    small = {
+        one.sizes["rows"]
+        for one in everything
+        if one.make is cases.layernorm_residual and one.sizes["width"] == 768 and one.dtype == BF16
+    }
     assert {8, 128, 1024} <= small
-    assert len({one.sizes["batch"] for one in everything if one.make is cases.attention_decode and one.dtype == BF16}) >= 3
+    assert (
+        len({one.sizes["batch"] for one in everything if one.make is cases.attention_decode and one.dtype == BF16}) >= 3
+    )
     for one in everything:  # the same names of sizes as the cases take
         assert one.make("meta", one.dtype, False, **one.sizes) if one.make is cases.layernorm_residual else True
 
@@ -183,7 +229,9 @@ def test_rows_as_files(tmp_path):
     rows = [*measured(), *small_step()]
     on_cpu = [row for row in rows if row.served_by == "cpu"]
     both = ["forward", "forward+backward"]
-    assert [row.direction for row in on_cpu] == [*both * 2, "forward", *both * 6] and {row.served_by for row in rows} <= {"cpu", "cuda", "torch", "auto"}
+    assert [row.direction for row in on_cpu] == [*both * 2, "forward", *both * 6] and {
+        row.served_by for row in rows
+    } <= {"cpu", "cuda", "torch", "auto"}
     assert all("torch" in row.backends and "torch" not in row.rivals and row.rivals for row in on_cpu)
     described = report.describe("cpu", timing.peaks("cpu", (torch.float32,), 64, 1 << 16))
     step = next(row for row in rows if row.operator == "training_step")
@@ -210,7 +258,12 @@ def test_generation_compares_what_is_the_same(monkeypatch):
     monkeypatch.setattr(timing, "in_turn", in_turn)
     row, *_ = small_generation()
     names = [name for name, _ in outcomes]
-    assert names[0] == "auto" and names[-2:] == ["step by step", "eager"] and {*row.rivals} == {"step by step", "eager"} and row.auto
+    assert (
+        names[0] == "auto"
+        and names[-2:] == ["step by step", "eager"]
+        and {*row.rivals} == {"step by step", "eager"}
+        and row.auto
+    )
     assert all(torch.equal(tokens, outcomes[0][1]) and tokens.shape == (2, 11) for _, tokens in outcomes)
     parameters = sum(p.numel() for p in fastlm.models.GPT2LMHeadModel(fastlm.models.GPT2Config(**SIZES)).parameters())
     assert (row.flops, row.bytes) == (2 * parameters * 2 * 11, 2 * (5 * parameters + 2 * 16 * 2 * (6 + 7 + 8 + 9 + 10)))
@@ -219,7 +272,13 @@ def test_generation_compares_what_is_the_same(monkeypatch):
 def test_what_auto_takes_is_marked(monkeypatch):
     """It has a row of its own even where that is PyTorch's operator."""
     for first in ("torch", "cpu"):
-        monkeypatch.setattr(table, "rules", lambda first=first: (table.Rule("layernorm_residual", "float32", {"rows": (32, 32), "width": (48, 48)}, first),))
+        monkeypatch.setattr(
+            table,
+            "rules",
+            lambda first=first: (
+                table.Rule("layernorm_residual", "float32", {"rows": (32, 32), "width": (48, 48)}, first),
+            ),
+        )
         rows = list(plan.Run().measure("cpu", plan.SMALL[5:6], rivals=False, **QUICK))
         assert {row.served_by for row in rows if row.auto} == {first} and not any(row.rivals for row in rows)
         assert ("torch" in {row.served_by for row in rows}) == (first == "torch")
@@ -301,9 +360,17 @@ def test_the_command_writes_its_files(small_plan, tmp_path, capsys):
     bench_gpu.run(all_files(tmp_path), limit=600, device="cpu")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["b.json", "b.md", "b.png", "t.json", "t.txt"]
     content = json.loads((tmp_path / "b.json").read_text())
-    assert list(dict.fromkeys(row["operator"] for row in content["rows"])) == ["attention", "training_step", "generation", "layernorm_residual", "gelu_mlp"]
+    assert list(dict.fromkeys(row["operator"] for row in content["rows"])) == [
+        "attention",
+        "training_step",
+        "generation",
+        "layernorm_residual",
+        "gelu_mlp",
+    ]
     assert content["failed"] == content["left_out"] == [] and not content["stopped"]
-    (found,) = json.loads((tmp_path / "t.json").read_text()).values()  # of the emulated CUDA kernels, where they are: no others have two to compare here
+    (found,) = json.loads(
+        (tmp_path / "t.json").read_text()
+    ).values()  # of the emulated CUDA kernels, where they are: no others have two to compare here
     entry = eval(f"{{{(tmp_path / 't.txt').read_text()}}}", {"Rule": table.Rule})
     assert entry == {"cpu": tuple(table.rule_of(row, "cuda") for row in found)}
     assert "`gelu_mlp`" in (tmp_path / "b.md").read_text()
@@ -337,7 +404,11 @@ def test_what_fails_is_in_the_files_and_in_the_exit_status(small_plan, monkeypat
     with pytest.raises(bench_gpu.typer.Exit) as raised:
         bench_gpu.run(bench_gpu.Files(json=tmp_path / "b.json"), device="cpu")
     content = json.loads((tmp_path / "b.json").read_text())
-    assert raised.value.exit_code == 1 and content["failed"] == ["training step: no compiler"] and content["rows"][-1]["operator"] == "gelu_mlp"
+    assert (
+        raised.value.exit_code == 1
+        and content["failed"] == ["training step: no compiler"]
+        and content["rows"][-1]["operator"] == "gelu_mlp"
+    )
     assert capsys.readouterr().err == "error: training step: no compiler\n"
 
 

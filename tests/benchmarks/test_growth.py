@@ -6,13 +6,30 @@ from fastlm.benchmarking.measure import Ratio
 from fastlm.benchmarking.whole import Subject
 from tests.benchmarks.test_report import DESCRIBED, OPERATORS
 
-RIVALS = {"eager": Rival(1.0, Ratio(2.0, 1.9, 2.1), 4_000_000), "eager tuned": Rival(0.75, Ratio(1.5, 1.4, 1.6), 5_000_000)}
+RIVALS = {
+    "eager": Rival(1.0, Ratio(2.0, 1.9, 2.1), 4_000_000),
+    "eager tuned": Rival(0.75, Ratio(1.5, 1.4, 1.6), 5_000_000),
+}
 
 
 def row(point, seconds):
     shape = growth.SHAPES[growth.series_of(point)]
     tokens = growth.POINTS[point].batch * growth.POINTS[point].context
-    return Row("growth", shape, "float32", 2, point, "cpu", seconds, RIVALS, share=0.5, bound="arithmetic", bytes_held=2_000_000, tokens=tokens, recompute=1)
+    return Row(
+        "growth",
+        shape,
+        "float32",
+        2,
+        point,
+        "cpu",
+        seconds,
+        RIVALS,
+        share=0.5,
+        bound="arithmetic",
+        bytes_held=2_000_000,
+        tokens=tokens,
+        recompute=1,
+    )
 
 
 ROWS = [row(point, 0.1 * (i + 1)) for i, point in enumerate(growth.POINTS)]
@@ -22,9 +39,20 @@ ROWS = [row(point, 0.1 * (i + 1)) for i, point in enumerate(growth.POINTS)]
 def test_nothing_but_the_size_differs_along_a_series(series):
     subjects = growth.SERIES[series]
     assert len({subject.batch * subject.context for subject in subjects.values()}) == 1
-    assert len({(subject.kind, subject.layers, subject.vocabulary, subject.dropout, subject.width // subject.heads) for subject in subjects.values()}) == 1
+    assert (
+        len(
+            {
+                (subject.kind, subject.layers, subject.vocabulary, subject.dropout, subject.width // subject.heads)
+                for subject in subjects.values()
+            }
+        )
+        == 1
+    )
     assert [getattr(subject, series) for subject in subjects.values()] == [*subjects] == sorted(subjects)
-    varied = {"context": {subject.width for subject in subjects.values()}, "width": {subject.context for subject in subjects.values()}}
+    varied = {
+        "context": {subject.width for subject in subjects.values()},
+        "width": {subject.context for subject in subjects.values()},
+    }
     assert len(varied[series]) == 1
     for subject in subjects.values():  # the words above the table
         assert f"{subject.layers} layers" in growth.SHAPES[series]
@@ -34,7 +62,12 @@ def test_nothing_but_the_size_differs_along_a_series(series):
 def test_a_point_is_a_training_step_of_its_model(monkeypatch):
     monkeypatch.setitem(growth.POINTS, "context 128", Subject("GPT-2", 1, 32, 2, 50, 2, 16))
     found = growth.compare_growth("context 128", "float32", 1, rounds=5, budget=1.0)
-    assert (found.operator, found.direction, found.tokens, found.shape) == ("growth", "context 128", 32, growth.SHAPES["context"])
+    assert (found.operator, found.direction, found.tokens, found.shape) == (
+        "growth",
+        "context 128",
+        32,
+        growth.SHAPES["context"],
+    )
     assert growth.series_of(found.direction) == "context" and growth.size_of(found) == 128
     assert list(found.rivals) == ["eager", "eager tuned"] and found.seconds > 0
 

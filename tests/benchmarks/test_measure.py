@@ -47,5 +47,7 @@ def test_rounds_must_pair_up():
 
 def test_a_share_is_of_what_the_machine_could_do_at_that_moment():
     probe = Probe(lambda: None, amount=1e9)
-    assert probe.share(2e9, [4.0, 8.0, 2.0], [1.0, 2.0, 0.5]) == 0.5  # half of the rate in each round, though the rate changed
+    assert (
+        probe.share(2e9, [4.0, 8.0, 2.0], [1.0, 2.0, 0.5]) == 0.5
+    )  # half of the rate in each round, though the rate changed
     assert probe.share(0.5e9, [1.0, 1.0, 1.0], [1.0, 1.2, 0.8]) == 0.5

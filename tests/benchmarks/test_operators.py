@@ -12,11 +12,15 @@ SMALL = {"rows": 48, "width": 64, "heads": 4, "vocabulary": 90}
 ALL = CASES | OTHERS
 
 
-@pytest.mark.parametrize("operator", sorted({*ALL} - {"attention_dropout", "layernorm_residual_16384_rows"}))  # which is random, and whose sums are longer
+@pytest.mark.parametrize(
+    "operator", sorted({*ALL} - {"attention_dropout", "layernorm_residual_16384_rows"})
+)  # which is random, and whose sums are longer
 def test_the_rival_computes_the_same(operator):
     case = ALL[operator](torch.float32, **SMALL)
     for ours, theirs in zip(case.results(case.ours), case.results(case.eager), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # float32, the same sums of up to 256 terms of size 1 in another order
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-4, atol=1e-4
+        )  # float32, the same sums of up to 256 terms of size 1 in another order
 
 
 def test_the_rival_drops_as_often():
@@ -55,7 +59,9 @@ def test_flops_of_packed_attention_are_those_of_each_sequence():
 
 
 def test_bytes_follow_the_dtype():
-    wide, narrow = (CASES["layernorm_residual"](dtype, **SMALL).least("forward").bytes for dtype in (torch.float32, torch.bfloat16))
+    wide, narrow = (
+        CASES["layernorm_residual"](dtype, **SMALL).least("forward").bytes for dtype in (torch.float32, torch.bfloat16)
+    )
     assert wide == 2 * narrow == 4 * 48 * 64 * 4
 
 
@@ -73,7 +79,14 @@ def test_a_row_of_the_table(dtype, monkeypatch):
     threads = torch.get_num_threads()
     row = compare.compare(CASES["linear"](compare.DTYPES[dtype], **SMALL), 2, "forward+backward", rounds=5)
     assert torch.get_num_threads() == threads
-    assert (row.operator, row.dtype, row.threads, row.direction, row.best_rival, row.bound) == ("linear", dtype, 2, "forward+backward", "eager", "memory")
+    assert (row.operator, row.dtype, row.threads, row.direction, row.best_rival, row.bound) == (
+        "linear",
+        dtype,
+        2,
+        "forward+backward",
+        "eager",
+        "memory",
+    )
     assert row.backend in ("cpu", "torch")
     assert row.share == pytest.approx(row.work.bytes / 1e9 / row.seconds)
     size = 48 * 192 * compare.DTYPES[dtype].itemsize  # the result, at least, was held
@@ -84,7 +97,10 @@ def test_a_row_of_the_table(dtype, monkeypatch):
 def test_what_is_timed_must_be_right():
     case = CASES["linear"](torch.float32, **SMALL)
     case.ours = lambda x, weight, bias: 1.0001 * case.eager(x, weight, bias)
-    with pytest.raises(ArithmeticError, match=r"linear of 48 × 64 → 192 in float32: \d+\.\d\d times PyTorch's own error, more than twice"):
+    with pytest.raises(
+        ArithmeticError,
+        match=r"linear of 48 × 64 → 192 in float32: \d+\.\d\d times PyTorch's own error, more than twice",
+    ):
         compare.compare(case, 1, "forward+backward", rounds=1)
 
 

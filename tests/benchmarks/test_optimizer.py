@@ -36,7 +36,12 @@ def test_a_row(dtype, monkeypatch):
     monkeypatch.setattr(optimizer, "reading", lambda: probe)
     monkeypatch.setattr(optimizer, "timed", lambda call: (lambda: 0.01) if call is probe.call else timed(call))
     row = optimizer.compare_adamw(dtype, 1, shapes=SHAPES, rounds=5)
-    assert row.operator == "adamw" and row.direction == "step" and list(row.rivals) == ["eager"] and row.backend in ("cpu", "torch")
+    assert (
+        row.operator == "adamw"
+        and row.direction == "step"
+        and list(row.rivals) == ["eager"]
+        and row.backend in ("cpu", "torch")
+    )
     assert row.share == pytest.approx(32 * 607 / 1e9 / row.seconds)
 
 

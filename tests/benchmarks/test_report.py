@@ -7,30 +7,70 @@ from fastlm.benchmarking.machine import Work
 from fastlm.benchmarking.measure import Ratio
 
 DESCRIBED = {
-    "cpu": "A CPU", "isa": "avx2", "fastlm": "0.1", "torch": "2", "python": "3", "system": "Linux",
-    "peaks": {"2": {"read_bytes_per_second": 2e10, "float32_flops_per_second": 2e11, "float32_product_flops_per_second": 1.8e11}},
-}  # fmt: skip
+    "cpu": "A CPU",
+    "isa": "avx2",
+    "fastlm": "0.1",
+    "torch": "2",
+    "python": "3",
+    "system": "Linux",
+    "peaks": {
+        "2": {
+            "read_bytes_per_second": 2e10,
+            "float32_flops_per_second": 2e11,
+            "float32_product_flops_per_second": 1.8e11,
+        }
+    },
+}
 
 
 def row(direction, ratio, **other):
     rivals = other.pop("rivals", {"eager": Rival(2e-3, Ratio(ratio, ratio - 0.1, ratio + 0.1), bytes=4_000_000)})
-    return Row("linear", "1 × 2", "float32", 2, direction, "cpu", 1e-3, rivals, share=0.5, bound="memory", work=Work(1e6, 1e5), bytes_held=2_000_000, **other)
+    return Row(
+        "linear",
+        "1 × 2",
+        "float32",
+        2,
+        direction,
+        "cpu",
+        1e-3,
+        rivals,
+        share=0.5,
+        bound="memory",
+        work=Work(1e6, 1e5),
+        bytes_held=2_000_000,
+        **other,
+    )
 
 
 OPERATORS = [row("forward", 1.2), row("backward", 1.3)]
 STEP = Row(
-    "training_step", "GPT-2", "float32", 2, "step", "cpu, torch", 0.5,
+    "training_step",
+    "GPT-2",
+    "float32",
+    2,
+    "step",
+    "cpu, torch",
+    0.5,
     {"eager": Rival(1.0, Ratio(2.0, 1.9, 2.1), 4_000_000), "eager tuned": Rival(0.75, Ratio(1.5, 1.4, 1.6), 5_000_000)},
-    share=0.8, bound="arithmetic", bytes_held=2_000_000, tokens=1024, recompute=2,
-)  # fmt: skip
+    share=0.8,
+    bound="arithmetic",
+    bytes_held=2_000_000,
+    tokens=1024,
+    recompute=2,
+)
 
 
 def test_markdown_has_a_row_per_operator_dtype_and_threads():
     text = report.markdown([*OPERATORS, STEP], DESCRIBED)
     assert "- 2 threads: reads 20.0 GB/s; multiply-adds 200 GFLOP/s in float32, PyTorch's product 90% of it" in text
     assert "| `linear` | float32 | 2 | 1.20 [1.10–1.30] | 1.30 [1.20–1.40] | – | 50% / 50% | – | – | cpu |" in text
-    assert "| 1.40 [1.30–1.50] | 50% / 50% | 0.50 | 0.75 | cpu |" in report.markdown([*OPERATORS, row("forward+backward", 1.4, error=0.75)], DESCRIBED)
-    assert "| dtype | threads | recompute | fastlm | of peak | against eager | against eager tuned | memory | over eager's |" in text
+    assert "| 1.40 [1.30–1.50] | 50% / 50% | 0.50 | 0.75 | cpu |" in report.markdown(
+        [*OPERATORS, row("forward+backward", 1.4, error=0.75)], DESCRIBED
+    )
+    assert (
+        "| dtype | threads | recompute | fastlm | of peak | against eager | against eager tuned | memory | over eager's |"
+        in text
+    )
     assert "| float32 | 2 | 2 | 2,048.0 tokens/s | 80% | 2.00 [1.90–2.10] | 1.50 [1.40–1.60] | 2 MB | 0.50 |" in text
 
 
@@ -47,7 +87,9 @@ def test_the_screen_fits_80_columns_and_shows_every_rival():
         console.print(table)
     text = console.export_text()
     assert "…" not in text
-    words = "linear: 1 × 2|forward|backward|1.20 [1.10–1.30]|50%|1 ms|eager|2,048/s|1.50 [1.40–1.60]|80%|0.50|eager tuned|by cpu, torch|level".split("|")
+    words = "linear: 1 × 2|forward|backward|1.20 [1.10–1.30]|50%|1 ms|eager|2,048/s|1.50 [1.40–1.60]|80%|0.50|eager tuned|by cpu, torch|level".split(
+        "|"
+    )
     assert [word for word in words if word not in text] == []
 
 

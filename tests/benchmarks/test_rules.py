@@ -63,7 +63,14 @@ def test_only_a_clear_win_moves_a_backend_up(cuda, torch, cuda_to_torch, first):
 
 @pytest.mark.parametrize(
     "forward, both, first",
-    [(SLOWER, EQUAL, "cuda"), (EQUAL, SLOWER, "cuda"), (SLOWER, SLOWER, "cuda"), (SLOWER, FASTER, None), (FASTER, SLOWER, None), (EQUAL, EQUAL, None)],
+    [
+        (SLOWER, EQUAL, "cuda"),
+        (EQUAL, SLOWER, "cuda"),
+        (SLOWER, SLOWER, "cuda"),
+        (SLOWER, FASTER, None),
+        (FASTER, SLOWER, None),
+        (EQUAL, EQUAL, None),
+    ],
 )
 def test_no_direction_may_be_clearly_slower(forward, both, first):
     assert rules.winner([{"triton": {"cuda": ratio}} for ratio in (forward, both)], ("triton", "cuda")) == first
@@ -71,7 +78,9 @@ def test_no_direction_may_be_clearly_slower(forward, both, first):
 
 def test_who_did_not_take_part_is_not_chosen():
     assert rules.winner([{"triton": {"torch": SLOWER}}], ("triton", "torch")) == "torch"
-    assert rules.winner([{"cuda": {"torch": FASTER}}], ("cuda", "torch")) is None  # without Triton the CUDA kernels are the usual first
+    assert (
+        rules.winner([{"cuda": {"torch": FASTER}}], ("cuda", "torch")) is None
+    )  # without Triton the CUDA kernels are the usual first
     assert rules.winner([], ("triton",)) is None
 
 
@@ -115,7 +124,10 @@ def test_every_size_has_the_winner_of_the_nearest_measurement():
 def test_two_features():
     """Of few rows, whatever the width; of many, by it."""
     measured = {(8, 768): "torch", (1024, 256): "cuda", (1024, 768): None, (1024, 1600): "cuda"}
-    points = [Point("layernorm_residual", "float16", {"rows": rows, "width": width, "dropout": False}, first) for (rows, width), first in measured.items()]
+    points = [
+        Point("layernorm_residual", "float16", {"rows": rows, "width": width, "dropout": False}, first)
+        for (rows, width), first in measured.items()
+    ]
     many = {"rows": (91, None)}
     assert rules.rules(points, rules.GPU_AXES) == [
         Rule("layernorm_residual", "float16", {"rows": (None, 90), "width": (96, 6144)}),
@@ -130,7 +142,11 @@ def attention(query_len, key_len, first, batch=8, head_dim=64, masked=True):
 
 
 def test_decoding_is_measured_apart():
-    points = [attention(1024, 1024, None), attention(4096, 4096, "cuda"), attention(1, 1024, "cuda", batch=1, masked=False)]
+    points = [
+        attention(1024, 1024, None),
+        attention(4096, 4096, "cuda"),
+        attention(1, 1024, "cuda", batch=1, masked=False),
+    ]
     assert rules.rules([*points, attention(1, 1024, "cuda", batch=64, masked=False)], rules.GPU_AXES) == [
         Rule("attention", "bfloat16", {"query_len": (None, 32), "key_len": (128, 8192)}, "cuda"),
         Rule("attention", "bfloat16", {"query_len": (2049, None), "masked": (1, 1), "head_dim": (8, 512)}, "cuda"),
@@ -144,14 +160,20 @@ def test_what_is_true_or_false():
     assert rules.rules([masked], rules.GPU_AXES) == [Rule("attention", "bfloat16", ends | {"masked": (1, 1)}, "cuda")]
     other = dataclasses.replace(free, first="torch")
     assert rules.rules([masked, other], rules.GPU_AXES) == [
-        Rule("attention", "bfloat16", ends | {"masked": (0, 0)}), Rule("attention", "bfloat16", ends | {"masked": (1, 1)}, "cuda")
-    ]  # fmt: skip
+        Rule("attention", "bfloat16", ends | {"masked": (0, 0)}),
+        Rule("attention", "bfloat16", ends | {"masked": (1, 1)}, "cuda"),
+    ]
 
 
 def test_what_the_features_do_not_tell_apart_must_agree():
-    points = [Point("linear_cross_entropy", "float32", {"rows": 64, "vocab": vocab}, first) for vocab, first in ((100, "cuda"), (50257, None))]
+    points = [
+        Point("linear_cross_entropy", "float32", {"rows": 64, "vocab": vocab}, first)
+        for vocab, first in ((100, "cuda"), (50257, None))
+    ]
     assert rules.rules(points, rules.GPU_AXES) == []
-    assert rules.rules(points[:1], rules.GPU_AXES) == [Rule("linear_cross_entropy", "float32", {"rows": (8, 512)}, "cuda")]
+    assert rules.rules(points[:1], rules.GPU_AXES) == [
+        Rule("linear_cross_entropy", "float32", {"rows": (8, 512)}, "cuda")
+    ]
 
 
 def test_rows_of_measurements_become_rules():
@@ -172,10 +194,16 @@ def test_rows_of_measurements_become_rules():
 def test_every_rule_can_be_read_back(monkeypatch, tmp_path):
     """From the file of the cache, and from the entry of the source."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = rules.rules([attention(1, 1024, "cuda"), attention(1024, 1024, "torch", masked=False)], rules.GPU_AXES) + [Rule("linear", "float16")]
+    found = rules.rules([attention(1, 1024, "cuda"), attention(1024, 1024, "torch", masked=False)], rules.GPU_AXES) + [
+        Rule("linear", "float16")
+    ]
     rules.remember({"Some card": found, "another": []})
     try:
-        assert table.gpu_rules("Some card") == tuple(found) and table.gpu_rules("another") == () and table.gpu_rules("a third") is None
+        assert (
+            table.gpu_rules("Some card") == tuple(found)
+            and table.gpu_rules("another") == ()
+            and table.gpu_rules("a third") is None
+        )
         rules.remember({"a third": found[:1]})
         assert list(json.loads(table.user_table().read_text())) == ["Some card", "another", "a third"]
         assert [file.name for file in table.user_table().parent.iterdir()] == ["table.json"]

@@ -90,12 +90,29 @@ def test_what_cannot_be_is_left_out_with_the_reason(made_up, monkeypatch):
     monkeypatch.setattr(knob, "call", lambda: (turned[-1] == 3 and compiled.update({"kind": Spilling()}), call())[1])
     found = {trial.value: trial for trial in search(knob)}
     assert {value: trial.note for value, trial in found.items()} == {
-        1: "RuntimeError: out of resource: shared memory, Required: 300000", 2: "gives other results", 3: "spills 12 registers", 5: "",
-    }  # fmt: skip
+        1: "RuntimeError: out of resource: shared memory, Required: 300000",
+        2: "gives other results",
+        3: "spills 12 registers",
+        5: "",
+    }
     assert [found[n].ratio for n in (1, 2, 3)] == [None] * 3 and found[5].ratio and turned[-1] == 4 and not compiled
 
 
-@pytest.mark.parametrize("which", ["forward", "query", "key", "mask", "decode", "forward masked", "key masked", "query masked", "key exact", "query exact"])
+@pytest.mark.parametrize(
+    "which",
+    [
+        "forward",
+        "query",
+        "key",
+        "mask",
+        "decode",
+        "forward masked",
+        "key masked",
+        "query masked",
+        "key exact",
+        "query exact",
+    ],
+)
 def test_a_pass_of_attention_is_launched_as_the_knob_says(which, configs, monkeypatch):
     """Each value reaches the kernel that it is for, and no other; its results are those of the others."""
     dtype = torch.bfloat16 if "exact" in which else FP32
@@ -112,7 +129,9 @@ def test_a_pass_of_attention_is_launched_as_the_knob_says(which, configs, monkey
             own = module.launch
             monkeypatch.setattr(module, "launch", launch)
     knob = tune.attention(which, dtype, 16, "cpu", **sizes)
-    of = {"forward": "attention_forward_kernel", "decode": "attention_decode_kernel"}.get(name, f"attention_backward_{name}_kernel")
+    of = {"forward": "attention_forward_kernel", "decode": "attention_decode_kernel"}.get(
+        name, f"attention_backward_{name}_kernel"
+    )
     expected = tune.results(knob)
     before = dict(launched)
     m, n = (16, 16) if name == "decode" else (32, 32)
@@ -127,7 +146,10 @@ def test_a_pass_of_attention_is_launched_as_the_knob_says(which, configs, monkey
 def test_tiles_are_neighbours_that_can_be():
     near = tune.tiles((128, 64, 8, 3))
     assert (64, 64, 8, 3) in near and (128, 128, 4, 3) in near and (128, 64, 8, 2) in near
-    assert all(m >= 16 and n >= 16 and m * n <= 128 * 128 and warps in (4, 8) and 1 <= stages <= 4 for m, n, warps, stages in near)
+    assert all(
+        m >= 16 and n >= 16 and m * n <= 128 * 128 and warps in (4, 8) and 1 <= stages <= 4
+        for m, n, warps, stages in near
+    )
 
 
 def test_gelu_mlp_is_turned_to_the_vendors_product_and_back(configs, made_up):
@@ -151,7 +173,9 @@ def test_layernorm_residual(constant, configs, made_up, monkeypatch):
     own = knob.others
     knob.others = lambda best: [value for value in own(best) if value <= 2 * knob.value]
     found = search(knob)
-    assert [trial.value for trial in found] == [knob.value // 2, 2 * knob.value] and not any(trial.note for trial in found)
+    assert [trial.value for trial in found] == [knob.value // 2, 2 * knob.value] and not any(
+        trial.note for trial in found
+    )
     assert tune.better(found).value == 2 * knob.value and getattr(kernels, constant) == knob.value
 
 
@@ -160,8 +184,15 @@ def test_every_pass_in_16_bits_has_its_turn_once_and_the_commonest_first(configs
     monkeypatch.setattr(tune, "gelu_mlp", lambda *given: "gelu_mlp")
     monkeypatch.setattr(tune, "layernorm_residual", lambda *given: ("layernorm_residual", *given))
     found = list(tune.knobs("cpu"))
-    assert found[:4] == [("forward", 2, 64), ("key", 2, 64), ("query", 2, 64), "gelu_mlp"] and len({*found}) == len(found)
-    passes = {which for table in configs.ATTENTION.values() for which, itemsize, block in table if itemsize == 2 and block == 64}
+    assert found[:4] == [("forward", 2, 64), ("key", 2, 64), ("query", 2, 64), "gelu_mlp"] and len({*found}) == len(
+        found
+    )
+    passes = {
+        which
+        for table in configs.ATTENTION.values()
+        for which, itemsize, block in table
+        if itemsize == 2 and block == 64
+    }
     assert {(which, 2, 64) for which in passes} <= {*found}
 
 

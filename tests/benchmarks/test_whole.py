@@ -21,7 +21,9 @@ BERT = Subject("BERT", 1, 32, 2, 50, 4, 16, 0.1)
 WORK = {"dtype": "float32", "number_of_threads": 1, "subject": dataclasses.asdict(GPT), "tuned": False}
 
 
-@pytest.mark.parametrize("subject, dtype", [(GPT, "float32"), pytest.param(BERT, "bfloat16", marks=pytest.mark.slow)], ids=["GPT-2", "BERT"])
+@pytest.mark.parametrize(
+    "subject, dtype", [(GPT, "float32"), pytest.param(BERT, "bfloat16", marks=pytest.mark.slow)], ids=["GPT-2", "BERT"]
+)
 def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
     peaks = {torch.float32: 1e9, torch.bfloat16: 1e8}
     monkeypatch.setattr(whole, "peak", lambda threads, kind: peaks[kind])
@@ -32,16 +34,22 @@ def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
     assert list(row.rivals) == ["eager", "eager tuned"] and row.shape == str(subject)
     assert row.tokens == subject.batch * 16 and row.seconds > 0 and "cpu" in row.backend
     assert row.share == pytest.approx(subject.flops() / 1e9 / row.seconds)  # the faster arithmetic's, whatever the type
-    assert 0 < row.bytes_held < 1 << 30 and all(0 < rival.bytes < 1 << 30 for rival in row.rivals.values())  # PyTorch itself is not counted
+    assert 0 < row.bytes_held < 1 << 30 and all(
+        0 < rival.bytes < 1 << 30 for rival in row.rivals.values()
+    )  # PyTorch itself is not counted
 
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_an_actor_is_tuned_as_asked_whatever_the_user_set(tuned, monkeypatch):
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # must not tune the one that is to be as it comes, nor stop the other
+    monkeypatch.setenv(
+        "MALLOC_TRIM_THRESHOLD_", "1"
+    )  # must not tune the one that is to be as it comes, nor stop the other
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=100000")
     with Actor("whole.step_timer", WORK | {"library": "torch", "tuned": tuned}) as actor:
         assert actor() > 0 and actor.ask()["tuned"] == tuned
-        seen = dict(pair.split("=", 1) for pair in open(f"/proc/{actor.process.pid}/environ").read().split("\0") if "=" in pair)
+        seen = dict(
+            pair.split("=", 1) for pair in open(f"/proc/{actor.process.pid}/environ").read().split("\0") if "=" in pair
+        )
         assert not {*allocator.VARIABLES, "GLIBC_TUNABLES"} & set(seen)
     assert actor.process.returncode == 0
 
@@ -49,7 +57,9 @@ def test_an_actor_is_tuned_as_asked_whatever_the_user_set(tuned, monkeypatch):
 @pytest.mark.parametrize("library", ["fastlm", "torch"])
 def test_a_step_is_taken_at_the_level_asked_for(library, monkeypatch):
     trainers, create = [], whole.Trainer
-    monkeypatch.setattr(whole, "Trainer", lambda *args, **settings: (trainers.append(create(*args, **settings)), trainers[-1])[1])
+    monkeypatch.setattr(
+        whole, "Trainer", lambda *args, **settings: (trainers.append(create(*args, **settings)), trainers[-1])[1]
+    )
     expected = []
     monkeypatch.setattr(whole, "rise", lambda bytes: expected.append(bytes))
     whole.step_timer(**WORK, library=library, recompute=0)
@@ -78,7 +88,10 @@ def test_what_a_rival_holds_is_its_own(subject, monkeypatch):
 
 def test_an_actor_that_fails_says_so():
     work = WORK | {"library": "torch", "subject": WORK["subject"] | {"batch": 0}}
-    with Actor("whole.step_timer", work) as actor, pytest.raises(RuntimeError, match=r"step_timer .* ended with exit code 1"):
+    with (
+        Actor("whole.step_timer", work) as actor,
+        pytest.raises(RuntimeError, match=r"step_timer .* ended with exit code 1"),
+    ):
         actor()
 
 
@@ -107,7 +120,10 @@ def test_flops_are_those_that_pytorch_counts(subject):
     model = subject.model()
     plain = (PlainGPT2 if subject.kind == "GPT-2" else PlainBert).like(model)
     inputs, targets = subject.pairs()
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION),
+    ):
         plain.loss(plain, inputs, targets).backward()
     counts = counter.get_flop_counts()["Global"]
     weights = sum(count for function, count in counts.items() if "attention" not in str(function))

@@ -51,7 +51,9 @@ for name, operator in OPERATORS.items():
         results[backend] = output.detach(), gradient
     for backend in (None, *backends):
         for ours, truth in zip(results[backend], results["reference"], strict=True):
-            torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4 * truth.abs().max().item(), msg=f"{name} on {backend}")
+            torch.testing.assert_close(
+                ours, truth, rtol=1e-4, atol=1e-4 * truth.abs().max().item(), msg=f"{name} on {backend}"
+            )
 
 stepped = {}
 for backend in (None, *backends):

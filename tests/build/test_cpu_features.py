@@ -50,7 +50,12 @@ def test_microarchitecture_fits_the_instruction_sets():
     """A wrong row of the table would send operators by another CPU's measurements."""
     name, isas = features.microarchitecture(), features.isas()
     if name in ("zen4", "zen5", "cooperlake", "sapphirerapids", "emeraldrapids", "graniterapids"):
-        assert isas[0] in ("amx", "avx512_bf16", "avx2", "baseline")  # the last two: a virtual machine that hides AVX-512, or all of AVX
+        assert isas[0] in (
+            "amx",
+            "avx512_bf16",
+            "avx2",
+            "baseline",
+        )  # the last two: a virtual machine that hides AVX-512, or all of AVX
     elif name in ("zen1", "zen2", "zen3", "haswell", "broadwell", "skylake", "alderlake", "raptorlake", "meteorlake"):
         assert isas[0] in ("avx2", "baseline")
     else:

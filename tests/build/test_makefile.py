@@ -42,7 +42,15 @@ def make(tmp_path):
         log = tmp_path / "log"
         log.write_text("")
         environment = {k: v for k, v in os.environ.items() if k not in ("FASTLM_CUDA_ARCHS", "MAKEFLAGS", "MAKELEVEL")}
-        environment |= {"LOG": str(log), "TESTS": str(tests), "BENCH": str(bench), "FAKE_CARDS": cards, "FINDS": "0", "REFUSES": "", "XDIST": ""}
+        environment |= {
+            "LOG": str(log),
+            "TESTS": str(tests),
+            "BENCH": str(bench),
+            "FAKE_CARDS": cards,
+            "FINDS": "0",
+            "REFUSES": "",
+            "XDIST": "",
+        }
         environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **given}
         command = ["make", "-C", str(ROOT), target, f"PYTHON={python}", f"OUT={tmp_path / 'out'}", *variables]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -57,7 +65,9 @@ def test_what_fails_fails_the_whole_and_keeps_nothing_from_running(tests, bench,
     assert log == ["archs 90", "tests on triton,cuda", "measurements"]
     assert (done.returncode == 0) == (tests == bench == 0), done.stderr
     said = done.stdout.splitlines()
-    assert (f"the tests: exit status {tests}" in said) == bool(tests) and (f"the measurements: exit status {bench}" in said) == bool(bench)
+    assert (f"the tests: exit status {tests}" in said) == bool(tests) and (
+        f"the measurements: exit status {bench}" in said
+    ) == bool(bench)
 
 
 @pytest.mark.parametrize("xdist", ["", "7"])
@@ -113,15 +123,22 @@ def test_compute_sanitizer_by_itself(make, sanitizer):
 
 def test_where_compute_sanitizer_has_nothing_to_do_a_line_says_so(make, sanitizer, tmp_path):
     done, _ = make(REFUSES="finds no NVIDIA driver")
-    assert done.returncode == 0 and "compute-sanitizer has nothing to look at: cuda finds no NVIDIA driver" in done.stdout.splitlines()
+    assert (
+        done.returncode == 0
+        and "compute-sanitizer has nothing to look at: cuda finds no NVIDIA driver" in done.stdout.splitlines()
+    )
     assert sanitizer("memcheck") is None
     (tmp_path / "compute-sanitizer").rename(tmp_path / "elsewhere")
     if not shutil.which("compute-sanitizer") and not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
         done, _ = make(CUDA_HOME="", CUDA_PATH="")
-        assert done.returncode == 0 and [line for line in done.stdout.splitlines() if line.startswith("compute-sanitizer is not on the PATH")]
+        assert done.returncode == 0 and [
+            line for line in done.stdout.splitlines() if line.startswith("compute-sanitizer is not on the PATH")
+        ]
     (tmp_path / "bin").mkdir()
     (tmp_path / "elsewhere").rename(tmp_path / "bin" / "compute-sanitizer")
-    assert make(CUDA_HOME=str(tmp_path))[0].returncode == 0 and (sanitizer("memcheck") or shutil.which("compute-sanitizer"))
+    assert make(CUDA_HOME=str(tmp_path))[0].returncode == 0 and (
+        sanitizer("memcheck") or shutil.which("compute-sanitizer")
+    )
 
 
 def test_the_tests_that_compute_sanitizer_looks_at_exist(make, sanitizer):
@@ -133,4 +150,7 @@ def test_the_tests_that_compute_sanitizer_looks_at_exist(make, sanitizer):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert files == {f"tests/kernels/test_{name}.py" for name in ("training", "cuda_attention", "cuda_gemm", "cuda_layernorm_residual")}
+    assert files == {
+        f"tests/kernels/test_{name}.py"
+        for name in ("training", "cuda_attention", "cuda_gemm", "cuda_layernorm_residual")
+    }

@@ -58,7 +58,9 @@ def test_a_runtime_under_another_name_is_the_one_used(tmp_path):
     torch_own = [*(Path(torch.__file__).parent / "lib").glob("libgomp*"), ctypes.util.find_library("gomp")]
     renamed = tmp_path / "libgomX.so.1"
     renamed.write_bytes(Path(torch_own[0]).read_bytes().replace(b"libgomp.so.1\0", b"libgomX.so.1\0"))
-    assert runtimes_of(f"ctypes.CDLL({str(renamed)!r}, mode=ctypes.RTLD_GLOBAL); load('features', {ISA!r})") == [str(renamed)]
+    assert runtimes_of(f"ctypes.CDLL({str(renamed)!r}, mode=ctypes.RTLD_GLOBAL); load('features', {ISA!r})") == [
+        str(renamed)
+    ]
 
 
 def test_a_torch_without_any_runtime_gets_the_compilers():

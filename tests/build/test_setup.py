@@ -30,7 +30,9 @@ ANSWER = "inline int answer() { return 42; }\n"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows yet")
 COMPILER = shutil.which("g++") or shutil.which("c++")
 # Where a build is required, as CI requires it, a missing compiler is a failure.
-needs_compiler = pytest.mark.skipif(not COMPILER and os.environ.get("FASTLM_REQUIRE_BUILD") != "1", reason="no g++ or c++ here")
+needs_compiler = pytest.mark.skipif(
+    not COMPILER and os.environ.get("FASTLM_REQUIRE_BUILD") != "1", reason="no g++ or c++ here"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +125,9 @@ def test_build_file_has_one_module_for_each_instruction_set(setup, tmp_path):
 def test_sanitizers_are_compiled_and_linked_in_and_errors_end_the_process(setup, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLM_SANITIZE", "address,undefined")
     text = setup.build_file(setup.Toolchain(["g++"], "GCC", {"baseline": []}, True, []), [tmp_path])
-    flags, link_flags = (next(line for line in text.splitlines() if line.startswith(f"{name} =")) for name in ("flags", "link_flags"))
+    flags, link_flags = (
+        next(line for line in text.splitlines() if line.startswith(f"{name} =")) for name in ("flags", "link_flags")
+    )
     assert "-fsanitize=address,undefined" in flags and "-fno-sanitize-recover=all" in flags
     assert "-fsanitize=address,undefined" in link_flags
 
@@ -152,8 +156,14 @@ def test_other_architectures_build_the_generic_path(setup, compiler):
     "macros, name",
     [
         ({"__GNUC__": "12", "__GNUC_MINOR__": "4"}, "GCC 12.4"),
-        ({"__GNUC__": "4", "__GNUC_MINOR__": "2", "__clang__": "1", "__clang_major__": "19", "__clang_minor__": "1"}, "clang 19.1"),
-        ({"__clang__": "1", "__clang_major__": "16", "__clang_minor__": "0", "__apple_build_version__": "16000026"}, "Apple clang 16.0"),
+        (
+            {"__GNUC__": "4", "__GNUC_MINOR__": "2", "__clang__": "1", "__clang_major__": "19", "__clang_minor__": "1"},
+            "clang 19.1",
+        ),
+        (
+            {"__clang__": "1", "__clang_major__": "16", "__clang_minor__": "0", "__apple_build_version__": "16000026"},
+            "Apple clang 16.0",
+        ),
     ],
 )
 def test_the_report_names_the_compiler(setup, macros, name):
@@ -191,7 +201,11 @@ def test_without_a_build_the_package_installs_and_says_why(tree, environment, re
 @needs_compiler
 def test_an_unknown_instruction_set_is_an_error(tree):
     done = build(tree, FASTLM_BUILD_ISAS="avx1024,baseline")
-    assert done.returncode != 0 and "FASTLM_BUILD_ISAS: expected names out of baseline" in done.stderr and "got avx1024" in done.stderr
+    assert (
+        done.returncode != 0
+        and "FASTLM_BUILD_ISAS: expected names out of baseline" in done.stderr
+        and "got avx1024" in done.stderr
+    )
 
 
 @pytest.mark.slow
@@ -280,7 +294,13 @@ def toolkit(tree):
     (tree / "csrc/cuda").mkdir()
     (tree / "csrc/cuda/kernel.cu").touch()
     (tree / "csrc/bindings_cuda.cpp").write_text(KERNELS.replace("return answer()", "return FASTLM_CUDA_ARCHS"))
-    return {"CUDA_HOME": str(home), "RELEASE": "13.0", "SPILT": "0", "FASTLM_BUILD_ISAS": "baseline", "FASTLM_BUILD_CUDA": "1"}
+    return {
+        "CUDA_HOME": str(home),
+        "RELEASE": "13.0",
+        "SPILT": "0",
+        "FASTLM_BUILD_ISAS": "baseline",
+        "FASTLM_BUILD_CUDA": "1",
+    }
 
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="CUDA kernels are built on Linux alone")
@@ -292,7 +312,9 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="CUDA kernels a
 def test_the_cuda_module_is_built_for_the_architectures_that_nvcc_knows(tree, toolkit):
     done = build(tree, **toolkit)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert report(tree)["cuda"] == {"reason": "", "version": "13.0", "archs": "80,90"} and report(tree)["modules"] == ["_cpu_baseline"]
+    assert report(tree)["cuda"] == {"reason": "", "version": "13.0", "archs": "80,90"} and report(tree)["modules"] == [
+        "_cpu_baseline"
+    ]
     assert answer_of(tree, "_cuda") == "80,90"
     assert "compiling" not in build(tree, **toolkit).stdout
     (log,) = (tree / "build").glob("*/kernel.cu.o.log")
@@ -310,7 +332,10 @@ def test_the_cuda_module_is_built_for_the_architectures_that_nvcc_knows(tree, to
     [
         ({"SPILT": "8"}, "_Z6kernelv spills 8 bytes on sm_90"),
         ({"BROKEN": "no such thing"}, "_cuda did not compile: kernel.cu(3): error: no such thing"),
-        ({"CUDA_HOME": "/nowhere"}, "no nvcc found (looked for /nowhere/bin/nvcc); pip install nvidia-cuda-nvcc nvidia-cuda-runtime brings one, and CUDA_HOME"),
+        (
+            {"CUDA_HOME": "/nowhere"},
+            "no nvcc found (looked for /nowhere/bin/nvcc); pip install nvidia-cuda-nvcc nvidia-cuda-runtime brings one, and CUDA_HOME",
+        ),
         ({"RELEASE": "11.8"}, "is of CUDA 11.8, and 12.0 or later is needed"),
         ({"FASTLM_CUDA_ARCHS": "75,90,91"}, "FASTLM_CUDA_ARCHS: expected architectures out of 80,90, got 75,91"),
         ({"FASTLM_BUILD_CUDA": "yes"}, "FASTLM_BUILD_CUDA: expected auto, 0 or 1, got 'yes'"),
@@ -331,6 +356,9 @@ def test_auto_asks_for_a_driver_and_a_kernel_may_spill_where_it_is_listed(setup,
     assert setup.wanted_cuda() == ("a toolkit", "")
 
     log = "Compiling entry function '_Z3one' for 'sm_80'\n 0 bytes stack frame, 0 bytes spill stores, 4 bytes spill loads\n"
-    assert setup.spills([log, log.replace("sm_80", "sm_90")]) == ["_Z3one spills 4 bytes on sm_80", "_Z3one spills 4 bytes on sm_90"]
+    assert setup.spills([log, log.replace("sm_80", "sm_90")]) == [
+        "_Z3one spills 4 bytes on sm_80",
+        "_Z3one spills 4 bytes on sm_90",
+    ]
     monkeypatch.setitem(setup.MAY_SPILL, "3one", "a reason")
     assert setup.spills([log]) == []

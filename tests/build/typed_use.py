@@ -8,7 +8,15 @@ from typing_extensions import assert_type
 
 import fastlm
 from fastlm.generation import Tokenizer, load_tokenizer
-from fastlm.models import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Model
+from fastlm.models import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
 
 
 def operators(x: Tensor, weight: Tensor, target: Tensor) -> None:
@@ -16,7 +24,9 @@ def operators(x: Tensor, weight: Tensor, target: Tensor) -> None:
     assert_type(fastlm.attention(x, x, x, return_lse=True), tuple[Tensor, Tensor])
     assert_type(fastlm.scaled_dot_product_attention(x, x, x, attn_mask=None, dropout_p=0.1, is_causal=True), Tensor)
     assert_type(fastlm.layernorm_residual(x, None, weight, eps=1e-5, dropout_p=0.1), tuple[Tensor, Tensor])
-    assert_type(fastlm.gelu_mlp(x, weight, None, weight, None, approximate="tanh", layout="conv1d", recompute=1), Tensor)
+    assert_type(
+        fastlm.gelu_mlp(x, weight, None, weight, None, approximate="tanh", layout="conv1d", recompute=1), Tensor
+    )
     assert_type(fastlm.linear(x, weight, layout="conv1d", backend="torch"), Tensor)
     assert_type(fastlm.linear_cross_entropy(x, weight, target, reduction="sum", label_smoothing=0.1), Tensor)
     with fastlm.use_backend("reference"):
@@ -24,7 +34,9 @@ def operators(x: Tensor, weight: Tensor, target: Tensor) -> None:
 
 
 def training(model: torch.nn.Module) -> None:
-    optimizer = fastlm.optim.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0, master_weights=True, zero_gradients=True)
+    optimizer = fastlm.optim.AdamW(
+        model.parameters(), lr=1e-3, max_grad_norm=1.0, master_weights=True, zero_gradients=True
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     optimizer.step()
     schedule.step()

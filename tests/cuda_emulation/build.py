@@ -30,7 +30,14 @@ COMMON = [
 # the same memory is read as several types, as CUDA allows; a·b + c is one operation where the CPU has it, as on a GPU.
 DEVICE = [
     *("-x", "c++", "-include", "cuda_emulation.h", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
-    *("-fno-tree-loop-distribute-patterns", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno", "-Wno-unknown-pragmas", "-Wno-attributes"),
+    *(
+        "-fno-tree-loop-distribute-patterns",
+        "-fno-strict-aliasing",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-Wno-unknown-pragmas",
+        "-Wno-attributes",
+    ),
 ]
 
 

@@ -32,7 +32,8 @@ static void read_matrices(Warp& warp, int matrices, bool transposed, void* place
     }
     for (int lane = 0; lane < Lanes; ++lane) {
       const int group = lane / 4, pair = lane % 4 * 2;
-      const uint16_t low = transposed ? rows[pair][group] : rows[group][pair], high = transposed ? rows[pair + 1][group] : rows[group][pair + 1];
+      const uint16_t low = transposed ? rows[pair][group] : rows[group][pair],
+                     high = transposed ? rows[pair + 1][group] : rows[group][pair + 1];
       warp.matrices[lane][matrix] = low | uint32_t(high) << 16;
     }
   }
@@ -121,7 +122,8 @@ floats mma(floats c, words a, uint32_t b0, uint32_t b1, products kind, int line)
     else if (kind == products::fp16) multiply16<products::fp16>(warp);
     else multiply8(warp);
   });
-  return floats{warp.product[group][2 * t], warp.product[group][2 * t + 1], warp.product[group + 8][2 * t], warp.product[group + 8][2 * t + 1]};
+  return floats{warp.product[group][2 * t], warp.product[group][2 * t + 1], warp.product[group + 8][2 * t],
+                warp.product[group + 8][2 * t + 1]};
 }
 
 }  // namespace fastlm::emulation

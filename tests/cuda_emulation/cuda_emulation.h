@@ -1,6 +1,7 @@
-// CUDA C++ as a C++ compiler sees it: the language's words, its vector types and the functions of csrc/cuda's headers, for the sources of csrc/cuda alone.
-// Each thread of a block is a fiber (fibers.cpp); barriers, collectives, ldmatrix and mma are where fibers meet (collectives.cpp). Every load and store of the
-// kernels is seen: they are compiled with the thread sanitizer's instrumentation, whose functions are ours (memory.cpp).
+// CUDA C++ as a C++ compiler sees it: the language's words, its vector types and the functions of csrc/cuda's headers,
+// for the sources of csrc/cuda alone. Each thread of a block is a fiber (fibers.cpp); barriers, collectives, ldmatrix
+// and mma are where fibers meet (collectives.cpp). Every load and store of the kernels is seen: they are compiled with
+// the thread sanitizer's instrumentation, whose functions are ours (memory.cpp).
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -95,7 +96,8 @@ template <class V, class R, int N> __forceinline__ void spread(V from, R (&to)[N
   for (int i = 0; i < N; ++i) to[i] = from[i];
 }
 
-// Vectors are accessed whole, up to 16 bytes at once, as an instruction would and as the checks are fastest; left to itself the compiler goes by elements.
+// Vectors are accessed whole, up to 16 bytes at once, as an instruction would and as the checks are fastest; left to
+// itself the compiler goes by elements.
 template <int Bytes> struct unit_of {
   typedef uint32_t type __attribute__((vector_size(16), may_alias));
 };
@@ -140,9 +142,10 @@ __forceinline__ uint16_t float_to_half(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
   if (size > 0x7F800000) return 0x7FFF;
   if (size >= 0x47800000) return uint16_t(sign | 0x7C00);  // 2^16 and more
-  if (size < 0x38800000)                                   // subnormal: adding 0.5 leaves multiples of 2^-24, rounded by the addition, in the lower bits
+  if (size < 0x38800000)  // subnormal: adding 0.5 leaves multiples of 2^-24, rounded by the addition, in the lower bits
     return uint16_t(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3F000000));
-  return uint16_t(sign | ((size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13));  // may carry into infinity, as it should
+  return uint16_t(sign |
+                  ((size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13));  // may carry into infinity, as it should
 }
 
 __forceinline__ float half_to_float(uint16_t h) {
@@ -153,7 +156,8 @@ __forceinline__ float half_to_float(uint16_t h) {
   return std::bit_cast<float>(sign | ((size << 13) + 0x38000000));
 }
 
-// To 10 bits of mantissa, ties away from zero. The 13 bits below are not part of a number in tf32, and nobody may count on what stands there.
+// To 10 bits of mantissa, ties away from zero. The 13 bits below are not part of a number in tf32, and nobody may count
+// on what stands there.
 __forceinline__ uint32_t float_to_tf32(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if (x != x) return 0x7FFFFFFF;
@@ -184,7 +188,10 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     std::tuple<Parameters...> parameters;
   } const it{kernel, {parameters...}};
   run(
-      {name, grid, block, shared_bytes}, [](const void* at) { std::apply(static_cast<const call*>(at)->kernel, static_cast<const call*>(at)->parameters); },
+      {name, grid, block, shared_bytes},
+      [](const void* at) {
+        std::apply(static_cast<const call*>(at)->kernel, static_cast<const call*>(at)->parameters);
+      },
       &it, sizeof it);
 }
 

@@ -22,12 +22,14 @@ packed3 block_size() { return current->block->size; }
 packed3 grid_size() { return current->block->grid; }
 unsigned char* shared_memory() { return current->block->shared; }
 
-// A GPU's, of the smallest that the kernels serve; few multiprocessors, so that what is cut by their number is cut at the tests' sizes too.
+// A GPU's, of the smallest that the kernels serve; few multiprocessors, so that what is cut by their number is cut at
+// the tests' sizes too.
 int shared_memory_limit() { return 99 << 10; }
 int multiprocessors() { return 4; }
 
 std::string index_name(packed3 index) {
-  return "(" + std::to_string(unsigned(index.xy)) + ", " + std::to_string(unsigned(index.xy >> 32)) + ", " + std::to_string(index.z) + ")";
+  return "(" + std::to_string(unsigned(index.xy)) + ", " + std::to_string(unsigned(index.xy >> 32)) + ", " +
+         std::to_string(index.z) + ")";
 }
 std::string name_of(const Block& block, int thread) { return "thread " + index_name(block.fibers[thread].index); }
 
@@ -43,7 +45,8 @@ void fail(const Fiber& thread, const std::string& what, void* place) {
 
 void assertion_failed(const char* condition, const char* file, int line) {
   const std::string path = file;
-  fail(*current, "assertion failed: " + std::string(condition) + ", " + path.substr(path.rfind('/') + 1) + ":" + std::to_string(line));
+  fail(*current, "assertion failed: " + std::string(condition) + ", " + path.substr(path.rfind('/') + 1) + ":" +
+                     std::to_string(line));
 }
 
 static std::string name_of(Meeting meeting, int line) {
@@ -54,7 +57,9 @@ static std::string name_of(Meeting meeting, int line) {
 void diverged(Fiber& self, Meeting meeting, int line) {
   const Warp& warp = *self.warp;
   const std::string here = "divergent barrier: it waits at " + name_of(meeting, line);
-  if (warp.exited) fail(self, here + " and " + std::to_string(warp.exited) + " other threads of its warp have ended", __builtin_return_address(0));
+  if (warp.exited)
+    fail(self, here + " and " + std::to_string(warp.exited) + " other threads of its warp have ended",
+         __builtin_return_address(0));
   fail(self, here + ", other threads of its warp at " + name_of(warp.meeting, warp.line), __builtin_return_address(0));
 }
 
@@ -76,9 +81,10 @@ static void leave_warp(Fiber* self) {
   for (int id = 0; id < Barriers; ++id)
     if (const Barrier& barrier = block.barriers[id]; barrier.warps) {
       const Fiber& waits = *block.warps[std::countr_zero(barrier.members)].next;
-      fail(waits, "divergent barrier: it waits at " + (id ? "barrier " + std::to_string(id) : std::string("__syncthreads")) + " of line " +
-                      std::to_string(barrier.line) + " with " + std::to_string(barrier.warps * Lanes) + " threads of " + std::to_string(barrier.threads) +
-                      ", and the others have ended or wait elsewhere");
+      fail(waits, "divergent barrier: it waits at " +
+                      (id ? "barrier " + std::to_string(id) : std::string("__syncthreads")) + " of line " +
+                      std::to_string(barrier.line) + " with " + std::to_string(barrier.warps * Lanes) + " threads of " +
+                      std::to_string(barrier.threads) + ", and the others have ended or wait elsewhere");
     }
   __builtin_unreachable();
 }
@@ -91,11 +97,11 @@ static void wait_for_warps(Fiber* self, int id, int threads, int line) {
     barrier.threads = threads;
     barrier.line = line;
   } else if (id == 0 && barrier.line != line)
-    fail(*self,
-         "divergent barrier: it waits at __syncthreads of line " + std::to_string(line) + ", other warps at that of line " + std::to_string(barrier.line));
+    fail(*self, "divergent barrier: it waits at __syncthreads of line " + std::to_string(line) +
+                    ", other warps at that of line " + std::to_string(barrier.line));
   else if (barrier.threads != threads)
-    fail(*self,
-         "barrier " + std::to_string(id) + " is for " + std::to_string(threads) + " threads here and for " + std::to_string(barrier.threads) + " elsewhere");
+    fail(*self, "barrier " + std::to_string(id) + " is for " + std::to_string(threads) + " threads here and for " +
+                    std::to_string(barrier.threads) + " elsewhere");
   barrier.members |= 1u << warp.number;
   warp.next = self;
   if (++barrier.warps * Lanes < barrier.threads) {
@@ -114,12 +120,14 @@ void barrier(int id, int threads, int line) {
   Warp& warp = *self->warp;
   if (id == 0) threads = self->block->threads;
   if (id < 0 || id >= Barriers || threads <= 0 || threads % Lanes || threads > self->block->threads)
-    fail(*self, "barrier " + std::to_string(id) + " for " + std::to_string(threads) + " threads: there are 0 to 15, for multiples of 32 up to the block");
+    fail(*self, "barrier " + std::to_string(id) + " for " + std::to_string(threads) +
+                    " threads: there are 0 to 15, for multiples of 32 up to the block");
   if (warp.arrived == 0) {
     warp.barrier = id;
     warp.barrier_threads = threads;
   } else if (warp.meeting == Meeting::barrier && (warp.barrier != id || warp.barrier_threads != threads))
-    fail(*self, "divergent barrier: it waits at barrier " + std::to_string(id) + ", other threads of its warp at barrier " + std::to_string(warp.barrier));
+    fail(*self, "divergent barrier: it waits at barrier " + std::to_string(id) +
+                    ", other threads of its warp at barrier " + std::to_string(warp.barrier));
   meet(self, Meeting::barrier, line, [=](Warp&) { wait_for_warps(self, id, threads, line); });
 }
 
@@ -133,8 +141,8 @@ void sync_warp(int line) {
   Fiber* self = current;
   Warp& warp = *self->warp;
   if (warp.arrived)
-    fail(*self,
-         "divergent barrier: it has ended, and " + std::to_string(warp.arrived) + " other threads of its warp wait at " + name_of(warp.meeting, warp.line));
+    fail(*self, "divergent barrier: it has ended, and " + std::to_string(warp.arrived) +
+                    " other threads of its warp wait at " + name_of(warp.meeting, warp.line));
   self->exited = true;
   if (++warp.exited < Lanes) {
     int lane = self->lane;
@@ -151,7 +159,8 @@ void sync_warp(int line) {
 
 static uintptr_t new_stack() {
   const size_t page = sysconf(_SC_PAGESIZE);
-  void* memory = mmap(nullptr, StackBytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, StackBytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stack of a thread");
   mprotect(memory, page, PROT_NONE);  // what lies below is an overflow
   return uintptr_t(memory) + page;
@@ -223,7 +232,8 @@ struct Machine {
     }
     current = &fibers[0];
     switch_fibers(&block.host_stack_pointer, fibers[0].stack_pointer);
-    if (block.error.empty() && !guards_intact(block)) block.error = "block " + index_name(index) + ": the bytes around shared memory were written";
+    if (block.error.empty() && !guards_intact(block))
+      block.error = "block " + index_name(index) + ": the bytes around shared memory were written";
   }
 };
 
@@ -284,7 +294,8 @@ static std::string source_of(void* place) {
   while (std::fgets(line, sizeof line, output)) {
     std::string one = line;
     one = one.substr(0, one.find_first_of(" \n"));
-    if (!one.empty() && one[0] != '?' && !one.starts_with("cuda_emulation.h")) places += (places.empty() ? "\n  at " : ", from ") + one;
+    if (!one.empty() && one[0] != '?' && !one.starts_with("cuda_emulation.h"))
+      places += (places.empty() ? "\n  at " : ", from ") + one;
   }
   pclose(output);
   return places;
@@ -292,25 +303,32 @@ static std::string source_of(void* place) {
 
 void run(const launch_shape& shape, void (*body)(const void*), const void* arguments, size_t argument_bytes) {
   std::string kernel = shape.kernel;
-  if (kernel.starts_with('(')) kernel = kernel.substr(1, kernel.size() - 2);  // as the launch macro has those with commas
+  if (kernel.starts_with('('))
+    kernel = kernel.substr(1, kernel.size() - 2);  // as the launch macro has those with commas
   const auto refuse = [&](const std::string& why) { throw std::runtime_error(kernel + ": " + why); };
-  const uint64_t threads = uint64_t(shape.block.x) * shape.block.y * shape.block.z, blocks = uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z;
-  if (threads == 0 || threads > MostThreads || shape.block.z > 64) refuse("invalid configuration: " + std::to_string(threads) + " threads in a block");
+  const uint64_t threads = uint64_t(shape.block.x) * shape.block.y * shape.block.z,
+                 blocks = uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z;
+  if (threads == 0 || threads > MostThreads || shape.block.z > 64)
+    refuse("invalid configuration: " + std::to_string(threads) + " threads in a block");
   if (threads % Lanes) refuse(std::to_string(threads) + " threads in a block are not whole warps");
   if (blocks == 0 || shape.grid.x > 0x7FFFFFFF || shape.grid.y > 65535 || shape.grid.z > 65535)
-    refuse("invalid configuration: a grid of " + std::to_string(shape.grid.x) + " x " + std::to_string(shape.grid.y) + " x " + std::to_string(shape.grid.z));
-  if (shape.shared_bytes > size_t(shared_memory_limit())) refuse("invalid argument: " + std::to_string(shape.shared_bytes) + " bytes of shared memory");
+    refuse("invalid configuration: a grid of " + std::to_string(shape.grid.x) + " x " + std::to_string(shape.grid.y) +
+           " x " + std::to_string(shape.grid.z));
+  if (shape.shared_bytes > size_t(shared_memory_limit()))
+    refuse("invalid argument: " + std::to_string(shape.shared_bytes) + " bytes of shared memory");
 
   Launch launch{shape, body, arguments, granted(), int(threads)};
   if (blocks > 1)
     for (Extent& extent : launch.extents)
       if (extent.writable) {
-        auto* writers = static_cast<std::atomic<uint32_t>*>(std::calloc(extent.bytes / 2 + 2, sizeof(uint32_t)));  // pages that stay untouched cost nothing
+        auto* writers = static_cast<std::atomic<uint32_t>*>(
+            std::calloc(extent.bytes / 2 + 2, sizeof(uint32_t)));  // pages that stay untouched cost nothing
         if (!writers) throw std::bad_alloc();
         extent.writers = {writers, [](std::atomic<uint32_t>* at) { std::free(at); }};
       }
   // A buffer that is granted twice, to be read and to be written, is found by its second grant, which knows who wrote.
-  std::stable_partition(launch.extents.begin(), launch.extents.end(), [](const Extent& extent) { return extent.writable; });
+  std::stable_partition(launch.extents.begin(), launch.extents.end(),
+                        [](const Extent& extent) { return extent.writable; });
   launch.extents.push_back({uintptr_t(arguments), argument_bytes, false, "the kernel's arguments"});
   static const std::vector<Extent> image = module_image();
   launch.extents.insert(launch.extents.end(), image.begin(), image.end());

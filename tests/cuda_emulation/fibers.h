@@ -72,7 +72,8 @@ struct Extent {
   size_t bytes;
   bool writable;
   const char* what;
-  std::shared_ptr<std::atomic<uint32_t>[]> writers{};  // of each two bytes of what is writable: 1 + the number of the block that wrote it, 0 for none
+  std::shared_ptr<std::atomic<uint32_t>[]>
+      writers{};  // of each two bytes of what is writable: 1 + the number of the block that wrote it, 0 for none
 };
 
 // One launch, shared by the OS threads that run its blocks.
@@ -84,7 +85,8 @@ struct Launch {
   int threads;  // of a block
 };
 
-// What two threads did to a word of shared memory. Times are those of the block; earlier than the block's beginning: never.
+// What two threads did to a word of shared memory. Times are those of the block; earlier than the block's beginning:
+// never.
 struct Cell {
   uint32_t written, read;
   uint32_t readers;  // a bit for each warp, of the reads since the last write that no barrier has put in the past
@@ -135,11 +137,12 @@ void resize_shared(Block& block, size_t bytes);
 void follow_results(Block& block);
 void forget_shared(Block& block);  // a new block: nothing is written
 bool guards_intact(const Block& block);
-void synchronise(Block& block, uint32_t warps);                 // what these did until now comes before whatever they do from now on
+void synchronise(Block& block, uint32_t warps);  // what these did until now comes before whatever they do from now on
 void read_row(Fiber& thread, const void* shared, void* place);  // 16 bytes, for ldmatrix
 std::vector<Extent> granted();                                  // to launches of this OS thread
 
-// Stops `from` here and goes on with `to`. Inlined where fibers meet, not called: each comes back to where the last one left, as the processor predicts.
+// Stops `from` here and goes on with `to`. Inlined where fibers meet, not called: each comes back to where the last one
+// left, as the processor predicts.
 [[gnu::always_inline]] inline void switch_fibers(void** from, void* to) {
 #if defined(__x86_64__)
   asm volatile(
@@ -155,8 +158,9 @@ std::vector<Extent> granted();                                  // to launches o
       "lea 128(%%rsp), %%rsp\n"
       : "+D"(from), "+S"(to)
       :
-      : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
-        "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc");
+      : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "xmm1", "xmm2",
+        "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15",
+        "memory", "cc");
 #elif defined(__aarch64__)
   register void** x0 asm("x0") = from;
   register void* x1 asm("x1") = to;
@@ -171,9 +175,10 @@ std::vector<Extent> granted();                                  // to launches o
       "1:\n"
       : "+r"(x0), "+r"(x1)
       :
-      : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16", "x17", "x19", "x20", "x21", "x22", "x23", "x24", "x25",
-        "x26", "x27", "x28", "x30", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18",
-        "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31", "memory", "cc");
+      : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16", "x17", "x19",
+        "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "x30", "v0", "v1", "v2", "v3", "v4", "v5", "v6",
+        "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22",
+        "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31", "memory", "cc");
 #else
 #error "the emulator switches between fibers on x86-64 and AArch64"
 #endif
@@ -186,9 +191,11 @@ std::vector<Extent> granted();                                  // to launches o
 
 [[noreturn]] void diverged(Fiber& self, Meeting meeting, int line);
 
-// Where all lanes of a warp meet; the last to come completes the meeting and goes on, and the others follow in order, so that the next one is always the
-// next lane. Lanes that wait while another has ended, or waits elsewhere, would wait for ever.
-template <class Complete> [[gnu::always_inline]] inline void meet(Fiber* self, Meeting meeting, int line, Complete complete) {
+// Where all lanes of a warp meet; the last to come completes the meeting and goes on, and the others follow in order,
+// so that the next one is always the next lane. Lanes that wait while another has ended, or waits elsewhere, would wait
+// for ever.
+template <class Complete> [[gnu::always_inline]] inline void meet(Fiber* self, Meeting meeting, int line,
+                                                                  Complete complete) {
   Warp* warp = self->warp;
   if (warp->arrived == 0) {
     warp->meeting = meeting;

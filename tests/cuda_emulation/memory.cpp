@@ -1,9 +1,10 @@
-// Every load and store of the kernels passes here: in shared memory it must lie inside, be written before it is read, and meet no other thread's without a
-// barrier in between; elsewhere it must lie in what the launch was granted, and meet no other block's.
+// Every load and store of the kernels passes here: in shared memory it must lie inside, be written before it is read,
+// and meet no other thread's without a barrier in between; elsewhere it must lie in what the launch was granted, and
+// meet no other block's.
 //
-// Time in a block advances with each synchronisation. A warp knows of each other warp until when what that one did is ordered before its own doings; between
-// threads of one warp, that is what __syncwarp and barriers order. For each word of shared memory the last write and the reads since are kept, for each
-// byte where a word is accessed in parts.
+// Time in a block advances with each synchronisation. A warp knows of each other warp until when what that one did is
+// ordered before its own doings; between threads of one warp, that is what __syncwarp and barriers order. For each word
+// of shared memory the last write and the reads since are kept, for each byte where a word is accessed in parts.
 #include "fibers.h"
 #include <sys/mman.h>
 #include <cstdlib>
@@ -15,7 +16,8 @@ static constexpr unsigned char GuardByte = 0xA5;
 
 void resize_shared(Block& block, size_t bytes) {
   if (!block.shared) {
-    void* memory = mmap(nullptr, shared_memory_limit() + 2 * Guard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory =
+        mmap(nullptr, shared_memory_limit() + 2 * Guard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("no memory for the shared memory of a block");
     block.shared = static_cast<unsigned char*>(memory) + Guard;
     std::memset(memory, GuardByte, Guard);
@@ -40,7 +42,8 @@ void follow_results(Block& block) {
   for (const Extent& extent : block.launch->extents) {
     if (!extent.writable) continue;
     const size_t words = extent.bytes / 4 + 2;
-    std::unique_ptr<Cell[], void (*)(void*)> storage(static_cast<Cell*>(std::calloc(words * 5, sizeof(Cell))), std::free);  // untouched pages cost nothing
+    std::unique_ptr<Cell[], void (*)(void*)> storage(static_cast<Cell*>(std::calloc(words * 5, sizeof(Cell))),
+                                                     std::free);  // untouched pages cost nothing
     if (!storage) throw std::bad_alloc();
     const Cells cells{storage.get(), storage.get() + words};
     block.results.push_back({cells, std::move(storage)});
@@ -86,11 +89,13 @@ enum class Way { read, write, begin_copy, land_copy };
 // ldmatrix reads for the whole warp: not even the thread that gave the address may have written without a __syncwarp.
 enum class Where { shared, shared_for_warp, global };
 
-[[noreturn]] void race(Fiber& thread, Where where, uint32_t offset, const char* mine, int other, const char* theirs, void* place) {
+[[noreturn]] void race(Fiber& thread, Where where, uint32_t offset, const char* mine, int other, const char* theirs,
+                       void* place) {
   const std::string whose = other < 0 ? "several other threads" : name_of(*thread.block, other);
   fail(thread,
-       std::string(where == Where::global ? "race in global memory: it " : "race in shared memory: it ") + mine + " byte " + std::to_string(offset) +
-           (where == Where::global ? " of a result" : "") + ", which " + whose + " " + theirs + " with no barrier in between",
+       std::string(where == Where::global ? "race in global memory: it " : "race in shared memory: it ") + mine +
+           " byte " + std::to_string(offset) + (where == Where::global ? " of a result" : "") + ", which " + whose +
+           " " + theirs + " with no barrier in between",
        place);
 }
 
@@ -99,7 +104,8 @@ enum class Where { shared, shared_for_warp, global };
   return other == thread.number || time < thread.warp->seen[other / Lanes];
 }
 
-template <Way way, Where where> [[gnu::always_inline]] inline void check(Cell& cell, Fiber& thread, uint32_t offset, void* place) {
+template <Way way, Where where> [[gnu::always_inline]] inline void check(Cell& cell, Fiber& thread, uint32_t offset,
+                                                                         void* place) {
   constexpr bool for_warp = where == Where::shared_for_warp;
   Block& block = *thread.block;
   const bool has_write = cell.written >= block.began;
@@ -115,11 +121,17 @@ template <Way way, Where where> [[gnu::always_inline]] inline void check(Cell& c
     const int writer = cell.writer & Cell::Thread;
     if (cell.writer & Cell::Pending) [[unlikely]]
       fail(thread,
-           std::string(way == Way::read ? "reads" : "writes") + " byte " + std::to_string(offset) + " of shared memory, which cp.async of " +
-               name_of(block, writer) + " is still copying to: it has not waited",
+           std::string(way == Way::read ? "reads" : "writes") + " byte " + std::to_string(offset) +
+               " of shared memory, which cp.async of " + name_of(block, writer) +
+               " is still copying to: it has not waited",
            place);
-    if (for_warp ? cell.written >= thread.warp->seen[writer / Lanes] : !ordered(thread, writer, cell.written)) [[unlikely]]
-      race(thread, where, offset, for_warp ? "reads for its warp" : way == Way::read ? "reads" : "writes", writer, "wrote", place);
+    if (for_warp ? cell.written >= thread.warp->seen[writer / Lanes] : !ordered(thread, writer, cell.written))
+        [[unlikely]]
+      race(thread, where, offset,
+           for_warp           ? "reads for its warp"
+           : way == Way::read ? "reads"
+                              : "writes",
+           writer, "wrote", place);
   }
   const uint32_t my_bit = 1u << thread.warp->number;
   const bool has_reads = cell.readers && cell.read >= block.began;
@@ -146,7 +158,8 @@ template <Way way, Where where> [[gnu::always_inline]] inline void check(Cell& c
 
 bool same(const Cell& a, const Cell& b) { return std::memcmp(&a, &b, sizeof(Cell)) == 0; }
 
-template <Way way, Where where> [[gnu::noinline]] void check_parts(Fiber& thread, Cells cells, uint32_t word, uint32_t first, uint32_t end, void* place) {
+template <Way way, Where where> [[gnu::noinline]] void check_parts(Fiber& thread, Cells cells, uint32_t word,
+                                                                   uint32_t first, uint32_t end, void* place) {
   Block& block = *thread.block;
   Cell& cell = cells.of_words[word];
   Cell* bytes = &cells.of_bytes[word * 4];
@@ -159,7 +172,9 @@ template <Way way, Where where> [[gnu::noinline]] void check_parts(Fiber& thread
   if (same(bytes[0], bytes[1]) && same(bytes[0], bytes[2]) && same(bytes[0], bytes[3])) cell = bytes[0];
 }
 
-template <Way way, Where where> [[gnu::always_inline]] inline void check_words(Fiber& thread, Cells cells, uint32_t offset, uint32_t bytes, void* place) {
+template <Way way, Where where> [[gnu::always_inline]] inline void check_words(Fiber& thread, Cells cells,
+                                                                               uint32_t offset, uint32_t bytes,
+                                                                               void* place) {
   Block& block = *thread.block;
   const uint32_t end = offset + bytes;
   for (uint32_t word = offset / 4; word * 4 < end; ++word) {
@@ -184,8 +199,9 @@ std::string hex(uintptr_t address) {
 [[gnu::noinline]] void outside_shared(Fiber& thread, uintptr_t address, size_t bytes, bool write, void* place) {
   const Block& block = *thread.block;
   fail(thread,
-       std::string(write ? "writes " : "reads ") + std::to_string(bytes) + " bytes at " + std::to_string(ptrdiff_t(address - uintptr_t(block.shared))) +
-           " of the " + std::to_string(block.shared_bytes) + " bytes of shared memory",
+       std::string(write ? "writes " : "reads ") + std::to_string(bytes) + " bytes at " +
+           std::to_string(ptrdiff_t(address - uintptr_t(block.shared))) + " of the " +
+           std::to_string(block.shared_bytes) + " bytes of shared memory",
        place);
 }
 
@@ -196,12 +212,14 @@ std::string hex(uintptr_t address) {
   for (const Extent& extent : thread.block->launch->extents) {
     if (address - extent.begin < extent.bytes && address - extent.begin + bytes <= extent.bytes)
       fail(thread, what + ", in " + extent.what + ", which it may only read", place);
-    const ptrdiff_t off = address < extent.begin ? ptrdiff_t(address - extent.begin) : ptrdiff_t(address + bytes - extent.begin - extent.bytes);
+    const ptrdiff_t off = address < extent.begin ? ptrdiff_t(address - extent.begin)
+                                                 : ptrdiff_t(address + bytes - extent.begin - extent.bytes);
     if (!nearest || std::abs(off) < std::abs(distance)) nearest = &extent, distance = off;
   }
   if (nearest && std::abs(distance) < 1 << 20)
-    what += ", " + std::to_string(std::abs(distance)) + (distance < 0 ? " bytes before the beginning of " : " bytes past the end of ") + nearest->what +
-            " of " + std::to_string(nearest->bytes) + " bytes at " + hex(nearest->begin);
+    what += ", " + std::to_string(std::abs(distance)) +
+            (distance < 0 ? " bytes before the beginning of " : " bytes past the end of ") + nearest->what + " of " +
+            std::to_string(nearest->bytes) + " bytes at " + hex(nearest->begin);
   else what += ", which lies in no argument of the launch";
   fail(thread, what, place);
 }
@@ -210,17 +228,21 @@ std::string hex(uintptr_t address) {
   return address - extent.begin + bytes <= extent.bytes && address >= extent.begin && (extent.writable || !write);
 }
 
-[[gnu::noinline]] void race_of_blocks(Fiber& thread, const Extent& extent, uintptr_t address, uint32_t other, bool write, void* place) {
+[[gnu::noinline]] void race_of_blocks(Fiber& thread, const Extent& extent, uintptr_t address, uint32_t other,
+                                      bool write, void* place) {
   const dim3 grid = thread.block->launch->shape.grid;
   const packed3 index = {other % grid.x | uint64_t(other / grid.x % grid.y) << 32, other / grid.x / grid.y};
   fail(thread,
-       "race in global memory: it " + std::string(write ? "writes" : "reads") + " byte " + std::to_string(address - extent.begin) + " of " + extent.what +
-           " of " + std::to_string(extent.bytes) + " bytes, which block " + index_name(index) + " writes in the same launch",
+       "race in global memory: it " + std::string(write ? "writes" : "reads") + " byte " +
+           std::to_string(address - extent.begin) + " of " + extent.what + " of " + std::to_string(extent.bytes) +
+           " bytes, which block " + index_name(index) + " writes in the same launch",
        place);
 }
 
-// Nothing orders the blocks of a launch: what one has written no other may write or read. Single bytes are not looked at, two may share a unit.
-[[gnu::always_inline]] inline void check_writer(Fiber& thread, const Extent& extent, uintptr_t address, size_t bytes, bool write, void* place) {
+// Nothing orders the blocks of a launch: what one has written no other may write or read. Single bytes are not looked
+// at, two may share a unit.
+[[gnu::always_inline]] inline void check_writer(Fiber& thread, const Extent& extent, uintptr_t address, size_t bytes,
+                                                bool write, void* place) {
   if (!extent.writable) return;
   // Within the block, as in shared memory; grants to write come first in a launch.
   const Cells cells = thread.block->results[&extent - thread.block->launch->extents.data()].cells;
@@ -241,10 +263,12 @@ std::string hex(uintptr_t address) {
   }
 }
 
-[[gnu::always_inline]] inline void check_global(Fiber& thread, uintptr_t address, size_t bytes, bool write, void* place) {
+[[gnu::always_inline]] inline void check_global(Fiber& thread, uintptr_t address, size_t bytes, bool write,
+                                                void* place) {
   Block& block = *thread.block;
   const std::vector<Extent>& extents = block.launch->extents;
-  if (lies_in(extents[block.recent], address, bytes, write)) return check_writer(thread, extents[block.recent], address, bytes, write, place);
+  if (lies_in(extents[block.recent], address, bytes, write))
+    return check_writer(thread, extents[block.recent], address, bytes, write, place);
   for (size_t i = 0; i < extents.size(); ++i)
     if (lies_in(extents[i], address, bytes, write)) {
       block.recent = i;
@@ -253,7 +277,8 @@ std::string hex(uintptr_t address) {
   outside_global(thread, address, bytes, write, place);
 }
 
-template <bool write> [[gnu::always_inline]] inline void check_access(Fiber& thread, uintptr_t address, size_t bytes, void* place) {
+template <bool write> [[gnu::always_inline]] inline void check_access(Fiber& thread, uintptr_t address, size_t bytes,
+                                                                      void* place) {
   Block& block = *thread.block;
   const uintptr_t offset = address - uintptr_t(block.shared);
   if (offset + Guard < block.shared_bytes + 2 * Guard) {
@@ -300,8 +325,10 @@ void copy_async(void* shared, const void* global, int bytes, bool valid) {
   void* const place = __builtin_return_address(0);
   const uintptr_t address = uintptr_t(shared), offset = address - uintptr_t(block.shared);
   if (address % bytes) misaligned(thread, address, bytes, place);
-  if (offset >= block.shared_bytes || offset + bytes > block.shared_bytes) outside_shared(thread, address, bytes, true, place);
-  if (uintptr_t(global) % bytes) misaligned(thread, uintptr_t(global), bytes, place);  // wherever it leads: CUDA asks that of a copy of 0 bytes too
+  if (offset >= block.shared_bytes || offset + bytes > block.shared_bytes)
+    outside_shared(thread, address, bytes, true, place);
+  if (uintptr_t(global) % bytes)
+    misaligned(thread, uintptr_t(global), bytes, place);  // wherever it leads: CUDA asks that of a copy of 0 bytes too
   Copy& copy = thread.copies.emplace_back(Copy{uint32_t(offset), bytes, thread.groups, {}});
   if (valid) {
     check_global(thread, uintptr_t(global), bytes, false, place);

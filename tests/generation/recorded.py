@@ -8,7 +8,14 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAIT = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::is_nonzero", "aten::_unique2"}
+WAIT = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::equal",
+    "aten::masked_select",
+    "aten::is_nonzero",
+    "aten::_unique2",
+}
 
 
 class Recorder(TorchDispatchMode):

@@ -32,7 +32,10 @@ def test_gradients_flow_through_a_first_call_and_no_further():
     seen.sum().backward()
     assert torch.equal(key.grad, torch.ones_like(key)) and not cache.keys[0].requires_grad
     cache.length = 3
-    with pytest.raises(ValueError, match=r"past_key_values: expected a call under torch.no_grad\(\) or inference_mode\(\): a cache carries no gradients"):
+    with pytest.raises(
+        ValueError,
+        match=r"past_key_values: expected a call under torch.no_grad\(\) or inference_mode\(\): a cache carries no gradients",
+    ):
         cache.update(0, key, key)
 
 

@@ -23,7 +23,11 @@ def theirs_generates(theirs, ids, new, **settings):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (4, 5)])
-@pytest.mark.parametrize("changes", [{}, {"scale_attn_by_inverse_layer_idx": True}, {"tie_word_embeddings": False, "activation_function": "gelu"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"scale_attn_by_inverse_layer_idx": True}, {"tie_word_embeddings": False, "activation_function": "gelu"}],
+    ids=str,
+)
 def test_greedy_token_for_token(shape, changes):
     theirs, ids = tiny_gpt2(**changes), prompts(*shape)
     expected = theirs_generates(theirs, ids, 30, attention_mask=torch.ones_like(ids))
@@ -102,7 +106,9 @@ def test_draws_follow_the_model():
     expected = (scores / 0.7).softmax(-1)
     found = torch.bincount(drawn, minlength=131)
     assert found.sum() == found[tokens].sum() == rows
-    assert ((found[tokens] / rows - expected).abs() <= 5 * (expected * (1 - expected) / rows).sqrt()).all()  # five standard errors
+    assert (
+        (found[tokens] / rows - expected).abs() <= 5 * (expected * (1 - expected) / rows).sqrt()
+    ).all()  # five standard errors
 
 
 class Recorder:
@@ -120,7 +126,9 @@ def test_a_streamer_sees_the_prompt_and_every_step():
     ours, ids, recorder = ours_like(tiny_gpt2()), prompts(2, 5), Recorder()
     full = ours.generate(ids, max_new_tokens=6, streamer=recorder)
     assert torch.equal(recorder.seen[0], ids) and [tuple(v.shape) for v in recorder.seen[1:]] == [(2,)] * 6
-    assert torch.equal(torch.cat([recorder.seen[0], torch.stack(recorder.seen[1:], 1)], 1), full) and recorder.ended == 1
+    assert (
+        torch.equal(torch.cat([recorder.seen[0], torch.stack(recorder.seen[1:], 1)], 1), full) and recorder.ended == 1
+    )
 
 
 def test_hugging_faces_streamer_fits():
@@ -176,18 +184,39 @@ def test_other_kinds_of_prompt():
             lambda m: m.generate(prompts(1, 5), max_new_tokens=44),
             "max_new_tokens: expected a whole number from 1 to 43: the context of 48 less the prompt of 5, got 44",
         ),
-        (lambda m: m.generate(prompts(1, 5), max_new_tokens=0), "max_new_tokens: expected a whole number from 1 to 43.*, got 0"),
-        (lambda m: m.generate(prompts(1, 5), max_new_tokens=2.5), "max_new_tokens: expected a whole number from 1 to 43.*, got 2.5"),
+        (
+            lambda m: m.generate(prompts(1, 5), max_new_tokens=0),
+            "max_new_tokens: expected a whole number from 1 to 43.*, got 0",
+        ),
+        (
+            lambda m: m.generate(prompts(1, 5), max_new_tokens=2.5),
+            "max_new_tokens: expected a whole number from 1 to 43.*, got 2.5",
+        ),
         (lambda m: m.generate(prompts(1, 48)), "input_ids: expected fewer tokens than the context of 48, got 48"),
-        (lambda m: m.generate(prompts(1, 0)), r"input_ids: expected shape \(batch, tokens\), at least one of each, got \(1, 0\)"),
-        (lambda m: m.generate(prompts(5)), r"input_ids: expected shape \(batch, tokens\), at least one of each, got \(5,\)"),
+        (
+            lambda m: m.generate(prompts(1, 0)),
+            r"input_ids: expected shape \(batch, tokens\), at least one of each, got \(1, 0\)",
+        ),
+        (
+            lambda m: m.generate(prompts(5)),
+            r"input_ids: expected shape \(batch, tokens\), at least one of each, got \(5,\)",
+        ),
         (lambda m: m.generate(prompts(1, 5) + 131), r"input_ids: expected values in \[0, 131\), got"),
-        (lambda m: m.generate(prompts(1, 5).float()), r"input_ids: expected dtype torch.int64 or torch.int32, got torch.float32"),
+        (
+            lambda m: m.generate(prompts(1, 5).float()),
+            r"input_ids: expected dtype torch.int64 or torch.int32, got torch.float32",
+        ),
         (lambda m: m.generate(prompts(1, 5), temperature=-1), "temperature: expected a number of at least 0, got -1"),
         (lambda m: m.generate(prompts(1, 5), top_k=0), "top_k: expected a whole number of at least 1, got 0"),
         (lambda m: m.generate(prompts(1, 5), top_p=0), r"top_p: expected a probability in \(0, 1\], got 0"),
-        (lambda m: m.generate(prompts(1, 5), attention_mask=torch.ones(1, 4)), r"attention_mask: expected shape \(1, 5\), as input_ids, got \(1, 4\)"),
-        (lambda m: m.generate(prompts(1, 2), attention_mask=torch.tensor([[1, 0]])), "attention_mask: expected padding on the left"),
+        (
+            lambda m: m.generate(prompts(1, 5), attention_mask=torch.ones(1, 4)),
+            r"attention_mask: expected shape \(1, 5\), as input_ids, got \(1, 4\)",
+        ),
+        (
+            lambda m: m.generate(prompts(1, 2), attention_mask=torch.tensor([[1, 0]])),
+            "attention_mask: expected padding on the left",
+        ),
     ],
 )
 def test_errors(call, message):

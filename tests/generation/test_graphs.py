@@ -36,7 +36,9 @@ def both_ways(model, *arguments, **settings):
 
 
 @pytest.mark.parametrize(
-    "shape, new, expected", [((1, 1), 40, [6, 7, 7, 7, 7]), ((4, 5), 30, [7, 7, 7]), ((2, 8), 5, []), ((2, 7), 1, []), ((1, 9), 2, [])], ids=str
+    "shape, new, expected",
+    [((1, 1), 40, [6, 7, 7, 7, 7]), ((4, 5), 30, [7, 7, 7]), ((2, 8), 5, []), ((2, 7), 1, []), ((1, 9), 2, [])],
+    ids=str,
 )
 def test_the_same_tokens(shape, new, expected, replays):
     step_by_step, replayed = both_ways(ours_like(tiny_gpt2()), prompts(*shape), new)
@@ -67,7 +69,9 @@ def test_ends(rows, streamed, replays):
     eos = free[:, 12].unique().tolist()
     recorders = Recorder(), Recorder()
     step_by_step, replayed = (
-        ours.generate(ids, 40, eos_token_id=eos, pad_token_id=130, cuda_graphs=captured, streamer=recorder if streamed else None)
+        ours.generate(
+            ids, 40, eos_token_id=eos, pad_token_id=130, cuda_graphs=captured, streamer=recorder if streamed else None
+        )
         for captured, recorder in zip((False, True), recorders, strict=True)
     )
     assert torch.equal(replayed, step_by_step) and replayed.shape[1] < 45
@@ -175,7 +179,11 @@ def test_captures_take_place_beside_the_current_stream(cuda):
     current[0] = 1
     third = graphs.capture(lambda: steps.append(torch.cuda.current_stream()), None)
     assert first.generators == (generator,) and second.generators == third.generators == ()
-    assert [graph.begun for graph in (first, second, third)] == [(None, steps[0]), (id(first), steps[1]), (None, steps[2])]
+    assert [graph.begun for graph in (first, second, third)] == [
+        (None, steps[0]),
+        (id(first), steps[1]),
+        (None, steps[2]),
+    ]
     assert steps[0] is steps[1] is not steps[2] and not {*steps} & {*streams[:2]}
     assert steps[0].waits_for == (streams[0],) * 2 and steps[2].waits_for == (streams[1],)
 
@@ -186,7 +194,10 @@ def test_a_step_that_waits_is_told_what_to_do(cuda, monkeypatch):
     def step():
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    with pytest.raises(RuntimeError, match=r"a step of generate could not be captured; cuda_graphs=False launches each step for itself .*previous error"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"a step of generate could not be captured; cuda_graphs=False launches each step for itself .*previous error",
+    ):
         graphs.capture(step, None)
 
 

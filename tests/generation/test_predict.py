@@ -52,12 +52,24 @@ def test_dropout_is_off_and_the_mode_comes_back():
     "call, message",
     [
         (lambda gpt, bert: predict(gpt, bytes_of(False), ""), "text: expected at least one token, got ''"),
-        (lambda gpt, bert: predict(gpt, bytes_of(False), "a" * 49), "text: expected at most 48 tokens, the context of the model, got 49"),
-        (lambda gpt, bert: predict(gpt, bytes_of(False), "a", top=0), "top: expected a whole number of at least 1, got 0"),
-        (lambda gpt, bert: predict(gpt, bytes_of(False), "a", temperature=0), "temperature: expected a positive number, got 0"),
+        (
+            lambda gpt, bert: predict(gpt, bytes_of(False), "a" * 49),
+            "text: expected at most 48 tokens, the context of the model, got 49",
+        ),
+        (
+            lambda gpt, bert: predict(gpt, bytes_of(False), "a", top=0),
+            "top: expected a whole number of at least 1, got 0",
+        ),
+        (
+            lambda gpt, bert: predict(gpt, bytes_of(False), "a", temperature=0),
+            "temperature: expected a positive number, got 0",
+        ),
         (lambda gpt, bert: predict(bert, bytes_of(True), "abc"), r"text: expected at least one \[MASK\], got 'abc'"),
         (lambda gpt, bert: predict(bert, bytes_of(False), "a[MASK]"), "text: expected a tokenizer with a mask token"),
-        (lambda gpt, bert: predict(bert.bert, bytes_of(True), "a[MASK]"), "model: expected one with scores for tokens: GPT2LMHeadModel or.*, got BertModel"),
+        (
+            lambda gpt, bert: predict(bert.bert, bytes_of(True), "a[MASK]"),
+            "model: expected one with scores for tokens: GPT2LMHeadModel or.*, got BertModel",
+        ),
     ],
 )
 def test_errors(call, message):

@@ -60,7 +60,10 @@ def test_greedy_unless_asked_otherwise():
 
 def test_16_bit_scores_are_drawn_from_in_32():
     logits = torch.randn(3, 50).bfloat16()
-    assert torch.equal(Sampling(1.0).choose(logits, torch.Generator().manual_seed(1)), Sampling(1.0).choose(logits.float(), torch.Generator().manual_seed(1)))
+    assert torch.equal(
+        Sampling(1.0).choose(logits, torch.Generator().manual_seed(1)),
+        Sampling(1.0).choose(logits.float(), torch.Generator().manual_seed(1)),
+    )
 
 
 @pytest.mark.parametrize(

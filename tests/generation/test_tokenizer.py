@@ -21,7 +21,9 @@ def wordpiece(directory, pieces=PIECES, **settings):
 
 def test_wordpiece_from_a_vocabulary(tmp_path):
     tokenizer = wordpiece(tmp_path, PIECES[:-1])
-    assert tokenizer.encode("The cats [MASK].") == [PIECES.index(p) for p in ("[CLS]", "the", "cat", "##s", "[MASK]", ".", "[SEP]")]
+    assert tokenizer.encode("The cats [MASK].") == [
+        PIECES.index(p) for p in ("[CLS]", "the", "cat", "##s", "[MASK]", ".", "[SEP]")
+    ]
     assert tokenizer.decode(tokenizer.encode("The cats sit.")) == "the cats sit."
     assert (tokenizer.mask_token, tokenizer.mask_token_id, tokenizer.vocab_size) == ("[MASK]", 4, 10)
     assert [tokenizer.token(i) for i in (5, 7, 4, 99)] == ["the", "##s", "[MASK]", "<99>"]
@@ -62,7 +64,10 @@ def test_gpt2s_own_files(tmp_path):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_what_training_writes(tmp_path, masked):
-    for name, tokenizer in (("byte", byte_tokenizer(masked=masked)), ("char", char_tokenizer(sorted(set("".join(TEXTS))), masked=masked))):
+    for name, tokenizer in (
+        ("byte", byte_tokenizer(masked=masked)),
+        ("char", char_tokenizer(sorted(set("".join(TEXTS))), masked=masked)),
+    ):
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         own = load_tokenizer(tmp_path)
         for text in TEXTS:
@@ -94,7 +99,10 @@ def test_tokenizer_json_comes_first(tmp_path):
 
 
 def test_errors_name_the_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a tokenizer there: tokenizer.json, or vocab.json and merges.txt, or vocab.txt") as error:
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"expected a tokenizer there: tokenizer.json, or vocab.json and merges.txt, or vocab.txt",
+    ) as error:
         load_tokenizer(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: ")
     (tmp_path / "tokenizer.json").write_text('{"version": ')

@@ -11,9 +11,25 @@ from tests.models.hugging_face import DRAWS, KEY_BIASES, Errors, errors_of, live
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
 VOCAB = 131
-BERT = {"vocab_size": VOCAB, "max_position_embeddings": 48, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
+BERT = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 48,
+    "hidden_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 80,
+}
 DROPOUTS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-GPT2 = {"vocab_size": VOCAB, "n_positions": 48, "n_embd": 36, "n_layer": 2, "n_head": 3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_positions": 48,
+    "n_embd": 36,
+    "n_layer": 2,
+    "n_head": 3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 DISTILBERT = {
     "vocab_size": VOCAB,
@@ -46,7 +62,11 @@ def tiny(family, head="Model", **changes):
 def classes_of(family):
     """All models of a family that transformers has: bare, and with every head."""
     home = importlib.import_module(getattr(transformers, f"{family}Model").__module__)
-    models = [kind for name, kind in vars(home).items() if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and name in home.__all__]
+    models = [
+        kind
+        for name, kind in vars(home).items()
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and name in home.__all__
+    ]
     return [kind.__name__.removeprefix(family) for kind in models if not kind.__name__.endswith("PreTrainedModel")]
 
 
@@ -75,7 +95,9 @@ def assert_close_gradients(model, other):
     for name in own:
         if not name.endswith(KEY_BIASES):
             near = 1e-5 * max(1.0, their[name].abs().max().item())
-            torch.testing.assert_close(own[name], their[name], rtol=1e-3, atol=near, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                own[name], their[name], rtol=1e-3, atol=near, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def assert_within_twice(make, draw, dtype=torch.float32, shifted=False, draws=DRAWS):

@@ -14,7 +14,14 @@ from tests.integrations.accelerated import V5, ids, padded, tiny
 from tests.models.hugging_face import lively
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-LLAMA = {"vocab_size": 131, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def pair(model):
@@ -26,7 +33,9 @@ def pair(model):
 
 
 def llama(kind="Llama", **changes):
-    config = getattr(transformers, f"{kind}Config")(**{**LLAMA, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes})
+    config = getattr(transformers, f"{kind}Config")(
+        **{**LLAMA, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}
+    )
     return lively(getattr(transformers, f"{kind}ForCausalLM")(config))
 
 
@@ -36,7 +45,9 @@ MODELS = {
     "BERT as decoder": lambda: tiny("Bert", "LMHeadModel", is_decoder=True),
     "grouped queries": llama,
     "sliding window": lambda: llama("Mistral", sliding_window=5),
-    "sliding window of every other layer": lambda: llama("Qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=1),
+    "sliding window of every other layer": lambda: llama(
+        "Qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=1
+    ),
 }
 if not V5:  # whose BERTs do not compute attention through the interface
     del MODELS["BERT"], MODELS["BERT as decoder"]
@@ -51,7 +62,9 @@ def test_numbers_and_gradients(make):
         for model in (eager, ours):
             model.zero_grad()
             model(x, attention_mask=mask).logits[where].square().mean().backward()
-        torch.testing.assert_close(ours(x, attention_mask=mask).logits[where], eager(x, attention_mask=mask).logits[where], **CLOSE)
+        torch.testing.assert_close(
+            ours(x, attention_mask=mask).logits[where], eager(x, attention_mask=mask).logits[where], **CLOSE
+        )
         for a, b in zip(ours.parameters(), eager.parameters(), strict=True):
             assert (a.grad is None) == (b.grad is None)
             if a.grad is not None:
@@ -62,7 +75,9 @@ def test_numbers_and_gradients(make):
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])
 def test_models_that_are_not_on_the_interface_say_so(family):
     """And not less than with an error: a model that is asked for this attention and has another would be worse."""
-    config = getattr(transformers, f"{family}Config")(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
+    )
     with pytest.raises(ValueError, match=r"fastlm\.accelerate"):
         getattr(transformers, f"{family}Model")._from_config(config, attn_implementation="fastlm")
 
@@ -76,9 +91,18 @@ WAYS = {
     "a mask that hides nothing": lambda x: {"attention_mask": torch.ones_like(x)},
     "padding in front": lambda x: {"attention_mask": (torch.arange(x.shape[1]) >= torch.tensor([[0], [3]])).long()},
     "padding behind": lambda x: {"attention_mask": (torch.arange(x.shape[1]) < torch.tensor([[12], [10]])).long()},
-    "a 4-D mask": lambda x: {"attention_mask": torch.full((x.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)[None, None].expand(2, 1, -1, -1)},
-    "a 4-D mask of bools": lambda x: {"attention_mask": torch.ones(x.shape[1], x.shape[1]).tril().bool()[None, None].expand(2, 1, -1, -1)},
-    "packed sequences": lambda x: {"position_ids": torch.cat([torch.arange(5), torch.arange(x.shape[1] - 5)])[None].expand(2, -1), "use_cache": False},
+    "a 4-D mask": lambda x: {
+        "attention_mask": torch.full((x.shape[1],) * 2, torch.finfo(torch.float32).min)
+        .triu(1)[None, None]
+        .expand(2, 1, -1, -1)
+    },
+    "a 4-D mask of bools": lambda x: {
+        "attention_mask": torch.ones(x.shape[1], x.shape[1]).tril().bool()[None, None].expand(2, 1, -1, -1)
+    },
+    "packed sequences": lambda x: {
+        "position_ids": torch.cat([torch.arange(5), torch.arange(x.shape[1] - 5)])[None].expand(2, -1),
+        "use_cache": False,
+    },
     "without a cache": lambda x: {"use_cache": False},
     "in training": lambda x: {"use_cache": False, "labels": x},
 }
@@ -116,7 +140,9 @@ def test_every_form_of_mask_has_the_numbers_of_eager(name, way):
     for model, output in ((ours, own), (eager, other)):
         output.logits[where].square().mean().backward()
         assert model.get_input_embeddings().weight.grad is not None
-    torch.testing.assert_close(ours.get_input_embeddings().weight.grad, eager.get_input_embeddings().weight.grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        ours.get_input_embeddings().weight.grad, eager.get_input_embeddings().weight.grad, rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("padding", [False, True, None])
@@ -130,7 +156,11 @@ def test_in_pieces_as_at_once(name, padding):
     position = (mask.cumsum(1) - 1).clamp(min=0)
     whole = eager(x, attention_mask=mask, position_ids=position).logits
     for static in (False, True):
-        cache = transformers.StaticCache(config=ours.config, max_cache_len=20) if static else transformers.DynamicCache(config=ours.config)
+        cache = (
+            transformers.StaticCache(config=ours.config, max_cache_len=20)
+            if static
+            else transformers.DynamicCache(config=ours.config)
+        )
         pieces = []
         for begin, end in ((0, 5), (5, 9), (9, 10), (10, 12)):
             piece = {"position_ids": position[:, begin:end], "past_key_values": cache, "use_cache": True}
@@ -144,8 +174,18 @@ def test_in_pieces_as_at_once(name, padding):
 def test_generate(name, cache):
     eager, ours = pair(MODELS[name]())
     x, mask = padded(9, 5, tokens=9)
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "disable_compile": True}
-    settings |= {"cache_implementation": cache} if cache and not (cache == "offloaded" and not torch.cuda.is_available()) else {}
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "disable_compile": True,
+    }
+    settings |= (
+        {"cache_implementation": cache}
+        if cache and not (cache == "offloaded" and not torch.cuda.is_available())
+        else {}
+    )
     inputs = {"input_ids": x.flip(1), "attention_mask": mask.flip(1)}
     for more in ({}, {"num_beams": 3}):
         assert torch.equal(ours.generate(**inputs, **settings, **more), eager.generate(**inputs, **settings, **more))
@@ -175,7 +215,14 @@ def test_chunked_attention():
 
 def asked(**settings):
     """As transformers asks: for 2 rows of 6 tokens."""
-    known = {"batch_size": 2, "q_length": 6, "kv_length": 6, "q_offset": 0, "kv_offset": 0, "mask_function": masking_utils.causal_mask_function}
+    known = {
+        "batch_size": 2,
+        "q_length": 6,
+        "kv_length": 6,
+        "q_offset": 0,
+        "kv_offset": 0,
+        "mask_function": masking_utils.causal_mask_function,
+    }
     return attention.mask(**spelled({**known, "attention_mask": None, **settings}))
 
 
@@ -199,23 +246,31 @@ def test_plain_masks_are_none_or_2d():
     both = asked(attention_mask=hidden, allow_is_causal_skip=False, allow_is_bidirectional_skip=True)
     assert both.dtype == torch.bool and torch.equal(both, hidden)
     assert asked(kv_length=9, q_offset=3, attention_mask=torch.ones(2, 9, dtype=torch.bool)) is None  # behind a cache
-    assert torch.equal(asked(kv_length=4, q_length=1, q_offset=5, kv_offset=2, attention_mask=hidden).bool(), hidden[:, 2:])  # of a sliding cache
+    assert torch.equal(
+        asked(kv_length=4, q_length=1, q_offset=5, kv_offset=2, attention_mask=hidden).bool(), hidden[:, 2:]
+    )  # of a sliding cache
     assert asked(local_size=7) is None  # a window that hides nothing
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"kv_length": 10}, {"q_offset": torch.tensor(0)}, {"kv_length": 10, "q_length": 1, "q_offset": 4}, {"allow_is_causal_skip": False},
-        {"local_size": 3, "mask_function": masking_utils.sliding_window_causal_mask_function(3)}, {"mask_function": lambda b, h, q, kv: kv % 2 == 0},
+        {"kv_length": 10},
+        {"q_offset": torch.tensor(0)},
+        {"kv_length": 10, "q_length": 1, "q_offset": 4},
+        {"allow_is_causal_skip": False},
+        {"local_size": 3, "mask_function": masking_utils.sliding_window_causal_mask_function(3)},
+        {"mask_function": lambda b, h, q, kv: kv % 2 == 0},
     ],
-)  # fmt: skip
+)
 def test_anything_else_is_whole(settings):
     """A static cache, tensors for sizes, a mask someone needs in full, a window, a mask of one's own."""
     if not V5 and isinstance(settings.get("q_offset"), torch.Tensor):
         pytest.skip("transformers 4 gives positions, not sizes")
     whole = asked(**settings)
-    wanted = masking_utils.sdpa_mask(**spelled({"batch_size": 2, "q_length": 6, "kv_length": 6, **settings, "allow_is_causal_skip": False}))
+    wanted = masking_utils.sdpa_mask(
+        **spelled({"batch_size": 2, "q_length": 6, "kv_length": 6, **settings, "allow_is_causal_skip": False})
+    )
     assert whole.dtype == torch.bool and torch.equal(whole, wanted)
 
 
@@ -223,10 +278,23 @@ def test_what_is_padding_and_nothing_else():
     keys = torch.tensor([[True, True, False], [True, False, False]])
     lowest = torch.finfo(torch.float32).min
     additive = torch.where(keys, 0.0, lowest)[:, None, None]
-    for mask in (keys, keys.long(), keys[:, None, None], additive, additive.expand(-1, 1, 3, -1), additive.expand(-1, 1, 3, -1).clone()):
+    for mask in (
+        keys,
+        keys.long(),
+        keys[:, None, None],
+        additive,
+        additive.expand(-1, 1, 3, -1),
+        additive.expand(-1, 1, 3, -1).clone(),
+    ):
         assert torch.equal(attention.padding_of(mask), keys)
     causal = torch.ones(3, 3).tril().bool()[None, None] & keys[:, None, None]
-    for mask in (None, keys.to(attention.CAUSAL), causal, additive + torch.tensor([0.0, 0.5, 0.0]), keys[:, None, None].expand(-1, 2, -1, -1)):
+    for mask in (
+        None,
+        keys.to(attention.CAUSAL),
+        causal,
+        additive + torch.tensor([0.0, 0.5, 0.0]),
+        keys[:, None, None].expand(-1, 2, -1, -1),
+    ):
         assert attention.padding_of(mask) is None
 
 
@@ -268,7 +336,9 @@ def test_a_bias_of_positions_and_values_of_another_width():
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), bias)[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("cu_seq_lens_q", torch.tensor([0, 6]))])
+@pytest.mark.parametrize(
+    ("name", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("cu_seq_lens_q", torch.tensor([0, 6]))]
+)
 def test_what_it_cannot_do_is_refused_with_the_reason(name, value):
     x = torch.randn(2, 4, 6, 8)
     with pytest.raises(fastlm.Unsupported, match=f"attn_implementation='fastlm': .*{name}"):
@@ -282,4 +352,8 @@ def test_compiled_whole():
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ((13, 4), (7, 7, 2)):
         x, mask = padded(*lengths, tokens=lengths[0])
-        torch.testing.assert_close(compiled(x, attention_mask=mask).logits[mask.bool()], eager(x, attention_mask=mask).logits[mask.bool()], **CLOSE)
+        torch.testing.assert_close(
+            compiled(x, attention_mask=mask).logits[mask.bool()],
+            eager(x, attention_mask=mask).logits[mask.bool()],
+            **CLOSE,
+        )

@@ -21,7 +21,7 @@ from tests.integrations.accelerated import (
     ids,
     padded,
     tiny,
-)  # fmt: skip
+)
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -94,7 +94,9 @@ def test_decoders_of_bert_are_causal(family):
     theirs = tiny(family, "LMHeadModel" if family == "Bert" else "ForCausalLM", is_decoder=True)
     ours = accelerated(theirs)
     x, mask = padded(17, 5)
-    torch.testing.assert_close(ours(x, attention_mask=mask).logits[mask.bool()], theirs(x, attention_mask=mask).logits[mask.bool()], **CLOSE)
+    torch.testing.assert_close(
+        ours(x, attention_mask=mask).logits[mask.bool()], theirs(x, attention_mask=mask).logits[mask.bool()], **CLOSE
+    )
     changed = x.clone()
     changed[:, 9:] = 7
     assert torch.equal(ours(x).logits[:, :9], ours(changed).logits[:, :9])
@@ -139,7 +141,9 @@ def assert_same_distribution(theirs, inputs, draws=3000):
     spread = other.std(0)
     assert spread.min() > 0.01
     torch.testing.assert_close(own.std(0), spread, rtol=0.15, atol=0.0)
-    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < 5 * (2 / draws) ** 0.5  # five standard errors of the difference
+    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < 5 * (
+        2 / draws
+    ) ** 0.5  # five standard errors of the difference
 
 
 def test_every_dropout_is_drawn_anew_and_repeats_with_its_seed():
@@ -167,18 +171,39 @@ def test_a_part_in_eval_mode_drops_nothing():
 
 PLACES = {
     "GPT2": (
-        "h.0", "h.0.ln_1", "h.0.attn", "h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.attn.resid_dropout", "h.0.ln_2", "h.0.mlp", "h.0.mlp.c_fc", "h.0.mlp.act",
+        "h.0",
+        "h.0.ln_1",
+        "h.0.attn",
+        "h.0.attn.c_attn",
+        "h.0.attn.c_proj",
+        "h.0.attn.resid_dropout",
+        "h.0.ln_2",
+        "h.0.mlp",
+        "h.0.mlp.c_fc",
+        "h.0.mlp.act",
     ),
     "Bert": (
-        "encoder.layer.0", "encoder.layer.0.attention", "encoder.layer.0.attention.self", "encoder.layer.0.attention.self.key",
-        "encoder.layer.0.attention.output", "encoder.layer.0.attention.output.dense", "encoder.layer.0.attention.output.LayerNorm",
-        "encoder.layer.0.intermediate", "encoder.layer.0.intermediate.dense", "encoder.layer.0.output", "encoder.layer.0.output.dropout",
+        "encoder.layer.0",
+        "encoder.layer.0.attention",
+        "encoder.layer.0.attention.self",
+        "encoder.layer.0.attention.self.key",
+        "encoder.layer.0.attention.output",
+        "encoder.layer.0.attention.output.dense",
+        "encoder.layer.0.attention.output.LayerNorm",
+        "encoder.layer.0.intermediate",
+        "encoder.layer.0.intermediate.dense",
+        "encoder.layer.0.output",
+        "encoder.layer.0.output.dropout",
     ),
     "DistilBert": (
-        "transformer.layer.0.attention", "transformer.layer.0.attention.out_lin", "transformer.layer.0.sa_layer_norm",
-        "transformer.layer.0.ffn", "transformer.layer.0.ffn.lin2", "transformer.layer.0.output_layer_norm",
+        "transformer.layer.0.attention",
+        "transformer.layer.0.attention.out_lin",
+        "transformer.layer.0.sa_layer_norm",
+        "transformer.layer.0.ffn",
+        "transformer.layer.0.ffn.lin2",
+        "transformer.layer.0.output_layer_norm",
     ),
-}  # fmt: skip
+}
 CASES = [(family, place) for family, places in PLACES.items() for place in places]
 
 
@@ -199,7 +224,12 @@ def test_a_hook_anywhere_sees_what_it_would_see(family, place, kind):
     assert len(results[0]) == len(results[1]) == 1
     a, b = results[1][0], results[0][0]
     assert a.shape == b.shape
-    torch.testing.assert_close(a[mask.bool()] if a.shape[:2] == mask.shape else a, b[mask.bool()] if b.shape[:2] == mask.shape else b, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        a[mask.bool()] if a.shape[:2] == mask.shape else a,
+        b[mask.bool()] if b.shape[:2] == mask.shape else b,
+        rtol=1e-3,
+        atol=1e-4,
+    )
     assert not fastlm.report(ours).left_alone  # gone with the hook
 
 
@@ -207,7 +237,9 @@ def hook(module, kind, take):
     if kind == "forward":
         return module.register_forward_hook(lambda module, args, out: take(first(out).detach()))
     if kind == "pre":
-        return module.register_forward_pre_hook(lambda module, args, kwargs: take(first((*args, *kwargs.values())).detach()), with_kwargs=True)
+        return module.register_forward_pre_hook(
+            lambda module, args, kwargs: take(first((*args, *kwargs.values())).detach()), with_kwargs=True
+        )
     return module.register_full_backward_hook(lambda module, before, after: take(first(after).detach()))
 
 
@@ -245,7 +277,11 @@ def test_what_is_put_into_a_module_later_computes(how):
 
             return function(*map(plain, args), **{name: plain(x) for name, x in (kwargs or {}).items()})
 
-    for family, place in (("Bert", "encoder.layer.0.output.dense"), ("DistilBert", "transformer.layer.1.sa_layer_norm"), ("GPT2", "h.0.attn.c_proj")):
+    for family, place in (
+        ("Bert", "encoder.layer.0.output.dense"),
+        ("DistilBert", "transformer.layer.1.sa_layer_norm"),
+        ("GPT2", "h.0.attn.c_proj"),
+    ):
         model = accelerated(tiny(family))
         x, module = ids(2, 7), model.get_submodule(place)
         before, kind, weight = model(x)[0], type(module), module.weight
@@ -295,11 +331,13 @@ class Adapter(nn.Module):
 @pytest.mark.parametrize(
     ("family", "place", "width", "out", "operators"),
     [
-        ("GPT2", "h.1.attn.c_attn", 36, 108, {"linear"}), ("GPT2", "h.1.mlp.c_proj", 144, 36, {"gelu_mlp"}),
-        ("Bert", "encoder.layer.1.attention.self.value", 36, 36, {"linear"}), ("Bert", "encoder.layer.1.intermediate.dense", 36, 80, {"gelu_mlp"}),
+        ("GPT2", "h.1.attn.c_attn", 36, 108, {"linear"}),
+        ("GPT2", "h.1.mlp.c_proj", 144, 36, {"gelu_mlp"}),
+        ("Bert", "encoder.layer.1.attention.self.value", 36, 36, {"linear"}),
+        ("Bert", "encoder.layer.1.intermediate.dense", 36, 80, {"gelu_mlp"}),
         ("DistilBert", "transformer.layer.1.attention.out_lin", 36, 36, {"linear"}),
     ],
-)  # fmt: skip
+)
 def test_an_adapter_put_in_later_computes_and_the_rest_stays_fused(family, place, width, out, operators):
     theirs = tiny(family)
     ours = accelerated(theirs)
@@ -318,7 +356,10 @@ def test_an_adapter_put_in_later_computes_and_the_rest_stays_fused(family, place
 
 
 def test_other_activations_are_left_alone():
-    for changes, reason in (({"hidden_act": "relu"}, "intermediate.intermediate_act_fn is not a plain GELU"), ({"hidden_act": "gelu_10"}, "not a plain GELU")):
+    for changes, reason in (
+        ({"hidden_act": "relu"}, "intermediate.intermediate_act_fn is not a plain GELU"),
+        ({"hidden_act": "gelu_10"}, "not a plain GELU"),
+    ):
         theirs = tiny("Bert", **changes)
         ours, x = accelerated(theirs), ids(2, 7)
         torch.testing.assert_close(ours(x)[0], theirs(x)[0], **CLOSE)
@@ -352,7 +393,11 @@ def test_pruned_projections_are_left_alone(when):
         model(x, attention_mask=mask)[0][mask.bool()].square().sum().backward()
     assert_close_gradients(ours, theirs)
     left = fastlm.report(ours).left_alone
-    assert [entry.operator for entry in left] == ["attention_varlen", "linear", "gelu_mlp"]  # pruning is a hook: padding stays for it
+    assert [entry.operator for entry in left] == [
+        "attention_varlen",
+        "linear",
+        "gelu_mlp",
+    ]  # pruning is a hook: padding stays for it
     assert left[1].module == places[0] and left[2].module.startswith("encoder.layer.1.")
     for place in places:
         prune.remove(ours.get_submodule(place), "weight")
@@ -366,7 +411,11 @@ def test_pruned_projections_are_left_alone(when):
 @pytest.mark.parametrize("family", ["GPT2", "Bert", "DistilBert"])
 def test_checkpointing_gives_the_same_bits(family, reentrant):
     """With dropout, padding, and the loss."""
-    dropouts = {"GPT2": {"resid_pdrop": 0.2, "attn_pdrop": 0.2}, "Bert": {"hidden_dropout_prob": 0.2}, "DistilBert": {"dropout": 0.2}}[family]
+    dropouts = {
+        "GPT2": {"resid_pdrop": 0.2, "attn_pdrop": 0.2},
+        "Bert": {"hidden_dropout_prob": 0.2},
+        "DistilBert": {"dropout": 0.2},
+    }[family]
     model = accelerated(tiny(family, "LMHeadModel" if family == "GPT2" else "ForMaskedLM", **dropouts)).train()
     x, mask = padded(17, 5, 9)
     found = []
@@ -381,7 +430,9 @@ def test_checkpointing_gives_the_same_bits(family, reentrant):
         assert len(counted.stop()) == (4 if on else 2)  # each of two layers, and again in backward
         found.append((loss.detach(), gradients(model)))
     assert torch.equal(found[0][0], found[1][0])
-    assert found[0][1].keys() == found[1][1].keys() and all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+    assert found[0][1].keys() == found[1][1].keys() and all(
+        torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1]
+    )
 
 
 class count_calls:
@@ -432,7 +483,11 @@ def test_inference_mode_and_accumulation_of_gradients():
 
 
 @pytest.mark.parametrize(
-    ("family", "head", "one"), [pytest.param("GPT2", "LMHeadModel", {"n_layer": 1}, marks=pytest.mark.slow), ("Bert", "ForMaskedLM", {"num_hidden_layers": 1})]
+    ("family", "head", "one"),
+    [
+        pytest.param("GPT2", "LMHeadModel", {"n_layer": 1}, marks=pytest.mark.slow),
+        ("Bert", "ForMaskedLM", {"num_hidden_layers": 1}),
+    ],
 )
 def test_compiled_whole_with_dynamic_shapes(family, head, one):
     theirs = tiny(family, head, **one).train()
@@ -446,7 +501,11 @@ def test_compiled_whole_with_dynamic_shapes(family, head, one):
             model(x, attention_mask=mask, labels=labels).loss.backward()
         assert_close_gradients(ours, theirs)
     ours.eval(), theirs.eval()
-    torch.testing.assert_close(compiled(x, attention_mask=mask).logits[mask.bool()], theirs(x, attention_mask=mask).logits[mask.bool()], **CLOSE)
+    torch.testing.assert_close(
+        compiled(x, attention_mask=mask).logits[mask.bool()],
+        theirs(x, attention_mask=mask).logits[mask.bool()],
+        **CLOSE,
+    )
 
 
 @pytest.mark.parametrize(("family", "head"), [("GPT2", "LMHeadModel"), ("Bert", "ForMaskedLM")])
@@ -456,8 +515,14 @@ def test_exported(family, head):
     x, mask = padded(17, 5)
     program = torch.export.export(ours, (x,), {"attention_mask": mask})
     names = {str(node.target) for node in program.graph.nodes}
-    assert {f"fastlm.{operator}_forward.default" for operator in ("attention", "linear", "gelu_mlp", "layernorm_residual")} <= names
-    torch.testing.assert_close(program.module()(x, attention_mask=mask).logits[mask.bool()], theirs(x, attention_mask=mask).logits[mask.bool()], **CLOSE)
+    assert {
+        f"fastlm.{operator}_forward.default" for operator in ("attention", "linear", "gelu_mlp", "layernorm_residual")
+    } <= names
+    torch.testing.assert_close(
+        program.module()(x, attention_mask=mask).logits[mask.bool()],
+        theirs(x, attention_mask=mask).logits[mask.bool()],
+        **CLOSE,
+    )
 
 
 def test_tracing_and_functional_transforms_see_the_class():

@@ -45,12 +45,19 @@ def run(rank, port, kind, results):
                 fully_shard(layer, mesh=mesh)
             wrapped = fully_shard(model, mesh=mesh)
         calls, function = [], fastlm.gelu_mlp
-        fastlm.gelu_mlp = lambda *args, calls=calls, function=function, **kwargs: (calls.append(1), function(*args, **kwargs))[1]
+        fastlm.gelu_mlp = lambda *args, calls=calls, function=function, **kwargs: (
+            calls.append(1),
+            function(*args, **kwargs),
+        )[1]
         for _ in range(2):
             wrapped.zero_grad()
             wrapped(**part(x, mask, slice(2 * rank, 2 * rank + 2))).loss.backward()
         fastlm.gelu_mlp = function
-        found = {name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found = {
+            name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
         if rank == 0:
             torch.save((found, len(calls), type(layers[0]).__name__), results / f"{family}.pt")
     # Neither destroyed nor left to the last reference, which DistributedDataParallel has: gloo's end waits, with Python's lock held, for a thread that may be
@@ -70,9 +77,13 @@ def test_gradients_are_those_of_one_process(kind, tmp_path):
         model, x, mask = model_and_batch(family, head)
         sum(model(**part(x, mask, rows)).loss / 2 for rows in (slice(0, 2), slice(2, 4))).backward()
         found, calls, kind_of_layer = torch.load(tmp_path / f"{family}.pt")
-        assert calls == 4 and kind_of_layer.startswith("FSDP") == (kind == "fsdp")  # two layers, two steps: fused, sharded or not
+        assert calls == 4 and kind_of_layer.startswith("FSDP") == (
+            kind == "fsdp"
+        )  # two layers, two steps: fused, sharded or not
         expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert found.keys() == expected.keys()
         for name in expected:
             if not name.endswith("key.bias"):
-                torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+                torch.testing.assert_close(
+                    found[name], expected[name], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+                )

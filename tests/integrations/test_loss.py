@@ -39,9 +39,17 @@ def batch_of(name):
     """What a head needs to compute its loss, some of it padding."""
     if name == "GPT2DoubleHeadsModel":  # rows, choices, tokens
         x, mask = (t.view(2, 3, 17) for t in padded(17, 5, 9, 11, 3, 17))
-        return {"input_ids": x, "attention_mask": mask, "labels": labels_of(x, mask), "mc_token_ids": mask.sum(-1) - 1, "mc_labels": torch.tensor([2, 0])}
+        return {
+            "input_ids": x,
+            "attention_mask": mask,
+            "labels": labels_of(x, mask),
+            "mc_token_ids": mask.sum(-1) - 1,
+            "mc_labels": torch.tensor([2, 0]),
+        }
     x, mask = padded(17, 5)
-    return {"input_ids": x, "attention_mask": mask, "labels": labels_of(x, mask)} | dict.fromkeys(other_labels(name), torch.tensor([1, 0]))
+    return {"input_ids": x, "attention_mask": mask, "labels": labels_of(x, mask)} | dict.fromkeys(
+        other_labels(name), torch.tensor([1, 0])
+    )
 
 
 def other_labels(name):
@@ -57,9 +65,23 @@ def test_the_table_has_every_head_over_the_vocabulary():
     found = set()
     for family, home in zip(SETTINGS, HOMES, strict=True):
         for name, kind in vars(importlib.import_module(home)).items():
-            if isinstance(kind, type) and kind.__module__ == home and issubclass(kind, transformers.PreTrainedModel) and not name.endswith("PreTrainedModel"):
-                settings = {"summary_type": "cls_index"} if family == "GPT2" else {"is_decoder": "LMHead" in name or "Causal" in name}
-                if kind(getattr(transformers, f"{family}Config")(**SETTINGS[family], **settings)).get_output_embeddings() is not None:
+            if (
+                isinstance(kind, type)
+                and kind.__module__ == home
+                and issubclass(kind, transformers.PreTrainedModel)
+                and not name.endswith("PreTrainedModel")
+            ):
+                settings = (
+                    {"summary_type": "cls_index"}
+                    if family == "GPT2"
+                    else {"is_decoder": "LMHead" in name or "Causal" in name}
+                )
+                if (
+                    kind(
+                        getattr(transformers, f"{family}Config")(**SETTINGS[family], **settings)
+                    ).get_output_embeddings()
+                    is not None
+                ):
                     found.add(name)
     assert found == set(HEADS)
 
@@ -81,7 +103,9 @@ def test_every_head(name):
         model(**inputs)
     torch.testing.assert_close(ours(**inputs)[logits][mask], theirs(**inputs)[logits][mask], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours(**inputs).loss, theirs(**inputs).loss)
-    assert "fused" not in str(fastlm.report(ours)) and any(entry.operator == "linear_cross_entropy" for entry in fastlm.report(ours).replaced)
+    assert "fused" not in str(fastlm.report(ours)) and any(
+        entry.operator == "linear_cross_entropy" for entry in fastlm.report(ours).replaced
+    )
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -89,8 +113,15 @@ def test_num_items_in_batch_and_other_settings_of_the_loss(name):
     theirs = head(name)
     ours, x = accelerated(theirs), ids(3, 9)
     others = dict.fromkeys(other_labels(name), torch.tensor([1, 0, 1]))
-    for settings in ({"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(5)}, {"ignore_index": 9}, {"shift_labels": ids(3, 9)}):
-        if not HEADS[name].chosen and ("ignore_index" in settings or name == "GPT2DoubleHeadsModel"):  # its base model takes none of them
+    for settings in (
+        {"num_items_in_batch": 7},
+        {"num_items_in_batch": torch.tensor(5)},
+        {"ignore_index": 9},
+        {"shift_labels": ids(3, 9)},
+    ):
+        if not HEADS[name].chosen and (
+            "ignore_index" in settings or name == "GPT2DoubleHeadsModel"
+        ):  # its base model takes none of them
             continue
         if "kwargs" not in inspect.signature(theirs.forward).parameters:  # masked heads of transformers 4
             continue
@@ -108,13 +139,25 @@ def test_positional_arguments_and_labels_of_another_integer_type():
     torch.testing.assert_close(ours(x.int(), labels=x.int()).loss, theirs(x, labels=x).loss)
 
 
-KEPT = ["no labels", "evaluation", "kept logits", "own loss", "own loss of a module", "projection with a hook", "one label of two", "another head", "off"]
+KEPT = [
+    "no labels",
+    "evaluation",
+    "kept logits",
+    "own loss",
+    "own loss of a module",
+    "projection with a hook",
+    "one label of two",
+    "another head",
+    "off",
+]
 
 
 @pytest.mark.parametrize("case", KEPT)
 def test_what_keeps_its_logits(case):
     named = {"another head": ("Bert", "ForTokenClassification"), "one label of two": ("Bert", "ForPreTraining")}
-    theirs = tiny(*named.get(case, ("DistilBert", "ForMaskedLM") if case == "own loss of a module" else ("GPT2", "LMHeadModel")))
+    theirs = tiny(
+        *named.get(case, ("DistilBert", "ForMaskedLM") if case == "own loss of a module" else ("GPT2", "LMHeadModel"))
+    )
     ours, x = accelerated(theirs, loss=case != "off").train(), ids(2, 7)
     inputs = {"labels": x if case != "another head" else x % 2}
     if case == "no labels":
@@ -146,7 +189,9 @@ def test_what_keeps_its_logits(case):
 @pytest.mark.parametrize("name", LABELLED)
 def test_a_tied_table_has_one_gradient(name):
     """Not a second one of the embedding's that is added to the projection's; and the same bits of it in every step, accumulated or not."""
-    theirs = head(name, tie_word_embeddings=True, **({} if name.startswith(("GPT2", "Distil")) else {"pad_token_id": 7}))
+    theirs = head(
+        name, tie_word_embeddings=True, **({} if name.startswith(("GPT2", "Distil")) else {"pad_token_id": 7})
+    )
     ours, inputs = accelerated(theirs), batch_of(name)
     table = ours.get_input_embeddings().weight
     assert table is ours.get_output_embeddings().weight
@@ -154,7 +199,10 @@ def test_a_tied_table_has_one_gradient(name):
     table.register_hook(lambda gradient: seen.append(gradient.clone()))
     table.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
     loss = whole_loss(ours(**inputs))
-    assert ways_to(table, loss.grad_fn) == 1 and ways_to(theirs.get_input_embeddings().weight, whole_loss(theirs(**inputs)).grad_fn) == 2
+    assert (
+        ways_to(table, loss.grad_fn) == 1
+        and ways_to(theirs.get_input_embeddings().weight, whole_loss(theirs(**inputs)).grad_fn) == 2
+    )
     loss.backward()
     whole_loss(theirs(**inputs)).backward()
     assert_close_gradients(ours, theirs)
@@ -181,7 +229,20 @@ def ways_to(parameter, node):
     return found
 
 
-@pytest.mark.parametrize("case", ["untied", "frozen", "its own kind", "its own forward", "given embeddings", "checkpointed", "twice", "hook", "no labels"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "untied",
+        "frozen",
+        "its own kind",
+        "its own forward",
+        "given embeddings",
+        "checkpointed",
+        "twice",
+        "hook",
+        "no labels",
+    ],
+)
 def test_a_table_where_two_gradients_do_not_meet(case):
     """As without: whether the table is handed on is asked at every call."""
     theirs = tiny("GPT2", "LMHeadModel", tie_word_embeddings=case != "untied").train()
@@ -194,11 +255,15 @@ def test_a_table_where_two_gradients_do_not_meet(case):
         if case == "frozen":
             embedding.weight.requires_grad_(False)
         elif case == "its own kind":
-            embedding.__class__ = type("Scaled", (torch.nn.Embedding,), {"forward": lambda self, x: torch.nn.Embedding.forward(self, x) * 2})
+            embedding.__class__ = type(
+                "Scaled", (torch.nn.Embedding,), {"forward": lambda self, x: torch.nn.Embedding.forward(self, x) * 2}
+            )
         elif case == "its own forward":
             embedding.forward = lambda x, embedding=embedding: type(embedding).forward(embedding, x) * 2
         elif case == "given embeddings":
-            inputs["inputs_embeds"] = embedding(x).detach() if "inputs_embeds" not in inputs else inputs["inputs_embeds"]
+            inputs["inputs_embeds"] = (
+                embedding(x).detach() if "inputs_embeds" not in inputs else inputs["inputs_embeds"]
+            )
         elif case == "checkpointed":  # the first of its two runs has no graph
             whole = model.transformer.forward
             model.transformer.forward = lambda x, whole=whole, **rest: reentrant(whole, x, rest)
@@ -217,7 +282,11 @@ def test_a_table_where_two_gradients_do_not_meet(case):
         torch.testing.assert_close(own, other)
         own.backward(), other.backward()
     assert_close_gradients(ours, theirs)
-    assert not any(vars(module)["forward"].held for module in ours.modules() if getattr(vars(module).get("forward"), "function", None) is fused.lookup)
+    assert not any(
+        vars(module)["forward"].held
+        for module in ours.modules()
+        if getattr(vars(module).get("forward"), "function", None) is fused.lookup
+    )
 
 
 def reentrant(forward, x, rest):
@@ -281,10 +350,28 @@ def test_an_error_on_the_way_leaves_the_projection_as_it_was():
 def trained(tmp_path, model, **settings):
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it: pip install 'fastlm[test]'")
     x = ids(12, 9)
-    settings, arguments = {k: v for k, v in settings.items() if k == "compute_loss_func"}, {k: v for k, v in settings.items() if k != "compute_loss_func"}
-    arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 1e-2, "seed": 0, **arguments}
+    settings, arguments = (
+        {k: v for k, v in settings.items() if k == "compute_loss_func"},
+        {k: v for k, v in settings.items() if k != "compute_loss_func"},
+    )
+    arguments = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "seed": 0,
+        **arguments,
+    }
     arguments = transformers.TrainingArguments(
-        str(tmp_path), report_to=[], use_cpu=True, logging_steps=1, disable_tqdm=True, save_strategy="no", eval_strategy="steps", eval_steps=3, **arguments
+        str(tmp_path),
+        report_to=[],
+        use_cpu=True,
+        logging_steps=1,
+        disable_tqdm=True,
+        save_strategy="no",
+        eval_strategy="steps",
+        eval_steps=3,
+        **arguments,
     )
     data = [{"input_ids": row, "labels": row.masked_fill(torch.arange(9) > 3 + i % 5, -100)} for i, row in enumerate(x)]
     trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data[:4], **settings)
@@ -298,7 +385,9 @@ def weighted(outputs, labels, num_items_in_batch=None):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"label_smoothing_factor": 0.1}, {"compute_loss_func": weighted}, {"gradient_checkpointing": True}], ids=lambda s: "-".join(s) or "plain"
+    "settings",
+    [{}, {"label_smoothing_factor": 0.1}, {"compute_loss_func": weighted}, {"gradient_checkpointing": True}],
+    ids=lambda s: "-".join(s) or "plain",
 )
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BertForMaskedLM"])
 def test_trainer(name, settings, tmp_path, monkeypatch):

@@ -15,7 +15,11 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 def rows(monkeypatch):
     """How many rows each feed-forward block was given."""
     seen, function = [], fastlm.gelu_mlp
-    monkeypatch.setattr(fastlm, "gelu_mlp", lambda x, *args, **kwargs: (seen.append(x.shape[:-1].numel()), function(x, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        fastlm,
+        "gelu_mlp",
+        lambda x, *args, **kwargs: (seen.append(x.shape[:-1].numel()), function(x, *args, **kwargs))[1],
+    )
     return seen
 
 
@@ -49,17 +53,32 @@ def test_masks_with_holes_and_of_every_type(rows):
     x, mask = ids(3, 9), torch.rand(3, 9) < 0.6
     mask[:, 0] = True
     additive = torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None, None].expand(-1, 1, 9, -1)
-    for given in (mask, mask.long(), mask.float(), *((mask[:, None, None], additive) if V5 else ())):  # transformers 4 takes no 4-D ones here
-        torch.testing.assert_close(ours(x, attention_mask=given)[0][mask], theirs(x, attention_mask=mask.long())[0][mask], **CLOSE)
+    for given in (
+        mask,
+        mask.long(),
+        mask.float(),
+        *((mask[:, None, None], additive) if V5 else ()),
+    ):  # transformers 4 takes no 4-D ones here
+        torch.testing.assert_close(
+            ours(x, attention_mask=given)[0][mask], theirs(x, attention_mask=mask.long())[0][mask], **CLOSE
+        )
     assert set(rows) == {int(mask.sum())}
 
 
-@pytest.mark.parametrize("case", ["no padding", "nothing real", "begins with padding", "causal", "3-D mask", "hidden states", "attentions"])
+@pytest.mark.parametrize(
+    "case", ["no padding", "nothing real", "begins with padding", "causal", "3-D mask", "hidden states", "attentions"]
+)
 def test_where_padding_stays(case, rows):
     theirs = tiny("Bert", "LMHeadModel", is_decoder=True) if case == "causal" else tiny("Bert")
     ours = accelerated(theirs)
     x, mask = padded(9, 5, tokens=9)
-    inputs = {"attention_mask": {"no padding": torch.ones_like(x), "nothing real": torch.zeros_like(x), "begins with padding": mask.flip(1)}.get(case, mask)}
+    inputs = {
+        "attention_mask": {
+            "no padding": torch.ones_like(x),
+            "nothing real": torch.zeros_like(x),
+            "begins with padding": mask.flip(1),
+        }.get(case, mask)
+    }
     if case == "3-D mask":
         inputs["attention_mask"] = torch.ones(9, 9).tril().bool() & mask.bool()[:, None]
         inputs["attention_mask"] = inputs["attention_mask"][:, None] if V5 else inputs["attention_mask"]
@@ -84,7 +103,9 @@ def test_a_hook_between_the_layers_sees_whole_batches(rows):
     ours = accelerated(tiny("Bert"))
     x, mask = padded(9, 5, tokens=9)
     shapes = []
-    handle = ours.encoder.layer[1].register_forward_hook(lambda module, args, out: shapes.append((out[0] if isinstance(out, tuple) else out).shape))
+    handle = ours.encoder.layer[1].register_forward_hook(
+        lambda module, args, out: shapes.append((out[0] if isinstance(out, tuple) else out).shape)
+    )
     ours(x, attention_mask=mask)
     handle.remove()
     ours(x, attention_mask=mask)
@@ -103,8 +124,12 @@ def test_gather_and_scatter_are_each_others_gradient():
     index = torch.tensor([0, 2, 3, 7])
     x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     y = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(packing.Gather.apply, (x, index)) and torch.autograd.gradgradcheck(packing.Gather.apply, (x, index))
-    assert torch.autograd.gradcheck(packing.Scatter.apply, (y, index, 8)) and torch.autograd.gradgradcheck(packing.Scatter.apply, (y, index, 8))
+    assert torch.autograd.gradcheck(packing.Gather.apply, (x, index)) and torch.autograd.gradgradcheck(
+        packing.Gather.apply, (x, index)
+    )
+    assert torch.autograd.gradcheck(packing.Scatter.apply, (y, index, 8)) and torch.autograd.gradgradcheck(
+        packing.Scatter.apply, (y, index, 8)
+    )
 
 
 def test_one_synchronisation(monkeypatch):
@@ -121,14 +146,20 @@ def test_one_synchronisation(monkeypatch):
         packed = packing.pack(padded(9, 5, tokens=9)[1].bool())
     assert packed.index.shape == (14,) and len(read) == 1
     assert torch.ops.aten.nonzero_static.default in operators
-    assert not {torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default} & set(operators)
+    assert not {
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.is_nonzero.default,
+    } & set(operators)
 
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_the_report_asks_who_serves_heads_of_their_own_width(family, monkeypatch):
     """A backend that holds heads up to 256 wide must not be said to refuse a model that is wider."""
     asked, decide = {}, choice.decide
-    monkeypatch.setattr(choice, "decide", lambda operator, *rest: (asked.setdefault(operator, rest[-1]), decide(operator, *rest))[1])
+    monkeypatch.setattr(
+        choice, "decide", lambda operator, *rest: (asked.setdefault(operator, rest[-1]), decide(operator, *rest))[1]
+    )
     model = accelerated(tiny(family))
     fastlm.report(model)
     heads, width = model.config.num_attention_heads, model.config.hidden_size

@@ -25,7 +25,19 @@ def test_every_eligible_model_is_accelerated():
 def test_on_request_only(on, tmp_path, monkeypatch):
     (tmp_path / "test_models.py").write_text(TEST.replace("WANTED", str(on == "1")))
     monkeypatch.setenv("FASTLM_ACCELERATE", on)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "fastlm.integrations.pytest_plugin", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "fastlm.integrations.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        tmp_path,
+        tmp_path,
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout

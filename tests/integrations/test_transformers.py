@@ -40,7 +40,9 @@ def test_restore_puts_back_exactly_what_was_there(family):
 def test_what_people_look_at_stays(family, tmp_path):
     theirs = tiny(family)
     ours = accelerated(theirs)
-    assert [(name, p.shape) for name, p in ours.named_parameters()] == [(name, p.shape) for name, p in theirs.named_parameters()]
+    assert [(name, p.shape) for name, p in ours.named_parameters()] == [
+        (name, p.shape) for name, p in theirs.named_parameters()
+    ]
     assert list(ours.state_dict()) == list(theirs.state_dict()) and str(ours) == str(theirs)
     assert ours.config.to_dict() == theirs.config.to_dict()
     ours.save_pretrained(tmp_path)
@@ -73,11 +75,15 @@ def test_attention_implementation_may_still_be_set():
         for inputs in ({"attention_mask": mask}, {"attention_mask": mask.flip(1)}, {}):
             where = inputs.get("attention_mask", torch.ones_like(x)).bool()
             torch.testing.assert_close(ours(x, **inputs).logits[where], theirs(x, **inputs).logits[where], **CLOSE)
-        own, other = (model(x, past_key_values=c, use_cache=True).logits for model, c in zip((ours, theirs), cache, strict=True))
+        own, other = (
+            model(x, past_key_values=c, use_cache=True).logits for model, c in zip((ours, theirs), cache, strict=True)
+        )
         torch.testing.assert_close(own, other, **CLOSE)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("family", ["GPT2", "Bert"])
 def test_copies_are_accelerated_and_of_their_own_weights(family, copied):
     model = accelerated(tiny(family, "LMHeadModel" if family == "GPT2" else "ForMaskedLM"))
@@ -130,7 +136,10 @@ def test_each_part_may_be_left_out(part):
 
 
 def test_nothing_to_replace_is_an_error():
-    with pytest.raises(ValueError, match=r"model: expected layers of BertLayer, .* to replace, got Linear \(no layer of a known family in it\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"model: expected layers of BertLayer, .* to replace, got Linear \(no layer of a known family in it\)",
+    ):
         fastlm.accelerate(nn.Linear(2, 2))
     assert fastlm.accelerate(nn.Linear(2, 2), strict=False)
     model = tiny("Bert")
@@ -180,7 +189,9 @@ class Mine(nn.Module):
 def test_a_model_inside_a_module_and_a_layer_that_was_changed():
     theirs = Mine()
     ours = fastlm.accelerate(copy.deepcopy(theirs))
-    assert {entry.module.split(".self")[0] for entry in fastlm.report(ours).replaced if entry.operator == "attention"} == {"bert.encoder.layer.0.attention"}
+    assert {
+        entry.module.split(".self")[0] for entry in fastlm.report(ours).replaced if entry.operator == "attention"
+    } == {"bert.encoder.layer.0.attention"}
     x = ids(2, 7)
     torch.testing.assert_close(ours(x), theirs(x), **CLOSE)
 
@@ -213,7 +224,9 @@ def test_hidden_states_and_attentions(family):
     theirs.set_attn_implementation("eager")
     x, mask = padded(9, 5, tokens=9)
     for _ in range(2):  # transformers' hooks are there from the first time on
-        own, other = (model(x, attention_mask=mask, output_hidden_states=True, output_attentions=True) for model in (ours, theirs))
+        own, other = (
+            model(x, attention_mask=mask, output_hidden_states=True, output_attentions=True) for model in (ours, theirs)
+        )
         assert len(own.attentions) == 2 and len(own.hidden_states) == 3
         for a, b in zip(own.hidden_states + own.attentions, other.hidden_states + other.attentions, strict=True):
             a, b = (t if t.dim() == 3 else t.transpose(1, 2) for t in (a, b))
@@ -229,7 +242,9 @@ def test_peft(tmp_path):
         head = "LMHeadModel" if family == "GPT2" else "ForMaskedLM"
         theirs = tiny(family, head)
         ours = accelerated(theirs)
-        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, fan_in_fan_out=family == "GPT2", lora_dropout=0.0)
+        config = peft.LoraConfig(
+            r=2, target_modules=targets, init_lora_weights=False, fan_in_fan_out=family == "GPT2", lora_dropout=0.0
+        )
         adapted = []
         for model in (ours, theirs):
             torch.manual_seed(0)
@@ -263,7 +278,10 @@ def test_real_bert():
     x, mask = padded(40, 11, 25, tokens=40)
     with torch.no_grad():
         torch.testing.assert_close(
-            ours(x * 200, attention_mask=mask)[0][mask.bool()], theirs(x * 200, attention_mask=mask)[0][mask.bool()], rtol=1e-3, atol=1e-4
+            ours(x * 200, attention_mask=mask)[0][mask.bool()],
+            theirs(x * 200, attention_mask=mask)[0][mask.bool()],
+            rtol=1e-3,
+            atol=1e-4,
         )
 
 

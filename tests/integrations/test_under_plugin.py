@@ -72,7 +72,11 @@ def test_attention_outputs(family):
             torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(2, HEADS, 9))
             with torch.no_grad():
                 both = model(**unlabelled(batch), output_attentions=True, output_hidden_states=True)
-            assert len(both) == len(output) + 1 and len(both.hidden_states) == LAYERS + 1 and len(both.attentions) == LAYERS
+            assert (
+                len(both) == len(output) + 1
+                and len(both.hidden_states) == LAYERS + 1
+                and len(both.attentions) == LAYERS
+            )
         config = class_and_config(family, head, output_attentions=True, attn_implementation="eager")[1]
         assert len(kind(config).eval()(**unlabelled(batch)).attentions) == LAYERS
 
@@ -90,7 +94,9 @@ def test_hidden_states_output(family):
 
 @each_family
 def test_gradients_reach_hidden_states_and_attentions(family):
-    kind, config = class_and_config(family, "Model", output_hidden_states=True, output_attentions=True, attn_implementation="eager")
+    kind, config = class_and_config(
+        family, "Model", output_hidden_states=True, output_attentions=True, attn_implementation="eager"
+    )
     output = kind(config)(**unlabelled(batch_of("Model")))
     kept = output.hidden_states[0], output.hidden_states[-2], output.attentions[0]
     for x in kept:
@@ -127,7 +133,9 @@ def test_gradient_checkpointing(family, settings):
         found = []
         for on in (False, True):
             if on:
-                model.gradient_checkpointing_enable(**({} if settings is None else {"gradient_checkpointing_kwargs": settings}))
+                model.gradient_checkpointing_enable(
+                    **({} if settings is None else {"gradient_checkpointing_kwargs": settings})
+                )
             assert model.is_gradient_checkpointing is on
             model.zero_grad()
             torch.manual_seed(1)  # classifiers drop
@@ -251,10 +259,14 @@ def test_signature_determinism_and_training(family):
             assert not missing
 
 
-@pytest.mark.parametrize("problem, labels", [("regression", torch.rand(2, 1)), ("multi_label_classification", torch.ones(2, 2))])
+@pytest.mark.parametrize(
+    "problem, labels", [("regression", torch.rand(2, 1)), ("multi_label_classification", torch.ones(2, 2))]
+)
 @each_family
 def test_problem_types(family, problem, labels):
-    kind, config = class_and_config(family, "ForSequenceClassification", problem_type=problem, num_labels=labels.shape[1])
+    kind, config = class_and_config(
+        family, "ForSequenceClassification", problem_type=problem, num_labels=labels.shape[1]
+    )
     model = kind(config).train()
     loss = model(**{**batch_of("ForSequenceClassification"), "labels": labels}).loss
     loss.backward()
@@ -270,16 +282,24 @@ def test_feed_forward_chunking(family):
     torch.testing.assert_close(chunked(x)[0], model(x)[0], **CLOSE)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 2}, {"do_sample": True}, {"cache_implementation": "static", "disable_compile": True}],
+    ids=str,
+)
 def test_generate_continues_left_padded_as_alone(settings):
     kind, config = class_and_config("GPT2", "LMHeadModel")
     model = kind(config).eval()
     x, mask = padded(9, 5, tokens=9)
     torch.manual_seed(0)
-    together = model.generate(x.flip(1), attention_mask=mask.flip(1), max_new_tokens=4, min_new_tokens=4, **{"do_sample": False, **settings})
+    together = model.generate(
+        x.flip(1), attention_mask=mask.flip(1), max_new_tokens=4, min_new_tokens=4, **{"do_sample": False, **settings}
+    )
     assert together.shape == (2, 13)
     if "do_sample" not in settings:
-        alone = model.generate(x.flip(1)[1:, 4:], max_new_tokens=4, min_new_tokens=4, **{"do_sample": False, **settings})
+        alone = model.generate(
+            x.flip(1)[1:, 4:], max_new_tokens=4, min_new_tokens=4, **{"do_sample": False, **settings}
+        )
         assert torch.equal(together[1, 9:], alone[0, 5:])
 
 

@@ -22,13 +22,29 @@ from fastlm.backends import gpu
 from fastlm.backends import triton as backend
 from fastlm.kernels import configs
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
 TARGETS = {
     **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
-SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}  # KiB of one program
+SHARED = {
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+    "gfx1100": 64,
+}  # KiB of one program
 launches: list[tuple] = []
 work: list[tuple] = []  # (target, case, launch) of all that is to be compiled
 
@@ -45,7 +61,11 @@ def source_of(kernel, arguments, constants):
     assert len(values) == len(kernel.params), kernel
     for parameter, value in zip(kernel.params, values, strict=True):
         at = (parameter.num,)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1 and not parameter.do_not_specialize)
+        ):
             signature[parameter.name], constexprs[at] = "constexpr", value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
@@ -62,7 +82,12 @@ def source_of(kernel, arguments, constants):
 
 def compiled(launch, name):
     source, _, warps, stages, debug = launch
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **({"debug": True, "sanitize_overflow": False} if debug else {})}
+    options = {
+        "num_warps": warps,
+        "num_stages": stages,
+        "enable_fp_fusion": True,
+        **({"debug": True, "sanitize_overflow": False} if debug else {}),
+    }
     return triton.compile(source, target=TARGETS[name], options=options)
 
 
@@ -71,12 +96,18 @@ def resources(binary, name):
     if name.startswith("gfx"):
         text = binary.asm["amdgcn"]
         spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1))
-        return spilled, int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)), sorted(set(re.findall(r"v_(mfma|wmma)_f32\w*?(?:bf16|f16|f32)", text)))
+        return (
+            spilled,
+            int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
+            sorted(set(re.findall(r"v_(mfma|wmma)_f32\w*?(?:bf16|f16|f32)", text))),
+        )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(binary.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
     stack, registers = int(re.search(r"STACK:(\d+)", usage).group(1)), int(re.search(r"REG:(\d+)", usage).group(1))
     return stack, registers, sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", binary.asm["ptx"])))
 
@@ -87,7 +118,8 @@ def resources(binary, name):
 def attention(dtype, head_dim, masked="", lengths=(512, 512), key_heads=2, backward=True):
     batch, heads = 2, 4
     query, key, value = (
-        torch.empty(batch, n, h, head_dim, dtype=dtype).transpose(1, 2) for n, h in zip((*lengths, lengths[1]), (heads, key_heads, key_heads), strict=True)
+        torch.empty(batch, n, h, head_dim, dtype=dtype).transpose(1, 2)
+        for n, h in zip((*lengths, lengths[1]), (heads, key_heads, key_heads), strict=True)
     )
     mask = padding = seed = None
     lower, upper = -(2**62), lengths[1] - lengths[0]
@@ -104,14 +136,18 @@ def attention(dtype, head_dim, masked="", lengths=(512, 512), key_heads=2, backw
     settings = 0.125, lower, upper, 0.1 if seed is not None else 0.0
     out, lse = backend.attention_forward(query, key, value, mask, padding, seed, *settings)
     if backward:
-        backend.attention_backward(out, None, query, key, value, mask, padding, seed, out, lse, *settings, (True, True, True, "bias" in masked))
+        backend.attention_backward(
+            out, None, query, key, value, mask, padding, seed, out, lse, *settings, (True, True, True, "bias" in masked)
+        )
 
 
 def packed(dtype, head_dim):
     query, key, value = (torch.empty(512, n, head_dim, dtype=dtype) for n in (4, 2, 2))
     starts = torch.tensor([0, 100, 512], dtype=torch.int32)
     out, lse = backend.attention_varlen_forward(query, key, value, starts, starts, None, 0.125, -64, 0, 0.0)
-    backend.attention_varlen_backward(out, None, query, key, value, starts, starts, None, out, lse, 0.125, -64, 0, 0.0, (True, True, True))
+    backend.attention_varlen_backward(
+        out, None, query, key, value, starts, starts, None, out, lse, 0.125, -64, 0, 0.0, (True, True, True)
+    )
 
 
 def layernorm(dtype, width, stream=None, dropout=False):
@@ -121,20 +157,28 @@ def layernorm(dtype, width, stream=None, dropout=False):
     y, summed, mean, rstd = backend.layernorm_residual_forward(x, residual, w, w, seed, 1e-5, 0.1 if dropout else 0.0)
     summed = x if summed is None else summed
     shared = not dropout and summed.dtype == dtype
-    backend.layernorm_residual_backward(y, None if residual is None else summed, summed, w, mean, rstd, seed, 0.1, dtype, (True, not shared, True, True))
+    backend.layernorm_residual_backward(
+        y, None if residual is None else summed, summed, w, mean, rstd, seed, 0.1, dtype, (True, not shared, True, True)
+    )
 
 
 def gelu_mlp(dtype, recompute):
     x, w, b = torch.empty(64, 768, dtype=dtype), torch.empty(3072, 768, dtype=dtype), torch.empty(3072, dtype=dtype)
-    y, hidden, activated = backend.gelu_mlp_forward(x, w, b, w.t(), x[0], "tanh" if recompute else "none", "linear", recompute)
+    y, hidden, activated = backend.gelu_mlp_forward(
+        x, w, b, w.t(), x[0], "tanh" if recompute else "none", "linear", recompute
+    )
     hidden = torch.empty(64, 3072, dtype=dtype)
-    backend.gelu_mlp_backward(y, x, w, b, w.t(), hidden, activated, "tanh" if recompute else "none", "linear", (True,) * 5)
+    backend.gelu_mlp_backward(
+        y, x, w, b, w.t(), hidden, activated, "tanh" if recompute else "none", "linear", (True,) * 5
+    )
 
 
 def cross_entropy(dtype, with_bias):
     x, w = torch.zeros(64, 16, dtype=dtype), torch.zeros(30528, 16, dtype=dtype)
     target, scale = torch.zeros(64, dtype=torch.int64), torch.ones(64)
-    backend.linear_cross_entropy_forward(x, w, w[:, 0].contiguous() if with_bias else None, target, scale, -100, 0.1 * with_bias, (True, True, with_bias))
+    backend.linear_cross_entropy_forward(
+        x, w, w[:, 0].contiguous() if with_bias else None, target, scale, -100, 0.1 * with_bias, (True, True, with_bias)
+    )
 
 
 def cases(quick):
@@ -143,18 +187,30 @@ def cases(quick):
         short = str(dtype).removeprefix("torch.")
         for head_dim in (64,) if quick else (64, 128, 80) if dtype == torch.float16 else (64, 128, 80, 256):
             yield f"attention {short} {head_dim} causal", lambda d=dtype, h=head_dim: attention(d, h)
-            yield f"attention {short} {head_dim} decode", lambda d=dtype, h=head_dim: attention(d, h, "", (1, 2048), backward=False)
+            yield (
+                f"attention {short} {head_dim} decode",
+                lambda d=dtype, h=head_dim: attention(d, h, "", (1, 2048), backward=False),
+            )
         if dtype == torch.bfloat16:
             for masked in ("bias dropout",) if quick else ("window", "bool padding", "bias dropout", "dropout"):
                 for head_dim in (64,) if quick else (64, 128, 256) if "bias" in masked else (64, 128):
-                    yield f"attention {short} {head_dim} {masked}", lambda d=dtype, h=head_dim, m=masked: attention(d, h, m)
+                    yield (
+                        f"attention {short} {head_dim} {masked}",
+                        lambda d=dtype, h=head_dim, m=masked: attention(d, h, m),
+                    )
             for head_dim in () if quick else (64, 128):
                 yield f"attention {short} {head_dim} packed", lambda d=dtype, h=head_dim: packed(d, h)
         for head_dim in (64, 128, 256) if dtype == torch.float32 else ():
-            yield f"attention {short} {head_dim} bias dropout", lambda d=dtype, h=head_dim: attention(d, h, "bias dropout")
+            yield (
+                f"attention {short} {head_dim} bias dropout",
+                lambda d=dtype, h=head_dim: attention(d, h, "bias dropout"),
+            )
         for width in (768,) if quick else (768, 1600, 64, 16384):
             yield f"layernorm_residual {short} {width}", lambda d=dtype, w=width: layernorm(d, w, d)
-        yield f"layernorm_residual {short} 768 dropout float32 stream", lambda d=dtype: layernorm(d, 768, torch.float32, True)
+        yield (
+            f"layernorm_residual {short} 768 dropout float32 stream",
+            lambda d=dtype: layernorm(d, 768, torch.float32, True),
+        )
         for recompute in (0, 1):
             yield f"gelu_mlp {short} recompute {recompute}", lambda d=dtype, r=recompute: gelu_mlp(d, r)
         for with_bias in (False, True):
@@ -190,7 +246,14 @@ def kernels_of(title, target):
 
 def report(index):
     name, title, launch = work[index]
-    entry = {"target": name, "case": title, "kernel": launch[0].fn.__name__, "constants": list(map(str, launch[1])), "warps": launch[2], "stages": launch[3]}
+    entry = {
+        "target": name,
+        "case": title,
+        "kernel": launch[0].fn.__name__,
+        "constants": list(map(str, launch[1])),
+        "warps": launch[2],
+        "stages": launch[3],
+    }
     try:
         binary = compiled(launch, name)
     except Exception as failure:  # each is one test's failure
@@ -204,7 +267,13 @@ def report(index):
     return (
         entry
         | {"wide_divisions": len(divisions), "read_late": len(re.findall(r"tt\.load .*: !tt\.ptr<b?f16>", reduced))}
-        | {"shared": binary.metadata.shared, "limit": SHARED[name] << 10, "spilled": spilled, "registers": registers, "matrix": matrix}
+        | {
+            "shared": binary.metadata.shared,
+            "limit": SHARED[name] << 10,
+            "spilled": spilled,
+            "registers": registers,
+            "matrix": matrix,
+        }
     )
 
 

@@ -60,7 +60,9 @@ def on_launch(function, config, parameters):
             "shared": made.shared,
             "stream": made.stream,
             "attributes": made.attribute_count,
-            "parameters": [int.from_bytes(ctypes.string_at(parameters[i], size), "little") for i, size in enumerate(sizes)],
+            "parameters": [
+                int.from_bytes(ctypes.string_at(parameters[i], size), "little") for i, size in enumerate(sizes)
+            ],
         }
     )
 
@@ -143,7 +145,9 @@ def ones():
     out, lse = backend.attention_forward(q, q, q, None, None, None, 1.0, *band, 0.0)
     backend.attention_backward(out, lse, q, q, q, None, None, None, out, lse, 1.0, *band, 0.0, (*every, False))
     out, lse = backend.attention_varlen_forward(q[0], q[0], q[0], starts, starts, None, 1.0, *band, 0.0)
-    backend.attention_varlen_backward(out, None, q[0], q[0], q[0], starts, starts, None, out, lse, 1.0, *band, 0.0, every)
+    backend.attention_varlen_backward(
+        out, None, q[0], q[0], q[0], starts, starts, None, out, lse, 1.0, *band, 0.0, every
+    )
     x, w = torch.zeros(1, 1), torch.ones(1)
     y, summed, mean, rstd = backend.layernorm_residual_forward(x, x, w, w, None, 1e-5, 0.0)
     backend.layernorm_residual_backward(y, y, summed, w, mean, rstd, None, 0.0, x.dtype, (True,) * 4)
@@ -182,7 +186,9 @@ def main():
         to_launch(kernel, programs, arguments, constants, warps, stages, device, debug)
         counts.append(len(through_triton))
         options = {"debug": True, "sanitize_overflow": False} if debug else {}
-        binary = kernel[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **options)
+        binary = kernel[(programs,)](
+            *arguments, *constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **options
+        )
         key = (id(kernel), device, warps, stages, constants, *map(launch.kind, arguments))
         first, past, again, own = driven[begin:]
         assert (first["stream"], first["grid"]) == (STREAM - 16, [programs + 1, 1, 1])

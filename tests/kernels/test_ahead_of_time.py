@@ -30,13 +30,21 @@ FEW = (
     "linear_cross_entropy bfloat16 bias",
 )
 ONLY = FEW if CONFIGURATIONS == "none" and not WANTED else ("",)
-MATRIX = {"sm_90": {"wgmma.mma_async", "mma.sync"}, "sm_100": {"tcgen05.mma", "mma.sync"}, "gfx942": {"mfma"}, "gfx1100": {"wmma"}}
+MATRIX = {
+    "sm_90": {"wgmma.mma_async", "mma.sync"},
+    "sm_100": {"tcgen05.mma", "mma.sync"},
+    "gfx942": {"mfma"},
+    "gfx1100": {"wmma"},
+}
 WITHOUT_PRODUCTS = ("join", "layernorm", "activate", "slope", "cross_entropy")
 # Head dims 64 and 128 in 16 bits are what the table is tuned for. Of the others and of float32, whose products have no matrix unit at full precision, it is
 # asked that they compile and fit.
 TUNED = ("float16 64", "float16 128")
 # The widest row of LayerNorm, with the sums of its weights' gradients beside it, is more than the registers of a block: it is served, not tuned.
-SPILLS = {f"layernorm_residual {dtype} 16384": "layernorm_residual_backward_kernel" for dtype in ("bfloat16", "float16", "float32")}
+SPILLS = {
+    f"layernorm_residual {dtype} 16384": "layernorm_residual_backward_kernel"
+    for dtype in ("bfloat16", "float16", "float32")
+}
 
 pytestmark = [pytest.mark.skipif(not WITH_TRITON, reason="needs Triton"), *([pytest.mark.slow] if ONLY != FEW else [])]
 
@@ -55,8 +63,21 @@ def listed():
 def compiled(tmp_path_factory):
     """All of them at once, in one process: (target, case, kernel) → what came of it."""
     out = tmp_path_factory.mktemp("ahead_of_time") / "out.json"
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path])}
-    command = [sys.executable, str(HERE / "ahead_of_time.py"), str(out), *TARGETS, "--configurations", CONFIGURATIONS, "--only", *ONLY]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path]),
+    }
+    command = [
+        sys.executable,
+        str(HERE / "ahead_of_time.py"),
+        str(out),
+        *TARGETS,
+        "--configurations",
+        CONFIGURATIONS,
+        "--only",
+        *ONLY,
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return {(entry["target"], entry["case"], entry["kernel"]): entry for entry in json.loads(out.read_text())}
@@ -67,7 +88,9 @@ def test_the_shares_are_all_there_is():
 
     common, everything = (ahead_of_time.chosen(ALL, configurations) for configurations in ("none", "all"))
     shares = [ahead_of_time.chosen(ALL, f"{k}/20")[len(common) :] for k in range(20)]
-    assert sorted(common + [pair for share in shares for pair in share]) == sorted(everything) and len(set(everything)) == len(everything)
+    assert sorted(common + [pair for share in shares for pair in share]) == sorted(everything) and len(
+        set(everything)
+    ) == len(everything)
     assert {title for _, title in everything} == {title for title, _ in ahead_of_time.cases(False)}
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -103,10 +126,14 @@ def test_it_compiles_and_fits(target, title, kernel, compiled):
     assert "error" not in entry, entry["error"]
     assert entry["shared"] <= entry["limit"], f"{entry['shared']} bytes of shared memory, of {entry['limit']}"
     assert entry["wide_divisions"] == 0, "64 bits are divided element by element, which no GPU has an instruction for"
-    assert entry["read_late"] == 0, "one element in 16 bits is read where other threads may have overwritten it: no barrier is in between"
+    assert entry["read_late"] == 0, (
+        "one element in 16 bits is read where other threads may have overwritten it: no barrier is in between"
+    )
     tuned = any(tuned in title for tuned in TUNED) or not title.startswith("attention")
     if target.startswith("sm_") and tuned and SPILLS.get(title) != kernel:
-        assert entry["spilled"] == 0, f"{entry['spilled']} bytes on the stack in tiles of {entry['constants']}, {entry['warps']} warps"
+        assert entry["spilled"] == 0, (
+            f"{entry['spilled']} bytes on the stack in tiles of {entry['constants']}, {entry['warps']} warps"
+        )
     if "float32 " not in title.replace("float32 stream", "") and not any(word in kernel for word in WITHOUT_PRODUCTS):
         assert set(entry["matrix"]) & MATRIX.get(target, {"mma.sync"}), entry["matrix"]
 
@@ -114,5 +141,8 @@ def test_it_compiles_and_fits(target, title, kernel, compiled):
 def test_the_targets_differ(compiled):
     """Each really is compiled for its own architecture."""
     if len(TARGETS) > 1:
-        matrix = {target: {tuple(e["matrix"]) for (t, _, _), e in compiled.items() if t == target and e.get("matrix")} for target in TARGETS}
+        matrix = {
+            target: {tuple(e["matrix"]) for (t, _, _), e in compiled.items() if t == target and e.get("matrix")}
+            for target in TARGETS
+        }
         assert len({frozenset(found) for found in matrix.values()}) > 1

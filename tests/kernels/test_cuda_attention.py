@@ -8,10 +8,25 @@ import torch
 
 import fastlm
 from tests.ops.test_attention import qkv, seen, torch_own
-from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, outputs_and_gradients
+from tests.support import (
+    DTYPES,
+    assert_same_bits,
+    assert_within_twice_torch,
+    error,
+    floats,
+    on_backends,
+    outputs_and_gradients,
+)
 
 only_cuda = on_backends("cuda")
-WIDTHS = [24, 64, 72, 128, 136, 200]  # one for each width of tile, and one more that reads the widest without chunks of 16 bytes
+WIDTHS = [
+    24,
+    64,
+    72,
+    128,
+    136,
+    200,
+]  # one for each width of tile, and one more that reads the widest without chunks of 16 bytes
 
 
 def seeded(operator):
@@ -26,7 +41,9 @@ def seeded(operator):
 
 def as_the_reference(ours, inputs, dtype, bound):
     """ours(backend) → a function of inputs; results and gradients, with dropout too."""
-    for i, (a, b) in enumerate(zip(*(outputs_and_gradients(seeded(ours(name)), inputs, dtype) for name in ("cuda", "reference")), strict=True)):
+    for i, (a, b) in enumerate(
+        zip(*(outputs_and_gradients(seeded(ours(name)), inputs, dtype) for name in ("cuda", "reference")), strict=True)
+    ):
         assert error(a, b.double()) <= bound, f"result {i}"
 
 
@@ -40,7 +57,9 @@ def test_heads_of_every_width(head_dim, dtype, backend):
 
 
 @only_cuda
-@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (False, (70, 5)), (True, (130, None)), (False, (None, 90))], ids=str)
+@pytest.mark.parametrize(
+    "causal, window", [(False, None), (True, None), (False, (70, 5)), (True, (130, None)), (False, (None, 90))], ids=str
+)
 def test_tiles_that_are_seen_whole_in_part_and_not_at_all(causal, window, backend):
     mask = seen(260, 300, causal, window)
     for dtype in (torch.float32, torch.bfloat16):
@@ -81,7 +100,11 @@ def test_rows_that_are_computed_again(head_dim, dtype, backend):
         q, k, v = (x.to(dtype) for x in qkv(2, 4, 2, 40, 90, head_dim))
         k.masked_fill_(hidden[:, None, :, None], stands)
         v.masked_fill_(hidden[:, None, :, None], -stands)
-        ours = seeded(lambda *t: fastlm.attention(*t, key_padding=real, mask=mask, window=(60, 20), dropout_p=0.3, return_lse=True, backend=backend))
+        ours = seeded(
+            lambda *t: fastlm.attention(
+                *t, key_padding=real, mask=mask, window=(60, 20), dropout_p=0.3, return_lse=True, backend=backend
+            )
+        )
         results.append(outputs_and_gradients(ours, (q, k, v), dtype))
     for harmed in results[1:]:
         for a, b in zip(harmed, results[0], strict=True):
@@ -114,7 +137,9 @@ def test_few_queries_with_everything_that_masks(backend):
         k.masked_fill_(~real[:, None, :, None], stands)
         v.masked_fill_(~real[:, None, :, None], stands)
         torch.manual_seed(3)
-        results.append(fastlm.attention(q, k, v, key_padding=real, mask=mask, dropout_p=0.3, return_lse=True, backend=name))
+        results.append(
+            fastlm.attention(q, k, v, key_padding=real, mask=mask, dropout_p=0.3, return_lse=True, backend=name)
+        )
     for out, lse in results[1:]:
         assert not out[1].any() and (lse[1] == -torch.inf).all()
         assert error(out, results[0][0].double()) <= 2**-18 and error(lse[::2], results[0][1][::2].double()) <= 2**-18

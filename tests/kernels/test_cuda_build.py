@@ -21,7 +21,12 @@ MODULE = f"fastlm/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 REQUIRED = os.environ.get("FASTLM_REQUIRE_NVCC") == "1"  # as CI has it: then a missing tool is a failure
 
 MATRIX = ("attention_forward_kernel", "attention_backward_key_kernel", "attention_backward_query_kernel", "gemm_kernel")
-ASSERTING = ("linear_cross_entropy_row_kernel", "linear_cross_entropy_column_kernel", "linear_cross_entropy_join_kernel", *MATRIX[:3])
+ASSERTING = (
+    "linear_cross_entropy_row_kernel",
+    "linear_cross_entropy_column_kernel",
+    "linear_cross_entropy_join_kernel",
+    *MATRIX[:3],
+)
 STREAMING = ("layernorm_residual_forward_kernel", "layernorm_residual_backward_kernel")
 
 pytestmark = pytest.mark.slow
@@ -37,7 +42,9 @@ def built(tmp_path_factory):
     out = tmp_path_factory.mktemp("cuda")
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(out)]
     environment = {**os.environ, "FASTLM_BUILD_CUDA": "1", "FASTLM_BUILD_ISAS": "baseline"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if "no nvcc found" in done.stdout:
         missing("needs nvcc: pip install nvidia-cuda-nvcc nvidia-cuda-runtime")
     assert done.returncode == 0, done.stdout[-8000:]
@@ -59,7 +66,10 @@ def cuobjdump():
         missing("needs cuobjdump, which Triton brings")
 
     def run(*options):
-        environment = {**os.environ, "PATH": f"{Path(found).parent}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(found).parent}{os.pathsep}{os.environ['PATH']}",
+        }  # it calls nvdisasm
         return subprocess.run([found, *options], env=environment, capture_output=True, text=True, check=True).stdout
 
     return run
@@ -92,7 +102,9 @@ def test_the_report(built):
 
 
 def test_every_architecture_is_inside_and_ptx_for_later_ones(built, cuobjdump):
-    assert set(re.findall(r"\.(sm_\d+)\.cubin", cuobjdump("-lelf", str(built / MODULE)))) == {f"sm_{arch}" for arch in archs(built)}
+    assert set(re.findall(r"\.(sm_\d+)\.cubin", cuobjdump("-lelf", str(built / MODULE)))) == {
+        f"sm_{arch}" for arch in archs(built)
+    }
     assert set(re.findall(r"\.(sm_\d+)\.ptx", cuobjdump("-lptx", str(built / MODULE)))) == {f"sm_{archs(built)[0]}"}
 
 
@@ -109,10 +121,14 @@ PRODUCTS = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "fp32": "HM
 def test_products_run_on_tensor_cores(kernel, built, instructions):
     """On those of their own type, and on nothing else: the emulator has other code in the place of these instructions."""
     for arch in archs(built):
-        those = {name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name}
+        those = {
+            name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name
+        }
         assert {type_of(name) for name in those} == set(PRODUCTS)
         for name, mnemonics in those.items():
-            assert {code for code in mnemonics if code.startswith("HMMA.")} == {PRODUCTS[type_of(name)]}, f"{name} on sm_{arch}"
+            assert {code for code in mnemonics if code.startswith("HMMA.")} == {PRODUCTS[type_of(name)]}, (
+                f"{name} on sm_{arch}"
+            )
 
 
 @pytest.mark.parametrize("kernel", MATRIX)
@@ -122,27 +138,42 @@ def test_operands_come_by_asynchronous_copies_and_ldmatrix(kernel, built, instru
         for (on, name), mnemonics in instructions.items():
             if on != f"sm_{arch}" or kernel not in name:
                 continue
-            assert any(code.startswith("LDGSTS.E.BYPASS.") and ".128" in code for code in mnemonics), f"{name} on sm_{arch}"
+            assert any(code.startswith("LDGSTS.E.BYPASS.") and ".128" in code for code in mnemonics), (
+                f"{name} on sm_{arch}"
+            )
             loads = {code for code in mnemonics if code.startswith("LDSM.")}
-            transposes = type_of(name) != "fp32" and ("gemm_kernel" not in name or "16ELb0E" in name)  # Lb0: of weights that are contiguous along n
-            assert loads == {"LDSM.16.M88.4", *(["LDSM.16.MT88.4"] if transposes else [])}, f"{name} on sm_{arch}: {loads}"
+            transposes = type_of(name) != "fp32" and (
+                "gemm_kernel" not in name or "16ELb0E" in name
+            )  # Lb0: of weights that are contiguous along n
+            assert loads == {"LDSM.16.M88.4", *(["LDSM.16.MT88.4"] if transposes else [])}, (
+                f"{name} on sm_{arch}: {loads}"
+            )
 
 
 @pytest.mark.parametrize("kernel", ASSERTING)
 def test_wrong_values_are_asserted_in_what_is_released(kernel, built, instructions):
     """Whatever NDEBUG says: a call of __assertfail is the only one that leaves a kernel's own code."""
     for arch in archs(built):
-        those = {name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name}
+        those = {
+            name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name
+        }
         assert those
         for name, mnemonics in those.items():
             assert any(code.startswith("CALL.ABS") for code in mnemonics), f"{name} on sm_{arch}"
-    assert not any(code.startswith("CALL.ABS") for (_, name), mnemonics in instructions.items() if "gemm_kernel" in name for code in mnemonics)
+    assert not any(
+        code.startswith("CALL.ABS")
+        for (_, name), mnemonics in instructions.items()
+        if "gemm_kernel" in name
+        for code in mnemonics
+    )
 
 
 @pytest.mark.parametrize("kernel", STREAMING)
 def test_streams_are_read_and_written_by_16_bytes(kernel, built, instructions):
     for arch in archs(built):
-        those = {name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name}
+        those = {
+            name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name
+        }
         assert len(those) == 5  # the types of x and of the residual stream
         for name, mnemonics in those.items():
             for access in ("LDG.E.128", "STG.E.128"):
@@ -155,7 +186,9 @@ def test_logs_of_every_kernel_were_looked_at(built, setup):  # noqa: F811
     for source in (ROOT / "csrc/cuda").glob("*.cu"):
         log = (folder / f"{source.stem}.cu.o.log").read_text()
         if "__global__" in source.read_text():
-            assert {f"sm_{arch}" for arch in archs(built)} == set(re.findall(r"Compiling entry function '\S+' for '(sm_\d+)'", log)), source.name
+            assert {f"sm_{arch}" for arch in archs(built)} == set(
+                re.findall(r"Compiling entry function '\S+' for '(sm_\d+)'", log)
+            ), source.name
         assert setup.spills([log]) == []
     assert all(reason for reason in setup.MAY_SPILL.values())
 
@@ -172,7 +205,9 @@ info = fastlm.info()
 print(info.backends["cuda"][0])
 print(info.cuda)
 """
-    environment = {name: value for name, value in os.environ.items() if name != "FASTLM_CUDA_EMULATION"} | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "FASTLM_CUDA_EMULATION"} | {
+        "PYTHONPATH": str(ROOT)
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     why, what = done.stdout.splitlines()

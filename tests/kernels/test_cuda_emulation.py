@@ -38,7 +38,15 @@ def run(module):
         allow(module, given, False)
         allow(module, out, True)
         shared = threads * 4 if shared is None else shared
-        report = module.planted(kernel.encode(), pointer(given), pointer(out), given.numel() if kernel != "indices" else out_size, bad, threads, shared)
+        report = module.planted(
+            kernel.encode(),
+            pointer(given),
+            pointer(out),
+            given.numel() if kernel != "indices" else out_size,
+            bad,
+            threads,
+            shared,
+        )
         module.planted_forget()
         return out, (report or b"").decode()
 
@@ -112,7 +120,9 @@ def test_collectives(run):
 
 def test_indices(run):
     out, report = run("indices", X, 3 * 2 * 2 * 64 - 5)
-    z, y, x, ty, tx = (axis.flatten() for axis in torch.meshgrid(*(torch.arange(n) for n in (2, 2, 3, 4, 16)), indexing="ij"))
+    z, y, x, ty, tx = (
+        axis.flatten() for axis in torch.meshgrid(*(torch.arange(n) for n in (2, 2, 3, 4, 16)), indexing="ij")
+    )
     assert report == "" and torch.equal(out, (tx + 100 * ty + 1000 * x + 10000 * y + 100000 * z)[:-5].float())
 
 
@@ -122,10 +132,14 @@ def test_products(run, layout, dtype):
     given = torch.randn(256 + 128).to(dtype)
     a = given[:256].view(16, 16).double()
     b = given[256:].view(16, 8).double() if layout == "product_transposed" else given[256:].view(8, 16).T.double()
-    out, report = run(f"{layout}<{'bf16' if dtype == torch.bfloat16 else 'fp16'}>", given.float(), 128, threads=32, shared=1024)
+    out, report = run(
+        f"{layout}<{'bf16' if dtype == torch.bfloat16 else 'fp16'}>", given.float(), 128, threads=32, shared=1024
+    )
     assert report == ""
     # 16 products, exact in float32, summed one by one after 1…4; those are subtracted again
-    torch.testing.assert_close(out.view(16, 8).double(), a @ b, rtol=0, atol=18 * 2**-24 * float((a.abs() @ b.abs()).max() + 4))
+    torch.testing.assert_close(
+        out.view(16, 8).double(), a @ b, rtol=0, atol=18 * 2**-24 * float((a.abs() @ b.abs()).max() + 4)
+    )
 
 
 def test_products_in_tf32(run):
@@ -134,7 +148,9 @@ def test_products_in_tf32(run):
     rounded = ((given.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
     a, b = rounded[:128].view(16, 8).double(), rounded[128:].view(8, 8).T.double()
     assert report == ""
-    torch.testing.assert_close(out.view(16, 8).double(), a @ b, rtol=0, atol=10 * 2**-24 * float((a.abs() @ b.abs()).max()))
+    torch.testing.assert_close(
+        out.view(16, 8).double(), a @ b, rtol=0, atol=10 * 2**-24 * float((a.abs() @ b.abs()).max())
+    )
 
 
 def test_dropout_is_that_of_every_backend(module):
@@ -156,7 +172,10 @@ def test_dropout_is_that_of_every_backend(module):
 def test_rounding_is_that_of_the_hardware(module):
     every = torch.arange(1 << 16, dtype=torch.int32) << 16
     # The bits below decide: on, beside and half-way between the numbers of bfloat16 (the upper 16 bits), float16 (13 bits less) and tf32.
-    low = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xF000, 0xFFFF], dtype=torch.int32)
+    low = torch.tensor(
+        [0, 1, 0x0FFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xF000, 0xFFFF],
+        dtype=torch.int32,
+    )
     subnormal = torch.rand(1 << 14) * 2**-13 * torch.randn(1 << 14).sign()  # where float16 has fewer bits
     halfway = (torch.arange(1 << 11) + 0.5) * 2**-24
     x = torch.cat([(every[:, None] | low).flatten().view(torch.float32), subnormal, halfway, -halfway])
@@ -194,10 +213,18 @@ def line_of(kernel, text):
 
 
 @pytest.mark.parametrize(
-    "bad, what", [(1, r"(reads|writes) byte \d+, which thread \(\d+, 0, 0\) (wrote|read)"), (2, r"writes byte \d+, which thread \(\d+, 0, 0\) read")]
+    "bad, what",
+    [
+        (1, r"(reads|writes) byte \d+, which thread \(\d+, 0, 0\) (wrote|read)"),
+        (2, r"writes byte \d+, which thread \(\d+, 0, 0\) read"),
+    ],
 )
 def test_races(run, bad, what):
-    assert reported(run("neighbour", X, 128, bad)[1], r"^neighbour, block \(0, 0, 0\), thread \(\d+, 0, 0\): race in shared memory", what)
+    assert reported(
+        run("neighbour", X, 128, bad)[1],
+        r"^neighbour, block \(0, 0, 0\), thread \(\d+, 0, 0\): race in shared memory",
+        what,
+    )
 
 
 @pytest.mark.skipif(shutil.which("addr2line") is None, reason="needs addr2line")
@@ -210,11 +237,16 @@ def test_a_race_within_a_warp(run):
 
 
 def test_a_race_for_one_half_of_a_word(run):
-    assert reported(run("halves", X, 128, 1, shared=256)[1], r"race in shared memory: it writes byte \d+, which thread \(0, 0, 0\) wrote")
+    assert reported(
+        run("halves", X, 128, 1, shared=256)[1],
+        r"race in shared memory: it writes byte \d+, which thread \(0, 0, 0\) wrote",
+    )
 
 
 def test_a_barrier_of_other_threads_orders_nothing(run):
-    assert reported(run("named", X, 128, 1)[1], r"reads byte \d+ of shared memory, which nothing has written|race in shared memory")
+    assert reported(
+        run("named", X, 128, 1)[1], r"reads byte \d+ of shared memory, which nothing has written|race in shared memory"
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +282,10 @@ def test_threads_that_meet_in_global_memory(run, bad, what):
 
 
 def test_what_nothing_has_written(run):
-    assert reported(run("unwritten", X, 128, 1)[1], r"thread \(122, 0, 0\): reads byte 20 of shared memory, which nothing has written")
+    assert reported(
+        run("unwritten", X, 128, 1)[1],
+        r"thread \(122, 0, 0\): reads byte 20 of shared memory, which nothing has written",
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,13 +317,18 @@ def test_copies_before_their_wait_and_from_nowhere(run, bad, what):
     assert reported(run("copies", torch.randn(512), 512, bad, shared=4096)[1], what)
 
 
-@pytest.mark.parametrize("bad, what", [(1, "reads byte .* nothing has written|race"), (2, "race in shared memory: it writes")])
+@pytest.mark.parametrize(
+    "bad, what", [(1, "reads byte .* nothing has written|race"), (2, "race in shared memory: it writes")]
+)
 def test_order_around_ldmatrix(run, bad, what):
     assert reported(run("matrix_order", torch.randn(512), 512, bad, shared=2048)[1], what)
 
 
 def test_assertions(run):
-    assert reported(run("asserted", X, 128, 1)[1], r"thread \(40, 0, 0\): assertion failed: a\.bad == 0 \|\| threadIdx\.x != 40, planted\.cu:\d+")
+    assert reported(
+        run("asserted", X, 128, 1)[1],
+        r"thread \(40, 0, 0\): assertion failed: a\.bad == 0 \|\| threadIdx\.x != 40, planted\.cu:\d+",
+    )
 
 
 def test_a_wrong_fragment_gives_wrong_numbers(run):
@@ -300,7 +340,12 @@ def test_a_wrong_fragment_gives_wrong_numbers(run):
 
 @pytest.mark.parametrize(
     "threads, shared, what",
-    [(0, 0, "invalid configuration"), (1056, 0, "invalid configuration"), (48, 0, "whole warps"), (32, 102400, "bytes of shared memory")],
+    [
+        (0, 0, "invalid configuration"),
+        (1056, 0, "invalid configuration"),
+        (48, 0, "whole warps"),
+        (32, 102400, "bytes of shared memory"),
+    ],
 )
 def test_launches_that_no_gpu_takes(run, threads, shared, what):
     assert reported(run("asserted", X, 128, threads=threads, shared=shared)[1], f"^asserted: .*{what}")

@@ -17,13 +17,21 @@ def torch_mlp(x, w1, b1, w2, b2):
 
 
 def mlp_inputs(rows, width, hidden, out):
-    return floats(rows, width), floats(hidden, width) / width**0.5, floats(hidden), floats(out, hidden) / hidden**0.5, floats(out)
+    return (
+        floats(rows, width),
+        floats(hidden, width) / width**0.5,
+        floats(hidden),
+        floats(out, hidden) / hidden**0.5,
+        floats(out),
+    )
 
 
 @only_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-@pytest.mark.parametrize("sizes", [(1100, 40, 152, 24), (130, 33, 261, 17), (70, 72, 296, 8), (257, 9, 129, 129)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1100, 40, 152, 24), (130, 33, 261, 17), (70, 72, 296, 8), (257, 9, 129, 129)], ids=str
+)
 def test_many_tiles(sizes, layout, dtype, backend):
     def ours(x, w1, b1, w2, b2):
         w1, w2 = (w1, w2) if layout == "linear" else (w1.t().contiguous(), w2.t().contiguous())
@@ -37,10 +45,17 @@ def test_many_tiles(sizes, layout, dtype, backend):
 @pytest.mark.parametrize("rows, hidden", [(1, 40), (5, 1), (1, 1)])
 def test_one_row_of_a_matrix_whose_next_one_would_not_be_aligned(rows, hidden, dtype, backend):
     """Its chunks are whole; those of the rows that a tile has beyond it are not read, and still must not begin anywhere."""
-    x, w1, b1 = floats(rows, 65 if rows == 1 else 64).to(dtype), floats(hidden, 65 if hidden == 1 else 64).to(dtype) / 8, floats(hidden).to(dtype)
+    x, w1, b1 = (
+        floats(rows, 65 if rows == 1 else 64).to(dtype),
+        floats(hidden, 65 if hidden == 1 else 64).to(dtype) / 8,
+        floats(hidden).to(dtype),
+    )
     x, w1 = x[:, :64], w1[:, :64]
     hidden, _ = load(backend).both_sides(x, w1, b1, "none", "linear", True, False)
-    assert error(hidden, F.linear(x.double(), w1.double(), b1.double())) <= {torch.float32: 2**-21, torch.bfloat16: 2**-8}[dtype]
+    assert (
+        error(hidden, F.linear(x.double(), w1.double(), b1.double()))
+        <= {torch.float32: 2**-21, torch.bfloat16: 2**-8}[dtype]
+    )
 
 
 @only_cuda
@@ -56,7 +71,9 @@ def test_the_bits_of_a_row_do_not_depend_on_the_tile(dtype, backend):
 @only_cuda
 def test_float32_is_as_exact_on_a_long_chain(backend):
     """In three products of tf32 each: what is lost must not grow faster than in a chain of float32."""
-    assert_within_twice_torch(lambda *t: fastlm.gelu_mlp(*t, backend=backend), torch_mlp, mlp_inputs(9, 3072, 40, 3072), torch.float32)
+    assert_within_twice_torch(
+        lambda *t: fastlm.gelu_mlp(*t, backend=backend), torch_mlp, mlp_inputs(9, 3072, 40, 3072), torch.float32
+    )
 
 
 @only_cuda
@@ -100,7 +117,12 @@ def test_tf32_where_it_is_allowed_and_nowhere_else(backend, less_precision):
 @pytest.mark.parametrize("rows, width, vocab", [(150, 40, 1200), (9, 33, 1300), (70, 16, 65)])
 def test_losses_without_logits(rows, width, vocab, label_smoothing, dtype, backend):
     """Several parts of the vocabulary to a row, several blocks of rows; the same losses as with gradients, but for the rounding of the logits there."""
-    x, w, b, target = floats(rows, width), floats(vocab, width) / width**0.5, floats(vocab), targets(vocab, rows, ignored=[1, 5])
+    x, w, b, target = (
+        floats(rows, width),
+        floats(vocab, width) / width**0.5,
+        floats(vocab),
+        targets(vocab, rows, ignored=[1, 5]),
+    )
     for weight in (w, w.t().contiguous().t()):
         options = {"reduction": "none", "label_smoothing": label_smoothing, "backend": backend}
         ours = fastlm.linear_cross_entropy(x.to(dtype), weight.to(dtype), target, b.to(dtype), **options)
@@ -128,8 +150,9 @@ def test_gradients_of_wide_and_of_many_rows(rows, vocab, label_smoothing, dtype,
     assert_within_twice_torch(
         lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, label_smoothing=label_smoothing, backend=backend),
         lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target, label_smoothing=label_smoothing),
-        (floats(rows, 8), floats(vocab, 8) / 3, floats(vocab)), dtype,
-    )  # fmt: skip
+        (floats(rows, 8), floats(vocab, 8) / 3, floats(vocab)),
+        dtype,
+    )
 
 
 @only_cuda
@@ -138,4 +161,6 @@ def test_sizes_beyond_32_bits_are_refused_before_anything_is_read(rows, vocab, b
     """Rather than counted wrongly: of so many logits no memory holds even one row in a test."""
     module, addresses = load(backend), (0, vocab, 0, 1, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="linear_cross_entropy: sizes beyond the range of 32 bits"):
-        module.kernels.linear_cross_entropy_gradient(module.queue(torch.ones(1)), module.LAUNCHED_AS[torch.float32], *addresses, rows, vocab, -100, 0.0)
+        module.kernels.linear_cross_entropy_gradient(
+            module.queue(torch.ones(1)), module.LAUNCHED_AS[torch.float32], *addresses, rows, vocab, -100, 0.0
+        )

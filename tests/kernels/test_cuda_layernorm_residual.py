@@ -22,16 +22,22 @@ def inputs_of(rows, width):
 
 @only_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows, width", [(37, 8), (9, 256), (5, 264), (3, 1032), (6, 2048), (2, 4096), (2, 8192), (2, 8200), (1, 8999)])
+@pytest.mark.parametrize(
+    "rows, width", [(37, 8), (9, 256), (5, 264), (3, 1032), (6, 2048), (2, 4096), (2, 8192), (2, 8200), (1, 8999)]
+)
 def test_teams_of_every_size(rows, width, dtype, backend):
-    assert_within_twice_torch(lambda *t: fastlm.layernorm_residual(*t, backend=backend), torch_own, inputs_of(rows, width), dtype)
+    assert_within_twice_torch(
+        lambda *t: fastlm.layernorm_residual(*t, backend=backend), torch_own, inputs_of(rows, width), dtype
+    )
 
 
 @only_cuda
 @pytest.mark.parametrize("rows, width", [(9000, 8), (2200, 24), (600, 7), (300, 4104)])
 def test_many_rows_a_block(rows, width, backend):
     """More than 264 blocks can hold at once: each team walks over several, the last block over fewer."""
-    assert_within_twice_torch(lambda *t: fastlm.layernorm_residual(*t, backend=backend), torch_own, inputs_of(rows, width), torch.float32)
+    assert_within_twice_torch(
+        lambda *t: fastlm.layernorm_residual(*t, backend=backend), torch_own, inputs_of(rows, width), torch.float32
+    )
 
 
 @only_cuda
@@ -58,7 +64,10 @@ def test_dropout_where_a_threads_columns_are_apart(width, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_begin_anywhere(dtype, begin, stride, backend):
     """By chunks where all of them are aligned, column by column where one is not: the sums are taken in another order, no more."""
-    x, weight = floats(6, 320).to(dtype).as_strided((3, 256), (stride, 1), begin), floats(300).to(dtype)[begin : begin + 256]
+    x, weight = (
+        floats(6, 320).to(dtype).as_strided((3, 256), (stride, 1), begin),
+        floats(300).to(dtype)[begin : begin + 256],
+    )
     residual, bias = floats(3, 256).to(dtype), floats(1, 256)[0].to(dtype)
 
     def gradients(*inputs):
@@ -66,7 +75,9 @@ def test_rows_that_begin_anywhere(dtype, begin, stride, backend):
         results = fastlm.layernorm_residual(*leaves, backend=backend)
         return (*results, *torch.autograd.grad(results, leaves, (residual, x)))
 
-    for ours, theirs in zip(gradients(x, residual, weight, bias), gradients(x.contiguous(), residual, weight.clone(), bias), strict=True):
+    for ours, theirs in zip(
+        gradients(x, residual, weight, bias), gradients(x.contiguous(), residual, weight.clone(), bias), strict=True
+    ):
         assert error(ours, theirs.double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-8}[dtype]
 
 
@@ -75,4 +86,7 @@ def test_the_same_bits_every_time(backend):
     inputs = inputs_of(700, 40)
     first = outputs_and_gradients(lambda *t: fastlm.layernorm_residual(*t, backend=backend), inputs, torch.bfloat16)
     for _ in range(3):
-        assert_same_bits(first, outputs_and_gradients(lambda *t: fastlm.layernorm_residual(*t, backend=backend), inputs, torch.bfloat16))
+        assert_same_bits(
+            first,
+            outputs_and_gradients(lambda *t: fastlm.layernorm_residual(*t, backend=backend), inputs, torch.bfloat16),
+        )

@@ -20,7 +20,9 @@ def test_the_tokens_of_the_reference(backend, monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(graphs, "capture", lambda step, generator: SimpleNamespace(replay=step))
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=64, n_embd=24, n_layer=2, n_head=2, initializer_range=0.5))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=61, n_positions=64, n_embd=24, n_layer=2, n_head=2, initializer_range=0.5)
+    )
     ids = torch.randint(61, (2, 29))
     mask = (torch.arange(29) >= torch.tensor([[0], [6]])).long()
     with fastlm.use_backend("reference"):

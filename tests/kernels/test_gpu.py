@@ -24,7 +24,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request):
     """Each of the backends that have kernels for this GPU, whichever of them auto would take."""
-    if why := choice.unavailable(request.param) or choice.load(request.param).refuses("linear", torch.device("cuda", 0), torch.float32):
+    if why := choice.unavailable(request.param) or choice.load(request.param).refuses(
+        "linear", torch.device("cuda", 0), torch.float32
+    ):
         pytest.skip(f"{request.param} {', '.join(why)}")
     with fastlm.use_backend(request.param):
         yield request.param
@@ -32,7 +34,16 @@ def backend(request):
 
 def gpt2(dropout=0.1):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=301, n_positions=128, n_embd=128, n_layer=2, n_head=2, attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout)
+    config = GPT2Config(
+        vocab_size=301,
+        n_positions=128,
+        n_embd=128,
+        n_layer=2,
+        n_head=2,
+        attn_pdrop=dropout,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+    )
     return GPT2LMHeadModel(config).cuda().train()
 
 
@@ -60,7 +71,12 @@ def test_the_same_step_as_on_the_cpu(backend):
 
 
 @pytest.mark.parametrize(
-    "adamw", [lambda p: torch.optim.AdamW(p, lr=1e-3, capturable=True), lambda p: fastlm.optim.AdamW(p, lr=1e-3, max_grad_norm=1.0)], ids=["torch", "fastlm"]
+    "adamw",
+    [
+        lambda p: torch.optim.AdamW(p, lr=1e-3, capturable=True),
+        lambda p: fastlm.optim.AdamW(p, lr=1e-3, max_grad_norm=1.0),
+    ],
+    ids=["torch", "fastlm"],
 )
 def test_a_training_step_in_a_graph(adamw, backend):
     tokens = torch.randint(301, (2, 128), device="cuda")
@@ -100,7 +116,9 @@ def test_decoding_in_a_graph(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "top_k": 40, "top_p": 0.95}, {"temperature": 1.0, "seed": 5}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.9, "top_k": 40, "top_p": 0.95}, {"temperature": 1.0, "seed": 5}], ids=str
+)
 def test_generating_from_graphs(settings, dtype, backend, monkeypatch):
     """What is replayed gives the tokens of the same steps launched one by one, bit for bit, and in float32 those of steps without a mask too."""
     monkeypatch.setattr(graphs, "STRETCH", 32)
@@ -110,10 +128,16 @@ def test_generating_from_graphs(settings, dtype, backend, monkeypatch):
     outcomes = {}
     for way in ("in place", "captured", "step by step"):
         monkeypatch.setattr(
-            graphs, "capture", lambda *given, way=way: made.append(way) or (own(*given) if way == "captured" else SimpleNamespace(replay=given[0]))
+            graphs,
+            "capture",
+            lambda *given, way=way: (
+                made.append(way) or (own(*given) if way == "captured" else SimpleNamespace(replay=given[0]))
+            ),
         )
         torch.manual_seed(1)
-        outcomes[way] = model.generate(tokens, 60, attention_mask=mask, eos_token_id=(), cuda_graphs=way != "step by step", **settings)
+        outcomes[way] = model.generate(
+            tokens, 60, attention_mask=mask, eos_token_id=(), cuda_graphs=way != "step by step", **settings
+        )
     assert made == ["in place"] * 3 + ["captured"] * 3 and outcomes["captured"].shape == (3, 80)
     assert torch.equal(outcomes["captured"], outcomes["in place"])
     assert dtype != torch.float32 or torch.equal(outcomes["captured"], outcomes["step by step"])
@@ -156,7 +180,10 @@ def test_a_tensor_on_the_second_gpu_runs_there(backend):
     for _ in range(2):  # the second launch goes past Triton
         y, _ = fastlm.layernorm_residual(x, None, w)
         out = fastlm.attention(query, query, query)
-        assert y.device.index == out.device.index == 1 and torch.cuda.current_device() == 0 == torch.empty(1, device="cuda").device.index
+        assert (
+            y.device.index == out.device.index == 1
+            and torch.cuda.current_device() == 0 == torch.empty(1, device="cuda").device.index
+        )
         torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (64,), w))
         torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, query, query))
 
@@ -172,7 +199,12 @@ WRONG = {
 def test_a_value_out_of_range_is_a_device_assert(what, backend):
     """In a process of its own, which is of no use afterwards."""
     code = f"import torch, fastlm; torch.set_default_device('cuda'); x = torch.ones(2, 1, 8); {WRONG[what].format(backend=backend)}; torch.cuda.synchronize()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+    )
     assert done.returncode != 0 and "assert" in (done.stderr + done.stdout).lower()
 
 
@@ -199,7 +231,9 @@ def test_no_length_compiles_anew():
 
 def succeeds(*arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run([sys.executable, "-m", "fastlm.cli", *map(str, arguments)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlm.cli", *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -214,7 +248,10 @@ def trained(folder, *options):
 
 
 # float32: both round by 2^-24, and what twelve steps make of that is some millionths (commands/demo.py). bfloat16 rounds by 2^-9 of the loss, at many places.
-@pytest.mark.parametrize("objective, dtype, apart", [("next-token", "fp32", 1e-4), ("masked-token", "fp32", 1e-4), ("next-token", "bf16", 0.05)])
+@pytest.mark.parametrize(
+    "objective, dtype, apart",
+    [("next-token", "fp32", 1e-4), ("masked-token", "fp32", 1e-4), ("next-token", "bf16", 0.05)],
+)
 def test_train_takes_the_gpu_and_reaches_the_loss_of_the_cpu(tmp_path, objective, dtype, apart):
     options = ["--objective", objective, "--dtype", dtype]
     out, ours = trained(tmp_path, *options)

@@ -32,16 +32,32 @@ pytestmark = [
 def launches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("libcuda")
     nvidia = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia"
-    stub = ["gcc", "-shared", "-fPIC", f"-I{nvidia / 'include'}", "-Wl,-soname,libcuda.so.1", str(HERE / "stub_libcuda.c"), "-o", str(folder / "libcuda.so.1")]
+    stub = [
+        "gcc",
+        "-shared",
+        "-fPIC",
+        f"-I{nvidia / 'include'}",
+        "-Wl,-soname,libcuda.so.1",
+        str(HERE / "stub_libcuda.c"),
+        "-o",
+        str(folder / "libcuda.so.1"),
+    ]
     subprocess.run(stub, check=True)
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "TRITON_LIBCUDA_PATH": str(folder),
         "LD_LIBRARY_PATH": str(folder),
-        "TRITON_CACHE_DIR": str(folder / "cache"),  # what is linked with the stub must not be taken for the launcher of a GPU
+        "TRITON_CACHE_DIR": str(
+            folder / "cache"
+        ),  # what is linked with the stub must not be taken for the launcher of a GPU
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path]),
     }
-    done = subprocess.run([sys.executable, str(HERE / "launches.py"), str(folder / "out.json"), str(folder)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "launches.py"), str(folder / "out.json"), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out.json").read_text())
 
@@ -77,5 +93,7 @@ def test_past_triton_is_as_through_triton(launches):
         first, *later = launch["through_triton"]
         ways[first] += 1
         assert later == [0, 0], f"{named(launch)}: through Triton a second time"
-        assert launch["parameters"]["first"] != launch["parameters"]["past"], f"{named(launch)}: the same values show nothing"
+        assert launch["parameters"]["first"] != launch["parameters"]["past"], (
+            f"{named(launch)}: the same values show nothing"
+        )
     assert ways[0] <= 2, ways  # kinds that another case has launched before

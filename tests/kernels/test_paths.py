@@ -34,7 +34,9 @@ def architecture(monkeypatch):
 @only_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("approximate, recompute", [("none", 0), ("tanh", 1), ("none", 2)])
-def test_the_vendors_product_and_a_pointwise_pass(approximate, recompute, dtype, backend, configs, architecture, monkeypatch):
+def test_the_vendors_product_and_a_pointwise_pass(
+    approximate, recompute, dtype, backend, configs, architecture, monkeypatch
+):
     """The other side of the table: where one of the two serves by default, here is the other."""
     at = architecture, dtype.itemsize
     if at in configs.MLP:
@@ -44,8 +46,10 @@ def test_the_vendors_product_and_a_pointwise_pass(approximate, recompute, dtype,
     inputs = floats(7, 12), floats(20, 12), floats(20), floats(9, 20), floats(9)
     assert_within_twice_torch(
         lambda *t: fastlm.gelu_mlp(*t, approximate=approximate, recompute=recompute, backend=backend),
-        lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2), inputs, dtype,
-    )  # fmt: skip
+        lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2),
+        inputs,
+        dtype,
+    )
 
 
 @only_triton
@@ -107,7 +111,15 @@ def test_attention_in_tiles_of_any_shape(tiles, backend, configs, architecture, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_with_a_masks_gradient_all_are_rounded_once(dtype, backend):
     """Nearly every gradient is the true one, rounded: with any factor in 16 bits on its way (out, dscores, the weights) a third and more would be others."""
-    rounded = [x.to(dtype) for x in (floats(1, 2, 40, 20), floats(1, 1, 70, 20), floats(20, 1, 70, 1).permute(3, 1, 2, 0), floats(1, 1, 40, 70))]
+    rounded = [
+        x.to(dtype)
+        for x in (
+            floats(1, 2, 40, 20),
+            floats(1, 1, 70, 20),
+            floats(20, 1, 70, 1).permute(3, 1, 2, 0),
+            floats(1, 1, 40, 70),
+        )
+    ]
     outcomes = []
     for name, wide in ((backend, dtype), ("reference", torch.float64)):
         torch.manual_seed(7)
@@ -139,12 +151,18 @@ def three_stretches(backend, monkeypatch):
 def test_decoding_in_stretches(masked, query_len, groups, backend, monkeypatch):
     """Few queries against keys enough for several stretches, which another kernel puts together."""
     key_len = three_stretches(backend, monkeypatch)
-    q, k, v = floats(2, 4, query_len, 24), floats(2, 4 // groups, key_len, 24), floats(24, 4 // groups, key_len, 2).permute(3, 1, 2, 0)
+    q, k, v = (
+        floats(2, 4, query_len, 24),
+        floats(2, 4 // groups, key_len, 24),
+        floats(24, 4 // groups, key_len, 2).permute(3, 1, 2, 0),
+    )
     options = {"causal": True, "return_lse": True}
     if masked == "bool":
         options["mask"] = floats(2, 1, query_len, key_len) > 0
     if masked == "additive":
-        options["mask"] = torch.where(floats(1, 4, query_len, key_len) > 1, -torch.inf, floats(1, 4, query_len, key_len))
+        options["mask"] = torch.where(
+            floats(1, 4, query_len, key_len) > 1, -torch.inf, floats(1, 4, query_len, key_len)
+        )
     if masked in ("padding", "nothing seen"):
         options["key_padding"] = torch.arange(key_len) >= torch.tensor([[40], [5 if masked == "padding" else key_len]])
         k[0, :, 7], v[0, :, 9] = torch.nan, torch.inf  # behind it
@@ -165,10 +183,16 @@ def test_a_nan_that_is_seen_stays_where_it_is_seen(which, backend):
     """With a causal mask and a NaN at position 11: in which results which positions hold one, and that the rest is as without it."""
     everything, until, since = set(range(20)), set(range(12)), set(range(11, 20))
     # of the query: its own row, and the keys it sees; of a key: the queries that see it, and through them all keys; of a value the same, but for values
-    harmed = [({11}, {11}, until, until), (since, since, everything, everything), (since, since, everything, set())][which]
+    harmed = [({11}, {11}, until, until), (since, since, everything, everything), (since, since, everything, set())][
+        which
+    ]
     outcomes = []
     for stands in (torch.nan, 0.0):
-        inputs = [floats(1, 1, 20, 8), floats(1, 1, 20, 8, 1)[..., 0], floats(8, 1, 20, 1).permute(3, 1, 2, 0).contiguous()]
+        inputs = [
+            floats(1, 1, 20, 8),
+            floats(1, 1, 20, 8, 1)[..., 0],
+            floats(8, 1, 20, 1).permute(3, 1, 2, 0).contiguous(),
+        ]
         inputs[which][0, 0, 11, 3] = stands
         leaves = [t.requires_grad_() for t in inputs]
         out = fastlm.attention(*leaves, causal=True, backend=backend)
@@ -208,7 +232,10 @@ def test_the_same_bits_every_time(backend):
         leaves = [t.clone().requires_grad_() for t in (q, k, v, bias, x, w)]
         attended = fastlm.attention(*leaves[:3], mask=leaves[3], dropout_p=0.1, backend=backend)
         normed, _ = fastlm.layernorm_residual(leaves[4], leaves[4], w[0], w[1], dropout_p=0.1, backend=backend)
-        loss = fastlm.linear_cross_entropy(normed, leaves[5], target, w[:, 0].contiguous(), backend=backend) + attended.square().sum()
+        loss = (
+            fastlm.linear_cross_entropy(normed, leaves[5], target, w[:, 0].contiguous(), backend=backend)
+            + attended.square().sum()
+        )
         return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     first = outcome()
@@ -218,5 +245,8 @@ def test_the_same_bits_every_time(backend):
 
 @on_gpus
 def test_float64_and_other_devices_are_left_to_others(backend):
-    with pytest.raises(fastlm.Unsupported, match=rf"{backend} computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64"):
+    with pytest.raises(
+        fastlm.Unsupported,
+        match=rf"{backend} computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64",
+    ):
         fastlm.linear(floats(2, 3).double(), floats(4, 3).double(), backend=backend)

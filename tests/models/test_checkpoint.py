@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastlm import models
-from fastlm.models import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Model
+from fastlm.models import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
 from fastlm.models.checkpoint import write_together
 from tests.models.hugging_face import ours_like, tiny_bert, tiny_gpt2
 
@@ -80,7 +88,10 @@ def test_an_index_that_points_elsewhere(tmp_path):
     write(tmp_path, tiny_gpt2())
     (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
-    with pytest.raises(ValueError, match=r"model.safetensors.index.json: expected a weight_map from parameters to files in the same directory"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.safetensors.index.json: expected a weight_map from parameters to files in the same directory",
+    ):
         GPT2LMHeadModel.from_pretrained(tmp_path)
 
 
@@ -140,9 +151,17 @@ def test_with_and_without_the_prefix(tmp_path):
         bare = write(tmp_path / "bare", base)
         assert_same_weights(own_base.from_pretrained(bare), base)
         prefix = with_head.base_model_prefix
-        both = write(tmp_path / "both", base, lambda state, prefix=prefix: {f"{prefix}.{key}": value for key, value in state.items()})
+        both = write(
+            tmp_path / "both",
+            base,
+            lambda state, prefix=prefix: {f"{prefix}.{key}": value for key, value in state.items()},
+        )
         assert_same_weights(own_base.from_pretrained(both), base)
-    headless = write(tmp_path / "headless", tiny_gpt2(), lambda state: {k.removeprefix("transformer."): v for k, v in state.items() if "lm_head" not in k})
+    headless = write(
+        tmp_path / "headless",
+        tiny_gpt2(),
+        lambda state: {k.removeprefix("transformer."): v for k, v in state.items() if "lm_head" not in k},
+    )
     model = GPT2LMHeadModel.from_pretrained(headless)
     assert model.lm_head.weight is model.transformer.wte.weight
 
@@ -152,7 +171,10 @@ def test_layernorm_as_tensorflow_named_it(tmp_path):
     renamed = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
     def old(state):
-        return {next((key.replace(a, b) for a, b in renamed.items() if a in key), key): value for key, value in state.items()}
+        return {
+            next((key.replace(a, b) for a, b in renamed.items() if a in key), key): value
+            for key, value in state.items()
+        }
 
     assert any("gamma" in key for key in old(theirs.state_dict()))
     assert_same_weights(BertForMaskedLM.from_pretrained(write(tmp_path, theirs, old)), theirs)
@@ -162,15 +184,21 @@ def test_constants_among_the_parameters(tmp_path):
     gpt2, bert = tiny_gpt2(), tiny_bert()
     causal = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 48, 48).tril().bool() for i in range(3)}
     masked = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
-    assert_same_weights(GPT2LMHeadModel.from_pretrained(write(tmp_path / "a", gpt2, lambda state: state | causal | masked)), gpt2)
+    assert_same_weights(
+        GPT2LMHeadModel.from_pretrained(write(tmp_path / "a", gpt2, lambda state: state | causal | masked)), gpt2
+    )
     positions = {"bert.embeddings.position_ids": torch.arange(48)[None]}
-    assert_same_weights(BertForMaskedLM.from_pretrained(write(tmp_path / "b", bert, lambda state: state | positions)), bert)
+    assert_same_weights(
+        BertForMaskedLM.from_pretrained(write(tmp_path / "b", bert, lambda state: state | positions)), bert
+    )
 
 
 def test_tied_parameters_under_either_name(tmp_path):
     theirs = tiny_gpt2()
     only_source = write(tmp_path / "a", theirs, lambda state: {k: v for k, v in state.items() if k != "lm_head.weight"})
-    only_tied = write(tmp_path / "b", theirs, lambda state: {k: v for k, v in state.items() if k != "transformer.wte.weight"})
+    only_tied = write(
+        tmp_path / "b", theirs, lambda state: {k: v for k, v in state.items() if k != "transformer.wte.weight"}
+    )
     for directory in (only_source, only_tied):
         model = GPT2LMHeadModel.from_pretrained(directory)
         assert_same_weights(model, theirs)
@@ -196,7 +224,9 @@ def test_two_different_tensors_are_not_tied_whatever_the_config_says(tmp_path):
 def test_an_unknown_key_is_a_warning_that_names_it(tmp_path):
     theirs = tiny_bert("BertForPreTraining")
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"BertForMaskedLM has no parameter for .*cls.seq_relationship.weight") as caught:
+    with pytest.warns(
+        UserWarning, match=r"BertForMaskedLM has no parameter for .*cls.seq_relationship.weight"
+    ) as caught:
         model = BertForMaskedLM.from_pretrained(tmp_path)
     assert len(caught) == 1 and caught[0].filename == __file__
     ids = torch.randint(0, 131, (2, 9))
@@ -204,8 +234,13 @@ def test_an_unknown_key_is_a_warning_that_names_it(tmp_path):
 
 
 def test_a_missing_key_is_an_error_that_names_it(tmp_path):
-    directory = write(tmp_path, tiny_gpt2(), lambda state: {k: v for k, v in state.items() if "h.1.attn.c_proj" not in k})
-    with pytest.raises(ValueError, match=r"missing in the file .*: transformer.h.1.attn.c_proj.weight, transformer.h.1.attn.c_proj.bias$") as error:
+    directory = write(
+        tmp_path, tiny_gpt2(), lambda state: {k: v for k, v in state.items() if "h.1.attn.c_proj" not in k}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"missing in the file .*: transformer.h.1.attn.c_proj.weight, transformer.h.1.attn.c_proj.bias$",
+    ) as error:
         GPT2LMHeadModel.from_pretrained(directory)
     assert str(error.value).startswith(f"{directory}: ")
 
@@ -213,7 +248,9 @@ def test_a_missing_key_is_an_error_that_names_it(tmp_path):
 def test_a_new_classifier_on_a_pretrained_encoder(tmp_path):
     theirs = tiny_bert("BertModel")
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"missing in the file \(initialise= begins them anew\): classifier.weight, classifier.bias"):
+    with pytest.raises(
+        ValueError, match=r"missing in the file \(initialise= begins them anew\): classifier.weight, classifier.bias"
+    ):
         BertForSequenceClassification.from_pretrained(tmp_path)
     config = BertConfig.from_pretrained(tmp_path)
     config.num_labels = 7
@@ -242,9 +279,18 @@ def test_mixed_dtypes_become_the_widest(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t[:, :-1], r"transformer.h.0.attn.c_attn.weight: expected shape \(36, 108\) by config.json, got \(36, 107\)"),
-        (lambda t: t.t().contiguous(), r"transformer.h.0.attn.c_attn.weight: expected shape \(36, 108\) by config.json, got \(108, 36\)"),
-        (lambda t: t.to(torch.int8), r"transformer.h.0.attn.c_attn.weight: expected a floating-point dtype, got torch.int8"),
+        (
+            lambda t: t[:, :-1],
+            r"transformer.h.0.attn.c_attn.weight: expected shape \(36, 108\) by config.json, got \(36, 107\)",
+        ),
+        (
+            lambda t: t.t().contiguous(),
+            r"transformer.h.0.attn.c_attn.weight: expected shape \(36, 108\) by config.json, got \(108, 36\)",
+        ),
+        (
+            lambda t: t.to(torch.int8),
+            r"transformer.h.0.attn.c_attn.weight: expected a floating-point dtype, got torch.int8",
+        ),
     ],
 )
 def test_a_wrong_tensor_is_an_error_that_names_it(tmp_path, change, message):
@@ -266,7 +312,10 @@ def test_a_truncated_file_is_one_line_that_names_it(tmp_path, name, left):
 def test_no_weights_and_no_directory(tmp_path):
     write(tmp_path, tiny_gpt2())
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r": expected a directory with one of model.safetensors, model.safetensors.index.json, pytorch_model.bin"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r": expected a directory with one of model.safetensors, model.safetensors.index.json, pytorch_model.bin",
+    ):
         GPT2LMHeadModel.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere/config.json: no such file"):
         GPT2LMHeadModel.from_pretrained(tmp_path / "nowhere")
@@ -298,7 +347,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert before.keys() == {"config.json", "model.safetensors"}
     done = subprocess.run([sys.executable, "-c", SAVE, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{tmp_path / 'model.safetensors'}: could not be written (") and done.stdout.count("\n") == 1
+    assert (
+        done.stdout.startswith(f"{tmp_path / 'model.safetensors'}: could not be written (")
+        and done.stdout.count("\n") == 1
+    )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -18,12 +18,21 @@ def test_the_defaults_are_hugging_faces(own, theirs):
 @pytest.mark.parametrize(
     "config, expected",
     [
-        (GPT2Config.preset("gpt2"), {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}),
+        (
+            GPT2Config.preset("gpt2"),
+            {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
+        ),
         (GPT2Config.preset("gpt2-medium"), {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
         (GPT2Config.preset("gpt2-large"), {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
         (GPT2Config.preset("gpt2-xl"), {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
-        (BertConfig.preset("bert-base"), {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}),
-        (BertConfig.preset("bert-large"), {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}),
+        (
+            BertConfig.preset("bert-base"),
+            {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+        ),
+        (
+            BertConfig.preset("bert-large"),
+            {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+        ),
         (GPT2Config.preset("gpt2", n_layer=2), {"n_embd": 768, "n_layer": 2}),
     ],
 )
@@ -31,7 +40,13 @@ def test_published_sizes(config, expected):
     assert {key: getattr(config, key) for key in expected} == expected
 
 
-@pytest.mark.parametrize("theirs", [transformers.GPT2Config(n_embd=24, n_head=2, eos_token_id=7), transformers.BertConfig(num_labels=5, pad_token_id=None)])
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        transformers.GPT2Config(n_embd=24, n_head=2, eos_token_id=7),
+        transformers.BertConfig(num_labels=5, pad_token_id=None),
+    ],
+)
 def test_both_ways_through_config_json(tmp_path, theirs):
     own_class = {"gpt2": GPT2Config, "bert": BertConfig}[theirs.model_type]
     theirs.save_pretrained(tmp_path)
@@ -52,15 +67,25 @@ def test_labels_are_counted_and_keep_their_names():
 
 def test_settings_of_no_account_here_are_kept():
     config = GPT2Config.from_dict(
-        {"n_layer": 2, "summary_type": "mean", "task_specific_params": {"a": 1}, "transformers_version": "4.0", "torch_dtype": "float16"}
+        {
+            "n_layer": 2,
+            "summary_type": "mean",
+            "task_specific_params": {"a": 1},
+            "transformers_version": "4.0",
+            "torch_dtype": "float16",
+        }
     )
     saved = config.to_dict()
     assert saved["summary_type"] == "mean" and saved["task_specific_params"] == {"a": 1}
-    assert "transformers_version" not in saved and "torch_dtype" not in saved  # what is saved next may be of another dtype
+    assert (
+        "transformers_version" not in saved and "torch_dtype" not in saved
+    )  # what is saved next may be of another dtype
 
 
 def test_the_names_that_hugging_face_translates():
-    config = GPT2Config.from_dict({"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 5})
+    config = GPT2Config.from_dict(
+        {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 5}
+    )
     assert (config.n_embd, config.n_layer, config.n_head, config.n_positions) == (24, 2, 3, 5)
 
 
@@ -70,29 +95,52 @@ def test_every_name_of_a_gelu_is_the_function_it_names(name):
     from transformers.activations import ACT2FN
 
     x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
-    torch.testing.assert_close(torch.nn.functional.gelu(x, approximate=GELUS[name]), ACT2FN[name](x), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        torch.nn.functional.gelu(x, approximate=GELUS[name]), ACT2FN[name](x), rtol=1e-6, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: GPT2Config.from_dict({"add_cross_attention": True}), "add_cross_attention: expected False, the only one supported, got True"),
-        (lambda: BertConfig.from_dict({"is_decoder": True}), "is_decoder: expected False, the only one supported, got True"),
+        (
+            lambda: GPT2Config.from_dict({"add_cross_attention": True}),
+            "add_cross_attention: expected False, the only one supported, got True",
+        ),
+        (
+            lambda: BertConfig.from_dict({"is_decoder": True}),
+            "is_decoder: expected False, the only one supported, got True",
+        ),
         (
             lambda: BertConfig.from_dict({"position_embedding_type": "relative_key"}),
             "position_embedding_type: expected 'absolute', the only.*got 'relative_key'",
         ),
-        (lambda: BertConfig.from_dict({"pruned_heads": {"0": [1]}}), r"pruned_heads: expected \{\}, the only one supported, got \{'0': \[1\]\}"),
-        (lambda: GPT2Config.from_dict({"quantization_config": {"bits": 4}}), "quantization_config: expected None, the only one supported"),
-        (lambda: GPT2Config.from_dict({"activation_function": "relu"}), "activation_function: expected one of gelu, .*, got 'relu'"),
+        (
+            lambda: BertConfig.from_dict({"pruned_heads": {"0": [1]}}),
+            r"pruned_heads: expected \{\}, the only one supported, got \{'0': \[1\]\}",
+        ),
+        (
+            lambda: GPT2Config.from_dict({"quantization_config": {"bits": 4}}),
+            "quantization_config: expected None, the only one supported",
+        ),
+        (
+            lambda: GPT2Config.from_dict({"activation_function": "relu"}),
+            "activation_function: expected one of gelu, .*, got 'relu'",
+        ),
         (lambda: BertConfig(hidden_act="silu"), "hidden_act: expected one of gelu, .*, got 'silu'"),
         (lambda: BertConfig.from_dict({"model_type": "roberta"}), "model_type: expected 'bert', got 'roberta'"),
         (lambda: GPT2Config(n_layer=0), "n_layer: expected a whole number of at least 1, got 0"),
         (lambda: GPT2Config(n_embd=10, n_head=3), "n_embd: expected a multiple of n_head, 3, got 10"),
         (lambda: GPT2Config(attn_pdrop=1.0), r"attn_pdrop: expected a probability in \[0, 1\), got 1.0"),
-        (lambda: BertConfig(classifier_dropout=-0.1), r"classifier_dropout: expected a probability in \[0, 1\), got -0.1"),
+        (
+            lambda: BertConfig(classifier_dropout=-0.1),
+            r"classifier_dropout: expected a probability in \[0, 1\), got -0.1",
+        ),
         (lambda: BertConfig(pad_token_id=30522), r"pad_token_id: expected a token id in \[0, 30522\), got 30522"),
-        (lambda: BertConfig(problem_type="ranking"), "problem_type: expected one of None, regression, .*, got 'ranking'"),
+        (
+            lambda: BertConfig(problem_type="ranking"),
+            "problem_type: expected one of None, regression, .*, got 'ranking'",
+        ),
         (lambda: GPT2Config.preset("gpt3"), "name: expected one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, got 'gpt3'"),
     ],
 )
@@ -102,7 +150,12 @@ def test_errors_name_the_key(make, message):
 
 
 @pytest.mark.parametrize(
-    "text, message", [("{", "not valid JSON"), ("[]", "expected a JSON object, got list"), ('{"n_head": 5}', "n_embd: expected a multiple")]
+    "text, message",
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ('{"n_head": 5}', "n_embd: expected a multiple"),
+    ],
 )
 def test_errors_name_the_file(tmp_path, text, message):
     path = tmp_path / "config.json"

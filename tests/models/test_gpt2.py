@@ -48,7 +48,11 @@ def right_padded():
 
 def types_and_positions():
     ids = tokens(2, 9)
-    return {"input_ids": ids, "token_type_ids": tokens(2, 9), "position_ids": torch.randperm(48)[:18].view(2, 9)}, ids, ...
+    return (
+        {"input_ids": ids, "token_type_ids": tokens(2, 9), "position_ids": torch.randperm(48)[:18].view(2, 9)},
+        ids,
+        ...,
+    )
 
 
 def embeddings():
@@ -66,7 +70,9 @@ def test_float16():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("draw", [left_padded, left_padded_with_positions, right_padded, types_and_positions, embeddings])
+@pytest.mark.parametrize(
+    "draw", [left_padded, left_padded_with_positions, right_padded, types_and_positions, embeddings]
+)
 def test_every_kind_of_input(draw, dtype):
     assert_within_twice_theirs(tiny_gpt2, draw, dtype, shifted=True)
 
@@ -145,7 +151,9 @@ def test_dropout_drops_what_hugging_face_drops(name):
     spread = other.std(0)
     assert spread.min() > 0.01
     torch.testing.assert_close(own.std(0), spread, rtol=0.15, atol=0.0)
-    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < 5 * (2 / 3000) ** 0.5  # five standard errors of the difference
+    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < 5 * (
+        2 / 3000
+    ) ** 0.5  # five standard errors of the difference
 
 
 def test_training_mode_gives_the_loss_alone():
@@ -231,23 +239,62 @@ def test_autocast(dtype):
         (lambda m: m(tokens(2, 49)), r"input_ids: expected at most 48 tokens, the context of the model, got 49"),
         (lambda m: m(tokens(2, 5).to("meta")), r"input_ids: expected a tensor on cpu, as the model, got meta"),
         (lambda m: m(), r"input_ids: expected either input_ids or inputs_embeds, got neither"),
-        (lambda m: m(tokens(2, 5), inputs_embeds=torch.randn(2, 5, 36)), r"input_ids: expected either input_ids or inputs_embeds, got both"),
-        (lambda m: m(inputs_embeds=torch.randn(2, 5, 35)), r"inputs_embeds: expected shape \(batch, tokens, 36\), got \(2, 5, 35\)"),
-        (lambda m: m(inputs_embeds=tokens(2, 5, 36)), r"inputs_embeds: expected a floating-point dtype, got torch.int64"),
-        (lambda m: m(tokens(2, 5), attention_mask=torch.ones(2, 4)), r"attention_mask: expected shape \(2, 5\): one value for every token.*, got \(2, 4\)"),
-        (lambda m: m(tokens(2, 5), position_ids=torch.full((2, 5), 48)), r"position_ids: expected values in \[0, 48\), got 48"),
-        (lambda m: m(tokens(2, 5), position_ids=torch.zeros(5).long()), r"position_ids: expected shape \(2, 5\), as the input, got \(5,\)"),
-        (lambda m: m(tokens(2, 5), token_type_ids=torch.full((2, 5), 131)), r"token_type_ids: expected values in \[0, 131\), got 131"),
-        (lambda m: m(tokens(2, 5), labels=torch.full((2, 5), 131)), r"labels: expected values in \[0, 131\) or -100, got 131"),
-        (lambda m: m.train()(tokens(2, 5), labels=torch.full((2, 5), -1)), r"labels: expected values in \[0, 131\) or -100, got -1"),
-        (lambda m: m(tokens(2, 5), labels=tokens(1, 5)), r"labels: expected shape \(2, 5\), as the input, got \(1, 5\)"),
-        (lambda m: m(tokens(2, 5), labels=torch.ones(2, 5)), r"labels: expected dtype torch.int64 or torch.int32, got torch.float32"),
-        (lambda m: m(tokens(2, 5), past_key_values=cache_of(m, 2, 44)), r"input_ids: expected at most 48 tokens.*, got 5 after 44 in the cache"),
+        (
+            lambda m: m(tokens(2, 5), inputs_embeds=torch.randn(2, 5, 36)),
+            r"input_ids: expected either input_ids or inputs_embeds, got both",
+        ),
+        (
+            lambda m: m(inputs_embeds=torch.randn(2, 5, 35)),
+            r"inputs_embeds: expected shape \(batch, tokens, 36\), got \(2, 5, 35\)",
+        ),
+        (
+            lambda m: m(inputs_embeds=tokens(2, 5, 36)),
+            r"inputs_embeds: expected a floating-point dtype, got torch.int64",
+        ),
+        (
+            lambda m: m(tokens(2, 5), attention_mask=torch.ones(2, 4)),
+            r"attention_mask: expected shape \(2, 5\): one value for every token.*, got \(2, 4\)",
+        ),
+        (
+            lambda m: m(tokens(2, 5), position_ids=torch.full((2, 5), 48)),
+            r"position_ids: expected values in \[0, 48\), got 48",
+        ),
+        (
+            lambda m: m(tokens(2, 5), position_ids=torch.zeros(5).long()),
+            r"position_ids: expected shape \(2, 5\), as the input, got \(5,\)",
+        ),
+        (
+            lambda m: m(tokens(2, 5), token_type_ids=torch.full((2, 5), 131)),
+            r"token_type_ids: expected values in \[0, 131\), got 131",
+        ),
+        (
+            lambda m: m(tokens(2, 5), labels=torch.full((2, 5), 131)),
+            r"labels: expected values in \[0, 131\) or -100, got 131",
+        ),
+        (
+            lambda m: m.train()(tokens(2, 5), labels=torch.full((2, 5), -1)),
+            r"labels: expected values in \[0, 131\) or -100, got -1",
+        ),
+        (
+            lambda m: m(tokens(2, 5), labels=tokens(1, 5)),
+            r"labels: expected shape \(2, 5\), as the input, got \(1, 5\)",
+        ),
+        (
+            lambda m: m(tokens(2, 5), labels=torch.ones(2, 5)),
+            r"labels: expected dtype torch.int64 or torch.int32, got torch.float32",
+        ),
+        (
+            lambda m: m(tokens(2, 5), past_key_values=cache_of(m, 2, 44)),
+            r"input_ids: expected at most 48 tokens.*, got 5 after 44 in the cache",
+        ),
         (
             lambda m: m.requires_grad_(False)(tokens(3, 4), past_key_values=cache_of(m, 2, 44)),
             r"past_key_values: expected a cache of 3 sequences, as the input, got 2",
         ),
-        (lambda m: m(tokens(2, 1), past_key_values=cache_of(m, 2, 4)), r"past_key_values: expected a call under torch.no_grad\(\)"),
+        (
+            lambda m: m(tokens(2, 1), past_key_values=cache_of(m, 2, 4)),
+            r"past_key_values: expected a call under torch.no_grad\(\)",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, message):

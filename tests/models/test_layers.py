@@ -5,7 +5,18 @@ from torch.nn import functional as F
 import fastlm
 from fastlm.benchmarking.compare import bytes_held
 from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
-from fastlm.models.layers import Conv1D, Embedding, LayerNorm, Linear, SharedTable, embed, heads_of, joined, look_up, loss_and_logits
+from fastlm.models.layers import (
+    Conv1D,
+    Embedding,
+    LayerNorm,
+    Linear,
+    SharedTable,
+    embed,
+    heads_of,
+    joined,
+    look_up,
+    loss_and_logits,
+)
 
 
 def filled(module):
@@ -74,8 +85,13 @@ def of_rows_and_products(padding_idx, rows=True, products=True, dtype=torch.floa
         torch.manual_seed(0)
         table = filled(Embedding(7, 4, padding_idx=padding_idx)).to(dtype)
         x = torch.randn(5, 4, dtype=dtype)
-        found, weight = look_up(table, IDS, None) if shared else (F.embedding(IDS, table.weight, padding_idx), table.weight)
-        yield (found.square().sum() if rows else 0) + (fastlm.linear(x, weight).sin().sum() if products else 0), table.weight
+        found, weight = (
+            look_up(table, IDS, None) if shared else (F.embedding(IDS, table.weight, padding_idx), table.weight)
+        )
+        yield (
+            (found.square().sum() if rows else 0) + (fastlm.linear(x, weight).sin().sum() if products else 0),
+            table.weight,
+        )
 
 
 @pytest.mark.parametrize("padding_idx", [None, 2])
@@ -100,8 +116,18 @@ def test_a_tied_tables_gradient_is_differentiable(padding_idx):
 def test_a_padding_rows_gradient_is_dropped_even_if_it_is_nan():
     table = filled(Embedding(7, 4, padding_idx=2))
     rows, weight = look_up(table, IDS.int(), None)
-    loss = torch.where(IDS[..., None] == 2, torch.nan, 1.0).mul(rows).sum() + fastlm.linear(torch.ones(1, 4), weight).sum()
-    assert torch.autograd.grad(loss, table.weight)[0].tolist() == [[2.0] * 4, [1.0] * 4, [1.0] * 4, [2.0] * 4, [1.0] * 4, [1.0] * 4, [2.0] * 4]
+    loss = (
+        torch.where(IDS[..., None] == 2, torch.nan, 1.0).mul(rows).sum() + fastlm.linear(torch.ones(1, 4), weight).sum()
+    )
+    assert torch.autograd.grad(loss, table.weight)[0].tolist() == [
+        [2.0] * 4,
+        [1.0] * 4,
+        [1.0] * 4,
+        [2.0] * 4,
+        [1.0] * 4,
+        [1.0] * 4,
+        [2.0] * 4,
+    ]
 
 
 def test_an_embedding_that_someone_watches_is_called():
@@ -124,7 +150,9 @@ def test_a_tied_table_has_one_gradient_at_a_time(kind, tied):
     model = (
         GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=1, n_positions=8, **sizes))
         if kind == "GPT-2"
-        else BertForMaskedLM(BertConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=1, intermediate_size=64, **sizes))
+        else BertForMaskedLM(
+            BertConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=1, intermediate_size=64, **sizes)
+        )
     ).train()
     ids = torch.arange(8)[None]
 

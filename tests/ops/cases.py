@@ -26,7 +26,8 @@ class Case:
 def made_of(*shapes):
     """Normal numbers, matrices scaled so that their products are about 1 too."""
     return lambda dtype: [
-        (floats(*shape, i + 1)[..., 0] / (shape[-1] ** 0.5 if len(shape) == 2 else 1)).to(dtype).contiguous() for i, shape in enumerate(shapes)
+        (floats(*shape, i + 1)[..., 0] / (shape[-1] ** 0.5 if len(shape) == 2 else 1)).to(dtype).contiguous()
+        for i, shape in enumerate(shapes)
     ]
 
 
@@ -39,17 +40,31 @@ OURS = ("reference", "cpu", "triton", "cuda")
 
 CASES = [
     Case("linear", lambda b: lambda x, w, c: fastlm.linear(x, w, c, backend=b), made_of((2, 9, 24), (20, 24), (20,))),
-    Case("linear conv1d", lambda b: lambda x, w, c: fastlm.linear(x, w, c, layout="conv1d", backend=b), made_of((2, 9, 24), (24, 20), (20,))),
+    Case(
+        "linear conv1d",
+        lambda b: lambda x, w, c: fastlm.linear(x, w, c, layout="conv1d", backend=b),
+        made_of((2, 9, 24), (24, 20), (20,)),
+    ),
     *(
         Case(
             f"gelu_mlp recompute {level}",
-            lambda b, level=level: lambda *t: fastlm.gelu_mlp(*t, approximate="tanh" if level else "none", recompute=level, backend=b),
+            lambda b, level=level: (
+                lambda *t: fastlm.gelu_mlp(*t, approximate="tanh" if level else "none", recompute=level, backend=b)
+            ),
             made_of((2, 9, 24), (48, 24), (48,), (20, 48), (20,)),
         )
         for level in (0, 1, 2)
     ),
-    Case("layernorm_residual", lambda b: lambda *t: fastlm.layernorm_residual(*t, backend=b), made_of((2, 9, 24), (2, 9, 24), (24,), (24,))),
-    Case("layernorm", lambda b: lambda x, w, c: fastlm.layernorm_residual(x, None, w, c, backend=b)[0], made_of((2, 9, 24), (24,), (24,))),
+    Case(
+        "layernorm_residual",
+        lambda b: lambda *t: fastlm.layernorm_residual(*t, backend=b),
+        made_of((2, 9, 24), (2, 9, 24), (24,), (24,)),
+    ),
+    Case(
+        "layernorm",
+        lambda b: lambda x, w, c: fastlm.layernorm_residual(x, None, w, c, backend=b)[0],
+        made_of((2, 9, 24), (24,), (24,)),
+    ),
     Case(
         "layernorm_residual dropout",
         lambda b: lambda *t: fastlm.layernorm_residual(*t, dropout_p=0.3, backend=b),
@@ -59,7 +74,11 @@ CASES = [
     *(
         Case(
             f"linear_cross_entropy {reduction}",
-            lambda b, r=reduction: lambda x, w, c: fastlm.linear_cross_entropy(x, w, TARGETS, c, reduction=r, label_smoothing=0.1, backend=b),
+            lambda b, r=reduction: (
+                lambda x, w, c: fastlm.linear_cross_entropy(
+                    x, w, TARGETS, c, reduction=r, label_smoothing=0.1, backend=b
+                )
+            ),
             made_of((2, 9, 24), (40, 24), (40,)),
             fixed=True,
         )
@@ -68,25 +87,44 @@ CASES = [
     Case("attention", lambda b: lambda q, k, v: fastlm.attention(q, k, v, backend=b), made_of(*QKV)),
     Case(
         "attention masked",
-        lambda b: lambda q, k, v: fastlm.attention(q, k, v, causal=True, key_padding=PADDING, window=(5, None), backend=b),
+        lambda b: (
+            lambda q, k, v: fastlm.attention(q, k, v, causal=True, key_padding=PADDING, window=(5, None), backend=b)
+        ),
         made_of(*QKV),
         fixed=True,
     ),
     Case(
         "attention all",
-        lambda b: lambda q, k, v, m: fastlm.attention(q, k, v, causal=True, mask=m, dropout_p=0.2, return_lse=True, backend=b),
+        lambda b: (
+            lambda q, k, v, m: fastlm.attention(q, k, v, causal=True, mask=m, dropout_p=0.2, return_lse=True, backend=b)
+        ),
         made_of(*QKV, (1, 4, 9, 9)),
         OURS,
     ),
-    Case("packed attention", lambda b: lambda q, k, v: fastlm.attention_varlen(q, k, v, STARTS, STARTS, causal=True, backend=b), made_of(*PACKED), fixed=True),
+    Case(
+        "packed attention",
+        lambda b: lambda q, k, v: fastlm.attention_varlen(q, k, v, STARTS, STARTS, causal=True, backend=b),
+        made_of(*PACKED),
+        fixed=True,
+    ),
     Case(
         "packed attention all",
-        lambda b: lambda q, k, v: fastlm.attention_varlen(q, k, v, STARTS, KEY_STARTS, window=(3, 2), dropout_p=0.2, return_lse=True, backend=b),
+        lambda b: (
+            lambda q, k, v: fastlm.attention_varlen(
+                q, k, v, STARTS, KEY_STARTS, window=(3, 2), dropout_p=0.2, return_lse=True, backend=b
+            )
+        ),
         made_of(*PACKED),
         OURS,
         fixed=True,
     ),
-    Case("sdpa", lambda b: lambda q, k, v: fastlm.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, backend=b), made_of(*QKV)),
+    Case(
+        "sdpa",
+        lambda b: (
+            lambda q, k, v: fastlm.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, backend=b)
+        ),
+        made_of(*QKV),
+    ),
 ]
 
 
@@ -98,5 +136,10 @@ def on_every_case(test=None, *, backends=("reference", "torch", "cpu"), dropout=
     if test is None:
         return functools.partial(on_every_case, backends=backends, dropout=dropout)
     cases = [case for case in CASES if dropout or case.backends != OURS]
-    pairs = [pytest.param(case, name, id=f"{case.name}-{name}") for case in cases for name in BACKENDS if name in case.backends and name in backends]
+    pairs = [
+        pytest.param(case, name, id=f"{case.name}-{name}")
+        for case in cases
+        for name in BACKENDS
+        if name in case.backends and name in backends
+    ]
     return pytest.mark.parametrize("case, backend", pairs)(test)

@@ -32,7 +32,10 @@ SIZES = [
 
 
 def qkv(batch, heads, key_heads, query_len, key_len, head_dim):
-    key, value = floats(batch, key_heads, key_len, head_dim), floats(head_dim, key_heads, key_len, batch).permute(3, 1, 2, 0)
+    key, value = (
+        floats(batch, key_heads, key_len, head_dim),
+        floats(head_dim, key_heads, key_len, batch).permute(3, 1, 2, 0),
+    )
     return floats(batch, heads, query_len, head_dim, 1)[..., 0], key, value
 
 
@@ -69,24 +72,36 @@ def test_as_close_to_float64_as_torch(sizes, causal, dtype, backend):
     if causal and sizes[3] > sizes[4]:
         q = q[:, :, : sizes[4]]  # the rows that see nothing have their own test
     mask = seen(q.shape[2], sizes[4], causal)
-    assert_within_twice_torch(lambda *t: fastlm.attention(*t, causal=causal, backend=backend), torch_own(mask if causal else None), (q, k, v), dtype)
+    assert_within_twice_torch(
+        lambda *t: fastlm.attention(*t, causal=causal, backend=backend),
+        torch_own(mask if causal else None),
+        (q, k, v),
+        dtype,
+    )
 
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(
-    "causal, window", [(False, (5, 3)), (True, (5, None)), (False, (None, 0)), (False, (0, 0)), (False, (40, None)), (True, (0, 9))], ids=str
+    "causal, window",
+    [(False, (5, 3)), (True, (5, None)), (False, (None, 0)), (False, (0, 0)), (False, (40, None)), (True, (0, 9))],
+    ids=str,
 )
 @pytest.mark.parametrize("lengths", [(50, 50), (20, 90), (1, 70)], ids=str)
 def test_windows(lengths, causal, window, dtype, backend):
     sizes = (1, 2, 1, *lengths, 24)
     assert_within_twice_torch(
-        lambda *t: fastlm.attention(*t, causal=causal, window=window, backend=backend), torch_own(seen(*lengths, causal, window)), qkv(*sizes), dtype
-    )  # fmt: skip
+        lambda *t: fastlm.attention(*t, causal=causal, window=window, backend=backend),
+        torch_own(seen(*lengths, causal, window)),
+        qkv(*sizes),
+        dtype,
+    )
 
 
 def test_grouped_queries_on_a_pytorch_that_does_not_know_them(monkeypatch):
-    run = lambda: outputs_and_gradients(lambda *t: fastlm.attention(*t, causal=True, backend="torch"), qkv(2, 6, 2, 9, 9, 16), torch.float32)  # noqa: E731
+    run = lambda: outputs_and_gradients(
+        lambda *t: fastlm.attention(*t, causal=True, backend="torch"), qkv(2, 6, 2, 9, 9, 16), torch.float32
+    )  # noqa: E731
     known = run()
     monkeypatch.setattr(load("torch"), "KNOWS_GROUPS", False)
     for a, b in zip(run(), known, strict=True):
@@ -108,7 +123,9 @@ def bool_mask(shape):
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_bool_masks(shape, dtype, backend):
     mask = bool_mask(shape)
-    assert_within_twice_torch(lambda *t: fastlm.attention(*t, mask=mask, backend=backend), torch_own(mask), qkv(2, 3, 3, 9, 21, 16), dtype)
+    assert_within_twice_torch(
+        lambda *t: fastlm.attention(*t, mask=mask, backend=backend), torch_own(mask), qkv(2, 3, 3, 9, 21, 16), dtype
+    )
 
 
 @on_backends("reference", "cpu", "triton", "cuda")
@@ -116,7 +133,12 @@ def test_bool_masks(shape, dtype, backend):
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_additive_masks_and_their_gradients(shape, dtype, backend):
     bias = floats(*shape)
-    assert_within_twice_torch(lambda q, k, v, m: fastlm.attention(q, k, v, mask=m, backend=backend), torch_own(), (*qkv(2, 3, 3, 9, 21, 16), bias), dtype)
+    assert_within_twice_torch(
+        lambda q, k, v, m: fastlm.attention(q, k, v, mask=m, backend=backend),
+        torch_own(),
+        (*qkv(2, 3, 3, 9, 21, 16), bias),
+        dtype,
+    )
 
 
 @on_every_backend
@@ -127,7 +149,9 @@ def test_additive_masks_without_gradient(mask_dtype, dtype, backend):
         bias = floats(*shape).to(mask_dtype or dtype)
         bias[..., 0, -1] = -torch.inf if shape[-1] > 1 else 2.0
         own = lambda q, k, v, m=bias: torch_own()(q, k, v, m.to(q.dtype))  # noqa: E731
-        assert_within_twice_torch(lambda *t, m=bias: fastlm.attention(*t, mask=m, backend=backend), own, qkv(2, 3, 1, 9, 21, 16), dtype)
+        assert_within_twice_torch(
+            lambda *t, m=bias: fastlm.attention(*t, mask=m, backend=backend), own, qkv(2, 3, 1, 9, 21, 16), dtype
+        )
 
 
 @on_backends("reference", "cpu", "triton", "cuda")
@@ -154,9 +178,13 @@ def test_everything_that_masks_is_combined(dtype, backend):
     whole_rows = whole.any(-1, keepdim=True)
     q, k, v = qkv(2, 3, 1, 30, 30, 16)
     assert_within_twice_torch(
-        lambda *t: fastlm.attention(*t, causal=True, window=(12, None), mask=mask, key_padding=padding, backend=backend),
-        lambda *t: torch.where(whole_rows, torch_own(whole | ~whole_rows)(*t), 0), (q, k, v), dtype,
-    )  # fmt: skip
+        lambda *t: fastlm.attention(
+            *t, causal=True, window=(12, None), mask=mask, key_padding=padding, backend=backend
+        ),
+        lambda *t: torch.where(whole_rows, torch_own(whole | ~whole_rows)(*t), 0),
+        (q, k, v),
+        dtype,
+    )
 
 
 @on_every_backend
@@ -186,7 +214,9 @@ def test_a_query_that_sees_nothing(dtype, backend):
 
 @on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal, sizes", [(False, (2, 3, 1, 9, 21, 16)), (True, (1, 2, 2, 40, 40, 33)), (True, (1, 1, 1, 9, 4, 8))])
+@pytest.mark.parametrize(
+    "causal, sizes", [(False, (2, 3, 1, 9, 21, 16)), (True, (1, 2, 2, 40, 40, 33)), (True, (1, 1, 1, 9, 4, 8))]
+)
 def test_log_sum_exp_and_its_gradient(causal, sizes, dtype, backend):
     mask = seen(sizes[3], sizes[4], causal)
 
@@ -197,9 +227,13 @@ def test_log_sum_exp_and_its_gradient(causal, sizes, dtype, backend):
         scores = ((q @ k.mT).to(wide) / sizes[5] ** 0.5).masked_fill(~mask, -torch.inf)
         visible = mask.any(-1)[:, None]
         weights = torch.softmax(torch.where(visible, scores, 0), -1).to(q.dtype)
-        return torch.where(visible, weights @ v, 0), scores.logsumexp(-1)[..., -4:]  # the rows that see nothing come first
+        return torch.where(visible, weights @ v, 0), scores.logsumexp(-1)[
+            ..., -4:
+        ]  # the rows that see nothing come first
 
-    ours = lambda q, k, v: (lambda out, lse: (out, lse[..., -4:]))(*fastlm.attention(q, k, v, causal=causal, return_lse=True, backend=backend))  # noqa: E731
+    ours = lambda q, k, v: (lambda out, lse: (out, lse[..., -4:]))(
+        *fastlm.attention(q, k, v, causal=causal, return_lse=True, backend=backend)
+    )  # noqa: E731
     assert_within_twice_torch(ours, own, qkv(*sizes), dtype)
     lse = fastlm.attention(*(t.to(dtype) for t in qkv(*sizes)), causal=causal, return_lse=True, backend=backend)[1]
     assert lse.dtype == torch.float32 and lse.shape == sizes[:2] + sizes[3:4] and lse.is_contiguous()
@@ -212,7 +246,13 @@ def test_gradient_may_arrive_for_one_result_only(backend):
         leaves = [t.requires_grad_() for t in qkv(1, 2, 2, 5, 6, 8)]
         results = fastlm.attention(*leaves, return_lse=True, backend=backend)
         upstreams = floats(1, 2, 5, 8), floats(1, 2, 5)
-        return torch.autograd.grad([results[i] for i in which], leaves, [upstreams[i] for i in which], materialize_grads=True, allow_unused=True)
+        return torch.autograd.grad(
+            [results[i] for i in which],
+            leaves,
+            [upstreams[i] for i in which],
+            materialize_grads=True,
+            allow_unused=True,
+        )
 
     for both, first, second in zip(gradients((0, 1)), gradients((0,)), gradients((1,)), strict=True):
         torch.testing.assert_close(both, first + second)
@@ -304,7 +344,12 @@ def test_huge_scores_do_not_overflow(backend):
 @on_every_backend
 @pytest.mark.parametrize("scale", [None, 1.0, 0.0, -0.3])
 def test_scale(scale, backend):
-    assert_within_twice_torch(lambda *t: fastlm.attention(*t, scale=scale, backend=backend), torch_own(scale=scale), qkv(1, 2, 2, 9, 9, 16), torch.float32)
+    assert_within_twice_torch(
+        lambda *t: fastlm.attention(*t, scale=scale, backend=backend),
+        torch_own(scale=scale),
+        qkv(1, 2, 2, 9, 9, 16),
+        torch.float32,
+    )
 
 
 @on_every_backend
@@ -313,7 +358,9 @@ def test_no_batch_no_queries_no_keys(sizes, backend):
     leaves = [t.requires_grad_() for t in qkv(*sizes)]
     out = fastlm.attention(*leaves, causal=True, backend=backend)
     assert out.shape == (sizes[0], sizes[1], sizes[3], sizes[5]) and not out.any()
-    assert all(d.shape == x.shape and not d.any() for d, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True))
+    assert all(
+        d.shape == x.shape and not d.any() for d, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True)
+    )
 
 
 @on_every_backend
@@ -326,16 +373,31 @@ def test_any_strides_give_the_same(dtype, backend):
     one = floats(batch, 1, length, head_dim).to(dtype).expand(batch, heads, length, head_dim)
     strided = floats(batch, heads, head_dim, length).to(dtype).transpose(2, 3)
     mask = floats(length, length, 1, batch).permute(3, 2, 1, 0)
-    upstreams = floats(batch, heads, length, head_dim).to(dtype), torch.ones((), dtype=dtype).expand(batch, heads, length, head_dim)
-    for inputs in (views, (views[0], one, one), (strided, views[1], strided), (views[2], floats(3, 1, length, 16).to(dtype)[::2], strided[:, :1])):
+    upstreams = (
+        floats(batch, heads, length, head_dim).to(dtype),
+        torch.ones((), dtype=dtype).expand(batch, heads, length, head_dim),
+    )
+    for inputs in (
+        views,
+        (views[0], one, one),
+        (strided, views[1], strided),
+        (views[2], floats(3, 1, length, 16).to(dtype)[::2], strided[:, :1]),
+    ):
         results = []
-        for variant, m, as_it_is in ((inputs, mask, True), ([t.contiguous() for t in inputs], mask.contiguous(), False)):
+        for variant, m, as_it_is in (
+            (inputs, mask, True),
+            ([t.contiguous() for t in inputs], mask.contiguous(), False),
+        ):
             leaves = [t.detach().requires_grad_() for t in variant]
             out = fastlm.attention(*leaves, mask=m, backend=backend)
             dys = [dy if as_it_is else dy.contiguous() for dy in (*upstreams, strided)]
-            results.append((out.detach(), *(d for dy in dys for d in torch.autograd.grad(out, leaves, dy, retain_graph=True))))
+            results.append(
+                (out.detach(), *(d for dy in dys for d in torch.autograd.grad(out, leaves, dy, retain_graph=True)))
+            )
         for a, b in zip(*results, strict=True):
-            assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]  # PyTorch adds in another order
+            assert (
+                error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]
+            )  # PyTorch adds in another order
         if backend == "cpu":
             assert_same_bits(*results)
 
@@ -367,8 +429,12 @@ def test_query_len_times_key_len_is_never_stored(backend):
     leaves = [t.requires_grad_() for t in qkv(1, 1, 1, length, length, 8)]
     fastlm.attention(*leaves, causal=True, backend=backend).sum().backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        fastlm.attention(*leaves, causal=True, key_padding=torch.ones(1, length, dtype=torch.bool), backend=backend).sum().backward()
-    assert 0 < max(event.self_cpu_memory_usage for event in profile.events()) < length * length  # of bytes, a quarter of it
+        fastlm.attention(
+            *leaves, causal=True, key_padding=torch.ones(1, length, dtype=torch.bool), backend=backend
+        ).sum().backward()
+    assert (
+        0 < max(event.self_cpu_memory_usage for event in profile.events()) < length * length
+    )  # of bytes, a quarter of it
 
 
 def call(**changed):
@@ -382,17 +448,44 @@ def call(**changed):
     [
         ({"query": floats(4, 3, 8)}, r"query: expected shape \(batch, heads, query_len, head_dim\).*, got \(4, 3, 8\)"),
         ({"query": floats(2, 4, 3, 8).long()}, r"query: expected a floating-point tensor, got torch.int64"),
-        ({"key": floats(2, 2, 5, 7)}, r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(2, 2, 5, 7\)"),
-        ({"key": floats(3, 2, 5, 8)}, r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(3, 2, 5, 8\)"),
-        ({"key": floats(2, 3, 5, 8), "value": floats(2, 3, 5, 8)}, r"key: expected a number of heads that divides query's 4, got 3"),
+        (
+            {"key": floats(2, 2, 5, 7)},
+            r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(2, 2, 5, 7\)",
+        ),
+        (
+            {"key": floats(3, 2, 5, 8)},
+            r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(3, 2, 5, 8\)",
+        ),
+        (
+            {"key": floats(2, 3, 5, 8), "value": floats(2, 3, 5, 8)},
+            r"key: expected a number of heads that divides query's 4, got 3",
+        ),
         ({"value": floats(2, 2, 6, 8)}, r"value: expected shape \(2, 2, 5, 8\), as key, got \(2, 2, 6, 8\)"),
         ({"key": floats(2, 2, 5, 8).half()}, r"key: expected torch.float32 on cpu, as query, got torch.float16 on cpu"),
-        ({"value": floats(2, 2, 5, 8).half()}, r"value: expected torch.float32 on cpu, as query, got torch.float16 on cpu"),
-        ({"mask": torch.ones(3, 5, dtype=torch.bool)}, r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 3, 5\), got \(3, 5\)"),
-        ({"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool)}, r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 3, 5\), got \(2, 2, 3, 5\)"),
-        ({"mask": torch.ones(1, 1, 3, 5, dtype=torch.int64)}, r"mask: expected torch.bool, torch.float32 or torch.float32 on cpu, got torch.int64 on cpu"),
-        ({"key_padding": torch.ones(2, 3, dtype=torch.bool)}, r"key_padding: expected shape \(2, 5\), \(batch, key_len\), got \(2, 3\)"),
-        ({"key_padding": torch.ones(2, 5)}, r"key_padding: expected torch.bool on cpu, True = a real token, got torch.float32 on cpu"),
+        (
+            {"value": floats(2, 2, 5, 8).half()},
+            r"value: expected torch.float32 on cpu, as query, got torch.float16 on cpu",
+        ),
+        (
+            {"mask": torch.ones(3, 5, dtype=torch.bool)},
+            r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 3, 5\), got \(3, 5\)",
+        ),
+        (
+            {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool)},
+            r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 3, 5\), got \(2, 2, 3, 5\)",
+        ),
+        (
+            {"mask": torch.ones(1, 1, 3, 5, dtype=torch.int64)},
+            r"mask: expected torch.bool, torch.float32 or torch.float32 on cpu, got torch.int64 on cpu",
+        ),
+        (
+            {"key_padding": torch.ones(2, 3, dtype=torch.bool)},
+            r"key_padding: expected shape \(2, 5\), \(batch, key_len\), got \(2, 3\)",
+        ),
+        (
+            {"key_padding": torch.ones(2, 5)},
+            r"key_padding: expected torch.bool on cpu, True = a real token, got torch.float32 on cpu",
+        ),
         ({"scale": float("nan")}, r"scale: expected a finite number, got nan"),
         ({"window": (-1, 0)}, r"window: expected \(left, right\), each None or an integer of 0 or more, got \(-1, 0\)"),
         ({"window": 5}, r"window: expected \(left, right\), each None or an integer of 0 or more, got 5"),

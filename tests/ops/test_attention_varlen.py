@@ -93,11 +93,17 @@ def test_where_one_key_has_nearly_all_the_weight(head_dim, backend):
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("causal, window", [(False, (5, 3)), (True, (5, None)), (False, (None, 0)), (False, (0, 0)), (False, (40, None))], ids=str)
+@pytest.mark.parametrize(
+    "causal, window",
+    [(False, (5, 3)), (True, (5, None)), (False, (None, 0)), (False, (0, 0)), (False, (40, None))],
+    ids=str,
+)
 def test_windows(causal, window, dtype, backend):
     """Counted from the last key of each sequence."""
     lengths = [(50, 50), (20, 90), (1, 70), (30, 10)]
-    ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths, torch.int32), causal=causal, window=window, backend=backend)  # noqa: E731
+    ours = lambda *t: fastlm.attention_varlen(
+        *t, *cu_seqlens(lengths, torch.int32), causal=causal, window=window, backend=backend
+    )  # noqa: E731
     assert_within_twice_torch(ours, torch_own(lengths, causal, window), qkv(lengths, 2, 1, 24), dtype)
 
 
@@ -148,7 +154,10 @@ def test_the_same_as_a_padded_batch(causal, dropout_p, dtype, backend):
 
     out, lse, *theirs = gradients(in_a_padded_batch, padded, padded_upstream)
     for a, b in zip(ours, (out[real], lse[real].t(), *(x[real] for x in theirs)), strict=True):
-        assert a.shape == b.shape and error(a, b.double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}[a.dtype]
+        assert (
+            a.shape == b.shape
+            and error(a, b.double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}[a.dtype]
+        )
 
 
 @on_backends("reference", "cpu", "triton", "cuda")
@@ -157,13 +166,20 @@ def test_drops_what_the_definition_drops(seed, backend):
     """Rows and columns count from the start of each sequence; its number and the head make the third word."""
     lengths, heads, p = [(5, 64), (1, 1), (0, 7), (9, 70), (4, 0), (70, 9), (3, 200)], 3, 0.37
     widest = max(k for _, k in lengths)
-    query, key = torch.zeros(sum(q for q, _ in lengths), heads, widest), torch.zeros(sum(k for _, k in lengths), heads, widest)
-    names = torch.cat([torch.eye(k, widest) for _, k in lengths])[:, None].expand(key.shape)  # values that say which key of the sequence they are
+    query, key = (
+        torch.zeros(sum(q for q, _ in lengths), heads, widest),
+        torch.zeros(sum(k for _, k in lengths), heads, widest),
+    )
+    names = torch.cat([torch.eye(k, widest) for _, k in lengths])[:, None].expand(
+        key.shape
+    )  # values that say which key of the sequence they are
     forward = torch.ops.fastlm.attention_varlen_forward
     unlimited = -(2**62), 2**62
     out = forward(query, key, names, *cu_seqlens(lengths), torch.tensor(seed), 1.0, *unlimited, p, False, backend)[0]
     for number, (one, (query_len, key_len)) in enumerate(zip(out.split([q for q, _ in lengths]), lengths, strict=True)):
-        expected = philox.kept(torch.tensor(seed), query_len, key_len, torch.arange(number * heads, (number + 1) * heads), p)
+        expected = philox.kept(
+            torch.tensor(seed), query_len, key_len, torch.arange(number * heads, (number + 1) * heads), p
+        )
         assert torch.equal(one.transpose(0, 1)[..., :key_len] != 0, expected)
 
 
@@ -182,7 +198,11 @@ def test_what_stands_in_one_sequence_never_reaches_another(where, harm, backend)
     for stands in (harm, 0.0):
         inputs = [x.clone() for x in qkv(lengths, 2, 1, 8)]
         inputs[where][tokens] = stands
-        results.append(outputs_and_gradients(lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), backend=backend), inputs, torch.float32))
+        results.append(
+            outputs_and_gradients(
+                lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), backend=backend), inputs, torch.float32
+            )
+        )
     for a, b in zip(*results, strict=True):
         assert a[others].isfinite().all() and torch.equal(a[others], b[others])
     assert not results[0][0][tokens].isfinite().all()
@@ -228,7 +248,9 @@ def test_nothing_to_see(lengths, backend):
     leaves = [floats(total, 2, 8).requires_grad_() for total in (int(cu[0][-1]), *[int(cu[1][-1])] * 2)]
     out = fastlm.attention_varlen(*leaves, *cu, backend=backend)
     assert out.shape == leaves[0].shape and not out.any()
-    assert all(d.shape == x.shape and not d.any() for d, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True))
+    assert all(
+        d.shape == x.shape and not d.any() for d, x in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True)
+    )
 
 
 @on_backends("reference", "cpu", "triton", "cuda")
@@ -244,7 +266,9 @@ def test_log_sum_exp_and_its_gradient(causal, dtype, backend):
         parts = (t.split([pair[side] for pair in lengths]) for t, side in ((q, 0), (k, 1), (v, 1)))
         for one in zip(*parts, strict=True):
             query, key, value = (t.transpose(0, 1) for t in one)
-            scores = ((query @ key.mT).to(torch.promote_types(q.dtype, torch.float32)) / 4).masked_fill(~seen(*map(len, one[:2]), causal), -torch.inf)
+            scores = ((query @ key.mT).to(torch.promote_types(q.dtype, torch.float32)) / 4).masked_fill(
+                ~seen(*map(len, one[:2]), causal), -torch.inf
+            )
             outs.append((torch.softmax(scores, -1).to(q.dtype) @ value).transpose(0, 1))
             lses.append(scores.logsumexp(-1))
         return torch.cat(outs), torch.cat(lses, 1)
@@ -261,7 +285,13 @@ def test_gradient_may_arrive_for_one_result_only(backend):
         leaves = [t.requires_grad_() for t in qkv(lengths, 2, 2, 8)]
         results = fastlm.attention_varlen(*leaves, *cu_seqlens(lengths), return_lse=True, backend=backend)
         upstreams = floats(7, 2, 8), floats(2, 7)
-        return torch.autograd.grad([results[i] for i in which], leaves, [upstreams[i] for i in which], materialize_grads=True, allow_unused=True)
+        return torch.autograd.grad(
+            [results[i] for i in which],
+            leaves,
+            [upstreams[i] for i in which],
+            materialize_grads=True,
+            allow_unused=True,
+        )
 
     for both, first, second in zip(gradients((0, 1)), gradients((0,)), gradients((1,)), strict=True):
         torch.testing.assert_close(both, first + second)
@@ -282,16 +312,29 @@ def test_any_strides_give_the_same(dtype, backend):
     first = floats(heads, total, head_dim).to(dtype).transpose(0, 1)
     one = floats(total, 1, head_dim).to(dtype).expand(total, heads, head_dim)
     strided = floats(head_dim, heads, total).to(dtype).permute(2, 1, 0)
-    upstreams = floats(total, heads, head_dim).to(dtype), torch.ones((), dtype=dtype).expand(total, heads, head_dim), strided
-    for inputs in (views, (first, one, one), (strided, views[1], strided), (views[2], floats(2 * total, 1, head_dim).to(dtype)[::2], strided[:, :1])):
+    upstreams = (
+        floats(total, heads, head_dim).to(dtype),
+        torch.ones((), dtype=dtype).expand(total, heads, head_dim),
+        strided,
+    )
+    for inputs in (
+        views,
+        (first, one, one),
+        (strided, views[1], strided),
+        (views[2], floats(2 * total, 1, head_dim).to(dtype)[::2], strided[:, :1]),
+    ):
         results = []
         for variant, as_it_is in ((inputs, True), ([t.contiguous() for t in inputs], False)):
             leaves = [t.detach().requires_grad_() for t in variant]
             out = fastlm.attention_varlen(*leaves, *cu_seqlens(lengths), backend=backend)
             dys = [dy if as_it_is else dy.contiguous() for dy in upstreams]
-            results.append((out.detach(), *(d for dy in dys for d in torch.autograd.grad(out, leaves, dy, retain_graph=True))))
+            results.append(
+                (out.detach(), *(d for dy in dys for d in torch.autograd.grad(out, leaves, dy, retain_graph=True)))
+            )
         for a, b in zip(*results, strict=True):
-            assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]  # PyTorch adds in another order
+            assert (
+                error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]
+            )  # PyTorch adds in another order
         if backend == "cpu":
             assert_same_bits(*results)
         assert all(x.is_contiguous() for x in results[0])
@@ -310,7 +353,9 @@ def test_starts_of_any_integer_type_and_stride(backend):
 def test_only_the_gradients_that_are_asked_for(backend):
     lengths = [(6, 7), (3, 3)]
     inputs, cu = qkv(lengths, 2, 1, 8), cu_seqlens(lengths)
-    whole = outputs_and_gradients(lambda *t: fastlm.attention_varlen(*t, *cu, backend=backend), inputs, torch.float32)[1:]
+    whole = outputs_and_gradients(lambda *t: fastlm.attention_varlen(*t, *cu, backend=backend), inputs, torch.float32)[
+        1:
+    ]
     for i, expected in enumerate(whole):
         leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
         fastlm.attention_varlen(*leaves, *cu, backend=backend).backward(floats(9, 2, 8))
@@ -325,7 +370,9 @@ def test_same_bits_on_every_thread_count(dropout_p, dtype, backend):
     """Uneven lengths, cut into chunks of queries and shares of keys."""
     lengths = [(3, 3), (700, 700), (0, 5), (1, 300), (260, 260), (40, 40)]
     inputs = [x.to(dtype) for x in qkv(lengths, 2, 1, 24)]
-    call = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), causal=True, dropout_p=dropout_p, backend=backend)  # noqa: E731
+    call = lambda *t: fastlm.attention_varlen(
+        *t, *cu_seqlens(lengths), causal=True, dropout_p=dropout_p, backend=backend
+    )  # noqa: E731
     threads, outcomes = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3, 4, 2):
@@ -356,7 +403,12 @@ def test_one_graph_for_all_lengths_under_compile():
         traces.append(graph)
         return graph.forward
 
-    compiled = torch.compile(lambda q, k, v, a, b: fastlm.attention_varlen(q, k, v, a, b, causal=True), fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(
+        lambda q, k, v, a, b: fastlm.attention_varlen(q, k, v, a, b, causal=True),
+        fullgraph=True,
+        dynamic=True,
+        backend=counter,
+    )
     for lengths in ([(9, 9), (3, 5)], [(7, 7), (2, 2), (30, 40)], [(4, 4), (5, 5), (6, 6), (7, 8)]):
         inputs = *qkv(lengths, 2, 1, 8), *cu_seqlens(lengths)
         torch.testing.assert_close(compiled(*inputs), fastlm.attention_varlen(*inputs, causal=True))
@@ -366,7 +418,11 @@ def test_one_graph_for_all_lengths_under_compile():
 @on_backends("reference", "cpu", "triton", "cuda")
 def test_trained_under_inductor_with_lengths_that_change(backend):
     def loss(projection, cu):
-        return fastlm.attention_varlen(*projection.unbind(1), cu, cu, causal=True, dropout_p=0.2, backend=backend).square().sum()
+        return (
+            fastlm.attention_varlen(*projection.unbind(1), cu, cu, causal=True, dropout_p=0.2, backend=backend)
+            .square()
+            .sum()
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
@@ -406,17 +462,35 @@ def call(**changed):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"query": floats(1, 7, 4, 8)}, r"query: expected shape \(total_q, heads, head_dim\), at least one head and head_dim 1 or more, got \(1, 7, 4, 8\)"),
+        (
+            {"query": floats(1, 7, 4, 8)},
+            r"query: expected shape \(total_q, heads, head_dim\), at least one head and head_dim 1 or more, got \(1, 7, 4, 8\)",
+        ),
         ({"query": floats(7, 4, 8).long()}, r"query: expected a floating-point tensor, got torch.int64"),
         ({"key": floats(9, 2, 7)}, r"key: expected shape \(total_k, key_heads, 8\), as query, got \(9, 2, 7\)"),
         ({"key": floats(9, 3, 8)}, r"key: expected a number of heads that divides query's 4, got 3"),
         ({"value": floats(8, 2, 8)}, r"value: expected shape \(9, 2, 8\), as key, got \(8, 2, 8\)"),
         ({"key": floats(9, 2, 8).half()}, r"key: expected torch.float32 on cpu, as query, got torch.float16 on cpu"),
-        ({"value": floats(9, 2, 8).half()}, r"value: expected torch.float32 on cpu, as query, got torch.float16 on cpu"),
-        ({"cu_seqlens_q": torch.tensor([[0, 3, 7]])}, r"cu_seqlens_q: expected shape \(batch \+ 1,\), 0 and where each sequence ends, got \(1, 3\)"),
-        ({"cu_seqlens_k": torch.tensor([], dtype=torch.int64)}, r"cu_seqlens_k: expected shape \(batch \+ 1,\), 0 and where each sequence ends, got \(0,\)"),
-        ({"cu_seqlens_q": torch.tensor([0.0, 3, 7])}, r"cu_seqlens_q: expected torch.int32 or torch.int64 on cpu, got torch.float32 on cpu"),
-        ({"cu_seqlens_k": torch.tensor([0, 2, 9], device="meta")}, r"cu_seqlens_k: expected torch.int32 or torch.int64 on cpu, got torch.int64 on meta"),
+        (
+            {"value": floats(9, 2, 8).half()},
+            r"value: expected torch.float32 on cpu, as query, got torch.float16 on cpu",
+        ),
+        (
+            {"cu_seqlens_q": torch.tensor([[0, 3, 7]])},
+            r"cu_seqlens_q: expected shape \(batch \+ 1,\), 0 and where each sequence ends, got \(1, 3\)",
+        ),
+        (
+            {"cu_seqlens_k": torch.tensor([], dtype=torch.int64)},
+            r"cu_seqlens_k: expected shape \(batch \+ 1,\), 0 and where each sequence ends, got \(0,\)",
+        ),
+        (
+            {"cu_seqlens_q": torch.tensor([0.0, 3, 7])},
+            r"cu_seqlens_q: expected torch.int32 or torch.int64 on cpu, got torch.float32 on cpu",
+        ),
+        (
+            {"cu_seqlens_k": torch.tensor([0, 2, 9], device="meta")},
+            r"cu_seqlens_k: expected torch.int32 or torch.int64 on cpu, got torch.int64 on meta",
+        ),
         ({"cu_seqlens_k": torch.tensor([0, 9])}, r"cu_seqlens_k: expected shape \(3,\), as cu_seqlens_q, got \(2,\)"),
         ({"scale": float("inf")}, r"scale: expected a finite number, got inf"),
         ({"window": (0, -1)}, r"window: expected \(left, right\), each None or an integer of 0 or more, got \(0, -1\)"),
@@ -431,9 +505,18 @@ def test_errors_say_which_and_why(changed, message):
 
 WRONG_STARTS = [
     ({"cu_seqlens_q": torch.tensor([1, 3, 7])}, r"cu_seqlens_q: expected 0 as its first value, got 1"),
-    ({"cu_seqlens_k": torch.tensor([0, 2, 8])}, r"cu_seqlens_k: expected 9, the number of tokens, as its last value, got 8"),
-    ({"cu_seqlens_q": torch.tensor([0, 8, 7])}, r"cu_seqlens_q: expected values that never decrease, got 7 at \[2\], after 8"),
-    ({"cu_seqlens_k": torch.tensor([0, -2, 9], dtype=torch.int32)}, r"cu_seqlens_k: expected values that never decrease, got -2 at \[1\], after 0"),
+    (
+        {"cu_seqlens_k": torch.tensor([0, 2, 8])},
+        r"cu_seqlens_k: expected 9, the number of tokens, as its last value, got 8",
+    ),
+    (
+        {"cu_seqlens_q": torch.tensor([0, 8, 7])},
+        r"cu_seqlens_q: expected values that never decrease, got 7 at \[2\], after 8",
+    ),
+    (
+        {"cu_seqlens_k": torch.tensor([0, -2, 9], dtype=torch.int32)},
+        r"cu_seqlens_k: expected values that never decrease, got -2 at \[1\], after 0",
+    ),
 ]
 
 
@@ -447,10 +530,14 @@ def test_starts_that_do_not_fit(changed, message, backend):
     inputs = qkv([(7, 9)], 4, 2, 8)
     wrong = ({"cu_seqlens_q": torch.tensor([0, 3, 7]), "cu_seqlens_k": torch.tensor([0, 2, 9])} | changed).values()
     with pytest.raises(ValueError, match=message):
-        torch.compile(lambda *t: fastlm.attention_varlen(*t, backend=backend), backend="eager", fullgraph=True)(*inputs, *wrong)
+        torch.compile(lambda *t: fastlm.attention_varlen(*t, backend=backend), backend="eager", fullgraph=True)(
+            *inputs, *wrong
+        )
     backward = torch.ops.fastlm.attention_varlen_backward
     with pytest.raises(ValueError, match=message):
-        backward(inputs[0], None, *inputs, *wrong, None, inputs[0], floats(4, 7), 1.0, -9, 9, 0.0, False, [True] * 3, backend)
+        backward(
+            inputs[0], None, *inputs, *wrong, None, inputs[0], floats(4, 7), 1.0, -9, 9, 0.0, False, [True] * 3, backend
+        )
 
 
 @pytest.mark.parametrize(
@@ -466,10 +553,16 @@ def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason)
     assert call(**changed) is not None  # another serves
 
 
-@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="a device assert ends the process: tests/kernels/test_gpu.py")
+@pytest.mark.skipif(
+    torch.get_default_device().type != "cpu", reason="a device assert ends the process: tests/kernels/test_gpu.py"
+)
 @on_backends("triton", "cuda")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("wrong", [(1, 3, 7), (-1, 3, 7), (0, 8, 7), (0, 3, 6), (0, 3, 2**33 + 7), (0, 9, 9), (0, 7, 8), (0, 9, 7), (0, -2, 7)], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [(1, 3, 7), (-1, 3, 7), (0, 8, 7), (0, 3, 6), (0, 3, 2**33 + 7), (0, 9, 9), (0, 7, 8), (0, 9, 7), (0, -2, 7)],
+    ids=str,
+)
 @pytest.mark.parametrize("side", ["queries", "keys"])
 def test_starts_that_do_not_fit_are_a_device_assert(side, wrong, dtype, backend, monkeypatch):
     """Where no one looks at them beforehand. A sequence of a negative length has no program of its own, nor has an empty one."""
@@ -483,9 +576,13 @@ def test_starts_that_do_not_fit_are_a_device_assert(side, wrong, dtype, backend,
     module = load(backend)
     with pytest.raises(Exception, match=asserted):
         module.attention_varlen_forward(*inputs, *starts, None, 1.0, -9, 9, 0.0)
-    out, lse = module.attention_varlen_forward(*inputs, right, right, None, 1.0, -9, 9, 0.0)  # what was wrong has left nothing behind
+    out, lse = module.attention_varlen_forward(
+        *inputs, right, right, None, 1.0, -9, 9, 0.0
+    )  # what was wrong has left nothing behind
     with pytest.raises(Exception, match=asserted):
-        module.attention_varlen_backward(out, None, *inputs, *starts, None, out, lse, 1.0, -9, 9, 0.0, (True, True, True))
+        module.attention_varlen_backward(
+            out, None, *inputs, *starts, None, out, lse, 1.0, -9, 9, 0.0, (True, True, True)
+        )
 
 
 def test_a_backend_is_asked_for_queries_and_keys(monkeypatch):

@@ -18,7 +18,9 @@ SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x299F31D0A4093822]
 def kept_by_layernorm(backend, rows, width, p, seed, dtype=torch.float32):
     """Where the operator keeps an input of ones."""
     x = torch.ones(rows, width, dtype=dtype)
-    summed = layernorm_op.layernorm_residual_forward(x, None, torch.ones(width), None, torch.tensor(seed), 1e-5, p, backend)[1]
+    summed = layernorm_op.layernorm_residual_forward(
+        x, None, torch.ones(width), None, torch.tensor(seed), 1e-5, p, backend
+    )[1]
     scaled = torch.tensor(1 / (1 - p), dtype=torch.float32).to(dtype)
     assert set(summed.unique().tolist()) <= {0.0, scaled.item()}
     return summed != 0
@@ -29,8 +31,20 @@ def kept_by_attention(backend, batch, heads, query_len, key_len, p, seed):
     q, k = torch.zeros(batch, heads, query_len, key_len), torch.zeros(batch, heads, key_len, key_len)
     names = torch.eye(key_len).expand(batch, heads, key_len, key_len)
     out = attention_op.attention_forward(
-        q, k, names, None, None, torch.tensor(seed), 1.0, -attention_op.UNLIMITED, attention_op.UNLIMITED, p, False, False, backend
-    )[0]  # fmt: skip
+        q,
+        k,
+        names,
+        None,
+        None,
+        torch.tensor(seed),
+        1.0,
+        -attention_op.UNLIMITED,
+        attention_op.UNLIMITED,
+        p,
+        False,
+        False,
+        backend,
+    )[0]
     return out != 0
 
 
@@ -66,7 +80,11 @@ def test_the_share_that_is_kept(p, backend):
 @pytest.mark.parametrize("residual_dtype", [None, "x", torch.float32], ids=str)
 def test_layernorm_with_dropout_is_layernorm_of_what_is_kept(residual_dtype, dtype, backend):
     x, w, b = floats(7, 50).to(dtype), floats(50).to(dtype), floats(1, 50)[0].to(dtype)
-    residual = None if residual_dtype is None else floats(50, 7).t().contiguous().to(dtype if residual_dtype == "x" else residual_dtype)
+    residual = (
+        None
+        if residual_dtype is None
+        else floats(50, 7).t().contiguous().to(dtype if residual_dtype == "x" else residual_dtype)
+    )
     p = 0.4
     leaves = [t if t is None else t.clone().requires_grad_() for t in (x, residual, w, b)]
     torch.manual_seed(5)
@@ -116,7 +134,10 @@ def test_attention_with_dropout_is_attention_of_what_is_kept(dtype, backend):
     def gradients(function, dtype):
         own = [t.detach().to(dtype).requires_grad_() for t in leaves]
         results = function(*own)
-        return [*(y.detach() for y in results), *torch.autograd.grad(results, own, [u.to(y.dtype) for u, y in zip(upstream, results, strict=True)])]
+        return [
+            *(y.detach() for y in results),
+            *torch.autograd.grad(results, own, [u.to(y.dtype) for u, y in zip(upstream, results, strict=True)]),
+        ]
 
     got = [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, upstream)]
     floor = {torch.float32: 2**-21, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
@@ -151,7 +172,11 @@ def test_philox_against_its_authors_vectors():
     for counter, key, expected in (
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
     ):
         words = philox.philox(tuple(torch.tensor(c) for c in counter), tuple(torch.tensor(k) for k in key))
         assert tuple(int(word) for word in words) == expected
@@ -163,5 +188,7 @@ def test_which_word_a_column_gets():
     kept = philox.kept(torch.tensor(seed), 3, 150, torch.tensor(6), p)
     for row, column in ((0, 0), (2, 17), (1, 63), (1, 64), (2, 149)):
         counter = (column // 64 * 16 + column % 16, row, 6, 0)
-        words = philox.philox(tuple(torch.tensor(c) for c in counter), (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32)))
+        words = philox.philox(
+            tuple(torch.tensor(c) for c in counter), (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32))
+        )
         assert kept[row, column] == (int(words[column // 16 % 4]) >= 2**31)

@@ -18,7 +18,17 @@ from fastlm.backends import load
 from fastlm.backends import torch as native
 from tests.ops.cases import CASES, on_every_case
 from tests.support import BACKENDS as ALL
-from tests.support import EMULATED, SLOW, as_tuple, assert_same_bits, error, floats, on_backends, on_every_backend, targets
+from tests.support import (
+    EMULATED,
+    SLOW,
+    as_tuple,
+    assert_same_bits,
+    error,
+    floats,
+    on_backends,
+    on_every_backend,
+    targets,
+)
 
 
 def run(case, backend, leaves, **options):
@@ -32,7 +42,10 @@ def run(case, backend, leaves, **options):
 def assert_close(a, b):
     """The same but for the order of some additions."""
     for x, y in zip(a, b, strict=True):
-        assert x.dtype == y.dtype and error(x, y.double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}[x.dtype]
+        assert (
+            x.dtype == y.dtype
+            and error(x, y.double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}[x.dtype]
+        )
 
 
 # Gradients of gradients
@@ -46,7 +59,9 @@ def test_first_and_second_gradients_of_the_reference(case):
 
     # gradcheck moves one element at a time: the smallest that still has an inside and an edge
     leaves = (
-        [x.double()[(slice(2),) * min(2, x.dim() - 1)] for x in case.inputs(torch.float32)] if case.name.startswith("attention") else case.leaves(torch.float64)
+        [x.double()[(slice(2),) * min(2, x.dim() - 1)] for x in case.inputs(torch.float32)]
+        if case.name.startswith("attention")
+        else case.leaves(torch.float64)
     )
     leaves = [x.detach().requires_grad_() for x in leaves]
     assert torch.autograd.gradcheck(seeded, leaves, fast_mode=True)
@@ -100,7 +115,9 @@ def recorded(case, backend):
 def test_a_tracer_sees_operators_that_keep_their_contract(case, backend):
     calls = recorded(case, backend)
     names = [function.name().removeprefix("fastlm::") for function, _, _ in calls]
-    assert names[0].endswith("_forward") and len(names) == (1 if names[0].startswith("linear_cross") and not case.name.endswith("none") else 2)
+    assert names[0].endswith("_forward") and len(names) == (
+        1 if names[0].startswith("linear_cross") and not case.name.endswith("none") else 2
+    )
     # What AOTAutograd makes of an operator follows from its schema and its fake, which are those of every backend.
     checks = ("test_schema", "test_faketensor", *(() if backend in SLOW else ("test_aot_dispatch_dynamic",)))
     for function, arguments, options in calls:
@@ -147,7 +164,10 @@ def test_one_graph_for_all_sizes_under_compile(case):
     traces, counter = counting_traces()
     compiled = torch.compile(case.call("reference"), fullgraph=True, dynamic=True, backend=counter)
     for length in (9, 7, 4):
-        shorter = [x[tuple(slice(length) if size == 9 else slice(None) for size in x.shape)].clone() for x in case.inputs(torch.float32)]
+        shorter = [
+            x[tuple(slice(length) if size == 9 else slice(None) for size in x.shape)].clone()
+            for x in case.inputs(torch.float32)
+        ]
         compiled(*shorter)
     assert len(traces) == 1
 
@@ -169,9 +189,13 @@ def block(x, norm, norm_bias, qkv, qkv_bias, up, up_bias, down, down_bias, vocab
     options = {"backend": backend}
     y, _ = fastlm.layernorm_residual(x, None, norm, norm_bias, **options)
     query, key, value = fastlm.linear(y, qkv, qkv_bias, **options).view(2, 9, 3, 2, 12).permute(2, 0, 3, 1, 4)
-    attended = fastlm.attention(query, key, value, causal=True, dropout_p=dropout_p, **options).transpose(1, 2).flatten(2)
+    attended = (
+        fastlm.attention(query, key, value, causal=True, dropout_p=dropout_p, **options).transpose(1, 2).flatten(2)
+    )
     y, s = fastlm.layernorm_residual(attended, x, norm, norm_bias, dropout_p=dropout_p, **options)
-    y, _ = fastlm.layernorm_residual(fastlm.gelu_mlp(y, up, up_bias, down, down_bias, recompute=1, **options), s, norm, norm_bias, **options)
+    y, _ = fastlm.layernorm_residual(
+        fastlm.gelu_mlp(y, up, up_bias, down, down_bias, recompute=1, **options), s, norm, norm_bias, **options
+    )
     return fastlm.linear_cross_entropy(y, vocabulary, target, **options)
 
 
@@ -199,10 +223,16 @@ def test_one_tensor_for_several_inputs_under_compile():
     """Which torch.compile does not let an autograd.Function have."""
     torch._dynamo.reset()
     starts = torch.tensor([0, 2, 5])
-    for function, shape in ((fastlm.attention, (1, 2, 5, 8)), (lambda *t: fastlm.attention_varlen(*t, starts, starts), (5, 2, 8))):
+    for function, shape in (
+        (fastlm.attention, (1, 2, 5, 8)),
+        (lambda *t: fastlm.attention_varlen(*t, starts, starts), (5, 2, 8)),
+    ):
         x = floats(*shape).requires_grad_()
         outcomes = []
-        for each in (lambda x, f=function: f(x, x, x), torch.compile(lambda x, f=function: f(x, x, x), fullgraph=True, backend="aot_eager")):
+        for each in (
+            lambda x, f=function: f(x, x, x),
+            torch.compile(lambda x, f=function: f(x, x, x), fullgraph=True, backend="aot_eager"),
+        ):
             out = each(x)
             outcomes.append((out.detach(), *torch.autograd.grad(out, x, floats(*shape))))
         assert_close(*outcomes)
@@ -222,7 +252,9 @@ def test_exported():
 
 def test_dropout_is_drawn_anew_on_every_compiled_call():
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, w: fastlm.layernorm_residual(x, None, w, dropout_p=0.5, backend="reference")[1], fullgraph=True)
+    compiled = torch.compile(
+        lambda x, w: fastlm.layernorm_residual(x, None, w, dropout_p=0.5, backend="reference")[1], fullgraph=True
+    )
     x, w = torch.ones(8, 64), torch.ones(64)
     first, second = compiled(x, w), compiled(x, w)
     assert not torch.equal(first, second) and set(first.unique().tolist()) == {0.0, 2.0}
@@ -236,7 +268,9 @@ def test_flops_are_counted():
     linear, mlp, vocabulary = 24 * 72, 2 * 24 * 48, 40 * 24
     attention = 2 * 2 * 9 * 9 * 12
     forward = 2 * rows * (linear + mlp) + 4 * attention
-    assert counter.get_total_flops() == 3 * forward + 2 * attention + 3 * 2 * rows * vocabulary  # five products in attention's backward, not four
+    assert (
+        counter.get_total_flops() == 3 * forward + 2 * attention + 3 * 2 * rows * vocabulary
+    )  # five products in attention's backward, not four
     with FlopCounterMode(display=False) as counter:
         fastlm.gelu_mlp(*CASES[2].leaves(), recompute=2).sum().backward()
     assert counter.get_total_flops() == 2 * 18 * (24 * 48 + 48 * 20) * 3 + 2 * 18 * 24 * 48
@@ -317,7 +351,10 @@ def test_inputs_are_never_written_to(case, backend):
     leaves = case.leaves()
     before = [(x.detach().clone(), x._version) for x in leaves]
     run(case, backend, leaves)
-    assert all(torch.equal(x, old) and x._version == version and x.grad is None for x, (old, version) in zip(leaves, before, strict=True))
+    assert all(
+        torch.equal(x, old) and x._version == version and x.grad is None
+        for x, (old, version) in zip(leaves, before, strict=True)
+    )
 
 
 @on_every_case(backends=ALL)
@@ -327,13 +364,18 @@ def test_a_gradient_expanded_from_one_number(case, backend):
     sum(y.sum() for y in as_tuple(case.call(backend)(*leaves))).backward()
     torch.manual_seed(7)
     results = as_tuple(case.call(backend)(*leaves))
-    assert_close([x.grad for x in leaves], torch.autograd.grad(results, leaves, [torch.ones_like(y).contiguous() for y in results]))
+    assert_close(
+        [x.grad for x in leaves],
+        torch.autograd.grad(results, leaves, [torch.ones_like(y).contiguous() for y in results]),
+    )
 
 
 @on_every_case(backends=("reference", "torch", "cpu", "cuda"))
 def test_offsets_that_no_vector_is_aligned_to(case, backend):
     """Every input one element past where it would be aligned."""
-    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape).requires_grad_() for x in case.inputs(torch.float32)]
+    shifted = [
+        torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape).requires_grad_() for x in case.inputs(torch.float32)
+    ]
     expected, got = run(case, backend, case.leaves()), run(case, backend, shifted)
     assert_close([*got[0], *got[1]], [*expected[0], *expected[1]])
 
@@ -379,11 +421,15 @@ def test_strides_of_more_than_two_to_the_31(dtype, backend):
 def test_more_than_two_to_the_31_keys(backend):
     """Positions beyond 2³¹, of which the window leaves four to look at; nothing else is touched."""
     key_len = 2**31 + 100
-    key, value = (torch.frombuffer(reserved(key_len * 2), dtype=torch.bfloat16).view(1, 1, key_len, 1) for _ in range(2))
+    key, value = (
+        torch.frombuffer(reserved(key_len * 2), dtype=torch.bfloat16).view(1, 1, key_len, 1) for _ in range(2)
+    )
     key[0, 0, -6:, 0], value[0, 0, -6:, 0] = floats(6).bfloat16(), floats(1, 6)[0].bfloat16()
     query = floats(1, 1, 2, 1).bfloat16()
     out, lse = fastlm.attention(query, key, value, causal=True, window=(3, None), return_lse=True, backend=backend)
-    expected = fastlm.attention(query, key[:, :, -6:], value[:, :, -6:], causal=True, window=(3, None), return_lse=True, backend=backend)
+    expected = fastlm.attention(
+        query, key[:, :, -6:], value[:, :, -6:], causal=True, window=(3, None), return_lse=True, backend=backend
+    )
     assert_close((out, lse), expected)
 
 
@@ -418,7 +464,11 @@ def test_same_bits_on_every_thread_count_where_the_work_is_cut(backend):
         mlp = fastlm.gelu_mlp(y, w, None, wide, None, backend=backend)
         loss = fastlm.linear_cross_entropy(mlp, w, target, backend=backend)
         attended = fastlm.attention(heads, heads, heads, causal=True, backend=backend)
-        return loss.detach(), attended.detach(), *torch.autograd.grad([loss, attended, s], [x, w, wide, norm, heads], [None, attended, s])
+        return (
+            loss.detach(),
+            attended.detach(),
+            *torch.autograd.grad([loss, attended, s], [x, w, wide, norm, heads], [None, attended, s]),
+        )
 
     try:
         outcomes = []
@@ -458,8 +508,13 @@ def test_autocast_on_a_cpu(case, backend, dtype):
     with torch.autocast("cpu", dtype):
         results = as_tuple(case.call(backend)(*leaves))
     wide = "layernorm" in case.name or "cross_entropy" in case.name
-    assert [y.dtype for y in results] == [torch.float32 if wide or i == 1 else dtype for i, y in enumerate(results)]  # the second is a log-sum-exp
-    narrow = [x.detach() if "layernorm" in case.name or (case.name == "attention all" and i == 3) else x.detach().to(dtype) for i, x in enumerate(leaves)]
+    assert [y.dtype for y in results] == [
+        torch.float32 if wide or i == 1 else dtype for i, y in enumerate(results)
+    ]  # the second is a log-sum-exp
+    narrow = [
+        x.detach() if "layernorm" in case.name or (case.name == "attention all" and i == 3) else x.detach().to(dtype)
+        for i, x in enumerate(leaves)
+    ]
     narrow = [x.requires_grad_() for x in narrow]
     expected, gradients = run(case, backend, narrow)
     assert_close([y.detach() for y in results], expected)
@@ -467,8 +522,13 @@ def test_autocast_on_a_cpu(case, backend, dtype):
     with torch.autocast("cpu", dtype):  # a backward inside must not be cast once more
         got = torch.autograd.grad(results, leaves, upstreams)
     assert all(d.dtype == torch.float32 for d in got)
-    if case.name.split()[0] in WEIGHED:  # those were rounded, and once more where a mean is scaled; these are not: see below
-        assert all(error(d, narrow.double()) <= {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype] for d, narrow in zip(got, gradients, strict=True))
+    if (
+        case.name.split()[0] in WEIGHED
+    ):  # those were rounded, and once more where a mean is scaled; these are not: see below
+        assert all(
+            error(d, narrow.double()) <= {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+            for d, narrow in zip(got, gradients, strict=True)
+        )
     else:
         assert_close(got, [d.float() for d in gradients])
 
@@ -485,7 +545,11 @@ def weighed(name, x, *weights, backend):
 
 
 def weighed_inputs(name, rows=70):
-    shapes = {"linear": [(24, 40), (40,)], "gelu_mlp": [(40, 24), (40,), (24, 40), (24,)], "linear_cross_entropy": [(24, 24), (24,)]}[name]
+    shapes = {
+        "linear": [(24, 40), (40,)],
+        "gelu_mlp": [(40, 24), (40,), (24, 40), (24,)],
+        "linear_cross_entropy": [(24, 24), (24,)],
+    }[name]
     return [x.requires_grad_() for x in (floats(rows, 24), *(floats(*shape) for shape in shapes))]
 
 
@@ -504,7 +568,9 @@ def test_under_autocast_gradients_of_float32_weights_are_not_rounded(name, rows,
     upstream = floats(*result.shape).to(result.dtype)
     got = torch.autograd.grad(result, asked, upstream)
     exact = [x.detach().bfloat16().double().requires_grad_(x.requires_grad) for x in inputs]
-    expected = torch.autograd.grad(weighed(name, *exact, backend="reference"), [x for x in exact if x.requires_grad], upstream.double())
+    expected = torch.autograd.grad(
+        weighed(name, *exact, backend="reference"), [x for x in exact if x.requires_grad], upstream.double()
+    )
     for i, found, true in zip([i for i, x in enumerate(inputs) if x.requires_grad], got, expected, strict=True):
         assert found.dtype == torch.float32
         exactly = (name == "linear" and i > 0) or (name == "gelu_mlp" and i == 4)
@@ -538,7 +604,9 @@ def test_under_autocast_differentiable_gradients_are_those_of_rounded_weights(na
     got = torch.autograd.grad(result, inputs, upstream, create_graph=True)
     exact = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
     expected = torch.autograd.grad(weighed(name, *exact, backend="reference"), exact, upstream.double())
-    assert all(error(found, true) <= 2**-8 for found, true in zip(got, expected, strict=True))  # rounded once, as the formula's casts are differentiated
+    assert all(
+        error(found, true) <= 2**-8 for found, true in zip(got, expected, strict=True)
+    )  # rounded once, as the formula's casts are differentiated
 
 
 @on_every_backend
@@ -584,7 +652,13 @@ def test_whatever_number_is_given_a_backend_gets_a_float(number, monkeypatch):
         own = getattr(native, name)
 
         def spy(*given, own=own):
-            seen.append([type(a) for a in given if isinstance(a, (int, float, np.floating)) and a is not True and a is not False])
+            seen.append(
+                [
+                    type(a)
+                    for a in given
+                    if isinstance(a, (int, float, np.floating)) and a is not True and a is not False
+                ]
+            )
             return own(*given)
 
         monkeypatch.setattr(native, name, spy)

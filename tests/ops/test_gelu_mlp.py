@@ -3,16 +3,34 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_every_backend, outputs_and_gradients
+from tests.support import (
+    DTYPES,
+    assert_same_bits,
+    assert_within_twice_torch,
+    error,
+    floats,
+    on_every_backend,
+    outputs_and_gradients,
+)
 
 # (shape of x, hidden, out)
-SHAPES = [((1, 1), 1, 1), ((3, 7), 5, 9), ((2, 5, 48), 192, 48), ((67, 33), 70, 17), ((4, 250), 65, 33), ((0, 8), 12, 4), ((6,), 24, 5)]
+SHAPES = [
+    ((1, 1), 1, 1),
+    ((3, 7), 5, 9),
+    ((2, 5, 48), 192, 48),
+    ((67, 33), 70, 17),
+    ((4, 250), 65, 33),
+    ((0, 8), 12, 4),
+    ((6,), 24, 5),
+]
 
 
 def inputs_for(shape, hidden, out, layout):
     w1, w2 = floats(hidden, shape[-1]), floats(out, hidden)
     return floats(*shape), *(
-        (w1, floats(hidden), w2, floats(out)) if layout == "linear" else (w1.t().contiguous(), floats(hidden), w2.t().contiguous(), floats(out))
+        (w1, floats(hidden), w2, floats(out))
+        if layout == "linear"
+        else (w1.t().contiguous(), floats(hidden), w2.t().contiguous(), floats(out))
     )
 
 
@@ -26,13 +44,18 @@ def torch_own(approximate, layout):
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("approximate, layout, recompute", [("none", "linear", 0), ("tanh", "conv1d", 1), ("none", "conv1d", 2), ("tanh", "linear", 0)])
+@pytest.mark.parametrize(
+    "approximate, layout, recompute",
+    [("none", "linear", 0), ("tanh", "conv1d", 1), ("none", "conv1d", 2), ("tanh", "linear", 0)],
+)
 @pytest.mark.parametrize("shape, hidden, out", SHAPES, ids=str)
 def test_as_close_to_float64_as_torch(shape, hidden, out, approximate, layout, recompute, dtype, backend):
     assert_within_twice_torch(
         lambda *t: fastlm.gelu_mlp(*t, approximate=approximate, layout=layout, recompute=recompute, backend=backend),
-        torch_own(approximate, layout), inputs_for(shape, hidden, out, layout), dtype,
-    )  # fmt: skip
+        torch_own(approximate, layout),
+        inputs_for(shape, hidden, out, layout),
+        dtype,
+    )
 
 
 @on_every_backend
@@ -43,10 +66,15 @@ def test_the_gelu_is_right_far_out_and_at_zero(approximate, backend):
     one = torch.ones(1, 1)
     ours, theirs = (
         outputs_and_gradients(f, (x, one, torch.zeros(1), one, torch.zeros(1)), torch.float32)[:2]
-        for f in (lambda *t: fastlm.gelu_mlp(*t, approximate=approximate, backend=backend), torch_own(approximate, "linear"))
+        for f in (
+            lambda *t: fastlm.gelu_mlp(*t, approximate=approximate, backend=backend),
+            torch_own(approximate, "linear"),
+        )
     )
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)  # a few units of erf's and tanh's own approximation in float32
+        torch.testing.assert_close(
+            a, b, rtol=2e-6, atol=1e-6
+        )  # a few units of erf's and tanh's own approximation in float32
 
 
 @pytest.fixture
@@ -62,7 +90,10 @@ def new_memory_holds_nan():
 def test_levels_of_recomputation_agree(dtype, backend, new_memory_holds_nan):
     """Nothing but memory and time may differ, and in 16 bits whether the GELU read its input before or after it was rounded to be saved."""
     inputs = inputs_for((40, 24), 96, 24, "linear")
-    levels = [outputs_and_gradients(lambda *t, r=r: fastlm.gelu_mlp(*t, recompute=r, backend=backend), inputs, dtype) for r in (0, 1, 2)]
+    levels = [
+        outputs_and_gradients(lambda *t, r=r: fastlm.gelu_mlp(*t, recompute=r, backend=backend), inputs, dtype)
+        for r in (0, 1, 2)
+    ]
     for level in levels[1:]:
         for a, b in zip(level, levels[0], strict=True):
             assert a.isfinite().all()
@@ -87,8 +118,10 @@ def test_without_biases(backend):
     for recompute in (0, 2):
         assert_within_twice_torch(
             lambda x, w1, w2, r=recompute: fastlm.gelu_mlp(x, w1, None, w2, None, recompute=r, backend=backend),
-            lambda x, w1, w2: F.linear(F.gelu(F.linear(x, w1)), w2), (x, w1, w2), torch.float32,
-        )  # fmt: skip
+            lambda x, w1, w2: F.linear(F.gelu(F.linear(x, w1)), w2),
+            (x, w1, w2),
+            torch.float32,
+        )
 
 
 @on_every_backend
@@ -123,15 +156,28 @@ def test_any_strides_give_the_same(backend):
 def call(**changed):
     x, w1, b1, w2, b2 = inputs_for((2, 5), 8, 3, "linear")
     arguments = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2} | changed
-    return fastlm.gelu_mlp(arguments.pop("x"), arguments.pop("w1"), arguments.pop("b1"), arguments.pop("w2"), arguments.pop("b2"), **arguments)
+    return fastlm.gelu_mlp(
+        arguments.pop("x"),
+        arguments.pop("w1"),
+        arguments.pop("b1"),
+        arguments.pop("w2"),
+        arguments.pop("b2"),
+        **arguments,
+    )
 
 
 @pytest.mark.parametrize(
     "changed, message",
     [
         ({"x": torch.tensor(1.0)}, r"x: expected at least one dimension, the last of size 1 or more, got \(\)"),
-        ({"w1": floats(5, 8)}, r"w1: expected shape \(out, 5\) with layout='linear', 5 being the last dimension of x, got \(5, 8\)"),
-        ({"w2": floats(3, 9)}, r"w2: expected shape \(out, 8\) with layout='linear', 8 being the output width of w1, got \(3, 9\)"),
+        (
+            {"w1": floats(5, 8)},
+            r"w1: expected shape \(out, 5\) with layout='linear', 5 being the last dimension of x, got \(5, 8\)",
+        ),
+        (
+            {"w2": floats(3, 9)},
+            r"w2: expected shape \(out, 8\) with layout='linear', 8 being the output width of w1, got \(3, 9\)",
+        ),
         ({"w1": floats(8, 5).half()}, r"w1: expected torch.float32 on cpu, as x, got torch.float16 on cpu"),
         ({"w2": floats(3, 8).half()}, r"w2: expected torch.float32 on cpu, as x, got torch.float16 on cpu"),
         ({"b1": floats(3)}, r"b1: expected shape \(8,\), the output width of w1, got \(3,\)"),

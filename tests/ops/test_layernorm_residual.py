@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend
+from tests.support import (
+    DTYPES,
+    assert_same_bits,
+    assert_within_twice_torch,
+    error,
+    floats,
+    on_backends,
+    on_every_backend,
+)
 
 SHAPES = [(1, 2), (3, 7), (2, 5, 768), (1, 1023), (0, 64), (300, 500), (33,), (40, 1), (5, 17)]
 
@@ -29,8 +37,11 @@ def test_without_residual_the_sum_is_x_itself(dtype, backend):
     x, w = floats(9, 50).to(dtype).requires_grad_(), floats(50).to(dtype)
     assert fastlm.layernorm_residual(x, None, w, backend=backend)[1] is x
     assert_within_twice_torch(
-        lambda x, w: fastlm.layernorm_residual(x, None, w, backend=backend)[0], lambda x, w: F.layer_norm(x, w.shape, w), (floats(9, 50), floats(50)), dtype
-    )  # fmt: skip
+        lambda x, w: fastlm.layernorm_residual(x, None, w, backend=backend)[0],
+        lambda x, w: F.layer_norm(x, w.shape, w),
+        (floats(9, 50), floats(50)),
+        dtype,
+    )
 
 
 @on_every_backend
@@ -38,8 +49,11 @@ def test_rows_of_large_mean_keep_their_variance(backend):
     """E[x²] − mean² would lose every digit of it."""
     x, w, b = floats(6, 300) + 3000, floats(300), floats(1, 300)[0]
     assert_within_twice_torch(
-        lambda x, w, b: fastlm.layernorm_residual(x, None, w, b, backend=backend)[0], lambda x, w, b: F.layer_norm(x, w.shape, w, b), (x, w, b), torch.float32
-    )  # fmt: skip
+        lambda x, w, b: fastlm.layernorm_residual(x, None, w, b, backend=backend)[0],
+        lambda x, w, b: F.layer_norm(x, w.shape, w, b),
+        (x, w, b),
+        torch.float32,
+    )
 
 
 @on_every_backend
@@ -48,7 +62,12 @@ def test_rows_of_large_mean_keep_their_variance(backend):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_a_float32_stream_and_float32_weights_in_a_16_bit_model(dtype, residual_dtype, weight_dtype, backend):
     residual_dtype, weight_dtype = residual_dtype or dtype, weight_dtype or dtype
-    inputs = [floats(4, 70).to(dtype), floats(70, 4).t().to(residual_dtype), floats(70).to(weight_dtype), floats(70, 1)[:, 0].to(weight_dtype)]
+    inputs = [
+        floats(4, 70).to(dtype),
+        floats(70, 4).t().to(residual_dtype),
+        floats(70).to(weight_dtype),
+        floats(70, 1)[:, 0].to(weight_dtype),
+    ]
     leaves = [t.clone().requires_grad_() for t in inputs]
     y, s = fastlm.layernorm_residual(*leaves, backend=backend)
     assert (y.dtype, s.dtype) == (dtype, residual_dtype)
@@ -59,13 +78,22 @@ def test_a_float32_stream_and_float32_weights_in_a_16_bit_model(dtype, residual_
 
     # LN reads the sum as it is stored: the truth starts from the rounded sum
     def from_stored(dtype, w_dtype):
-        stored, w, b = (t.detach().to(d).requires_grad_() for t, d in ((s, dtype), (leaves[2], w_dtype), (leaves[3], w_dtype)))
+        stored, w, b = (
+            t.detach().to(d).requires_grad_() for t, d in ((s, dtype), (leaves[2], w_dtype), (leaves[3], w_dtype))
+        )
         normalised = F.layer_norm(stored, (70,), w, b)
         through, dw, db = torch.autograd.grad(normalised, (stored, w, b), dy.to(normalised.dtype))
         return normalised.detach(), through + ds, through + ds, dw, db
 
-    truths, theirs = from_stored(torch.float64, torch.float64), from_stored(residual_dtype, residual_dtype if residual_dtype == torch.float32 else weight_dtype)
-    rounding = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding, and in float32 a few of the sums'
+    truths, theirs = (
+        from_stored(torch.float64, torch.float64),
+        from_stored(residual_dtype, residual_dtype if residual_dtype == torch.float32 else weight_dtype),
+    )
+    rounding = {
+        torch.float32: 2**-20,
+        torch.bfloat16: 2**-8,
+        torch.float16: 2**-11,
+    }  # one rounding, and in float32 a few of the sums'
     for a, b, truth in zip((y.detach(), *got), theirs, truths, strict=True):
         # PyTorch's own gradients are 16-bit ones here, float32 weights or not: its rule for the backend that is PyTorch, one rounding for ours
         assert error(a, truth) < (2 * error(b, truth) + rounding[a.dtype] if backend == "torch" else rounding[a.dtype])
@@ -74,10 +102,17 @@ def test_a_float32_stream_and_float32_weights_in_a_16_bit_model(dtype, residual_
 @on_every_backend
 def test_gradient_may_arrive_for_one_result_only(backend):
     def gradients(which):
-        leaves = [floats(4, 30).requires_grad_(), floats(30, 4).t().requires_grad_(), floats(30).requires_grad_(), floats(1, 30)[0].requires_grad_()]
+        leaves = [
+            floats(4, 30).requires_grad_(),
+            floats(30, 4).t().requires_grad_(),
+            floats(30).requires_grad_(),
+            floats(1, 30)[0].requires_grad_(),
+        ]
         results = fastlm.layernorm_residual(*leaves, backend=backend)
         chosen = [results[i] for i in which]
-        return torch.autograd.grad(chosen, leaves, [floats(4, 30) * (i + 1) for i in which], allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(
+            chosen, leaves, [floats(4, 30) * (i + 1) for i in which], allow_unused=True, materialize_grads=True
+        )
 
     both, first, second = gradients((0, 1)), gradients((0,)), gradients((1,))
     assert all(torch.equal(d, floats(4, 30) * 2) for d in second[:2]) and not any(d.any() for d in second[2:])
@@ -113,7 +148,10 @@ def test_only_the_gradients_that_are_asked_for(backend):
     def gradients(asked):
         leaves = [t.clone().requires_grad_(i in asked) for i, t in enumerate(inputs)]
         y, s = fastlm.layernorm_residual(*leaves, backend=backend)
-        torch.autograd.backward([t for t in (y, s) if t.requires_grad], [u for u, t in ((floats(6, 10), y), (floats(6, 10), s)) if t.requires_grad])
+        torch.autograd.backward(
+            [t for t in (y, s) if t.requires_grad],
+            [u for u, t in ((floats(6, 10), y), (floats(6, 10), s)) if t.requires_grad],
+        )
         return [t.grad for t in leaves]
 
     whole = gradients((0, 1, 2, 3))
@@ -137,7 +175,9 @@ def test_the_gradient_of_x_can_be_changed_without_changing_the_residual_s(backen
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.3])
 def test_eps(eps, backend):
     x, w = floats(5, 40) * 1e-3, floats(40)
-    torch.testing.assert_close(fastlm.layernorm_residual(x, None, w, None, eps, backend=backend)[0], F.layer_norm(x, (40,), w, None, eps))
+    torch.testing.assert_close(
+        fastlm.layernorm_residual(x, None, w, None, eps, backend=backend)[0], F.layer_norm(x, (40,), w, None, eps)
+    )
 
 
 @on_every_backend
@@ -159,7 +199,10 @@ def call(**changed):
     [
         ({"x": torch.empty(3, 0)}, r"x: expected at least one dimension, the last of size 1 or more, got \(3, 0\)"),
         ({"residual": floats(5)}, r"residual: expected shape \(2, 5\), as x, got \(5,\)"),
-        ({"residual": floats(2, 5).half()}, r"residual: expected torch.float32, as x, on cpu, got torch.float16 on cpu"),
+        (
+            {"residual": floats(2, 5).half()},
+            r"residual: expected torch.float32, as x, on cpu, got torch.float16 on cpu",
+        ),
         (
             {"x": floats(2, 5).half(), "residual": floats(2, 5).bfloat16()},
             r"residual: expected torch.float16, as x, or torch.float32 on cpu, got torch.bfloat16 on cpu",
@@ -174,7 +217,7 @@ def call(**changed):
         ({"dropout_p": -0.1}, r"dropout_p: expected a probability in \[0, 1\), got -0.1"),
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
     ],
-)  # fmt: skip
+)
 def test_errors_say_which_and_why(changed, message):
     with pytest.raises(ValueError, match=message):
         call(**changed)
@@ -186,7 +229,9 @@ def test_errors_say_which_and_why(changed, message):
 def test_results_that_no_cache_holds_have_the_bits_of_those_that_one_does(dtype, width, backend):
     """The former are written past the caches: rows that begin and end amid cache lines (1021), and rows of whole lines."""
     cache = max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 0) if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
-    rows = (cache or 32 << 20) // (width * dtype.itemsize) + 100  # as many bytes in each of the four tensors, and a few more
+    rows = (cache or 32 << 20) // (
+        width * dtype.itemsize
+    ) + 100  # as many bytes in each of the four tensors, and a few more
 
     def results(some):
         x, residual, dy, ds = (t[some].detach().requires_grad_() for t in (whole, whole.flip(1), whole * 2, whole + 1))
@@ -199,5 +244,7 @@ def test_results_that_no_cache_holds_have_the_bits_of_those_that_one_does(dtype,
     past, few = results(slice(None)), results(slice(0, 700))
     assert_same_bits([result[:700] for result in past], few)
     last = slice(rows - 700, rows)  # without dropout, whose mask is another there
-    past, few = (fastlm.layernorm_residual(whole[some], whole[some], weight, backend=backend)[0] for some in (slice(None), last))
+    past, few = (
+        fastlm.layernorm_residual(whole[some], whole[some], weight, backend=backend)[0] for some in (slice(None), last)
+    )
     assert torch.equal(past[last], few)

@@ -3,16 +3,49 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from tests.support import DTYPES, assert_same_bits, assert_within_twice_torch, error, floats, on_backends, on_every_backend, outputs_and_gradients
+from tests.support import (
+    DTYPES,
+    assert_same_bits,
+    assert_within_twice_torch,
+    error,
+    floats,
+    on_backends,
+    on_every_backend,
+    outputs_and_gradients,
+)
 
 # (shape of x, out): single elements, odd sizes around the widths of vectors and tiles, no rows, no leading dimension
-SHAPES = [((1, 1), 1), ((3, 7), 5), ((2, 5, 64), 96), ((1, 768), 33), ((257, 129), 65), ((0, 8), 4), ((5,), 3), ((70, 1), 17), ((31, 300), 1)]
+SHAPES = [
+    ((1, 1), 1),
+    ((3, 7), 5),
+    ((2, 5, 64), 96),
+    ((1, 768), 33),
+    ((257, 129), 65),
+    ((0, 8), 4),
+    ((5,), 3),
+    ((70, 1), 17),
+    ((31, 300), 1),
+]
 
 # (rows, in, out): on both sides of every number of rows from which the kernels take another way
 FEW_ROWS = [
-    (1, 1000, 65), (2, 63, 17), (3, 1, 1000), (4, 1000, 3), (7, 65, 63), (9, 17, 1), (24, 65, 1000), (25, 1000, 63),
-    (5, 60000, 3), (24, 11000, 3), (32, 1000, 17), (33, 63, 65), (48, 65, 17), (49, 17, 130), (64, 1000, 3), (65, 63, 1000),
-]  # fmt: skip
+    (1, 1000, 65),
+    (2, 63, 17),
+    (3, 1, 1000),
+    (4, 1000, 3),
+    (7, 65, 63),
+    (9, 17, 1),
+    (24, 65, 1000),
+    (25, 1000, 63),
+    (5, 60000, 3),
+    (24, 11000, 3),
+    (32, 1000, 17),
+    (33, 63, 65),
+    (48, 65, 17),
+    (49, 17, 130),
+    (64, 1000, 3),
+    (65, 63, 1000),
+]
 
 
 def weight_for(x_shape, out, layout):
@@ -29,7 +62,9 @@ def torch_own(layout):
 @pytest.mark.parametrize("shape, out", SHAPES, ids=str)
 def test_as_close_to_float64_as_torch(shape, out, layout, dtype, backend):
     inputs = floats(*shape), weight_for(shape, out, layout), floats(out)
-    assert_within_twice_torch(lambda x, w, b: fastlm.linear(x, w, b, layout=layout, backend=backend), torch_own(layout), inputs, dtype)
+    assert_within_twice_torch(
+        lambda x, w, b: fastlm.linear(x, w, b, layout=layout, backend=backend), torch_own(layout), inputs, dtype
+    )
 
 
 @on_backends("cpu")
@@ -38,21 +73,29 @@ def test_as_close_to_float64_as_torch(shape, out, layout, dtype, backend):
 @pytest.mark.parametrize("rows, width, out", FEW_ROWS, ids=str)
 def test_few_rows_are_as_close_to_float64_as_torch(rows, width, out, layout, dtype, backend):
     inputs = floats(rows, width), weight_for((rows, width), out, layout), floats(out)
-    assert_within_twice_torch(lambda x, w, b: fastlm.linear(x, w, b, layout=layout, backend=backend), torch_own(layout), inputs, dtype)
+    assert_within_twice_torch(
+        lambda x, w, b: fastlm.linear(x, w, b, layout=layout, backend=backend), torch_own(layout), inputs, dtype
+    )
 
 
 @on_backends("cpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-@pytest.mark.parametrize("few, width, out", [((1, 4, 11, 24, 25, 32, 33), 421, 300), ((23, 24), 11000, 3)], ids=["rows", "depth"])
+@pytest.mark.parametrize(
+    "few, width, out", [((1, 4, 11, 24, 25, 32, 33), 421, 300), ((23, 24), 11000, 3)], ids=["rows", "depth"]
+)
 def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(few, width, out, layout, dtype, backend):
     """Few rows go another way than many, with the same sums. For the weight, rows without gradient stand for rows that are not there."""
-    x, w, b, dy = (t.to(dtype) for t in (floats(70, width), weight_for((70, width), out, layout), floats(out), floats(70, out)))
+    x, w, b, dy = (
+        t.to(dtype) for t in (floats(70, width), weight_for((70, width), out, layout), floats(out), floats(70, out))
+    )
     y, dx, *_ = gradients((x, w, b), dy, backend, layout)
     for rows in few:
         some, dsome, *dparameters = gradients((x[:rows], w, b), dy[:rows], backend, layout)
         padded = torch.cat([dy[:rows], torch.zeros_like(dy[rows:])])
-        assert_same_bits((some, dsome, *dparameters), (y[:rows], dx[:rows], *gradients((x, w, b), padded, backend, layout)[2:]))
+        assert_same_bits(
+            (some, dsome, *dparameters), (y[:rows], dx[:rows], *gradients((x, w, b), padded, backend, layout)[2:])
+        )
 
 
 @on_backends("cpu")
@@ -75,7 +118,9 @@ def test_same_bits_of_few_rows_on_every_number_of_threads(rows, layout, backend)
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_without_bias(layout, backend):
     inputs = floats(9, 33), weight_for((9, 33), 20, layout)
-    assert_within_twice_torch(lambda x, w: fastlm.linear(x, w, layout=layout, backend=backend), torch_own(layout), inputs, torch.float32)
+    assert_within_twice_torch(
+        lambda x, w: fastlm.linear(x, w, layout=layout, backend=backend), torch_own(layout), inputs, torch.float32
+    )
 
 
 @on_every_backend
@@ -146,18 +191,45 @@ def test_nan_stays_in_its_row_and_column(backend):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: fastlm.linear(torch.tensor(1.0), floats(4, 5)), r"x: expected at least one dimension, the last of size 1 or more, got \(\)"),
-        (lambda: fastlm.linear(floats(2, 5).long(), floats(4, 5)), r"x: expected a floating-point tensor, got torch.int64"),
-        (lambda: fastlm.linear(floats(2, 5), floats(5, 4)), r"weight: expected shape \(out, 5\) with layout='linear'.*, got \(5, 4\)"),
-        (lambda: fastlm.linear(floats(2, 5), floats(4, 5), layout="conv1d"), r"weight: expected shape \(5, out\) with layout='conv1d'.*, got \(4, 5\)"),
-        (lambda: fastlm.linear(floats(2, 5), floats(4, 5).bfloat16()), r"weight: expected torch.float32 on cpu, as x, got torch.bfloat16 on cpu"),
-        (lambda: fastlm.linear(floats(2, 5), floats(4, 5), floats(5)), r"bias: expected shape \(4,\), the output width of weight, got \(5,\)"),
-        (lambda: fastlm.linear(floats(2, 5), floats(4, 5), floats(4).half()), r"bias: expected torch.float32 on cpu, as x, got torch.float16 on cpu"),
-        (lambda: fastlm.linear(floats(2, 5), floats(4, 5), layout="conv"), r"layout: expected one of 'linear', 'conv1d', got 'conv'"),
-        (lambda: fastlm.linear(floats(2, 5), floats(4, 5), backend="cdua"), r"backend: expected one of cpu, triton, cuda, torch, reference, got 'cdua'"),
+        (
+            lambda: fastlm.linear(torch.tensor(1.0), floats(4, 5)),
+            r"x: expected at least one dimension, the last of size 1 or more, got \(\)",
+        ),
+        (
+            lambda: fastlm.linear(floats(2, 5).long(), floats(4, 5)),
+            r"x: expected a floating-point tensor, got torch.int64",
+        ),
+        (
+            lambda: fastlm.linear(floats(2, 5), floats(5, 4)),
+            r"weight: expected shape \(out, 5\) with layout='linear'.*, got \(5, 4\)",
+        ),
+        (
+            lambda: fastlm.linear(floats(2, 5), floats(4, 5), layout="conv1d"),
+            r"weight: expected shape \(5, out\) with layout='conv1d'.*, got \(4, 5\)",
+        ),
+        (
+            lambda: fastlm.linear(floats(2, 5), floats(4, 5).bfloat16()),
+            r"weight: expected torch.float32 on cpu, as x, got torch.bfloat16 on cpu",
+        ),
+        (
+            lambda: fastlm.linear(floats(2, 5), floats(4, 5), floats(5)),
+            r"bias: expected shape \(4,\), the output width of weight, got \(5,\)",
+        ),
+        (
+            lambda: fastlm.linear(floats(2, 5), floats(4, 5), floats(4).half()),
+            r"bias: expected torch.float32 on cpu, as x, got torch.float16 on cpu",
+        ),
+        (
+            lambda: fastlm.linear(floats(2, 5), floats(4, 5), layout="conv"),
+            r"layout: expected one of 'linear', 'conv1d', got 'conv'",
+        ),
+        (
+            lambda: fastlm.linear(floats(2, 5), floats(4, 5), backend="cdua"),
+            r"backend: expected one of cpu, triton, cuda, torch, reference, got 'cdua'",
+        ),
         (lambda: fastlm.linear(floats(2, 5), torch.empty(0, 5)), r"weight: expected shape \(out, 5\).*, got \(0, 5\)"),
     ],
-)  # fmt: skip
+)
 def test_errors_say_which_and_why(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -169,4 +241,7 @@ def test_on_a_gpu_nothing_stands_between_it_and_pytorchs_gradients(layout, backe
     """There it is PyTorch's product, and a node of ours would cost the host more than a launch. (What it computes the other tests show.)"""
     y = fastlm.linear(floats(2, 9, 8).requires_grad_(), floats(8, 8), floats(8), layout=layout, backend=backend)
     assert y.requires_grad and not isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction)
-    assert isinstance(fastlm.linear(floats(2, 8).requires_grad_(), floats(8, 8), backend="reference").grad_fn, torch.autograd.function.BackwardCFunction)
+    assert isinstance(
+        fastlm.linear(floats(2, 8).requires_grad_(), floats(8, 8), backend="reference").grad_fn,
+        torch.autograd.function.BackwardCFunction,
+    )

@@ -27,7 +27,9 @@ def torch_own(target, **options):
 
     def loss(x, w, b=None):
         logits = F.linear(x, w, b)
-        own = F.cross_entropy(logits.flatten(0, -2) if target.dim() else logits, target.flatten() if target.dim() else target, **options)
+        own = F.cross_entropy(
+            logits.flatten(0, -2) if target.dim() else logits, target.flatten() if target.dim() else target, **options
+        )
         return own.view(target.shape) if options.get("reduction") == "none" else own
 
     return loss
@@ -35,16 +37,23 @@ def torch_own(target, **options):
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction, label_smoothing, biased", [("mean", 0.0, True), ("sum", 0.1, False), ("none", 0.1, True), ("mean", 1.0, False)])
+@pytest.mark.parametrize(
+    "reduction, label_smoothing, biased",
+    [("mean", 0.0, True), ("sum", 0.1, False), ("none", 0.1, True), ("mean", 1.0, False)],
+)
 @pytest.mark.parametrize("shape, width, vocab", SHAPES, ids=str)
-def test_as_close_to_float64_as_torch(shape, width, vocab, reduction, label_smoothing, biased, dtype, backend, monkeypatch):
+def test_as_close_to_float64_as_torch(
+    shape, width, vocab, reduction, label_smoothing, biased, dtype, backend, monkeypatch
+):
     small_chunks(monkeypatch, backend, 16 * 4 * vocab)  # 16 rows, or 8 to a backend that also holds them in 16 bits
     target = targets(vocab, *shape, ignored=[1] if len(shape) and shape[-1] > 1 else [])
     options = {"reduction": reduction, "label_smoothing": label_smoothing}
     assert_within_twice_torch(
-        lambda x, w, b=None: fastlm.linear_cross_entropy(x, w, target, b, backend=backend, **options), torch_own(target, **options),
-        (floats(*shape, width), floats(vocab, width) / width**0.5, *([floats(vocab)] if biased else [])), dtype,
-    )  # fmt: skip
+        lambda x, w, b=None: fastlm.linear_cross_entropy(x, w, target, b, backend=backend, **options),
+        torch_own(target, **options),
+        (floats(*shape, width), floats(vocab, width) / width**0.5, *([floats(vocab)] if biased else [])),
+        dtype,
+    )
 
 
 @on_every_backend
@@ -67,8 +76,10 @@ def test_any_index_may_be_the_ignored_one(backend):
             options = {"reduction": reduction, "ignore_index": ignore_index}
             assert_within_twice_torch(
                 lambda x, w, b, t=target, o=options: fastlm.linear_cross_entropy(x, w, t, b, backend=backend, **o),
-                torch_own(target, **options), (x, w, b), torch.float32,
-            )  # fmt: skip
+                torch_own(target, **options),
+                (x, w, b),
+                torch.float32,
+            )
 
 
 @on_every_backend
@@ -76,11 +87,26 @@ def test_any_index_may_be_the_ignored_one(backend):
 def test_all_rows_ignored(label_smoothing, backend):
     """As in PyTorch: the mean of nothing is NaN, and its gradient 0."""
     target = torch.full((4,), -100)
-    for reduction, expected in (("mean", torch.tensor(torch.nan)), ("sum", torch.tensor(0.0)), ("none", torch.zeros(4))):
+    for reduction, expected in (
+        ("mean", torch.tensor(torch.nan)),
+        ("sum", torch.tensor(0.0)),
+        ("none", torch.zeros(4)),
+    ):
         leaves = [floats(4, 6).requires_grad_(), floats(7, 6).requires_grad_(), floats(7).requires_grad_()]
-        loss = fastlm.linear_cross_entropy(leaves[0], leaves[1], target, leaves[2], reduction=reduction, label_smoothing=label_smoothing, backend=backend)
+        loss = fastlm.linear_cross_entropy(
+            leaves[0],
+            leaves[1],
+            target,
+            leaves[2],
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            backend=backend,
+        )
         torch.testing.assert_close(loss.detach(), expected, equal_nan=True)
-        assert all(torch.equal(d, torch.zeros_like(x)) for d, x in zip(torch.autograd.grad(loss.sum(), leaves), leaves, strict=True))
+        assert all(
+            torch.equal(d, torch.zeros_like(x))
+            for d, x in zip(torch.autograd.grad(loss.sum(), leaves), leaves, strict=True)
+        )
 
 
 @on_every_backend
@@ -99,7 +125,9 @@ def test_confident_and_huge_logits(backend):
     x, w = torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([[3000.0], [0.0], [-3000.0]])
     target = torch.tensor([2, 2, 1])
     losses = fastlm.linear_cross_entropy(x, w, target, reduction="none", backend=backend)
-    torch.testing.assert_close(losses, torch.tensor([6000.0, 0.0, 3.0]).where(torch.arange(3) < 2, torch.tensor(3.0).log()))
+    torch.testing.assert_close(
+        losses, torch.tensor([6000.0, 0.0, 3.0]).where(torch.arange(3) < 2, torch.tensor(3.0).log())
+    )
 
 
 @on_every_backend
@@ -107,13 +135,17 @@ def test_the_loss_of_a_target_that_is_nearly_certain_keeps_its_digits(backend):
     gap = torch.tensor([2.0, 5.0, 9.0, 14.0])
     x, w = gap[:, None], torch.tensor([[2.0], [1.0], [1.0]])  # log-sum-exp is 10⁸ times the last loss
     losses = fastlm.linear_cross_entropy(x, w, torch.zeros(4, dtype=torch.int64), reduction="none", backend=backend)
-    torch.testing.assert_close(losses.double(), torch.log1p(2 * torch.exp(-gap.double())), rtol=1e-6, atol=2**-24)  # log(1 + tiny) itself rounds to 2⁻²⁴
+    torch.testing.assert_close(
+        losses.double(), torch.log1p(2 * torch.exp(-gap.double())), rtol=1e-6, atol=2**-24
+    )  # log(1 + tiny) itself rounds to 2⁻²⁴
 
 
 @on_every_backend
 def test_chunks_change_nothing_but_memory(backend, monkeypatch):
     inputs, target = (floats(40, 24), floats(90, 24), floats(90)), targets(90, 40, ignored=[3, 17])
-    run = lambda: outputs_and_gradients(lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend), inputs, torch.float32)  # noqa: E731
+    run = lambda: outputs_and_gradients(
+        lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend), inputs, torch.float32
+    )  # noqa: E731
     whole = run()
     for rows in (1, 7, 39):
         small_chunks(monkeypatch, backend, rows * 4 * 90)
@@ -129,7 +161,9 @@ def test_rows_of_logits_are_aligned_whatever_the_vocabulary(dtype, backend, monk
     monkeypatch.setattr(torch, "addmm", lambda *t, out: (strides.append(out.stride()), addmm(*t, out=out))[1])
     small_chunks(monkeypatch, backend, 16 * 4 * 257)
     inputs, target = (floats(40, 12), floats(257, 12), floats(257)), targets(257, 40, ignored=[3])
-    assert_within_twice_torch(lambda *t: fastlm.linear_cross_entropy(*t[:2], target, t[2], backend=backend), torch_own(target), inputs, dtype)
+    assert_within_twice_torch(
+        lambda *t: fastlm.linear_cross_entropy(*t[:2], target, t[2], backend=backend), torch_own(target), inputs, dtype
+    )
     assert len(strides) > 1 and all(row * dtype.itemsize % 128 == 0 and row >= 257 and one == 1 for row, one in strides)
 
 
@@ -138,7 +172,9 @@ def test_never_more_than_one_chunk_of_logits(backend, monkeypatch):
     rows, width, vocab, chunk = 400, 8, 1000, 16
     small_chunks(monkeypatch, backend, chunk * vocab * 4)
     leaves = [floats(rows, width).bfloat16().requires_grad_(), floats(vocab, width).bfloat16().requires_grad_()]
-    fastlm.linear_cross_entropy(*leaves, targets(vocab, rows), backend=backend).backward()  # first calls allocate what they keep
+    fastlm.linear_cross_entropy(
+        *leaves, targets(vocab, rows), backend=backend
+    ).backward()  # first calls allocate what they keep
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         fastlm.linear_cross_entropy(*leaves, targets(vocab, rows), backend=backend).backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
@@ -191,7 +227,9 @@ def test_float16_gradients_do_not_underflow_under_a_gradient_scaler(backend):
 @on_every_backend
 def test_only_the_gradients_that_are_asked_for(backend):
     inputs, target = (floats(6, 10), floats(9, 10), floats(9)), targets(9, 6)
-    whole = outputs_and_gradients(lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend), inputs, torch.float32)[1:]
+    whole = outputs_and_gradients(
+        lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend), inputs, torch.float32
+    )[1:]
     for i, expected in enumerate(whole):
         leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
         fastlm.linear_cross_entropy(leaves[0], leaves[1], target, leaves[2], backend=backend).backward(floats())
@@ -214,7 +252,9 @@ def test_any_strides_give_the_same(backend):
             results = []
             for inputs in (variant, [t.contiguous() for t in variant]):
                 leaves = [t.detach().requires_grad_() for t in inputs[:3]]
-                loss = fastlm.linear_cross_entropy(leaves[0], leaves[1], inputs[3], leaves[2], reduction=reduction, backend=backend)
+                loss = fastlm.linear_cross_entropy(
+                    leaves[0], leaves[1], inputs[3], leaves[2], reduction=reduction, backend=backend
+                )
                 results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaves)))
             for a, c in zip(*results, strict=True):
                 torch.testing.assert_close(a, c)
@@ -233,7 +273,9 @@ def test_a_target_out_of_range_is_named(bad, position, backend):
             fastlm.linear_cross_entropy(floats(2, 3, 4).requires_grad_(asks), floats(7, 4), target, backend=backend)
 
 
-@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="a device assert ends the process: tests/kernels/test_gpu.py")
+@pytest.mark.skipif(
+    torch.get_default_device().type != "cpu", reason="a device assert ends the process: tests/kernels/test_gpu.py"
+)
 @on_backends("triton", "cuda")
 @pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize("bad", [7, -1, 2**40, -(2**63), -99])
@@ -242,10 +284,17 @@ def test_a_target_out_of_range_is_a_device_assert(bad, asks, backend, monkeypatc
     monkeypatch.setattr(load(backend), "check_targets", lambda *arguments: None)
     x, weight, target = floats(6, 4).requires_grad_(asks), floats(7, 4), targets(7, 6, ignored=[1])
     target[4] = bad
-    with pytest.raises(Exception, match="target: expected values in" if backend == "triton" else "assertion failed: target >= 0 && target < vocab"):
+    with pytest.raises(
+        Exception,
+        match="target: expected values in"
+        if backend == "triton"
+        else "assertion failed: target >= 0 && target < vocab",
+    ):
         fastlm.linear_cross_entropy(x, weight, target, backend=backend)
     target[4] = 6
-    assert fastlm.linear_cross_entropy(x, weight, target, backend=backend).isfinite()  # what was wrong has left nothing behind
+    assert fastlm.linear_cross_entropy(
+        x, weight, target, backend=backend
+    ).isfinite()  # what was wrong has left nothing behind
 
 
 def call(**changed):
@@ -261,7 +310,10 @@ def call(**changed):
         ({"weight": floats(7, 5).half()}, r"weight: expected torch.float32 on cpu, as x, got torch.float16 on cpu"),
         ({"target": targets(7, 3)}, r"target: expected shape \(2,\), x's without its last dimension, got \(3,\)"),
         ({"target": targets(7, 2).int()}, r"target: expected torch.int64 on cpu, got torch.int32 on cpu"),
-        ({"target": floats(2, 7)}, r"target: expected class indices in int64 \(class probabilities are not supported\), got torch.float32"),
+        (
+            {"target": floats(2, 7)},
+            r"target: expected class indices in int64 \(class probabilities are not supported\), got torch.float32",
+        ),
         ({"bias": floats(5)}, r"bias: expected shape \(7,\), the vocabulary of weight, got \(5,\)"),
         ({"bias": floats(7).half()}, r"bias: expected torch.float32 on cpu, as x, got torch.float16 on cpu"),
         ({"reduction": "avg"}, r"reduction: expected one of 'mean', 'sum', 'none', got 'avg'"),

@@ -73,10 +73,19 @@ def call(**changed):
             {"is_causal": True, "attn_mask": torch.zeros(7, 7)},
             r"attn_mask: expected None together with is_causal=True, as in PyTorch, got a mask of shape \(7, 7\)",
         ),
-        ({"key": floats(2, 2, 7, 8), "value": floats(2, 2, 7, 8)}, r"key: expected query's number of heads, 4, without enable_gqa=True, got 2"),
+        (
+            {"key": floats(2, 2, 7, 8), "value": floats(2, 2, 7, 8)},
+            r"key: expected query's number of heads, 4, without enable_gqa=True, got 2",
+        ),
         ({"query": floats(8)}, r"query: expected at least two dimensions, \(..., length, head_dim\).*, got \(8,\)"),
-        ({"key": floats(2, 4, 7, 9)}, r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(2, 4, 7, 9\)"),
-        ({"attn_mask": torch.zeros(6, 7)}, r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 7, 7\), got \(1, 1, 6, 7\)"),
+        (
+            {"key": floats(2, 4, 7, 9)},
+            r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(2, 4, 7, 9\)",
+        ),
+        (
+            {"attn_mask": torch.zeros(6, 7)},
+            r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 7, 7\), got \(1, 1, 6, 7\)",
+        ),
         ({"dropout_p": 2}, r"dropout_p: expected a probability in \[0, 1\), got 2"),
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
     ],

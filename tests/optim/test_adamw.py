@@ -75,12 +75,16 @@ def test_a_step_against_float64(backend, dtype, options):
     }
     for optimizer, tensors in optimizers.values():
         for i, p in enumerate(tensors):
-            first, second = (g.to(dtype).to(p.dtype) for g in (gradients([p.shape], i)[0], gradients([p.shape], 50 + i)[0].square()))
+            first, second = (
+                g.to(dtype).to(p.dtype) for g in (gradients([p.shape], i)[0], gradients([p.shape], 50 + i)[0].square())
+            )
             optimizer.state[p] = {"step": torch.tensor(6.0), "exp_avg": first, "exp_avg_sq": second}
             p.grad = gradients([p.shape], 100 + i)[0].to(dtype).to(p.dtype)
         optimizer.step()
     for i in range(len(own)):
-        for ours, native, exact in zip(*([tensors[i].detach(), *moments(o, tensors[i : i + 1])] for o, tensors in optimizers.values()), strict=True):
+        for ours, native, exact in zip(
+            *([tensors[i].detach(), *moments(o, tensors[i : i + 1])] for o, tensors in optimizers.values()), strict=True
+        ):
             assert ours.dtype == dtype
             assert error(ours, exact) <= 2 * error(native, exact) + FLOOR[dtype], f"parameter {i}"
     assert all(optimizers["ours"][0].state[p]["step"] == 7 for p in own)
@@ -90,7 +94,11 @@ def test_a_step_against_float64(backend, dtype, options):
 def test_many_steps_against_float64(backend):
     own = parameters()
     truth, theirs = same_start(own, torch.float64), same_start(own, torch.float32)
-    optimizers = fastlm.optim.AdamW(own, **HYPER, backend=backend), torch.optim.AdamW(theirs, **HYPER, fused=True), torch.optim.AdamW(truth, **HYPER)
+    optimizers = (
+        fastlm.optim.AdamW(own, **HYPER, backend=backend),
+        torch.optim.AdamW(theirs, **HYPER, fused=True),
+        torch.optim.AdamW(truth, **HYPER),
+    )
     for ours, native, exact in zip(*(steps(o, 20) for o in optimizers), strict=True):
         assert error(ours, exact) <= 2 * error(native, exact) + FLOOR[torch.float32]
 
@@ -123,7 +131,9 @@ def test_state_made_beforehand_changes_no_bit():
         for i in range(3):
             if early:
                 optimizer.begin()  # the second and third find everything there
-                assert len(optimizer.state) == len(own) - 1 and all(state["step"] == i for state in optimizer.state.values())
+                assert len(optimizer.state) == len(own) - 1 and all(
+                    state["step"] == i for state in optimizer.state.values()
+                )
             for p, gradient in zip(own, gradients(SHAPES, i), strict=False):
                 p.grad = gradient
             own[-2].grad = torch.full((3,), 0.5, dtype=torch.bfloat16)
@@ -140,7 +150,9 @@ def test_frozen_and_unused_parameters_stay(backend):
     optimizer.step()  # nothing at all
     own[0].grad = floats(3)
     optimizer.step()
-    assert [torch.equal(p, b) for p, b in zip(own, before, strict=True)] == [False, True, True] and list(optimizer.state) == [own[0]]
+    assert [torch.equal(p, b) for p, b in zip(own, before, strict=True)] == [False, True, True] and list(
+        optimizer.state
+    ) == [own[0]]
 
 
 # Clipping
@@ -199,7 +211,10 @@ def test_gradients_that_are_not_finite_do_as_with_clip_grad_norm_(backend):
 
 def test_clipping_counts_every_group_type_and_server():
     shapes = [(30,), (40,), (50,)]
-    own = [same_start([p], dtype)[0] for p, dtype in zip(parameters(shapes), (torch.float32, torch.bfloat16, torch.float64), strict=True)]
+    own = [
+        same_start([p], dtype)[0]
+        for p, dtype in zip(parameters(shapes), (torch.float32, torch.bfloat16, torch.float64), strict=True)
+    ]
     optimizer = fastlm.optim.AdamW([{"params": own[:1]}, {"params": own[1:]}], max_grad_norm=1.0)
     steps(optimizer, 1)
     truth = torch.nn.utils.get_total_norm([p.grad.double() for p in own]).item()
@@ -223,7 +238,9 @@ def test_master_weights_are_trained_as_float32_is(backend, dtype):
     for p, q in zip(own, wide, strict=True):
         close([ours.state[p]["master_param"]], [q.detach()])
         assert torch.equal(p, ours.state[p]["master_param"].to(dtype))
-        assert {key: value.dtype for key, value in ours.state[p].items()} == dict.fromkeys(("step", "exp_avg", "exp_avg_sq", "master_param"), torch.float32)
+        assert {key: value.dtype for key, value in ours.state[p].items()} == dict.fromkeys(
+            ("step", "exp_avg", "exp_avg_sq", "master_param"), torch.float32
+        )
 
 
 @on_backends("reference", "torch", "cpu")
@@ -315,7 +332,9 @@ def test_master_weights_survive_a_state_dict(backend):
         p.data.copy_(q)
     loaded.load_state_dict(pickle.loads(pickle.dumps(ours.state_dict())))
     assert_same_bits(steps(loaded, 3, first=3), steps(ours, 3, first=3))
-    assert_same_bits([s["master_param"] for s in loaded.state.values()], [s["master_param"] for s in ours.state.values()])
+    assert_same_bits(
+        [s["master_param"] for s in loaded.state.values()], [s["master_param"] for s in ours.state.values()]
+    )
     assert len(seen) == 1
 
 
@@ -331,7 +350,9 @@ def test_master_weights_begin_with_a_state_dict_that_has_none():
     without.load_state_dict(ours.state_dict())
     steps(without, 1, first=4)
     assert all(
-        {key: value.dtype for key, value in s.items()} == {"step": torch.float32, "exp_avg": p.dtype, "exp_avg_sq": p.dtype} for p, s in without.state.items()
+        {key: value.dtype for key, value in s.items()}
+        == {"step": torch.float32, "exp_avg": p.dtype, "exp_avg_sq": p.dtype}
+        for p, s in without.state.items()
     )
 
 
@@ -470,7 +491,10 @@ def layouts():
 @pytest.mark.parametrize("gradient_too", [True, False])
 @pytest.mark.parametrize("name", list(layouts()))
 def test_any_layout(name, gradient_too):
-    own, theirs = layouts()[name].requires_grad_(), layouts()[name].clone(memory_format=torch.contiguous_format).requires_grad_()
+    own, theirs = (
+        layouts()[name].requires_grad_(),
+        layouts()[name].clone(memory_format=torch.contiguous_format).requires_grad_(),
+    )
     ours = fastlm.optim.AdamW([own], **HYPER, zero_gradients=True, max_grad_norm=1.0)
     native = torch.optim.AdamW([theirs], **HYPER)
     strides = own.stride()
@@ -491,7 +515,11 @@ def test_what_lies_around_a_parameter_stays():
     before = whole.clone()
     part = whole[30:47].requires_grad_()
     steps(fastlm.optim.AdamW([part], **HYPER), 2)
-    assert torch.equal(whole[:30], before[:30]) and torch.equal(whole[47:], before[47:]) and not torch.equal(whole[30:47], before[30:47])
+    assert (
+        torch.equal(whole[:30], before[:30])
+        and torch.equal(whole[47:], before[47:])
+        and not torch.equal(whole[30:47], before[30:47])
+    )
 
 
 def test_two_parameters_of_one_memory_are_updated_one_after_the_other():
@@ -539,9 +567,13 @@ def test_what_the_kernel_cannot_do_goes_to_pytorch(dtype, options, served, why, 
     calls = []
     for name in ("cpu", "torch", "reference"):
         module = choice.load(name)
-        monkeypatch.setattr(module, "adamw", lambda *a, name=name, original=module.adamw, **k: calls.append(name) or original(*a, **k))
+        monkeypatch.setattr(
+            module, "adamw", lambda *a, name=name, original=module.adamw, **k: calls.append(name) or original(*a, **k)
+        )
     optimizer = fastlm.optim.AdamW(own, **HYPER, **options)
-    native = torch.optim.AdamW(theirs, **HYPER, **options, fused=dtype == torch.bfloat16)  # not fused, PyTorch rounds to bfloat16 after every operation
+    native = torch.optim.AdamW(
+        theirs, **HYPER, **options, fused=dtype == torch.bfloat16
+    )  # not fused, PyTorch rounds to bfloat16 after every operation
     for a, b in zip(steps(optimizer, 3), steps(native, 3), strict=True):
         if dtype == torch.bfloat16:
             assert error(a, b.double()) <= 2**-8  # one rounding that fell the other way
@@ -563,7 +595,9 @@ def test_amsgrad_can_begin_late():
     close([p.detach() for p in own], steps(torch.optim.AdamW(theirs, **HYPER, amsgrad=True), 2))
 
 
-@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients always have their parameter's type in this PyTorch")
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="gradients always have their parameter's type in this PyTorch"
+)
 @pytest.mark.parametrize("master", [True, False])
 def test_gradients_of_another_type(master):
     p = floats(50).bfloat16().requires_grad_()
@@ -574,7 +608,9 @@ def test_gradients_of_another_type(master):
     ours = fastlm.optim.AdamW([p], **HYPER, master_weights=master, zero_gradients=True)
     ours.step()
     torch.optim.AdamW([wide], **HYPER).step()
-    torch.testing.assert_close(ours.state[p].get("master_param", p.detach()).float(), wide.detach(), rtol=1e-6 if master else 2**-7, atol=1e-6)
+    torch.testing.assert_close(
+        ours.state[p].get("master_param", p.detach()).float(), wide.detach(), rtol=1e-6 if master else 2**-7, atol=1e-6
+    )
     assert not p.grad.any()
 
 
@@ -619,7 +655,10 @@ def test_sharded_parameters(tmp_path):
         model, plain = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)
         plain.load_state_dict(model.state_dict())
         fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-        ours, native = fastlm.optim.AdamW(model.parameters(), **HYPER, max_grad_norm=0.1), torch.optim.AdamW(plain.parameters(), **HYPER)
+        ours, native = (
+            fastlm.optim.AdamW(model.parameters(), **HYPER, max_grad_norm=0.1),
+            torch.optim.AdamW(plain.parameters(), **HYPER),
+        )
         x = floats(3, 6)
         for _ in range(3):
             for network, optimizer in ((model, ours), (plain, native)):
@@ -664,7 +703,10 @@ def test_state_that_does_not_fit_never_reaches_the_kernel(backend, key, value, g
     optimizer = fastlm.optim.AdamW(own, backend=backend)
     steps(optimizer, 1)
     optimizer.state[own[0]][key] = value
-    with pytest.raises(ValueError, match=rf"{key}: expected torch.float32 on cpu, shape \(.*\) and strides \(.*\) as its parameter's, got {got}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{key}: expected torch.float32 on cpu, shape \(.*\) and strides \(.*\) as its parameter's, got {got}",
+    ):
         steps(optimizer, 1)
 
 
@@ -674,7 +716,10 @@ def test_a_gradient_of_another_size_never_reaches_the_kernel(backend):
     optimizer = fastlm.optim.AdamW([p], backend=backend)
     steps(optimizer, 1)
     p.data = floats(5000)  # its state and gradient are of the old size
-    with pytest.raises(ValueError, match=r"gradient: expected torch.float32 on cpu, shape \(5000,\) .*, got torch.float32 on cpu, shape \(50,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"gradient: expected torch.float32 on cpu, shape \(5000,\) .*, got torch.float32 on cpu, shape \(50,\)",
+    ):
         optimizer.step()
 
 

@@ -39,4 +39,6 @@ def corpus(text_file):
 @pytest.fixture(scope="session")
 def small():
     """Learns the words within a second or two."""
-    return Settings(layers=2, heads=2, width=64, context=32, batch=8, steps=60, lr=3e-3, min_lr=3e-4, warmup=10, eval_every=25)
+    return Settings(
+        layers=2, heads=2, width=64, context=32, batch=8, steps=60, lr=3e-3, min_lr=3e-4, warmup=10, eval_every=25
+    )

@@ -13,10 +13,14 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 @pytest.fixture
 def pair():
-    config = GPT2Config(vocab_size=61, n_positions=40, n_embd=64, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(
+        vocab_size=61, n_positions=40, n_embd=64, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too: at their initial values a mistake in them would not show
+        for (
+            parameter
+        ) in model.parameters():  # biases and norms too: at their initial values a mistake in them would not show
             parameter += 0.1 * torch.randn_like(parameter)
     return model, PlainGPT2.like(model)
 
@@ -44,7 +48,9 @@ def test_same_loss_logits_and_gradients(pair, tokens):
     output.loss.backward()
     theirs = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, **CLOSE, msg=lambda message, name=name: f"{name}: {message}")
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, **CLOSE, msg=lambda message, name=name: f"{name}: {message}"
+        )
 
 
 def test_same_text(pair, tokens):
@@ -55,9 +61,15 @@ def test_same_text(pair, tokens):
 
 def test_the_plain_bert_has_the_same_keys_loss_and_gradients(tokens):
     config = BertConfig(
-        vocab_size=61, max_position_embeddings=40, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, hidden_dropout_prob=0.0,
+        vocab_size=61,
+        max_position_embeddings=40,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    )
     model = BertForMaskedLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -70,4 +82,6 @@ def test_the_plain_bert_has_the_same_keys_loss_and_gradients(tokens):
     ours.backward(), theirs.backward()
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], **CLOSE, msg=lambda message, name=name: f"{name}: {message}")
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], **CLOSE, msg=lambda message, name=name: f"{name}: {message}"
+        )

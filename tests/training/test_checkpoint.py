@@ -57,7 +57,10 @@ def full_disk():
 
 
 def test_a_full_disk_leaves_no_new_folder(tmp_path, model, corpus):
-    with full_disk(), pytest.raises(OSError, match=r"^out: could not save into '.*out', nothing was kept there: [^\n]*$"):
+    with (
+        full_disk(),
+        pytest.raises(OSError, match=r"^out: could not save into '.*out', nothing was kept there: [^\n]*$"),
+    ):
         save(tmp_path / "out", model, corpus)
     assert os.listdir(tmp_path) == []
 

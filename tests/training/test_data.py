@@ -76,8 +76,14 @@ def test_a_validation_file_of_its_own_shares_the_vocabulary(tmp_path):
             lambda f: data.load([f / "latin.txt"], tokenizer="char"),
             r"data: expected UTF-8 text for the char tokenizer .*, got .*latin.txt, where byte 1 is not",
         ),
-        (lambda f: data.check_length(data.load([f / "a.txt"]), 64), r"data: expected at least 65 tokens for training, .*, got 36"),
-        (lambda f: data.check_length(data.load([f / "a.txt"]), 8), r"val_fraction or val_file: expected at least 9 tokens for validation, .*, got 4"),
+        (
+            lambda f: data.check_length(data.load([f / "a.txt"]), 64),
+            r"data: expected at least 65 tokens for training, .*, got 36",
+        ),
+        (
+            lambda f: data.check_length(data.load([f / "a.txt"]), 8),
+            r"val_fraction or val_file: expected at least 9 tokens for validation, .*, got 4",
+        ),
     ],
 )
 def test_errors_say_which_and_why(tmp_path, call, message):

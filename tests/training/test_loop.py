@@ -42,7 +42,9 @@ def test_the_loss_falls(trained, corpus):
     result, _ = trained
     assert result.losses[0] == pytest.approx(math.log(corpus.tokenizer.get_vocab_size()), abs=0.3)  # knows nothing yet
     share = corpus.train.long().bincount() / len(corpus.train)
-    assert result.val_loss < -torch.xlogy(share, share).sum() - 0.5  # half a nat better than knowing how often each character comes
+    assert (
+        result.val_loss < -torch.xlogy(share, share).sum() - 0.5
+    )  # half a nat better than knowing how often each character comes
     assert abs(result.train_loss - result.val_loss) < 0.1  # nothing to learn by heart in so few steps
 
 
@@ -92,7 +94,9 @@ def test_bfloat16_keeps_float32_weights_and_the_loss(trained, small, corpus):
     result = train(dataclasses.replace(small, dtype="bfloat16"), corpus)
     assert all(p.dtype == torch.float32 for p in result.model.parameters())
     assert result.losses != trained[0].losses  # it did compute in bfloat16
-    assert result.val_loss == pytest.approx(trained[0].val_loss, abs=0.05)  # bfloat16 rounds by 2^-9 of the loss, some 0.005, at many places
+    assert result.val_loss == pytest.approx(
+        trained[0].val_loss, abs=0.05
+    )  # bfloat16 rounds by 2^-9 of the loss, some 0.005, at many places
 
 
 @pytest.mark.slow
@@ -105,7 +109,9 @@ def test_bfloat16_follows_pytorchs_autocast_within_its_own_spread(small, corpus)
         seeded = dataclasses.replace(settings, seed=seed)
         ours.append([val_loss for _, _, val_loss in train(seeded, corpus).evaluations])
         plain = PlainGPT2.like(build(seeded, corpus.tokenizer))
-        theirs.append([val_loss for _, _, val_loss in train(seeded, corpus, plain, PlainGPT2.loss, native=True).evaluations])
+        theirs.append(
+            [val_loss for _, _, val_loss in train(seeded, corpus, plain, PlainGPT2.loss, native=True).evaluations]
+        )
     ours, theirs = torch.tensor(ours), torch.tensor(theirs)
     assert ((ours - theirs).abs() <= theirs.std(0)).all(), f"{ours} against {theirs}"
     assert (ours[:, 0] - ours[:, 1] > 5 * theirs.std(0)[0]).all()  # and it is a curve that falls
@@ -150,7 +156,10 @@ def test_the_rate_follows_the_schedule(small):
 
 
 def test_a_loss_that_explodes_is_an_error(small, corpus):
-    with pytest.raises(ValueError, match=r"lr: expected one at which the loss stays finite \(it is (nan|inf) at step \d+: try a smaller one\), got 1e\+30"):
+    with pytest.raises(
+        ValueError,
+        match=r"lr: expected one at which the loss stays finite \(it is (nan|inf) at step \d+: try a smaller one\), got 1e\+30",
+    ):
         train(dataclasses.replace(small, lr=1e30, grad_clip=0.0), corpus)
 
 
@@ -190,7 +199,10 @@ def test_training_works_in_a_thread(small, corpus):
 
 def test_side_by_side_takes_the_same_steps(trained, small, corpus):
     model = build_gpt2(small, corpus.tokenizer)
-    ours, plain = Trainer(model, small, NextToken().loss), Trainer(PlainGPT2.like(model), small, PlainGPT2.loss, native=True)
+    ours, plain = (
+        Trainer(model, small, NextToken().loss),
+        Trainer(PlainGPT2.like(model), small, PlainGPT2.loss, native=True),
+    )
     draw = torch.Generator().manual_seed(small.seed)
     batches = ((*NextToken().pairs(random_windows(corpus.train, 33, 8, draw)), scheduled(small, i)) for i in range(6))
     *_, seen = side_by_side(ours, plain, batches)
@@ -210,7 +222,18 @@ def test_a_whole_training_reaches_the_loss_of_pytorch_operators(tmp_path):
     (tmp_path / "text.txt").write_text(text, "utf-8")
     corpus = data.load([tmp_path / "text.txt"], tokenizer="char")
     settings = Settings(
-        layers=4, heads=4, width=128, context=64, batch=12, dropout=0.0, steps=steps, lr=1e-3, min_lr=1e-4, beta2=0.99, warmup=100, eval_every=steps
+        layers=4,
+        heads=4,
+        width=128,
+        context=64,
+        batch=12,
+        dropout=0.0,
+        steps=steps,
+        lr=1e-3,
+        min_lr=1e-4,
+        beta2=0.99,
+        warmup=100,
+        eval_every=steps,
     )
     ours = train(settings, corpus)
     plain = train(settings, corpus, PlainGPT2.like(build(settings, corpus.tokenizer)), PlainGPT2.loss, native=True)

@@ -36,7 +36,10 @@ def test_masked_token_shares():
 
 
 def test_masked_token_follows_the_generator_and_never_predicts_nothing():
-    objective, windows = MaskedToken(vocabulary=5, mask_token=6), torch.zeros(500, 3, dtype=torch.long)  # two positions: none chosen in 7 of 10
+    objective, windows = (
+        MaskedToken(vocabulary=5, mask_token=6),
+        torch.zeros(500, 3, dtype=torch.long),
+    )  # two positions: none chosen in 7 of 10
     first, again, other = (objective.pairs(windows, seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[1], other[1])
@@ -64,7 +67,12 @@ def test_masked_token_trains_a_bert_that_knows_its_padding(corpus):
     model = build(settings, text.tokenizer)
     objective = objective_of(settings, text.tokenizer)
     assert isinstance(model, fastlm.models.BertForMaskedLM)
-    assert (objective.vocabulary, objective.mask_token, model.config.pad_token_id, model.config.vocab_size) == (256, 257, 256, 258)
+    assert (objective.vocabulary, objective.mask_token, model.config.pad_token_id, model.config.vocab_size) == (
+        256,
+        257,
+        256,
+        258,
+    )
     inputs, targets = objective.pairs(text.train[:34].long().view(2, 17), seeded())
     logits = model.eval()(input_ids=inputs).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
@@ -72,5 +80,7 @@ def test_masked_token_trains_a_bert_that_knows_its_padding(corpus):
 
 
 def test_masked_token_needs_a_tokenizer_with_a_mask(corpus):
-    with pytest.raises(ValueError, match=r"tokenizer: expected one with \[PAD\] and \[MASK\] for masked tokens, got one without"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer: expected one with \[PAD\] and \[MASK\] for masked tokens, got one without"
+    ):
         objective_of(Settings(objective="masked-token"), corpus(False).tokenizer)

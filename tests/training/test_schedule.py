@@ -7,7 +7,14 @@ RATES = {"lr": 1.0, "min_lr": 0.1, "warmup": 4, "decay_steps": 14}
 
 @pytest.mark.parametrize(
     "step, expected",
-    [(0, 0.2), (3, 0.8), (4, 1.0), (9, 0.55), (14, 0.1), (1000, 0.1)],  # 9 is half way through the cosine: half way between the two
+    [
+        (0, 0.2),
+        (3, 0.8),
+        (4, 1.0),
+        (9, 0.55),
+        (14, 0.1),
+        (1000, 0.1),
+    ],  # 9 is half way through the cosine: half way between the two
 )
 def test_values(step, expected):
     assert learning_rate(step, **RATES) == pytest.approx(expected)

@@ -34,7 +34,9 @@ def test_an_unknown_character_is_refused_rather_than_dropped():
         char_tokenizer("abc", masked=False).encode("abd")
 
 
-@pytest.mark.parametrize("make", [lambda: byte_tokenizer(masked=True), lambda: char_tokenizer("abc", masked=True)], ids=["byte", "char"])
+@pytest.mark.parametrize(
+    "make", [lambda: byte_tokenizer(masked=True), lambda: char_tokenizer("abc", masked=True)], ids=["byte", "char"]
+)
 def test_masks_come_after_the_ordinary_tokens(make):
     tokenizer = make()
     size = tokenizer.get_vocab_size()
@@ -43,7 +45,11 @@ def test_masks_come_after_the_ordinary_tokens(make):
     assert tokenizer.decode(tokenizer.encode("a[MASK]b").ids) == "ab"
 
 
-@pytest.mark.parametrize("make", [lambda: byte_tokenizer(masked=True), lambda: char_tokenizer(sorted(set(TEXT)), masked=True)], ids=["byte", "char"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: byte_tokenizer(masked=True), lambda: char_tokenizer(sorted(set(TEXT)), masked=True)],
+    ids=["byte", "char"],
+)
 def test_the_file_holds_all_of_it(make, tmp_path):
     tokenizer = make()
     tokenizer.save(str(tmp_path / "tokenizer.json"))

@@ -42,35 +42,72 @@ def pairs(tokens: int, causal: bool) -> int:
     return tokens * (tokens + 1) // 2 if causal else tokens**2
 
 
-def attention(device: str, dtype: torch.dtype, compiled: bool, *, batch: int, heads: int, tokens: int, head_dim: int, causal: bool = True) -> Case:
+def attention(
+    device: str,
+    dtype: torch.dtype,
+    compiled: bool,
+    *,
+    batch: int,
+    heads: int,
+    tokens: int,
+    head_dim: int,
+    causal: bool = True,
+) -> Case:
     """q, k, v are views of one packed projection, and the gradient arrives token by token, as in a model."""
     packed = normal(device, dtype, batch, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
     # Two products forward, five backward (the scores again). Forward reads q, k, v and writes the result; backward reads these and its gradient, writes three.
-    flops, moved = 4 * batch * heads * head_dim * pairs(tokens, causal), batch * heads * tokens * head_dim * dtype.itemsize
+    flops, moved = (
+        4 * batch * heads * head_dim * pairs(tokens, causal),
+        batch * heads * tokens * head_dim * dtype.itemsize,
+    )
     sizes = {"batch": batch, "heads": heads, "query_len": tokens, "key_len": tokens, "head_dim": head_dim}
     return Case(
-        "attention", f"{batch} × {heads} heads of {head_dim}, {tokens} tokens{', causal' * causal}", dtype,
+        "attention",
+        f"{batch} × {heads} heads of {head_dim}, {tokens} tokens{', causal' * causal}",
+        dtype,
         {**sizes, "masked": causal, "dropout": False, "return_lse": False, "mask_gradient": False},
-        functools.partial(fastlm.attention, causal=causal), rivals.attention(device, dtype, tokens, causal, compiled),
-        list(packed.unbind(0)), [normal(device, dtype, batch, tokens, heads, head_dim).transpose(1, 2)],
-        Work(flops, 4 * moved), Work(3.5 * flops, 12 * moved),
-    )  # fmt: skip
+        functools.partial(fastlm.attention, causal=causal),
+        rivals.attention(device, dtype, tokens, causal, compiled),
+        list(packed.unbind(0)),
+        [normal(device, dtype, batch, tokens, heads, head_dim).transpose(1, 2)],
+        Work(flops, 4 * moved),
+        Work(3.5 * flops, 12 * moved),
+    )
 
 
-def attention_decode(device: str, dtype: torch.dtype, compiled: bool, *, batch: int, heads: int, tokens: int, head_dim: int) -> Case:
+def attention_decode(
+    device: str, dtype: torch.dtype, compiled: bool, *, batch: int, heads: int, tokens: int, head_dim: int
+) -> Case:
     """One query of each sequence, and the keys and values of a cache: (batch, heads, tokens, head_dim)."""
     query, key, value = (normal(device, dtype, batch, heads, length, head_dim) for length in (1, tokens, tokens))
     # Reads the keys and values once; query and result are next to nothing.
     flops, moved = 4 * batch * heads * head_dim * tokens, batch * heads * (2 * tokens + 2) * head_dim * dtype.itemsize
     sizes = {"batch": batch, "heads": heads, "query_len": 1, "key_len": tokens, "head_dim": head_dim}
     return Case(
-        "attention", f"{batch} × {heads} heads of {head_dim}, one query, {tokens} keys", dtype,
+        "attention",
+        f"{batch} × {heads} heads of {head_dim}, one query, {tokens} keys",
+        dtype,
         {**sizes, "masked": False, "dropout": False, "return_lse": False, "mask_gradient": False},
-        functools.partial(fastlm.attention, causal=True), rivals.decode(device, dtype, compiled), [query, key, value], [], Work(flops, moved), None,
-    )  # fmt: skip
+        functools.partial(fastlm.attention, causal=True),
+        rivals.decode(device, dtype, compiled),
+        [query, key, value],
+        [],
+        Work(flops, moved),
+        None,
+    )
 
 
-def attention_varlen(device: str, dtype: torch.dtype, compiled: bool, *, tokens: int, heads: int, head_dim: int, times: int = 1, causal: bool = False) -> Case:
+def attention_varlen(
+    device: str,
+    dtype: torch.dtype,
+    compiled: bool,
+    *,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    times: int = 1,
+    causal: bool = False,
+) -> Case:
     """`times` eight sequences of `tokens` tokens in all, of which the longest has a quarter. q, k, v are views of one packed projection."""
     lengths = uneven(tokens) * times
     ends = [0, *itertools.accumulate(lengths)]
@@ -80,19 +117,29 @@ def attention_varlen(device: str, dtype: torch.dtype, compiled: bool, *, tokens:
     # As attention, over the square, or half of it, of each sequence.
     flops = 4 * heads * head_dim * sum(pairs(length, causal) for length in lengths)
     moved = total * heads * head_dim * dtype.itemsize
-    sizes = {"sequences": len(lengths), "heads": heads, "query_tokens": total, "key_tokens": total, "head_dim": head_dim}
+    sizes = {
+        "sequences": len(lengths),
+        "heads": heads,
+        "query_tokens": total,
+        "key_tokens": total,
+        "head_dim": head_dim,
+    }
 
     def ours(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tensor:
         return fastlm.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=causal, backend=backend)
 
     return Case(
         "attention_varlen",
-        f"{heads} heads of {head_dim}, {len(lengths)} sequences of {min(lengths)}–{longest}, {total} tokens{', causal' * causal}", dtype,
+        f"{heads} heads of {head_dim}, {len(lengths)} sequences of {min(lengths)}–{longest}, {total} tokens{', causal' * causal}",
+        dtype,
         {**sizes, "masked": causal, "dropout": False, "return_lse": False},
-        ours, rivals.attention_varlen(device, dtype, lengths, cu_seqlens, places, causal, compiled),
-        list(normal(device, dtype, total, 3, heads, head_dim).unbind(1)), [normal(device, dtype, total, heads, head_dim)],
-        Work(flops, 4 * moved), Work(3.5 * flops, 12 * moved),
-    )  # fmt: skip
+        ours,
+        rivals.attention_varlen(device, dtype, lengths, cu_seqlens, places, causal, compiled),
+        list(normal(device, dtype, total, 3, heads, head_dim).unbind(1)),
+        [normal(device, dtype, total, heads, head_dim)],
+        Work(flops, 4 * moved),
+        Work(3.5 * flops, 12 * moved),
+    )
 
 
 def layernorm_residual(device: str, dtype: torch.dtype, compiled: bool, *, rows: int, width: int) -> Case:
@@ -100,18 +147,26 @@ def layernorm_residual(device: str, dtype: torch.dtype, compiled: bool, *, rows:
         summed = residual + x
         return F.layer_norm(summed, (width,), weight, bias, EPSILON), summed
 
-    def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    def ours(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         return fastlm.layernorm_residual(x, residual, weight, bias, EPSILON, backend=backend)
 
     # Forward reads x and the residual and writes both results, some 10 operations per element; backward reads the sum and two gradients, writes one, some 16.
     size = rows * width * dtype.itemsize
     wide = functools.partial(normal, device, dtype, rows, width)
     return Case(
-        "layernorm_residual", f"{rows} × {width}", dtype, {"rows": rows, "width": width, "dropout": False},
-        ours, rivals.eager_and_compiled(eager, compiled),
-        [wide(), wide(), normal(device, dtype, width), normal(device, dtype, width)], [wide(), wide()],
-        Work(10 * rows * width, 4 * size), Work(26 * rows * width, 8 * size),
-    )  # fmt: skip
+        "layernorm_residual",
+        f"{rows} × {width}",
+        dtype,
+        {"rows": rows, "width": width, "dropout": False},
+        ours,
+        rivals.eager_and_compiled(eager, compiled),
+        [wide(), wide(), normal(device, dtype, width), normal(device, dtype, width)],
+        [wide(), wide()],
+        Work(10 * rows * width, 4 * size),
+        Work(26 * rows * width, 8 * size),
+    )
 
 
 def gelu_mlp(device: str, dtype: torch.dtype, compiled: bool, *, rows: int, width: int, layout: str = "conv1d") -> Case:
@@ -125,12 +180,23 @@ def gelu_mlp(device: str, dtype: torch.dtype, compiled: bool, *, rows: int, widt
     flops, moved = 4 * rows * width * hidden, (2 * rows * width + 2 * width * hidden) * dtype.itemsize
     vector, weight = functools.partial(normal, device, dtype), functools.partial(stored, dtype=dtype, layout=layout)
     return Case(
-        "gelu_mlp", f"{rows} × {width} → {hidden} → {width}{of_linear(layout)}", dtype,
+        "gelu_mlp",
+        f"{rows} × {width} → {hidden} → {width}{of_linear(layout)}",
+        dtype,
         {"rows": rows, "in_width": width, "hidden_width": hidden, "out_width": width, "conv1d": layout == "conv1d"},
-        functools.partial(fastlm.gelu_mlp, approximate=approximate, layout=layout), rivals.eager_and_compiled(eager, compiled),
-        [vector(rows, width), weight(width, hidden).to(device), vector(hidden), weight(hidden, width).to(device), vector(width)], [vector(rows, width)],
-        Work(flops, moved), Work(3 * flops, 3 * moved),
-    )  # fmt: skip
+        functools.partial(fastlm.gelu_mlp, approximate=approximate, layout=layout),
+        rivals.eager_and_compiled(eager, compiled),
+        [
+            vector(rows, width),
+            weight(width, hidden).to(device),
+            vector(hidden),
+            weight(hidden, width).to(device),
+            vector(width),
+        ],
+        [vector(rows, width)],
+        Work(flops, moved),
+        Work(3 * flops, 3 * moved),
+    )
 
 
 def linear_cross_entropy(device: str, dtype: torch.dtype, compiled: bool, *, rows: int, width: int, vocab: int) -> Case:
@@ -142,8 +208,14 @@ def linear_cross_entropy(device: str, dtype: torch.dtype, compiled: bool, *, row
     # One product, in backward two; the logits need never reach memory.
     flops, moved = 2 * rows * width * vocab, (rows + vocab) * width * dtype.itemsize
     return Case(
-        "linear_cross_entropy", f"{rows} × {width} → {vocab}", dtype, {"rows": rows, "width": width, "vocab": vocab},
-        ours, rivals.eager_and_compiled(lambda x, weight: F.cross_entropy(F.linear(x, weight), target), compiled),
-        [normal(device, dtype, rows, width), normal(device, dtype, vocab, width, scale=0.02)], [torch.ones((), device=device)],
-        Work(flops, moved), Work(3 * flops, 3 * moved),
-    )  # fmt: skip
+        "linear_cross_entropy",
+        f"{rows} × {width} → {vocab}",
+        dtype,
+        {"rows": rows, "width": width, "vocab": vocab},
+        ours,
+        rivals.eager_and_compiled(lambda x, weight: F.cross_entropy(F.linear(x, weight), target), compiled),
+        [normal(device, dtype, rows, width), normal(device, dtype, vocab, width, scale=0.02)],
+        [torch.ones((), device=device)],
+        Work(flops, moved),
+        Work(3 * flops, 3 * moved),
+    )

@@ -14,7 +14,14 @@ from fastlm.models import GPT2Config, GPT2LMHeadModel
 from fastlm.training.baseline import PlainGPT2
 
 
-def generation(device: str, batch: int, prompt: int = 128, new_tokens: int = 128, sizes: dict[str, int] | None = None, **options: float) -> Iterator[Row]:
+def generation(
+    device: str,
+    batch: int,
+    prompt: int = 128,
+    new_tokens: int = 128,
+    sizes: dict[str, int] | None = None,
+    **options: float,
+) -> Iterator[Row]:
     """GPT-2 124M in bfloat16, greedy. The bytes are those of its weights, read once for each step, and of the keys and values before it."""
     sizes = sizes or SMALL
     torch.manual_seed(0)
@@ -32,7 +39,10 @@ def generation(device: str, batch: int, prompt: int = 128, new_tokens: int = 128
         return plain.generate(tokens, new_tokens)
 
     backends = whole_backends(device, torch.bfloat16)
-    calls: dict[str, Callable[[], Tensor]] = {"auto": ours, **{name: functools.partial(ours, name) for name in backends}}
+    calls: dict[str, Callable[[], Tensor]] = {
+        "auto": ours,
+        **{name: functools.partial(ours, name) for name in backends},
+    }
     calls |= {"step by step": functools.partial(ours, None, False), "eager": eager}
     parameters = sum(p.numel() for p in model.parameters())
     cached = 2 * sizes["n_layer"] * sizes["n_embd"] * batch * sum(range(prompt, prompt + new_tokens))

@@ -43,7 +43,10 @@ FIRST = (  # then a training step
 )
 THEN = (
     Planned(cases.layernorm_residual, BF16, wide(8), compiled=True),
-    *(Planned(cases.layernorm_residual, BF16, wide(*sizes)) for sizes in ((128,), (1024,), (16384,), (16384, 1600), (65536, 256))),
+    *(
+        Planned(cases.layernorm_residual, BF16, wide(*sizes))
+        for sizes in ((128,), (1024,), (16384,), (16384, 1600), (65536, 256))
+    ),
     Planned(cases.attention, BF16, heads(4, 4096)),
     Planned(cases.attention, BF16, heads(8, 2048, 16, 128)),
     Planned(cases.attention_decode, BF16, heads(64, 1024)),
@@ -102,9 +105,13 @@ class Run:
         except Exception as error:  # a kernel's, the compiler's, out of memory: a GPU is seldom at hand, and the others are to be measured
             self.failed.append(f"{what}: {' '.join(str(error).split())[:1000] or type(error).__name__}")
 
-    def measure(self, device: str, planned: Sequence[Planned], *, rivals: bool = True, **options: float) -> Iterator[Row]:
+    def measure(
+        self, device: str, planned: Sequence[Planned], *, rivals: bool = True, **options: float
+    ) -> Iterator[Row]:
         """rivals: others than the backends that `auto` chooses among, too."""
         for one in planned:
-            yield from self.attempt(str(one), lambda one=one: compare(one.build(device, compiled=rivals), device, rivals, **options))  # type: ignore[misc]
+            yield from self.attempt(
+                str(one), lambda one=one: compare(one.build(device, compiled=rivals), device, rivals, **options)
+            )  # type: ignore[misc]
             if device == "cuda":
                 torch.cuda.empty_cache()

@@ -29,12 +29,18 @@ def ratios(others: dict[str, dict[str, float]]) -> str:
     return "; ".join(f"{name} {r['median']:.2f} [{r['low']:.2f}–{r['high']:.2f}]" for name, r in others.items())
 
 
-def markdown(rows: Sequence[Row], described: dict[str, Any], failed: Sequence[str] = (), left_out: Sequence[str] = ()) -> str:
+def markdown(
+    rows: Sequence[Row], described: dict[str, Any], failed: Sequence[str] = (), left_out: Sequence[str] = ()
+) -> str:
     measured = described["peaks"]
     lines = [
         f"{described['card']}, fastlm {described['fastlm']}, PyTorch {described['torch']}, Triton {described['triton']}. "
         f"Copy {measured['copy_bytes_per_second'] / 1e9:,.0f} GB/s (read plus written); fastest product: "
-        + ", ".join(f"{v / 1e12:,.0f} TFLOP/s in {k.split('_')[0]}" for k, v in measured.items() if k.endswith("flops_per_second"))
+        + ", ".join(
+            f"{v / 1e12:,.0f} TFLOP/s in {k.split('_')[0]}"
+            for k, v in measured.items()
+            if k.endswith("flops_per_second")
+        )
         + ". Ratios: median [quartiles] of pairs timed in turn, how many times as fast as the rival, or as another backend (torch: PyTorch's operators behind "
         "fastlm's functions). *: what `auto` takes.",
         "",
@@ -50,7 +56,10 @@ def markdown(rows: Sequence[Row], described: dict[str, Any], failed: Sequence[st
         )
         if one.peak_bytes:
             taken_by_ours = one.peak_bytes[one.served_by]
-            words = ", ".join(f"{name} {taken / 2**30:.2f} GiB ({taken_by_ours / max(taken, 1):.0%})" for name, taken in one.peak_bytes.items())
+            words = ", ".join(
+                f"{name} {taken / 2**30:.2f} GiB ({taken_by_ours / max(taken, 1):.0%})"
+                for name, taken in one.peak_bytes.items()
+            )
             lines.append(f"| | most memory of the step, and this one's share of it | | | | | | | {words} | |")
     for title, what in (("Failed", failed), ("Left out, as time ran out", left_out)):
         if what:
@@ -67,9 +76,18 @@ def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     places = range(len(rows))
     best = [min(one.rivals.values(), key=lambda r: r["seconds"]) for one in rows]
-    left.barh(places, [r["median"] for r in best], xerr=[[r["median"] - r["low"] for r in best], [r["high"] - r["median"] for r in best]], color="#08519c")
+    left.barh(
+        places,
+        [r["median"] for r in best],
+        xerr=[[r["median"] - r["low"] for r in best], [r["high"] - r["median"] for r in best]],
+        color="#08519c",
+    )
     left.axvline(1, color="#d94801")
-    left.set_yticks(places, [f"{one.operator} {one.direction}, {one.dtype}, {one.served_by}\n{one.shape}" for one in rows], fontsize=7)
+    left.set_yticks(
+        places,
+        [f"{one.operator} {one.direction}, {one.dtype}, {one.served_by}\n{one.shape}" for one in rows],
+        fontsize=7,
+    )
     left.invert_yaxis()
     left.set(title="throughput", xlabel="times as fast as the best of PyTorch and flash-attn (line: equal)")
     right.barh(places, [100 * (share(one, described["peaks"]) or 0) for one in rows], color="#238b45")

@@ -73,7 +73,9 @@ def attention(device: str, dtype: torch.dtype, tokens: int, causal: bool, compil
         found["flex compiled"] = flex(causal_mask if causal else None, tokens, device, True)
     flash = installed("flash_attn") if fast(device, dtype) else None
     if flash:
-        found["flash-attn"] = lambda q, k, v: flash.flash_attn_func(*tokens_first(q, k, v), causal=causal).transpose(1, 2)
+        found["flash-attn"] = lambda q, k, v: flash.flash_attn_func(*tokens_first(q, k, v), causal=causal).transpose(
+            1, 2
+        )
     return found
 
 
@@ -99,21 +101,41 @@ def padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], places: Tens
     batch, longest = len(lengths), max(lengths)
 
     def grid(x: Tensor) -> Tensor:
-        return x.new_zeros(batch * longest, *x.shape[1:]).index_copy(0, places, x).unflatten(0, (batch, longest)).transpose(1, 2)
+        return (
+            x.new_zeros(batch * longest, *x.shape[1:])
+            .index_copy(0, places, x)
+            .unflatten(0, (batch, longest))
+            .transpose(1, 2)
+        )
 
-    real = torch.zeros(batch * longest, dtype=torch.bool, device=q.device).index_fill(0, places, True).view(batch, 1, 1, longest)
-    out = F.scaled_dot_product_attention(grid(q), grid(k), grid(v), attn_mask=None if causal else real, is_causal=causal)
+    real = (
+        torch.zeros(batch * longest, dtype=torch.bool, device=q.device)
+        .index_fill(0, places, True)
+        .view(batch, 1, 1, longest)
+    )
+    out = F.scaled_dot_product_attention(
+        grid(q), grid(k), grid(v), attn_mask=None if causal else real, is_causal=causal
+    )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, places)
 
 
 def nested(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Sequence[int], causal: bool) -> Tensor:
     shortest, longest = min(lengths), max(lengths)
-    q, k, v = (torch.nested.nested_tensor_from_jagged(x, cu_seqlens, min_seqlen=shortest, max_seqlen=longest).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (
+        torch.nested.nested_tensor_from_jagged(x, cu_seqlens, min_seqlen=shortest, max_seqlen=longest).transpose(1, 2)
+        for x in (q, k, v)
+    )
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).values()
 
 
 def attention_varlen(
-    device: str, dtype: torch.dtype, lengths: Sequence[int], cu_seqlens: Tensor, places: Tensor, causal: bool, compiled: bool
+    device: str,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    cu_seqlens: Tensor,
+    places: Tensor,
+    causal: bool,
+    compiled: bool,
 ) -> dict[str, Function]:
     """Of q, k, v (tokens, heads, head_dim); cu_seqlens (sequences + 1,) in int32."""
     found: dict[str, Function] = {
@@ -124,7 +146,9 @@ def attention_varlen(
     if compiled:
         found["flex compiled"] = flex_varlen(lengths, device, causal, True)
     both, longest = (cu_seqlens, cu_seqlens), (max(lengths), max(lengths))
-    torchs, flash = (installed(name) if fast(device, dtype) else None for name in ("torch.nn.attention.varlen", "flash_attn"))
+    torchs, flash = (
+        installed(name) if fast(device, dtype) else None for name in ("torch.nn.attention.varlen", "flash_attn")
+    )
     if torchs:
         window = (-1, 0) if causal else (-1, -1)
         found["torch varlen"] = lambda q, k, v: torchs.varlen_attn(q, k, v, *both, *longest, window_size=window)

@@ -19,7 +19,11 @@ from fastlm.benchmarking.machine import Work
 from fastlm.benchmarking.measure import LEAST_ROUNDS, Ratio
 
 Call = Callable[[], object]
-ROUNDS, LEAST, BUDGET = 12, 0.01, 2.0  # rounds of each pair; seconds that one timing should take; seconds after which no round begins
+ROUNDS, LEAST, BUDGET = (
+    12,
+    0.01,
+    2.0,
+)  # rounds of each pair; seconds that one timing should take; seconds after which no round begins
 HOPELESS = 20  # times as slow as our kernels: PyTorch's operator that would take them minutes, and is nobody's choice
 # Whom a call may go to. On the CPU, where only the code is tested, the emulated CUDA kernels may take part.
 BACKENDS = {"cuda": table.ORDER["cuda"][:-1], "cpu": ("cpu", "cuda", "torch")}
@@ -34,9 +38,13 @@ class Row:
     served_by: str  # the backend; auto: of a whole step, whichever each call takes
     auto: bool  # whether it is the one that `auto` takes
     seconds: float
-    rivals: dict[str, dict[str, float]]  # PyTorch's and others' → seconds, and the ratio (how many times as fast as they): median, low and high quartile
+    rivals: dict[
+        str, dict[str, float]
+    ]  # PyTorch's and others' → seconds, and the ratio (how many times as fast as they): median, low and high quartile
     backends: dict[str, dict[str, float]]  # the other backends that `auto` may take, likewise
-    features: dict[str, int] = dataclasses.field(default_factory=dict)  # of the call, as the table of backends names them
+    features: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # of the call, as the table of backends names them
     flops: float | None = None
     bytes: float | None = None
     peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # of memory, by whose step
@@ -63,7 +71,9 @@ def clock(device: str) -> Callable[[Call, int], float]:
     return by_events if device == "cuda" else by_clock
 
 
-def in_turn(calls: Mapping[str, Call], device: str, rounds: int = ROUNDS, least: float = LEAST, budget: float = BUDGET) -> dict[str, list[float]]:
+def in_turn(
+    calls: Mapping[str, Call], device: str, rounds: int = ROUNDS, least: float = LEAST, budget: float = BUDGET
+) -> dict[str, list[float]]:
     """Seconds per call of each, once per round, every other round backwards."""
     seconds = clock(device)
     times = {}
@@ -81,31 +91,45 @@ def in_turn(calls: Mapping[str, Call], device: str, rounds: int = ROUNDS, least:
     return taken
 
 
-def rows(calls: Mapping[str, Call], backends: Sequence[str], auto: str, device: str, work: Work, **options: Any) -> Iterator[dict[str, Any]]:
+def rows(
+    calls: Mapping[str, Call], backends: Sequence[str], auto: str, device: str, work: Work, **options: Any
+) -> Iterator[dict[str, Any]]:
     """What was timed of each backend among the calls, as arguments of Row; PyTorch's operator has a row of its own only where `auto` takes it."""
     taken = in_turn(calls, device, **options)
 
     def against(ours: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
         ratios = {name: Ratio.of(taken[ours], taken[name]) for name in names if name in taken and name != ours}
-        return {name: {"seconds": statistics.median(taken[name]), **dataclasses.asdict(ratio)} for name, ratio in ratios.items()}
+        return {
+            name: {"seconds": statistics.median(taken[name]), **dataclasses.asdict(ratio)}
+            for name, ratio in ratios.items()
+        }
 
     others = [name for name in calls if name not in backends]
     for ours in backends:
         if ours in taken and (ours != "torch" or ours == auto):
             yield {
-                "served_by": ours, "auto": ours == auto, "seconds": statistics.median(taken[ours]), "rivals": against(ours, others),
-                "backends": against(ours, backends), "flops": work.flops, "bytes": work.bytes,
-            }  # fmt: skip
+                "served_by": ours,
+                "auto": ours == auto,
+                "seconds": statistics.median(taken[ours]),
+                "rivals": against(ours, others),
+                "backends": against(ours, backends),
+                "flops": work.flops,
+                "bytes": work.bytes,
+            }
 
 
 def serving(operator: str, device: str, dtype: torch.dtype, features: dict[str, int]) -> list[str]:
     """The backends that can, in the usual order."""
-    return [name for name in BACKENDS[device] if not choice.refusals(name, operator, torch.device(device), dtype, features)]
+    return [
+        name for name in BACKENDS[device] if not choice.refusals(name, operator, torch.device(device), dtype, features)
+    ]
 
 
 def whole_backends(device: str, dtype: torch.dtype) -> list[str]:
     """Those that can compute a whole model, besides what `auto` takes: without a table that is the first, everywhere."""
-    able = [name for name in serving("linear", device, dtype, dict.fromkeys(table.FEATURES["linear"], 1)) if name != "torch"]
+    able = [
+        name for name in serving("linear", device, dtype, dict.fromkeys(table.FEATURES["linear"], 1)) if name != "torch"
+    ]
     return able if table.of(torch.device(device)) else able[1:]
 
 
@@ -137,7 +161,9 @@ def refusal(call: Call) -> str:
 
 def hopeless(call: Call, ours: Sequence[Call], device: str) -> bool:
     seconds = clock(device)
-    return seconds(call, 1) > max(0.05, HOPELESS * min((seconds(one, 1) for one in ours for _ in range(2)), default=float("inf")))
+    return seconds(call, 1) > max(
+        0.05, HOPELESS * min((seconds(one, 1) for one in ours for _ in range(2)), default=float("inf"))
+    )
 
 
 def compare(case: Case, device: str, rivals: bool = True, **options: Any) -> Iterator[Row]:
@@ -160,7 +186,14 @@ def compare(case: Case, device: str, rivals: bool = True, **options: Any) -> Ite
             elif not why and not (name == "torch" and hopeless(call, list(chosen.values()), device)):
                 chosen[name] = call
         for found in rows(chosen, backends, auto, device, work, **options):
-            yield Row(case.operator, case.shape, str(case.dtype).removeprefix("torch."), direction, features=case.features, **found)
+            yield Row(
+                case.operator,
+                case.shape,
+                str(case.dtype).removeprefix("torch."),
+                direction,
+                features=case.features,
+                **found,
+            )
     if broken:
         raise RuntimeError("; ".join(broken))
 
@@ -178,5 +211,7 @@ def peaks(device: str, dtypes: Sequence[torch.dtype], size: int = 8192, copied: 
     found = {"copy_bytes_per_second": 2 * copied / best(lambda: target.copy_(source))}
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found[f"{str(dtype).removeprefix('torch.')}_product_flops_per_second"] = 2 * size**3 / best(functools.partial(torch.mm, a, b))
+        found[f"{str(dtype).removeprefix('torch.')}_product_flops_per_second"] = (
+            2 * size**3 / best(functools.partial(torch.mm, a, b))
+        )
     return found

@@ -17,7 +17,12 @@ SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_pos
 
 
 def training_step(
-    device: str, batch: int = 16, context: int = 1024, sizes: dict[str, int] | None = None, compiled: bool = True, **options: float
+    device: str,
+    batch: int = 16,
+    context: int = 1024,
+    sizes: dict[str, int] | None = None,
+    compiled: bool = True,
+    **options: float,
 ) -> Iterator[Row]:
     """GPT-2 124M in bfloat16 autocast with AdamW: ours, PyTorch eager with SDPA, and the same under torch.compile; and the most memory each took.
 

@@ -34,7 +34,9 @@ Value = Any  # of a knob: a row of the table, or a number
 class Knob:
     name: str  # as configs.py writes it
     value: Value  # that it has now
-    others: Callable[[Value], Sequence[Value]]  # worth a try, given the best so far; asked again until there are no new ones
+    others: Callable[
+        [Value], Sequence[Value]
+    ]  # worth a try, given the best so far; asked again until there are no new ones
     turn: Callable[[Value], None]
     call: Callable[[], Tensor | Sequence[Tensor | None]]  # what it decides about
 
@@ -84,7 +86,11 @@ def trial(knob: Knob, value: Value, expected: Sequence[Tensor], device: str, **o
             return Trial(knob.name, value, None, "gives other results")
         if spilled := spills():
             return Trial(knob.name, value, None, f"spills {spilled} registers")
-        taken = in_turn({"now": calling(knob.value), "then": calling(value)}, device, **{"rounds": ROUNDS, "least": LEAST, **options})
+        taken = in_turn(
+            {"now": calling(knob.value), "then": calling(value)},
+            device,
+            **{"rounds": ROUNDS, "least": LEAST, **options},
+        )
     except Exception as why:  # Triton and the driver have many names for what does not fit
         return Trial(knob.name, value, None, f"{type(why).__name__}: {' '.join(str(why).split())[:120]}")
     finally:
@@ -118,13 +124,18 @@ def tiles(best: Value) -> list[Value]:
     """Half and twice as large tiles, with either number of warps, and other stages."""
     m, n, warps, stages = best
     return [
-        *((other_m, other_n, other_warps, stages) for other_m, other_n, other_warps in itertools.product((m // 2, m, 2 * m), (n // 2, n, 2 * n), (4, 8))
-          if min(other_m, other_n) >= 16 and other_m * other_n <= 128 * 128),
+        *(
+            (other_m, other_n, other_warps, stages)
+            for other_m, other_n, other_warps in itertools.product((m // 2, m, 2 * m), (n // 2, n, 2 * n), (4, 8))
+            if min(other_m, other_n) >= 16 and other_m * other_n <= 128 * 128
+        ),
         *((m, n, warps, other) for other in (1, 2, 3, 4)),
-    ]  # fmt: skip
+    ]
 
 
-def attention(which: str, dtype: torch.dtype, head_dim: int, device: str, batch: int = 8, heads: int = 12, tokens: int = 1024) -> Knob:
+def attention(
+    which: str, dtype: torch.dtype, head_dim: int, device: str, batch: int = 8, heads: int = 12, tokens: int = 1024
+) -> Knob:
     """A pass of attention as the table names it: forward, query, key, mask or decode; "… masked": with dropout; "… exact": with a mask's gradient."""
     configs, backend = module("configs"), load("triton")
     name, _, kind = which.partition(" ")
@@ -136,7 +147,10 @@ def attention(which: str, dtype: torch.dtype, head_dim: int, device: str, batch:
         table[which, dtype.itemsize, block] = value
 
     queries = 1 if name == "decode" else tokens
-    query, key, value, dout = (torch.randn(batch, n, heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in (queries, tokens, tokens, queries))
+    query, key, value, dout = (
+        torch.randn(batch, n, heads, head_dim, device=device, dtype=dtype).transpose(1, 2)
+        for n in (queries, tokens, tokens, queries)
+    )
     seed = torch.zeros((), dtype=torch.int64, device=device) if kind == "masked" else None
     biased = name == "mask" or kind == "exact"
     mask = torch.randn(1, heads, queries, tokens, device=device, dtype=dtype) if biased else None
@@ -165,10 +179,16 @@ def gelu_mlp(dtype: torch.dtype, device: str, rows: int = 16384, width: int = 76
 
     def others(best: Value) -> list[Value]:
         shapes = (128, 64, 32), (128, 128, 32), (128, 128, 64), (128, 256, 64), (64, 128, 32)
-        return [None, *((*shape, warps, 3) for shape in shapes for warps in (4, 8)), *((*best[:4], stages) for stages in (2, 4) if best)]
+        return [
+            None,
+            *((*shape, warps, 3) for shape in shapes for warps in (4, 8)),
+            *((*best[:4], stages) for stages in (2, 4) if best),
+        ]
 
     x, dy = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
-    w1, w2 = (0.02 * torch.randn(*shape, device=device, dtype=dtype) for shape in ((width, 4 * width), (4 * width, width)))
+    w1, w2 = (
+        0.02 * torch.randn(*shape, device=device, dtype=dtype) for shape in ((width, 4 * width), (4 * width, width))
+    )
     b1, b2 = (torch.zeros(n, device=device, dtype=dtype) for n in (4 * width, width))
 
     def call() -> Sequence[Tensor | None]:
@@ -186,11 +206,17 @@ def layernorm_residual(constant: str, dtype: torch.dtype, device: str, rows: int
 
     def call() -> Sequence[Tensor | None]:
         y, summed, mean, rstd = backend.layernorm_residual_forward(x, residual, w, w, None, 1e-5, 0.0)
-        return y, *backend.layernorm_residual_backward(dy, dy, summed, w, mean, rstd, None, 0.0, dtype, (True, False, True, True))
+        return y, *backend.layernorm_residual_backward(
+            dy, dy, summed, w, mean, rstd, None, 0.0, dtype, (True, False, True, True)
+        )
 
     return Knob(
-        f"{constant}, {rows} × {width}", getattr(kernels, constant), lambda best: [best // 2, best * 2], lambda value: setattr(kernels, constant, value), call
-    )  # fmt: skip
+        f"{constant}, {rows} × {width}",
+        getattr(kernels, constant),
+        lambda best: [best // 2, best * 2],
+        lambda value: setattr(kernels, constant, value),
+        call,
+    )
 
 
 def module(name: str) -> Any:
@@ -207,13 +233,25 @@ def knobs(device: str, **sizes: int) -> Iterator[Knob]:
     """The most important first. Each is made when its turn has come, with its tensors."""
     half, single = torch.bfloat16, torch.float32
     plain, masked = ("forward", "key", "query"), ("forward masked", "key masked", "query masked")
-    order = [(half, 64, plain), (half, 64, masked), (half, 128, plain), (half, 64, ("decode",)), (single, 64, plain), (half, 128, masked)]
+    order = [
+        (half, 64, plain),
+        (half, 64, masked),
+        (half, 128, plain),
+        (half, 64, ("decode",)),
+        (single, 64, plain),
+        (half, 128, masked),
+    ]
     for number, (dtype, head_dim, passes) in enumerate(order):
         for which in passes:
             yield attention(which, dtype, head_dim, device, **sizes)
         if number == 0:
             yield gelu_mlp(half, device)
-            for constant, rows, width in (("ELEMENTS", 4096, 768), ("SHARES", 4096, 768), ("ELEMENTS", 16384, 1600), ("SHARES", 16384, 1600)):
+            for constant, rows, width in (
+                ("ELEMENTS", 4096, 768),
+                ("SHARES", 4096, 768),
+                ("ELEMENTS", 16384, 1600),
+                ("SHARES", 16384, 1600),
+            ):
                 yield layernorm_residual(constant, half, device, rows, width)
     for which in ("mask", "key exact", "query exact"):
         yield attention(which, half, 64, device, **sizes)
@@ -221,7 +259,8 @@ def knobs(device: str, **sizes: int) -> Iterator[Knob]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m fastlm.benchmarking.gpu.tune", description="Other launch configurations of the Triton kernels on this GPU."
+        prog="python -m fastlm.benchmarking.gpu.tune",
+        description="Other launch configurations of the Triton kernels on this GPU.",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="every trial")
     parser.add_argument("--seconds", type=float, default=500, help="after which no trial begins (500)")

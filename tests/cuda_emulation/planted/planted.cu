@@ -1,5 +1,6 @@
-// Small kernels for the tests of the emulator: what must pass, and mistakes that must be reported. A mistake is switched on by the run-time argument `bad`,
-// so that the same kernel without it shows that the report is of the mistake alone.
+// Small kernels for the tests of the emulator: what must pass, and mistakes that must be reported. A mistake is
+// switched on by the run-time argument `bad`, so that the same kernel without it shows that the report is of the
+// mistake alone.
 #include "mma.cuh"
 #include "philox.cuh"
 #include "reduce.cuh"
@@ -201,7 +202,8 @@ __global__ void dropped(Arguments a, dropout drop) {
 
 // Every grid dimension, a block in two dimensions and threads that end early without a barrier to come.
 __global__ void indices(Arguments a) {
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x,
+            block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const int i = block * int(blockDim.x * blockDim.y) + thread;
   if (i >= a.count) return;
   a.out[i] = float(threadIdx.x + 100 * threadIdx.y + 1000 * blockIdx.x + 10000 * blockIdx.y + 100000 * blockIdx.z);
