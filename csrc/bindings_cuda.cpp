@@ -26,13 +26,7 @@ using strides4 = std::array<int64_t, 4>;
 // Calls launcher(stream) without the GIL, on the queue's device.
 template <class Launcher> static void launch(queue where, Launcher launcher) {
   py::gil_scoped_release nogil;
-#ifdef FASTLM_CUDA_EMULATION
-  struct Forget {
-    ~Forget() { forget(); }
-  } after;
-#else
   use_device(where.first);
-#endif
   launcher(reinterpret_cast<stream_t>(where.second));
 }
 
@@ -323,13 +317,7 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   bind_attention(m);
   bind_gelu_mlp(m);
   bind_linear_cross_entropy(m);
-#ifdef FASTLM_CUDA_EMULATION
-  m.def(
-      "allow", [](address begin, size_t bytes, bool writable) { allow(at<>(begin), bytes, writable); }, "begin"_a,
-      "bytes"_a, "writable"_a);
-#else
   m.attr("archs") = FASTLM_CUDA_ARCHS;  // "80,90,100,120": of the code inside; and PTX of the first
   m.def("runtime_version", &runtime_version);
   m.def("driver_version", &driver_version);
-#endif
 }

@@ -11,12 +11,7 @@ import functools
 import torch
 import triton
 
-INTERPRETED = triton.knobs.runtime.interpret  # what @triton.jit made of the kernels, decided when they are imported
-if INTERPRETED:
-    from fastlm.kernels import interpreter
-
-    interpreter.mend()
-
+INTERPRETED = triton.knobs.runtime.interpret  # @triton.jit reads it when the kernels are imported
 HIP = torch.version.hip is not None
 NUMBERS = frozenset((int, float, type(None)))
 compiled: dict[tuple, object] = {}  # by kinds
@@ -46,6 +41,14 @@ def watched():
     return bool(triton.knobs.runtime.launch_enter_hook.calls or triton.knobs.runtime.launch_exit_hook.calls)
 
 
+def launch_by_triton(kernel, programs, arguments, constants, warps, stages, debug):
+    """Compiles the kernel if necessary, launches it and returns what was compiled (None from the interpreter)."""
+    options = {"debug": True, "sanitize_overflow": False} if debug else {}
+    return kernel[(programs,)](
+        *arguments, *constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **options
+    )
+
+
 def launch(kernel, programs, arguments, constants, warps, stages, device, debug=False):
     """kernel[(programs,)](*arguments, *constants), in the order of its parameters, on the current device, which is `device`.
 
@@ -54,8 +57,7 @@ def launch(kernel, programs, arguments, constants, warps, stages, device, debug=
     if programs == 0:
         return
     if INTERPRETED:
-        interpreter.check(debug)
-        kernel[(programs,)](*arguments, *constants)
+        launch_by_triton(kernel, programs, arguments, constants, warps, stages, debug)
         return
     known = id(kernel), device, warps, stages, constants  # kernels live as long as their module, and hash slowly
     same = (
@@ -74,10 +76,7 @@ def launch(kernel, programs, arguments, constants, warps, stages, device, debug=
         if binary is None:
             if len(compiled) >= MOST:
                 compiled.clear()
-            options = {"debug": True, "sanitize_overflow": False} if debug else {}
-            compiled[key] = kernel[(programs,)](
-                *arguments, *constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **options
-            )
+            compiled[key] = launch_by_triton(kernel, programs, arguments, constants, warps, stages, debug)
             return
         if len(repeated) >= MOST:
             repeated.clear()

@@ -14,6 +14,15 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 
 import fastlm
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests.kernels import interpreter
+
+    interpreter.install()
+if os.environ.get("FASTLM_CUDA_EMULATION") == "1":
+    from tests.cuda_emulation import backend
+
+    backend.install()
+
 # Where the package under test must lie, if someone (test_mutants.py) says so: another copy that happened to be found first would prove nothing.
 if wanted := os.environ.get("FASTLM_TEST_PACKAGE"):
     assert Path(fastlm.__file__).is_relative_to(wanted), (

@@ -21,7 +21,6 @@
 #include <type_traits>
 #include "attention.h"
 #include "launch.cuh"
-#include "mma.cuh"
 #include "philox.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -97,7 +96,7 @@ template <> struct Left<float> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       near[i] = to_tf32(__uint_as_float(raw[i]));
-      rest[i] = rest_in_tf32(__uint_as_float(raw[i]), near[i]);
+      rest[i] = tf32_residual(__uint_as_float(raw[i]), near[i]);
     }
   }
 };
@@ -109,7 +108,8 @@ template <class T> FASTLM_DEVICE void multiply(float (&c)[4], const Left<T>& a, 
       mma_tf32(c, a.near, near);
     } else {  // summed by themselves, the smallest first, and added once: c is rounded once for eight terms, not for
               // each of three times eight
-      const uint32_t rest[2] = {rest_in_tf32(__uint_as_float(b0), near[0]), rest_in_tf32(__uint_as_float(b1), near[1])};
+      const uint32_t rest[2] = {tf32_residual(__uint_as_float(b0), near[0]),
+                                tf32_residual(__uint_as_float(b1), near[1])};
       float sum[4] = {};
       mma_tf32(sum, a.rest, near);
       mma_tf32(sum, a.near, rest);
@@ -126,7 +126,7 @@ template <class T> FASTLM_DEVICE void multiply(float (&c)[4], const Left<T>& a, 
 // The 16 rows of a tile from `row` on, 32 bytes a step, as a left operand; `flip` is xored to what is read.
 template <class T, int D> FASTLM_DEVICE void read_left(uint32_t (&raw)[4], const unsigned char* tile, int row, int step,
                                                        uint32_t flip) {
-  const int lane = anew(threadIdx.x % 32);
+  const int lane = opaque(threadIdx.x % 32);
   ldmatrix_x4(raw, tile + chunk_at<T, D>(row + lane % 16, 2 * step + lane / 16));
 #pragma unroll
   for (int i = 0; i < 4; ++i) raw[i] ^= flip;
@@ -138,7 +138,7 @@ template <class T, int D> constexpr int Steps = D * int(sizeof(T)) / 32;
 // few: less code, and fewer addresses in registers.
 template <class T, int D, int N, int Unrolled = sizeof(T) == 2 ? 4 : 2, class Read>
 FASTLM_DEVICE void multiply_by_rows(float (&c)[N / 8][4], Read left, const unsigned char* right, bool tf32) {
-  const int lane = anew(threadIdx.x % 32);
+  const int lane = opaque(threadIdx.x % 32);
 #pragma unroll
   for (int n = 0; n < N / 8; ++n)
 #pragma unroll
@@ -163,7 +163,7 @@ FASTLM_DEVICE void multiply_by_rows(float (&c)[N / 8][4], Read left, const unsig
 template <class T, int D, int N>
 FASTLM_DEVICE void multiply_from_registers(float (&c)[D / 8][4], float (&p)[N / 8][4], const unsigned char* right,
                                            bool tf32, int parts = 1) {
-  const int lane = anew(threadIdx.x % 32);
+  const int lane = opaque(threadIdx.x % 32);
   if constexpr (std::is_same_v<T, float>) {
     // A product sums over its columns in any order: let column 2i be the hardware's i, and 2i + 1 its i + 4, and the
     // registers are those it wants.

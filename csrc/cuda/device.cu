@@ -1,4 +1,4 @@
-// The CUDA runtime's answers. Not part of the emulated module, which has no driver to ask.
+// Answers from the CUDA runtime.
 #include "cuda/device.h"
 #include <cuda_runtime_api.h>
 #include <stdexcept>

@@ -39,7 +39,6 @@
 #include <initializer_list>
 #include <stdexcept>
 #include "launch.cuh"
-#include "mma.cuh"
 #include "vec.cuh"
 
 namespace fastlm::cuda {
@@ -179,7 +178,7 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
   FASTLM_DEVICE static void split(uint32_t& high, uint32_t& low) {
     const float value = __uint_as_float(high);
     high = to_tf32(value);
-    low = rest_in_tf32(value, high);
+    low = tf32_residual(value, high);
   }
 
   FASTLM_DEVICE void multiply_float32(uint32_t (&a)[ROWS][4], uint32_t (&w)[COLUMNS][2], bool tf32, bool again) {

@@ -23,6 +23,7 @@
 //    bandwidth, on widths that models do not have.
 #include "layernorm_residual.h"
 #include <algorithm>
+#include <stdexcept>
 #include "launch.cuh"
 #include "philox.cuh"
 #include "reduce.cuh"

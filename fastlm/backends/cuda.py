@@ -1,12 +1,7 @@
-"""The CUDA C++ kernels: tensors become addresses, sizes and strides here, and nowhere else.
-
-Under FASTLM_CUDA_EMULATION=1 the same sources, compiled for the CPU (`python -m tests.cuda_emulation`), serve CPU tensors: that is how they are tested
-where there is no GPU, and there every access is checked against the extents of the tensors of a call.
-"""
+"""The CUDA C++ kernels: tensors become addresses, sizes and strides here, and nowhere else."""
 
 import functools
 import importlib
-import os
 from types import ModuleType
 
 import torch
@@ -29,7 +24,6 @@ from fastlm.backends.gpu import (
 from fastlm.backends.layout import dense_last, matrix_of, rows_if, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
-EMULATED = os.environ.get("FASTLM_CUDA_EMULATION") == "1"
 LOGITS_BYTES = 64 << 20  # of one chunk
 OLDEST_ARCH = 80  # the kernels use mma.sync of bfloat16 and cp.async
 
@@ -37,10 +31,8 @@ OLDEST_ARCH = 80  # the kernels use mma.sync of bfloat16 and cp.async
 def find() -> tuple[ModuleType | None, str]:
     """(module, why there is none)."""
     try:
-        return importlib.import_module("fastlm._cuda_emulated" if EMULATED else "fastlm._cuda"), ""
+        return importlib.import_module("fastlm._cuda"), ""
     except ModuleNotFoundError:
-        if EMULATED:
-            return None, "is not built for the CPU: run python -m tests.cuda_emulation in a checkout"
         return (
             None,
             f"is not compiled here: {isa.report().get('cuda', {}).get('reason') or 'the extension was not built'}",
@@ -50,7 +42,16 @@ def find() -> tuple[ModuleType | None, str]:
 
 
 kernels, missing = find()
-LAUNCHED_AS = {dtype: getattr(kernels.dtype, str(dtype).removeprefix("torch.")) for dtype in DTYPES} if kernels else {}
+device_type = "cuda"  # of the tensors that the kernels accept
+LAUNCHED_AS = {}
+
+
+def use_module(module, accepts="cuda"):
+    """Launch the kernels of `module`, which has the functions of fastlm._cuda and accepts tensors of the device type `accepts`."""
+    global kernels, device_type
+    kernels, device_type = module, accepts
+    LAUNCHED_AS.update((dtype, getattr(module.dtype, str(dtype).removeprefix("torch."))) for dtype in DTYPES)
+    unavailable.cache_clear()
 
 
 def version(number: int) -> str:
@@ -64,8 +65,6 @@ OLDEST_DRIVERS = {12: "525", 13: "580"}  # what NVIDIA says that a major version
 def in_words():
     """What was built, for fastlm.info()."""
     built = isa.report().get("cuda", {})
-    if EMULATED:
-        return "emulated on the CPU (FASTLM_CUDA_EMULATION=1)" if kernels else missing
     if kernels is None:
         return missing.removeprefix("is ")
     number = built.get("version", "") or version(kernels.runtime_version())
@@ -81,7 +80,7 @@ def in_words():
 def unavailable():
     if kernels is None:
         return [missing]
-    if EMULATED:
+    if device_type != "cuda":  # neither a GPU nor a driver is needed
         return []
     if torch.version.hip:
         return ["serves NVIDIA GPUs, and this PyTorch is AMD's (ROCm)"]
@@ -117,11 +116,8 @@ def refuses(operator, device, dtype, **features):
     # One launcher for batches of every kind; linear is the vendor's.
     if operator != "linear" and not hasattr(kernels, f"{operator.removesuffix('_varlen')}_forward"):
         reasons.append(f"has no {operator}")
-    if device.type != ("cpu" if EMULATED else "cuda"):
-        emulating = (
-            f"serves CPU tensors under FASTLM_CUDA_EMULATION=1, not {device} (without that variable it serves GPUs)"
-        )
-        reasons.append(emulating if EMULATED else f"serves CUDA tensors, not {device} (.to('cuda') moves them)")
+    if device.type != device_type:
+        reasons.append(f"serves CUDA tensors, not {device} (.to('cuda') moves them)")
     elif device.type == "cuda":
         reasons += unfit(torch.cuda.current_device() if device.index is None else device.index)
     if dtype not in DTYPES:
@@ -130,14 +126,8 @@ def refuses(operator, device, dtype, **features):
 
 
 def address(tensor, writable=False):
-    """The address of a tensor that a launch reads, 0 for none. In the emulator it also permits what the next launch may touch: these elements alone."""
-    if tensor is None:
-        return 0
-    pointer = tensor.data_ptr()
-    if EMULATED:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        kernels.allow(pointer, (last + 1) * tensor.element_size() if tensor.numel() else 0, writable)
-    return pointer
+    """The address of a tensor that a launch reads, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def written(tensor):
@@ -146,8 +136,8 @@ def written(tensor):
 
 
 def queue(x):
-    """(device, stream): where the launches of a call on x go, which is where PyTorch's own would."""
-    if EMULATED:
+    """(device, stream): where PyTorch launches kernels on x."""
+    if not x.is_cuda:
         return 0, 0
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
@@ -156,6 +146,10 @@ def launch(kernel, x, *arguments):
     """kernel(queue, *arguments) while x's device is PyTorch's current one: the driver has one for each thread, and a launch elsewhere would leave it moved."""
     with on(x):
         kernel(queue(x), *arguments)
+
+
+if kernels is not None:
+    use_module(kernels)
 
 
 # linear: the vendor's GEMM

@@ -21,7 +21,6 @@ COMMON = [
     "-fvisibility=hidden",
     "-Wall",
     "-fmax-errors=5",
-    "-DFASTLM_CUDA_EMULATION",
     f"-I{ROOT / 'csrc'}",
     f"-I{ROOT / 'csrc/cuda'}",
     f"-I{HERE}",
@@ -29,7 +28,7 @@ COMMON = [
 # The thread sanitizer's instrumentation, whose functions the emulator defines. Loops must not become calls of memset, which no instrumentation sees;
 # the same memory is read as several types, as CUDA allows; a·b + c is one operation where the CPU has it, as on a GPU.
 DEVICE = [
-    *("-x", "c++", "-include", "cuda_emulation.h", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
+    *("-x", "c++", "-include", "intrinsics.h", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
     *(
         "-fno-tree-loop-distribute-patterns",
         "-fno-strict-aliasing",
@@ -60,7 +59,7 @@ def build(name: str, kernels: list[Path], bindings: list[Path]) -> Path:
     import ninja
 
     target = FOLDER / f"{name}{SUFFIX}"
-    host = [*COMMON, *fused_multiply_add(), f"-DFASTLM_MODULE={name}"]
+    host = [*COMMON, *fused_multiply_add(), f"-DFASTLM_MODULE={name}", '-DFASTLM_CUDA_ARCHS="80"']
     text = f"""\
 ninja_required_version = 1.5
 builddir = {name}

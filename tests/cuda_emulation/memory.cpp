@@ -360,14 +360,15 @@ std::vector<Extent> granted() { return grants; }
 
 }  // namespace fastlm::emulation
 
-namespace fastlm::cuda {
-
-void allow(const void* begin, size_t bytes, bool writable) {
-  if (bytes) emulation::grants.push_back({uintptr_t(begin), bytes, writable, writable ? "a result" : "an argument"});
+// Called by tests/cuda_emulation/backend.py: what the next launches of this OS thread may read, and write if
+// `writable`; and the end of these permissions.
+extern "C" __attribute__((visibility("default"))) void fastlm_emulation_allow(const void* begin, size_t bytes,
+                                                                              int writable) {
+  if (bytes)
+    fastlm::emulation::grants.push_back(
+        {uintptr_t(begin), bytes, writable != 0, writable ? "a result" : "an argument"});
 }
-void forget() { emulation::grants.clear(); }
-
-}  // namespace fastlm::cuda
+extern "C" __attribute__((visibility("default"))) void fastlm_emulation_forget() { fastlm::emulation::grants.clear(); }
 
 // What the instrumentation calls.
 using fastlm::emulation::access;

@@ -26,7 +26,7 @@ def pointer(tensor):
 
 
 def allow(module, tensor, writable):
-    module.planted_allow(pointer(tensor), ctypes.c_size_t(tensor.numel() * tensor.element_size()), writable)
+    module.fastlm_emulation_allow(pointer(tensor), ctypes.c_size_t(tensor.numel() * tensor.element_size()), writable)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def run(module):
             threads,
             shared,
         )
-        module.planted_forget()
+        module.fastlm_emulation_forget()
         return out, (report or b"").decode()
 
     return run
@@ -160,7 +160,7 @@ def test_dropout_is_that_of_every_backend(module):
     allow(module, out, True)
     allow(module, seed, False)
     report = module.planted_dropout(pointer(out), rows, columns, ctypes.c_double(p), pointer(seed))
-    module.planted_forget()
+    module.fastlm_emulation_forget()
     assert report is None
     expected = philox.kept(seed, rows, columns, torch.tensor(7), p)
     assert torch.equal(out, torch.where(expected, torch.tensor(1 / (1 - p)), torch.tensor(0.0)))

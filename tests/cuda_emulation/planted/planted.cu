@@ -1,9 +1,11 @@
 // Small kernels for the tests of the emulator: what must pass, and mistakes that must be reported. A mistake is
 // switched on by the run-time argument `bad`, so that the same kernel without it shows that the report is of the
 // mistake alone.
-#include "mma.cuh"
+#include <stdexcept>
+#include <string>
 #include "philox.cuh"
 #include "reduce.cuh"
+#include "vec.cuh"
 
 namespace fastlm::cuda {
 
@@ -283,11 +285,3 @@ EXPORT void planted_widen(float* bf16_out, float* fp16_out) {
     fp16_out[i] = to_float(fp16{uint16_t(i)});
   }
 }
-
-namespace fastlm::cuda {
-void allow(const void* begin, size_t bytes, bool writable);
-void forget();
-}  // namespace fastlm::cuda
-
-EXPORT void planted_allow(const void* begin, size_t bytes, int writable) { allow(begin, bytes, writable); }
-EXPORT void planted_forget() { forget(); }
