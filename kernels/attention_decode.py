@@ -15,9 +15,9 @@ from fastlm.kernels.philox import kept
 from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 ROWS = 16  # queries of all heads that share a key head: the least that matrix units multiply by
-SHORTEST = 256  # keys of one stretch
-PROGRAMS = 1024  # that fill any GPU
-MOST_STRETCHES = 128
+MIN_SPLIT_SIZE = 256  # keys of one stretch
+MAX_PROGRAMS = 1024  # that fill any GPU
+MAX_SPLITS = 128
 
 
 @triton.jit
@@ -290,16 +290,16 @@ def attention_decode_join_kernel(
     tl.store(lse_ptr + pid, tl.where(whole == 0, float("-inf"), base + tl.log(tl.where(whole == 0, 1.0, whole))))
 
 
-def stretches_of(batch, key_heads, key_len):
+def splits_of(batch, key_heads, key_len):
     """(keys of one stretch, how many), by sizes alone."""
-    wanted = max(1, min(PROGRAMS // max(1, batch * key_heads), MOST_STRETCHES, cdiv(key_len, SHORTEST)))
-    stretch = cdiv(cdiv(key_len, wanted), SHORTEST) * SHORTEST
+    wanted = max(1, min(MAX_PROGRAMS // max(1, batch * key_heads), MAX_SPLITS, cdiv(key_len, MIN_SPLIT_SIZE)))
+    stretch = cdiv(cdiv(key_len, wanted), MIN_SPLIT_SIZE) * MIN_SPLIT_SIZE
     return stretch, cdiv(key_len, stretch)
 
 
 def serves(heads, key_heads, query_len, key_len):
     """Few queries, and keys enough for more than one stretch."""
-    return heads // key_heads * query_len <= ROWS and key_len > SHORTEST
+    return heads // key_heads * query_len <= ROWS and key_len > MIN_SPLIT_SIZE
 
 
 def attention_decode(
@@ -325,7 +325,7 @@ def attention_decode(
     batch, heads, key_heads, query_len, key_len, head_dim = sizes
     block = block_of(head_dim)
     _, tile_n, warps, stages = attention_tile(architecture, "decode", q.dtype.itemsize, block)
-    stretch, stretches = stretches_of(batch, key_heads, key_len)
+    stretch, stretches = splits_of(batch, key_heads, key_len)
     queries = batch * heads * query_len
     part, top, norm = new((queries, stretches, head_dim)), new((queries, stretches)), new((queries, stretches))
     arguments = (

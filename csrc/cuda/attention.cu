@@ -55,8 +55,8 @@ struct ForwardPlace {
 
   FASTLM_DEVICE QueryRow row(const AttentionForwardArgs& a, int at) const {
     const int number = first + at;
-    if (a.stretches == 0) return {number, head, number < s.query_len};
-    const bool real = number < a.heads / a.key_heads * s.query_len;
+    if (a.num_splits == 0) return {number, head, number < s.query_len};
+    const bool real = number < a.num_heads / a.num_kv_heads * s.query_len;
     return {number % s.query_len, real ? head + number / s.query_len : head, real};
   }
 };
@@ -67,8 +67,8 @@ template <class T> __device__ __attribute__((noinline)) void forward_key_by_key(
                                                                                 int begin, int end) {
   const Sequence s = sequence_of(a, batch);
   const QueryRow row = {i, head, true};
-  const int key_head = row.head / (a.heads / a.key_heads);
-  const uint32_t third = s.batch * a.heads + row.head;
+  const int key_head = row.head / (a.num_heads / a.num_kv_heads);
+  const uint32_t third = s.batch * a.num_heads + row.head;
   const uint64_t seed = a.seed ? *a.seed : 0;
   const Channels query = read_channels<T>(token_of<T>(a.query, s.batch, row.head, s.query_begin + row.i), a.head_dim);
   Channels total = {};
@@ -86,10 +86,10 @@ template <class T> __device__ __attribute__((noinline)) void forward_key_by_key(
     top = new_top;
   }
   const bool first_lane = threadIdx.x % 32 == 0;
-  if (a.stretches) {
-    const int64_t place = ((int64_t(s.batch) * a.heads + row.head) * s.query_len + row.i) * a.stretches + piece;
-    write_channels<float>(a.part + place * a.head_dim, total, a.keep_scale, a.head_dim);
-    if (first_lane) a.top[place] = top, a.norm[place] = norm;
+  if (a.num_splits) {
+    const int64_t place = ((int64_t(s.batch) * a.num_heads + row.head) * s.query_len + row.i) * a.num_splits + piece;
+    write_channels<float>(a.partial_out + place * a.head_dim, total, a.keep_scale, a.head_dim);
+    if (first_lane) a.partial_max[place] = top, a.partial_sum[place] = norm;
   } else {
     write_channels<T>(token_of<T>(a.out, s.batch, row.head, s.query_begin + row.i), total,
                       norm == 0 ? 0.f : a.keep_scale / norm, a.head_dim);
@@ -108,32 +108,34 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
   unsigned char *const queries = shared, *const keys = shared + Queries * D * sizeof(T),
                        *const values = keys + Tile::Stages * TileBytes;
 
-  const int groups = a.heads / a.key_heads;
+  const int groups = a.num_heads / a.num_kv_heads;
   ForwardPlace place;
-  if (a.stretches) {
-    const int block = blockIdx.x / a.stretches;
-    place = {sequence_of(a, block / a.key_heads), 0, block % a.key_heads * groups, int(blockIdx.x % a.stretches)};
+  if (a.num_splits) {
+    const int block = blockIdx.x / a.num_splits;
+    place = {sequence_of(a, block / a.num_kv_heads), 0, block % a.num_kv_heads * groups,
+             int(blockIdx.x % a.num_splits)};
   } else if (a.query_starts) {
     check_starts(a);
-    const int tiles = gridDim.x / a.heads;
+    const int tiles = gridDim.x / a.num_heads;
     int tile = blockIdx.x % tiles;
-    const int batch = find_tile(a.query_starts, a.wide_query_starts, a.batch, Queries, tile);
+    const int batch = find_tile(a.query_starts, a.query_starts_int64, a.batch, Queries, tile);
     if (batch == a.batch) return;
     place = {sequence_of(a, batch), tile * Queries, int(blockIdx.x / tiles), 0};
   } else {
     const int tiles = divide_up(a.query_len, Queries), block = blockIdx.x / tiles;
-    place = {sequence_of(a, block / a.heads), (tiles - 1 - int(blockIdx.x % tiles)) * Queries, block % a.heads, 0};
+    place = {sequence_of(a, block / a.num_heads), (tiles - 1 - int(blockIdx.x % tiles)) * Queries, block % a.num_heads,
+             0};
   }
   const Sequence& s = place.s;
-  const int rows = (a.stretches ? groups : 1) * s.query_len - place.first, first = a.stretches ? 0 : place.first;
-  const int last = a.stretches ? s.query_len - 1 : place.first + (rows < Queries ? rows : Queries) - 1;
+  const int rows = (a.num_splits ? groups : 1) * s.query_len - place.first, first = a.num_splits ? 0 : place.first;
+  const int last = a.num_splits ? s.query_len - 1 : place.first + (rows < Queries ? rows : Queries) - 1;
   TileRange range = tiles_of_keys(s, first, last, Keys);
-  if (a.stretches) {
-    const int begin = place.piece * (a.stretch / Keys), end = begin + a.stretch / Keys;
+  if (a.num_splits) {
+    const int begin = place.piece * (a.split_size / Keys), end = begin + a.split_size / Keys;
     range.begin = range.begin < begin ? begin : range.begin;
     range.end = range.end > end ? end : range.end;
   }
-  const bool all_edges = a.mask_type != MaskType::none || a.padding;
+  const bool all_edges = a.mask_type != MaskType::none || a.key_padding;
 
   const int64_t key_offset =
       s.batch * a.key.batch_stride + place.head / groups * a.key.head_stride + s.key_begin * a.key.token_stride;
@@ -220,7 +222,8 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
     }
     if (a.seed) {
       const QueryRow row[2] = {place.row(a, warp * 16 + lane / 4), place.row(a, warp * 16 + lane / 4 + 8)};
-      const uint32_t third[2] = {uint32_t(s.batch * a.heads + row[0].head), uint32_t(s.batch * a.heads + row[1].head)};
+      const uint32_t third[2] = {uint32_t(s.batch * a.num_heads + row[0].head),
+                                 uint32_t(s.batch * a.num_heads + row[1].head)};
       const uint32_t keep = kept_bits<Keys>(a, *a.seed, {row[0].i, row[1].i}, third, tile * Keys);
 #pragma unroll
       for (int n = 0; n < Keys / 8; ++n)
@@ -244,10 +247,10 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
     if (!r.real || again >> (half * 8 + lane / 4) & 1) continue;
     const bool empty = norm[half] == 0;
     const float highest = additive ? top[half] : top[half] * size;
-    if (a.stretches) {
-      const int64_t at = ((int64_t(s.batch) * a.heads + r.head) * s.query_len + r.i) * a.stretches + place.piece;
-      write_row<float, D>(a.part + at * a.head_dim, total, half, a.keep_scale, a.head_dim, a.head_dim % 2 == 0);
-      if (lane % 4 == 0) a.top[at] = empty ? -INFINITY : highest, a.norm[at] = norm[half];
+    if (a.num_splits) {
+      const int64_t at = ((int64_t(s.batch) * a.num_heads + r.head) * s.query_len + r.i) * a.num_splits + place.piece;
+      write_row<float, D>(a.partial_out + at * a.head_dim, total, half, a.keep_scale, a.head_dim, a.head_dim % 2 == 0);
+      if (lane % 4 == 0) a.partial_max[at] = empty ? -INFINITY : highest, a.partial_sum[at] = norm[half];
     } else {
       write_row<T, D>(token_of<T>(a.out, s.batch, r.head, s.query_begin + r.i), total, half,
                       empty ? 0.f : a.keep_scale / norm[half], a.head_dim, a.out.paired);
@@ -274,9 +277,9 @@ void attention_forward(const AttentionForwardArgs& args, stream_t stream) {
   by_type_and_width(a.dtype, a.head_dim, [&]<class T, int D>() {
     using Tile = ForwardTile<T, D>;
     int64_t blocks;
-    if (a.stretches) blocks = int64_t(a.batch) * a.key_heads * a.stretches;
-    else if (a.query_starts) blocks = (int64_t(a.query_len / Tile::Queries) + a.batch) * a.heads;
-    else blocks = int64_t(divide_up(a.query_len, Tile::Queries)) * a.heads * a.batch;
+    if (a.num_splits) blocks = int64_t(a.batch) * a.num_kv_heads * a.num_splits;
+    else if (a.query_starts) blocks = (int64_t(a.query_len / Tile::Queries) + a.batch) * a.num_heads;
+    else blocks = int64_t(divide_up(a.query_len, Tile::Queries)) * a.num_heads * a.batch;
     FASTLM_LAUNCH((attention_forward_kernel<T, D>), unsigned(blocks), Tile::Warps * 32, Tile::Bytes, stream, a);
   });
 }

@@ -1,4 +1,4 @@
-// Launchers of attention: softmax(q kᵀ · scale + mask) v, its gradients, and the split over keys for a few queries.
+// Launchers of attention, softmax(q kᵀ · scale + mask) v: forward, backward, and forward with split-K for few queries.
 #pragma once
 #include <cstdint>
 #include "dtype.h"
@@ -7,16 +7,16 @@ namespace fastlm::cuda {
 
 enum class MaskType { none = 0, boolean = 1, additive = 2, additive_fp32 = 3 };
 
-// Tokens of several heads, in place: strides count elements, and the channels of a token lie side by side.
+// (batch, head, token, head_dim) with strides in elements; the last dimension is contiguous.
 struct TokensView {
   const void* data = nullptr;
   int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
-  bool chunked = false;  // every token begins at a multiple of 16 bytes and fills them: launchers find out
+  bool aligned = false;  // every token starts at, and its size is, a multiple of 16 bytes; set by the launchers
 };
 struct TokensResult {
   void* data = nullptr;
   int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
-  bool paired = false;  // two channels at a time may be written: launchers find out
+  bool paired = false;  // aligned for stores of two elements; set by the launchers
 };
 
 struct AttentionArgs {
@@ -28,46 +28,46 @@ struct AttentionArgs {
   MaskType mask_type;
   const void* mask;
   int64_t mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride;  // 0 where the mask has size 1
-  const bool* padding;                                                              // true = a real token
-  int64_t padding_batch_stride, padding_key_stride;
+  const bool* key_padding;                                                          // true for a real token, or null
+  int64_t key_padding_batch_stride, key_padding_key_stride;
 
-  // Of packed sequences where each begins, `batch` + 1 numbers of 32 or 64 bits; query_len and key_len are those of all
-  // together then, and the band is relative to each sequence's own last key.
+  // Packed sequences: `batch` + 1 offsets of 32 or 64 bits. query_len and key_len are then the total numbers of tokens,
+  // and the band is aligned to the last key of each sequence.
   const void *query_starts, *key_starts;
-  bool wide_query_starts, wide_key_starts;
+  bool query_starts_int64, key_starts_int64;
 
-  int batch, heads, key_heads, query_len, key_len, head_dim;
-  int lower, upper;  // query i sees key j iff lower ≤ j − i ≤ upper
+  int batch, num_heads, num_kv_heads, query_len, key_len, head_dim;
+  int lower, upper;  // query i attends to key j if lower ≤ j − i ≤ upper
   float scale;
-  const int64_t* seed;  // of dropout, or null
-  uint32_t threshold;
-  float keep_scale;
-  bool tf32;  // products of float32 may be rounded
+  const int64_t* seed;  // of dropout, on the device, or null
+  uint32_t threshold;   // a weight is kept if its random word is at least this
+  float keep_scale;     // 1/(1 − p)
+  bool tf32;            // float32 operands of products may be rounded to tf32
 };
 
 struct AttentionForwardArgs : AttentionArgs {
   TokensResult out;
-  // Split over the keys: each block sees `stretch` keys and leaves Σ weights · v, the maximum and Σ weights here, in
-  // float32, by (batch, head, query, stretch). All queries of all heads that share a key head are one tile then, 64 at
-  // most. 0 stretches: no split.
-  float *part, *top, *norm;
-  int stretch, stretches;
+  // Split-K: each block computes the attention over `split_size` keys and writes the unnormalised output, the maximum
+  // and the sum of its weights here, in float32, indexed by (batch, head, query, split). One tile then holds all
+  // queries of all heads that share a key head, 64 at most. num_splits is 0 without split-K.
+  float *partial_out, *partial_max, *partial_sum;
+  int split_size, num_splits;
 };
 
 struct AttentionBackwardArgs : AttentionArgs {
   TokensView out, dout;
-  const float* dlse;           // laid out as lse, or null
-  float* delta;                // laid out as lse: working memory
-  TokensResult dquery;         // always wanted: its pass computes what others need
+  const float* dlse;           // in the layout of lse, or null
+  float* delta;                // in the layout of lse: workspace
+  TokensResult dquery;         // always computed, because its pass computes what the others need
   TokensResult dkey, dvalue;   // both or none
   float* dmask;                // contiguous, or null
   int mask_batch, mask_heads;  // sizes of the mask
-  bool mask_row;               // it has one row for all queries
-  bool exact;  // factors that are rounded to 16 bits are multiplied in two parts, and δ is summed from float32 weights
+  bool mask_has_one_row;       // the mask is broadcast over the queries
+  bool exact;                  // split 16-bit factors into two parts, and sum δ from float32 weights
 };
 
 void attention_forward(const AttentionForwardArgs& args, stream_t stream);
-void attention_decode(const AttentionForwardArgs& args, stream_t stream);  // the split, and its sum
+void attention_decode(const AttentionForwardArgs& args, stream_t stream);  // split-K and its combine
 void attention_backward(const AttentionBackwardArgs& args, stream_t stream);
 
 }  // namespace fastlm::cuda

@@ -76,7 +76,8 @@ template <class T> __global__ void __launch_bounds__(DeltaWarps * 32)
     attention_delta_kernel(FASTLM_CONSTANT AttentionBackwardArgs a, int64_t rows) {
   const int64_t row = int64_t(blockIdx.x) * DeltaWarps + threadIdx.x / 32;
   if (row >= rows) return;
-  const int64_t query = row % a.query_len, head = row / a.query_len % a.heads, batch = row / a.query_len / a.heads;
+  const int64_t query = row % a.query_len, head = row / a.query_len % a.num_heads,
+                batch = row / a.query_len / a.num_heads;
   float delta = dot(read_channels<T>(token_of<T>(a.out, batch, head, query), a.head_dim),
                     read_channels<T>(token_of<T>(a.dout, batch, head, query), a.head_dim));
   const int64_t at = batch * a.lse_batch_stride + head * a.lse_head_stride + query;
@@ -89,7 +90,7 @@ template <class T>
 __device__ __attribute__((noinline)) void query_gradient_key_by_key(const AttentionBackwardArgs& a, int batch, int i,
                                                                     int head, int begin, int end) {
   const Sequence s = sequence_of(a, batch);
-  const int key_head = head / (a.heads / a.key_heads);
+  const int key_head = head / (a.num_heads / a.num_kv_heads);
   const uint64_t seed = a.seed ? *a.seed : 0;
   const Channels query = read_channels<T>(token_of<T>(a.query, batch, head, s.query_begin + i), a.head_dim);
   const Channels dout = read_channels<T>(token_of<T>(a.dout, batch, head, s.query_begin + i), a.head_dim);
@@ -100,7 +101,7 @@ __device__ __attribute__((noinline)) void query_gradient_key_by_key(const Attent
     float score = dot(query, key);
     if (!sees<T>(a, s, head, i, j, score)) continue;
     float dweight = dot(dout, read_channels<T>(token_of<T>(a.value, batch, key_head, s.key_begin + j), a.head_dim));
-    if (a.seed) dweight = kept(seed, a.threshold, j, i, batch * a.heads + head) ? dweight * a.keep_scale : 0.f;
+    if (a.seed) dweight = kept(seed, a.threshold, j, i, batch * a.num_heads + head) ? dweight * a.keep_scale : 0.f;
     const float dscore = exp2_fast((score - lse) * Log2e) * (dweight - delta);
     for (int c = 0; c < WidestHead / 32; ++c) dquery.at[c] += dscore * key.at[c];
   }
@@ -119,10 +120,10 @@ __global__ void __launch_bounds__(QueryTile<T, D>::Warps * 32, QueryTile<T, D>::
   unsigned char *const queries = shared, *const douts = queries + Across, *const keys = douts + Across,
                        *const values = keys + Tile::Stages * Down;
 
-  const int groups = a.heads / a.key_heads, tiles = divide_up(a.query_len, Queries),
+  const int groups = a.num_heads / a.num_kv_heads, tiles = divide_up(a.query_len, Queries),
             key_tiles = divide_up(a.key_len, Keys);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool additive = is_additive(a), all_edges = a.mask_type != MaskType::none || a.padding;
+  const bool additive = is_additive(a), all_edges = a.mask_type != MaskType::none || a.key_padding;
   const uint32_t flip = a.scale < 0 ? SignBits<T> : 0;
   const float size = fabsf(a.scale), unit = fmaxf(size * Log2e, 1e-37f);
 
@@ -131,23 +132,23 @@ __global__ void __launch_bounds__(QueryTile<T, D>::Warps * 32, QueryTile<T, D>::
   int batch = 0, head = 0, tile_m = 0, steps = 1, heads_each = 1, tiles_each = 1, own_key_tile = 0;
   int64_t dmask_row = 0;
   if (of_mask) {
-    const int own_tiles = a.mask_row ? 1 : tiles;
+    const int own_tiles = a.mask_has_one_row ? 1 : tiles;
     int block = blockIdx.x;
     own_key_tile = block % key_tiles, block /= key_tiles;
     tile_m = block % own_tiles, block /= own_tiles;
     head = block % a.mask_heads, batch = block / a.mask_heads;
-    dmask_row = int64_t(block) * (a.mask_row ? 1 : a.query_len);
-    heads_each = divide_up(a.heads - head, a.mask_heads), tiles_each = a.mask_row ? tiles : 1;
+    dmask_row = int64_t(block) * (a.mask_has_one_row ? 1 : a.query_len);
+    heads_each = divide_up(a.num_heads - head, a.mask_heads), tiles_each = a.mask_has_one_row ? tiles : 1;
     steps = divide_up(a.batch - batch, a.mask_batch) * heads_each * tiles_each;
   } else if (a.query_starts) {
     check_starts(a);
-    const int slots = gridDim.x / a.heads;
+    const int slots = gridDim.x / a.num_heads;
     tile_m = blockIdx.x % slots, head = blockIdx.x / slots;
-    batch = find_tile(a.query_starts, a.wide_query_starts, a.batch, Queries, tile_m);
+    batch = find_tile(a.query_starts, a.query_starts_int64, a.batch, Queries, tile_m);
     if (batch == a.batch) return;
   } else {
     const int block = blockIdx.x / tiles;
-    tile_m = tiles - 1 - int(blockIdx.x % tiles), head = block % a.heads, batch = block / a.heads;
+    tile_m = tiles - 1 - int(blockIdx.x % tiles), head = block % a.num_heads, batch = block / a.num_heads;
   }
   const int first_batch = batch, first_head = head, first_tile = tile_m;
 
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(QueryTile<T, D>::Warps * 32, QueryTile<T, D>::
         multiply_by_rows<T, D, Keys>(weights, left_query, keys + stage * Down, a.tf32);
         multiply_by_rows<T, D, Keys>(dscores, left_dout, values + stage * Down, a.tf32);
         if (a.seed) {
-          const uint32_t third = batch * a.heads + head, thirds[2] = {third, third},
+          const uint32_t third = batch * a.num_heads + head, thirds[2] = {third, third},
                          keep = kept_bits<Keys>(a, *a.seed, i, thirds, tile * Keys);
 #pragma unroll
           for (int n = 0; n < Keys / 8; ++n)
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(QueryTile<T, D>::Warps * 32, QueryTile<T, D>::
   }
   if (!of_mask) return;
 
-  if (a.mask_row) {  // the sum over all queries: of a thread's, of a warp's, and of the warps in their order
+  if (a.mask_has_one_row) {  // the sum over all queries: of a thread's, of a warp's, and of the warps in their order
     float* const sums = reinterpret_cast<float*>(shared);
     __syncthreads();
 #pragma unroll
@@ -321,7 +322,7 @@ __device__ __attribute__((noinline)) void key_gradient_query_by_query(const Atte
                                                                       int key_head, int begin, int end, bool wants_key,
                                                                       bool wants_value) {
   const Sequence s = sequence_of(a, batch);
-  const int groups = a.heads / a.key_heads;
+  const int groups = a.num_heads / a.num_kv_heads;
   const uint64_t seed = a.seed ? *a.seed : 0;
   const Channels key = read_channels<T>(token_of<T>(a.key, batch, key_head, s.key_begin + j), a.head_dim);
   const Channels value = read_channels<T>(token_of<T>(a.value, batch, key_head, s.key_begin + j), a.head_dim);
@@ -334,7 +335,7 @@ __device__ __attribute__((noinline)) void key_gradient_query_by_query(const Atte
       const Channels dout = read_channels<T>(token_of<T>(a.dout, batch, head, s.query_begin + i), a.head_dim);
       const int64_t at = row_offset(a, s, head) + i;
       const float weight = exp2_fast((score - usable(a.lse[at])) * Log2e);
-      const float keep = !a.seed ? 1.f : kept(seed, a.threshold, j, i, batch * a.heads + head) ? a.keep_scale : 0.f;
+      const float keep = !a.seed ? 1.f : kept(seed, a.threshold, j, i, batch * a.num_heads + head) ? a.keep_scale : 0.f;
       float dweight = dot(dout, value);
       dweight = keep == 0 ? 0.f : dweight * keep;
       const float dscore = weight * (dweight - a.delta[at]), sent = keep == 0 ? 0.f : weight * keep;
@@ -357,19 +358,19 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::Bloc
   float* const row_values = reinterpret_cast<float*>(douts + Tile::Stages * Across);  // of each stage lse, then δ
   unsigned char* const kept_words = reinterpret_cast<unsigned char*>(row_values) + Tile::Stages * Tile::RowBytes;
 
-  const int groups = a.heads / a.key_heads;
+  const int groups = a.num_heads / a.num_kv_heads;
   int block = blockIdx.x, batch, tile_n, key_head;
   bool wants_key = true, wants_value = true;
   if (!Tile::Both) wants_key = block % 2, wants_value = !wants_key, block /= 2;
   if (a.key_starts) {
-    const int slots = gridDim.x / (Tile::Both ? 1 : 2) / a.key_heads;
+    const int slots = gridDim.x / (Tile::Both ? 1 : 2) / a.num_kv_heads;
     tile_n = block % slots, key_head = block / slots;
-    batch = find_tile(a.key_starts, a.wide_key_starts, a.batch, Keys, tile_n);
+    batch = find_tile(a.key_starts, a.key_starts_int64, a.batch, Keys, tile_n);
     if (batch == a.batch) return;
   } else {
     const int tiles = divide_up(a.key_len, Keys);
-    tile_n = block % tiles, key_head = block / tiles % a.key_heads,
-    batch = block / tiles / a.key_heads;  // of a causal mask the first tile has the most queries
+    tile_n = block % tiles, key_head = block / tiles % a.num_kv_heads,
+    batch = block / tiles / a.num_kv_heads;  // of a causal mask the first tile has the most queries
   }
   const Sequence s = sequence_of(a, batch);
   const int first = tile_n * Keys, last = first + Keys < s.key_len ? first + Keys - 1 : s.key_len - 1;
@@ -407,7 +408,7 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::Bloc
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool works = first + warp * 16 < s.key_len, additive = is_additive(a),
-             all_edges = a.mask_type != MaskType::none || a.padding;
+             all_edges = a.mask_type != MaskType::none || a.key_padding;
   const int j[2] = {first + warp * 16 + lane / 4, first + warp * 16 + lane / 4 + 8};
   const uint32_t flip = a.scale < 0 ? SignBits<T> : 0;
   const float size = fabsf(a.scale), unit = fmaxf(size * Log2e, 1e-37f);
@@ -429,7 +430,7 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::Bloc
 #pragma unroll 1
       for (int at = threadIdx.x; at < 16 * Queries; at += Threads) {
         const philox_words words = philox(*a.seed, uint32_t(first / 64 * 16 + at % 16), uint32_t(query + at / 16),
-                                          uint32_t(batch * a.heads + head));
+                                          uint32_t(batch * a.num_heads + head));
         uint32_t bits = 0;
 #pragma unroll
         for (int word = 0; word < 4; ++word) bits |= uint32_t(words.word[word] >= a.threshold) << word;
@@ -534,23 +535,23 @@ void attention_backward(const AttentionBackwardArgs& args, stream_t stream) {
     using Rows = QueryTile<T, D>;
     using Columns = KeyTile<T, D>;
     if (!a.exact) {
-      const int64_t rows = int64_t(each) * a.heads * a.query_len;
+      const int64_t rows = int64_t(each) * a.num_heads * a.query_len;
       FASTLM_LAUNCH(attention_delta_kernel<T>, unsigned((rows + DeltaWarps - 1) / DeltaWarps), DeltaWarps * 32, 0,
                     stream, a, rows);
     }
     const int64_t query_tiles =
         a.query_starts ? a.query_len / Rows::Queries + a.batch : divide_up(a.query_len, Rows::Queries);
-    FASTLM_LAUNCH((attention_backward_query_kernel<T, D>), unsigned(query_tiles * a.heads * each), Rows::Warps * 32,
+    FASTLM_LAUNCH((attention_backward_query_kernel<T, D>), unsigned(query_tiles * a.num_heads * each), Rows::Warps * 32,
                   Rows::Bytes, stream, a, false);
     if (a.dkey.data) {
       const int64_t key_tiles =
           a.key_starts ? a.key_len / Columns::Keys + a.batch : divide_up(a.key_len, Columns::Keys);
-      const int64_t blocks = key_tiles * a.key_heads * each * (Columns::Both ? 1 : 2);
+      const int64_t blocks = key_tiles * a.num_kv_heads * each * (Columns::Both ? 1 : 2);
       FASTLM_LAUNCH((attention_backward_key_kernel<T, D>), unsigned(blocks), Columns::Warps * 32, Columns::Bytes,
                     stream, a);
     }
     if (a.dmask) {
-      const int64_t tiles = a.mask_row ? 1 : divide_up(a.query_len, Rows::Queries);
+      const int64_t tiles = a.mask_has_one_row ? 1 : divide_up(a.query_len, Rows::Queries);
       const int64_t blocks = int64_t(a.mask_batch) * a.mask_heads * tiles * divide_up(a.key_len, Rows::Keys);
       FASTLM_LAUNCH((attention_backward_query_kernel<T, D>), unsigned(blocks), Rows::Warps * 32, Rows::Bytes, stream, a,
                     true);

@@ -21,21 +21,21 @@ constexpr int JoinThreads = 128;
 // out and lse of one query of one head: a block.
 template <class T> __global__ void __launch_bounds__(JoinThreads)
     attention_decode_join_kernel(FASTLM_CONSTANT AttentionForwardArgs a) {
-  const int64_t row = blockIdx.x, i = row % a.query_len, head = row / a.query_len % a.heads,
-                batch = row / a.query_len / a.heads;
-  const float *const top = a.top + row * a.stretches, *const norm = a.norm + row * a.stretches;
-  const float* const part = a.part + row * a.stretches * a.head_dim;
+  const int64_t row = blockIdx.x, i = row % a.query_len, head = row / a.query_len % a.num_heads,
+                batch = row / a.query_len / a.num_heads;
+  const float *const top = a.partial_max + row * a.num_splits, *const norm = a.partial_sum + row * a.num_splits;
+  const float* const part = a.partial_out + row * a.num_splits * a.head_dim;
   float highest = -INFINITY;
-  for (int piece = 0; piece < a.stretches; ++piece) highest = fmaxf(highest, top[piece]);
+  for (int piece = 0; piece < a.num_splits; ++piece) highest = fmaxf(highest, top[piece]);
   const float base = highest == -INFINITY ? 0.f : highest;
   float whole = 0;
-  for (int piece = 0; piece < a.stretches; ++piece)
+  for (int piece = 0; piece < a.num_splits; ++piece)
     if (norm[piece] != 0) whole += exp2_fast((top[piece] - base) * Log2e) * norm[piece];
   const bool empty = whole == 0;
   T* const out = token_of<T>(a.out, batch, head, i);
   for (int channel = threadIdx.x; channel < a.head_dim; channel += JoinThreads) {
     float sum = 0;
-    for (int piece = 0; piece < a.stretches;
+    for (int piece = 0; piece < a.num_splits;
          ++piece)  // where nothing was seen the part is 0; a NaN in it is one that was seen
       if (norm[piece] != 0) sum += exp2_fast((top[piece] - base) * Log2e) * part[int64_t(piece) * a.head_dim + channel];
     out[channel] = from_float<T>(empty ? 0.f : sum / whole);
@@ -49,7 +49,7 @@ template <class T> __global__ void __launch_bounds__(JoinThreads)
 void attention_decode(const AttentionForwardArgs& args, stream_t stream) {
   attention_forward(args, stream);
   with_dtype(args.dtype, [&]<class T>() {
-    FASTLM_LAUNCH(attention_decode_join_kernel<T>, unsigned(int64_t(args.batch) * args.heads * args.query_len),
+    FASTLM_LAUNCH(attention_decode_join_kernel<T>, unsigned(int64_t(args.batch) * args.num_heads * args.query_len),
                   JoinThreads, 0, stream, args);
   });
 }

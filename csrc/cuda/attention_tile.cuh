@@ -50,7 +50,7 @@ template <class T, int D> FASTLM_DEVICE int chunk_at(int row, int chunk) {
 template <class T, int D, int Rows, int Threads, class Token>
 FASTLM_DEVICE void load_rows(unsigned char* tile, const TokensView& view, int head_dim, Token token) {
   constexpr int Chunks = D * int(sizeof(T)) / 16, Each = 16 / int(sizeof(T));
-  if (view.chunked) {
+  if (view.aligned) {
 #pragma unroll 2
     for (int at = threadIdx.x; at < Rows * Chunks; at += Threads) {
       const int row = at / Chunks, chunk = at % Chunks;
@@ -227,21 +227,21 @@ FASTLM_DEVICE int64_t start_of(const void* starts, bool wide, int at) {
 FASTLM_DEVICE void check_starts(const AttentionArgs& a) {
   if (blockIdx.x) return;
   for (int i = int(threadIdx.x); i <= a.batch; i += int(blockDim.x)) {
-    const int64_t query = start_of(a.query_starts, a.wide_query_starts, i),
-                  key = start_of(a.key_starts, a.wide_key_starts, i);
+    const int64_t query = start_of(a.query_starts, a.query_starts_int64, i),
+                  key = start_of(a.key_starts, a.key_starts_int64, i);
     FASTLM_ASSERT(i > 0 || (query == 0 && key == 0));
     FASTLM_ASSERT(i < a.batch || (query == a.query_len && key == a.key_len));
-    FASTLM_ASSERT(i == a.batch || query <= start_of(a.query_starts, a.wide_query_starts, i + 1));
-    FASTLM_ASSERT(i == a.batch || key <= start_of(a.key_starts, a.wide_key_starts, i + 1));
+    FASTLM_ASSERT(i == a.batch || query <= start_of(a.query_starts, a.query_starts_int64, i + 1));
+    FASTLM_ASSERT(i == a.batch || key <= start_of(a.key_starts, a.key_starts_int64, i + 1));
   }
 }
 
 FASTLM_DEVICE Sequence sequence_of(const AttentionArgs& a, int batch) {
   if (!a.query_starts) return {batch, a.query_len, a.key_len, a.lower, a.upper, 0, 0};
-  const int64_t query = start_of(a.query_starts, a.wide_query_starts, batch),
-                query_end = start_of(a.query_starts, a.wide_query_starts, batch + 1);
-  const int64_t key = start_of(a.key_starts, a.wide_key_starts, batch),
-                key_end = start_of(a.key_starts, a.wide_key_starts, batch + 1);
+  const int64_t query = start_of(a.query_starts, a.query_starts_int64, batch),
+                query_end = start_of(a.query_starts, a.query_starts_int64, batch + 1);
+  const int64_t key = start_of(a.key_starts, a.key_starts_int64, batch),
+                key_end = start_of(a.key_starts, a.key_starts_int64, batch + 1);
   FASTLM_ASSERT(query >= 0 && query <= query_end &&
                 query_end <= a.query_len);                            // nothing leads out of the tensors, even before
   FASTLM_ASSERT(key >= 0 && key <= key_end && key_end <= a.key_len);  // the block that checks all has come to it
@@ -321,7 +321,7 @@ template <class T, bool KeysDown, int N>
 FASTLM_DEVICE uint32_t mask_scores(float (&scores)[N / 8][4], const AttentionArgs& a, const Sequence& s,
                                    const int (&row)[2], int column, const int64_t (&mask_at)[2], float scale) {
   column += threadIdx.x % 4 * 2;
-  const bool* padding = a.padding ? a.padding + s.batch * a.padding_batch_stride : nullptr;
+  const bool* padding = a.key_padding ? a.key_padding + s.batch * a.key_padding_batch_stride : nullptr;
   const bool* boolean = a.mask_type == MaskType::boolean ? static_cast<const bool*>(a.mask) : nullptr;
   uint32_t bits = 0;
 #pragma unroll 1
@@ -329,7 +329,7 @@ FASTLM_DEVICE uint32_t mask_scores(float (&scores)[N / 8][4], const AttentionArg
     const int down = at & 2 ? row[1] : row[0], across = column + at / 4 * 8 + at % 2, i = KeysDown ? across : down,
               j = KeysDown ? down : across;
     bool seen = i < s.query_len && j < s.key_len && j - i >= s.lower && j - i <= s.upper;
-    if (padding && seen) seen = padding[j * a.padding_key_stride];
+    if (padding && seen) seen = padding[j * a.key_padding_key_stride];
     if (boolean && seen)
       seen = boolean[(at & 2 ? mask_at[1] : mask_at[0]) + i * a.mask_query_stride + j * a.mask_key_stride];
     bits = bits << 1 | seen;
@@ -370,7 +370,7 @@ template <class T> FASTLM_DEVICE bool sees(const AttentionArgs& a, const Sequenc
     if (bias == -INFINITY) return false;
     score += bias;
   }
-  return !a.padding || a.padding[s.batch * a.padding_batch_stride + j * a.padding_key_stride];
+  return !a.key_padding || a.key_padding[s.batch * a.key_padding_batch_stride + j * a.key_padding_key_stride];
 }
 
 // Dropout: bit 4n + e says whether element e of block n is kept; rows are queries, columns keys from `column` on, a
@@ -478,7 +478,7 @@ template <class... Views> void complete(AttentionArgs& a, Views&... others) {
   const auto complete_one = [&](auto& x) {
     if (a.query_starts) x.batch_stride = 0;
     if constexpr (std::is_same_v<std::remove_reference_t<decltype(x)>, TokensView>)
-      x.chunked = a.head_dim * size_of(a.dtype) % 16 == 0 && divides(x, 16, size_of(a.dtype));
+      x.aligned = a.head_dim * size_of(a.dtype) % 16 == 0 && divides(x, 16, size_of(a.dtype));
     else x.paired = divides(x, 2 * int(size_of(a.dtype)), size_of(a.dtype));
   };
   (complete_one(others), ...);

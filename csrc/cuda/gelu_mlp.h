@@ -1,4 +1,4 @@
-// The launchers of gelu_mlp: the middle of the feed-forward block, in the product before it.
+// Launchers of gelu_mlp: the first linear layer of a feed-forward block with GELU as its epilogue, and its gradient.
 #pragma once
 #include <cstdint>
 #include "dtype.h"
@@ -8,7 +8,7 @@ namespace fastlm::cuda {
 // hidden = x W1 + b1, activated = gelu(hidden): (rows, hidden_width), contiguous; either may be null.
 struct gelu_mlp_forward_args {
   DType dtype;
-  const void* x;  // (rows, width), unit stride along width
+  const void* x;  // (rows, width), contiguous along width
   int64_t x_stride;
   const void* w1;
   int64_t w1_k_stride, w1_n_stride;  // along width and along hidden_width; one of them is 1
@@ -19,14 +19,14 @@ struct gelu_mlp_forward_args {
 };
 void gelu_mlp_forward(const gelu_mlp_forward_args& args, stream_t stream);
 
-// dhidden = (dy W2ᵀ)·gelu'(hidden), and activated = gelu(hidden) again unless it is null.
+// dhidden = (dy W2ᵀ)·gelu'(hidden), and activated = gelu(hidden) unless it is null.
 struct gelu_mlp_backward_args {
   DType dtype;
-  const void* dy;  // (rows, out_width), unit stride along out_width
+  const void* dy;  // (rows, out_width), contiguous along out_width
   int64_t dy_stride;
   const void* w2;
-  int64_t w2_k_stride, w2_n_stride;  // along out_width and along hidden_width: W2 read backwards
-  const void* hidden;                // (rows, hidden_width), contiguous, as dhidden and activated
+  int64_t w2_k_stride, w2_n_stride;  // along out_width and along hidden_width, because W2 is read transposed
+  const void* hidden;                // (rows, hidden_width), contiguous, as are dhidden and activated
   void *dhidden, *activated;
   int64_t rows, out_width, hidden_width;
   bool tanh, tf32;

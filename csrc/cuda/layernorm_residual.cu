@@ -33,7 +33,7 @@ namespace fastlm::cuda {
 
 constexpr int CHUNK = 8, CHUNKS = 4, HELD = CHUNK * CHUNKS;  // columns of an access; accesses and columns of a thread
 constexpr int LARGEST_TEAM = 256, WIDEST_HELD = LARGEST_TEAM * HELD, FEWEST_THREADS = 128;
-constexpr int SHARES = 264;
+constexpr int MAX_PARTIALS = 264;
 constexpr int FOLD_COLUMNS = WarpSize, FOLD_WARPS = 8;
 
 template <class T, class R> struct forward_args {
@@ -209,8 +209,8 @@ template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM, 2)
 }
 
 // The teams of a block add up their shares in shared memory, one after the other; the last writes the sum.
-FASTLM_DEVICE void combine_shares(const row_team& team, const float (&values)[CHUNKS][CHUNK], float* sums, float* share,
-                                  int width) {
+FASTLM_DEVICE void combine_partials(const row_team& team, const float (&values)[CHUNKS][CHUNK], float* sums,
+                                    float* share, int width) {
   for (int turn = 0; turn < team.teams; ++turn) {
     if (team.index == turn)
 #pragma unroll
@@ -299,8 +299,8 @@ template <class T, class R> __global__ void __launch_bounds__(LARGEST_TEAM)
       if (team.column(c) < end) out.store(args.dx + row * width + team.column(c));
     }
   }
-  if (args.dweight) combine_shares(team, dweight, sums, args.dweight + int64_t(blockIdx.x) * args.padded, width);
-  if (args.dbias) combine_shares(team, dbias, sums, args.dbias + int64_t(blockIdx.x) * args.padded, width);
+  if (args.dweight) combine_partials(team, dweight, sums, args.dweight + int64_t(blockIdx.x) * args.padded, width);
+  if (args.dbias) combine_partials(team, dbias, sums, args.dbias + int64_t(blockIdx.x) * args.padded, width);
 }
 
 // The same of any width and alignment, a column at a time: thread t has columns t, t + threads, …; a block is one team.
@@ -418,7 +418,7 @@ template <class W> __global__ void layernorm_residual_fold_kernel(const float* s
 
 // How the rows are dealt out, by the sizes and whether whole chunks are read.
 struct row_cut {
-  int team, threads, shares, steps, padded;
+  int team, threads, partials, steps, padded;
   int64_t blocks;  // of forward, a row a team
 
   row_cut(int64_t rows, int64_t width, bool held) {
@@ -427,8 +427,8 @@ struct row_cut {
     for (team = held ? 8 : WarpSize; team < LARGEST_TEAM && team * (held ? HELD : CHUNKS) < width; team *= 2) {}
     threads = held ? std::max(team, FEWEST_THREADS) : team;
     blocks = (rows + threads / team - 1) / (threads / team);
-    steps = int((blocks + SHARES - 1) / SHARES);
-    shares = int((blocks + steps - 1) / steps);
+    steps = int((blocks + MAX_PARTIALS - 1) / MAX_PARTIALS);
+    partials = int((blocks + steps - 1) / steps);
     padded = int((width + CHUNK - 1) / CHUNK * CHUNK);
   }
 
@@ -481,16 +481,16 @@ void layernorm_residual_forward(const layernorm_residual_forward_args& args, str
   });
 }
 
-int64_t layernorm_residual_most_shares() { return SHARES; }
+int64_t layernorm_residual_max_partials() { return MAX_PARTIALS; }
 
 void layernorm_residual_backward(const layernorm_residual_backward_args& args, stream_t stream) {
   if (args.rows == 0) return;
   const bool held = fits(args.width) && aligned(args.dy, args.dy_stride) &&
                     aligned(args.dsummed, args.dsummed_stride) && aligned(args.summed, args.summed_stride) &&
                     aligned(args.weight, 0) && aligned(args.dx, 0) && aligned(args.dresidual, 0) &&
-                    aligned(args.shares, 0);
+                    aligned(args.partials, 0);
   const row_cut cut(args.rows, args.width, held);
-  float* dbias_shares = args.dweight ? args.shares + int64_t(cut.shares) * cut.padded : args.shares;
+  float* dbias_partials = args.dweight ? args.partials + int64_t(cut.partials) * cut.padded : args.partials;
   with_types(args.x_dtype, args.residual_dtype, [&]<class T, class R>() {
     const backward_args<T, R> with{.dy = static_cast<const T*>(args.dy),
                                    .dy_stride = args.dy_stride,
@@ -504,8 +504,8 @@ void layernorm_residual_backward(const layernorm_residual_backward_args& args, s
                                    .rstd = args.rstd,
                                    .dx = static_cast<T*>(args.dx),
                                    .dresidual = static_cast<R*>(args.dresidual),
-                                   .dweight = args.dweight ? args.shares : nullptr,
-                                   .dbias = args.dbias ? dbias_shares : nullptr,
+                                   .dweight = args.dweight ? args.partials : nullptr,
+                                   .dbias = args.dbias ? dbias_partials : nullptr,
                                    .rows = args.rows,
                                    .width = int(args.width),
                                    .padded = cut.padded,
@@ -515,10 +515,10 @@ void layernorm_residual_backward(const layernorm_residual_backward_args& args, s
     const size_t sums =
         cut.threads > cut.team ? size_t(cut.team) * HELD * sizeof(float) : 0;  // of the teams of a block
     if (held)
-      FASTLM_LAUNCH((layernorm_residual_backward_kernel<T, R>), unsigned(cut.shares), cut.threads,
+      FASTLM_LAUNCH((layernorm_residual_backward_kernel<T, R>), unsigned(cut.partials), cut.threads,
                     std::max(cut.room(2), sums), stream, with);
     else
-      FASTLM_LAUNCH((layernorm_residual_backward_any_kernel<T, R>), unsigned(cut.shares), cut.threads, cut.room(2),
+      FASTLM_LAUNCH((layernorm_residual_backward_any_kernel<T, R>), unsigned(cut.partials), cut.threads, cut.room(2),
                     stream, with);
   });
   const unsigned wanted = (args.dweight != nullptr) + (args.dbias != nullptr);
@@ -526,8 +526,9 @@ void layernorm_residual_backward(const layernorm_residual_backward_args& args, s
   const dim3 grid(unsigned((args.width + FOLD_COLUMNS - 1) / FOLD_COLUMNS), wanted);
   constexpr int threads = FOLD_WARPS * WarpSize;
   with_dtype(args.weight_dtype, [&]<class W>() {
-    FASTLM_LAUNCH(layernorm_residual_fold_kernel<W>, grid, threads, threads * sizeof(float), stream, args.shares,
-                  static_cast<W*>(args.dweight), static_cast<W*>(args.dbias), cut.shares, int(args.width), cut.padded);
+    FASTLM_LAUNCH(layernorm_residual_fold_kernel<W>, grid, threads, threads * sizeof(float), stream, args.partials,
+                  static_cast<W*>(args.dweight), static_cast<W*>(args.dbias), cut.partials, int(args.width),
+                  cut.padded);
   });
 }
 

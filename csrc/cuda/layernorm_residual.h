@@ -1,6 +1,6 @@
-// Launchers of LayerNorm after the residual sum. x, y, dy and dx are of x_dtype; residual, summed, their gradients of
-// residual_dtype, which is the same or float32; weight, bias and their gradients of weight_dtype, again the same or
-// float32. Strides are between rows, in elements; results are contiguous.
+// Launchers of LayerNorm after the residual sum. x, y, dy and dx have x_dtype. residual, summed and their gradients
+// have residual_dtype, which is x_dtype or float32. weight, bias and their gradients have weight_dtype, which is
+// x_dtype or float32 too. Strides are row strides in elements; results are contiguous.
 #pragma once
 #include <cstdint>
 #include "dtype.h"
@@ -25,7 +25,7 @@ void layernorm_residual_forward(const layernorm_residual_forward_args& args, str
 
 struct layernorm_residual_backward_args {
   DType x_dtype, residual_dtype, weight_dtype;
-  const void* dy;  // one of dy and dsummed may be null
+  const void* dy;  // dy or dsummed may be null
   int64_t dy_stride;
   const void* dsummed;
   int64_t dsummed_stride;
@@ -35,16 +35,16 @@ struct layernorm_residual_backward_args {
   const float *mean, *rstd;
   void *dx, *dresidual;   // null where not wanted
   void *dweight, *dbias;  // null where not wanted, and without dy
-  float*
-      shares;  // room for (dweight and dbias that are wanted, layernorm_residual_most_shares(), width rounded up to 8)
+  // Workspace for the partial sums of dweight and dbias: (gradients that are wanted,
+  // layernorm_residual_max_partials(), width rounded up to a multiple of 8).
+  float* partials;
   const int64_t* seed;
   int64_t rows, width;
   double dropout_p;
 };
 void layernorm_residual_backward(const layernorm_residual_backward_args& args, stream_t stream);
 
-// Of how many shares the weights' gradients are the sum at most. How many there are follows from the sizes and from how
-// the arguments lie in memory.
-int64_t layernorm_residual_most_shares();
+// The largest number of partial sums of a weight gradient. The actual number follows from the sizes and the alignment.
+int64_t layernorm_residual_max_partials();
 
 }  // namespace fastlm::cuda

@@ -103,7 +103,7 @@ constexpr int JOIN_WARPS = 8;
 
 struct join_args {
   cross_entropy_targets targets;
-  const float *parts, *sums, *at_target;
+  const float *partials, *logit_sums, *target_logits;
   int rows, vocab, count;
 };
 
@@ -117,9 +117,9 @@ template <int WARPS> __global__ void __launch_bounds__(WARPS * 32)
   if (row < args.rows)
     for (int part = warp; part < args.count; part += WARPS) {
       const int64_t at = int64_t(part) * args.rows + row;
-      const vec<float, 2> read = vec<float, 2>::load(args.parts + 2 * at);
+      const vec<float, 2> read = vec<float, 2>::load(args.partials + 2 * at);
       own = joined(own, {read[0], read[1]});
-      if (args.sums) sum += args.sums[at];
+      if (args.logit_sums) sum += args.logit_sums[at];
     }
   tops[threadIdx.x] = own.top, norms[threadIdx.x] = own.norm, totals[threadIdx.x] = sum;
   __syncthreads();
@@ -131,26 +131,26 @@ template <int WARPS> __global__ void __launch_bounds__(WARPS * 32)
   }
   const int64_t target = target_of(args.targets, row, args.vocab);
   args.targets.loss[row] =
-      target < 0 ? 0.0f : loss_of(own, args.at_target[row], sum, args.vocab, args.targets.label_smoothing);
+      target < 0 ? 0.0f : loss_of(own, args.target_logits[row], sum, args.vocab, args.targets.label_smoothing);
 }
 
 template <class T> constexpr int PART_WARP = sizeof(T) == 2 ? 64 : 32;  // of gemm.cuh: columns to a part
 
-int64_t linear_cross_entropy_parts(DType dtype, int64_t vocab) {
+int64_t linear_cross_entropy_num_splits(DType dtype, int64_t vocab) {
   const int columns = dtype == DType::float32 ? PART_WARP<float> : PART_WARP<bf16>;
   return (vocab + columns - 1) / columns;
 }
 
 void linear_cross_entropy_forward(const linear_cross_entropy_forward_args& args, stream_t stream) {
   const cross_entropy_targets& targets = args.targets;
-  float* sums = targets.label_smoothing > 0.0f ? args.sums : nullptr;
+  float* sums = targets.label_smoothing > 0.0f ? args.logit_sums : nullptr;
   with_dtype(args.dtype, [&]<class T>() {
     const log_sum_exp_epilogue<T> epilogue{static_cast<const T*>(args.bias),
                                            targets.target,
                                            targets.target_stride,
-                                           args.parts,
+                                           args.partials,
                                            sums,
-                                           args.at_target,
+                                           args.target_logits,
                                            int(args.rows),
                                            int(args.vocab),
                                            in_whole_runs(args.vocab, {args.bias})};
@@ -159,12 +159,12 @@ void linear_cross_entropy_forward(const linear_cross_entropy_forward_args& args,
                           epilogue, stream);
   });
   const join_args join{targets,
-                       args.parts,
+                       args.partials,
                        sums,
-                       args.at_target,
+                       args.target_logits,
                        int(args.rows),
                        int(args.vocab),
-                       int(linear_cross_entropy_parts(args.dtype, args.vocab))};
+                       int(linear_cross_entropy_num_splits(args.dtype, args.vocab))};
   FASTLM_LAUNCH(linear_cross_entropy_join_kernel<JOIN_WARPS>, unsigned((args.rows + 31) / 32), JOIN_WARPS * 32,
                 3 * JOIN_WARPS * 32 * sizeof(float), stream, join);
 }
@@ -176,7 +176,7 @@ template <class T> struct gradient_args {
   int64_t stride;
   cross_entropy_targets targets;
   const float* row_scale;
-  float *tops, *norms, *shares;
+  float *row_max, *row_sum, *dbias_partials;
   int rows, vocab;
 };
 
@@ -211,7 +211,7 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS)
   const int64_t target = target_of(args.targets, row, vocab);
   if (target < 0) {
     if (threadIdx.x == 0) args.targets.loss[row] = 0.0f;
-    if (!args.shares)
+    if (!args.dbias_partials)
       for (int column = first; column < vocab; column += step)
         store_run({}, logits + column, vocab - column, column + 8 <= vocab);
     return;
@@ -236,9 +236,9 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS)
   if (args.targets.label_smoothing > 0.0f) sum = block_sum(sum, room);
   if (threadIdx.x == 0) {
     args.targets.loss[row] = loss_of(whole, at_target, sum, vocab, args.targets.label_smoothing);
-    if (args.shares) args.tops[row] = whole.top, args.norms[row] = whole.norm;
+    if (args.dbias_partials) args.row_max[row] = whole.top, args.row_sum[row] = whole.norm;
   }
-  if (args.shares) return;
+  if (args.dbias_partials) return;
   __syncthreads();  // all have read the target's logit: it can be overwritten
   const row_gradient gradient = gradient_of(whole, args.row_scale[row], target, vocab, args.targets.label_smoothing);
   for (int column = first; column < vocab; column += step) {
@@ -252,7 +252,7 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS)
 
 constexpr int SHARE_ROWS = 64, COLUMN_THREADS = 128;
 
-int64_t linear_cross_entropy_shares(int64_t rows) { return (rows + SHARE_ROWS - 1) / SHARE_ROWS; }
+int64_t linear_cross_entropy_num_partials(int64_t rows) { return (rows + SHARE_ROWS - 1) / SHARE_ROWS; }
 
 // 8 columns to a thread, SHARE_ROWS rows to a block: the gradient, and its sum over these rows.
 template <class T> __global__ void __launch_bounds__(COLUMN_THREADS)
@@ -265,7 +265,7 @@ template <class T> __global__ void __launch_bounds__(COLUMN_THREADS)
     const int64_t row = first + i, target = target_of(args.targets, row, vocab);
     gradients[i].target = -1;
     if (target >= 0)
-      gradients[i] = gradient_of({args.tops[row], args.norms[row]}, args.row_scale[row], target, vocab,
+      gradients[i] = gradient_of({args.row_max[row], args.row_sum[row]}, args.row_scale[row], target, vocab,
                                  args.targets.label_smoothing);
   }
   __syncthreads();
@@ -287,7 +287,7 @@ template <class T> __global__ void __launch_bounds__(COLUMN_THREADS)
     }
     store_run(d, logits, vocab - column, whole);
   }
-  store_run(total, args.shares + int64_t(blockIdx.y) * vocab + column, vocab - column, whole && vocab % 4 == 0);
+  store_run(total, args.dbias_partials + int64_t(blockIdx.y) * vocab + column, vocab - column, whole && vocab % 4 == 0);
 }
 
 void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_args& args, stream_t stream) {
@@ -299,16 +299,16 @@ void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_args& arg
                                 args.targets,
                                 args.row_scale,
                                 args.statistics,
-                                args.shares ? args.statistics + args.rows : nullptr,
-                                args.shares,
+                                args.dbias_partials ? args.statistics + args.rows : nullptr,
+                                args.dbias_partials,
                                 int(args.rows),
                                 int(args.vocab)};
     const int64_t runs = (args.vocab + 7) / 8, wanted = (runs + 31) / 32 * 32;
     const int threads = wanted < ROW_THREADS ? int(wanted) : ROW_THREADS;  // whole warps
     FASTLM_LAUNCH(linear_cross_entropy_row_kernel<T>, unsigned(args.rows), threads, 32 * sizeof(float), stream, with);
-    if (!args.shares) return;
+    if (!args.dbias_partials) return;
     const dim3 grid(unsigned((runs + COLUMN_THREADS - 1) / COLUMN_THREADS),
-                    unsigned(linear_cross_entropy_shares(args.rows)));
+                    unsigned(linear_cross_entropy_num_partials(args.rows)));
     FASTLM_LAUNCH(linear_cross_entropy_column_kernel<T>, grid, COLUMN_THREADS, SHARE_ROWS * sizeof(row_gradient),
                   stream, with);
   });

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels: tensors become addresses, sizes and strides here, and nowhere else."""
+"""The CUDA C++ kernels, called with tensors by keyword. Layouts that no stride describes are copied here."""
 
 import functools
 import importlib
@@ -12,8 +12,6 @@ from fastlm.backends.gpu import (
     DTYPES,
     attention_operators,
     beyond,
-    by_layout,
-    dropout,
     losses_and_gradients,
     new_like,
     new_of_rows,
@@ -21,7 +19,7 @@ from fastlm.backends.gpu import (
     precision,
     vector,
 )
-from fastlm.backends.layout import dense_last, matrix_of, rows_if, rows_of
+from fastlm.backends.layout import dense_last, matrix_of, rows_of
 from fastlm.backends.reference import as_written, check_targets
 
 LOGITS_BYTES = 64 << 20  # of one chunk
@@ -43,14 +41,12 @@ def find() -> tuple[ModuleType | None, str]:
 
 kernels, missing = find()
 device_type = "cuda"  # of the tensors that the kernels accept
-LAUNCHED_AS = {}
 
 
 def use_module(module, accepts="cuda"):
     """Launch the kernels of `module`, which has the functions of fastlm._cuda and accepts tensors of the device type `accepts`."""
     global kernels, device_type
     kernels, device_type = module, accepts
-    LAUNCHED_AS.update((dtype, getattr(module.dtype, str(dtype).removeprefix("torch."))) for dtype in DTYPES)
     unavailable.cache_clear()
 
 
@@ -125,16 +121,6 @@ def refuses(operator, device, dtype, **features):
     return reasons + beyond(operator, features)
 
 
-def address(tensor, writable=False):
-    """The address of a tensor that a launch reads, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def written(tensor):
-    """The address of a tensor that a launch writes, 0 for none."""
-    return address(tensor, writable=True)
-
-
 def queue(x):
     """(device, stream): where PyTorch launches kernels on x."""
     if not x.is_cuda:
@@ -142,14 +128,9 @@ def queue(x):
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-def launch(kernel, x, *arguments):
-    """kernel(queue, *arguments) while x's device is PyTorch's current one: the driver has one for each thread, and a launch elsewhere would leave it moved."""
-    with on(x):
-        kernel(queue(x), *arguments)
-
-
-if kernels is not None:
-    use_module(kernels)
+def rows(x):
+    """x as the kernels take rows: contiguous of any rank, or a matrix with a contiguous last dimension."""
+    return x if x is None or x.is_contiguous() else rows_of(x)
 
 
 # linear: the vendor's GEMM
@@ -163,40 +144,27 @@ linear_forward, linear_backward = native.linear_forward, native.linear_backward
 
 
 def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
-    stream = x if residual is None else residual
     y = new_like(x)
-    summed = new_like(stream, residual is not None or seed is not None)
+    summed = new_like(x if residual is None else residual, residual is not None or seed is not None)
     mean, rstd = new_of_rows(x)
     if x.numel():
-        (rows, step), (residual, residual_step), weight, bias, width = (
-            rows_if(x),
-            rows_if(residual),
-            vector(weight),
-            vector(bias),
-            x.shape[-1],
-        )
-        launch(
-            kernels.layernorm_residual_forward,
-            x,
-            LAUNCHED_AS[x.dtype],
-            LAUNCHED_AS[stream.dtype],
-            LAUNCHED_AS[weight.dtype],
-            address(rows),
-            step,
-            address(residual),
-            residual_step,
-            address(weight),
-            address(bias),
-            written(y),
-            written(summed),
-            written(mean),
-            written(rstd),
-            address(seed),
-            x.numel() // width,
-            width,
-            eps,
-            dropout_p,
-        )
+        with on(x):
+            device, stream = queue(x)
+            kernels.layernorm_residual_forward(
+                x=rows(x),
+                residual=rows(residual),
+                weight=vector(weight),
+                bias=vector(bias),
+                y=y,
+                summed=summed,
+                mean=mean,
+                rstd=rstd,
+                seed=seed,
+                eps=eps,
+                dropout_p=dropout_p,
+                device=device,
+                stream=stream,
+            )
     return y, summed, mean, rstd
 
 
@@ -207,40 +175,31 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
     if summed.numel() == 0 or dy is None:
         dweight, dbias = (d if d is None else d.zero_() for d in (dweight, dbias))
     if summed.numel():
-        (flat, step), (dy, dy_step), (dsummed, dsummed_step), weight = (
-            rows_if(summed),
-            rows_if(dy),
-            rows_if(dsummed),
-            vector(weight),
-        )
-        sums = [d if dy is not None else None for d in (dweight, dbias)]
-        wanted = sum(d is not None for d in sums)
-        shape = wanted, kernels.layernorm_residual_most_shares(), -(-width // 8) * 8
-        shares = torch.empty(shape, dtype=torch.float32, device=summed.device) if wanted else None
-        launch(
-            kernels.layernorm_residual_backward,
-            summed,
-            LAUNCHED_AS[dtype],
-            LAUNCHED_AS[summed.dtype],
-            LAUNCHED_AS[weight.dtype],
-            address(dy),
-            dy_step,
-            address(dsummed),
-            dsummed_step,
-            address(flat),
-            step,
-            address(weight),
-            address(mean),
-            address(rstd),
-            written(dx),
-            written(dresidual),
-            *map(written, sums),
-            written(shares),
-            address(seed),
-            summed.numel() // width,
-            width,
-            dropout_p,
-        )
+        # Without dy the gradients of weight and bias are zero, and the kernel computes none.
+        computed_dweight, computed_dbias = (None if dy is None else d for d in (dweight, dbias))
+        gradients = (computed_dweight is not None) + (computed_dbias is not None)
+        shape = gradients, kernels.layernorm_residual_max_partials(), -(-width // 8) * 8
+        partials = torch.empty(shape, dtype=torch.float32, device=summed.device) if gradients else None
+        with on(summed):
+            device, stream = queue(summed)
+            kernels.layernorm_residual_backward(
+                dy=rows(dy),
+                dsummed=rows(dsummed),
+                summed=rows(summed),
+                weight=vector(weight),
+                mean=mean,
+                rstd=rstd,
+                dx=dx,
+                dresidual=dresidual,
+                dweight=computed_dweight,
+                dbias=computed_dbias,
+                partials=partials,
+                seed=seed,
+                x_dtype=dtype,
+                dropout_p=dropout_p,
+                device=device,
+                stream=stream,
+            )
     return dx, dresidual, dweight, dbias
 
 
@@ -252,23 +211,20 @@ def both_sides(x, w1, b1, approximate, layout, keeps_hidden, keeps_activated):
     shape = (*x.shape[:-1], w1.shape[layout != "linear"])
     hidden, activated = (x.new_empty(shape) if kept else None for kept in (keeps_hidden, keeps_activated))
     if x.numel():
-        flat, w1, b1 = rows_of(x), matrix_of(w1), vector(b1)
-        launch(
-            kernels.gelu_mlp_forward,
-            x,
-            LAUNCHED_AS[x.dtype],
-            address(flat),
-            flat.stride(0),
-            address(w1),
-            *by_layout(w1, layout),
-            address(b1),
-            written(hidden),
-            written(activated),
-            *flat.shape,
-            shape[-1],
-            approximate == "tanh",
-            precision(x) == "tf32",
-        )
+        with on(x):
+            device, stream = queue(x)
+            kernels.gelu_mlp_forward(
+                x=rows(x),
+                w1=matrix_of(w1),
+                b1=vector(b1),
+                hidden=hidden,
+                activated=activated,
+                conv1d=layout != "linear",
+                tanh=approximate == "tanh",
+                tf32=precision(x) == "tf32",
+                device=device,
+                stream=stream,
+            )
     return hidden, activated
 
 
@@ -288,23 +244,20 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
     if any(needed[:3]):
         dhidden, activated = torch.empty_like(hidden), torch.empty_like(hidden) if remake else activated
         if x.numel():
-            dflat, w = rows_of(dy), matrix_of(w2)
-            launch(
-                kernels.gelu_mlp_backward,
-                x,
-                LAUNCHED_AS[x.dtype],
-                address(dflat),
-                dflat.stride(0),
-                address(w),
-                *by_layout(w, layout)[::-1],
-                address(hidden),
-                written(dhidden),
-                written(activated if remake else None),
-                *dflat.shape,
-                hidden.shape[-1],
-                approximate == "tanh",
-                precision(x) == "tf32",
-            )
+            with on(x):
+                device, stream = queue(x)
+                kernels.gelu_mlp_backward(
+                    dy=rows(dy),
+                    w2=matrix_of(w2),
+                    hidden=hidden,
+                    dhidden=dhidden,
+                    activated=activated if remake else None,
+                    conv1d=layout != "linear",
+                    tanh=approximate == "tanh",
+                    tf32=precision(x) == "tf32",
+                    device=device,
+                    stream=stream,
+                )
     elif remake:
         activated = torch.nn.functional.gelu(hidden, approximate=approximate)
     _, dw2, db2 = linear_backward(dy, hidden if activated is None else activated, w2, layout, (False, *needed[3:]))
@@ -320,176 +273,168 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
     check_targets(target, weight.shape[0], ignore_index)  # looks at values only on a CPU: the kernels assert
     flat, targets = rows_of(x), target.reshape(-1)
     loss = x.new_empty(targets.shape, dtype=torch.float32)
-    dtype = LAUNCHED_AS[x.dtype]
 
-    def turn(logits, targets, scale, losses, statistics, shares):
-        launch(
-            kernels.linear_cross_entropy_gradient,
-            x,
-            dtype,
-            written(logits),
-            logits.stride(0),
-            address(targets),
-            targets.stride(0),
-            address(scale),
-            written(losses),
-            written(statistics),
-            written(shares),
-            *logits.shape,
-            ignore_index,
-            label_smoothing,
-        )
+    def turn(logits, targets, scale, losses, statistics, partials):
+        with on(x):
+            device, stream = queue(x)
+            kernels.linear_cross_entropy_gradient(
+                logits=logits,
+                target=targets,
+                row_scale=scale,
+                loss=losses,
+                statistics=statistics,
+                dbias_partials=partials,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                device=device,
+                stream=stream,
+            )
 
     dx = dweight = dbias = None
     if any(needed):
-        scale, shares = row_scale.reshape(-1).contiguous(), kernels.linear_cross_entropy_shares
+        scale = row_scale.reshape(-1).contiguous()
         dx, dweight, dbias = losses_and_gradients(
-            flat, weight, bias, targets, scale, loss, needed, LOGITS_BYTES, shares, turn
+            flat, weight, bias, targets, scale, loss, needed, LOGITS_BYTES, num_partials, turn
         )
     else:
         losses(flat, matrix_of(weight), vector(bias), targets, loss, ignore_index, label_smoothing)
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
 
 
+def num_partials(rows):
+    return kernels.linear_cross_entropy_num_partials(rows=rows)
+
+
 def losses(x, weight, bias, targets, loss, ignore_index, label_smoothing):
-    (rows, width), vocab, dtype = x.shape, weight.shape[0], LAUNCHED_AS[x.dtype]
-    parts = kernels.linear_cross_entropy_parts(dtype, vocab)
-    chunk = min(rows, max(1, LOGITS_BYTES // (parts * 3 * 4)))
+    rows = x.shape[0]
+    num_splits = kernels.linear_cross_entropy_num_splits(dtype=x.dtype, vocab=weight.shape[0])
+    chunk = min(rows, max(1, LOGITS_BYTES // (num_splits * 3 * 4)))
     for begin in range(0, rows, max(1, chunk)):
         part, target, result = (t[begin : begin + chunk] for t in (x, targets, loss))
         count = part.shape[0]
-        tops_and_norms, at_target = loss.new_empty(parts, count, 2), loss.new_empty(count)
-        sums = loss.new_empty(parts, count) if label_smoothing else None
-        launch(
-            kernels.linear_cross_entropy_forward,
-            x,
-            dtype,
-            address(part),
-            part.stride(0),
-            address(weight),
-            *by_layout(weight, "linear"),
-            address(bias),
-            address(target),
-            target.stride(0),
-            written(result),
-            written(tops_and_norms),
-            written(sums),
-            written(at_target),
-            count,
-            width,
-            vocab,
-            ignore_index,
-            label_smoothing,
-            precision(x) == "tf32",
-        )
+        with on(x):
+            device, stream = queue(x)
+            kernels.linear_cross_entropy_forward(
+                x=part,
+                weight=weight,
+                bias=bias,
+                target=target,
+                loss=result,
+                partials=loss.new_empty(num_splits, count, 2),
+                logit_sums=loss.new_empty(num_splits, count) if label_smoothing else None,
+                target_logits=loss.new_empty(count),
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                tf32=precision(x) == "tf32",
+                device=device,
+                stream=stream,
+            )
 
 
 # attention, attention_varlen
 
 
-FEW = 16  # queries of all heads that share a key head: so many make one sequence too little for a GPU, unless its keys are cut
-SHORTEST = 256  # keys of one stretch
-BLOCKS = 1024  # that fill any GPU
-MOST_STRETCHES = 128
+MAX_DECODE_QUERIES = 16  # queries of all heads that share a key head: with so few one sequence does not fill a GPU
+MIN_SPLIT_SIZE = 256  # keys
+MAX_BLOCKS = 1024  # fill any GPU
+MAX_SPLITS = 128
 
 
-def strides(x, rank):
-    """As if expanded: 0 where a size is 1; all 0 for None."""
-    if x is None:
-        return (0,) * rank
-    shape, own = x.shape, x.stride()
-    return tuple([0 if shape[i] == 1 else own[i] for i in range(rank)]) if 1 in shape else own[:rank]
-
-
-def mask_type(mask, dtype):
-    if mask is None:
-        return 0
-    return 1 if mask.dtype == torch.bool else 2 if mask.dtype == dtype else 3
-
-
-def attention_inputs(query, key, value, lse, lse_written, call):
-    """What forward and backward share. It holds addresses: its tensors must live until the launch."""
-    heads, tokens = lse.shape[1:]
-    cu_query, cu_key = call.cu_seqlens_q, call.cu_seqlens_k
-    return kernels.attention_inputs(
-        LAUNCHED_AS[query.dtype],
-        address(query),
-        strides(query, 3),
-        address(key),
-        strides(key, 3),
-        address(value),
-        strides(value, 3),
-        address(lse, lse_written),
-        (heads * tokens, tokens),
-        address(call.mask),
-        mask_type(call.mask, query.dtype),
-        strides(call.mask, 4),
-        address(call.key_padding),
-        strides(call.key_padding, 2),
-        (address(cu_query), cu_query is not None and cu_query.dtype == torch.int64),
-        (address(cu_key), cu_key is not None and cu_key.dtype == torch.int64),
-        call.sizes,
-        call.band,
-        call.scale,
-        address(call.seed),
-        *dropout(call.dropout_p),
-        precision(query) == "tf32",
-    )
-
-
-def stretches_of(batch, key_heads, key_len):
-    """(keys of one stretch, how many), by sizes alone."""
-    wanted = max(1, min(BLOCKS // max(1, batch * key_heads), MOST_STRETCHES, -(-key_len // SHORTEST)))
-    stretch = -(-key_len // (wanted * SHORTEST)) * SHORTEST
-    return stretch, -(-key_len // stretch)
+def splits_of(batch, num_kv_heads, key_len):
+    """(keys of a split, number of splits) of split-K, from the sizes alone."""
+    wanted = max(1, min(MAX_BLOCKS // max(1, batch * num_kv_heads), MAX_SPLITS, -(-key_len // MIN_SPLIT_SIZE)))
+    split_size = -(-key_len // (wanted * MIN_SPLIT_SIZE)) * MIN_SPLIT_SIZE
+    return split_size, -(-key_len // split_size)
 
 
 def launch_attention(query, key, value, out, lse, call):
-    batch, heads, key_heads, query_len, key_len, head_dim = call.sizes
-    inputs = attention_inputs(query, key, value, lse, True, call)
-    if call.cu_seqlens_q is None and heads // key_heads * query_len <= FEW and key_len > SHORTEST:
-        stretch, stretches = stretches_of(batch, key_heads, key_len)
-        part = query.new_empty((batch, heads, query_len, stretches, head_dim), dtype=torch.float32)
-        top, norm = part.new_empty((2, batch, heads, query_len, stretches))
-        launch(
-            kernels.attention_decode,
-            query,
-            inputs,
-            written(out),
-            strides(out, 3),
-            written(part),
-            written(top),
-            written(norm),
-            stretch,
-            stretches,
+    batch, heads, num_kv_heads, query_len, key_len, head_dim = call.sizes
+    lower, upper = call.band
+    queries = heads // num_kv_heads * query_len
+    if call.cu_seqlens_q is not None or queries > MAX_DECODE_QUERIES or key_len <= MIN_SPLIT_SIZE:
+        with on(query):
+            device, stream = queue(query)
+            kernels.attention_forward(
+                query=query,
+                key=key,
+                value=value,
+                out=out,
+                lse=lse,
+                mask=call.mask,
+                key_padding=call.key_padding,
+                query_starts=call.cu_seqlens_q,
+                key_starts=call.cu_seqlens_k,
+                seed=call.seed,
+                scale=call.scale,
+                lower=lower,
+                upper=upper,
+                dropout_p=call.dropout_p,
+                tf32=precision(query) == "tf32",
+                device=device,
+                stream=stream,
+            )
+        return
+    split_size, num_splits = splits_of(batch, num_kv_heads, key_len)
+    partial_out = query.new_empty((batch, heads, query_len, num_splits, head_dim), dtype=torch.float32)
+    partial_max, partial_sum = partial_out.new_empty((2, batch, heads, query_len, num_splits))
+    with on(query):
+        device, stream = queue(query)
+        kernels.attention_decode(
+            query=query,
+            key=key,
+            value=value,
+            out=out,
+            lse=lse,
+            mask=call.mask,
+            key_padding=call.key_padding,
+            query_starts=None,
+            key_starts=None,
+            seed=call.seed,
+            scale=call.scale,
+            lower=lower,
+            upper=upper,
+            dropout_p=call.dropout_p,
+            tf32=precision(query) == "tf32",
+            partial_out=partial_out,
+            partial_max=partial_max,
+            partial_sum=partial_sum,
+            split_size=split_size,
+            device=device,
+            stream=stream,
         )
-    else:
-        launch(kernels.attention_forward, query, inputs, written(out), strides(out, 3))
 
 
 def launch_gradients(dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dmask, exact, call):
-    inputs, delta, mask = attention_inputs(query, key, value, lse, False, call), torch.empty_like(lse), call.mask
-    launch(
-        kernels.attention_backward,
-        query,
-        inputs,
-        address(out),
-        strides(out, 3),
-        address(dout),
-        strides(dout, 3),
-        address(dlse),
-        written(delta),
-        written(dquery),
-        strides(dquery, 3),
-        written(dkey),
-        strides(dkey, 3),
-        written(dvalue),
-        strides(dvalue, 3),
-        written(dmask),
-        (1, 1) if mask is None else tuple(mask.shape[:2]),
-        mask is not None and mask.shape[2] == 1,
-        exact,
-    )
+    lower, upper = call.band
+    with on(query):
+        device, stream = queue(query)
+        kernels.attention_backward(
+            query=query,
+            key=key,
+            value=value,
+            out=out,
+            lse=lse,
+            mask=call.mask,
+            key_padding=call.key_padding,
+            query_starts=call.cu_seqlens_q,
+            key_starts=call.cu_seqlens_k,
+            seed=call.seed,
+            scale=call.scale,
+            lower=lower,
+            upper=upper,
+            dropout_p=call.dropout_p,
+            tf32=precision(query) == "tf32",
+            dout=dout,
+            dlse=dlse,
+            delta=torch.empty_like(lse),
+            dquery=dquery,
+            dkey=dkey,
+            dvalue=dvalue,
+            dmask=dmask,
+            exact=exact,
+            device=device,
+            stream=stream,
+        )
 
 
 attention_forward, attention_backward, attention_varlen_forward, attention_varlen_backward = attention_operators(

@@ -12,7 +12,7 @@ HOST_ONLY = ["device.cu"]  # asks the CUDA driver
 def main() -> None:
     kernels = [source for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if source.name not in HOST_ONLY]
     try:
-        module = build("_cuda_emulated", kernels, [ROOT / "csrc/bindings_cuda.cpp"])
+        module = build("_cuda_emulated", kernels, sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp")))
     except RuntimeError as failure:
         sys.exit(str(failure))
     installed = ROOT / "fastlm" / module.name

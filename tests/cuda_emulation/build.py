@@ -76,12 +76,10 @@ rule link
     parts = [*((source, [*host, *DEVICE]) for source in kernels)]
     parts += [(source, [*host, "-fno-strict-aliasing"]) for source in sorted(HERE.glob("*.cpp"))]
     if bindings:
-        import pybind11
-
-        includes = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+        includes = ["-isystem", sysconfig.get_path("include")]
         parts += [(source, [*host, *includes]) for source in bindings]
     for source, flags in parts:
-        objects.append(f"{name}/{source.stem}.o")
+        objects.append(f"{name}/{source.name}.o")
         text += f"build {objects[-1]}: compile {source}\n  flags = {words(*flags)}\n"
     text += f"build {target.name}: link {' '.join(objects)}\n"
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from tests.support import on_backends
 @on_backends("triton", "cuda")
 def test_the_tokens_of_the_reference(backend, monkeypatch):
     module = load(backend).kernels().attention_decode if backend == "triton" else load(backend)
-    monkeypatch.setattr(module, "SHORTEST", 32)  # keys of one stretch; a second one holds no key at first
+    monkeypatch.setattr(module, "MIN_SPLIT_SIZE", 32)  # keys; the second split has none at first
     monkeypatch.setattr(graphs, "STRETCH", 20)
     monkeypatch.setattr(graphs, "possible", lambda model, device: True)
     if not torch.cuda.is_available():

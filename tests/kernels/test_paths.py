@@ -133,15 +133,15 @@ def test_with_a_masks_gradient_all_are_rounded_once(dtype, backend):
 def three_stretches(backend, monkeypatch):
     """How many keys are cut into three, the last of them short, for two sequences of 4 heads."""
     if backend == "cuda":
-        monkeypatch.setattr(cuda_backend, "SHORTEST", 64)
-        assert all(cuda_backend.stretches_of(2, heads, 150) == (64, 3) for heads in (1, 4))
+        monkeypatch.setattr(cuda_backend, "MIN_SPLIT_SIZE", 64)
+        assert all(cuda_backend.splits_of(2, heads, 150) == (64, 3) for heads in (1, 4))
         return 150
     pytest.importorskip("triton")
     from fastlm.kernels import attention_decode
 
-    monkeypatch.setattr(attention_decode, "SHORTEST", 32)
+    monkeypatch.setattr(attention_decode, "MIN_SPLIT_SIZE", 32)
     for heads, query_len in ((4, 1), (1, 1), (1, 3)):
-        assert attention_decode.serves(4, heads, query_len, 75) and attention_decode.stretches_of(2, heads, 75)[1] == 3
+        assert attention_decode.serves(4, heads, query_len, 75) and attention_decode.splits_of(2, heads, 75)[1] == 3
     return 75
 
 
