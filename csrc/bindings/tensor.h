@@ -74,8 +74,46 @@ template <> inline constexpr dtype dtype_of<bool> = dtype::boolean;
 template <> inline constexpr dtype dtype_of<int32_t> = dtype::int32;
 template <> inline constexpr dtype dtype_of<int64_t> = dtype::int64;
 
+// DLPack's description of a tensor, which owns nothing, and the start of its table of functions.
+struct dlpack_tensor {
+  void* data;
+  struct {
+    int32_t type, index;
+  } device;
+  int32_t rank;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } element;
+  int64_t *sizes, *strides;
+  uint64_t byte_offset;
+};
+struct dlpack_functions {
+  struct {
+    uint32_t major, minor;
+  } version;
+  void *previous, *allocate, *owned_from_object, *owned_to_object;
+  int (*from_object)(void* object, dlpack_tensor* out);  // 0, or −1 with a Python exception
+};
+
+enum class dlpack_device : int32_t { cpu = 1, cuda = 2 };
+
+// The element types of DLPack: a code and a number of bits.
+inline bool dtype_from_dlpack(uint8_t code, uint8_t bits, dtype& type) {
+  switch (code << 8 | bits) {
+    case 2 << 8 | 32: return type = dtype::float32, true;
+    case 4 << 8 | 16: return type = dtype::bfloat16, true;
+    case 2 << 8 | 16: return type = dtype::float16, true;
+    case 6 << 8 | 8: return type = dtype::boolean, true;
+    case 0 << 8 | 32: return type = dtype::int32, true;
+    case 0 << 8 | 64: return type = dtype::int64, true;
+  }
+  return false;
+}
+
 // What is needed of torch, looked up once.
 struct torch_api {
+  int (*from_object)(void*, dlpack_tensor*) = nullptr;                  // null where torch does not offer it
   PyObject *tensor, *dtypes[Dtypes];                                    // torch.Tensor, torch.float32, …
   PyObject *dtype_name, *shape, *stride, *data_ptr, *device, *is_here;  // attribute names
 
@@ -95,6 +133,13 @@ struct torch_api {
       return value;
     };
     tensor = attribute("Tensor");
+    if (PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__")) {
+      const void* table = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+      if (const auto* functions = static_cast<const dlpack_functions*>(table); table && functions->version.major == 1)
+        from_object = functions->from_object;
+      Py_DECREF(capsule);
+    }
+    PyErr_Clear();
     for (int i = 0; i < Dtypes; ++i) dtypes[i] = attribute(DtypeNames[i]);
     dtype_name = PyUnicode_InternFromString("dtype");
     shape = PyUnicode_InternFromString("shape");
@@ -135,26 +180,9 @@ struct tensor {
     const torch_api& torch = torch_api::get();
     if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(torch.tensor)))
       throw type_error(std::string(name) + ": expected a tensor, got " + Py_TYPE(object)->tp_name);
-    {
-      const reference here(PyObject_GetAttr(object, torch.is_here));
-      if (here.get() != Py_True) {
-        const reference device(PyObject_GetAttr(object, torch.device));
-        throw_argument_error(name, "a tensor on " FASTLM_TEXT(FASTLM_DEVICE), "one on " + text_of(device.get()));
-      }
-    }
-    {
-      const reference own(PyObject_GetAttr(object, torch.dtype_name));
-      type = dtype_from(own.get(), name);
-    }
-    {
-      const reference shape(PyObject_GetAttr(object, torch.shape));
-      const reference stride(PyObject_CallMethodNoArgs(object, torch.stride));
-      read_layout(shape.get(), stride.get());
-    }
-    const reference address(PyObject_CallMethodNoArgs(object, torch.data_ptr));
-    data = PyLong_AsVoidPtr(address.get());
-    if (!data && PyErr_Occurred()) throw python_error();
-    if (!data && count > 0) throw_argument_error(name, "a tensor with storage", "one whose storage was freed");
+    if (!read_dlpack(object)) read_attributes(object);
+    // The address of a view into freed storage is its offset, a small number.
+    if (count > 0 && reinterpret_cast<uintptr_t>(data) >> 32 == 0) check_storage(object);
   }
 
   // Whether the argument is a tensor and not None.
@@ -212,20 +240,59 @@ struct tensor {
   }
 
  private:
-  // Sizes and strides come as tuples of integers.
-  void read_layout(PyObject* shape, PyObject* stride) {
-    rank = int(PyTuple_GET_SIZE(shape));
-    count = 1, width = rank ? 0 : 1;
+  // False where DLPack does not describe the tensor; its attributes then say why, or are as good.
+  bool read_dlpack(PyObject* object) {
+    const auto from_object = torch_api::get().from_object;
+    dlpack_tensor given;
+    if (!from_object) return false;
+    if (from_object(object, &given) != 0) return PyErr_Clear(), false;
+    if (given.device.type != int32_t(dlpack_device::FASTLM_DEVICE) || given.element.lanes != 1 ||
+        (given.rank > 0 && !given.strides) || !dtype_from_dlpack(given.element.code, given.element.bits, type))
+      return false;
+    data = static_cast<char*>(given.data) + given.byte_offset;
+    read_layout(given.rank, [&](int i) { return given.sizes[i]; }, [&](int i) { return given.strides[i]; });
+    return true;
+  }
+
+  void read_attributes(PyObject* object) {
+    const torch_api& torch = torch_api::get();
+    {
+      const reference here(PyObject_GetAttr(object, torch.is_here));
+      if (here.get() != Py_True) {
+        const reference device(PyObject_GetAttr(object, torch.device));
+        throw_argument_error(name, "a tensor on " FASTLM_TEXT(FASTLM_DEVICE), "one on " + text_of(device.get()));
+      }
+    }
+    const reference own_dtype(PyObject_GetAttr(object, torch.dtype_name));
+    type = dtype_from(own_dtype.get(), name);
+    const reference shape(PyObject_GetAttr(object, torch.shape)),
+        stride(PyObject_CallMethodNoArgs(object, torch.stride)),
+        address(PyObject_CallMethodNoArgs(object, torch.data_ptr));
+    read_layout(
+        int(PyTuple_GET_SIZE(shape.get())), [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), i)); },
+        [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(stride.get(), i)); });
+    data = PyLong_AsVoidPtr(address.get());
+    if (PyErr_Occurred()) throw python_error();  // a symbolic size
+  }
+
+  template <class Size, class Stride> void read_layout(int dimensions, Size size_of, Stride stride_of) {
+    rank = dimensions;
+    count = 1, width = 1;
     for (int i = rank - 1; i >= 0; --i) {
-      const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i)),
-                    step = PyLong_AsLongLong(PyTuple_GET_ITEM(stride, i));
-      contiguous &= size == 1 || step == count;
+      const int64_t size = size_of(i), stride = stride_of(i);
+      contiguous &= size == 1 || stride == count;
       count *= size;
       if (i == rank - 1) width = size;
-      if (rank <= MaxRank) sizes[i] = size, strides[i] = step;
+      if (rank <= MaxRank) sizes[i] = size, strides[i] = stride;
     }
-    if (PyErr_Occurred()) throw python_error();  // a symbolic size
     contiguous |= count == 0;
+  }
+
+  void check_storage(PyObject* object) const {
+    const reference storage(PyObject_CallMethod(object, "untyped_storage", nullptr)),
+        address(PyObject_CallMethod(storage.get(), "data_ptr", nullptr));
+    if (!PyLong_AsVoidPtr(address.get()))
+      throw_argument_error(name, "a tensor with storage", "one whose storage was freed");
   }
 };
 
