@@ -1,24 +1,17 @@
-"""The C++ kernels: tensors become addresses and sizes here, and nowhere else."""
+"""The C++ kernels, called with tensors by keyword. Layouts that no stride describes are copied here."""
 
 import os
 
 import torch
 
 from fastlm.backends import isa
-from fastlm.backends.layout import dense_last, laid_out_like, matrix_of, rows_and_stride, rows_if, without_gaps
+from fastlm.backends.layout import dense_last, laid_out_like, matrix_of, rows_of, without_gaps
 from fastlm.backends.pages import on_huge_pages
 from fastlm.backends.reference import out_of_range, shift_gradient, starts_of
 from fastlm.ops.boundary import mismatch
 
 kernels = isa.kernels
-DTYPES = (
-    {
-        dtype: getattr(kernels.dtype, str(dtype).removeprefix("torch."))
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    }
-    if kernels
-    else {}
-)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if kernels else ()
 GRADIENTS_ARE_SUMS = True  # of weights: with wide=True in float32, as they are added up, whatever the weights' type
 LOGITS_BYTES = 64 << 20  # of one chunk
 
@@ -67,9 +60,9 @@ def refuses(operator, device, dtype, **features):
     return reasons
 
 
-def at(tensor):
-    """The address of a tensor, 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+def rows(x):
+    """x as the kernels take rows: contiguous of any rank, or a matrix with a contiguous last dimension."""
+    return x if x is None or x.is_contiguous() else rows_of(x)
 
 
 def new(x, shape, wanted=True, dtype=None):
@@ -122,27 +115,24 @@ def adamw(
     check_fits("master_param", masters, parameters[: len(masters)], torch.float32)
     check_fits("step", steps, [SCALAR] * len(parameters), torch.float32)
     addresses = [p.data_ptr() for p in parameters]
-    # Two parameters of one memory (views of a tensor, say) are updated one after the other, as if each had a call of its own.
+    # Parameters that share memory (views of one tensor, say) are updated one after the other, each by its own call.
     runs = [slice(None)] if len(set(addresses)) == len(addresses) else [slice(i, i + 1) for i in range(len(addresses))]
     for run in runs:
         kernels.adamw(
-            DTYPES[parameters[0].dtype],
-            DTYPES[exp_avgs[0].dtype],
-            addresses[run],
-            [g.data_ptr() for g in laid[run]],
-            [m.data_ptr() for m in exp_avgs[run]],
-            [v.data_ptr() for v in exp_avg_sqs[run]],
-            [w.data_ptr() for w in masters[run]],
-            [t.data_ptr() for t in steps[run]],
-            [p.numel() for p in parameters[run]],
-            lr,
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            float(factor),
-            zero_gradients,
-            threads(),
+            parameters=parameters[run],
+            gradients=laid[run],
+            exp_avgs=exp_avgs[run],
+            exp_avg_sqs=exp_avg_sqs[run],
+            masters=masters[run],
+            steps=steps[run],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            factor=float(factor),
+            zero_gradients=zero_gradients,
+            threads=threads(),
         )
     written = [*parameters, *exp_avgs, *exp_avg_sqs, *masters, *steps]
     if zero_gradients:
@@ -168,18 +158,10 @@ def check_fits(name, tensors, parameters, dtype):
 def sum_of_squares(tensors):
     """Of all elements of all tensors, which have one dtype."""
     dense = [x if x.is_contiguous() or without_gaps(x) else x.contiguous() for x in tensors]
-    return kernels.sum_of_squares(
-        DTYPES[dense[0].dtype], [x.data_ptr() for x in dense], [x.numel() for x in dense], threads()
-    )
+    return kernels.sum_of_squares(tensors=dense, threads=threads())
 
 
 # linear
-
-
-def by_layout(weight, layout):
-    """(k_stride, n_stride): the strides of a weight along its input and its output."""
-    n, k = weight.stride()
-    return (k, n) if layout == "linear" else (n, k)
 
 
 def vector(bias):
@@ -191,20 +173,13 @@ def linear_forward(x, weight, bias, layout):
     y = new(x, (*x.shape[:-1], n))
     if x.numel() == 0:
         return y
-    (x, x_stride), weight, bias = rows_and_stride(x), matrix_of(weight), vector(bias)
-    k = x.shape[-1]
     kernels.linear_forward(
-        DTYPES[x.dtype],
-        x.data_ptr(),
-        x_stride,
-        weight.data_ptr(),
-        *by_layout(weight, layout),
-        at(bias),
-        y.data_ptr(),
-        x.numel() // k,
-        k,
-        n,
-        threads(),
+        x=rows(x),
+        weight=matrix_of(weight),
+        bias=vector(bias),
+        y=y,
+        conv1d=layout != "linear",
+        threads=threads(),
     )
     return y
 
@@ -214,25 +189,17 @@ def linear_backward(dy, x, weight, layout, needed, wide=False):
     if x.numel() == 0:
         return new(x, x.shape, needed[0]), zeros(x, weight.shape, needed[1], dtype), zeros(x, n, needed[2], dtype)
     dx = new_like(x, needed[0])
-    (dy, dy_stride), (x, x_stride), weight = rows_and_stride(dy), rows_and_stride(x), matrix_of(weight)
-    dweight, dbias, k = new_like(weight, needed[1], dtype), new(x, n, needed[2], dtype), x.shape[-1]
+    weight = matrix_of(weight)
+    dweight, dbias = new_like(weight, needed[1], dtype), new(x, n, needed[2], dtype)
     kernels.linear_backward(
-        DTYPES[x.dtype],
-        DTYPES[dtype],
-        dy.data_ptr(),
-        dy_stride,
-        x.data_ptr(),
-        x_stride,
-        weight.data_ptr(),
-        *by_layout(weight, layout),
-        at(dx),
-        at(dweight),
-        *((1, k) if layout == "linear" else (n, 1)),
-        at(dbias),
-        x.numel() // k,
-        k,
-        n,
-        threads(),
+        dy=rows(dy),
+        x=rows(x),
+        weight=weight,
+        dx=dx,
+        dweight=dweight,
+        dbias=dbias,
+        conv1d=layout != "linear",
+        threads=threads(),
     )
     return dx, dweight, dbias
 
@@ -247,34 +214,25 @@ def gelu_mlp_forward(x, w1, b1, w2, b2, approximate, layout, recompute):
     hidden = new(x, (*x.shape[:-1], hidden_width), recompute < 2)
     activated = new(x, (*x.shape[:-1], hidden_width))
     if x.numel():
-        (x, x_stride), w1, b1, w2, b2 = rows_and_stride(x), matrix_of(w1), vector(b1), matrix_of(w2), vector(b2)
-        width = x.shape[-1]
         kernels.gelu_mlp_forward(
-            DTYPES[x.dtype],
-            x.data_ptr(),
-            x_stride,
-            w1.data_ptr(),
-            *by_layout(w1, layout),
-            at(b1),
-            w2.data_ptr(),
-            *by_layout(w2, layout),
-            at(b2),
-            at(hidden),
-            activated.data_ptr(),
-            y.data_ptr(),
-            x.numel() // width,
-            width,
-            hidden_width,
-            out_width,
-            approximate == "tanh",
-            threads(),
+            x=rows(x),
+            w1=matrix_of(w1),
+            b1=vector(b1),
+            w2=matrix_of(w2),
+            b2=vector(b2),
+            hidden=hidden,
+            activated=activated,
+            y=y,
+            conv1d=layout != "linear",
+            tanh=approximate == "tanh",
+            threads=threads(),
         )
     return y, hidden, activated if recompute < 1 else None
 
 
 def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout, needed, wide=False):
     out = layout != "linear"
-    hidden_width, out_width, width = w1.shape[out], w2.shape[out], x.shape[-1]
+    hidden_width, out_width = w1.shape[out], w2.shape[out]
     results = tuple(
         zip(
             (x.shape, w1.shape, hidden_width, w2.shape, out_width),
@@ -285,49 +243,28 @@ def gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, approximate, layout,
     )
     if x.numel() == 0:
         return tuple(zeros(x, *result) for result in results)
-    (dy, dy_stride), (x, x_stride), w1, b1, w2 = (
-        rows_and_stride(dy),
-        rows_and_stride(x),
-        matrix_of(w1),
-        vector(b1),
-        matrix_of(w2),
-    )
-    rows = x.numel() // width
     dx, dw1, db1, dw2, db2 = (new(x, *result) for result in results)
     hidden_known, activated_known = hidden is not None, activated is not None
-    hidden = hidden if hidden_known else new(x, (rows, hidden_width))
-    activated = activated if activated_known else new(x, (rows, hidden_width))
-    dhidden = new(x, (rows, hidden_width))
-    linear = layout == "linear"
+    hidden_shape = (*x.shape[:-1], hidden_width)
     kernels.gelu_mlp_backward(
-        DTYPES[x.dtype],
-        DTYPES[of_weights(x, wide)],
-        dy.data_ptr(),
-        dy_stride,
-        x.data_ptr(),
-        x_stride,
-        w1.data_ptr(),
-        *by_layout(w1, layout),
-        at(b1),
-        w2.data_ptr(),
-        *by_layout(w2, layout),
-        hidden.data_ptr(),
-        hidden_known,
-        activated.data_ptr(),
-        activated_known,
-        dhidden.data_ptr(),
-        at(dx),
-        at(dw1),
-        at(db1),
-        at(dw2),
-        at(db2),
-        *((1, width, 1, hidden_width) if linear else (hidden_width, 1, out_width, 1)),
-        rows,
-        width,
-        hidden_width,
-        out_width,
-        approximate == "tanh",
-        threads(),
+        dy=rows(dy),
+        x=rows(x),
+        w1=matrix_of(w1),
+        b1=vector(b1),
+        w2=matrix_of(w2),
+        hidden=hidden if hidden_known else new(x, hidden_shape),
+        hidden_known=hidden_known,
+        activated=activated if activated_known else new(x, hidden_shape),
+        activated_known=activated_known,
+        dhidden=new(x, hidden_shape),
+        dx=dx,
+        dw1=dw1,
+        db1=db1,
+        dw2=dw2,
+        db2=db2,
+        conv1d=layout != "linear",
+        tanh=approximate == "tanh",
+        threads=threads(),
     )
     return dx, dw1, db1, dw2, db2
 
@@ -350,32 +287,19 @@ def layernorm_residual_forward(x, residual, weight, bias, seed, eps, dropout_p):
     summed = new_like(stream, residual is not None or seed is not None)
     mean, rstd = new(x, x.shape[:-1], dtype=torch.float32), new(x, x.shape[:-1], dtype=torch.float32)
     if x.numel():
-        (x, x_stride), (residual, residual_stride), weight, bias = (
-            rows_and_stride(x),
-            rows_if(residual),
-            single(weight),
-            single(bias),
-        )
-        width = x.shape[-1]
         kernels.layernorm_residual_forward(
-            DTYPES[x.dtype],
-            DTYPES[stream.dtype],
-            x.data_ptr(),
-            x_stride,
-            at(residual),
-            residual_stride,
-            weight.data_ptr(),
-            at(bias),
-            y.data_ptr(),
-            at(summed),
-            mean.data_ptr(),
-            rstd.data_ptr(),
-            x.numel() // width,
-            width,
-            eps,
-            dropout_p,
-            0 if seed is None else seed.item(),
-            threads(),
+            x=rows(x),
+            residual=rows(residual),
+            weight=single(weight),
+            bias=single(bias),
+            y=y,
+            summed=summed,
+            mean=mean,
+            rstd=rstd,
+            eps=eps,
+            dropout_p=dropout_p,
+            seed=0 if seed is None else seed.item(),
+            threads=threads(),
         )
     return y, summed, mean, rstd
 
@@ -386,33 +310,22 @@ def layernorm_residual_backward(dy, dsummed, summed, weight, mean, rstd, seed, d
         dx, dresidual = new(summed, summed.shape, needed[0], dtype), new(summed, summed.shape, needed[1])
         return dx, dresidual, zeros(weight, width, needed[2]), zeros(weight, width, needed[3])
     dx, dresidual, wide = new_like(summed, needed[0], dtype), new_like(summed, needed[1]), single(weight)
-    (dy, dy_stride), (dsummed, dsummed_stride), (summed, summed_stride) = (
-        rows_if(dy),
-        rows_if(dsummed),
-        rows_and_stride(summed),
-    )
     dweight, dbias = new_like(wide, needed[2]), new_like(wide, needed[3])
     kernels.layernorm_residual_backward(
-        DTYPES[dtype],
-        DTYPES[summed.dtype],
-        at(dy),
-        dy_stride,
-        at(dsummed),
-        dsummed_stride,
-        summed.data_ptr(),
-        summed_stride,
-        wide.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        at(dx),
-        at(dresidual),
-        at(dweight),
-        at(dbias),
-        summed.numel() // width,
-        width,
-        dropout_p,
-        0 if seed is None else seed.item(),
-        threads(),
+        dy=rows(dy),
+        dsummed=rows(dsummed),
+        summed=rows(summed),
+        weight=wide,
+        mean=mean,
+        rstd=rstd,
+        dx=dx,
+        dresidual=dresidual,
+        dweight=dweight,
+        dbias=dbias,
+        x_dtype=dtype,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else seed.item(),
+        threads=threads(),
     )
     return dx, dresidual, *(d if d is None else d.to(weight.dtype) for d in (dweight, dbias))
 
@@ -430,41 +343,31 @@ def linear_cross_entropy_forward(x, weight, bias, target, row_scale, ignore_inde
             zeros(x, weight.shape, needed[1], dtype),
             zeros(x, vocab, needed[2], dtype),
         )
-    dx, rows = new_like(x, needed[0]), x.numel() // width
-    (x, x_stride), weight, bias, targets = rows_and_stride(x), matrix_of(weight), vector(bias), target.reshape(-1)
+    dx, count = new_like(x, needed[0]), x.numel() // width
+    weight, row_scale = matrix_of(weight), row_scale if row_scale is None else row_scale.contiguous()
     chunk = -(
-        -rows // -(-rows // max(1, LOGITS_BYTES // (4 * vocab)))
+        -count // -(-count // max(1, LOGITS_BYTES // (4 * vocab)))
     )  # chunks of one size: a small last one would read all the weights for little
-    logits, lse = new(x, (chunk, vocab), dtype=torch.float32), new(x, rows, dtype=torch.float32)
-    row_scale = row_scale if row_scale is None else row_scale.contiguous()
+    logits, lse = new(x, (chunk, vocab), dtype=torch.float32), new(x, count, dtype=torch.float32)
     dweight, dbias = new_like(weight, needed[1], dtype), new(x, vocab, needed[2], dtype)
     # Products of several chunks are added up in float32.
-    dweight_sum = new(x, weight.shape, needed[1] and dtype != torch.float32 and chunk < rows, torch.float32)
+    dweight_sum = new(x, weight.shape, needed[1] and dtype != torch.float32 and chunk < count, torch.float32)
     wrong = kernels.linear_cross_entropy_forward(
-        DTYPES[x.dtype],
-        DTYPES[dtype],
-        x.data_ptr(),
-        x_stride,
-        weight.data_ptr(),
-        *by_layout(weight, "linear"),
-        at(bias),
-        targets.data_ptr(),
-        targets.stride(0),
-        at(row_scale),
-        loss.data_ptr(),
-        lse.data_ptr(),
-        logits.data_ptr(),
-        chunk,
-        at(dx),
-        at(dweight),
-        at(dweight_sum),
-        at(dbias),
-        rows,
-        width,
-        vocab,
-        ignore_index,
-        label_smoothing,
-        threads(),
+        x=rows(x),
+        weight=weight,
+        bias=vector(bias),
+        target=target.reshape(-1),
+        row_scale=row_scale,
+        loss=loss,
+        lse=lse,
+        logits=logits,
+        dx=dx,
+        dweight=dweight,
+        dweight_sum=dweight_sum,
+        dbias=dbias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        threads=threads(),
     )
     if wrong >= 0:
         raise out_of_range(
@@ -484,61 +387,27 @@ def tokens_first(x, wanted=True):
     return new(x, (batch, length, heads, head_dim)).transpose(1, 2)
 
 
-def steps(x):
-    """(batch, head, token) strides."""
-    return (0, 0, 0) if x is None else x.stride()[:3]
-
-
-def unexpanded(x, rank):
-    """Strides for a mask that is read as if it had been expanded."""
-    return (
-        (0,) * rank
-        if x is None
-        else tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    )
-
-
-def mask_type(mask, dtype):
-    if mask is None:
-        return 0
-    return 1 if mask.dtype == torch.bool else 2 if mask.dtype == dtype else 3
-
-
-def sizes(query, key, starts):
-    batch, heads, query_len, head_dim = query.shape
-    return len(starts[0]) - 1 if starts[0] else batch, heads, key.shape[1], query_len, key.shape[2], head_dim
-
-
 def attend(query, key, value, mask, key_padding, seed, out, lse, scale, lower, upper, dropout_p, starts=((), ())):
-    """Writes to out and lse. All tensors are (batch, head, token, dim); a packed batch, with its starts, is one whose sequences are a stride of 0 apart."""
+    """Writes to out and lse. Tensors are (batch, head, token, dim), or (token, head, dim) with starts."""
     if query.numel() == 0 or key.numel() == 0:  # no one to look, or nothing to see
         out.zero_(), lse.fill_(-torch.inf)
         return
-    query, key, value = dense_last(query), dense_last(key), dense_last(value)
     kernels.attention_forward(
-        DTYPES[query.dtype],
-        query.data_ptr(),
-        steps(query),
-        key.data_ptr(),
-        steps(key),
-        value.data_ptr(),
-        steps(value),
-        out.data_ptr(),
-        steps(out),
-        lse.data_ptr(),
-        at(mask),
-        mask_type(mask, query.dtype),
-        unexpanded(mask, 4),
-        at(key_padding),
-        unexpanded(key_padding, 2),
-        sizes(query, key, starts),
-        *starts,
-        scale,
-        lower,
-        upper,
-        dropout_p,
-        0 if seed is None else seed.item(),
-        threads(),
+        query=dense_last(query),
+        key=dense_last(key),
+        value=dense_last(value),
+        out=out,
+        lse=lse,
+        mask=mask,
+        key_padding=key_padding,
+        query_starts=starts[0],
+        key_starts=starts[1],
+        scale=scale,
+        lower=lower,
+        upper=upper,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else seed.item(),
+        threads=threads(),
     )
 
 
@@ -567,45 +436,28 @@ def differentiate(
     if query.numel() == 0 or key.numel() == 0:
         dquery.zero_(), dkey.zero_(), dvalue.zero_()
         return
-    query, key, value = dense_last(query), dense_last(key), dense_last(value)
-    dout = torch.zeros_like(out) if dout is None else dense_last(dout)
-    dlse = dlse if dlse is None else dlse.contiguous()
-    out = dense_last(out)  # as it was, unless a hook on saved tensors laid it out anew
     kernels.attention_backward(
-        DTYPES[query.dtype],
-        dout.data_ptr(),
-        steps(dout),
-        query.data_ptr(),
-        steps(query),
-        key.data_ptr(),
-        steps(key),
-        value.data_ptr(),
-        steps(value),
-        out.data_ptr(),
-        steps(out),
-        lse.data_ptr(),
-        at(dlse),
-        at(mask),
-        mask_type(mask, query.dtype),
-        unexpanded(mask, 4),
-        at(key_padding),
-        unexpanded(key_padding, 2),
-        dquery.data_ptr(),
-        steps(dquery),
-        dkey.data_ptr(),
-        steps(dkey),
-        dvalue.data_ptr(),
-        steps(dvalue),
-        at(dmask),
-        unexpanded(dmask, 4),
-        sizes(query, key, starts),
-        *starts,
-        scale,
-        lower,
-        upper,
-        dropout_p,
-        0 if seed is None else seed.item(),
-        threads(),
+        dout=torch.zeros_like(out) if dout is None else dense_last(dout),
+        dlse=dlse if dlse is None else dlse.contiguous(),
+        query=dense_last(query),
+        key=dense_last(key),
+        value=dense_last(value),
+        out=dense_last(out),  # as it was, unless a hook on saved tensors changed its layout
+        lse=lse,
+        mask=mask,
+        key_padding=key_padding,
+        dquery=dquery,
+        dkey=dkey,
+        dvalue=dvalue,
+        dmask=dmask,
+        query_starts=starts[0],
+        key_starts=starts[1],
+        scale=scale,
+        lower=lower,
+        upper=upper,
+        dropout_p=dropout_p,
+        seed=0 if seed is None else seed.item(),
+        threads=threads(),
     )
 
 
@@ -637,14 +489,6 @@ def attention_backward(
 # attention_varlen
 
 
-def packed(x):
-    """(T, H, D) as a (1, H, T, D) in which every sequence of a batch begins where the batch does."""
-    x = dense_last(x)
-    tokens, heads, head_dim = x.shape
-    token_stride, head_stride, _ = x.stride()
-    return x.as_strided((1, heads, tokens, head_dim), (0, head_stride, token_stride, 1))
-
-
 def all_starts(query, key, cu_seqlens_q, cu_seqlens_k):
     """Checked: nothing wrong reaches the kernels."""
     starts_q, starts_k = (
@@ -657,21 +501,7 @@ def all_starts(query, key, cu_seqlens_q, cu_seqlens_k):
 def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):
     starts = all_starts(query, key, cu_seqlens_q, cu_seqlens_k)
     out, lse = new_like(query), new(query, query.shape[1::-1], dtype=torch.float32)
-    attend(
-        packed(query),
-        packed(key),
-        packed(value),
-        None,
-        None,
-        seed,
-        packed(out),
-        lse,
-        scale,
-        lower,
-        upper,
-        dropout_p,
-        starts,
-    )
+    attend(query, key, value, None, None, seed, out, lse, scale, lower, upper, dropout_p, starts)
     return out, lse
 
 
@@ -680,7 +510,6 @@ def attention_varlen_backward(
 ):
     starts = all_starts(query, key, cu_seqlens_q, cu_seqlens_k)
     gradients = new_like(query), new_like(key), new_like(value)
-    dout = torch.zeros_like(out) if dout is None else dout
-    inputs = packed(dout), dlse, packed(query), packed(key), packed(value), None, None, seed, packed(out), lse
-    differentiate(*inputs, *map(packed, gradients), None, scale, lower, upper, dropout_p, starts)
+    inputs = dout, dlse, query, key, value, None, None, seed, out, lse
+    differentiate(*inputs, *gradients, None, scale, lower, upper, dropout_p, starts)
     return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
