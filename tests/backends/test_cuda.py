@@ -75,8 +75,9 @@ def test_a_launch_gives_pytorchs_device_back(card, monkeypatch):
     seen = []
     for index in (1, 0):
         x = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
-        backend.launch(lambda *arguments: seen.append((device[0], *arguments)), x, "argument")
-    assert seen == [(1, (1, 71), "argument"), (0, (0, 70), "argument")]
+        with backend.on(x):
+            seen.append((device[0], *backend.queue(x)))
+    assert seen == [(1, 1, 71), (0, 0, 70)]
     assert moves == [torch.device("cuda", 1)] and device == [0]
 
 

@@ -31,12 +31,12 @@ inline cuda::DType launch_dtype(dtype type, const char* argument) {
 }
 inline cuda::DType launch_dtype(const tensor& x) { return launch_dtype(x.type, x.name); }
 
-// read.operator()<T>() for the element type T that a tensor must have, as an address of void.
+// read.operator()<T>() for the element type T that a tensor must have.
 template <class Read> auto of_type(const tensor& x, dtype type, Read read) {
   if (x.given() && x.type != type) throw_argument_error(x.name, name_of(type), name_of(x.type));
-  switch (type) {
-    case dtype::bfloat16: return read.template operator()<bf16>();
-    case dtype::float16: return read.template operator()<fp16>();
+  switch (launch_dtype(type, x.name)) {
+    case cuda::DType::bfloat16: return read.template operator()<bf16>();
+    case cuda::DType::float16: return read.template operator()<fp16>();
     default: return read.template operator()<float>();
   }
 }
