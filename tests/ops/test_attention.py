@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from fastlm.backends import load
 from tests.support import (
+    implementation_module,
     BACKENDS,
     DTYPES,
     SLOW,
@@ -103,7 +103,7 @@ def test_grouped_queries_on_a_pytorch_that_does_not_know_them(monkeypatch):
         lambda *t: fastlm.attention(*t, causal=True, backend="torch"), qkv(2, 6, 2, 9, 9, 16), torch.float32
     )  # noqa: E731
     known = run()
-    monkeypatch.setattr(load("torch"), "KNOWS_GROUPS", False)
+    monkeypatch.setattr(implementation_module("attention", "torch"), "NATIVE_GQA", False)
     for a, b in zip(run(), known, strict=True):
         assert error(a, b.double()) <= 2**-20
 

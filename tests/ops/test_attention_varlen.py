@@ -6,9 +6,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
-from fastlm.backends import choice, gpu, load, philox
+from fastlm.backends import selection
+from fastlm.core import philox
+from fastlm.ops.attention import gpu
+from fastlm.ops.attention.spec import Backward, Forward
 from tests.ops.test_attention import HARM, seen
 from tests.support import (
+    implementation_module,
     DTYPES,
     SLOW,
     assert_same_bits,
@@ -173,11 +177,11 @@ def test_drops_what_the_definition_drops(seed, backend):
     names = torch.cat([torch.eye(k, widest) for _, k in lengths])[:, None].expand(
         key.shape
     )  # values that say which key of the sequence they are
-    forward = torch.ops.fastlm.attention_varlen_forward
+    tensors = query, key, names, None, None, *cu_seqlens(lengths), torch.tensor(seed)
     unlimited = -(2**62), 2**62
-    out = forward(query, key, names, *cu_seqlens(lengths), torch.tensor(seed), 1.0, *unlimited, p, False, backend)[0]
+    out = torch.ops.fastlm.attention_forward(*tensors, 1.0, *unlimited, p, False, False, backend)[0]
     for number, (one, (query_len, key_len)) in enumerate(zip(out.split([q for q, _ in lengths]), lengths, strict=True)):
-        expected = philox.kept(
+        expected = philox.dropout_mask(
             torch.tensor(seed), query_len, key_len, torch.arange(number * heads, (number + 1) * heads), p
         )
         assert torch.equal(one.transpose(0, 1)[..., :key_len] != 0, expected)
@@ -565,29 +569,29 @@ def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason)
 )
 @pytest.mark.parametrize("side", ["queries", "keys"])
 def test_starts_that_do_not_fit_are_a_device_assert(side, wrong, dtype, backend, monkeypatch):
-    """Where no one looks at them beforehand. A sequence of a negative length has no program of its own, nor has an empty one."""
+    """Without the check that precedes the kernel. A sequence of a negative length has no program of its own, nor has an empty one."""
     if max(wrong) >= 2**31 and dtype == torch.int32:
         pytest.skip("is not a number of 32 bits")
-    monkeypatch.setattr(gpu, "check_starts", lambda *tensors: None)
+    monkeypatch.setattr(gpu, "check_boundaries", lambda call: None)
     right, wrong = torch.tensor([0, 3, 7], dtype=dtype), torch.tensor(wrong, dtype=dtype)
     starts = (wrong, right) if side == "queries" else (right, wrong)
     inputs = qkv([(7, 7)], 4, 2, 8)
     asserted = "cu_seqlens: expected" if backend == "triton" else r"assertion failed: .*(query|key)"
-    module = load(backend)
+    implementation = implementation_module("attention", backend).implementation
     with pytest.raises(Exception, match=asserted):
-        module.attention_varlen_forward(*inputs, *starts, None, 1.0, -9, 9, 0.0)
-    out, lse = module.attention_varlen_forward(
-        *inputs, right, right, None, 1.0, -9, 9, 0.0
-    )  # what was wrong has left nothing behind
+        implementation.forward(Forward(*inputs, None, None, *starts, None, 1.0, -9, 9, 0.0, False, False))
+    # The failed launch left no state behind.
+    out, lse = implementation.forward(Forward(*inputs, None, None, right, right, None, 1.0, -9, 9, 0.0, False, False))
+    needed = True, True, True, False
     with pytest.raises(Exception, match=asserted):
-        module.attention_varlen_backward(
-            out, None, *inputs, *starts, None, out, lse, 1.0, -9, 9, 0.0, (True, True, True)
+        implementation.backward(
+            Backward(out, None, *inputs, None, None, *starts, None, out, lse, 1.0, -9, 9, 0.0, False, needed)
         )
 
 
 def test_a_backend_is_asked_for_queries_and_keys(monkeypatch):
-    asked, decide = [], choice.decide
-    monkeypatch.setattr(choice, "CHOICES", {})
-    monkeypatch.setattr(choice, "decide", lambda *call: (asked.append(call[-1]), decide(*call))[1])
+    asked, decide = [], selection.decide
+    monkeypatch.setattr(selection, "_selected", {})
+    monkeypatch.setattr(selection, "decide", lambda *call: (asked.append(call[-1]), decide(*call))[1])
     fastlm.attention_varlen(*qkv([(1, 3), (1, 2)], 2, 1, 8), *cu_seqlens([(1, 3), (1, 2)]))
-    assert [(call["sequences"], call["query_tokens"], call["key_tokens"]) for call in asked] == [(2, 2, 5)]
+    assert [(sizes.batch, sizes.query_len, sizes.key_len, sizes.packed) for sizes in asked] == [(2, 2, 5, True)]
