@@ -260,12 +260,10 @@ rule nvcc
 """
     for kernel in kernels:
         text += f"build {kernel.stem}.cu.o: nvcc {escape_path(str(kernel))}\n"
-    return f"""\
-{text}build _cuda.o: compile {escape_path(str(ROOT / "csrc/bindings_cuda.cpp"))}
-  module_flags = {words("-DFASTLM_MODULE=_cuda", f'-DFASTLM_CUDA_ARCHS="{",".join(cuda.archs)}"')}
-build _cuda{SUFFIX}: link _cuda.o {" ".join(f"{kernel.stem}.cu.o" for kernel in kernels)}
-  module_link_flags = {words(*link)}
-"""
+    bindings = sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp")) or [ROOT / "csrc/bindings_cuda.cpp"]
+    defines = ["-DFASTLM_MODULE=_cuda", "-DFASTLM_DEVICE=cuda", f'-DFASTLM_CUDA_ARCHS="{",".join(cuda.archs)}"']
+    objects = " ".join(f"{kernel.stem}.cu.o" for kernel in kernels)
+    return text + module_build("_cuda", bindings, defines, link, objects)
 
 
 def spills(logs: list[str]) -> list[str]:
@@ -283,10 +281,20 @@ def spills(logs: list[str]) -> list[str]:
     return found
 
 
-def build_file(tools: Toolchain, includes: list[Path], cuda: Cuda | None = None) -> str:
-    """The text of build.ninja: the target `<module><suffix>` for each module."""
+def module_build(name: str, sources: list[Path], flags: list[str], link_flags: list[str], objects: str = "") -> str:
+    """The part of build.ninja that compiles each source of a module to an object of its own and links them."""
     from ninja.ninja_syntax import escape_path
 
+    text = ""
+    for source in sources:
+        text += f"build {name}/{source.stem}.o: compile {escape_path(str(source))}\n"
+        text += f"  module_flags = {words(*flags)}\n"
+        objects = f"{name}/{source.stem}.o {objects}"
+    return f"{text}build {name}{SUFFIX}: link {objects}\n  module_link_flags = {words(*link_flags)}\n"
+
+
+def build_file(tools: Toolchain, includes: list[Path], cuda: Cuda | None = None) -> str:
+    """The text of build.ninja: the target `<module><suffix>` for each module."""
     sanitize = [f"-fsanitize={os.environ['FASTLM_SANITIZE']}"] if os.environ.get("FASTLM_SANITIZE") else []
     flags = [*FLAGS, *(option for folder in includes for option in ("-isystem", str(folder))), f"-I{ROOT / 'csrc'}"]
     if sanitize:
@@ -308,21 +316,12 @@ rule link
   command = $cxx $in $link_flags $module_link_flags -o $out
   description = linking $out
 """
-    modules = {"_cpu_features": ("csrc/cpu/cpu_features.cpp", [], [])}
+    openmp = ["-fopenmp"] if tools.openmp else ["-Wno-unknown-pragmas"]
+    text += module_build("_cpu_features", [ROOT / "csrc/cpu/cpu_features.cpp"], [], [])
+    bindings = sorted((ROOT / "csrc/bindings").glob("*.cpp"))
     for isa, isa_flags in tools.isas.items():
-        openmp = ["-fopenmp"] if tools.openmp else ["-Wno-unknown-pragmas"]
-        modules[f"_cpu_{isa}"] = (
-            "csrc/bindings.cpp",
-            [*isa_flags, *openmp, f"-DFASTLM_MODULE=_cpu_{isa}"],
-            tools.openmp_link,
-        )
-    for name, (source, module_flags, link_flags) in modules.items():
-        text += f"""\
-build {name}.o: compile {escape_path(str(ROOT / source))}
-  module_flags = {words(*module_flags)}
-build {name}{SUFFIX}: link {name}.o
-  module_link_flags = {words(*link_flags)}
-"""
+        name = f"_cpu_{isa}"
+        text += module_build(name, bindings, [*isa_flags, *openmp, f"-DFASTLM_MODULE={name}"], tools.openmp_link)
     return text + (cuda_build_file(cuda, tools) if cuda else "")
 
 

@@ -73,10 +73,10 @@ def arithmetic(number_of_threads: int, dtype: torch.dtype) -> Probe:
     kernels = isa.kernels
     if not kernels:
         return product(number_of_threads, dtype)[0]
-    name, rounds = getattr(kernels.dtype, str(dtype).removeprefix("torch.")), 1 << 20  # milliseconds
+    rounds = 1 << 20  # milliseconds
 
     def call() -> float:
-        return kernels.multiply_adds(dtype=name, rounds=rounds, threads=number_of_threads)
+        return kernels.multiply_adds(dtype=dtype, rounds=rounds, threads=number_of_threads)
 
     return Probe(call, call())
 

@@ -11,14 +11,13 @@ pytestmark = pytest.mark.skipif(not isa.kernels, reason=f"not compiled: {isa.mis
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_multiply_adds_are_those_counted(dtype):
     """Twice the rounds are twice the FLOP, and take twice as long: none is left out."""
-    of = getattr(isa.kernels.dtype, dtype)
-    flops = [isa.kernels.multiply_adds(of, rounds, 1) for rounds in (1 << 18, 1 << 19)]
-    assert (
-        flops[1] == pytest.approx(2 * flops[0], rel=0.01) and isa.kernels.multiply_adds(of, 1 << 18, 3) == 3 * flops[0]
-    )
-    short, long = (
-        min(timed(lambda n=n: isa.kernels.multiply_adds(of, n, 1))() for _ in range(10)) for n in (1 << 18, 1 << 20)
-    )
+
+    def multiply_adds(rounds, threads=1):
+        return isa.kernels.multiply_adds(dtype=getattr(torch, dtype), rounds=rounds, threads=threads)
+
+    flops = [multiply_adds(rounds) for rounds in (1 << 18, 1 << 19)]
+    assert flops[1] == pytest.approx(2 * flops[0], rel=0.01) and multiply_adds(1 << 18, 3) == 3 * flops[0]
+    short, long = (min(timed(lambda n=n: multiply_adds(n))() for _ in range(10)) for n in (1 << 18, 1 << 20))
     assert 2 < long / short < 8
 
 
