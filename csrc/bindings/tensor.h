@@ -1,15 +1,17 @@
 // A torch.Tensor as the kernels see it: address, element type, sizes and strides.
 //
-// This is the only place that reads tensors. It reads their attributes through Python's C API, so the extension
-// includes no torch header and one build serves every version of PyTorch. A tensor must be on the module's device and
-// must have storage. Kernels take typed pointers and views from the accessors below, which check element type and
-// layout and name the argument that is wrong.
+// This is the only place that reads tensors. The extension includes no torch header, and one build serves every version
+// of PyTorch: a tensor is read through DLPack's C exchange API where torch.Tensor has it (PyTorch 2.10 and later),
+// which takes some 20 ns, and otherwise by its attributes through Python's C API, some 300 ns. A tensor must be on the
+// module's device and must have storage. Kernels take typed pointers and views from the accessors below, which check
+// element type and layout and name the argument that is wrong.
 #pragma once
 #include <Python.h>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
 
 // The device type of all tensors of this module, as in the attributes torch.Tensor.is_cpu and is_cuda.
@@ -33,6 +35,9 @@ struct value_error : std::runtime_error {
 struct type_error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+// The same device type as DLPack numbers it.
+inline constexpr int32_t DlpackDevice = std::string_view(FASTLM_TEXT(FASTLM_DEVICE)) == "cpu" ? 1 : 2;
 
 // "argument: expected X, got Y"
 [[noreturn]] inline void throw_argument_error(const char* argument, const std::string& expected,
@@ -74,8 +79,26 @@ template <> inline constexpr dtype dtype_of<bool> = dtype::boolean;
 template <> inline constexpr dtype dtype_of<int32_t> = dtype::int32;
 template <> inline constexpr dtype dtype_of<int64_t> = dtype::int64;
 
+// The part of DLPack's C ABI that is used here (version 1, dmlc.github.io/dlpack).
+struct dlpack_tensor {
+  void* data;
+  int32_t device_type, device_index;
+  int32_t rank;
+  uint8_t code, bits;
+  uint16_t lanes;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct dlpack_exchange_api {
+  uint32_t major, minor;
+  const dlpack_exchange_api* previous;
+  void *allocate, *managed_from_object, *managed_to_object;
+  int (*view_of_object)(void* object, dlpack_tensor* view);  // borrowed; 0, or an exception is set
+};
+
 // What is needed of torch, looked up once.
 struct torch_api {
+  const dlpack_exchange_api* dlpack = nullptr;                          // null: this PyTorch has none
   PyObject *tensor, *dtypes[Dtypes];                                    // torch.Tensor, torch.float32, …
   PyObject *dtype_name, *shape, *stride, *data_ptr, *device, *is_here;  // attribute names
 
@@ -96,6 +119,12 @@ struct torch_api {
     };
     tensor = attribute("Tensor");
     for (int i = 0; i < Dtypes; ++i) dtypes[i] = attribute(DtypeNames[i]);
+    if (PyObject_HasAttrString(tensor, "__dlpack_c_exchange_api__")) {
+      const reference capsule(PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__"));
+      dlpack = static_cast<const dlpack_exchange_api*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
+      if (!dlpack) PyErr_Clear();
+      if (dlpack && dlpack->major != 1) dlpack = nullptr;
+    }
     dtype_name = PyUnicode_InternFromString("dtype");
     shape = PyUnicode_InternFromString("shape");
     stride = PyUnicode_InternFromString("stride");
@@ -135,25 +164,7 @@ struct tensor {
     const torch_api& torch = torch_api::get();
     if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(torch.tensor)))
       throw type_error(std::string(name) + ": expected a tensor, got " + Py_TYPE(object)->tp_name);
-    {
-      const reference here(PyObject_GetAttr(object, torch.is_here));
-      if (here.get() != Py_True) {
-        const reference device(PyObject_GetAttr(object, torch.device));
-        throw_argument_error(name, "a tensor on " FASTLM_TEXT(FASTLM_DEVICE), "one on " + text_of(device.get()));
-      }
-    }
-    {
-      const reference own(PyObject_GetAttr(object, torch.dtype_name));
-      type = dtype_from(own.get(), name);
-    }
-    {
-      const reference shape(PyObject_GetAttr(object, torch.shape));
-      const reference stride(PyObject_CallMethodNoArgs(object, torch.stride));
-      read_layout(shape.get(), stride.get());
-    }
-    const reference address(PyObject_CallMethodNoArgs(object, torch.data_ptr));
-    data = PyLong_AsVoidPtr(address.get());
-    if (!data && PyErr_Occurred()) throw python_error();
+    if (!torch.dlpack || !read_dlpack(*torch.dlpack, object)) read_attributes(torch, object);
     if (!data && count > 0) throw_argument_error(name, "a tensor with storage", "one whose storage was freed");
   }
 
@@ -212,21 +223,68 @@ struct tensor {
   }
 
  private:
-  // Sizes and strides come as tuples of integers.
-  void read_layout(PyObject* shape, PyObject* stride) {
-    rank = int(PyTuple_GET_SIZE(shape));
-    count = 1, width = rank ? 0 : 1;
-    for (int i = rank - 1; i >= 0; --i) {
-      const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i)),
-                    step = PyLong_AsLongLong(PyTuple_GET_ITEM(stride, i));
-      contiguous &= size == 1 || step == count;
-      count *= size;
-      if (i == rank - 1) width = size;
-      if (rank <= MaxRank) sizes[i] = size, strides[i] = step;
+  // False where DLPack does not describe the element type: the attributes then say what it is.
+  bool read_dlpack(const dlpack_exchange_api& dlpack, PyObject* object) {
+    dlpack_tensor view;
+    if (dlpack.view_of_object(object, &view) != 0) {
+      PyErr_Clear();
+      return false;
     }
-    if (PyErr_Occurred()) throw python_error();  // a symbolic size
-    contiguous |= count == 0;
+    enum : uint8_t { Int = 0, Float = 2, BFloat = 4, Bool = 6 };
+    const int kind = view.code << 8 | view.bits;
+    switch (kind) {
+      case Float << 8 | 32: type = dtype::float32; break;
+      case BFloat << 8 | 16: type = dtype::bfloat16; break;
+      case Float << 8 | 16: type = dtype::float16; break;
+      case Bool << 8 | 8: type = dtype::boolean; break;
+      case Int << 8 | 32: type = dtype::int32; break;
+      case Int << 8 | 64: type = dtype::int64; break;
+      default: return false;
+    }
+    if (view.device_type != DlpackDevice || view.lanes != 1) return false;
+    data = view.data ? static_cast<char*>(view.data) + view.byte_offset : nullptr;
+    begin_layout(view.rank);
+    for (int i = rank - 1; i >= 0; --i) add_dimension(i, view.shape[i], view.strides[i]);
+    end_layout();
+    return true;
   }
+
+  void read_attributes(const torch_api& torch, PyObject* object) {
+    {
+      const reference here(PyObject_GetAttr(object, torch.is_here));
+      if (here.get() != Py_True) {
+        const reference device(PyObject_GetAttr(object, torch.device));
+        throw_argument_error(name, "a tensor on " FASTLM_TEXT(FASTLM_DEVICE), "one on " + text_of(device.get()));
+      }
+    }
+    {
+      const reference own(PyObject_GetAttr(object, torch.dtype_name));
+      type = dtype_from(own.get(), name);
+    }
+    {
+      const reference shape(PyObject_GetAttr(object, torch.shape));
+      const reference stride(PyObject_CallMethodNoArgs(object, torch.stride));
+      begin_layout(int(PyTuple_GET_SIZE(shape.get())));
+      for (int i = rank - 1; i >= 0; --i)
+        add_dimension(i, PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), i)),
+                      PyLong_AsLongLong(PyTuple_GET_ITEM(stride.get(), i)));
+      if (PyErr_Occurred()) throw python_error();  // a symbolic size
+      end_layout();
+    }
+    const reference address(PyObject_CallMethodNoArgs(object, torch.data_ptr));
+    data = PyLong_AsVoidPtr(address.get());
+    if (!data && PyErr_Occurred()) throw python_error();
+  }
+
+  void begin_layout(int dimensions) { rank = dimensions, count = 1, width = rank ? 0 : 1, contiguous = true; }
+  // From the last dimension to the first.
+  void add_dimension(int i, int64_t size, int64_t step) {
+    contiguous &= size == 1 || step == count;
+    count *= size;
+    if (i == rank - 1) width = size;
+    if (rank <= MaxRank) sizes[i] = size, strides[i] = step;
+  }
+  void end_layout() { contiguous |= count == 0; }
 };
 
 }  // namespace fastlm

@@ -6,13 +6,13 @@ list means that they support it.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-Results = Sequence[Tensor | None]
+Results = tuple[Tensor | None, ...]
 Reasons = list[str]
 
 ForwardCall = TypeVar("ForwardCall", bound="Call")

@@ -57,7 +57,6 @@ class Operator(Registered):
         self.tensors = num_tensors(self.Forward)
         self.forward_op = define(f"fastlm::{name}_forward", self, self.Forward, lambda i: i.forward)
         if self.Backward is not None:
-            self.backward_tensors = num_tensors(self.Backward)
             self.backward_op = define(f"fastlm::{name}_backward", self, self.Backward, lambda i: i.backward)
             self.function = make_function(self)
 
@@ -70,6 +69,10 @@ class Operator(Registered):
     def formula(self, call: Any) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
         """For double backward: (a differentiable function of the inputs, the inputs), of a Backward call."""
         raise NotImplementedError
+
+    def without_saving(self, call: Any) -> Any:
+        """The forward call where there is no backward to save anything for."""
+        return call
 
     def differentiable_gradients(self, call: Any, originals: Sequence[Tensor | None]) -> Results:
         """Gradients that can themselves be differentiated (create_graph=True), by the reference formula.
@@ -109,28 +112,29 @@ class Operator(Registered):
             if selected.composite is not None and not originals:
                 return selected.composite(call)
         if torch.is_grad_enabled():
-            for tensor in (*call[: self.inputs], *originals):
+            for tensor in (*tensors[: self.inputs], *originals):
                 if tensor is not None and tensor.requires_grad:
                     return self.function.apply(*call, selected, *originals)
-        results = self.forward(call, selected)
-        return results[0] if self.outputs == 1 else tuple(results[: self.outputs])
+        results = self.forward(self.without_saving(call), selected)
+        return results[0] if self.outputs == 1 else results[: self.outputs]
 
     def forward(self, call: Any, selected: Implementation[Any, Any] | str | None) -> Results:
         if isinstance(selected, Implementation):
             return selected.forward(call)
         results = self.forward_op(*without_fp32_grads(call), selected)
         results = (results,) if isinstance(results, Tensor) else results
-        return [result if there else None for result, there in zip(results, call.present(), strict=True)]
+        return tuple([result if there else None for result, there in zip(results, call.present(), strict=True)])
 
     def backward(self, call: Any, selected: Implementation[Any, Any] | str | None) -> Results:
         """The gradients of the inputs."""
-        if isinstance(selected, Implementation) and not needs_custom_op(*call[: self.backward_tensors]):
+        # The saved tensors were checked in the forward pass.
+        if isinstance(selected, Implementation) and not needs_custom_op(*call[: self.outputs]):
             assert selected.backward is not None
             return selected.backward(call)
         name = selected.backend.name if isinstance(selected, Implementation) else selected
         gradients = self.backward_op(*without_fp32_grads(call), name)
         gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
-        return [gradient if need else None for gradient, need in zip(gradients, call.needed, strict=True)]
+        return tuple([gradient if need else None for gradient, need in zip(gradients, call.needed, strict=True)])
 
 
 def without_fp32_grads(call: Any) -> Any:
@@ -200,7 +204,7 @@ def make_function(operator: Operator) -> type[torch.autograd.Function]:
         tensors, ctx.attributes = operator.save(call, results)
         ctx.save_for_backward(*tensors)
         ctx.backend, ctx.originals = selected, arguments[fields + 1 :]
-        return results[0] if outputs == 1 else tuple(results[:outputs])
+        return results[0] if outputs == 1 else results[:outputs]
 
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         none: tuple[None, ...] = (None,) * (fields + 1 - inputs)

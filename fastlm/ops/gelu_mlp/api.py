@@ -1,6 +1,5 @@
 """The public function: checks and documentation."""
 
-import torch
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled, cast_with_originals
@@ -63,7 +62,4 @@ def gelu_mlp(
     if b2 is not None:
         check_vector("b2", b2, out_width, "the output width of w2")
         check_like("b2", b2, x)
-    weights = x, w1, b1, w2, b2, *originals
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights)):
-        recompute = RECOMPUTE_LEVELS[-1]  # there is no backward to save anything for
     return operator(Forward(x, w1, b1, w2, b2, approximate, layout, recompute), backend, originals)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastlm.backends.contract import Results
 from fastlm.ops.gelu_mlp import reference
-from fastlm.ops.gelu_mlp.spec import Backward, Forward, Sizes
+from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS, Backward, Forward, Sizes
 from fastlm.ops.operator import Operator
 
 
@@ -19,6 +19,9 @@ class GeluMlp(Operator):
     def save(self, call: Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
         _, hidden, activated = results
         return (call.x, call.w1, call.b1, call.w2, call.b2, hidden, activated), (call.approximate, call.layout)
+
+    def without_saving(self, call: Forward) -> Forward:
+        return Forward(*call[:-1], recompute=RECOMPUTE_LEVELS[-1])
 
     def formula(self, call: Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
         function = functools.partial(reference.gelu_mlp, approximate=call.approximate, layout=call.layout)

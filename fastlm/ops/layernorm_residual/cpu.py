@@ -19,8 +19,8 @@ def float32_vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
 def forward(call: Forward):
     x = call.x
     y, summed = new_like(x), new_like(call.stream, call.makes_sum)
-    shape = x.shape[:-1]
-    mean, rstd = new(x, shape, dtype=torch.float32), new(x, shape, dtype=torch.float32)
+    mean = new(x, x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     if x.numel():
         kernels.layernorm_residual_forward(
             x=rows(x),
