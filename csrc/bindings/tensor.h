@@ -1,17 +1,15 @@
 // A torch.Tensor as the kernels see it: address, element type, sizes and strides.
 //
-// This is the only place that reads tensors. The extension includes no torch header, and one build serves every version
-// of PyTorch: a tensor is read through DLPack's C exchange API where torch.Tensor has it (PyTorch 2.10 and later),
-// which takes some 20 ns, and otherwise by its attributes through Python's C API, some 300 ns. A tensor must be on the
-// module's device and must have storage. Kernels take typed pointers and views from the accessors below, which check
-// element type and layout and name the argument that is wrong.
+// This is the only place that reads tensors. It reads their attributes through Python's C API, so the extension
+// includes no torch header and one build serves every version of PyTorch. A tensor must be on the module's device and
+// must have storage. Kernels take typed pointers and views from the accessors below, which check element type and
+// layout and name the argument that is wrong.
 #pragma once
 #include <Python.h>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <type_traits>
 
 // The device type of all tensors of this module, as in the attributes torch.Tensor.is_cpu and is_cuda.
@@ -35,9 +33,6 @@ struct value_error : std::runtime_error {
 struct type_error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
-
-// The same device type as DLPack numbers it.
-inline constexpr int32_t DlpackDevice = std::string_view(FASTLM_TEXT(FASTLM_DEVICE)) == "cpu" ? 1 : 2;
 
 // "argument: expected X, got Y"
 [[noreturn]] inline void throw_argument_error(const char* argument, const std::string& expected,
@@ -79,26 +74,46 @@ template <> inline constexpr dtype dtype_of<bool> = dtype::boolean;
 template <> inline constexpr dtype dtype_of<int32_t> = dtype::int32;
 template <> inline constexpr dtype dtype_of<int64_t> = dtype::int64;
 
-// The part of DLPack's C ABI that is used here (version 1, dmlc.github.io/dlpack).
+// DLPack's description of a tensor, which owns nothing, and the start of its table of functions.
 struct dlpack_tensor {
   void* data;
-  int32_t device_type, device_index;
+  struct {
+    int32_t type, index;
+  } device;
   int32_t rank;
-  uint8_t code, bits;
-  uint16_t lanes;
-  const int64_t *shape, *strides;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } element;
+  int64_t *sizes, *strides;
   uint64_t byte_offset;
 };
-struct dlpack_exchange_api {
-  uint32_t major, minor;
-  const dlpack_exchange_api* previous;
-  void *allocate, *managed_from_object, *managed_to_object;
-  int (*view_of_object)(void* object, dlpack_tensor* view);  // borrowed; 0, or an exception is set
+struct dlpack_functions {
+  struct {
+    uint32_t major, minor;
+  } version;
+  void *previous, *allocate, *owned_from_object, *owned_to_object;
+  int (*from_object)(void* object, dlpack_tensor* out);  // 0, or −1 with a Python exception
 };
+
+enum class dlpack_device : int32_t { cpu = 1, cuda = 2 };
+
+// The element types of DLPack: a code and a number of bits.
+inline bool dtype_from_dlpack(uint8_t code, uint8_t bits, dtype& type) {
+  switch (code << 8 | bits) {
+    case 2 << 8 | 32: return type = dtype::float32, true;
+    case 4 << 8 | 16: return type = dtype::bfloat16, true;
+    case 2 << 8 | 16: return type = dtype::float16, true;
+    case 6 << 8 | 8: return type = dtype::boolean, true;
+    case 0 << 8 | 32: return type = dtype::int32, true;
+    case 0 << 8 | 64: return type = dtype::int64, true;
+  }
+  return false;
+}
 
 // What is needed of torch, looked up once.
 struct torch_api {
-  const dlpack_exchange_api* dlpack = nullptr;                          // null: this PyTorch has none
+  int (*from_object)(void*, dlpack_tensor*) = nullptr;                  // null where torch does not offer it
   PyObject *tensor, *dtypes[Dtypes];                                    // torch.Tensor, torch.float32, …
   PyObject *dtype_name, *shape, *stride, *data_ptr, *device, *is_here;  // attribute names
 
@@ -118,13 +133,14 @@ struct torch_api {
       return value;
     };
     tensor = attribute("Tensor");
-    for (int i = 0; i < Dtypes; ++i) dtypes[i] = attribute(DtypeNames[i]);
-    if (PyObject_HasAttrString(tensor, "__dlpack_c_exchange_api__")) {
-      const reference capsule(PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__"));
-      dlpack = static_cast<const dlpack_exchange_api*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
-      if (!dlpack) PyErr_Clear();
-      if (dlpack && dlpack->major != 1) dlpack = nullptr;
+    if (PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__")) {
+      const void* table = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+      if (const auto* functions = static_cast<const dlpack_functions*>(table); table && functions->version.major == 1)
+        from_object = functions->from_object;
+      Py_DECREF(capsule);
     }
+    PyErr_Clear();
+    for (int i = 0; i < Dtypes; ++i) dtypes[i] = attribute(DtypeNames[i]);
     dtype_name = PyUnicode_InternFromString("dtype");
     shape = PyUnicode_InternFromString("shape");
     stride = PyUnicode_InternFromString("stride");
@@ -164,8 +180,9 @@ struct tensor {
     const torch_api& torch = torch_api::get();
     if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(torch.tensor)))
       throw type_error(std::string(name) + ": expected a tensor, got " + Py_TYPE(object)->tp_name);
-    if (!torch.dlpack || !read_dlpack(*torch.dlpack, object)) read_attributes(torch, object);
-    if (!data && count > 0) throw_argument_error(name, "a tensor with storage", "one whose storage was freed");
+    if (!read_dlpack(object)) read_attributes(object);
+    // The address of a view into freed storage is its offset, a small number.
+    if (count > 0 && reinterpret_cast<uintptr_t>(data) >> 32 == 0) check_storage(object);
   }
 
   // Whether the argument is a tensor and not None.
@@ -223,33 +240,22 @@ struct tensor {
   }
 
  private:
-  // False where DLPack does not describe the element type: the attributes then say what it is.
-  bool read_dlpack(const dlpack_exchange_api& dlpack, PyObject* object) {
-    dlpack_tensor view;
-    if (dlpack.view_of_object(object, &view) != 0) {
-      PyErr_Clear();
+  // False where DLPack does not describe the tensor; its attributes then say why, or are as good.
+  bool read_dlpack(PyObject* object) {
+    const auto from_object = torch_api::get().from_object;
+    dlpack_tensor given;
+    if (!from_object) return false;
+    if (from_object(object, &given) != 0) return PyErr_Clear(), false;
+    if (given.device.type != int32_t(dlpack_device::FASTLM_DEVICE) || given.element.lanes != 1 ||
+        (given.rank > 0 && !given.strides) || !dtype_from_dlpack(given.element.code, given.element.bits, type))
       return false;
-    }
-    enum : uint8_t { Int = 0, Float = 2, BFloat = 4, Bool = 6 };
-    const int kind = view.code << 8 | view.bits;
-    switch (kind) {
-      case Float << 8 | 32: type = dtype::float32; break;
-      case BFloat << 8 | 16: type = dtype::bfloat16; break;
-      case Float << 8 | 16: type = dtype::float16; break;
-      case Bool << 8 | 8: type = dtype::boolean; break;
-      case Int << 8 | 32: type = dtype::int32; break;
-      case Int << 8 | 64: type = dtype::int64; break;
-      default: return false;
-    }
-    if (view.device_type != DlpackDevice || view.lanes != 1) return false;
-    data = view.data ? static_cast<char*>(view.data) + view.byte_offset : nullptr;
-    begin_layout(view.rank);
-    for (int i = rank - 1; i >= 0; --i) add_dimension(i, view.shape[i], view.strides[i]);
-    end_layout();
+    data = static_cast<char*>(given.data) + given.byte_offset;
+    read_layout(given.rank, [&](int i) { return given.sizes[i]; }, [&](int i) { return given.strides[i]; });
     return true;
   }
 
-  void read_attributes(const torch_api& torch, PyObject* object) {
+  void read_attributes(PyObject* object) {
+    const torch_api& torch = torch_api::get();
     {
       const reference here(PyObject_GetAttr(object, torch.is_here));
       if (here.get() != Py_True) {
@@ -257,34 +263,37 @@ struct tensor {
         throw_argument_error(name, "a tensor on " FASTLM_TEXT(FASTLM_DEVICE), "one on " + text_of(device.get()));
       }
     }
-    {
-      const reference own(PyObject_GetAttr(object, torch.dtype_name));
-      type = dtype_from(own.get(), name);
-    }
-    {
-      const reference shape(PyObject_GetAttr(object, torch.shape));
-      const reference stride(PyObject_CallMethodNoArgs(object, torch.stride));
-      begin_layout(int(PyTuple_GET_SIZE(shape.get())));
-      for (int i = rank - 1; i >= 0; --i)
-        add_dimension(i, PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), i)),
-                      PyLong_AsLongLong(PyTuple_GET_ITEM(stride.get(), i)));
-      if (PyErr_Occurred()) throw python_error();  // a symbolic size
-      end_layout();
-    }
-    const reference address(PyObject_CallMethodNoArgs(object, torch.data_ptr));
+    const reference own_dtype(PyObject_GetAttr(object, torch.dtype_name));
+    type = dtype_from(own_dtype.get(), name);
+    const reference shape(PyObject_GetAttr(object, torch.shape)),
+        stride(PyObject_CallMethodNoArgs(object, torch.stride)),
+        address(PyObject_CallMethodNoArgs(object, torch.data_ptr));
+    read_layout(
+        int(PyTuple_GET_SIZE(shape.get())), [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), i)); },
+        [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(stride.get(), i)); });
     data = PyLong_AsVoidPtr(address.get());
-    if (!data && PyErr_Occurred()) throw python_error();
+    if (PyErr_Occurred()) throw python_error();  // a symbolic size
   }
 
-  void begin_layout(int dimensions) { rank = dimensions, count = 1, width = rank ? 0 : 1, contiguous = true; }
-  // From the last dimension to the first.
-  void add_dimension(int i, int64_t size, int64_t step) {
-    contiguous &= size == 1 || step == count;
-    count *= size;
-    if (i == rank - 1) width = size;
-    if (rank <= MaxRank) sizes[i] = size, strides[i] = step;
+  template <class Size, class Stride> void read_layout(int dimensions, Size size_of, Stride stride_of) {
+    rank = dimensions;
+    count = 1, width = 1;
+    for (int i = rank - 1; i >= 0; --i) {
+      const int64_t size = size_of(i), stride = stride_of(i);
+      contiguous &= size == 1 || stride == count;
+      count *= size;
+      if (i == rank - 1) width = size;
+      if (rank <= MaxRank) sizes[i] = size, strides[i] = stride;
+    }
+    contiguous |= count == 0;
   }
-  void end_layout() { contiguous |= count == 0; }
+
+  void check_storage(PyObject* object) const {
+    const reference storage(PyObject_CallMethod(object, "untyped_storage", nullptr)),
+        address(PyObject_CallMethod(storage.get(), "data_ptr", nullptr));
+    if (!PyLong_AsVoidPtr(address.get()))
+      throw_argument_error(name, "a tensor with storage", "one whose storage was freed");
+  }
 };
 
 }  // namespace fastlm

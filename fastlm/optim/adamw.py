@@ -310,6 +310,6 @@ class AdamW(torch.optim.AdamW):
                     state[key] = with_strides_of(value, p) if type(p) in PLAIN_TYPES else value
 
 
-def home_of_step(p: Tensor) -> torch.device:
+def step_device(p: Tensor) -> torch.device:
     """Where the step count is stored: where PyTorch's fused implementation needs it, else on the CPU, which reads it."""
     return p.device if p.device.type in ("cuda", "xpu") else torch.device("cpu")
