@@ -41,7 +41,7 @@ Results = dict[str, str]
 
 
 def described(result: Any) -> str:
-    """The digest of a tensor's bytes, its dtype, shape and strides, without the strides of dimensions of size 0 or 1."""
+    """The digest of the bytes of a tensor, its dtype, shape, and strides (but those of dimensions of size 0 or 1)."""
     if not isinstance(result, Tensor):
         return repr(result)
     x = result.detach()
