@@ -49,8 +49,11 @@ def build(folder: Path, mutations: list[Mutation], compile_tree: Callable[[Path]
         if not messages:
             return numbered
         wrong = set(re.findall(r"((?:csrc|kernels)/[\w./]+):(\d+):(?:\d+:)? (?:fatal )?error", messages))
-        dropped = [n for n, m in numbered.items() if (m.file, str(m.line)) in wrong or any(
-            m.file == f and abs(m.line - int(line)) <= 1 for f, line in wrong)]
+        dropped = [
+            n
+            for n, m in numbered.items()
+            if (m.file, str(m.line)) in wrong or any(m.file == f and abs(m.line - int(line)) <= 1 for f, line in wrong)
+        ]
         if not dropped:
             raise RuntimeError(messages[-6000:])
         for number in dropped:

@@ -98,7 +98,7 @@ def functions(tokens: Tokens) -> list[tuple[str, int, int]]:
                 and not any(j > k and j < tokens.partner.get(k, k) for k in range(start, j) if string[k] == "(")
             ]
             is_type = any(word in head for word in ("struct", "class", "enum", "union")) and not names
-            if "namespace" in head or is_type or "extern" in head:
+            if "namespace" in head or is_type or (head[:1] == ["extern"] and len(head) == 2):
                 start = i + 1
             elif names and i in tokens.partner:
                 found.append((string[names[0] - 1], i, tokens.partner[i]))
