@@ -1,15 +1,15 @@
 """Does the suite notice? Kernels and operators are broken on purpose, one change at a time, and a test must fail.
 
-Some twenty mutants are written by hand (tests/mutation/by_hand.py), the others are generated from the sources: a dropped term, a flipped comparison, a shifted
-edge, a swapped minimum and maximum, a negated condition. FASTLM_TEST_MUTANTS=sample (the default) takes those by hand and a fixed sample of the generated
-ones, all takes all of them. `python -m tests.mutation.run --help` selects.
+Some twenty mutants are written by hand (tests/mutation/by_hand.py), the others are generated from the sources: a
+dropped term, a flipped comparison, a shifted edge, a swapped minimum and maximum, a negated condition.
+FASTLM_TEST_MUTANTS=sample (the default) takes those by hand and a fixed sample of the generated ones, all takes all of
+them. `python -m tests.mutation.run --help` selects.
 """
 
 import importlib.util
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 

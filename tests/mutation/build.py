@@ -1,10 +1,10 @@
 """A copy of the working tree whose compiled module contains mutants, each behind a run-time switch."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,8 +38,9 @@ def instrument(folder: Path, numbered: dict[int, Mutation]) -> None:
 
 
 def build(folder: Path, mutations: list[Mutation], compile_tree: Callable[[Path], str]) -> dict[int, Mutation]:
-    """Compiles all mutations into one module: number → mutation. Those on whose lines the compiler finds an error are left out, and the rest is compiled
-    again; `compile_tree` returns the compiler's messages, "" if all went well."""
+    """Compiles all mutations into one module: number → mutation. Those on whose lines the compiler finds an error are
+    left out, and the rest is compiled again; `compile_tree` returns the compiler's messages, "" if all went well.
+    """
     assert len(mutations) < LIMIT
     numbered = dict(enumerate(mutations, 1))
     copy_tree(folder)

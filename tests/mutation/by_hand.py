@@ -1,8 +1,10 @@
-"""The mutants that matter most, by hand: a wrong edge of a mask, a dropped term of a gradient, a sum that depends on the threads, …
+"""The mutants that matter most, by hand: a wrong edge of a mask, a dropped term of a gradient, a sum that depends on
+the threads, …
 
-Each is a pattern of tokens, in which $name stands for a name, a number or a member such as m.upper, with the indices and calls behind it; a name that occurs
-twice is the same text. So neither formatting nor a rename breaks it. A pattern is an expression (in Python any tokens), or has
-one between two @, which alone is replaced then; all of its matches in the files are replaced at once.
+Each is a pattern of tokens, in which $name stands for a name, a number or a member such as m.upper, with the indices
+and calls behind it; a name that occurs twice is the same text. So neither formatting nor a rename breaks it. A pattern
+is an expression (in Python any tokens), or has one between two @, which alone is replaced then; all of its matches in
+the files are replaced at once.
 """
 
 import dataclasses
@@ -105,7 +107,9 @@ PYTHON = [
 
 
 def matches(strings: list[str], names: list[bool], pattern: list[str]) -> list[tuple[list[int], dict[str, str]]]:
-    """(where each token of the pattern begins, and where the last one ends; what each $name stands for) of every match that overlaps no earlier one."""
+    """(where each token of the pattern begins, and where the last one ends; what each $name stands for) of every match
+    that overlaps no earlier one.
+    """
     found, at = [], 0
     while at < len(strings):
         hit = match(strings, names, at, pattern, 0, {})

@@ -1,7 +1,7 @@
 """Mutations of C++ and CUDA sources, as expressions that are switched on at run time (mutant_switch.h).
 
-Works on tokens and relies on clang-format: a binary operator has a space on both sides, a bracket of a template has none. The places that are skipped, and
-why, stand in `propose`.
+Works on tokens and relies on clang-format: a binary operator has a space on both sides, a bracket of a template has
+none. The places that are skipped, and why, stand in `propose`.
 """
 
 import bisect
@@ -14,7 +14,8 @@ TOKEN = re.compile(
     r"""
     (?P<comment>//[^\n]*|/\*.*?\*/)
   | (?P<directive>^[ \t]*\#(?:[^\n]*\\\n)*[^\n]*)
-  | (?P<string>(?:u8|[uUL])?R"(?P<delimiter>[^(\s]*)\(.*?\)(?P=delimiter)"|(?:u8|[uUL])?"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])+')
+  | (?P<string>(?:u8|[uUL])?R"(?P<delimiter>[^(\s]*)\(.*?\)(?P=delimiter)"
+             | (?:u8|[uUL])?"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])+')
   | (?P<number>\.?\d(?:[eEpP][+-]|[\w.']|)*)
   | (?P<name>[A-Za-z_]\w*)
   | (?P<punctuation><=>|<<=|>>=|->\*|\.\.\.|::|->|\+\+|--|<<|>>|[<>=!+\-*/%&|^]=|&&|\|\||[^\s\w])

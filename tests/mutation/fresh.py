@@ -1,6 +1,7 @@
 """Runs tests against mutants of Python modules: `python -m tests.mutation.fresh PLAN OUT`.
 
-The process imports PyTorch and pytest, but not fastlm; each mutant is a fork of it, in which an import hook loads the mutated module.
+The process imports PyTorch and pytest, but not fastlm; each mutant is a fork of it, in which an import hook loads the
+mutated module.
 """
 
 import importlib.abc
@@ -25,11 +26,10 @@ class Loads(importlib.abc.MetaPathFinder):
 
 
 def main(plan_file: str, out_file: str) -> None:
-    import numpy  # noqa: F401
     import pytest
-    import torch  # noqa: F401
-    import torch.utils.flop_counter  # noqa: F401
 
+    for name in ("numpy", "torch", "torch.utils.flop_counter"):
+        importlib.import_module(name)
     plan, out, outcomes = json.loads(Path(plan_file).read_text()), Path(out_file), {}
     assert "fastlm" not in sys.modules
     children = Children(plan["workers"])

@@ -1,11 +1,12 @@
 """pytest plugin: runs the collected tests against every mutant of a module, each mutant in a process of its own.
 
-The first pass runs each test once without a mutant, and records its duration and the mutants that it executes. Then, for each mutant, a forked process switches
-it on and runs the tests that execute it, the fastest first, until one fails. Collection and imports happen once, so that a mutant costs little more than
-the test that notices it.
+The first pass runs each test once without a mutant, and records its duration and the mutants that it executes. Then,
+for each mutant, a forked process switches it on and runs the tests that execute it, the fastest first, until one fails.
+Collection and imports happen once, so that a mutant costs little more than the test that notices it.
 
-FASTLM_MUTATION_PLAN names a JSON file: the module's path, the numbers of the mutants, the seconds of tests (as they take
-without a mutant) that each may survive, and the number of processes at a time. FASTLM_MUTATION_OUT is where the outcomes go.
+FASTLM_MUTATION_PLAN names a JSON file: the module's path, the numbers of the mutants, the seconds of tests (as they
+take without a mutant) that each may survive, and the number of processes at a time. FASTLM_MUTATION_OUT is where the
+outcomes go.
 """
 
 import ctypes

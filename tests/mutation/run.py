@@ -1,7 +1,7 @@
 """Runs mutants: which of them does the suite not notice?
 
-`python -m tests.mutation.run cpu cuda triton python --all` is what the nightly run does; without --all a fixed sample is taken. Numbers of --only select
-by a part of the path.
+`python -m tests.mutation.run cpu cuda triton python --all` is what the nightly run does; without --all a fixed sample
+is taken. --only selects by a part of the path.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def chosen(kind: str, everything: bool) -> list[Mutation]:
 
 
 def test_files(file: str) -> list[str]:
-    """The tests of the operator that a file belongs to: those whose name begins as its own does, or all where it belongs to none."""
+    """The tests of the operator that a file belongs to: those whose name begins as its own does, or all where it
+    belongs to none.
+    """
     path = Path(file)
     name = path.parent.name if path.parts[:2] == ("fastlm", "ops") else path.stem
     tests = sorted([*ROOT.glob("tests/ops/test_*.py"), *ROOT.glob("tests/optim/test_*.py")])
@@ -152,7 +154,6 @@ def main() -> None:
     arguments.add_argument("kinds", nargs="+", choices=list(GLOBS))
     arguments.add_argument("--all", action="store_true")
     arguments.add_argument("--only", default="")
-    arguments.add_argument("--json", type=Path)
     given = arguments.parse_args()
     lines = []
     for kind in given.kinds:

@@ -126,7 +126,8 @@ def test_python_where_and_what():
     for m in mutations:
         new = python_source.mutated(PYTHON, m)
         ast.parse(new)
-        [(line, now)] = [(i, b) for i, (a, b) in enumerate(zip(PYTHON.split("\n"), new.split("\n")), 1) if a != b]
+        lines = zip(PYTHON.split("\n"), new.split("\n"), strict=True)
+        [(line, now)] = [(number, after) for number, (before, after) in enumerate(lines, 1) if before != after]
         changed.append((line, m.kind, now.strip()))
         assert m.line == line and m.function == "window"
     assert sorted(changed) == [
