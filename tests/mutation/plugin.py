@@ -127,14 +127,14 @@ def pytest_runtestloop(session):
     children.join()
     table = [entry for result in shares for entry in json.loads(result.read_text())]
     failing = [items[at].nodeid for at, _, failed, _ in table if failed]
-    if failing:
+    if failing and not plan["ignore_failing"]:
         raise RuntimeError(f"these tests fail without a mutant: {failing}")
     by_mutant: dict[int, list[tuple[float, int]]] = {number: [] for number in plan["mutants"]}
     marks: dict[int, int] = {}
-    for at, seconds, _, reached in table:
+    for at, seconds, failed, reached in table:
         for number, mark in reached.items():
             marks[int(number)] = max(marks.get(int(number), 0), 3 - mark)  # 2: it has a meaning, 1: it has none
-            if mark == 1 and int(number) in by_mutant:
+            if mark == 1 and int(number) in by_mutant and not failed:
                 by_mutant[int(number)].append((seconds, at))
 
     outcomes: dict[int, dict] = {}

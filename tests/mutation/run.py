@@ -65,14 +65,17 @@ def test_files(file: str) -> list[str]:
     return [str(test.relative_to(ROOT)) for test in own or tests]
 
 
-def run_compiled(kind: str, mutations: list[Mutation], folder: Path, seconds: float) -> list[tuple[Mutation, dict]]:
+def run_compiled(
+    kind: str, mutations: list[Mutation], folder: Path, seconds: float, ignore_failing: bool
+) -> list[tuple[Mutation, dict]]:
     """All in one build and one process of pytest, which forks for each."""
     tree = folder / kind
     numbered = build.build(tree, mutations, build.compile_cpu if kind == "cpu" else build.compile_cuda)
     pattern = "_cpu_baseline*.so" if kind == "cpu" else "_cuda_emulated*.so"
     module = str(next((tree / "fastlm").glob(pattern)))
     plan, out = folder / f"{kind}.plan.json", folder / f"{kind}.json"
-    plan.write_text(json.dumps({"module": module, "mutants": list(numbered), "seconds": seconds, "workers": WORKERS}))
+    limits = {"seconds": seconds, "workers": WORKERS, "ignore_failing": ignore_failing}
+    plan.write_text(json.dumps({"module": module, "mutants": list(numbered), **limits}))
     environment = os.environ | {
         "FASTLM_MUTATION_PLAN": str(plan),
         "FASTLM_MUTATION_OUT": str(out),
@@ -134,10 +137,13 @@ def run_python(kind: str, mutations: list[Mutation], folder: Path, seconds: floa
     return [(m, outcomes[str(number)]) for number, m in enumerate(mutations)]
 
 
-def run(kind: str, folder: Path, everything: bool = False, only: str = "") -> list[tuple[Mutation, dict]]:
+def run(
+    kind: str, folder: Path, everything: bool = False, only: str = "", ignore_failing: bool = False
+) -> list[tuple[Mutation, dict]]:
     mutations = [m for m in chosen(kind, everything) if only in m.file]
-    runner = run_compiled if kind in ("cpu", "cuda") else run_python
-    return runner(kind, mutations, folder, 30.0)
+    if kind in ("cpu", "cuda"):
+        return run_compiled(kind, mutations, folder, 30.0, ignore_failing)
+    return run_python(kind, mutations, folder, 30.0)
 
 
 def unnoticed(outcomes: list[tuple[Mutation, dict]]) -> list[str]:
@@ -152,14 +158,23 @@ def unnoticed(outcomes: list[tuple[Mutation, dict]]) -> list[str]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("kinds", nargs="+", choices=list(GLOBS))
-    arguments.add_argument("--all", action="store_true")
-    arguments.add_argument("--only", default="")
+    arguments.add_argument("--all", action="store_true", help="all mutants, not the sample")
+    arguments.add_argument("--only", default="", help="those of files whose path contains this")
+    arguments.add_argument("--verbose", action="store_true", help="what became of each")
+    arguments.add_argument("--folder", type=Path, help="where the build and the logs go")
+    arguments.add_argument(
+        "--ignore-failing", action="store_true", help="tests that fail without a mutant are left out"
+    )
     given = arguments.parse_args()
     lines = []
     for kind in given.kinds:
-        with tempfile.TemporaryDirectory() as folder:
-            outcomes = run(kind, Path(folder), given.all, given.only)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = given.folder or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            outcomes = run(kind, folder, given.all, given.only, given.ignore_failing)
         print(kind, dict(Counter(next(iter(outcome)) for _, outcome in outcomes)), flush=True)
+        if given.verbose:
+            print("\n".join(f"{m}: {outcome}" for m, outcome in outcomes))
         lines += unnoticed(outcomes)
     print("\n".join(lines))
     sys.exit(bool(lines))
