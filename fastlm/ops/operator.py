@@ -93,7 +93,8 @@ class Operator(Registered):
         """
         if dropout_p == 0:
             return None
-        refuse_transforms(self)
+        if not torch.compiler.is_compiling():
+            refuse_transforms(self)
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
 
     def __call__(self, call: Any, backend: str | None, originals: tuple[Tensor | None, ...] = ()) -> Any:
