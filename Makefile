@@ -21,7 +21,7 @@ CARDS := import torch; of = torch.cuda.get_device_capability; print(",".join(sor
 # Most of the time of the tests on a GPU goes into compiling kernels: several at a time, where pytest-xdist is.
 SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
-.PHONY: demo test bench gpu gpu-sanitize models lint format emulated sanitize nightly clean
+.PHONY: demo test bench docs gpu gpu-sanitize models lint format emulated sanitize nightly clean
 
 # Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch, and generates text.
 demo: .venv/with-plot
@@ -33,6 +33,10 @@ test: .venv/with-test .models/complete
 
 bench: .venv/with-test
 	$(BIN)/fastlm bench $(ARGS)
+
+# The documentation site, into site/. A broken link or an unknown name is an error.
+docs: .venv/with-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 # On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, beside them some of the tests in NVIDIA's
 # compute-sanitizer, then the measurements, into OUT. The CUDA kernels take part where they can serve; `fastlm info` in OUT says why not, if they do not.
