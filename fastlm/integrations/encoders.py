@@ -8,7 +8,7 @@ from fastlm.integrations.capture import captured_outputs, is_idle
 from fastlm.integrations.families import Family
 from fastlm.integrations.layers import LayerPatch
 from fastlm.integrations.packing import Gather, Scatter, pack_by_mask
-from fastlm.integrations.patch import Patch, observed_reason, patch_of
+from fastlm.integrations.patch import MASK_ARGUMENTS, Patch, observed_reason, patch_of
 
 
 class EncoderPatch(Patch):
@@ -22,7 +22,7 @@ class EncoderPatch(Patch):
         arguments = self.bind(args, kwargs)
         input_name = self.names[0]
         hidden_states: Any = arguments.get(input_name)
-        mask_name = "attention_mask" if "attention_mask" in arguments else "attn_mask"
+        mask_name = next(name for name in self.names if name in MASK_ARGUMENTS)
         packed = None
         if not self.padding_reason(hidden_states, arguments):
             packed = pack_by_mask(arguments.get(mask_name), hidden_states)

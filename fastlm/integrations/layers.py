@@ -27,6 +27,7 @@ from fastlm.integrations.parts import (
 )
 from fastlm.integrations.patch import (
     GLOBAL_HOOKS,
+    MASK_ARGUMENTS,
     Patch,
     functorch_stack,
     is_compiling,
@@ -38,7 +39,6 @@ from fastlm.integrations.patch import (
 # `__call__`, around the patch.
 CHECKPOINTS_IN_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
-MASK_ARGUMENTS = ("attention_mask", "attn_mask")
 CACHE_CLASSES = (Cache, EncoderDecoderCache)
 
 
@@ -92,9 +92,7 @@ class LayerPatch(Patch):
         return self.compute(arguments)
 
     def compute(self, arguments: dict) -> Any:
-        parts = self.parts
-        if parts is None or not parts.is_current():
-            parts = self.current_parts()
+        parts = self.current_parts()
         x, mask = arguments[self.input_name], arguments.get(self.mask_name)
         return_weights = bool(arguments.get("output_attentions"))
         if (

@@ -22,6 +22,7 @@ GLOBAL_HOOKS = tuple(
 is_compiling = torch.compiler.is_compiling
 tracing_state = torch._C._get_tracing_state
 functorch_stack = torch._C._functorch.peek_interpreter_stack
+MASK_ARGUMENTS = ("attention_mask", "attn_mask")  # the second in DistilBERT of transformers 4
 REPLICATE = "_replicate_for_data_parallel"  # a method of nn.Module
 
 
