@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fastlm
-from fastlm.integrations import blocks
+from fastlm.integrations import layers
 from tests.integrations.accelerated import (
     ENCODERS,
     SETTINGS,
@@ -422,7 +422,7 @@ def test_checkpointing_gives_the_same_bits(family, reentrant):
     for on in (False, True):
         if on:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        counted = count_calls(blocks.fastlm, "gelu_mlp")
+        counted = count_calls(layers.fastlm, "gelu_mlp")
         model.zero_grad()
         torch.manual_seed(1)
         loss = model(x, attention_mask=mask, labels=x.masked_fill(mask == 0, -100)).loss
