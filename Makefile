@@ -68,6 +68,7 @@ lint: .venv/with-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/mypy --strict --follow-imports=silent tests/build/typed_use.py
 

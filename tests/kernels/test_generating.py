@@ -6,8 +6,8 @@ import torch
 
 import fastlm
 from fastlm.backends import load
-from fastlm.generation import graphs
 from fastlm.models import GPT2Config, GPT2LMHeadModel
+from fastlm.models.decoding import graphs
 from tests.support import on_backends
 
 
@@ -15,8 +15,8 @@ from tests.support import on_backends
 def test_the_tokens_of_the_reference(backend, monkeypatch):
     module = load(backend).kernels().attention_decode if backend == "triton" else load(backend)
     monkeypatch.setattr(module, "SHORTEST", 32)  # keys of one stretch; a second one holds no key at first
-    monkeypatch.setattr(graphs, "STRETCH", 20)
-    monkeypatch.setattr(graphs, "possible", lambda model, device: True)
+    monkeypatch.setattr(graphs, "STEPS_PER_GRAPH", 20)
+    monkeypatch.setattr(graphs, "can_capture", lambda model, device: True)
     if not torch.cuda.is_available():
         monkeypatch.setattr(graphs, "capture", lambda step, generator: SimpleNamespace(replay=step))
     torch.manual_seed(0)

@@ -1,14 +1,14 @@
-"""CUDA graphs without a GPU: what a function does is recorded, operator by operator, and repeated on the same tensors.
+"""CUDA graphs emulated on a CPU: the operators of a function are recorded and replayed on the same tensors.
 
-As in a graph, Python runs while it is recorded and not again, recording changes nothing, and each temporary result of a repetition stands for the recorded one.
-Operators that hand a value to Python raise, as a capture does.
+As with a graph, Python code runs during recording only, recording has no side effects, and temporaries are replaced by
+those of the replay. Operators that return a value to Python raise an error, as they do during a capture.
 """
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAIT = {
+SYNCHRONISING = {
     "aten::_local_scalar_dense",
     "aten::nonzero",
     "aten::equal",
@@ -25,8 +25,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function._schema.name in WAIT:
-            raise RuntimeError(f"{function} waits for the GPU")
+        if function._schema.name in SYNCHRONISING:
+            raise RuntimeError(f"{function} synchronises")
         for argument, given in zip(function._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in pytree.tree_leaves(given):
@@ -37,14 +37,14 @@ class Recorder(TorchDispatchMode):
 
 
 class Recording:
-    """As torch.cuda.CUDAGraph."""
+    """Stands in for torch.cuda.CUDAGraph."""
 
     def __init__(self, step, generator):
-        drawn_from = generator or torch.default_generator
-        state, recorder = drawn_from.get_state(), Recorder()
+        source = generator or torch.default_generator
+        state, recorder = source.get_state(), Recorder()
         with recorder:
             step()
-        drawn_from.set_state(state)
+        source.set_state(state)
         for tensor, value in reversed(recorder.before.values()):
             tensor.copy_(value)
         self.calls, self.replays = recorder.calls, 0
