@@ -407,7 +407,7 @@ def bench(
         return
 
     from fastlm.commands import bench
-    from fastlm.ops.boundary import mismatch
+    from fastlm.core.errors import mismatch
 
     for name, given in (("table", table), ("limit", limit)):
         if given is not None:

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 
 
 def choose_device(name: str = "auto") -> torch.device:

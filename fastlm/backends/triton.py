@@ -7,10 +7,10 @@ import functools
 import importlib.util
 import os
 import pathlib
+import sys
 
 import torch
 
-import fastlm
 from fastlm.backends.gpu import DTYPES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,7 +24,7 @@ def find_kernels_in_checkout() -> None:
     """In a checkout that is not installed the kernels are beside the package: let fastlm.kernels find them there."""
     root = pathlib.Path(__file__).parents[2]
     if importlib.util.find_spec("fastlm.kernels") is None and (root / "kernels").exists() and (root / "csrc").exists():
-        fastlm.__path__.append(str(root))
+        sys.modules["fastlm"].__path__.append(str(root))
 
 
 find_kernels_in_checkout()

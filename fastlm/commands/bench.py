@@ -14,8 +14,8 @@ from fastlm.benchmarking.operators import CASES, OTHERS, directions
 from fastlm.benchmarking.optimizer import compare_adamw
 from fastlm.commands import choices
 from fastlm.commands.display import console, say
-from fastlm.ops.boundary import mismatch
-from fastlm.ops.gelu_mlp import LEVELS
+from fastlm.core.errors import mismatch
+from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 from fastlm.training.settings import check_range
 
 
@@ -39,7 +39,7 @@ def run(
     dtype_names = parse_names("dtypes", dtypes, tuple(DTYPES))
     chosen_directions = parse_names("directions", directions_given, choices.DIRECTIONS)
     chosen_models = parse_names("model", models, choices.MODELS)
-    levels = [int(level) for level in parse_names("recompute", recompute, tuple(map(str, LEVELS)))]
+    levels = [int(level) for level in parse_names("recompute", recompute, tuple(map(str, RECOMPUTE_LEVELS)))]
     cases = parse_names("case", accelerated_cases, choices.ACCELERATED)
     if "accelerated" in chosen:
         accelerated.check_checkpoint(cases, checkpoint)

@@ -25,7 +25,7 @@ from fastlm.benchmarking.gpu.timing import Row, peaks
 from fastlm.benchmarking.gpu.training import training_step
 from fastlm.commands.bench import check_target
 from fastlm.commands.display import console, say
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 from fastlm.training.settings import check_range
 
 

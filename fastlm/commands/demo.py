@@ -18,10 +18,10 @@ import fastlm
 from fastlm.commands.comparison import Comparison, side_by_side
 from fastlm.commands.display import describe_device, progress_bar, quantity, say, set_threads
 from fastlm.commands.streaming import continue_text
+from fastlm.core.errors import mismatch
 from fastlm.device import choose_device
 from fastlm.generation import Tokenizer
 from fastlm.models import GPT2LMHeadModel
-from fastlm.ops.boundary import mismatch
 from fastlm.training import checkpoint, data
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.curve import draw_losses

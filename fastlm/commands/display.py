@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 from fastlm.training.loop import Report
 from fastlm.training.settings import check_integer
 

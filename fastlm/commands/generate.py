@@ -5,11 +5,11 @@ from typing import Any
 
 from fastlm.commands.display import set_threads
 from fastlm.commands.streaming import continue_text
+from fastlm.core.errors import mismatch
 from fastlm.device import choose_device
 from fastlm.generation import load_tokenizer
 from fastlm.models import load_model
 from fastlm.models.causal_lm import CausalLM
-from fastlm.ops.boundary import mismatch
 from fastlm.training.settings import check_integer
 
 

@@ -12,7 +12,7 @@ from fastlm.benchmarking.whole import MODELS
 from fastlm.commands import choices
 from fastlm.commands.bench import check_target
 from fastlm.commands.display import console, quantity, say, set_threads
-from fastlm.ops.gelu_mlp import LEVELS
+from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 from fastlm.training.settings import DTYPES, SHORT_DTYPES, check_integer, check_one_of
 
 MAX_ROWS = 10  # of PyTorch's operators, of which there are many short ones
@@ -22,7 +22,7 @@ def run(*, model: str, dtype: str, recompute: int, steps: int, threads: int | No
     check_one_of("model", model, choices.MODELS)
     dtype = SHORT_DTYPES.get(dtype, dtype)
     check_one_of("dtype", dtype, DTYPES)
-    check_one_of("recompute", recompute, LEVELS)
+    check_one_of("recompute", recompute, RECOMPUTE_LEVELS)
     check_integer("steps", steps, 1)
     check_target("json", json_file)
     set_threads(threads)

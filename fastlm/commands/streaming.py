@@ -5,9 +5,9 @@ import sys
 import torch
 from torch import Tensor
 
+from fastlm.core.errors import mismatch
 from fastlm.generation import Tokenizer
 from fastlm.models.causal_lm import CausalLM
-from fastlm.ops.boundary import mismatch
 
 DEFAULT_NEW_TOKENS = 200
 

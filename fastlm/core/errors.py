@@ -1,6 +1,5 @@
 """The wording of errors and the checks of arguments that the operators share."""
 
-import torch
 from torch import Tensor
 
 

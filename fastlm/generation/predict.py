@@ -5,13 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlm.core.errors import mismatch
 from fastlm.generation.tokenizer import Tokenizer
 from fastlm.models.auto import load_model
 from fastlm.models.base import PretrainedModel
 from fastlm.models.bert import BertForMaskedLM
 from fastlm.models.causal_lm import CausalLM
 from fastlm.models.decoding import evaluation_mode
-from fastlm.ops.boundary import mismatch
 
 __all__ = ["Candidate", "load_model", "predict"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
+from fastlm.core.errors import mismatch
 from fastlm.models.config import read_json
-from fastlm.ops.boundary import mismatch
 
 FILES = "tokenizer.json, or vocab.json and merges.txt, or vocab.txt"
 

@@ -17,9 +17,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 import fastlm
 from fastlm.backends import Unsupported
+from fastlm.core.errors import mismatch
 from fastlm.integrations.capture import captures_attentions
 from fastlm.integrations.patch import sizes_may_depend_on_values, transform_reason
-from fastlm.ops.boundary import mismatch
 
 NAME = "fastlm"
 CAUSAL = torch.uint8  # the dtype of a 2-D mask of causal attention

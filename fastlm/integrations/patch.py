@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlm.core.tracing import needs_custom_op
 from fastlm.integrations.capture import is_idle
-from fastlm.ops.boundary import opaque
 
 GLOBAL_HOOKS = tuple(
     getattr(torch.nn.modules.module, f"_global_{kind}_hooks")
@@ -144,6 +144,6 @@ def transform_reason() -> str:
 
 def sizes_may_depend_on_values(*tensors: Tensor) -> bool:
     """Whether nothing is traced and no CUDA graph is captured."""
-    if opaque(*tensors) or transform_reason():
+    if needs_custom_op(*tensors) or transform_reason():
         return False
     return not tensors[0].is_cuda or not torch.cuda.is_current_stream_capturing()

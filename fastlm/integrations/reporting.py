@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlm.backends import choice
+from fastlm.backends import registry, requested
+from fastlm.backends.selection import decide
 from fastlm.integrations.encoders import EncoderPatch
 from fastlm.integrations.families import Family, parent
 from fastlm.integrations.find import encoder_family, head_of, layer_family
@@ -23,9 +24,6 @@ CALL = {
     "rows": 512,
     "conv1d": False,
     "masked": True,
-    "dropout": False,
-    "return_lse": False,
-    "mask_gradient": False,
 }
 VOCAB = 32000
 
@@ -44,18 +42,18 @@ def report(model: nn.Module) -> Report:
     return Report(tuple(entries))
 
 
-def entry(name: str, operator: str, parameter: torch.Tensor, reason: str, **features: Any) -> Entry:
-    backend = "" if reason else selected_backend(operator, parameter, features)
+def entry(name: str, operator: str, parameter: torch.Tensor, reason: str, **sizes: Any) -> Entry:
+    backend = "" if reason else selected_backend(operator, parameter, sizes)
     return Entry(name, operator, backend, reason)
 
 
-def selected_backend(operator: str, parameter: torch.Tensor, features: dict[str, Any]) -> str:
-    """Features that the caller does not give are the sizes of CALL or the parameter's width."""
-    width = parameter.shape[-1]
-    known = {**CALL, **features}
-    features = {feature: known.get(feature, width) for feature in choice.FEATURES[operator]}
-    forced = choice.requested(None)
-    return choice.decide(operator, parameter.device, parameter.dtype, forced, features)[0]
+def selected_backend(name: str, parameter: torch.Tensor, given: dict[str, Any]) -> str:
+    """Sizes that the caller does not give are those of CALL, for flags False, or the parameter's width."""
+    operator = registry.operators()[name]
+    defaults = {size: False if size in operator.flag_names else parameter.shape[-1] for size in operator.size_names}
+    known = defaults | CALL | given
+    sizes = operator.sizes(**{size: known[size] for size in operator.size_names})
+    return decide(operator, parameter.device, parameter.dtype, requested(None), sizes)[0]
 
 
 def head_sizes(parts: Parts) -> dict[str, int]:
@@ -69,7 +67,7 @@ def encoder_entry(name: str, patch: EncoderPatch) -> Entry:
         layer = next(iter(patch.layers().values()))
         sizes = head_sizes(patch_of(layer).current_parts())
     parameter = next(patch.module.parameters())
-    return entry(f"{name}, without padding", "attention_varlen", parameter, reason, **sizes)
+    return entry(f"{name}, without padding", "attention", parameter, reason, packed=True, **sizes)
 
 
 def layer_entries(name: str, layer: Any, family: Family) -> list[Entry]:

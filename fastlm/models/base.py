@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from fastlm import backends
+from fastlm.core.errors import check_choice
 from fastlm.models import checkpoint
 from fastlm.models.config import Config
 from fastlm.models.layers import RECOMPUTE, Conv1D, FeedForward
 from fastlm.models.outputs import ModelOutput
-from fastlm.ops.boundary import check_choice
-from fastlm.ops.gelu_mlp import LEVELS
+from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 
 M = TypeVar("M", bound="PretrainedModel")
 
@@ -124,7 +124,7 @@ class PretrainedModel(nn.Module):
 
     @recompute.setter
     def recompute(self, level: int) -> None:
-        check_choice("recompute", level, LEVELS)
+        check_choice("recompute", level, RECOMPUTE_LEVELS)
         for module in self.modules():
             if isinstance(module, PretrainedModel):
                 module._recompute = level

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlm.core.errors import mismatch
+from fastlm.core.tracing import needs_custom_op
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.config import GELUS, BertConfig
@@ -26,7 +28,6 @@ from fastlm.models.layers import (
 )
 from fastlm.models.outputs import HeadOutput, ModelOutput
 from fastlm.ops.attention import attention
-from fastlm.ops.boundary import mismatch, opaque
 from fastlm.ops.gelu_mlp import gelu_mlp
 
 
@@ -243,7 +244,7 @@ class BertForMaskedLM(BertPretrainedModel):
                 ignore_index=inputs.IGNORE_INDEX,
             )
             # Selecting rows needs their number, which on a GPU synchronises and under torch.compile breaks the graph.
-            if self.training and x.device.type == "cpu" and not opaque(x, labels):
+            if self.training and x.device.type == "cpu" and not needs_custom_op(x, labels):
                 labelled = (labels != inputs.IGNORE_INDEX).flatten().nonzero()[:, 0]
                 x, labels = x.flatten(0, 1).index_select(0, labelled), labels.flatten()[labelled]
         head = self.cls.predictions

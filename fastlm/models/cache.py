@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 
 
 class KVCache:

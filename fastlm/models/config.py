@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 
 C = TypeVar("C", bound="Config")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlm.core.errors import mismatch
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.cache import KVCache
@@ -30,7 +31,6 @@ from fastlm.models.layers import (
 )
 from fastlm.models.outputs import HeadOutput, ModelOutput
 from fastlm.ops.attention import attention
-from fastlm.ops.boundary import mismatch
 from fastlm.ops.gelu_mlp import gelu_mlp
 
 

@@ -6,7 +6,8 @@ Shapes are checked on every device. Values are checked on a CPU only: reading th
 import torch
 from torch import Tensor
 
-from fastlm.ops.boundary import mismatch, opaque
+from fastlm.core.errors import mismatch
+from fastlm.core.tracing import needs_custom_op
 
 IGNORE_INDEX = -100  # a label with this value does not contribute to the loss
 
@@ -68,7 +69,7 @@ def check_ids(
         raise mismatch(name, f"a tensor on {device}, as the model", ids.device)
     if shape is not None and ids.shape != shape and (ignore_index is not None or ids.shape != (1, *shape[1:])):
         raise mismatch(name, f"shape {shape}, as the input", tuple(ids.shape))
-    if ids.device.type == "cpu" and not opaque(ids) and ids.numel():
+    if ids.device.type == "cpu" and not needs_custom_op(ids) and ids.numel():
         low, high = torch.aminmax(ids if ignore_index is None else ids.masked_fill(ids == ignore_index, 0))
         if low < 0 or high >= below:
             expected = f"values in [0, {below})" + ("" if ignore_index is None else f" or {ignore_index}")

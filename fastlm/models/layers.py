@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlm.ops.boundary import opaque
+from fastlm.core.tracing import needs_custom_op
 from fastlm.ops.layernorm_residual import layernorm_residual
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
@@ -101,7 +101,7 @@ def embed_tokens(embedding: nn.Embedding, ids: Tensor | None, inputs_embeds: Ten
         torch.is_grad_enabled()
         and table.requires_grad
         and table.is_cpu
-        and not opaque(table, ids)
+        and not needs_custom_op(table, ids)
         and is_plain(embedding)
     ):
         return SharedTable.apply(table, ids, embedding.padding_idx)

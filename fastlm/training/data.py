@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 from fastlm.training.settings import TOKENIZERS, check_one_of, check_range
 from fastlm.training.tokenizers import byte_tokenizer, char_tokenizer
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlm.core.errors import mismatch
 from fastlm.device import choose_device
-from fastlm.ops.boundary import mismatch
 from fastlm.optim import AdamW
 from fastlm.training.data import Corpus, check_length, random_windows, spread_windows
 from fastlm.training.models import build, objective_of

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from tokenizers import Tokenizer
 
+from fastlm.core.errors import mismatch
 from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
-from fastlm.ops.boundary import mismatch
 from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
 from fastlm.training.tokenizers import MASK, PAD

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 
+from fastlm.core.errors import mismatch
 from fastlm.models.layers import RECOMPUTE
-from fastlm.ops.boundary import mismatch
-from fastlm.ops.gelu_mlp import LEVELS
+from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 
 OBJECTIVES = ("next-token", "masked-token")
 TOKENIZERS = ("byte", "char")
@@ -49,7 +49,7 @@ class Settings:
         check_one_of("objective", self.objective, OBJECTIVES)
         object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))  # the class is frozen
         check_one_of("dtype", self.dtype, DTYPES)
-        check_one_of("recompute", self.recompute, LEVELS)
+        check_one_of("recompute", self.recompute, RECOMPUTE_LEVELS)
         for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every"):
             check_integer(name, getattr(self, name), 1)
         check_integer("warmup", self.warmup, 0)

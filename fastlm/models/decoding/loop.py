@@ -7,12 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastlm.backends.gpu import on
+from fastlm.backends.gpu import on_device
+from fastlm.core.errors import mismatch
 from fastlm.models.base import PretrainedModel
 from fastlm.models.decoding import graphs
 from fastlm.models.decoding.sampling import Sampling
 from fastlm.models.decoding.steps import DecodingSteps
-from fastlm.ops.boundary import mismatch
 
 # On a GPU, the number of steps between two checks of whether all rows have finished; a check synchronises.
 CHECK_INTERVAL = 16
@@ -91,7 +91,7 @@ def generate(
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     use_graphs = cuda_graphs and graphs.can_capture(model, input_ids.device)
     steps_class = graphs.CapturedSteps if use_graphs else DecodingSteps
-    with evaluation_mode(model), torch.inference_mode(), on(input_ids):
+    with evaluation_mode(model), torch.inference_mode(), on_device(input_ids):
         steps = steps_class(model, input_ids, max_new_tokens, sampling, eos, pad, generator, attention_mask)
         sequences = run(steps, streamer)
     return sequences.clone()  # outside inference mode: an ordinary tensor, which can be trained on

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 
 
 @dataclasses.dataclass(frozen=True)
