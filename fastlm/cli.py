@@ -1,4 +1,7 @@
-"""The `fastlm` command. Here are the arguments and their help; each command's work is in fastlm/commands/, loaded when it is called."""
+"""The `fastlm` command: the arguments of all commands and their help.
+
+The commands are implemented in fastlm/commands/, each imported when it is called.
+"""
 
 import sys
 from pathlib import Path
@@ -7,20 +10,24 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fastlm.commands import choices
 from fastlm.training.settings import Settings
 
 DEFAULT = Settings()
 
 
 class OneLineErrors(TyperGroup):
-    """What a user did wrong is one line on stderr and a non-zero exit code, whether the parser, a check of ours or the system noticed it; Ctrl-C is 130."""
+    """Reports user errors, wherever they are detected, as one line on stderr with a non-zero exit code.
+
+    Ctrl-C exits with code 130.
+    """
 
     def main(self, *args: Any, **extra: Any) -> Any:
         standalone = extra.get("standalone_mode", True)
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except Exception as error:
-            if not hasattr(error, "format_message"):  # of the parser, whichever version of click it stands on
+            if not hasattr(error, "format_message"):  # not an error of the parser (click), in any of its versions
                 raise
             say_error(error.format_message())
             code = getattr(error, "exit_code", 2)
@@ -34,16 +41,17 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # the parser's own affair: `fastlm bench | head` is not an error of the user's
+            raise  # click handles it: `fastlm bench | head` is not an error
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
         except (ValueError, OSError, Unsupported) as error:
             say_error(str(error))
         except RuntimeError as error:
-            if "DefaultCPUAllocator" not in str(error) and "out of memory" not in str(error):  # the latter a GPU's
+            # The messages of PyTorch's allocators on a CPU and on a GPU.
+            if "DefaultCPUAllocator" not in str(error) and "out of memory" not in str(error):
                 raise
-            say_error("not enough memory for this model and batch: lower --batch, --context, --width or --layers")
+            say_error("out of memory: reduce --batch, --context, --width or --layers")
         raise typer.Exit(1)
 
 
@@ -63,21 +71,21 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="auto|cpu|cuda|cuda:N",
-        help="auto: the GPU (NVIDIA's or AMD's) where PyTorch finds one, else the CPU.",
+        help="auto: a GPU (NVIDIA or AMD) if PyTorch finds one, else the CPU.",
         rich_help_panel="Machine",
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(help="CPU threads; PyTorch's own number when not given.", rich_help_panel="Machine")
+    int | None, typer.Option(help="Number of CPU threads; default: PyTorch's.", rich_help_panel="Machine")
 ]
 Model = Annotated[
     Path,
     typer.Option(
-        help="A folder with config.json, the weights and the tokenizer: what `fastlm train` writes, or Hugging Face's."
+        help="Directory with config.json, weights and tokenizer: from `fastlm train`, or in Hugging Face's format."
     ),
 ]
 Temperature = Annotated[
-    float, typer.Option(help="Below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest token.")
+    float, typer.Option(help="Values below 1 sharpen the distribution, above 1 flatten it; 0: greedy decoding.")
 ]
 
 
@@ -85,9 +93,9 @@ Temperature = Annotated[
 def fastlm(
     ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False
 ) -> None:
-    """GPT-2 and BERT, trained and run faster on the machine you have.
+    """Train and run GPT-2 and BERT faster on CPUs and GPUs.
 
-    Start with [bold]fastlm demo[/bold]: it downloads nothing and takes under three minutes.
+    Start with [bold]fastlm demo[/bold]. It takes less than three minutes and downloads nothing.
     """
     if version:
         from fastlm import __version__
@@ -100,17 +108,17 @@ def fastlm(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the loss curve and summary.json.")] = Path(
+    out: Annotated[Path, typer.Option(help="Directory for the checkpoint, the loss curve and summary.json.")] = Path(
         "runs/demo"
     ),
     seconds: Annotated[
-        float, typer.Option(help="How long to train; comparing and sampling come on top, about half a minute.")
+        float, typer.Option(help="Training time in seconds; the comparison and the sample take another 30.")
     ] = 100.0,
-    seed: Annotated[int, typer.Option(help="Of the weights, the batches and the sample.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of weights, batches and sample.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Train a small GPT on the Python standard library's source, beside the same model of plain PyTorch operators, and let it write."""
+    """Train a small GPT on the Python standard library's source, compare with plain PyTorch, and generate text."""
     from fastlm.commands import demo
 
     demo.run(out=out, seconds=seconds, seed=seed, device=device, threads=threads)
@@ -122,11 +130,12 @@ def info(
         bool,
         typer.Option(
             "--measure",
-            help="Measure first what the machine can do and which backend is the fastest where, on a GPU too, to let it serve there from now on; minutes.",
+            help="First measure the machine's peaks and which backend is fastest for each operator and size, and use "
+            "the results from now on. Takes minutes.",
         ),
     ] = False,
 ) -> None:
-    """What is built, what this machine can use, and why the rest is not used."""
+    """Show the available backends, why the others are not available, and the CPU and GPUs."""
     from fastlm.commands import info
 
     info.run(measure=measure)
@@ -135,78 +144,90 @@ def info(
 @app.command()
 def train(
     data: Annotated[
-        list[Path], typer.Option(metavar="PATH…", help="Files, folders or patterns; read in this order as one text.")
+        list[Path],
+        typer.Option(metavar="PATH…", help="Files, directories or glob patterns, read in this order as one text."),
     ],
     more: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="PATH", help="More of --data, as a shell expands a pattern.", show_default=False),
+        typer.Argument(
+            metavar="PATH", help="More paths for --data, as when a shell expands a pattern.", show_default=False
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the tokenizer and summary.json.")] = Path(
+    out: Annotated[Path, typer.Option(help="Directory for the checkpoint, the tokenizer and summary.json.")] = Path(
         "runs/train"
     ),
     tokenizer: Annotated[
-        str, typer.Option(metavar="byte|char", help="byte: 256 tokens, any file; char: the characters of a UTF-8 text.")
+        str,
+        typer.Option(
+            metavar="byte|char", help="byte: 256 tokens, for any file; char: one token per character of a UTF-8 text."
+        ),
     ] = "byte",
     objective: Annotated[
-        str, typer.Option(metavar="next-token|masked-token", help="next-token trains a GPT-2, masked-token a BERT.")
+        str,
+        typer.Option(
+            metavar="next-token|masked-token", help="next-token: trains a GPT-2; masked-token: trains a BERT."
+        ),
     ] = DEFAULT.objective,
     val_fraction: Annotated[
-        float, typer.Option(help="The share of the text, at its end, that is kept for validation.")
+        float, typer.Option(help="Fraction at the end of the text that is used for validation.")
     ] = 0.1,
     val_file: Annotated[
-        Path | None, typer.Option(help="A text of its own for validation, in place of --val-fraction.")
+        Path | None, typer.Option(help="A separate text for validation, used instead of --val-fraction.")
     ] = None,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = DEFAULT.eval_every,
-    layers: Annotated[int, typer.Option(help="Transformer layers.", rich_help_panel="Model")] = DEFAULT.layers,
-    heads: Annotated[int, typer.Option(help="Attention heads per layer.", rich_help_panel="Model")] = DEFAULT.heads,
+    eval_every: Annotated[int, typer.Option(help="Number of steps between evaluations.")] = DEFAULT.eval_every,
+    layers: Annotated[int, typer.Option(help="Number of layers.", rich_help_panel="Model")] = DEFAULT.layers,
+    heads: Annotated[
+        int, typer.Option(help="Number of attention heads per layer.", rich_help_panel="Model")
+    ] = DEFAULT.heads,
     width: Annotated[
-        int, typer.Option(help="Numbers per token; a multiple of --heads.", rich_help_panel="Model")
+        int, typer.Option(help="Hidden size; a multiple of --heads.", rich_help_panel="Model")
     ] = DEFAULT.width,
     context: Annotated[
-        int, typer.Option(help="Tokens that the model sees at most.", rich_help_panel="Model")
+        int, typer.Option(help="Maximum number of tokens of a sequence.", rich_help_panel="Model")
     ] = DEFAULT.context,
     dropout: Annotated[
-        float, typer.Option(help="Probability that training drops a value, in [0, 1).", rich_help_panel="Model")
+        float, typer.Option(help="Dropout probability, in [0, 1).", rich_help_panel="Model")
     ] = DEFAULT.dropout,
     batch: Annotated[
-        int, typer.Option(help="Sequences of one context per step.", rich_help_panel="Optimiser")
+        int, typer.Option(help="Number of sequences per step.", rich_help_panel="Optimiser")
     ] = DEFAULT.batch,
-    steps: Annotated[int, typer.Option(help="Updates of the weights.", rich_help_panel="Optimiser")] = DEFAULT.steps,
+    steps: Annotated[int, typer.Option(help="Number of training steps.", rich_help_panel="Optimiser")] = DEFAULT.steps,
     lr: Annotated[
-        float, typer.Option(help="The highest learning rate, reached after --warmup.", rich_help_panel="Optimiser")
+        float, typer.Option(help="Maximum learning rate, reached after --warmup steps.", rich_help_panel="Optimiser")
     ] = DEFAULT.lr,
     min_lr: Annotated[
-        float, typer.Option(help="The learning rate from --decay-steps on.", rich_help_panel="Optimiser")
+        float, typer.Option(help="Learning rate from step --decay-steps on.", rich_help_panel="Optimiser")
     ] = DEFAULT.min_lr,
     warmup: Annotated[
-        int, typer.Option(help="Steps in which the rate rises.", rich_help_panel="Optimiser")
+        int, typer.Option(help="Number of steps of linear warm-up.", rich_help_panel="Optimiser")
     ] = DEFAULT.warmup,
     decay_steps: Annotated[
         int | None,
         typer.Option(
-            help="Step at which the cosine reaches --min-lr; without it the last.", rich_help_panel="Optimiser"
+            help="Step at which the cosine schedule reaches --min-lr; default: the last step.",
+            rich_help_panel="Optimiser",
         ),
     ] = None,
     beta1: Annotated[
-        float, typer.Option(help="AdamW's mean of gradients.", rich_help_panel="Optimiser")
+        float, typer.Option(help="AdamW's decay rate of the first moment.", rich_help_panel="Optimiser")
     ] = DEFAULT.beta1,
     beta2: Annotated[
-        float, typer.Option(help="AdamW's mean of squared gradients.", rich_help_panel="Optimiser")
+        float, typer.Option(help="AdamW's decay rate of the second moment.", rich_help_panel="Optimiser")
     ] = DEFAULT.beta2,
     weight_decay: Annotated[
-        float, typer.Option(help="AdamW's, of matrices only.", rich_help_panel="Optimiser")
+        float, typer.Option(help="AdamW's weight decay, applied to matrices only.", rich_help_panel="Optimiser")
     ] = DEFAULT.weight_decay,
     grad_clip: Annotated[
-        float, typer.Option(help="Largest norm of all gradients together; 0: unlimited.", rich_help_panel="Optimiser")
+        float, typer.Option(help="Maximum global gradient norm; 0: no clipping.", rich_help_panel="Optimiser")
     ] = DEFAULT.grad_clip,
     seed: Annotated[
-        int, typer.Option(help="Of the weights, the batches and dropout.", rich_help_panel="Optimiser")
+        int, typer.Option(help="Random seed of weights, batches and dropout.", rich_help_panel="Optimiser")
     ] = DEFAULT.seed,
     dtype: Annotated[
         str,
         typer.Option(
             metavar="fp32|bf16",
-            help="bf16: bfloat16 activations and products, float32 weights, sums and optimiser.",
+            help="bf16: bfloat16 activations and matrix products; weights and optimiser state stay float32.",
             rich_help_panel="Machine",
         ),
     ] = DEFAULT.dtype,
@@ -214,7 +235,7 @@ def train(
         int,
         typer.Option(
             metavar="0|1|2",
-            help="What backward computes again, not keeps: 1 the GELU, 2 the product before it too.",
+            help="What backward recomputes to save memory: 0 nothing, 1 the GELU, 2 also the product before it.",
             rich_help_panel="Machine",
         ),
     ] = DEFAULT.recompute,
@@ -223,7 +244,7 @@ def train(
 ) -> None:
     """Train a model from scratch on text.
 
-    Ctrl-C ends the training and saves what was learnt; the exit code is then 130.
+    Ctrl-C stops training, saves the model and exits with code 130.
     """
     from fastlm.commands import train
 
@@ -266,18 +287,20 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to write at most; without it up to 200, as far as the context has room.")
+        int | None, typer.Option(help="Maximum number of new tokens; default: 200, or fewer if the context is full.")
     ] = None,
     temperature: Temperature = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens only.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens only.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Choose among the likeliest tokens that together have this probability.")
+        float | None, typer.Option(help="Sample from the most likely tokens with this total probability only.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same text on the same device.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of the sample; the same seed gives the same text on the same device.")
+    ] = 0,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Continue a text, token by token as it is written."""
+    """Generate a continuation of a text; prints tokens as they are generated."""
     from fastlm.commands import generate
 
     generate.run(
@@ -296,12 +319,16 @@ def generate(
 @app.command()
 def predict(
     model: Model,
-    text: Annotated[str, typer.Argument(help="What comes before; or, for a BERT, a text with \\[MASK] in it.")],
-    top: Annotated[int, typer.Option(help="How many tokens to show.")] = 10,
-    temperature: Annotated[float, typer.Option(help="Divides the scores before softmax; above 0.")] = 1.0,
+    text: Annotated[
+        str, typer.Argument(help="The text before the next token; for a BERT, a text with \\[MASK] tokens.")
+    ],
+    top: Annotated[int, typer.Option(help="Number of tokens to show.")] = 10,
+    temperature: Annotated[
+        float, typer.Option(help="The logits are divided by it before softmax; greater than 0.")
+    ] = 1.0,
     device: Device = "auto",
 ) -> None:
-    """Show the likeliest next tokens, or the likeliest fillings of \\[MASK], with their scores and probabilities."""
+    """Show the most likely next tokens or fillings of \\[MASK], with logits and probabilities."""
     from fastlm.commands import predict
 
     predict.run(model, text, top=top, temperature=temperature, device=device)
@@ -312,63 +339,67 @@ def bench(
     operators: Annotated[
         str,
         typer.Option(
-            help="Some of attention, attention_varlen, layernorm_residual, gelu_mlp, linear, linear_cross_entropy, "
-            "attention_512_tokens, attention_2048_tokens, attention_dropout, layernorm_residual_16384_rows, linear_1_row, linear_4_rows, "
-            "linear_16_rows, linear_64_rows, adamw, training_step, growth (with context and width), generation, accelerated; commas between."
+            help=f"Comma-separated list of benchmarks: {choices.listed(choices.BENCHMARKS)}. "
+            "growth: time by context and width; accelerated: transformers' models."
         ),
-    ] = "attention,attention_varlen,layernorm_residual,gelu_mlp,linear,linear_cross_entropy",
-    dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, a comma between.")] = "float32,bfloat16",
-    threads: Annotated[str, typer.Option(help="Numbers of threads, commas between.")] = "1,2",
+    ] = ",".join(choices.OPERATORS),
+    dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, comma-separated.")] = "float32,bfloat16",
+    threads: Annotated[str, typer.Option(help="Comma-separated list of numbers of threads.")] = "1,2",
     directions: Annotated[
-        str, typer.Option(help="Some of forward, backward, forward+backward; commas between.")
-    ] = "forward,backward,forward+backward",
+        str, typer.Option(help=f"Comma-separated list of {choices.listed(choices.DIRECTIONS)}.")
+    ] = ",".join(choices.DIRECTIONS),
     model: Annotated[
-        str, typer.Option(help="Of training_step: some of gpt2, gpt2-dropout, bert, small, tiny; commas between.")
+        str, typer.Option(help=f"For training_step: comma-separated list of {choices.listed(choices.MODELS)}.")
     ] = "gpt2",
     recompute: Annotated[
-        str, typer.Option(help="Of training_step: levels 0, 1, 2 of the model's recomputation; commas between.")
+        str, typer.Option(help="For training_step: comma-separated list of recomputation levels 0, 1, 2.")
     ] = str(DEFAULT.recompute),
     case: Annotated[
         str,
         typer.Option(
-            help="Of accelerated (transformers' models): some of encoding (sentences), bert, gpt2 (fine-tuning); commas between."
+            help=f"For accelerated: comma-separated list of {choices.listed(choices.ACCELERATED)} "
+            "(encoding of sentences; fine-tuning of the others)."
         ),
-    ] = "encoding,bert,gpt2",
-    checkpoint: Annotated[Path | None, typer.Option(help="Of encoding: the folder of a MiniLM checkpoint.")] = None,
+    ] = ",".join(choices.ACCELERATED),
+    checkpoint: Annotated[Path | None, typer.Option(help="For encoding: directory of a MiniLM checkpoint.")] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Also against torch.compile: needs a C++ compiler, and minutes.")
+        bool, typer.Option("--compile", help="Also compare with torch.compile; needs a C++ compiler and takes minutes.")
     ] = False,
     seconds: Annotated[
         float,
         typer.Option(
-            help="For each row, at least five rounds; whole steps take twenty times as long, those of growth five."
+            help="Seconds per row, but at least five rounds; whole steps take 20 times as long, growth 5 times."
         ),
     ] = 3.0,
-    json: Annotated[Path | None, typer.Option(help="Write everything that was measured into this file.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table into this file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all measurements to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw throughput, roofline, memory and growth into this file (.png, .svg, .pdf)."),
+        typer.Option(help="Plot throughput, roofline, memory and growth to this file (.png, .svg, .pdf)."),
     ] = None,
     gpu: Annotated[
         bool,
         typer.Option(
             "--gpu",
-            help="On the GPU instead, with its own sizes; a few minutes. Takes --json, --markdown, --plot, --table, --limit.",
+            help="Measure the GPU instead, at other sizes; takes a few minutes. "
+            "Accepts --json, --markdown, --plot, --table, --limit.",
         ),
     ] = False,
     table: Annotated[
         Path | None,
         typer.Option(
-            help="With --gpu: write who comes first for what into this file, as `info --measure` keeps it, and as source beside it (.txt)."
+            help="With --gpu: write the table of the fastest backends to this file, in the format of `info --measure`, "
+            "and with suffix .txt as Python source."
         ),
     ] = None,
     limit: Annotated[
         float | None,
-        typer.Option(help="With --gpu: seconds after which no case is begun; the most important ones come first."),
+        typer.Option(
+            help="With --gpu: number of seconds after which no case is started. Important cases are measured first."
+        ),
     ] = None,
 ) -> None:
-    """Compare with PyTorch on this machine, at the sizes of GPT-2 small."""
+    """Compare fastlm with PyTorch on this machine, at the sizes of GPT-2 small."""
     if gpu:
         from fastlm.commands import bench_gpu
 
@@ -376,17 +407,17 @@ def bench(
         return
 
     from fastlm.commands import bench
-    from fastlm.ops.boundary import mismatch
+    from fastlm.core.errors import mismatch
 
     for name, given in (("table", table), ("limit", limit)):
         if given is not None:
-            raise mismatch(name, "--gpu with it", f"{given} for the CPU")
+            raise mismatch(name, "this option together with --gpu", f"{given} without --gpu")
 
     bench.run(
         operators=operators,
         dtypes=dtypes,
         threads=threads,
-        ways=directions,
+        directions_given=directions,
         models=model,
         recompute=recompute,
         accelerated_cases=case,
@@ -401,14 +432,14 @@ def bench(
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Option(help="One of gpt2, gpt2-dropout, bert, small, tiny.")] = "gpt2",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; fp32 and bf16 for short.")] = "float32",
-    recompute: Annotated[int, typer.Option(help="Level 0, 1 or 2 of the model's recomputation.")] = DEFAULT.recompute,
-    steps: Annotated[int, typer.Option(help="Training steps to look at, after one that warms up.")] = 3,
-    json: Annotated[Path | None, typer.Option(help="Write the whole profile into this file.")] = None,
+    model: Annotated[str, typer.Option(help=f"One of {choices.listed(choices.MODELS)}.")] = "gpt2",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (also fp32, bf16).")] = "float32",
+    recompute: Annotated[int, typer.Option(help="Recomputation level 0, 1 or 2.")] = DEFAULT.recompute,
+    steps: Annotated[int, typer.Option(help="Number of profiled training steps, after one warm-up step.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="Write the whole profile to this file.")] = None,
     threads: Threads = None,
 ) -> None:
-    """Show where a training step on the CPU spends its time: in fastlm's kernels, in PyTorch's operators, in Python."""
+    """Profile a training step on the CPU: time in fastlm's kernels, in PyTorch's operators and in Python."""
     from fastlm.commands import profile
 
     profile.run(model=model, dtype=dtype, recompute=recompute, steps=steps, threads=threads, json_file=json)
@@ -417,7 +448,7 @@ def profile(
 def main() -> None:
     try:
         app()
-    except KeyboardInterrupt:  # before or after the command itself
+    except KeyboardInterrupt:  # outside a command
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 

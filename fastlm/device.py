@@ -1,21 +1,23 @@
-"""Where fastlm's own commands compute. (Everything below them computes where its tensors are.)"""
+"""Selects the device of the commands and of training. (Operators and models compute on the device of their tensors.)"""
 
 import re
 
 import torch
 
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """auto: the GPU, where PyTorch finds one, else the CPU; cpu, cuda (PyTorch's current GPU) and cuda:1 are what they say. ROCm's GPUs are cuda too.
+    """The device for a name: auto, cpu, cuda or cuda:N.
+
+    "auto" is a GPU if PyTorch finds one, else the CPU. "cuda" is PyTorch's current GPU. ROCm also names its GPUs cuda.
 
     Raises:
-        ValueError: another name, or a GPU that is not there.
+        ValueError: the name is invalid, or there is no such GPU.
     """
     found = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,3}))?", name)
     if found is None:
-        raise mismatch("device", "auto, cpu, cuda or one of several GPUs as cuda:1", repr(name))
+        raise mismatch("device", "auto, cpu, cuda or cuda:N", repr(name))
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")
@@ -23,8 +25,8 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("cpu")
     if not available:
         built = torch.version.cuda or torch.version.hip
-        why = f"PyTorch {torch.__version__} {'finds no GPU' if built else 'is built for CPUs alone'}"
-        raise mismatch("device", f"auto or cpu, as {why}", repr(name))
+        reason = f"PyTorch {torch.__version__} {'finds no GPU' if built else 'is built without GPU support'}"
+        raise mismatch("device", f"auto or cpu, as {reason}", repr(name))
     count = torch.cuda.device_count()
     if found[1] is not None and int(found[1]) >= count:
         raise mismatch(

@@ -1,4 +1,4 @@
-"""What fastlm found on this machine: which backends serve, why the others do not, and how often a call fell back or copied."""
+"""What fastlm found on this machine: the backends, why some are not available, and how often a call fell back or copied."""
 
 import dataclasses
 import platform
@@ -7,7 +7,8 @@ import torch
 
 from fastlm import allocator
 from fastlm._version import __version__
-from fastlm.backends import choice, cuda, isa, layout, table
+from fastlm.backends import cuda, isa, registry, selection, table
+from fastlm.core import layout
 
 
 @dataclasses.dataclass
@@ -16,49 +17,55 @@ class Info:
 
     version: str
     torch_version: str
-    cpu: str  # the processor's own name for itself
-    isa: str | None  # of the module in use
+    cpu: str  # the processor's own name
+    isa: str | None  # of the compiled module in use
     isas: list[str]  # that this machine can run, the widest first
-    bfloat16: str  # by what arithmetic the module multiplies it
-    table: str  # which operators go to PyTorch's own on this CPU
-    gpus: list[str]  # of each kind of GPU here, which backend comes first for what, or that it was not measured yet
+    bfloat16: str  # the arithmetic by which the module multiplies it
+    table: str  # what backend selection prefers on this CPU
+    gpus: list[str]  # the same for each GPU model here
     threads: int
-    openmp: bool  # whether the extension was built with it
-    backends: dict[str, list[str]]  # name → why it serves nothing here; empty = it can serve
-    allocator: str  # whether memory that is freed stays with the process, and how it could
+    openmp: bool  # whether the module was built with it
+    backends: dict[str, list[str]]  # name → why it is not available; empty = available
+    operators: dict[str, list[str]]  # name → the backends that implement it
+    allocator: str  # whether freed memory stays with the process, and how it could
     build: str  # why there is no compiled module, or ""
     cuda: str  # what the CUDA module was built for and what it needs, or why there is none
-    fallbacks: dict[str, int]  # "operator: taken instead of first" → calls
+    fallbacks: dict[str, int]  # "operator: selected instead of first" → calls
     copies: dict[str, int]  # layout that no stride describes → copies made
 
     def __str__(self) -> str:
+        if self.isa:
+            module = f"{self.isa}, {self._threads()}, bfloat16 by {self.bfloat16}"
+        else:
+            module = f"none ({self.build})"
         lines = [
             f"fastlm {self.version}, PyTorch {self.torch_version}",
             f"CPU: {self.cpu or 'unknown'}; can run {', '.join(self.isas) or 'no module that was built'}",
-            f"compiled module: {self.isa}, {self.threads_in_words()}, bfloat16 by {self.bfloat16}"
-            if self.isa
-            else f"compiled module: none ({self.build})",
-            *([f"table: {self.table}"] if self.isa else []),
+            f"compiled module: {module}",
+            *([f"backend order: {self.table}"] if self.isa else []),
             *(f"GPU: {line}" for line in self.gpus),
             f"CUDA module: {self.cuda}",
             f"allocator: {self.allocator}",
             "backends:",
-            *(f"  {name:10} {'; '.join(why) or 'serves'}" for name, why in self.backends.items()),
+            *(f"  {name:10} {'; '.join(why) or 'available'}" for name, why in self.backends.items()),
+            "operators:",
+            *(f"  {name:20} {', '.join(backends)}" for name, backends in self.operators.items()),
         ]
         for title, counts in (("fallbacks", self.fallbacks), ("copies", self.copies)):
             lines.append(f"{title}: {'none' if not counts else ''}".rstrip())
             lines += [f"  {what}: {count}" for what, count in counts.items()]
         return "\n".join(lines)
 
-    def threads_in_words(self) -> str:
+    def _threads(self) -> str:
         if not self.openmp:
             return "1 thread (built without OpenMP)"
         return f"{self.threads} thread{'s' if self.threads != 1 else ''}"
 
 
 def info() -> Info:
-    """What is built and usable here, why the rest is not, the ISA and threads in use, and how often a call fell back or copied a layout."""
+    """Which backends are available and why others are not, the ISA and threads in use, fallbacks and copies so far."""
     features = isa.features()
+    operators = registry.operators()
     return Info(
         version=__version__,
         torch_version=torch.__version__,
@@ -66,14 +73,18 @@ def info() -> Info:
         isa=isa.name,
         isas=isa.usable(),
         bfloat16=isa.BFLOAT16.get(isa.name or "", "multiply-adds in float32"),
-        table=table.in_words(),
-        gpus=table.gpus_in_words(),
+        table=table.cpu_summary(),
+        gpus=table.gpu_summaries(),
         threads=torch.get_num_threads(),
         openmp=isa.report().get("openmp", False),
-        backends={name: choice.unavailable(name) for name in choice.NAMES},
+        backends={name: registry.unavailable(name) for name in registry.BACKENDS},
+        operators={
+            name: [backend for backend in registry.BACKENDS if operator.implements(backend)]
+            for name, operator in operators.items()
+        },
         allocator=allocator.in_words(),
         build=isa.missing,
-        cuda=cuda.in_words(),
-        fallbacks=dict(choice.fallbacks),
+        cuda=cuda.summary(),
+        fallbacks=dict(selection.fallbacks),
         copies=dict(layout.copies),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Where there is no GPU, Triton's kernels run under its interpreter. It is asked for before anything imports Triton.
+# Without a GPU, Triton kernels run under the interpreter, which must be enabled before Triton is imported.
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -23,19 +23,19 @@ if os.environ.get("FASTLM_CUDA_EMULATION") == "1":
 
     backend.install()
 
-# Where the package under test must lie, if someone (test_mutants.py) says so: another copy that happened to be found first would prove nothing.
+# test_mutants.py runs tests on a mutated copy of the package; importing another copy would prove nothing.
 if wanted := os.environ.get("FASTLM_TEST_PACKAGE"):
     assert Path(fastlm.__file__).is_relative_to(wanted), (
         f"{fastlm.__file__} is not the package under test, which is in {wanted}"
     )
 
 
-ON_GPU = os.environ.get("FASTLM_TEST_DEVICE") == "cuda"  # the tests of the operators on a GPU: see `make gpu`
+ON_GPU = os.environ.get("FASTLM_TEST_DEVICE") == "cuda"  # operator tests on a GPU, see `make gpu`
 if ON_GPU:
     torch.set_default_device("cuda")
 
 
-# Backends whose kernels run on the CPU in a way made for checking, not for speed: of how many cases one runs.
+# Backends that are interpreted or emulated on the CPU, which is slow: one case in so many runs.
 SAMPLED = {}
 if os.environ.get("TRITON_INTERPRET") == "1":
     SAMPLED["triton"] = int(os.environ.get("FASTLM_TEST_INTERPRETED", 18))
@@ -44,9 +44,11 @@ if os.environ.get("FASTLM_CUDA_EMULATION") == "1":
 
 
 def pytest_collection_modifyitems(config, items):
-    """What runs on a GPU is marked so. Where Triton is interpreted or the CUDA kernels are emulated, a sample runs: of each test one case in n, and one at
-    least, drawn by the test's name, the same on every run. FASTLM_TEST_INTERPRETED and FASTLM_TEST_EMULATED say which n, as CI and `make emulated` do with a
-    smaller one; 1 takes all. What is marked `unsampled` runs in all its cases.
+    """Marks the tests that run on a GPU. Without one, deselects all but a sample of the interpreted and emulated cases.
+
+    Of each test one case in n runs, and at least one. The sample depends on the test's name only, so it is the same on
+    every run. FASTLM_TEST_INTERPRETED and FASTLM_TEST_EMULATED set n; CI and `make emulated` use a smaller n than the
+    default, and 1 runs all cases. Tests marked `unsampled` always run all cases.
     """
     backend_of = {item: item.callspec.params.get("backend") for item in items if getattr(item, "callspec", None)}
     if ON_GPU:
@@ -58,13 +60,13 @@ def pytest_collection_modifyitems(config, items):
     for item, backend in backend_of.items():
         if backend in SAMPLED and not item.get_closest_marker("unsampled"):
             cases[item.function, backend].append(item)
-    left_out = set()
-    for (function, backend), of_one_test in cases.items():
-        wanted = math.ceil(len(of_one_test) / SAMPLED[backend])
-        left_out |= set(of_one_test) - set(random.Random(function.__qualname__).sample(of_one_test, wanted))
-    if left_out:
-        config.hook.pytest_deselected(items=list(left_out))
-        items[:] = [item for item in items if item not in left_out]
+    deselected = set()
+    for (function, backend), items_of_test in cases.items():
+        count = math.ceil(len(items_of_test) / SAMPLED[backend])
+        deselected |= set(items_of_test) - set(random.Random(function.__qualname__).sample(items_of_test, count))
+    if deselected:
+        config.hook.pytest_deselected(items=list(deselected))
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +76,10 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def one_thread(request):
-    """On models as small as the tests' threads mostly wait for one another, for seconds where the machine is busy. The operators' tests use them all."""
+    """Runs tests of small models on one thread: several would mostly wait for each other.
+
+    Operator tests use all threads.
+    """
     if request.path.parent.name not in ("generation", "integrations", "models"):
         yield
         return

@@ -1,12 +1,13 @@
 """What the tests of all operators share."""
 
+import dataclasses
+import importlib
 import importlib.util
 import os
 
 import pytest
 import torch
 
-from fastlm.backends import load
 
 # Relative to the largest value. 16 bits: half a unit in the last place, the rounding of the result itself. float32: four units, what a few sums of
 # a handful of terms may differ by when they are added in another order; on so few terms PyTorch's own error is 0 as often as not.
@@ -103,7 +104,34 @@ def assert_same_bits(a, b):
         assert (x is None and y is None) or (x.dtype == y.dtype and torch.equal(x, y)), f"result {i}"
 
 
+def implementation_module(operator, backend):
+    """fastlm.ops.{operator}.{backend}."""
+    return importlib.import_module(f"fastlm.ops.{operator}.{backend}")
+
+
+def count_forwards(monkeypatch, operator):
+    """A list to which every forward call of an operator appends its backend's name."""
+    from fastlm.backends import registry, selection
+
+    calls = []
+    monkeypatch.setattr(selection, "_selected", {})
+    found = registry.operators()[operator]
+    original = found.implementation
+
+    def watched(name):
+        implementation = original(name)
+
+        def forward(call):
+            calls.append(name)
+            return implementation.forward(call)
+
+        return dataclasses.replace(implementation, forward=forward)
+
+    monkeypatch.setattr(found, "implementation", watched)
+    return calls
+
+
 def small_chunks(monkeypatch, backend, size):
     """Cross-entropy on chunks of logits of so many bytes, so that a small test has several."""
     if backend != "reference":
-        monkeypatch.setattr(load(backend), "LOGITS_BYTES", size)
+        monkeypatch.setattr(implementation_module("linear_cross_entropy", backend), "LOGITS_BYTES", size)

@@ -1,4 +1,4 @@
-"""tune_allocator changes a process for good: what it does is tested in processes of their own."""
+"""tune_allocator changes a process permanently, so each test runs it in a new process."""
 
 import ctypes.util
 import os
@@ -15,19 +15,19 @@ on_glibc = pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
 
 
 def process(code, **environment):
-    """What a new process prints, in an environment without the user's own settings."""
-    clean = {
+    """The output of a new process, in an environment without allocator settings."""
+    base = {
         name: value
         for name, value in os.environ.items()
         if name not in (*allocator.VARIABLES, "GLIBC_TUNABLES", "LD_PRELOAD")
     }
-    clean |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
+    base |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env=clean, capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", code], env=base, capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
-# Twice 64 MB, written to, then freed, eight times; the first round always takes its memory fresh.
+# Allocates, writes and frees two blocks of 64 MB, eight times. The first round always faults.
 FAULTS = """
 import resource, torch, fastlm
 {}
@@ -42,28 +42,29 @@ print(sum(counts[1:]))
 
 
 @on_glibc
-def test_memory_stays_mapped():
+def test_freed_memory_stays_mapped():
     before, after = int(process(FAULTS.format(""))), int(process(FAULTS.format("fastlm.tune_allocator()")))
-    assert before >= 7 * 64  # with the largest pages that there are, one fault per 2 MB
+    assert before >= 7 * 64  # even with huge pages, one fault per 2 MB
     assert after < before / 20
 
 
 @on_glibc
-def test_importing_changes_nothing():
-    code = "import fastlm, fastlm.cli, fastlm.commands.train, fastlm.commands.demo; from fastlm import allocator; print(allocator.done, fastlm.info().allocator)"
+def test_imports_do_not_tune():
+    code = (
+        "import fastlm, fastlm.cli, fastlm.commands.train, fastlm.commands.demo\n"
+        "from fastlm import allocator\n"
+        "print(allocator.done, fastlm.info().allocator)"
+    )
     assert process(code).startswith("None glibc's defaults; fastlm.tune_allocator() makes training faster")
 
 
 @on_glibc
-def test_it_says_what_it_did():
-    said = process(
+def test_result_and_info_describe_the_tuning():
+    output = process(
         "import fastlm; t = fastlm.tune_allocator(); print(t.tuned, t); print(fastlm.info().allocator)"
     ).splitlines()
-    assert (
-        said[0]
-        == "True allocator: tuned (M_MMAP_THRESHOLD 2147483647, M_TRIM_THRESHOLD -1: memory that is freed stays with the process)"
-    )
-    assert said[1] == said[0].removeprefix("True allocator: ")
+    tuned = "tuned (M_MMAP_THRESHOLD 2147483647, M_TRIM_THRESHOLD -1: freed memory stays mapped)"
+    assert output == [f"True allocator: {tuned}", tuned]
 
 
 @on_glibc
@@ -82,15 +83,15 @@ def test_it_says_what_it_did():
         ),
     ],
 )
-def test_a_setting_of_the_user_wins(variable, value, named):
+def test_environment_settings_are_respected(variable, value, named):
     faults = FAULTS.format("print(fastlm.tune_allocator())")
-    said, count = process(faults, **{variable: value}).splitlines()
-    assert said == f"allocator: left as it is (the environment sets {named})"
+    output, count = process(faults, **{variable: value}).splitlines()
+    assert output == f"allocator: not tuned (the environment sets {named})"
     assert int(count) >= 7 * 64 or variable == "MALLOC_MMAP_MAX_"
 
 
 @on_glibc
-def test_another_tunable_is_no_setting_of_the_allocators_thresholds():
+def test_unrelated_tunable():
     assert (
         process("import fastlm; print(fastlm.tune_allocator().tuned)", GLIBC_TUNABLES="glibc.malloc.arena_max=2")
         == "True"
@@ -99,60 +100,61 @@ def test_another_tunable_is_no_setting_of_the_allocators_thresholds():
 
 @on_glibc
 @pytest.mark.parametrize("library", ["jemalloc", "tcmalloc", "mimalloc"])
-def test_another_allocator_is_left_alone(library):
+def test_other_allocators_are_not_tuned(library):
     file = ctypes.util.find_library(library) or ctypes.util.find_library(f"{library}_minimal")
     if not file:
         pytest.skip(f"{library} is not installed")
-    said = process("import fastlm; print(fastlm.tune_allocator())", LD_PRELOAD=file)
-    assert said.startswith("allocator: left as it is (malloc is that of /") and library in said
+    output = process("import fastlm; print(fastlm.tune_allocator())", LD_PRELOAD=file)
+    assert output.startswith("allocator: not tuned (malloc is provided by /") and library in output
 
 
 class Mallopt:
-    """A glibc that refuses some parameters."""
+    """mallopt of a glibc that rejects some parameters."""
 
-    def __init__(self, *refused):
-        self.refused, self.calls = refused, []
+    def __init__(self, *rejected):
+        self.rejected, self.calls = rejected, []
 
     def __call__(self, parameter, value):
         assert -(2**31) <= value < 2**31
         self.calls.append((parameter, value))
-        return int(parameter not in self.refused)
+        return int(parameter not in self.rejected)
 
 
-def test_an_older_glibc_that_refuses_a_large_threshold():
+def test_older_glibc_that_rejects_a_large_threshold():
     mallopt = Mallopt(allocator.M_MMAP_THRESHOLD)
-    said = allocator.apply(mallopt)
-    assert said.tuned and said.reason.startswith("M_MMAP_MAX 0, M_TRIM_THRESHOLD -1")
+    output = allocator.apply(mallopt)
+    assert output.tuned and output.reason.startswith("M_MMAP_MAX 0, M_TRIM_THRESHOLD -1")
     assert mallopt.calls == [(-3, 2**31 - 1), (-4, 0), (-1, -1)]
 
 
 @pytest.mark.parametrize(
-    "refused, reason",
+    "rejected, reason",
     [
-        ((-3, -4), "glibc refused M_MMAP_THRESHOLD and M_MMAP_MAX"),
-        ((-1,), "glibc took M_MMAP_THRESHOLD 2147483647, but refused M_TRIM_THRESHOLD"),
+        ((-3, -4), "glibc rejected M_MMAP_THRESHOLD and M_MMAP_MAX"),
+        ((-1,), "glibc accepted M_MMAP_THRESHOLD 2147483647, but rejected M_TRIM_THRESHOLD"),
     ],
 )
-def test_refusals_are_told(refused, reason):
-    assert allocator.apply(Mallopt(*refused)) == fastlm.allocator.AllocatorTuning(False, reason)
+def test_rejected_parameters(rejected, reason):
+    assert allocator.apply(Mallopt(*rejected)) == fastlm.allocator.AllocatorTuning(False, reason)
 
 
-def test_other_systems_are_left_alone(monkeypatch):
+def test_other_systems_are_not_tuned(monkeypatch):
     monkeypatch.setattr(allocator, "done", None)
     monkeypatch.setattr(allocator.sys, "platform", "darwin")
-    assert str(fastlm.tune_allocator()) == "allocator: left as it is (glibc's settings mean nothing on darwin)"
+    assert str(fastlm.tune_allocator()) == "allocator: not tuned (only glibc can be tuned, not darwin)"
     monkeypatch.setattr(allocator.sys, "platform", "linux")
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())  # musl: no mallopt, and not glibc's version
-    assert str(fastlm.tune_allocator()) == "allocator: left as it is (the C library is not glibc)"
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())  # musl: no mallopt, no gnu_get_libc_version
+    assert str(fastlm.tune_allocator()) == "allocator: not tuned (the C library is not glibc)"
 
 
 @on_glibc
-def test_the_commands_call_it(tmp_path):
-    (tmp_path / "text.txt").write_text("some words, and more of them\n" * 50)
+def test_train_tunes_the_allocator(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some words, and more of them\n" * 50)
     code = (
         "import sys; from fastlm import allocator, cli\n"
-        f"sys.argv = ['fastlm', 'train', '--data', {str(tmp_path / 'text.txt')!r}, '--out', {str(tmp_path / 'out')!r}, '--steps', '1', '--layers', '1',"
-        " '--width', '16', '--heads', '1', '--context', '8', '--warmup', '0']\n"
+        f"sys.argv = ['fastlm', 'train', '--data', {str(text)!r}, '--out', {str(tmp_path / 'out')!r}]\n"
+        "sys.argv += '--steps 1 --layers 1 --width 16 --heads 1 --context 8 --warmup 0'.split()\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
         "print(allocator.done.tuned)"

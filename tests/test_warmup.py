@@ -6,7 +6,7 @@ from fastlm.models import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_warmup_leaves_everything_as_it_was(training):
+def test_warmup_changes_no_state(training):
     models = (
         GPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=16, n_embd=16, n_layer=1, n_head=2)),
         BertModel(
@@ -33,7 +33,7 @@ def test_warmup_leaves_everything_as_it_was(training):
         )
 
 
-def test_warmup_runs_backward_in_train_mode():
+def test_warmup_runs_backward_in_training_mode():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=16, n_embd=16, n_layer=1, n_head=2)).train()
     ran = []
     model.transformer.wte.weight.register_hook(ran.append)
@@ -45,7 +45,7 @@ def test_warmup_runs_backward_in_train_mode():
 
 
 @pytest.mark.parametrize("shape", [(2,), (0, 4), (2, "4")])
-def test_shapes_are_checked(shape):
+def test_invalid_shapes(shape):
     model = torch.nn.Embedding(4, 4)
-    with pytest.raises(ValueError, match="shapes: expected \\(batch, tokens\\), two positive integers each, got"):
+    with pytest.raises(ValueError, match=r"shapes: expected \(batch, tokens\) pairs of positive integers, got"):
         fastlm.warmup(model, [shape])

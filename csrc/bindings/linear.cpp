@@ -3,6 +3,10 @@
 #include "dispatch.h"
 #include "weights.h"
 
+namespace fastlm {
+FASTLM_LINEAR()
+}  // namespace fastlm
+
 namespace fastlm::bindings {
 
 struct linear_forward_arguments : keyword_arguments {

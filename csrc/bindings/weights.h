@@ -13,7 +13,7 @@ struct weight_layout {
   int64_t outputs(const tensor& weight) const { return weight.sizes[1 - input]; }
 
   // k inputs and n outputs; one of the strides is 1. Null where the argument is None.
-  template <class T> weight_matrix<T> matrix(const tensor& weight, int64_t k, int64_t n) const {
+  template <class T> weight_operand<T> matrix(const tensor& weight, int64_t k, int64_t n) const {
     T* const data = weight.as<T>(2);
     if (!weight.given()) return {nullptr, 0, 0};
     if (inputs(weight) != k || outputs(weight) != n)

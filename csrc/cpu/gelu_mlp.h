@@ -16,7 +16,7 @@ template <bool Tanh> FASTLM_INLINE gelu_value gelu(vec x) {
 
 // hidden may be null (nothing will need it); activated is always written: (rows, hidden_width), as is hidden.
 template <bool Tanh, class T>
-void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, T* hidden, T* activated,
+void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_operand<const T> w1, const T* b1, T* hidden, T* activated,
                      int64_t rows, int64_t width, int64_t hidden_width, int threads) {
   auto write = [=](int64_t i, int64_t j, vec value, auto span) {
     if (hidden) value.store(hidden + i * hidden_width + j, span);
@@ -26,7 +26,7 @@ void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_matrix<const T> w1, co
 }
 
 template <bool Tanh, class T>
-void gelu_mlp_forward(const T* x, int64_t x_stride, weight_matrix<const T> w1, const T* b1, weight_matrix<const T> w2,
+void gelu_mlp_forward(const T* x, int64_t x_stride, weight_operand<const T> w1, const T* b1, weight_operand<const T> w2,
                       const T* b2, T* hidden, T* activated, T* y, int64_t rows, int64_t width, int64_t hidden_width,
                       int64_t out_width, int threads) {
   gelu_mlp_hidden<Tanh>(x, x_stride, w1, b1, hidden, activated, rows, width, hidden_width, threads);
@@ -40,21 +40,23 @@ template <class T> struct gelu_mlp_saved {
 
 template <class T, class G> struct gelu_mlp_gradients {  // null where not wanted
   T* dx;
-  weight_matrix<G> dw1, dw2;
+  weight_operand<G> dw1, dw2;
   G *db1, *db2;
 };
 
-template <bool Tanh, class T, class G>
-void gelu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_matrix<const T> w1,
-                       const T* b1, weight_matrix<const T> w2, gelu_mlp_saved<T> saved, gelu_mlp_gradients<T, G> out,
-                       int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, int threads) {
+// What the gradients need of the hidden layer, as far as it is not known: hidden, activated, and where wanted
+// dhidden = dy·W2ᵀ · gelu'(hidden).
+template <bool Tanh, class T>
+void gelu_mlp_hidden_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_operand<const T> w1,
+                              const T* b1, weight_operand<const T> w2, gelu_mlp_saved<T> saved, bool wants_dhidden,
+                              int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, int threads) {
   T *hidden = saved.hidden, *activated = saved.activated, *dhidden = saved.dhidden;
   bool make_activated = !saved.activated_known;
   if (!saved.hidden_known) {
     gelu_mlp_hidden<Tanh>(x, x_stride, w1, b1, hidden, activated, rows, width, hidden_width, threads);
     make_activated = false;
   }
-  if (out.dx || out.dw1.data || out.db1) {
+  if (wants_dhidden) {
     auto write = [=](int64_t i, int64_t j, vec value, auto span) {
       const int64_t at = i * hidden_width + j;
       gelu_value g = gelu<Tanh>(vec::load(hidden + at, span));
@@ -71,10 +73,19 @@ void gelu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_str
                    });
                  });
   }
-  weight_gradient(dy, dy_stride, static_cast<const T*>(activated), hidden_width, out.dw2, out.db2, rows, hidden_width,
-                  out_width, threads);
-  linear_backward(static_cast<const T*>(dhidden), hidden_width, x, x_stride, w1, out.dx, out.dw1, out.db1, rows, width,
-                  hidden_width, threads);
+}
+
+template <bool Tanh, class T, class G>
+void gelu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_operand<const T> w1,
+                       const T* b1, weight_operand<const T> w2, gelu_mlp_saved<T> saved, gelu_mlp_gradients<T, G> out,
+                       int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, int threads) {
+  const bool wants_dhidden = out.dx || out.dw1.data || out.db1;
+  gelu_mlp_hidden_gradient<Tanh>(dy, dy_stride, x, x_stride, w1, b1, w2, saved, wants_dhidden, rows, width,
+                                 hidden_width, out_width, threads);
+  weight_gradient(dy, dy_stride, static_cast<const T*>(saved.activated), hidden_width, out.dw2, out.db2, rows,
+                  hidden_width, out_width, threads);
+  linear_backward(static_cast<const T*>(saved.dhidden), hidden_width, x, x_stride, w1, out.dx, out.dw1, out.db1, rows,
+                  width, hidden_width, threads);
 }
 
 }  // namespace fastlm

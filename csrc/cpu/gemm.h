@@ -140,13 +140,12 @@ template <class Arithmetic, class T> struct left_side {
     constexpr int64_t Per = Arithmetic::PerLane;
     const bool along_k = a.stride != 1;
     in_rows = Arithmetic::RowsOnly || (along_k && !(SmallTiles && blocks.count > 1 && b_panels >= PackedFrom));
-    as_is = in_rows && along_k && sizeof(T) * Per == 4 && a.stride % (1024 * Per) != 0 && a.stride % Per == 0 &&
+    as_is = in_rows && along_k && storage<T>::Bits * Per == 32 && a.stride % (1024 * Per) != 0 && a.stride % Per == 0 &&
             blocks.k % (Per * Arithmetic::DepthStep) == 0 && reinterpret_cast<uintptr_t>(a.data) % 4 == 0;
   }
   int64_t padded() const { return ceil_div(rows, PanelRows) * PanelRows; }
   int64_t row_size() const { return in_rows ? RowStride<Arithmetic> : Arithmetic::BlockDepth; }
   bool direct(int64_t r) const { return as_is && r + Arithmetic::Rows <= rows; }
-  const T* at(int64_t r, const block_of_k& block) const { return a.data + r * a.stride + block.first * a.k_stride; }
 
   // Called for each tile in turn: packs what it and the next ones read. `held` counts the blocks of k that are packed
   // already.
@@ -155,7 +154,7 @@ template <class Arithmetic, class T> struct left_side {
     if (direct(r) || !(row_by_row || r % (PackedTogether * PanelRows) == 0)) return;
     const int64_t some = std::min(row_by_row ? Arithmetic::Rows : PackedTogether * PanelRows, rows - r);
     float* to = packed + (held * padded() + r) * row_size();
-    pack_left<Arithmetic>(operand<T>{at(r, block), a.stride, a.k_stride}, some, block.count, in_rows, to);
+    pack_left<Arithmetic>(a.from(r, block.first), some, block.count, in_rows, to);
     if (!sums) return;
     if constexpr (Arithmetic::RowsOnly) add_row_sums<Arithmetic>(to, block.lanes, row_size(), some, sums + r);
     else
@@ -170,7 +169,7 @@ template <class Arithmetic, class T> struct left_side {
     const int64_t width = vecs * vec::Lanes;
     const float* block_at = packed + held * padded() * row_size();
     if (direct(r))
-      multiply_tile<Arithmetic, true>(vecs, block.lanes, reinterpret_cast<const float*>(at(r, block)),
+      multiply_tile<Arithmetic, true>(vecs, block.lanes, reinterpret_cast<const float*>(a.at(r, block.first)),
                                       a.stride / Arithmetic::PerLane, panel, width, tile, width, accumulate);
     else if (in_rows)
       multiply_tile<Arithmetic, true>(vecs, block.lanes, block_at + r * row_size(), RowStride<Arithmetic>, panel, width,
@@ -193,9 +192,7 @@ template <class Arithmetic, class T> struct right_side {
   int64_t first(int64_t p) const { return split.begin(p) * L; }
   int64_t vecs(int64_t p) const { return split.begin(p + 1) - split.begin(p); }
   int64_t columns_of(int64_t p, int64_t end) const { return std::min(first(end), columns) - first(p); }
-  operand<T> at(int64_t p, const block_of_k& block) const {
-    return {b.data + first(p) * b.stride + block.first * b.k_stride, b.stride, b.k_stride};
-  }
+  operand<T> at(int64_t p, const block_of_k& block) const { return b.from(first(p), block.first); }
 
   void pack(int64_t p0, int64_t p1, const block_of_k& block) const {
     for (int64_t p = p0; p < p1; ++p) {
@@ -210,18 +207,19 @@ template <class Arithmetic, class T> struct right_side {
 };
 
 // A tile's rows, `width` apart, to epilogue(i, j, value, span) from (row, column) on.
-template <class Epilogue>
+template <class Arithmetic, class Epilogue>
 FASTLM_INLINE void finish(const float* tile, int64_t rows, int64_t columns, int64_t width, int64_t row, int64_t column,
                           Epilogue epilogue) {
   constexpr int64_t L = vec::Lanes, Whole = TileVecs * L;
+  using accumulator = typename Arithmetic::accumulator;
   for (int64_t i = 0; i < rows; ++i)
     if (columns == Whole) {
 #pragma GCC unroll 3
       for (int64_t j = 0; j < Whole; j += L)
-        epilogue(row + i, column + j, vec::load(tile + i * Whole + j, full{}), full{});
+        epilogue(row + i, column + j, Arithmetic::value(accumulator::load(tile + i * Whole + j, full{})), full{});
     } else
       sweep(columns, [&](int64_t j, auto span) {
-        epilogue(row + i, column + j, vec::load(tile + i * width + j, full{}), span);
+        epilogue(row + i, column + j, Arithmetic::value(accumulator::load(tile + i * width + j, full{})), span);
       });
 }
 
@@ -244,9 +242,8 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
     const int64_t first_vec = col_vecs * col_block / cut.col_blocks,
                   vecs = col_vecs * (col_block + 1) / cut.col_blocks - first_vec, first_column = first_vec * L;
     using right_type = right_side<Arithmetic, TB>;
-    right_type right{{b.data + first_column * b.stride, b.stride, b.k_stride}, n - first_column, panels(vecs)};
-    left_side<Arithmetic, TA> left({a.data + first_row * a.stride, a.stride, a.k_stride}, rows, blocks,
-                                   right.split.count);
+    right_type right{b.from(first_column, 0), n - first_column, panels(vecs)};
+    left_side<Arithmetic, TA> left(a.from(first_row, 0), rows, blocks, right.split.count);
 
     // As many blocks of k at a time as the cache holds of A. If that is all of them, sums are kept for one panel only.
     const int64_t block_size = left.padded() * left.row_size(),
@@ -290,7 +287,8 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
                 left.multiply(r, block, index - group, panel_vecs, right.packed + (p - p0) * right_type::PanelSize,
                               tile, index > 0);
                 if (index + 1 == blocks.count)
-                  finish(tile, std::min(Arithmetic::Rows, rows - r), columns, width, first_row + r, column, epilogue);
+                  finish<Arithmetic>(tile, std::min(Arithmetic::Rows, rows - r), columns, width, first_row + r, column,
+                                     epilogue);
               }
             }
         }

@@ -6,13 +6,6 @@
 
 namespace fastlm {
 
-// A matrix operand: element (i, k) at data[i·stride + k·k_stride], k being the dimension that is summed over. One of
-// the strides is 1.
-template <class T> struct operand {
-  const T* data;
-  int64_t stride, k_stride;
-};
-
 // out[d·width + i] = source (i, k) for i < count, 0 beyond; d counts lanes of k.
 template <class Arithmetic, class T> void pack(operand<T> source, int64_t count, int64_t k, int64_t width, float* out) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
@@ -23,41 +16,41 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
   };
   if (source.stride == 1) {
     for (int64_t d = 0; d < depth; ++d) {
-      const T* row = source.data + d * Per * source.k_stride;
-      const T* next = d * Per + 1 < k ? row + source.k_stride : nullptr;
+      const T* row = source.at(0, d * Per);
+      const T* next = d * Per + 1 < k ? source.at(0, d * Per + 1) : nullptr;
       for (int64_t ahead = 0; ahead < Per;
            ++ahead)  // rows lie pages apart: no hardware follows them. Past the end a prefetch is harmless
-        for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T)))
-          __builtin_prefetch(row + (8 * Per + ahead) * source.k_stride + i);
+        for (int64_t i = 0; i < width; i += 512 / storage<T>::Bits)
+          __builtin_prefetch(source.at(i, (d + 8) * Per + ahead));
       if (count == TileVecs * L && width == count && (Per == 1 || next)) {  // most panels of B
 #pragma GCC unroll 3
         for (int64_t i = 0; i < TileVecs * L; i += L)
-          Arithmetic::along_i(row + i, Per == 1 ? nullptr : next + i, full{}).store(out + d * width + i, full{});
+          Arithmetic::along_i(storage<T>::at(row, i), Per == 1 ? nullptr : storage<T>::at(next, i), full{})
+              .store(out + d * width + i, full{});
         continue;
       }
       for (int64_t i = 0; i < width; i += L) {
-        const T* after = next ? next + i : nullptr;
+        const T *first = storage<T>::at(row, i), *after = next ? storage<T>::at(next, i) : nullptr;
         vec v = i >= count || d * Per >= k ? vec::zero()
-                : i + L <= count           ? Arithmetic::along_i(row + i, after, full{})
-                                           : Arithmetic::along_i(row + i, after, tail{size_t(count - i)});
+                : i + L <= count           ? Arithmetic::along_i(first, after, full{})
+                                           : Arithmetic::along_i(first, after, tail{size_t(count - i)});
         put(v, out + d * width + i, width - i);
       }
     }
     return;
   }
   for (int64_t i = 0; i < width; i += L) {
-    const T* rows = source.data + i * source.stride;
     for (int64_t d = 0; d < depth; d += L) {
       vec block[L];
       if (i + L <= count && (d + L) * Per <= k && i + L <= width) {
 #pragma GCC unroll 16
-        for (int64_t r = 0; r < L; ++r) block[r] = Arithmetic::along_k(rows + r * source.stride + d * Per, L * Per);
+        for (int64_t r = 0; r < L; ++r) block[r] = Arithmetic::along_k(source.at(i + r, d * Per), L * Per);
         transpose(block);
 #pragma GCC unroll 16
         for (int64_t r = 0; r < L; ++r) block[r].store(out + (d + r) * width + i, full{});
       } else {
         for (int64_t r = 0; r < L; ++r)
-          block[r] = i + r < count ? Arithmetic::along_k(rows + r * source.stride + d * Per, k - d * Per) : vec::zero();
+          block[r] = i + r < count ? Arithmetic::along_k(source.at(i + r, d * Per), k - d * Per) : vec::zero();
         transpose(block);
         for (int64_t r = 0; r < L && d + r < depth; ++r) put(block[r], out + (d + r) * width + i, width - i);
       }
@@ -99,9 +92,10 @@ template <class Arithmetic, class T> void copy_rows(operand<T> source, int64_t r
   const int64_t depth = packed_depth<Arithmetic>(k);
   for (int64_t r = 0; r < ceil_div(rows, Arithmetic::Rows) * Arithmetic::Rows; ++r) {
     float* to = out + r * row_stride;
-    const T* from = source.data + r * source.stride;
     if (r >= rows) std::fill_n(to, depth, 0.0f);
-    else sweep(depth, [=](int64_t d, auto) { Arithmetic::along_k(from + d * Per, k - d * Per).store(to + d, full{}); });
+    else
+      sweep(depth,
+            [=](int64_t d, auto) { Arithmetic::along_k(source.at(r, d * Per), k - d * Per).store(to + d, full{}); });
   }
 }
 
@@ -115,7 +109,7 @@ template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_
 #pragma GCC unroll 16
       for (int64_t r = 0; r < L; ++r) {
         const int64_t at = (first + r) * Per;
-        const T *row = source.data + at * source.k_stride + i, *next = at + 1 < k ? row + source.k_stride : nullptr;
+        const T *row = source.at(i, at), *next = at + 1 < k ? source.at(i, at + 1) : nullptr;
         block[r] = at >= k          ? vec::zero()
                    : i + L <= count ? Arithmetic::along_i(row, next, full{})
                                     : Arithmetic::along_i(row, next, tail{size_t(count - i)});
@@ -136,18 +130,18 @@ template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t r
   if constexpr (Arithmetic::RowsOnly) return pack_as_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
   if (along_k) {
     for (int64_t i = 0; i < rows; i += PanelRows)
-      pack<Arithmetic>(operand<T>{source.data + i * source.stride, source.stride, 1}, std::min(PanelRows, rows - i), k,
-                       PanelRows, out + i * Arithmetic::BlockDepth);
+      pack<Arithmetic>(operand<T>{source.at(i, 0), source.stride, 1}, std::min(PanelRows, rows - i), k, PanelRows,
+                       out + i * Arithmetic::BlockDepth);
     return;
   }
   for (int64_t d = 0; d < depth; ++d) {
-    const T* row = source.data + d * Per * source.k_stride;
-    const T* next = d * Per + 1 < k ? row + source.k_stride : nullptr;
+    const T* row = source.at(0, d * Per);
+    const T* next = d * Per + 1 < k ? source.at(0, d * Per + 1) : nullptr;
     float* to = out + d * PanelRows;
     for (int64_t i = 0; i < ceil_div(rows, PanelRows) * PanelRows; i += L) {
-      const T* after = next ? next + i : nullptr;
-      vec v = i + L <= rows ? Arithmetic::along_i(row + i, after, full{})
-              : i < rows    ? Arithmetic::along_i(row + i, after, tail{size_t(rows - i)})
+      const T *first = storage<T>::at(row, i), *after = next ? storage<T>::at(next, i) : nullptr;
+      vec v = i + L <= rows ? Arithmetic::along_i(first, after, full{})
+              : i < rows    ? Arithmetic::along_i(first, after, tail{size_t(rows - i)})
                             : vec::zero();
       v.store(to + i / PanelRows * PanelRows * Arithmetic::BlockDepth + i % PanelRows, full{});
     }
@@ -166,8 +160,8 @@ class prefetcher {
     const bool along_k = source.stride != 1;
     row = at = reinterpret_cast<const char*>(source.data);
     rows = along_k ? count : k;
-    row_bytes = (along_k ? k : count) * int64_t(sizeof(T));
-    stride_bytes = (along_k ? source.stride : source.k_stride) * int64_t(sizeof(T));
+    row_bytes = (along_k ? k : count) * storage<T>::Bits / 8;
+    stride_bytes = (along_k ? source.stride : source.k_stride) * storage<T>::Bits / 8;
   }
   int64_t lines() const { return rows * (row_bytes / 64 + 1); }
   FASTLM_INLINE void fetch(int64_t count) {

@@ -24,11 +24,11 @@ template <class Arithmetic, class T> struct corner_of {
     const bool whole = k >= L * Per;
 #pragma GCC unroll 16
     for (int64_t d = 0; d < L; ++d) {
-      const T* row = b.data + d * Per * b.k_stride;
+      const T* row = b.at(0, d * Per);
       for (int64_t i = 0; i < Per; ++i)
-        __builtin_prefetch(row + (2 * L * Per + i) * b.k_stride, 0, 2);  // into L2; past the end it is harmless
+        __builtin_prefetch(b.at(0, (d + 2 * L) * Per + i), 0, 2);  // into L2; past the end it is harmless
       w[d] = whole || d * Per < k
-                 ? Arithmetic::along_i(row, whole || d * Per + 1 < k ? row + b.k_stride : nullptr, span)
+                 ? Arithmetic::along_i(row, whole || d * Per + 1 < k ? b.at(0, d * Per + 1) : nullptr, span)
                  : vec::zero();
     }
   }
@@ -38,8 +38,8 @@ template <class Arithmetic, class T> struct corner_of {
     const bool whole = columns >= L && k >= Depth * Per;
 #pragma GCC unroll 16
     for (int64_t j = 0; j < L; ++j) {
-      const T* column = b.data + j * b.stride;
-      __builtin_prefetch(column + 256 / sizeof(T), 0, 2);
+      const T* column = b.at(j, 0);
+      __builtin_prefetch(storage<T>::at(column, 2048 / storage<T>::Bits), 0, 2);
       w[j] = whole ? lanes(column, Depth * Per) : j < columns ? lanes(column, k) : vec::zero();
     }
     transpose(w);
@@ -69,10 +69,11 @@ template <class Arithmetic, class T> struct corner_of {
 // additions are under way.
 template <class Arithmetic, int Rows> FASTLM_INLINE void add_rows(int64_t m, int64_t& r, const float* a,
                                                                   const vec (&w)[vec::Lanes], float* sums) {
+  using accumulator = typename Arithmetic::accumulator;
   for (; r + Rows <= m; r += Rows) {
-    vec sum[Rows];
+    accumulator sum[Rows];
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < Rows; ++i) sum[i] = vec::load(sums + (r + i) * vec::Lanes, full{});
+    for (int64_t i = 0; i < Rows; ++i) sum[i] = accumulator::load(sums + (r + i) * vec::Lanes, full{});
 #pragma GCC unroll 16
     for (int64_t d = 0; d < vec::Lanes; ++d)
 #pragma GCC unroll 8
@@ -92,84 +93,109 @@ template <class Arithmetic> FASTLM_INLINE void add_rows(int64_t m, const float* 
   add_rows<Arithmetic, 1>(m, r, a, w, sums);
 }
 
-inline void add(float* sums, const float* more, int64_t count) {
-  sweep(count,
-        [=](int64_t i, auto span) { (vec::load(sums + i, span) + vec::load(more + i, span)).store(sums + i, span); });
+template <class Accumulator> void add(float* sums, const float* more, int64_t count) {
+  sweep(count, [=](int64_t i, auto span) {
+    (Accumulator::load(sums + i, span) + Accumulator::load(more + i, span)).store(sums + i, span);
+  });
 }
+
+// The depth of a product in blocks of nearly equal size.
+template <class Arithmetic> struct few_rows_depth {
+  int64_t lanes, blocks;
+  explicit few_rows_depth(int64_t k)
+      : lanes(packed_depth<Arithmetic>(k)), blocks(std::max<int64_t>(1, ceil_div(lanes, Arithmetic::BlockDepth))) {}
+  int64_t begin(int64_t block) const { return lanes * block / blocks; }
+};
 
 inline constexpr int64_t MostOfA = 1 << 18;  // elements: packed, they stay in the L2 cache
 inline constexpr int64_t FewDeep = 64;
 inline constexpr int64_t SumsHeld =
     8192;  // of C, at a time: 32 kB. With fewer, what is read of each row of B is short, and no hardware follows it
 
+// totals[j·m + r·Lanes + …] = Σ_k A[r, k]·B[k, j + …] for `columns` columns of B, at most SumsHeld / m of them. Not
+// inlined: one copy of this much code serves every epilogue.
+template <class Arithmetic, class T> __attribute__((noinline)) void sum_few_rows(int64_t m, int64_t columns, int64_t k,
+                                                                                 const float* packed_a, operand<T> b,
+                                                                                 float* totals) {
+  using corner = corner_of<Arithmetic, T>;
+  using accumulator = typename Arithmetic::accumulator;
+  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
+  const few_rows_depth<Arithmetic> depth(k);
+  const bool along_k = b.stride != 1;
+  const int64_t size = m * ceil_div(columns, L) * L;
+  alignas(64) float of_block[SumsHeld], chain[SumsHeld];
+  for (int64_t block = 0; block < depth.blocks; ++block) {
+    const int64_t lanes = depth.begin(block + 1) - depth.begin(block),
+                  k_end = std::min(k, depth.begin(block + 1) * Per);
+    float* block_sums = block > 0 ? of_block : totals;
+    for (int64_t first = 0; first < lanes; first += Chain) {
+      float* sums = first > 0 ? chain : block_sums;
+      std::fill_n(sums, size, 0.0f);
+      for (int64_t d = first; d < std::min(lanes, first + Chain); d += along_k ? corner::Depth : L) {
+        const float* rows = packed_a + (block * Arithmetic::BlockDepth + d) * m;
+        const int64_t from = (depth.begin(block) + d) * Per;
+        const operand<T> at = b.from(0, from);
+        vec w[L];
+        if (!along_k) {
+          sweep(columns, [&](int64_t j, auto span) {
+            corner::along_i({storage<T>::at(at.data, j), 1, at.k_stride}, k_end - from, span, w);
+            add_rows<Arithmetic>(m, rows, w, sums + j * m);
+          });
+          continue;
+        }
+        corner::along_k(at, columns, k_end - from, w);
+        if constexpr (corner::AsPairs) {
+          for (int64_t half = 0; half < 2; ++half) {
+            vec wide[L];
+            corner::widen(w, half, wide);
+            add_rows<Arithmetic>(m, rows + half * L * m, wide, sums);
+          }
+        } else {
+          add_rows<Arithmetic>(m, rows, w, sums);
+        }
+      }
+      if (sums == chain) add<accumulator>(block_sums, chain, size);
+    }
+    if (block_sums == of_block) add<accumulator>(totals, of_block, size);
+  }
+}
+
 // As gemm(); A contiguous in k.
 template <class Arithmetic, class TA, class TB, class Epilogue>
 void gemm_few_rows(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue) {
-  using corner = corner_of<Arithmetic, TB>;
-  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
-  const int64_t depth = packed_depth<Arithmetic>(k),
-                depth_blocks = std::max<int64_t>(1, ceil_div(depth, Arithmetic::BlockDepth)), col_vecs = ceil_div(n, L);
+  using accumulator = typename Arithmetic::accumulator;
+  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane, Corner = corner_of<Arithmetic, TB>::Depth;
+  const few_rows_depth<Arithmetic> depth(k);
+  const int64_t col_vecs = ceil_div(n, L);
   const bool along_k = b.stride != 1;
-  auto begin = [=](int64_t block) { return depth * block / depth_blocks; };
 
   // A once, for all threads: block after block of the depth, Lanes deep pieces of all rows, with zeros up to the last
   // corner of B.
   static_assert(Arithmetic::BlockDepth % (2 * L) == 0);
-  float* packed_a = scratch(depth_blocks * Arithmetic::BlockDepth * m);
-  for (int64_t block = 0; block < depth_blocks; ++block)
+  float* packed_a = scratch(depth.blocks * Arithmetic::BlockDepth * m);
+  for (int64_t block = 0; block < depth.blocks; ++block)
     for (int64_t r = 0; r < m; ++r)
-      for (int64_t d = 0; d < ceil_div(begin(block + 1) - begin(block), corner::Depth) * corner::Depth; d += L) {
-        const int64_t from = (begin(block) + d) * Per, left = std::min(k, begin(block + 1) * Per) - from;
-        Arithmetic::along_k(a.data + r * a.stride + from, left)
+      for (int64_t d = 0; d < ceil_div(depth.begin(block + 1) - depth.begin(block), Corner) * Corner; d += L) {
+        const int64_t from = (depth.begin(block) + d) * Per, left = std::min(k, depth.begin(block + 1) * Per) - from;
+        Arithmetic::along_k(a.at(r, from), left)
             .store(packed_a + (block * Arithmetic::BlockDepth + d) * m + r * L, full{});
       }
 
   // A part reads 64 kB of B at least. Where that is a piece of each of B's rows, long pieces are worth more than a
   // second part for a thread whose first was early.
   const int64_t most = std::min<int64_t>(along_k ? 2 * threads : threads, col_vecs);
-  const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(n * k * int64_t(sizeof(TB)) / 65536, 1, most);
+  const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(n * k * storage<TB>::Bits / 8 / 65536, 1, most);
   const int64_t held = along_k ? L : SumsHeld / (m * L) * L;
   parallel_parts(parts, threads, [=](int64_t part) {
-    alignas(64) float total[SumsHeld], of_block[SumsHeld], chain[SumsHeld];  // Lanes columns of all rows, then the next
+    alignas(64) float totals[SumsHeld];  // Lanes columns of all rows, then the next
     const int64_t end = std::min(n, col_vecs * (part + 1) / parts * L);
     for (int64_t column = col_vecs * part / parts * L; column < end; column += held) {
-      const int64_t columns = std::min(held, end - column), size = m * ceil_div(columns, L) * L;
-      for (int64_t block = 0; block < depth_blocks; ++block) {
-        const int64_t lanes = begin(block + 1) - begin(block), k_end = std::min(k, begin(block + 1) * Per);
-        float* block_sums = block > 0 ? of_block : total;
-        for (int64_t first = 0; first < lanes; first += Chain) {
-          float* sums = first > 0 ? chain : block_sums;
-          std::fill_n(sums, size, 0.0f);
-          for (int64_t d = first; d < std::min(lanes, first + Chain); d += along_k ? corner::Depth : L) {
-            const float* rows = packed_a + (block * Arithmetic::BlockDepth + d) * m;
-            const int64_t from = (begin(block) + d) * Per;
-            const operand<TB> at{b.data + column * b.stride + from * b.k_stride, b.stride, b.k_stride};
-            vec w[L];
-            if (!along_k) {
-              sweep(columns, [&](int64_t j, auto span) {
-                corner::along_i({at.data + j, 1, at.k_stride}, k_end - from, span, w);
-                add_rows<Arithmetic>(m, rows, w, sums + j * m);
-              });
-              continue;
-            }
-            corner::along_k(at, columns, k_end - from, w);
-            if constexpr (corner::AsPairs) {
-              for (int64_t half = 0; half < 2; ++half) {
-                vec wide[L];
-                corner::widen(w, half, wide);
-                add_rows<Arithmetic>(m, rows + half * L * m, wide, sums);
-              }
-            } else {
-              add_rows<Arithmetic>(m, rows, w, sums);
-            }
-          }
-          if (sums == chain) add(block_sums, chain, size);
-        }
-        if (block_sums == of_block) add(total, of_block, size);
-      }
+      const int64_t columns = std::min(held, end - column);
+      sum_few_rows<Arithmetic>(m, columns, k, packed_a, b.from(column, 0), totals);
       for (int64_t r = 0; r < m; ++r)
-        sweep(columns,
-              [&](int64_t j, auto span) { epilogue(r, column + j, vec::load(total + j * m + r * L, full{}), span); });
+        sweep(columns, [&](int64_t j, auto span) {
+          epilogue(r, column + j, Arithmetic::value(accumulator::load(totals + j * m + r * L, full{})), span);
+        });
     }
   });
 }
@@ -179,10 +205,11 @@ void gemm_few_rows(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
 template <class Arithmetic, int Vecs, class Write>
 FASTLM_INLINE void write_tile(int64_t depth, const float* a, const float* b, Write write) {
   constexpr int64_t Width = Vecs * vec::Lanes;
-  vec total[TileRows][Vecs];
+  using accumulator = typename Arithmetic::accumulator;
+  accumulator total[TileRows][Vecs];
   sum_chain<Arithmetic, false>(std::min(depth, Chain), a, PanelRows, b, Width, total);
   for (int64_t first = Chain; FewDeep > Chain && first < depth; first += Chain) {
-    vec sum[TileRows][Vecs];
+    accumulator sum[TileRows][Vecs];
     sum_chain<Arithmetic, false>(std::min(depth - first, Chain), a + first * PanelRows, PanelRows, b + first * Width,
                                  Width, sum);
 #pragma GCC unroll 8
@@ -193,7 +220,7 @@ FASTLM_INLINE void write_tile(int64_t depth, const float* a, const float* b, Wri
 #pragma GCC unroll 8
   for (int r = 0; r < TileRows; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < Vecs; ++v) write(r, v, total[r][v]);
+    for (int v = 0; v < Vecs; ++v) write(r, v, Arithmetic::value(total[r][v]));
 }
 
 // As gemm(); A contiguous in its rows' index and no more than one block deep: the gradient of weights. m·n results are
@@ -216,12 +243,12 @@ void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
       for (int64_t column = first; column < last; column += Panel) {
         const int64_t columns = std::min(Panel, n - column), width = ceil_div(columns, L) * L;
         float* to = packed_b + (column - first) * depth;
-        pack<Arithmetic>(operand<TB>{b.data + column * b.stride, b.stride, b.k_stride}, columns, k, width, to);
+        pack<Arithmetic>(b.from(column, 0), columns, k, width, to);
         if (b_sums && part == 0) add_panel_sums<Arithmetic>(to, depth, width, columns, b_sums + column);
       }
       for (int64_t panel = row_panels * part / parts * PanelRows; panel < end; panel += PanelRows) {
         const int64_t rows = std::min(PanelRows, end - panel);
-        pack_left<Arithmetic>(operand<TA>{a.data + panel, 1, a.k_stride}, rows, k, false, packed_a);
+        pack_left<Arithmetic>(operand<TA>{a.at(panel, 0), 1, a.k_stride}, rows, k, false, packed_a);
         if (a_sums && first == 0) add_panel_sums<Arithmetic>(packed_a, depth, PanelRows, rows, a_sums + panel);
         for (int64_t r = 0; r < rows; r += TileRows)
           for (int64_t column = first; column < last; column += Panel) {

@@ -3,9 +3,7 @@
 // The tile of 8 × 3 vectors (AVX-512: 24 sums, 3 of B, 1 of A) does 24 multiply-adds for 11 loads; with 16 registers it
 // is 4 × 3, 12 for 7.
 #pragma once
-#include <algorithm>
-#include <type_traits>
-#include "simd.h"
+#include "operand.h"
 
 namespace fastlm {
 
@@ -33,12 +31,16 @@ struct by_fma {  // one fp32 value
   static constexpr bool RowsOnly = false;  // whether the first operand may not be k-major
   static constexpr bool Cheap = false;     // whether products cost little beside what is done around them
   struct session {};                       // lives while a thread multiplies
-  static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return fma(a, b, sum); }
+  using accumulator = vec;                 // a register of sums; value() makes it fp32 for the epilogue
+  static FASTLM_INLINE accumulator multiply_add(accumulator sum, vec a, vec b) { return fma(a, b, sum); }
+  static FASTLM_INLINE vec value(accumulator sum) { return sum; }
   template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T*, Span span) {
-    return vec::load(p, span);
+    return storage<T>::load(p, span);
   }
   template <class T> static FASTLM_INLINE vec along_k(const T* p, int64_t count) {
-    return count >= vec::Lanes ? vec::load(p, full{}) : count > 0 ? vec::load(p, tail{size_t(count)}) : vec::zero();
+    return count >= vec::Lanes ? storage<T>::load(p, full{})
+           : count > 0         ? storage<T>::load(p, tail{size_t(count)})
+                               : vec::zero();
   }
   static FASTLM_INLINE vec total(vec lane) { return lane; }
 };
@@ -48,7 +50,9 @@ struct by_dot {  // two bf16 values, consecutive in k
   static constexpr int64_t PerLane = 2, BlockDepth = 192, Rows = TileRows, DepthStep = 1;
   static constexpr bool RowsOnly = false, Cheap = false;
   struct session {};
-  static FASTLM_INLINE vec multiply_add(vec sum, vec a, vec b) { return dot_bf16(sum, a, b); }
+  using accumulator = vec;
+  static FASTLM_INLINE accumulator multiply_add(accumulator sum, vec a, vec b) { return dot_bf16(sum, a, b); }
+  static FASTLM_INLINE vec value(accumulator sum) { return sum; }
   template <class T, class Span> static FASTLM_INLINE vec along_i(const T* p, const T* next, Span span) {
     return next ? interleave_pairs(p, next, span) : interleave_pairs(p, nullptr, span);
   }
@@ -66,11 +70,13 @@ struct by_dot {  // two bf16 values, consecutive in k
 }  // namespace fastlm
 #include "tiles_amx.h"
 namespace fastlm {
-template <class T> using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16>, by_tiles, by_fma>;
+template <class T, class W = T>
+using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16> && std::is_same_v<W, bf16>, by_tiles, by_fma>;
 #elif defined(__AVX512BF16__)
-template <class T> using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16>, by_dot, by_fma>;
+template <class T, class W = T>
+using arithmetic_for = std::conditional_t<std::is_same_v<T, bf16> && std::is_same_v<W, bf16>, by_dot, by_fma>;
 #else
-template <class T> using arithmetic_for = by_fma;
+template <class T, class W = T> using arithmetic_for = by_fma;
 #endif
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -89,11 +95,11 @@ inline constexpr int64_t Chain = FusesMultiplyAdd ? 192 : 8;
 // RowMajor, lies as rows a_stride apart.
 template <class Arithmetic, bool RowMajor, int Vecs>
 FASTLM_INLINE void sum_chain(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                             vec (&sum)[TileRows][Vecs]) {
+                             typename Arithmetic::accumulator (&sum)[TileRows][Vecs]) {
 #pragma GCC unroll 8
   for (int r = 0; r < TileRows; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < Vecs; ++v) sum[r][v] = vec::zero();
+    for (int v = 0; v < Vecs; ++v) sum[r][v] = Arithmetic::accumulator::zero();
   for (int64_t d = depth; d > 0; --d) {
     vec bv[Vecs];
 #pragma GCC unroll 3
@@ -116,6 +122,7 @@ template <class Arithmetic, int Vecs, bool RowMajor, class Stride>
 void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, Stride b_stride, float* c,
                    Stride c_stride, bool accumulate, int64_t chain) {
   constexpr int64_t L = vec::Lanes;
+  using accumulator = typename Arithmetic::accumulator;
   if constexpr (!FusesMultiplyAdd) {  // the many short chains of a block are added to each other before they are to
                                       // what was there
     if (accumulate && depth > chain) {
@@ -124,7 +131,7 @@ void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float*
                                                          chain);
       for (int64_t r = 0; r < TileRows; ++r)
         sweep(Vecs * L, [=, &block](int64_t j, auto) {
-          (vec::load(c + r * c_stride + j, full{}) + vec::load(block + r * Vecs * L + j, full{}))
+          (accumulator::load(c + r * c_stride + j, full{}) + accumulator::load(block + r * Vecs * L + j, full{}))
               .store(c + r * c_stride + j, full{});
         });
       return;
@@ -133,7 +140,7 @@ void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float*
   if (SmallTiles && accumulate && c_stride == Vecs * L)
     for (int i = 0; i < TileRows * Vecs * L; i += 16) __builtin_prefetch(c + i, 1, 3);
   for (int64_t first = 0; first < depth; first += chain) {
-    vec sum[TileRows][Vecs];
+    accumulator sum[TileRows][Vecs];
     sum_chain<Arithmetic, RowMajor>(std::min(chain, depth - first), a + first * (RowMajor ? 1 : a_stride), a_stride,
                                     b + first * b_stride, b_stride, sum);
     const bool add = accumulate || first > 0;
@@ -142,7 +149,7 @@ void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float*
 #pragma GCC unroll 3
       for (int v = 0; v < Vecs; ++v) {
         float* at = c + r * c_stride + v * L;
-        (add ? vec::load(at, full{}) + sum[r][v] : sum[r][v]).store(at, full{});
+        (add ? accumulator::load(at, full{}) + sum[r][v] : sum[r][v]).store(at, full{});
       }
   }
 }

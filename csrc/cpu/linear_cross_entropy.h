@@ -81,7 +81,7 @@ template <class T, class G> struct cross_entropy_gradients {
 
 // Returns −1, or the first row whose target is neither a token nor ignore_index (nothing is computed then).
 template <class T, class G>
-int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T> weight, const T* bias,
+int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_operand<const T> weight, const T* bias,
                              cross_entropy ce, float* logits, int64_t chunk_rows, cross_entropy_gradients<T, G> out,
                              int64_t rows, int64_t width, int64_t vocab, int threads) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -110,8 +110,8 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_matrix<const T
     });
     if (out.dx) {
       T* dx = out.dx + first * width;
-      multiply<arithmetic>(count, width, vocab, operand<float>{logits, vocab, 1},
-                           operand<T>{weight.data, weight.k_stride, weight.n_stride}, threads, store_to(dx, width));
+      multiply<arithmetic>(count, width, vocab, operand<float>{logits, vocab, 1}, weight.summed_over_outputs(), threads,
+                           store_to(dx, width));
     }
     if (out.dweight) {
       const bool starts = first == 0, ends = first + count == rows;

@@ -1,5 +1,9 @@
-"""What computes: see choice.py for who serves a call. (The names live there because the backend `torch` hides PyTorch's own name in here.)"""
+"""Backends: the contract, the registry of operators, backend selection, and what each backend's implementations share.
 
-from fastlm.backends.choice import Unsupported, choose, load, name_of, requested, use_backend
+The names live in `selection` because the module `torch` in here would hide PyTorch's own.
+"""
 
-__all__ = ["Unsupported", "choose", "load", "name_of", "requested", "use_backend"]
+from fastlm.backends.selection import requested, use_backend
+from fastlm.core.errors import Unsupported
+
+__all__ = ["Unsupported", "requested", "use_backend"]

@@ -1,4 +1,4 @@
-"""Which compiled module this process uses: the fastest that was built and that this CPU and its operating system can run."""
+"""The compiled module of this process: the fastest that was built and that this CPU and operating system can run."""
 
 import importlib
 import json
@@ -8,19 +8,18 @@ from types import ModuleType
 
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
 
-
-# How a module multiplies bfloat16 numbers; the others widen them to float32 as they pack them.
-BFLOAT16 = {"amx": "tiles (AMX)", "avx512_bf16": "dot products (AVX-512 BF16)"}
+# How a module multiplies bfloat16 numbers; the others widen them to float32 as they are packed.
+BFLOAT16 = {"amx": "AMX tiles", "avx512_bf16": "AVX-512 BF16 dot products"}
 
 
 def report() -> dict:
-    """What setup.py says about the build: its modules, whether with OpenMP, the compiler, and the reason if there is no module."""
-    written = pathlib.Path(__file__).parent.parent / "_build.json"
-    return json.loads(written.read_text()) if written.exists() else {}
+    """What setup.py recorded: the modules, OpenMP or not, the compiler, and the reason if there is no module."""
+    path = pathlib.Path(__file__).parent.parent / "_build.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def features() -> ModuleType | None:
-    """The module that asks the CPU; None where it was not built."""
+    """The module that queries the CPU; None where it was not built."""
     try:
         return importlib.import_module("fastlm._cpu_features")
     except ImportError:
@@ -28,13 +27,16 @@ def features() -> ModuleType | None:
 
 
 def usable() -> list[str]:
-    """What this machine can run, the widest first."""
+    """The ISAs that this machine can run, the widest first."""
     module = features()
     return module.isas() if module else []
 
 
 def by_speed(usable: list[str], vendor: str) -> list[str]:
-    """The order in which modules are tried. Intel's cores run the bf16 dot product at half the rate of fp32 multiply-adds: there widening wins."""
+    """The order in which modules are tried.
+
+    Intel's cores run the bf16 dot product at half the rate of fp32 multiply-adds: there, widening is faster.
+    """
     if vendor != "GenuineIntel" or "avx512" not in usable:
         return usable
     return sorted(usable, key=lambda isa: ("amx", "avx512").index(isa) if isa in ("amx", "avx512") else 2)
@@ -54,8 +56,8 @@ def find() -> tuple[ModuleType | None, str | None, str]:
             return importlib.import_module(f"fastlm._cpu_{isa}"), isa, ""
         except ModuleNotFoundError:
             reasons.append(f"no module for {isa} was built")
-        except ImportError as broken:  # built, but for another Python or with a library that is missing
-            reasons.append(f"the module for {isa} does not load ({broken})")
+        except ImportError as error:  # built, but for another Python or with a missing library
+            reasons.append(f"the module for {isa} does not load ({error})")
     if forced:
         raise RuntimeError(f"FASTLM_ISA: expected an ISA that was built, got {forced!r} ({', '.join(reasons)})")
     return None, None, report().get("reason") or ", ".join(reasons) or "the extension was not built"

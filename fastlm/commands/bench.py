@@ -1,4 +1,4 @@
-"""fastlm bench: ours against PyTorch on this machine, as a table and as files."""
+"""fastlm bench: compares fastlm with PyTorch on this machine; prints tables and writes files."""
 
 import dataclasses
 import json
@@ -10,15 +10,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import fastlm
 from fastlm.benchmarking import accelerated, growth, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
-from fastlm.benchmarking.operators import CASES, DIRECTIONS, OTHERS, directions
+from fastlm.benchmarking.operators import CASES, OTHERS, directions
 from fastlm.benchmarking.optimizer import compare_adamw
+from fastlm.commands import choices
 from fastlm.commands.display import console, say
-from fastlm.ops.boundary import mismatch
-from fastlm.ops.gelu_mlp import LEVELS
-from fastlm.training.settings import within
-
-ACTORS = ("training_step", "growth", "accelerated")  # measured in processes of their own, PyTorch as it comes and tuned
-NAMES = (*CASES, *OTHERS, "adamw", "generation", *ACTORS)
+from fastlm.core.errors import mismatch
+from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
+from fastlm.training.settings import check_range
 
 
 def run(
@@ -26,7 +24,7 @@ def run(
     operators: str,
     dtypes: str,
     threads: str,
-    ways: str,
+    directions_given: str,
     models: str,
     recompute: str,
     accelerated_cases: str,
@@ -37,35 +35,34 @@ def run(
     markdown_file: Path | None,
     plot_file: Path | None,
 ) -> None:
-    chosen = several("operators", operators, NAMES)
-    kinds = several("dtypes", dtypes, tuple(DTYPES))
-    wanted = several("directions", ways, DIRECTIONS)
-    subjects = several("model", models, tuple(whole.MODELS))
-    levels = [int(level) for level in several("recompute", recompute, tuple(map(str, LEVELS)))]
-    cases = several("case", accelerated_cases, accelerated.CASES)
+    chosen = parse_names("operators", operators, choices.BENCHMARKS)
+    dtype_names = parse_names("dtypes", dtypes, tuple(DTYPES))
+    chosen_directions = parse_names("directions", directions_given, choices.DIRECTIONS)
+    chosen_models = parse_names("model", models, choices.MODELS)
+    levels = [int(level) for level in parse_names("recompute", recompute, tuple(map(str, RECOMPUTE_LEVELS)))]
+    cases = parse_names("case", accelerated_cases, choices.ACCELERATED)
     if "accelerated" in chosen:
         accelerated.check_checkpoint(cases, checkpoint)
-    numbers = [number("threads", n) for n in threads.split(",")]
-    within("seconds", seconds, 0, 3600, open_left=True)
+    thread_counts = [parse_count("threads", n) for n in threads.split(",")]
+    check_range("seconds", seconds, 0, 3600, open_left=True)
     for argument, file in (("json", json_file), ("markdown", markdown_file), ("plot", plot_file)):
         check_target(argument, file)
 
-    described = report.machine(numbers, kinds)
+    described = report.machine(thread_counts, dtype_names)
     say(f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}")
     for line in report.peaks_in_words(described):
         say(line)
     if torch.cuda.is_available():
-        say("This is the CPU; fastlm bench --gpu measures the GPU.")
-    if {*chosen} - {*ACTORS}:
-        say(
-            str(fastlm.tune_allocator())
-        )  # for both libraries: as it comes, what a call takes depends on what was freed before it
+        say("These are results of the CPU; fastlm bench --gpu measures the GPU.")
+    if {*chosen} - {*choices.WHOLE_RUNS}:
+        # Also for PyTorch: with the default settings the time of a call depends on which blocks were freed before it.
+        say(str(fastlm.tune_allocator()))
     plan = [
         (name, dtype, n, way, level)
         for name in chosen
-        for dtype in kinds
-        for n in numbers
-        for way in ways_of(name, wanted, subjects, cases)
+        for dtype in dtype_names
+        for n in thread_counts
+        for way in variants_of(name, chosen_directions, chosen_models, cases)
         for level in (levels if name == "training_step" else [None])
     ]
     rows: list[Row] = []
@@ -79,14 +76,13 @@ def run(
         task = bar.add_task("", total=len(plan))
         for name, dtype, n, way, level in plan:
             bar.update(task, description=f"{' '.join(filter(None, (name, way)))}, {dtype}, {n} thread{'s' * (n > 1)}")
-            rows.append(measured(name, dtype, n, way, level, compiled, seconds, checkpoint))
+            rows.append(measure(name, dtype, n, way, level, compiled, seconds, checkpoint))
             bar.advance(task)
-    say(
-        "times as fast as PyTorch: median [quartiles]; peak: share of what the machine can do, timed in turn too, above 100 % in its caches; by: whose kernels"
-    )
-    if {*ACTORS} & {*chosen}:
-        say("memory: what the step takes beyond the model and the optimiser's state, over the rival's")
-        say("level: of the model's recomputation; tuned: with fastlm.tune_allocator(), as fastlm itself")
+    say("speedup over PyTorch: median [quartiles] of interleaved runs; by: the backend")
+    say("peak: percentage of the machine's measured peak; above 100 % if the data stay in the caches")
+    if {*choices.WHOLE_RUNS} & {*chosen}:
+        say("memory: use of a step beyond model and optimiser state, relative to the baseline's")
+        say("level: of recomputation; tuned: PyTorch with fastlm.tune_allocator(), which fastlm always has here")
     for table in report.screen_tables(rows):
         console.print(table)
     if json_file:
@@ -97,14 +93,14 @@ def run(
         plots.draw(plot_file, rows, described)
 
 
-def ways_of(name: str, wanted: list[str], subjects: list[str], cases: list[str]) -> list[str]:
-    """What there is to measure of it: directions of an operator, models of a whole step, sizes that grow; an optimiser and a generation go one way."""
+def variants_of(name: str, chosen_directions: list[str], models: list[str], cases: list[str]) -> list[str]:
+    """What to measure of a benchmark: directions of an operator, models of a training step, sizes that grow, …"""
     if name in CASES or name in OTHERS:
-        return [d for d in directions(name) if d in wanted]
-    return {"training_step": subjects, "growth": [*growth.POINTS], "accelerated": cases}.get(name, [""])
+        return [d for d in directions(name) if d in chosen_directions]
+    return {"training_step": models, "growth": [*growth.POINTS], "accelerated": cases}.get(name, [""])
 
 
-def measured(
+def measure(
     name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float, checkpoint: Path | None
 ) -> Row:
     if make := (CASES | OTHERS).get(name):
@@ -126,30 +122,30 @@ def measured(
     return whole.compare_generation(dtype, n, budget=10 * seconds)
 
 
-def several(argument: str, given: str, allowed: tuple[str, ...]) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in given.split(",")))
+def parse_names(argument: str, text: str, allowed: tuple[str, ...]) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in allowed:
-            raise mismatch(argument, f"some of {', '.join(allowed)}, with commas between", repr(name))
+            raise mismatch(argument, f"a comma-separated list of {choices.listed(allowed)}", repr(name))
     return names
 
 
-def number(argument: str, given: str) -> int:
-    if not given.strip().isdecimal() or not 1 <= int(given) <= 4096:
-        raise mismatch(argument, "whole numbers of at least 1, with commas between", repr(given))
-    return int(given)
+def parse_count(argument: str, text: str) -> int:
+    if not text.strip().isdecimal() or not 1 <= int(text) <= 4096:
+        raise mismatch(argument, "a comma-separated list of integers from 1 to 4096", repr(text))
+    return int(text)
 
 
 def check_target(argument: str, file: Path | None) -> None:
-    """Before minutes are spent on measuring."""
+    """Checks, before the measurements, that an output file can be written."""
     if file is None:
         return
     if file.is_dir() or not file.absolute().parent.is_dir():
-        raise mismatch(argument, "a file name in a folder that exists", repr(str(file)))
+        raise mismatch(argument, "a file name in an existing directory", repr(str(file)))
     if argument == "plot":
         try:
             import matplotlib  # noqa: F401
         except ImportError:
             raise mismatch(
-                "plot", "matplotlib to be installed (pip install 'fastlm[plot]')", "an installation without it"
+                "plot", "an installation with matplotlib (pip install 'fastlm[plot]')", "one without"
             ) from None

@@ -1,4 +1,7 @@
-"""fastlm bench --gpu: this GPU, as a table and as files. They are written again after every row: what was measured is not lost when time runs out."""
+"""fastlm bench --gpu: benchmarks of this GPU; prints a table and writes files.
+
+The files are rewritten after every row, so that no result is lost when the time runs out.
+"""
 
 import contextlib
 import dataclasses
@@ -22,17 +25,17 @@ from fastlm.benchmarking.gpu.timing import Row, peaks
 from fastlm.benchmarking.gpu.training import training_step
 from fastlm.commands.bench import check_target
 from fastlm.commands.display import console, say
-from fastlm.ops.boundary import mismatch
-from fastlm.training.settings import within
+from fastlm.core.errors import mismatch
+from fastlm.training.settings import check_range
 
 
 class Stopped(BaseException):
-    """SIGTERM. Not an Exception, which a compiler might take for its own."""
+    """Raised by SIGTERM. Not an Exception, so that no compiler or library catches it."""
 
 
 @contextlib.contextmanager
 def stoppable(run: plan.Run) -> Iterator[None]:
-    """SIGTERM, as `timeout` sends it, ends the measurements in here but not the program."""
+    """SIGTERM, as `timeout` sends it, stops the measurements inside the block, but not the program."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         run.stopped = True
@@ -52,7 +55,7 @@ class Files:
     json: Path | None = None
     markdown: Path | None = None
     plot: Path | None = None
-    table: Path | None = None  # as the user's cache holds it; beside it, .txt, as an entry of fastlm/backends/table.py
+    table: Path | None = None  # in the format of the user's cache; also, with suffix .txt, as Python source
 
     def write(self, rows: list[Row], described: dict[str, Any], run: plan.Run) -> None:
         if self.json:
@@ -73,13 +76,13 @@ class Files:
 
 
 def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
-    """limit: seconds after which no case is begun."""
+    """limit: number of seconds after which no case is started."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise mismatch("gpu", "a GPU that PyTorch can use", "none (torch.cuda.is_available() is false)")
+        raise mismatch("gpu", "a GPU that PyTorch can use", "none (torch.cuda.is_available() is False)")
     for argument, file in dataclasses.asdict(files).items():
         check_target(argument, file)
     if limit is not None:
-        within("limit", limit, 0, 86400, open_left=True)
+        check_range("limit", limit, 0, 86400, open_left=True)
     now = plan.Run(float("inf") if limit is None else limit)
     rows: list[Row] = []
     described = report.describe(device, {})
@@ -91,9 +94,8 @@ def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
         )
         for found in itertools.chain(now.measure(device, plan.FIRST), step, *texts, now.measure(device, plan.THEN)):
             rows.append(found)
-            say(
-                f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.served_by}: {found.seconds * 1e6:,.1f} µs"
-            )
+            case = f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.served_by}"
+            say(f"{case}: {found.seconds * 1e6:,.1f} µs")
             files.write(rows, described, now)
     if described["peaks"]:
         files.write(rows, described, now)
@@ -101,7 +103,7 @@ def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
     if files.plot and rows:
         report.draw(files.plot, rows, described)
     if now.stopped:
-        print(f"stopped; the files have the {len(rows)} rows that were measured", file=sys.stderr)
+        print(f"stopped; the files contain the {len(rows)} rows measured so far", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGTERM)
     if now.failed:
         print(f"error: {'; '.join(now.failed)}", file=sys.stderr)

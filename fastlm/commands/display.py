@@ -1,4 +1,4 @@
-"""What the commands show: plain lines, and a progress bar with loss, tokens/s and time left."""
+"""Output of the commands: plain lines, and a progress bar with loss, tokens/s and remaining time."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,33 +7,33 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 from fastlm.training.loop import Report
-from fastlm.training.settings import whole
+from fastlm.training.settings import check_integer
 
 console = Console(highlight=False)
 
 
 def say(line: str = "") -> None:
-    """As it is: no markup in a user's text, no line broken at 80 columns in a log."""
+    """Prints a line without interpreting markup or wrapping it."""
     console.print(line, markup=False, soft_wrap=True)
 
 
-def in_words(count: int, noun: str) -> str:
+def quantity(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def computer(device: torch.device) -> str:
-    """What computes: the GPU by its name, or so many threads."""
+def describe_device(device: torch.device) -> str:
+    """The device for the user: the name of the GPU, or the number of CPU threads."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
-    return in_words(torch.get_num_threads(), "thread") if device.type == "cpu" else str(device)
+    return quantity(torch.get_num_threads(), "thread") if device.type == "cpu" else str(device)
 
 
 def set_threads(threads: int | None) -> None:
     if threads is not None:
-        whole("threads", threads, 1)
-        if threads > 4096:  # the system refuses far fewer, and then ends the process
+        check_integer("threads", threads, 1)
+        if threads > 4096:  # starting many more threads fails and ends the process
             raise mismatch("threads", "at most 4096", threads)
         torch.set_num_threads(threads)
 
@@ -43,11 +43,11 @@ def progress_bar(total: float, name: str = "training") -> Iterator["BarReport"]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.fields[place]}"),
+        TextColumn("{task.fields[position]}"),
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[speed]} tokens/s"),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("remaining"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )
     with Progress(*columns, console=console) as progress:
@@ -57,18 +57,18 @@ def progress_bar(total: float, name: str = "training") -> Iterator["BarReport"]:
 class BarReport(Report):
     def __init__(self, progress: Progress, total: float, name: str):
         self.progress, self.name = progress, name
-        self.task = progress.add_task(name, total=total, place="", loss="–", speed="–")
+        self.task = progress.add_task(name, total=total, position="", loss="–", speed="–")
 
-    def stepped(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def on_step(self, step: int, loss: float, tokens_per_second: float) -> None:
         self.show(step, f"step {step}", loss, f"{tokens_per_second:,.0f}")
 
-    def show(self, completed: float, place: str, loss: float, speed: str) -> None:
-        self.progress.update(self.task, completed=completed, place=place, loss=f"{loss:.3f}", speed=speed)
+    def show(self, completed: float, position: str, loss: float, speed: str) -> None:
+        self.progress.update(self.task, completed=completed, position=position, loss=f"{loss:.3f}", speed=speed)
 
-    def evaluating(self) -> None:
+    def on_evaluation_start(self) -> None:
         self.progress.update(self.task, description="evaluating")
 
-    def evaluated(self, step: int, train_loss: float, val_loss: float) -> None:
+    def on_evaluation_end(self, step: int, train_loss: float, val_loss: float) -> None:
         self.progress.update(self.task, description=self.name)
         self.progress.console.print(
             f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}", markup=False, soft_wrap=True

@@ -1,4 +1,7 @@
-"""fastlm info: the report; with --measure, what the machine can do and who serves are measured first, on the CPU and on each kind of GPU."""
+"""fastlm info: prints the report of fastlm.info().
+
+With --measure, the machine's peaks and the fastest backends are measured first, on the CPU and on each GPU model.
+"""
 
 import torch
 
@@ -10,49 +13,50 @@ from fastlm.benchmarking.gpu import plan
 from fastlm.benchmarking.gpu.report import ratios
 from fastlm.commands.display import say
 
-SECONDS = 120  # for a GPU; what has begun by then comes to its end
+SECONDS = 120  # per GPU model; no case is started after that
 
 
 def run(*, measure: bool) -> None:
     if measure:
         if isa.kernels or not table.cards():
-            rules.remember({table.cpu(): measured_cpu()})
+            rules.remember({table.cpu(): measure_cpu()})
         else:
-            say(f"no compiled module ({isa.missing}): the CPU is not measured")
+            say(f"the CPU is not measured: no compiled module ({isa.missing})")
         for card, index in table.cards().items():
-            found = measured_gpu(card, index)
+            found = measure_gpu(card, index)
             if found is not None:
                 rules.remember({card: found})
-        say(f"remembered in {table.user_table()}")
+        say(f"saved to {table.user_table()}")
         say()
     print(fastlm.info())
 
 
-def measured_cpu() -> list[table.Rule]:
+def measure_cpu() -> list[table.Rule]:
     for line in report.peaks_in_words(report.machine(sorted({1, torch.get_num_threads()}), list(DTYPES))):
         say(line)
     verdicts = []
     for seen in choose.measure():
         verdicts.append(seen)
-        winner = "PyTorch's operator serves" if seen.torch_wins else "fastlm's kernel serves"
-        say(f"{seen.operator:20} {seen.dtype:8} {seen.rows:5} rows: {seen.ratio} times as fast as PyTorch; {winner}")
+        selected = "torch" if seen.torch_wins else "cpu"
+        say(
+            f"{seen.operator:20} {seen.dtype:8} {seen.rows:5} rows: {seen.ratio} × PyTorch's speed; backend: {selected}"
+        )
     return choose.rules(verdicts)
 
 
-def measured_gpu(card: str, index: int) -> list[table.Rule] | None:
-    """None where there was nothing to compare."""
+def measure_gpu(card: str, index: int) -> list[table.Rule] | None:
+    """None if fewer than two backends are available."""
     say(card)
     now, rows = plan.Run(SECONDS), []
     with torch.cuda.device(index):
         for row in now.measure("cuda", (*plan.FIRST, *plan.THEN), rivals=False):
             rows.append(row)
-            say(
-                f"{row.operator} {row.shape}, {row.dtype}, {row.direction}, {row.served_by}: {row.seconds * 1e6:,.1f} µs; {ratios(row.backends)}"
-            )
-    for title, what in (("failed", now.failed), ("left out, as time ran out", now.left_out)):
+            case = f"{row.operator} {row.shape}, {row.dtype}, {row.direction}, {row.served_by}"
+            say(f"{case}: {row.seconds * 1e6:,.1f} µs; {ratios(row.backends)}")
+    for title, what in (("failed", now.failed), ("skipped, out of time", now.left_out)):
         for line in what:
             say(f"{title}: {line}")
     if not any(row.backends for row in rows):
-        say("nothing to choose between: none of its backends, or only one, can serve")
+        say("nothing to compare: fewer than two backends are available")
         return None
     return rules.of_rows(rows)

@@ -1,4 +1,4 @@
-"""fastlm predict: what a model expects next, or in place of [MASK], as a table."""
+"""fastlm predict: the most likely next tokens, or fillings of [MASK], as a table."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from fastlm.models import load_model
 def run(directory: Path, text: str, *, top: int, temperature: float, device: str) -> None:
     chosen = choose_device(device)
     candidates = predict(load_model(directory).to(chosen), load_tokenizer(directory), text, top, temperature)
-    several = any(c.place for c in candidates)
+    several_masks = any(c.place for c in candidates)
     table = Table()
-    if several:
+    if several_masks:
         table.add_column("[MASK]".replace("[", r"\["), justify="right")
     table.add_column("token")
     table.add_column("score", justify="right")
@@ -25,7 +25,7 @@ def run(directory: Path, text: str, *, top: int, temperature: float, device: str
     table.add_column("")
     for i, c in enumerate(candidates):
         last = i + 1 < len(candidates) and candidates[i + 1].place != c.place
-        place = [str(c.place + 1)] if several else []
+        place = [str(c.place + 1)] if several_masks else []
         bar = "█" * round(20 * c.probability)
         table.add_row(
             *place, Text(repr(c.token)), f"{c.score:.3f}", f"{100 * c.probability:.2f} %", bar, end_section=last

@@ -1,4 +1,4 @@
-"""fastlm profile: where a training step spends its time."""
+"""fastlm profile: the time of a training step by kernel and operator."""
 
 import json
 from pathlib import Path
@@ -9,26 +9,26 @@ from rich.table import Table
 
 from fastlm.benchmarking.profile import OURS, THEIRS, Profile, profile_step
 from fastlm.benchmarking.whole import MODELS
+from fastlm.commands import choices
 from fastlm.commands.bench import check_target
-from fastlm.commands.display import console, in_words, say, set_threads
-from fastlm.ops.gelu_mlp import LEVELS
-from fastlm.training.settings import DTYPES, SHORT, one_of, whole
+from fastlm.commands.display import console, quantity, say, set_threads
+from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
+from fastlm.training.settings import DTYPES, SHORT_DTYPES, check_integer, check_one_of
 
-SHOWN = 10  # of PyTorch's operators, which are many and short
+MAX_ROWS = 10  # of PyTorch's operators, of which there are many short ones
 
 
 def run(*, model: str, dtype: str, recompute: int, steps: int, threads: int | None, json_file: Path | None) -> None:
-    one_of("model", model, tuple(MODELS))
-    dtype = SHORT.get(dtype, dtype)
-    one_of("dtype", dtype, DTYPES)
-    one_of("recompute", recompute, LEVELS)
-    whole("steps", steps, 1)
+    check_one_of("model", model, choices.MODELS)
+    dtype = SHORT_DTYPES.get(dtype, dtype)
+    check_one_of("dtype", dtype, DTYPES)
+    check_one_of("recompute", recompute, RECOMPUTE_LEVELS)
+    check_integer("steps", steps, 1)
     check_target("json", json_file)
     set_threads(threads)
     found = profile_step(MODELS[model], dtype, recompute=recompute, steps=steps)
-    title = (
-        f"{MODELS[model]}, {dtype}, {in_words(torch.get_num_threads(), 'thread')}: {found.seconds * 1e3:,.1f} ms a step"
-    )
+    threads_used = quantity(torch.get_num_threads(), "thread")
+    title = f"{MODELS[model]}, {dtype}, {threads_used}: {found.seconds * 1e3:,.1f} ms per step"
     console.print(table(found, title))
     ours, theirs = (
         sum(part.seconds for part in found.parts if part.library == library) / found.seconds
@@ -47,7 +47,7 @@ def table(found: Profile, title: str) -> Table:
     def row(library: str, name: str, calls: str, seconds: float) -> None:
         shown.add_row(library, name, calls, f"{seconds * 1e3:,.2f}", f"{seconds / found.seconds:.1%}")
 
-    for library, most in ((OURS, None), (THEIRS, SHOWN)):
+    for library, most in ((OURS, None), (THEIRS, MAX_ROWS)):
         parts = [part for part in found.parts if part.library == library]
         for part in parts[:most]:
             row(library, part.name, f"{part.calls:,.0f}", part.seconds)

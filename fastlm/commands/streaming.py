@@ -1,19 +1,19 @@
-"""Text on the screen token by token, as the model writes it."""
+"""Prints generated text token by token."""
 
 import sys
 
 import torch
 from torch import Tensor
 
+from fastlm.core.errors import mismatch
 from fastlm.generation import Tokenizer
-from fastlm.models import GPT2LMHeadModel
-from fastlm.ops.boundary import mismatch
+from fastlm.models.causal_lm import CausalLM
 
 DEFAULT_NEW_TOKENS = 200
 
 
 class TextStreamer:
-    """Prints what the tokens so far add to the text; waits while they end in the middle of a character."""
+    """Prints the text of new tokens; incomplete characters are held back until they are complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -33,13 +33,13 @@ class TextStreamer:
         if not whole:
             text = text.rstrip("\ufffd")
         new, self.printed = text[self.printed :], max(self.printed, len(text))
-        if sys.stdout.isatty():  # a model trained on bytes can write a terminal's control sequences
+        if sys.stdout.isatty():  # a byte-level model may generate terminal control sequences
             new = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in new)
         print(new, end="", flush=True)
 
 
 def continue_text(
-    model: GPT2LMHeadModel,
+    model: CausalLM,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -49,12 +49,12 @@ def continue_text(
     top_p: float | None,
     seed: int,
 ) -> None:
-    """max_new_tokens None: up to DEFAULT_NEW_TOKENS, as far as the context has room."""
+    """Generates and prints a continuation. max_new_tokens None: DEFAULT_NEW_TOKENS, or fewer if the context is full."""
     ids = tokenizer.encode(prompt)
     if not ids:
         raise mismatch("prompt", "at least one token", repr(prompt))
     if max_new_tokens is None:
-        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, model.config.n_positions - len(ids)))
+        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, model.config.max_position_embeddings - len(ids)))
     model.generate(
         torch.tensor([ids], device=model.device),
         max_new_tokens=max_new_tokens,

@@ -1,4 +1,4 @@
-"""fastlm train: a corpus in, a checkpoint and summary.json out."""
+"""fastlm train: trains a model on text; writes a checkpoint and summary.json."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 import typer
 
 import fastlm
-from fastlm.commands.display import computer, in_words, progress_bar, say, set_threads
+from fastlm.commands.display import describe_device, progress_bar, quantity, say, set_threads
 from fastlm.device import choose_device
 from fastlm.training import checkpoint, data
 from fastlm.training.loop import Result, train
@@ -41,14 +41,13 @@ def run(
     )
     data.check_length(corpus, settings.context)
     model = build(settings, corpus.tokenizer).to(chosen)
-    say(
-        f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation, {corpus.tokenizer.get_vocab_size()} in the vocabulary; "
-        f"{model.num_parameters():,} parameters; {settings.dtype}, {computer(model.device)}"
-    )
+    tokens = f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation"
+    say(f"{tokens}, vocabulary of {corpus.tokenizer.get_vocab_size()}")
+    say(f"{model.num_parameters():,} parameters, {settings.dtype}, {describe_device(model.device)}")
     with progress_bar(settings.steps) as report:
         result = train(settings, corpus, model, report=report)
     if not result.steps:
-        raise KeyboardInterrupt  # nothing was learnt, so there is nothing to save
+        raise KeyboardInterrupt  # no step was completed, so there is nothing to save
     inputs = {
         "data": [str(p) for p in paths],
         "tokenizer": tokenizer,
@@ -60,7 +59,7 @@ def run(
         checkpoint.write_model(folder, model, corpus.tokenizer)
         checkpoint.write_json(folder / "summary.json", summary(settings_used, result, corpus))
     ended = "interrupted after" if result.interrupted else "trained for"
-    say(f"{ended} {in_words(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved in {out}")
+    say(f"{ended} {quantity(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved to {out}")
     say(f"val loss {result.val_loss:.4f}")
     if result.interrupted:
         raise typer.Exit(130)

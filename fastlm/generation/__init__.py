@@ -1,7 +1,7 @@
-"""Text from a trained model: the cache of keys and values, sampling, decoding, tokenizers. `predict` explains one step."""
+"""Text generation with a trained model: tokenizers, `generate`, and `predict`, which shows a single step."""
 
-from fastlm.generation.cache import KVCache
-from fastlm.generation.decode import generate
 from fastlm.generation.tokenizer import Tokenizer, load_tokenizer
+from fastlm.models.cache import KVCache
+from fastlm.models.decoding import Sampling, Streamer, generate
 
-__all__ = ["KVCache", "Tokenizer", "generate", "load_tokenizer"]
+__all__ = ["KVCache", "Sampling", "Streamer", "Tokenizer", "generate", "load_tokenizer"]

@@ -1,15 +1,17 @@
-"""What a model expects at one place: the tokens it thinks likeliest, with their scores and the probabilities that a temperature makes of them."""
+"""The most likely tokens at one position of a text, with their logits and probabilities."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlm.generation.decode import evaluating
+from fastlm.core.errors import mismatch
 from fastlm.generation.tokenizer import Tokenizer
 from fastlm.models.auto import load_model
 from fastlm.models.base import PretrainedModel
-from fastlm.ops.boundary import mismatch
+from fastlm.models.bert import BertForMaskedLM
+from fastlm.models.causal_lm import CausalLM
+from fastlm.models.decoding import evaluation_mode
 
 __all__ = ["Candidate", "load_model", "predict"]
 
@@ -17,53 +19,51 @@ __all__ = ["Candidate", "load_model", "predict"]
 class Candidate(NamedTuple):
     token: str
     score: float  # the logit
-    probability: float  # softmax of all scores divided by the temperature
-    place: int  # which [MASK] of the text it fills, from 0; 0 for the next token
+    probability: float  # softmax over all logits divided by the temperature
+    place: int  # index of the [MASK] that the token fills; 0 for the next token
 
 
 def predict(
     model: PretrainedModel, tokenizer: Tokenizer, text: str, top: int = 10, temperature: float = 1.0
 ) -> list[Candidate]:
-    """The `top` likeliest next tokens of a text (GPT-2), or fillings of each [MASK] in it (BERT), likeliest first.
+    """The `top` most likely next tokens of a text (GPT-2) or fillings of each of its [MASK] tokens (BERT), sorted.
 
     Raises:
-        ValueError: an empty text, one longer than the context, one without [MASK] for a BERT; top < 1; temperature ≤ 0; a model without a head over tokens.
+        ValueError: the text is empty, longer than the context, or has no [MASK] for a BERT; top < 1;
+            temperature <= 0; the model has no language-modelling head.
     """
     if not isinstance(top, int) or top < 1:
-        raise mismatch("top", "a whole number of at least 1", top)
+        raise mismatch("top", "an integer >= 1", top)
     if not 0 < temperature < float("inf"):
-        raise mismatch("temperature", "a positive number", temperature)
-    masked = getattr(model, "cls", None) is not None
-    if not masked and not hasattr(model, "lm_head"):
-        raise mismatch("model", "one with scores for tokens: GPT2LMHeadModel or BertForMaskedLM", type(model).__name__)
+        raise mismatch("temperature", "a finite number > 0", temperature)
+    causal = isinstance(model, CausalLM)
+    if not causal and not isinstance(model, BertForMaskedLM):
+        raise mismatch("model", "a GPT2LMHeadModel or a BertForMaskedLM", f"a {type(model).__name__}")
     ids = tokenizer.encode(text)
     if not ids:
         raise mismatch("text", "at least one token", repr(text))
-    context = model.config.max_position_embeddings if masked else model.config.n_positions
+    context = model.config.max_position_embeddings
     if len(ids) > context:
         raise mismatch("text", f"at most {context} tokens, the context of the model", len(ids))
-    places = [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id] if masked else [len(ids) - 1]
-    if not places:
-        raise mismatch(
-            "text",
-            f"at least one {tokenizer.mask_token}" if tokenizer.mask_token else "a tokenizer with a mask token",
-            repr(text),
-        )
-    logits = scores(model, ids, places)
+    positions = [len(ids) - 1] if causal else [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id]
+    if not positions:
+        if tokenizer.mask_token is None:
+            raise mismatch("tokenizer", "a tokenizer with a mask token", "one without")
+        raise mismatch("text", f"at least one {tokenizer.mask_token}", repr(text))
+    logits = logits_at(model, ids, positions)
     probabilities = (logits / temperature).softmax(-1)
-    rows = []
-    for place, (likeliest, chances) in enumerate(zip(logits, probabilities, strict=True)):
-        best = likeliest.topk(min(top, likeliest.numel()))
-        rows += [
-            Candidate(tokenizer.token(token), score, chances[token].item(), place)
+    candidates = []
+    for place, (row, row_probabilities) in enumerate(zip(logits, probabilities, strict=True)):
+        best = row.topk(min(top, row.numel()))
+        candidates += [
+            Candidate(tokenizer.token(token), score, row_probabilities[token].item(), place)
             for score, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-    return rows
+    return candidates
 
 
-def scores(model: PretrainedModel, ids: list[int], places: list[int]) -> Tensor:
-    """(places, vocabulary), in float32, on the CPU."""
-    device = next(model.parameters()).device
-    with evaluating(model), torch.inference_mode():
-        logits: Tensor = model(torch.tensor([ids], device=device)).logits
-    return logits[0, places].float().cpu()
+def logits_at(model: PretrainedModel, ids: list[int], positions: list[int]) -> Tensor:
+    """(positions, vocabulary), float32, on the CPU."""
+    with evaluation_mode(model), torch.inference_mode():
+        logits: Tensor = model(torch.tensor([ids], device=model.device)).logits
+    return logits[0, positions].float().cpu()

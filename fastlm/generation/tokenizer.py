@@ -1,4 +1,4 @@
-"""The tokenizer in a model's directory, by the `tokenizers` library."""
+"""Loads the tokenizer in a model's directory with the `tokenizers` library."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,24 +6,24 @@ from pathlib import Path
 import tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
+from fastlm.core.errors import mismatch
 from fastlm.models.config import read_json
-from fastlm.ops.boundary import mismatch
 
 FILES = "tokenizer.json, or vocab.json and merges.txt, or vocab.txt"
 
 
 class Tokenizer:
-    """Text ↔ token ids.
+    """Converts between text and token ids.
 
     Attributes:
-        mask_token: how a masked token is written in a text, or None where the vocabulary has none.
-        mask_token_id: its id.
-        vocab_size: of the tokenizer; a model's may be larger.
+        mask_token: the mask token as it is written in a text; None if the vocabulary has none.
+        mask_token_id: its id, or None.
+        vocab_size: of the tokenizer; that of the model may be larger.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, mask_token: str = "[MASK]") -> None:
         self.tokenizer = tokenizer
-        # A file may ask for padding to a fixed length or for cutting the text off; what is said here is all of the text and nothing else.
+        # The file may enable padding or truncation; encode() always returns all tokens of the text and no others.
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.mask_token_id: int | None = tokenizer.token_to_id(mask_token)
@@ -31,30 +31,31 @@ class Tokenizer:
         self.vocab_size: int = tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """With the special tokens around it that the model was trained with ([CLS] … [SEP])."""
+        """Token ids, including the special tokens that the model expects around a text ([CLS] … [SEP])."""
         try:
             return list(self.tokenizer.encode(text).ids)
-        except Exception as error:  # the library raises nothing narrower: a character that the vocabulary lacks
+        except Exception as error:  # the library raises plain Exception for a character outside the vocabulary
             raise mismatch("text", "characters of the tokenizer's vocabulary", f"{text[:40]!r} ({error})") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Without special tokens."""
+        """The text of the ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids)))
 
     def token(self, token_id: int) -> str:
-        """One token as a person reads it; a byte that is no character of its own as the vocabulary writes it."""
+        """One token in readable form; a byte that is not a character on its own as the vocabulary writes it."""
         text = self.decode([token_id])
-        own = self.tokenizer.id_to_token(token_id)
-        if own is None:
+        entry = self.tokenizer.id_to_token(token_id)
+        if entry is None:
             return f"<{token_id}>"
-        return own if not text or "\ufffd" in text or own.startswith("##") else text
+        return entry if not text or "\ufffd" in text or entry.startswith("##") else text
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer in a model's directory: tokenizer.json, or GPT-2's vocab.json and merges.txt, or BERT's vocab.txt.
+    """Loads tokenizer.json, or GPT-2's vocab.json and merges.txt, or BERT's vocab.txt.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or its file is damaged; one line that names the file.
+        FileNotFoundError: the directory has no tokenizer.
+        ValueError: a file is damaged. Both messages are one line that names the file or directory.
     """
     directory = Path(directory)
     settings = directory / "tokenizer_config.json"
@@ -64,31 +65,34 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def read(directory: Path, options: dict) -> tokenizers.Tokenizer:
-    whole, words, merges, pieces = (
+    tokenizer_json, vocab_json, merges, word_pieces = (
         directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
     )
     try:
-        if whole.is_file():
-            return tokenizers.Tokenizer.from_file(str(whole))
-        if words.is_file() and merges.is_file():
+        if tokenizer_json.is_file():
+            return tokenizers.Tokenizer.from_file(str(tokenizer_json))
+        if vocab_json.is_file() and merges.is_file():
             byte_level = ByteLevelBPETokenizer(
-                str(words), str(merges), add_prefix_space=bool(options.get("add_prefix_space", False))
+                str(vocab_json), str(merges), add_prefix_space=bool(options.get("add_prefix_space", False))
             )
             byte_level.add_special_tokens([t for t in ("<|endoftext|>",) if byte_level.token_to_id(t) is not None])
             return byte_level._tokenizer
-        if pieces.is_file():
+        if word_pieces.is_file():
             return BertWordPieceTokenizer(
-                str(pieces),
-                lowercase=options.get("do_lower_case", uncased(pieces)),
+                str(word_pieces),
+                lowercase=options.get("do_lower_case", is_uncased(word_pieces)),
                 strip_accents=options.get("strip_accents"),
                 handle_chinese_chars=options.get("tokenize_chinese_chars", True),
             )._tokenizer
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{directory}: the tokenizer could not be read ({error})") from None
-    raise FileNotFoundError(f"{directory}: expected a tokenizer there: {FILES}")
+    raise FileNotFoundError(f"{directory}: expected a tokenizer ({FILES}), found none")
 
 
-def uncased(vocabulary: Path) -> bool:
-    """No piece has a capital letter, the special tokens ([CLS], …) aside: what a text must be lowered for where no settings say so."""
+def is_uncased(vocabulary: Path) -> bool:
+    """Whether no word piece other than special tokens ([CLS], …) has a capital letter.
+
+    A text is lowercased for such a vocabulary when tokenizer_config.json does not say.
+    """
     pieces = vocabulary.read_text(encoding="utf-8").split("\n")
     return not any(piece != piece.lower() for piece in pieces if not piece.startswith("["))

@@ -1,4 +1,4 @@
-"""fastlm inside models that people already have. transformers is imported only when one of these is called."""
+"""fastlm in models of other libraries. transformers is imported only when one of these functions is called."""
 
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,26 +19,34 @@ def accelerate(
     loss: bool = True,
     strict: bool = True,
 ) -> M:
-    """Make a Hugging Face model compute with fastlm's operators, in place: GPT-2, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA and DistilBERT, with any head.
+    """Replace the computation of a Hugging Face model by fastlm's operators, in place.
 
-    Parameters stay where they are: state dict, optimisers, `save_pretrained`, `Trainer`, weight tying and resizing work as before, and hooks, adapters and
-    sharding may come before or after. A part that cannot be replaced exactly (a projection with an adapter, a module with a hook that would be skipped, an
-    activation that is not a GELU) computes as it did; `fastlm.report(model)` lists it with the reason, and asks at every call anew. Under a mask that hides
-    padding an encoder runs on the real tokens alone; its hidden states at padding are 0 then.
+    Supported are GPT-2, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA and DistilBERT, with any head.
+
+    Parameters and modules stay the same: state dict, optimizers, `save_pretrained`, `Trainer`, weight tying and
+    resizing work as before, and hooks, adapters and sharding may be added before or after. A part that cannot be
+    replaced without changing the result (a projection with an adapter, a module with a hook, an activation that is not
+    a GELU) is computed by its own module. This is checked at every call; `fastlm.report(model)` lists these parts with
+    the reasons.
+
+    With a padding mask, encoders run unpadded: real tokens are gathered before the first layer and scattered after the
+    last, and hidden states at padding are 0.
 
     Args:
-        model: a transformers model, or any module that contains one: a PeftModel, a SentenceTransformer, a module of your own.
-        attention: projections and attention, forward and backward.
-        layernorm: dropout, residual addition and LayerNorm in one pass.
-        mlp: the feed-forward block.
-        loss: language-model and masked-language-model heads. In training mode with labels, logits are None: the loss is computed without them.
+        model: a transformers model, or any module that contains one (a PeftModel, a SentenceTransformer, your own).
+        attention: replace the projections and the attention.
+        layernorm: replace dropout, residual addition and LayerNorm by one operator.
+        mlp: replace the feed-forward block.
+        loss: replace the loss of language-model and masked-language-model heads. In training mode with labels, logits
+            are None, because the loss is computed without them.
         strict: raise if nothing could be replaced.
 
     Returns:
-        model itself. `fastlm.restore(model)` undoes it.
+        The model. `fastlm.restore(model)` undoes it.
 
     Raises:
-        ValueError: nothing in the model could be replaced, and strict; or the model has gone through torch.compile (accelerate first, then compile).
+        ValueError: nothing in the model could be replaced and strict is True, or the model is the result of
+            torch.compile. Call accelerate first, then torch.compile.
         ImportError: transformers is not installed.
     """
     from fastlm.integrations import transformers
@@ -47,17 +55,20 @@ def accelerate(
 
 
 def report(model: nn.Module) -> "Report":
-    """What `accelerate` replaced in a model, who computes it, and what it left alone and why, as of now. str() of it is a table."""
+    """The parts of a model that `accelerate` replaced, with their backends, and those it did not, with the reasons.
+
+    Describes the current state of the model. str() of the result is a table.
+    """
     from fastlm.integrations import transformers
 
     return transformers.report(model)
 
 
 def restore(model: M) -> M:
-    """Undo `accelerate`: every module is exactly what it was. Returns the model.
+    """Undo `accelerate`: every module is as it was before. Returns the model.
 
     Raises:
-        RuntimeError: something has wrapped a module since (it is named); undo that first.
+        RuntimeError: other code has wrapped a module's forward since. The message names the module.
     """
     from fastlm.integrations import transformers
 

@@ -1,4 +1,8 @@
-"""What transformers 5 collects from inside a model by hooks that stay on its modules once they were needed. Only while it collects do they matter."""
+"""The hooks by which transformers 5 captures hidden states and attentions inside a model.
+
+They stay on the modules after their first use. A hook that is not capturing has no effect, so it does not prevent a
+module from being replaced.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -6,22 +10,22 @@ from typing import Any
 
 try:
     collector: Any = importlib.import_module("transformers.utils.output_capturing")._active_collector
-except ImportError:  # older ones: layers hand everything on themselves, or are wrapped for the call
+except ImportError:  # older versions: the layers return these outputs, or are wrapped for one call
     collector = None
 
 MODULE = "transformers.utils.output_capturing"
 
 
-def collecting() -> dict:
-    """What is being collected just now, by kind ("hidden_states", "attentions", …)."""
+def captured_outputs() -> dict:
+    """What the current call captures, by kind ("hidden_states", "attentions", …)."""
     return (collector.get() or {}) if collector is not None else {}
 
 
-def attentions_wanted() -> bool:
-    kinds = collecting()
+def captures_attentions() -> bool:
+    kinds = captured_outputs()
     return bool(kinds) and any("attentions" in kind for kind in kinds)
 
 
-def idle(hook: Callable) -> bool:
-    """Whether a hook is one of these, and does nothing in this call."""
-    return getattr(hook, "__module__", None) == MODULE and not collecting()
+def is_idle(hook: Callable) -> bool:
+    """Whether a hook is one of these and captures nothing in the current call."""
+    return getattr(hook, "__module__", None) == MODULE and not captured_outputs()

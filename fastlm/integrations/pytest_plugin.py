@@ -1,6 +1,6 @@
-"""pytest plugin: FASTLM_ACCELERATE=1 pytest -p fastlm.integrations.pytest_plugin PATH accelerates every eligible model right after its construction.
+"""A pytest plugin that accelerates every supported model at its construction, to run transformers' own tests on fastlm.
 
-So transformers' own tests can be run against fastlm by anyone who has its source (tests/models/gpt2, bert, roberta, distilbert, …).
+FASTLM_ACCELERATE=1 pytest -p fastlm.integrations.pytest_plugin path/to/transformers/tests/models/gpt2
 """
 
 import functools
@@ -14,7 +14,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def accelerate_after_construction() -> None:
-    """Every model of a known family is accelerated at the end of its `__init__`, before weights are loaded into it."""
+    """Models of supported families are accelerated at the end of `__init__`, before their weights are loaded."""
     import transformers
 
     from fastlm.integrations.transformers import accelerate

@@ -1,4 +1,4 @@
-"""What of a model computes on fastlm, and why the rest does not."""
+"""The result of `fastlm.report`: which operators compute a model, and why they do not compute the rest."""
 
 import dataclasses
 
@@ -6,14 +6,14 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class Entry:
     module: str  # its name in the model
-    operator: str  # what computes it, or would
-    backend: str  # who serves it; "" where it is left alone
-    reason: str  # why it is left alone; ""
+    operator: str  # the operator that replaces it, or would
+    backend: str  # the selected backend; "" if the module is not replaced
+    reason: str  # why it is not replaced; ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """str() of it is a table; `replaced` and `left_alone` are its two halves."""
+    """str() of it is a table. `replaced` and `left_alone` are its two parts."""
 
     entries: tuple[Entry, ...]
 
@@ -27,9 +27,9 @@ class Report:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "nothing here is of a family that fastlm knows"
+            return "no layer of a supported family"
         rows = [
             (entry.module, entry.operator, entry.backend or f"left alone: {entry.reason}") for entry in self.entries
         ]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        return "\n".join(f"{name:{widths[0]}}  {operator:{widths[1]}}  {who}" for name, operator, who in rows)
+        return "\n".join(f"{name:{widths[0]}}  {operator:{widths[1]}}  {result}" for name, operator, result in rows)

@@ -1,7 +1,8 @@
-"""A model's configuration as it is, but for the attention implementation that it names.
+"""A view of a model's configuration that differs only in the name of the attention implementation.
 
-Two models made from one configuration object share it. So it is not written to: the modules of an accelerated model look at it through a view, an object
-of a subclass whose attributes are the configuration's own, both ways, except that attn_implementation reads "fastlm" for as long as nobody sets another.
+Models made from one configuration object share it, so accelerating one of them must not write to it. Its modules get a
+view instead: an object of a subclass that reads and writes the configuration's attributes. `attn_implementation` reads
+"fastlm" until another one is set.
 """
 
 import functools
@@ -13,7 +14,7 @@ KEY = "_attn_implementation"
 
 
 @functools.cache
-def kind(config_class: Any, replaced: str | None) -> type:
+def view_class(config_class: Any, replaced: str | None) -> type:
     own = getattr(config_class, KEY)
 
     def get(self: Any) -> str | None:
@@ -24,11 +25,15 @@ def kind(config_class: Any, replaced: str | None) -> type:
         return view, (original(self), replaced)
 
     def new(cls: Any, *args: Any, **settings: Any) -> Any:
-        """Calling a view's class makes a configuration, with no view: transformers 4 does it to see what differs from the defaults."""
+        """Calling the class makes a configuration: transformers 4 does so to compare settings with the defaults."""
         return config_class(*args, **settings)
 
     def write(self: Any, name: str, value: Any) -> None:
-        """Checked as if there were no view: transformers allows some settings for "eager" alone, and writes back what a new model read here."""
+        """Writes to the configuration, where transformers checks the value.
+
+        Writing "fastlm" has no effect: for a new model transformers reads the name here and writes it back, and it
+        allows some settings with "eager" only.
+        """
         if not (name in (KEY, f"{KEY}_internal") and value == NAME):
             setattr(original(self), name, value)
 
@@ -49,10 +54,11 @@ def kind(config_class: Any, replaced: str | None) -> type:
 
 
 def view(config: Any, replaced: Any) -> Any:
-    seen: Any = object.__new__(kind(config.__class__, replaced))
-    object.__setattr__(seen, "fastlm_original", config)
-    object.__setattr__(seen, "__dict__", config.__dict__)
-    return seen
+    """replaced: the implementation that reads as "fastlm"."""
+    result: Any = object.__new__(view_class(config.__class__, replaced))
+    object.__setattr__(result, "fastlm_original", config)
+    object.__setattr__(result, "__dict__", config.__dict__)
+    return result
 
 
 def is_view(config: Any) -> bool:

@@ -1,4 +1,7 @@
-"""GPT-2 and BERT on fastlm's operators: Hugging Face's checkpoints, parameter names and argument names; no transformers needed."""
+"""GPT-2 and BERT on fastlm's operators.
+
+They read and write Hugging Face checkpoints and use the same parameter and argument names; transformers is not needed.
+"""
 
 from fastlm.models.auto import load_model
 from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel

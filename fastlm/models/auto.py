@@ -1,4 +1,4 @@
-"""Which class a directory holds."""
+"""Selects the model class for a directory by its config.json."""
 
 from pathlib import Path
 
@@ -9,27 +9,38 @@ from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, B
 from fastlm.models.config import read_json
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
 
-CLASSES: dict[str, type[PretrainedModel]] = {
+BY_ARCHITECTURE: dict[str, type[PretrainedModel]] = {
     c.__name__: c for c in (GPT2Model, GPT2LMHeadModel, BertModel, BertForMaskedLM, BertForSequenceClassification)
 }
-CLASSES["BertForPreTraining"] = BertForMaskedLM  # what BERT was first published as: the same model with one head more
-BY_TYPE: dict[str, type[PretrainedModel]] = {
-    "gpt2": GPT2LMHeadModel,
-    "bert": BertForMaskedLM,
-}  # where the file names no class
+BY_ARCHITECTURE["BertForPreTraining"] = BertForMaskedLM  # the original BERT checkpoints: one more head, not loaded
+# Used when config.json has no `architectures`.
+BY_MODEL_TYPE: dict[str, type[PretrainedModel]] = {"gpt2": GPT2LMHeadModel, "bert": BertForMaskedLM}
 
 
 def load_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> PretrainedModel:
-    """The model in a Hugging Face directory, as the class that its config.json names (`architectures`, else `model_type`)."""
+    """Loads the model in a Hugging Face directory, as the class named by config.json.
+
+    The class follows from `architectures`, or from `model_type` if that is missing.
+
+    Args:
+        dtype: of the parameters; None: as stored.
+
+    Raises:
+        FileNotFoundError, ValueError: as from_pretrained, or for a class that is not supported.
+    """
     path = Path(directory) / "config.json"
     settings = read_json(path)
-    names = settings.get("architectures") or []
-    found = [CLASSES[name] for name in names if name in CLASSES]
-    if names and not found:
-        raise ValueError(f"{path}: architectures: expected one of {', '.join(CLASSES)}, got {', '.join(names)}")
-    if not found and settings.get("model_type") not in BY_TYPE:
-        got = repr(settings.get("model_type"))
+    architectures = settings.get("architectures") or []
+    supported = [BY_ARCHITECTURE[name] for name in architectures if name in BY_ARCHITECTURE]
+    if supported:
+        return supported[0].from_pretrained(directory, dtype=dtype)
+    if architectures:
+        got = ", ".join(architectures)
+        raise ValueError(f"{path}: architectures: expected one of {', '.join(BY_ARCHITECTURE)}, got {got}")
+    model_type = settings.get("model_type")
+    if model_type not in BY_MODEL_TYPE:
         raise ValueError(
-            f"{path}: model_type: expected one of {', '.join(BY_TYPE)}, got {got}; the class itself reads it, as BertForMaskedLM.from_pretrained"
+            f"{path}: model_type: expected one of {', '.join(BY_MODEL_TYPE)}, got {model_type!r}; "
+            "call from_pretrained of the model class instead, as in BertForMaskedLM.from_pretrained"
         )
-    return (found[0] if found else BY_TYPE[settings["model_type"]]).from_pretrained(directory, dtype=dtype)
+    return BY_MODEL_TYPE[model_type].from_pretrained(directory, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What every model can do besides computing: begin with Hugging Face's random weights, tie, load, save, trade time for memory."""
+"""The base class of all models: initialisation, weight tying, loading, saving, recomputation."""
 
 import contextlib
 from pathlib import Path
@@ -6,23 +6,23 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from fastlm import backends
-from fastlm.models import checkpoint as files
+from fastlm.core.errors import check_choice
+from fastlm.models import checkpoint
 from fastlm.models.config import Config
 from fastlm.models.layers import RECOMPUTE, Conv1D, FeedForward
 from fastlm.models.outputs import ModelOutput
-from fastlm.ops.boundary import check_choice
-from fastlm.ops.gelu_mlp import LEVELS
+from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 
 M = TypeVar("M", bound="PretrainedModel")
 
 
 class PretrainedModel(nn.Module):
     config_class: ClassVar[type[Config]]
-    base_model_prefix: ClassVar[str]  # under which a model with a head keeps the one without
-    tied: ClassVar[dict[str, str]] = {}  # parameter → the parameter that it is, where config.tie_word_embeddings
+    base_model_prefix: ClassVar[str]  # the attribute under which a model with a head holds the model without
+    tied: ClassVar[dict[str, str]] = {}  # with config.tie_word_embeddings: parameter name → name it shares storage with
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -41,35 +41,54 @@ class PretrainedModel(nn.Module):
         initialise: tuple[str, ...] = (),
         **arguments: Any,
     ) -> M:
-        """The model in a Hugging Face directory, in eval mode.
+        """Loads the model in a Hugging Face directory; returns it in evaluation mode.
 
         Args:
-            directory: holds config.json and model.safetensors, or its shards and their index, or pytorch_model.bin (or shards), in this order of preference.
-            config: settings to use in place of config.json.
-            dtype: of the parameters; None: as stored (the widest, where the file mixes them).
-            initialise: beginnings of parameter names that the file may lack; those are drawn anew. ("classifier",) puts a new classifier on a pretrained BERT.
-            arguments: for the class, as add_pooling_layer=False for BertModel.
+            directory: contains config.json and the weights: model.safetensors, or its shards and their index, or
+                pytorch_model.bin, or its shards (in this order of preference).
+            config: used instead of config.json.
+            dtype: of the parameters; None: as stored (the widest one, if the file has several).
+            initialise: prefixes of parameter names that may be missing in the file and are then initialised at
+                random. ("classifier",) adds a new classifier to a pretrained BERT.
+            arguments: passed to the class, for example add_pooling_layer=False to BertModel.
 
         Raises:
-            FileNotFoundError, ValueError: a file that is missing or damaged, a setting that is not supported, a parameter that the file lacks or has in
-                another shape: one line that names it. A parameter that the model does not know is a warning.
+            FileNotFoundError, ValueError: a file is missing or damaged, a setting is not supported, or a parameter is
+                missing or has another shape. The message is one line that names it. Parameters in the file that the
+                model does not have cause a warning.
         """
-        settings = cls.config_class.from_pretrained(directory) if config is None else config
-        stored = files.read(Path(directory))
-        with torch.device("meta"):  # sizes without memory
-            model = cls(settings, **arguments)
-        model.to(dtype or files.widest(stored.values()))
+        config = cls.config_class.from_pretrained(directory) if config is None else config
+        tensors = checkpoint.read_tensors(Path(directory))
+        with torch.device("meta"):  # no memory is allocated and no random numbers are drawn
+            model = cls(config, **arguments)
+        model.to(dtype or checkpoint.widest_dtype(tensors.values()))
         model.to_empty(device=torch.get_default_device())
-        model.tie_weights()  # to_empty took the parameters apart
-        files.fill(model, stored, initialise, Path(directory))
+        model.tie_weights()  # to_empty() has given tied parameters separate storage
+        checkpoint.load_parameters(
+            model,
+            tensors,
+            prefix=cls.base_model_prefix,
+            tied=cls.tied if config.tie_word_embeddings else {},
+            may_be_missing=initialise,
+            initialise=model.initialise,
+            directory=Path(directory),
+        )
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors as Hugging Face does. Each appears whole under its name or not at all; an OSError names the file."""
-        files.save(self, Path(directory))
+        """Writes config.json and model.safetensors in Hugging Face's format.
+
+        Files are replaced atomically: on failure none has changed, and the OSError names the file.
+        """
+        settings = {
+            **self.config.to_dict(),
+            "architectures": [type(self).__name__],
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        checkpoint.save(self.state_dict(), settings, tied=self.tied, directory=Path(directory))
 
     def tie_weights(self) -> None:
-        """Makes every tied parameter the one it is tied to: one tensor under two names."""
+        """Makes every tied parameter the same tensor as the one it is tied to."""
         if self.config.tie_word_embeddings:
             for name, source in self.tied.items():
                 owner, _, attribute = name.rpartition(".")
@@ -77,7 +96,10 @@ class PretrainedModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, root: nn.Module) -> None:
-        """Sets the parameters in root to Hugging Face's random start: N(0, initializer_range²) for matrices, 0 for biases, 1 and 0 for LayerNorm."""
+        """Initialises the parameters in root as Hugging Face does.
+
+        Matrices: N(0, initializer_range²); biases: 0; LayerNorm: weight 1, bias 0.
+        """
         for module in root.modules():
             if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
                 module.weight.normal_(0.0, self.config.initializer_range)
@@ -91,16 +113,18 @@ class PretrainedModel(nn.Module):
 
     @property
     def recompute(self) -> int:
-        """What training computes again in backward rather than keep of every feed-forward part: 0 nothing, 1 the GELU, 2 the first product too.
+        """What the backward pass of every MLP recomputes instead of saving: 0 nothing, 1 the GELU, 2 also the up
+        projection.
 
-        1 from the start: the GELU's value falls off when backward makes its slope, so that half the memory costs no time. Set it for all layers at once
-        (`model.recompute = 2`): each level has the same losses and gradients, to the bit where one backend serves both directions.
+        The default is 1: it saves memory at no cost, as the backward of the GELU computes its value anyway. Assign to
+        change it for all layers (`model.recompute = 2`). Losses and gradients are the same at every level, bit for
+        bit if one backend computes both directions.
         """
         return self._recompute
 
     @recompute.setter
     def recompute(self, level: int) -> None:
-        check_choice("recompute", level, LEVELS)
+        check_choice("recompute", level, RECOMPUTE_LEVELS)
         for module in self.modules():
             if isinstance(module, PretrainedModel):
                 module._recompute = level
@@ -108,34 +132,35 @@ class PretrainedModel(nn.Module):
                 module.recompute = level
 
     def gradient_checkpointing_enable(self) -> None:
-        """Training keeps only the inputs of each layer and computes the layer again in backward: about a third more time, a fraction of the memory.
+        """In training, save only the input of each layer and recompute the layer in the backward pass.
 
-        Dropout draws the same seeds the second time, so losses and gradients have the same bits.
+        A step takes about a third longer and needs a fraction of the memory. Dropout masks are the same in both
+        passes, so that losses and gradients are bit-identical.
         """
         self.set_gradient_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
         self.set_gradient_checkpointing(False)
 
-    def set_gradient_checkpointing(self, on: bool) -> None:
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
         for module in self.modules():
             if isinstance(module, PretrainedModel):
-                module.gradient_checkpointing = on
+                module.gradient_checkpointing = enabled
 
     @staticmethod
-    def projection(weight: Tensor, embedding: nn.Embedding, hidden: ModelOutput) -> Tensor:
-        """The weight of an output projection; one that is the embedding's, as the forward pass that gave `hidden` has handed it on."""
-        return hidden.table if hidden.table is not None and weight is embedding.weight else weight
+    def output_projection(weight: Tensor, embedding: nn.Embedding, hidden: ModelOutput) -> Tensor:
+        """The weight for the output projection of `hidden`: if tied to the embedding, the tensor from its forward."""
+        return hidden.shared_table if hidden.shared_table is not None and weight is embedding.weight else weight
 
-    def run(self, layer: nn.Module, *arguments: Any) -> Any:
-        """layer(*arguments), recomputed in backward where that is enabled."""
+    def run_layer(self, layer: nn.Module, *arguments: Any) -> Any:
+        """layer(*arguments), recomputed in the backward pass if gradient checkpointing is enabled."""
         if not (self.gradient_checkpointing and self.training):
             return layer(*arguments)
         backend = None if torch.compiler.is_compiling() else backends.requested(None)
         if backend is None:
-            return checkpoint(layer, *arguments, use_reentrant=False)
-        # The second run is in backward, perhaps outside of the `with use_backend(…)` that the first was in.
-        return checkpoint(
+            return recompute_in_backward(layer, *arguments, use_reentrant=False)
+        # The backward pass may run outside the `with use_backend(…)` block of the forward pass.
+        return recompute_in_backward(
             layer,
             *arguments,
             use_reentrant=False,
@@ -151,5 +176,5 @@ class PretrainedModel(nn.Module):
         return next(self.parameters()).dtype
 
     def num_parameters(self) -> int:
-        """Numbers that training sets; a tied matrix counts once."""
+        """Number of trainable values; tied parameters count once."""
         return sum(p.numel() for p in self.parameters())

@@ -1,7 +1,7 @@
-"""BERT (Devlin et al., 2018, arXiv:1810.04805): post-norm layers, attention in both directions, learned positions and token types.
+"""BERT (Devlin et al., 2018, arXiv:1810.04805): a post-norm encoder with learned positions and token types.
 
-Every residual addition is followed by a LayerNorm, so that dropout, addition and normalisation are one pass over memory, here of which only the normalised
-result is used.
+Every residual addition is followed by a LayerNorm; one operator applies dropout, adds and normalises in one pass over
+memory. Of its two results only the normalised one is used.
 """
 
 from typing import ClassVar
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fastlm
+from fastlm.core.errors import mismatch
+from fastlm.core.tracing import needs_custom_op
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.config import GELUS, BertConfig
@@ -20,13 +21,14 @@ from fastlm.models.layers import (
     LayerNorm,
     Linear,
     embed,
-    heads_of,
-    joined,
-    look_up,
+    embed_tokens,
     loss_and_logits,
+    merge_heads,
+    split_heads,
 )
 from fastlm.models.outputs import HeadOutput, ModelOutput
-from fastlm.ops.boundary import mismatch, opaque
+from fastlm.ops.attention import attention
+from fastlm.ops.gelu_mlp import gelu_mlp
 
 
 class BertEmbeddings(nn.Module):
@@ -38,35 +40,35 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pdrop = config.hidden_dropout_prob
 
-    def forward(self, words: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """words: (batch, tokens, hidden_size), looked up already."""
-        x = words + embed(
-            self.token_type_embeddings, token_type_ids, slice(0, 1)
-        )  # without ids all tokens are of type 0
-        x = x + embed(self.position_embeddings, position_ids, slice(0, words.shape[1]))
+    def forward(self, word_embeds: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """word_embeds: (batch, tokens, hidden_size)."""
+        # Without token_type_ids every token has type 0.
+        x = word_embeds + embed(self.token_type_embeddings, token_type_ids, slice(0, 1))
+        x = x + embed(self.position_embeddings, position_ids, slice(0, word_embeds.shape[1]))
         return F.dropout(self.LayerNorm(x)[0], self.pdrop, self.training)
 
 
 class BertSelfAttention(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        # Three products, not one with the weights side by side: putting those together at every call costs what reading x once saves, and more for few rows.
+        # Three products: concatenating the weights at every call costs at least as much as one product saves.
         self.query, self.key, self.value = (Linear(config.hidden_size, config.hidden_size) for _ in range(3))
-        self.heads, self.pdrop = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.num_heads, self.pdrop = config.num_attention_heads, config.attention_probs_dropout_prob
 
     def forward(self, x: Tensor, key_padding: Tensor | None) -> Tensor:
-        query, key, value = (heads_of(projection(x), self.heads) for projection in (self.query, self.key, self.value))
-        return joined(
-            fastlm.attention(query, key, value, key_padding=key_padding, dropout_p=self.pdrop if self.training else 0.0)
+        query, key, value = (
+            split_heads(projection(x), self.num_heads) for projection in (self.query, self.key, self.value)
         )
+        dropout_p = self.pdrop if self.training else 0.0
+        return merge_heads(attention(query, key, value, key_padding=key_padding, dropout_p=dropout_p))
 
 
 class BertOutput(nn.Module):
-    """The end of a sub-block: a projection back to hidden_size, then the residual addition and its LayerNorm."""
+    """The parameters at the end of a sub-block: a projection to hidden_size and the LayerNorm after the addition."""
 
-    def __init__(self, config: BertConfig, width: int) -> None:
+    def __init__(self, config: BertConfig, in_features: int) -> None:
         super().__init__()
-        self.dense = Linear(width, config.hidden_size)
+        self.dense = Linear(in_features, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -93,13 +95,13 @@ class BertLayer(FeedForward):
 
     def forward(self, x: Tensor, key_padding: Tensor | None = None) -> Tensor:
         dropout_p = self.pdrop if self.training else 0.0
-        attended = self.attention.output.dense(self.attention.self(x, key_padding))
-        x, _ = self.attention.output.LayerNorm(attended, x, dropout_p)
+        attention_output = self.attention.output.dense(self.attention.self(x, key_padding))
+        x, _ = self.attention.output.LayerNorm(attention_output, x, dropout_p)
         up, down = self.intermediate.dense, self.output.dense
-        fed = fastlm.gelu_mlp(
+        mlp_output = gelu_mlp(
             x, up.weight, up.bias, down.weight, down.bias, approximate=self.approximate, recompute=self.recompute
         )
-        return self.output.LayerNorm(fed, x, dropout_p)[0]
+        return self.output.LayerNorm(mlp_output, x, dropout_p)[0]
 
 
 class BertEncoder(nn.Module):
@@ -109,7 +111,7 @@ class BertEncoder(nn.Module):
 
 
 class BertPooler(nn.Module):
-    """The first token stands for the sequence."""
+    """Pools a sequence: the hidden state of its first token, projected, through tanh."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -132,7 +134,7 @@ class BertPretrainedModel(PretrainedModel):
 
 
 class BertModel(BertPretrainedModel):
-    """Tokens → hidden states after the last layer, and the pooled first one."""
+    """BERT without a head: token ids → hidden states after the last layer, and the pooled output."""
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -149,49 +151,49 @@ class BertModel(BertPretrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> ModelOutput:
-        """Hugging Face's arguments and their meaning.
+        """The arguments have Hugging Face's names and meaning.
 
         Args:
             input_ids: (batch, tokens), or inputs_embeds: (batch, tokens, hidden_size).
             attention_mask: (batch, tokens), 0 at padding.
-            token_type_ids: (batch, tokens); None: 0 everywhere.
-            position_ids: (batch, tokens); None: counted from 0.
+            token_type_ids: (batch, tokens); None: all 0.
+            position_ids: (batch, tokens); None: 0, 1, 2, …
         """
         words = self.embeddings.word_embeddings
-        batch, tokens = inputs.batch_and_tokens(
-            input_ids, inputs_embeds, words.weight, 0, self.config.max_position_embeddings
-        )
+        context = self.config.max_position_embeddings
+        batch, tokens = inputs.check_tokens(input_ids, inputs_embeds, words.weight, 0, context)
         device = words.weight.device
-        for name, given, below in (
+        for name, ids, below in (
             ("token_type_ids", token_type_ids, self.config.type_vocab_size),
-            ("position_ids", position_ids, self.config.max_position_embeddings),
+            ("position_ids", position_ids, context),
         ):
-            if given is not None:
-                inputs.ids(name, given, below=below, device=device, shape=(batch, tokens))
-        key_padding = inputs.key_padding(attention_mask, batch, tokens, device)
+            if ids is not None:
+                inputs.check_ids(name, ids, below=below, device=device, shape=(batch, tokens))
+        key_padding = inputs.key_padding_mask(attention_mask, batch, tokens, device)
 
-        x, table = look_up(words, input_ids, inputs_embeds)
+        x, table = embed_tokens(words, input_ids, inputs_embeds)
         x = self.embeddings(x, token_type_ids, position_ids)
         for layer in self.encoder.layer:
-            x = self.run(layer, x, key_padding)
+            x = self.run_layer(layer, x, key_padding)
         output = ModelOutput(x, self.pooler(x) if self.pooler is not None else None)
-        output.table = table
+        output.shared_table = table
         return output
 
 
 class BertPredictions(nn.Module):
-    """The masked-token head: one more layer without attention, then a score for every token of the vocabulary."""
+    """The parameters of the masked-token head: a dense layer with GELU and LayerNorm, then the output projection."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.transform = BertOutput(config, config.hidden_size)
-        self.decoder = Linear(
-            config.hidden_size, config.vocab_size, device="meta" if config.tie_word_embeddings else None
-        )
+        # A tied weight is replaced by the embedding's, so none is allocated.
+        device = "meta" if config.tie_word_embeddings else None
+        self.decoder = Linear(config.hidden_size, config.vocab_size, device=device)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
         self.approximate = GELUS[config.hidden_act]
 
     def transformed(self, x: Tensor) -> Tensor:
+        """The input of the output projection."""
         return self.transform.LayerNorm(F.gelu(self.transform.dense(x), approximate=self.approximate))[0]
 
 
@@ -225,34 +227,33 @@ class BertForMaskedLM(BertPretrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> HeadOutput:
-        """BertModel's arguments, and labels: (batch, tokens), the true token where one was masked, -100 elsewhere.
+        """The arguments of BertModel, and labels: (batch, tokens), the original token at masked positions, else -100.
 
-        In training mode with labels the loss is computed without the logits, which are then None, and the head sees only the tokens that have a label:
-        most have none.
+        In training mode with labels the loss is computed without materialising the logits, which are then None, and
+        the head runs on the labelled positions only.
         """
         hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         x = hidden.last_hidden_state
         if labels is not None:
-            inputs.ids(
+            inputs.check_ids(
                 "labels",
                 labels,
                 below=self.config.vocab_size,
                 device=x.device,
                 shape=tuple(x.shape[:2]),
-                ignore=inputs.IGNORE,
+                ignore_index=inputs.IGNORE_INDEX,
             )
-            if (
-                self.training and x.device.type == "cpu" and not opaque(x, labels)
-            ):  # elsewhere counting them would wait for the GPU, or end the graph
-                counted = (labels != inputs.IGNORE).flatten().nonzero()[:, 0]
-                x, labels = x.flatten(0, 1).index_select(0, counted), labels.flatten()[counted]
+            # Selecting rows needs their number, which on a GPU synchronises and under torch.compile breaks the graph.
+            if self.training and x.device.type == "cpu" and not needs_custom_op(x, labels):
+                labelled = (labels != inputs.IGNORE_INDEX).flatten().nonzero()[:, 0]
+                x, labels = x.flatten(0, 1).index_select(0, labelled), labels.flatten()[labelled]
         head = self.cls.predictions
-        weight = self.projection(head.decoder.weight, self.bert.embeddings.word_embeddings, hidden)
+        weight = self.output_projection(head.decoder.weight, self.bert.embeddings.word_embeddings, hidden)
         return HeadOutput(*loss_and_logits(head.transformed(x), weight, head.decoder.bias, labels, self.training))
 
 
 class BertForSequenceClassification(BertPretrainedModel):
-    """BERT with a linear classifier on the pooled first token."""
+    """BERT with a linear classifier on the pooled output."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -270,43 +271,38 @@ class BertForSequenceClassification(BertPretrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> HeadOutput:
-        """BertModel's arguments, and labels, by which the problem is told (or by config.problem_type):
+        """The arguments of BertModel, and labels. config.problem_type, or else the labels, select the loss:
 
-        integers (batch,): one of num_labels classes, cross-entropy, in training mode without logits;
-        floating-point (batch,), with num_labels = 1: regression, mean squared error;
-        floating-point (batch, num_labels): any of the labels, mean binary cross-entropy.
+        - integers (batch,): one of num_labels classes; cross-entropy, in training mode without materialised logits.
+        - floating point (batch,), with num_labels = 1: regression; mean squared error.
+        - floating point (batch, num_labels): independent labels; mean binary cross-entropy.
         """
-        x = F.dropout(
-            self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds).pooler_output,
-            self.pdrop,
-            self.training,
-        )
-        if labels is None or self.problem(labels) == "single_label_classification":
+        hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        x = F.dropout(hidden.pooler_output, self.pdrop, self.training)
+        if labels is None or self.problem_type(labels) == "single_label_classification":
             if labels is not None:
-                inputs.ids(
+                inputs.check_ids(
                     "labels",
                     labels,
                     below=self.config.num_labels,
                     device=x.device,
                     shape=(x.shape[0],),
-                    ignore=inputs.IGNORE,
+                    ignore_index=inputs.IGNORE_INDEX,
                 )
             return HeadOutput(*loss_and_logits(x, self.classifier.weight, self.classifier.bias, labels, self.training))
         logits = self.classifier(x)
-        wide, truth = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.to(logits.device)
-        if self.problem(labels) == "regression":
-            if truth.numel() != logits.numel():
-                raise mismatch(
-                    "labels",
-                    f"shape {tuple(logits.shape[: 1 if self.config.num_labels == 1 else 2])}",
-                    tuple(labels.shape),
-                )
-            return HeadOutput(F.mse_loss(wide, truth.view_as(wide).to(wide.dtype)), logits)
-        if truth.shape != logits.shape:
+        logits_fp32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = labels.to(logits.device)
+        if self.problem_type(labels) == "regression":
+            if targets.numel() != logits.numel():
+                expected = tuple(logits.shape[: 1 if self.config.num_labels == 1 else 2])
+                raise mismatch("labels", f"shape {expected}", tuple(labels.shape))
+            return HeadOutput(F.mse_loss(logits_fp32, targets.view_as(logits_fp32).to(logits_fp32.dtype)), logits)
+        if targets.shape != logits.shape:
             raise mismatch("labels", f"shape {tuple(logits.shape)}", tuple(labels.shape))
-        return HeadOutput(F.binary_cross_entropy_with_logits(wide, truth.to(wide.dtype)), logits)
+        return HeadOutput(F.binary_cross_entropy_with_logits(logits_fp32, targets.to(logits_fp32.dtype)), logits)
 
-    def problem(self, labels: Tensor) -> str:
+    def problem_type(self, labels: Tensor) -> str:
         if self.config.problem_type is not None:
             return self.config.problem_type
         if self.config.num_labels == 1:

@@ -1,12 +1,15 @@
-"""A model's files: safetensors, whole or in shards, and PyTorch's own .bin. Reading forgives what old files differ in; writing is all or nothing."""
+"""Checkpoint files: safetensors, whole or sharded, and PyTorch's .bin.
+
+Reading accepts the variants that older versions of transformers wrote. Writing replaces files atomically.
+"""
 
 import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,29 +18,27 @@ from torch import Tensor, nn
 
 from fastlm.models.config import read_json
 
-if TYPE_CHECKING:
-    from fastlm.models.base import PretrainedModel
-
-WHOLE = (
+# In order of preference.
+WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-)  # in order of preference
-# Constants that older versions of Hugging Face's models kept among the parameters.
-CONSTANTS = re.compile(r"(^|\.)(embeddings\.position_ids|attn\.bias|attn\.masked_bias)$")
-SHOWN = 10  # of a list of keys in one line
+)
+# Buffers with constants that older versions of transformers saved with the parameters.
+IGNORED_KEYS = re.compile(r"(^|\.)(embeddings\.position_ids|attn\.bias|attn\.masked_bias)$")
+MAX_LISTED = 10  # parameter names in one message
 
 # 1. Reading
 
 
-def read(directory: Path) -> dict[str, Tensor]:
-    """Every tensor in a directory, by the name it has there. Those of safetensors are mapped, not read, until they are used."""
-    for name in WHOLE:
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors in a directory, by stored name. Safetensors files are memory-mapped and read on first use."""
+    for name in WEIGHT_FILES:
         if (directory / name).is_file():
             break
     else:
-        raise FileNotFoundError(f"{directory}: expected a directory with one of {', '.join(WHOLE)}")
+        raise FileNotFoundError(f"{directory}: expected a directory with one of {', '.join(WEIGHT_FILES)}")
     if not name.endswith(".index.json"):
         return read_file(directory / name)
     shards = read_json(directory / name).get("weight_map")
@@ -53,23 +54,22 @@ def read(directory: Path) -> dict[str, Tensor]:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, but the index beside it names it")
+        raise FileNotFoundError(f"{path}: no such file, although the index in its directory lists it")
     try:
-        contents = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # every reader has its own errors for a damaged file, PyTorch's half a dozen
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many types of error
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
-    if not isinstance(contents, dict) or not all(isinstance(value, Tensor) for value in contents.values()):
-        raise ValueError(f"{path}: expected tensors by name, as a state dict has them")
-    return contents
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path}: expected a state dict (tensors by name)")
+    return tensors
 
 
-def widest(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    """The floating-point dtype that holds all of them."""
+def widest_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """The floating-point dtype that can represent all tensors; None if no tensor is floating point."""
     dtype = None
     for tensor in tensors:
         if tensor.is_floating_point():
@@ -80,53 +80,69 @@ def widest(tensors: Iterable[Tensor]) -> torch.dtype | None:
 # 2. From stored tensors to a model's parameters
 
 
-def own_name(key: str, known: set[str], prefix: str) -> str | None:
-    """What a stored key is called in a model that knows these; None for a constant; the key itself where the model has no such parameter."""
-    if CONSTANTS.search(key):
+def parameter_name(key: str, known: set[str], prefix: str) -> str | None:
+    """The parameter for a stored key; None for a constant; the key itself if the model has no such parameter."""
+    if IGNORED_KEYS.search(key):
         return None
-    modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))  # LayerNorm as TensorFlow named it
-    return next(
-        (name for name in (modern, f"{prefix}.{modern}", modern.removeprefix(f"{prefix}.")) if name in known), key
-    )
+    key_now = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))  # TensorFlow's LayerNorm names
+    candidates = (key_now, f"{prefix}.{key_now}", key_now.removeprefix(f"{prefix}."))
+    return next((name for name in candidates if name in known), key)
 
 
 @torch.no_grad()
-def fill(model: "PretrainedModel", stored: dict[str, Tensor], initialise: tuple[str, ...], directory: Path) -> None:
-    """Copies stored tensors into the model's parameters."""
+def load_parameters(
+    model: nn.Module,
+    stored: dict[str, Tensor],
+    *,
+    prefix: str,
+    tied: Mapping[str, str],
+    may_be_missing: tuple[str, ...],
+    initialise: Callable[[nn.Module], None],
+    directory: Path,
+) -> None:
+    """Copies stored tensors into the model's parameters.
+
+    Args:
+        prefix: of parameter names, which stored keys may have or lack.
+        tied: parameter → the parameter that it is tied to. Tensors that differ in the file are untied, with a warning.
+        may_be_missing: prefixes of parameters that are initialised by initialise(model) if the file lacks them.
+        directory: named in messages.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {own_name(key, set(parameters), model.base_model_prefix): tensor for key, tensor in stored.items()}
+    found = {parameter_name(key, set(parameters), prefix): tensor for key, tensor in stored.items()}
     found.pop(None, None)
     if unknown := [str(name) for name in found if name not in parameters]:
         warnings.warn(
-            f"{directory}: {type(model).__name__} has no parameter for {listed(unknown)}; not loaded", stacklevel=4
+            f"{directory}: not loaded, as {type(model).__name__} has no such parameter: {summary(unknown)}",
+            stacklevel=4,
         )
 
-    tied = dict(model.tied) if model.config.tie_word_embeddings else {}
     for name, source in tied.items():
         if name in found and source in found and not torch.equal(found[name].float(), found[source].float()):
             warnings.warn(
-                f"{directory}: {name} and {source} differ, so they are not tied although tie_word_embeddings is true",
+                f"{directory}: {name} and {source} differ in the file; they are not tied, although "
+                "tie_word_embeddings is true",
                 stacklevel=4,
             )
             untie(model, name)
             parameters[name] = model.get_parameter(name)
-        elif name in found:  # one tensor under two names, or under the second one alone
+        elif name in found:  # the file may have only one of the two names
             found.setdefault(source, found[name])
 
     missing = [name for name in parameters if name not in found and name not in tied]
-    if absent := [name for name in missing if not name.startswith(initialise or "\0")]:
+    if required := [name for name in missing if not name.startswith(may_be_missing or "\0")]:
         raise ValueError(
-            f"{directory}: parameters of {type(model).__name__} missing in the file (initialise= begins them anew): {listed(absent)}"
+            f"{directory}: parameters of {type(model).__name__} are missing in the file "
+            f"(initialise=(prefix, …) initialises them at random): {summary(required)}"
         )
     if missing:
-        model.initialise(model)
+        initialise(model)
     for name, parameter in parameters.items():
         if name in found:
             tensor = found[name]
             if tensor.shape != parameter.shape:
-                raise ValueError(
-                    f"{directory}: {name}: expected shape {tuple(parameter.shape)} by config.json, got {tuple(tensor.shape)}"
-                )
+                expected, got = tuple(parameter.shape), tuple(tensor.shape)
+                raise ValueError(f"{directory}: {name}: expected shape {expected}, as in config.json, got {got}")
             if not tensor.is_floating_point():
                 raise ValueError(f"{directory}: {name}: expected a floating-point dtype, got {tensor.dtype}")
             parameter.copy_(tensor)
@@ -137,40 +153,33 @@ def untie(model: nn.Module, name: str) -> None:
     setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(model.get_parameter(name))))
 
 
-def listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+def summary(names: list[str]) -> str:
+    return ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
 
 
 # 3. Writing
 
 
-def save(model: "PretrainedModel", directory: Path) -> None:
-    """config.json and model.safetensors, in which a tied parameter stands once, as Hugging Face keeps it."""
-    state = model.state_dict()
-    for name, source in model.tied.items():
+def save(state: dict[str, Tensor], settings: dict[str, Any], *, tied: Mapping[str, str], directory: Path) -> None:
+    """Writes config.json and model.safetensors. As in Hugging Face's files, a tied parameter is stored once."""
+    for name, source in tied.items():
         if name in state and state[name].data_ptr() == state[source].data_ptr():
             del state[name]
-    settings = {
-        **model.config.to_dict(),
-        "architectures": [type(model).__name__],
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    write_together(
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    write_atomically(
         {
             directory / "model.safetensors": lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            directory / "config.json": lambda path: path.write_text(
-                json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-            ),
+            directory / "config.json": lambda path: path.write_text(text, encoding="utf-8"),
         }
     )
 
 
-def write_together(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Calls each function with a temporary name beside its path to write to; when all of them have, the files take their places.
+def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
+    """Calls each function with a temporary path to write to, then moves all temporary files to their final paths.
 
-    Where one fails no file is changed, nothing is left behind, and the OSError names the file.
+    If one function fails, no file has changed, no temporary file remains, and the OSError names the file.
     """
     temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
@@ -178,11 +187,10 @@ def write_together(files: dict[Path, Callable[[Path], object]]) -> None:
             try:
                 write(temporaries[path])
                 with open(temporaries[path], "rb+") as file:
-                    os.fsync(file.fileno())  # a full disk may say so only now
+                    os.fsync(file.fileno())  # a full disk may be reported only here
             except (OSError, SafetensorError) as error:
-                raise OSError(
-                    f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); nothing was changed"
-                ) from None
+                reason = getattr(error, "strerror", None) or error
+                raise OSError(f"{path}: could not be written ({reason}); no file was changed") from None
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     finally:

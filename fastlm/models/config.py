@@ -1,15 +1,16 @@
-"""The settings of a model and the JSON they are kept in: Hugging Face's keys, so that a directory written by either library is read by the other."""
+"""Model configurations and their JSON files, in Hugging Face's format."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from fastlm.ops.boundary import mismatch
+from fastlm.core.errors import mismatch
 
 C = TypeVar("C", bound="Config")
 
-# Hugging Face has seven names for two functions: the exact GELU and its tanh approximation (Hendrycks & Gimpel, 2016, arXiv:1606.08415).
+# Hugging Face's names of the exact GELU ("none") and of its tanh approximation
+# (Hendrycks & Gimpel, 2016, arXiv:1606.08415).
 GELUS = {
     "gelu": "none",
     "gelu_python": "none",
@@ -20,23 +21,27 @@ GELUS = {
     "gelu_accurate": "tanh",
 }
 
-# Written anew for every save, so a value from the file that was read would only go stale.
-REWRITTEN = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+# Keys that every save sets; values read from a file would be outdated.
+SET_ON_SAVE = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Config:
-    """What GPT-2's and BERT's settings share. A key that changes no arithmetic here is kept in `other` and saved again."""
+    """Settings shared by all models.
+
+    Keys of a config.json that do not affect the computation are kept in `other` and written back on saving.
+    """
 
     model_type: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]]
-    # Keys that change the mathematics, with the only value that this library computes.
+    # Keys that affect the computation, with the only supported value.
     fixed: ClassVar[dict[str, Any]] = {
         "add_cross_attention": False,
         "is_encoder_decoder": False,
         "pruned_heads": {},
         "quantization_config": None,
     }
+    # Other names of settings, as keys of a config.json and as attributes.
     aliases: ClassVar[dict[str, str]] = {}
 
     tie_word_embeddings: bool = True
@@ -47,30 +52,34 @@ class Config:
 
     @classmethod
     def preset(cls: type[C], name: str, **changes: Any) -> C:
-        """The published sizes, by name: `GPT2Config.preset("gpt2-medium", n_positions=256)`."""
+        """A published model size with optional changes: `GPT2Config.preset("gpt2-medium", n_positions=256)`."""
         if name not in cls.presets:
             raise mismatch("name", f"one of {', '.join(cls.presets)}", repr(name))
         return cls(**{**cls.presets[name], **changes})
 
     @classmethod
     def from_dict(cls: type[C], given: dict[str, Any]) -> C:
-        """From the contents of a config.json; ValueError names a key that this library cannot compute."""
+        """From the contents of a config.json.
+
+        Raises:
+            ValueError: a setting is not supported; the message names it.
+        """
         given = {cls.aliases.get(key, key): value for key, value in given.items()}
         model_type = given.pop("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise mismatch("model_type", repr(cls.model_type), repr(model_type))
         for key, value in cls.fixed.items():
             if given.get(key, value) not in (value, None):
-                raise mismatch(key, f"{value!r}, the only one supported", repr(given[key]))
+                raise mismatch(key, f"{value!r}, the only supported value", repr(given[key]))
         known = {field.name for field in dataclasses.fields(cls)} - {"other"}
         if "num_labels" in known and "num_labels" not in given and given.get("id2label"):
             given["num_labels"] = len(given["id2label"])
-        other = {key: value for key, value in given.items() if key not in known and key not in REWRITTEN}
+        other = {key: value for key, value in given.items() if key not in known and key not in SET_ON_SAVE}
         return cls(**{key: value for key, value in given.items() if key in known}, other=other)
 
     @classmethod
     def from_pretrained(cls: type[C], directory: str | Path) -> C:
-        """From `directory`/config.json."""
+        """From config.json in `directory`."""
         path = Path(directory) / "config.json"
         try:
             return cls.from_dict(read_json(path))
@@ -78,14 +87,19 @@ class Config:
             raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What a config.json holds; Hugging Face's own classes read it."""
+        """The contents of a config.json that transformers can also read."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**values.pop("other"), **values, "model_type": self.model_type}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).aliases:
+            return getattr(self, type(self).aliases[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 @dataclasses.dataclass(kw_only=True)
 class GPT2Config(Config):
-    """GPT-2 (Radford et al., 2019). The defaults are those of "gpt2", the smallest."""
+    """GPT-2 (Radford et al., 2019). The defaults are those of "gpt2", the smallest model."""
 
     model_type = "gpt2"
     presets: ClassVar = {
@@ -102,30 +116,30 @@ class GPT2Config(Config):
     }
 
     vocab_size: int = 50257
-    n_positions: int = 1024  # the context: tokens that the model sees at most
+    n_positions: int = 1024  # context: maximum number of tokens
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
-    n_inner: int | None = None  # width inside the feed-forward part; None: 4 · n_embd
+    n_inner: int | None = None  # width of the MLP; None: 4 · n_embd
     activation_function: str = "gelu_new"
     resid_pdrop: float = 0.1
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
-    scale_attn_weights: bool = True  # by 1/√head_dim
-    scale_attn_by_inverse_layer_idx: bool = False  # also by 1/(layer + 1)
-    reorder_and_upcast_attn: bool = False  # softmax in float32: always the case here
+    scale_attn_weights: bool = True  # scale by 1/√head_dim
+    scale_attn_by_inverse_layer_idx: bool = False  # scale by 1/(layer + 1) too
+    reorder_and_upcast_attn: bool = False  # softmax in float32, which fastlm always does
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50256
 
     def __post_init__(self) -> None:
-        sizes(
-            self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", *["n_inner"] * (self.n_inner is not None)
-        )
-        divides(self, "n_head", "n_embd")
-        probabilities(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
-        one_gelu(self, "activation_function")
+        check_sizes(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        if self.n_inner is not None:
+            check_sizes(self, "n_inner")
+        check_divisible(self, "n_head", "n_embd")
+        check_probabilities(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
+        check_gelu(self, "activation_function")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -158,11 +172,11 @@ class BertConfig(Config):
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
-    num_labels: int = 2  # of BertForSequenceClassification
-    problem_type: str | None = None  # None: by the labels, see BertForSequenceClassification
+    num_labels: int = 2  # for BertForSequenceClassification
+    problem_type: str | None = None  # None: follows from the labels, see BertForSequenceClassification
 
     def __post_init__(self) -> None:
-        sizes(
+        check_sizes(
             self,
             "vocab_size",
             "hidden_size",
@@ -170,16 +184,14 @@ class BertConfig(Config):
             "num_attention_heads",
             "intermediate_size",
             "max_position_embeddings",
+            "type_vocab_size",
+            "num_labels",
         )
-        sizes(self, "type_vocab_size", "num_labels")
-        divides(self, "num_attention_heads", "hidden_size")
-        probabilities(
-            self,
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            *["classifier_dropout"] * (self.classifier_dropout is not None),
-        )
-        one_gelu(self, "hidden_act")
+        check_divisible(self, "num_attention_heads", "hidden_size")
+        check_probabilities(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
+        if self.classifier_dropout is not None:
+            check_probabilities(self, "classifier_dropout")
+        check_gelu(self, "hidden_act")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise mismatch("pad_token_id", f"a token id in [0, {self.vocab_size})", self.pad_token_id)
         problems = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -188,43 +200,43 @@ class BertConfig(Config):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        count = values.pop("num_labels")  # Hugging Face counts the names instead
+        count = values.pop("num_labels")  # transformers infers it from the number of names
         if len(values.get("id2label") or ()) != count:
             labels = [f"LABEL_{i}" for i in range(count)]
             values |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         return values
 
 
-def sizes(config: Config, *keys: str) -> None:
+def check_sizes(config: Config, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise mismatch(key, "a whole number of at least 1", repr(value))
+            raise mismatch(key, "an integer >= 1", repr(value))
 
 
-def divides(config: Config, heads: str, width: str) -> None:
+def check_divisible(config: Config, heads: str, width: str) -> None:
     if getattr(config, width) % getattr(config, heads):
-        raise mismatch(width, f"a multiple of {heads}, {getattr(config, heads)}", getattr(config, width))
+        raise mismatch(width, f"a multiple of {heads} = {getattr(config, heads)}", getattr(config, width))
 
 
-def probabilities(config: Config, *keys: str) -> None:
+def check_probabilities(config: Config, *keys: str) -> None:
     for key in keys:
         if not 0 <= getattr(config, key) < 1:
             raise mismatch(key, "a probability in [0, 1)", getattr(config, key))
 
 
-def one_gelu(config: Config, key: str) -> None:
+def check_gelu(config: Config, key: str) -> None:
     if getattr(config, key) not in GELUS:
         raise mismatch(key, f"one of {', '.join(GELUS)}", repr(getattr(config, key)))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object; a missing or damaged file is a one-line error that names it."""
+    """Reads one JSON object; a missing or damaged file raises a one-line error that names it."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path}: no such file; a directory in Hugging Face's format has one, and nothing is downloaded"
+            f"{path}: no such file; expected a local directory in Hugging Face's format (nothing is downloaded)"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None

@@ -1,24 +1,37 @@
-"""What a forward pass accepts. Shapes are checked everywhere; values on the CPU alone, because on a GPU reading them would make the host wait."""
+"""Checks of the inputs of a forward pass.
+
+Shapes are checked on every device. Values are checked on a CPU only: reading them on a GPU would synchronise.
+"""
 
 import torch
 from torch import Tensor
 
-from fastlm.ops.boundary import mismatch, opaque
+from fastlm.core.errors import mismatch
+from fastlm.core.tracing import needs_custom_op
 
-IGNORE = -100  # a label with this value counts for nothing
+IGNORE_INDEX = -100  # a label with this value does not contribute to the loss
 
 
-def batch_and_tokens(
+def check_tokens(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, embedding: Tensor, past: int, context: int
 ) -> tuple[int, int]:
-    """Checks the one of the two that is given against the embedding (vocabulary, width) and the context; returns its (batch, tokens)."""
+    """Checks that exactly one of input_ids and inputs_embeds is given and valid.
+
+    Args:
+        embedding: (vocabulary, width).
+        past: number of tokens in the cache.
+        context: maximum number of tokens, those in the cache included.
+
+    Returns:
+        (batch, tokens).
+    """
     if (input_ids is None) == (inputs_embeds is None):
         raise mismatch("input_ids", "either input_ids or inputs_embeds", "neither" if input_ids is None else "both")
     if input_ids is not None:
         name, given = "input_ids", input_ids
         if given.dim() != 2:
             raise mismatch(name, "shape (batch, tokens)", tuple(given.shape))
-        ids(name, given, below=embedding.shape[0], device=embedding.device)
+        check_ids(name, given, below=embedding.shape[0], device=embedding.device)
     else:
         assert inputs_embeds is not None
         name, given = "inputs_embeds", inputs_embeds
@@ -32,47 +45,44 @@ def batch_and_tokens(
     if tokens == 0:
         raise mismatch(name, "at least one token", tuple(given.shape))
     if past + tokens > context:
-        raise mismatch(
-            name,
-            f"at most {context} tokens, the context of the model",
-            f"{tokens} after {past} in the cache" if past else tokens,
-        )
+        got = f"{tokens} after {past} in the cache" if past else tokens
+        raise mismatch(name, f"at most {context} tokens, the context of the model", got)
     return batch, tokens
 
 
-def ids(
+def check_ids(
     name: str,
-    given: Tensor,
+    ids: Tensor,
     *,
     below: int,
     device: torch.device,
     shape: tuple[int, ...] | None = None,
-    ignore: int | None = None,
+    ignore_index: int | None = None,
 ) -> None:
-    """Integers in [0, below), or `ignore`. A first size of 1 stands for the whole batch where a shape is asked for and ignore is not."""
-    if given.dtype not in (torch.int64, torch.int32):
-        raise mismatch(name, "dtype torch.int64 or torch.int32", given.dtype)
-    if given.device != device:
-        raise mismatch(name, f"a tensor on {device}, as the model", given.device)
-    if shape is not None and given.shape != shape and (ignore is not None or given.shape != (1, *shape[1:])):
-        raise mismatch(name, f"shape {shape}, as the input", tuple(given.shape))
-    if given.device.type == "cpu" and not opaque(given) and given.numel():
-        low, high = torch.aminmax(given if ignore is None else given.masked_fill(given == ignore, 0))
+    """Checks that ids are integers in [0, below) or ignore_index.
+
+    If a shape is given without ignore_index, a batch size of 1 is accepted for any batch: it is broadcast.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise mismatch(name, "dtype torch.int64 or torch.int32", ids.dtype)
+    if ids.device != device:
+        raise mismatch(name, f"a tensor on {device}, as the model", ids.device)
+    if shape is not None and ids.shape != shape and (ignore_index is not None or ids.shape != (1, *shape[1:])):
+        raise mismatch(name, f"shape {shape}, as the input", tuple(ids.shape))
+    if ids.device.type == "cpu" and not needs_custom_op(ids) and ids.numel():
+        low, high = torch.aminmax(ids if ignore_index is None else ids.masked_fill(ids == ignore_index, 0))
         if low < 0 or high >= below:
-            wanted = f"values in [0, {below})" if ignore is None else f"values in [0, {below}) or {ignore}"
-            raise mismatch(name, wanted, int(low if low < 0 else high))
+            expected = f"values in [0, {below})" + ("" if ignore_index is None else f" or {ignore_index}")
+            raise mismatch(name, expected, int(low if low < 0 else high))
 
 
-def key_padding(attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor | None:
-    """attention_mask (batch, tokens), non-zero at real tokens, as bool. Tokens in a cache count."""
+def key_padding_mask(attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor | None:
+    """attention_mask (batch, tokens), non-zero at real tokens, as bool. `tokens` includes those in the cache."""
     if attention_mask is None:
         return None
     if attention_mask.shape != (batch, tokens):
-        raise mismatch(
-            "attention_mask",
-            f"shape ({batch}, {tokens}): one value for every token, those in the cache too",
-            tuple(attention_mask.shape),
-        )
+        expected = f"shape ({batch}, {tokens}): one value per token, including those in the cache"
+        raise mismatch("attention_mask", expected, tuple(attention_mask.shape))
     if attention_mask.device != device:
         raise mismatch("attention_mask", f"a tensor on {device}, as the model", attention_mask.device)
     return attention_mask.bool()

@@ -1,68 +1,70 @@
-"""The parts that both models are made of. Parameters are named and shaped as Hugging Face's; the arithmetic is fastlm's operators."""
+"""Layers shared by all models. Parameters have Hugging Face's names and shapes; fastlm's operators compute."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fastlm
-from fastlm.ops.boundary import opaque
+from fastlm.core.tracing import needs_custom_op
+from fastlm.ops.layernorm_residual import layernorm_residual
+from fastlm.ops.linear import linear
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 
-RECOMPUTE = 1  # the level of recomputation that models begin with
+RECOMPUTE = 1  # the default level of recomputation; see PretrainedModel.recompute
 
 
-class Uninitialised:
-    """Memory is left as it comes: the model sets every parameter once (base.py), and PyTorch's defaults would be drawn for nothing."""
+class SkipInit:
+    """Leaves parameters uninitialised: PretrainedModel.initialise sets each of them once."""
 
     def reset_parameters(self) -> None:
         pass
 
 
-class Linear(Uninitialised, nn.Linear):
+class Linear(SkipInit, nn.Linear):
     """x Wᵀ + b, weight (out, in)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return fastlm.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class Conv1D(nn.Module):
     """x W + b, weight (in, out): GPT-2's layout."""
 
-    def __init__(self, width: int, out_width: int) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, out_width))
-        self.bias = nn.Parameter(torch.empty(out_width))
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fastlm.linear(x, self.weight, self.bias, layout="conv1d")
+        return linear(x, self.weight, self.bias, layout="conv1d")
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
-class Embedding(Uninitialised, nn.Embedding):
-    """A row of the weight per id. The row `padding_idx` gets no gradient from here, as in PyTorch."""
+class Embedding(SkipInit, nn.Embedding):
+    """nn.Embedding without its own initialisation. As there, the row `padding_idx` receives no gradient."""
 
 
-class LayerNorm(Uninitialised, nn.LayerNorm):
-    """Normalises residual + dropout(x); returns the result and the sum, which is what the next residual addition needs."""
+class LayerNorm(SkipInit, nn.LayerNorm):
+    """Normalises residual + dropout(x). Returns the result and the residual sum, the input of the next addition."""
 
-    def forward(  # type: ignore[override]  # two results, not one
+    def forward(  # type: ignore[override]  # returns two tensors
         self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        return fastlm.layernorm_residual(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
+        return layernorm_residual(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
 
 
 class FeedForward(nn.Module):
-    """The part of a layer with a GELU. recompute: what its backward computes again rather than keep, as fastlm.gelu_mlp takes it."""
+    """Base class of modules that contain an MLP. recompute: the argument of that name of fastlm.gelu_mlp."""
 
     recompute = RECOMPUTE
 
 
 class SharedTable(torch.autograd.Function):
-    """Rows of a table by ids, and the table itself for an output projection that is tied to it.
+    """Embedding lookup that also returns the table, for an output projection that is tied to it.
 
-    Here the two gradients of the table meet: the rows' are added into the projection's. Apart, backward would make a second table of zeros, add the rows to it,
-    and the two to each other.
+    The backward pass receives both gradients of the table and adds the gradient of the looked-up rows into that of
+    the projection. Separate nodes would allocate a second table of zeros and add two whole tables.
     """
 
     @staticmethod
@@ -77,10 +79,11 @@ class SharedTable(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         if drows is None:
             return dtable, None, None
-        if dtable is None or torch.is_grad_enabled():  # nothing to add to, or create_graph=True
+        if dtable is None or torch.is_grad_enabled():  # nothing to add into, or create_graph=True
             dense = torch.ops.aten.embedding_dense_backward(drows, ids, ctx.size, ctx.padding_idx, False)
             return dense if dtable is None else dtable + dense, None, None
-        # The projection's backward made dtable for this node alone, which is all that takes it: the view is not given to anyone but an operator of ours.
+        # In-place is safe: the view is passed to fastlm's operators only, so dtable is a new tensor that only this
+        # node uses.
         ids, drows = ids.flatten(), drows.flatten(0, -2)
         if ctx.padding_idx >= 0:
             kept = (ids != ctx.padding_idx).nonzero()[:, 0]
@@ -88,56 +91,61 @@ class SharedTable(torch.autograd.Function):
         return dtable.index_add_(0, ids, drows), None, None
 
 
-def look_up(embedding: nn.Embedding, ids: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(rows by ids, where they are not given; the table as an output projection tied to it should take it)."""
+def embed_tokens(embedding: nn.Embedding, ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token embeddings, and the table as the input of an output projection that is tied to it."""
     table = embedding.weight
-    if rows is not None:
-        return rows, table
-    assert ids is not None  # one of the two: the model has checked
+    if inputs_embeds is not None:
+        return inputs_embeds, table
+    assert ids is not None  # inputs.check_tokens: exactly one of the two is given
     if (
         torch.is_grad_enabled()
         and table.requires_grad
         and table.is_cpu
-        and not opaque(table, ids)
-        and unwatched(embedding)
+        and not needs_custom_op(table, ids)
+        and is_plain(embedding)
     ):
         return SharedTable.apply(table, ids, embedding.padding_idx)
     return embedding(ids), table
 
 
-def unwatched(embedding: nn.Embedding) -> bool:
-    """Whether calling the module does no more than looking up: no hook of a user's, no other forward in its place."""
-    own = vars(embedding)
+def is_plain(embedding: nn.Embedding) -> bool:
+    """Whether calling the module only looks up rows: it has no hooks and its forward() has not been replaced."""
+    attributes = vars(embedding)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return type(embedding) is Embedding and "forward" not in own and not any(own[kind] for kind in hooks)
+    return (
+        type(embedding) is Embedding
+        and "forward" not in attributes
+        and not any(attributes[registry] for registry in hooks)
+    )
 
 
-def embed(table: nn.Embedding, ids: Tensor | None, default: slice) -> Tensor:
-    """Rows of the table by ids; without ids the rows of a slice, which need no gather and broadcast over the batch."""
-    return table.weight[default] if ids is None else table(ids)
+def embed(embedding: nn.Embedding, ids: Tensor | None, default: slice) -> Tensor:
+    """Rows by ids; without ids, a slice of rows, which needs no gather and is broadcast over the batch."""
+    return embedding.weight[default] if ids is None else embedding(ids)
 
 
-def heads_of(x: Tensor, heads: int) -> Tensor:
-    """(batch, tokens, heads · head_dim) as (batch, heads, tokens, head_dim): a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(batch, tokens, num_heads · head_dim) → (batch, num_heads, tokens, head_dim), a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def joined(x: Tensor) -> Tensor:
-    """The way back. A view where the attention wrote its result token by token, as it does for queries that lie so."""
+def merge_heads(x: Tensor) -> Tensor:
+    """The inverse of split_heads. A view if x has the layout that split_heads returns."""
     return x.transpose(1, 2).flatten(2)
 
 
 def loss_and_logits(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, training: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The output projection and its mean cross-entropy over the labels that are not -100.
+    """The output projection and its mean cross-entropy over all labels other than -100.
 
-    In training with labels the two are one operator that never holds the logits, and None stands for them.
+    In training with labels, one operator computes the loss without materialising the logits, which are then None.
     """
     if labels is not None and training:
-        return fastlm.linear_cross_entropy(x.flatten(0, -2), weight, labels.flatten().long(), bias), None
-    logits = fastlm.linear(x, weight, bias)
+        return linear_cross_entropy(x.flatten(0, -2), weight, labels.flatten().long(), bias), None
+    logits = linear(x, weight, bias)
     if labels is None:
         return None, logits
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, -2), labels.flatten().long()), logits
+    # At least float32, as in linear_cross_entropy.
+    logits_fp32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits_fp32.flatten(0, -2), labels.flatten().long()), logits

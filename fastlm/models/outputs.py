@@ -1,4 +1,4 @@
-"""What a model returns: attributes, and Hugging Face's three other ways to reach them (by key, by place, unpacked after slicing)."""
+"""Model outputs, with Hugging Face's ways of access: by attribute, by key, by index and by slice."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,14 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlm.generation.cache import KVCache
+from fastlm.models.cache import KVCache
 
 
 class Output:
-    """A dataclass whose fields that are None are absent: `out.loss`, `out["loss"]`, `out[0]`, `"loss" in out`, `out.to_tuple()`."""
+    """Base of output dataclasses; fields that are None are left out.
+
+    `out.loss`, `out["loss"]`, `out[0]`, `"loss" in out`, `out.to_tuple()`.
+    """
 
     def keys(self) -> tuple[str, ...]:
-        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)  # type: ignore[arg-type]
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return tuple(f.name for f in fields if getattr(self, f.name) is not None)
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(getattr(self, key) for key in self.keys())
@@ -45,24 +49,22 @@ class Output:
 
 @dataclasses.dataclass
 class ModelOutput(Output):
-    """Of a model without a head."""
+    """The output of a model without a head."""
 
     last_hidden_state: Tensor  # (batch, tokens, width)
     pooler_output: Tensor | None = None  # (batch, width)
     past_key_values: KVCache | None = None
 
     def __post_init__(self) -> None:
-        self.table: Tensor | None = (
-            None  # not a field: the embedding's, for an output projection that is tied to it; see SharedTable
-        )
+        # Not a field: the embedding matrix for an output projection that is tied to it; see layers.SharedTable.
+        self.shared_table: Tensor | None = None
 
 
 @dataclasses.dataclass
 class HeadOutput(Output):
-    """Of a model with a head."""
+    """The output of a model with a head."""
 
-    loss: Tensor | None = None  # a scalar, where labels were given
-    logits: Tensor | None = (
-        None  # (batch, tokens, vocabulary) or (batch, labels); None in training mode with labels, where they are never computed
-    )
+    loss: Tensor | None = None  # a scalar; None without labels
+    # (batch, tokens, vocabulary) or (batch, labels). None in training mode with labels: they are never materialised.
+    logits: Tensor | None = None
     past_key_values: KVCache | None = None

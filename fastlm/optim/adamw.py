@@ -1,18 +1,20 @@
-"""AdamW in one pass over memory: decay, moments, update, and, where asked for, clipping, master weights and zeroing of gradients."""
+"""AdamW in one pass over memory: weight decay, moments and update, and optionally gradient clipping, master weights and
+zeroing of gradients."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fastlm.backends import choose
-from fastlm.backends.layout import laid_out_like, without_gaps
-from fastlm.ops.boundary import PLAIN, mismatch, opaque
+from fastlm.backends.selection import select
+from fastlm.core.errors import mismatch
+from fastlm.core.layout import is_dense, with_strides_of
+from fastlm.core.tracing import PLAIN_TYPES, needs_custom_op
+from fastlm.ops.adamw.spec import AdamWImplementation, Sizes, Update, operator
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MASTER = "master_param"
@@ -21,10 +23,10 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass
 class Batch:
-    """Parameters of one group that one call of a backend updates: they have dtype, device and layout in common."""
+    """Parameters of one group that one call updates: they share dtype, device and layout."""
 
     group: dict[str, Any]
-    backend: ModuleType
+    implementation: AdamWImplementation
     parameters: list[Tensor] = dataclasses.field(default_factory=list)
     gradients: list[Tensor] = dataclasses.field(default_factory=list)
     states: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)
@@ -35,43 +37,49 @@ class Batch:
     def update(self, factor: float | Tensor, zero_gradients: bool) -> None:
         group = self.group
         beta1, beta2 = group["betas"]
-        self.backend.adamw(
-            self.parameters,
-            self.gradients,
-            self.of("exp_avg"),
-            self.of("exp_avg_sq"),
-            self.of(MASTER),
-            self.of("step"),
-            max_exp_avg_sqs=self.of("max_exp_avg_sq") if group["amsgrad"] else [],
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            factor=-factor if group["maximize"] else factor,
-            zero_gradients=zero_gradients,
+        self.implementation.forward(
+            Update(
+                self.parameters,
+                self.gradients,
+                exp_avgs=self.of("exp_avg"),
+                exp_avg_sqs=self.of("exp_avg_sq"),
+                masters=self.of(MASTER),
+                steps=self.of("step"),
+                max_exp_avg_sqs=self.of("max_exp_avg_sq") if group["amsgrad"] else [],
+                lr=float(group["lr"]),
+                beta1=float(beta1),
+                beta2=float(beta2),
+                eps=float(group["eps"]),
+                weight_decay=float(group["weight_decay"]),
+                factor=-factor if group["maximize"] else factor,
+                zero_gradients=zero_gradients,
+            )
         )
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with a step that reads and writes everything once.
+    """torch.optim.AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101) whose step reads and writes everything once.
 
-    The same update, state and state dict: one's can be loaded into the other. Learning-rate schedulers, GradScaler, closures and hooks work as usual. Sparse
-    gradients are refused. What the kernels cannot serve goes to PyTorch's own implementation: parameters on another device than a CPU, in float64 or a complex
-    type, with gaps in memory, tensor subclasses such as DTensor, and groups with amsgrad.
+    Update, state and state dict are the same: either loads the other's. Learning-rate schedulers, GradScaler, closures
+    and hooks work as usual. Sparse gradients are refused. PyTorch's own implementation updates what the kernels do not
+    support: parameters on another device than a CPU, in float64 or a complex dtype, or not dense in memory, tensor
+    subclasses such as DTensor, and groups with amsgrad.
 
     Args:
-        params: as every torch optimiser takes them: tensors, (name, tensor) pairs or groups.
-        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW; lr may be a tensor. Each can be set per group.
-        max_grad_norm: clip the 2-norm of all gradients together to this, as torch.nn.utils.clip_grad_norm_ does, but without writing the gradients: they are
-            read once more and scaled while the update uses them. None: no clipping. The norm before clipping is then in `grad_norm`, a 0-d tensor. Only
-            gradients of this process count: where parameters are sharded without DTensor, clip as the sharding library says.
-        master_weights: keep a float32 copy of every bfloat16 and float16 parameter, as state["master_param"], and float32 moments; the parameter is written
-            from it in the same pass. Without it small updates are lost in 16 bits. Where a parameter was changed by others since the last step, the change
-            holds: its elements replace the master's.
-        zero_gradients: set gradients to zero in the same pass, instead of a zero_grad() after it; they are zeroed too when GradScaler skips a step.
-        backend: forces one (see fastlm.use_backend); None: the first that can.
-        foreach, fused, capturable: accepted so that a call for torch.optim.AdamW need not change. They change nothing.
+        params: as for every torch optimiser: tensors, (name, tensor) pairs or groups.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW; lr may be a tensor. Each can be set
+            per group.
+        max_grad_norm: clip the 2-norm of all gradients together to this, as torch.nn.utils.clip_grad_norm_ does, but
+            without writing the gradients: they are read once more, and scaled during the update. None: no clipping. The
+            norm before clipping is then in `grad_norm`, a 0-d tensor. Only gradients of this process count: where
+            parameters are sharded without DTensor, clip as the sharding library says.
+        master_weights: keep a float32 copy of every bfloat16 and float16 parameter, as state["master_param"], and
+            float32 moments; the parameter is rounded from it in the same pass. Without it small updates are lost in 16
+            bits. Elements of a parameter that were changed since the last step replace the master's.
+        zero_gradients: set gradients to zero in the same pass, instead of a zero_grad() after it; they are zeroed too
+            when GradScaler skips a step.
+        backend: force one (see fastlm.use_backend); None selects automatically.
+        foreach, fused, capturable: accepted so that a call of torch.optim.AdamW need not change. They have no effect.
 
     Raises:
         ValueError: an argument out of its range.
@@ -110,16 +118,11 @@ class AdamW(torch.optim.AdamW):
             capturable=capturable,
             fused=fused,
         )
-        self.max_grad_norm, self.master_weights, self.zero_gradients, self.backend = (
-            max_grad_norm,
-            master_weights,
-            zero_gradients,
-            backend,
-        )
+        self.max_grad_norm, self.master_weights = max_grad_norm, master_weights
+        self.zero_gradients, self.backend = zero_gradients, backend
         self.grad_norm: Tensor | None = None
-        self._step_supports_amp_scaling = (
-            True  # GradScaler then gives grad_scale and found_inf instead of a pass over the gradients
-        )
+        # GradScaler then passes grad_scale and found_inf instead of unscaling the gradients in a pass of its own.
+        self._step_supports_amp_scaling = True
 
     def __getstate__(self) -> dict[str, Any]:
         own = (
@@ -130,16 +133,15 @@ class AdamW(torch.optim.AdamW):
             "grad_norm",
             "_step_supports_amp_scaling",
         )
-        return super().__getstate__() | {
-            name: getattr(self, name) for name in own
-        }  # PyTorch's forgets what is not its own, and a copy would step otherwise
+        # PyTorch's leaves out what is not its own, and a copy would then take other steps.
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Create the state now that the first step would create; state that is there already is left alone.
+        """Create the state that the first step would create; existing state is kept.
 
-        Before the first forward pass memory is empty. In the first step it is full of gradients and of holes between them: what is put there to stay keeps
-        later steps from finding room in one piece.
+        Called before the first forward pass, it avoids fragmentation: in the first step the heap is full of gradients,
+        and state allocated between them keeps later steps from reusing large blocks.
         """
         for group in self.param_groups:
             for p in group["params"]:
@@ -154,7 +156,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. closure: computes the loss anew; its result is returned."""
+        """One update. closure: recomputes the loss, which is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -162,7 +164,7 @@ class AdamW(torch.optim.AdamW):
         self._update()
         return loss
 
-    @torch._disable_dynamo  # addresses are not for a tracer: under torch.compile it runs between the graphs
+    @torch._disable_dynamo  # a tracer cannot follow addresses: under torch.compile it runs between the graphs
     def _update(self) -> None:
         batches = list(self._batches())
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -173,13 +175,13 @@ class AdamW(torch.optim.AdamW):
             return
         factor: float | Tensor = 1.0 if scale is None else 1 / scale.item()
         if self.max_grad_norm is not None:
-            factor = factor * self._clipping(batches, factor)
+            factor = factor * self._clip_factor(batches, factor)
         for batch in batches:
             batch.update(factor, self.zero_gradients)
 
     def _batches(self) -> Iterator[Batch]:
-        """What there is to update. State that is missing is created, and brought into the type and layout that an update takes."""
-        watched = opaque()  # a dispatch mode must see the operators
+        """The parameters to update. Missing state is created, in the dtype and layout that an update takes."""
+        traced = needs_custom_op()  # a dispatch mode must see PyTorch's operators
         for number, group in enumerate(self.param_groups):
             batches: dict[tuple, Batch] = {}
             amsgrad = group["amsgrad"]
@@ -190,7 +192,8 @@ class AdamW(torch.optim.AdamW):
                 if gradient.layout != torch.strided:
                     place = f"of parameter {index} in group {number}"
                     raise RuntimeError(
-                        f"gradient {place}: expected a dense one, got layout {gradient.layout}; torch.optim.SparseAdam takes sparse gradients"
+                        f"gradient {place}: expected a dense one, got layout {gradient.layout}; "
+                        "torch.optim.SparseAdam takes sparse gradients"
                     )
                 state = self.state[p]
                 if not state or "exp_avg" not in state:
@@ -202,15 +205,15 @@ class AdamW(torch.optim.AdamW):
                     self._convert(state, p)
                 if amsgrad and "max_exp_avg_sq" not in state:
                     state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
-                plain = not watched and type(p) in PLAIN and type(gradient) in PLAIN
-                gaps = plain and not (p.is_contiguous() or without_gaps(p))
-                key = (p.dtype, p.device, plain, gaps, gradient.dtype != p.dtype)
+                plain = not traced and type(p) in PLAIN_TYPES and type(gradient) in PLAIN_TYPES
+                gaps = plain and not (p.is_contiguous() or is_dense(p))
+                sizes = Sizes(amsgrad, gaps, gradient.dtype != p.dtype, not plain)
+                key = (p.dtype, p.device, sizes)
                 batch = batches.get(key)
                 if batch is None:
-                    backend = choose(
-                        "adamw", p, p.dtype, self.backend, amsgrad, gaps, gradient.dtype != p.dtype, not plain
-                    )
-                    batch = batches[key] = Batch(group, backend)
+                    implementation = select(operator, p, p.dtype, sizes, self.backend)
+                    assert isinstance(implementation, AdamWImplementation)
+                    batch = batches[key] = Batch(group, implementation)
                 batch.parameters.append(p)
                 batch.gradients.append(gradient)
                 batch.states.append(state)
@@ -221,14 +224,14 @@ class AdamW(torch.optim.AdamW):
 
     def _begin(self, state: dict[str, Tensor], p: Tensor) -> None:
         dtype = torch.float32 if self._has_master(p) else p.dtype
-        state["step"] = torch.zeros((), dtype=torch.float32, device=home_of_step(p))
+        state["step"] = torch.zeros((), dtype=torch.float32, device=step_device(p))
         for key in MOMENTS[:2]:
             state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         if self._has_master(p):
             state[MASTER] = p.detach().to(torch.float32)
 
     def _convert(self, state: dict[str, Tensor], p: Tensor) -> None:
-        """From a state that was made without master weights to one with them, or back."""
+        """Convert state that was created without master weights to state with them, or back."""
         dtype = torch.float32 if self._has_master(p) else p.dtype
         for key in MOMENTS:
             if key in state:
@@ -238,25 +241,27 @@ class AdamW(torch.optim.AdamW):
         else:
             state.pop(MASTER, None)
 
-    def _clipping(self, batches: list[Batch], factor: float | Tensor) -> float | Tensor:
-        """What the gradients are multiplied with so that their norm is at most max_grad_norm, by the formula of clip_grad_norm_."""
+    def _clip_factor(self, batches: list[Batch], factor: float | Tensor) -> float | Tensor:
+        """What to multiply the gradients by so that their norm is at most max_grad_norm, as clip_grad_norm_ computes it.
+
+        factor: what they are multiplied by already.
+        """
         assert self.max_grad_norm is not None
-        kinds: dict[tuple, tuple[ModuleType, list[Tensor]]] = {}
+        kinds: dict[tuple, tuple[AdamWImplementation, list[Tensor]]] = {}
         for batch in batches:
             first = batch.gradients[0]
-            kinds.setdefault((batch.backend, first.dtype, first.device), (batch.backend, []))[1].extend(batch.gradients)
-        squares = [backend.sum_of_squares(gradients) for backend, gradients in kinds.values()]
-        elsewhere = next((s.device for s in squares if isinstance(s, Tensor) and not s.is_cpu), None)
-        if elsewhere is None:
+            kind = batch.implementation, first.dtype, first.device
+            kinds.setdefault(kind, (batch.implementation, []))[1].extend(batch.gradients)
+        squares = [implementation.sum_of_squares(gradients) for implementation, gradients in kinds.values()]
+        device = next((s.device for s in squares if isinstance(s, Tensor) and not s.is_cpu), None)
+        if device is None:
             norm = math.sqrt(sum(float(s) for s in squares)) * abs(float(factor))
             self.grad_norm = torch.tensor(norm, dtype=torch.float32, device="cpu")
             coefficient = self.max_grad_norm / (norm + 1e-6)
-            return (
-                1.0 if coefficient > 1 else coefficient
-            )  # NaN stays: a gradient that is NaN must not pass for a small one
-        norms = (
-            torch.stack([torch.as_tensor(s, dtype=torch.float32).to(elsewhere) for s in squares]).sum().sqrt() * factor
-        )  # nobody waits for another device
+            return 1.0 if coefficient > 1 else coefficient  # NaN stays NaN: it must not pass for a small norm
+        # On the device, without synchronising.
+        on_device = [torch.as_tensor(s, dtype=torch.float32).to(device) for s in squares]
+        norms = torch.stack(on_device).sum().sqrt() * factor
         self.grad_norm = norms
         return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
 
@@ -269,22 +274,22 @@ class AdamW(torch.optim.AdamW):
                     continue
                 if mine["step"].dtype != torch.float32:
                     mine["step"] = mine["step"].to(torch.float32)
-                mine["step"] = mine["step"].to(home_of_step(p))  # it may have been saved on another
-                if type(p) in PLAIN and p.is_cpu:
+                mine["step"] = mine["step"].to(step_device(p))  # it may have been saved on another device
+                if type(p) in PLAIN_TYPES and p.is_cpu:
                     for key in (*MOMENTS, MASTER):
                         if key in mine:
-                            mine[key] = laid_out_like(mine[key], p)
+                            mine[key] = with_strides_of(mine[key], p)
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim.AdamW's, and from its state dicts too; float32 moments and master weights stay float32 where master_weights asks for them.
+        """As torch.optim.AdamW's, and from its state dicts too.
 
-        PyTorch casts all state to the type of its parameter. A state dict without master weights starts them from the parameters.
+        With master_weights, float32 moments and master weights stay float32, where PyTorch casts all state to the dtype
+        of its parameter. A state dict without master weights starts them from the parameters.
         """
         seen: list[dict[str, Any]] = []
-        last = self.register_load_state_dict_pre_hook(
-            lambda _, final: seen.append(final)
-        )  # as the user's own hooks leave it
+        # The last hook sees the state dict as the user's own hooks leave it.
+        last = self.register_load_state_dict_pre_hook(lambda _, final: seen.append(final))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -298,13 +303,13 @@ class AdamW(torch.optim.AdamW):
             if not saved or not self._has_master(p):
                 continue
             state = self.state[p]
-            state.pop(MASTER, None)  # rounded by PyTorch
+            state.pop(MASTER, None)  # PyTorch rounded it
             for key in (*MOMENTS, MASTER):
                 if key in saved and (key != MASTER or saved[key].dtype == torch.float32):
                     value = saved[key].to(device=p.device, dtype=torch.float32)
-                    state[key] = laid_out_like(value, p) if type(p) in PLAIN else value
+                    state[key] = with_strides_of(value, p) if type(p) in PLAIN_TYPES else value
 
 
-def home_of_step(p: Tensor) -> torch.device:
-    """Where the count of steps is kept: where PyTorch's fused implementation wants it, else on the CPU, where reading it costs nothing."""
+def step_device(p: Tensor) -> torch.device:
+    """Where the step count is stored: where PyTorch's fused implementation needs it, else on the CPU, which reads it."""
     return p.device if p.device.type in ("cuda", "xpu") else torch.device("cpu")

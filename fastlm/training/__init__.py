@@ -1,1 +1,1 @@
-"""Training: a corpus becomes batches (data.py, objectives.py), batches become steps (loop.py), and what was learnt becomes a directory (checkpoint.py)."""
+"""Training: corpora to batches (data, objectives), the training loop (loop), and saving (checkpoint)."""

@@ -1,7 +1,7 @@
-"""GPT-2 as an ordinary PyTorch module: what fastlm is compared with.
+"""GPT-2 in plain PyTorch: the baseline that fastlm is compared with.
 
-Same state-dict keys, initial weights and arguments as fastlm.models.GPT2LMHeadModel, and nothing but PyTorch's own operators, the fastest that PyTorch has for
-each: fused attention, fused layer norm, addmm on GPT-2's Conv1D layout, native GELU, fused cross-entropy.
+It has the state-dict keys, initial weights and arguments of fastlm.models.GPT2LMHeadModel, and uses PyTorch's fastest
+operator for each part: fused attention, fused layer norm, addmm on the Conv1D layout, GELU, fused cross-entropy.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ class Output:
 class Conv1D(nn.Module):
     """A linear layer whose weight is stored (in, out), as in GPT-2's checkpoints."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
 
     def forward(self, x):
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
@@ -42,10 +42,10 @@ class Attention(nn.Module):
         query, key, value = self.c_attn(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if past is not None:
             key, value = torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
-        mixed = F.scaled_dot_product_attention(
+        context = F.scaled_dot_product_attention(
             query, key, value, is_causal=tokens > 1, dropout_p=self.dropout if self.training else 0.0
         )
-        y = self.c_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        y = self.c_proj(context.transpose(1, 2).reshape(batch, tokens, width))
         return F.dropout(y, self.residual_dropout, self.training), (key, value)
 
 
@@ -70,14 +70,14 @@ class Block(nn.Module):
         self.mlp = MLP(width, 4 * width, config.resid_pdrop)
 
     def forward(self, x, past):
-        mixed, present = self.attn(self.ln_1(x), past)
-        x = x + mixed
-        return x + self.mlp(self.ln_2(x)), present
+        attention_output, new_past = self.attn(self.ln_1(x), past)
+        x = x + attention_output
+        return x + self.mlp(self.ln_2(x)), new_past
 
 
 class PlainGPT2(nn.Module):
     def __init__(self, config):
-        """config: a fastlm.models.GPT2Config (or transformers'), with its defaults for what is neither a size nor a dropout."""
+        """config: fastlm's or transformers' GPT2Config. Only sizes and dropout may differ from the defaults."""
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(
@@ -93,26 +93,28 @@ class PlainGPT2(nn.Module):
 
     @classmethod
     def like(cls, model: nn.Module) -> "PlainGPT2":
-        """The same weights as a fastlm.models.GPT2LMHeadModel, on its device, in memory of their own."""
+        """A copy of a fastlm.models.GPT2LMHeadModel, on the same device."""
         plain = cls(model.config).to(next(model.parameters()).device)
         plain.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
         return plain
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, cache: list | None = None) -> Output:
-        """targets: for every position the token after it, as fastlm.training.loop gives them.
+        """Returns the loss and all logits with targets, else the logits of the last position and the cache.
 
-        cache: what a call for the earlier tokens returned; then input_ids is one token per sequence.
+        Args:
+            targets: the next token of every position.
+            cache: the cache that the call for the previous tokens returned; input_ids is then (batch, 1).
         """
         start = cache[0][0].shape[2] if cache else 0
         x = self.transformer.wte(input_ids) + self.transformer.wpe.weight[start : start + input_ids.shape[1]]
         x = F.dropout(x, self.config.embd_pdrop, self.training)
-        presents = []
+        new_cache = []
         for i, block in enumerate(self.transformer.h):
-            x, present = block(x, cache[i] if cache else None)
-            presents.append(present)
+            x, layer_cache = block(x, cache[i] if cache else None)
+            new_cache.append(layer_cache)
         x = self.transformer.ln_f(x)
         if targets is None:
-            return Output(None, self.lm_head(x[:, -1:]), presents)
+            return Output(None, self.lm_head(x[:, -1:]), new_cache)
         logits = self.lm_head(x)
         return Output(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits)
 
@@ -122,7 +124,7 @@ class PlainGPT2(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy, with a key-value cache that grows by concatenation: what a short PyTorch script does."""
+        """Greedy decoding with a KV cache that grows by concatenation, as in a short PyTorch script."""
         output = self(input_ids)
         tokens = [input_ids]
         for step in range(max_new_tokens):

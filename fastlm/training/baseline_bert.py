@@ -1,7 +1,8 @@
-"""BERT with its masked-token head as an ordinary PyTorch module: what fastlm is compared with, as baseline.py is for GPT-2.
+"""BERT with its masked-token head in plain PyTorch: the baseline that fastlm is compared with.
 
-Same state-dict keys and initial weights as fastlm.models.BertForMaskedLM; PyTorch's own operators, the fastest that PyTorch has for each. As in Hugging Face's
-model, every position gets its logits, and those without a target are ignored by the loss.
+It has the state-dict keys and initial weights of fastlm.models.BertForMaskedLM and uses PyTorch's fastest operator for
+each part. As in Hugging Face's model, logits are computed at every position, and the loss ignores positions without a
+target.
 """
 
 from torch import Tensor, nn
@@ -9,11 +10,11 @@ from torch.nn import functional as F
 
 
 class Output(nn.Module):
-    """A projection, then dropout, the residual addition and its norm."""
+    """A projection, dropout, the residual addition and LayerNorm."""
 
-    def __init__(self, inputs: int, width: int, epsilon: float, dropout: float):
+    def __init__(self, in_features: int, width: int, epsilon: float, dropout: float):
         super().__init__()
-        self.dense = nn.Linear(inputs, width)
+        self.dense = nn.Linear(in_features, width)
         self.LayerNorm = nn.LayerNorm(width, eps=epsilon)
         self.dropout = nn.Dropout(dropout)
 
@@ -58,7 +59,7 @@ class Layer(nn.Module):
 
 class PlainBert(nn.Module):
     def __init__(self, config):
-        """config: a fastlm.models.BertConfig (or transformers'), with its defaults for what is neither a size nor a dropout."""
+        """config: fastlm's or transformers' BertConfig. Only sizes and dropout may differ from the defaults."""
         super().__init__()
         self.config = config
         width = config.hidden_size
@@ -91,7 +92,7 @@ class PlainBert(nn.Module):
 
     @classmethod
     def like(cls, model: nn.Module) -> "PlainBert":
-        """The same weights as a fastlm.models.BertForMaskedLM, on its device, in memory of their own."""
+        """A copy of a fastlm.models.BertForMaskedLM, on the same device."""
         plain = cls(model.config).to(next(model.parameters()).device)
         plain.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
         return plain
@@ -109,5 +110,5 @@ class PlainBert(nn.Module):
 
     @staticmethod
     def loss(model: "PlainBert", inputs: Tensor, targets: Tensor) -> Tensor:
-        """targets: the true token where one is to be predicted, -100 elsewhere."""
+        """targets: the original token at positions to predict, -100 elsewhere."""
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())

@@ -1,4 +1,4 @@
-"""Saving: everything is written beside its place first and moved there when it is whole."""
+"""Saves a trained model. Files are written to a temporary directory and moved to their final paths when complete."""
 
 import contextlib
 import json
@@ -14,20 +14,23 @@ from fastlm.models.base import PretrainedModel
 
 
 def prepare(out: str | Path) -> Path:
-    """The folder that will be written, checked before the training rather than after it."""
+    """Checks, before training starts, that the output directory can be written."""
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"out: expected a folder, or a name for a new one, got the file {str(out)!r}")
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        raise NotADirectoryError(f"out: expected a directory or a path for a new one, got the file {str(out)!r}")
+    nearest = next(directory for directory in (out, *out.absolute().parents) if directory.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"out: expected a folder that can be written, got {str(out)!r} in {str(nearest)!r}")
+        raise PermissionError(f"out: expected a writable directory, got {str(out)!r} in {str(nearest)!r}")
     return out
 
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A temporary folder inside `out`. Its files move up at the end; if anything fails, they vanish, and `out` is as it was before."""
-    created, whole = not out.exists(), False
+    """Yields a temporary directory inside `out` and moves its files into `out` on exit.
+
+    If an exception is raised, the files are deleted and `out` is as before.
+    """
+    created, complete = not out.exists(), False
     try:
         out.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
@@ -35,16 +38,13 @@ def staged(out: Path) -> Iterator[Path]:
             yield folder
             for file in sorted(folder.iterdir()):
                 os.replace(file, out / file.name)
-            whole = True
+            complete = True
         finally:
-            shutil.rmtree(out if created and not whole else folder, ignore_errors=True)
+            shutil.rmtree(out if created and not complete else folder, ignore_errors=True)
     except Exception as failure:
-        if (
-            isinstance(failure, OSError) or type(failure).__name__ == "SafetensorError"
-        ):  # the latter is what a full disk looks like from safetensors
-            raise OSError(
-                f"out: could not save into {str(out)!r}, nothing was kept there: {one_line(failure)}"
-            ) from failure
+        # On a full disk safetensors raises its own type of error.
+        if isinstance(failure, OSError) or type(failure).__name__ == "SafetensorError":
+            raise OSError(f"out: could not save to {str(out)!r}; no file was written: {one_line(failure)}") from failure
         raise
 
 
@@ -54,7 +54,7 @@ def one_line(failure: BaseException) -> str:
 
 
 def write_model(folder: Path, model: PretrainedModel, tokenizer: Tokenizer) -> None:
-    """What `fastlm generate`, `from_pretrained` and Hugging Face's own classes read."""
+    """Writes the files that `fastlm generate`, `from_pretrained` and Hugging Face's classes read."""
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 

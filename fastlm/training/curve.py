@@ -1,4 +1,4 @@
-"""The loss curve as a picture."""
+"""Plots the loss curve."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,9 +13,18 @@ def draw_losses(
     plain: Sequence[float] = (),
     unit: str = "nats per token",
 ) -> bool:
-    """losses: of each step, from step 1; plain: of the same model on PyTorch's operators. False, and no file, where matplotlib is not installed."""
+    """Draws the losses of a training run into an image file.
+
+    Args:
+        losses: of every step, starting at step 1.
+        validation: (step, loss) pairs.
+        plain: losses of the same model in plain PyTorch.
+
+    Returns:
+        False, without writing a file, if matplotlib is not installed.
+    """
     try:
-        from matplotlib.figure import Figure  # a figure of its own: no window, no global state
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ImportError:
         return False
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -43,11 +52,13 @@ def draw_losses(
 
 
 def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
-    """The mean of the values around each: `share` of the curve, fewer near its ends, so that a steep beginning is not drawn later than it was."""
-    reach = max(0, round(share * len(values) / 2))
-    total = list(itertools.accumulate(values, initial=0.0))
+    """Moving average over `share` of the curve. The window shrinks towards both ends and stays centred, so that it
+    introduces no delay.
+    """
+    max_radius = max(0, round(share * len(values) / 2))
+    cumulative = list(itertools.accumulate(values, initial=0.0))
     out = []
     for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        out.append((total[i + near + 1] - total[i - near]) / (2 * near + 1))
+        radius = min(max_radius, i, len(values) - 1 - i)
+        out.append((cumulative[i + radius + 1] - cumulative[i - radius]) / (2 * radius + 1))
     return out

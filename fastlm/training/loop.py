@@ -1,4 +1,4 @@
-"""The training loop: the same settings and corpus give the same model, whichever module computes it."""
+"""The training loop. It trains fastlm's models and, for comparisons, any other module on the same batches."""
 
 import contextlib
 import dataclasses
@@ -11,37 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlm.core.errors import mismatch
 from fastlm.device import choose_device
-from fastlm.ops.boundary import mismatch
 from fastlm.optim import AdamW
 from fastlm.training.data import Corpus, check_length, random_windows, spread_windows
 from fastlm.training.models import build, objective_of
 from fastlm.training.schedule import learning_rate
 from fastlm.training.settings import Settings
 
-Loss = Callable[[Any, Tensor, Tensor], Tensor]  # of a model on (inputs, targets)
+Loss = Callable[[Any, Tensor, Tensor], Tensor]  # (model, inputs, targets) → loss
 
-READ_EVERY = 0.2  # seconds between readings of the loss on a GPU
+READ_INTERVAL = 0.2  # seconds between two reads of the losses on a GPU; a read synchronises
 
 
 class Trainer:
-    """A model, its optimiser and one step, on the device that the model is on; where the rate and the batches come from is the caller's affair.
+    """A model with its optimiser; runs training steps on the model's device.
 
-    native: with PyTorch's own clipping and fused AdamW, for what fastlm is compared with.
+    The caller provides batches and learning rates.
+
+    Args:
+        loss: (model, inputs, targets) → loss.
+        native: use PyTorch's gradient clipping and fused AdamW, for the baseline.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, loss: Loss, *, native: bool = False):
         self.model, self.settings, self.loss = model, settings, loss
         self.device = next(model.parameters()).device
-        self.unread: list[Tensor] = []  # losses of the steps that were begun since the last reading
+        self.pending_losses: list[Tensor] = []  # of the steps since the last read
         self.last_read = time.monotonic()
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-            {
-                "params": [p for p in parameters if p.dim() < 2],
-                "weight_decay": 0.0,
-            },  # biases and norms: decay would pull them to 0, where they are not at home
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},  # biases and norms are not decayed
         ]
         self.optimizer: torch.optim.Optimizer
         betas = (settings.beta1, settings.beta2)
@@ -55,20 +56,21 @@ class Trainer:
         self.parameters, self.native = parameters, native
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return (
-            torch.autocast(self.device.type, dtype=torch.bfloat16)
-            if self.settings.dtype == "bfloat16"
-            else contextlib.nullcontext()
-        )
+        if self.settings.dtype == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
 
-    def placed(self, *batch: Tensor) -> list[Tensor]:
-        """On the model's device. To a GPU from memory that is pinned, so that nobody waits for the copy."""
+    def to_device(self, *batch: Tensor) -> list[Tensor]:
+        """Copies a batch to the model's device; to a GPU from pinned memory, asynchronously."""
         if self.device.type == "cuda":
             batch = tuple(x.pin_memory() if x.is_cpu else x for x in batch)
         return [x.to(self.device, non_blocking=True) for x in batch]
 
     def warm_up(self) -> None:
-        """Where kernels are compiled when they are first called, on anything but a CPU, they are called before a clock runs. No weight or gradient changes."""
+        """On a GPU, runs forward and backward once so that all kernels are compiled before timing starts.
+
+        Weights and gradients do not change.
+        """
         if self.device.type == "cpu":
             return
         tokens = torch.zeros((self.settings.batch, self.settings.context), dtype=torch.int64, device=self.device)
@@ -77,17 +79,17 @@ class Trainer:
         torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def step(self, inputs: Tensor, targets: Tensor, lr: float) -> float:
-        """One update of the weights, waited for; returns the loss before it."""
+        """One optimiser step; waits for it and returns the loss before the update."""
         self.begin_step(inputs, targets, lr)
         return self.read()[-1]
 
     def begin_step(self, inputs: Tensor, targets: Tensor, lr: float) -> None:
-        """One update of the weights, for which a GPU is not waited for; read() has the loss before it."""
-        if not self.model.training:  # which walks over all of its modules
+        """One optimiser step, without waiting for a GPU; read() returns its loss."""
+        if not self.model.training:  # train() visits every module
             self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        inputs, targets = self.placed(inputs, targets)
+        inputs, targets = self.to_device(inputs, targets)
         with self.autocast():
             loss = self.loss(self.model, inputs, targets)
         loss.backward()
@@ -95,27 +97,27 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.unread.append(loss.detach())
+        self.pending_losses.append(loss.detach())
 
     @property
-    def due(self) -> bool:
-        """Whether to read now: on a CPU after every step; a GPU would stand idle after each, so there a few times a second."""
-        return self.device.type != "cuda" or time.monotonic() - self.last_read >= READ_EVERY
+    def should_read(self) -> bool:
+        """Whether to read losses now: on a CPU after every step; on a GPU a few times a second, to keep it busy."""
+        return self.device.type != "cuda" or time.monotonic() - self.last_read >= READ_INTERVAL
 
     def read(self) -> list[float]:
-        """The losses of the steps begun since the last time, for all of which it waits."""
-        losses = torch.stack(self.unread).tolist() if self.unread else []
-        self.unread, self.last_read = [], time.monotonic()
+        """Waits for all steps; returns the losses of those since the last read."""
+        losses = torch.stack(self.pending_losses).tolist() if self.pending_losses else []
+        self.pending_losses, self.last_read = [], time.monotonic()
         return losses
 
     @torch.no_grad()
     def evaluate(self, pairs: list[tuple[Tensor, Tensor]]) -> float:
-        """The mean loss over all targets of the pairs."""
+        """The mean loss over all targets of (inputs, targets) pairs."""
         self.model.eval()
         losses, counts = [], []
         for inputs, targets in pairs:
             counts.append(int((targets >= 0).sum()))
-            inputs, targets = self.placed(inputs, targets)
+            inputs, targets = self.to_device(inputs, targets)
             with self.autocast():
                 losses.append(self.loss(self.model, inputs, targets))
         return sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True)) / sum(counts)
@@ -126,21 +128,21 @@ class Result:
     model: nn.Module
     train_loss: float
     val_loss: float
-    tokens_per_second: float  # of the training steps alone
-    steps: int  # fewer than asked for when interrupted
+    tokens_per_second: float  # of the training steps, without evaluation
+    steps: int  # fewer than settings.steps if interrupted
     interrupted: bool
-    losses: list[float]  # of every step's batch, before its update
-    evaluations: list[tuple[int, float, float]]  # (steps taken, train loss, validation loss)
+    losses: list[float]  # of every step, before the update
+    evaluations: list[tuple[int, float, float]]  # (step, training loss, validation loss)
 
 
 class Report:
-    """What the loop tells while it runs; a progress bar overrides what it shows."""
+    """Callbacks of the training loop; a progress bar overrides them."""
 
-    def stepped(self, step: int, loss: float, tokens_per_second: float) -> None: ...
+    def on_step(self, step: int, loss: float, tokens_per_second: float) -> None: ...
 
-    def evaluating(self) -> None: ...
+    def on_evaluation_start(self) -> None: ...
 
-    def evaluated(self, step: int, train_loss: float, val_loss: float) -> None: ...
+    def on_evaluation_end(self, step: int, train_loss: float, val_loss: float) -> None: ...
 
 
 def train(
@@ -152,66 +154,70 @@ def train(
     *,
     native: bool = False,
 ) -> Result:
-    """Train a fastlm model of the size that the settings give, on the GPU where there is one; or `model`, any module, where it is, with
-    `loss(model, inputs, targets)`, on the same batches; native: with PyTorch's own clipping and optimiser.
+    """Trains a model on a corpus.
 
-    Ctrl-C ends it after the running step, with the losses and weights of what was learnt so far; a second Ctrl-C ends it at once.
+    Ctrl-C stops training after the current step; the result is that of the steps until then. A second Ctrl-C raises
+    KeyboardInterrupt.
+
+    Args:
+        model: any module, trained on the device it is on; None: a fastlm model for the settings, on a GPU if available.
+        loss: (model, inputs, targets) → loss; None: that of settings.objective.
+        report: receives progress.
+        native: use PyTorch's gradient clipping and AdamW.
     """
     check_length(corpus, settings.context)
     report = report or Report()
     objective = objective_of(settings, corpus.tokenizer)
-    trainer = Trainer(
-        model or build(settings, corpus.tokenizer).to(choose_device()), settings, loss or objective.loss, native=native
-    )
+    model = model or build(settings, corpus.tokenizer).to(choose_device())
+    trainer = Trainer(model, settings, loss or objective.loss, native=native)
     length = settings.context + 1
-    draw = torch.Generator().manual_seed(settings.seed)
-    held = [
+    generator = torch.Generator().manual_seed(settings.seed)
+    evaluation_pairs = [
         [
             objective.pairs(w, torch.Generator().manual_seed(i))
             for i, w in enumerate(spread_windows(ids, length, settings.batch))
         ]
         for ids in (corpus.train, corpus.validation)
     ]
-    begun = 0  # steps, of which the last losses may still be unread
+    started = 0  # steps; the losses of the last ones may not have been read yet
     losses: list[float] = []
     evaluations: list[tuple[int, float, float]] = []
-    start = spent = 0.0
+    start = elapsed = 0.0
 
     def read() -> None:
-        nonlocal spent
-        if not trainer.unread:
+        nonlocal elapsed
+        if not trainer.pending_losses:
             return
         values = trainer.read()
-        spent += time.perf_counter() - start
+        elapsed += time.perf_counter() - start
         for loss in values:
             losses.append(loss)
             if loss != loss or loss == float("inf"):
-                raise mismatch(
-                    "lr",
-                    f"one at which the loss stays finite (it is {loss} at step {len(losses)}: try a smaller one)",
-                    settings.lr,
-                )
-            report.stepped(len(losses), loss, begun * settings.tokens_per_step / spent)
+                expected = f"a learning rate with a finite loss (at step {len(losses)} it is {loss}; use a smaller one)"
+                raise mismatch("lr", expected, settings.lr)
+            report.on_step(len(losses), loss, started * settings.tokens_per_step / elapsed)
 
     def evaluate() -> None:
-        report.evaluating()
-        train_loss, val_loss = (trainer.evaluate(pairs) for pairs in held)
+        report.on_evaluation_start()
+        train_loss, val_loss = (trainer.evaluate(pairs) for pairs in evaluation_pairs)
         evaluations.append((len(losses), train_loss, val_loss))
-        report.evaluated(len(losses), train_loss, val_loss)
+        report.on_evaluation_end(len(losses), train_loss, val_loss)
 
     trainer.warm_up()
     torch.manual_seed(settings.seed)  # dropout's
     with stop_requests() as stop:
-        while begun < settings.steps and not stop.is_set():
-            if not trainer.unread:
+        while started < settings.steps and not stop.is_set():
+            if not trainer.pending_losses:
                 start = time.perf_counter()
-            inputs, targets = objective.pairs(random_windows(corpus.train, length, settings.batch, draw), draw)
-            trainer.begin_step(inputs, targets, scheduled(settings, begun))
-            begun += 1
-            evaluating = begun % settings.eval_every == 0 and begun < settings.steps
-            if trainer.due or evaluating:
+            inputs, targets = objective.pairs(
+                random_windows(corpus.train, length, settings.batch, generator), generator
+            )
+            trainer.begin_step(inputs, targets, scheduled(settings, started))
+            started += 1
+            evaluate_now = started % settings.eval_every == 0 and started < settings.steps
+            if trainer.should_read or evaluate_now:
                 read()
-            if evaluating and not stop.is_set():
+            if evaluate_now and not stop.is_set():
                 evaluate()
         read()
         interrupted = stop.is_set()
@@ -221,7 +227,7 @@ def train(
         model=trainer.model,
         train_loss=train_loss,
         val_loss=val_loss,
-        tokens_per_second=len(losses) * settings.tokens_per_step / spent if spent else 0.0,
+        tokens_per_second=len(losses) * settings.tokens_per_step / elapsed if elapsed else 0.0,
         steps=len(losses),
         interrupted=interrupted,
         losses=losses,
@@ -236,19 +242,19 @@ def scheduled(settings: Settings, step: int) -> float:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that no step is torn in the middle; the second raises KeyboardInterrupt as always."""
+    """Yields an event that the first Ctrl-C sets; the second Ctrl-C raises KeyboardInterrupt as usual."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield stop
         return
-    usual = signal.getsignal(signal.SIGINT)
+    previous = signal.getsignal(signal.SIGINT)
 
-    def request(number, frame):
+    def handle(number, frame):
         stop.set()
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, previous)
 
-    signal.signal(signal.SIGINT, request)
+    signal.signal(signal.SIGINT, handle)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, previous)

@@ -1,4 +1,4 @@
-"""The model and the objective that settings and a tokenizer ask for."""
+"""Builds the model and the objective for settings and a tokenizer."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from tokenizers import Tokenizer
 
+from fastlm.core.errors import mismatch
 from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
-from fastlm.ops.boundary import mismatch
 from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
 from fastlm.training.tokenizers import MASK, PAD
@@ -18,14 +18,17 @@ def objective_of(settings: Settings, tokenizer: Tokenizer) -> NextToken | Masked
         return NextToken()
     pad, mask = tokenizer.token_to_id(PAD), tokenizer.token_to_id(MASK)
     if pad is None or mask is None:
-        raise mismatch("tokenizer", f"one with {PAD} and {MASK} for masked tokens", "one without")
+        raise mismatch("tokenizer", f"a tokenizer with {PAD} and {MASK} for masked-token training", "one without")
     return MaskedToken(
         vocabulary=pad, mask_token=mask
-    )  # replacements are drawn from the ordinary tokens alone: the special ones have the last ids
+    )  # special tokens have the last ids, and pad is the first of them
 
 
 def build(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel | BertForMaskedLM:
-    """A GPT-2 for next tokens, a BERT for masked tokens, on the CPU; initial weights by the seed, the same wherever the model goes from there."""
+    """A GPT-2 for next-token training or a BERT for masked-token training, on the CPU.
+
+    Initial weights depend on settings.seed only, so they are the same on every device.
+    """
     model = (build_gpt2 if settings.objective == "next-token" else build_bert)(settings, tokenizer)
     model.recompute = settings.recompute
     return model
@@ -66,7 +69,7 @@ def build_bert(settings: Settings, tokenizer: Tokenizer) -> BertForMaskedLM:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's global generator is as it was before, afterwards."""
+    """Seeds PyTorch's default generator; restores its state on exit."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         yield

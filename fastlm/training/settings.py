@@ -1,93 +1,92 @@
-"""Everything that decides how a model is trained. The same settings and corpus give the same model, bit for bit."""
+"""Training settings. The same settings and corpus give bit-identical models."""
 
 import dataclasses
 import math
 
+from fastlm.core.errors import mismatch
 from fastlm.models.layers import RECOMPUTE
-from fastlm.ops.boundary import mismatch
-from fastlm.ops.gelu_mlp import LEVELS
+from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 
 OBJECTIVES = ("next-token", "masked-token")
 TOKENIZERS = ("byte", "char")
 DTYPES = ("float32", "bfloat16")
-SHORT = {"fp32": "float32", "bf16": "bfloat16"}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The defaults are nanoGPT's for a small character-level model on a CPU.
+    """The defaults are those of nanoGPT for a small character-level model on a CPU.
 
-    dtype: "bfloat16" (or "bf16") keeps parameters, gradients, moments, statistics and the loss in float32 and runs the operators under autocast, with bfloat16
-    activations and products. Parameters in bfloat16 with float32 masters in the optimiser would save the cast of the weights, 12 bytes per parameter and step
-    or some 2 % of a step, but would also round the residual stream and the norms' weights to eight bits, which autocast does not. Checkpoints are float32
-    either way.
+    With dtype "bfloat16" (or "bf16") the operators run under autocast: activations and matrix products are bfloat16;
+    parameters, gradients, optimiser state, statistics and the loss are float32. Parameters in bfloat16 with float32
+    master weights in the optimiser would save the cast of the weights (12 bytes per parameter and step, about 2 % of a
+    step), but would also round the residual stream and the weights of the norms to 8 bits. Checkpoints are float32 with
+    either dtype.
     """
 
     objective: str = "next-token"
     layers: int = 4
     heads: int = 4
     width: int = 128
-    context: int = 64  # tokens that a model sees at most
-    batch: int = 12  # sequences of one context per step
+    context: int = 64  # maximum number of tokens of a sequence
+    batch: int = 12  # sequences per step
     steps: int = 2000
-    lr: float = 1e-3  # the highest, reached after warm-up
-    min_lr: float = 1e-4  # from decay_steps on
-    warmup: int = 100  # steps
-    decay_steps: int | None = None  # None: all steps
+    lr: float = 1e-3  # maximum learning rate, reached after warm-up
+    min_lr: float = 1e-4  # learning rate from step decay_steps on
+    warmup: int = 100  # steps of linear warm-up
+    decay_steps: int | None = None  # None: steps
     beta1: float = 0.9
     beta2: float = 0.99
-    weight_decay: float = 0.1  # of matrices only
-    grad_clip: float = 1.0  # largest norm of all gradients together; 0: unlimited
+    weight_decay: float = 0.1  # of matrices only, not of biases and norms
+    grad_clip: float = 1.0  # maximum global gradient norm; 0: no clipping
     dropout: float = 0.0
     seed: int = 0
     dtype: str = "float32"
-    eval_every: int = 250  # steps
-    recompute: int = (
-        RECOMPUTE  # of every feed-forward part, in backward: 0 nothing, 1 the GELU, 2 the first product too
-    )
+    eval_every: int = 250  # steps between evaluations
+    recompute: int = RECOMPUTE  # see PretrainedModel.recompute
 
     def __post_init__(self):
-        one_of("objective", self.objective, OBJECTIVES)
-        object.__setattr__(self, "dtype", SHORT.get(self.dtype, self.dtype))  # frozen for everyone else
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("recompute", self.recompute, LEVELS)
+        check_one_of("objective", self.objective, OBJECTIVES)
+        object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))  # the class is frozen
+        check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("recompute", self.recompute, RECOMPUTE_LEVELS)
         for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every"):
-            whole(name, getattr(self, name), 1)
-        whole("warmup", self.warmup, 0)
+            check_integer(name, getattr(self, name), 1)
+        check_integer("warmup", self.warmup, 0)
         if self.decay_steps is not None:
-            whole("decay_steps", self.decay_steps, 1)
-        whole("seed", self.seed, 0)
+            check_integer("decay_steps", self.decay_steps, 1)
+        check_integer("seed", self.seed, 0)
         if self.seed >= 2**63:
-            raise mismatch("seed", "a whole number below 2^63", self.seed)
+            raise mismatch("seed", "an integer < 2^63", self.seed)
         if self.width % self.heads:
-            raise mismatch("width", f"a multiple of heads, {self.heads}", self.width)
-        within("lr", self.lr, 0, math.inf, open_left=True)
-        within("min_lr", self.min_lr, 0, self.lr, closed_right=True)
-        within("beta1", self.beta1, 0, 1)
-        within("beta2", self.beta2, 0, 1)
-        within("weight_decay", self.weight_decay, 0, math.inf)
-        within("grad_clip", self.grad_clip, 0, math.inf)
-        within("dropout", self.dropout, 0, 1)
+            raise mismatch("width", f"a multiple of heads = {self.heads}", self.width)
+        check_range("lr", self.lr, 0, math.inf, open_left=True)
+        check_range("min_lr", self.min_lr, 0, self.lr, closed_right=True)
+        check_range("beta1", self.beta1, 0, 1)
+        check_range("beta2", self.beta2, 0, 1)
+        check_range("weight_decay", self.weight_decay, 0, math.inf)
+        check_range("grad_clip", self.grad_clip, 0, math.inf)
+        check_range("dropout", self.dropout, 0, 1)
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch * self.context
 
 
-def one_of(name: str, value: object, allowed: tuple) -> None:
+def check_one_of(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise mismatch(name, f"one of {', '.join(map(str, allowed))}", repr(value))
 
 
-def whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise mismatch(name, f"a whole number of at least {least}", value)
+def check_integer(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise mismatch(name, f"an integer >= {minimum}", value)
 
 
-def within(
+def check_range(
     name: str, value: float, low: float, high: float, *, open_left: bool = False, closed_right: bool = False
 ) -> None:
-    """Comparisons that are false for NaN, so that it is refused too."""
+    """The comparisons are false for NaN, so NaN is an error."""
     inside = (value > low if open_left else value >= low) and (value <= high if closed_right else value < high)
     if not inside:
         raise mismatch(

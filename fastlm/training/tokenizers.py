@@ -1,7 +1,7 @@
-"""The two tokenizers that need no training of their own: one token per byte, one token per character.
+"""Two tokenizers that need no training: one token per byte, and one token per character.
 
-Both are `tokenizers` objects, so that the tokenizer.json beside a checkpoint is one that any reader of Hugging Face directories understands. For a whole corpus
-the ids come from PyTorch instead (data.py), which is a hundred times faster and, as the tests check, the same.
+Both are `tokenizers` objects, so that every reader of Hugging Face directories can load the tokenizer.json of a
+checkpoint. For a corpus, data.py computes the same ids with PyTorch, which is about a hundred times faster.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ PAD, MASK = "[PAD]", "[MASK]"
 
 
 def byte_tokenizer(*, masked: bool) -> Tokenizer:
-    """256 tokens, the id of each its byte; with `masked` also [PAD] (256) and [MASK] (257)."""
-    # GPT-2's alphabet gives every byte a visible character: 188 bytes stand for themselves, the others take code points from 256 on, in order.
+    """256 tokens whose ids are the byte values; with `masked` also [PAD] (256) and [MASK] (257)."""
+    # GPT-2's byte alphabet: 188 printable bytes are their own character, the others map to code points from 256 on.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    own = {ord(c): c for c in alphabet if ord(c) < 256}
-    moved = iter([c for c in alphabet if ord(c) >= 256])
-    vocabulary = {own.get(byte) or next(moved): byte for byte in range(256)}
+    printable = {ord(c): c for c in alphabet if ord(c) < 256}
+    others = iter([c for c in alphabet if ord(c) >= 256])
+    vocabulary = {printable.get(byte) or next(others): byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -25,7 +25,10 @@ def byte_tokenizer(*, masked: bool) -> Tokenizer:
 
 
 def char_tokenizer(characters: Sequence[str], *, masked: bool) -> Tokenizer:
-    """One token per character, ids in the order given; with `masked` also [PAD] and [MASK] after them. Any other character is an error when encoding."""
+    """One token per character, with ids in the given order; with `masked`, [PAD] and [MASK] follow.
+
+    Encoding any other character raises an error.
+    """
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -8,7 +8,7 @@ copy=build/sanitized
 rm -rf "$copy"
 mkdir -p "$copy"
 git -c safe.directory='*' ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$copy"
-isas=$("$python" -c 'from fastlm import _cpu_features as f; print(*dict.fromkeys((f.isas()[0], "baseline")))')
+isas=${FASTLM_SANITIZE_ISAS:-$("$python" -c 'from fastlm import _cpu_features as f; print(*dict.fromkeys((f.isas()[0], "baseline")))')}
 cd "$copy"
 FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_ISAS=${isas// /,} FASTLM_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace
 

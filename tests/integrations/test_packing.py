@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.backends import choice
+from fastlm.integrations import reporting
 from fastlm.integrations import packing
 from tests.integrations.accelerated import ENCODERS, V5, accelerated, assert_close_gradients, ids, padded, tiny
 
@@ -154,14 +154,13 @@ def test_one_synchronisation(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_the_report_asks_who_serves_heads_of_their_own_width(family, monkeypatch):
-    """A backend that holds heads up to 256 wide must not be said to refuse a model that is wider."""
-    asked, decide = {}, choice.decide
-    monkeypatch.setattr(
-        choice, "decide", lambda operator, *rest: (asked.setdefault(operator, rest[-1]), decide(operator, *rest))[1]
-    )
+def test_the_report_selects_backends_by_the_width_of_the_heads(family, monkeypatch):
+    """A backend that supports heads up to 256 wide does not refuse a model that is wider."""
+    asked, decide = [], reporting.decide
+    monkeypatch.setattr(reporting, "decide", lambda *call: (asked.append(call[-1]), decide(*call))[1])
     model = accelerated(tiny(family))
     fastlm.report(model)
     heads, width = model.config.num_attention_heads, model.config.hidden_size
-    for operator in ("attention", "attention_varlen"):
-        assert (asked[operator]["heads"], asked[operator]["head_dim"]) == (heads, width // heads)
+    attention = [sizes for sizes in asked if hasattr(sizes, "packed")]
+    assert {sizes.packed for sizes in attention} == {False, True}
+    assert all((sizes.heads, sizes.head_dim) == (heads, width // heads) for sizes in attention)

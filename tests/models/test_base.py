@@ -6,7 +6,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
-from fastlm.models import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from fastlm.models import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    bert,
+    gpt2,
+)
 from tests.models.hugging_face import ours_like, tiny_bert, tiny_gpt2
 
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.3}
@@ -43,7 +51,7 @@ def assert_same_bits(a, b):
 
 
 @on_every_model
-def test_gradient_checkpointing_changes_no_bit(make):
+def test_gradient_checkpointing_is_bit_identical(make):
     model = make()
     batch = batch_for(model)
     plain = loss_and_gradients(model, batch)
@@ -52,13 +60,13 @@ def test_gradient_checkpointing_changes_no_bit(make):
     layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing_enable()
     assert_same_bits(plain, loss_and_gradients(model, batch))
-    assert len(calls) == 2  # once again in backward
+    assert len(calls) == 2  # once in forward, once in backward
     model.gradient_checkpointing_disable()
     assert_same_bits(plain, loss_and_gradients(model, batch))
     assert len(calls) == 3
 
 
-def test_gradient_checkpointing_computes_again_on_the_same_backend():
+def test_gradient_checkpointing_recomputes_on_the_same_backend():
     model = MODELS["GPT-2"]()
     batch = batch_for(model)
     with fastlm.use_backend("reference"):
@@ -67,12 +75,12 @@ def test_gradient_checkpointing_computes_again_on_the_same_backend():
         torch.manual_seed(3)
         model.zero_grad(set_to_none=True)
         loss = model(**batch).loss
-    loss.backward()  # outside
+    loss.backward()  # outside use_backend
     assert_same_bits(plain, [loss, *(p.grad for p in model.parameters())])
 
 
 @on_every_model
-def test_gradient_checkpointing_is_for_training(make):
+def test_gradient_checkpointing_is_inactive_in_evaluation_mode(make):
     model = make().eval()
     model.gradient_checkpointing_enable()
     calls = []
@@ -84,17 +92,17 @@ def test_gradient_checkpointing_is_for_training(make):
 
 
 @on_every_model
-def test_every_level_of_recomputation_has_the_same_gradients(make, monkeypatch):
+def test_recompute_levels_have_the_same_gradients(make, monkeypatch):
     model = make()
     layers = model.transformer.h if hasattr(model, "transformer") else model.bert.encoder.layer
-    seen, function = [], fastlm.gelu_mlp
-    monkeypatch.setattr(
-        fastlm,
-        "gelu_mlp",
-        lambda *args, recompute, **settings: (seen.append(recompute), function(*args, recompute=recompute, **settings))[
-            1
-        ],
-    )
+    seen = []
+
+    def recording_gelu_mlp(*args, recompute, **settings):
+        seen.append(recompute)
+        return fastlm.gelu_mlp(*args, recompute=recompute, **settings)
+
+    for module in (gpt2, bert):
+        monkeypatch.setattr(module, "gelu_mlp", recording_gelu_mlp)
     batch = batch_for(model)
     assert model.recompute == 1
     with fastlm.use_backend("reference"):
@@ -110,10 +118,10 @@ def test_every_level_of_recomputation_has_the_same_gradients(make, monkeypatch):
     assert "recompute" not in model.config.to_dict()
 
 
-@pytest.mark.parametrize("level, kept", [(0, 16), (1, 12), (2, 8)])
+@pytest.mark.parametrize("level, saved_per_unit", [(0, 16), (1, 12), (2, 8)])
 @pytest.mark.parametrize("kind", ["GPT-2", "BERT"])
-def test_what_a_layer_keeps_for_backward(kind, level, kept):
-    """Per token: `kept` numbers per unit of width, the statistics of two norms and of every head's softmax. The parameters are there anyway."""
+def test_memory_saved_for_backward(kind, level, saved_per_unit):
+    """Per token: `saved_per_unit` values per unit of width, the statistics of two norms and of each head's softmax."""
 
     def saved(layers):
         torch.manual_seed(0)
@@ -141,7 +149,7 @@ def test_what_a_layer_keeps_for_backward(kind, level, kept):
         )
         model.recompute = level
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        held = {}  # by address: what is in here stays, so that none is given out twice
+        held = {}  # by address; holding the tensors keeps addresses unique
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x: (held.setdefault(x.untyped_storage().data_ptr(), x), x)[1], lambda x: x
         ):
@@ -151,11 +159,11 @@ def test_what_a_layer_keeps_for_backward(kind, level, kept):
         return sum(x.untyped_storage().nbytes() for address, x in held.items() if address not in parameters)
 
     WIDTH, HEADS, TOKENS = 32, 4, 16
-    assert saved(3) - saved(2) == 2 * TOKENS * 4 * (kept * WIDTH + 4 + HEADS)
+    assert saved(3) - saved(2) == 2 * TOKENS * 4 * (saved_per_unit * WIDTH + 4 + HEADS)
 
 
 @on_every_model
-def test_copies_give_the_same_and_stay_tied(make):
+def test_copies_compute_the_same_and_stay_tied(make):
     model = make()
     batch = batch_for(model)
     expected = loss_and_gradients(model, batch)
@@ -166,7 +174,7 @@ def test_copies_give_the_same_and_stay_tied(make):
 
 
 @on_every_model
-def test_state_dict_loads_into_a_new_model(make):
+def test_state_dict_round_trip(make):
     model = make()
     other = type(model)(model.config)
     assert other.load_state_dict(model.state_dict()).missing_keys == []
@@ -174,7 +182,7 @@ def test_state_dict_loads_into_a_new_model(make):
     assert_same_bits(loss_and_gradients(model, batch), loss_and_gradients(other.train(), batch))
 
 
-def test_tied_parameters_are_one():
+def test_tied_parameters_are_the_same_tensor():
     model = ours_like(tiny_gpt2())
     assert model.lm_head.weight is model.transformer.wte.weight
     assert (
@@ -182,14 +190,14 @@ def test_tied_parameters_are_one():
         == sum(p.numel() for p in set(model.parameters()))
         < sum(t.numel() for t in model.state_dict().values())
     )
-    bert = ours_like(tiny_bert())
-    assert bert.cls.predictions.decoder.weight is bert.bert.embeddings.word_embeddings.weight
-    assert bert.cls.predictions.decoder.bias is bert.cls.predictions.bias
-    for apart in (
+    masked_lm = ours_like(tiny_bert())
+    assert masked_lm.cls.predictions.decoder.weight is masked_lm.bert.embeddings.word_embeddings.weight
+    assert masked_lm.cls.predictions.decoder.bias is masked_lm.cls.predictions.bias
+    for untied in (
         ours_like(tiny_gpt2(tie_word_embeddings=False)).lm_head,
         ours_like(tiny_bert(tie_word_embeddings=False)).cls.predictions.decoder,
     ):
-        assert not apart.weight.is_meta and apart.weight.std() > 0
+        assert not untied.weight.is_meta and untied.weight.std() > 0
 
 
 @pytest.mark.parametrize(
@@ -197,15 +205,15 @@ def test_tied_parameters_are_one():
     [lambda: GPT2LMHeadModel(GPT2Config(**SMALL_GPT2)), lambda: BertForMaskedLM(BertConfig(**SMALL_BERT))],
     ids=["GPT-2", "BERT"],
 )
-def test_16_bits_by_default_dtype_or_afterwards(make):
+def test_bfloat16_by_default_dtype_and_by_conversion(make):
     torch.set_default_dtype(torch.bfloat16)
     try:
-        born = make()
+        constructed = make()
     finally:
         torch.set_default_dtype(torch.float32)
-    became = make().to(torch.bfloat16)
+    converted = make().to(torch.bfloat16)
     ids = torch.randint(0, 131, (2, 9))
-    for model in (born, became):
+    for model in (constructed, converted):
         assert (
             {p.dtype for p in model.parameters()} == {torch.bfloat16}
             and model.dtype == torch.bfloat16
@@ -239,7 +247,7 @@ SMALL_BERT = {
     [lambda: ours_like(tiny_gpt2(n_layer=2)), lambda: ours_like(tiny_bert(num_hidden_layers=2))],
     ids=["GPT-2", "BERT"],
 )
-def test_compiles_to_one_graph(make):
+def test_compiles_to_a_single_graph(make):
     model = make().train()
     mask = torch.arange(9) < torch.tensor([[9], [4]])
     ids = torch.randint(0, 131, (2, 9))
@@ -253,8 +261,8 @@ def test_compiles_to_one_graph(make):
 
 
 @on_every_model
-def test_nothing_is_copied_for_its_layout(make):
-    """The kernels take queries, keys and values where the projection left them, and every gradient as it comes."""
+def test_no_layout_copies(make):
+    """The kernels take the strides of queries, keys, values and all gradients."""
     model = make()
     batch = batch_for(model) | {"attention_mask": torch.tensor([[1] * 9, [1] * 4 + [0] * 5])}
     before = fastlm.info().copies
@@ -265,8 +273,8 @@ def test_nothing_is_copied_for_its_layout(make):
     assert fastlm.info().copies == before
 
 
-def test_the_flops_of_a_step_are_counted():
-    """What a profiler sees: 2 per weight and token forward, twice that backward, and the attention's two products."""
+def test_flop_counter():
+    """2 FLOPs per weight and token in forward, twice that in backward, and the two products of attention."""
     model, ids = ours_like(tiny_gpt2()).train(), torch.randint(0, 131, (2, 9))
     with FlopCounterMode(display=False) as forward:
         loss = model(ids, labels=ids).loss
@@ -277,18 +285,18 @@ def test_the_flops_of_a_step_are_counted():
     assert backward.get_total_flops() >= 4 * (weights - model.lm_head.weight.numel()) * ids.numel()
 
 
-def test_the_config_must_fit_the_class():
+def test_config_of_another_class_is_an_error():
     with pytest.raises(TypeError, match="config: expected a GPT2Config, got BertConfig"):
         GPT2LMHeadModel(BertConfig())
 
 
-def test_two_models_on_two_threads():
-    """Nothing is global: each gives what it gives alone."""
+def test_concurrent_forward_passes():
+    """No state is shared: results equal those of sequential calls."""
     from concurrent.futures import ThreadPoolExecutor
 
     model = MODELS["GPT-2"]().eval()
     batches = [torch.randint(0, 131, (2, n)) for n in range(1, 20)]
     with torch.no_grad(), ThreadPoolExecutor(4) as pool:
-        alone = [model(ids).logits for ids in batches]
-        together = list(pool.map(lambda ids: model(ids).logits.detach(), batches))
-    assert_same_bits(alone, together)
+        sequential = [model(ids).logits for ids in batches]
+        concurrent = list(pool.map(lambda ids: model(ids).logits.detach(), batches))
+    assert_same_bits(sequential, concurrent)

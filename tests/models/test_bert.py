@@ -18,9 +18,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 VARIANTS = {
     "as published": {},
     "tanh GELU": {"hidden_act": "gelu_new"},
-    "own projection": {"tie_word_embeddings": False},
+    "untied projection": {"tie_word_embeddings": False},
     "no padding token, one type, one head": {"pad_token_id": None, "type_vocab_size": 1, "num_attention_heads": 1},
-    "wide margin": {"layer_norm_eps": 1e-3},
+    "large epsilon": {"layer_norm_eps": 1e-3},
 }
 
 
@@ -29,7 +29,7 @@ def tokens(*shape, vocab=131):
 
 
 def padded():
-    """Three rows of 17, 12 and 1 real tokens; half of those have a label."""
+    """Three rows of 17, 12 and 1 real tokens; half of them are labelled."""
     mask = torch.arange(17) < torch.tensor([[17], [12], [1]])
     ids = tokens(3, 17).masked_fill(~mask, 0)
     labels = tokens(3, 17).masked_fill(~mask | (torch.rand(3, 17) < 0.5), -100)
@@ -58,13 +58,13 @@ def test_float16():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("draw", [types_and_positions, embeddings])
-def test_every_kind_of_input(draw, dtype):
+def test_inputs(draw, dtype):
     assert_within_twice_theirs(tiny_bert, draw, dtype)
 
 
 @pytest.mark.slow
-def test_the_real_size():
-    """110 million parameters, 40 tokens, every fourth with a label."""
+def test_bert_base():
+    """110 million parameters, 40 tokens, every fourth is labelled."""
 
     def draw():
         ids = tokens(1, 40, vocab=30522)
@@ -74,7 +74,7 @@ def test_the_real_size():
     assert_within_twice_theirs(lambda: transformers.BertForMaskedLM(config).eval(), draw, draws=1)
 
 
-def test_every_layer_alone():
+def test_single_layers():
     theirs = tiny_bert("BertModel")
     ours, x = ours_like(theirs), torch.randn(2, 11, 36)
     for own, layer in zip(ours.encoder.layer, theirs.encoder.layer, strict=True):
@@ -82,18 +82,18 @@ def test_every_layer_alone():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_pooled_first_token(dtype):
+def test_pooler(dtype):
     theirs = tiny_bert("BertModel").to(dtype)
     (inputs, _, where), ours = padded(), ours_like(theirs)
     mine, other = ours(**inputs), theirs(**inputs)
     truth = theirs.double()(**inputs)
     for name, at in (("last_hidden_state", where), ("pooler_output", ...)):
-        own, rival, true = (output[name][at] for output in (mine, other, truth))
-        assert (own - true).norm() <= 2 * (rival - true).norm() + FLOOR[dtype] * true.norm()
+        own, baseline, exact = (output[name][at] for output in (mine, other, truth))
+        assert (own - exact).norm() <= 2 * (baseline - exact).norm() + FLOOR[dtype] * exact.norm()
     assert mine.keys() == ("last_hidden_state", "pooler_output") and torch.equal(mine[1], mine.pooler_output)
 
 
-def test_without_the_pooler():
+def test_model_without_pooler():
     theirs = tiny_bert("BertForMaskedLM").bert
     ours = BertModel(BertConfig.from_dict(theirs.config.to_dict()), add_pooling_layer=False)
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -108,26 +108,25 @@ def test_without_the_pooler():
         ({"num_labels": 1}, lambda: torch.randn(3)),
         ({"num_labels": 4, "problem_type": "regression"}, lambda: torch.randn(3, 4)),
     ],
-    ids=["one class", "several labels", "regression", "regression to several numbers"],
+    ids=["one class", "several labels", "regression", "multivariate regression"],
 )
 def test_classification(changes, draw_labels):
     evaluated, trained = Errors(torch.float32), Errors(torch.float32)
     for _ in range(DRAWS):
         theirs = tiny_bert("BertForSequenceClassification", **changes)
         inputs, labels, ours = padded()[0], draw_labels(), ours_like(theirs)
-        rival = classified(theirs, inputs, labels)
-        true = classified(theirs.double(), inputs, labels.double() if labels.is_floating_point() else labels)
+        baseline = classified(theirs, inputs, labels)
+        exact = classified(theirs.double(), inputs, labels.double() if labels.is_floating_point() else labels)
         evaluation = classified(ours, inputs, labels)
         training = classified(ours.train(), inputs, labels)
-        losses = [
-            results.pop("loss") for results in (rival, true, evaluation, training)
-        ]  # one number, whose roundings may cancel by luck: not by the 2 × rule
+        # Not by the 2 × rule: rounding errors may cancel in a single number.
+        losses = [results.pop("loss") for results in (baseline, exact, evaluation, training)]
         for loss in losses[2:]:
             torch.testing.assert_close(loss, losses[1].float())
-        rival = errors_of(rival, true)
-        evaluated.add(errors_of(evaluation, true), rival)
+        baseline = errors_of(baseline, exact)
+        evaluated.add(errors_of(evaluation, exact), baseline)
         assert ("logits" in training) == labels.is_floating_point()
-        trained.add(errors_of(training, true), {name: error for name, error in rival.items() if name in training})
+        trained.add(errors_of(training, exact), {name: error for name, error in baseline.items() if name in training})
     evaluated.judge()
     trained.judge()
 
@@ -139,25 +138,24 @@ def classified(model, inputs, labels):
 
 
 @pytest.mark.parametrize("head", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
-def test_the_same_keys_in_the_same_order(head):
+def test_state_dict_keys_and_their_order(head):
     theirs = tiny_bert(head)
     assert list(ours_like(theirs).state_dict()) == list(theirs.state_dict())
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
-def test_dropout_drops_what_hugging_face_drops(name):
+def test_dropout_statistics_equal_hugging_faces(name):
     theirs = tiny_bert("BertModel", num_hidden_layers=1, **{name: 0.5}).train()
     ours, ids = ours_like(theirs).train(), tokens(1, 6) + 0
     with torch.no_grad():
-        batch = ids.expand(3000, -1)  # every row its own draw
+        batch = ids.expand(3000, -1)  # every row has its own masks
         own, other = ours(batch).last_hidden_state, theirs(batch).last_hidden_state
         assert torch.equal(ours.eval()(ids)[0], ours(ids)[0])
     spread = other.std(0)
     assert spread.min() > 0.01
     torch.testing.assert_close(own.std(0), spread, rtol=0.15, atol=0.0)
-    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < 5 * (
-        2 / 3000
-    ) ** 0.5  # five standard errors of the difference
+    five_standard_errors = 5 * (2 / 3000) ** 0.5  # of the difference
+    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < five_standard_errors
 
 
 def test_classifier_dropout():
@@ -167,8 +165,8 @@ def test_classifier_dropout():
     assert torch.equal(ours.eval()(ids).logits, ours(ids).logits)
 
 
-def test_only_tokens_with_a_label_reach_the_head():
-    """Where a token has no label its hidden state cannot change the loss, and costs the head nothing."""
+def test_head_runs_on_labelled_positions_only():
+    """Hidden states of unlabelled positions do not affect the loss; the head skips them."""
     ours, (inputs, labels, _) = ours_like(tiny_bert()).train(), padded()
     seen = []
     ours.cls.predictions.transform.dense.register_forward_pre_hook(
@@ -179,7 +177,7 @@ def test_only_tokens_with_a_label_reach_the_head():
     torch.testing.assert_close(loss, ours.eval()(**inputs, labels=labels).loss)
 
 
-def test_a_row_of_padding_alone_harms_nothing():
+def test_fully_padded_row():
     ours, (inputs, labels, where) = ours_like(tiny_bert()), padded()
     expected = gradients_of(ours, ours(**inputs, labels=labels).loss)
     more = {name: torch.cat([x, torch.zeros_like(x[:1])]) for name, x in inputs.items()}
@@ -189,14 +187,14 @@ def test_a_row_of_padding_alone_harms_nothing():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_no_label_at_all():
-    """The mean over nothing, as PyTorch has it."""
+def test_without_labelled_positions():
+    """The mean over zero positions is NaN, as in PyTorch."""
     ours, ids = ours_like(tiny_bert()), tokens(2, 7)
     for model in (ours, ours.train()):
         assert model(ids, labels=torch.full((2, 7), -100)).loss.isnan()
 
 
-def test_starts_as_hugging_faces_does():
+def test_initialisation_equals_hugging_faces():
     settings = {
         "num_hidden_layers": 2,
         "hidden_size": 96,
@@ -217,7 +215,7 @@ def test_starts_as_hugging_faces_does():
             if other.std() == 0:
                 assert torch.equal(own, other), name
             else:
-                # 4.5 standard errors of the two estimates: of a standard deviation σ/√(2n), of a mean σ/√n
+                # 4.5 standard errors: σ/√(2n) for an estimated standard deviation, σ/√n for a mean
                 assert abs(own.std() / other.std() - 1) < 4.5 / own.numel() ** 0.5, name
                 assert abs(own.mean()) < 4.5 * other.std() / own.numel() ** 0.5, name
         assert not ours.bert.embeddings.word_embeddings.weight[0].any()  # the padding token
@@ -243,7 +241,7 @@ def test_autocast(dtype):
         (lambda m: m(tokens(2, 49)), r"input_ids: expected at most 48 tokens, the context of the model, got 49"),
         (
             lambda m: m(tokens(2, 5), torch.ones(5)),
-            r"attention_mask: expected shape \(2, 5\): one value for every token.*, got \(5,\)",
+            r"attention_mask: expected shape \(2, 5\): one value per token.*, got \(5,\)",
         ),
         (
             lambda m: m(tokens(2, 5), token_type_ids=torch.full((2, 5), 2)),
@@ -260,14 +258,14 @@ def test_autocast(dtype):
         (lambda m: m(tokens(2, 5), labels=tokens(2)), r"labels: expected shape \(2, 5\), as the input, got \(2,\)"),
     ],
 )
-def test_errors_name_the_argument(call, message):
+def test_errors(call, message):
     ours = ours_like(tiny_bert())
     for model in (ours, ours.train()):
         with pytest.raises(ValueError, match=message):
             call(model)
 
 
-def test_errors_of_the_classifier():
+def test_classifier_errors():
     ids = tokens(2, 5)
     ours = ours_like(tiny_bert("BertForSequenceClassification", num_labels=3))
     with pytest.raises(ValueError, match=r"labels: expected values in \[0, 3\) or -100, got 3"):

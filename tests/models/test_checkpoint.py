@@ -19,7 +19,7 @@ from fastlm.models import (
     GPT2LMHeadModel,
     GPT2Model,
 )
-from fastlm.models.checkpoint import write_together
+from fastlm.models.checkpoint import write_atomically
 from tests.models.hugging_face import ours_like, tiny_bert, tiny_gpt2
 
 HEADS = {
@@ -33,7 +33,7 @@ HEADS = {
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """A warning that no test asked for is a failure: it would name a key that a model should know."""
+    """Unexpected warnings fail: they would name a key that the model should know."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=UserWarning)
         yield
@@ -46,7 +46,7 @@ def assert_same_weights(a, b):
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
-# From Hugging Face to here and back
+# Round trips through Hugging Face's format
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -59,13 +59,13 @@ def test_theirs_to_ours_to_theirs(tmp_path, head, dtype):
     assert not ours.training
     ours.save_pretrained(tmp_path / "ours")
     stored = [load_file(tmp_path / owner / "model.safetensors") for owner in ("theirs", "ours")]
-    assert stored[0].keys() == stored[1].keys()  # tied ones once, as Hugging Face writes them
+    assert stored[0].keys() == stored[1].keys()  # a tied parameter is stored once, as in Hugging Face's files
     assert_same_weights(type(theirs).from_pretrained(tmp_path / "ours"), theirs)
     assert_same_weights(type(ours).from_pretrained(tmp_path / "ours"), ours)
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_bert])
-def test_models_that_are_not_tied(tmp_path, make):
+def test_untied_models(tmp_path, make):
     theirs = make(tie_word_embeddings=False)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = getattr(models, type(theirs).__name__).from_pretrained(tmp_path / "theirs")
@@ -74,17 +74,19 @@ def test_models_that_are_not_tied(tmp_path, make):
     assert_same_weights(type(theirs).from_pretrained(tmp_path / "ours"), theirs)
 
 
-def test_in_shards(tmp_path):
+def test_shards(tmp_path):
     theirs = tiny_gpt2()
     theirs.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert_same_weights(GPT2LMHeadModel.from_pretrained(tmp_path), theirs)
     next(iter(tmp_path.glob("model-00002*"))).unlink()
-    with pytest.raises(FileNotFoundError, match=r"model-00002-of-.*no such file, but the index beside it names it"):
+    with pytest.raises(
+        FileNotFoundError, match=r"model-00002-of-.*no such file, although the index in its directory lists it"
+    ):
         GPT2LMHeadModel.from_pretrained(tmp_path)
 
 
-def test_an_index_that_points_elsewhere(tmp_path):
+def test_index_with_a_path_outside_the_directory(tmp_path):
     write(tmp_path, tiny_gpt2())
     (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
@@ -96,7 +98,7 @@ def test_an_index_that_points_elsewhere(tmp_path):
 
 
 def write(directory, model, change=lambda state: state, name="model.safetensors"):
-    """A directory whose stored tensors the test has a say in."""
+    """Writes a model directory; change() edits the stored tensors."""
     directory.mkdir(exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
@@ -134,7 +136,7 @@ class Trap:
         return os.mkdir, ("trapped",)
 
 
-def test_a_pytorch_file_runs_no_code(tmp_path, monkeypatch):
+def test_loading_a_pytorch_file_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, tiny_gpt2(), lambda state: {"a": Trap()}, name="pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model.bin: truncated or not a checkpoint"):
@@ -142,7 +144,7 @@ def test_a_pytorch_file_runs_no_code(tmp_path, monkeypatch):
     assert not (tmp_path / "trapped").exists()
 
 
-# What old files differ in
+# Variants in old files
 
 
 def test_with_and_without_the_prefix(tmp_path):
@@ -166,7 +168,7 @@ def test_with_and_without_the_prefix(tmp_path):
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_layernorm_as_tensorflow_named_it(tmp_path):
+def test_tensorflow_names_of_layernorm(tmp_path):
     theirs = tiny_bert()
     renamed = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
@@ -180,7 +182,7 @@ def test_layernorm_as_tensorflow_named_it(tmp_path):
     assert_same_weights(BertForMaskedLM.from_pretrained(write(tmp_path, theirs, old)), theirs)
 
 
-def test_constants_among_the_parameters(tmp_path):
+def test_stored_constants_are_ignored(tmp_path):
     gpt2, bert = tiny_gpt2(), tiny_bert()
     causal = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 48, 48).tril().bool() for i in range(3)}
     masked = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
@@ -205,10 +207,12 @@ def test_tied_parameters_under_either_name(tmp_path):
         assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_two_different_tensors_are_not_tied_whatever_the_config_says(tmp_path):
-    """As Hugging Face decides it."""
+def test_different_tensors_are_not_tied_despite_the_config(tmp_path):
+    """As in transformers."""
     directory = write(tmp_path, tiny_gpt2(), lambda state: state | {"lm_head.weight": state["lm_head.weight"] + 1})
-    with pytest.warns(UserWarning, match=r"lm_head.weight and transformer.wte.weight differ, so they are not tied"):
+    with pytest.warns(
+        UserWarning, match=r"lm_head.weight and transformer.wte.weight differ in the file; they are not tied"
+    ):
         model = GPT2LMHeadModel.from_pretrained(directory)
     assert torch.equal(model.lm_head.weight, model.transformer.wte.weight + 1)
     theirs = type(tiny_gpt2()).from_pretrained(directory)
@@ -218,14 +222,14 @@ def test_two_different_tensors_are_not_tied_whatever_the_config_says(tmp_path):
         assert_same_weights(GPT2LMHeadModel.from_pretrained(tmp_path / "again"), theirs)
 
 
-# Keys too many, too few, and wrong
+# Unknown, missing and invalid parameters
 
 
-def test_an_unknown_key_is_a_warning_that_names_it(tmp_path):
+def test_unknown_key_causes_a_warning(tmp_path):
     theirs = tiny_bert("BertForPreTraining")
     theirs.save_pretrained(tmp_path)
     with pytest.warns(
-        UserWarning, match=r"BertForMaskedLM has no parameter for .*cls.seq_relationship.weight"
+        UserWarning, match=r"not loaded, as BertForMaskedLM has no such parameter: .*cls.seq_relationship.weight"
     ) as caught:
         model = BertForMaskedLM.from_pretrained(tmp_path)
     assert len(caught) == 1 and caught[0].filename == __file__
@@ -233,13 +237,13 @@ def test_an_unknown_key_is_a_warning_that_names_it(tmp_path):
     torch.testing.assert_close(model(ids).logits, theirs(ids).prediction_logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_missing_key_is_an_error_that_names_it(tmp_path):
+def test_missing_key_is_an_error(tmp_path):
     directory = write(
         tmp_path, tiny_gpt2(), lambda state: {k: v for k, v in state.items() if "h.1.attn.c_proj" not in k}
     )
     with pytest.raises(
         ValueError,
-        match=r"missing in the file .*: transformer.h.1.attn.c_proj.weight, transformer.h.1.attn.c_proj.bias$",
+        match=r"are missing in the file .*: transformer.h.1.attn.c_proj.weight, transformer.h.1.attn.c_proj.bias$",
     ) as error:
         GPT2LMHeadModel.from_pretrained(directory)
     assert str(error.value).startswith(f"{directory}: ")
@@ -249,7 +253,8 @@ def test_a_new_classifier_on_a_pretrained_encoder(tmp_path):
     theirs = tiny_bert("BertModel")
     theirs.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"missing in the file \(initialise= begins them anew\): classifier.weight, classifier.bias"
+        ValueError,
+        match=r"missing in the file \(initialise=\(prefix, …\) .* random\): classifier.weight, classifier.bias",
     ):
         BertForSequenceClassification.from_pretrained(tmp_path)
     config = BertConfig.from_pretrained(tmp_path)
@@ -268,7 +273,7 @@ def test_arguments_of_the_class_and_dtype(tmp_path):
     assert_same_weights(model, theirs.to(torch.bfloat16))
 
 
-def test_mixed_dtypes_become_the_widest(tmp_path):
+def test_mixed_dtypes_are_promoted_to_the_widest(tmp_path):
     theirs = tiny_gpt2()
     directory = write(tmp_path, theirs, lambda state: {k: v if "ln_" in k else v.half() for k, v in state.items()})
     model = GPT2LMHeadModel.from_pretrained(directory)
@@ -281,11 +286,11 @@ def test_mixed_dtypes_become_the_widest(tmp_path):
     [
         (
             lambda t: t[:, :-1],
-            r"transformer.h.0.attn.c_attn.weight: expected shape \(36, 108\) by config.json, got \(36, 107\)",
+            r"transformer.h.0.attn.c_attn.weight: expected shape \(36, 108\), as in config.json, got \(36, 107\)",
         ),
         (
             lambda t: t.t().contiguous(),
-            r"transformer.h.0.attn.c_attn.weight: expected shape \(36, 108\) by config.json, got \(108, 36\)",
+            r"transformer.h.0.attn.c_attn.weight: expected shape \(36, 108\), as in config.json, got \(108, 36\)",
         ),
         (
             lambda t: t.to(torch.int8),
@@ -293,7 +298,7 @@ def test_mixed_dtypes_become_the_widest(tmp_path):
         ),
     ],
 )
-def test_a_wrong_tensor_is_an_error_that_names_it(tmp_path, change, message):
+def test_invalid_tensor_is_an_error(tmp_path, change, message):
     key = "transformer.h.0.attn.c_attn.weight"
     with pytest.raises(ValueError, match=message):
         GPT2LMHeadModel.from_pretrained(write(tmp_path, tiny_gpt2(), lambda state: state | {key: change(state[key])}))
@@ -301,7 +306,7 @@ def test_a_wrong_tensor_is_an_error_that_names_it(tmp_path, change, message):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("left", [0, 5, 100, 20_000])
-def test_a_truncated_file_is_one_line_that_names_it(tmp_path, name, left):
+def test_truncated_file_is_a_one_line_error(tmp_path, name, left):
     path = write(tmp_path, tiny_gpt2(), name=name) / name
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(ValueError) as error:
@@ -309,7 +314,7 @@ def test_a_truncated_file_is_one_line_that_names_it(tmp_path, name, left):
     assert str(error.value).startswith(f"{path}: truncated or not a checkpoint (") and "\n" not in str(error.value)
 
 
-def test_no_weights_and_no_directory(tmp_path):
+def test_missing_weights_and_missing_directory(tmp_path):
     write(tmp_path, tiny_gpt2())
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(
@@ -321,20 +326,20 @@ def test_no_weights_and_no_directory(tmp_path):
         GPT2LMHeadModel.from_pretrained(tmp_path / "nowhere")
 
 
-def test_a_pickle_of_something_else(tmp_path):
+def test_pickle_without_a_state_dict(tmp_path):
     write(tmp_path, tiny_gpt2(), lambda state: {"epoch": 3, "model": state}, name="pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: expected tensors by name"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: expected a state dict \(tensors by name\)"):
         GPT2LMHeadModel.from_pretrained(tmp_path)
 
 
-# Writing: all or nothing
+# Atomic writes
 
 
 SAVE = """
 import resource, signal, sys
 from fastlm.models import GPT2Config, GPT2LMHeadModel
 model = GPT2LMHeadModel(GPT2Config(vocab_size=2000, n_positions=16, n_embd=64, n_layer=2, n_head=2))
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # what a full disk looks like from here: writes begin to fail
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # like a full disk: writes fail
 try:
     model.save_pretrained(sys.argv[1])
 except OSError as error:
@@ -342,7 +347,7 @@ except OSError as error:
 """
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path):
+def test_full_disk_leaves_existing_files_unchanged(tmp_path):
     ours_like(tiny_gpt2()).save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert before.keys() == {"config.json", "model.safetensors"}
@@ -354,7 +359,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
+def test_interrupted_save_leaves_existing_files_unchanged(tmp_path, monkeypatch):
     ours = ours_like(tiny_gpt2())
     ours.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -362,35 +367,35 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", interrupted)  # between the weights and config.json
+    monkeypatch.setattr(Path, "write_text", interrupted)  # called between the weights and config.json
     torch.nn.init.zeros_(ours.transformer.wte.weight)
     with pytest.raises(KeyboardInterrupt):
         ours.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_directory_that_cannot_be(tmp_path):
+def test_directory_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         ours_like(tiny_gpt2()).save_pretrained(tmp_path / "file" / "model")
 
 
-def test_files_take_their_places_together(tmp_path):
+def test_files_are_replaced_together(tmp_path):
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
-    write_together({first: lambda path: path.write_text("old")})
+    write_atomically({first: lambda path: path.write_text("old")})
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
     def fails(path):
         path.write_text("half")
-        raise OSError("no ink")
+        raise OSError("no space")
 
-    with pytest.raises(OSError, match=r"b.txt: could not be written \(no ink\); nothing was changed"):
-        write_together({first: lambda path: path.write_text("new"), second: fails})
+    with pytest.raises(OSError, match=r"b.txt: could not be written \(no space\); no file was changed"):
+        write_atomically({first: lambda path: path.write_text("new"), second: fails})
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and first.read_text() == "old"
 
 
-def test_loading_draws_nothing_and_keeps_no_file_open(tmp_path):
-    """A run that loads its model has the random numbers of one that does not; and the file can be replaced while the model is in use."""
+def test_loading_draws_no_random_numbers_and_keeps_no_file_mapped(tmp_path):
+    """Loading leaves the generator state unchanged, and the file can be overwritten while the model is in use."""
     ours = ours_like(tiny_gpt2())
     ours.save_pretrained(tmp_path)
     before = torch.random.get_rng_state()
@@ -402,8 +407,8 @@ def test_loading_draws_nothing_and_keeps_no_file_open(tmp_path):
     assert_same_weights(model, ours)
 
 
-def test_a_large_model_is_loaded_without_a_second_copy(tmp_path):
-    """Peak memory: the model and little more, because stored tensors are mapped, and its parameters were never drawn at random."""
+def test_loading_allocates_no_second_copy(tmp_path):
+    """Peak memory is about that of the model: files are memory-mapped, parameters are not initialised first."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_embd=512, n_layer=6, n_head=8))
     model.save_pretrained(tmp_path)
     size = sum(p.nbytes for p in model.parameters())
@@ -413,5 +418,5 @@ def test_a_large_model_is_loaded_without_a_second_copy(tmp_path):
         "before = peak(); model = GPT2LMHeadModel.from_pretrained(sys.argv[1]); print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    # Mapped pages that were read count as resident, though they are the file's and can go at any time: hence 2.
+    # 2 rather than 1: mapped pages of the file count as resident, although the kernel may drop them at any time.
     assert int(done.stdout) < 2.3 * size

@@ -10,11 +10,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 VARIANTS = {
     "as published": {},
     "exact GELU": {"activation_function": "gelu"},
-    "tanh by its other name": {"activation_function": "gelu_pytorch_tanh"},
-    "own projection": {"tie_word_embeddings": False},
+    "tanh GELU by its other name": {"activation_function": "gelu_pytorch_tanh"},
+    "untied projection": {"tie_word_embeddings": False},
     "scaled by layer": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
     "not scaled": {"scale_attn_weights": False},
-    "narrow inside": {"n_inner": 50, "n_head": 1, "layer_norm_epsilon": 1e-3},
+    "narrow MLP": {"n_inner": 50, "n_head": 1, "layer_norm_epsilon": 1e-3},
 }
 
 
@@ -23,7 +23,7 @@ def tokens(*shape, vocab=131):
 
 
 def plain():
-    """Two rows, one label in five of no account."""
+    """Two rows; one label in five is ignored."""
     ids = tokens(2, 17)
     return {"input_ids": ids}, ids.masked_fill(torch.rand(2, 17) < 0.2, -100), ...
 
@@ -73,35 +73,35 @@ def test_float16():
 @pytest.mark.parametrize(
     "draw", [left_padded, left_padded_with_positions, right_padded, types_and_positions, embeddings]
 )
-def test_every_kind_of_input(draw, dtype):
+def test_inputs(draw, dtype):
     assert_within_twice_theirs(tiny_gpt2, draw, dtype, shifted=True)
 
 
-def test_one_row_of_positions_serves_the_batch():
+def test_position_ids_are_broadcast_over_the_batch():
     ours, ids, positions = ours_like(tiny_gpt2()), tokens(2, 9), torch.randperm(48)[None, :9]
     assert torch.equal(ours(ids, position_ids=positions).logits, ours(ids, position_ids=positions.expand(2, -1)).logits)
 
 
 @pytest.mark.parametrize("length", [1, 48])
-def test_from_one_token_to_the_whole_context(length):
+def test_one_token_and_the_full_context(length):
     theirs, ids = tiny_gpt2(), tokens(2, length)
     ours = ours_like(theirs)
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
     torch.testing.assert_close(ours(ids.int()).logits, ours(ids).logits, rtol=0, atol=0)
 
 
-def test_every_block_alone():
+def test_single_blocks():
     theirs = tiny_gpt2()
     ours = ours_like(theirs)
     x = torch.randn(2, 11, 36)
     causal = torch.full((11, 11), -torch.inf).triu(1)[None, None]
     for own, block in zip(ours.transformer.h, theirs.transformer.h, strict=True):
-        added, stream = own(x, None)
-        torch.testing.assert_close(added + stream, block(x, attention_mask=causal), rtol=1e-4, atol=1e-5)
+        block_output, residual = own(x, None)
+        torch.testing.assert_close(block_output + residual, block(x, attention_mask=causal), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_the_real_size():
+def test_gpt2_small():
     """124 million parameters, 40 tokens."""
 
     def draw():
@@ -112,7 +112,7 @@ def test_the_real_size():
     assert_within_twice_theirs(lambda: transformers.GPT2LMHeadModel(config).eval(), draw, shifted=True, draws=1)
 
 
-def test_the_model_without_a_head():
+def test_model_without_a_head():
     theirs = tiny_gpt2("GPT2Model")
     ours, ids = ours_like(theirs), tokens(2, 17)
     assert type(ours) is GPT2Model
@@ -121,12 +121,12 @@ def test_the_model_without_a_head():
 
 
 @pytest.mark.parametrize("head", ["GPT2Model", "GPT2LMHeadModel"])
-def test_the_same_keys_in_the_same_order(head):
+def test_state_dict_keys_and_their_order(head):
     theirs = tiny_gpt2(head)
     assert list(ours_like(theirs).state_dict()) == list(theirs.state_dict())
 
 
-def test_dropout_in_training_only_and_each_where_it_belongs():
+def test_dropout_is_active_in_training_only():
     ids = tokens(2, 17)
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         ours = ours_like(tiny_gpt2(**{name: 0.3}))
@@ -141,22 +141,21 @@ def test_dropout_in_training_only_and_each_where_it_belongs():
 
 
 @pytest.mark.parametrize("name", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
-def test_dropout_drops_what_hugging_face_drops(name):
-    """The mean over many draws, and their spread, are Hugging Face's."""
+def test_dropout_statistics_equal_hugging_faces(name):
+    """Mean and standard deviation over many dropout masks equal those of Hugging Face's model."""
     theirs = tiny_gpt2("GPT2Model", n_layer=2, **{name: 0.5}).train()
     ours, ids = ours_like(theirs).train(), tokens(1, 6)
     with torch.no_grad():
-        batch = ids.expand(3000, -1)  # every row its own draw
+        batch = ids.expand(3000, -1)  # every row has its own masks
         own, other = ours(batch).last_hidden_state, theirs(batch).last_hidden_state
     spread = other.std(0)
     assert spread.min() > 0.01
     torch.testing.assert_close(own.std(0), spread, rtol=0.15, atol=0.0)
-    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < 5 * (
-        2 / 3000
-    ) ** 0.5  # five standard errors of the difference
+    five_standard_errors = 5 * (2 / 3000) ** 0.5  # of the difference
+    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < five_standard_errors
 
 
-def test_training_mode_gives_the_loss_alone():
+def test_training_mode_returns_the_loss_only():
     ours, ids = ours_like(tiny_gpt2()), tokens(2, 17)
     both = ours(ids, labels=ids)
     assert both.keys() == ("loss", "logits")
@@ -168,7 +167,7 @@ def test_training_mode_gives_the_loss_alone():
     assert ours(ids).logits is not None
 
 
-def test_logits_of_the_last_tokens_only():
+def test_logits_to_keep():
     ours, ids = ours_like(tiny_gpt2()), tokens(2, 17)
     full = ours(ids, labels=ids)
     kept = ours(ids, labels=ids, logits_to_keep=2)
@@ -178,11 +177,11 @@ def test_logits_of_the_last_tokens_only():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pieces", [(17,), (1,) * 17, (8, 5, 4)], ids=str)
-def test_a_cache_gives_what_one_pass_gives(pieces):
+@pytest.mark.parametrize("chunks", [(17,), (1,) * 17, (8, 5, 4)], ids=str)
+def test_cached_forward_equals_a_single_pass(chunks):
     ours, ids = ours_like(tiny_gpt2()), tokens(2, 17)
     cache, parts = None, []
-    for part in ids.split(pieces, dim=1):
+    for part in ids.split(chunks, dim=1):
         output = ours(part, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         parts.append(output.logits)
@@ -191,7 +190,7 @@ def test_a_cache_gives_what_one_pass_gives(pieces):
 
 
 @torch.no_grad()
-def test_a_cache_with_padding():
+def test_cache_with_padding():
     inputs, _, where = left_padded()
     ours = ours_like(tiny_gpt2())
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -200,7 +199,7 @@ def test_a_cache_with_padding():
     torch.testing.assert_close(rest[where[:, 10:]], ours(**inputs).logits[:, 10:][where[:, 10:]], rtol=1e-4, atol=1e-5)
 
 
-def test_starts_as_hugging_faces_does():
+def test_initialisation_equals_hugging_faces():
     torch.manual_seed(3)
     config = {"n_layer": 4, "n_embd": 96, "n_head": 2, "vocab_size": 800, "n_positions": 300, "initializer_range": 0.03}
     ours = GPT2LMHeadModel(GPT2Config(**config, tie_word_embeddings=False))
@@ -208,9 +207,9 @@ def test_starts_as_hugging_faces_does():
     for (name, own), (other_name, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert name == other_name
         if other.std() == 0:
-            assert torch.equal(own, other), name  # biases 0, LayerNorm 1 and 0
+            assert torch.equal(own, other), name  # biases and LayerNorm parameters
         else:
-            # 4.5 standard errors of the two estimates: of a standard deviation σ/√(2n), of a mean σ/√n
+            # 4.5 standard errors: σ/√(2n) for an estimated standard deviation, σ/√n for a mean
             assert abs(own.std() / other.std() - 1) < 4.5 / own.numel() ** 0.5, name
             assert abs(own.mean()) < 4.5 * other.std() / own.numel() ** 0.5, name
 
@@ -253,7 +252,7 @@ def test_autocast(dtype):
         ),
         (
             lambda m: m(tokens(2, 5), attention_mask=torch.ones(2, 4)),
-            r"attention_mask: expected shape \(2, 5\): one value for every token.*, got \(2, 4\)",
+            r"attention_mask: expected shape \(2, 5\): one value per token.*, got \(2, 4\)",
         ),
         (
             lambda m: m(tokens(2, 5), position_ids=torch.full((2, 5), 48)),
@@ -297,7 +296,7 @@ def test_autocast(dtype):
         ),
     ],
 )
-def test_errors_name_the_argument(call, message):
+def test_errors(call, message):
     ours = ours_like(tiny_gpt2())
     with pytest.raises(ValueError, match=message) as error:
         call(ours)
@@ -309,12 +308,12 @@ def cache_of(model, batch, length):
         return model(tokens(batch, length), use_cache=True).past_key_values
 
 
-def test_no_cache_while_layers_are_computed_twice():
+def test_cache_with_gradient_checkpointing_is_an_error():
     ours = ours_like(tiny_gpt2()).train()
     ours.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="past_key_values: expected no cache while layers are computed twice"):
+    with pytest.raises(ValueError, match="past_key_values: expected None with gradient checkpointing, got a cache"):
         ours(tokens(2, 5), use_cache=True)
 
 
-def test_an_empty_batch():
+def test_empty_batch():
     assert ours_like(tiny_gpt2())(tokens(0, 5)).logits.shape == (0, 5, 131)

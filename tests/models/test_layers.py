@@ -12,50 +12,50 @@ from fastlm.models.layers import (
     Linear,
     SharedTable,
     embed,
-    heads_of,
-    joined,
-    look_up,
+    embed_tokens,
     loss_and_logits,
+    merge_heads,
+    split_heads,
 )
 
 
-def filled(module):
+def randomised(module):
     for p in module.parameters():
         torch.nn.init.normal_(p)
     return module
 
 
-def test_the_two_layouts_of_a_projection():
-    x, conv, linear = torch.randn(2, 3, 8), filled(Conv1D(8, 5)), filled(Linear(8, 5))
+def test_linear_and_conv1d():
+    x, conv, linear = torch.randn(2, 3, 8), randomised(Conv1D(8, 5)), randomised(Linear(8, 5))
     torch.testing.assert_close(conv(x), x @ conv.weight + conv.bias)
     torch.testing.assert_close(linear(x), F.linear(x, linear.weight, linear.bias))
     assert conv.extra_repr() == "8, 5"
 
 
-def test_layernorm_gives_the_sum_too():
-    norm, x, residual = filled(LayerNorm(8, eps=1e-3)), torch.randn(3, 8), torch.randn(3, 8)
+def test_layernorm_returns_the_residual_sum():
+    norm, x, residual = randomised(LayerNorm(8, eps=1e-3)), torch.randn(3, 8), torch.randn(3, 8)
     y, summed = norm(x, residual)
     torch.testing.assert_close(summed, x + residual)
     torch.testing.assert_close(y, F.layer_norm(x + residual, (8,), norm.weight, norm.bias, 1e-3))
     assert torch.equal(norm(x)[1], x)
 
 
-def test_no_layer_draws_random_numbers_to_throw_away():
+def test_layers_draw_no_random_numbers():
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     Linear(4, 4), Embedding(4, 4), LayerNorm(4), Conv1D(4, 4)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_heads_are_views_and_come_back():
+def test_split_and_merge_heads_are_views():
     x = torch.randn(2, 5, 12)
-    heads = heads_of(x, 3)
+    heads = split_heads(x, 3)
     assert heads.shape == (2, 3, 5, 4) and heads.data_ptr() == x.data_ptr()
-    assert torch.equal(joined(heads), x) and joined(heads).data_ptr() == x.data_ptr()
+    assert torch.equal(merge_heads(heads), x) and merge_heads(heads).data_ptr() == x.data_ptr()
 
 
-def test_embeddings_by_ids_or_by_place():
-    table = filled(Embedding(6, 4))
+def test_embed_by_ids_and_by_slice():
+    table = randomised(Embedding(6, 4))
     assert torch.equal(embed(table, None, slice(2, 4)), table.weight[2:4])
     assert torch.equal(embed(table, torch.tensor([[5, 0]]), slice(2, 4)), table.weight[[5, 0]][None])
 
@@ -70,7 +70,7 @@ def test_loss_and_logits_agree_in_both_modes():
     torch.testing.assert_close(logits, x @ weight.t())
 
 
-def test_the_loss_of_16_bits_is_computed_in_32():
+def test_loss_of_16_bit_inputs_is_float32():
     x, weight = torch.randn(3, 8).bfloat16(), torch.randn(11, 8).bfloat16()
     for training in (False, True):
         assert loss_and_logits(x, weight, None, torch.tensor([1, 2, 3]), training)[0].dtype == torch.float32
@@ -79,14 +79,14 @@ def test_the_loss_of_16_bits_is_computed_in_32():
 IDS = torch.tensor([[3, 0, 2], [2, 2, 6]])
 
 
-def of_rows_and_products(padding_idx, rows=True, products=True, dtype=torch.float64):
-    """A loss of what look_up gives, and the same loss of PyTorch's own embedding, with their tables."""
+def loss_of_rows_and_products(padding_idx, rows=True, products=True, dtype=torch.float64):
+    """(loss, table) with embed_tokens, then with PyTorch's own embedding."""
     for shared in (True, False):
         torch.manual_seed(0)
-        table = filled(Embedding(7, 4, padding_idx=padding_idx)).to(dtype)
+        table = randomised(Embedding(7, 4, padding_idx=padding_idx)).to(dtype)
         x = torch.randn(5, 4, dtype=dtype)
         found, weight = (
-            look_up(table, IDS, None) if shared else (F.embedding(IDS, table.weight, padding_idx), table.weight)
+            embed_tokens(table, IDS, None) if shared else (F.embedding(IDS, table.weight, padding_idx), table.weight)
         )
         yield (
             (found.square().sum() if rows else 0) + (fastlm.linear(x, weight).sin().sum() if products else 0),
@@ -96,26 +96,26 @@ def of_rows_and_products(padding_idx, rows=True, products=True, dtype=torch.floa
 
 @pytest.mark.parametrize("padding_idx", [None, 2])
 @pytest.mark.parametrize("rows, products", [(True, True), (True, False), (False, True)])
-def test_a_tied_tables_gradients_meet(rows, products, padding_idx):
-    (ours, table), (plain, other) = of_rows_and_products(padding_idx, rows, products)
-    for _ in range(2):  # added up over calls as usual, on a graph that is kept
+def test_gradients_of_a_tied_table(rows, products, padding_idx):
+    (ours, table), (plain, other) = loss_of_rows_and_products(padding_idx, rows, products)
+    for _ in range(2):  # accumulates over calls on a retained graph
         ours.backward(retain_graph=True), plain.backward(retain_graph=True)
     torch.testing.assert_close(table.grad, other.grad, rtol=1e-12, atol=1e-12)
     assert table.grad.layout == torch.strided
 
 
 @pytest.mark.parametrize("padding_idx", [None, 2])
-def test_a_tied_tables_gradient_is_differentiable(padding_idx):
+def test_double_backward_of_a_tied_table(padding_idx):
     second = []
-    for loss, table in of_rows_and_products(padding_idx):
+    for loss, table in loss_of_rows_and_products(padding_idx):
         (first,) = torch.autograd.grad(loss, table, create_graph=True)
         second += torch.autograd.grad(first.square().sum(), table)
     torch.testing.assert_close(*second, rtol=1e-12, atol=1e-12)
 
 
-def test_a_padding_rows_gradient_is_dropped_even_if_it_is_nan():
-    table = filled(Embedding(7, 4, padding_idx=2))
-    rows, weight = look_up(table, IDS.int(), None)
+def test_padding_row_receives_no_gradient_even_if_nan():
+    table = randomised(Embedding(7, 4, padding_idx=2))
+    rows, weight = embed_tokens(table, IDS.int(), None)
     loss = (
         torch.where(IDS[..., None] == 2, torch.nan, 1.0).mul(rows).sum() + fastlm.linear(torch.ones(1, 4), weight).sum()
     )
@@ -130,22 +130,24 @@ def test_a_padding_rows_gradient_is_dropped_even_if_it_is_nan():
     ]
 
 
-def test_an_embedding_that_someone_watches_is_called():
-    table = filled(Embedding(7, 4))
-    assert look_up(table, IDS, None)[0].grad_fn.name() == "SharedTableBackward" == SharedTable.__name__ + "Backward"
+def test_embedding_with_hooks_is_called():
+    table = randomised(Embedding(7, 4))
+    assert (
+        embed_tokens(table, IDS, None)[0].grad_fn.name() == "SharedTableBackward" == SharedTable.__name__ + "Backward"
+    )
     with torch.no_grad():
-        assert look_up(table, IDS, None)[1] is table.weight
+        assert embed_tokens(table, IDS, None)[1] is table.weight
     handle = table.register_forward_hook(lambda module, args, rows: rows + 1)
-    rows, weight = look_up(table, IDS, None)
+    rows, weight = embed_tokens(table, IDS, None)
     assert torch.equal(rows, table.weight[IDS] + 1) and weight is table.weight
     handle.remove()
     table.forward = lambda ids: ids.new_zeros(1)
-    assert look_up(table, IDS, None)[0].tolist() == [0]
+    assert embed_tokens(table, IDS, None)[0].tolist() == [0]
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["GPT-2", "BERT"])
-def test_a_tied_table_has_one_gradient_at_a_time(kind, tied):
+def test_tied_table_allocates_one_gradient(kind, tied):
     sizes = {"vocab_size": 20000, "tie_word_embeddings": tied}
     model = (
         GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=1, n_positions=8, **sizes))
@@ -161,4 +163,4 @@ def test_a_tied_table_has_one_gradient_at_a_time(kind, tied):
         model.zero_grad(set_to_none=True)
 
     tables = bytes_held(step) / (20000 * 64 * 4)
-    assert 1 < tables < 1.8 if tied else 2 < tables < 2.8  # and a chunk of logits, and the layer
+    assert 1 < tables < 1.8 if tied else 2 < tables < 2.8  # plus a chunk of logits and the layer

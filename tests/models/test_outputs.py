@@ -7,7 +7,7 @@ import torch
 from fastlm.models.outputs import HeadOutput, ModelOutput
 
 
-def test_by_attribute_key_and_place():
+def test_access_by_attribute_key_and_index():
     loss, logits = torch.zeros(()), torch.ones(2)
     output = HeadOutput(loss, logits)
     assert output.loss is output["loss"] is output[0] is output.get("loss") is loss
@@ -17,7 +17,7 @@ def test_by_attribute_key_and_place():
     assert len(output) == 2 and "logits" in output and "past_key_values" not in output
 
 
-def test_what_is_none_is_absent():
+def test_none_fields_are_absent():
     output = HeadOutput(loss=torch.zeros(()))
     assert output.logits is None and output.get("logits", 5) == 5 and len(output) == 1
     with pytest.raises(KeyError, match="logits"):
@@ -26,7 +26,7 @@ def test_what_is_none_is_absent():
         output[1]
 
 
-def test_an_attribute_that_is_no_result_is_no_key():
+def test_methods_are_not_keys():
     output = ModelOutput(torch.ones(1))
     assert "keys" not in output
     with pytest.raises(KeyError):

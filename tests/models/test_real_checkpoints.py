@@ -1,6 +1,6 @@
-"""Trained models as they were published: MiniLM (English sentences) and rxnfp (chemical reactions), against transformers by the 2 × rule.
+"""Published models compared with transformers by the 2 × rule: MiniLM (English) and rxnfp (chemical reactions).
 
-They are read from FASTLM_TEST_MODELS; the run takes the instruction set from FASTLM_ISA like every other.
+They are read from the directory FASTLM_TEST_MODELS.
 """
 
 import copy
@@ -39,14 +39,14 @@ def minilm_batch(sentences):
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
-def test_minilm_tokens_are_those_of_transformers():
+def test_minilm_tokenizer():
     theirs, own = transformers.BertTokenizerFast.from_pretrained(real(MINILM)), load_tokenizer(real(MINILM))
     for sentence in itertools.chain(*SENTENCES):
         assert own.encode(sentence) == theirs(sentence)["input_ids"]
 
 
 def minilm_results(model, inputs):
-    """Hidden states of real tokens, the pooled ones, and the gradients of a loss over both."""
+    """Hidden states of real tokens, pooled outputs, and the gradients of a loss of both."""
     output, where = model(**inputs), inputs["attention_mask"].bool()
     hidden, pooled = output.last_hidden_state[where], output.pooler_output
     directions = torch.randn(hidden.shape[1], 2, generator=torch.Generator().manual_seed(1)).to(hidden.dtype)
@@ -58,18 +58,18 @@ def minilm_results(model, inputs):
 def test_minilm(dtype):
     ours = BertModel.from_pretrained(real(MINILM), dtype=dtype)
     theirs = transformers.BertModel.from_pretrained(real(MINILM), dtype=dtype).eval()
-    truth = copy.deepcopy(theirs).double()
-    truth.set_attn_implementation("eager")
+    exact_model = copy.deepcopy(theirs).double()
+    exact_model.set_attn_implementation("eager")
     errors = Errors(dtype)
     for sentences in SENTENCES:
         inputs = minilm_batch(sentences)
-        true = minilm_results(truth, inputs)
-        errors.add(*(errors_of(minilm_results(model, inputs), true) for model in (ours, theirs)))
+        exact = minilm_results(exact_model, inputs)
+        errors.add(*(errors_of(minilm_results(model, inputs), exact) for model in (ours, theirs)))
     errors.judge()
 
 
-def test_minilm_knows_what_is_alike():
-    """The use it was made for: the mean of the hidden states of two sentences with one meaning point the same way."""
+def test_minilm_sentence_similarity():
+    """Mean hidden states of two sentences with the same meaning have a high cosine similarity."""
     model = load_model(real(MINILM))
     inputs = minilm_batch(
         ["A man is eating food.", "Someone is having a meal.", "The stock market crashed in October."]
@@ -78,14 +78,14 @@ def test_minilm_knows_what_is_alike():
         hidden = model(**inputs).last_hidden_state
     mask = inputs["attention_mask"][..., None]
     means = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-    likeness = means @ means.t()
-    assert likeness[0, 1] > 0.5 > 0.2 > likeness[0, 2]
+    similarity = means @ means.t()
+    assert similarity[0, 1] > 0.5 > 0.2 > similarity[0, 2]
 
 
-@pytest.mark.filterwarnings("ignore:.*has no parameter for")
+@pytest.mark.filterwarnings("ignore:.*not loaded, as")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rxnfp(dtype):
-    """Logits, masked-token loss and every gradient, in batches with padding."""
+    """Logits, masked-token loss and all gradients, with padding."""
     theirs = transformers.BertForMaskedLM.from_pretrained(real(RXNFP), config=rxnfp_config(), dtype=dtype).eval()
 
     def draw():
@@ -98,15 +98,15 @@ def test_rxnfp(dtype):
 
 
 def rxnfp_config():
-    """transformers does not guess the type of a model either; without dropout, for the comparison in training mode."""
+    """The config.json has no model_type. Dropout is 0 for the comparison in training mode."""
     return transformers.BertConfig.from_pretrained(
         real(RXNFP), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
 
 
-def test_rxnfp_as_it_is_loaded_here():
-    """A file of 2019: no model_type, no decoder.bias, a second head and a pooler that this class has not."""
-    with pytest.warns(UserWarning, match=r"has no parameter for .*cls.seq_relationship.weight"):
+def test_loading_rxnfp():
+    """A file of 2019: no model_type, no decoder.bias, a second head and a pooler that this class lacks."""
+    with pytest.warns(UserWarning, match=r"has no such parameter: .*cls.seq_relationship.weight"):
         ours = BertForMaskedLM.from_pretrained(real(RXNFP))
     theirs = transformers.BertForMaskedLM.from_pretrained(real(RXNFP), config=rxnfp_config())
     for (name, own), (other_name, other) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
@@ -115,9 +115,9 @@ def test_rxnfp_as_it_is_loaded_here():
         load_model(real(RXNFP))
 
 
-@pytest.mark.filterwarnings("ignore:.*has no parameter for")
-def test_rxnfp_fills_in_what_was_masked():
-    """It was trained to: of the tokens of a reaction it gives most back, each masked in turn."""
+@pytest.mark.filterwarnings("ignore:.*not loaded, as")
+def test_rxnfp_predicts_masked_tokens():
+    """Each token of a reaction is masked in turn; the model predicts most of them."""
     model, tokenizer = BertForMaskedLM.from_pretrained(real(RXNFP)), load_tokenizer(real(RXNFP))
     ids = torch.tensor(
         [

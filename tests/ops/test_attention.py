@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from fastlm.backends import load
 from tests.support import (
+    implementation_module,
     BACKENDS,
     DTYPES,
     SLOW,
@@ -17,7 +17,7 @@ from tests.support import (
     outputs_and_gradients,
 )
 
-# (batch, heads, key_heads, query_len, key_len, head_dim): single elements, odd sizes around vectors and tiles, grouped queries, decoding, and keys
+# (batch, heads, num_kv_heads, query_len, key_len, head_dim): single elements, odd sizes around vectors and tiles, grouped queries, decoding, and keys
 # enough for the largest score to come in a later tile than the first
 SIZES = [
     (1, 1, 1, 1, 1, 1),
@@ -31,10 +31,10 @@ SIZES = [
 ]
 
 
-def qkv(batch, heads, key_heads, query_len, key_len, head_dim):
+def qkv(batch, heads, num_kv_heads, query_len, key_len, head_dim):
     key, value = (
-        floats(batch, key_heads, key_len, head_dim),
-        floats(head_dim, key_heads, key_len, batch).permute(3, 1, 2, 0),
+        floats(batch, num_kv_heads, key_len, head_dim),
+        floats(head_dim, num_kv_heads, key_len, batch).permute(3, 1, 2, 0),
     )
     return floats(batch, heads, query_len, head_dim, 1)[..., 0], key, value
 
@@ -103,7 +103,7 @@ def test_grouped_queries_on_a_pytorch_that_does_not_know_them(monkeypatch):
         lambda *t: fastlm.attention(*t, causal=True, backend="torch"), qkv(2, 6, 2, 9, 9, 16), torch.float32
     )  # noqa: E731
     known = run()
-    monkeypatch.setattr(load("torch"), "KNOWS_GROUPS", False)
+    monkeypatch.setattr(implementation_module("attention", "torch"), "NATIVE_GQA", False)
     for a, b in zip(run(), known, strict=True):
         assert error(a, b.double()) <= 2**-20
 
@@ -450,11 +450,11 @@ def call(**changed):
         ({"query": floats(2, 4, 3, 8).long()}, r"query: expected a floating-point tensor, got torch.int64"),
         (
             {"key": floats(2, 2, 5, 7)},
-            r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(2, 2, 5, 7\)",
+            r"key: expected shape \(2, num_kv_heads, key_len, 8\), as query, got \(2, 2, 5, 7\)",
         ),
         (
             {"key": floats(3, 2, 5, 8)},
-            r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(3, 2, 5, 8\)",
+            r"key: expected shape \(2, num_kv_heads, key_len, 8\), as query, got \(3, 2, 5, 8\)",
         ),
         (
             {"key": floats(2, 3, 5, 8), "value": floats(2, 3, 5, 8)},
@@ -501,8 +501,8 @@ def test_errors_say_which_and_why(changed, message):
 @pytest.mark.parametrize(
     "changed, reason",
     [
-        ({"dropout_p": 0.1}, "draws its dropout masks otherwise than fastlm"),
-        ({"return_lse": True}, "has no log-sum-exp of a row that sees nothing, and no gradient of any"),
+        ({"dropout_p": 0.1}, "draws other dropout masks than fastlm"),
+        ({"return_lse": True}, "has no log-sum-exp of a fully masked row, and no gradient of any"),
         ({"mask": torch.zeros(1, 1, 3, 5, requires_grad=True)}, "gives no gradient of the mask"),
     ],
 )

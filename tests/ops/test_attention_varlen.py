@@ -6,9 +6,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
-from fastlm.backends import choice, gpu, load, philox
+from fastlm.backends import selection
+from fastlm.core import philox
+from fastlm.ops.attention import gpu
+from fastlm.ops.attention.spec import Backward, Forward
 from tests.ops.test_attention import HARM, seen
 from tests.support import (
+    implementation_module,
     DTYPES,
     SLOW,
     assert_same_bits,
@@ -21,7 +25,7 @@ from tests.support import (
     outputs_and_gradients,
 )
 
-# ([(query_len, key_len) of each sequence], heads, key_heads, head_dim): single elements, odd sizes around vectors and tiles, sequences without queries,
+# ([(query_len, key_len) of each sequence], heads, num_kv_heads, head_dim): single elements, odd sizes around vectors and tiles, sequences without queries,
 # without keys, without either, grouped queries, keys enough for several blocks and queries for several panels
 BATCHES = [
     ([(1, 1)], 1, 1, 1),
@@ -41,9 +45,9 @@ def cu_seqlens(lengths, dtype=torch.int64):
     return starts([q for q, _ in lengths], dtype), starts([k for _, k in lengths], dtype)
 
 
-def qkv(lengths, heads, key_heads, head_dim):
+def qkv(lengths, heads, num_kv_heads, head_dim):
     total_q, total_k = (sum(side) for side in zip(*lengths, strict=True))
-    key, value = floats(total_k, key_heads, head_dim), floats(head_dim, key_heads, total_k).permute(2, 1, 0)
+    key, value = floats(total_k, num_kv_heads, head_dim), floats(head_dim, num_kv_heads, total_k).permute(2, 1, 0)
     return floats(2, total_q, heads, head_dim)[1], key, value
 
 
@@ -125,14 +129,14 @@ def test_scale(scale, backend):
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_same_as_a_padded_batch(causal, dropout_p, dtype, backend):
     """Outputs, log-sum-exp and gradients where the tokens are real; with dropout, the same weights are dropped."""
-    lengths, heads, key_heads, head_dim = [130, 1, 77, 0, 200, 64], 4, 2, 32
+    lengths, heads, num_kv_heads, head_dim = [130, 1, 77, 0, 200, 64], 4, 2, 32
     if backend in SLOW:
         # Still more than one tile, and whole ones: the interpreter's have 32 and 64 tokens, the CUDA kernels' 64.
-        lengths, heads, key_heads = [66, 1, 37, 0, 100, 64], 2, 1
+        lengths, heads, num_kv_heads = [66, 1, 37, 0, 100, 64], 2, 1
     longest, cu = max(lengths), starts(lengths)
     real = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (batch, longest)
-    padded = [torch.zeros(len(lengths), longest, n, head_dim, dtype=dtype) for n in (heads, key_heads, key_heads)]
-    packed = [x.to(dtype) for x in qkv([(n, n) for n in lengths], heads, key_heads, head_dim)]
+    padded = [torch.zeros(len(lengths), longest, n, head_dim, dtype=dtype) for n in (heads, num_kv_heads, num_kv_heads)]
+    packed = [x.to(dtype) for x in qkv([(n, n) for n in lengths], heads, num_kv_heads, head_dim)]
     for x, y in zip(padded, packed, strict=True):
         x[real] = y
 
@@ -173,11 +177,11 @@ def test_drops_what_the_definition_drops(seed, backend):
     names = torch.cat([torch.eye(k, widest) for _, k in lengths])[:, None].expand(
         key.shape
     )  # values that say which key of the sequence they are
-    forward = torch.ops.fastlm.attention_varlen_forward
+    tensors = query, key, names, None, None, *cu_seqlens(lengths), torch.tensor(seed)
     unlimited = -(2**62), 2**62
-    out = forward(query, key, names, *cu_seqlens(lengths), torch.tensor(seed), 1.0, *unlimited, p, False, backend)[0]
+    out = torch.ops.fastlm.attention_forward(*tensors, 1.0, *unlimited, p, False, False, backend)[0]
     for number, (one, (query_len, key_len)) in enumerate(zip(out.split([q for q, _ in lengths]), lengths, strict=True)):
-        expected = philox.kept(
+        expected = philox.dropout_mask(
             torch.tensor(seed), query_len, key_len, torch.arange(number * heads, (number + 1) * heads), p
         )
         assert torch.equal(one.transpose(0, 1)[..., :key_len] != 0, expected)
@@ -467,7 +471,7 @@ def call(**changed):
             r"query: expected shape \(total_q, heads, head_dim\), at least one head and head_dim 1 or more, got \(1, 7, 4, 8\)",
         ),
         ({"query": floats(7, 4, 8).long()}, r"query: expected a floating-point tensor, got torch.int64"),
-        ({"key": floats(9, 2, 7)}, r"key: expected shape \(total_k, key_heads, 8\), as query, got \(9, 2, 7\)"),
+        ({"key": floats(9, 2, 7)}, r"key: expected shape \(total_k, num_kv_heads, 8\), as query, got \(9, 2, 7\)"),
         ({"key": floats(9, 3, 8)}, r"key: expected a number of heads that divides query's 4, got 3"),
         ({"value": floats(8, 2, 8)}, r"value: expected shape \(9, 2, 8\), as key, got \(8, 2, 8\)"),
         ({"key": floats(9, 2, 8).half()}, r"key: expected torch.float32 on cpu, as query, got torch.float16 on cpu"),
@@ -477,11 +481,11 @@ def call(**changed):
         ),
         (
             {"cu_seqlens_q": torch.tensor([[0, 3, 7]])},
-            r"cu_seqlens_q: expected shape \(batch \+ 1,\), 0 and where each sequence ends, got \(1, 3\)",
+            r"cu_seqlens_q: expected shape \(batch \+ 1,\), 0 and the end of each sequence, got \(1, 3\)",
         ),
         (
             {"cu_seqlens_k": torch.tensor([], dtype=torch.int64)},
-            r"cu_seqlens_k: expected shape \(batch \+ 1,\), 0 and where each sequence ends, got \(0,\)",
+            r"cu_seqlens_k: expected shape \(batch \+ 1,\), 0 and the end of each sequence, got \(0,\)",
         ),
         (
             {"cu_seqlens_q": torch.tensor([0.0, 3, 7])},
@@ -533,18 +537,17 @@ def test_starts_that_do_not_fit(changed, message, backend):
         torch.compile(lambda *t: fastlm.attention_varlen(*t, backend=backend), backend="eager", fullgraph=True)(
             *inputs, *wrong
         )
-    backward = torch.ops.fastlm.attention_varlen_backward
+    tensors = inputs[0], None, *inputs, None, None, *wrong, None, inputs[0], floats(4, 7)
+    needed = [True, True, True, False]
     with pytest.raises(ValueError, match=message):
-        backward(
-            inputs[0], None, *inputs, *wrong, None, inputs[0], floats(4, 7), 1.0, -9, 9, 0.0, False, [True] * 3, backend
-        )
+        torch.ops.fastlm.attention_backward(*tensors, 1.0, -9, 9, 0.0, False, needed, backend)
 
 
 @pytest.mark.parametrize(
     "changed, reason",
     [
-        ({"dropout_p": 0.1}, "draws its dropout masks otherwise than fastlm"),
-        ({"return_lse": True}, "has no log-sum-exp of a row that sees nothing, and no gradient of any"),
+        ({"dropout_p": 0.1}, "draws other dropout masks than fastlm"),
+        ({"return_lse": True}, "has no log-sum-exp of a fully masked row, and no gradient of any"),
     ],
 )
 def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason):
@@ -565,29 +568,29 @@ def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason)
 )
 @pytest.mark.parametrize("side", ["queries", "keys"])
 def test_starts_that_do_not_fit_are_a_device_assert(side, wrong, dtype, backend, monkeypatch):
-    """Where no one looks at them beforehand. A sequence of a negative length has no program of its own, nor has an empty one."""
+    """Without the check that precedes the kernel. A sequence of a negative length has no program of its own, nor has an empty one."""
     if max(wrong) >= 2**31 and dtype == torch.int32:
         pytest.skip("is not a number of 32 bits")
-    monkeypatch.setattr(gpu, "check_starts", lambda *tensors: None)
+    monkeypatch.setattr(gpu, "check_boundaries", lambda call: None)
     right, wrong = torch.tensor([0, 3, 7], dtype=dtype), torch.tensor(wrong, dtype=dtype)
     starts = (wrong, right) if side == "queries" else (right, wrong)
     inputs = qkv([(7, 7)], 4, 2, 8)
     asserted = "cu_seqlens: expected" if backend == "triton" else r"assertion failed: .*(query|key)"
-    module = load(backend)
+    implementation = implementation_module("attention", backend).implementation
     with pytest.raises(Exception, match=asserted):
-        module.attention_varlen_forward(*inputs, *starts, None, 1.0, -9, 9, 0.0)
-    out, lse = module.attention_varlen_forward(
-        *inputs, right, right, None, 1.0, -9, 9, 0.0
-    )  # what was wrong has left nothing behind
+        implementation.forward(Forward(*inputs, None, None, *starts, None, 1.0, -9, 9, 0.0, False, False))
+    # The failed launch left no state behind.
+    out, lse = implementation.forward(Forward(*inputs, None, None, right, right, None, 1.0, -9, 9, 0.0, False, False))
+    needed = True, True, True, False
     with pytest.raises(Exception, match=asserted):
-        module.attention_varlen_backward(
-            out, None, *inputs, *starts, None, out, lse, 1.0, -9, 9, 0.0, (True, True, True)
+        implementation.backward(
+            Backward(out, None, *inputs, None, None, *starts, None, out, lse, 1.0, -9, 9, 0.0, False, needed)
         )
 
 
 def test_a_backend_is_asked_for_queries_and_keys(monkeypatch):
-    asked, decide = [], choice.decide
-    monkeypatch.setattr(choice, "CHOICES", {})
-    monkeypatch.setattr(choice, "decide", lambda *call: (asked.append(call[-1]), decide(*call))[1])
+    asked, decide = [], selection.decide
+    monkeypatch.setattr(selection, "_selected", {})
+    monkeypatch.setattr(selection, "decide", lambda *call: (asked.append(call[-1]), decide(*call))[1])
     fastlm.attention_varlen(*qkv([(1, 3), (1, 2)], 2, 1, 8), *cu_seqlens([(1, 3), (1, 2)]))
-    assert [(call["sequences"], call["query_tokens"], call["key_tokens"]) for call in asked] == [(2, 2, 5)]
+    assert [(sizes.batch, sizes.query_len, sizes.key_len, sizes.packed) for sizes in asked] == [(2, 2, 5, True)]

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.backends import philox
-from fastlm.ops import attention as attention_op
-from fastlm.ops import layernorm_residual as layernorm_op
+from fastlm.core import philox
+from fastlm.ops.attention.spec import UNLIMITED
 from tests.support import DTYPES, error, floats, on_backends
 
 WIDTHS = [1, 15, 16, 17, 63, 64, 65, 200]
@@ -18,7 +17,7 @@ SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x299F31D0A4093822]
 def kept_by_layernorm(backend, rows, width, p, seed, dtype=torch.float32):
     """Where the operator keeps an input of ones."""
     x = torch.ones(rows, width, dtype=dtype)
-    summed = layernorm_op.layernorm_residual_forward(
+    summed = torch.ops.fastlm.layernorm_residual_forward(
         x, None, torch.ones(width), None, torch.tensor(seed), 1e-5, p, backend
     )[1]
     scaled = torch.tensor(1 / (1 - p), dtype=torch.float32).to(dtype)
@@ -30,16 +29,18 @@ def kept_by_attention(backend, batch, heads, query_len, key_len, p, seed):
     """Where the operator keeps a weight: equal weights, values that name the key, gradients that ask one query at a time."""
     q, k = torch.zeros(batch, heads, query_len, key_len), torch.zeros(batch, heads, key_len, key_len)
     names = torch.eye(key_len).expand(batch, heads, key_len, key_len)
-    out = attention_op.attention_forward(
+    out = torch.ops.fastlm.attention_forward(
         q,
         k,
         names,
         None,
         None,
+        None,
+        None,
         torch.tensor(seed),
         1.0,
-        -attention_op.UNLIMITED,
-        attention_op.UNLIMITED,
+        -UNLIMITED,
+        UNLIMITED,
         p,
         False,
         False,
@@ -52,7 +53,7 @@ def kept_by_attention(backend, batch, heads, query_len, key_len, p, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_layernorm_drops_what_the_definition_drops(seed, backend):
     for width in WIDTHS:
-        expected = philox.kept(torch.tensor(seed), 9, width, torch.tensor(0), 0.37)
+        expected = philox.dropout_mask(torch.tensor(seed), 9, width, torch.tensor(0), 0.37)
         assert torch.equal(kept_by_layernorm(backend, 9, width, 0.37, seed), expected)
 
 
@@ -62,7 +63,7 @@ def test_layernorm_drops_what_the_definition_drops(seed, backend):
 def test_attention_drops_what_the_definition_drops(lengths, seed, backend):
     """Counted from the start of each sequence, with its own word for every batch and head."""
     third = torch.arange(6).view(2, 3)
-    expected = philox.kept(torch.tensor(seed), *lengths, third, 0.37)
+    expected = philox.dropout_mask(torch.tensor(seed), *lengths, third, 0.37)
     assert torch.equal(kept_by_attention(backend, 2, 3, *lengths, 0.37, seed), expected)
 
 
@@ -91,7 +92,7 @@ def test_layernorm_with_dropout_is_layernorm_of_what_is_kept(residual_dtype, dty
     y, s = fastlm.layernorm_residual(*leaves, dropout_p=p, backend=backend)
     torch.manual_seed(5)
     seed = torch.randint(-(2**63), 2**63 - 1, ())
-    keep = philox.kept(seed, 7, 50, torch.tensor(0), p)
+    keep = philox.dropout_mask(seed, 7, 50, torch.tensor(0), p)
 
     wide = [t if t is None else t.detach().double().requires_grad_() for t in leaves]
     dropped = torch.where(keep, wide[0] / (1 - p), 0)
@@ -120,7 +121,7 @@ def test_attention_with_dropout_is_attention_of_what_is_kept(dtype, backend):
     torch.manual_seed(5)
     out, lse = fastlm.attention(*leaves[:3], mask=leaves[3], causal=True, dropout_p=p, return_lse=True, backend=backend)
     torch.manual_seed(5)
-    keep = philox.kept(torch.randint(-(2**63), 2**63 - 1, ()), 40, 40, torch.arange(8).view(2, 4), p)
+    keep = philox.dropout_mask(torch.randint(-(2**63), 2**63 - 1, ()), 40, 40, torch.arange(8).view(2, 4), p)
 
     def plain(q, k, v, mask):
         k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
@@ -185,7 +186,7 @@ def test_philox_against_its_authors_vectors():
 def test_which_word_a_column_gets():
     """Column c of row r: word (c // 16) % 4 of counter ((c // 64)·16 + c % 16, r, third, 0), key the seed."""
     seed, p = 0x299F31D0A4093822, 0.5
-    kept = philox.kept(torch.tensor(seed), 3, 150, torch.tensor(6), p)
+    kept = philox.dropout_mask(torch.tensor(seed), 3, 150, torch.tensor(6), p)
     for row, column in ((0, 0), (2, 17), (1, 63), (1, 64), (2, 149)):
         counter = (column // 64 * 16 + column % 16, row, 6, 0)
         words = philox.philox(

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import mmap
 import sys
 
@@ -14,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
-from fastlm.backends import load
-from fastlm.backends import torch as native
+from fastlm.backends import cuda, registry, selection
 from tests.ops.cases import CASES, on_every_case
 from tests.support import BACKENDS as ALL
 from tests.support import (
@@ -25,6 +25,7 @@ from tests.support import (
     assert_same_bits,
     error,
     floats,
+    implementation_module,
     on_backends,
     on_every_backend,
     targets,
@@ -317,7 +318,7 @@ def test_results_go_where_the_inputs_are(case, backend):
 @on_backends("triton", "cuda")
 def test_every_launch_is_on_the_device_of_its_tensors(backend, monkeypatch):
     """On several GPUs: the driver launches on the device that is current, which is the caller's again afterwards."""
-    module, current, launches = load(backend), [], []
+    current, launches = [], []
 
     @contextlib.contextmanager
     def on(x):
@@ -332,12 +333,13 @@ def test_every_launch_is_on_the_device_of_its_tensors(backend, monkeypatch):
 
         return launched
 
-    monkeypatch.setattr(module, "on", on)
-    if backend == "cuda":
-        monkeypatch.setattr(module, "queue", launching(module.queue))
-    else:
-        for kernels in module.modules():
+    for name in ("attention", "gelu_mlp", "layernorm_residual", "linear_cross_entropy"):
+        module = implementation_module(name, backend)
+        monkeypatch.setattr(module, "on_device", on)
+        for kernels in [k for k in vars(module).values() if getattr(k, "__name__", "").startswith("fastlm.kernels.")]:
             monkeypatch.setattr(kernels, "launch", launching(kernels.launch))
+    if backend == "cuda":
+        monkeypatch.setattr(cuda, "device_and_stream", launching(cuda.device_and_stream))
     for case in CASES:
         if backend in case.backends:
             launches.clear()
@@ -648,20 +650,18 @@ def test_checkpointing_replays(case, backend):
 def test_whatever_number_is_given_a_backend_gets_a_float(number, monkeypatch):
     """A kernel would be compiled for another type."""
     x, target, seen = floats(1, 1, 4, 8), targets(8, 4), []
-    for name in ("attention_forward", "layernorm_residual_forward", "linear_cross_entropy_forward"):
-        own = getattr(native, name)
+    monkeypatch.setattr(selection, "_selected", {})
+    for name in ("attention", "layernorm_residual", "linear_cross_entropy"):
+        operator = registry.operators()[name]
+        own = operator.implementation("torch")
 
-        def spy(*given, own=own):
-            seen.append(
-                [
-                    type(a)
-                    for a in given
-                    if isinstance(a, (int, float, np.floating)) and a is not True and a is not False
-                ]
-            )
-            return own(*given)
+        def spy(call, own=own):
+            numbers = [a for a in call if isinstance(a, (int, float, np.floating)) and not isinstance(a, bool)]
+            seen.append([type(a) for a in numbers])
+            return own.forward(call)
 
-        monkeypatch.setattr(native, name, spy)
+        spied = dataclasses.replace(own, forward=spy)
+        monkeypatch.setattr(operator, "implementation", lambda backend, spied=spied: spied)
     fastlm.attention(x, x, x, scale=number, backend="torch")
     fastlm.layernorm_residual(x, None, x[0, 0, 0], eps=number, backend="torch")
     fastlm.linear_cross_entropy(x[0, 0], floats(8, 8), target, label_smoothing=number, backend="torch")

@@ -80,7 +80,7 @@ def call(**changed):
         ({"query": floats(8)}, r"query: expected at least two dimensions, \(..., length, head_dim\).*, got \(8,\)"),
         (
             {"key": floats(2, 4, 7, 9)},
-            r"key: expected shape \(2, key_heads, key_len, 8\), as query, got \(2, 4, 7, 9\)",
+            r"key: expected shape \(2, num_kv_heads, key_len, 8\), as query, got \(2, 4, 7, 9\)",
         ),
         (
             {"attn_mask": torch.zeros(6, 7)},

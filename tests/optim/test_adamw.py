@@ -10,8 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
-from fastlm.backends import choice
-from tests.support import BACKENDS, DTYPES, FLOOR, assert_same_bits, error, floats, on_backends
+from tests.support import BACKENDS, DTYPES, FLOOR, assert_same_bits, count_forwards, error, floats, on_backends
 
 # One element, less and more than a register, a part of the kernel's work (16384 elements) and some more, nothing; all in all, parts that begin amid tensors.
 SHAPES = [(3,), (50, 70), (1,), (16384 + 5,), (0,), (), (129, 257), (2, 3, 4)]
@@ -564,12 +563,7 @@ def test_the_same_bits_on_any_number_of_threads(backend):
 )
 def test_what_the_kernel_cannot_do_goes_to_pytorch(dtype, options, served, why, monkeypatch):
     own, theirs = parameters([(30,), (20, 10)], dtype), parameters([(30,), (20, 10)], dtype)
-    calls = []
-    for name in ("cpu", "torch", "reference"):
-        module = choice.load(name)
-        monkeypatch.setattr(
-            module, "adamw", lambda *a, name=name, original=module.adamw, **k: calls.append(name) or original(*a, **k)
-        )
+    calls = count_forwards(monkeypatch, "adamw")
     optimizer = fastlm.optim.AdamW(own, **HYPER, **options)
     native = torch.optim.AdamW(
         theirs, **HYPER, **options, fused=dtype == torch.bfloat16

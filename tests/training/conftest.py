@@ -9,8 +9,8 @@ from fastlm.training.settings import Settings
 
 
 @pytest.fixture(scope="module", autouse=True)
-def on_the_cpu():
-    """Whatever the machine has: bits are compared with those of models that a test builds itself."""
+def cpu_only():
+    """Hides GPUs: results are compared bit by bit with those of models on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
@@ -18,10 +18,10 @@ def on_the_cpu():
 
 @pytest.fixture(scope="session")
 def text():
-    """A megabyte would be slow to make; this is enough to learn: sentences of few words, with numbers that cannot be known."""
-    draw = random.Random(0)
+    """A small text with a learnable structure: Python keywords and unpredictable numbers."""
+    rng = random.Random(0)
     words = keyword.kwlist
-    return "".join(f"{draw.choice(words)} {draw.choice(words)} {draw.randrange(100)}\n" for _ in range(4000))
+    return "".join(f"{rng.choice(words)} {rng.choice(words)} {rng.randrange(100)}\n" for _ in range(4000))
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def corpus(text_file):
 
 @pytest.fixture(scope="session")
 def small():
-    """Learns the words within a second or two."""
+    """Settings of a run of a second or two that learns the words."""
     return Settings(
         layers=2, heads=2, width=64, context=32, batch=8, steps=60, lr=3e-3, min_lr=3e-4, warmup=10, eval_every=25
     )

@@ -1,4 +1,4 @@
-"""The rival must be the same model, or every comparison with it is void."""
+"""The baselines compute the same function as fastlm's models."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMod
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.baseline_bert import PlainBert
 
-# float32: the same sums in another order. Four layers of sums of up to 256 terms differ by tens of units in the last place.
+# float32 sums of up to 256 terms in another order, over four layers: differences of tens of units in the last place.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -18,9 +18,8 @@ def pair():
     )
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # biases and norms too: at their initial values a mistake in them would not show
+        # Biases and norms too: with their initial values, errors in their use would not be detected.
+        for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model, PlainGPT2.like(model)
 
@@ -53,13 +52,13 @@ def test_same_loss_logits_and_gradients(pair, tokens):
         )
 
 
-def test_same_text(pair, tokens):
+def test_same_generated_tokens(pair, tokens):
     model, plain = pair
     prompt = tokens[:, :5]
     assert torch.equal(plain.generate(prompt, 20), model.generate(prompt, max_new_tokens=20, eos_token_id=()))
 
 
-def test_the_plain_bert_has_the_same_keys_loss_and_gradients(tokens):
+def test_bert_has_the_same_keys_loss_and_gradients(tokens):
     config = BertConfig(
         vocab_size=61,
         max_position_embeddings=40,

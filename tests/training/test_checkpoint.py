@@ -24,7 +24,7 @@ def save(out, model, corpus):
         checkpoint.write_json(folder / "summary.json", {"val_loss": 1.5})
 
 
-def test_what_is_saved_loads(tmp_path, model, corpus):
+def test_saved_files_can_be_loaded(tmp_path, model, corpus):
     save(tmp_path / "new" / "out", model, corpus)
     out = tmp_path / "new" / "out"
     assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "summary.json", "tokenizer.json"]
@@ -34,19 +34,19 @@ def test_what_is_saved_loads(tmp_path, model, corpus):
     assert json.loads((out / "summary.json").read_text()) == {"val_loss": 1.5}
 
 
-def test_saving_again_replaces_its_own_files_alone(tmp_path, model, corpus):
-    (tmp_path / "notes.txt").write_text("mine")
+def test_saving_again_keeps_other_files(tmp_path, model, corpus):
+    (tmp_path / "notes.txt").write_text("my notes")
     (tmp_path / "summary.json").write_text("old")
     save(tmp_path, model, corpus)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text() == "my notes"
     assert "val_loss" in (tmp_path / "summary.json").read_text()
 
 
 @contextlib.contextmanager
 def full_disk():
-    """No file may grow beyond 10 kB, which the model's does; the system says so as it says that a disk is full, with an error from write.
+    """Limits files to 10 kB, less than the model's size: write() fails, as on a full disk.
 
-    Around the save alone: pytest's own output may be such a file.
+    To be used around the save only, as the limit also applies to pytest's own output.
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
@@ -56,24 +56,24 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_no_new_folder(tmp_path, model, corpus):
+def test_full_disk_leaves_no_new_directory(tmp_path, model, corpus):
     with (
         full_disk(),
-        pytest.raises(OSError, match=r"^out: could not save into '.*out', nothing was kept there: [^\n]*$"),
+        pytest.raises(OSError, match=r"^out: could not save to '.*out'; no file was written: [^\n]*$"),
     ):
         save(tmp_path / "out", model, corpus)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path, model, corpus):
+def test_full_disk_leaves_existing_files_unchanged(tmp_path, model, corpus):
     (tmp_path / "config.json").write_text("old")
-    with full_disk(), pytest.raises(OSError, match="out: could not save into"):
+    with full_disk(), pytest.raises(OSError, match="out: could not save to"):
         save(tmp_path, model, corpus)
     assert os.listdir(tmp_path) == ["config.json"]
     assert (tmp_path / "config.json").read_text() == "old"
 
 
-def test_an_interrupt_while_saving_leaves_nothing(tmp_path):
+def test_interrupted_save_leaves_no_files(tmp_path):
     with pytest.raises(KeyboardInterrupt), checkpoint.staged(tmp_path / "out") as folder:
         (folder / "half").write_text("…")
         raise KeyboardInterrupt
@@ -83,11 +83,11 @@ def test_an_interrupt_while_saving_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     "out, message",
     [
-        ("file", r"out: expected a folder, or a name for a new one, got the file '.*file'"),
-        ("file/x", r"out: expected a folder that can be written, got '.*file/x'"),
+        ("file", r"out: expected a directory or a path for a new one, got the file '.*file'"),
+        ("file/x", r"out: expected a writable directory, got '.*file/x'"),
     ],
 )
-def test_a_place_that_cannot_be_is_noticed_before_the_training(tmp_path, out, message):
+def test_prepare_rejects_invalid_directories(tmp_path, out, message):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=message):
         checkpoint.prepare(tmp_path / out)

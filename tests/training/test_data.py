@@ -16,7 +16,7 @@ def text_of(ids):
     return bytes(ids.tolist()).decode()
 
 
-def test_files_folders_and_patterns_in_a_fixed_order(tmp_path):
+def test_order_of_files_directories_and_patterns(tmp_path):
     write(tmp_path, b_txt="B", a_txt="A", sub__c_txt="C", sub__d_txt="D")
     names = lambda *paths: [p.name for p in data.find_files("data", paths)]  # noqa: E731
     assert names(tmp_path) == ["a.txt", "b.txt", "c.txt", "d.txt"]
@@ -26,19 +26,19 @@ def test_files_folders_and_patterns_in_a_fixed_order(tmp_path):
     assert text_of(data.load([tmp_path / "sub", tmp_path / "a.txt"], val_fraction=0.01).train) == "CDA"
 
 
-def test_a_folder_leaves_out_what_is_hidden_or_binary_and_a_name_does_not(tmp_path):
+def test_hidden_and_binary_files_are_skipped_unless_named(tmp_path):
     write(tmp_path, a_txt="A", **{".git__config": "G", ".hidden": "H"}, image=b"\x89PNG\0\0")
     assert [p.name for p in data.find_files("data", [tmp_path])] == ["a.txt"]
     assert [p.name for p in data.find_files("data", [tmp_path / "image", tmp_path / ".hidden"])] == ["image", ".hidden"]
 
 
-def test_a_hidden_folder_on_the_way_hides_nothing(tmp_path):
+def test_files_below_a_named_hidden_directory(tmp_path):
     write(tmp_path / ".cache", a_txt="A")
     assert len(data.find_files("data", [tmp_path / ".cache"])) == 1
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
-def test_ids_are_those_of_the_tokenizer(tmp_path, tokenizer):
+def test_ids_equal_those_of_the_tokenizer(tmp_path, tokenizer):
     text = "zwölf Boxkämpfer\r\n\tjagen € 😀 " * 5
     corpus = data.load([write(tmp_path, a_txt=text)], tokenizer=tokenizer, val_fraction=0.25)
     ids = torch.cat([corpus.train, corpus.validation]).tolist()
@@ -47,14 +47,14 @@ def test_ids_are_those_of_the_tokenizer(tmp_path, tokenizer):
     assert corpus.train.dtype == torch.uint8
 
 
-def test_more_characters_than_a_byte_holds(tmp_path):
+def test_vocabulary_of_more_than_256_characters(tmp_path):
     text = "".join(chr(0x4E00 + i) for i in range(300))
     corpus = data.load([write(tmp_path, a_txt=text)], tokenizer="char")
     assert corpus.tokenizer.get_vocab_size() == 300
     assert corpus.train.tolist() == list(range(270))
 
 
-def test_a_validation_file_of_its_own_shares_the_vocabulary(tmp_path):
+def test_validation_file_shares_the_vocabulary(tmp_path):
     write(tmp_path, a_txt="abab", b_txt="cb")
     corpus = data.load([tmp_path / "a.txt"], tokenizer="char", val_file=tmp_path / "b.txt")
     assert corpus.train.tolist() == [0, 1, 0, 1]
@@ -64,35 +64,41 @@ def test_a_validation_file_of_its_own_shares_the_vocabulary(tmp_path):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda f: data.load([f / "none.txt"]), r"data: expected a file, a folder .*, got '.*none.txt'"),
-        (lambda f: data.load([f / "*.nothing"]), r"data: expected .* a pattern that matches some, got '.*\*\.nothing'"),
-        (lambda f: data.load([]), r"data: expected at least one file, folder or pattern, got none"),
-        (lambda f: data.load([f / "empty.txt"]), r"data: expected some text, got 1 empty file, the first .*empty.txt"),
+        (lambda f: data.load([f / "none.txt"]), r"data: expected a file, a directory .*, got '.*none.txt'"),
+        (
+            lambda f: data.load([f / "*.nothing"]),
+            r"data: expected .* a pattern that matches text files, got '.*\*\.nothing'",
+        ),
+        (lambda f: data.load([]), r"data: expected at least one file, directory or pattern, got none"),
+        (
+            lambda f: data.load([f / "empty.txt"]),
+            r"data: expected a text that is not empty, got 1 empty file, the first is .*empty.txt",
+        ),
         (lambda f: data.load([f / "a.txt"], val_file=f / "none.txt"), r"val_file: expected a file"),
         (lambda f: data.load([f / "a.txt"], tokenizer="bpe"), r"tokenizer: expected one of byte, char, got 'bpe'"),
         (lambda f: data.load([f / "a.txt"], val_fraction=0.0), r"val_fraction: expected a number in \(0, 1\), got 0.0"),
         (lambda f: data.load([f / "a.txt"], val_fraction=1.0), r"val_fraction: expected a number in \(0, 1\), got 1.0"),
         (
             lambda f: data.load([f / "latin.txt"], tokenizer="char"),
-            r"data: expected UTF-8 text for the char tokenizer .*, got .*latin.txt, where byte 1 is not",
+            r"data: expected UTF-8 text for the char tokenizer .*, got .*latin.txt, invalid at byte 1",
         ),
         (
             lambda f: data.check_length(data.load([f / "a.txt"]), 64),
-            r"data: expected at least 65 tokens for training, .*, got 36",
+            r"data: expected at least 65 tokens for training \(.*\), got 36",
         ),
         (
             lambda f: data.check_length(data.load([f / "a.txt"]), 8),
-            r"val_fraction or val_file: expected at least 9 tokens for validation, .*, got 4",
+            r"val_fraction or val_file: expected at least 9 tokens for validation \(.*\), got 4",
         ),
     ],
 )
-def test_errors_say_which_and_why(tmp_path, call, message):
+def test_errors(tmp_path, call, message):
     write(tmp_path, a_txt="a" * 40, empty_txt="", latin_txt=b"a\xff\xfe")
     with pytest.raises((ValueError, OSError), match=message):
         call(tmp_path)
 
 
-def test_random_windows_reach_both_ends_and_follow_the_generator():
+def test_random_windows():
     ids = torch.arange(10, dtype=torch.uint8)
     draw = lambda: data.random_windows(ids, 4, 200, torch.Generator().manual_seed(3))  # noqa: E731
     first = draw()
@@ -102,21 +108,21 @@ def test_random_windows_reach_both_ends_and_follow_the_generator():
     assert torch.equal(first, draw())
 
 
-def test_spread_windows_cover_everything_once_where_they_may():
+def test_spread_windows_cover_short_texts():
     ids = torch.arange(41)
     batches = list(data.spread_windows(ids, 11, batch=3))
     assert [len(b) for b in batches] == [3, 1]
-    predicted = torch.cat(batches)[:, 1:].flatten()  # the first token of a window is only context
+    predicted = torch.cat(batches)[:, 1:].flatten()  # the first token of a window is not predicted
     assert predicted.tolist() == list(range(1, 41))
 
 
-def test_spread_windows_are_few_and_even_where_there_is_much():
-    starts = torch.cat(list(data.spread_windows(torch.arange(100_000), 11, batch=8, most=100)))[:, 0]
+def test_spread_windows_are_evenly_spaced_in_long_texts():
+    starts = torch.cat(list(data.spread_windows(torch.arange(100_000), 11, batch=8, max_tokens=100)))[:, 0]
     assert len(starts) == 10
     assert starts[0] == 0 and starts[-1] == 100_000 - 11
     assert starts.diff().max() - starts.diff().min() <= 1
 
 
-def test_the_shortest_corpus_has_one_window():
+def test_single_window():
     (only,) = data.spread_windows(torch.arange(5), 5, batch=4)
     assert only.tolist() == [[0, 1, 2, 3, 4]]

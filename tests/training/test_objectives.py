@@ -12,13 +12,13 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_next_token_pairs_are_one_apart():
+def test_next_token_pairs():
     windows = torch.arange(20).view(2, 10)
     inputs, targets = NextToken().pairs(windows)
     assert torch.equal(inputs, windows[:, :-1]) and torch.equal(targets, windows[:, 1:])
 
 
-def test_masked_token_shares():
+def test_masked_token_fractions():
     windows = torch.randint(50, (400, 101), generator=seeded())
     inputs, targets = MaskedToken(vocabulary=50, mask_token=51).pairs(windows, seeded(1))
     original = windows[:, :-1]
@@ -28,18 +28,17 @@ def test_masked_token_shares():
     count = chosen.sum().item()
     masked = (inputs == 51)[chosen].sum().item()
     kept = (inputs == original)[chosen].sum().item()
-    # 40,000 draws: three standard deviations are 0.0054 of all positions, 0.016 of the chosen 6,000; a random token is the original once in 50
+    # Three standard deviations: 0.0054 for 40,000 positions, 0.016 for the 6,000 chosen ones. A random token equals the
+    # original with probability 1/50.
     assert count / chosen.numel() == pytest.approx(0.15, abs=0.0054)
     assert masked / count == pytest.approx(0.8, abs=0.016)
     assert kept / count == pytest.approx(0.1 + 0.1 / 50, abs=0.016)
-    assert inputs.max() == 51 and (inputs != 50).all()  # never the padding token
+    assert inputs.max() == 51 and (inputs != 50).all()  # no padding token
 
 
-def test_masked_token_follows_the_generator_and_never_predicts_nothing():
-    objective, windows = (
-        MaskedToken(vocabulary=5, mask_token=6),
-        torch.zeros(500, 3, dtype=torch.long),
-    )  # two positions: none chosen in 7 of 10
+def test_masked_token_is_reproducible_and_predicts_at_least_one_position():
+    objective = MaskedToken(vocabulary=5, mask_token=6)
+    windows = torch.zeros(500, 3, dtype=torch.long)  # two positions: without the rule, none in 72 % of the windows
     first, again, other = (objective.pairs(windows, seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[1], other[1])
@@ -52,7 +51,7 @@ def corpus(tmp_path):
     return lambda masked: load([tmp_path], masked=masked)
 
 
-def test_next_token_loss_counts_every_position(corpus):
+def test_next_token_loss_includes_every_position(corpus):
     settings = Settings(layers=1, heads=2, width=32, context=16)
     text = corpus(False)
     model = build(settings, text.tokenizer).eval()
@@ -61,7 +60,7 @@ def test_next_token_loss_counts_every_position(corpus):
     torch.testing.assert_close(NextToken().loss(model, inputs, targets), expected)
 
 
-def test_masked_token_trains_a_bert_that_knows_its_padding(corpus):
+def test_masked_token_model_and_loss(corpus):
     text = corpus(True)
     settings = Settings(objective="masked-token", layers=1, heads=2, width=32, context=16)
     model = build(settings, text.tokenizer)
@@ -79,8 +78,9 @@ def test_masked_token_trains_a_bert_that_knows_its_padding(corpus):
     torch.testing.assert_close(objective.loss(model.train(), inputs, targets), expected)
 
 
-def test_masked_token_needs_a_tokenizer_with_a_mask(corpus):
+def test_masked_token_needs_special_tokens(corpus):
     with pytest.raises(
-        ValueError, match=r"tokenizer: expected one with \[PAD\] and \[MASK\] for masked tokens, got one without"
+        ValueError,
+        match=r"tokenizer: expected a tokenizer with \[PAD\] and \[MASK\] for masked-token training, got one without",
     ):
         objective_of(Settings(objective="masked-token"), corpus(False).tokenizer)

@@ -7,29 +7,23 @@ RATES = {"lr": 1.0, "min_lr": 0.1, "warmup": 4, "decay_steps": 14}
 
 @pytest.mark.parametrize(
     "step, expected",
-    [
-        (0, 0.2),
-        (3, 0.8),
-        (4, 1.0),
-        (9, 0.55),
-        (14, 0.1),
-        (1000, 0.1),
-    ],  # 9 is half way through the cosine: half way between the two
+    # Step 9 is in the middle of the decay, so its rate is the mean of lr and min_lr.
+    [(0, 0.2), (3, 0.8), (4, 1.0), (9, 0.55), (14, 0.1), (1000, 0.1)],
 )
 def test_values(step, expected):
     assert learning_rate(step, **RATES) == pytest.approx(expected)
 
 
-def test_rises_then_falls():
+def test_rate_rises_then_decays():
     rates = [learning_rate(i, **RATES) for i in range(20)]
     assert rates[:5] == sorted(rates[:5])
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
-def test_no_warmup_begins_at_the_top():
+def test_without_warmup():
     assert learning_rate(0, **RATES | {"warmup": 0}) == 1.0
 
 
-def test_warmup_may_reach_beyond_the_decay():
+def test_warmup_longer_than_decay_steps():
     assert learning_rate(20, **RATES | {"warmup": 30}) == pytest.approx(21 / 31)
     assert learning_rate(30, **RATES | {"warmup": 30}) == 0.1

@@ -11,12 +11,12 @@ from fastlm.training.settings import Settings
         ("objective", "sentiment", "objective: expected one of next-token, masked-token, got 'sentiment'"),
         ("dtype", "float16", "dtype: expected one of float32, bfloat16, got 'float16'"),
         ("recompute", 3, "recompute: expected one of 0, 1, 2, got 3"),
-        ("layers", 0, "layers: expected a whole number of at least 1, got 0"),
-        ("batch", 1.5, "batch: expected a whole number of at least 1, got 1.5"),
-        ("steps", True, "steps: expected a whole number of at least 1, got True"),
-        ("warmup", -1, "warmup: expected a whole number of at least 0, got -1"),
-        ("decay_steps", 0, "decay_steps: expected a whole number of at least 1, got 0"),
-        ("heads", 3, "width: expected a multiple of heads, 3, got 128"),
+        ("layers", 0, "layers: expected an integer >= 1, got 0"),
+        ("batch", 1.5, "batch: expected an integer >= 1, got 1.5"),
+        ("steps", True, "steps: expected an integer >= 1, got True"),
+        ("warmup", -1, "warmup: expected an integer >= 0, got -1"),
+        ("decay_steps", 0, "decay_steps: expected an integer >= 1, got 0"),
+        ("heads", 3, "width: expected a multiple of heads = 3, got 128"),
         ("lr", math.nan, "lr: expected a number in (0, inf), got nan"),
         ("lr", math.inf, "lr: expected a number in (0, inf), got inf"),
         ("min_lr", 1.0, "min_lr: expected a number in [0, 0.001], got 1.0"),
@@ -25,19 +25,19 @@ from fastlm.training.settings import Settings
         ("weight_decay", -1.0, "weight_decay: expected a number in [0, inf), got -1.0"),
         ("grad_clip", -1.0, "grad_clip: expected a number in [0, inf), got -1.0"),
         ("dropout", 1.0, "dropout: expected a number in [0, 1), got 1.0"),
-        ("seed", 2**63, "seed: expected a whole number below 2^63, got 9223372036854775808"),
+        ("seed", 2**63, "seed: expected an integer < 2^63, got 9223372036854775808"),
     ],
 )
-def test_errors_say_which_and_why(name, value, message):
+def test_errors(name, value, message):
     with pytest.raises(ValueError) as error:
         Settings(**{name: value})
     assert str(error.value) == message
 
 
-def test_ends_that_belong_to_the_range():
+def test_inclusive_bounds():
     Settings(min_lr=1e-3, dropout=0.0, weight_decay=0.0, grad_clip=0.0, beta1=0.0, warmup=0)
 
 
-@pytest.mark.parametrize("short, whole", [("bf16", "bfloat16"), ("fp32", "float32"), ("bfloat16", "bfloat16")])
-def test_dtypes_have_short_names(short, whole):
-    assert Settings(dtype=short).dtype == whole
+@pytest.mark.parametrize("short, full", [("bf16", "bfloat16"), ("fp32", "float32"), ("bfloat16", "bfloat16")])
+def test_short_dtype_names(short, full):
+    assert Settings(dtype=short).dtype == full

@@ -1,0 +1,144 @@
+"""Backend selection: which backend a call runs on.
+
+Each backend answers with its reasons for refusing a call; the first in the device's order without a reason is selected.
+The decision depends on the operator, device, dtype and sizes alone, and is cached by them.
+"""
+
+import collections
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.backends import table
+from fastlm.backends.contract import Implementation
+from fastlm.backends.registry import BACKENDS, Registered
+from fastlm.backends.table import ORDER
+from fastlm.core.errors import Unsupported, mismatch
+
+ORDER_ELSEWHERE = ("torch", "reference")  # MPS, XPU, …
+
+# A call with sizes seen before costs one dictionary lookup. The bound matters only to a program that repeats no size.
+_selected: dict[tuple, tuple[Implementation[Any, Any], str | None]] = {}
+MAX_SELECTED = 4096
+
+# How often auto fell back to a later backend, by operator and backend.
+fallbacks: collections.Counter[str] = collections.Counter()
+
+
+class Traced:
+    """use_backend as torch.compile sees it: it guards on an attribute, and cannot read a ContextVar."""
+
+    name: str | None = None
+
+
+traced = Traced()
+in_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastlm_backend", default=None)
+from_environment = os.environ.get("FASTLM_BACKEND") or None  # read once, at import, as FASTLM_ISA is
+
+
+def check_name(name: str, argument: str = "backend") -> None:
+    if name not in BACKENDS:
+        raise mismatch(argument, f"one of {', '.join(BACKENDS)}", repr(name))
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one backend for every call inside the `with` block; None returns to automatic selection.
+
+    The argument `backend=` of a call takes precedence, then the innermost use_backend, then the environment variable
+    FASTLM_BACKEND. The context belongs to the current thread or asyncio task. A function compiled by torch.compile is
+    recompiled for each backend; there, threads that force different backends at the same time see the latest one.
+
+    Raises:
+        ValueError: a name that is not one of cpu, triton, cuda, torch, reference.
+    """
+    if name is not None:
+        check_name(name)
+    before, token = traced.name, in_context.set(name)
+    traced.name = name
+    try:
+        yield
+    finally:
+        traced.name = before
+        in_context.reset(token)
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend forced by the argument, by use_backend or by the environment; None = automatic."""
+    if backend is not None:
+        check_name(backend)
+        return backend
+    name = traced.name if torch.compiler.is_compiling() else in_context.get()
+    if name is None and from_environment is not None:
+        check_name(from_environment, "FASTLM_BACKEND")
+        return from_environment
+    return name
+
+
+def refuse_transforms(operator: Registered) -> None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise Unsupported(
+            f"{operator.name} under a torch.func transform (vmap, grad, jvp, …): not supported; use torch.autograd"
+        )
+
+
+def select(
+    operator: Registered, x: Tensor, dtype: torch.dtype, sizes: Any, backend: str | None
+) -> Implementation[Any, Any]:
+    """The implementation that runs a call on x's device, in dtype, with these sizes.
+
+    Raises:
+        Unsupported: no backend, or not the forced one, supports it; the message lists every backend's reasons.
+    """
+    refuse_transforms(operator)
+    forced = requested(backend)
+    key = (operator.name, x.is_cpu or x.device, dtype, forced, sizes)  # the device: of two GPUs one may be older
+    found = _selected.get(key)
+    if found is None:
+        name, fallback = decide(operator, x.device, dtype, forced, sizes)
+        if len(_selected) >= MAX_SELECTED:
+            _selected.clear()
+        found = _selected[key] = operator.implementation(name), fallback
+    implementation, fallback = found
+    if fallback is not None:
+        fallbacks[fallback] += 1
+    return implementation
+
+
+def forget() -> None:
+    """Decide anew from now on: the table, or what is available, has changed."""
+    _selected.clear()
+
+
+def order_of(operator: Registered, device: torch.device, dtype: torch.dtype, sizes: Any) -> tuple[str, ...]:
+    """The device's backend order, the table's choice moved to the front.
+
+    A row for PyTorch whose operator does not do what the call asks for is skipped: that is no fallback. That a kernel
+    module is not built is one.
+    """
+    order = ORDER.get(device.type, ORDER_ELSEWHERE)
+    for rule in table.rules_of(device):
+        if not rule.matches(operator, dtype, sizes):
+            continue
+        if rule.first != "torch" or not operator.refusals("torch", device, dtype, sizes):
+            return rule.first, *(name for name in order if name != rule.first)
+    return order
+
+
+def decide(
+    operator: Registered, device: torch.device, dtype: torch.dtype, forced: str | None, sizes: Any
+) -> tuple[str, str | None]:
+    """(the backend's name, what to count as a fallback if auto did not get the first of its order)."""
+    order = (forced,) if forced else order_of(operator, device, dtype, sizes)
+    for name in order:
+        if not operator.refusals(name, device, dtype, sizes):
+            return name, None if name == order[0] else f"{operator.name}: {name} instead of {order[0]}"
+    reasons = {name: operator.refusals(name, device, dtype, sizes) for name in BACKENDS}
+    listed = "; ".join(f"{name} {', '.join(why) or 'could, but another was forced'}" for name, why in reasons.items())
+    forced_words = f" with backend={forced!r}" if forced else ""
+    raise Unsupported(f"{operator.name} on {device} in {dtype}{forced_words}: {listed}")

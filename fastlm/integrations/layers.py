@@ -1,0 +1,373 @@
+"""One transformer layer on fastlm's operators, for pre-norm and post-norm layers of every family of families.py.
+
+At every call a layer checks which of its parts may be replaced. If all may be, `fused_layer` computes it. Otherwise
+`layer_by_parts` calls the modules that cannot be replaced (a projection with an adapter, a container with a hook) and
+computes the others by operators.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import fastlm
+from fastlm.integrations.attention import NAME, attend
+from fastlm.integrations.capture import captures_attentions, collector
+from fastlm.integrations.families import Family
+from fastlm.integrations.packing import Packed
+from fastlm.integrations.parts import (
+    PLAIN_TENSORS,
+    Parts,
+    container_parameters,
+    parameter_names,
+    register_containers,
+)
+from fastlm.integrations.patch import (
+    GLOBAL_HOOKS,
+    MASK_ARGUMENTS,
+    Patch,
+    functorch_stack,
+    is_compiling,
+    observed_reason,
+    tracing_state,
+)
+
+# Since 5.24 transformers checkpoints in the forward of a layer's class, which the patch replaces. Before, it did so in
+# `__call__`, around the patch.
+CHECKPOINTS_IN_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
+CACHE_CLASSES = (Cache, EncoderDecoderCache)
+
+
+class LayerPatch(Patch):
+    """The forward of a layer.
+
+    Attributes:
+        family: the description of the layer.
+        returns: the tuple that the layer returns; None for a tensor.
+        input_name, cache_name, mask_name: what the layer calls these arguments.
+        rare: arguments that are seldom given and may mean that the layer cannot be replaced.
+        all_options: whether no part of the layer is excluded.
+        parts: the layer's modules, None until they are needed.
+    """
+
+    def __init__(self, layer: Any, family: Family, options: dict[str, bool]) -> None:
+        super().__init__(layer, options)
+        self.family, self.returns = family, family.returned()
+        self.input_name = self.names[0]
+        self.cache_name = next((name for name in self.names if name in CACHE_ARGUMENTS), CACHE_ARGUMENTS[0])
+        self.mask_name = next(name for name in self.names if name in MASK_ARGUMENTS)
+        self.other_caches = frozenset(CACHE_ARGUMENTS) - {self.cache_name}
+        self.rare = self.other_caches | {"head_mask"}
+        self.all_options = options["attention"] and options["layernorm"] and options["mlp"]
+        self.parts: Parts | None = None
+        self.current_parts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy finds the parts of its own layer."""
+        return {**self.__dict__, "parts": None}
+
+    def current_parts(self) -> Parts:
+        parts = self.parts
+        if parts is not None and parts.is_current():
+            return parts
+        if is_compiling():
+            return Parts(self.module, self.family)
+        register_containers(self.module, self.family)
+        self.parts = Parts(self.module, self.family)
+        return self.parts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.bind(args, kwargs)
+        if self.unsupported_reason(arguments):
+            return self.original(*args, **kwargs)
+        own = self.module.__dict__
+        if CHECKPOINTS_IN_FORWARD and own.get("gradient_checkpointing") and own["training"] and torch.is_grad_enabled():
+            without_cache = {**dict.fromkeys(CACHE_ARGUMENTS), "use_cache": False}
+            kwargs = {name: without_cache.get(name, value) for name, value in kwargs.items()}
+            return self.module._gradient_checkpointing_func(lambda *args: self.compute(self.bind(args, kwargs)), *args)
+        return self.compute(arguments)
+
+    def compute(self, arguments: dict) -> Any:
+        parts = self.current_parts()
+        x, mask = arguments[self.input_name], arguments.get(self.mask_name)
+        return_weights = bool(arguments.get("output_attentions"))
+        if (
+            parts.all_replaceable
+            and self.all_options
+            and not return_weights
+            and parts.have_plain_weights()
+            and not (collector is not None and collector.get())
+        ):
+            y = fused_layer(self, parts, x, mask, arguments)
+            return y if self.returns is None else (y,)
+        result = layer_by_parts(self, parts, x, mask, arguments, return_weights)
+        if result is None:
+            return self.original(**arguments)
+        if self.returns is None:
+            return result[0]
+        if not return_weights:
+            return (result[0],)
+        outputs = {"hidden_states": result[0], "attentions": result[1]}
+        return tuple(outputs[name] for name in self.returns)
+
+    def unsupported_reason(self, arguments: dict) -> str:
+        """Why the class's own forward computes a call."""
+        if arguments.get("encoder_hidden_states") is not None:
+            return "encoder_hidden_states is given"
+        if not self.rare.isdisjoint(arguments):
+            if arguments.get("head_mask") is not None:
+                return "head_mask is given"
+            if not self.other_caches.isdisjoint(arguments):
+                return f"an argument of the name {', '.join(self.other_caches & arguments.keys())}"
+        cache = arguments.get(self.cache_name)
+        if cache is not None and not isinstance(cache, CACHE_CLASSES):
+            return f"a cache of type {type(cache).__name__}"
+        x = arguments.get(self.input_name)
+        if type(x) is Tensor and not any(GLOBAL_HOOKS) and tracing_state() is None and functorch_stack() is None:
+            return ""  # as observed_reason returns, with fewer calls
+        return observed_reason(x)
+
+
+# Attention, shared by both ways to compute a layer
+
+
+def scale_of(attention: Any, head_dim: int) -> float:
+    """The scale of an attention module of transformers 4, which has no attribute `scaling`."""
+    scale = head_dim**-0.5 if getattr(attention, "scale_attn_weights", True) else 1.0
+    return scale / (attention.layer_idx + 1) if getattr(attention, "scale_attn_by_inverse_layer_idx", False) else scale
+
+
+def self_attention(
+    patch: LayerPatch,
+    parts: Parts,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    arguments: dict,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What the attention module computes between its projections.
+
+    query, key, value: (batch, tokens, heads, head_dim). Returns (batch, tokens, heads · head_dim), and the weights if
+    they are asked for.
+    """
+    module, own = parts.attention, parts.attention_dict
+    scale = own.get("scaling")
+    scale = scale_of(module, query.shape[-1]) if scale is None else scale
+    dropout_p = parts.attention_dropout.p if own["training"] else 0.0
+    if type(mask) is Packed:
+        ends = mask.cu_seqlens
+        out = fastlm.attention_varlen(query[0], key[0], value[0], ends, ends, scale=scale, dropout_p=dropout_p)
+        return out.view(1, -1, out.shape[1] * out.shape[2]), None
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    cache = arguments.get(patch.cache_name)
+    if cache is not None:
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        position = arguments.get("cache_position")
+        more = () if position is None else ({"cache_position": position},)
+        key, value = cache.update(key, value, module.layer_idx, *more)
+    causal = arguments.get("is_causal")
+    if causal is None:
+        causal = own.get(parts.causal, False)
+    if mask is None and causal and cache is not None and key.shape[2] > (tokens := query.shape[2]) > 1:
+        # The masks of other implementations are None only when a static cache was empty. The keys behind the queries
+        # are its unused end.
+        if implementation(module) != NAME:
+            key, value = key[:, :, :tokens], value[:, :, :tokens]
+    if mask is None and not return_weights:
+        out = fastlm.attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p)
+        return out.transpose(1, 2).flatten(2), None
+    out, weights = attend(query, key, value, mask, causal, scale, dropout_p, return_weights=return_weights)
+    return out.flatten(2), weights
+
+
+def implementation(module: Any) -> str | None:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def match_dtypes(branch: Tensor, residual: Tensor, pre_norm: bool) -> tuple[Tensor, Tensor]:
+    """The operands of a residual addition under autocast, as PyTorch's type promotion adds them.
+
+    The sum has the wider dtype, and so has the output of a post-norm. A pre-norm's output goes into a projection, which
+    casts it to the narrower dtype.
+    """
+    if pre_norm and residual.dtype == torch.float32:
+        return branch, residual
+    wider = torch.promote_types(branch.dtype, residual.dtype)
+    return branch.to(wider), residual.to(wider)
+
+
+# A layer whose parts can all be replaced
+
+
+def fused_layer(patch: LayerPatch, parts: Parts, x: Tensor, mask: Any, arguments: dict) -> Tensor:
+    pre_norm, layout, norm = parts.pre_norm, parts.layout, parts.run_norm
+    y = x
+    if pre_norm:
+        y, _ = norm(parts.attention_norm_parameters, x, None, parts.attention_norm_dict["eps"])
+
+    (batch, tokens, _), heads = x.shape, parts.attention_dict[parts.num_heads]
+    projections = parts.qkv_parameters
+    if len(projections) == 1:
+        own = projections[0]
+        y = fastlm.linear(y, own["weight"], own["bias"], layout=layout)
+        query, key, value = y.view(batch, tokens, 3, heads, -1).unbind(2)
+    else:
+        q, k, v = projections
+        query = fastlm.linear(y, q["weight"], q["bias"], layout=layout).view(batch, tokens, heads, -1)
+        key = fastlm.linear(y, k["weight"], k["bias"], layout=layout).view(batch, tokens, heads, -1)
+        value = fastlm.linear(y, v["weight"], v["bias"], layout=layout).view(batch, tokens, heads, -1)
+    y, _ = self_attention(patch, parts, query, key, value, mask, arguments, False)
+    own = parts.out_parameters
+    y = fastlm.linear(y, own["weight"], own["bias"], layout=layout)
+
+    if y.dtype != x.dtype:
+        y, x = match_dtypes(y, x, pre_norm)
+    own = parts.out_dropout_dict
+    dropout_p = own["p"] if own["training"] else 0.0
+    y, x = norm(parts.middle_norm_parameters, y, x, parts.middle_norm_dict["eps"], dropout_p)
+    if not pre_norm:
+        x = y
+
+    y = parts.run_mlp(y, parts.up_parameters, parts.down_parameters, parts.gelu, layout)
+    own = parts.mlp_dropout_dict
+    dropout_p = own["p"] if own["training"] else 0.0
+    if pre_norm:
+        return x + (F.dropout(y, dropout_p) if dropout_p else y)
+    if y.dtype != x.dtype:
+        y, x = match_dtypes(y, x, pre_norm)
+    return norm(parts.mlp_norm_parameters, y, x, parts.mlp_norm_dict["eps"], dropout_p)[0]
+
+
+# A layer of which some part must be called as a module
+
+
+def layer_by_parts(
+    patch: LayerPatch, parts: Parts, x: Tensor, mask: Any, arguments: dict, return_weights: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """(hidden states, attention weights or None). None if only the class's own forward can compute the layer."""
+    options, pre_norm = patch.options, parts.pre_norm
+    if parts.block_reason:
+        x, weights = first_two(parts.attention_block(x, **shared_arguments(patch, arguments, parts.attention_block)))
+        y = x
+    else:
+        y = normalize(x, parts.attention_norm, parts, options["layernorm"]) if pre_norm else x
+        is_projected = False
+        if options["attention"] and not parts.attention_reason and not captures_attentions():
+            query, key, value = project_qkv(y, parts)
+            branch, weights = self_attention(patch, parts, query, key, value, mask, arguments, return_weights)
+        else:
+            passed = shared_arguments(patch, arguments, parts.attention)
+            if passed is None:
+                return None
+            branch, weights = first_two(parts.attention(y, **passed))
+            is_projected = parts.out_owner is parts.attention
+        if parts.out_owner is not parts.attention and parts.out_owner_reason:
+            x = y = parts.out_owner(branch, x)  # projects, adds the residual and normalizes
+        else:
+            dropout = None
+            if not is_projected:
+                branch = project(parts.out, branch, parts) if options["attention"] else parts.out(branch)
+                dropout = parts.out_dropout
+            y, residual_sum = add_norm(branch, x, dropout, parts.middle_norm, parts, options["layernorm"])
+            x = residual_sum if pre_norm else y
+
+    up_owner, down_owner, dropout = parts.up_owner, parts.down_owner, parts.mlp_dropout
+    if not parts.up_owner_reason and not parts.down_owner_reason:
+        branch = mlp(y, parts, options["mlp"])
+    elif up_owner is down_owner:
+        branch, dropout = up_owner(y), None
+    else:
+        if parts.up_owner_reason:
+            hidden = up_owner(y)
+        else:
+            hidden = parts.activation(project(parts.up, y, parts) if options["mlp"] else parts.up(y))
+        if parts.down_owner_reason:
+            return down_owner(hidden, x), weights  # projects, adds the residual and normalizes
+        branch = project(parts.down, hidden, parts) if options["mlp"] else parts.down(hidden)
+    if pre_norm:
+        branch, dropout_p = apply_or_defer(dropout, branch, parts)
+        return x + (F.dropout(branch, dropout_p) if dropout_p else branch), weights
+    return add_norm(branch, x, dropout, parts.mlp_norm, parts, options["layernorm"])[0], weights
+
+
+def shared_arguments(patch: LayerPatch, arguments: dict, module: Any) -> Any:
+    """The layer's arguments that its attention takes too; None if the attention calls the hidden states otherwise."""
+    accepted = container_parameters.get(type(module)) or parameter_names(type(module))
+    if "hidden_states" not in accepted:
+        return None
+    of_layer = (patch.input_name, "encoder_hidden_states", "encoder_attention_mask")
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in of_layer and (name in accepted or "**" in accepted)
+    }
+
+
+def project(module: Any, x: Tensor, parts: Parts) -> Tensor:
+    own = module._parameters
+    weight = own.get("weight")
+    if parts.reasons[module] or type(weight) not in PLAIN_TENSORS:  # sharding replaces weights between two calls
+        return module(x)
+    return fastlm.linear(x, weight, own["bias"], layout=parts.layout)
+
+
+def project_qkv(x: Tensor, parts: Parts) -> Any:
+    """Query, key and value: (batch, tokens, heads, head_dim)."""
+    heads, (batch, tokens, _) = parts.attention_dict[parts.num_heads], x.shape
+    projected = [project(projection, x, parts) for projection in parts.qkv]
+    if len(projected) == 1:
+        return projected[0].view(batch, tokens, 3, heads, -1).unbind(2)
+    return [part.view(batch, tokens, heads, -1) for part in projected]
+
+
+def normalize(x: Tensor, norm: Any, parts: Parts, fused: bool) -> Tensor:
+    own = norm._parameters
+    if not fused or parts.reasons[norm] or type(own.get("weight")) not in PLAIN_TENSORS:
+        return norm(x)
+    return parts.run_norm(own, x, None, norm.eps)[0]
+
+
+def apply_or_defer(dropout: Any, branch: Tensor, parts: Parts) -> tuple[Tensor, float]:
+    """(branch, the probability of the dropout to apply), or (dropout(branch), 0) if the module must be called."""
+    if dropout is None:
+        return branch, 0.0
+    if parts.reasons[dropout]:
+        return dropout(branch), 0.0
+    return branch, dropout.p if dropout.training else 0.0
+
+
+def add_norm(
+    branch: Tensor, residual: Tensor, dropout: Any, norm: Any, parts: Parts, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """(norm(residual + dropout(branch)), the sum)."""
+    branch, dropout_p = apply_or_defer(dropout, branch, parts)
+    own = norm._parameters
+    if not fused or parts.reasons[norm] or type(own.get("weight")) not in PLAIN_TENSORS:
+        residual_sum = residual + (F.dropout(branch, dropout_p) if dropout_p else branch)
+        return norm(residual_sum), residual_sum
+    if branch.dtype != residual.dtype:
+        branch, residual = match_dtypes(branch, residual, parts.pre_norm)
+    return parts.run_norm(own, branch, residual, norm.eps, dropout_p)
+
+
+def mlp(x: Tensor, parts: Parts, fused: bool) -> Tensor:
+    up, down, reasons = parts.up, parts.down, parts.reasons
+    if not fused:
+        return down(parts.activation(up(x)))
+    plain = (
+        type(up._parameters.get("weight")) in PLAIN_TENSORS and type(down._parameters.get("weight")) in PLAIN_TENSORS
+    )
+    if parts.gelu is None or reasons[up] or reasons[down] or not plain:
+        return project(down, parts.activation(project(up, x, parts)), parts)
+    return parts.run_mlp(x, up._parameters, down._parameters, parts.gelu, parts.layout)
+
+
+def first_two(result: Any) -> tuple[Tensor, Tensor | None]:
+    """Attention modules return (output,), (output, weights) or more."""
+    return result[0], result[1] if len(result) > 1 else None

@@ -1,0 +1,34 @@
+"""How attention is differentiated."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastlm.backends.contract import Results
+from fastlm.ops.attention import reference
+from fastlm.ops.attention.spec import Backward, Forward, Sizes
+from fastlm.ops.operator import Operator
+
+
+class Attention(Operator):
+    Forward, Backward, Sizes = Forward, Backward, Sizes
+    outputs, inputs = 2, 4
+
+    def save(self, call: Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
+        return (*call[:8], *results), call[8:13]
+
+    def formula(self, call: Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
+        def function(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            attributes = call.scale, call.lower, call.upper, call.dropout_p
+            if call.cu_seqlens_q is None:
+                out, lse = reference.attention(query, key, value, mask, call.key_padding, call.seed, *attributes)
+            else:
+                starts = call.cu_seqlens_q, call.cu_seqlens_k
+                out, lse = reference.packed_attention(query, key, value, *starts, call.seed, *attributes)
+            return out.to(query.dtype), lse
+
+        return function, (call.query, call.key, call.value, call.mask)
+
+
+operator = Attention("attention", __package__ or "")

@@ -1,0 +1,74 @@
+"""attention by the Triton kernels (kernels/attention*.py)."""
+
+import torch
+from torch import Tensor
+
+from fastlm.backends import triton
+from fastlm.backends.gpu import dropout_arguments, on_device, precision
+from fastlm.backends.triton import architecture
+from fastlm.core.layout import contiguous_last
+from fastlm.kernels import attention as kernels
+from fastlm.kernels import attention_backward as backward_kernels
+from fastlm.kernels import attention_decode as decode_kernels
+from fastlm.ops.attention.gpu import Launch, make_implementation
+
+
+def readable(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension and a token stride that keeps offsets within a tile below 2³¹."""
+    return contiguous_last(x) if x.stride(2) < 2**23 else x.contiguous()
+
+
+def attributes(query: Tensor, launch: Launch):
+    device = query.device.index
+    dropout = dropout_arguments(launch.dropout_p)
+    return launch.sizes, launch.band, launch.scale, *dropout, precision(query), architecture(device), device
+
+
+def launch_forward(query, key, value, out, lse, launch: Launch) -> None:
+    _, heads, num_kv_heads, query_len, key_len, _ = launch.sizes
+    tensors, masks = (query, key, value, out, lse), (launch.mask, launch.key_padding)
+    with on_device(query):
+        if launch.cu_seqlens_q is None and decode_kernels.serves(heads, num_kv_heads, query_len, key_len):
+            decode_kernels.attention_decode(
+                *tensors,
+                *masks,
+                launch.seed,
+                *attributes(query, launch),
+                lambda shape: torch.empty(shape, dtype=torch.float32, device=query.device),
+            )
+        else:
+            starts = launch.cu_seqlens_q, launch.cu_seqlens_k
+            kernels.attention_forward(*tensors, *masks, *starts, launch.seed, *attributes(query, launch))
+
+
+def launch_backward(
+    dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dmask, exact: bool, launch: Launch
+) -> None:
+    with on_device(query):
+        *settings, architecture_name, device = attributes(query, launch)
+        backward_kernels.attention_backward(
+            dout,
+            dlse,
+            query,
+            key,
+            value,
+            launch.mask,
+            launch.key_padding,
+            launch.cu_seqlens_q,
+            launch.cu_seqlens_k,
+            launch.seed,
+            out,
+            lse,
+            dquery,
+            dkey,
+            dvalue,
+            dmask,
+            *settings,
+            exact,
+            architecture_name,
+            device,
+            torch.empty_like(lse),
+        )
+
+
+implementation = make_implementation(triton.backend, launch_forward, launch_backward, readable)

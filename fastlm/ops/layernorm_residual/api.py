@@ -1,0 +1,85 @@
+"""The public function: checks and documentation."""
+
+import torch
+from torch import Tensor
+
+from fastlm.core.autocast import autocast_enabled
+from fastlm.core.errors import check_like, check_probability, check_rows, check_vector, mismatch
+from fastlm.ops.layernorm_residual.autograd import operator
+from fastlm.ops.layernorm_residual.spec import Forward
+
+
+def layernorm_residual(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add x, after dropout, to the residual stream and normalise the sum over its last dimension.
+
+    summed = residual + dropout(x); normalised = LayerNorm(summed) · weight + bias (Ba, Kiros and Hinton, 2016,
+    arXiv:1607.06450). A pre-norm block uses both results, a post-norm block the first.
+
+    Args:
+        x: (..., width), floating point, any strides.
+        residual: like x, in x's dtype or float32 (a float32 residual stream through a 16-bit model), or None.
+        weight: (width,), in x's dtype or float32.
+        bias: (width,) or None, in weight's dtype.
+        eps: added to the variance; > 0.
+        dropout_p: probability of zeroing an element of x, in [0, 1); active whenever > 0 (a module passes 0 in eval).
+        backend: force one backend by name; None selects automatically (see fastlm.info()).
+
+    Under autocast on a CPU nothing is cast, as for `torch.nn.functional.layer_norm`, except that where x and residual
+    differ the narrower one is widened as an addition would. On a GPU everything is cast to float32.
+
+    Returns:
+        (normalised, summed): normalised like x; summed like residual (like x without one), contiguous. The
+        normalisation reads `summed` as it is stored. Without residual and dropout `summed` is x itself. Statistics are
+        in float32 (float64 for float64) whatever the dtype.
+
+    Raises:
+        ValueError: an argument that does not fit; the message names it.
+        fastlm.Unsupported: no backend, or not the forced one, supports this call; the message lists the reasons.
+    """
+    if autocast_enabled(x):
+        x, residual, weight, bias = cast(x, residual, weight, bias)
+    check_rows(x)
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise mismatch("residual", f"shape {tuple(x.shape)}, as x", tuple(residual.shape))
+        check_same_or_float32("residual", residual, x)
+    check_vector("weight", weight, x.shape[-1], "the last dimension of x")
+    check_same_or_float32("weight", weight, x)
+    if bias is not None:
+        check_vector("bias", bias, x.shape[-1], "the last dimension of x")
+        check_like("bias", bias, weight, "weight")
+    if not eps > 0:
+        raise mismatch("eps", "a positive number", eps)
+    check_probability("dropout_p", dropout_p)
+    seed = operator.draw_seed(x, dropout_p)
+    # A kernel would be specialised on an int.
+    y, summed = operator(Forward(x, residual, weight, bias, seed, float(eps), dropout_p), backend)
+    return y, x if summed is None else summed
+
+
+def check_same_or_float32(argument: str, tensor: Tensor, x: Tensor) -> None:
+    """The tensor must have x's dtype, or float32 where x has 16 bits."""
+    wider = tensor.dtype == torch.float32 and x.dtype.itemsize <= 2
+    if tensor.device != x.device or (tensor.dtype != x.dtype and not wider):
+        expected = f"{x.dtype}, as x," + (" or torch.float32" if x.dtype.itemsize == 2 else "")
+        raise mismatch(argument, f"{expected} on {x.device}", f"{tensor.dtype} on {tensor.device}")
+
+
+def cast(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> list[Tensor | None]:
+    """The casts of autocast."""
+    if x.device.type != "cpu":
+        return [t if t is None or t.dtype == torch.float64 else t.float() for t in (x, residual, *parameters)]
+    if residual is not None and x.dtype != residual.dtype and residual.dtype != torch.float32:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    widened = [t if t is None or x.dtype.itemsize <= t.dtype.itemsize else t.to(x.dtype) for t in parameters]
+    return [x, residual, *widened]

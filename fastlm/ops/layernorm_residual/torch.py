@@ -1,0 +1,53 @@
+"""layernorm_residual by PyTorch's native_layer_norm."""
+
+import torch
+
+from fastlm.backends import torch as native
+from fastlm.backends.contract import Implementation
+from fastlm.core.autocast import no_autocast
+from fastlm.ops.layernorm_residual.spec import Backward, Forward, Sizes
+
+aten = torch.ops.aten
+
+
+def refuses(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[str]:
+    return [native.OTHER_DROPOUT] if sizes.dropout else []
+
+
+def float32_weight(weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The weight in the dtype that the statistics shall have: 16 bits would round them, and be slower."""
+    return weight if weight is None or dtype == torch.float64 else weight.float()
+
+
+@no_autocast
+def forward(call: Forward):
+    x, residual = call.x, call.residual
+    summed = None if residual is None else torch.add(residual, x).contiguous()
+    w, b = float32_weight(call.weight, x.dtype), float32_weight(call.bias, x.dtype)
+    y, mean, rstd = torch.native_layer_norm(x if summed is None else summed, w.shape, w, b, call.eps)
+    return y.to(x.dtype).contiguous(), summed, mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+
+
+@no_autocast
+def backward(call: Backward):
+    needs_dx, needs_dresidual, needs_dweight, needs_dbias = call.needed
+    summed, weight = call.summed, call.weight
+    ds, dweight, dbias = call.dsummed, None, None
+    if call.dy is None:
+        dweight, dbias = (torch.zeros_like(weight) if need else None for need in call.needed[2:])
+    else:
+        w = float32_weight(weight, call.x_dtype)
+        statistics = call.mean[..., None], call.rstd[..., None]
+        needed = [needs_dx or needs_dresidual, needs_dweight, needs_dbias]
+        ds, dweight, dbias = aten.native_layer_norm_backward(
+            call.dy.to(summed.dtype), summed, w.shape, *statistics, w, w, needed
+        )
+        dweight = dweight.to(weight.dtype) if needs_dweight else None
+        dbias = dbias.to(weight.dtype) if needs_dbias else None
+        if ds is not None and call.dsummed is not None:
+            ds.add_(call.dsummed)
+    dx = ds.to(call.x_dtype).contiguous() if needs_dx else None
+    return dx, ds.contiguous() if needs_dresidual else None, dweight, dbias
+
+
+implementation = Implementation(native.backend, forward, backward, refuses)

@@ -1,0 +1,163 @@
+"""How linear_cross_entropy is differentiated: the gradients come out of the forward pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.backends.contract import Implementation, Results
+from fastlm.backends.selection import requested, select
+from fastlm.core.tracing import needs_custom_op
+from fastlm.ops.linear_cross_entropy import reference
+from fastlm.ops.linear_cross_entropy.spec import Forward, Sizes
+from fastlm.ops.operator import Operator, gradients_of, rounding
+
+SERIAL = 32768  # PyTorch sums fewer elements than this on one thread, so in one order
+NO_GRADIENTS = (False, False, False)
+
+
+class LinearCrossEntropy(Operator):
+    Forward, Sizes = Forward, Sizes
+
+    def loss(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+        backend: str | None,
+        originals: tuple[Tensor | None, ...],
+    ) -> Tensor:
+        call = Forward(x, weight, bias, target, None, ignore_index, label_smoothing, False, NO_GRADIENTS)
+        selected: Implementation[Any, Any] | str | None
+        if needs_custom_op(x, weight, bias, target):
+            selected = requested(backend)
+        else:  # once: the backward uses the same
+            selected = select(self, *call.subject(), backend)
+        if torch.is_grad_enabled():
+            for tensor in (x, weight, bias, *originals):
+                if tensor is not None and tensor.requires_grad:
+                    arguments = x, weight, bias, target, ignore_index, reduction, label_smoothing, selected
+                    return LinearCrossEntropyFunction.apply(*arguments, *originals)
+        return reduce(self.forward(call, selected)[0], target, ignore_index, reduction)
+
+    def compute(
+        self,
+        tensors: Sequence[Tensor | None],
+        row_scale: Tensor | None,
+        settings: tuple[int, float, bool, tuple[bool, ...]],
+        selected: Implementation[Any, Any] | str | None,
+    ) -> Results:
+        """forward(), which backward calls too: a tracer may watch by then."""
+        if isinstance(selected, Implementation) and needs_custom_op(*tensors):
+            selected = selected.backend.name
+        return self.forward(Forward(*tensors, row_scale, *settings), selected)  # type: ignore[arg-type]
+
+
+operator = LinearCrossEntropy("linear_cross_entropy", __package__ or "")
+
+
+def reduce(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    if not torch.compiler.is_compiling() and losses.numel() >= SERIAL:
+        # In chunks, so that the order of the additions does not depend on the number of threads.
+        losses = torch.stack([chunk.sum() for chunk in losses.flatten().split(SERIAL - 1)])
+    return losses.sum() / (target != ignore_index).sum() if reduction == "mean" else losses.sum()
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, target, ignore_index, reduction, label_smoothing, selected, *originals):
+        ctx.attributes = ignore_index, reduction, label_smoothing
+        ctx.backend, ctx.originals = selected, originals
+        ctx.traced = not isinstance(selected, Implementation)
+        ctx.scale = row_scale = None
+        needed = NO_GRADIENTS
+        if reduction != "none":
+            needed = inputs_needed(ctx)
+            row_scale, ctx.scale = row_scales(x, target, ignore_index, reduction)
+        settings = ignore_index, label_smoothing, bool(originals), needed
+        losses, *gradients = operator.compute((x, weight, bias, target), row_scale, settings, selected)
+        ctx.gradients = None
+        if ctx.traced:
+            ctx.save_for_backward(x, weight, bias, target, *gradients)
+        else:  # kept by the context itself, so that the first backward can return them instead of a copy
+            ctx.save_for_backward(x, weight, bias, target)
+            ctx.gradients = gradients if any(needed) else None
+        return reduce(losses, target, ignore_index, reduction)
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, weight, bias, target, *gradients = ctx.saved_tensors
+        ignore_index, reduction, label_smoothing = ctx.attributes
+        needed, originals = inputs_needed(ctx), ctx.originals
+
+        def recompute(row_scale):
+            settings = ignore_index, label_smoothing, bool(originals), needed
+            return operator.compute((x, weight, bias, target), row_scale, settings, ctx.backend)[1:]
+
+        if torch.is_grad_enabled():  # create_graph=True: gradients that can themselves be differentiated
+            gradients = differentiable_gradients(dloss, (x, weight, bias), target, *ctx.attributes, needed, originals)
+        elif reduction == "none":
+            gradients = recompute(dloss.contiguous())
+        elif ctx.traced:
+            gradients = [d if d is None else d * scaled(dloss, ctx.scale) for d in gradients]
+        else:
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:  # a second backward through the same graph: the first returned them
+                gradients = recompute(row_scales(x, target, ignore_index, reduction)[0])
+            factor = scaled(dloss, ctx.scale)
+            # A factor of 1, which a loss at the end of the graph has, saves a pass over the gradients.
+            if factor.device.type != "cpu" or factor.item() != 1:
+                gradients = [d if d is None else d.mul_(factor) for d in gradients]
+        none = (None,) * 5
+        if originals:
+            return gradients[0], None, None, *none, *gradients[1:]
+        return *gradients, *none
+
+
+def inputs_needed(ctx: Any) -> tuple[bool, ...]:
+    """Which gradients of x, weight and bias are needed; of the original weights, where autocast rounded them."""
+    if ctx.originals:
+        return ctx.needs_input_grad[0], *ctx.needs_input_grad[8:]
+    return ctx.needs_input_grad[:3]
+
+
+def row_scales(x: Tensor, target: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor | None]:
+    """The weight of each row's loss in the result: (row_scale for the kernel, a scalar to multiply by in backward).
+
+    float16 gradients of a mean would underflow before a gradient scaler can lift them: they are divided by the number
+    of rows in backward.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if reduction == "sum":
+        return x.new_ones(target.shape, dtype=dtype), None
+    share = (target != ignore_index).sum().clamp(min=1).to(dtype).reciprocal()
+    if x.dtype == torch.float16:
+        return x.new_ones(target.shape, dtype=dtype), share
+    return share.expand(target.shape).contiguous(), None
+
+
+def scaled(dloss: Tensor, scale: Tensor | None) -> Tensor:
+    return dloss if scale is None else dloss * scale
+
+
+def differentiable_gradients(
+    dloss, inputs, target, ignore_index, reduction, label_smoothing, needed, originals
+) -> list[Tensor | None]:
+    def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        losses = reference.row_losses(x, weight, bias, target, ignore_index, label_smoothing)
+        if reduction == "none":
+            return losses
+        if reduction == "sum":
+            return losses.sum()
+        return losses.sum() / (target != ignore_index).sum().clamp(min=1)  # a mean over no rows has gradient 0
+
+    if originals:
+        return gradients_of(rounding(formula, inputs[0].dtype), (inputs[0], *originals), needed, (dloss,))
+    return gradients_of(formula, inputs, needed, (dloss,))

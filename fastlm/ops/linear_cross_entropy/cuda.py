@@ -1,0 +1,83 @@
+"""linear_cross_entropy by the CUDA kernels (csrc/cuda/linear_cross_entropy.cu) and the vendor's GEMM.
+
+Without gradients the loss is the epilogue of one product, and no logits are stored.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm.backends import cuda
+from fastlm.backends.contract import Implementation
+from fastlm.backends.gpu import on_device, precision, vector
+from fastlm.core.autocast import no_autocast
+from fastlm.core.layout import as_rows, unit_stride_matrix
+from fastlm.ops.linear_cross_entropy.gpu import losses_and_gradients
+from fastlm.ops.linear_cross_entropy.reference import check_targets
+from fastlm.ops.linear_cross_entropy.spec import Forward
+
+LOGITS_BYTES = 64 << 20  # of one chunk
+
+
+def num_partials(rows: int) -> int:
+    return cuda.kernels.linear_cross_entropy_num_partials(rows=rows)
+
+
+@no_autocast
+def forward(call: Forward):
+    x, target = call.x, call.target
+    check_targets(target, call.weight.shape[0], call.ignore_index)  # on a GPU the kernels assert
+    x_rows, targets = as_rows(x), target.reshape(-1)
+    loss = x.new_empty(targets.shape, dtype=torch.float32)
+
+    def gradient(logits, targets, row_scale, losses, statistics, partials):
+        with on_device(x):
+            device, stream = cuda.device_and_stream(x)
+            cuda.kernels.linear_cross_entropy_gradient(
+                logits=logits,
+                target=targets,
+                row_scale=row_scale,
+                loss=losses,
+                statistics=statistics,
+                dbias_partials=partials,
+                ignore_index=call.ignore_index,
+                label_smoothing=call.label_smoothing,
+                device=device,
+                stream=stream,
+            )
+
+    dx = dweight = dbias = None
+    if any(call.needed):
+        dx, dweight, dbias = losses_and_gradients(call, x_rows, targets, loss, LOGITS_BYTES, num_partials, gradient)
+    else:
+        losses(call, x_rows, targets, loss)
+    return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
+
+
+def losses(call: Forward, x: Tensor, targets: Tensor, loss: Tensor) -> None:
+    """Fill loss (rows,) by chunks of rows."""
+    weight, bias, rows = unit_stride_matrix(call.weight), vector(call.bias), x.shape[0]
+    num_splits = cuda.kernels.linear_cross_entropy_num_splits(dtype=x.dtype, vocab=weight.shape[0])
+    chunk = min(rows, max(1, LOGITS_BYTES // (num_splits * 3 * 4)))
+    for begin in range(0, rows, max(1, chunk)):
+        x_chunk, target, result = (t[begin : begin + chunk] for t in (x, targets, loss))
+        count = x_chunk.shape[0]
+        with on_device(x):
+            device, stream = cuda.device_and_stream(x)
+            cuda.kernels.linear_cross_entropy_forward(
+                x=x_chunk,
+                weight=weight,
+                bias=bias,
+                target=target,
+                loss=result,
+                partials=loss.new_empty(num_splits, count, 2),
+                logit_sums=loss.new_empty(num_splits, count) if call.label_smoothing else None,
+                target_logits=loss.new_empty(count),
+                ignore_index=call.ignore_index,
+                label_smoothing=call.label_smoothing,
+                tf32=precision(x) == "tf32",
+                device=device,
+                stream=stream,
+            )
+
+
+implementation = Implementation(cuda.backend, forward)

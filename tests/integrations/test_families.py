@@ -1,0 +1,201 @@
+"""The table of families against transformers' classes, and a family that only a new entry adds."""
+
+import copy
+import dataclasses
+import importlib
+import itertools
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+import fastlm
+from fastlm.integrations.families import BERT, FAMILIES, GPT2, parent
+from fastlm.integrations.parts import PROJECTIONS
+from tests.integrations.accelerated import SETTINGS, assert_close_gradients, tiny
+
+HOMES = {
+    family: importlib.import_module(getattr(transformers, f"{family}Model").__module__).__name__ for family in SETTINGS
+}
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def layer_of(family, **changes):
+    """A layer of transformers that is not accelerated, and its description."""
+    description = FAMILIES[HOMES[family]]
+    model = tiny(family, **changes)
+    return next(module for module in model.modules() if type(module).__name__ == description.layer), description
+
+
+def test_every_family_has_a_model_in_these_tests():
+    assert set(HOMES.values()) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_classes_and_modules_exist(family):
+    layer, description = layer_of(family)
+    home = importlib.import_module(HOMES[family])
+    assert hasattr(home, description.layer) and all(hasattr(home, name) for name in description.heads)
+    if description.encoder is not None:
+        encoder = next(m for m in tiny(family).modules() if type(m).__name__ == description.encoder)
+        assert type(encoder.get_submodule(description.layers)[0]).__name__ == description.layer
+    for path in (*description.qkv, description.out, description.up, description.down):
+        assert type(layer.get_submodule(path)) in PROJECTIONS[description.layout]
+    for path in (description.attention_norm, description.mlp_norm):
+        assert type(layer.get_submodule(path)) is nn.LayerNorm
+    for path in (description.attention_dropout, description.out_dropout, description.mlp_dropout):
+        assert path is None or type(layer.get_submodule(path)) is nn.Dropout
+    assert callable(getattr(layer.get_submodule(parent(description.activation)), description.activation.split(".")[-1]))
+    attention = layer.get_submodule(description.attention)
+    assert getattr(attention, description.num_heads) == 3
+    causal = next((vars(attention)[name] for name in description.causal if name in vars(attention)), False)
+    assert causal is (family == "GPT2")
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_output_projections_are_where_heads_have_them(family):
+    description = FAMILIES[HOMES[family]]
+    for name, head in description.heads.items():
+        kind = getattr(importlib.import_module(HOMES[family]), name)
+        decoder = {"is_decoder": head.uses_loss_function} if family not in ("GPT2", "DistilBert") else {}
+        model = kind(getattr(transformers, f"{family}Config")(**SETTINGS[family], **decoder))
+        projection = model.get_submodule(head.projection)
+        assert projection is model.get_output_embeddings()
+        assert head.loss_module is None or isinstance(model.get_submodule(head.loss_module), nn.CrossEntropyLoss)
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_layers_return_what_the_table_says_for_this_version(family):
+    layer, description = layer_of(family, attn_implementation="eager")
+    x, returned = torch.randn(2, 5, 36), description.returned()
+    if returned is None:
+        assert layer(x).shape == x.shape
+        return
+    mask = {"attn_mask": torch.ones(2, 5)} if family == "DistilBert" else {}  # it requires one
+    result = layer(x, **mask)
+    assert type(result) is tuple and result[0].shape == x.shape
+    shapes = {"hidden_states": (2, 5, 36), "attentions": (2, 3, 5, 5)}
+    result = layer(x, **mask, output_attentions=True)
+    assert [output.shape for output in result] == [shapes[name] for name in returned]
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "returned"),
+    [
+        ("GPT2", "4.57.6", ("hidden_states", "attentions")),
+        ("GPT2", "5.2.0", ("hidden_states", "attentions")),
+        ("GPT2", "5.3.0.dev0", None),
+        ("GPT2", "5.24.0", None),
+        ("Bert", "4.57.0", ("hidden_states", "attentions")),
+        ("Bert", "5.0.0rc1", None),
+        ("DistilBert", "4.57.6", ("attentions", "hidden_states")),
+        ("DistilBert", "5.10.2", None),
+    ],
+)
+def test_what_layers_return_depends_on_the_version(family, version, returned):
+    assert FAMILIES[HOMES[family]].returned(version) == returned
+
+
+def test_copies_of_a_model_share_the_descriptions():
+    assert copy.deepcopy(GPT2) is GPT2 and copy.deepcopy(BERT.heads["BertForMaskedLM"]) is BERT.heads["BertForMaskedLM"]
+
+
+# A family that transformers does not have, for every combination of norm place, projections and layout.
+
+
+class ToyAttention(nn.Module):
+    def __init__(self, fused, make):
+        super().__init__()
+        self.is_causal, self.heads, self.scaling = True, 3, 12**-0.5
+        if fused:
+            self.qkv_proj = make(36, 108)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = make(36, 36), make(36, 36), make(36, 36)
+        self.o_proj, self.drop = make(36, 36), nn.Dropout(0.0)
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        if hasattr(self, "qkv_proj"):
+            parts = self.qkv_proj(hidden_states).chunk(3, -1)
+        else:
+            parts = [projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scaling)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+class ToyMLP(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.up_proj, self.act, self.down_proj = make(36, 50), nn.GELU(approximate="tanh"), make(50, 36)
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+class ToyLayer(GradientCheckpointingLayer):
+    def __init__(self, pre_norm, fused, make):
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.self_attn, self.mlp = ToyAttention(fused, make), ToyMLP(make)
+        self.norm1, self.norm2 = nn.LayerNorm(36), nn.LayerNorm(36)
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        x = hidden_states
+        if self.pre_norm:
+            x = x + self.self_attn(self.norm1(x), attention_mask=attention_mask, **kwargs)[0]
+            return x + self.mlp(self.norm2(x))
+        x = self.norm1(x + self.self_attn(x, attention_mask=attention_mask, **kwargs)[0])
+        return self.norm2(x + self.mlp(x))
+
+
+TOY = dataclasses.replace(
+    GPT2,
+    module=__name__,
+    layer="ToyLayer",
+    heads={},
+    returns={"4.57": "hidden_states"},
+    attention="self_attn",
+    num_heads="heads",
+    attention_dropout="self_attn.drop",
+    out="self_attn.o_proj",
+    out_dropout=None,
+    attention_norm="norm1",
+    up="mlp.up_proj",
+    activation="mlp.act",
+    down="mlp.down_proj",
+    mlp_dropout=None,
+    mlp_norm="norm2",
+)
+PROJECTION = {"linear": nn.Linear, "conv1d": lambda inputs, outputs: Conv1D(outputs, inputs)}
+
+
+@pytest.mark.parametrize(
+    ("place", "qkv", "layout"), list(itertools.product(("pre", "post"), ("fused", "separate"), ("linear", "conv1d")))
+)
+def test_a_family_is_added_by_one_entry(place, qkv, layout, monkeypatch):
+    names = ("qkv_proj",) if qkv == "fused" else ("q_proj", "k_proj", "v_proj")
+    paths = tuple(f"self_attn.{name}" for name in names)
+    monkeypatch.setitem(FAMILIES, __name__, dataclasses.replace(TOY, norm_place=place, layout=layout, qkv=paths))
+    theirs = nn.ModuleList([ToyLayer(place == "pre", qkv == "fused", PROJECTION[layout]) for _ in range(2)])
+    ours = fastlm.accelerate(copy.deepcopy(theirs))
+    assert not fastlm.report(ours).left_alone and len(fastlm.report(ours).entries) == 2 * (len(paths) + 5)
+    x = torch.randn(2, 7, 36)
+    for place_of_hook in (None, *(name for name, _ in theirs[0].named_modules() if name)):
+        results, handles = [], []
+        for model in (ours, theirs):
+            if place_of_hook not in (None, "self_attn.drop"):  # that module is not called
+                module, seen = model[0].get_submodule(place_of_hook), []
+                handles.append(module.register_forward_hook(lambda *call, seen=seen: seen.append(1)))
+            model.zero_grad()
+            y = model[1](model[0](x))
+            y.square().mean().backward()
+            results.append(y)
+            if handles:
+                assert seen == [1]
+        torch.testing.assert_close(*results, **CLOSE)
+        assert_close_gradients(ours, theirs)
+        for handle in handles:
+            handle.remove()

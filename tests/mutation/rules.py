@@ -1,0 +1,34 @@
+"""Mutations that change nothing a test of results can see, by rule and reason.
+
+A rule names what such code is about in the project's own vocabulary, never a line. It covers a mutation if its pattern
+is found in the path, the function or the line.
+"""
+
+import re
+
+from tests.mutation.mutation import Mutation
+
+FILES = {
+    r"/simd|/tiles_amx|/mma\.cuh|/vec\.cuh": "instructions, on which every test of an operator runs",
+    r"/peak\.h|cpu_features|device\.": "measures or describes the machine, and computes nothing",
+    r"/launch\.(cuh|py)|/interpreter\.py|/configs\.py|/sizes\.py|/__init__\.py": "launches, and the sizes of tiles",
+    r"/threads\.h|/streaming\.h": "which thread computes a part, and how results reach memory",
+    r"/spec\.py|/gpu\.py|/(sdpa|varlen|packed)\.py": "FLOPs, bytes and errors, compared by test_every_operator.py",
+}
+STATEMENTS = {
+    r"prefetch|stream|past_cache|cache": "prefetches and the way around the caches change the speed only",
+    r"parts?_for|touched|_parts\b|longest_first|\bwork\b|parallel": "how work is divided among threads",
+    r"scratch|make_buffer|padded|reserve|resize|aligned|alloc": "the size and the layout of working memory",
+    r"\bif constexpr\b|FASTLM_ASSERT|check\(|Unsupported|mismatch|refuse": "no part of a result",
+}
+
+
+def of_file(file: str) -> str:
+    return next((why for pattern, why in FILES.items() if re.search(pattern, file)), "")
+
+
+def reason(mutation: Mutation) -> str:
+    """Why the mutation is not expected to be noticed, or ""."""
+    texts = (mutation.statement, mutation.function)
+    of_code = (why for pattern, why in STATEMENTS.items() if any(re.search(pattern, text) for text in texts))
+    return of_file(mutation.file) or next(of_code, "")
