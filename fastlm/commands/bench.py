@@ -1,6 +1,5 @@
 """fastlm bench: compares fastlm with PyTorch on this machine; prints tables and writes files."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +9,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import fastlm
 from fastlm.benchmarking import accelerated, growth, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
-from fastlm.benchmarking.operators import CASES, OTHERS, directions
-from fastlm.benchmarking.optimizer import compare_adamw
 from fastlm.commands import choices
 from fastlm.commands.display import console, say
 from fastlm.core.errors import mismatch
@@ -95,20 +92,16 @@ def run(
 
 def variants_of(name: str, chosen_directions: list[str], models: list[str], cases: list[str]) -> list[str]:
     """What to measure of a benchmark: directions of an operator, models of a training step, sizes that grow, …"""
-    if name in CASES or name in OTHERS:
-        return [d for d in directions(name) if d in chosen_directions]
+    if case := choices.CASES.get(name):
+        return [d for d in case.directions if d in chosen_directions or d not in choices.DIRECTIONS]
     return {"training_step": models, "growth": [*growth.POINTS], "accelerated": cases}.get(name, [""])
 
 
 def measure(
     name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float, checkpoint: Path | None
 ) -> Row:
-    if make := (CASES | OTHERS).get(name):
-        return compare(
-            dataclasses.replace(make(DTYPES[dtype]), operator=name), n, way, compiled=compiled, budget=seconds
-        )
-    if name == "adamw":
-        return compare_adamw(dtype, n, budget=seconds)
+    if case := choices.CASES.get(name):
+        return compare(case, dtype, n, way, compiled=compiled, budget=seconds)
     if level is not None:
         return whole.compare_steps(
             dtype, n, subject=whole.MODELS[way], recompute=level, compiled=compiled, budget=20 * seconds
