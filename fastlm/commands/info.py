@@ -35,27 +35,26 @@ def measure_cpu() -> list[table.Rule]:
     for line in report.peaks_in_words(report.machine(sorted({1, torch.get_num_threads()}), list(DTYPES))):
         say(line)
     verdicts = []
-    for seen in choose.measure():
-        verdicts.append(seen)
-        selected = "torch" if seen.torch_wins else "cpu"
-        say(
-            f"{seen.operator:20} {seen.dtype:8} {seen.rows:5} rows: {seen.ratio} × PyTorch's speed; backend: {selected}"
-        )
+    for verdict in choose.measure():
+        verdicts.append(verdict)
+        selected = "torch" if verdict.torch_wins else "cpu"
+        case = f"{verdict.operator:20} {verdict.dtype:8} {verdict.rows:5} rows"
+        say(f"{case}: {verdict.ratio} × PyTorch's speed; backend: {selected}")
     return choose.rules(verdicts)
 
 
 def measure_gpu(card: str, index: int) -> list[table.Rule] | None:
     """None if fewer than two backends are available."""
     say(card)
-    now, rows = plan.Run(SECONDS), []
+    run, rows = plan.Run(SECONDS), []
     with torch.cuda.device(index):
-        for row in now.measure("cuda", (*plan.FIRST, *plan.THEN), rivals=False):
+        for row in run.measure("cuda", (*plan.FIRST, *plan.THEN), rivals=False):
             rows.append(row)
             case = f"{row.operator} {row.shape}, {row.dtype}, {row.direction}, {row.served_by}"
             say(f"{case}: {row.seconds * 1e6:,.1f} µs; {ratios(row.backends)}")
-    for title, what in (("failed", now.failed), ("skipped, out of time", now.left_out)):
-        for line in what:
-            say(f"{title}: {line}")
+    for title, cases in (("failed", run.failed), ("skipped, out of time", run.left_out)):
+        for case in cases:
+            say(f"{title}: {case}")
     if not any(row.backends for row in rows):
         say("nothing to compare: fewer than two backends are available")
         return None
