@@ -54,12 +54,12 @@ def run(
     if {*chosen} - {*choices.WHOLE_RUNS}:
         # Also for PyTorch: with the default settings the time of a call depends on which blocks were freed before it.
         say(str(fastlm.tune_allocator()))
-    plan = [
-        (name, dtype, n, way, level)
+    plan = [  # (benchmark, dtype, threads, direction or model or size, level of recomputation)
+        (name, dtype, n, variant, level)
         for name in chosen
         for dtype in dtype_names
         for n in thread_counts
-        for way in variants_of(name, chosen_directions, chosen_models, cases)
+        for variant in variants_of(name, chosen_directions, chosen_models, cases)
         for level in (levels if name == "training_step" else [None])
     ]
     rows: list[Row] = []
@@ -71,9 +71,11 @@ def run(
         console=console,
     ) as bar:
         task = bar.add_task("", total=len(plan))
-        for name, dtype, n, way, level in plan:
-            bar.update(task, description=f"{' '.join(filter(None, (name, way)))}, {dtype}, {n} thread{'s' * (n > 1)}")
-            rows.append(measure(name, dtype, n, way, level, compiled, seconds, checkpoint))
+        for name, dtype, n, variant, level in plan:
+            bar.update(
+                task, description=f"{' '.join(filter(None, (name, variant)))}, {dtype}, {n} thread{'s' * (n > 1)}"
+            )
+            rows.append(measure(name, dtype, n, variant, level, compiled, seconds, checkpoint))
             bar.advance(task)
     say("speedup over PyTorch: median [quartiles] of interleaved runs; by: the backend")
     say("peak: percentage of the machine's measured peak; above 100 % if the data stay in the caches")
@@ -98,19 +100,26 @@ def variants_of(name: str, chosen_directions: list[str], models: list[str], case
 
 
 def measure(
-    name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float, checkpoint: Path | None
+    name: str,
+    dtype: str,
+    n: int,
+    variant: str,
+    level: int | None,
+    compiled: bool,
+    seconds: float,
+    checkpoint: Path | None,
 ) -> Row:
     if case := choices.CASES.get(name):
-        return compare(case, dtype, n, way, compiled=compiled, budget=seconds)
+        return compare(case, dtype, n, variant, compiled=compiled, budget=seconds)
     if level is not None:
         return whole.compare_steps(
-            dtype, n, subject=whole.MODELS[way], recompute=level, compiled=compiled, budget=20 * seconds
+            dtype, n, subject=whole.MODELS[variant], recompute=level, compiled=compiled, budget=20 * seconds
         )
     if name == "growth":
-        return growth.compare_growth(way, dtype, n, compiled=compiled, budget=5 * seconds)
+        return growth.compare_growth(variant, dtype, n, compiled=compiled, budget=5 * seconds)
     if name == "accelerated":
         return accelerated.compare_accelerated(
-            way, dtype, n, checkpoint=checkpoint, compiled=compiled, budget=20 * seconds
+            variant, dtype, n, checkpoint=checkpoint, compiled=compiled, budget=20 * seconds
         )
     return whole.compare_generation(dtype, n, budget=10 * seconds)
 

@@ -48,16 +48,16 @@ def measure_cpu() -> list[Rule]:
 def measure_gpu(card: str, index: int) -> list[Rule] | None:
     """None if fewer than two backends are available."""
     say(card)
-    now, rows = plan.Run(SECONDS), []
+    run, rows = plan.Run(SECONDS), []
     first, then = plan.planned()
     with torch.cuda.device(index):
-        for row in now.measure("cuda", [*first, *then], baselines=False):
+        for row in run.measure("cuda", [*first, *then], baselines=False):
             rows.append(row)
             case = f"{row.operator} {row.shape}, {row.dtype}, {row.direction}, {row.backend}"
             say(f"{case}: {row.seconds * 1e6:,.1f} µs; {ratios(row.backends)}")
-    for title, what in (("failed", now.failed), ("skipped, out of time", now.left_out)):
-        for line in what:
-            say(f"{title}: {line}")
+    for title, cases in (("failed", run.failed), ("skipped, out of time", run.left_out)):
+        for case in cases:
+            say(f"{title}: {case}")
     if not any(row.backends for row in rows):
         say("nothing to compare: fewer than two backends are available")
         return None
