@@ -51,8 +51,9 @@ def chosen(kind: str, everything: bool) -> list[Mutation]:
 
 
 def test_files(file: str) -> list[str]:
-    """The tests of the operator that a file belongs to: those whose name begins as its own does, or all where it
-    belongs to none.
+    """The tests of the operator that a file belongs to: those with its name, and those of all operators.
+
+    A file that belongs to no operator (kernels/philox.py) has all tests.
     """
     path = Path(file)
     name = path.parent.name if path.parts[:2] == ("fastlm", "ops") else path.stem
@@ -62,7 +63,8 @@ def test_files(file: str) -> list[str]:
         operator = test.stem.removeprefix("test_")
         if name.startswith(operator) or operator.startswith(name + "_"):
             own.append(test)
-    return [str(test.relative_to(ROOT)) for test in own or tests]
+    shared = [test for test in tests if test.stem == "test_every_operator" and own]
+    return [str(test.relative_to(ROOT)) for test in [*own, *shared] or tests]
 
 
 def run_compiled(
