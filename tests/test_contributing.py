@@ -5,6 +5,8 @@ import subprocess
 import sys
 import sysconfig
 
+import pytest
+
 from fastlm.backends import isa
 from tests.snippets import CONTRIBUTING, ROOT, blocks
 
@@ -107,6 +109,7 @@ def check(folder, backend):
     assert "relu_squared" in run(folder, backend, BENCHMARK)
 
 
+@pytest.mark.slow
 def test_operator(tmp_path):
     package = write(tmp_path)
     compiler = shutil.which("g++") or shutil.which("clang++")
