@@ -1,12 +1,17 @@
-"""Builds the compiled modules: the same C++ sources once per instruction set, by ninja, against pybind11 alone (no torch is needed to build).
+"""Builds the compiled modules with ninja. Building needs no torch.
 
-Whatever fails here leaves a package that works on PyTorch's own operators; fastlm/_build.json keeps the reason for fastlm.info().
+Each CPU module is for one instruction set (ISA). Its sources are csrc/bindings/*.cpp, one file per operator; each is
+compiled to an object per ISA, with header dependencies, so that a change recompiles the operators that it reaches.
 
-CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they always mean. FASTLM_REQUIRE_BUILD=1 makes a failed build an error, FASTLM_BUILD_ISAS=avx2,baseline
-builds those modules only, FASTLM_SANITIZE=address,undefined builds with these sanitizers.
+A build that fails leaves a package that uses PyTorch's own operators; fastlm/_build.json stores the reason for
+fastlm.info().
 
-The CUDA kernels are one more module, by nvcc: FASTLM_BUILD_CUDA=auto (where nvcc and an NVIDIA driver are found), 0 or 1; FASTLM_CUDA_ARCHS=80,90 chooses
-the architectures. See docs/building.md and docs/cuda.md.
+Environment variables: CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning. FASTLM_REQUIRE_BUILD=1 makes a
+failed build an error. FASTLM_BUILD_ISAS=avx2,baseline builds only these modules. FASTLM_SANITIZE=address,undefined
+builds with these sanitizers.
+
+The CUDA kernels are one more module, compiled by nvcc. FASTLM_BUILD_CUDA is auto (build if nvcc and an NVIDIA driver
+are found), 0 or 1. FASTLM_CUDA_ARCHS=80,90 selects the architectures. See docs/building.md and docs/cuda.md.
 """
 
 import ctypes.util
@@ -29,7 +34,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-JOB_MEMORY = 2 << 30  # what compiling one module may take, bytes
+JOB_MEMORY = 1 << 30  # bytes that one compiler process may need
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mprefer-vector-width=512"]
@@ -41,7 +46,7 @@ X86_ISAS = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
-# Contraction to FMA is wanted on every compiler; -ffast-math is not: NaN and infinity have a meaning here.
+# Contraction to FMA is wanted with every compiler. -ffast-math is not: kernels give NaN and infinity their meaning.
 FLAGS = [
     "-std=c++20",
     "-O3",
@@ -54,30 +59,41 @@ FLAGS = [
     "-Wall",
 ]
 
-# Code for each (sm_80's runs on 86 and 89 too, 120's on 121). As the kernels use what sm_80 has and no more, all of it is made from one and the same PTX, which
-# is there too, for GPUs that are later still.
+# Machine code for each of these (that of sm_80 also runs on 86 and 89, that of 120 on 121). The kernels use features of
+# sm_80 only, so all machine code comes from the same PTX, which is included for later GPUs.
 CUDA_ARCHS = ("80", "90", "100", "120")
 OLDEST_NVCC = (12, 0)  # the first that knows C++20
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "-Xptxas", "-v"]
-# Every kernel counts as tuned, and one that spills registers fails the build, unless a part of its mangled name stands here, with the reason.
+# A kernel that spills registers fails the build, unless a part of its mangled name is listed here, with the reason.
 MAY_SPILL: dict[str, str] = {
     **{
-        f"attention_{name}_kernelIfLi": "float32, whose attention is for exactness"
+        f"attention_{name}_kernelIfLi": "attention in float32 favours accuracy"
         for name in ("forward", "backward_query", "backward_key")
     },
     **{
-        f"attention_{name}_kernelINS0_4{dtype}ELi256E": "a head of more than 128, whose sums alone take half of the registers"
+        f"attention_{name}_kernelINS0_4{dtype}ELi256E": "accumulators of a head_dim above 128 fill half the registers"
         for name in ("forward", "backward_query", "backward_key")
         for dtype in ("bf16", "fp16")
     },
 }
 
-CXX20_PROBE = "#include <concepts>\nint f(auto g) { return g.template operator()<int>(); }\nint main() { return f([]<std::integral T>() { return T(0); }); }\n"
-OPENMP_PROBE = "#include <omp.h>\nint f(int n) {\n#pragma omp parallel num_threads(n)\n  n = omp_get_thread_num();\n  return n;\n}\n"
+CXX20_PROBE = """\
+#include <concepts>
+int f(auto g) { return g.template operator()<int>(); }
+int main() { return f([]<std::integral T>() { return T(0); }); }
+"""
+OPENMP_PROBE = """\
+#include <omp.h>
+int f(int n) {
+#pragma omp parallel num_threads(n)
+  n = omp_get_thread_num();
+  return n;
+}
+"""
 
 
 class BuildFailed(Exception):
-    """Why there is nothing compiled."""
+    """Nothing can be compiled; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,7 @@ def compiles(command: list[str], source: str, *flags: str) -> bool:
 
 
 def macros_of(command: list[str]) -> dict[str, str]:
-    """What the compiler predefines: who it is and what it compiles for."""
+    """The macros that the compiler predefines: they identify it and its target."""
     listing = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True).stdout
     return dict(line.removeprefix("#define ").partition(" ")[::2] for line in listing.splitlines())
 
@@ -139,8 +155,9 @@ def find_toolchain() -> Toolchain:
                 f"FASTLM_BUILD_ISAS: expected names out of {','.join(isas)}, got {','.join(sorted(unknown))}"
             )
         isas = {isa: isas[isa] for isa in isas if isa in wanted.split(",")}
-    # torch has loaded an OpenMP runtime before our modules are imported. GCC's code finds its functions there, so it is linked to none: a second
-    # copy would mean a second pool of threads. Clang's code calls another runtime, which it must bring.
+    # torch loads an OpenMP runtime before the modules are imported. GCC's code resolves its symbols there, so it is
+    # linked to no runtime: a second copy would mean a second thread pool. Clang's code needs a runtime of its own and
+    # is linked to it.
     openmp = compiles(command, OPENMP_PROBE, "-fopenmp", "-fPIC", "-shared")
     return Toolchain(
         command, compiler_name(macros), isas, openmp, ["-fopenmp"] if openmp and "__clang__" in macros else []
@@ -156,7 +173,7 @@ class Cuda:
 
 
 def nvcc_candidates() -> list[str]:
-    """Where the user says, on the PATH, where PyPI's packages put it, and where NVIDIA's installers do."""
+    """The user's choice, else the PATH, the folders of PyPI's packages, and that of NVIDIA's installers."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if homes:
         return [os.path.join(home, "bin", "nvcc") for home in homes]
@@ -170,37 +187,38 @@ def nvcc_candidates() -> list[str]:
 def find_cuda() -> Cuda:
     """The CUDA toolkit to build with; BuildFailed says why there is none."""
     if sys.platform != "linux":
-        raise BuildFailed("the CUDA kernels are built on Linux alone")
+        raise BuildFailed("the CUDA kernels are built on Linux only")
     candidates = nvcc_candidates()
     nvcc = next(filter(os.path.exists, candidates), None)
     if nvcc is None:
         raise BuildFailed(
-            f"no nvcc found (looked for {', '.join(candidates)}); pip install nvidia-cuda-nvcc nvidia-cuda-runtime brings one, and CUDA_HOME names the folder"
-            " of another, the one with bin/nvcc in it"
+            f"no nvcc found (looked for {', '.join(candidates)}); install one by pip install nvidia-cuda-nvcc "
+            "nvidia-cuda-runtime, or set CUDA_HOME to the folder that contains bin/nvcc"
         )
 
-    def says(*options: str) -> str:
+    def output_of(*options: str) -> str:
         done = subprocess.run(
             [nvcc, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
         return done.stdout
 
     release, top = (
-        re.search(r"release (\d+)\.(\d+)", says("--version")),
-        re.search(r"#\$ TOP=(.+)", says("--dryrun", "-c", "-x", "cu", os.devnull)),
+        re.search(r"release (\d+)\.(\d+)", output_of("--version")),
+        re.search(r"#\$ TOP=(.+)", output_of("--dryrun", "-c", "-x", "cu", os.devnull)),
     )
     if release is None or top is None:
         raise BuildFailed(
-            f"{nvcc} does not work: {(says('--version').strip().splitlines() or ['it says nothing'])[-1]}"
+            f"{nvcc} does not work: {(output_of('--version').strip().splitlines() or ['it prints nothing'])[-1]}"
         )
     if tuple(map(int, release.groups())) < OLDEST_NVCC:
         raise BuildFailed(
-            f"{nvcc} is of CUDA {'.'.join(release.groups())}, and {'.'.join(map(str, OLDEST_NVCC))} or later is needed"
+            f"{nvcc} is of CUDA {'.'.join(release.groups())}; {'.'.join(map(str, OLDEST_NVCC))} or later is needed"
         )
-    home, known = Path(top[1]).resolve(), re.findall(r"compute_(\d+)", says("--list-gpu-arch"))
+    home, known = Path(top[1]).resolve(), re.findall(r"compute_(\d+)", output_of("--list-gpu-arch"))
     if not (home / "include" / "cuda_runtime.h").exists():
         raise BuildFailed(
-            f"cuda_runtime.h is not in {home / 'include'}; pip install nvidia-cuda-runtime (of nvcc's version) brings it"
+            f"cuda_runtime.h is not in {home / 'include'}; install it by pip install nvidia-cuda-runtime "
+            "(of nvcc's version)"
         )
     archs = tuple(arch for arch in CUDA_ARCHS if arch in known)
     if wanted := os.environ.get("FASTLM_CUDA_ARCHS"):
@@ -212,7 +230,7 @@ def find_cuda() -> Cuda:
 
 
 def wanted_cuda() -> tuple[Cuda | None, str]:
-    """(what to build with, why nothing is built)."""
+    """(the toolkit or None, the reason if None)."""
     wanted = os.environ.get("FASTLM_BUILD_CUDA") or "auto"
     if wanted not in ("auto", "0", "1"):
         raise CompileError(f"FASTLM_BUILD_CUDA: expected auto, 0 or 1, got {wanted!r}")
@@ -221,7 +239,7 @@ def wanted_cuda() -> tuple[Cuda | None, str]:
     if wanted == "auto" and not (
         os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/dxg") or ctypes.util.find_library("cuda")
     ):
-        return None, "there was no NVIDIA driver where it was built (FASTLM_BUILD_CUDA=1 builds all the same)"
+        return None, "no NVIDIA driver was found when fastlm was built (FASTLM_BUILD_CUDA=1 builds without one)"
     try:
         return find_cuda(), ""
     except BuildFailed as failure:
@@ -229,13 +247,14 @@ def wanted_cuda() -> tuple[Cuda | None, str]:
 
 
 def words(*flags: str) -> str:
-    """As a variable of build.ninja."""
+    """Flags as the value of a variable in build.ninja."""
     return shlex.join(flags).replace("$", "$$")
 
 
 def cuda_build_file(cuda: Cuda, tools: Toolchain) -> str:
-    """The part of build.ninja that makes _cuda: nvcc compiles the kernels, for all architectures at once, and the host's compiler what Python sees. What ptxas
-    says of registers and spills stays in a file beside each object.
+    """The part of build.ninja for _cuda: nvcc compiles the kernels, for all architectures, the host compiler the rest.
+
+    ptxas reports registers and spills in a log beside each object.
     """
     from ninja.ninja_syntax import escape_path
 
@@ -245,7 +264,7 @@ def cuda_build_file(cuda: Cuda, tools: Toolchain) -> str:
         (word for word in tools.command if os.path.basename(word) not in ("ccache", "sccache")), tools.command[0]
     )
     flags = [*NVCC_FLAGS, "-ccbin", compiler, f"-gencode=arch={virtual},code=[{code}]", f"-I{ROOT / 'csrc'}"]
-    # The runtime's symbols stay inside: PyTorch brings a runtime of its own, perhaps of another version.
+    # The runtime's symbols are not exported: PyTorch has a runtime of its own, perhaps of another version.
     libraries = [f"-L{cuda.home / name}" for name in ("lib64", "lib") if (cuda.home / name).exists()]
     link = [*libraries, "-lcudart_static", "-lpthread", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
     kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -267,22 +286,22 @@ rule nvcc
 
 
 def spills(logs: list[str]) -> list[str]:
-    """The tuned kernels that spill registers, by what ptxas -v says: "kernel spills 8 bytes on sm_80"."""
+    """The kernels that spill registers, from the output of ptxas -v: "kernel spills 8 bytes on sm_80"."""
     found = []
     for log in logs:
         kernel = arch = ""
         for line in log.splitlines():
             if entry := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
                 kernel, arch = entry.groups()
-            elif (spilt := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)) and kernel:
-                stored, loaded = map(int, spilt.groups())
+            elif (spill := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)) and kernel:
+                stored, loaded = map(int, spill.groups())
                 if (stored or loaded) and not any(name in kernel for name in MAY_SPILL):
                     found.append(f"{kernel} spills {max(stored, loaded)} bytes on {arch}")
     return found
 
 
 def module_build(name: str, sources: list[Path], flags: list[str], link_flags: list[str], objects: str = "") -> str:
-    """The part of build.ninja that compiles each source of a module to an object of its own and links them."""
+    """The part of build.ninja for one module: an object per source, and the link."""
     from ninja.ninja_syntax import escape_path
 
     text = ""
@@ -299,7 +318,7 @@ def build_file(tools: Toolchain, includes: list[Path], cuda: Cuda | None = None)
     flags = [*FLAGS, *(option for folder in includes for option in ("-isystem", str(folder))), f"-I{ROOT / 'csrc'}"]
     if sanitize:
         flags += [*sanitize, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
-    # On macOS a module finds Python only when it is loaded; elsewhere that is the default.
+    # On macOS the symbols of Python are resolved when a module is loaded; elsewhere that is the default.
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     text = f"""\
 ninja_required_version = 1.5
@@ -326,7 +345,7 @@ rule link
 
 
 def jobs() -> int:
-    """As many compilers as there are cores, and no more than the free memory feeds."""
+    """The number of compiler processes: one per core, as far as free memory allows."""
     if wanted := os.environ.get("MAX_JOBS"):
         if not wanted.isdecimal() or int(wanted) < 1:
             raise CompileError(f"MAX_JOBS: expected a whole number of at least 1, got {wanted!r}")
@@ -340,7 +359,11 @@ def jobs() -> int:
 
 
 def mirror(source: Path, target: Path) -> None:
-    """Copies the files that differ. An isolated build finds its headers in a new folder each time; ninja must see the same ones, as old as they are."""
+    """Copies the headers that differ.
+
+    An isolated build has its headers in a new folder each time. The copies keep path and time stamp, so that ninja
+    recompiles nothing.
+    """
     for file in source.rglob("*.h"):
         copy = target / file.relative_to(source)
         if not copy.exists() or not filecmp.cmp(file, copy, shallow=False):
@@ -349,7 +372,7 @@ def mirror(source: Path, target: Path) -> None:
 
 
 def compile_modules(folder: Path, cuda: Cuda | None) -> tuple[Toolchain, list[Path], str]:
-    """Runs ninja in `folder`: what was built, and what the compiler said of the rest."""
+    """Runs ninja in `folder`. Returns the toolchain, the modules that were built, and ninja's output."""
     tools = find_toolchain()
     python = Path(sysconfig.get_path("include"))
     if not (python / "Python.h").exists():
@@ -358,13 +381,13 @@ def compile_modules(folder: Path, cuda: Cuda | None) -> tuple[Toolchain, list[Pa
         import ninja
         import pybind11
     except ImportError as missing:
-        raise BuildFailed(f"{missing.name} is missing, which an isolated build installs by itself") from missing
+        raise BuildFailed(f"{missing.name} is not installed (a build with isolation installs it)") from missing
     folder.mkdir(parents=True, exist_ok=True)
     mirror(Path(pybind11.get_include()), folder / "include")
     (folder / "build.ninja").write_text(build_file(tools, [python, folder / "include"], cuda))
     names = ["_cpu_features", *(f"_cpu_{isa}" for isa in tools.isas), *(["_cuda"] if cuda else [])]
     targets = [folder / f"{name}{SUFFIX}" for name in names]
-    for target in targets:  # so that one which exists afterwards is one that was built
+    for target in targets:  # those that exist afterwards were built
         target.unlink(missing_ok=True)
     command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-k", "0", "-j", str(jobs())]
     print(
@@ -404,7 +427,7 @@ class BuildModules(build_ext):
             names = [file.name.removesuffix(SUFFIX) for file in built]
             if missing := [f"_cpu_{name}" for name in ("features", *tools.isas) if f"_cpu_{name}" not in names]:
                 report["reason"] = f"{', '.join(missing)} did not compile: {first_error(log)}"
-            if "_cpu_features" in names:  # it says which of the others this CPU can run: without it none is used
+            if "_cpu_features" in names:  # without it no module is used: it reports which ones this CPU can run
                 report["modules"] = [name for name in names if name.startswith("_cpu_") and name != "_cpu_features"]
             if cuda:
                 on_cuda["reason"] = self.check_cuda(folder, "_cuda" in names, log)
@@ -416,7 +439,7 @@ class BuildModules(build_ext):
             self.without_cuda(on_cuda["reason"])
         if report["reason"]:
             print(
-                f"fastlm: {report['reason']}. The package works without; PyTorch's own operators serve there.",
+                f"fastlm: {report['reason']}. The package falls back to PyTorch's own operators.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -430,7 +453,7 @@ class BuildModules(build_ext):
             raise CompileError(f"FASTLM_BUILD_CUDA=1: {reason}")
 
     def check_cuda(self, folder: Path, linked: bool, log: str) -> str:
-        """Why the CUDA module is not to be used, or ""."""
+        """The reason not to use the CUDA module, or ""."""
         logs = [
             file.read_text(errors="replace")
             for file in sorted(folder.glob("*.cu.o.log"))
@@ -446,7 +469,7 @@ class BuildModules(build_ext):
         for old in (
             *package.glob(f"_cpu_*{SUFFIX}"),
             *package.glob(f"_cuda{SUFFIX}"),
-        ):  # of an earlier build; one that a process has mapped is never overwritten
+        ):  # of an earlier build; unlinked and not overwritten, as a process may have mapped it
             old.unlink()
         for file in built:
             shutil.copyfile(file, package / file.name)
@@ -457,15 +480,15 @@ class BuildModules(build_ext):
         return [str(file) for file in getattr(self, "written", [])]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {}  # an editable install finds the modules where `run` put them, beside the Python files
+        return {}  # in an editable install `run` puts the modules beside the Python files
 
 
 if __name__ == "__main__":
     setup(
-        # kernels/ is installed as fastlm.kernels, and never as kernels, which is the name of another library.
+        # kernels/ is installed as fastlm.kernels; a top-level package `kernels` would shadow another library.
         packages=[*find_namespace_packages(include=["fastlm", "fastlm.*"]), "fastlm.kernels"],
         package_dir={"fastlm.kernels": "kernels"},
-        # One extension stands for all modules: with it the wheel is one for this platform, and build_ext runs.
+        # One extension stands for all modules: it makes the wheel platform-specific and runs build_ext.
         ext_modules=[Extension("fastlm._cpu_features", ["csrc/cpu/cpu_features.cpp"])],
         cmdclass={"build_ext": BuildModules},
     )

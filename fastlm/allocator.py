@@ -50,7 +50,7 @@ def tune_allocator() -> AllocatorTuning:
 done: AllocatorTuning | None = None  # the latest result in this process, for fastlm.info()
 
 
-def in_words() -> str:
+def summary() -> str:
     """The state of this process, for fastlm.info()."""
     if done is not None and done.tuned:
         return f"tuned ({done.reason})"

@@ -342,7 +342,7 @@ def bench(
             help=f"Comma-separated list of benchmarks: {choices.listed(choices.BENCHMARKS)}. "
             "growth: time by context and width; accelerated: transformers' models."
         ),
-    ] = ",".join(choices.OPERATORS),
+    ] = ",".join(choices.DEFAULT_CASES),
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, comma-separated.")] = "float32,bfloat16",
     threads: Annotated[str, typer.Option(help="Comma-separated list of numbers of threads.")] = "1,2",
     directions: Annotated[

@@ -82,7 +82,7 @@ def info() -> Info:
             name: [backend for backend in registry.BACKENDS if operator.implements(backend)]
             for name, operator in operators.items()
         },
-        allocator=allocator.in_words(),
+        allocator=allocator.summary(),
         build=isa.missing,
         cuda=cuda.summary(),
         fallbacks=dict(selection.fallbacks),

@@ -163,8 +163,9 @@ struct binding {
   binding* next;
   static inline binding* first = nullptr;
 
-  template <class Result, class Arguments>
-  binding(const char* name, Result (*)(const Arguments&), _PyCFunctionFastWithKeywords function) : next(first) {
+  using function_type = PyObject*(PyObject* self, PyObject* const* values, Py_ssize_t positional, PyObject* names);
+
+  binding(const char* name, function_type* function) : next(first) {
     definition[0] = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
                      METH_FASTCALL | METH_KEYWORDS, nullptr};
     first = this;
@@ -190,11 +191,10 @@ PyObject* call(const char* name, Result (*function)(const Arguments&), PyObject*
   });
 }
 
-#define FASTLM_BINDING(function)                                                                    \
-  static ::fastlm::binding function##_binding(                                                      \
-      #function, function,                                                                          \
-      [](PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) -> PyObject* { \
-        return ::fastlm::call(#function, function, values, positional, names);                      \
+#define FASTLM_BINDING(function)                                                                               \
+  static ::fastlm::binding function##_binding(                                                                 \
+      #function, [](PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) -> PyObject* { \
+        return ::fastlm::call(#function, function, values, positional, names);                                 \
       });
 
 }  // namespace fastlm

@@ -1,15 +1,14 @@
-// AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101): one step over many tensors, in one pass over memory.
-//   g = factor · gradient                         factor: clipping, loss scale and the sign of a maximum, at once
+// AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101): one step for many tensors, in one pass over memory.
+//   g = factor · gradient             factor combines clipping, the loss scale and the sign of a maximisation
 //   m = m + (1 − β1)(g − m)
 //   v = β2 v + (1 − β2) g²
 //   p = p (1 − lr λ) − lr / (1 − β1ᵗ) · m / (√v / √(1 − β2ᵗ) + ε)
-// Memory per fp32 parameter: 16 bytes read, 12 written (every line that is written was read: nothing to gain from
-// stores past the cache). Some 15 operations with a root and a division among them, 36 cycles per 16 lanes on Intel's
-// cores and fewer on AMD's: below what memory takes, on two cores and more. A 16-bit parameter with a master copy: 2 +
-// 12 + 2 bytes read, 12 + 2 written; casting the master in a pass of its own would read 4 and write 2 more.
+// Memory bound: about 15 operations an element, with a square root and a division. An fp32 parameter reads 16 bytes and
+// writes 12. Streaming stores gain nothing, as every line that is written was read. A 16-bit parameter with a master
+// copy reads 2 + 12 + 2 bytes and writes 12 + 2; casting the master in a separate pass would read 4 and write 2 more.
 //
-// The tensors of a call are treated as one after the other and cut into parts of equal length, so that a model of many
-// small tensors and one of few large ones cost the same; a part looks up where it begins. Sums of squares are cut the
+// The tensors of a call are treated as one sequence of elements and cut into parts of equal length, so that many small
+// tensors cost as much as a few large ones. A part finds its first tensor by binary search. Sums of squares are cut the
 // same way, in blocks whose float32 sums are added in double precision.
 #pragma once
 #include <algorithm>
@@ -27,17 +26,18 @@ struct adamw_hyper {
   bool zero_gradients;
 };
 
-// Of one tensor; T: the parameter and its gradient, S: its moments. master: fp32, null where the parameter is its own.
+// The state of one tensor. T is the type of the parameter and its gradient, S of its moments. master is null where the
+// parameter has no master copy.
 template <class T, class S> struct adamw_tensor {
   T *parameter, *gradient;
   S *exp_avg, *exp_avg_sq;
   float* master;
-  float* step;  // updates so far
+  float* step;  // number of updates
 };
 
-// Where the elements of a list of tensors lie when they are counted through.
+// The elements of a list of tensors, numbered consecutively.
 struct element_ranges {
-  static constexpr int64_t Part = 16384;  // elements: half a megabyte of an fp32 update's traffic
+  static constexpr int64_t Part = 16384;  // elements: half a megabyte of traffic for an fp32 parameter
   std::vector<int64_t> ends;
 
   explicit element_ranges(const std::vector<int64_t>& sizes) {
@@ -46,7 +46,7 @@ struct element_ranges {
   }
   int64_t parts() const { return ends.empty() ? 0 : (ends.back() + Part - 1) / Part; }
 
-  // body(tensor, begin, end) for every run of elements of a part.
+  // Calls body(tensor, begin, end) for each range of a part's elements within one tensor.
   template <class Body> void visit(int64_t part, const Body& body) const {
     int64_t begin = part * Part, end = std::min(begin + Part, ends.back());
     for (size_t i = size_t(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin()); begin < end; ++i) {
@@ -57,7 +57,7 @@ struct element_ranges {
   }
 };
 
-// As it reads after it was stored as T.
+// The value of x after a store as T.
 template <class T> FASTLM_INLINE vec rounded_to(vec x) {
   T stored[vec::Lanes];
   x.store(stored, full{});
@@ -71,15 +71,15 @@ template <class T, class S> void adamw(const std::vector<adamw_tensor<T, S>>& te
   };
   std::vector<scalars> of_tensor;
   for (const auto& tensor : tensors) {
-    double t = double(*tensor.step += 1);  // float32, as PyTorch keeps it
+    double t = double(*tensor.step += 1);  // float32, as in PyTorch
     of_tensor.push_back({float(-h.lr / (1 - std::pow(h.beta1, t))), float(1 / std::sqrt(1 - std::pow(h.beta2, t)))});
   }
   const vec factor = vec::all(float(h.factor)), decay = vec::all(float(1 - h.lr * h.weight_decay)),
             eps = vec::all(float(h.eps));
-  const vec beta2 = vec::all(float(h.beta2)), rest2 = vec::all(float(1 - h.beta2));
-  // From the nearer end: with β1 = 0 the mean is the gradient itself, unrounded.
+  const vec beta2 = vec::all(float(h.beta2)), one_minus_beta2 = vec::all(float(1 - h.beta2));
+  // Interpolate from the nearer end: with β1 = 0 the mean is exactly the gradient.
   const bool from_gradient = h.beta1 < 0.5;
-  const vec towards = vec::all(float(from_gradient ? -h.beta1 : 1 - h.beta1));
+  const vec mean_rate = vec::all(float(from_gradient ? -h.beta1 : 1 - h.beta1));
   const bool zero = h.zero_gradients;
 
   const element_ranges ranges(sizes);
@@ -94,14 +94,13 @@ template <class T, class S> void adamw(const std::vector<adamw_tensor<T, S>>& te
       sweep(end - begin, [=](int64_t j, auto span) {
         vec g = vec::load(gp + j, span) * factor, m = vec::load(mp + j, span), w = vec::load(pp + j, span);
         if constexpr (!std::is_same_v<T, float>) {
-          if (wp) {  // a parameter that someone else has changed since is the truth, not the master that it once came
-                     // from
+          if (wp) {  // a parameter that was changed since the last step wins over its master copy
             vec kept = vec::load(wp + j, span);
             w = select(rounded_to<T>(kept) == w, kept, w);
           }
         }
-        m = fma(towards, g - m, from_gradient ? g : m);
-        vec v = fma(g * rest2, g, beta2 * vec::load(vp + j, span));
+        m = fma(mean_rate, g - m, from_gradient ? g : m);
+        vec v = fma(g * one_minus_beta2, g, beta2 * vec::load(vp + j, span));
         w = fma(step_size, m / fma(sqrt(v), root_correction, eps), w * decay);
         m.store(mp + j, span);
         v.store(vp + j, span);
@@ -115,11 +114,10 @@ template <class T, class S> void adamw(const std::vector<adamw_tensor<T, S>>& te
   });
 }
 
-// Σ x² of all elements of all tensors: the square of their norm.
+// Σ x² over all elements of all tensors.
 template <class T> double sum_of_squares(const std::vector<const T*>& tensors, const std::vector<int64_t>& sizes,
                                          int threads) {
-  constexpr int64_t Block =
-      2048;  // elements whose squares are added in float32: rounding that does not grow with the size of a model
+  constexpr int64_t Block = 2048;  // elements whose squares are added in float32, which bounds the rounding error
   const element_ranges ranges(sizes);
   std::vector<double> sums(size_t(ranges.parts()), 0.0);
   parallel_parts(ranges.parts(), threads, [&](int64_t part) {

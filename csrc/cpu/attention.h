@@ -1,12 +1,14 @@
 // Attention:  O = softmax(scale·Q Kᵀ + mask) V,  lse = log Σ exp of the masked scores            (FlashAttention-2:
 // Dao, 2023, arXiv:2307.08691)
 //
-// Forward 4·Tq·Tk·D FLOP a head, backward 10·Tq·Tk·D (five products, the scores made again from lse); half where
-// causal. Compute bound: scores exist for one tile of up to 256 keys × 48 queries, in L1 and L2; keys that no query of
-// the tile may see are left out. Everything is computed transposed, scores [key][query] and output [dim][query]: then
-// each product's second operand is the tile as it lies, the softmax runs down the registers without sums across lanes,
-// and rescaling is one multiplication per vector. Q, K, V and the results are strided views: they are copied or packed
-// as they are read (gemm.h), a key block once for up to 512 queries.
+// Forward 4·Tq·Tk·D FLOP per head, backward 10·Tq·Tk·D (five products, with the scores recomputed from lse); half of
+// that where causal. Reads Q, K, V once per chunk of up to 512 queries and writes O and lse: compute bound. Scores
+// exist for one tile of up to 256 keys × 48 queries at a time, in L1 and L2. Key blocks that no query of a tile
+// attends are skipped.
+// All products are computed transposed, scores as [key][query] and the output as [dim][query]: the tile is then the
+// second operand of each product as it is, the softmax needs no sums across lanes, and rescaling is one multiplication
+// per vector. Q, K, V and the results are strided views, which are packed as they are read (gemm.h), a key block once
+// for up to 512 queries.
 #pragma once
 #include "attention_mask.h"
 #include "sequences.h"
@@ -24,47 +26,48 @@ template <class T> struct heads_view {  // (batch, head, token, dim), dim contig
   heads_view from(int64_t token) const { return {at(0, 0, token), strides}; }
 };
 
-// Between rows of queries or keys that are copied as the first operand of a product over head_dim.
-template <class Arithmetic> int64_t copied_stride(int64_t dim) {
+// The stride of rows of queries or keys that are packed row-major, as the lhs of a product over head_dim.
+template <class Arithmetic> int64_t row_major_stride(int64_t dim) {
   return ceil_div(packed_depth<Arithmetic>(dim), vec::Lanes) * vec::Lanes;
 }
 
-// c[row][query] = Σ_d a(row, d)·b[d][query], the rows copied as they lie.
+// c[row][query] = Σ_d a(row, d)·b[d][query], for row-major a.
 template <class Arithmetic> void multiply_rows(int64_t rows, int64_t dim, const float* a, const float* b, float* c,
                                                int64_t width, int64_t chain = Chain) {
-  const int64_t stride = copied_stride<Arithmetic>(dim);
-  for (int64_t r = 0; r < rows; r += Arithmetic::Rows)
+  const int64_t stride = row_major_stride<Arithmetic>(dim);
+  for (int64_t r = 0; r < rows; r += Arithmetic::MR)
     multiply_tile<Arithmetic, true>(width / vec::Lanes, packed_depth<Arithmetic>(dim), a + r * stride, stride, b, width,
                                     c + r * width, width, false, chain);
 }
 
-// c[row][query] += Σ_d a(row, d)·b[d][query] over d < depth, of the `packed` that pack_transposed made of each row of
-// a.
+// c[row][query] += Σ_d a(row, d)·b[d][query] over d < depth, for an a of pack_transposed, whose rows
+// have `packed` lanes.
 template <class Arithmetic> void add_transposed(int64_t rows, int64_t depth, int64_t packed, const float* a,
                                                 const float* b, float* c, int64_t width) {
-  constexpr bool AsRows = Arithmetic::RowsOnly;
-  for (int64_t r = 0; r < rows; r += Arithmetic::Rows)
+  constexpr bool AsRows = Arithmetic::RowMajorOnly;
+  for (int64_t r = 0; r < rows; r += Arithmetic::MR)
     multiply_tile<Arithmetic, AsRows>(width / vec::Lanes, depth, a + r / PanelRows * PanelRows * packed + r % PanelRows,
                                       AsRows ? packed : PanelRows, b, width, c + r * width, width, true);
 }
 
-// Two tile rows (keys) per lane pair, for the product that sums over keys; in place. Without a product of pairs a tile
-// is what it is.
+// In place: packs two tile rows (keys) into each lane, for the product that sums over keys. A tile is left as it is
+// where a lane is one element.
 template <class Arithmetic> void pair_rows(float* tile, int64_t rows, int64_t width) {
   if constexpr (Arithmetic::PerLane == 2) {
     for (int64_t j = 0; j < 2 * packed_depth<Arithmetic>(rows); j += 2)
       for (int64_t i = 0; i < width; i += vec::Lanes) {
         vec low = j < rows ? vec::load(tile + j * width + i, full{}) : vec::zero(),
             high = j + 1 < rows ? vec::load(tile + (j + 1) * width + i, full{}) : vec::zero();
-        Arithmetic::join(low, high).store(tile + j / 2 * width + i, full{});
+        Arithmetic::pair(low, high).store(tile + j / 2 * width + i, full{});
       }
   }
 }
 
-// Keys whose rows hold an Inf or NaN. A weight of 0 does not keep those out of a product: they are left out of it, and
-// added where the weight is not 0.
-template <class T> int64_t find_nonfinite(const T* rows, int64_t stride, int64_t count, int64_t dim, uint8_t* found) {
-  vec any[4] = {vec::zero(), vec::zero(), vec::zero(), vec::zero()};  // rows need not wait for each other
+// Finds keys whose rows hold an Inf or NaN. A weight of 0 would not keep these out of a product, so they are left out
+// of it and added separately where the weight is not 0.
+template <class T> int64_t find_nonfinite_rows(const T* rows, int64_t stride, int64_t count, int64_t dim,
+                                               uint8_t* found) {
+  vec any[4] = {vec::zero(), vec::zero(), vec::zero(), vec::zero()};  // independent, to hide the latency of fma
   for (int64_t j = 0; j < count; j += 4)
     sweep(dim, [&](int64_t i, auto span) {
 #pragma GCC unroll 4
@@ -81,15 +84,15 @@ template <class T> int64_t find_nonfinite(const T* rows, int64_t stride, int64_t
   return total;
 }
 
-// The transposed rows [dim][key] as the first operand of a product that sums over keys, with the found rows as zeros:
-// panels, where those may be.
+// Packs the transposed rows [dim][key] as the lhs of a product that sums over keys, with zeros for the rows that were
+// found: k-major panels, except where the arithmetic takes row-major operands only.
 template <class Arithmetic, class T> void pack_transposed(const T* rows, int64_t stride, int64_t count, int64_t dim,
                                                           int64_t nonfinite, const uint8_t* found, float* out) {
   auto pack_panels = [=](operand<T> source) {
     for (int64_t d = 0; d < dim; d += PanelRows) {
       const operand<T> panel{source.data + d, 1, source.k_stride};
       float* to = out + d * packed_depth<Arithmetic>(count);
-      if constexpr (Arithmetic::RowsOnly)
+      if constexpr (Arithmetic::RowMajorOnly)
         pack_as_rows<Arithmetic>(panel, std::min(PanelRows, dim - d), count, packed_depth<Arithmetic>(count), to);
       else pack<Arithmetic>(panel, std::min(PanelRows, dim - d), count, PanelRows, to);
     }
@@ -104,7 +107,7 @@ template <class Arithmetic, class T> void pack_transposed(const T* rows, int64_t
   pack_panels({clean, 1, dim});
 }
 
-// What pack_transposed left out: o[dim][query] += weight·row, except where the weight is 0.
+// Adds the rows that pack_transposed left out: o[dim][query] += weight·row, except where the weight is 0.
 template <class T> void add_nonfinite(const T* rows, int64_t stride, int64_t keys, int64_t dim, const uint8_t* found,
                                       const float* weights, int64_t width, float* o) {
   for (int64_t j = 0; j < keys; ++j)
@@ -119,7 +122,7 @@ template <class T> void add_nonfinite(const T* rows, int64_t stride, int64_t key
     }
 }
 
-// rows[i·row_stride + d] = factor[i]·tile[d·width + i], the transpose of a finished [dim][query] tile.
+// rows[i·row_stride + d] = factor[i]·tile[d·width + i]: the transpose of a finished [dim][query] tile.
 template <class T> void store_transposed(const float* tile, int64_t width, int64_t dim, const float* factor, T* rows,
                                          int64_t row_stride, int64_t count) {
   constexpr int64_t L = vec::Lanes;
@@ -139,45 +142,45 @@ template <class T> void store_transposed(const float* tile, int64_t width, int64
   }
 }
 
-// Online softmax of one tile of masked scores (in place), still to be scaled, by more than 0: weights exp(scale·s −
-// max), the running maximum and sum of each query, and what earlier output must be scaled by. Row after row, as they
-// lie: so all vectors of a row are there for exp_below.
-template <int Vecs> void online_softmax(float* tile, float scale, int64_t keys, float* highest, float* sum,
+// Online softmax of one tile of masked scores, in place. `scale` > 0 is still to be applied. Gives the weights
+// exp(scale·s − max), updates row_max and row_sum of each query, and gives the factor by which earlier output must be
+// rescaled. Works row by row, so that all vectors of a row are there for exp_nonpositive.
+template <int Vecs> void online_softmax(float* tile, float scale, int64_t keys, float* row_max, float* row_sum,
                                         float* rescale) {
   constexpr int64_t L = vec::Lanes;
   const vec factor = vec::all(scale);
-  vec top[Vecs], shift[Vecs], total[Vecs];
-  for (int v = 0; v < Vecs; ++v) top[v] = vec::all(-INFINITY);
+  vec new_max[Vecs], shift[Vecs], new_sum[Vecs];
+  for (int v = 0; v < Vecs; ++v) new_max[v] = vec::all(-INFINITY);
   for (int64_t j = 0; j < keys; ++j)
-    for (int v = 0; v < Vecs; ++v) top[v] = max(top[v], vec::load(tile + (j * Vecs + v) * L, full{}));
+    for (int v = 0; v < Vecs; ++v) new_max[v] = max(new_max[v], vec::load(tile + (j * Vecs + v) * L, full{}));
   for (int v = 0; v < Vecs; ++v) {
-    top[v] = max(vec::load(highest + v * L, full{}), top[v] * factor);
-    shift[v] = zero_where(top[v] == vec::all(-INFINITY), top[v]);  // nothing seen yet: −inf − −inf would be NaN
-    total[v] = vec::zero();
+    new_max[v] = max(vec::load(row_max + v * L, full{}), new_max[v] * factor);
+    shift[v] = zero_where(new_max[v] == vec::all(-INFINITY), new_max[v]);  // no key yet: −inf − −inf would be NaN
+    new_sum[v] = vec::zero();
   }
-  constexpr int64_t Run = 16;  // weights are added up from zero, so that the rounding grows with the root of neither
-                               // many additions nor large sums
-  for (int64_t first = 0; first < keys; first += Run) {
-    vec run[Vecs];
-    for (int v = 0; v < Vecs; ++v) run[v] = vec::zero();
-    for (int64_t j = first; j < std::min(first + Run, keys); ++j) {
+  // Weights are summed in short chains from zero, which bounds the rounding error.
+  constexpr int64_t ChainLength = 16;
+  for (int64_t first = 0; first < keys; first += ChainLength) {
+    vec partial[Vecs];
+    for (int v = 0; v < Vecs; ++v) partial[v] = vec::zero();
+    for (int64_t j = first; j < std::min(first + ChainLength, keys); ++j) {
       vec weight[Vecs];
       for (int v = 0; v < Vecs; ++v) weight[v] = vec::load(tile + (j * Vecs + v) * L, full{}) * factor - shift[v];
-      exp_below(weight);
+      exp_nonpositive(weight);
       for (int v = 0; v < Vecs; ++v) {
         weight[v].store(tile + (j * Vecs + v) * L, full{});
-        run[v] = run[v] + weight[v];
+        partial[v] = partial[v] + weight[v];
       }
     }
-    for (int v = 0; v < Vecs; ++v) total[v] = total[v] + run[v];
+    for (int v = 0; v < Vecs; ++v) new_sum[v] = new_sum[v] + partial[v];
   }
-  vec kept[Vecs];
-  for (int v = 0; v < Vecs; ++v) kept[v] = vec::load(highest + v * L, full{}) - shift[v];
-  exp_below(kept);
+  vec factor_of_old[Vecs];
+  for (int v = 0; v < Vecs; ++v) factor_of_old[v] = vec::load(row_max + v * L, full{}) - shift[v];
+  exp_nonpositive(factor_of_old);
   for (int v = 0; v < Vecs; ++v) {
-    top[v].store(highest + v * L, full{});
-    kept[v].store(rescale + v * L, full{});
-    fma(vec::load(sum + v * L, full{}), kept[v], total[v]).store(sum + v * L, full{});
+    new_max[v].store(row_max + v * L, full{});
+    factor_of_old[v].store(rescale + v * L, full{});
+    fma(vec::load(row_sum + v * L, full{}), factor_of_old[v], new_sum[v]).store(row_sum + v * L, full{});
   }
 }
 
@@ -187,44 +190,44 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
   using arithmetic = arithmetic_for<T>;
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = sizes.head_dim, padded = sizes.padded_dim(), depth = packed_depth<arithmetic>(dim),
-                copied = copied_stride<arithmetic>(dim);
-  const int64_t chunk =
-      ceil_div(std::min<int64_t>(32768 / padded, 512), QueryPanel) * QueryPanel;  // outputs of a chunk: some 128 kB
+                copied = row_major_stride<arithmetic>(dim);
+  // Queries in a chunk: its accumulators take about 128 kB.
+  const int64_t chunk = ceil_div(std::min<int64_t>(32768 / padded, 512), QueryPanel) * QueryPanel;
   const std::vector<sequence> order = longest_first(sizes);
-  const sequence_parts parts(order, [=](const sequence& s) { return sizes.heads * ceil_div(s.queries, chunk); });
+  const sequence_parts parts(order, [=](const sequence& s) { return sizes.num_heads * ceil_div(s.queries, chunk); });
 
   parallel_parts(parts.total(), threads, [=, &parts, &masks](int64_t number) {
     [[maybe_unused]] const typename arithmetic::session multiplying;
     const auto place = parts.find(number);
     const sequence& of = place.of;
     const attention_size size = sizes.of(of);
-    const masking<T> mask = masks.moved(of.diagonal);
+    const masking<T> mask = masks.shifted(of.diagonal);
     const heads_view<const T> query = all_query.from(of.first_query), key = all_key.from(of.first_key),
                               value = all_value.from(of.first_key);
     const heads_view<T> out = all_out.from(of.first_query);
     const int64_t chunks = ceil_div(size.query_len, chunk), part = place.part, batch = of.index, head = part / chunks,
-                  kv_head = head / size.group();
+                  kv_head = head / size.group_size();
     const int64_t q0 = size.query_len * (part % chunks) / chunks, q1 = size.query_len * (part % chunks + 1) / chunks,
                   queries = q1 - q0;
-    const panels split(ceil_div(queries, L));
-    const int64_t lanes = split.total * L;
+    const panel_split panels(ceil_div(queries, L));
+    const int64_t lanes = panels.total * L;
 
     float* packed_q = scratch(lanes * (depth + padded + 3) + KeyBlock * (copied + padded + 2 * QueryPanel));
-    float* output = packed_q + lanes * depth;  // [panel][dim][query], not yet divided by the sum
-    float* highest = output + lanes * padded;
-    float* sum = highest + lanes;
-    float* rescale = sum + lanes;
-    float* copied_k = rescale + lanes;
-    float* packed_v = copied_k + KeyBlock * copied;
+    float* acc = packed_q + lanes * depth;  // [panel][dim][query], not yet divided by row_sum
+    float* row_max = acc + lanes * padded;
+    float* row_sum = row_max + lanes;
+    float* rescale = row_sum + lanes;
+    float* k_rows = rescale + lanes;
+    float* packed_v = k_rows + KeyBlock * copied;
     float* tile = packed_v + KeyBlock * padded;
     float* extra = tile + KeyBlock * QueryPanel;
     uint8_t nonfinite[KeyBlock];
 
-    std::fill_n(output, lanes * padded, 0.0f);
-    std::fill_n(highest, lanes, -INFINITY);
-    std::fill_n(sum, lanes, 0.0f);
-    for (int64_t p = 0; p < split.count; ++p) {
-      const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from;
+    std::fill_n(acc, lanes * padded, 0.0f);
+    std::fill_n(row_max, lanes, -INFINITY);
+    std::fill_n(row_sum, lanes, 0.0f);
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t from = panels.begin(p) * L, width = panels.begin(p + 1) * L - from;
       pack<arithmetic>(operand<T>{query.at(batch, head, q0 + from), query.row(), 1}, std::min(width, queries - from),
                        dim, width, packed_q + from * depth);
     }
@@ -232,19 +235,19 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
     for (int64_t k0 = mask.first_key(q0); k0 < mask.end_key(q1, size.key_len); k0 += KeyBlock) {
       const int64_t keys = std::min(KeyBlock, size.key_len - k0);
       const T* v = value.at(batch, kv_head, k0);
-      const int64_t bad = find_nonfinite(v, value.row(), keys, dim, nonfinite);
-      copy_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, keys, dim, copied, copied_k);
-      pack_transposed<arithmetic>(v, value.row(), keys, dim, bad, nonfinite, packed_v);
-      for (int64_t p = 0; p < split.count; ++p) {
-        const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from;
+      const int64_t num_nonfinite = find_nonfinite_rows(v, value.row(), keys, dim, nonfinite);
+      copy_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, keys, dim, copied, k_rows);
+      pack_transposed<arithmetic>(v, value.row(), keys, dim, num_nonfinite, nonfinite, packed_v);
+      for (int64_t p = 0; p < panels.count; ++p) {
+        const int64_t from = panels.begin(p) * L, width = panels.begin(p + 1) * L - from;
         const int64_t count = std::min(width, queries - from);
-        const tile_place at{batch, head, q0 + from, count, k0, mask.seen(q0 + from + count, k0, keys)};
-        if (!mask.touches(at.query, at.query + at.queries, k0, k0 + at.keys)) continue;
-        float* o = output + from * padded;
-        multiply_rows<arithmetic>(at.keys, dim, copied_k, packed_q + from * depth, tile, width);
+        const tile_position at{batch, head, q0 + from, count, k0, mask.visible_keys(q0 + from + count, k0, keys)};
+        if (!mask.intersects(at.query, at.query + at.queries, k0, k0 + at.keys)) continue;
+        float* o = acc + from * padded;
+        multiply_rows<arithmetic>(at.keys, dim, k_rows, packed_q + from * depth, tile, width);
         const float scale = mask_scores(mask, at, tile, width, extra);
         with_vecs(width / L, [=](auto vecs) {
-          online_softmax<vecs>(tile, scale, at.keys, highest + from, sum + from, rescale + from);
+          online_softmax<vecs>(tile, scale, at.keys, row_max + from, row_sum + from, rescale + from);
         });
         for (int64_t i = 0; i < width; i += L) {
           const vec factor = vec::load(rescale + from + i, full{});
@@ -252,26 +255,26 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
             (vec::load(o + d * width + i, full{}) * factor).store(o + d * width + i, full{});
         }
         if (mask.drop.active()) {
-          keep_tile(mask.drop, at, size.heads, extra, width);
+          dropout_tile(mask.drop, at, size.num_heads, extra, width);
           sweep(at.keys * width, [=](int64_t i, auto) {
             (vec::load(tile + i, full{}) * vec::load(extra + i, full{})).store(tile + i, full{});
           });
         }
-        if (bad) add_nonfinite(v, value.row(), at.keys, dim, nonfinite, tile, width, o);
+        if (num_nonfinite) add_nonfinite(v, value.row(), at.keys, dim, nonfinite, tile, width, o);
         pair_rows<arithmetic>(tile, at.keys, width);
         add_transposed<arithmetic>(dim, packed_depth<arithmetic>(at.keys), packed_depth<arithmetic>(keys), packed_v,
                                    tile, o, width);
       }
     }
 
-    for (int64_t p = 0; p < split.count; ++p) {
-      const int64_t from = split.begin(p) * L, width = split.begin(p + 1) * L - from,
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t from = panels.begin(p) * L, width = panels.begin(p + 1) * L - from,
                     count = std::min(width, queries - from);
       float* row_lse = lse + sizes.row(of, head) + q0 + from;
       for (int64_t i = 0; i < count; ++i)
-        row_lse[i] = sum[from + i] == 0 ? -INFINITY : highest[from + i] + std::log(sum[from + i]);
-      for (int64_t i = 0; i < width; ++i) rescale[from + i] = sum[from + i] == 0 ? 0.0f : 1.0f / sum[from + i];
-      store_transposed(output + from * padded, width, dim, rescale + from, out.at(batch, head, q0 + from), out.row(),
+        row_lse[i] = row_sum[from + i] == 0 ? -INFINITY : row_max[from + i] + std::log(row_sum[from + i]);
+      for (int64_t i = 0; i < width; ++i) rescale[from + i] = row_sum[from + i] == 0 ? 0.0f : 1.0f / row_sum[from + i];
+      store_transposed(acc + from * padded, width, dim, rescale + from, out.at(batch, head, q0 + from), out.row(),
                        count);
     }
   });

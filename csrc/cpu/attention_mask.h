@@ -1,6 +1,8 @@
-// What attention may look at: the band of diagonals (causal, window), padding of keys, and a bool or additive mask of
-// four dimensions, none of them ever expanded. Scores live in tiles stored key by key, [key][query], so that a vector
-// holds one key's scores for Lanes queries: the softmax needs no sum across lanes.
+// What a query attends: a band of diagonals (causal, window), key padding, and a bool or additive mask of four
+// dimensions; none of them is ever expanded.
+//
+// Scores are stored in tiles as [key][query], so that a vector holds one key's scores for Lanes queries: the softmax
+// needs no sum across lanes.
 #pragma once
 #include <array>
 #include <cmath>
@@ -9,9 +11,8 @@
 
 namespace fastlm {
 
-inline constexpr int64_t KeyBlock =
-    256;  // keys per tile; a multiple of 64, so that a dropout group never straddles two
-inline constexpr int64_t QueryPanel = TileVecs * vec::Lanes;  // queries per tile, at most
+inline constexpr int64_t KeyBlock = 256;  // keys per tile; a multiple of 64, as a dropout group must not span two tiles
+inline constexpr int64_t QueryPanel = NRVecs * vec::Lanes;  // queries per tile, at most
 
 enum class mask_type { none = 0, boolean = 1, additive = 2, additive_fp32 = 3 };
 
@@ -19,43 +20,42 @@ template <class T> struct masking {
   const void* mask;
   mask_type type;
   std::array<int64_t, 4> mask_strides;  // batch, head, query, key; 0 where the mask has size 1
-  const bool* key_padding;              // true = a real token
+  const bool* key_padding;              // true: a token, false: padding
   std::array<int64_t, 2> padding_strides;
   int64_t lower, upper;  // position j attends from row i iff lower ≤ j − i ≤ upper
   float scale;
   dropout drop;
 
-  // The band moved along the keys.
-  masking moved(int64_t diagonals) const {
+  // The band shifted along the keys.
+  masking shifted(int64_t diagonals) const {
     masking m = *this;
     m.lower += diagonals, m.upper += diagonals;
     return m;
   }
-  // Some (not all) of the queries [q0, q1) × keys [k0, k1)
-  bool touches(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const {
+  // Whether some, and whether all, of the queries [q0, q1) attend some, all, of the keys [k0, k1) by the band.
+  bool intersects(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const {
     return k1 - 1 - q0 >= lower && k0 - (q1 - 1) <= upper;
   }
-  bool inside(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const {
+  bool contains(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const {
     return k0 - (q1 - 1) >= lower && k1 - 1 - q0 <= upper;
   }
   int64_t first_key(int64_t q0) const { return std::max<int64_t>(0, q0 + std::max(lower, -q0)) / KeyBlock * KeyBlock; }
   int64_t end_key(int64_t q1, int64_t key_len) const {
     return upper >= key_len ? key_len : std::min(key_len, q1 + upper);
   }
-  // How many of the keys from k0 on (whole tiles of them) reach to the last that the last query before q1 may look at:
-  // what lies beyond is no work.
-  int64_t seen(int64_t q1, int64_t k0, int64_t keys) const {
-    constexpr int64_t together = arithmetic_for<T>::Rows;
-    return std::min(keys, ceil_div(std::max<int64_t>(0, end_key(q1, k0 + keys) - k0), together) * together);
+  // The number of keys from k0 on, in whole register tiles, that the band lets any query before q1 attend.
+  int64_t visible_keys(int64_t q1, int64_t k0, int64_t keys) const {
+    constexpr int64_t tile_rows = arithmetic_for<T>::MR;
+    return std::min(keys, ceil_div(std::max<int64_t>(0, end_key(q1, k0 + keys) - k0), tile_rows) * tile_rows);
   }
 };
 
-struct tile_place {
+struct tile_position {
   int64_t batch, head, query, queries, key, keys;
-};  // head of the queries; `queries` and `keys` are counts
+};  // head: of the queries; queries, keys: counts
 
 // tile[j·width + i] = mask value of query i and key j; −inf where a bool mask is False.
-template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& strides, const tile_place& at,
+template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& strides, const tile_position& at,
                                   float* tile, int64_t width) {
   constexpr int64_t L = vec::Lanes;
   mask += at.batch * strides[0] + at.head * strides[1] + at.query * strides[2] + at.key * strides[3];
@@ -63,14 +63,14 @@ template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& s
     if constexpr (std::is_same_v<M, bool>) return select(v == vec::zero(), vec::all(-INFINITY), vec::zero());
     else return v;
   };
-  auto single = [&](const M* p) {
+  auto element = [&](const M* p) {
     alignas(64) float lane[L];
     scores(vec::load(p, tail{1})).store(lane, full{});
     return lane[0];
   };
-  if (strides[2] == 0) {  // the same for every query
+  if (strides[2] == 0) {  // broadcast over queries
     for (int64_t j = 0; j < at.keys; ++j) {
-      vec v = vec::all(single(mask + j * strides[3]));
+      vec v = vec::all(element(mask + j * strides[3]));
       for (int64_t i = 0; i < width; i += L) v.store(tile + j * width + i, full{});
     }
     return;
@@ -87,7 +87,7 @@ template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& s
           block[r] = scores(keys == L ? vec::load(row, full{}) : vec::load(row, tail{size_t(keys)}));
         } else {
           alignas(64) float lane[L] = {};
-          for (int64_t c = 0; c < keys; ++c) lane[c] = single(row + c * strides[3]);
+          for (int64_t c = 0; c < keys; ++c) lane[c] = element(row + c * strides[3]);
           block[r] = vec::load(lane, full{});
         }
       }
@@ -97,17 +97,17 @@ template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& s
   }
 }
 
-// Scores in place: s → scale·s + mask, −inf wherever attention may not look, whatever stood there. Where only the band
-// masks, the scores that it lets through stay as they are; returns what the scores are still to be multiplied by.
-// bias_tile is working memory of the tile's size.
-template <class T> float mask_scores(const masking<T>& m, const tile_place& at, float* scores, int64_t width,
+// In place: s → scale·s + mask, and −inf wherever attention is masked, whatever the score is. Where only the band
+// masks, the other scores are left unscaled; returns the scale that is still to be applied. bias_tile is scratch memory
+// of the tile's size.
+template <class T> float mask_scores(const masking<T>& m, const tile_position& at, float* scores, int64_t width,
                                      float* bias_tile) {
   constexpr int64_t L = vec::Lanes;
-  const vec scale = vec::all(m.scale), nothing = vec::all(-INFINITY);
+  const vec scale = vec::all(m.scale), minus_infinity = vec::all(-INFINITY);
   const bool biased = m.type != mask_type::none,
-             banded = !m.inside(at.query, at.query + at.queries, at.key, at.key + at.keys);
-  const bool later = !biased && !m.key_padding && m.scale > 0;  // the multiplication
-  if (later && !banded) return m.scale;
+             banded = !m.contains(at.query, at.query + at.queries, at.key, at.key + at.keys);
+  const bool scale_later = !biased && !m.key_padding && m.scale > 0;
+  if (scale_later && !banded) return m.scale;
   if (m.type == mask_type::boolean) load_mask(static_cast<const bool*>(m.mask), m.mask_strides, at, bias_tile, width);
   if (m.type == mask_type::additive) load_mask(static_cast<const T*>(m.mask), m.mask_strides, at, bias_tile, width);
   if (m.type == mask_type::additive_fp32)
@@ -115,48 +115,49 @@ template <class T> float mask_scores(const masking<T>& m, const tile_place& at, 
   const bool* padding =
       m.key_padding ? m.key_padding + at.batch * m.padding_strides[0] + at.key * m.padding_strides[1] : nullptr;
 
-  // Nothing is done from `whole` to `rest`, where all of the tile's queries may look and nothing else masks.
-  const int64_t whole = later ? std::clamp<int64_t>(
-                                    at.query + at.queries - 1 - at.key + std::max(m.lower, -at.query - at.queries), 0,
-                                    at.keys)
-                              : at.keys,
+  // Keys from `whole` to `rest` need nothing: all queries of the tile attend them, and only the band masks.
+  const int64_t whole = scale_later ? std::clamp<int64_t>(at.query + at.queries - 1 - at.key +
+                                                              std::max(m.lower, -at.query - at.queries),
+                                                          0, at.keys)
+                                    : at.keys,
                 rest = std::clamp<int64_t>(at.query - at.key + std::min(m.upper, at.keys + at.key) + 1, whole, at.keys);
   for (int64_t j = whole == 0 ? rest : 0; j < at.keys; j = j + 1 == whole ? rest : j + 1) {
     float* row = scores + j * width;
     if (padding && !padding[j * m.padding_strides[1]]) {
-      for (int64_t i = 0; i < width; i += L) nothing.store(row + i, full{});
+      for (int64_t i = 0; i < width; i += L) minus_infinity.store(row + i, full{});
       continue;
     }
-    // Query i of the tile may look at key j iff first ≤ i ≤ last; clamped, so that they are exact as floats.
+    // Query i of the tile attends key j iff first ≤ i ≤ last; clamped, so that both are exact as floats.
     const int64_t diagonal = at.key + j - at.query;
     const float first = float(std::clamp<int64_t>(diagonal - std::min(m.upper, diagonal + 1), -1, width)),
                 last = float(std::clamp<int64_t>(diagonal - std::max(m.lower, diagonal - width), -1, width));
     for (int64_t i = 0; i < width; i += L) {
       vec s = vec::load(row + i, full{});
-      if (!later) s = s * scale;
+      if (!scale_later) s = s * scale;
       if (biased) {
         vec b = vec::load(bias_tile + j * width + i, full{});
-        s = select(b == nothing, nothing, s + b);
+        s = select(b == minus_infinity, minus_infinity, s + b);
       }
       if (banded) {
         vec query = vec::iota() + vec::all(float(i));
-        s = select((vec::all(first) <= query) & (query <= vec::all(last)), s, nothing);
+        s = select((vec::all(first) <= query) & (query <= vec::all(last)), s, minus_infinity);
       }
       s.store(row + i, full{});
     }
   }
-  return later ? m.scale : 1;
+  return scale_later ? m.scale : 1;
 }
 
-// factors[j·width + i] = 0 where the weight of query i and key j is dropped, else 1/(1 − p).
-inline void keep_tile(const dropout& drop, const tile_place& at, int64_t heads, float* factors, int64_t width) {
-  const uvec third = uvec::all(uint32_t(at.batch * heads + at.head));
+// factors[j·width + i] = 0 where the weight of query i and key j is dropped, otherwise 1/(1 − p).
+inline void dropout_tile(const dropout& drop, const tile_position& at, int64_t num_heads, float* factors,
+                         int64_t width) {
+  const uvec batch_head = uvec::all(uint32_t(at.batch * num_heads + at.head));
   for (int64_t group = 0; group * 64 < at.keys; ++group)
     for (int64_t column = 0; column < 16; ++column)
       for (int64_t i = 0; i < width; i += vec::Lanes) {
         uvec words[4];
         philox(uvec::all(uint32_t((at.key / 64 + group) * 16 + column)),
-               uvec::all(uint32_t(at.query + i)) + uvec::iota(), third, drop.seed, words);
+               uvec::all(uint32_t(at.query + i)) + uvec::iota(), batch_head, drop.seed, words);
         for (int64_t word = 0; word < 4; ++word) {
           const int64_t j = group * 64 + word * 16 + column;
           if (j < at.keys)

@@ -1,5 +1,5 @@
-// What this CPU and its operating system can run: read once at import, before any module compiled for a wider
-// instruction set is touched.
+// Which modules this CPU and its operating system can run: asked once at import, before a module for a wider
+// instruction set is loaded.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -33,7 +33,7 @@ struct Registers {
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-// All zero where the CPU has no such leaf.
+// All zero where the CPU does not have the leaf.
 Registers cpuid(uint32_t leaf, uint32_t subleaf = 0) {
   Registers r;
   __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
@@ -42,8 +42,8 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf = 0) {
 
 bool bit(uint32_t word, int index) { return (word >> index) & 1; }
 
-// Which register files the operating system saves on a context switch: without that an instruction that the CPU knows
-// still faults.
+// The register files that the operating system saves on a context switch. Without that the instructions of an extension
+// fault, although the CPU has it.
 uint64_t enabled_state() {
   if (!bit(cpuid(1).ecx, 27)) return 0;  // OSXSAVE
   uint32_t low, high;
@@ -69,10 +69,10 @@ bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).eax, 5); }
 
 bool has_amx() {
   uint32_t seven = cpuid(7).edx;
-  return saves(Tiles) && bit(seven, 24) && bit(seven, 22);  // tiles, and bf16 products of them
+  return saves(Tiles) && bit(seven, 24) && bit(seven, 22);  // AMX-TILE, AMX-BF16
 }
 
-// Linux gives a process the registers of tiles, 8 kB for each thread, when it asks.
+// Linux requires a process to ask for the tile registers, 8 kB per thread.
 bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long RequestPermission = 0x1023, TileData = 18;  // ARCH_REQ_XCOMP_PERM
@@ -113,7 +113,7 @@ std::string brand() {
   return begin == std::string::npos ? "" : name.substr(begin, end - begin + 1);
 }
 
-// Family and model as vendors write them, the extended fields added where they count.
+// Family and model as the vendors number them, with the extended fields where they apply.
 int family() {
   uint32_t signature = cpuid(1).eax, base = signature >> 8 & 0xf;
   return base == 0xf ? base + (signature >> 20 & 0xff) : base;
@@ -129,7 +129,7 @@ struct Models {
   const char* name;
 };
 
-// Virtual machines often hide the brand; family and model they pass on. Ranges as in Linux's arch/x86/kernel/cpu/amd.c.
+// Virtual machines often hide the brand, but not family and model. Ranges as in Linux's arch/x86/kernel/cpu/amd.c.
 constexpr Models Amd[] = {
     {0x17, 0x00, 0x2f, "zen1"}, {0x17, 0x50, 0x5f, "zen1"}, {0x17, 0x30, 0x4f, "zen2"}, {0x17, 0x60, 0x7f, "zen2"},
     {0x17, 0x90, 0x91, "zen2"}, {0x17, 0xa0, 0xaf, "zen2"}, {0x18, 0x00, 0xff, "zen1"}, {0x19, 0x00, 0x0f, "zen3"},
@@ -163,7 +163,7 @@ std::string microarchitecture() {
   };
   if (vendor() == "AuthenticAMD" || vendor() == "HygonGenuine") return find(Amd);
   if (vendor() != "GenuineIntel") return "";
-  if (f == 6 && m == 0x55) {  // told apart by what each added
+  if (f == 6 && m == 0x55) {  // distinguished by instruction sets
     if (bit(cpuid(7, 1).eax, 5)) return "cooperlake";
     return bit(cpuid(7).ecx, 11) ? "cascadelake" : "skylake-avx512";
   }
@@ -172,7 +172,7 @@ std::string microarchitecture() {
 
 Caches caches() {
   Caches sizes;
-  uint32_t leaf = vendor() == "GenuineIntel" ? 4 : 0x8000001d;  // the same layout in both
+  uint32_t leaf = vendor() == "GenuineIntel" ? 4 : 0x8000001d;  // both have the same layout
   for (uint32_t index = 0; index < 16; ++index) {
     Registers r = cpuid(leaf, index);
     uint32_t type = r.eax & 0x1f, level = r.eax >> 5 & 7;
@@ -187,7 +187,7 @@ Caches caches() {
   return sizes;
 }
 
-#else  // not x86: the generic path is the only one
+#else  // not x86: only the generic module
 
 std::vector<std::string> isas() { return {"baseline"}; }
 bool has_amx() { return false; }
@@ -224,8 +224,8 @@ Caches caches() {
 #endif
 #endif
 
-// The kernels are linked to no OpenMP runtime: they use the one that torch loaded, so that there is one pool of
-// threads. A torch without any is the only case in which the compiler's own is loaded.
+// The modules are linked to no OpenMP runtime and use the one that torch loads, so that there is one thread pool. Only
+// where torch brings none is the compiler's own loaded.
 void provide_openmp() {
 #if defined(__linux__)
   if (!dlsym(RTLD_DEFAULT, "GOMP_parallel")) dlopen("libgomp.so.1", RTLD_NOW | RTLD_GLOBAL);

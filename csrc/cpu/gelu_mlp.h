@@ -1,8 +1,8 @@
 // GELU-MLP:  h = x·W1 + b1,  a = gelu(h),  y = a·W2 + b2
 //
-// Forward 4·rows·width·hidden FLOP (both products), backward twice that; with hidden = 4·width compute bound by far.
-// The activation is an epilogue: h and a are written once from registers and never read back for it. The backward's
-// GELU gradient is the epilogue of dy·W2ᵀ, which also makes a again where it was not kept.
+// Forward 4·rows·width·hidden FLOP (two products), backward twice that; compute bound. The activation is an epilogue of
+// the first product: h and a are written once, from registers, and not read again for it. In the backward the
+// derivative of GELU is an epilogue of dy·W2ᵀ, which also recomputes a where it was not saved.
 #pragma once
 #include "linear.h"
 #include "vmath.h"
@@ -14,7 +14,7 @@ template <bool Tanh> FASTLM_INLINE gelu_value gelu(vec x) {
   else return gelu_erf(x);
 }
 
-// hidden may be null (nothing will need it); activated is always written: (rows, hidden_width), as is hidden.
+// hidden and activated are (rows, hidden_width); hidden may be null where it is not saved.
 template <bool Tanh, class T>
 void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_operand<const T> w1, const T* b1, T* hidden, T* activated,
                      int64_t rows, int64_t width, int64_t hidden_width, int threads) {
@@ -22,7 +22,7 @@ void gelu_mlp_hidden(const T* x, int64_t x_stride, weight_operand<const T> w1, c
     if (hidden) value.store(hidden + i * hidden_width + j, span);
     gelu<Tanh>(value).value.store(activated + i * hidden_width + j, span);
   };
-  project(x, x_stride, w1, b1, rows, width, hidden_width, threads, writing_to(activated, hidden_width, write));
+  project(x, x_stride, w1, b1, rows, width, hidden_width, threads, storing_to(activated, hidden_width, write));
 }
 
 template <bool Tanh, class T>
@@ -34,7 +34,7 @@ void gelu_mlp_forward(const T* x, int64_t x_stride, weight_operand<const T> w1, 
 }
 
 template <class T> struct gelu_mlp_saved {
-  T *hidden, *activated, *dhidden;  // (rows, hidden_width) each; dhidden is working memory
+  T *hidden, *activated, *dhidden;  // (rows, hidden_width) each; dhidden is scratch memory
   bool hidden_known, activated_known;
 };
 
@@ -44,27 +44,28 @@ template <class T, class G> struct gelu_mlp_gradients {  // null where not wante
   G *db1, *db2;
 };
 
-// What the gradients need of the hidden layer, as far as it is not known: hidden, activated, and where wanted
-// dhidden = dy·W2ᵀ · gelu'(hidden).
+// Computes what the gradients need of the hidden layer and is not known: hidden, activated, and where wanted dhidden =
+// dy·W2ᵀ · gelu'(hidden).
 template <bool Tanh, class T>
 void gelu_mlp_hidden_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_operand<const T> w1,
                               const T* b1, weight_operand<const T> w2, gelu_mlp_saved<T> saved, bool wants_dhidden,
                               int64_t rows, int64_t width, int64_t hidden_width, int64_t out_width, int threads) {
   T *hidden = saved.hidden, *activated = saved.activated, *dhidden = saved.dhidden;
-  bool make_activated = !saved.activated_known;
+  bool compute_activated = !saved.activated_known;
   if (!saved.hidden_known) {
     gelu_mlp_hidden<Tanh>(x, x_stride, w1, b1, hidden, activated, rows, width, hidden_width, threads);
-    make_activated = false;
+    compute_activated = false;
   }
   if (wants_dhidden) {
     auto write = [=](int64_t i, int64_t j, vec value, auto span) {
       const int64_t at = i * hidden_width + j;
       gelu_value g = gelu<Tanh>(vec::load(hidden + at, span));
       (value * g.slope).store(dhidden + at, span);
-      if (make_activated) g.value.store(activated + at, span);
+      if (compute_activated) g.value.store(activated + at, span);
     };
-    project_back(dy, dy_stride, w2, rows, hidden_width, out_width, threads, writing_to(dhidden, hidden_width, write));
-  } else if (make_activated) {
+    project_transposed(dy, dy_stride, w2, rows, hidden_width, out_width, threads,
+                       storing_to(dhidden, hidden_width, write));
+  } else if (compute_activated) {
     parallel_for(rows, parts_for(rows, 2 * hidden_width * sizeof(T)), threads,
                  [=](int64_t begin, int64_t end, int64_t) {
                    const int64_t first = begin * hidden_width;

@@ -1,12 +1,12 @@
-// C = A·B with an epilogue, the matrix product under every operator. 2·m·n·k FLOP; compute bound from a few dozen rows
-// on.
+// C = A·B with an epilogue: the matrix product of all operators. 2·m·n·k FLOP, on m·k + k·n elements read and m·n
+// written; compute bound from a few dozen rows on.
 //
-// A block of C (up to 512 rows) is one part of the work. Its rows of A are packed once and stay in the L2 cache; then,
-// panel after panel of up to three vectors of columns (with 8 lanes, where such a panel ends within a cache line, two
-// beside each other), a block of B (≤ 192 deep) is packed into L1 and all the rows pass by it. While one block of B is
-// multiplied the next is fetched from memory. Packing (gemm_pack.h) takes 1–3 % of the multiplication (gemm_tile.h).
-// The epilogue sees each finished vector of C once, while it is in the cache: a bias, an activation, what the result is
-// added to cost no pass over memory.
+// C is cut into blocks of at most MC × NC, which threads compute independently. The rows of A in a block are packed
+// once and stay in the L2 cache. B is packed in panels of KC lanes of k × NRVecs vectors of columns, which fit in L1,
+// and all rows of A are multiplied by each panel; meanwhile the next panel of B is prefetched. With 8 lanes a panel may
+// end within a cache line of C; then two adjacent panels form a group. Packing (gemm_pack.h) takes 1–3 % of the time of
+// the tiles (gemm_tile.h). The epilogue receives each finished vector of C once, while it is in the cache, so that a
+// bias, an activation or an accumulation costs no pass over memory.
 #pragma once
 #include <numeric>
 #if defined(__unix__) || defined(__APPLE__)
@@ -17,27 +17,26 @@
 
 namespace fastlm {
 
-// `total` vectors in panels of at most TileVecs, as equal as they can be (4 = 2 + 2: a panel of one vector would waste
-// two thirds of its loads).
-struct panels {
+// `total` vectors cut into panels of at most NRVecs, of nearly equal width: 4 = 2 + 2, as a panel of one vector would
+// waste two thirds of its loads.
+struct panel_split {
   int64_t total, count;
-  explicit panels(int64_t vecs) : total(vecs), count(ceil_div(vecs, TileVecs)) {}
+  explicit panel_split(int64_t vecs) : total(vecs), count(ceil_div(vecs, NRVecs)) {}
   int64_t begin(int64_t p) const { return total * p / count; }  // in vectors
 };
 
-// So many panels beside each other are multiplied by some rows of A before the next rows: together their rows of C are
-// whole cache lines. One by one, a line at an edge would have left the cache when the next panel writes its other half.
-inline constexpr int64_t PanelBytes = TileVecs * vec::Lanes * 4, Abreast = std::lcm(64, PanelBytes) / PanelBytes;
-inline constexpr int64_t PartRows = 512,
-                         PartColumns = 768;  // of C, at most: what one packing serves, and sums that stay near
-inline constexpr int64_t RowsAbreast = Abreast > 1 ? 64 : PartRows;
-inline constexpr int64_t PackedFrom = 8;  // panels of B: with so many columns
-inline constexpr int64_t PackedTogether =
-    8;  // k-major panels of A: so many read whole cache lines, and each page, once
+// A group of adjacent panels is multiplied by some rows of A before the next rows, so that the rows of C in a group are
+// whole cache lines. Otherwise a line at a panel's edge would be evicted before the next panel writes its other half.
+inline constexpr int64_t PanelBytes = NRVecs * vec::Lanes * 4, PanelsPerGroup = std::lcm(64, PanelBytes) / PanelBytes;
+// The largest block of C: rows that one packed panel of B serves, and columns whose accumulators stay in the cache.
+inline constexpr int64_t MC = 512, NC = 768;
+inline constexpr int64_t RowsPerGroup = PanelsPerGroup > 1 ? 64 : MC;
+inline constexpr int64_t MinPanelsToPack = 8;       // panels of B from which on packing A k-major pays
+inline constexpr int64_t PanelsPackedTogether = 8;  // k-major panels of A: their columns are whole cache lines
 
-// Bytes of the L2 cache that rows of A may take: the rest is for what streams by. Where the system does not tell its
-// size, that of a small server's.
-inline int64_t cache_for_rows() {
+// Bytes of the L2 cache for packed rows of A; the rest is for B and C. Where the system does not report the size of the
+// cache, that of a small server is assumed.
+inline int64_t lhs_cache_bytes() {
   int64_t size = 0;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -46,171 +45,171 @@ inline int64_t cache_for_rows() {
   return (size > 0 ? std::clamp<int64_t>(size, 256 << 10, 4 << 20) : 1 << 20) * 9 / 20;
 }
 
-// How C is cut. Only the order of the work follows from it and no result: an element is the same chain of sums however
-// C is cut.
+// How C is cut into blocks. No result depends on it: an element is the same chain of sums in any block.
 struct blocking {
   int64_t row_blocks, col_blocks;
-  blocking(int64_t m, int64_t n, int64_t k, int threads)
-      : row_blocks(ceil_div(m, PartRows)), col_blocks(ceil_div(n, PartColumns)) {
+  blocking(int64_t m, int64_t n, int64_t k, int threads) : row_blocks(ceil_div(m, MC)), col_blocks(ceil_div(n, NC)) {
     for (;;) {
       const int64_t parts = row_blocks * col_blocks, rows = m / row_blocks, cols = n / col_blocks;
       const bool by_cols = cols > 48 && (cols >= rows || rows <= 64);
       if (parts >= 4 * threads || threads == 1 || (!by_cols && rows <= 64)) break;
       const double work = double(m) * double(n) * double(k) / double(parts);
-      // A part for each thread, from 50 µs of work on. More of them, so that a late one holds up little, where they are
-      // worth half a millisecond and stay large: an element that is read serves rows·cols / (rows + cols)
-      // multiply-adds, and memory gives one in the time of a hundred.
-      const double served =
+      // At least one block per thread, if a block is 50 µs of work. More blocks balance the load better, but only if
+      // each is half a millisecond of work and stays large: an element that is read is used in rows·cols / (rows +
+      // cols) multiply-adds, and reading one from memory takes the time of a hundred.
+      const double reuse =
           by_cols ? rows * (cols / 2.0) / (rows + cols / 2.0) : (rows / 2.0) * cols / (rows / 2.0 + cols);
-      if (work < 4e6 || (parts >= threads && (work < 4e7 || served < 170))) break;
+      if (work < 4e6 || (parts >= threads && (work < 4e7 || reuse < 170))) break;
       (by_cols ? col_blocks : row_blocks) *= 2;
     }
     while (row_blocks * col_blocks > threads && row_blocks * col_blocks < 4 * threads &&
            row_blocks * col_blocks % threads && m / row_blocks > 64)
-      ++row_blocks;  // few parts are shared out evenly
+      ++row_blocks;  // a small number of blocks is made a multiple of the number of threads
     row_blocks = std::min(row_blocks, ceil_div(m, PanelRows));
     col_blocks = std::min(col_blocks, ceil_div(n, vec::Lanes));
   }
 };
 
-// k cut into blocks, each as deep as a packed panel may be.
-struct block_of_k {
-  int64_t first, count, lanes;  // of k, and the lanes that they take
+// k cut into blocks of at most KC lanes, of nearly equal depth.
+struct k_block {
+  int64_t first, count, lanes;  // the first k, the number of them, and the lanes that they take
 };
-template <class Arithmetic> struct blocks_of_k {
+template <class Arithmetic> struct k_blocks {
   int64_t k, steps, count;
-  explicit blocks_of_k(int64_t k)
+  explicit k_blocks(int64_t k)
       : k(k),
-        steps(packed_depth<Arithmetic>(k) / Arithmetic::DepthStep),
-        count(std::max<int64_t>(1, ceil_div(packed_depth<Arithmetic>(k), Arithmetic::BlockDepth))) {}
-  block_of_k operator[](int64_t i) const {
-    const int64_t from = steps * i / count * Arithmetic::DepthStep,
-                  lanes = steps * (i + 1) / count * Arithmetic::DepthStep - from;
+        steps(packed_depth<Arithmetic>(k) / Arithmetic::KStep),
+        count(std::max<int64_t>(1, ceil_div(packed_depth<Arithmetic>(k), Arithmetic::KC))) {}
+  k_block operator[](int64_t i) const {
+    const int64_t from = steps * i / count * Arithmetic::KStep,
+                  lanes = steps * (i + 1) / count * Arithmetic::KStep - from;
     return {from * Arithmetic::PerLane, std::min(k - from * Arithmetic::PerLane, lanes * Arithmetic::PerLane), lanes};
   }
 };
 
-// An epilogue that writes C[i, j] to out[i·stride + j], and says so: where that pays, its cache lines are fetched while
-// the tile is multiplied.
-template <class T, class Write> struct writing : Write {
+// An epilogue that writes C[i, j] to out[i·stride + j]. Where that pays, these cache lines are prefetched while the
+// tile is multiplied.
+template <class T, class Write> struct store_epilogue : Write {
   T* out;
   int64_t stride;
   FASTLM_INLINE void prefetch(int64_t i, int64_t j) const {
     if constexpr (SmallTiles)
-      for (int64_t ahead = 0; ahead < TileVecs * vec::Lanes; ahead += 64 / int64_t(sizeof(T)))
+      for (int64_t ahead = 0; ahead < NRVecs * vec::Lanes; ahead += 64 / int64_t(sizeof(T)))
         __builtin_prefetch(out + i * stride + j + ahead, 1, 3);
   }
 };
-template <class T, class Write> writing<T, Write> writing_to(T* out, int64_t stride, Write write) {
+template <class T, class Write> store_epilogue<T, Write> storing_to(T* out, int64_t stride, Write write) {
   return {write, out, stride};
 }
 
-// One that reads in[i·stride + j] as well, or nothing where that is null. No hardware foresees eight rows of a tile,
-// and memory is far.
-template <class In, class T, class Write> struct updating : writing<T, Write> {
+// The same for an epilogue that also reads in[i·stride + j], if `in` is not null. Hardware prefetchers do not follow
+// the rows of a tile.
+template <class In, class T, class Write> struct update_epilogue : store_epilogue<T, Write> {
   const In* in;
   FASTLM_INLINE void prefetch(int64_t i, int64_t j) const {
     if (in)
-      for (int64_t ahead = 0; ahead < TileVecs * vec::Lanes; ahead += 64 / int64_t(sizeof(In)))
+      for (int64_t ahead = 0; ahead < NRVecs * vec::Lanes; ahead += 64 / int64_t(sizeof(In)))
         __builtin_prefetch(in + i * this->stride + j + ahead, 0, 3);
-    writing<T, Write>::prefetch(i, j);
+    store_epilogue<T, Write>::prefetch(i, j);
   }
 };
-template <class In, class T, class Write> updating<In, T, Write> updating_from(const In* in, T* out, int64_t stride,
-                                                                               Write write) {
+template <class In, class T, class Write> update_epilogue<In, T, Write> updating_from(const In* in, T* out,
+                                                                                      int64_t stride, Write write) {
   return {{write, out, stride}, in};
 }
 template <class T> FASTLM_INLINE auto store_to(T* out, int64_t stride) {
-  return writing_to(out, stride,
+  return storing_to(out, stride,
                     [=](int64_t i, int64_t j, vec value, auto span) { value.store(out + i * stride + j, span); });
 }
 
-// Rows of a part are read by the register tile as they lie, from rows RowStride apart, or from k-major panels:
-// whichever is fastest for their sizes.
-template <class Arithmetic, class T> struct left_side {
-  operand<T> a;  // from the part's first row on
+// The rows of A in a block of C. The register tile reads them unpacked, from packed rows RowStride apart, or from
+// k-major panels: whichever is fastest for their sizes.
+template <class Arithmetic, class T> struct lhs_block {
+  operand<T> a;  // from the block's first row on
   int64_t rows;
-  bool in_rows, as_is;
+  bool row_major, unpacked;
   float *packed = nullptr, *sums = nullptr;  // sums over k, or null
 
-  // Small tiles read k-major panels faster than pieces of long rows, which is worth packing them for so many columns.
-  // Rows that hold what the lanes shall hold need no packing, unless they lie whole pages apart and would crowd a few
-  // sets of the cache.
-  left_side(operand<T> a, int64_t rows, blocks_of_k<Arithmetic> blocks, int64_t b_panels) : a(a), rows(rows) {
+  // Small tiles read k-major panels faster than long rows, which pays for packing if there are many columns. Rows whose
+  // memory already equals the packed lanes need no packing, unless their stride is a multiple of the page size, where
+  // they would compete for a few sets of the cache.
+  lhs_block(operand<T> a, int64_t rows, k_blocks<Arithmetic> blocks, int64_t b_panels) : a(a), rows(rows) {
     constexpr int64_t Per = Arithmetic::PerLane;
     const bool along_k = a.stride != 1;
-    in_rows = Arithmetic::RowsOnly || (along_k && !(SmallTiles && blocks.count > 1 && b_panels >= PackedFrom));
-    as_is = in_rows && along_k && storage<T>::Bits * Per == 32 && a.stride % (1024 * Per) != 0 && a.stride % Per == 0 &&
-            blocks.k % (Per * Arithmetic::DepthStep) == 0 && reinterpret_cast<uintptr_t>(a.data) % 4 == 0;
+    row_major =
+        Arithmetic::RowMajorOnly || (along_k && !(SmallTiles && blocks.count > 1 && b_panels >= MinPanelsToPack));
+    unpacked = row_major && along_k && storage<T>::Bits * Per == 32 && a.stride % (1024 * Per) != 0 &&
+               a.stride % Per == 0 && blocks.k % (Per * Arithmetic::KStep) == 0 &&
+               reinterpret_cast<uintptr_t>(a.data) % 4 == 0;
   }
   int64_t padded() const { return ceil_div(rows, PanelRows) * PanelRows; }
-  int64_t row_size() const { return in_rows ? RowStride<Arithmetic> : Arithmetic::BlockDepth; }
-  bool direct(int64_t r) const { return as_is && r + Arithmetic::Rows <= rows; }
+  int64_t row_size() const { return row_major ? RowStride<Arithmetic> : Arithmetic::KC; }
+  bool direct(int64_t r) const { return unpacked && r + Arithmetic::MR <= rows; }
 
-  // Called for each tile in turn: packs what it and the next ones read. `held` counts the blocks of k that are packed
-  // already.
-  FASTLM_INLINE void pack(int64_t r, const block_of_k& block, int64_t held) const {
-    const bool row_by_row = in_rows && a.stride != 1;
-    if (direct(r) || !(row_by_row || r % (PackedTogether * PanelRows) == 0)) return;
-    const int64_t some = std::min(row_by_row ? Arithmetic::Rows : PackedTogether * PanelRows, rows - r);
+  // Called for each tile in order: packs the rows of this tile, or of several. `held` is the number of k blocks that
+  // are packed already.
+  FASTLM_INLINE void pack(int64_t r, const k_block& block, int64_t held) const {
+    const bool row_by_row = row_major && a.stride != 1;
+    if (direct(r) || !(row_by_row || r % (PanelsPackedTogether * PanelRows) == 0)) return;
+    const int64_t some = std::min(row_by_row ? Arithmetic::MR : PanelsPackedTogether * PanelRows, rows - r);
     float* to = packed + (held * padded() + r) * row_size();
-    pack_left<Arithmetic>(a.from(r, block.first), some, block.count, in_rows, to);
+    pack_lhs<Arithmetic>(a.from(r, block.first), some, block.count, row_major, to);
     if (!sums) return;
-    if constexpr (Arithmetic::RowsOnly) add_row_sums<Arithmetic>(to, block.lanes, row_size(), some, sums + r);
+    if constexpr (Arithmetic::RowMajorOnly) add_row_sums<Arithmetic>(to, block.lanes, row_size(), some, sums + r);
     else
       for (int64_t i = 0; i < some; i += PanelRows)
         add_panel_sums<Arithmetic>(to + i * row_size(), block.lanes, PanelRows, std::min(PanelRows, some - i),
                                    sums + r + i);
   }
 
-  // tile (Rows × vecs·Lanes) = rows from r on times a panel of B, or += where `accumulate`
-  FASTLM_INLINE void multiply(int64_t r, const block_of_k& block, int64_t held, int64_t vecs, const float* panel,
+  // tile (MR × vecs·Lanes) = rows from r on times a panel of B, or += where `accumulate`.
+  FASTLM_INLINE void multiply(int64_t r, const k_block& block, int64_t held, int64_t vecs, const float* panel,
                               float* tile, bool accumulate) const {
     const int64_t width = vecs * vec::Lanes;
     const float* block_at = packed + held * padded() * row_size();
     if (direct(r))
       multiply_tile<Arithmetic, true>(vecs, block.lanes, reinterpret_cast<const float*>(a.at(r, block.first)),
                                       a.stride / Arithmetic::PerLane, panel, width, tile, width, accumulate);
-    else if (in_rows)
+    else if (row_major)
       multiply_tile<Arithmetic, true>(vecs, block.lanes, block_at + r * row_size(), RowStride<Arithmetic>, panel, width,
                                       tile, width, accumulate);
-    else if constexpr (!Arithmetic::RowsOnly)
+    else if constexpr (!Arithmetic::RowMajorOnly)
       multiply_tile<Arithmetic>(vecs, block.lanes,
-                                block_at + r / PanelRows * PanelRows * Arithmetic::BlockDepth + r % PanelRows,
-                                PanelRows, panel, width, tile, width, accumulate);
+                                block_at + r / PanelRows * PanelRows * Arithmetic::KC + r % PanelRows, PanelRows, panel,
+                                width, tile, width, accumulate);
   }
 };
 
-// Columns of a part, in panels of which Abreast are packed at a time.
-template <class Arithmetic, class T> struct right_side {
-  static constexpr int64_t L = vec::Lanes, PanelSize = Arithmetic::BlockDepth * TileVecs * L;
-  operand<T> b;     // from the part's first column on
+// The columns of B in a block of C, in panels. A group of them is packed at a time.
+template <class Arithmetic, class T> struct rhs_block {
+  static constexpr int64_t L = vec::Lanes, PanelSize = Arithmetic::KC * NRVecs * L;
+  operand<T> b;     // from the block's first column on
   int64_t columns;  // that exist
-  panels split;
+  panel_split split;
   float *packed = nullptr, *sums = nullptr;  // sums over k, or null
 
   int64_t first(int64_t p) const { return split.begin(p) * L; }
   int64_t vecs(int64_t p) const { return split.begin(p + 1) - split.begin(p); }
   int64_t columns_of(int64_t p, int64_t end) const { return std::min(first(end), columns) - first(p); }
-  operand<T> at(int64_t p, const block_of_k& block) const { return b.from(first(p), block.first); }
+  operand<T> at(int64_t p, const k_block& block) const { return b.from(first(p), block.first); }
 
-  void pack(int64_t p0, int64_t p1, const block_of_k& block) const {
+  void pack(int64_t p0, int64_t p1, const k_block& block) const {
     for (int64_t p = p0; p < p1; ++p) {
       float* to = packed + (p - p0) * PanelSize;
       fastlm::pack<Arithmetic>(at(p, block), columns_of(p, p + 1), block.count, vecs(p) * L, to);
       if (sums) add_panel_sums<Arithmetic>(to, block.lanes, vecs(p) * L, columns_of(p, p + 1), sums + first(p));
     }
   }
-  prefetcher fetching(int64_t p0, int64_t p1, const block_of_k& block) const {
+  prefetcher fetching(int64_t p0, int64_t p1, const k_block& block) const {
     return {at(p0, block), columns_of(p0, p1), block.count};
   }
 };
 
-// A tile's rows, `width` apart, to epilogue(i, j, value, span) from (row, column) on.
+// Calls epilogue(i, j, value, span) for a finished tile at (row, column), whose rows are `width` apart.
 template <class Arithmetic, class Epilogue>
-FASTLM_INLINE void finish(const float* tile, int64_t rows, int64_t columns, int64_t width, int64_t row, int64_t column,
-                          Epilogue epilogue) {
-  constexpr int64_t L = vec::Lanes, Whole = TileVecs * L;
+FASTLM_INLINE void apply_epilogue(const float* tile, int64_t rows, int64_t columns, int64_t width, int64_t row,
+                                  int64_t column, Epilogue epilogue) {
+  constexpr int64_t L = vec::Lanes, Whole = NRVecs * L;
   using accumulator = typename Arithmetic::accumulator;
   for (int64_t i = 0; i < rows; ++i)
     if (columns == Whole) {
@@ -223,72 +222,73 @@ FASTLM_INLINE void finish(const float* tile, int64_t rows, int64_t columns, int6
       });
 }
 
-// epilogue(i, j, value, span): value holds C[i, j…]. a_sums (m; A contiguous along m) and b_sums (n), where given, are
-// increased by the sums over k of A and of B.
+// epilogue(i, j, value, span): value holds C[i, j], C[i, j + 1], … a_sums (m; A contiguous along m) and b_sums (n),
+// where not null, are increased by the sums over k of A and of B.
 template <class Arithmetic, class TA, class TB, class Epilogue>
 void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue,
           float* a_sums = nullptr, float* b_sums = nullptr) {
   constexpr int64_t L = vec::Lanes;
-  const blocking cut(m, n, k, threads);
-  const blocks_of_k<Arithmetic> blocks(k);
+  const blocking grid(m, n, k, threads);
+  const k_blocks<Arithmetic> blocks(k);
   const int64_t row_panels = ceil_div(m, PanelRows), col_vecs = ceil_div(n, L);
 
-  parallel_parts(cut.row_blocks * cut.col_blocks, threads, [=](int64_t part) {
+  parallel_parts(grid.row_blocks * grid.col_blocks, threads, [=](int64_t part) {
     [[maybe_unused]] const typename Arithmetic::session multiplying;
-    const int64_t row_block = part % cut.row_blocks,
-                  col_block = part / cut.row_blocks;  // neighbours in time share columns of B
-    const int64_t first_row = row_panels * row_block / cut.row_blocks * PanelRows,
-                  rows = std::min(m, row_panels * (row_block + 1) / cut.row_blocks * PanelRows) - first_row;
-    const int64_t first_vec = col_vecs * col_block / cut.col_blocks,
-                  vecs = col_vecs * (col_block + 1) / cut.col_blocks - first_vec, first_column = first_vec * L;
-    using right_type = right_side<Arithmetic, TB>;
-    right_type right{b.from(first_column, 0), n - first_column, panels(vecs)};
-    left_side<Arithmetic, TA> left(a.from(first_row, 0), rows, blocks, right.split.count);
+    const int64_t row_block = part % grid.row_blocks,
+                  col_block = part / grid.row_blocks;  // consecutive parts share columns of B
+    const int64_t first_row = row_panels * row_block / grid.row_blocks * PanelRows,
+                  rows = std::min(m, row_panels * (row_block + 1) / grid.row_blocks * PanelRows) - first_row;
+    const int64_t first_vec = col_vecs * col_block / grid.col_blocks,
+                  vecs = col_vecs * (col_block + 1) / grid.col_blocks - first_vec, first_column = first_vec * L;
+    using rhs_type = rhs_block<Arithmetic, TB>;
+    rhs_type rhs{b.from(first_column, 0), n - first_column, panel_split(vecs)};
+    lhs_block<Arithmetic, TA> lhs(a.from(first_row, 0), rows, blocks, rhs.split.count);
 
-    // As many blocks of k at a time as the cache holds of A. If that is all of them, sums are kept for one panel only.
-    const int64_t block_size = left.padded() * left.row_size(),
-                  together = std::clamp<int64_t>(cache_for_rows() / (4 * block_size), 1, blocks.count);
-    const bool at_once = blocks.count == 1, all_panels = together < blocks.count;
-    left.packed = scratch(together * block_size + Abreast * right_type::PanelSize +
-                          left.padded() * (all_panels ? vecs : Abreast * TileVecs) * L);
-    right.packed = left.packed + together * block_size;
-    float* sums = right.packed + Abreast * right_type::PanelSize;  // C so far: panel by panel, each tile's rows one
-                                                                   // after another; a tile's alone, if `at_once`
-    if (a_sums && col_block == 0) left.sums = a_sums + first_row;
-    if (b_sums && row_block == 0) right.sums = b_sums + first_column;
+    // As many k blocks of A are packed at a time as the cache holds. If these are all, accumulators are kept for one
+    // group of panels only.
+    const int64_t block_size = lhs.padded() * lhs.row_size(),
+                  resident = std::clamp<int64_t>(lhs_cache_bytes() / (4 * block_size), 1, blocks.count);
+    const bool single_block = blocks.count == 1, keep_all_panels = resident < blocks.count;
+    lhs.packed = scratch(resident * block_size + PanelsPerGroup * rhs_type::PanelSize +
+                         lhs.padded() * (keep_all_panels ? vecs : PanelsPerGroup * NRVecs) * L);
+    rhs.packed = lhs.packed + resident * block_size;
+    // Accumulators: panel by panel, the rows of each tile one after another; of one tile only with a single k block.
+    float* sums = rhs.packed + PanelsPerGroup * rhs_type::PanelSize;
+    if (a_sums && col_block == 0) lhs.sums = a_sums + first_row;
+    if (b_sums && row_block == 0) rhs.sums = b_sums + first_column;
 
-    for (int64_t group = 0; group < blocks.count; group += together)
-      for (int64_t p0 = 0; p0 < right.split.count; p0 += Abreast) {
-        const int64_t p1 = std::min(right.split.count, p0 + Abreast),
-                      group_end = std::min(blocks.count, group + together);
+    for (int64_t group = 0; group < blocks.count; group += resident)
+      for (int64_t p0 = 0; p0 < rhs.split.count; p0 += PanelsPerGroup) {
+        const int64_t p1 = std::min(rhs.split.count, p0 + PanelsPerGroup),
+                      group_end = std::min(blocks.count, group + resident);
         for (int64_t index = group; index < group_end; ++index) {
-          const block_of_k block = blocks[index];
-          right.pack(p0, p1, block);
+          const k_block block = blocks[index];
+          rhs.pack(p0, p1, block);
           prefetcher next;
           const int64_t next_index = index + 1 < group_end ? index + 1 : group,
                         next_p = index + 1 < group_end ? p0 : p1;
-          if (next_p < right.split.count)
-            next = right.fetching(next_p, std::min(right.split.count, next_p + Abreast), blocks[next_index]);
-          const int64_t lines = ceil_div(next.lines() * Arithmetic::Rows, rows * (p1 - p0));
-          for (int64_t first = 0; first < rows; first += RowsAbreast)
+          if (next_p < rhs.split.count)
+            next = rhs.fetching(next_p, std::min(rhs.split.count, next_p + PanelsPerGroup), blocks[next_index]);
+          const int64_t lines = ceil_div(next.lines() * Arithmetic::MR, rows * (p1 - p0));
+          for (int64_t first = 0; first < rows; first += RowsPerGroup)
             for (int64_t p = p0; p < p1; ++p) {
-              const int64_t panel_vecs = right.vecs(p), width = panel_vecs * L, column = first_column + right.first(p),
-                            columns = right.columns_of(p, p + 1);
+              const int64_t panel_vecs = rhs.vecs(p), width = panel_vecs * L, column = first_column + rhs.first(p),
+                            columns = rhs.columns_of(p, p + 1);
               float* panel_sums =
-                  sums + (at_once ? 0 : left.padded() * (right.first(p) - (all_panels ? 0 : right.first(p0))));
-              for (int64_t r = first; r < std::min(rows, first + RowsAbreast); r += Arithmetic::Rows) {
-                float* tile = at_once ? panel_sums : panel_sums + r * width;
+                  sums + (single_block ? 0 : lhs.padded() * (rhs.first(p) - (keep_all_panels ? 0 : rhs.first(p0))));
+              for (int64_t r = first; r < std::min(rows, first + RowsPerGroup); r += Arithmetic::MR) {
+                float* tile = single_block ? panel_sums : panel_sums + r * width;
                 next.fetch(lines);
-                if (p == 0) left.pack(r, block, index - group);
+                if (p == 0) lhs.pack(r, block, index - group);
                 if constexpr (requires { epilogue.prefetch(r, column); })
                   if (index + 1 == blocks.count)
 #pragma GCC unroll 4
-                    for (int64_t i = 0; i < TileRows; ++i) epilogue.prefetch(first_row + r + i, column);
-                left.multiply(r, block, index - group, panel_vecs, right.packed + (p - p0) * right_type::PanelSize,
-                              tile, index > 0);
+                    for (int64_t i = 0; i < MR; ++i) epilogue.prefetch(first_row + r + i, column);
+                lhs.multiply(r, block, index - group, panel_vecs, rhs.packed + (p - p0) * rhs_type::PanelSize, tile,
+                             index > 0);
                 if (index + 1 == blocks.count)
-                  finish<Arithmetic>(tile, std::min(Arithmetic::Rows, rows - r), columns, width, first_row + r, column,
-                                     epilogue);
+                  apply_epilogue<Arithmetic>(tile, std::min(Arithmetic::MR, rows - r), columns, width, first_row + r,
+                                             column, epilogue);
               }
             }
         }

@@ -1,12 +1,12 @@
-// Operands of a product: packed into the panels that the register tile reads, from either orientation, 16-bit types
-// being widened (or paired, for the bf16 dot product and for AMX) on the way. That costs 0.1–0.4 cycle an element and
-// serves hundreds of rows or columns.
+// Packing of operands into the panels that the register tile reads, from either orientation. 16-bit elements are
+// widened, or paired for the bf16 dot product and AMX, while they are packed. Packing takes 0.1–0.4 cycles an element,
+// and a packed element is used by hundreds of rows or columns.
 #pragma once
 #include "gemm_tile.h"
 
 namespace fastlm {
 
-// out[d·width + i] = source (i, k) for i < count, 0 beyond; d counts lanes of k.
+// out[d·width + i] = source(i, k) for i < count, 0 beyond; d counts lanes of k.
 template <class Arithmetic, class T> void pack(operand<T> source, int64_t count, int64_t k, int64_t width, float* out) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
   const int64_t depth = packed_depth<Arithmetic>(k);
@@ -18,13 +18,13 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
     for (int64_t d = 0; d < depth; ++d) {
       const T* row = source.at(0, d * Per);
       const T* next = d * Per + 1 < k ? source.at(0, d * Per + 1) : nullptr;
-      for (int64_t ahead = 0; ahead < Per;
-           ++ahead)  // rows lie pages apart: no hardware follows them. Past the end a prefetch is harmless
+      // Hardware prefetchers do not follow rows that are pages apart. A prefetch past the end is harmless.
+      for (int64_t ahead = 0; ahead < Per; ++ahead)
         for (int64_t i = 0; i < width; i += 512 / storage<T>::Bits)
           __builtin_prefetch(source.at(i, (d + 8) * Per + ahead));
-      if (count == TileVecs * L && width == count && (Per == 1 || next)) {  // most panels of B
+      if (count == NRVecs * L && width == count && (Per == 1 || next)) {  // most panels of B
 #pragma GCC unroll 3
-        for (int64_t i = 0; i < TileVecs * L; i += L)
+        for (int64_t i = 0; i < NRVecs * L; i += L)
           Arithmetic::along_i(storage<T>::at(row, i), Per == 1 ? nullptr : storage<T>::at(next, i), full{})
               .store(out + d * width + i, full{});
         continue;
@@ -58,8 +58,7 @@ template <class Arithmetic, class T> void pack(operand<T> source, int64_t count,
   }
 }
 
-// sums[i] += Σ_k of a packed panel. In runs of 32, so that the error grows with the square root of neither many
-// additions nor large partial sums.
+// sums[i] += Σ_k of a packed panel, in runs of 32: shorter chains of smaller partial sums round less.
 template <class Arithmetic> void add_panel_sums(const float* panel, int64_t depth, int64_t width, int64_t count,
                                                 float* sums) {
   sweep(count, [=](int64_t i, auto span) {
@@ -67,30 +66,31 @@ template <class Arithmetic> void add_panel_sums(const float* panel, int64_t dept
     for (int64_t d = 0; d < depth; d += 32) {
       vec run = vec::zero();
       for (int64_t e = d; e < depth && e < d + 32; ++e)
-        run = run + Arithmetic::total(vec::load(panel + e * width + i, span));
+        run = run + Arithmetic::lane_sum(vec::load(panel + e * width + i, span));
       all = all + run;
     }
     (vec::load(sums + i, span) + all).store(sums + i, span);
   });
 }
 
-// The same of `count` rows that lie row_stride apart.
+// The same of `count` rows, row_stride apart.
 template <class Arithmetic> void add_row_sums(const float* rows, int64_t depth, int64_t row_stride, int64_t count,
                                               float* sums) {
   for (int64_t r = 0; r < count; ++r)
     sums[r] += sum_over(
-        depth, [=](int64_t d, auto span) { return Arithmetic::total(vec::load(rows + r * row_stride + d, span)); });
+        depth, [=](int64_t d, auto span) { return Arithmetic::lane_sum(vec::load(rows + r * row_stride + d, span)); });
 }
 
-// Between rows of A that are packed as they lie: no power of two, which would crowd a few sets of the cache.
-template <class Arithmetic> inline constexpr int64_t RowStride = Arithmetic::BlockDepth + 16;
+// The stride of rows of A that are packed row-major. Not a power of two, so that rows do not compete for a few sets of
+// the cache.
+template <class Arithmetic> inline constexpr int64_t RowStride = Arithmetic::KC + 16;
 
-// Rows as they lie, row_stride (whole vectors) apart; zeros up to the last tile.
+// Packs rows row-major, row_stride (whole vectors) apart, with zero rows up to a whole tile.
 template <class Arithmetic, class T> void copy_rows(operand<T> source, int64_t rows, int64_t k, int64_t row_stride,
                                                     float* out) {
   constexpr int64_t Per = Arithmetic::PerLane;
   const int64_t depth = packed_depth<Arithmetic>(k);
-  for (int64_t r = 0; r < ceil_div(rows, Arithmetic::Rows) * Arithmetic::Rows; ++r) {
+  for (int64_t r = 0; r < ceil_div(rows, Arithmetic::MR) * Arithmetic::MR; ++r) {
     float* to = out + r * row_stride;
     if (r >= rows) std::fill_n(to, depth, 0.0f);
     else
@@ -99,7 +99,7 @@ template <class Arithmetic, class T> void copy_rows(operand<T> source, int64_t r
   }
 }
 
-// out[i·row_stride + d] = source (i, k) for i < count, zeros up to whole vectors; source is contiguous in i.
+// out[i·row_stride + d] = source(i, k) for i < count, with zeros up to whole vectors; source is contiguous in i.
 template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_t count, int64_t k, int64_t row_stride,
                                                        float* out) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
@@ -120,18 +120,18 @@ template <class Arithmetic, class T> void pack_as_rows(operand<T> source, int64_
     }
 }
 
-// `rows` rows of A, one block of k deep, in rows RowStride apart or in k-major panels of PanelRows.
-template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t rows, int64_t k, bool in_rows,
-                                                    float* out) {
+// Packs one k block of `rows` rows of A, into rows RowStride apart or into k-major panels of PanelRows.
+template <class Arithmetic, class T> void pack_lhs(operand<T> source, int64_t rows, int64_t k, bool row_major,
+                                                   float* out) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
   const int64_t depth = packed_depth<Arithmetic>(k);
   const bool along_k = source.stride != 1;
-  if (in_rows && along_k) return copy_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
-  if constexpr (Arithmetic::RowsOnly) return pack_as_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
+  if (row_major && along_k) return copy_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
+  if constexpr (Arithmetic::RowMajorOnly) return pack_as_rows<Arithmetic>(source, rows, k, RowStride<Arithmetic>, out);
   if (along_k) {
     for (int64_t i = 0; i < rows; i += PanelRows)
       pack<Arithmetic>(operand<T>{source.at(i, 0), source.stride, 1}, std::min(PanelRows, rows - i), k, PanelRows,
-                       out + i * Arithmetic::BlockDepth);
+                       out + i * Arithmetic::KC);
     return;
   }
   for (int64_t d = 0; d < depth; ++d) {
@@ -143,13 +143,12 @@ template <class Arithmetic, class T> void pack_left(operand<T> source, int64_t r
       vec v = i + L <= rows ? Arithmetic::along_i(first, after, full{})
               : i < rows    ? Arithmetic::along_i(first, after, tail{size_t(rows - i)})
                             : vec::zero();
-      v.store(to + i / PanelRows * PanelRows * Arithmetic::BlockDepth + i % PanelRows, full{});
+      v.store(to + i / PanelRows * PanelRows * Arithmetic::KC + i % PanelRows, full{});
     }
   }
 }
 
-// The cache lines of a block of B, a few at a time while another block is multiplied: what memory takes then costs
-// little.
+// Prefetches the cache lines of a block of B, a few at a time while another block is multiplied.
 class prefetcher {
   const char *row = nullptr, *at = nullptr;
   int64_t rows = 0, row_bytes = 0, stride_bytes = 0;
@@ -168,7 +167,7 @@ class prefetcher {
     for (; count > 0 && rows > 0; --count) {
       __builtin_prefetch(at, 0, 2);
       at += 64;
-      if (at >= row + row_bytes + 63) {  // the row's last byte may lie in one line more
+      if (at >= row + row_bytes + 63) {  // an unaligned row touches one line more
         row += stride_bytes, at = row;
         --rows;
       }

@@ -9,7 +9,7 @@
 // 2. arithmetic_for<T, W> (gemm_tile.h): lanes, multiply-add and accumulator, such as int32 with value() as fp32;
 // 3. an overload of dequantized() for its scales, which multiplies each result before bias and activation.
 #pragma once
-#include "gemm_skinny.h"
+#include "gemm_small.h"
 
 namespace fastlm {
 
@@ -51,8 +51,8 @@ void project(const T* x, int64_t x_stride, weight_operand<const W> weight, const
 
 // dy·Wᵀ handed to epilogue(row, column, value, span)
 template <class T, class W, class Epilogue>
-void project_back(const T* dy, int64_t dy_stride, weight_operand<const W> weight, int64_t rows, int64_t k, int64_t n,
-                  int threads, Epilogue epilogue) {
+void project_transposed(const T* dy, int64_t dy_stride, weight_operand<const W> weight, int64_t rows, int64_t k,
+                        int64_t n, int threads, Epilogue epilogue) {
   multiply<arithmetic_for<T, W>>(rows, k, n, operand<T>{dy, dy_stride, 1}, weight.summed_over_outputs(), threads,
                                  epilogue);
 }
@@ -110,7 +110,7 @@ void linear_forward(const T* x, int64_t x_stride, weight_operand<const W> weight
 template <class T, class W, class G>
 void linear_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, weight_operand<const W> weight,
                      T* dx, weight_operand<G> dweight, G* dbias, int64_t rows, int64_t k, int64_t n, int threads) {
-  if (dx) project_back(dy, dy_stride, weight, rows, k, n, threads, store_to(dx, k));
+  if (dx) project_transposed(dy, dy_stride, weight, rows, k, n, threads, store_to(dx, k));
   weight_gradient(dy, dy_stride, x, x_stride, dweight, dbias, rows, k, n, threads);
 }
 

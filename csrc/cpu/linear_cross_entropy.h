@@ -1,10 +1,10 @@
-// Linear cross-entropy:  loss = lse(z) − (1 − ε)·z[target] − ε·mean(z),  z = x·Wᵀ + b (one row per token, vocab
-// columns), ε the label smoothing
+// Linear cross-entropy:  loss = lse(z) − (1 − ε)·z[target] − ε·mean(z),  z = x·Wᵀ + b (rows, vocab),  ε
+// the label smoothing
 //
 // Three products of 2·rows·width·vocab FLOP where gradients are wanted, one where not. Logits exist for one chunk of
-// rows at a time: product, softmax and its gradient in place, then both gradient products, while the chunk (≤ 64 MB) is
-// still near. Keeping nothing and computing the gradient now saves the fourth product that a recompute in the backward
-// would cost. dW is accumulated over the chunks in fp32.
+// rows at a time (≤ 64 MB): product, softmax and its gradient in place, then both gradient products. Computing the
+// gradients in the forward saves the fourth product that recomputing the logits in the backward would take. dW is
+// accumulated over the chunks in fp32.
 #pragma once
 #include "linear.h"
 #include "vmath.h"
@@ -15,25 +15,25 @@ struct cross_entropy {
   const int64_t* target;
   int64_t target_stride, ignore_index;
   float label_smoothing;
-  const float* row_scale;  // d(total)/d(loss of the row)
+  const float* row_scale;  // upstream gradient of each row's loss
   float *loss, *lse;       // (rows)
   bool gradients;
 };
 
-// One row of logits z: its loss, and d(total)/dz in its place where gradients are wanted. Three passes over a row that
-// stays in the L2 cache.
+// One row of logits z: computes its loss, and where gradients are wanted replaces z by its gradient. Three passes over
+// a row that stays in the L2 cache.
 inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, int64_t vocab) {
-  constexpr int64_t Run = 4096;  // partial sums, so that rounding does not grow with the vocabulary
-  vec highest = vec::all(-INFINITY), nans = vec::zero();
+  constexpr int64_t Run = 4096;  // elements per partial sum, which bounds the rounding error
+  vec row_max = vec::all(-INFINITY), nans = vec::zero();
   sweep(vocab, [&](int64_t i, auto span) {
     vec v = vec::load(z + i, span);
-    nans = nans + zero_where(v == v, v);  // max() may lose a NaN, a sum does not
-    if constexpr (std::is_same_v<decltype(span), full>) highest = max(highest, v);
-    else highest = max(highest, select(vec::iota() < vec::all(float(span.count)), v, vec::all(-INFINITY)));
+    nans = nans + zero_where(v == v, v);  // max() may drop a NaN, a sum keeps it
+    if constexpr (std::is_same_v<decltype(span), full>) row_max = max(row_max, v);
+    else row_max = max(row_max, select(vec::iota() < vec::all(float(span.count)), v, vec::all(-INFINITY)));
   });
-  const float shift = highest.max_lane();
+  const float shift = row_max.max_lane();
   float sum = 0, linear_sum = 0;
-  const bool keep = ce.gradients;
+  const bool wants_gradient = ce.gradients;
   if (ce.label_smoothing > 0)
     for (int64_t first = 0; first < vocab; first += Run) {
       const float* at = z + first;
@@ -49,19 +49,19 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
       vec e = exp(vec::load(at + i, span) - vec::all(shift));
       if constexpr (!std::is_same_v<decltype(span), full>)
         e = select(vec::iota() < vec::all(float(span.count)), e, vec::zero());
-      if (keep) e.store(at + i, span);
+      if (wants_gradient) e.store(at + i, span);
       return e;
     });
   }
   sum += nans.sum();
   const float log_sum = std::log(sum), smoothing = ce.label_smoothing;
   ce.lse[row] = shift + log_sum;
-  // Differences from the highest logit first: they are exact where the loss is small, and adding the shift to both
-  // sides would drown it.
+  // Differences from the largest logit come first: they are exact where the loss is small, and a sum with the shift
+  // would round them away.
   ce.loss[row] = ignored ? 0.0f
                          : log_sum + (1 - smoothing) * (shift - target_logit) +
                                (smoothing > 0 ? smoothing * (shift - linear_sum / float(vocab)) : 0.0f);
-  if (!keep) return;
+  if (!wants_gradient) return;
   if (ignored) {
     std::fill_n(z, vocab, 0.0f);
     return;
@@ -73,13 +73,13 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
 }
 
 template <class T, class G> struct cross_entropy_gradients {
-  T* dx;               // (rows, width), null where not wanted, as is
-  G* dweight;          // (vocab, width)
-  float* dweight_sum;  // the same size, where G is narrower than fp32 and there are several chunks
-  G* dbias;            // (vocab) or null
+  T* dx;               // (rows, width), or null where not wanted
+  G* dweight;          // (vocab, width), or null
+  float* dweight_sum;  // fp32 accumulator of dweight, where G is 16-bit and there are several chunks
+  G* dbias;            // (vocab), or null
 };
 
-// Returns −1, or the first row whose target is neither a token nor ignore_index (nothing is computed then).
+// Returns −1, or the first row whose target is neither a class nor ignore_index; then nothing is computed.
 template <class T, class G>
 int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_operand<const T> weight, const T* bias,
                              cross_entropy ce, float* logits, int64_t chunk_rows, cross_entropy_gradients<T, G> out,
@@ -114,17 +114,17 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_operand<const 
                            store_to(dx, width));
     }
     if (out.dweight) {
-      const bool starts = first == 0, ends = first + count == rows;
+      const bool first_chunk = first == 0, last_chunk = first + count == rows;
       G* dw = out.dweight;
       auto write = [=](int64_t i, int64_t j, vec value, auto span) {
         const int64_t at = i * width + j;
-        if (!starts) value = value + vec::load(dw_sum + at, span);
-        if (ends) value.store(dw + at, span);
+        if (!first_chunk) value = value + vec::load(dw_sum + at, span);
+        if (last_chunk) value.store(dw + at, span);
         else value.store(dw_sum + at, span);
       };
       multiply_transposed<arithmetic>(
           vocab, width, count, operand<float>{logits, 1, vocab}, operand<T>{xs, 1, x_stride}, threads,
-          updating_from(starts ? nullptr : static_cast<const float*>(dw_sum), dw, width, write), dbias_sum.get(),
+          updating_from(first_chunk ? nullptr : static_cast<const float*>(dw_sum), dw, width, write), dbias_sum.get(),
           nullptr);
     } else if (out.dbias) {
       buffer chunk = make_buffer(vocab);

@@ -1,32 +1,30 @@
-// What the arithmetic can do at most: multiply-adds of what lies in registers already (of AMX, tiles from L1), as many
-// chains of sums as the product's tile has.
+// The peak rate of an arithmetic: multiply-adds of operands in registers (for AMX, of tiles in L1), with as many
+// independent chains of sums as the register tile has.
 #pragma once
 #include "gemm.h"
 
 namespace fastlm {
 
-// Returns the FLOP done: `rounds` multiply-adds to each sum, on every thread.
+// Returns the number of FLOP: `rounds` multiply-adds to each accumulator, on every thread.
 template <class Arithmetic> double multiply_adds(int64_t rounds, int threads) {
-  constexpr int64_t L = vec::Lanes, Sums = TileRows * TileVecs,
-                    Shares = 8;  // a thread that is late does not hold up the rest
-  int64_t count = rounds / Shares;
+  constexpr int64_t L = vec::Lanes, Sums = MR * NRVecs,
+                    PartsPerThread = 8;  // for load balance
+  int64_t count = rounds / PartsPerThread;
   double flops = 2.0 * double(Arithmetic::PerLane * L * Sums) * double(count);
-  if constexpr (Arithmetic::RowsOnly) {
-    count = ceil_div(count, Arithmetic::BlockDepth);
-    flops =
-        2.0 * double(Arithmetic::PerLane * Arithmetic::Rows * TileVecs * L * Arithmetic::BlockDepth) * double(count);
+  if constexpr (Arithmetic::RowMajorOnly) {
+    count = ceil_div(count, Arithmetic::KC);
+    flops = 2.0 * double(Arithmetic::PerLane * Arithmetic::MR * NRVecs * L * Arithmetic::KC) * double(count);
   }
-  parallel_parts(threads * Shares, threads, [=](int64_t) {
+  parallel_parts(threads * PartsPerThread, threads, [=](int64_t) {
     [[maybe_unused]] const typename Arithmetic::session multiplying;
-    constexpr int64_t Width = TileVecs * L;
-    float* ones = scratch(Arithmetic::BlockDepth * (Width + Arithmetic::Rows) + Arithmetic::Rows * Width);
-    std::fill_n(ones, Arithmetic::BlockDepth * (Width + Arithmetic::Rows) + Arithmetic::Rows * Width, 1.0f);
-    __asm__ volatile("" : "+r"(ones)::"memory");  // the compiler shall not know what they are
-    if constexpr (Arithmetic::RowsOnly) {
-      float *rows = ones + Arithmetic::BlockDepth * Width, *sums = rows + Arithmetic::BlockDepth * Arithmetic::Rows;
+    constexpr int64_t Width = NRVecs * L;
+    float* ones = scratch(Arithmetic::KC * (Width + Arithmetic::MR) + Arithmetic::MR * Width);
+    std::fill_n(ones, Arithmetic::KC * (Width + Arithmetic::MR) + Arithmetic::MR * Width, 1.0f);
+    __asm__ volatile("" : "+r"(ones)::"memory");  // hides the values from the compiler
+    if constexpr (Arithmetic::RowMajorOnly) {
+      float *rows = ones + Arithmetic::KC * Width, *sums = rows + Arithmetic::KC * Arithmetic::MR;
       for (int64_t i = 0; i < count; ++i)
-        multiply_tile<Arithmetic, true>(TileVecs, Arithmetic::BlockDepth, rows, Arithmetic::BlockDepth, ones, Width,
-                                        sums, Width, false);
+        multiply_tile<Arithmetic, true>(NRVecs, Arithmetic::KC, rows, Arithmetic::KC, ones, Width, sums, Width, false);
     } else {
       vec sum[Sums];
 #pragma GCC unroll 24
@@ -40,7 +38,7 @@ template <class Arithmetic> double multiply_adds(int64_t rounds, int threads) {
     }
     __asm__ volatile("" ::"r"(ones) : "memory");
   });
-  return flops * double(threads * Shares);
+  return flops * double(threads * PartsPerThread);
 }
 
 }  // namespace fastlm

@@ -1,7 +1,7 @@
-// Dropout by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a pure function of
-// seed and position, so that a mask is the same on every backend and number of threads, and is drawn again in the
+// Dropout by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). The mask is a pure
+// function of seed and position: it is the same on every backend and number of threads, and is recomputed in the
 // backward instead of being stored.
-//   key = the 64-bit seed; counter = ((col/64)·16 + col%16, row, third, 0); an element takes word (col/16)%4 and is
+//   key = the 64-bit seed; counter = ((col/64)·16 + col%16, row, batch_head, 0); an element uses word (col/16)%4 and is
 //   kept iff word ≥ ⌊p·2³²⌋.
 #pragma once
 #include <cmath>
@@ -12,7 +12,7 @@ namespace fastlm {
 struct dropout {
   uint64_t seed;
   uint32_t threshold;  // 0: nothing is dropped
-  float scale;         // of what is kept, 1/(1 − p)
+  float scale;         // of kept elements, 1/(1 − p)
 
   dropout(double p, int64_t seed)
       : seed(uint64_t(seed)), threshold(uint32_t(std::floor(p * 4294967296.0))), scale(float(1.0 / (1.0 - p))) {}
@@ -40,12 +40,12 @@ FASTLM_INLINE void philox(uvec c0, uvec c1, uvec c2, uint64_t seed, uvec (&words
   words[3] = c3;
 }
 
-// 0 where dropped, d.scale where kept, for the 64 columns from 64·group on of one row.
-inline void keep_factors(const dropout& d, int64_t group, int64_t row, int64_t third, float* factors) {
+// Factors for 64 columns of one row, from column 64·group on: 0 where dropped, d.scale where kept.
+inline void dropout_factors(const dropout& d, int64_t group, int64_t row, int64_t batch_head, float* factors) {
   for (int64_t lane = 0; lane < 16; lane += vec::Lanes) {
     uvec words[4];
-    philox(uvec::all(uint32_t(group * 16 + lane)) + uvec::iota(), uvec::all(uint32_t(row)), uvec::all(uint32_t(third)),
-           d.seed, words);
+    philox(uvec::all(uint32_t(group * 16 + lane)) + uvec::iota(), uvec::all(uint32_t(row)),
+           uvec::all(uint32_t(batch_head)), d.seed, words);
 #pragma GCC unroll 4
     for (int word = 0; word < 4; ++word)
       select(words[word] >= uvec::all(d.threshold), vec::all(d.scale), vec::zero())

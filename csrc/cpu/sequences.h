@@ -1,8 +1,8 @@
-// The sequences of a batch, and the parts that the work on them is cut into.
+// The sequences of a batch, and how the work on them is cut into parts.
 //
-// A dense batch is so many sequences of one length, a batch stride apart. A packed one has them one after another along
-// the tokens: sequence b has the queries from query_starts[b] to query_starts[b + 1] and the keys of key_starts, as
-// many as it likes of each, none too; the batch strides are 0.
+// A dense batch consists of sequences of one length, a batch stride apart. In a packed batch they follow each other
+// along the tokens, and the batch stride is 0: sequence b has the queries from query_starts[b] to query_starts[b + 1]
+// and the keys from key_starts[b] to key_starts[b + 1], any number of each, including none.
 #pragma once
 #include <vector>
 #include "gemm.h"
@@ -10,17 +10,17 @@
 namespace fastlm {
 
 struct sequence {
-  int64_t index, queries, keys;    // in the batch; how many
-  int64_t first_query, first_key;  // packed: among the tokens of all
-  int64_t diagonal;                // packed: from where the band is counted, the last query standing at the last key
+  int64_t index, queries, keys;    // position in the batch; numbers of queries and keys
+  int64_t first_query, first_key;  // packed: among all tokens
+  int64_t diagonal;                // packed: offset of the band, as the last query is aligned with the last key
   int64_t work() const { return queries * keys; }
 };
 
 struct attention_size {
-  int64_t batch, heads, kv_heads, query_len, key_len, head_dim;  // packed: the lengths of all sequences together
-  const int64_t *query_starts = nullptr, *key_starts = nullptr;  // packed: (batch + 1)
+  int64_t batch, num_heads, num_kv_heads, query_len, key_len, head_dim;  // lengths; packed: of all sequences together
+  const int64_t *query_starts = nullptr, *key_starts = nullptr;          // packed: (batch + 1)
   int64_t padded_dim() const { return ceil_div(head_dim, PanelRows) * PanelRows; }
-  int64_t group() const { return heads / kv_heads; }
+  int64_t group_size() const { return num_heads / num_kv_heads; }
 
   sequence at(int64_t index) const {
     if (!query_starts) return {index, query_len, key_len, 0, 0, 0};
@@ -28,15 +28,15 @@ struct attention_size {
                   keys = key_starts[index + 1] - k;
     return {index, queries, keys, q, k, keys - queries};
   }
-  attention_size of(const sequence& s) const { return {1, heads, kv_heads, s.queries, s.keys, head_dim}; }
-  // What there is one of for each query of each head: (batch, head, query), or (head, query) where packed.
-  int64_t rows() const { return (query_starts ? 1 : batch) * heads * query_len; }
+  attention_size of(const sequence& s) const { return {1, num_heads, num_kv_heads, s.queries, s.keys, head_dim}; }
+  // The number of rows of lse: (batch, head, query), or (head, query) where packed.
+  int64_t rows() const { return (query_starts ? 1 : batch) * num_heads * query_len; }
   int64_t row(const sequence& s, int64_t head) const {
-    return ((query_starts ? 0 : s.index * heads) + head) * query_len + s.first_query;
+    return ((query_starts ? 0 : s.index * num_heads) + head) * query_len + s.first_query;
   }
 };
 
-// The sequence with most to do first: what a thread is left with at the end is then little. Equals keep their order.
+// Longest sequences first, for load balance at the end. Sequences of equal work keep their order.
 inline std::vector<sequence> longest_first(const attention_size& size) {
   std::vector<sequence> order;
   order.reserve(size.batch);
@@ -46,7 +46,7 @@ inline std::vector<sequence> longest_first(const attention_size& size) {
   return order;
 }
 
-// Parts of the work, those of one sequence after those of another: count(sequence) of each.
+// The parts of all sequences, count(sequence) of each, one sequence after another.
 class sequence_parts {
   const std::vector<sequence>& order;
   std::vector<int64_t> first;
@@ -54,7 +54,7 @@ class sequence_parts {
  public:
   struct place {
     const sequence& of;
-    int64_t part;  // of this sequence's
+    int64_t part;  // within this sequence
   };
   template <class Count> sequence_parts(const std::vector<sequence>& order, Count count) : order(order) {
     first.reserve(order.size() + 1);

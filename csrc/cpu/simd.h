@@ -1,15 +1,14 @@
-// The only files that know instruction sets are this one and the simd_*.h beside it. A kernel is written once over
-// `vec`: Lanes fp32 values in one register. Everything is compiled once per ISA module (see setup.py), so `vec` is as
-// wide as that module may assume.
+// The vector types. This file and the simd_*.h beside it are the only ones with knowledge of instruction sets. A kernel
+// is written once over `vec`, a register of Lanes fp32 values. Everything is compiled once per ISA module (see
+// setup.py), so `vec` is as wide as the module's instruction set allows.
 //
-// What each simd_*.h provides:
+// Each simd_*.h provides:
 //   vec     fp32 lanes: zero, all, iota, load, store (fp32, bf16 and fp16 in memory), arithmetic, sqrt, sum, max_lane
-//   uvec    the same lanes as 32-bit unsigned integers
+//   uvec    the same number of 32-bit unsigned integers
 //   lanes   one truth value per lane: comparisons, &, |, select
 //   transpose(vec[Lanes])
 //   FusesMultiplyAdd: whether fma rounds once
-//   where the module may assume the bf16 dot product: dot_bf16, load_pairs, make_pairs, interleave_pairs (two bf16 in
-//   one 32-bit lane)
+//   with the bf16 dot product: dot_bf16, load_pairs, make_pairs, interleave_pairs (two bf16 in a 32-bit lane)
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -29,7 +28,7 @@ struct fp16 {
 struct full {};  // a whole register
 struct tail {
   size_t count;
-};  // its first `count` elements, 1…Lanes−1; the rest reads as zero and is not written
+};  // the first `count` elements, 1…Lanes−1; the rest is loaded as zero and not stored
 
 }  // namespace fastlm
 
@@ -43,16 +42,15 @@ struct tail {
 
 namespace fastlm {
 
-// body(i, span) for every register's worth of n elements: whole ones, then one masked tail. No kernel writes a scalar
-// tail.
+// Calls body(i, span) for each vector of n elements: full vectors, then one masked tail. No kernel has a
+// scalar tail loop.
 template <class Body> FASTLM_INLINE void sweep(int64_t n, Body body) {
   int64_t i = 0;
   for (; i + vec::Lanes <= n; i += vec::Lanes) body(i, full{});
   if (i < n) body(i, tail{size_t(n - i)});
 }
 
-// Sum of term(i, span) over n elements. Four running sums, so that the loop is not bound by the latency of one
-// addition.
+// The sum of term(i, span) over n elements, with four accumulators to hide the latency of the additions.
 template <class Term> FASTLM_INLINE float sum_over(int64_t n, Term term) {
   vec a = vec::zero(), b = a, c = a, d = a;
   int64_t i = 0;

@@ -30,7 +30,7 @@ struct uvec {
   }
 };
 
-// The two halves of the 64-bit products a·b.
+// The high and low halves of the 64-bit products a·b.
 inline void multiply_wide(uvec a, uvec b, uvec& high, uvec& low) {
   __m256i even = _mm256_mul_epu32(a.v, b.v),
           odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
@@ -53,7 +53,7 @@ struct vec {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
   static vec load(const fp16* p, tail t) { return {_mm256_cvtph_ps(some(p, t))}; }
-  // 0 where the byte is 0, else 1
+  // 0 where the byte is 0, otherwise 1
   static vec load(const bool* p, full) { return truth(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
   static vec load(const bool* p, tail t) { return truth(some(p, t)); }
 

@@ -1,4 +1,4 @@
-// 16 lanes: AVX-512 F, BW, VL, DQ, and the bf16 dot product where the module may assume it. Included by simd.h.
+// 16 lanes: AVX-512 F, BW, VL and DQ, and the bf16 dot product in modules that have it. Included by simd.h.
 #pragma once
 #include <immintrin.h>
 
@@ -26,7 +26,7 @@ struct uvec {
   friend lanes operator>=(uvec a, uvec b) { return {_mm512_cmpge_epu32_mask(a.v, b.v)}; }
 };
 
-// The two halves of the 64-bit products a·b.
+// The high and low halves of the 64-bit products a·b.
 inline void multiply_wide(uvec a, uvec b, uvec& high, uvec& low) {
   __m512i even = _mm512_mul_epu32(a.v, b.v),
           odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));
@@ -49,7 +49,7 @@ struct vec {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   static vec load(const fp16* p, tail t) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask_of(t), p))}; }
-  // 0 where the byte is 0, else 1
+  // 0 where the byte is 0, otherwise 1
   static vec load(const bool* p, full) { return truth(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static vec load(const bool* p, tail t) { return truth(_mm_maskz_loadu_epi8(mask_of(t), p)); }
 
@@ -126,10 +126,10 @@ FASTLM_INLINE void transpose(vec (&r)[16]) {
 }
 
 #if defined(__AVX512BF16__)
-// acc + a.low·b.low + a.high·b.high, per lane a pair of bf16
+// acc + a.low·b.low + a.high·b.high; each lane of a and b is a pair of bf16
 FASTLM_INLINE vec dot_bf16(vec acc, vec a, vec b) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)}; }
 
-// 2·Lanes consecutive elements as pairs; `count` of them exist, the rest reads as zero
+// 2·Lanes consecutive elements as pairs; `count` elements exist, the rest is zero
 FASTLM_INLINE vec load_pairs(const bf16* p, int64_t count) {
   return {_mm512_castsi512_ps(count >= 32 ? _mm512_loadu_si512(p)
                                           : _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << count) - 1), p))};

@@ -1,5 +1,5 @@
-// 4 lanes in the compilers' portable vector types: SSE2 on x86-64, NEON on Arm, and whatever else there is. Included by
-// simd.h.
+// 4 lanes in the compilers' portable vector types: SSE2 on x86-64, NEON on Arm, and any other target.
+// Included by simd.h.
 #pragma once
 
 namespace fastlm {
@@ -28,7 +28,7 @@ struct uvec {
   friend lanes operator>=(uvec a, uvec b) { return {(int4)(a.v >= b.v)}; }
 };
 
-// The two halves of the 64-bit products a·b.
+// The high and low halves of the 64-bit products a·b.
 inline void multiply_wide(uvec a, uvec b, uvec& high, uvec& low) {
   for (int i = 0; i < 4; ++i) {
     uint64_t product = uint64_t(a.v[i]) * b.v[i];
@@ -58,11 +58,11 @@ struct vec {
   static vec load(const bf16* p, tail t) { return {(float4)(gather(p, t) << 16u)}; }
   static vec load(const fp16* p, tail t) {
     uint4 h = gather(p, t), magnitude = (h & 0x7fffu) << 13u;
-    float4 f = (float4)magnitude * 0x1p112f;  // moves the exponent's bias from 15 to 127, subnormals included
-    uint4 special = (uint4)(magnitude >= 0x0f800000u) & 0x7f800000u;  // infinity and NaN keep an exponent of all ones
+    float4 f = (float4)magnitude * 0x1p112f;  // changes the exponent bias from 15 to 127, also of subnormals
+    uint4 special = (uint4)(magnitude >= 0x0f800000u) & 0x7f800000u;  // infinity and NaN: exponent of all ones
     return {(float4)((uint4)f | special | ((h & 0x8000u) << 16u))};
   }
-  // 0 where the byte is 0, else 1
+  // 0 where the byte is 0, otherwise 1
   static vec load(const bool* p, tail t) {
     vec r = zero();
     for (size_t i = 0; i < t.count; ++i) r.v[i] = p[i] ? 1.0f : 0.0f;
@@ -80,8 +80,8 @@ struct vec {
   }
   void store(fp16* p, tail t) const {
     uint4 u = (uint4)v, magnitude = u & 0x7fffffffu;
-    // Normal: rebias and round to nearest even. Small: adding 0.5 lines the mantissa up with the subnormal step 2^-24
-    // and rounds it.
+    // Normal numbers: change the bias and round to nearest even. Small numbers: adding 0.5 aligns the mantissa with the
+    // subnormal step 2^-24 and rounds.
     uint4 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13u) & 1u)) >> 13u;
     uint4 small = (uint4)((float4)magnitude + 0.5f) - 0x3f000000u;
     uint4 is_small = (uint4)(magnitude < 0x38800000u), is_large = (uint4)(magnitude >= 0x477ff000u),
@@ -116,7 +116,7 @@ struct vec {
   }
 };
 
-FASTLM_INLINE vec fma(vec a, vec b, vec c) { return {a.v * b.v + c.v}; }  // one rounding where the target fuses
+FASTLM_INLINE vec fma(vec a, vec b, vec c) { return {a.v * b.v + c.v}; }  // rounds once where the target has FMA
 FASTLM_INLINE vec sqrt(vec a) {
   return {float4{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]), __builtin_sqrtf(a.v[3])}};
 }

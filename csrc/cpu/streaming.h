@@ -1,6 +1,5 @@
-// Results that no cache can hold: written past it. An ordinary store first reads the line that it is about to
-// overwrite, a third of the traffic of an operator that reads as much as it writes, and pushes out what others could
-// still use.
+// Streaming stores, for results larger than the caches. An ordinary store first reads the line that it overwrites, a
+// third of the traffic of an operator that reads as much as it writes, and evicts lines that are still useful.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -20,9 +19,9 @@ inline constexpr bool CanStream = true;
 inline constexpr bool CanStream = false;
 #endif
 
-// Whether to stream the results of an operator that touches so many bytes, each once: from four times the last cache on
-// it paid (docs/cpu.md). Where the system does not tell its size, that of a small server's.
-inline bool past_cache(int64_t bytes) {
+// Whether to stream the results of an operator with so many bytes of traffic: measured to pay from four times the
+// last-level cache on. Where the system does not report its size, that of a small server is assumed.
+inline bool exceeds_cache(int64_t bytes) {
   int64_t size = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
   static const int64_t reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
@@ -31,8 +30,8 @@ inline bool past_cache(int64_t bytes) {
   return CanStream && bytes > 4 * (size > 0 ? size : 32 << 20);
 }
 
-// Copies a row that was just made and is in L1, whole lines of the target past the caches. end_streaming() before
-// others read it.
+// Copies a row from L1, with streaming stores for the whole cache lines of the target. end_streaming() must follow
+// before other threads read it.
 template <class T> void stream_row(const T* from, int64_t count, T* to) {
   const char* source = reinterpret_cast<const char*>(from);
   char* target = reinterpret_cast<char*>(to);
@@ -51,7 +50,7 @@ template <class T> void stream_row(const T* from, int64_t count, T* to) {
 #endif
 }
 
-// Such lines reach memory in no order of their own: this thread's are all there afterwards.
+// Streaming stores are not ordered; this makes those of the calling thread visible.
 inline void end_streaming() {
 #ifdef __SSE2__
   _mm_sfence();

@@ -1,5 +1,5 @@
-// No result depends on how many threads there are, bit for bit: sums over parts are cut by sizes alone; where the
-// number of threads cuts the work, no sum is cut.
+// Parallel loops and scratch memory. Results do not depend on the number of threads, bit for bit: reductions are cut by
+// sizes only, and where the number of threads cuts the work, no reduction is cut.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -12,32 +12,32 @@
 
 namespace fastlm {
 
-// For streaming work: a part is worth at least 64 kB of traffic (waking a thread costs about as much as streaming half
-// of that); 64 parts feed any machine's cores.
+// The number of parts for memory-bound work. A part is at least 64 kB of traffic (waking a thread costs about as much
+// as half of that); 64 parts are enough for any machine.
 inline int64_t parts_for(int64_t items, int64_t bytes_per_item) {
   return std::max<int64_t>(1, std::min<int64_t>({items * bytes_per_item / 65536, items, 64}));
 }
 
-// body(part) once for each part, in any order on any thread. Each thread begins with a run of its own, the same one in
-// every call of as many parts: what it wrote in one call is in its own cache in the next, which may be all that it
-// shares with no other thread. Then it helps those that are late. Bodies must not throw: an exception cannot leave the
-// parallel region.
+// Calls body(part) once for each part, in any order, on any thread. Each thread starts with a range of its own, which
+// is the same in every call with as many parts, so that data it wrote in one call is in its own cache in the next. Then
+// it takes parts from threads that are late. Bodies must not throw: an exception cannot leave the parallel region.
 template <class Body> void parallel_parts(int64_t parts, int threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1 && parts > 1) {
-    constexpr int MostRuns = 64;
+    constexpr int MaxRanges = 64;
     struct alignas(64) position {
       std::atomic<int64_t> next;
-    } runs[MostRuns];
-    const int count = int(std::min<int64_t>({threads, parts, MostRuns}));
-    for (int run = 0; run < count; ++run) runs[run].next.store(parts * run / count, std::memory_order_relaxed);
-#pragma omp parallel num_threads( \
-        threads)  // always the same number: libgomp would end and restart threads if it changed
+    } ranges[MaxRanges];
+    const int count = int(std::min<int64_t>({threads, parts, MaxRanges}));
+    for (int range = 0; range < count; ++range)
+      ranges[range].next.store(parts * range / count, std::memory_order_relaxed);
+    // Always the same number of threads: libgomp would stop and restart threads if it changed.
+#pragma omp parallel num_threads(threads)
     for (int late = 0, own = omp_get_thread_num() % count; late < count; ++late) {
-      const int run = (own + late) % count;
-      const int64_t end = parts * (run + 1) / count;
-      std::atomic<int64_t>& next = runs[run].next;
-      while (next.load(std::memory_order_relaxed) < end)  // a look takes the counter from no other thread
+      const int range = (own + late) % count;
+      const int64_t end = parts * (range + 1) / count;
+      std::atomic<int64_t>& next = ranges[range].next;
+      while (next.load(std::memory_order_relaxed) < end)  // a load leaves the line shared between threads
         if (const int64_t part = next.fetch_add(1, std::memory_order_relaxed); part < end) body(part);
     }
     return;
@@ -47,7 +47,7 @@ template <class Body> void parallel_parts(int64_t parts, int threads, const Body
   for (int64_t part = 0; part < parts; ++part) body(part);
 }
 
-// body(begin, end, part): the items cut into `parts` runs of equal length, one call each.
+// Calls body(begin, end, part) for each of `parts` ranges of nearly equal length.
 template <class Body> void parallel_for(int64_t items, int64_t parts, int threads, const Body& body) {
   parallel_parts(parts, threads, [&](int64_t part) { body(items * part / parts, items * (part + 1) / parts, part); });
 }
@@ -57,14 +57,14 @@ struct aligned_free {
 };
 using buffer = std::unique_ptr<float[], aligned_free>;
 
-// Cache-line aligned and not initialised.
+// Aligned to cache lines and not initialised.
 inline buffer make_buffer(int64_t count) {
   return buffer(static_cast<float*>(std::aligned_alloc(64, size_t((count * 4 + 63) / 64 * 64 + 64))));
 }
 
-// This thread's own working memory, kept from call to call: freshly mapped pages cost more than the kernels that would
-// write to them. One user at a time: a kernel asks once and divides what it gets. Grows to a few MB (block sizes are
-// bounded), never shrinks.
+// Scratch memory of the calling thread, which is kept between calls: mapping new pages costs more than the kernels
+// that write to them. A kernel calls this once and divides the memory. It grows to a few MB, as block sizes are
+// bounded, and never shrinks.
 inline float* scratch(int64_t count) {
   thread_local buffer memory;
   thread_local int64_t size = 0;

@@ -1,14 +1,14 @@
-// Products of bf16 by AMX: a tile is 16 rows of 64 bytes, and one instruction adds the product of two of them to a
-// third, 16 × 16 sums over 32 bf16, in 16 cycles. Both operands are what the bf16 dot product takes, pairs of bf16 in
-// 32-bit lanes: the first [row][pair of k], the second [pair of k][column]. Included by gemm_tile.h.
+// Products of bf16 by AMX. A tile is 16 rows of 64 bytes; one instruction adds the product of two tiles to a third, 16
+// × 16 sums over 32 bf16, in 16 cycles. Both operands have the lanes of the bf16 dot product, pairs of bf16: the first
+// is [row][pair of k], the second [pair of k][column]. Included by gemm_tile.h.
 #pragma once
 #include <immintrin.h>
 
 namespace fastlm {
 
-// While one lives its thread's tiles have the shape that multiply_tiles wants: all of them whole. Afterwards they have
-// again that of whoever used them before.
-class tile_shapes {
+// Configures the calling thread's tiles as amx_multiply_tile needs them, all of full size, and restores the previous
+// configuration at its end.
+class amx_tile_config {
   struct alignas(64) configuration {
     uint8_t palette = 0, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -17,32 +17,31 @@ class tile_shapes {
   static_assert(sizeof(configuration) == 64);
 
  public:
-  tile_shapes() {
+  amx_tile_config() {
     _tile_storeconfig(&before);
     configuration whole;
     whole.palette = 1;
     for (int t = 0; t < 8; ++t) whole.row_bytes[t] = 64, whole.rows[t] = 16;
     _tile_loadconfig(&whole);
   }
-  ~tile_shapes() { _tile_loadconfig(&before); }
-  tile_shapes(const tile_shapes&) = delete;
-  tile_shapes& operator=(const tile_shapes&) = delete;
+  ~amx_tile_config() { _tile_loadconfig(&before); }
+  amx_tile_config(const amx_tile_config&) = delete;
+  amx_tile_config& operator=(const amx_tile_config&) = delete;
 };
 
-struct by_tiles : by_dot {
-  static constexpr int64_t BlockDepth = 128, Rows = 16,
-                           DepthStep =
-                               16;  // 24 kB of B, and 8 of the rows that pass by: of both more does not stay in L1
-  static constexpr bool RowsOnly = true, Cheap = true;
-  using session = tile_shapes;
+struct amx_arithmetic : dot_arithmetic {
+  // 24 kB of B and 8 kB of A in a block: more of both would not stay in L1.
+  static constexpr int64_t KC = 128, MR = 16, KStep = 16;
+  static constexpr bool RowMajorOnly = true, CheapProducts = true;
+  using session = amx_tile_config;
 };
 
-// c (16 × 16·Vecs) = a·b, or += where `accumulate`: a tile of a, up to three of b, up to three of sums. Per step of
-// depth 4 tiles are loaded (8 cycles each from L1) for 3 products.
-template <int Vecs> void multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const float* b,
-                                        int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+// c (16 × 16·Vecs) = a·b, or += where `accumulate`, with one tile of a, up to three of b and up to three of
+// accumulators. Each step of k loads 4 tiles (8 cycles each from L1) for 3 products.
+template <int Vecs> void amx_multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b,
+                                           int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
   const int64_t row = 4 * c_stride;   // bytes
-  __asm__ volatile("" ::: "memory");  // GCC does not know that loading a tile reads what was written before
+  __asm__ volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
   if (accumulate) {
     _tile_loadd(0, c, row);
     if constexpr (Vecs > 1) _tile_loadd(1, c + 16, row);
@@ -53,7 +52,7 @@ template <int Vecs> void multiply_tiles(int64_t depth, const float* a, int64_t a
     if constexpr (Vecs > 2) _tile_zero(2);
   }
   for (int64_t d = 0; d < depth;
-       d += by_tiles::DepthStep, a += by_tiles::DepthStep, b += by_tiles::DepthStep * b_stride) {
+       d += amx_arithmetic::KStep, a += amx_arithmetic::KStep, b += amx_arithmetic::KStep * b_stride) {
     _tile_loadd(3, a, 4 * a_stride);
     _tile_loadd(4, b, 4 * b_stride);
     _tile_dpbf16ps(0, 3, 4);
@@ -71,12 +70,12 @@ template <int Vecs> void multiply_tiles(int64_t depth, const float* a, int64_t a
   if constexpr (Vecs > 2) _tile_stored(2, c + 32, row);
 }
 
-// As an instruction adds up: 16 even elements, 16 odd ones, both sums to what was there.
-inline vec tile_column_products(int64_t depth, const float* a, const float* b, int64_t stride) {
+// Sums in the order of the instruction: 16 even elements, 16 odd ones, then both sums to the accumulator.
+inline vec amx_column_products(int64_t depth, const float* a, const float* b, int64_t stride) {
   vec sum = vec::zero();
-  for (int64_t first = 0; first < depth; first += by_tiles::DepthStep) {
+  for (int64_t first = 0; first < depth; first += amx_arithmetic::KStep) {
     vec even = vec::zero(), odd = vec::zero();
-    for (int64_t d = first; d < first + by_tiles::DepthStep; ++d) {
+    for (int64_t d = first; d < first + amx_arithmetic::KStep; ++d) {
       const uvec x = bits_of(vec::load(a + d * stride, full{})), y = bits_of(vec::load(b + d * stride, full{})),
                  high = uvec::all(0xffff0000u);
       even = fma(from_bits(x << 16), from_bits(y << 16), even);

@@ -38,6 +38,9 @@ class Call(Protocol):
     def flops(self) -> int:
         """Two per multiply-add of the matrix products, as PyTorch counts them."""
 
+    def bytes(self) -> int:
+        """The least memory traffic: every operand read once, every result written once."""
+
 
 class Backend(Protocol):
     """What computes."""

@@ -115,6 +115,11 @@ def forget() -> None:
     _selected.clear()
 
 
+def selected_backends() -> list[str]:
+    """The backends that calls have been run on since forget()."""
+    return sorted({implementation.backend.name for implementation, _ in _selected.values()})
+
+
 def order_of(operator: Registered, device: torch.device, dtype: torch.dtype, sizes: Any) -> tuple[str, ...]:
     """The device's backend order, the table's choice moved to the front.
 

@@ -1,1 +1,4 @@
-"""Measuring: ours and the rivals in turn in one run, ratios round by round, bytes and FLOPs against the machine's own peaks."""
+"""Benchmarks: interleaved timings of fastlm and its baselines, their ratios, and shares of the machine's peaks.
+
+The operators' cases are in fastlm/ops/<operator>/bench.py.
+"""

@@ -1,4 +1,4 @@
-"""What is timed is right: no further from float64 than twice as far as PyTorch is."""
+"""The accuracy of what is timed: at most twice PyTorch's error against float64."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,23 +11,24 @@ def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
-def error_over_theirs(true: Sequence[Tensor], theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
-    """How many times as far from the truth ours are as theirs: root mean squares, relative to each tensor's; over all tensors the geometric mean. Half a unit
-    in the last place counts as the least there is, or a single number would be compared with another's luck.
+def relative_to_baseline(true: Sequence[Tensor], baseline: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
+    """Our error over the baseline's: the geometric mean over all tensors of relative root mean square errors.
+
+    An error counts as half a unit in the last place at least: single numbers are exact by chance.
     """
 
-    def relative(x: Tensor, truth: Tensor) -> float:
+    def relative_error(x: Tensor, truth: Tensor) -> float:
         return max(rms(x.double() - truth) / max(rms(truth), 1e-30), torch.finfo(x.dtype).eps / 2)
 
     own, other = (
-        statistics.geometric_mean(relative(x, truth) for x, truth in zip(found, true, strict=True))
-        for found in (ours, theirs)
+        statistics.geometric_mean(relative_error(x, truth) for x, truth in zip(found, true, strict=True))
+        for found in (ours, baseline)
     )
     return own / other
 
 
 def checked(error: float, what: str) -> float:
-    """The error that it is given; ArithmeticError where it is more than twice PyTorch's."""
+    """The error; ArithmeticError if it is more than twice PyTorch's."""
     if not error <= 2:
         raise ArithmeticError(f"{what}: {error:.2f} times PyTorch's own error, more than twice")
     return error

@@ -1,128 +1,110 @@
-"""One row of the table: an operator, a dtype, a number of threads, a direction; ours and PyTorch's in turn."""
+"""One row of the results: a case in one dtype, number of threads and direction; fastlm and PyTorch interleaved."""
 
 import dataclasses
-import os
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fastlm.backends import choice
 from fastlm.benchmarking import accuracy
 from fastlm.benchmarking.machine import Work, threads
-from fastlm.benchmarking.measure import Ratio, in_turn, timed
-from fastlm.benchmarking.operators import Case, Function
+from fastlm.benchmarking.measure import Ratio, interleaved, timed
+from fastlm.benchmarking.memory import peak_of_call
+from fastlm.benchmarking.operators import backends_of, results, timer, work_of
+from fastlm.ops.benchmark import Case, Problem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Rival:
+class Baseline:
     seconds: float  # median
-    ratio: Ratio  # how many times as fast we are
-    bytes: int | None = None  # at most at once
+    ratio: Ratio  # our speedup over it
+    bytes: int | None = None  # peak memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    operator: str
+    operator: str  # the case's name; or training_step, generation, …
     shape: str
     dtype: str
     threads: int
-    direction: str  # forward, backward, forward+backward; or what a whole step or generation is of
-    backend: str  # who served our call
+    direction: str  # forward, backward, forward+backward, step; or the variant of a whole step
+    backend: str  # that our call ran on
     seconds: float  # ours, median
-    rivals: dict[str, Rival]
-    share: float | None = None  # of what the machine can do, probed in turn
-    bound: str | None = None  # by what: memory or arithmetic
+    baselines: dict[str, Baseline]
+    share: float | None = None  # of the machine's peak, measured in the same rounds
+    bound: str | None = None  # the peak that limits it: memory or arithmetic
     work: Work | None = None
-    bytes_held: int | None = None  # at most at once
+    bytes_held: int | None = None  # peak memory
     tokens: int | None = None  # per call, of a whole step or generation
     recompute: int | None = None  # the level, of a training step
-    error: float | None = None  # against float64, over that of eager
+    error: float | None = None  # against float64, relative to eager's
 
     @property
-    def best_rival(self) -> str:
-        return min(self.rivals, key=lambda name: self.rivals[name].seconds)
+    def best_baseline(self) -> str:
+        return min(self.baselines, key=lambda name: self.baselines[name].seconds)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "best_rival": self.best_rival}
+        return {**dataclasses.asdict(self), "best_baseline": self.best_baseline}
 
 
-def served_by(call) -> str:
-    """Whose kernels ran: what the choice remembered of this call."""
-    choice.CHOICES.clear()
-    call()
-    return ", ".join(backends_seen())
-
-
-def backends_seen() -> list[str]:
-    return sorted({str(choice.name_of(module)) for module, _ in choice.CHOICES.values()})
-
-
-def contestants(case: Case, *, compiled: bool) -> dict[str, Function]:
-    rivals = {"fastlm": case.ours, "eager": case.eager}
-    return rivals | {"compiled": torch.compile(case.eager)} if compiled else rivals
+def baselines_of(
+    seconds: Mapping[str, Sequence[float]], peaks: Mapping[str, int | None], but: Sequence[str] = ()
+) -> dict[str, Baseline]:
+    """Of interleaved timings: everything except fastlm's and `but`."""
+    ours = seconds["fastlm"]
+    return {
+        name: Baseline(statistics.median(taken), Ratio.of(ours, taken), peaks.get(name))
+        for name, taken in seconds.items()
+        if name != "fastlm" and name not in but
+    }
 
 
 def compare(
-    case: Case, number_of_threads: int, direction: str, *, compiled: bool = False, rounds: int = 30, budget: float = 3.0
+    case: Case,
+    dtype: str,
+    number_of_threads: int,
+    direction: str,
+    *,
+    compiled: bool = False,
+    rounds: int = 30,
+    budget: float = 3.0,
+    problem: Problem | None = None,
 ) -> Row:
-    """compiled: also against torch.compile, which needs a C++ compiler and half a minute per operator."""
-    dtype, work = case.inputs[0].dtype, case.least(direction)
-    bound, probe, amount = work.bound(number_of_threads, dtype)
+    """compiled: also against torch.compile, which takes half a minute per case and needs a C++ compiler."""
+    problem = problem or case.problem(DTYPES[dtype])
+    functions = {"fastlm": problem.ours, **problem.baselines, **(problem.compiled_baselines() if compiled else {})}
+    both = direction == "forward+backward"
     with threads(number_of_threads):
-        timers = {
-            name: case.timer(function, direction) for name, function in contestants(case, compiled=compiled).items()
-        }
-        backend = served_by(timers["fastlm"])
-        taken = in_turn({**timers, "machine": timed(probe.call)}, rounds, budget=budget, least=2e-3)
-        both = direction == "forward+backward"
-        held = {name: bytes_held(timers[name]) for name in ("fastlm", "eager") if both}
-        error = error_of(case) if both and not case.random else None
-    ours, own = taken.pop("fastlm"), taken.pop("machine")
+        work = work_of(problem, direction)
+        bound, probe, amount = work.bound(number_of_threads, DTYPES[dtype])
+        timers = {name: timer(problem, function, direction) for name, function in functions.items()}
+        backend = backends_of(timers["fastlm"])
+        seconds = interleaved({**timers, "machine": timed(probe.call)}, rounds, budget=budget, least=2e-3)
+        peaks = {name: peak_of_call(timers[name]) for name in ("fastlm", "eager") if both}
+        what = f"{case.name} of {problem.shape} in {dtype}"
+        error = accuracy.checked(error_of(problem), what) if both and not problem.random else None
     return Row(
-        case.operator,
-        case.shape,
-        str(dtype).removeprefix("torch."),
+        case.name,
+        problem.shape,
+        dtype,
         number_of_threads,
         direction,
         backend,
-        statistics.median(ours),
-        {
-            name: Rival(statistics.median(theirs), Ratio.of(ours, theirs), held.get(name))
-            for name, theirs in taken.items()
-        },
-        share=probe.share(amount, ours, own),
+        statistics.median(seconds["fastlm"]),
+        baselines_of(seconds, peaks, but=["machine"]),
+        share=probe.share(amount, seconds["fastlm"], seconds["machine"]),
         bound=bound,
         work=work,
-        bytes_held=held.get("fastlm"),
+        bytes_held=peaks.get("fastlm"),
         error=error,
     )
 
 
-def error_of(case: Case) -> float:
-    """Of the results and all gradients, at the very sizes that are timed."""
-    true = case.results(case.eager, torch.float64)
-    error = accuracy.error_over_theirs(true, case.results(case.eager), case.results(case.ours))
-    return accuracy.checked(
-        error, f"{case.operator} of {case.shape} in {str(case.inputs[0].dtype).removeprefix('torch.')}"
-    )
-
-
-def bytes_held(call) -> int:
-    """What PyTorch's allocator gave out at most at once during a call, beyond what was there before.
-
-    The kernels' own packing buffers, some hundred kilobytes per thread, are not in it.
-    """
-    call()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself on stderr every time
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
-        call()
-    held = most = 0
-    for event in sorted(
-        (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+def error_of(problem: Problem) -> float:
+    """Of the results and all gradients, at the sizes that are timed, relative to eager's."""
+    eager = problem.baselines["eager"]
+    true = results(problem, eager, torch.float64)
+    return accuracy.relative_to_baseline(true, results(problem, eager), results(problem, problem.ours))

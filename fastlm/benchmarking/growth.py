@@ -1,6 +1,6 @@
-"""How the time for a token grows with the context and with the width of a model: training steps of small GPT-2s that differ in nothing else.
+"""The time per token as the context or the width of a model grows: training steps of small GPT-2s.
 
-A cliff, a size from which on every token costs much more than its arithmetic does, would show as a step in the curve.
+A size from which on every token costs much more than its arithmetic would show as a step in the curve.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 from fastlm.benchmarking.compare import Row
 from fastlm.benchmarking.whole import Subject, compare_steps
 
-# By series and size. The tokens of a step stay the same along a series, and so does the size of a head.
+# By series and size. Along a series the number of tokens per step and the size of a head are constant.
 SERIES: dict[str, dict[int, Subject]] = {
     "context": {
         size: Subject("GPT-2", 2, 256, 4, 256, 4096 // size, size) for size in (128, 256, 512, 1024, 2048, 4096)
@@ -20,14 +20,14 @@ SERIES: dict[str, dict[int, Subject]] = {
 }
 POINTS = {f"{series} {size}": subject for series, sizes in SERIES.items() for size, subject in sizes.items()}
 SHAPES = {
-    "context": "GPT-2, 2 layers of 256, 4096 tokens in sequences of one context",
+    "context": "GPT-2, 2 layers of 256, 4096 tokens per step",
     "width": "GPT-2, 2 layers, heads of 64, vocabulary 4096, 2 × 128 tokens",
 }
 
 
-def compare_growth(point: str, dtype: str, number_of_threads: int, **how: Any) -> Row:
-    """A training step at one of the POINTS; how: what compare_steps takes besides."""
-    row = compare_steps(dtype, number_of_threads, subject=POINTS[point], **how)
+def compare_growth(point: str, dtype: str, number_of_threads: int, **options: Any) -> Row:
+    """A training step at one of the POINTS, with the options of compare_steps."""
+    row = compare_steps(dtype, number_of_threads, subject=POINTS[point], **options)
     return dataclasses.replace(row, operator="growth", shape=SHAPES[series_of(point)], direction=point)
 
 

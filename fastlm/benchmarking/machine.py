@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the same run as what is compared with it."""
+"""The machine's peaks, measured in the same run as what is compared with them."""
 
 import contextlib
 import dataclasses
@@ -21,31 +21,33 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def best(call, times: int = 5) -> float:
-    """Seconds of the fastest: a peak is what the machine can do when nothing else disturbs it."""
+def best(call: Callable[[], object], times: int = 5) -> float:
+    """Seconds of the fastest of several calls. A peak is what an undisturbed machine reaches."""
     timer = timed(call)
     if timer() > 1:
-        return timer()  # nothing of the kind is a peak
+        return timer()  # no peak is that slow
     return min(timer() for _ in range(times))
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A call that keeps one part of the machine busy and nothing else. Timed in turn with what is measured, it says what the machine can do at that moment: a
-    virtual one may have half the speed a minute later.
+    """A call that uses one part of the machine only.
+
+    Interleaved with a measurement it tells the peak at that moment: a virtual machine may be half as fast a minute
+    later.
     """
 
     call: Callable[[], object]
-    amount: float  # of bytes read or floating-point operations done
+    amount: float  # bytes read or floating-point operations
 
     def share(self, amount: float, seconds: Sequence[float], own_seconds: Sequence[float]) -> float:
-        """Of the machine's rate, round by round, that work of this amount reached; the median."""
+        """The share of the peak that work of this amount reached: the median over the rounds."""
         return amount / self.amount * Ratio.of(seconds, own_seconds).median
 
 
 @functools.cache
 def reading() -> Probe:
-    """A sum over 256 MB, far more than any cache holds: one addition per four bytes, so nothing but the memory is busy."""
+    """A sum over 256 MB, more than any cache holds, with one addition per four bytes: bound by memory bandwidth."""
     numbers = torch.ones(64 << 20)
     return Probe(numbers.sum, numbers.nbytes)
 
@@ -59,7 +61,7 @@ def read_bandwidth(number_of_threads: int) -> float:
 
 @functools.cache
 def product(number_of_threads: int, dtype: torch.dtype) -> tuple[Probe, float]:
-    """The fastest of PyTorch's own matrix products at 1024³, and its FLOP/s."""
+    """The fastest of PyTorch's matrix products of 1024³ multiply-adds, and its FLOP/s."""
     a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     with threads(number_of_threads), torch.no_grad():
         seconds = {call: best(call) for call in (lambda: a @ b, lambda: a @ b.T)}
@@ -69,7 +71,10 @@ def product(number_of_threads: int, dtype: torch.dtype) -> tuple[Probe, float]:
 
 @functools.cache
 def arithmetic(number_of_threads: int, dtype: torch.dtype) -> Probe:
-    """Multiply-adds of the kind that fastlm's products in this dtype are made of, in registers; without kernels PyTorch's product, a tenth or so slower."""
+    """The multiply-adds that fastlm's matrix products in this dtype use, on registers.
+
+    Without compiled kernels, PyTorch's matrix product, which is about a tenth slower.
+    """
     kernels = isa.kernels
     if not kernels:
         return product(number_of_threads, dtype)[0]
@@ -91,7 +96,7 @@ def peak(number_of_threads: int, dtype: torch.dtype) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a call must do at least: floating-point operations (a multiply-add is two), and bytes read from and written to memory."""
+    """The least that a call must do: floating-point operations (two per multiply-add), and bytes of memory traffic."""
 
     flops: float
     bytes: float
@@ -100,7 +105,7 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
     def bound(self, number_of_threads: int, dtype: torch.dtype) -> tuple[str, Probe, float]:
-        """memory or arithmetic, whichever takes the longer here; what probes it; how much of it there is to do."""
+        """("memory" or "arithmetic", whichever takes longer here; its probe; the amount of it)."""
         if self.bytes / read_bandwidth(number_of_threads) > self.flops / peak(number_of_threads, dtype):
             return "memory", reading(), self.bytes
         return "arithmetic", arithmetic(number_of_threads, dtype), self.flops

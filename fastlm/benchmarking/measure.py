@@ -1,59 +1,62 @@
-"""How everything here is timed: in turn, so that a machine that slows down slows all; compared round by round, so that it cancels out."""
+"""How everything is timed: interleaved, so that a slow machine slows all alike, and compared round by round."""
 
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-Timer = Callable[[], float]  # does the work once and returns the seconds of the part that counts
+Timer = Callable[[int], float]  # (n) → mean seconds of n calls
 
-LEAST_ROUNDS = 5  # below that, quartiles say nothing
+MIN_ROUNDS = 5  # with fewer, quartiles mean nothing
 
 
 def timed(call: Callable[[], object]) -> Timer:
-    def timer() -> float:
+    def timer(n: int = 1) -> float:
         start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        for _ in range(n):
+            call()
+        return (time.perf_counter() - start) / n
 
     return timer
 
 
-def in_turn(
-    timers: Mapping[str, Timer], rounds: int, *, budget: float = float("inf"), least: float = 0.0
+def interleaved(
+    timers: Mapping[str, Timer], rounds: int, *, budget: float = float("inf"), least: float = 0.0, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds per call of each, once per round.
+    """Mean seconds per call of each timer, one value per round.
 
     Args:
-        rounds: at most; every other round runs backwards, so that none always comes after the same other.
-        budget: seconds after which no round begins, once there were LEAST_ROUNDS.
-        least: seconds that one timing should take; a shorter call is repeated within it, and the mean counts.
+        rounds: at most. Every second round runs in reverse order.
+        budget: seconds after which no round starts, once MIN_ROUNDS are complete.
+        least: seconds that one timing should take; shorter calls are repeated.
+        warmup: calls before anything is timed: they allocate, pack and compile.
     """
-    times = {}
+    repeats = {}
     for name, timer in timers.items():
-        timer()  # allocates, packs, compiles
-        times[name] = max(1, round(least / max(timer(), 1e-9)))
-    taken: dict[str, list[float]] = {name: [] for name in timers}
+        for _ in range(warmup):
+            timer(1)
+        repeats[name] = max(1, round(least / max(timer(1), 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
     start = time.perf_counter()
     for i in range(rounds):
-        if i >= LEAST_ROUNDS and time.perf_counter() - start > budget:
+        if i >= MIN_ROUNDS and time.perf_counter() - start > budget:
             break
         for name in list(timers)[:: 1 if i % 2 == 0 else -1]:
-            taken[name].append(statistics.fmean(timers[name]() for _ in range(times[name])))
-    return taken
+            seconds[name].append(timers[name](repeats[name]))
+    return seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as the rival: the median of the rounds, and the quartiles around it."""
+    """A speedup over a baseline: the median of the rounds' ratios and their quartiles."""
 
     median: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, ours: Sequence[float], rival: Sequence[float]) -> "Ratio":
-        ratios = [b / a for a, b in zip(ours, rival, strict=True)]
+    def of(cls, ours: Sequence[float], baseline: Sequence[float]) -> "Ratio":
+        ratios = [b / a for a, b in zip(ours, baseline, strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         return cls(median, low, high)
 

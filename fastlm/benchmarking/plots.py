@@ -1,4 +1,4 @@
-"""Rows as a picture: how many times as fast, how near to the machine's roof, how much memory, how it grows."""
+"""Rows as a plot: speedups, a roofline, memory, and growth."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,121 +7,113 @@ from typing import Any
 from fastlm.benchmarking import growth
 from fastlm.benchmarking.compare import Row
 
-OURS, THEIRS = "#08519c", "#d94801"
+OURS, BASELINE = "#08519c", "#d94801"
+OTHER_BASELINES = ("#fdae6b", "#636363", "#bdbdbd")
 
 
 def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
-    from matplotlib.figure import Figure  # a figure of its own: no window, no global state
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    growing, others = ([row for row in rows if (row.operator == "growth") == wanted] for wanted in (True, False))
-    mosaic: list[Any] = [["throughput", "roofline"], ["throughput", "memory"]] if others or not growing else []
+    growing = [row for row in rows if row.operator == "growth"]
+    others = [row for row in rows if row.operator != "growth"]
+    mosaic: list[Any] = [["speedup", "roofline"], ["speedup", "memory"]] if others or not growing else []
     heights = [max(5.5, 3 + 0.22 * len(others)) / 2] * len(mosaic)
     if growing:
         mosaic, heights = [*mosaic, ["context", "width"]], [*heights, 4.5]
     figure = Figure(figsize=(13, sum(heights)), dpi=110, layout="constrained")
     panels = figure.subplot_mosaic(mosaic, width_ratios=(3, 2) if len(mosaic) > 1 else (1, 1), height_ratios=heights)
-    if "throughput" in panels:
-        throughput(panels["throughput"], others)
-        roofline(panels["roofline"], others, described)
-        memory(panels["memory"], others)
+    if "speedup" in panels:
+        draw_speedups(panels["speedup"], others)
+        draw_roofline(panels["roofline"], others, described)
+        draw_memory(panels["memory"], others)
     for series in growth.SERIES if growing else ():
-        grown(panels[series], series, [row for row in growing if growth.series_of(row.direction) == series])
+        draw_growth(panels[series], series, [row for row in growing if growth.series_of(row.direction) == series])
     figure.suptitle(f"{described['cpu']}, fastlm {described['fastlm']}, PyTorch {described['torch']}", fontsize=11)
     figure.savefig(path)
 
 
-def throughput(axes, rows: Sequence[Row]) -> None:
-    """The ratio against the best rival, with its quartiles."""
-    best = [row.rivals[row.best_rival].ratio for row in rows]
+def draw_speedups(axes: Any, rows: Sequence[Row]) -> None:
+    """The speedup over the best baseline, with its quartiles."""
+    ratios = [row.baselines[row.best_baseline].ratio for row in rows]
     places = range(len(rows))
-    spread = [[r.median - r.low for r in best], [r.high - r.median for r in best]]
-    axes.barh(places, [r.median for r in best], xerr=spread, color=OURS, ecolor="#636363", height=0.7)
-    axes.axvline(1, color=THEIRS, linewidth=1.2)
+    spread = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
+    axes.barh(places, [r.median for r in ratios], xerr=spread, color=OURS, ecolor="#636363", height=0.7)
+    axes.axvline(1, color=BASELINE, linewidth=1.2)
     axes.set_yticks(places, [f"{row.operator} {row.direction}, {row.dtype}, {row.threads}" for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.margins(y=0.01)
-    axes.set(title="throughput", xlabel="times as fast as the best of PyTorch (line: equal)")
+    axes.set(title="speedup", xlabel="speedup over the fastest of PyTorch's (line: equal)")
     axes.grid(axis="x", alpha=0.3)
 
 
-def roofline(axes, rows: Sequence[Row], described: dict[str, Any]) -> None:
-    """FLOP/s over FLOPs per byte, below the roof that memory and arithmetic are (Williams et al., 2009), at the highest number of threads."""
-    measured = [(row, row.work) for row in rows if row.work]
+def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> None:
+    """FLOP/s by FLOPs per byte, under the limits of memory and arithmetic (Williams et al., 2009).
+
+    Only cases with matrix products, at the highest number of threads.
+    """
     axes.set(title="roofline", xlabel="FLOPs per byte", ylabel="GFLOP/s", xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
+    measured = [(row, row.work) for row in rows if row.work and row.work.flops]
     if not measured:
         return
     threads = max(row.threads for row, _ in measured)
     peaks = described["peaks"][str(threads)]
+    bandwidth = peaks["read_bytes_per_second"]
     shown = [(row, work.flops / work.bytes, work.flops) for row, work in measured if row.threads == threads]
     lowest, highest = min(i for _, i, _ in shown), max(i for _, i, _ in shown)
-    for dtype, colour in (("float32", OURS), ("bfloat16", "#238b45")):
+    for dtype, color in (("float32", OURS), ("bfloat16", "#238b45")):
         top = peaks.get(f"{dtype}_flops_per_second")
         if top is None:
             continue
-        knee = top / peaks["read_bytes_per_second"]
+        knee = top / bandwidth
         left, right = min(lowest, knee) / 2, max(highest, knee) * 2
-        axes.plot(
-            [left, knee, right],
-            [left * peaks["read_bytes_per_second"] / 1e9, top / 1e9, top / 1e9],
-            color=colour,
-            linewidth=1,
-            label=f"roof, {dtype}",
-        )
-        mine = [(i, flops / row.seconds / 1e9) for row, i, flops in shown if row.dtype == dtype]
-        theirs = [
-            (i, flops / row.rivals[row.best_rival].seconds / 1e9) for row, i, flops in shown if row.dtype == dtype
-        ]
-        axes.scatter(*zip(*mine, strict=True), color=colour, s=18, label=f"fastlm, {dtype}")
-        axes.scatter(*zip(*theirs, strict=True), edgecolor=colour, facecolor="none", s=18, label=f"PyTorch, {dtype}")
+        roof = [left * bandwidth / 1e9, top / 1e9, top / 1e9]
+        axes.plot([left, knee, right], roof, color=color, linewidth=1, label=f"limit, {dtype}")
+        own = [(row, intensity, flops) for row, intensity, flops in shown if row.dtype == dtype]
+        if not own:
+            continue
+        ours = [(i, flops / row.seconds / 1e9) for row, i, flops in own]
+        theirs = [(i, flops / row.baselines[row.best_baseline].seconds / 1e9) for row, i, flops in own]
+        axes.scatter(*zip(*ours, strict=True), color=color, s=18, label=f"fastlm, {dtype}")
+        style = {"edgecolor": color, "facecolor": "none", "s": 18}
+        axes.scatter(*zip(*theirs, strict=True), **style, label=f"PyTorch, {dtype}")
     axes.legend(fontsize=7, frameon=False)
 
 
-def memory(axes, rows: Sequence[Row]) -> None:
-    """What the allocator held at most, ours beside PyTorch's."""
-    shown = list(
-        {(row.operator, row.dtype): row for row in rows if row.bytes_held and row.rivals["eager"].bytes}.values()
-    )
+def draw_memory(axes: Any, rows: Sequence[Row]) -> None:
+    """Peak memory, fastlm's beside PyTorch's."""
+    shown: dict[tuple[str, str], tuple[int, int]] = {}
+    for row in rows:
+        eager = row.baselines.get("eager")
+        if row.bytes_held and eager and eager.bytes:
+            shown[row.operator, row.dtype] = row.bytes_held, eager.bytes
     places = range(len(shown))
-    axes.bar([p - 0.2 for p in places], [row.bytes_held / 1e6 for row in shown], width=0.4, color=OURS, label="fastlm")  # type: ignore[operator]
-    axes.bar(
-        [p + 0.2 for p in places],
-        [row.rivals["eager"].bytes / 1e6 for row in shown],
-        width=0.4,
-        color=THEIRS,
-        label="PyTorch",
-    )  # type: ignore[operator]
-    axes.set_xticks(places, [f"{row.operator}\n{row.dtype}" for row in shown], rotation=30, ha="right", fontsize=7)
-    axes.set(title="memory", ylabel="MB at most", yscale="log", ylim=(1, None))
+    for offset, color, label, index in ((-0.2, OURS, "fastlm", 0), (0.2, BASELINE, "PyTorch", 1)):
+        megabytes = [both[index] / 1e6 for both in shown.values()]
+        axes.bar([p + offset for p in places], megabytes, width=0.4, color=color, label=label)
+    axes.set_xticks(places, [f"{operator}\n{dtype}" for operator, dtype in shown], rotation=30, ha="right", fontsize=7)
+    axes.set(title="peak memory", ylabel="MB", yscale="log", ylim=(1, None))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7, frameon=False)
 
 
-def grown(axes, series: str, rows: Sequence[Row]) -> None:
-    """Time for a token over the size, both by powers of two: arithmetic alone is a smooth curve."""
+def draw_growth(axes: Any, series: str, rows: Sequence[Row]) -> None:
+    """Time per token by size, both on logarithmic axes, where arithmetic alone is a smooth curve."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    axes.set(title=f"time for a token against {series}", xlabel=series, ylabel="µs")
+    axes.set(title=f"time per token by {series}", xlabel=series, ylabel="µs")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    for (dtype, threads), style in zip(
-        dict.fromkeys((row.dtype, row.threads) for row in rows), ("-", "--", ":", "-."), strict=False
-    ):
-        some = sorted((row for row in rows if (row.dtype, row.threads) == (dtype, threads)), key=growth.size_of)
-        sizes = [growth.size_of(row) for row in some]
+    kinds = dict.fromkeys((row.dtype, row.threads) for row in rows)
+    for (dtype, threads), style in zip(kinds, ("-", "--", ":", "-."), strict=False):
+        own = sorted((row for row in rows if (row.dtype, row.threads) == (dtype, threads)), key=growth.size_of)
+        sizes = [growth.size_of(row) for row in own]
         kind = f"{dtype}, {threads} thread{'s' * (threads > 1)}"
-        axes.plot(
-            sizes,
-            [row.seconds / row.tokens * 1e6 for row in some],
-            style,
-            marker="o",
-            markersize=4,
-            color=OURS,
-            label=f"fastlm, {kind}",
-        )  # type: ignore[operator]
-        for name, colour in zip(some[0].rivals, (THEIRS, "#fdae6b", "#636363", "#bdbdbd"), strict=False):
-            times = [row.rivals[name].seconds / row.tokens * 1e6 for row in some]  # type: ignore[operator]
-            axes.plot(sizes, times, style, marker="o", markersize=3, color=colour, linewidth=1, label=f"{name}, {kind}")
+        times = [row.seconds / (row.tokens or 1) * 1e6 for row in own]
+        axes.plot(sizes, times, style, marker="o", markersize=4, color=OURS, label=f"fastlm, {kind}")
+        for name, color in zip(own[0].baselines, (BASELINE, *OTHER_BASELINES), strict=False):
+            times = [row.baselines[name].seconds / (row.tokens or 1) * 1e6 for row in own]
+            axes.plot(sizes, times, style, marker="o", markersize=3, color=color, linewidth=1, label=f"{name}, {kind}")
     sizes = sorted({growth.size_of(row) for row in rows})
     axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
     axes.yaxis.set_major_locator(LogLocator(base=2))

@@ -1,4 +1,4 @@
-"""Where a training step spends its time: in fastlm's kernels, in PyTorch's operators, and in what calls them."""
+"""Where a training step spends its time: fastlm's kernels, PyTorch's operators, and the Python that calls them."""
 
 import contextlib
 import dataclasses
@@ -23,56 +23,45 @@ STEP, MARK = "training step", "fastlm kernel "
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    library: str  # whose it is: OURS or THEIRS
+    library: str  # OURS or THEIRS
     name: str  # of a kernel or an operator
     calls: float  # per step
-    seconds: float  # per step, without those of the operators that it calls
+    seconds: float  # per step, without the operators that it calls
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
     seconds: float  # of a step
-    parts: list[Part]  # the longest first
+    parts: list[Part]  # longest first
 
     @property
     def outside(self) -> float:
-        """The share of a step that is spent in no kernel and no operator: Python, autograd's engine and, a little, the profiler itself."""
+        """The share of a step spent in neither: Python, the autograd engine and, a little, the profiler itself."""
         return max(0.0, 1 - sum(part.seconds for part in self.parts) / self.seconds)
 
     def as_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "outside": self.outside}
 
 
-class Marked:
-    """The compiled module, each of its functions seen by the profiler."""
+def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        with record_function(MARK + name):
+            return function(*arguments, **keywords)
 
-    def __init__(self, module: Any):
-        self.module = module
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self.module, name)
-        marked = self.marked(name, found) if callable(found) and not isinstance(found, type) else found
-        setattr(self, name, marked)
-        return marked
-
-    @staticmethod
-    def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            with record_function(MARK + name):
-                return function(*arguments)
-
-        return call
+    return call
 
 
 @contextlib.contextmanager
 def marked_kernels() -> Iterator[None]:
-    """The profiler sees PyTorch's operators by itself, and our kernels within."""
-    with unittest.mock.patch.object(cpu, "kernels", cpu.kernels and Marked(cpu.kernels)):
+    """Makes fastlm's kernels visible to the profiler, which sees PyTorch's operators anyway."""
+    functions = vars(cpu.kernels) if cpu.kernels else {}
+    patched = {name: marked(name, f) for name, f in functions.items() if callable(f) and name[0] != "_"}
+    with unittest.mock.patch.multiple(cpu.kernels, **patched) if patched else contextlib.nullcontext():
         yield
 
 
 def profile_step(subject: Subject, dtype: str, *, recompute: int = RECOMPUTE, steps: int = 3) -> Profile:
-    """Of `steps` training steps on the CPU, after one that warms up, with the tuned allocator."""
+    """`steps` training steps on the CPU, after one to warm up, with the tuned allocator."""
     fastlm.tune_allocator()
     model = subject.model()
     model.recompute = recompute
@@ -81,7 +70,7 @@ def profile_step(subject: Subject, dtype: str, *, recompute: int = RECOMPUTE, st
     )
     trainer = Trainer(model, settings, subject.objective().loss)
     inputs, targets = subject.pairs()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints a line on stderr
     with marked_kernels():
         trainer.step(inputs, targets, 1e-4)
         with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as seen:

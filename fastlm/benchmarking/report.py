@@ -1,4 +1,4 @@
-"""Rows as a table on the screen, as JSON, as Markdown."""
+"""Rows as tables on the screen, as JSON and as Markdown."""
 
 import platform
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from rich.table import Table
 import fastlm
 from fastlm.benchmarking.compare import DTYPES, Row
 from fastlm.benchmarking.machine import peak, product, read_bandwidth
-from fastlm.benchmarking.operators import DIRECTIONS
+from fastlm.ops.benchmark import DIRECTIONS
 
 
 def machine(numbers_of_threads: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:
-    """What ran, on what, and the peaks that the shares refer to."""
+    """The machine, the versions, and the peaks that the shares refer to."""
     found = fastlm.info()
     return {
         "cpu": found.cpu,
@@ -43,9 +43,8 @@ def peaks_in_words(described: dict[str, Any]) -> list[str]:
         for d in DTYPES:
             if f"{d}_flops_per_second" in peaks:
                 rate, reached = peaks[f"{d}_flops_per_second"], peaks[f"{d}_product_flops_per_second"]
-                words.append(
-                    f"multiply-adds {rate / 1e9:,.0f} GFLOP/s in {d}, PyTorch's product {reached / rate:.0%} of it"
-                )
+                share = f"PyTorch's matrix product reaches {reached / rate:.0%}"
+                words.append(f"multiply-adds {rate / 1e9:,.0f} GFLOP/s in {d}, of which {share}")
         lines.append(f"{n} thread{'s' * (n != '1')}: {'; '.join(words)}")
     return lines
 
@@ -57,9 +56,44 @@ def seconds_in_words(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
+def percent(share: float | None, missing: str = "–") -> str:
+    return missing if share is None else f"{share:.0%}"
+
+
+# The screen: column → minimum width
+OPERATOR_COLUMNS = {
+    "dtype": 8,
+    "threads": 7,
+    "direction": 8,
+    "fastlm": 6,
+    "baseline": 8,
+    "speedup": 16,
+    "peak": 4,
+    "by": 3,
+}
+RIGHT = ("threads", "level", "fastlm", "peak", "memory")
+
+
+def columns_of(row: Row) -> dict[str, int]:
+    """The columns of the table that a row is in."""
+    if row.tokens is None:
+        return OPERATOR_COLUMNS
+    columns = {"dtype": 8, "threads": 7}
+    if row.operator == "growth":
+        columns["size"] = 12
+    elif row.recompute is not None:
+        columns["level"] = 5
+    columns |= {"fastlm": 7, "baseline": 8, "speedup": 16}
+    if row.share is not None:
+        columns["peak"] = 4
+    return columns | ({"memory": 6} if row.bytes_held else {"by": 3})
+
+
 def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """One per operator, a line per rival, narrow enough for a terminal of 80 columns."""
+    """One per operator, with a line per baseline; at most 80 columns wide."""
     for operator, shape in dict.fromkeys((row.operator, row.shape) for row in rows):
+        own = [row for row in rows if (row.operator, row.shape) == (operator, shape)]
+        columns = columns_of(own[0])
         table = Table(
             title=f"{operator}: {shape}",
             title_justify="left",
@@ -68,115 +102,113 @@ def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
             pad_edge=False,
             padding=(0, 1, 0, 0),
         )
-        mine = [row for row in rows if (row.operator, row.shape) == (operator, shape)]
-        columns = [
-            ("dtype", 8),
-            ("threads", 7),
-            ("direction", 8),
-            ("fastlm", 6),
-            ("against", 5),
-            ("times as fast", 16),
-            ("peak", 4),
-            ("by", 3),
-        ]
-        if (
-            mine[0].tokens is not None
-        ):  # a whole step or generation: there is one direction, and no peak was counted of the latter
-            columns = [c for c in columns if c[0] != "direction" and (c[0] != "peak" or mine[0].share is not None)]
-            columns[2] = ("fastlm", 7)
-            if mine[0].bytes_held:
-                columns[-1:] = [("memory", 6)]  # in place of who served, which then stands below
-                if mine[0].operator == "growth":
-                    columns[2:2] = [("size", 12)]
-                elif mine[0].recompute is not None:
-                    columns[2:2] = [("level", 5)]
-                table.caption, table.caption_justify = f"by {', '.join(sorted({row.backend for row in mine}))}", "left"
-        for column, width in columns:
-            table.add_column(
-                column,
-                min_width=width,
-                justify="right" if column in ("threads", "level", "fastlm", "peak", "memory") else "left",
-            )
-        for row in mine:
-            time = seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.0f}/s"
-            for i, (name, rival) in enumerate(row.rivals.items()):
-                line = {"against": name, "times as fast": str(rival.ratio)}
-                if i == 0:
-                    line |= {"dtype": row.dtype, "threads": str(row.threads), "fastlm": time, "by": row.backend}
-                    line["direction"] = row.direction.replace("forward+backward", "both")
-                    line["size"] = row.direction
-                    line["level"] = str(row.recompute)
-                    line["peak"] = "" if row.share is None else f"{row.share:.0%}"
-                if row.bytes_held and rival.bytes:
-                    line["memory"] = f"{row.bytes_held / rival.bytes:.2f}"
-                table.add_row(*(line.get(column, "") for column, _ in columns))
+        if "by" not in columns:
+            table.caption, table.caption_justify = f"by {', '.join(sorted({row.backend for row in own}))}", "left"
+        for column, width in columns.items():
+            table.add_column(column, min_width=width, justify="right" if column in RIGHT else "left")
+        for row in own:
+            for line in screen_lines(row):
+                table.add_row(*(line.get(column, "") for column in columns))
         yield table
 
 
+def screen_lines(row: Row) -> Iterator[dict[str, str]]:
+    for i, (name, baseline) in enumerate(row.baselines.items()):
+        line = {"baseline": name, "speedup": str(baseline.ratio)}
+        if row.bytes_held and baseline.bytes:
+            line["memory"] = f"{row.bytes_held / baseline.bytes:.2f}"
+        if i == 0:
+            line |= {
+                "dtype": row.dtype,
+                "threads": str(row.threads),
+                "direction": row.direction.replace("forward+backward", "both"),
+                "size": row.direction,
+                "level": str(row.recompute),
+                "fastlm": seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.0f}/s",
+                "peak": percent(row.share, ""),
+                "by": row.backend,
+            }
+        yield line
+
+
+# Markdown
+
+
 def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
-    """Operators with a column per direction, then whole steps and generations with one per rival."""
+    """Operators with a column per direction, then whole steps and generation with a column per baseline."""
     lines = [
         f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}. "
-        "How many times as fast as PyTorch: median [quartiles] of pairs timed in turn; so is what a share of the peak is of, multiply-adds or reading. "
-        "Memory that a call holds at most, and error against float64: over PyTorch's own.",
+        "Speedup over PyTorch: median [quartiles] of interleaved pairs. Share of the machine's peak (multiply-adds or "
+        "read bandwidth), measured in the same rounds. Peak memory of a call, and error against float64: relative to "
+        "PyTorch's.",
         "",
         *[f"- {line}" for line in peaks_in_words(described)],
         "",
+        *operator_table([row for row in rows if row.tokens is None]),
     ]
-    operators = [row for row in rows if row.tokens is None]
-    if operators:
-        lines += [
-            "| operator | dtype | threads | forward | backward | forward + backward | of peak, forward / backward | memory | error | served by |"
-        ]
-        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
-    groups: dict[tuple, dict[str, Row]] = {}
-    for row in operators:
-        groups.setdefault((row.operator, row.dtype, row.threads), {})[row.direction] = row
-    for (operator, dtype, threads), by in groups.items():
-        by = by | {"forward+backward": by["step"]} if "step" in by else by  # an optimiser has but one figure
-        cells = [against_best(by[d]) if d in by else "–" for d in DIRECTIONS]
-        shares = (
-            f"{by['step'].share:.0%}"
-            if "step" in by
-            else " / ".join(f"{by[d].share:.0%}" if d in by else "–" for d in DIRECTIONS[:2])
-        )
-        whole = by.get("forward+backward")
-        memory = (
-            f"{whole.bytes_held / whole.rivals['eager'].bytes:.2f}"
-            if whole and whole.bytes_held and whole.rivals["eager"].bytes
-            else "–"
-        )
-        error = f"{whole.error:.2f}" if whole and whole.error is not None else "–"
-        served = ", ".join(sorted({row.backend for row in by.values()}))
-        lines.append(
-            f"| `{operator}` | {dtype} | {threads} | {' | '.join(cells)} | {shares} | {memory} | {error} | {served} |"
-        )
     for kind, shape in dict.fromkeys((row.operator, row.shape) for row in rows if row.tokens is not None):
-        some = [row for row in rows if (row.operator, row.shape) == (kind, shape)]
-        names = list(dict.fromkeys(name for row in some for name in row.rivals))
-        lines += ["", f"{kind.replace('_', ' ')}: {shape}", ""]
-        varies = "recompute" if kind != "growth" else "size"
-        lines += [
-            f"| dtype | threads | {varies} | fastlm | of peak | {' | '.join(f'against {name}' for name in names)} | memory | over eager's |",
-            "|---" * (7 + len(names)) + "|",
-        ]
-        for row in some:
-            cells = [str(row.rivals[name].ratio) if name in row.rivals else "–" for name in names]
-            share = "–" if row.share is None else f"{row.share:.0%}"
-            eager = row.rivals["eager"].bytes if "eager" in row.rivals else None
-            memory = f"{row.bytes_held / eager:.2f}" if row.bytes_held and eager else "–"
-            megabytes = f"{row.bytes_held / 1e6:,.0f} MB" if row.bytes_held else "–"
-            level = row.direction if kind == "growth" else "–" if row.recompute is None else row.recompute
-            speed = f"{row.tokens / row.seconds:,.1f} tokens/s"  # type: ignore[operator]
-            lines.append(
-                f"| {row.dtype} | {row.threads} | {level} | {speed} | {share} | {' | '.join(cells)} | {megabytes} | {memory} |"
-            )
+        lines += whole_table([row for row in rows if (row.operator, row.shape) == (kind, shape)])
     return "\n".join(lines) + "\n"
 
 
-def against_best(row: Row) -> str:
-    name = row.best_rival
-    return f"{row.rivals[name].ratio}" + (f" ({name})" if name != "eager" else "")
+def operator_table(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "| operator | dtype | threads | forward | backward | forward + backward "
+        "| share of peak, forward / backward | memory | error | backend |",
+        "|" + "---|" * 10,
+    ]
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row.operator, row.dtype, row.threads), {})[row.direction] = row
+    for (operator, dtype, threads), by in groups.items():
+        shown = {"forward+backward": by["step"]} if "step" in by else by  # an optimizer has one direction
+        speedups = [speedup_over_best(shown[d]) if d in shown else "–" for d in DIRECTIONS]
+        shares = (
+            percent(by["step"].share)
+            if "step" in by
+            else " / ".join(percent(by[d].share) if d in by else "–" for d in DIRECTIONS[:2])
+        )
+        whole = by.get("forward+backward")
+        error = f"{whole.error:.2f}" if whole and whole.error is not None else "–"
+        backends = ", ".join(sorted({row.backend for row in by.values()}))
+        cells = [f"`{operator}`", dtype, threads, *speedups, shares, relative_memory(whole), error, backends]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def whole_table(rows: Sequence[Row]) -> list[str]:
+    first = rows[0]
+    names = list(dict.fromkeys(name for row in rows for name in row.baselines))
+    variable = "size" if first.operator == "growth" else "recompute"
+    speedups = " | ".join(f"speedup over {name}" for name in names)
+    lines = [
+        "",
+        f"{first.operator.replace('_', ' ')}: {first.shape}",
+        "",
+        f"| dtype | threads | {variable} | fastlm | share of peak | {speedups} | memory | relative to eager |",
+        "|" + "---|" * (7 + len(names)),
+    ]
+    for row in rows:
+        assert row.tokens is not None
+        varies = row.direction if variable == "size" else "–" if row.recompute is None else row.recompute
+        ratios = [str(row.baselines[name].ratio) if name in row.baselines else "–" for name in names]
+        megabytes = f"{row.bytes_held / 1e6:,.0f} MB" if row.bytes_held else "–"
+        speed = f"{row.tokens / row.seconds:,.1f} tokens/s"
+        cells = [row.dtype, row.threads, varies, speed, percent(row.share), *ratios, megabytes, relative_memory(row)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def relative_memory(row: Row | None) -> str:
+    eager = row and row.baselines.get("eager")
+    return f"{row.bytes_held / eager.bytes:.2f}" if row and row.bytes_held and eager and eager.bytes else "–"
+
+
+def speedup_over_best(row: Row) -> str:
+    name = row.best_baseline
+    return f"{row.baselines[name].ratio}" + (f" ({name})" if name != "eager" else "")
 
 
 def as_json(rows: Sequence[Row], described: dict[str, Any]) -> dict[str, Any]:

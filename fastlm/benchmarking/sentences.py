@@ -1,4 +1,4 @@
-"""Real sentences of mixed length that every machine has: the prose of Python's own language reference, which `help("topics")` shows."""
+"""Real sentences of mixed length that every machine has: the prose of Python's language reference."""
 
 import random
 import re
@@ -10,7 +10,7 @@ SENTENCE = re.compile(r"[A-Z].{,198}[.?!]")  # longer ones are rare, and would m
 
 
 def sentences(number: int, seed: int = 0) -> list[str]:
-    """In a random order that the seed gives, each once."""
+    """Distinct sentences in a random order."""
     found: dict[str, None] = {}
     for name in sorted(topics):
         for paragraph in re.split(r"\n\s*\n", topics[name]):

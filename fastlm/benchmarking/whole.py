@@ -1,4 +1,4 @@
-"""Whole training steps of GPT-2 and BERT, and whole generations: fastlm's models and the plain PyTorch ones, same weights, same tokens."""
+"""Training steps of GPT-2 and BERT, and generation: fastlm's models and plain PyTorch ones with the same weights."""
 
 import dataclasses
 import statistics
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import fastlm
-from fastlm.benchmarking.actor import Actor
-from fastlm.benchmarking.compare import DTYPES, Rival, Row, served_by
+from fastlm.benchmarking.compare import DTYPES, Row, baselines_of
 from fastlm.benchmarking.machine import Probe, arithmetic, best, peak, threads
-from fastlm.benchmarking.measure import Ratio, Timer, in_turn, timed
-from fastlm.benchmarking.resident import rise
+from fastlm.benchmarking.measure import Timer, interleaved, timed
+from fastlm.benchmarking.memory import resident_growth
+from fastlm.benchmarking.operators import backends_of
+from fastlm.benchmarking.worker import Worker
 from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 from fastlm.models.layers import RECOMPUTE
 from fastlm.training.baseline import PlainGPT2
@@ -26,6 +27,8 @@ from fastlm.training.settings import Settings
 
 SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
 PROMPT, NEW_TOKENS = 64, 64
+
+Work = tuple[Timer, Callable[[], int | None]]  # of a worker process: a timer, and its peak memory use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Subject:
     vocabulary: int
     batch: int
     context: int
-    dropout: float = 0.0  # everywhere where the architecture has some
+    dropout: float = 0.0  # wherever the architecture has some
 
     def __str__(self) -> str:
         dropout = f", dropout {self.dropout:g}" if self.dropout else ""
@@ -74,27 +77,27 @@ class Subject:
         )
 
     def objective(self) -> NextToken | MaskedToken:
-        return (
-            NextToken()
-            if self.kind == "GPT-2"
-            else MaskedToken(vocabulary=self.vocabulary, mask_token=min(103, self.vocabulary - 1))
-        )
+        if self.kind == "GPT-2":
+            return NextToken()
+        return MaskedToken(vocabulary=self.vocabulary, mask_token=min(103, self.vocabulary - 1))
 
     def pairs(self) -> tuple[Tensor, Tensor]:
+        """(inputs, targets)."""
         generator = torch.Generator().manual_seed(0)
-        return self.objective().pairs(
-            torch.randint(self.vocabulary, (self.batch, self.context + 1), generator=generator), generator
-        )
+        tokens = torch.randint(self.vocabulary, (self.batch, self.context + 1), generator=generator)
+        return self.objective().pairs(tokens, generator)
 
     def flops(self) -> float:
-        """Of a step, at least: a multiply-add of every weight for every token, of the output projection for every token that is predicted, and twice that in
-        backward; the two products of attention, of which backward has two each and the scores again. Looking up embeddings is free.
+        """The least that a step takes.
+
+        A multiply-add per weight and token, of the output projection per predicted token, twice that in backward; the
+        two products of attention, in backward two for each and the scores again. Embedding lookups are not counted.
         """
         tokens, predicted = self.batch * self.context, int((self.pairs()[1] >= 0).sum())
         head = self.vocabulary * self.width + (self.width**2 if self.kind == "BERT" else 0)
         products = 3 * 2 * (tokens * self.layers * 12 * self.width**2 + predicted * head)
-        seen = (self.context + 1) / 2 if self.kind == "GPT-2" else self.context  # by a token, on average
-        return products + 3.5 * self.layers * 2 * 2 * tokens * seen * self.width
+        keys_per_query = (self.context + 1) / 2 if self.kind == "GPT-2" else self.context
+        return products + 3.5 * self.layers * 2 * 2 * tokens * keys_per_query * self.width
 
 
 MODELS = {
@@ -106,16 +109,19 @@ MODELS = {
 }
 
 
-def fused_model(about: Subject, recompute: int) -> tuple[nn.Module, Loss]:
-    model = about.model()
+# 1. In a worker process
+
+
+def fastlm_model(subject: Subject, recompute: int) -> tuple[nn.Module, Loss]:
+    model = subject.model()
     model.recompute = recompute
-    return model, about.objective().loss
+    return model, subject.objective().loss
 
 
-def plain_model(about: Subject) -> tuple[nn.Module, Loss]:
-    """The same weights; nothing else of fastlm's model is left in memory."""
-    kind = PlainGPT2 if about.kind == "GPT-2" else PlainBert
-    return kind.like(about.model()), kind.loss
+def plain_model(subject: Subject) -> tuple[nn.Module, Loss]:
+    """The same weights in plain PyTorch; nothing of fastlm's model stays in memory."""
+    kind = PlainGPT2 if subject.kind == "GPT-2" else PlainBert
+    return kind.like(subject.model()), kind.loss
 
 
 def step_timer(
@@ -127,11 +133,11 @@ def step_timer(
     tuned: bool,
     compiled: bool = False,
     recompute: int = RECOMPUTE,
-) -> tuple[Timer, Callable[[], int | None]]:
-    """In an actor: one training step as the trainer takes it, with clipping and AdamW; and by how much memory rose above model and optimiser state."""
+) -> Work:
+    """A training step with clipping and AdamW; the memory counts beyond model and optimizer state."""
     torch.set_num_threads(number_of_threads)
     about = Subject(**subject)
-    model, loss = plain_model(about) if library != "fastlm" else fused_model(about, recompute)
+    model, loss = plain_model(about) if library != "fastlm" else fastlm_model(about, recompute)
     if compiled:
         model = cast(nn.Module, torch.compile(model))
     if tuned:
@@ -139,16 +145,22 @@ def step_timer(
     settings = Settings(batch=about.batch, context=about.context, dtype=dtype, width=about.width, heads=about.heads)
     trainer = Trainer(model, settings, loss, native=library != "fastlm")
     inputs, targets = about.pairs()
-    # AdamW's moments, which PyTorch's makes in the first step
-    held = rise(sum(2 * 4 * p.numel() for p in trainer.parameters if p not in trainer.optimizer.state))
-    return timed(lambda: trainer.step(inputs, targets, 1e-4)), held
+    # PyTorch creates AdamW's moments in the first step.
+    growth = resident_growth(sum(2 * 4 * p.numel() for p in trainer.parameters if p not in trainer.optimizer.state))
+    return timed(lambda: trainer.step(inputs, targets, 1e-4)), growth
+
+
+# 2. Comparing
 
 
 def machine_timer(number_of_threads: int, dtypes: Iterable[torch.dtype]) -> tuple[Probe, Timer]:
-    """Of the faster of the dtypes' arithmetic, beside processes that work in turn: after a turn their threads wait busily for some milliseconds, as do ours."""
+    """The arithmetic of the faster of the dtypes.
+
+    It waits before and after, because the threads of each process keep spinning for some milliseconds.
+    """
     probe = arithmetic(number_of_threads, max(dtypes, key=lambda dtype: peak(number_of_threads, dtype)))
 
-    def timer() -> float:
+    def timer(n: int = 1) -> float:
         time.sleep(0.1)
         seconds = best(probe.call)
         time.sleep(0.1)
@@ -157,41 +169,36 @@ def machine_timer(number_of_threads: int, dtypes: Iterable[torch.dtype]) -> tupl
     return probe, timer
 
 
-def contest(
-    work: str,
-    common: dict[str, Any],
+def compare_processes(
+    function: str,
+    arguments: dict[str, Any],
     *,
     compiled: bool,
     rounds: int,
     budget: float,
     others: Mapping[str, Timer] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """fastlm, its allocator tuned, and PyTorch as it comes and "tuned" in the same way, each in a process of its own; others: what else is timed in turn.
+    """fastlm with its allocator tuned, and PyTorch with default and with tuned settings, each in a worker process.
+
+    Args:
+        function, arguments: as for Worker; it also gets library, tuned and, if true, compiled.
+        others: timed in the same rounds.
 
     Returns:
-        the seconds of each, and what each process said last.
+        (the seconds of each, the last answer of each worker process).
     """
-    actors: dict[str, dict[str, Any]] = {
+    own: dict[str, dict[str, Any]] = {
         "fastlm": {"library": "fastlm", "tuned": True},
         "eager": {"library": "torch", "tuned": False},
         "eager tuned": {"library": "torch", "tuned": True},
     }
     if compiled:
-        actors["compiled"] = {"library": "torch", "tuned": False, "compiled": True}
-        actors["compiled tuned"] = {"library": "torch", "tuned": True, "compiled": True}
+        own["compiled"] = {"library": "torch", "tuned": False, "compiled": True}
+        own["compiled tuned"] = {"library": "torch", "tuned": True, "compiled": True}
     with ExitStack() as stack:
-        running = {name: stack.enter_context(Actor(work, common | own)) for name, own in actors.items()}
-        taken = in_turn({**running, **(others or {})}, rounds, budget=budget)
-        return taken, {name: actor.ask() for name, actor in running.items()}
-
-
-def rivals(taken: Mapping[str, list[float]], last: Mapping[str, dict[str, Any]]) -> dict[str, Rival]:
-    """Of a contest, all processes but fastlm's."""
-    return {
-        name: Rival(statistics.median(taken[name]), Ratio.of(taken["fastlm"], taken[name]), said["bytes"])
-        for name, said in last.items()
-        if name != "fastlm"
-    }
+        workers = {name: stack.enter_context(Worker(function, arguments | each)) for name, each in own.items()}
+        seconds = interleaved({**workers, **(others or {})}, rounds, budget=budget)
+        return seconds, {name: worker.ask() for name, worker in workers.items()}
 
 
 def compare_steps(
@@ -204,32 +211,30 @@ def compare_steps(
     rounds: int = 10,
     budget: float = 60.0,
 ) -> Row:
-    """At a level of recomputation, which is ours alone."""
-    common = {
+    """A training step. recompute: fastlm's level."""
+    arguments = {
         "dtype": dtype,
         "number_of_threads": number_of_threads,
         "subject": dataclasses.asdict(subject),
         "recompute": recompute,
     }
-    probe, timer = machine_timer(
-        number_of_threads, {torch.float32, DTYPES[dtype]}
-    )  # bfloat16 is a type to store in: its limit is the faster arithmetic
-    taken, last = contest(
-        "whole.step_timer", common, compiled=compiled, rounds=rounds, budget=budget, others={"machine": timer}
+    # bfloat16 is a storage type: the faster arithmetic of the two is its limit.
+    probe, machine = machine_timer(number_of_threads, {torch.float32, DTYPES[dtype]})
+    seconds, last = compare_processes(
+        "whole.step_timer", arguments, compiled=compiled, rounds=rounds, budget=budget, others={"machine": machine}
     )
-    ours, said = taken["fastlm"], last["fastlm"]
     return Row(
         "training_step",
         str(subject),
         dtype,
         number_of_threads,
         "step",
-        ", ".join(said["backends"]),
-        statistics.median(ours),
-        rivals(taken, last),
-        share=probe.share(subject.flops(), ours, taken["machine"]),
+        ", ".join(last["fastlm"]["backends"]),
+        statistics.median(seconds["fastlm"]),
+        baselines_of(seconds, {name: answer["bytes"] for name, answer in last.items()}, but=["machine"]),
+        share=probe.share(subject.flops(), seconds["fastlm"], seconds["machine"]),
         bound="arithmetic",
-        bytes_held=said["bytes"],
+        bytes_held=last["fastlm"]["bytes"],
         tokens=subject.batch * subject.context,
         recompute=recompute,
     )
@@ -250,30 +255,27 @@ def compare_generation(
     rounds: int = 10,
     budget: float = 30.0,
 ) -> Row:
-    """One sequence, greedy, with a cache of keys and values on both sides."""
+    """Greedy decoding of one sequence; both sides have a KV cache."""
     sizes = sizes or SMALL
     model = model_of(sizes).to(DTYPES[dtype]).eval()
     plain = PlainGPT2.like(model).to(DTYPES[dtype]).eval()
     tokens = torch.randint(sizes["vocab_size"], (1, prompt), generator=torch.Generator().manual_seed(0))
 
-    def ours():
+    def ours() -> None:
         model.generate(tokens, max_new_tokens=new_tokens, eos_token_id=())
 
     with threads(number_of_threads):
-        backend = served_by(ours)
-        taken = in_turn(
-            {"fastlm": timed(ours), "eager": timed(lambda: plain.generate(tokens, new_tokens))}, rounds, budget=budget
-        )
-    mine = taken.pop("fastlm")
-    shape = f"GPT-2, {sizes['n_layer']} layers of {sizes['n_embd']}, {prompt} tokens + {new_tokens}"
+        backend = backends_of(ours)
+        timers = {"fastlm": timed(ours), "eager": timed(lambda: plain.generate(tokens, new_tokens))}
+        seconds = interleaved(timers, rounds, budget=budget)
     return Row(
         "generation",
-        shape,
+        f"GPT-2, {sizes['n_layer']} layers of {sizes['n_embd']}, {prompt} tokens + {new_tokens}",
         dtype,
         number_of_threads,
         "greedy",
         backend,
-        statistics.median(mine),
-        {name: Rival(statistics.median(theirs), Ratio.of(mine, theirs)) for name, theirs in taken.items()},
+        statistics.median(seconds["fastlm"]),
+        baselines_of(seconds, {}),
         tokens=new_tokens,
     )

@@ -1,6 +1,5 @@
 """fastlm bench: compares fastlm with PyTorch on this machine; prints tables and writes files."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +9,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import fastlm
 from fastlm.benchmarking import accelerated, growth, plots, report, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
-from fastlm.benchmarking.operators import CASES, OTHERS, directions
-from fastlm.benchmarking.optimizer import compare_adamw
 from fastlm.commands import choices
 from fastlm.commands.display import console, say
 from fastlm.core.errors import mismatch
@@ -57,12 +54,12 @@ def run(
     if {*chosen} - {*choices.WHOLE_RUNS}:
         # Also for PyTorch: with the default settings the time of a call depends on which blocks were freed before it.
         say(str(fastlm.tune_allocator()))
-    plan = [
-        (name, dtype, n, way, level)
+    plan = [  # (benchmark, dtype, threads, direction or model or size, level of recomputation)
+        (name, dtype, n, variant, level)
         for name in chosen
         for dtype in dtype_names
         for n in thread_counts
-        for way in variants_of(name, chosen_directions, chosen_models, cases)
+        for variant in variants_of(name, chosen_directions, chosen_models, cases)
         for level in (levels if name == "training_step" else [None])
     ]
     rows: list[Row] = []
@@ -74,9 +71,11 @@ def run(
         console=console,
     ) as bar:
         task = bar.add_task("", total=len(plan))
-        for name, dtype, n, way, level in plan:
-            bar.update(task, description=f"{' '.join(filter(None, (name, way)))}, {dtype}, {n} thread{'s' * (n > 1)}")
-            rows.append(measure(name, dtype, n, way, level, compiled, seconds, checkpoint))
+        for name, dtype, n, variant, level in plan:
+            bar.update(
+                task, description=f"{' '.join(filter(None, (name, variant)))}, {dtype}, {n} thread{'s' * (n > 1)}"
+            )
+            rows.append(measure(name, dtype, n, variant, level, compiled, seconds, checkpoint))
             bar.advance(task)
     say("speedup over PyTorch: median [quartiles] of interleaved runs; by: the backend")
     say("peak: percentage of the machine's measured peak; above 100 % if the data stay in the caches")
@@ -95,29 +94,32 @@ def run(
 
 def variants_of(name: str, chosen_directions: list[str], models: list[str], cases: list[str]) -> list[str]:
     """What to measure of a benchmark: directions of an operator, models of a training step, sizes that grow, …"""
-    if name in CASES or name in OTHERS:
-        return [d for d in directions(name) if d in chosen_directions]
+    if case := choices.CASES.get(name):
+        return [d for d in case.directions if d in chosen_directions or d not in choices.DIRECTIONS]
     return {"training_step": models, "growth": [*growth.POINTS], "accelerated": cases}.get(name, [""])
 
 
 def measure(
-    name: str, dtype: str, n: int, way: str, level: int | None, compiled: bool, seconds: float, checkpoint: Path | None
+    name: str,
+    dtype: str,
+    n: int,
+    variant: str,
+    level: int | None,
+    compiled: bool,
+    seconds: float,
+    checkpoint: Path | None,
 ) -> Row:
-    if make := (CASES | OTHERS).get(name):
-        return compare(
-            dataclasses.replace(make(DTYPES[dtype]), operator=name), n, way, compiled=compiled, budget=seconds
-        )
-    if name == "adamw":
-        return compare_adamw(dtype, n, budget=seconds)
+    if case := choices.CASES.get(name):
+        return compare(case, dtype, n, variant, compiled=compiled, budget=seconds)
     if level is not None:
         return whole.compare_steps(
-            dtype, n, subject=whole.MODELS[way], recompute=level, compiled=compiled, budget=20 * seconds
+            dtype, n, subject=whole.MODELS[variant], recompute=level, compiled=compiled, budget=20 * seconds
         )
     if name == "growth":
-        return growth.compare_growth(way, dtype, n, compiled=compiled, budget=5 * seconds)
+        return growth.compare_growth(variant, dtype, n, compiled=compiled, budget=5 * seconds)
     if name == "accelerated":
         return accelerated.compare_accelerated(
-            way, dtype, n, checkpoint=checkpoint, compiled=compiled, budget=20 * seconds
+            variant, dtype, n, checkpoint=checkpoint, compiled=compiled, budget=20 * seconds
         )
     return whole.compare_generation(dtype, n, budget=10 * seconds)
 

@@ -69,7 +69,7 @@ class Files:
         if self.markdown:
             rules.write(self.markdown, report.markdown(rows, described, run.failed, run.left_out))
         if self.table:
-            found = rules.of_rows(rows)
+            found = rules.of_gpu(rows, plan.axes())
             measured_with = f"fastlm {described['fastlm']}, PyTorch {described['torch']}, Triton {described['triton']}"
             rules.write(self.table, rules.as_json({described["card"]: found}))
             rules.write(self.table.with_suffix(".txt"), rules.as_python(described["card"], found, measured_with))
@@ -87,14 +87,15 @@ def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
     rows: list[Row] = []
     described = report.describe(device, {})
     with stoppable(now):
-        described["peaks"] = peaks(device, (plan.BF16, plan.FP32, plan.FP16))
+        described["peaks"] = peaks(device, plan.DTYPES)
         step = now.attempt("training step", functools.partial(training_step, device))
         texts = (
             now.attempt(f"generation, batch {batch}", functools.partial(generation, device, batch)) for batch in (1, 8)
         )
-        for found in itertools.chain(now.measure(device, plan.FIRST), step, *texts, now.measure(device, plan.THEN)):
+        first, then = plan.planned()
+        for found in itertools.chain(now.measure(device, first), step, *texts, now.measure(device, then)):
             rows.append(found)
-            case = f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.served_by}"
+            case = f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.backend}"
             say(f"{case}: {found.seconds * 1e6:,.1f} µs")
             files.write(rows, described, now)
     if described["peaks"]:

@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 
 from fastlm.benchmarking import accelerated, operators, whole
+from fastlm.ops import benchmark
 
-OPERATORS = tuple(operators.CASES)
-VARIANTS = tuple(operators.OTHERS)  # operators at other sizes or with other options
+CASES = operators.cases()
+DEFAULT_CASES = tuple(name for name, case in CASES.items() if case.default)
 # Measured in worker processes of their own, with PyTorch's default allocator and with the tuned one.
 WHOLE_RUNS = ("training_step", "growth", "accelerated")
-BENCHMARKS = (*OPERATORS, *VARIANTS, "adamw", "generation", *WHOLE_RUNS)
-DIRECTIONS = tuple(operators.DIRECTIONS)
+BENCHMARKS = (*CASES, "generation", *WHOLE_RUNS)
+DIRECTIONS = benchmark.DIRECTIONS
 MODELS = tuple(whole.MODELS)
 ACCELERATED = tuple(accelerated.CASES)
 

@@ -7,7 +7,9 @@ import torch
 
 import fastlm
 from fastlm.backends import isa, table
-from fastlm.benchmarking import choose, report, rules
+from fastlm.backends.rule import Rule
+from fastlm.benchmarking import report, rules
+from fastlm.benchmarking import table as measured_table
 from fastlm.benchmarking.compare import DTYPES
 from fastlm.benchmarking.gpu import plan
 from fastlm.benchmarking.gpu.report import ratios
@@ -18,45 +20,45 @@ SECONDS = 120  # per GPU model; no case is started after that
 
 def run(*, measure: bool) -> None:
     if measure:
-        if isa.kernels or not table.cards():
-            rules.remember({table.cpu(): measure_cpu()})
+        if isa.kernels or not table.gpus():
+            rules.save({table.cpu_key(): measure_cpu()})
         else:
             say(f"the CPU is not measured: no compiled module ({isa.missing})")
-        for card, index in table.cards().items():
+        for card, index in table.gpus().items():
             found = measure_gpu(card, index)
             if found is not None:
-                rules.remember({card: found})
+                rules.save({card: found})
         say(f"saved to {table.user_table()}")
         say()
     print(fastlm.info())
 
 
-def measure_cpu() -> list[table.Rule]:
+def measure_cpu() -> list[Rule]:
     for line in report.peaks_in_words(report.machine(sorted({1, torch.get_num_threads()}), list(DTYPES))):
         say(line)
     verdicts = []
-    for seen in choose.measure():
+    for seen in measured_table.measure():
         verdicts.append(seen)
-        selected = "torch" if seen.torch_wins else "cpu"
-        say(
-            f"{seen.operator:20} {seen.dtype:8} {seen.rows:5} rows: {seen.ratio} × PyTorch's speed; backend: {selected}"
-        )
-    return choose.rules(verdicts)
+        selected = "torch" if seen.torch_is_faster else "cpu"
+        case = f"{seen.operator} {seen.shape}, {seen.dtype}"
+        say(f"{case}: speedup over PyTorch {seen.ratio}; backend: {selected}")
+    return measured_table.rules_of(verdicts)
 
 
-def measure_gpu(card: str, index: int) -> list[table.Rule] | None:
+def measure_gpu(card: str, index: int) -> list[Rule] | None:
     """None if fewer than two backends are available."""
     say(card)
-    now, rows = plan.Run(SECONDS), []
+    run, rows = plan.Run(SECONDS), []
+    first, then = plan.planned()
     with torch.cuda.device(index):
-        for row in now.measure("cuda", (*plan.FIRST, *plan.THEN), rivals=False):
+        for row in run.measure("cuda", [*first, *then], baselines=False):
             rows.append(row)
-            case = f"{row.operator} {row.shape}, {row.dtype}, {row.direction}, {row.served_by}"
+            case = f"{row.operator} {row.shape}, {row.dtype}, {row.direction}, {row.backend}"
             say(f"{case}: {row.seconds * 1e6:,.1f} µs; {ratios(row.backends)}")
-    for title, what in (("failed", now.failed), ("skipped, out of time", now.left_out)):
-        for line in what:
-            say(f"{title}: {line}")
+    for title, cases in (("failed", run.failed), ("skipped, out of time", run.left_out)):
+        for case in cases:
+            say(f"{title}: {case}")
     if not any(row.backends for row in rows):
         say("nothing to compare: fewer than two backends are available")
         return None
-    return rules.of_rows(rows)
+    return rules.of_gpu(rows, plan.axes())

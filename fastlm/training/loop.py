@@ -204,7 +204,7 @@ def train(
         report.on_evaluation_end(len(losses), train_loss, val_loss)
 
     trainer.warm_up()
-    torch.manual_seed(settings.seed)  # dropout's
+    torch.manual_seed(settings.seed)  # for dropout
     with stop_requests() as stop:
         while started < settings.steps and not stop.is_set():
             if not trainer.pending_losses:

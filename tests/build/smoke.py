@@ -1,4 +1,4 @@
-"""smoke.py compiled|plain|one-thread: an installed fastlm imports, says what it is, and computes. Run outside of the checkout."""
+"""smoke.py compiled|plain|one-thread: checks that an installed fastlm imports and computes. Run outside the checkout."""
 
 import importlib.util
 import pathlib

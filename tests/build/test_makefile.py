@@ -1,4 +1,4 @@
-"""`make gpu` where there is no GPU: a Python and a compute-sanitizer that only say what they were asked for."""
+"""`make gpu` without a GPU, where a fake Python and compute-sanitizer record their arguments; and .ci/run."""
 
 import itertools
 import os
@@ -60,52 +60,51 @@ def make(tmp_path):
 
 
 @pytest.mark.parametrize("tests, bench", [(0, 0), (1, 0), (0, 3), (124, 1)])
-def test_what_fails_fails_the_whole_and_keeps_nothing_from_running(tests, bench, make):
+def test_a_failure_fails_the_target_but_later_steps_still_run(tests, bench, make):
     done, log = make(tests, bench)
     assert log == ["archs 90", "tests on triton,cuda", "measurements"]
     assert (done.returncode == 0) == (tests == bench == 0), done.stderr
-    said = done.stdout.splitlines()
-    assert (f"the tests: exit status {tests}" in said) == bool(tests) and (
-        f"the measurements: exit status {bench}" in said
-    ) == bool(bench)
+    lines = done.stdout.splitlines()
+    assert (f"the tests: exit status {tests}" in lines) == bool(tests)
+    assert (f"the measurements: exit status {bench}" in lines) == bool(bench)
 
 
 @pytest.mark.parametrize("xdist", ["", "7"])
-def test_several_tests_at_a_time_where_there_is_something_for_it(xdist, make, tmp_path):
+def test_tests_run_in_parallel_where_xdist_is_installed(xdist, make, tmp_path):
     done, _ = make(XDIST=xdist)
     given = (tmp_path / "log.pytest").read_text().split()
     assert done.returncode == 0 and "gpu" in given
     assert [after for before, after in itertools.pairwise(given) if before == "-n"] == [xdist] * bool(xdist)
 
 
-def test_a_sanitizer_that_says_nothing_keeps_nothing_from_being_measured(make):
+def test_a_silent_sanitizer_failure_does_not_prevent_the_measurements(make):
     done, log = make(variables=["SANITIZED=false"])
     assert log[-1] == "measurements" and done.returncode != 0 and "compute-sanitizer: exit status 1" in done.stdout
 
 
-def test_an_earlier_run_that_failed_is_forgotten(make):
+def test_an_earlier_failure_does_not_fail_the_next_run(make):
     assert make(tests=1)[0].returncode and not make()[0].returncode
 
 
-def test_the_kernels_are_built_for_the_cards_that_are_here(make):
+def test_kernels_are_built_for_the_installed_gpus(make):
     assert make(cards="80,90")[1][0] == "archs 80,90"
-    assert make(cards="75")[1][:2] == ["archs 75", "archs "]  # which is not served: as everywhere
-    assert make(cards="")[1][0] == "archs "  # AMD's, or none
-    assert make(cards="90", FASTLM_CUDA_ARCHS="86")[1][0] == "archs 86"  # the user's own
+    assert make(cards="75")[1][:2] == ["archs 75", "archs "]  # unsupported: built for all
+    assert make(cards="")[1][0] == "archs "  # an AMD GPU, or none
+    assert make(cards="90", FASTLM_CUDA_ARCHS="86")[1][0] == "archs 86"  # set by the user
 
 
 @pytest.fixture
 def sanitizer(tmp_path):
-    def asked(tool):
-        """The arguments of compute-sanitizer when it was asked to be `tool`, None if it was not."""
-        said = tmp_path / f"log.{tool}"
-        return said.read_text().splitlines() if said.exists() else None
+    def arguments(tool):
+        """The arguments that compute-sanitizer was given with `tool`, or None if it was not run with that tool."""
+        log = tmp_path / f"log.{tool}"
+        return log.read_text().splitlines() if log.exists() else None
 
-    return asked
+    return arguments
 
 
 @pytest.mark.parametrize("finds", [0, 99])
-def test_what_compute_sanitizer_finds_fails_the_whole(finds, make, sanitizer):
+def test_findings_of_compute_sanitizer_fail_the_target(finds, make, sanitizer):
     done, log = make(FINDS=str(finds))
     assert log == ["archs 90", "tests on triton,cuda", "measurements"]
     assert (done.returncode == 0) == (finds == 0), done.stderr
@@ -116,12 +115,12 @@ def test_what_compute_sanitizer_finds_fails_the_whole(finds, make, sanitizer):
     assert sanitizer("synccheck") is None
 
 
-def test_compute_sanitizer_by_itself(make, sanitizer):
+def test_compute_sanitizer_alone(make, sanitizer):
     done, log = make(target="gpu-sanitize", TOOLS="synccheck", FINDS="1")
     assert done.returncode and log == [] and sanitizer("synccheck") and sanitizer("memcheck") is None
 
 
-def test_where_compute_sanitizer_has_nothing_to_do_a_line_says_so(make, sanitizer, tmp_path):
+def test_a_line_says_why_compute_sanitizer_did_not_run(make, sanitizer, tmp_path):
     done, _ = make(REFUSES="finds no NVIDIA driver")
     assert (
         done.returncode == 0
@@ -141,8 +140,8 @@ def test_where_compute_sanitizer_has_nothing_to_do_a_line_says_so(make, sanitize
     )
 
 
-def test_the_tests_that_compute_sanitizer_looks_at_exist(make, sanitizer):
-    """As a run on a GPU names them; every file of kernels' tests has some."""
+def test_the_sanitized_tests_exist(make, sanitizer):
+    """Node ids as on a GPU. Each test file of CUDA kernels is represented."""
     make(target="gpu-sanitize")
     named = [argument for argument in sanitizer("memcheck") if argument.startswith("tests/")]
     environment = os.environ | {"FASTLM_TEST_BACKENDS": "cuda", "FASTLM_TEST_EMULATED": "1", "PYTHONPATH": str(ROOT)}
@@ -154,3 +153,40 @@ def test_the_tests_that_compute_sanitizer_looks_at_exist(make, sanitizer):
         f"tests/kernels/test_{name}.py"
         for name in ("training", "cuda_attention", "cuda_gemm", "cuda_layernorm_residual")
     }
+
+
+def test_nightly_is_everything_of_ci():
+    done = subprocess.run(["make", "-C", str(ROOT), "-n", "nightly"], capture_output=True, text=True)
+    assert ".ci/run nightly" in done.stdout.splitlines(), done.stderr
+    done = subprocess.run([str(ROOT / ".ci" / "run"), "weekly"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "usage: .ci/run [nightly]\n"
+
+
+@pytest.mark.skipif(not shutil.which("timeout"), reason="needs coreutils")
+@pytest.mark.parametrize(
+    "command, status, message",
+    [
+        ("sleep 60", 124, "=== a stage: exceeded its time limit of 1 s"),
+        ("fails", 3, ""),
+        ("true", 0, ""),
+    ],
+)
+def test_a_stage_of_ci_fails_by_its_name(command, status, message, tmp_path):
+    """One that hangs, one whose function fails before its last command, and one that passes."""
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("stage()"))
+    stage = "\n".join(lines[begin : lines.index("}", begin) + 1])
+    script = f"""
+set -euo pipefail
+mode=commit times=()
+fails() {{ (exit 3); echo "not reached"; }}
+export -f fails
+trap 'printf "%s\\n" "${{times[@]}}"' EXIT
+{stage}
+stage 1 "a stage" {command}
+"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == status and message in done.stderr, done.stderr
+    assert "not reached" not in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.split(" s  ")[1] == ("a stage" if status == 0 else f"a stage (failed with status {status})")

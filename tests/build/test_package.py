@@ -43,7 +43,7 @@ def test_sdist_holds_what_a_build_needs_and_nothing_built(tmp_path):
     assert "kernels/attention.py" in needed
     needed |= {"setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "fastlm/py.typed"}
     assert {
-        "csrc/bindings.cpp",
+        "csrc/bindings/module.cpp",
         "csrc/cpu/cpu_features.cpp",
         "csrc/cpu/gemm.h",
         "csrc/cuda/layernorm_residual.cu",

@@ -1,9 +1,10 @@
-"""The build on a tree of its own: the real setup.py and cpu_features.cpp, and a small stand-in for the kernels, so that a build takes seconds."""
+"""Builds a small tree with the real setup.py and cpu_features.cpp and stand-ins for the kernels, in seconds."""
 
 import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -18,14 +19,29 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "FASTLM_REQUIRE_BUILD", "FASTLM_BUILD_ISAS", "FASTLM_SANITIZE")
 SETTINGS += ("FASTLM_BUILD_CUDA", "FASTLM_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH")
 
-KERNELS = """\
+MODULE = """\
 #include <pybind11/pybind11.h>
-#include "cpu/answer.h"
+int answer();
 PYBIND11_MODULE(FASTLM_MODULE, m) {
   m.def("answer", [] { return answer(); });
 }
 """
-ANSWER = "inline int answer() { return 42; }\n"
+OPERATOR = '#include "cpu/answer.h"\nint answer() { return value; }\n'
+ANSWER = "constexpr int value = 42;\n"
+# A new operator: a kernel and its binding, and nothing else.
+DOUBLED = "namespace fastlm {\ninline int64_t doubled(int64_t x) { return 2 * x; }\n}\n"
+DOUBLED_BINDING = """\
+#include "arguments.h"
+#include "cpu/doubled.h"
+namespace fastlm::bindings {
+struct doubled_arguments : keyword_arguments {
+  using keyword_arguments::keyword_arguments;
+  int64_t x = keyword("x");
+};
+static int64_t doubled(const doubled_arguments& a) { return fastlm::doubled(a.x); }
+FASTLM_BINDING(doubled)
+}
+"""
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows yet")
 COMPILER = shutil.which("g++") or shutil.which("c++")
@@ -49,7 +65,9 @@ def tree(tmp_path):
     (root / "fastlm").mkdir()
     shutil.copy(ROOT / "setup.py", root)
     shutil.copy(ROOT / "csrc/cpu/cpu_features.cpp", root / "csrc/cpu")
-    (root / "csrc/bindings.cpp").write_text(KERNELS)
+    (root / "csrc/bindings").mkdir()
+    (root / "csrc/bindings/module.cpp").write_text(MODULE)
+    (root / "csrc/bindings/answer.cpp").write_text(OPERATOR)
     (root / "csrc/cpu/answer.h").write_text(ANSWER)
     return root
 
@@ -66,7 +84,7 @@ def setup():
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """compiler(body) makes CXX a script: `body` sees the arguments, and what it lets through goes to the real compiler."""
+    """compiler(body) makes CXX a script: `body` sees the arguments; if it does not exit, the real compiler runs."""
 
     def install(body, name="c++"):
         script = tmp_path / name
@@ -86,18 +104,25 @@ def build(tree, *arguments, **environment):
     return subprocess.run(command, cwd=tree, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
+def compiled(done):
+    """The objects that a build compiled."""
+    return set(re.findall(r"compiling (\S+)", done.stdout))
+
+
 def report(tree):
     return json.loads((tree / "fastlm/_build.json").read_text())
 
 
-def answer_of(tree, name):
-    """What the module's function gives, in a process of its own."""
+def answer_of(tree, name, call="answer()"):
+    """The result of a call of the module's function, in a process of its own."""
+    files = [str(tree / "fastlm" / (module + SUFFIX)) for module in ("_cpu_features", name)]  # the first loads OpenMP
     code = f"""
 import importlib.util
-spec = importlib.util.spec_from_file_location({name!r}, {str(tree / "fastlm" / (name + SUFFIX))!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-print(module.answer())
+for file in {files}:
+    spec = importlib.util.spec_from_file_location({name!r} if file == {files[1]!r} else "_cpu_features", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+print(module.{call})
 """
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -111,11 +136,16 @@ def test_every_instruction_set_has_the_flags_of_the_narrower_ones(setup):
     assert not any("fast-math" in flag or "march" in flag for flag in [*setup.FLAGS, *itertools.chain(*isas)])
 
 
-def test_build_file_has_one_module_for_each_instruction_set(setup, tmp_path):
+def test_build_file_has_one_object_for_each_operator_and_instruction_set(setup, tmp_path):
     tools = setup.Toolchain(["ccache", "my g++"], "GCC 12.4", setup.X86_ISAS, True, [])
     text = setup.build_file(tools, [tmp_path])
+    operators = [source.stem for source in (ROOT / "csrc/bindings").glob("*.cpp")]
+    assert {"attention", "linear", "module"} <= set(operators)
     for isa, flags in setup.X86_ISAS.items():
-        assert f"build _cpu_{isa}.o: compile" in text and f"build _cpu_{isa}{SUFFIX}: link _cpu_{isa}.o" in text
+        (link,) = (line for line in text.splitlines() if line.startswith(f"build _cpu_{isa}{SUFFIX}: link"))
+        assert set(link.split()[3:]) == {f"_cpu_{isa}/{operator}.o" for operator in operators}
+        for operator in operators:
+            assert f"build _cpu_{isa}/{operator}.o: compile" in text
         assert f"  module_flags = {' '.join([*flags, '-fopenmp', f'-DFASTLM_MODULE=_cpu_{isa}'])}\n" in text
     assert "cxx = ccache 'my g++'" in text
     assert "depfile = $out.d" in text
@@ -210,18 +240,20 @@ def test_an_unknown_instruction_set_is_an_error(tree):
 
 @pytest.mark.slow
 @needs_compiler
-def test_rebuilds_what_a_header_reaches_and_drops_what_no_longer_compiles(tree):
+def test_an_operator_is_recompiled_alone_and_dropped_when_it_no_longer_compiles(tree):
     first = build(tree, FASTLM_BUILD_ISAS="baseline")
     assert first.returncode == 0 and report(tree)["reason"] == "", first.stdout + first.stderr
     assert report(tree)["modules"] == ["_cpu_baseline"]
     assert answer_of(tree, "_cpu_baseline") == "42"
 
+    assert compiled(first) == {"_cpu_features/cpu_features.o", "_cpu_baseline/answer.o", "_cpu_baseline/module.o"}
+
     again = build(tree, FASTLM_BUILD_ISAS="baseline")
-    assert "compiling" not in again.stdout
+    assert compiled(again) == set()
 
     (tree / "csrc/cpu/answer.h").write_text(ANSWER.replace("42", "43"))
     changed = build(tree, FASTLM_BUILD_ISAS="baseline")
-    assert "compiling _cpu_baseline.o" in changed.stdout and "compiling _cpu_features.o" not in changed.stdout
+    assert compiled(changed) == {"_cpu_baseline/answer.o"}
     assert answer_of(tree, "_cpu_baseline") == "43"
 
     (tree / "csrc/cpu/answer.h").write_text("#error broken here\n")
@@ -229,6 +261,22 @@ def test_rebuilds_what_a_header_reaches_and_drops_what_no_longer_compiles(tree):
     assert broken.returncode == 0
     assert "_cpu_baseline did not compile" in report(tree)["reason"] and "broken here" in report(tree)["reason"]
     assert report(tree)["modules"] == [] and not (tree / f"fastlm/_cpu_baseline{SUFFIX}").exists()
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_new_operator_is_new_files_only(tree):
+    for name in ("arguments.h", "tensor.h", "dispatch.h", "module.cpp"):
+        shutil.copy(ROOT / "csrc/bindings" / name, tree / "csrc/bindings")
+    for header in (ROOT / "csrc/cpu").glob("*.h"):
+        shutil.copy(header, tree / "csrc/cpu")
+    assert build(tree, FASTLM_BUILD_ISAS="baseline").returncode == 0
+    (tree / "csrc/cpu/doubled.h").write_text(DOUBLED)
+    (tree / "csrc/bindings/doubled.cpp").write_text(DOUBLED_BINDING)
+    done = build(tree, FASTLM_BUILD_ISAS="baseline")
+    assert done.returncode == 0 and report(tree)["reason"] == "", done.stdout + done.stderr
+    assert compiled(done) == {"_cpu_baseline/doubled.o"}
+    assert answer_of(tree, "_cpu_baseline", "doubled(x=21)") == "42"
 
 
 @pytest.mark.slow
@@ -245,8 +293,8 @@ def test_one_module_that_does_not_compile_leaves_the_others(tree, setup):
     assert not list((tree / "fastlm").iterdir())  # only an editable install builds into the source tree
 
 
-def test_other_headers_of_the_same_content_compile_nothing_again(setup, tmp_path):
-    """Build isolation unpacks pybind11 anew for every build."""
+def test_other_headers_of_the_same_content_recompile_nothing(setup, tmp_path):
+    """Build isolation unpacks pybind11 for every build."""
     for folder, text in (("one", "int a;"), ("two", "int a;"), ("three", "int b;")):
         (tmp_path / folder / "sub").mkdir(parents=True)
         (tmp_path / folder / "sub/x.h").write_text(text)
@@ -259,7 +307,7 @@ def test_other_headers_of_the_same_content_compile_nothing_again(setup, tmp_path
     assert (target / "sub/x.h").read_text() == "int b;" and (target / "sub/x.h").stat().st_mtime != 1
 
 
-# The CUDA module, with a stand-in for nvcc. (tests/kernels/test_cuda_build.py has the real one.)
+# The CUDA module, with a stand-in for nvcc (tests/kernels/test_cuda_build.py runs the real one).
 
 NVCC = """\
 #!/bin/sh
@@ -275,7 +323,7 @@ done
 echo "$out:" > "$deps"
 echo "ptxas info    : Compiling entry function '_Z6kernelv' for 'sm_90'"
 echo "ptxas info    : Function properties for _Z6kernelv"
-echo "    $SPILT bytes stack frame, $SPILT bytes spill stores, $SPILT bytes spill loads"
+echo "    $SPILLED bytes stack frame, $SPILLED bytes spill stores, $SPILLED bytes spill loads"
 [ -z "$BROKEN" ] || { echo "kernel.cu(3): error: $BROKEN" >&2; exit 2; }
 exec g++ -x c++ -c -fPIC /dev/null -o "$out"
 """
@@ -283,7 +331,7 @@ exec g++ -x c++ -c -fPIC /dev/null -o "$out"
 
 @pytest.fixture
 def toolkit(tree):
-    """The environment of a build by the stand-in; the tree has a kernel for it."""
+    """The environment of a build by the stand-in; adds a kernel to the tree."""
     home = tree / "cuda home"
     for folder in ("bin", "include", "lib"):
         (home / folder).mkdir(parents=True)
@@ -293,17 +341,19 @@ def toolkit(tree):
     subprocess.run(["ar", "rc", str(home / "lib/libcudart_static.a")], check=True)
     (tree / "csrc/cuda").mkdir()
     (tree / "csrc/cuda/kernel.cu").touch()
-    (tree / "csrc/bindings_cuda.cpp").write_text(KERNELS.replace("return answer()", "return FASTLM_CUDA_ARCHS"))
+    (tree / "csrc/bindings/cuda").mkdir()
+    module = MODULE.replace("return answer()", "return FASTLM_CUDA_ARCHS")
+    (tree / "csrc/bindings/cuda/module.cpp").write_text(module)
     return {
         "CUDA_HOME": str(home),
         "RELEASE": "13.0",
-        "SPILT": "0",
+        "SPILLED": "0",
         "FASTLM_BUILD_ISAS": "baseline",
         "FASTLM_BUILD_CUDA": "1",
     }
 
 
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="CUDA kernels are built on Linux alone")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="CUDA kernels are built on Linux only")
 
 
 @pytest.mark.slow
@@ -330,13 +380,13 @@ def test_the_cuda_module_is_built_for_the_architectures_that_nvcc_knows(tree, to
 @pytest.mark.parametrize(
     "changed, reason",
     [
-        ({"SPILT": "8"}, "_Z6kernelv spills 8 bytes on sm_90"),
+        ({"SPILLED": "8"}, "_Z6kernelv spills 8 bytes on sm_90"),
         ({"BROKEN": "no such thing"}, "_cuda did not compile: kernel.cu(3): error: no such thing"),
         (
             {"CUDA_HOME": "/nowhere"},
-            "no nvcc found (looked for /nowhere/bin/nvcc); pip install nvidia-cuda-nvcc nvidia-cuda-runtime brings one, and CUDA_HOME",
+            "no nvcc found (looked for /nowhere/bin/nvcc); install one by pip install nvidia-cuda-nvcc",
         ),
-        ({"RELEASE": "11.8"}, "is of CUDA 11.8, and 12.0 or later is needed"),
+        ({"RELEASE": "11.8"}, "is of CUDA 11.8; 12.0 or later is needed"),
         ({"FASTLM_CUDA_ARCHS": "75,90,91"}, "FASTLM_CUDA_ARCHS: expected architectures out of 80,90, got 75,91"),
         ({"FASTLM_BUILD_CUDA": "yes"}, "FASTLM_BUILD_CUDA: expected auto, 0 or 1, got 'yes'"),
     ],
@@ -350,12 +400,15 @@ def test_what_is_wrong_with_the_cuda_module_is_an_error_that_says_so(tree, toolk
 def test_auto_asks_for_a_driver_and_a_kernel_may_spill_where_it_is_listed(setup, monkeypatch):
     monkeypatch.setattr(setup.os.path, "exists", lambda path: False)
     monkeypatch.setattr(setup.ctypes.util, "find_library", lambda name: None)
-    assert setup.wanted_cuda()[1].startswith("there was no NVIDIA driver where it was built")
+    assert setup.wanted_cuda()[1].startswith("no NVIDIA driver was found when fastlm was built")
     monkeypatch.setattr(setup.ctypes.util, "find_library", lambda name: "libcuda.so.1")
     monkeypatch.setattr(setup, "find_cuda", lambda: "a toolkit")
     assert setup.wanted_cuda() == ("a toolkit", "")
 
-    log = "Compiling entry function '_Z3one' for 'sm_80'\n 0 bytes stack frame, 0 bytes spill stores, 4 bytes spill loads\n"
+    log = """\
+Compiling entry function '_Z3one' for 'sm_80'
+ 0 bytes stack frame, 0 bytes spill stores, 4 bytes spill loads
+"""
     assert setup.spills([log, log.replace("sm_80", "sm_90")]) == [
         "_Z3one spills 4 bytes on sm_80",
         "_Z3one spills 4 bytes on sm_90",

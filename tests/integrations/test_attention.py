@@ -347,6 +347,7 @@ def test_what_it_cannot_do_is_refused_with_the_reason(name, value):
         attention.attention(torch.nn.Module(), x, x, x, torch.ones(2, 6, 6))
 
 
+@pytest.mark.slow
 def test_compiled_whole():
     eager, ours = pair(llama())
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -244,8 +244,10 @@ SMALL_BERT = {
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: ours_like(tiny_gpt2(n_layer=2)), lambda: ours_like(tiny_bert(num_hidden_layers=2))],
-    ids=["GPT-2", "BERT"],
+    [
+        pytest.param(lambda: ours_like(tiny_gpt2(n_layer=2)), id="GPT-2"),
+        pytest.param(lambda: ours_like(tiny_bert(num_hidden_layers=2)), id="BERT", marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_to_a_single_graph(make):
     model = make().train()

@@ -70,9 +70,10 @@ class Tokens:
         return bisect.bisect_right(self.lines, self.begin[i]) + 1
 
     def statement(self, i: int) -> str:
-        line = self.line(i)
-        begin = self.lines[line - 2] if line > 1 else 0
-        return self.text[begin : self.lines[line - 1] if line <= len(self.lines) else None].strip()
+        """The statement around a token, as far as the braces around it, on one line."""
+        first = next((j + 1 for j in range(i - 1, -1, -1) if self.string[j] in (";", "{", "}")), 0)
+        last = next((j for j in range(i, len(self.string)) if self.string[j] in (";", "{")), i)
+        return " ".join(self.text[self.begin[first] : self.end[last]].split())
 
     def spaced(self, i: int) -> bool:
         """A binary operator, as clang-format writes it."""
@@ -125,7 +126,6 @@ def propose(file: str, text: str) -> list[Mutation]:
             count[what] += 1
 
         skipped_until = first
-        shrinking: set[int] = set()  # comparisons that bound a loop: it loses its last iteration, and never gains one
         for i in range(first + 1, last):
             if i <= skipped_until:
                 continue
@@ -147,7 +147,8 @@ def propose(file: str, text: str) -> list[Mutation]:
                     continue
                 steps = string[semicolons[1] + 1 : close]
                 bound = [j for j in range(semicolons[0], semicolons[1]) if string[j] in SHIFTS and tokens.spaced(j)]
-                if steps[:1] == ["++"] and len(bound) == 1 and string[bound[0]] in ("<", "<="):
+                counted = len(bound) == 1 and steps == ["++", string[bound[0] - 1]]
+                if counted and string[bound[0]] in ("<", "<="):  # it loses its last iteration
                     add("shift edge", bound[0], insertion(tokens, bound[0] + 1, f"{NAMESPACE}edge(@ID@, -1) + "))
                 skipped_until = close  # its start and its step could make it endless
             elif s == "if" and string[i + 1] == "(":
@@ -159,8 +160,10 @@ def propose(file: str, text: str) -> list[Mutation]:
                         insertion(tokens, i + 2, f"{NAMESPACE}active(@ID@) != bool("),
                         (tokens.begin[partner[i + 1]], tokens.begin[partner[i + 1]], ")"),
                     )
-            elif kind[i] == "punctuation" and s in SHIFTS and tokens.spaced(i) and i not in shrinking:
-                if string[i + 1] not in ("nullptr",) and string[i - 1] != "operator":
+            elif kind[i] == "punctuation" and s in SHIFTS and tokens.spaced(i):
+                # Two paths with the same result: a size of one in the general path, a threshold (a constant, in capitals).
+                same = (s in (">", "<=") and string[i + 1] == "1") or string[i + 1][0].isupper()
+                if string[i + 1] != "nullptr" and string[i - 1] != "operator" and not same:
                     add("flip comparison", i, insertion(tokens, i + 1, f"{NAMESPACE}edge(@ID@, {SHIFTS[s]}) + "))
             elif s in ("+", "-") and tokens.spaced(i) and "string" not in (kind[i - 1], kind[i + 1]):
                 add("drop term", i, insertion(tokens, i + 1, f"{NAMESPACE}term(@ID@) * "))
@@ -175,6 +178,8 @@ def propose(file: str, text: str) -> list[Mutation]:
             elif s in ("min", "max") and string[i + 1] == "(" and string[i + 2] != "{":
                 other = {"min": "max", "max": "min"}[s]
                 scope = "std::" if string[i - 1] == "::" and string[i - 2] == "std" else ""
+                if string[i + 2][0].isupper():  # the tail of a block: what lies beyond it is padding and never stored
+                    continue
                 if string[i - 1] in (".", "->") or (string[i - 1] == "::" and not scope):
                     continue
                 begin = tokens.begin[i - 2] if scope else tokens.begin[i]

@@ -1,4 +1,4 @@
-"""Text from GPT-2 on the GPU: ours replayed from CUDA graphs, ours launched step by step, and PyTorch's eager operators with a cache."""
+"""Generation with GPT-2 on the GPU: by CUDA graphs, launched step by step, and PyTorch eager with a KV cache."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ def generation(
     sizes: dict[str, int] | None = None,
     **options: float,
 ) -> Iterator[Row]:
-    """GPT-2 124M in bfloat16, greedy. The bytes are those of its weights, read once for each step, and of the keys and values before it."""
+    """GPT-2 124M in bfloat16, greedy. Bytes: the weights and the KV cache, read once per step."""
     sizes = sizes or SMALL
     torch.manual_seed(0)
     start = GPT2LMHeadModel(GPT2Config(**sizes))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What was measured, as a table and a plot."""
+"""GPU measurements as a table and a plot."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -9,6 +9,20 @@ import torch
 
 import fastlm
 from fastlm.benchmarking.gpu.timing import Row
+from fastlm.benchmarking.report import percent
+
+COLUMNS = (
+    "operator",
+    "shape",
+    "dtype",
+    "direction",
+    "backend",
+    "time",
+    "TFLOP/s",
+    "share of peak",
+    "speedup over baselines",
+    "speedup over other backends",
+)
 
 
 def describe(device: str, measured: dict[str, float]) -> dict[str, Any]:
@@ -17,12 +31,12 @@ def describe(device: str, measured: dict[str, float]) -> dict[str, Any]:
     return {"card": card, "fastlm": fastlm.__version__, "torch": torch.__version__, "triton": triton, "peaks": measured}
 
 
-def share(one: Row, measured: dict[str, float]) -> float | None:
-    """Of the roof: the time that memory and matrix units need at least, over the time it took."""
-    rate = measured.get(f"{one.dtype}_product_flops_per_second")
-    if one.flops is None or rate is None:
+def share(row: Row, measured: dict[str, float]) -> float | None:
+    """The time that memory and matrix units need at least, over the time taken."""
+    rate = measured.get(f"{row.dtype}_product_flops_per_second")
+    if row.flops is None or rate is None:
         return None
-    return max(one.flops / rate, (one.bytes or 0) / measured["copy_bytes_per_second"]) / one.seconds
+    return max(row.flops / rate, (row.bytes or 0) / measured["copy_bytes_per_second"]) / row.seconds
 
 
 def ratios(others: dict[str, dict[str, float]]) -> str:
@@ -32,65 +46,66 @@ def ratios(others: dict[str, dict[str, float]]) -> str:
 def markdown(
     rows: Sequence[Row], described: dict[str, Any], failed: Sequence[str] = (), left_out: Sequence[str] = ()
 ) -> str:
-    measured = described["peaks"]
-    lines = [
-        f"{described['card']}, fastlm {described['fastlm']}, PyTorch {described['torch']}, Triton {described['triton']}. "
-        f"Copy {measured['copy_bytes_per_second'] / 1e9:,.0f} GB/s (read plus written); fastest product: "
-        + ", ".join(
-            f"{v / 1e12:,.0f} TFLOP/s in {k.split('_')[0]}"
-            for k, v in measured.items()
-            if k.endswith("flops_per_second")
-        )
-        + ". Ratios: median [quartiles] of pairs timed in turn, how many times as fast as the rival, or as another backend (torch: PyTorch's operators behind "
-        "fastlm's functions). *: what `auto` takes.",
-        "",
-        "| operator | shape | dtype | direction | served by | time | TFLOP/s | of roof | times as fast as rivals | as other backends |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    peaks = described["peaks"]
+    products = [
+        f"{rate / 1e12:,.0f} TFLOP/s in {name.split('_')[0]}"
+        for name, rate in peaks.items()
+        if name.endswith("flops_per_second")
     ]
-    for one in rows:
-        part = share(one, measured)
-        rate = "–" if one.flops is None else f"{one.flops / one.seconds / 1e12:.1f}"
-        lines.append(
-            f"| `{one.operator}` | {one.shape} | {one.dtype} | {one.direction} | {one.served_by}{'*' * one.auto} | {one.seconds * 1e6:,.1f} µs | {rate} | "
-            f"{'–' if part is None else f'{part:.0%}'} | {ratios(one.rivals)} | {ratios(one.backends)} |"
-        )
-        if one.peak_bytes:
-            taken_by_ours = one.peak_bytes[one.served_by]
-            words = ", ".join(
-                f"{name} {taken / 2**30:.2f} GiB ({taken_by_ours / max(taken, 1):.0%})"
-                for name, taken in one.peak_bytes.items()
-            )
-            lines.append(f"| | most memory of the step, and this one's share of it | | | | | | | {words} | |")
-    for title, what in (("Failed", failed), ("Left out, as time ran out", left_out)):
+    lines = [
+        f"{described['card']}, fastlm {described['fastlm']}, PyTorch {described['torch']}, "
+        f"Triton {described['triton']}. Copy {peaks['copy_bytes_per_second'] / 1e9:,.0f} GB/s (read plus written); "
+        f"matrix product: {', '.join(products)}. Speedups: median [quartiles] of interleaved pairs; torch: PyTorch's "
+        "operators behind fastlm's functions. *: selected automatically.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    for row in rows:
+        cells = [
+            f"`{row.operator}`",
+            row.shape,
+            row.dtype,
+            row.direction,
+            f"{row.backend}{'*' if row.auto else ''}",
+            f"{row.seconds * 1e6:,.1f} µs",
+            f"{row.flops / row.seconds / 1e12:.1f}" if row.flops else "–",
+            percent(share(row, peaks)),
+            ratios(row.baselines),
+            ratios(row.backends),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        if row.peak_bytes:
+            own = row.peak_bytes[row.backend]
+            words = [
+                f"{name} {taken / 2**30:.2f} GiB ({own / max(taken, 1):.0%})" for name, taken in row.peak_bytes.items()
+            ]
+            memory = ["", "peak memory of the step (this row's, relative to it)", *[""] * 6, ", ".join(words), ""]
+            lines.append(f"| {' | '.join(memory)} |")
+    for title, what in (("Failed", failed), ("Left out, as the time ran out", left_out)):
         if what:
             lines += ["", f"{title}:", "", *(f"- {line}" for line in what)]
     return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
-    """How many times as fast as the best rival, and the share of the roof."""
+    """The speedup over the best baseline, and the share of the peak."""
     from matplotlib.figure import Figure
 
-    rows = [one for one in rows if one.rivals]  # without any there is nothing to be drawn beside
+    rows = [row for row in rows if row.baselines]
     figure = Figure(figsize=(13, max(4, 1.5 + 0.3 * len(rows))), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     places = range(len(rows))
-    best = [min(one.rivals.values(), key=lambda r: r["seconds"]) for one in rows]
-    left.barh(
-        places,
-        [r["median"] for r in best],
-        xerr=[[r["median"] - r["low"] for r in best], [r["high"] - r["median"] for r in best]],
-        color="#08519c",
-    )
+    best = [min(row.baselines.values(), key=lambda r: r["seconds"]) for row in rows]
+    spread = [[r["median"] - r["low"] for r in best], [r["high"] - r["median"] for r in best]]
+    left.barh(places, [r["median"] for r in best], xerr=spread, color="#08519c")
     left.axvline(1, color="#d94801")
-    left.set_yticks(
-        places,
-        [f"{one.operator} {one.direction}, {one.dtype}, {one.served_by}\n{one.shape}" for one in rows],
-        fontsize=7,
-    )
+    names = [f"{row.operator} {row.direction}, {row.dtype}, {row.backend}\n{row.shape}" for row in rows]
+    left.set_yticks(places, names, fontsize=7)
     left.invert_yaxis()
-    left.set(title="throughput", xlabel="times as fast as the best of PyTorch and flash-attn (line: equal)")
-    right.barh(places, [100 * (share(one, described["peaks"]) or 0) for one in rows], color="#238b45")
-    right.set(title="roofline", xlabel="% of what memory and matrix units allow")
+    left.set(title="speedup", xlabel="speedup over the fastest of PyTorch and flash-attn (line: equal)")
+    shares = [100 * (share(row, described["peaks"]) or 0) for row in rows]
+    right.barh(places, shares, color="#238b45")
+    right.set(title="share of peak", xlabel="% of what memory and matrix units allow")
     figure.suptitle(f"{described['card']}, fastlm {described['fastlm']}, PyTorch {described['torch']}", fontsize=11)
     figure.savefig(path)

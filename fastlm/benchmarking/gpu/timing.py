@@ -1,31 +1,28 @@
-"""Cases timed on a GPU: every backend that can serve and every rival in turn, by the GPU's own events.
+"""Cases timed on a GPU: every backend that supports a case and every baseline, interleaved.
 
-A case gives a row for each backend with kernels of its own, all from the same timings. Ratios are of pairs timed one after the other in one process. Peaks are
-measured at the start: a large copy between two places in the GPU's memory (bytes read plus bytes written), and the largest of a few matrix products.
+A case gives a row for each backend with kernels of its own, all from the same timings. Peaks are measured at the start:
+a large copy within the GPU's memory (bytes read plus bytes written) and large matrix products.
 """
 
 import dataclasses
 import functools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fastlm.backends import choice, table
-from fastlm.benchmarking.gpu.cases import Case
+from fastlm.backends import registry, selection, table
+from fastlm.backends.registry import Registered
 from fastlm.benchmarking.machine import Work
-from fastlm.benchmarking.measure import LEAST_ROUNDS, Ratio
+from fastlm.benchmarking.measure import Ratio, Timer, interleaved, timed
+from fastlm.benchmarking.operators import parts, selection_inputs, work_of
+from fastlm.ops.benchmark import Case, Function
 
 Call = Callable[[], object]
-ROUNDS, LEAST, BUDGET = (
-    12,
-    0.01,
-    2.0,
-)  # rounds of each pair; seconds that one timing should take; seconds after which no round begins
-HOPELESS = 20  # times as slow as our kernels: PyTorch's operator that would take them minutes, and is nobody's choice
-# Whom a call may go to. On the CPU, where only the code is tested, the emulated CUDA kernels may take part.
+ROUNDS, LEAST, BUDGET = 12, 0.01, 2.0  # as interleaved() takes them
+TOO_SLOW = 20  # PyTorch's operator is not timed if it is so many times slower than our kernels
+# The backends that may take part. On a CPU, where only the code is tested, the emulated CUDA kernels may.
 BACKENDS = {"cuda": table.ORDER["cuda"][:-1], "cpu": ("cpu", "cuda", "torch")}
 
 
@@ -35,25 +32,23 @@ class Row:
     shape: str
     dtype: str
     direction: str
-    served_by: str  # the backend; auto: of a whole step, whichever each call takes
-    auto: bool  # whether it is the one that `auto` takes
+    backend: str  # auto: of a whole step, what each call selects
+    auto: bool  # whether automatic selection selects it
     seconds: float
-    rivals: dict[
-        str, dict[str, float]
-    ]  # PyTorch's and others' → seconds, and the ratio (how many times as fast as they): median, low and high quartile
-    backends: dict[str, dict[str, float]]  # the other backends that `auto` may take, likewise
-    features: dict[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # of the call, as the table of backends names them
+    baselines: dict[str, dict[str, float]]  # seconds, and the speedup over it: median, low and high quartile
+    backends: dict[str, dict[str, float]]  # the other backends, likewise
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # as backend selection sees them
     flops: float | None = None
     bytes: float | None = None
-    peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # of memory, by whose step
+    peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # memory of each step
 
 
-def clock(device: str) -> Callable[[Call, int], float]:
-    """A function that takes (call, n) and returns the mean seconds of n calls."""
+def timer_of(call: Call, device: str) -> Timer:
+    """By the GPU's own events."""
+    if device != "cuda":
+        return timed(call)
 
-    def by_events(call: Call, n: int) -> float:
+    def timer(n: int = 1) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(n):
@@ -62,156 +57,126 @@ def clock(device: str) -> Callable[[Call, int], float]:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / n
 
-    def by_clock(call: Call, n: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(n):
-            call()
-        return (time.perf_counter() - begin) / n
-
-    return by_events if device == "cuda" else by_clock
+    return timer
 
 
-def in_turn(
+def interleaved_calls(
     calls: Mapping[str, Call], device: str, rounds: int = ROUNDS, least: float = LEAST, budget: float = BUDGET
 ) -> dict[str, list[float]]:
-    """Seconds per call of each, once per round, every other round backwards."""
-    seconds = clock(device)
-    times = {}
-    for name, call in calls.items():
-        for _ in range(3):  # compiles, allocates
-            call()
-        times[name] = max(1, round(least / max(seconds(call, 1), 1e-9)))
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    began = time.monotonic()
-    for i in range(rounds):
-        if i >= LEAST_ROUNDS and time.monotonic() - began > budget:
-            break
-        for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
-            taken[name].append(seconds(calls[name], times[name]))
-    return taken
+    timers = {name: timer_of(call, device) for name, call in calls.items()}
+    return interleaved(timers, rounds, budget=budget, least=least, warmup=3)
 
 
 def rows(
     calls: Mapping[str, Call], backends: Sequence[str], auto: str, device: str, work: Work, **options: Any
 ) -> Iterator[dict[str, Any]]:
-    """What was timed of each backend among the calls, as arguments of Row; PyTorch's operator has a row of its own only where `auto` takes it."""
-    taken = in_turn(calls, device, **options)
+    """Times the calls; yields the arguments of a Row per backend, of torch only if it is selected automatically."""
+    seconds = interleaved_calls(calls, device, **options)
 
     def against(ours: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
-        ratios = {name: Ratio.of(taken[ours], taken[name]) for name in names if name in taken and name != ours}
-        return {
-            name: {"seconds": statistics.median(taken[name]), **dataclasses.asdict(ratio)}
-            for name, ratio in ratios.items()
-        }
+        found = {}
+        for name in names:
+            if name in seconds and name != ours:
+                ratio = dataclasses.asdict(Ratio.of(seconds[ours], seconds[name]))
+                found[name] = {"seconds": statistics.median(seconds[name]), **ratio}
+        return found
 
-    others = [name for name in calls if name not in backends]
+    baselines = [name for name in calls if name not in backends]
     for ours in backends:
-        if ours in taken and (ours != "torch" or ours == auto):
+        if ours in seconds and (ours != "torch" or ours == auto):
             yield {
-                "served_by": ours,
+                "backend": ours,
                 "auto": ours == auto,
-                "seconds": statistics.median(taken[ours]),
-                "rivals": against(ours, others),
+                "seconds": statistics.median(seconds[ours]),
+                "baselines": against(ours, baselines),
                 "backends": against(ours, backends),
                 "flops": work.flops,
                 "bytes": work.bytes,
             }
 
 
-def serving(operator: str, device: str, dtype: torch.dtype, features: dict[str, int]) -> list[str]:
-    """The backends that can, in the usual order."""
-    return [
-        name for name in BACKENDS[device] if not choice.refusals(name, operator, torch.device(device), dtype, features)
-    ]
+def supporting(operator: Registered, device: str, dtype: torch.dtype, sizes: Any) -> list[str]:
+    """The backends that support a call, in the usual order."""
+    on = torch.device(device)
+    return [name for name in BACKENDS[device] if not operator.refusals(name, on, dtype, sizes)]
 
 
 def whole_backends(device: str, dtype: torch.dtype) -> list[str]:
-    """Those that can compute a whole model, besides what `auto` takes: without a table that is the first, everywhere."""
-    able = [
-        name for name in serving("linear", device, dtype, dict.fromkeys(table.FEATURES["linear"], 1)) if name != "torch"
-    ]
-    return able if table.of(torch.device(device)) else able[1:]
+    """The backends on which a whole model can run.
+
+    Without rows in the table the first of them is what automatic selection selects everywhere, and is left out.
+    """
+    operator = registry.operators()["linear"]
+    sizes = operator.sizes(*[1] * len(operator.size_names))
+    able = [name for name in supporting(operator, device, dtype, sizes) if name != "torch"]
+    return able if table.rules_of(torch.device(device)) else able[1:]
 
 
-def both_ways(function: Callable[..., Any], case: Case) -> dict[str, Call]:
-    """{direction: call}: forward without gradients, and where the case has it forward with backward."""
-    leaves = [x.detach().requires_grad_(case.both is not None) for x in case.inputs]
+def error_text(call: Call) -> str:
+    """Runs the call; why it fails, or "".
 
-    def forward() -> None:
-        with torch.no_grad():
-            function(*leaves)
-
-    def both() -> None:
-        results = function(*leaves)
-        results = results if isinstance(results, tuple) else (results,)
-        torch.autograd.grad(results, leaves, [u.to(r.dtype) for u, r in zip(case.upstream, results, strict=True)])
-
-    ways: dict[str, Call] = {"forward": forward}
-    return ways | {"forward+backward": both} if case.both else ways
-
-
-def refusal(call: Call) -> str:
-    """Why it does not work: PyTorch's kernels refuse what they cannot do when they are called, and another version of a library may want other arguments."""
+    PyTorch's kernels refuse a call only when it is made, and other versions of a library may take other arguments.
+    """
     try:
         call()
-    except Exception as why:
-        return " ".join(str(why).split())[:500] or type(why).__name__
+    except Exception as error:
+        return " ".join(str(error).split())[:500] or type(error).__name__
     return ""
 
 
-def hopeless(call: Call, ours: Sequence[Call], device: str) -> bool:
-    seconds = clock(device)
-    return seconds(call, 1) > max(
-        0.05, HOPELESS * min((seconds(one, 1) for one in ours for _ in range(2)), default=float("inf"))
-    )
+def too_slow(call: Call, ours: Sequence[Call], device: str) -> bool:
+    """Whether PyTorch's operator would take minutes and could not be selected anyway."""
+    fastest = min((timer_of(one, device)(1) for one in ours for _ in range(2)), default=float("inf"))
+    return timer_of(call, device)(1) > max(0.05, TOO_SLOW * fastest)
 
 
-def compare(case: Case, device: str, rivals: bool = True, **options: Any) -> Iterator[Row]:
-    """A row for each direction and backend. Raises RuntimeError after them, if a backend that says it can serve failed."""
-    backends = serving(case.operator, device, case.dtype, case.features)
-    auto, _ = choice.decide(case.operator, torch.device(device), case.dtype, None, case.features)
-    functions: dict[str, Callable[..., Any]] = {name: functools.partial(case.ours, backend=name) for name in backends}
-    functions |= case.rivals if rivals else {}
-    calls = {who: both_ways(function, case) for who, function in functions.items()}
-    broken = []
-    for direction, work in (("forward", case.forward), ("forward+backward", case.both)):
-        if work is None:
+def compare(case: Case, dtype: torch.dtype, device: str, baselines: bool = True, **options: Any) -> Iterator[Row]:
+    """A row for each direction and backend.
+
+    Raises:
+        RuntimeError: after the rows, if a backend that supports the case failed.
+    """
+    problem = case.problem(dtype, device)
+    operator, _, sizes = selection_inputs(problem)
+    backends = supporting(operator, device, dtype, sizes)
+    auto, _ = selection.decide(operator, torch.device(device), dtype, None, sizes)
+    functions: dict[str, Function] = {name: functools.partial(problem.ours, backend=name) for name in backends}
+    if baselines:
+        functions |= problem.baselines
+        functions |= problem.compiled_baselines() if case.compiled else {}
+    failed = []
+    for direction in ("forward", "forward+backward"):
+        if direction not in case.directions:
             continue
-        chosen: dict[str, Call] = {}
-        for name in functions:
-            call, ours = calls[name][direction], name in backends and name != "torch"
-            why = refusal(call)
+        calls: dict[str, Call] = {}
+        for name, function in functions.items():
+            run = parts(problem, function, direction)[1]
+            call, ours = functools.partial(run, None), name in backends and name != "torch"
+            why = error_text(call)
             if ours and why:
-                broken.append(f"{direction} by {name}: {why}")
-            elif not why and not (name == "torch" and hopeless(call, list(chosen.values()), device)):
-                chosen[name] = call
-        for found in rows(chosen, backends, auto, device, work, **options):
-            yield Row(
-                case.operator,
-                case.shape,
-                str(case.dtype).removeprefix("torch."),
-                direction,
-                features=case.features,
-                **found,
-            )
-    if broken:
-        raise RuntimeError("; ".join(broken))
+                failed.append(f"{direction} by {name}: {why}")
+            elif not why and not (name == "torch" and too_slow(call, list(calls.values()), device)):
+                calls[name] = call
+        for found in rows(calls, backends, auto, device, work_of(problem, direction), **options):
+            name = str(dtype).removeprefix("torch.")
+            yield Row(operator.name, problem.shape, name, direction, sizes=sizes._asdict(), **found)
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
 def peaks(device: str, dtypes: Sequence[torch.dtype], size: int = 8192, copied: int = 1 << 30) -> dict[str, float]:
     """Bytes per second of a copy (read plus written), FLOP/s of a square product in each dtype."""
-    seconds = clock(device)
 
     def best(call: Call) -> float:
         for _ in range(3):
             call()
-        return min(seconds(call, 5) for _ in range(5))
+        timer = timer_of(call, device)
+        return min(timer(5) for _ in range(5))
 
     source, target = (torch.empty(copied, dtype=torch.uint8, device=device) for _ in range(2))
     found = {"copy_bytes_per_second": 2 * copied / best(lambda: target.copy_(source))}
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found[f"{str(dtype).removeprefix('torch.')}_product_flops_per_second"] = (
-            2 * size**3 / best(functools.partial(torch.mm, a, b))
-        )
+        seconds = best(functools.partial(torch.mm, a, b))
+        found[f"{str(dtype).removeprefix('torch.')}_product_flops_per_second"] = 2 * size**3 / seconds
     return found

@@ -1,4 +1,4 @@
-"""A whole training step on the GPU: ours beside PyTorch eager and compiled, and the most memory each takes."""
+"""A whole training step on the GPU: fastlm, PyTorch eager and compiled, and the peak memory of each."""
 
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -24,13 +24,14 @@ def training_step(
     compiled: bool = True,
     **options: float,
 ) -> Iterator[Row]:
-    """GPT-2 124M in bfloat16 autocast with AdamW: ours, PyTorch eager with SDPA, and the same under torch.compile; and the most memory each took.
+    """GPT-2 124M under bfloat16 autocast with AdamW; PyTorch uses SDPA.
 
-    Raises RuntimeError after the rows, if one of them failed.
+    Raises:
+        RuntimeError: after the rows, if one of the steps failed.
     """
     sizes = sizes or SMALL
     tokens = torch.randint(sizes["vocab_size"], (batch, context), device=device)
-    following = F.pad(tokens[:, 1:], (0, 1), value=-100)  # what our model makes of its labels itself
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # fastlm's model shifts its labels itself
 
     def step_of(model: nn.Module, loss_of: Callable) -> Call:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
@@ -52,7 +53,7 @@ def training_step(
         return PlainGPT2.like(start).to(device).train()
 
     def plain_loss(model: nn.Module) -> Tensor:
-        return model(tokens, following).loss
+        return model(tokens, targets).loss
 
     def ours_on(backend: str | None) -> Call:
         def loss(model: nn.Module) -> Tensor:
@@ -68,7 +69,7 @@ def training_step(
     if compiled:
         makers["compiled"] = lambda: step_of(cast(nn.Module, torch.compile(plain())), plain_loss)
     steps: dict[str, Call] = {}
-    memory, broken = {}, []
+    memory, failed = {}, []
     for name, make in makers.items():
         if device == "cuda":
             torch.cuda.synchronize()
@@ -78,8 +79,8 @@ def training_step(
             step = make()
             for _ in range(2):
                 step()
-        except RuntimeError as why:
-            broken.append(f"{name}: {' '.join(str(why).split())[:500]}")
+        except RuntimeError as error:
+            failed.append(f"{name}: {' '.join(str(error).split())[:500]}")
             continue
         steps[name] = step
         if device == "cuda":
@@ -88,8 +89,8 @@ def training_step(
     shape = f"GPT-2, {sizes['n_layer']} layers of {sizes['n_embd']}, {batch} × {context} tokens"
     for found in rows(steps, ("auto", *backends), "auto", device, work, **options):
         yield Row("training_step", shape, "bfloat16", "step", **found | {"bytes": None, "peak_bytes": memory})
-    if broken:
-        raise RuntimeError("; ".join(broken))
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
 def _copy_of(model: GPT2LMHeadModel) -> GPT2LMHeadModel:

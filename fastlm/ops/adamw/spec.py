@@ -40,6 +40,15 @@ class Update(NamedTuple):
     factor: float | Tensor
     zero_gradients: bool
 
+    def flops(self) -> int:
+        return 0  # no matrix products
+
+    def bytes(self) -> int:
+        """Read everything, write all but the gradients, unless they are zeroed."""
+        updated = (*self.parameters, *self.exp_avgs, *self.exp_avg_sqs, *self.masters, *self.max_exp_avg_sqs)
+        gradients = sum(x.nbytes for x in self.gradients)
+        return 2 * sum(x.nbytes for x in updated) + (1 + self.zero_gradients) * gradients
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdamWImplementation(Implementation[Update, Update]):

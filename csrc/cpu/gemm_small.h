@@ -1,39 +1,41 @@
-// C = A·B where A has few rows (a decode step, a small batch), and the choice between this way and the packed one.
+// C = A·B for small m (a decode step, a small batch; GEMV-like) and for small k (gradients of weights), and the choice
+// between these and the packed product.
 //
-// 2·m·n·k FLOP on n·k elements of B, each of which serves m times: up to some sixteen rows reading B is the bound (n·k
-// times the size of its type), and packing it first costs more than the multiplication. Here B is read once, where it
-// lies and in its own type. Lanes × Lanes of it at a time become Lanes registers, widened or paired as Arithmetic wants
-// them and transposed where B is contiguous in k; then the rows of A, a cache full of them at most, pass by: Lanes
-// multiply-adds for one sum that is loaded and stored. Every element is the same chain of sums as in gemm(): the bits
-// do not depend on the way that is taken.
+// 2·m·n·k FLOP. With small m each of the n·k elements of B is used m times only: up to some sixteen rows the product is
+// bound by reading B, and packing B would cost more than the multiplication. gemm_small_m therefore reads B once,
+// unpacked and in its storage type. A square of Lanes × Lanes elements is loaded into Lanes registers, widened or
+// paired as the arithmetic wants and transposed where B is contiguous in k; all rows of A, which stay in the L2 cache,
+// are multiplied by it.
+// With small k the m·n results bound the product: gemm_small_k writes them from the registers.
+// Each element of C is the same chain of sums as in gemm(), so the bits do not depend on the choice.
 #pragma once
 #include "gemm.h"
 
 namespace fastlm {
 
-// What lies in B from one corner on: w[d] holds Lanes columns at the depth of lane d, zero where there is nothing.
-template <class Arithmetic, class T> struct corner_of {
+// A square of B in registers: w[d] holds Lanes columns of the k in lane d, zero where B ends.
+template <class Arithmetic, class T> struct rhs_registers {
   static constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
-  // bf16 that is contiguous in k and to be widened is transposed as pairs, in half the time: then a block is two blocks
-  // deep.
+  // bf16 that is contiguous in k and is to be widened is transposed as pairs, in half the time: the square then has
+  // twice the depth.
   static constexpr bool AsPairs = std::is_same_v<T, bf16> && Per == 1;
   static constexpr int64_t Depth = AsPairs ? 2 * L : L;
 
-  // Columns lie one after the other; `k` elements of depth exist.
+  // B is contiguous along its columns; `k` elements of depth exist.
   template <class Span> static FASTLM_INLINE void along_i(operand<T> b, int64_t k, Span span, vec (&w)[L]) {
     const bool whole = k >= L * Per;
 #pragma GCC unroll 16
     for (int64_t d = 0; d < L; ++d) {
       const T* row = b.at(0, d * Per);
       for (int64_t i = 0; i < Per; ++i)
-        __builtin_prefetch(b.at(0, (d + 2 * L) * Per + i), 0, 2);  // into L2; past the end it is harmless
+        __builtin_prefetch(b.at(0, (d + 2 * L) * Per + i), 0, 2);  // into L2; harmless past the end
       w[d] = whole || d * Per < k
                  ? Arithmetic::along_i(row, whole || d * Per + 1 < k ? b.at(0, d * Per + 1) : nullptr, span)
                  : vec::zero();
     }
   }
 
-  // Columns are `stride` apart, each contiguous; `columns` of them and `k` elements of each exist.
+  // B is contiguous in k; `columns` columns with `k` elements each exist.
   static FASTLM_INLINE void along_k(operand<T> b, int64_t columns, int64_t k, vec (&w)[L]) {
     const bool whole = columns >= L && k >= Depth * Per;
 #pragma GCC unroll 16
@@ -65,8 +67,8 @@ template <class Arithmetic, class T> struct corner_of {
   }
 };
 
-// sums[r] += Σ_d a[r][d]·w[d] for rows r < m, Lanes values in each row of both; Rows at a time, so that as many
-// additions are under way.
+// sums[r] += Σ_d a[r][d]·w[d] for the rows r < m, of Lanes values each. Rows at a time are accumulated in registers, to
+// hide the latency of the additions.
 template <class Arithmetic, int Rows> FASTLM_INLINE void add_rows(int64_t m, int64_t& r, const float* a,
                                                                   const vec (&w)[vec::Lanes], float* sums) {
   using accumulator = typename Arithmetic::accumulator;
@@ -84,12 +86,12 @@ template <class Arithmetic, int Rows> FASTLM_INLINE void add_rows(int64_t m, int
   }
 }
 
-// Inlined, or the corner would go through memory.
+// Inlined, so that w stays in registers.
 template <class Arithmetic> FASTLM_INLINE void add_rows(int64_t m, const float* a, const vec (&w)[vec::Lanes],
                                                         float* sums) {
   int64_t r = 0;
-  add_rows<Arithmetic, TileRows>(m, r, a, w, sums);
-  add_rows<Arithmetic, TileRows / 2>(m, r, a, w, sums);
+  add_rows<Arithmetic, MR>(m, r, a, w, sums);
+  add_rows<Arithmetic, MR / 2>(m, r, a, w, sums);
   add_rows<Arithmetic, 1>(m, r, a, w, sums);
 }
 
@@ -99,31 +101,32 @@ template <class Accumulator> void add(float* sums, const float* more, int64_t co
   });
 }
 
-// The depth of a product in blocks of nearly equal size.
-template <class Arithmetic> struct few_rows_depth {
+// The k blocks of a product, of nearly equal depth.
+template <class Arithmetic> struct small_m_depth {
   int64_t lanes, blocks;
-  explicit few_rows_depth(int64_t k)
-      : lanes(packed_depth<Arithmetic>(k)), blocks(std::max<int64_t>(1, ceil_div(lanes, Arithmetic::BlockDepth))) {}
+  explicit small_m_depth(int64_t k)
+      : lanes(packed_depth<Arithmetic>(k)), blocks(std::max<int64_t>(1, ceil_div(lanes, Arithmetic::KC))) {}
   int64_t begin(int64_t block) const { return lanes * block / blocks; }
 };
 
-inline constexpr int64_t MostOfA = 1 << 18;  // elements: packed, they stay in the L2 cache
-inline constexpr int64_t FewDeep = 64;
-inline constexpr int64_t SumsHeld =
-    8192;  // of C, at a time: 32 kB. With fewer, what is read of each row of B is short, and no hardware follows it
+inline constexpr int64_t MaxSmallMElements = 1 << 18;  // elements of A: packed, they stay in the L2 cache
+inline constexpr int64_t SmallK = 64;
+// Accumulators that are group_columns at a time, 32 kB. With fewer, short pieces of each row of B would be read, which
+// hardware prefetchers do not follow.
+inline constexpr int64_t MaxSmallMSums = 8192;
 
-// totals[j·m + r·Lanes + …] = Σ_k A[r, k]·B[k, j + …] for `columns` columns of B, at most SumsHeld / m of them. Not
-// inlined: one copy of this much code serves every epilogue.
-template <class Arithmetic, class T> __attribute__((noinline)) void sum_few_rows(int64_t m, int64_t columns, int64_t k,
+// totals[j·m + r·Lanes + …] = Σ_k A[r, k]·B[k, j + …] for `columns` columns of B, at most MaxSmallMSums / m. Not
+// inlined, so that all epilogues share one copy.
+template <class Arithmetic, class T> __attribute__((noinline)) void small_m_sums(int64_t m, int64_t columns, int64_t k,
                                                                                  const float* packed_a, operand<T> b,
                                                                                  float* totals) {
-  using corner = corner_of<Arithmetic, T>;
+  using registers = rhs_registers<Arithmetic, T>;
   using accumulator = typename Arithmetic::accumulator;
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
-  const few_rows_depth<Arithmetic> depth(k);
+  const small_m_depth<Arithmetic> depth(k);
   const bool along_k = b.stride != 1;
   const int64_t size = m * ceil_div(columns, L) * L;
-  alignas(64) float of_block[SumsHeld], chain[SumsHeld];
+  alignas(64) float of_block[MaxSmallMSums], chain[MaxSmallMSums];
   for (int64_t block = 0; block < depth.blocks; ++block) {
     const int64_t lanes = depth.begin(block + 1) - depth.begin(block),
                   k_end = std::min(k, depth.begin(block + 1) * Per);
@@ -131,23 +134,23 @@ template <class Arithmetic, class T> __attribute__((noinline)) void sum_few_rows
     for (int64_t first = 0; first < lanes; first += Chain) {
       float* sums = first > 0 ? chain : block_sums;
       std::fill_n(sums, size, 0.0f);
-      for (int64_t d = first; d < std::min(lanes, first + Chain); d += along_k ? corner::Depth : L) {
-        const float* rows = packed_a + (block * Arithmetic::BlockDepth + d) * m;
+      for (int64_t d = first; d < std::min(lanes, first + Chain); d += along_k ? registers::Depth : L) {
+        const float* rows = packed_a + (block * Arithmetic::KC + d) * m;
         const int64_t from = (depth.begin(block) + d) * Per;
         const operand<T> at = b.from(0, from);
         vec w[L];
         if (!along_k) {
           sweep(columns, [&](int64_t j, auto span) {
-            corner::along_i({storage<T>::at(at.data, j), 1, at.k_stride}, k_end - from, span, w);
+            registers::along_i({storage<T>::at(at.data, j), 1, at.k_stride}, k_end - from, span, w);
             add_rows<Arithmetic>(m, rows, w, sums + j * m);
           });
           continue;
         }
-        corner::along_k(at, columns, k_end - from, w);
-        if constexpr (corner::AsPairs) {
+        registers::along_k(at, columns, k_end - from, w);
+        if constexpr (registers::AsPairs) {
           for (int64_t half = 0; half < 2; ++half) {
             vec wide[L];
-            corner::widen(w, half, wide);
+            registers::widen(w, half, wide);
             add_rows<Arithmetic>(m, rows + half * L * m, wide, sums);
           }
         } else {
@@ -160,38 +163,38 @@ template <class Arithmetic, class T> __attribute__((noinline)) void sum_few_rows
   }
 }
 
-// As gemm(); A contiguous in k.
+// The product for small m; arguments as of gemm(). A is contiguous in k.
 template <class Arithmetic, class TA, class TB, class Epilogue>
-void gemm_few_rows(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue) {
+void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue) {
   using accumulator = typename Arithmetic::accumulator;
-  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane, Corner = corner_of<Arithmetic, TB>::Depth;
-  const few_rows_depth<Arithmetic> depth(k);
+  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane, RegisterDepth = rhs_registers<Arithmetic, TB>::Depth;
+  const small_m_depth<Arithmetic> depth(k);
   const int64_t col_vecs = ceil_div(n, L);
   const bool along_k = b.stride != 1;
 
-  // A once, for all threads: block after block of the depth, Lanes deep pieces of all rows, with zeros up to the last
-  // corner of B.
-  static_assert(Arithmetic::BlockDepth % (2 * L) == 0);
-  float* packed_a = scratch(depth.blocks * Arithmetic::BlockDepth * m);
+  // A is packed once, for all threads: k block by k block, Lanes of k of all rows after each other, with zeros up to
+  // the last square of B.
+  static_assert(Arithmetic::KC % (2 * L) == 0);
+  float* packed_a = scratch(depth.blocks * Arithmetic::KC * m);
   for (int64_t block = 0; block < depth.blocks; ++block)
     for (int64_t r = 0; r < m; ++r)
-      for (int64_t d = 0; d < ceil_div(depth.begin(block + 1) - depth.begin(block), Corner) * Corner; d += L) {
+      for (int64_t d = 0; d < ceil_div(depth.begin(block + 1) - depth.begin(block), RegisterDepth) * RegisterDepth;
+           d += L) {
         const int64_t from = (depth.begin(block) + d) * Per, left = std::min(k, depth.begin(block + 1) * Per) - from;
-        Arithmetic::along_k(a.at(r, from), left)
-            .store(packed_a + (block * Arithmetic::BlockDepth + d) * m + r * L, full{});
+        Arithmetic::along_k(a.at(r, from), left).store(packed_a + (block * Arithmetic::KC + d) * m + r * L, full{});
       }
 
-  // A part reads 64 kB of B at least. Where that is a piece of each of B's rows, long pieces are worth more than a
-  // second part for a thread whose first was early.
+  // A part reads at least 64 kB of B. Where B is contiguous along its columns, long pieces of its rows are worth more
+  // than several parts per thread.
   const int64_t most = std::min<int64_t>(along_k ? 2 * threads : threads, col_vecs);
   const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(n * k * storage<TB>::Bits / 8 / 65536, 1, most);
-  const int64_t held = along_k ? L : SumsHeld / (m * L) * L;
+  const int64_t group_columns = along_k ? L : MaxSmallMSums / (m * L) * L;
   parallel_parts(parts, threads, [=](int64_t part) {
-    alignas(64) float totals[SumsHeld];  // Lanes columns of all rows, then the next
+    alignas(64) float totals[MaxSmallMSums];  // Lanes columns of all rows, then the next Lanes columns
     const int64_t end = std::min(n, col_vecs * (part + 1) / parts * L);
-    for (int64_t column = col_vecs * part / parts * L; column < end; column += held) {
-      const int64_t columns = std::min(held, end - column);
-      sum_few_rows<Arithmetic>(m, columns, k, packed_a, b.from(column, 0), totals);
+    for (int64_t column = col_vecs * part / parts * L; column < end; column += group_columns) {
+      const int64_t columns = std::min(group_columns, end - column);
+      small_m_sums<Arithmetic>(m, columns, k, packed_a, b.from(column, 0), totals);
       for (int64_t r = 0; r < m; ++r)
         sweep(columns, [&](int64_t j, auto span) {
           epilogue(r, column + j, Arithmetic::value(accumulator::load(totals + j * m + r * L, full{})), span);
@@ -200,46 +203,46 @@ void gemm_few_rows(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
   });
 }
 
-// A tile of a·b, both packed and k-major, `depth` ≤ FewDeep, from the registers to write(row, vector, value): as
-// multiply_tile, in its order.
+// A tile of a·b, both packed k-major, depth ≤ SmallK. Calls write(row, vector, value) from the registers. The order of
+// the sums is that of multiply_tile.
 template <class Arithmetic, int Vecs, class Write>
 FASTLM_INLINE void write_tile(int64_t depth, const float* a, const float* b, Write write) {
   constexpr int64_t Width = Vecs * vec::Lanes;
   using accumulator = typename Arithmetic::accumulator;
-  accumulator total[TileRows][Vecs];
+  accumulator total[MR][Vecs];
   sum_chain<Arithmetic, false>(std::min(depth, Chain), a, PanelRows, b, Width, total);
-  for (int64_t first = Chain; FewDeep > Chain && first < depth; first += Chain) {
-    accumulator sum[TileRows][Vecs];
+  for (int64_t first = Chain; SmallK > Chain && first < depth; first += Chain) {
+    accumulator sum[MR][Vecs];
     sum_chain<Arithmetic, false>(std::min(depth - first, Chain), a + first * PanelRows, PanelRows, b + first * Width,
                                  Width, sum);
 #pragma GCC unroll 8
-    for (int r = 0; r < TileRows; ++r)
+    for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 3
       for (int v = 0; v < Vecs; ++v) total[r][v] = total[r][v] + sum[r][v];
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < TileRows; ++r)
+  for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < Vecs; ++v) write(r, v, Arithmetic::value(total[r][v]));
 }
 
-// As gemm(); A contiguous in its rows' index and no more than one block deep: the gradient of weights. m·n results are
-// written, and that is the bound up to some sixteen multiply-adds for each: they go there straight from the registers.
-// B is packed for hundreds of columns at a time, all of which a few rows of C pass.
+// The product for small k: gradients of weights. A is contiguous along its rows and at most SmallK deep. Results
+// are written straight from the registers. B is packed for GroupColumns columns at a time, by which each panel of
+// A is multiplied.
 template <class Arithmetic, class TA, class TB, class Epilogue>
-void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue,
-                   float* a_sums, float* b_sums) {
-  constexpr int64_t L = vec::Lanes, Panel = TileVecs * L, Held = 768;
-  static_assert(Held % Panel == 0);
+void gemm_small_k(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue,
+                  float* a_sums, float* b_sums) {
+  constexpr int64_t L = vec::Lanes, Panel = NRVecs * L, GroupColumns = 768;
+  static_assert(GroupColumns % Panel == 0);
   const int64_t depth = packed_depth<Arithmetic>(k), row_panels = ceil_div(m, PanelRows);
   const int64_t parts =
       threads == 1 ? 1 : std::clamp<int64_t>(m * n / 32768, 1, std::min<int64_t>(4 * threads, row_panels));
   parallel_parts(parts, threads, [=](int64_t part) {
-    float *packed_a = scratch(Arithmetic::BlockDepth * (PanelRows + Held)),
-          *packed_b = packed_a + Arithmetic::BlockDepth * PanelRows;
+    float *packed_a = scratch(Arithmetic::KC * (PanelRows + GroupColumns)),
+          *packed_b = packed_a + Arithmetic::KC * PanelRows;
     const int64_t end = std::min(m, row_panels * (part + 1) / parts * PanelRows);
-    for (int64_t first = 0; first < n; first += Held) {
-      const int64_t last = std::min(n, first + Held);
+    for (int64_t first = 0; first < n; first += GroupColumns) {
+      const int64_t last = std::min(n, first + GroupColumns);
       for (int64_t column = first; column < last; column += Panel) {
         const int64_t columns = std::min(Panel, n - column), width = ceil_div(columns, L) * L;
         float* to = packed_b + (column - first) * depth;
@@ -248,18 +251,18 @@ void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
       }
       for (int64_t panel = row_panels * part / parts * PanelRows; panel < end; panel += PanelRows) {
         const int64_t rows = std::min(PanelRows, end - panel);
-        pack_left<Arithmetic>(operand<TA>{a.at(panel, 0), 1, a.k_stride}, rows, k, false, packed_a);
+        pack_lhs<Arithmetic>(operand<TA>{a.at(panel, 0), 1, a.k_stride}, rows, k, false, packed_a);
         if (a_sums && first == 0) add_panel_sums<Arithmetic>(packed_a, depth, PanelRows, rows, a_sums + panel);
-        for (int64_t r = 0; r < rows; r += TileRows)
+        for (int64_t r = 0; r < rows; r += MR)
           for (int64_t column = first; column < last; column += Panel) {
-            const int64_t tile_rows = std::min<int64_t>(TileRows, rows - r), columns = std::min(Panel, last - column);
+            const int64_t tile_rows = std::min<int64_t>(MR, rows - r), columns = std::min(Panel, last - column);
             const float* columns_of_b = packed_b + (column - first) * depth;
             auto write = [&](int64_t i, int64_t v, vec value, auto span) {
               epilogue(panel + r + i, column + v * L, value, span);
             };
-            if (tile_rows == TileRows && columns == Panel) {
-              write_tile<Arithmetic, TileVecs>(depth, packed_a + r, columns_of_b,
-                                               [=](int i, int v, vec value) { write(i, v, value, full{}); });
+            if (tile_rows == MR && columns == Panel) {
+              write_tile<Arithmetic, NRVecs>(depth, packed_a + r, columns_of_b,
+                                             [=](int i, int v, vec value) { write(i, v, value, full{}); });
               continue;
             }
             with_vecs(ceil_div(columns, L), [=](auto vecs) {
@@ -275,21 +278,21 @@ void gemm_few_deep(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b
   });
 }
 
-// The product by the way that its sizes ask for; A contiguous in k.
+// The product by the algorithm that suits its sizes; A is contiguous in k.
 template <class Arithmetic, class TA, class TB, class Epilogue>
 void multiply(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue) {
-  const int64_t few = b.stride == 1 ? 32 : 24;  // transposing costs what packing does
-  if constexpr (!Arithmetic::RowsOnly)
-    if (m <= few && m * k <= MostOfA) return gemm_few_rows<Arithmetic>(m, n, k, a, b, threads, epilogue);
+  const int64_t small_m = b.stride == 1 ? 32 : 24;  // transposing in registers costs as much as packing
+  if constexpr (!Arithmetic::RowMajorOnly)
+    if (m <= small_m && m * k <= MaxSmallMElements) return gemm_small_m<Arithmetic>(m, n, k, a, b, threads, epilogue);
   gemm<Arithmetic>(m, n, k, a, b, threads, epilogue);
 }
 
-// The same; A contiguous in its rows' index.
+// The same; A is contiguous along its rows.
 template <class Arithmetic, class TA, class TB, class Epilogue>
 void multiply_transposed(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue,
                          float* a_sums, float* b_sums) {
-  if constexpr (!Arithmetic::RowsOnly)
-    if (k <= FewDeep) return gemm_few_deep<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
+  if constexpr (!Arithmetic::RowMajorOnly)
+    if (k <= SmallK) return gemm_small_k<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
   gemm<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
 }
 
