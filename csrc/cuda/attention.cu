@@ -1,28 +1,20 @@
-// softmax(q kᵀ · scale + mask) v by tiles, forward (Dao, 2023, arXiv:2307.08691): q (batch, heads, query_len,
-// head_dim), k and v (batch, key_heads, key_len, head_dim). 4 · query_len · key_len · head_dim FLOPs a head, half of it
-// with a causal mask; each of q, k, v, out once through memory as long as the keys of a head stay in the L2 cache:
-// bound by the matrix units from some hundred tokens on.
+// Forward attention by tiles, softmax(q kᵀ · scale + mask) v, with an online softmax (Dao, 2023, arXiv:2307.08691).
 //
-// A block owns a tile of queries, 16 a warp, and walks over the keys with a running maximum and sum in float32. Blocks
-// of one head follow each other, so that they share its keys in the cache, and the tile with the most keys comes first.
-// Scores stay raw, and the scale goes into the exponent of 2: one fused multiply-add a score. (For that the scale must
-// be positive: the queries take its sign.)
+// q is (batch, num_heads, query_len, head_dim), k and v are (batch, num_kv_heads, key_len, head_dim). One head takes
+// 4 · query_len · key_len · head_dim FLOPs, half of it with a causal mask. Each of q, k, v and out is transferred once
+// if the keys of a head stay in the L2 cache. From some hundred tokens on the kernel is compute-bound.
 //
-// History. Times are predicted, none has been measured.
-//   1. 64 queries by 64 keys (32 from head_dim 129 on and in float32), 4 warps, keys and values in two stages of
-//   cp.async, one barrier a tile, the queries'
-//      fragments in registers up to head_dim 128. At head_dim 64 in 16 bits a tile of keys costs a warp 64 mma (8
-//      cycles each of its quarter of an A100's multiprocessor: 512), 16 KiB from shared memory (512 cycles for the four
-//      warps together at 128 bytes a cycle), and 32 exponentials a thread (256 cycles at 4 a cycle and quarter):
-//      products and shared memory are balanced, and overlap only between blocks. 160 registers and 40 KiB of shared
-//      memory: 3 blocks a multiprocessor; at head_dim 128 213 and 80 KiB: 2 on an A100 and an H100, 1 where there are
-//      99 KiB. Expected: half of the peak of mma on an A100, about 150 TFLOP/s, and 250 on an H100, whose mma.sync
-//      reaches 62 % of what wgmma does.
-//   2. What only edges need (rows of the mask, counters of dropout) is computed where it is needed, and what is seen
-//   becomes a bit each in a loop that is not
-//      unrolled: from 248 registers to 160 at head_dim 64, which is 3 blocks for 2, and from 45 s of compilation to 34.
-//   Next: 32 queries a warp where registers allow (head_dim ≤ 64), which halves what is read from shared memory for a
-//   product: 1.3 × expected.
+// A block computes a tile of queries, 16 per warp, and iterates over the keys with a running maximum (row_max) and sum
+// (row_sum) in float32. Blocks of one head are adjacent in the grid, so they share its keys in the cache. With a causal
+// mask the tile with the most keys is launched first.
+//
+// Design notes:
+//   - Scores stay unscaled, and the scale is folded into the exponent of 2: one fused multiply-add per score. This
+//     requires a positive scale, so the queries take its sign.
+//   - Keys and values are double-buffered by cp.async, with one barrier per tile. Up to head_dim 128 the fragments of
+//     the queries stay in registers.
+//   - What only edge tiles need (mask rows, dropout counters) is computed where it is used, and visibility is kept as
+//     one bit per score from a loop that is not unrolled. This saves registers and compile time.
 #include "attention_tile.cuh"
 
 namespace fastlm::cuda {
@@ -33,73 +25,70 @@ template <class T, int D> struct ForwardTile {
   static constexpr int Keys = sizeof(T) == 2 ? (D <= 128 ? 64 : 32) : D <= 128 ? 32 : 16;
   static constexpr int Stages = sizeof(T) == 4 && D > 128 ? 1 : 2;
   static constexpr int Bytes = (Queries + 2 * Stages * Keys) * D * int(sizeof(T));
-  static constexpr bool Held = sizeof(T) == 2 && D <= 128;  // the queries' fragments, in registers
-  static constexpr int Unrolled = Held ? Steps<T, D> : 4;
-  static constexpr int Blocks = D <= 64 ? 3
-                                : sizeof(T) == 2 && D <= 128
-                                    ? 2
-                                    : 1;  // at a time on a multiprocessor: what the registers are rationed for
+  static constexpr bool QueriesInRegisters = sizeof(T) == 2 && D <= 128;
+  static constexpr int Unroll = QueriesInRegisters ? KSteps<T, D> : 4;
+  // Concurrent blocks per multiprocessor, which limit the registers.
+  static constexpr int MinBlocks = D <= 64 ? 3 : sizeof(T) == 2 && D <= 128 ? 2 : 1;
   static_assert(Bytes <= 99 << 10);
 };
 
-// What a row of a tile is: a query of a head. Where keys are split, a tile has the queries of all heads that share a
-// key head.
+// The query and the head of a row of a tile. With split-K a tile holds the queries of all heads that share a key head.
 struct QueryRow {
   int i, head;
-  bool real;
+  bool valid;
 };
 
-struct ForwardPlace {
+struct ForwardTask {
   Sequence s;
-  int first, head, piece;  // the first row; its head, or of a split the first of those that share a key head
+  int first, head, split;  // the first row; its head, or with split-K the first of the heads that share a key head
 
   FASTLM_DEVICE QueryRow row(const AttentionForwardArgs& a, int at) const {
     const int number = first + at;
     if (a.num_splits == 0) return {number, head, number < s.query_len};
-    const bool real = number < a.num_heads / a.num_kv_heads * s.query_len;
-    return {number % s.query_len, real ? head + number / s.query_len : head, real};
+    const bool valid = number < a.num_heads / a.num_kv_heads * s.query_len;
+    return {number % s.query_len, valid ? head + number / s.query_len : head, valid};
   }
 };
 
-// One row by one warp, without matrix units: only what is seen is ever added.
-template <class T> __device__ __attribute__((noinline)) void forward_key_by_key(const AttentionForwardArgs& a,
-                                                                                int batch, int i, int head, int piece,
-                                                                                int begin, int end) {
+// One row computed by one warp without tensor cores, which adds visible keys only.
+template <class T> __device__ __attribute__((noinline)) void recompute_output_row(const AttentionForwardArgs& a,
+                                                                                  int batch, int i, int head, int split,
+                                                                                  int begin, int end) {
   const Sequence s = sequence_of(a, batch);
   const QueryRow row = {i, head, true};
-  const int key_head = row.head / (a.num_heads / a.num_kv_heads);
-  const uint32_t third = s.batch * a.num_heads + row.head;
+  const int kv_head = row.head / (a.num_heads / a.num_kv_heads);
+  const uint32_t batch_head = s.batch * a.num_heads + row.head;
   const uint64_t seed = a.seed ? *a.seed : 0;
   const Channels query = read_channels<T>(token_of<T>(a.query, s.batch, row.head, s.query_begin + row.i), a.head_dim);
-  Channels total = {};
-  float top = -INFINITY, norm = 0;
+  Channels acc = {};
+  float row_max = -INFINITY, row_sum = 0;
   for (int j = begin; j < end; ++j) {
-    float score = dot(query, read_channels<T>(token_of<T>(a.key, s.batch, key_head, s.key_begin + j), a.head_dim));
-    if (!sees<T>(a, s, row.head, row.i, j, score)) continue;
-    const float new_top = fmaxf(top, score), base = new_top == -INFINITY ? 0.f : new_top;
-    float weight = exp2_fast((score - base) * Log2e);
-    const float decay = exp2_fast((top - base) * Log2e);
-    norm = norm * decay + weight;
-    if (a.seed && !kept(seed, a.threshold, j, row.i, third)) weight = 0;
-    const Channels value = read_channels<T>(token_of<T>(a.value, s.batch, key_head, s.key_begin + j), a.head_dim);
-    for (int c = 0; c < WidestHead / 32; ++c) total.at[c] = total.at[c] * decay + weight * value.at[c];
-    top = new_top;
+    float score = dot(query, read_channels<T>(token_of<T>(a.key, s.batch, kv_head, s.key_begin + j), a.head_dim));
+    if (!is_visible<T>(a, s, row.head, row.i, j, score)) continue;
+    const float new_max = fmaxf(row_max, score), safe_max = new_max == -INFINITY ? 0.f : new_max;
+    float weight = exp2_fast((score - safe_max) * Log2e);
+    const float rescale = exp2_fast((row_max - safe_max) * Log2e);
+    row_sum = row_sum * rescale + weight;
+    if (a.seed && !kept(seed, a.threshold, j, row.i, batch_head)) weight = 0;
+    const Channels value = read_channels<T>(token_of<T>(a.value, s.batch, kv_head, s.key_begin + j), a.head_dim);
+    for (int c = 0; c < WidestHead / 32; ++c) acc.at[c] = acc.at[c] * rescale + weight * value.at[c];
+    row_max = new_max;
   }
   const bool first_lane = threadIdx.x % 32 == 0;
   if (a.num_splits) {
-    const int64_t place = ((int64_t(s.batch) * a.num_heads + row.head) * s.query_len + row.i) * a.num_splits + piece;
-    write_channels<float>(a.partial_out + place * a.head_dim, total, a.keep_scale, a.head_dim);
-    if (first_lane) a.partial_max[place] = top, a.partial_sum[place] = norm;
+    const int64_t at = ((int64_t(s.batch) * a.num_heads + row.head) * s.query_len + row.i) * a.num_splits + split;
+    write_channels<float>(a.partial_out + at * a.head_dim, acc, a.keep_scale, a.head_dim);
+    if (first_lane) a.partial_max[at] = row_max, a.partial_sum[at] = row_sum;
   } else {
-    write_channels<T>(token_of<T>(a.out, s.batch, row.head, s.query_begin + row.i), total,
-                      norm == 0 ? 0.f : a.keep_scale / norm, a.head_dim);
+    write_channels<T>(token_of<T>(a.out, s.batch, row.head, s.query_begin + row.i), acc,
+                      row_sum == 0 ? 0.f : a.keep_scale / row_sum, a.head_dim);
     if (first_lane)
       a.lse[s.batch * a.lse_batch_stride + row.head * a.lse_head_stride + s.query_begin + row.i] =
-          norm == 0 ? -INFINITY : top + log_(norm);
+          row_sum == 0 ? -INFINITY : row_max + log_(row_sum);
   }
 }
 
-template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::Warps * 32, ForwardTile<T, D>::Blocks)
+template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::Warps * 32, ForwardTile<T, D>::MinBlocks)
     attention_forward_kernel(FASTLM_CONSTANT AttentionForwardArgs a) {
   using Tile = ForwardTile<T, D>;
   constexpr int Queries = Tile::Queries, Keys = Tile::Keys, Threads = Tile::Warps * 32,
@@ -108,39 +97,40 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
   unsigned char *const queries = shared, *const keys = shared + Queries * D * sizeof(T),
                        *const values = keys + Tile::Stages * TileBytes;
 
-  const int groups = a.num_heads / a.num_kv_heads;
-  ForwardPlace place;
+  const int heads_per_kv_head = a.num_heads / a.num_kv_heads;
+  ForwardTask task;
   if (a.num_splits) {
     const int block = blockIdx.x / a.num_splits;
-    place = {sequence_of(a, block / a.num_kv_heads), 0, block % a.num_kv_heads * groups,
-             int(blockIdx.x % a.num_splits)};
+    task = {sequence_of(a, block / a.num_kv_heads), 0, block % a.num_kv_heads * heads_per_kv_head,
+            int(blockIdx.x % a.num_splits)};
   } else if (a.query_starts) {
     check_starts(a);
     const int tiles = gridDim.x / a.num_heads;
     int tile = blockIdx.x % tiles;
     const int batch = find_tile(a.query_starts, a.query_starts_int64, a.batch, Queries, tile);
     if (batch == a.batch) return;
-    place = {sequence_of(a, batch), tile * Queries, int(blockIdx.x / tiles), 0};
+    task = {sequence_of(a, batch), tile * Queries, int(blockIdx.x / tiles), 0};
   } else {
     const int tiles = divide_up(a.query_len, Queries), block = blockIdx.x / tiles;
-    place = {sequence_of(a, block / a.num_heads), (tiles - 1 - int(blockIdx.x % tiles)) * Queries, block % a.num_heads,
-             0};
+    task = {sequence_of(a, block / a.num_heads), (tiles - 1 - int(blockIdx.x % tiles)) * Queries, block % a.num_heads,
+            0};
   }
-  const Sequence& s = place.s;
-  const int rows = (a.num_splits ? groups : 1) * s.query_len - place.first, first = a.num_splits ? 0 : place.first;
-  const int last = a.num_splits ? s.query_len - 1 : place.first + (rows < Queries ? rows : Queries) - 1;
+  const Sequence& s = task.s;
+  const int rows = (a.num_splits ? heads_per_kv_head : 1) * s.query_len - task.first,
+            first = a.num_splits ? 0 : task.first;
+  const int last = a.num_splits ? s.query_len - 1 : task.first + (rows < Queries ? rows : Queries) - 1;
   TileRange range = tiles_of_keys(s, first, last, Keys);
   if (a.num_splits) {
-    const int begin = place.piece * (a.split_size / Keys), end = begin + a.split_size / Keys;
+    const int begin = task.split * (a.split_size / Keys), end = begin + a.split_size / Keys;
     range.begin = range.begin < begin ? begin : range.begin;
     range.end = range.end > end ? end : range.end;
   }
   const bool all_edges = a.mask_type != MaskType::none || a.key_padding;
 
-  const int64_t key_offset =
-      s.batch * a.key.batch_stride + place.head / groups * a.key.head_stride + s.key_begin * a.key.token_stride;
-  const int64_t value_offset =
-      s.batch * a.value.batch_stride + place.head / groups * a.value.head_stride + s.key_begin * a.value.token_stride;
+  const int64_t key_offset = s.batch * a.key.batch_stride + task.head / heads_per_kv_head * a.key.head_stride +
+                             s.key_begin * a.key.token_stride;
+  const int64_t value_offset = s.batch * a.value.batch_stride + task.head / heads_per_kv_head * a.value.head_stride +
+                               s.key_begin * a.value.token_stride;
   const auto fetch = [&](int tile, int stage) {
     if (tile < range.end) {
       load_tokens<T, D, Keys, Threads>(keys + stage * TileBytes, a.key, key_offset, tile * Keys, s.key_len, a.head_dim);
@@ -150,33 +140,34 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
     cp_async_commit();
   };
   load_rows<T, D, Queries, Threads>(queries, a.query, a.head_dim, [&](int at) -> const T* {
-    const QueryRow row = place.row(a, at);
-    return row.real ? token_of<T>(a.query, s.batch, row.head, s.query_begin + row.i) : nullptr;
+    const QueryRow row = task.row(a, at);
+    return row.valid ? token_of<T>(a.query, s.batch, row.head, s.query_begin + row.i) : nullptr;
   });
   cp_async_commit();
   fetch(range.begin, 0);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool works = warp * 16 < rows;  // a warp beyond the queries only copies
+  const bool has_rows = warp * 16 < rows;  // a warp without queries only copies
   const bool additive = is_additive(a);
-  const uint32_t flip = a.scale < 0 ? SignBits<T> : 0;
-  const float size = fabsf(a.scale);
-  const float unit =
-      additive ? Log2e : fmaxf(size * Log2e, 1e-37f);  // of a score in the exponent; never 0, which would make −∞ a NaN
+  const uint32_t sign_flip = a.scale < 0 ? SignBits<T> : 0;
+  const float abs_scale = fabsf(a.scale);
+  // The factor of a score in the exponent of 2. It is never 0, because −∞ · 0 is NaN.
+  const float log2_scale = additive ? Log2e : fmaxf(abs_scale * Log2e, 1e-37f);
 
   cp_async_wait<1>();
   __syncthreads();
-  uint32_t held[Tile::Held ? Steps<T, D> : 1][4];
-  if constexpr (Tile::Held)
+  uint32_t query_fragments[Tile::QueriesInRegisters ? KSteps<T, D> : 1][4];
+  if constexpr (Tile::QueriesInRegisters)
 #pragma unroll
-    for (int step = 0; step < Steps<T, D>; ++step) read_left<T, D>(held[step], queries, warp * 16, step, flip);
-  const auto left = [&](int step, uint32_t (&raw)[4]) {
-    if constexpr (Tile::Held)
-      for (int r = 0; r < 4; ++r) raw[r] = held[step][r];
-    else read_left<T, D>(raw, queries, warp * 16, step, flip);
+    for (int step = 0; step < KSteps<T, D>; ++step)
+      read_lhs<T, D>(query_fragments[step], queries, warp * 16, step, sign_flip);
+  const auto lhs = [&](int step, uint32_t (&raw)[4]) {
+    if constexpr (Tile::QueriesInRegisters)
+      for (int r = 0; r < 4; ++r) raw[r] = query_fragments[step][r];
+    else read_lhs<T, D>(raw, queries, warp * 16, step, sign_flip);
   };
 
-  float total[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, norm[2] = {};
+  float acc[D / 8][4] = {}, row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};
   for (int tile = range.begin; tile < range.end; ++tile) {
     const int stage = Tile::Stages == 1 ? 0 : (tile - range.begin) % 2;
     if (Tile::Stages == 1 && tile > range.begin) {
@@ -186,86 +177,86 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
     cp_async_wait<0>();
     __syncthreads();
     if (Tile::Stages == 2) fetch(tile + 1, 1 - stage);
-    if (!works) continue;
+    if (!has_rows) continue;
 
     float weights[Keys / 8][4];
-    multiply_by_rows<T, D, Keys, Tile::Unrolled>(weights, left, keys + stage * TileBytes, a.tf32);
+    multiply_transposed<T, D, Keys, Tile::Unroll>(weights, lhs, keys + stage * TileBytes, a.tf32);
     if (all_edges || tile < range.inner || tile >= range.outer) {
-      const QueryRow row[2] = {place.row(a, warp * 16 + lane / 4), place.row(a, warp * 16 + lane / 4 + 8)};
+      const QueryRow row[2] = {task.row(a, warp * 16 + lane / 4), task.row(a, warp * 16 + lane / 4 + 8)};
       const int64_t mask_at[2] = {mask_offset(a, s.batch, row[0].head), mask_offset(a, s.batch, row[1].head)};
-      mask_scores<T, false, Keys>(weights, a, s, {row[0].i, row[1].i}, tile * Keys, mask_at, size);
+      mask_scores<T, false, Keys>(weights, a, s, {row[0].i, row[1].i}, tile * Keys, mask_at, abs_scale);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float new_top = top[half];
+      float new_max = row_max[half];
 #pragma unroll
       for (int n = 0; n < Keys / 8; ++n)
-        new_top = fmaxf(new_top, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
-      new_top = fmaxf(new_top, shuffle_xor(new_top, 1));
-      new_top = fmaxf(new_top, shuffle_xor(new_top, 2));
-      const float base = new_top == -INFINITY ? 0.f : new_top;  // a row that has seen nothing yet
-      const float decay = exp2_fast((top[half] - base) * unit);
-      const float shift = additive ? 0.f : -base * unit;
-      if (additive)  // the difference first: finfo.min in a mask is an ordinary number, whose multiple is not
+        new_max = fmaxf(new_max, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
+      new_max = fmaxf(new_max, shuffle_xor(new_max, 1));
+      new_max = fmaxf(new_max, shuffle_xor(new_max, 2));
+      const float safe_max = new_max == -INFINITY ? 0.f : new_max;  // no visible key yet
+      const float rescale = exp2_fast((row_max[half] - safe_max) * log2_scale);
+      const float shift = additive ? 0.f : -safe_max * log2_scale;
+      if (additive)  // subtract before scaling: finfo.min in a mask is finite, its multiple is not
 #pragma unroll
-        for (int n = 0; n < Keys / 8; ++n) weights[n][2 * half] -= base, weights[n][2 * half + 1] -= base;
+        for (int n = 0; n < Keys / 8; ++n) weights[n][2 * half] -= safe_max, weights[n][2 * half + 1] -= safe_max;
       float sum = 0;
 #pragma unroll
       for (int n = 0; n < Keys / 8; ++n)
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e)
-          sum += weights[n][e] = exp2_fast(fmaf(weights[n][e], unit, shift));
-      norm[half] = norm[half] * decay + sum;
-      top[half] = new_top;
+          sum += weights[n][e] = exp2_fast(fmaf(weights[n][e], log2_scale, shift));
+      row_sum[half] = row_sum[half] * rescale + sum;
+      row_max[half] = new_max;
 #pragma unroll
-      for (int d = 0; d < D / 8; ++d) total[d][2 * half] *= decay, total[d][2 * half + 1] *= decay;
+      for (int d = 0; d < D / 8; ++d) acc[d][2 * half] *= rescale, acc[d][2 * half + 1] *= rescale;
     }
     if (a.seed) {
-      const QueryRow row[2] = {place.row(a, warp * 16 + lane / 4), place.row(a, warp * 16 + lane / 4 + 8)};
-      const uint32_t third[2] = {uint32_t(s.batch * a.num_heads + row[0].head),
-                                 uint32_t(s.batch * a.num_heads + row[1].head)};
-      const uint32_t keep = kept_bits<Keys>(a, *a.seed, {row[0].i, row[1].i}, third, tile * Keys);
+      const QueryRow row[2] = {task.row(a, warp * 16 + lane / 4), task.row(a, warp * 16 + lane / 4 + 8)};
+      const uint32_t batch_head[2] = {uint32_t(s.batch * a.num_heads + row[0].head),
+                                      uint32_t(s.batch * a.num_heads + row[1].head)};
+      const uint32_t keep = kept_bits<Keys>(a, *a.seed, {row[0].i, row[1].i}, batch_head, tile * Keys);
 #pragma unroll
       for (int n = 0; n < Keys / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) weights[n][e] = keep >> (n * 4 + e) & 1 ? weights[n][e] : 0.f;
     }
-    multiply_from_registers<T, D, Keys>(total, weights, values + stage * TileBytes, a.tf32);
+    multiply_from_registers<T, D, Keys>(acc, weights, values + stage * TileBytes, a.tf32);
   }
   cp_async_wait<0>();
-  if (!works) return;
+  if (!has_rows) return;
 
-  const uint32_t again = rows_not_finite<D>(total);
+  const uint32_t bad_rows = rows_not_finite<D>(acc);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    norm[half] += shuffle_xor(norm[half], 1);
-    norm[half] += shuffle_xor(norm[half], 2);
+    row_sum[half] += shuffle_xor(row_sum[half], 1);
+    row_sum[half] += shuffle_xor(row_sum[half], 2);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const QueryRow r = place.row(a, warp * 16 + lane / 4 + 8 * half);
-    if (!r.real || again >> (half * 8 + lane / 4) & 1) continue;
-    const bool empty = norm[half] == 0;
-    const float highest = additive ? top[half] : top[half] * size;
+    const QueryRow r = task.row(a, warp * 16 + lane / 4 + 8 * half);
+    if (!r.valid || bad_rows >> (half * 8 + lane / 4) & 1) continue;
+    const bool fully_masked = row_sum[half] == 0;
+    const float scaled_max = additive ? row_max[half] : row_max[half] * abs_scale;
     if (a.num_splits) {
-      const int64_t at = ((int64_t(s.batch) * a.num_heads + r.head) * s.query_len + r.i) * a.num_splits + place.piece;
-      write_row<float, D>(a.partial_out + at * a.head_dim, total, half, a.keep_scale, a.head_dim, a.head_dim % 2 == 0);
-      if (lane % 4 == 0) a.partial_max[at] = empty ? -INFINITY : highest, a.partial_sum[at] = norm[half];
+      const int64_t at = ((int64_t(s.batch) * a.num_heads + r.head) * s.query_len + r.i) * a.num_splits + task.split;
+      write_row<float, D>(a.partial_out + at * a.head_dim, acc, half, a.keep_scale, a.head_dim, a.head_dim % 2 == 0);
+      if (lane % 4 == 0) a.partial_max[at] = fully_masked ? -INFINITY : scaled_max, a.partial_sum[at] = row_sum[half];
     } else {
-      write_row<T, D>(token_of<T>(a.out, s.batch, r.head, s.query_begin + r.i), total, half,
-                      empty ? 0.f : a.keep_scale / norm[half], a.head_dim, a.out.paired);
+      write_row<T, D>(token_of<T>(a.out, s.batch, r.head, s.query_begin + r.i), acc, half,
+                      fully_masked ? 0.f : a.keep_scale / row_sum[half], a.head_dim, a.out.paired);
       if (lane % 4 == 0)
         a.lse[s.batch * a.lse_batch_stride + r.head * a.lse_head_stride + s.query_begin + r.i] =
-            empty ? -INFINITY : highest + log_(norm[half]);
+            fully_masked ? -INFINITY : scaled_max + log_(row_sum[half]);
     }
   }
-  if (again)
+  if (bad_rows)
     for (int r = 0; r < 16; ++r)
-      if (again >> r & 1) {
-        const QueryRow bad = place.row(a, warp * 16 + r);
-        if (bad.real)
-          forward_key_by_key<T>(a, s.batch, bad.i, bad.head, place.piece, range.begin * Keys,
-                                range.end * Keys < s.key_len ? range.end * Keys : s.key_len);
+      if (bad_rows >> r & 1) {
+        const QueryRow row = task.row(a, warp * 16 + r);
+        if (row.valid)
+          recompute_output_row<T>(a, s.batch, row.i, row.head, task.split, range.begin * Keys,
+                                  range.end * Keys < s.key_len ? range.end * Keys : s.key_len);
       }
 }
 
@@ -273,8 +264,8 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
 
 void attention_forward(const AttentionForwardArgs& args, stream_t stream) {
   AttentionForwardArgs a = args;
-  complete(a, a.out);
-  by_type_and_width(a.dtype, a.head_dim, [&]<class T, int D>() {
+  set_alignment(a, a.out);
+  dispatch_type_and_head_dim(a.dtype, a.head_dim, [&]<class T, int D>() {
     using Tile = ForwardTile<T, D>;
     int64_t blocks;
     if (a.num_splits) blocks = int64_t(a.batch) * a.num_kv_heads * a.num_splits;

@@ -1,47 +1,41 @@
-// Attention for a few queries against many keys, as in decoding with a cache: bound by reading k and v once, 4 FLOPs
-// for each element of them.
+// Attention for few queries and many keys, as in decoding with a KV cache. It is memory-bound: k and v are read once,
+// with 4 FLOPs per element.
 //
-// The kernel of the forward, on a tile of all queries of all heads that share a key head, so that their keys are read
-// once. The keys are cut into stretches, by sizes alone, so that one sequence still fills the GPU; each block leaves
-// the sum of its stretch with its maximum and norm, and the kernel here puts them together in order.
-//
-// History. Times are predicted, none has been measured.
-//   1. Up to 16 rows keep one of a block's four warps at the products; all four copy. At head_dim 64 a tile of 64 keys
-//   costs that warp 64 mma, 512 cycles, in
-//      which a multiprocessor of an A100 receives 7 KiB of the tile's 16: with two blocks or more there the memory is
-//      the bound, at 80 % of its bandwidth.
-//   Next: the four warps take 16 keys each, where a block has its multiprocessor to itself.
+// Split-K: the forward kernel runs on a tile of all queries of all heads that share a key head, so their keys are read
+// once. The keys are cut into splits, by sizes alone, so that one sequence fills the GPU. Each block writes the
+// unnormalised output of its split with its row_max and row_sum, and the kernel below combines them in a fixed order.
 #include "attention_tile.cuh"
 
 namespace fastlm::cuda {
 namespace {
 
-constexpr int JoinThreads = 128;
+constexpr int CombineThreads = 128;
 
-// out and lse of one query of one head: a block.
-template <class T> __global__ void __launch_bounds__(JoinThreads)
-    attention_decode_join_kernel(FASTLM_CONSTANT AttentionForwardArgs a) {
+// One block combines the splits of one query of one head to out and lse.
+template <class T> __global__ void __launch_bounds__(CombineThreads)
+    attention_decode_combine_kernel(FASTLM_CONSTANT AttentionForwardArgs a) {
   const int64_t row = blockIdx.x, i = row % a.query_len, head = row / a.query_len % a.num_heads,
                 batch = row / a.query_len / a.num_heads;
-  const float *const top = a.partial_max + row * a.num_splits, *const norm = a.partial_sum + row * a.num_splits;
+  const float *const row_max = a.partial_max + row * a.num_splits, *const row_sum = a.partial_sum + row * a.num_splits;
   const float* const part = a.partial_out + row * a.num_splits * a.head_dim;
-  float highest = -INFINITY;
-  for (int piece = 0; piece < a.num_splits; ++piece) highest = fmaxf(highest, top[piece]);
-  const float base = highest == -INFINITY ? 0.f : highest;
-  float whole = 0;
-  for (int piece = 0; piece < a.num_splits; ++piece)
-    if (norm[piece] != 0) whole += exp2_fast((top[piece] - base) * Log2e) * norm[piece];
-  const bool empty = whole == 0;
+  float max_of_splits = -INFINITY;
+  for (int split = 0; split < a.num_splits; ++split) max_of_splits = fmaxf(max_of_splits, row_max[split]);
+  const float safe_max = max_of_splits == -INFINITY ? 0.f : max_of_splits;
+  float sum_of_splits = 0;
+  for (int split = 0; split < a.num_splits; ++split)
+    if (row_sum[split] != 0) sum_of_splits += exp2_fast((row_max[split] - safe_max) * Log2e) * row_sum[split];
+  const bool fully_masked = sum_of_splits == 0;
   T* const out = token_of<T>(a.out, batch, head, i);
-  for (int channel = threadIdx.x; channel < a.head_dim; channel += JoinThreads) {
+  for (int channel = threadIdx.x; channel < a.head_dim; channel += CombineThreads) {
     float sum = 0;
-    for (int piece = 0; piece < a.num_splits;
-         ++piece)  // where nothing was seen the part is 0; a NaN in it is one that was seen
-      if (norm[piece] != 0) sum += exp2_fast((top[piece] - base) * Log2e) * part[int64_t(piece) * a.head_dim + channel];
-    out[channel] = from_float<T>(empty ? 0.f : sum / whole);
+    for (int split = 0; split < a.num_splits; ++split)  // a split without visible keys holds zeros
+      if (row_sum[split] != 0)
+        sum += exp2_fast((row_max[split] - safe_max) * Log2e) * part[int64_t(split) * a.head_dim + channel];
+    out[channel] = from_float<T>(fully_masked ? 0.f : sum / sum_of_splits);
   }
   if (threadIdx.x == 0)
-    a.lse[batch * a.lse_batch_stride + head * a.lse_head_stride + i] = empty ? -INFINITY : base + log_(whole);
+    a.lse[batch * a.lse_batch_stride + head * a.lse_head_stride + i] =
+        fully_masked ? -INFINITY : safe_max + log_(sum_of_splits);
 }
 
 }  // namespace
@@ -49,8 +43,8 @@ template <class T> __global__ void __launch_bounds__(JoinThreads)
 void attention_decode(const AttentionForwardArgs& args, stream_t stream) {
   attention_forward(args, stream);
   with_dtype(args.dtype, [&]<class T>() {
-    FASTLM_LAUNCH(attention_decode_join_kernel<T>, unsigned(int64_t(args.batch) * args.num_heads * args.query_len),
-                  JoinThreads, 0, stream, args);
+    FASTLM_LAUNCH(attention_decode_combine_kernel<T>, unsigned(int64_t(args.batch) * args.num_heads * args.query_len),
+                  CombineThreads, 0, stream, args);
   });
 }
 

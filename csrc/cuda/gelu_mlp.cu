@@ -1,18 +1,14 @@
-// The middle of the feed-forward block, fused into the product that feeds it:
+// The GELU of a feed-forward block, as the epilogue of the product before it:
 //   forward   hidden = x W1 + b1,  activated = gelu(hidden)
-//   backward  dhidden = (dy W2ᵀ)·gelu'(hidden),  activated again where it was not kept
+//   backward  dhidden = (dy W2ᵀ)·gelu'(hidden),  and activated if it was not saved
 //
-// 2·rows·width·hidden_width FLOP each. A pass of its own for the GELU would read hidden and write activated: 4 bytes an
-// element in 16 bits, or 25 MB at 2048×3072, 16 µs of sm_80's 1.6 TB/s beside a product of 39 µs at width 768. Here
-// hidden leaves the accumulators once and is not read again; where the level of recomputation keeps no hidden it is not
-// written at all. The other products are the vendor's. The forward's GELU sees its input before that is rounded to be
-// saved; the backward's, after.
+// 2·rows·width·hidden_width FLOPs each. A separate kernel for the GELU would read hidden and write activated, 4 bytes
+// per element in 16 bits. Here hidden is stored from the accumulators and not read again, and where the recompute level
+// does not save it, it is not stored. The other products are the vendor's. In the forward pass the GELU receives its
+// input before it is rounded to be saved; in the backward pass, after.
 //
-// 1. The GELU as the epilogue of gemm.cuh. Its arithmetic, about 45 instructions an element for erf and 25 for tanh, is
-// 16384·45/32 = 23,000 of a tile's warp
-//    instructions, 5,800 cycles of a multiprocessor's four schedulers, against 12,300 cycles of its tensor cores at k =
-//    768: partly hidden while another block multiplies, so 80 % of the product alone is predicted with erf, 90 % with
-//    tanh. The backward reads hidden too, one run ahead of its use.
+// The arithmetic of the GELU (about 45 instructions per element with erf, 25 with tanh) is partly hidden behind the
+// products of another block on the same multiprocessor. The backward pass reads hidden one group ahead of its use.
 #include "gelu_mlp.h"
 #include "gemm.cuh"
 
@@ -22,7 +18,7 @@ struct gelu_result {
   float value, slope;
 };
 
-// ½ (1 + tanh(t)) = 1 / (1 + exp(−2t)): no difference of near numbers.
+// ½ (1 + tanh(t)) = 1 / (1 + exp(−2t)), which has no cancellation.
 FASTLM_DEVICE gelu_result gelu(float x, bool tanh) {
   if (tanh) {
     const float half = 1.0f / (1.0f + exp_(-1.5957691216057308f * x * (1.0f + 0.044715f * x * x)));
@@ -32,29 +28,29 @@ FASTLM_DEVICE gelu_result gelu(float x, bool tanh) {
   return {x * half, half + x * exp_(-0.5f * x * x) * 0.3989422804014327f};
 }
 
-// Epilogues. whole: runs of 8 are whole and may be moved 16 bytes at a time.
+// Epilogues. vectorized: all groups of 8 columns can be loaded and stored as vectors.
 template <class T> struct gelu_epilogue {
   const T* bias;
   T *hidden, *activated;
   int n;
-  bool tanh, whole;
+  bool tanh, vectorized;
 
-  FASTLM_DEVICE vec<T, 8> fetch_columns(int column, bool inside) const {
-    return load_run(bias + column, bias && inside ? n - column : 0, whole);
+  FASTLM_DEVICE vec<T, 8> prefetch_columns(int column, bool inside) const {
+    return load8(bias + column, bias && inside ? n - column : 0, vectorized);
   }
-  FASTLM_DEVICE nothing fetch(int, int, bool) const { return {}; }
+  FASTLM_DEVICE no_data prefetch(int, int, bool) const { return {}; }
 
-  template <int> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& c, const vec<T, 8>& shift, nothing,
+  template <int> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& c, const vec<T, 8>& shift, no_data,
                                            bool inside) const {
     if (!inside) return;
     const int64_t at = int64_t(row) * n + column;
 #pragma unroll
     for (int e = 0; e < 8; ++e) c[e] += to_float(shift[e]);
-    if (hidden) store_run(c, hidden + at, n - column, whole);
+    if (hidden) store8(c, hidden + at, n - column, vectorized);
     if (!activated) return;
 #pragma unroll
     for (int e = 0; e < 8; ++e) c[e] = gelu(c[e], tanh).value;
-    store_run(c, activated + at, n - column, whole);
+    store8(c, activated + at, n - column, vectorized);
   }
 };
 
@@ -62,38 +58,38 @@ template <class T> struct gelu_gradient_epilogue {
   const T* hidden;
   T *dhidden, *activated;
   int n;
-  bool tanh, whole;
+  bool tanh, vectorized;
 
-  FASTLM_DEVICE nothing fetch_columns(int, bool) const { return {}; }
-  FASTLM_DEVICE vec<T, 8> fetch(int row, int column, bool inside) const {
-    return load_run(hidden + int64_t(row) * n + column, inside ? n - column : 0, whole);
+  FASTLM_DEVICE no_data prefetch_columns(int, bool) const { return {}; }
+  FASTLM_DEVICE vec<T, 8> prefetch(int row, int column, bool inside) const {
+    return load8(hidden + int64_t(row) * n + column, inside ? n - column : 0, vectorized);
   }
 
-  template <int> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& c, nothing, const vec<T, 8>& before,
-                                           bool inside) const {
+  template <int> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& c, no_data,
+                                           const vec<T, 8>& saved_hidden, bool inside) const {
     if (!inside) return;
     const int64_t at = int64_t(row) * n + column;
-    vec<float, 8> after;
+    vec<float, 8> activations;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const gelu_result g = gelu(to_float(before[e]), tanh);
+      const gelu_result g = gelu(to_float(saved_hidden[e]), tanh);
       c[e] *= g.slope;
-      after[e] = g.value;
+      activations[e] = g.value;
     }
-    store_run(c, dhidden + at, n - column, whole);
-    if (activated) store_run(after, activated + at, n - column, whole);
+    store8(c, dhidden + at, n - column, vectorized);
+    if (activated) store8(activations, activated + at, n - column, vectorized);
   }
 };
 
-// Tiles of 128 leave no multiprocessor of this GPU idle. The bits do not depend on the choice: the chain along k is the
-// same.
-static bool fills(int64_t rows, int64_t n) { return (rows + 127) / 128 * ((n + 127) / 128) >= multiprocessors(); }
+// Whether there are enough tiles of 128 for all multiprocessors of this GPU. The results do not depend on it: the order
+// of the sum along k is the same.
+static bool fills_gpu(int64_t rows, int64_t n) { return (rows + 127) / 128 * ((n + 127) / 128) >= multiprocessors(); }
 
-template <class T, class Epilogue> static void multiply(const gemm_operands& with, const Epilogue& epilogue,
+template <class T, class Epilogue> static void multiply(const gemm_operands& operands, const Epilogue& epilogue,
                                                         stream_t stream) {
   if constexpr (sizeof(T) == 2)
-    if (fills(with.rows, with.n)) return gemm<T, 64>(with, epilogue, stream);
-  gemm<T, 32>(with, epilogue, stream);
+    if (fills_gpu(operands.rows, operands.n)) return gemm<T, 64>(operands, epilogue, stream);
+  gemm<T, 32>(operands, epilogue, stream);
 }
 
 void gelu_mlp_forward(const gelu_mlp_forward_args& args, stream_t stream) {
@@ -103,7 +99,7 @@ void gelu_mlp_forward(const gelu_mlp_forward_args& args, stream_t stream) {
                                     static_cast<T*>(args.activated),
                                     int(args.hidden_width),
                                     args.tanh,
-                                    in_whole_runs(args.hidden_width, {args.b1, args.hidden, args.activated})};
+                                    can_vectorize(args.hidden_width, {args.b1, args.hidden, args.activated})};
     multiply<T>({args.x, args.x_stride, args.w1, args.w1_k_stride, args.w1_n_stride, args.rows, args.width,
                  args.hidden_width, args.tf32},
                 epilogue, stream);
@@ -118,7 +114,7 @@ void gelu_mlp_backward(const gelu_mlp_backward_args& args, stream_t stream) {
         static_cast<T*>(args.activated),
         int(args.hidden_width),
         args.tanh,
-        in_whole_runs(args.hidden_width, {args.hidden, args.dhidden, args.activated})};
+        can_vectorize(args.hidden_width, {args.hidden, args.dhidden, args.activated})};
     multiply<T>({args.dy, args.dy_stride, args.w2, args.w2_k_stride, args.w2_n_stride, args.rows, args.out_width,
                  args.hidden_width, args.tf32},
                 epilogue, stream);

@@ -1,8 +1,8 @@
-// Dropout by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with the counters of
-// every other backend:
-//   key = the 64-bit seed; counter = ((col/64)·16 + col%16, row, third, 0); an element takes word (col/16)%4 and is
-//   kept iff word ≥ ⌊p·2³²⌋.
-// One call serves columns c, c + 16, c + 32 and c + 48 of a block of 64.
+// Dropout by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with the same counters
+// as all other backends:
+//   key = the 64-bit seed, counter = ((col/64)·16 + col%16, row, batch_head, 0). An element takes word (col/16)%4 and
+//   is kept if word ≥ ⌊p·2³²⌋.
+// One counter gives the words of columns c, c + 16, c + 32 and c + 48 of a block of 64.
 #pragma once
 #include <cmath>
 #include "launch.cuh"
@@ -10,9 +10,9 @@
 namespace fastlm::cuda {
 
 struct dropout {
-  const int64_t* seed;  // on the device: a captured graph draws a new one each time it runs
-  uint32_t threshold;   // 0: nothing is dropped, and seed may be null
-  float scale;          // of what is kept, 1/(1 − p)
+  const int64_t* seed;  // on the device, because a captured graph draws a new seed on each replay
+  uint32_t threshold;   // 0: no dropout, and seed may be null
+  float scale;          // of kept elements, 1/(1 − p)
 
   FASTLM_DEVICE bool active() const { return threshold != 0; }
 };
@@ -41,14 +41,14 @@ FASTLM_DEVICE philox_words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint3
   return {{c0, c1, c2, c3}};
 }
 
-// The words of columns column, column + 16, column + 32 and column + 48, where column % 64 < 16.
-FASTLM_DEVICE philox_words dropout_words(uint64_t seed, uint32_t column, uint32_t row, uint32_t third) {
-  return philox(seed, column / 64 * 16 + column % 16, row, third);
+// The words of column, column + 16, column + 32 and column + 48, where column % 64 < 16.
+FASTLM_DEVICE philox_words dropout_words(uint64_t seed, uint32_t column, uint32_t row, uint32_t batch_head) {
+  return philox(seed, column / 64 * 16 + column % 16, row, batch_head);
 }
 
-// Whether one element is kept; a thread that holds several columns 16 apart asks dropout_words once.
-FASTLM_DEVICE bool kept(uint64_t seed, uint32_t threshold, uint32_t column, uint32_t row, uint32_t third) {
-  const philox_words words = dropout_words(seed, column, row, third);
+// Whether one element is kept. A thread with several columns 16 apart calls dropout_words once instead.
+FASTLM_DEVICE bool kept(uint64_t seed, uint32_t threshold, uint32_t column, uint32_t row, uint32_t batch_head) {
+  const philox_words words = dropout_words(seed, column, row, batch_head);
   const uint32_t which = column / 16 % 4;
   const uint32_t word = which == 0   ? words.word[0]
                         : which == 1 ? words.word[1]

@@ -1,5 +1,5 @@
-// Sums and maxima over a warp and over a block, always along the same tree, so that a result never depends on who came
-// first. Every thread gets the result.
+// Sums and maxima over a warp and over a block, always along the same tree, so results are deterministic. Every thread
+// receives the result.
 #pragma once
 #include "launch.cuh"
 
@@ -11,7 +11,7 @@ FASTLM_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// A NaN is a maximum, as it is for torch.
+// NaN propagates, as in torch.
 FASTLM_DEVICE float maximum(float a, float b) { return a > b || a != a ? a : b; }
 
 FASTLM_DEVICE float warp_max(float value) {
@@ -20,8 +20,8 @@ FASTLM_DEVICE float warp_max(float value) {
   return value;
 }
 
-// The threads of a block are numbered along x; their number is a multiple of 32. `shared` is room for 32 numbers, free
-// again on return.
+// Blocks are one-dimensional, with a multiple of 32 threads. `shared` is space for 32 numbers, which is free again on
+// return.
 FASTLM_DEVICE float block_sum(float value, float* shared) {
   const int lane = threadIdx.x % WarpSize, warp = threadIdx.x / WarpSize, warps = blockDim.x / WarpSize;
   value = warp_sum(value);
