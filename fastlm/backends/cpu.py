@@ -4,6 +4,7 @@ A kernel takes tensors and numbers by keyword; the module reads addresses, sizes
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastlm.backends import isa
 from fastlm.core.huge_pages import on_huge_pages
 
-kernels = isa.kernels
+kernels: Any = isa.kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 threads = torch.get_num_threads

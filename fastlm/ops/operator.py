@@ -41,13 +41,15 @@ class Operator(Registered):
         Backward: the backward call: the gradients of the outputs, the saved tensors, attributes, and last `needed`, a
             bool for each input. An operator with fp32_grads has that field before `needed`. None: the operator brings
             an autograd.Function of its own.
-        outputs: how many results of the forward the caller gets. The others are for the backward.
+        results: how many results the forward has.
+        outputs: how many of them the caller gets. The others are for the backward.
         inputs: how many inputs can get a gradient.
     """
 
     Forward: ClassVar[Any]
     Backward: ClassVar[Any] = None
     Sizes: ClassVar[type]
+    results: ClassVar[int]
     outputs: ClassVar[int] = 1
     inputs: ClassVar[int]
 
@@ -55,9 +57,9 @@ class Operator(Registered):
         super().__init__(name, package, self.Sizes)
         self.fields = len(self.Forward._fields)
         self.tensors = num_tensors(self.Forward)
-        self.forward_op = define(f"fastlm::{name}_forward", self, self.Forward, lambda i: i.forward)
+        self.forward_op = define(f"fastlm::{name}_forward", self, self.Forward, self.results, lambda i: i.forward)
         if self.Backward is not None:
-            self.backward_op = define(f"fastlm::{name}_backward", self, self.Backward, lambda i: i.backward)
+            self.backward_op = define(f"fastlm::{name}_backward", self, self.Backward, self.inputs, lambda i: i.backward)
             self.function = make_function(self)
 
     # What an operator says itself
@@ -156,7 +158,9 @@ def schema_of(call: type, num_results: int) -> str:
     return f"({fields}, str? backend) -> {results if num_results == 1 else f'({results})'}"
 
 
-def define(name: str, operator: Operator, call: Any, function_of: Callable[[Any], Any]) -> Callable[..., Any]:
+def define(
+    name: str, operator: Operator, call: Any, num_results: int, function_of: Callable[[Any], Any]
+) -> Callable[..., Any]:
     """The torch.library operator of a call."""
 
     def as_tensors(like: Tensor, results: Results) -> Any:
@@ -179,7 +183,7 @@ def define(name: str, operator: Operator, call: Any, function_of: Callable[[Any]
     def flops(*arguments: Any, **_: Any) -> int:
         return call(*arguments[:-1]).flops()
 
-    defined = torch.library.custom_op(name, run, mutates_args=(), schema=schema_of(call, call.num_results))
+    defined = torch.library.custom_op(name, run, mutates_args=(), schema=schema_of(call, num_results))
     defined.register_fake(fake)
     packet = getattr(torch.ops.fastlm, name.removeprefix("fastlm::"))
 

@@ -6,19 +6,18 @@ from typing import Any
 from torch import Tensor
 
 from fastlm.backends.contract import Results
-from fastlm.ops.attention import reference
-from fastlm.ops.attention.spec import Backward, Forward, Sizes
+from fastlm.ops.attention import reference, spec
 from fastlm.ops.operator import Operator
 
 
 class Attention(Operator):
-    Forward, Backward, Sizes = Forward, Backward, Sizes
-    outputs, inputs = 2, 4
+    Forward, Backward, Sizes = spec.Forward, spec.Backward, spec.Sizes
+    results, outputs, inputs = 2, 2, 4
 
-    def save(self, call: Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
+    def save(self, call: spec.Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
         return (*call[:8], *results), call[8:13]
 
-    def formula(self, call: Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
+    def formula(self, call: spec.Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
         def function(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
             attributes = call.scale, call.lower, call.upper, call.dropout_p
             if call.cu_seqlens_q is None:

@@ -63,8 +63,6 @@ class Forward(NamedTuple):
     return_lse: bool
     mask_gradient: bool
 
-    num_results = 2
-
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         return self.query, self.query.dtype, sizes(self, self.mask_gradient)
 
@@ -107,8 +105,6 @@ class Backward(NamedTuple):
     dropout_p: float
     return_lse: bool
     needed: tuple[bool, ...]
-
-    num_results = 4
 
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         return self.query, self.query.dtype, sizes(self, self.needed[3])

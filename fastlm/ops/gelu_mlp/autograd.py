@@ -7,23 +7,22 @@ from typing import Any
 from torch import Tensor
 
 from fastlm.backends.contract import Results
-from fastlm.ops.gelu_mlp import reference
-from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS, Backward, Forward, Sizes
+from fastlm.ops.gelu_mlp import reference, spec
 from fastlm.ops.operator import Operator
 
 
 class GeluMlp(Operator):
-    Forward, Backward, Sizes = Forward, Backward, Sizes
-    inputs = 5
+    Forward, Backward, Sizes = spec.Forward, spec.Backward, spec.Sizes
+    results, inputs = 3, 5
 
-    def save(self, call: Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
+    def save(self, call: spec.Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
         _, hidden, activated = results
         return (call.x, call.w1, call.b1, call.w2, call.b2, hidden, activated), (call.approximate, call.layout)
 
-    def without_saving(self, call: Forward) -> Forward:
-        return Forward(*call[:-1], recompute=RECOMPUTE_LEVELS[-1])
+    def without_saving(self, call: spec.Forward) -> spec.Forward:
+        return spec.Forward(*call[:-1], recompute=spec.RECOMPUTE_LEVELS[-1])
 
-    def formula(self, call: Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
+    def formula(self, call: spec.Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
         function = functools.partial(reference.gelu_mlp, approximate=call.approximate, layout=call.layout)
         return function, (call.x, call.w1, call.b1, call.w2, call.b2)
 

@@ -38,8 +38,6 @@ class Forward(NamedTuple):
     layout: str
     recompute: int
 
-    num_results = 3
-
     @property
     def conv1d(self) -> bool:
         return self.layout == "conv1d"
@@ -91,8 +89,6 @@ class Backward(NamedTuple):
     layout: str
     fp32_grads: bool
     needed: tuple[bool, ...]
-
-    num_results = 5
 
     @property
     def conv1d(self) -> bool:

@@ -7,30 +7,29 @@ from typing import Any
 from torch import Tensor
 
 from fastlm.backends.contract import Implementation, Results
-from fastlm.ops.layernorm_residual import reference
-from fastlm.ops.layernorm_residual.spec import Backward, Forward, Sizes
+from fastlm.ops.layernorm_residual import reference, spec
 from fastlm.ops.operator import Operator, gradients_of
 
 
 class LayerNormResidual(Operator):
-    Forward, Backward, Sizes = Forward, Backward, Sizes
-    outputs, inputs = 2, 4
+    Forward, Backward, Sizes = spec.Forward, spec.Backward, spec.Sizes
+    results, outputs, inputs = 4, 2, 4
 
-    def save(self, call: Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
+    def save(self, call: spec.Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
         _, summed, mean, rstd = results
         # Of the inputs only their sum is saved: the gradients depend on nothing else of them.
         tensors = call.x if summed is None else summed, call.weight, mean, rstd, call.seed
         return tensors, (call.eps, call.dropout_p, call.x.dtype)
 
-    def backward(self, call: Backward, selected: Implementation[Any, Any] | str | None) -> Results:
+    def backward(self, call: spec.Backward, selected: Implementation[Any, Any] | str | None) -> Results:
         if not same_gradient(call):
             return super().backward(call, selected)
         needs_dx, needs_dresidual, needs_dweight, needs_dbias = call.needed
         needed = needs_dx or needs_dresidual, False, needs_dweight, needs_dbias
-        dx, _, dweight, dbias = super().backward(Backward(*call[:-1], needed), selected)
+        dx, _, dweight, dbias = super().backward(spec.Backward(*call[:-1], needed), selected)
         return dx if needs_dx else None, dx if needs_dresidual else None, dweight, dbias
 
-    def differentiable_gradients(self, call: Backward, originals: Sequence[Tensor | None]) -> Results:
+    def differentiable_gradients(self, call: spec.Backward, originals: Sequence[Tensor | None]) -> Results:
         """As a graph over the upstream gradients, the weight and the sum, whose own history leads to x and residual."""
         needs_dx, needs_dresidual, needs_dweight, needs_dbias = call.needed
         ds, dweight, dbias = call.dsummed, None, None
@@ -50,7 +49,7 @@ class LayerNormResidual(Operator):
         return dx if needs_dx else None, dresidual if needs_dresidual else None, dweight, dbias
 
 
-def same_gradient(call: Backward) -> bool:
+def same_gradient(call: spec.Backward) -> bool:
     """Whether the gradients of x and residual are one tensor."""
     return call.seed is None and call.summed.dtype == call.x_dtype
 

@@ -23,8 +23,6 @@ class Forward(NamedTuple):
     eps: float
     dropout_p: float
 
-    num_results = 4
-
     @property
     def stream(self) -> Tensor:
         """The tensor whose dtype the sum has."""
@@ -71,8 +69,6 @@ class Backward(NamedTuple):
     dropout_p: float
     x_dtype: torch.dtype
     needed: tuple[bool, ...]
-
-    num_results = 4
 
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         summed, width = self.summed, self.weight.shape[0]

@@ -7,19 +7,18 @@ from typing import Any
 from torch import Tensor
 
 from fastlm.backends.contract import Results
-from fastlm.ops.linear import reference
-from fastlm.ops.linear.spec import Backward, Forward, Sizes
+from fastlm.ops.linear import reference, spec
 from fastlm.ops.operator import Operator
 
 
 class Linear(Operator):
-    Forward, Backward, Sizes = Forward, Backward, Sizes
-    inputs = 3
+    Forward, Backward, Sizes = spec.Forward, spec.Backward, spec.Sizes
+    results, inputs = 1, 3
 
-    def save(self, call: Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
+    def save(self, call: spec.Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
         return (call.x, call.weight, call.bias), (call.layout,)
 
-    def formula(self, call: Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
+    def formula(self, call: spec.Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
         return functools.partial(reference.linear, layout=call.layout), (call.x, call.weight, call.bias)
 
 

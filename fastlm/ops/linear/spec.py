@@ -33,8 +33,6 @@ class Forward(NamedTuple):
     bias: Tensor | None
     layout: str
 
-    num_results = 1
-
     @property
     def conv1d(self) -> bool:
         return self.layout == "conv1d"
@@ -68,8 +66,6 @@ class Backward(NamedTuple):
     layout: str
     fp32_grads: bool
     needed: tuple[bool, ...]
-
-    num_results = 3
 
     @property
     def conv1d(self) -> bool:

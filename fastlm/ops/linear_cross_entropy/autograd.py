@@ -9,8 +9,7 @@ from torch import Tensor
 from fastlm.backends.contract import Implementation, Results
 from fastlm.backends.selection import requested, select
 from fastlm.core.tracing import needs_custom_op
-from fastlm.ops.linear_cross_entropy import reference
-from fastlm.ops.linear_cross_entropy.spec import Forward, Sizes
+from fastlm.ops.linear_cross_entropy import reference, spec
 from fastlm.ops.operator import Operator, gradients_of, rounding
 
 SERIAL = 32768  # PyTorch sums fewer elements than this on one thread, so in one order
@@ -18,7 +17,8 @@ NO_GRADIENTS = (False, False, False)
 
 
 class LinearCrossEntropy(Operator):
-    Forward, Sizes = Forward, Sizes
+    Forward, Sizes = spec.Forward, spec.Sizes
+    results = 4
 
     def loss(
         self,
@@ -32,7 +32,7 @@ class LinearCrossEntropy(Operator):
         backend: str | None,
         originals: tuple[Tensor | None, ...],
     ) -> Tensor:
-        call = Forward(x, weight, bias, target, None, ignore_index, label_smoothing, False, NO_GRADIENTS)
+        call = spec.Forward(x, weight, bias, target, None, ignore_index, label_smoothing, False, NO_GRADIENTS)
         selected: Implementation[Any, Any] | str | None
         if needs_custom_op(x, weight, bias, target):
             selected = requested(backend)
@@ -55,7 +55,7 @@ class LinearCrossEntropy(Operator):
         """forward(), which backward calls too: a tracer may watch by then."""
         if isinstance(selected, Implementation) and needs_custom_op(*tensors):
             selected = selected.backend.name
-        return self.forward(Forward(*tensors, row_scale, *settings), selected)  # type: ignore[arg-type]
+        return self.forward(spec.Forward(*tensors, row_scale, *settings), selected)  # type: ignore[arg-type]
 
 
 operator = LinearCrossEntropy("linear_cross_entropy", __package__ or "")

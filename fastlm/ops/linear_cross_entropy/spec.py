@@ -28,8 +28,6 @@ class Forward(NamedTuple):
     fp32_grads: bool
     needed: tuple[bool, ...]  # of x, weight and bias
 
-    num_results = 4
-
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         width = self.x.shape[-1]
         return self.x, self.x.dtype, Sizes(self.x.numel() // width, width, self.weight.shape[0])
