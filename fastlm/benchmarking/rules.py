@@ -98,7 +98,7 @@ def in_range(size: int, low: int | None, high: int | None) -> bool:
     return (low is None or size >= low) and (high is None or size <= high)
 
 
-def cells(inside: Sequence[Point], axes: Sequence[str]) -> list[tuple[Box, str]]:
+def cells(inside: Sequence[Point], axes: Sequence[str]) -> list[tuple[dict[str, Range], str]]:
     """The boxes around the points that prefer another backend than usual.
 
     The points are cut along one size, each part along the next; equal neighbours are merged.
