@@ -1,7 +1,8 @@
-"""transformers models after fastlm.accelerate against the same models as they come, each in a process of its own: fastlm/benchmarking/accelerated.py, which
-`fastlm bench --operators accelerated` runs too. Encoding needs a checkpoint: FASTLM_TEST_MODELS, as for the tests.
+"""transformers models with and without fastlm.accelerate, each in a worker process.
 
-The last benchmark times what accelerate adds in Python to a layer: against its operators called by hand, on sizes where nothing else counts.
+The measurements are those of `fastlm bench --operators accelerated`. Encoding needs a checkpoint: FASTLM_TEST_MODELS,
+as for the tests. The last benchmark times the Python that accelerate adds to a layer: against direct calls of the same
+operators, on sizes where host time is all that counts.
 """
 
 import os
@@ -15,9 +16,9 @@ import transformers
 import fastlm
 from benchmarks.support import COMPILED, describe, in_both_dtypes
 from fastlm.benchmarking import accelerated
-from fastlm.benchmarking.actor import Actor
 from fastlm.benchmarking.machine import threads
-from fastlm.benchmarking.measure import in_turn, timed
+from fastlm.benchmarking.measure import interleaved, timed
+from fastlm.benchmarking.worker import Worker
 
 
 @in_both_dtypes
@@ -28,10 +29,8 @@ def test_accelerated(benchmark, case, dtype):
         pytest.skip("FASTLM_TEST_MODELS is not set")
     checkpoint = Path(models) / accelerated.MINILM if models else None
     subject = accelerated.subject_of(case, checkpoint)
-    with Actor(
-        f"accelerated.{case}_timer",
-        {"library": "fastlm", "tuned": True, "dtype": dtype, "number_of_threads": number_of_threads} | subject,
-    ) as work:
+    arguments = {"library": "fastlm", "tuned": True, "dtype": dtype, "number_of_threads": number_of_threads}
+    with Worker(f"accelerated.{case}_timer", arguments | subject) as work:
         work()
         benchmark.pedantic(work, rounds=3)
     describe(
@@ -40,8 +39,8 @@ def test_accelerated(benchmark, case, dtype):
     )
 
 
-def gpt2_by_hand(layer):
-    """The operators of a GPT-2 layer of 2 heads of 8, as one would call them."""
+def gpt2_direct(layer):
+    """Direct calls of the operators of a GPT-2 layer with 2 heads of 8."""
     norm1, norm2, a, m = layer.ln_1, layer.ln_2, layer.attn, layer.mlp
     w = weights_of(norm1, a.c_attn, a.c_proj, norm2, m.c_fc, m.c_proj)
 
@@ -57,7 +56,7 @@ def gpt2_by_hand(layer):
     return call
 
 
-def bert_by_hand(layer):
+def bert_direct(layer):
     inner, out = layer.attention.self, layer.attention.output
     w = weights_of(
         inner.query,
@@ -85,7 +84,7 @@ def weights_of(*modules):
 
 
 def tiny_layer(model):
-    """A layer, the same by hand, and the arguments that its model calls it with."""
+    """A layer, the same by direct calls, and the arguments that its model calls it with."""
     if model == "gpt2":
         whole = transformers.GPT2Model(
             transformers.GPT2Config(
@@ -102,7 +101,7 @@ def tiny_layer(model):
     layer, seen = (whole.h if model == "gpt2" else whole.encoder.layer)[0], []
     with layer.register_forward_pre_hook(lambda module, args, kwargs: seen.extend((args, kwargs)), with_kwargs=True):
         whole(torch.randint(9, (1, 4)), use_cache=False)
-    return layer, (gpt2_by_hand if model == "gpt2" else bert_by_hand)(layer), *seen
+    return layer, (gpt2_direct if model == "gpt2" else bert_direct)(layer), *seen
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "for training"])
@@ -111,11 +110,11 @@ def test_python_time_of_a_layer(benchmark, model, gradients):
     layer, bare, (x, *args), kwargs = tiny_layer(model)
     x = x.detach()
     with torch.set_grad_enabled(gradients), threads(1):
-        calls = {"layer": lambda: layer(x, *args, **kwargs), "by hand": lambda: bare(x)}
-        assert torch.equal(calls["layer"](), calls["by hand"]())
+        calls = {"layer": lambda: layer(x, *args, **kwargs), "direct": lambda: bare(x)}
+        assert torch.equal(calls["layer"](), calls["direct"]())
         benchmark(calls["layer"])
-        taken = in_turn({name: timed(call) for name, call in calls.items()}, 4000)
+        taken = interleaved({name: timed(call) for name, call in calls.items()}, 4000)
     layers, bares = ([1e6 * seconds for seconds in statistics.quantiles(taken[name], n=4)] for name in calls)
     more = [f"{a - b:.1f}" for a, b in zip(layers, bares, strict=True)]
-    benchmark.extra_info["microseconds more than its operators, by quartiles"] = " / ".join(more)
+    benchmark.extra_info["microseconds beyond its operators, by quartiles"] = " / ".join(more)
     benchmark.extra_info["microseconds of its operators"] = round(bares[1], 1)

@@ -1,5 +1,7 @@
-"""Training steps, forward to AdamW: fastlm, its allocator tuned, against the plain PyTorch models (fastlm/training/baseline*.py) as they come, and with the
-same allocator settings. Each in a process of its own: the settings cannot be undone.
+"""Training steps, forward to AdamW, against the plain PyTorch models (fastlm/training/baseline*.py).
+
+fastlm tunes its allocator; PyTorch is measured with the default settings and with the same ones, each in a worker
+process.
 """
 
 import dataclasses
@@ -7,22 +9,22 @@ import dataclasses
 import pytest
 
 from benchmarks.support import COMPILED, describe, in_both_dtypes, on_one_thread_and_two
-from fastlm.benchmarking.actor import Actor
 from fastlm.benchmarking.whole import MODELS, compare_steps
+from fastlm.benchmarking.worker import Worker
 
 
 @in_both_dtypes
 @on_one_thread_and_two
 @pytest.mark.parametrize("model", MODELS)
 def test_training_step(benchmark, model, dtype, number_of_threads):
-    work = {
+    arguments = {
         "library": "fastlm",
         "dtype": dtype,
         "number_of_threads": number_of_threads,
         "subject": dataclasses.asdict(MODELS[model]),
         "tuned": True,
     }
-    with Actor("whole.step_timer", work) as step:
+    with Worker("whole.step_timer", arguments) as step:
         step()
         benchmark.pedantic(step, rounds=3)
     describe(benchmark, compare_steps(dtype, number_of_threads, subject=MODELS[model], compiled=COMPILED))

@@ -1,11 +1,8 @@
-"""LayerNorm of a residual sum, 1024 × 768 and 16384 × 768; FLOPs and bytes are counted in operators.py."""
+"""layernorm_residual: the cases of fastlm/ops/layernorm_residual/bench.py."""
 
-import pytest
-
-from benchmarks.support import every_way, other_sizes, run
+from benchmarks.support import every_case, run
 
 
-@pytest.mark.parametrize("operator", ["layernorm_residual", *other_sizes("layernorm_residual")])
-@every_way("layernorm_residual")
-def test_layernorm_residual(benchmark, operator, dtype, number_of_threads, direction):
-    run(benchmark, operator, dtype, number_of_threads, direction)
+@every_case("layernorm_residual")
+def test_layernorm_residual(benchmark, case, dtype, number_of_threads, direction):
+    run(benchmark, case, dtype, number_of_threads, direction)

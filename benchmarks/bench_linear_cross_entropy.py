@@ -1,8 +1,8 @@
-"""The loss of GPT-2's output projection, 1024 × 768 → 50257; its gradients are computed in the forward pass, so there is no backward alone to time."""
+"""linear_cross_entropy: the cases of fastlm/ops/linear_cross_entropy/bench.py."""
 
-from benchmarks.support import every_way, run
+from benchmarks.support import every_case, run
 
 
-@every_way("linear_cross_entropy")
-def test_linear_cross_entropy(benchmark, dtype, number_of_threads, direction):
-    run(benchmark, "linear_cross_entropy", dtype, number_of_threads, direction)
+@every_case("linear_cross_entropy")
+def test_linear_cross_entropy(benchmark, case, dtype, number_of_threads, direction):
+    run(benchmark, case, dtype, number_of_threads, direction)

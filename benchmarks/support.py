@@ -1,15 +1,18 @@
-"""How every benchmark here reports: pytest-benchmark times ours, and beside it stand the ratios to PyTorch's, round by round in the same run.
+"""What every benchmark here shares: pytest-benchmark times fastlm, and extra_info has the speedups over PyTorch.
 
-The measuring itself is fastlm/benchmarking/, which `fastlm bench` uses too.
+The measurements are those of `fastlm bench`; the cases of an operator are in fastlm/ops/<operator>/bench.py.
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.benchmarking.machine import threads
-from fastlm.benchmarking.operators import CASES, OTHERS, directions
+from fastlm.benchmarking.operators import benchmarks, parts
+from fastlm.ops.benchmark import Case
 
 # torch.compile takes half a minute per row; BENCH_COMPILE=0 leaves it out.
 COMPILED = os.environ.get("BENCH_COMPILE", "1") != "0"
@@ -18,34 +21,35 @@ on_one_thread_and_two = pytest.mark.parametrize("number_of_threads", [1, 2], ids
 in_both_dtypes = pytest.mark.parametrize("dtype", list(DTYPES))
 
 
-def every_way(operator: str):
-    """One benchmark per dtype, number of threads and direction."""
+def every_case(operator: str) -> Callable[[Any], Any]:
+    """A benchmark per case of the operator, direction, dtype and number of threads."""
+    pairs = [
+        pytest.param(case, direction, id=f"{case.name}-{direction}")
+        for case in benchmarks()[operator].cases
+        for direction in case.directions
+    ]
 
-    def mark(test):
-        return in_both_dtypes(on_one_thread_and_two(pytest.mark.parametrize("direction", directions(operator))(test)))
+    def mark(test: Any) -> Any:
+        return in_both_dtypes(on_one_thread_and_two(pytest.mark.parametrize("case, direction", pairs)(test)))
 
     return mark
 
 
-def other_sizes(operator: str) -> list[str]:
-    return [name for name in OTHERS if name.startswith(operator)]
-
-
-def run(benchmark, operator: str, dtype: str, number_of_threads: int, direction: str) -> None:
-    """Ours under pytest-benchmark; then ours and PyTorch's in turn for extra_info."""
-    case = (CASES | OTHERS)[operator](DTYPES[dtype])
-    prepare, work = case.parts(case.ours, direction)
+def run(benchmark: Any, case: Case, dtype: str, number_of_threads: int, direction: str) -> None:
+    problem = case.problem(DTYPES[dtype])
+    prepare, work = parts(problem, problem.ours, direction)
     with threads(number_of_threads):
         benchmark.pedantic(work, setup=lambda: ((prepare(),), {}), rounds=10, warmup_rounds=1)
-    describe(benchmark, compare(case, number_of_threads, direction, compiled=COMPILED))
+    row = compare(case, dtype, number_of_threads, direction, compiled=COMPILED, problem=problem)
+    describe(benchmark, row)
 
 
-def describe(benchmark, row: Row) -> None:
-    for name, rival in row.rivals.items():
-        benchmark.extra_info[f"times as fast as PyTorch {name}"] = str(rival.ratio)
+def describe(benchmark: Any, row: Row) -> None:
+    for name, baseline in row.baselines.items():
+        benchmark.extra_info[f"speedup over PyTorch {name}"] = str(baseline.ratio)
     benchmark.extra_info |= {
-        "best rival": row.best_rival,
-        "served by": row.backend,
+        "best baseline": row.best_baseline,
+        "backend": row.backend,
         "threads": row.threads,
         "shape": row.shape,
         "seconds": row.seconds,
@@ -53,7 +57,5 @@ def describe(benchmark, row: Row) -> None:
     if row.share is not None:
         benchmark.extra_info["share of peak"] = f"{row.share:.0%} of what {row.bound} allows"
     if row.bytes_held is not None:
-        benchmark.extra_info["bytes held"] = {
-            "fastlm": row.bytes_held,
-            **{name: rival.bytes for name, rival in row.rivals.items() if rival.bytes},
-        }
+        peaks = {name: baseline.bytes for name, baseline in row.baselines.items() if baseline.bytes}
+        benchmark.extra_info["peak memory"] = {"fastlm": row.bytes_held, **peaks}

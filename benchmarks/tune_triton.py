@@ -1,9 +1,10 @@
-"""Other launch configurations of the Triton kernels, each timed in turn with the one that kernels/configs.py has for this GPU.
+"""Tries other launch configurations of the Triton kernels, each interleaved with the one of kernels/configs.py.
 
-    python -m fastlm.benchmarking.gpu.tune --json tune.json --seconds 500
+    python benchmarks/tune_triton.py --json tune.json --seconds 500
 
-prints the rows that were clearly faster, as configs.py has them, the most important kernels first. A configuration that does not fit, spills registers or gives
-other results is left out, with the reason. Nothing is changed: the table is a file that someone edits, so that bits do not depend on a timing.
+It prints the rows that were clearly faster as configs.py has them, the most important kernels first. A configuration
+that does not fit, spills registers or gives other results is left out, with the reason. Nothing is changed: the table
+is edited by hand, so that results do not depend on a timing.
 """
 
 import argparse
@@ -19,12 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.backends import load
-from fastlm.benchmarking.gpu.timing import in_turn
+from fastlm.backends import registry
+from fastlm.backends import triton as backend
+from fastlm.benchmarking.gpu.timing import interleaved_calls
 from fastlm.benchmarking.measure import Ratio
+from fastlm.ops.attention import spec as attention_spec
+from fastlm.ops.gelu_mlp import spec as gelu_mlp_spec
+from fastlm.ops.layernorm_residual import spec as layernorm_residual_spec
 
-CLEARLY = 1.03  # times as fast, at the lower quartile, to be worth another row
-ALIKE = 0.02  # of the largest value: more apart are not two roundings of the same result
+CLEARLY = 1.03  # the least speedup, at the lower quartile, for another row
+TOLERANCE = 0.02  # of the largest value: beyond it two results are not two roundings of the same
 ROUNDS, LEAST = 7, 5e-3
 
 Value = Any  # of a knob: a row of the table, or a number
@@ -32,20 +37,20 @@ Value = Any  # of a knob: a row of the table, or a number
 
 @dataclasses.dataclass
 class Knob:
+    """A launch configuration that can be changed."""
+
     name: str  # as configs.py writes it
-    value: Value  # that it has now
-    others: Callable[
-        [Value], Sequence[Value]
-    ]  # worth a try, given the best so far; asked again until there are no new ones
-    turn: Callable[[Value], None]
-    call: Callable[[], Tensor | Sequence[Tensor | None]]  # what it decides about
+    value: Value  # the present one
+    others: Callable[[Value], Sequence[Value]]  # candidates, given the best so far; called until there are no new ones
+    set: Callable[[Value], None]
+    call: Callable[[], Tensor | Sequence[Tensor | None]]  # what it configures
 
 
 @dataclasses.dataclass
 class Trial:
     knob: str
     value: Value
-    ratio: Ratio | None  # how many times as fast as what the table has
+    ratio: Ratio | None  # speedup over the present value
     note: str = ""
 
     def __str__(self) -> str:
@@ -57,62 +62,59 @@ def results(knob: Knob) -> list[Tensor]:
     return [x.detach().float() for x in ([made] if torch.is_tensor(made) else made) if x is not None]
 
 
-def differ(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    return any(not (a - b).abs().max() <= ALIKE * b.abs().max() for a, b in zip(ours, theirs, strict=True))
+def differ(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return any(not (a - b).abs().max() <= TOLERANCE * b.abs().max() for a, b in zip(found, expected, strict=True))
 
 
 def spills() -> int:
-    """Registers that kernels compiled since the last call of this function spill."""
+    """The most registers that a kernel compiled since the last call of this function spills."""
     compiled = module("launch").compiled
     new = [getattr(kernel, "n_spills", 0) or 0 for kernel in compiled.values()]
     compiled.clear()
     return max(new, default=0)
 
 
-def trial(knob: Knob, value: Value, expected: Sequence[Tensor], device: str, **options: Any) -> Trial:
+def try_value(knob: Knob, value: Value, expected: Sequence[Tensor], device: str, **options: Any) -> Trial:
     """Leaves the knob as it was."""
 
     def calling(with_value: Value) -> Callable[[], None]:
         def call() -> None:
-            knob.turn(with_value)
+            knob.set(with_value)
             knob.call()
 
         return call
 
     spills()
     try:
-        knob.turn(value)
+        knob.set(value)
         if differ(results(knob), expected):
             return Trial(knob.name, value, None, "gives other results")
         if spilled := spills():
             return Trial(knob.name, value, None, f"spills {spilled} registers")
-        taken = in_turn(
-            {"now": calling(knob.value), "then": calling(value)},
-            device,
-            **{"rounds": ROUNDS, "least": LEAST, **options},
-        )
-    except Exception as why:  # Triton and the driver have many names for what does not fit
-        return Trial(knob.name, value, None, f"{type(why).__name__}: {' '.join(str(why).split())[:120]}")
+        calls = {"before": calling(knob.value), "after": calling(value)}
+        seconds = interleaved_calls(calls, device, **{"rounds": ROUNDS, "least": LEAST, **options})
+    except Exception as error:  # Triton and the driver have many types for what does not fit
+        return Trial(knob.name, value, None, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
     finally:
-        knob.turn(knob.value)
-    return Trial(knob.name, value, Ratio.of(taken["then"], taken["now"]))
+        knob.set(knob.value)
+    return Trial(knob.name, value, Ratio.of(seconds["after"], seconds["before"]))
 
 
-def tried(knob: Knob, device: str, until: float, **options: Any) -> Iterator[Trial]:
-    """Until `until`, a time.monotonic()."""
+def search(knob: Knob, device: str, until: float, **options: Any) -> Iterator[Trial]:
+    """until: a time.monotonic() after which no trial starts."""
     expected, seen, best, most = results(knob), {knob.value}, knob.value, 1.0
     while new := [value for value in knob.others(best) if value not in seen]:
         for value in new:
             if time.monotonic() > until:
                 return
             seen.add(value)
-            yield (found := trial(knob, value, expected, device, **options))
+            yield (found := try_value(knob, value, expected, device, **options))
             if found.ratio and found.ratio.median > most:
                 best, most = value, found.ratio.median
 
 
 def better(trials: Sequence[Trial]) -> Trial | None:
-    """The fastest, where it is clearly faster than what the table has."""
+    """The fastest that is clearly faster than the present value."""
     clear = [found for found in trials if found.ratio and found.ratio.low >= CLEARLY]
     return max(clear, key=lambda found: found.ratio.median if found.ratio else 0, default=None)
 
@@ -120,30 +122,36 @@ def better(trials: Sequence[Trial]) -> Trial | None:
 # The knobs
 
 
+def implementation(operator: str) -> Any:
+    return registry.operators()[operator].implementation("triton")
+
+
 def tiles(best: Value) -> list[Value]:
-    """Half and twice as large tiles, with either number of warps, and other stages."""
+    """Tiles of half and twice the size with either number of warps, and other numbers of stages."""
     m, n, warps, stages = best
-    return [
-        *(
-            (other_m, other_n, other_warps, stages)
-            for other_m, other_n, other_warps in itertools.product((m // 2, m, 2 * m), (n // 2, n, 2 * n), (4, 8))
-            if min(other_m, other_n) >= 16 and other_m * other_n <= 128 * 128
-        ),
-        *((m, n, warps, other) for other in (1, 2, 3, 4)),
+    sizes = itertools.product((m // 2, m, 2 * m), (n // 2, n, 2 * n), (4, 8))
+    fitting = [
+        (other_m, other_n, other_warps, stages)
+        for other_m, other_n, other_warps in sizes
+        if min(other_m, other_n) >= 16 and other_m * other_n <= 128 * 128
     ]
+    return [*fitting, *((m, n, warps, other) for other in (1, 2, 3, 4))]
 
 
 def attention(
     which: str, dtype: torch.dtype, head_dim: int, device: str, batch: int = 8, heads: int = 12, tokens: int = 1024
 ) -> Knob:
-    """A pass of attention as the table names it: forward, query, key, mask or decode; "… masked": with dropout; "… exact": with a mask's gradient."""
-    configs, backend = module("configs"), load("triton")
+    """A pass of attention as the table names it: forward, query, key, mask or decode.
+
+    "… masked": with dropout; "… exact": with a mask that needs a gradient.
+    """
     name, _, kind = which.partition(" ")
+    configs, run = module("configs"), implementation("attention")
     architecture, block = backend.architecture(index_of(device)), max(64, module("attention").block_of(head_dim))
-    now = configs.attention_tile(architecture, name, dtype.itemsize, block, kind == "masked", kind == "exact")
+    present = configs.attention_tile(architecture, name, dtype.itemsize, block, kind == "masked", kind == "exact")
     table = configs.ATTENTION[architecture] = dict(configs.table_of(architecture))
 
-    def turn(value: Value) -> None:
+    def set_tile(value: Value) -> None:
         table[which, dtype.itemsize, block] = value
 
     queries = 1 if name == "decode" else tokens
@@ -151,64 +159,74 @@ def attention(
         torch.randn(batch, n, heads, head_dim, device=device, dtype=dtype).transpose(1, 2)
         for n in (queries, tokens, tokens, queries)
     )
-    seed = torch.zeros((), dtype=torch.int64, device=device) if kind == "masked" else None
-    biased = name == "mask" or kind == "exact"
-    mask = torch.randn(1, heads, queries, tokens, device=device, dtype=dtype) if biased else None
-    settings = head_dim**-0.5, -(2**62), tokens - queries, 0.1 if seed is not None else 0.0
-    out, lse = backend.attention_forward(query, key, value, mask, None, seed, *settings)
+    dropout, mask_gradient = kind == "masked", name == "mask" or kind == "exact"
+    shared = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "mask": torch.randn(1, heads, queries, tokens, device=device, dtype=dtype) if mask_gradient else None,
+        "key_padding": None,
+        "cu_seqlens_q": None,
+        "cu_seqlens_k": None,
+        "seed": torch.zeros((), dtype=torch.int64, device=device) if dropout else None,
+        "scale": head_dim**-0.5,
+        "lower": -attention_spec.UNLIMITED,
+        "upper": tokens - queries,
+        "dropout_p": 0.1 if dropout else 0.0,
+        "return_lse": False,
+    }
+    forward = attention_spec.Forward(**shared, mask_gradient=mask_gradient)
+    if name in ("forward", "decode"):
+        return Knob(f"{(which, dtype.itemsize, block)}", present, tiles, set_tile, lambda: run.forward(forward)[:1])
+    out, lse = run.forward(forward)
     keys = name in ("key", "mask")
-    needed = True, keys, keys, biased
-
-    def call() -> Sequence[Tensor | None]:
-        if name in ("forward", "decode"):
-            return backend.attention_forward(query, key, value, mask, None, seed, *settings)[:1]
-        return backend.attention_backward(dout, None, query, key, value, mask, None, seed, out, lse, *settings, needed)
-
-    return Knob(f"{(which, dtype.itemsize, block)}", now, tiles, turn, call)
+    backward = attention_spec.Backward(
+        dout=dout, dlse=None, out=out, lse=lse, needed=(True, keys, keys, mask_gradient), **shared
+    )
+    return Knob(f"{(which, dtype.itemsize, block)}", present, tiles, set_tile, lambda: run.backward(backward))
 
 
 def gelu_mlp(dtype: torch.dtype, device: str, rows: int = 16384, width: int = 768) -> Knob:
-    """The fused products, or None: the vendor's and a pointwise pass."""
-    configs, backend = module("configs"), load("triton")
+    """The fused products; None: the vendor's products and a pointwise pass."""
+    configs, run = module("configs"), implementation("gelu_mlp")
     at = backend.architecture(index_of(device)), dtype.itemsize
 
-    def turn(value: Value) -> None:
+    def set_tile(value: Value) -> None:
         configs.MLP.pop(at, None)
         if value is not None:
             configs.MLP[at] = value
 
     def others(best: Value) -> list[Value]:
         shapes = (128, 64, 32), (128, 128, 32), (128, 128, 64), (128, 256, 64), (64, 128, 32)
-        return [
-            None,
-            *((*shape, warps, 3) for shape in shapes for warps in (4, 8)),
-            *((*best[:4], stages) for stages in (2, 4) if best),
-        ]
+        with_warps = [(*shape, warps, 3) for shape in shapes for warps in (4, 8)]
+        return [None, *with_warps, *((*best[:4], stages) for stages in (2, 4) if best)]
 
     x, dy = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
-    w1, w2 = (
-        0.02 * torch.randn(*shape, device=device, dtype=dtype) for shape in ((width, 4 * width), (4 * width, width))
-    )
+    shapes = (width, 4 * width), (4 * width, width)
+    w1, w2 = (0.02 * torch.randn(*shape, device=device, dtype=dtype) for shape in shapes)
     b1, b2 = (torch.zeros(n, device=device, dtype=dtype) for n in (4 * width, width))
+    weights = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "approximate": "tanh", "layout": "conv1d"}
 
     def call() -> Sequence[Tensor | None]:
-        y, hidden, activated = backend.gelu_mlp_forward(x, w1, b1, w2, b2, "tanh", "conv1d", 1)
-        return y, *backend.gelu_mlp_backward(dy, x, w1, b1, w2, hidden, activated, "tanh", "conv1d", (True,) * 5)
+        y, hidden, activated = run.forward(gelu_mlp_spec.Forward(**weights, recompute=1))
+        saved = {"hidden": hidden, "activated": activated, "fp32_grads": False, "needed": (True,) * 5}
+        return y, *run.backward(gelu_mlp_spec.Backward(dy=dy, **weights, **saved))
 
-    return Knob(f"MLP {at}", configs.MLP.get(at), others, turn, call)
+    return Knob(f"MLP {at}", configs.MLP.get(at), others, set_tile, call)
 
 
 def layernorm_residual(constant: str, dtype: torch.dtype, device: str, rows: int = 4096, width: int = 768) -> Knob:
-    """A constant of kernels/layernorm_residual.py: ELEMENTS of a program, SHARES of the gradients of weights."""
-    kernels, backend = module("layernorm_residual"), load("triton")
+    """A constant of kernels/layernorm_residual.py: how large a program, or the number of partial sums."""
+    kernels, run = module("layernorm_residual"), implementation("layernorm_residual")
     x, residual, dy = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(3))
-    w = torch.ones(width, device=device, dtype=dtype)
+    weight = torch.ones(width, device=device, dtype=dtype)
+    common = {"weight": weight, "seed": None, "eps": 1e-5, "dropout_p": 0.0}
+    forward = layernorm_residual_spec.Forward(x=x, residual=residual, bias=weight, **common)
 
     def call() -> Sequence[Tensor | None]:
-        y, summed, mean, rstd = backend.layernorm_residual_forward(x, residual, w, w, None, 1e-5, 0.0)
-        return y, *backend.layernorm_residual_backward(
-            dy, dy, summed, w, mean, rstd, None, 0.0, dtype, (True, False, True, True)
-        )
+        y, summed, mean, rstd = run.forward(forward)
+        saved = {"summed": summed, "mean": mean, "rstd": rstd, "x_dtype": dtype, "needed": (True, False, True, True)}
+        return y, *run.backward(layernorm_residual_spec.Backward(dy=dy, dsummed=dy, **saved, **common))
 
     return Knob(
         f"{constant}, {rows} × {width}",
@@ -220,8 +238,7 @@ def layernorm_residual(constant: str, dtype: torch.dtype, device: str, rows: int
 
 
 def module(name: str) -> Any:
-    """Of the kernels."""
-    load("triton")
+    """A module of the kernels."""
     return importlib.import_module(f"fastlm.kernels.{name}")
 
 
@@ -230,7 +247,7 @@ def index_of(device: str) -> int | None:
 
 
 def knobs(device: str, **sizes: int) -> Iterator[Knob]:
-    """The most important first. Each is made when its turn has come, with its tensors."""
+    """The most important first. Each is made, with its tensors, when it is asked for."""
     half, single = torch.bfloat16, torch.float32
     plain, masked = ("forward", "key", "query"), ("forward masked", "key masked", "query masked")
     order = [
@@ -246,33 +263,26 @@ def knobs(device: str, **sizes: int) -> Iterator[Knob]:
             yield attention(which, dtype, head_dim, device, **sizes)
         if number == 0:
             yield gelu_mlp(half, device)
-            for constant, rows, width in (
-                ("ELEMENTS", 4096, 768),
-                ("SHARES", 4096, 768),
-                ("ELEMENTS", 16384, 1600),
-                ("SHARES", 16384, 1600),
-            ):
-                yield layernorm_residual(constant, half, device, rows, width)
+            for rows, width in ((4096, 768), (16384, 1600)):
+                for constant in ("ELEMENTS", "SHARES"):
+                    yield layernorm_residual(constant, half, device, rows, width)
     for which in ("mask", "key exact", "query exact"):
         yield attention(which, half, 64, device, **sizes)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastlm.benchmarking.gpu.tune",
-        description="Other launch configurations of the Triton kernels on this GPU.",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every trial")
-    parser.add_argument("--seconds", type=float, default=500, help="after which no trial begins (500)")
+    parser = argparse.ArgumentParser(description="Try other launch configurations of the Triton kernels on this GPU.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every trial to this file")
+    parser.add_argument("--seconds", type=float, default=500, help="no trial starts after this time (default: 500)")
     arguments = parser.parse_args()
-    if why := load("triton").unavailable() or ([] if torch.cuda.is_available() else ["finds no GPU"]):
+    if why := registry.unavailable("triton") or ([] if torch.cuda.is_available() else ["finds no GPU"]):
         parser.error(f"triton {', '.join(why)}")
     until, trials = time.monotonic() + arguments.seconds, []
     for knob in knobs("cuda"):
         if time.monotonic() > until:
             break
         found = []
-        for one in tried(knob, "cuda", until):
+        for one in search(knob, "cuda", until):
             print(one, flush=True)
             found.append(one)
             trials.append(dataclasses.asdict(one))

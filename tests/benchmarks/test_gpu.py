@@ -11,16 +11,33 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.backends import choice, table
-from fastlm.benchmarking.gpu import cases, plan, report, rivals, timing
+from fastlm.backends import registry, selection, table
+from fastlm.backends.rule import Rule
+from fastlm.benchmarking.gpu import plan, report, timing
 from fastlm.benchmarking.gpu.generation import generation
 from fastlm.benchmarking.gpu.training import training_step
+from fastlm.benchmarking.operators import benchmarks, work_of
 from fastlm.commands import bench_gpu
+from fastlm.ops.attention import baselines
+from fastlm.ops.attention import bench as attention
+from fastlm.ops.benchmark import Problem
+from tests.benchmarks.small import shrunk, small
 from tests.support import error
 
 SIZES = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 31, "n_positions": 16}
 QUICK = {"rounds": 3, "least": 0}
-BF16 = torch.bfloat16
+LENGTHS = [16, 2, 4, 6, 8, 8, 8, 12]
+
+# Each kind of case once.
+CASES = []
+for case in (case for benchmark in benchmarks().values() for case in benchmark.gpu_cases):
+    if (case.make, case.sizes.get("causal"), case.sizes.get("layout")) not in {
+        (other.make, other.sizes.get("causal"), other.sizes.get("layout")) for other in CASES
+    }:
+        CASES.append(case)
+SMALL = [(shrunk(case, compiled=False), "float32") for case in CASES]
+(LAYERNORM,) = (pair for pair in SMALL if pair[0].name == "layernorm_residual")
+(GELU_MLP, _) = (pair for pair in SMALL if pair[0].name == "gelu_mlp")
 
 
 def small_step(device="cpu", **options):
@@ -31,67 +48,57 @@ def small_generation(device="cpu", batch=2, **options):
     return generation(device, batch, 6, 5, SIZES, **{"rounds": 2, "least": 0, **options})
 
 
-def outcome(function, case, forward_only=False):
-    """Results, then gradients where there are any; None where PyTorch's kernels refuse."""
-    leaves = [x.detach().requires_grad_(case.both is not None and not forward_only) for x in case.inputs]
-    try:
-        results = function(*leaves)
-    except RuntimeError:  # and nothing else: a mistake of the case's own is none of their refusals
-        return None
+def outcome(function, problem: Problem, gradients=True):
+    """The results, then the gradients."""
+    leaves = [x.detach().requires_grad_(gradients and bool(problem.upstream)) for x in problem.inputs]
+    results = function(*leaves)
     results = results if isinstance(results, tuple) else (results,)
-    gradients = torch.autograd.grad(results, leaves, case.upstream) if leaves[0].requires_grad else ()
-    return [*(r.detach() for r in results), *gradients]
+    found = torch.autograd.grad(results, leaves, problem.upstream) if leaves[0].requires_grad else ()
+    return [*(r.detach() for r in results), *found]
 
 
-@pytest.mark.parametrize("planned", plan.SMALL, ids=str)
-def test_every_case_compares_what_is_the_same(planned):
-    """Ours and the rivals' results and gradients agree: else there would be nothing to compare."""
-    case = planned.build("cpu")
-    expected = outcome(case.ours, case)
-    refused = set()
-    for name, function in case.rivals.items():
-        found = outcome(function, case)
-        if found is None:
-            refused.add(name)
-            continue
-        for a, b in zip(found, expected, strict=True):
-            assert error(a, b.double()) < 1e-4, name
-    # On a CPU PyTorch takes nested tensors only where they are contiguous, and never with a causal mask: its test follows.
-    assert refused == ({"sdpa nested"} if case.operator == "attention_varlen" else set())
+def assert_same(function, problem, gradients=True):
+    pairs = zip(outcome(function, problem, gradients), outcome(problem.ours, problem, gradients), strict=True)
+    for found, expected in pairs:
+        assert error(found, expected.double()) < 1e-4
 
 
-def test_nested_tensors():
-    case = cases.attention_varlen("cpu", torch.float32, False, tokens=64, heads=2, head_dim=16)
-    case.inputs = [x.contiguous() for x in case.inputs]
-    for a, b in zip(outcome(case.rivals["sdpa nested"], case), outcome(case.ours, case), strict=True):
-        assert error(a, b.double()) < 1e-4
+# The baselines
 
 
-@pytest.mark.parametrize("planned", plan.SMALL, ids=str)
-def test_every_case_tells_what_the_call_tells(planned):
-    """A rule is about the features that the choice is asked with."""
-    case = planned.build("cpu")
-    choice.CHOICES.clear()
-    case.ours(*case.inputs)
-    ((operator, _, dtype, _, features),) = choice.CHOICES
-    assert (operator, dtype, features) == (case.operator, case.dtype, tuple(case.features.values()))
-    assert tuple(case.features) == table.FEATURES[operator]
-    assert [type(value) for value in features] == [type(value) for value in case.features.values()]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_baselines_compute_the_same(case):
+    problem = small(case)
+    for baseline in problem.baselines.values():
+        assert_same(baseline, problem)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_compiled_rivals_mask_what_ours_masks(causal):
-    """Flex attention, not compiled: forward, as it has no gradient on a CPU."""
-    case = cases.attention("cpu", torch.float32, False, batch=2, heads=2, tokens=32, head_dim=16, causal=causal)
-    flex = rivals.flex(rivals.causal_mask if causal else None, 32, "cpu", False)
-    assert error(outcome(flex, case, True)[0], outcome(case.ours, case, True)[0].double()) < 1e-4
-    case = cases.attention_varlen("cpu", torch.float32, False, tokens=64, heads=2, head_dim=16, causal=causal)
-    flex = rivals.flex_varlen([16, 2, 4, 6, 8, 8, 8, 12], "cpu", causal, False)
-    assert error(outcome(flex, case, True)[0], outcome(case.ours, case, True)[0].double()) < 1e-4
+def test_padding(causal):
+    problem = attention.packed(torch.float32, tokens=64, heads=2, head_dim=16, causal=causal)
+    assert_same(baselines.padded(LENGTHS, causal, "cpu"), problem)
+
+
+def test_nested_tensors():
+    """On a CPU PyTorch supports contiguous ones without a causal mask."""
+    problem = attention.packed(torch.float32, tokens=64, heads=2, head_dim=16)
+    problem = dataclasses.replace(problem, inputs=[x.contiguous() for x in problem.inputs])
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
+    assert_same(baselines.nested(LENGTHS, cu_seqlens, causal=False), problem)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_attention_has_the_same_mask(causal):
+    """Forward and not compiled: there is no gradient on a CPU."""
+    problem = attention.dense(torch.float32, batch=2, heads=2, tokens=32, head_dim=16, causal=causal)
+    flex = baselines.flex(baselines.causal_mask if causal else None, 32, "cpu", compiled=False)
+    assert_same(flex, problem, gradients=False)
+    problem = attention.packed(torch.float32, tokens=64, heads=2, head_dim=16, causal=causal)
+    assert_same(baselines.flex_packed(LENGTHS, causal, "cpu", compiled=False), problem, gradients=False)
 
 
 class Flash(types.ModuleType):
-    """flash-attn's functions by its documented arguments, of PyTorch's operators: (batch, tokens, heads, head_dim), packed (tokens, heads, head_dim)."""
+    """flash-attn's functions, and PyTorch's varlen_attn, with their documented arguments, from PyTorch's operators."""
 
     def __init__(self):
         super().__init__("flash_attn")
@@ -99,11 +106,11 @@ class Flash(types.ModuleType):
 
     def flash_attn_func(self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
         self.called.append("flash_attn_func")
-        return rivals.sdpa(*rivals.tokens_first(q, k, v), causal=causal).transpose(1, 2)
+        return baselines.sdpa(causal)(*baselines.tokens_first(q, k, v)).transpose(1, 2)
 
     def flash_attn_with_kvcache(self, q, k_cache, v_cache, k=None, v=None, causal=False):
         self.called.append("flash_attn_with_kvcache")
-        return rivals.sdpa(*rivals.tokens_first(q, k_cache, v_cache), causal=causal).transpose(1, 2)
+        return baselines.sdpa(causal)(*baselines.tokens_first(q, k_cache, v_cache)).transpose(1, 2)
 
     def flash_attn_varlen_func(
         self,
@@ -122,104 +129,71 @@ class Flash(types.ModuleType):
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         lengths = cu_seqlens_q.diff().tolist()
         assert max_seqlen_q == max_seqlen_k == max(lengths)
-        return rivals.by_sequence(q, k, v, lengths, causal)
+        return baselines.by_sequence(lengths, causal)(q, k, v)
 
     def varlen_attn(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
-        out = self.flash_attn_varlen_func(
-            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal={(-1, 0): True, (-1, -1): False}[window_size]
-        )
+        causal = {(-1, 0): True, (-1, -1): False}[window_size]
+        out = self.flash_attn_varlen_func(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=causal)
         self.called[-1] = "varlen_attn"
         return out
 
 
-def test_what_only_a_gpu_has(monkeypatch):
-    """flash-attn and PyTorch's own packed attention are called as they say."""
+def test_baselines_that_only_a_gpu_has(monkeypatch):
+    """flash-attn and PyTorch's packed attention are called as documented."""
     flash = Flash()
-    monkeypatch.setattr(rivals, "installed", lambda name: flash)
-    monkeypatch.setattr(rivals, "fast", lambda device, dtype: True)
-    called = set()
-    for planned in plan.SMALL[:5]:
-        case = planned.build("cpu")
-        expected = outcome(case.ours, case)
-        flash.called.clear()
-        for name in {"flash-attn", "torch varlen"} & {*case.rivals}:
-            for a, b in zip(outcome(case.rivals[name], case), expected, strict=True):
-                assert error(a, b.double()) < 1e-4, name
-        called |= {*flash.called}
-        assert {"sdpa flash", "sdpa cudnn"} <= {*case.rivals} or case.operator == "attention_varlen"
-    assert called == {"flash_attn_func", "flash_attn_with_kvcache", "flash_attn_varlen_func", "varlen_attn"}
+    monkeypatch.setattr(baselines, "installed", lambda name: flash)
+    monkeypatch.setattr(baselines, "has_16_bit_kernels", lambda device, dtype: True)
+    for case, _ in SMALL:
+        if case.make in (attention.dense, attention.decode, attention.packed):
+            problem = case.problem(torch.float32)
+            for name in {"flash-attn", "torch varlen"} & {*problem.baselines}:
+                assert_same(problem.baselines[name], problem)
+            assert case.make is attention.packed or {"sdpa flash", "sdpa cudnn"} <= {*problem.baselines}
+    assert {*flash.called} == {
+        "flash_attn_func",
+        "flash_attn_with_kvcache",
+        "flash_attn_varlen_func",
+        "varlen_attn",
+    }
 
 
-def work(case):
-    return case.forward.flops, case.forward.bytes, *((case.both.flops, case.both.bytes) if case.both else ())
+def test_work_of_causal_and_decoding_attention():
+    """Two FLOPs per multiply-add of the products of scores that are not masked."""
+    problem = attention.dense(torch.bfloat16, batch=2, heads=4, tokens=3, head_dim=8)
+    forward, both = work_of(problem, "forward"), work_of(problem, "forward+backward")
+    scores = 3 + 2 + 1
+    assert (forward.flops, both.flops) == (2 * 4 * scores * 8 * 4, 2 * 4 * scores * 8 * 14)
+    assert (forward.bytes, both.bytes) == (4 * 192 * 2, 12 * 192 * 2)
+    decode = work_of(attention.decode(torch.bfloat16, batch=2, heads=4, tokens=3, head_dim=8), "forward")
+    assert (decode.flops, decode.bytes) == (2 * 4 * 3 * 8 * 4, 2 * 4 * 8 * (3 + 3 + 1 + 1) * 2)
+    packed = attention.packed(torch.bfloat16, tokens=64, heads=4, head_dim=8, repeats=2, causal=True)
+    pairs = 2 * sum(n * (n + 1) // 2 for n in LENGTHS)
+    assert work_of(packed, "forward").flops == pytest.approx(4 * 8 * 4 * pairs)
 
 
-def test_work_is_counted():
-    """Two FLOPs per multiply-add of the products; bytes of what is read and written once."""
-    make = lambda make, **sizes: work(make("cpu", BF16, False, **sizes))  # noqa: E731
-    seen = 3 + 2 + 1  # of 3 × 3 scores
-    assert make(cases.attention, batch=2, heads=4, tokens=3, head_dim=8) == (
-        2 * 4 * seen * 8 * 4,
-        4 * 192 * 2,
-        2 * 4 * seen * 8 * 14,
-        12 * 192 * 2,
-    )
-    assert make(cases.attention, batch=2, heads=4, tokens=3, head_dim=8, causal=False)[0] == 2 * 4 * 9 * 8 * 4
-    assert make(cases.attention_decode, batch=2, heads=4, tokens=3, head_dim=8) == (
-        2 * 4 * 3 * 8 * 4,
-        2 * 4 * 8 * (3 + 3 + 1 + 1) * 2,
-    )
-    lengths = [16, 2, 4, 6, 8, 8, 8, 12] * 2
-    forward, moved, both, more = make(cases.attention_varlen, tokens=64, heads=4, head_dim=8, times=2)
-    assert (forward, both) == (4 * 8 * 4 * sum(n * n for n in lengths), 4 * 8 * 14 * sum(n * n for n in lengths))
-    assert (moved, more) == (4 * 128 * 4 * 8 * 2, 12 * 128 * 4 * 8 * 2)
-    assert make(cases.attention_varlen, tokens=64, heads=4, head_dim=8, causal=True)[0] == 4 * 8 * 4 * sum(
-        n * (n + 1) // 2 for n in lengths[:8]
-    )
-    assert make(cases.layernorm_residual, rows=3, width=8)[1::2] == (4 * 24 * 2, 8 * 24 * 2)
-    assert make(cases.gelu_mlp, rows=3, width=8) == (
-        4 * 3 * 8 * 32,
-        (48 + 512) * 2,
-        12 * 3 * 8 * 32,
-        3 * (48 + 512) * 2,
-    )
-    assert make(cases.linear_cross_entropy, rows=3, width=8, vocab=5) == (
-        2 * 3 * 8 * 5,
-        64 * 2,
-        6 * 3 * 8 * 5,
-        3 * 64 * 2,
-    )
+# The plan
 
 
 def test_the_plan():
-    """What matters most comes first; every case is one of those that are tested here; each tells of another call."""
-    everything = (*plan.FIRST, *plan.THEN)
-    assert [one.make for one in plan.FIRST] == [cases.attention, cases.layernorm_residual] and {
-        one.dtype for one in plan.FIRST
-    } == {BF16}
-    assert (
-        plan.FIRST[0].sizes["tokens"] == 1024
-        and plan.FIRST[0].sizes["head_dim"] == 64
-        and plan.FIRST[1].sizes == {"rows": 4096, "width": 768}
-    )
-    assert {one.make for one in everything} == {one.make for one in plan.SMALL}
-    assert len({str(one) for one in everything}) == len(everything)
-    small = {
-        one.sizes["rows"]
-        for one in everything
-        if one.make is cases.layernorm_residual and one.sizes["width"] == 768 and one.dtype == BF16
+    """The most important cases come first, and no case twice."""
+    first, then = plan.planned()
+    assert {(case.name, dtype) for case, dtype in first} == {
+        ("attention", "bfloat16"),
+        ("layernorm_residual", "bfloat16"),
     }
-    assert {8, 128, 1024} <= small
-    assert (
-        len({one.sizes["batch"] for one in everything if one.make is cases.attention_decode and one.dtype == BF16}) >= 3
-    )
-    for one in everything:  # the same names of sizes as the cases take
-        assert one.make("meta", one.dtype, False, **one.sizes) if one.make is cases.layernorm_residual else True
+    everything = [(str(case), dtype) for case, dtype in (*first, *then)]
+    assert len({*everything}) == len(everything)
+    priorities = [case.priority for case, _ in (*first, *then)]
+    assert priorities == sorted(priorities)
+    # Few rows and many, few sequences and many, as the axes of the selection table need.
+    rows = {case.sizes["rows"] for case, _ in then if case.name == "layernorm_residual" and case.priority == 1}
+    batches = {case.sizes["batch"] for case, _ in then if case.name == "attention_decode"}
+    assert {8, 128, 1024} <= rows and len(batches) >= 3
 
 
-def measured():
+def measured(pairs=SMALL, **options):
     run = plan.Run()
-    rows = list(run.measure("cpu", plan.SMALL, **QUICK))
+    rows = list(run.measure("cpu", pairs, **QUICK, **options))
     assert run.failed == run.left_out == []
     return rows
 
@@ -227,18 +201,20 @@ def measured():
 def test_rows_as_files(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [*measured(), *small_step()]
-    on_cpu = [row for row in rows if row.served_by == "cpu"]
-    both = ["forward", "forward+backward"]
-    assert [row.direction for row in on_cpu] == [*both * 2, "forward", *both * 6] and {
-        row.served_by for row in rows
-    } <= {"cpu", "cuda", "torch", "auto"}
-    assert all("torch" in row.backends and "torch" not in row.rivals and row.rivals for row in on_cpu)
+    on_cpu = [row for row in rows if row.backend == "cpu" and row.operator != "training_step"]
+    expected = [d for case, _ in SMALL for d in case.directions if d != "backward"]
+    assert [row.direction for row in on_cpu] == expected
+    assert {row.backend for row in rows} <= {"cpu", "cuda", "torch", "auto"}
+    assert all("torch" in row.backends and "torch" not in row.baselines and row.baselines for row in on_cpu)
+    for row in on_cpu:
+        assert tuple(row.sizes) == registry.operators()[row.operator].size_names
     described = report.describe("cpu", timing.peaks("cpu", (torch.float32,), 64, 1 << 16))
     step = next(row for row in rows if row.operator == "training_step")
     step.peak_bytes = {"auto": 1 << 30, "eager": 2 << 30}
     text = report.markdown(rows, described, ["attention: out of memory"], ["gelu_mlp"])
     assert "auto 1.00 GiB (100%), eager 2.00 GiB (50%)" in text and text.count("| `") == len(rows)
-    assert text.endswith("\nFailed:\n\n- attention: out of memory\n\nLeft out, as time ran out:\n\n- gelu_mlp\n")
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert text.endswith("\nFailed:\n\n- attention: out of memory\n\nLeft out, as the time ran out:\n\n- gelu_mlp\n")
     assert all((report.share(row, described["peaks"]) or 0) > 0 for row in rows if row.operator != "training_step")
     assert report.share(step, described["peaks"]) is None
     report.draw(tmp_path / "bench.png", rows, described)
@@ -246,109 +222,101 @@ def test_rows_as_files(tmp_path):
     assert json.dumps([described, [dataclasses.asdict(row) for row in rows]])
 
 
-def test_generation_compares_what_is_the_same(monkeypatch):
-    """All give the same tokens, in as many steps."""
+def test_all_generations_give_the_same_tokens(monkeypatch):
     outcomes = []
-    own = timing.in_turn
+    interleaved_calls = timing.interleaved_calls
 
-    def in_turn(calls, device, **options):
+    def spy(calls, device, **options):
         outcomes.extend((name, call()) for name, call in calls.items())
-        return own(calls, device, **options)
+        return interleaved_calls(calls, device, **options)
 
-    monkeypatch.setattr(timing, "in_turn", in_turn)
+    monkeypatch.setattr(timing, "interleaved_calls", spy)
     row, *_ = small_generation()
     names = [name for name, _ in outcomes]
-    assert (
-        names[0] == "auto"
-        and names[-2:] == ["step by step", "eager"]
-        and {*row.rivals} == {"step by step", "eager"}
-        and row.auto
-    )
+    assert names[0] == "auto" and names[-2:] == ["step by step", "eager"]
+    assert {*row.baselines} == {"step by step", "eager"} and row.auto
     assert all(torch.equal(tokens, outcomes[0][1]) and tokens.shape == (2, 11) for _, tokens in outcomes)
     parameters = sum(p.numel() for p in fastlm.models.GPT2LMHeadModel(fastlm.models.GPT2Config(**SIZES)).parameters())
     assert (row.flops, row.bytes) == (2 * parameters * 2 * 11, 2 * (5 * parameters + 2 * 16 * 2 * (6 + 7 + 8 + 9 + 10)))
 
 
-def test_what_auto_takes_is_marked(monkeypatch):
-    """It has a row of its own even where that is PyTorch's operator."""
-    for first in ("torch", "cpu"):
-        monkeypatch.setattr(
-            table,
-            "rules",
-            lambda first=first: (
-                table.Rule("layernorm_residual", "float32", {"rows": (32, 32), "width": (48, 48)}, first),
-            ),
-        )
-        rows = list(plan.Run().measure("cpu", plan.SMALL[5:6], rivals=False, **QUICK))
-        assert {row.served_by for row in rows if row.auto} == {first} and not any(row.rivals for row in rows)
-        assert ("torch" in {row.served_by for row in rows}) == (first == "torch")
-        assert {name for row in rows if row.served_by == "cpu" for name in row.backends} >= {"torch"}
+@pytest.mark.parametrize("first", ["torch", "cpu"])
+def test_the_automatic_selection_is_marked(first, monkeypatch):
+    """It has a row of its own, even if it is PyTorch's operator."""
+    rule = Rule("layernorm_residual", "float32", {"rows": (48, 48), "width": (64, 64)}, first)
+    monkeypatch.setattr(table, "cpu_rules", lambda: (rule,))
+    rows = measured([LAYERNORM], baselines=False)
+    assert {row.backend for row in rows if row.auto} == {first} and not any(row.baselines for row in rows)
+    assert ("torch" in {row.backend for row in rows}) == (first == "torch")
+    assert {name for row in rows if row.backend == "cpu" for name in row.backends} >= {"torch"}
 
 
-def test_time_runs_out():
+def test_the_time_limit():
     run = plan.Run(limit=1000)
-    rows = run.measure("cpu", plan.SMALL, **QUICK)
+    rows = run.measure("cpu", SMALL, **QUICK)
     first = next(rows)
     run.limit = 0
     rest = list(rows)
-    assert {row.shape for row in (first, *rest)} == {first.shape}  # what has begun comes to its end
-    assert run.left_out == [str(one) for one in plan.SMALL[1:]] and not run.failed
+    assert {row.shape for row in (first, *rest)} == {first.shape}  # what has started is finished
+    assert run.left_out == [f"{case}, {dtype}" for case, dtype in SMALL[1:]] and not run.failed
 
 
-def test_a_failure_keeps_nothing_from_being_measured(monkeypatch):
-    """Of a backend that says it can serve: the others' rows are there, and what failed is named."""
-    module = choice.load("cpu")
+def test_a_failure_does_not_stop_the_measurements(monkeypatch):
+    """The rows of other backends are there, and the failure is reported."""
+    implementation_of = registry.Registered.implementation
 
-    def broken(*arguments):
+    def fails(call):
         raise RuntimeError("an illegal memory access\nwas encountered")
 
-    monkeypatch.setattr(module, "layernorm_residual_forward", broken)
+    def implementation(operator, backend):
+        found = implementation_of(operator, backend)
+        return dataclasses.replace(found, forward=fails) if backend == "cpu" else found
+
+    monkeypatch.setattr(registry.Registered, "implementation", implementation)
+    selection.forget()
     run = plan.Run()
-    rows = list(run.measure("cpu", plan.SMALL, **QUICK))
-    assert len([row for row in rows if row.served_by == "cpu"]) == 15 and not any(
-        row.served_by == "cpu" for row in rows if row.operator == "layernorm_residual"
-    )
-    assert run.failed[0].startswith(
-        "layernorm_residual, float32, rows 32, width 48: forward by cpu: an illegal memory access was encountered; forward+backward"
-    )
+    rows = list(run.measure("cpu", [LAYERNORM], **QUICK))
+    selection.forget()
+    assert not any(row.backend == "cpu" for row in rows)
+    assert "forward by cpu: an illegal memory access was encountered; forward+backward" in run.failed[0]
+    assert run.failed[0].startswith("layernorm_residual, ")
 
 
-def test_a_rival_of_another_version_is_left_out():
-    """Whatever it raises."""
-    case = plan.SMALL[5].build("cpu")
-    case.rivals["of old"] = lambda x: x
-    rows = list(timing.compare(case, "cpu", **QUICK))
-    assert rows and all({*row.rivals} == {"eager"} for row in rows)
+def test_a_baseline_that_fails_is_left_out():
+    case, _ = LAYERNORM
+
+    def make(*arguments, **sizes):
+        problem = case.make(*arguments, **sizes)
+        return dataclasses.replace(problem, baselines={**problem.baselines, "old": lambda x: x})
+
+    rows = list(timing.compare(dataclasses.replace(case, make=make), torch.float32, "cpu", **QUICK))
+    assert rows and all({*row.baselines} == {"eager"} for row in rows)
 
 
-def test_a_rival_that_is_hopeless_is_no_choice(monkeypatch):
-    monkeypatch.setattr(timing, "hopeless", lambda call, ours, device: True)
-    rows = list(plan.Run().measure("cpu", plan.SMALL[5:6], **QUICK))
+def test_an_operator_of_pytorch_that_is_too_slow_is_not_timed(monkeypatch):
+    monkeypatch.setattr(timing, "too_slow", lambda call, ours, device: True)
+    rows = measured([LAYERNORM])
     assert rows and not any("torch" in row.backends for row in rows)
 
 
-def test_hopeless():
-    calls = iter([0.01, 0.02, 3.0])
-    monkey = lambda call, n: next(calls)  # noqa: E731
-    original, timing.clock = timing.clock, lambda device: monkey
-    try:
-        assert timing.hopeless(None, [None], "cpu") is False  # 0.01 s is no minute, whoever is faster
-        calls = iter([3.0, 0.1, 0.1])
-        assert timing.hopeless(None, [None], "cpu") is True
-        calls = iter([3.0])
-        assert timing.hopeless(None, [], "cpu") is False  # with nothing else to take
-    finally:
-        timing.clock = original
+@pytest.mark.parametrize("seconds, expected", [([0.01, 0.01, 0.02], False), ([0.1, 0.1, 3.0], True), ([3.0], False)])
+def test_too_slow(seconds, expected, monkeypatch):
+    """The last is PyTorch's. Milliseconds are never too slow, and without kernels there is nothing else to select."""
+    times = iter(seconds)
+    monkeypatch.setattr(timing, "timer_of", lambda call, device: lambda n: next(times))
+    assert timing.too_slow(None, [None] if len(seconds) > 1 else [], "cpu") is expected
+
+
+# The command
 
 
 @pytest.fixture
 def small_plan(monkeypatch):
-    monkeypatch.setattr(plan, "FIRST", plan.SMALL[:1])
-    monkeypatch.setattr(plan, "THEN", plan.SMALL[5:7])
+    monkeypatch.setattr(plan, "planned", lambda: (SMALL[:1], [LAYERNORM, GELU_MLP]))
     monkeypatch.setattr(bench_gpu, "training_step", small_step)
     monkeypatch.setattr(bench_gpu, "generation", small_generation)
     monkeypatch.setattr(bench_gpu, "peaks", lambda device, dtypes: timing.peaks(device, (torch.float32,), 64, 1 << 16))
-    monkeypatch.setattr(timing, "in_turn", functools.partial(timing.in_turn, **QUICK))
+    monkeypatch.setattr(timing, "interleaved_calls", functools.partial(timing.interleaved_calls, **QUICK))
 
 
 def all_files(folder):
@@ -368,11 +336,10 @@ def test_the_command_writes_its_files(small_plan, tmp_path, capsys):
         "gelu_mlp",
     ]
     assert content["failed"] == content["left_out"] == [] and not content["stopped"]
-    (found,) = json.loads(
-        (tmp_path / "t.json").read_text()
-    ).values()  # of the emulated CUDA kernels, where they are: no others have two to compare here
-    entry = eval(f"{{{(tmp_path / 't.txt').read_text()}}}", {"Rule": table.Rule})
-    assert entry == {"cpu": tuple(table.rule_of(row, "cuda") for row in found)}
+    # Rules of the emulated CUDA kernels, where they are: without them there are no two backends to compare here.
+    (found,) = json.loads((tmp_path / "t.json").read_text()).values()
+    entry = eval(f"{{{(tmp_path / 't.txt').read_text()}}}", {"Rule": Rule})
+    assert entry == {"cpu": tuple(table.parse_rule(row, "cuda") for row in found)}
     assert "`gelu_mlp`" in (tmp_path / "b.md").read_text()
 
 
@@ -395,7 +362,7 @@ def test_sigterm_keeps_what_was_measured(small_plan, monkeypatch, tmp_path, caps
     assert (tmp_path / "b.png").exists() and f"the {len(content['rows'])} rows" in capsys.readouterr().err
 
 
-def test_what_fails_is_in_the_files_and_in_the_exit_status(small_plan, monkeypatch, tmp_path, capsys):
+def test_a_failure_is_in_the_files_and_the_exit_status(small_plan, monkeypatch, tmp_path, capsys):
     def step(device):
         yield from small_step()
         raise RuntimeError("no compiler")
@@ -404,19 +371,20 @@ def test_what_fails_is_in_the_files_and_in_the_exit_status(small_plan, monkeypat
     with pytest.raises(bench_gpu.typer.Exit) as raised:
         bench_gpu.run(bench_gpu.Files(json=tmp_path / "b.json"), device="cpu")
     content = json.loads((tmp_path / "b.json").read_text())
-    assert (
-        raised.value.exit_code == 1
-        and content["failed"] == ["training step: no compiler"]
-        and content["rows"][-1]["operator"] == "gelu_mlp"
-    )
+    assert raised.value.exit_code == 1
+    assert content["failed"] == ["training step: no compiler"] and content["rows"][-1]["operator"] == "gelu_mlp"
     assert capsys.readouterr().err == "error: training step: no compiler\n"
 
 
-def test_a_step_that_one_cannot_take(monkeypatch):
-    """PyTorch's compiler without a C++ compiler, say."""
-    monkeypatch.setattr(torch, "compile", lambda model: (_ for _ in ()).throw(RuntimeError("no compiler")))
+def test_a_step_that_fails_leaves_the_others(monkeypatch):
+    """Such as PyTorch's compiler without a C++ compiler."""
+
+    def no_compiler(model):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
     found = []
     with pytest.raises(RuntimeError, match="compiled: no compiler"):
         for row in training_step("cpu", 2, 16, SIZES, rounds=2, least=0):
             found.append(row)
-    assert "auto" in {row.served_by for row in found} and all(set(row.rivals) == {"eager"} for row in found)
+    assert "auto" in {row.backend for row in found} and all(set(row.baselines) == {"eager"} for row in found)

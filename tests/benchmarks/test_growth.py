@@ -1,14 +1,14 @@
 import pytest
 
 from fastlm.benchmarking import growth, plots, report
-from fastlm.benchmarking.compare import Rival, Row
+from fastlm.benchmarking.compare import Baseline, Row
 from fastlm.benchmarking.measure import Ratio
 from fastlm.benchmarking.whole import Subject
 from tests.benchmarks.test_report import DESCRIBED, OPERATORS
 
-RIVALS = {
-    "eager": Rival(1.0, Ratio(2.0, 1.9, 2.1), 4_000_000),
-    "eager tuned": Rival(0.75, Ratio(1.5, 1.4, 1.6), 5_000_000),
+BASELINES = {
+    "eager": Baseline(1.0, Ratio(2.0, 1.9, 2.1), 4_000_000),
+    "eager tuned": Baseline(0.75, Ratio(1.5, 1.4, 1.6), 5_000_000),
 }
 
 
@@ -23,7 +23,7 @@ def row(point, seconds):
         point,
         "cpu",
         seconds,
-        RIVALS,
+        BASELINES,
         share=0.5,
         bound="arithmetic",
         bytes_held=2_000_000,
@@ -36,7 +36,7 @@ ROWS = [row(point, 0.1 * (i + 1)) for i, point in enumerate(growth.POINTS)]
 
 
 @pytest.mark.parametrize("series", growth.SERIES)
-def test_nothing_but_the_size_differs_along_a_series(series):
+def test_only_the_size_differs_along_a_series(series):
     subjects = growth.SERIES[series]
     assert len({subject.batch * subject.context for subject in subjects.values()}) == 1
     assert (
@@ -54,7 +54,7 @@ def test_nothing_but_the_size_differs_along_a_series(series):
         "width": {subject.context for subject in subjects.values()},
     }
     assert len(varied[series]) == 1
-    for subject in subjects.values():  # the words above the table
+    for subject in subjects.values():  # as the title of the table says
         assert f"{subject.layers} layers" in growth.SHAPES[series]
 
 
@@ -69,7 +69,7 @@ def test_a_point_is_a_training_step_of_its_model(monkeypatch):
         growth.SHAPES["context"],
     )
     assert growth.series_of(found.direction) == "context" and growth.size_of(found) == 128
-    assert list(found.rivals) == ["eager", "eager tuned"] and found.seconds > 0
+    assert list(found.baselines) == ["eager", "eager tuned"] and found.seconds > 0
 
 
 def test_every_size_has_its_line():

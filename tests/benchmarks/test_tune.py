@@ -1,10 +1,9 @@
-"""The search for better launch configurations, on the CPU: Triton's kernels under the interpreter, and times that are made up."""
+"""The search for launch configurations, on the CPU: Triton's interpreter, and made-up times."""
 
 import pytest
 import torch
 
-from fastlm.backends import load
-from fastlm.benchmarking.gpu import tune
+from benchmarks import tune_triton as tune
 
 pytest.importorskip("triton")
 SMALL = {"batch": 1, "heads": 1, "tokens": 40}
@@ -13,8 +12,7 @@ FP32 = torch.float32
 
 @pytest.fixture
 def configs(monkeypatch):
-    """As they were, afterwards; without a GPU, whose own are of another architecture."""
-    monkeypatch.setattr(load("triton"), "architecture", lambda index: "interpreter")
+    """Restored afterwards."""
     configs = tune.module("configs")
     monkeypatch.setattr(configs, "ATTENTION", {**configs.ATTENTION})
     monkeypatch.setattr(configs, "MLP", {**configs.MLP})
@@ -23,35 +21,35 @@ def configs(monkeypatch):
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Seconds of a value, by a function that a test sets; which value is timed is seen by what the knob was turned to last."""
+    """The seconds of a value, from a function that a test sets. The value that is timed is the last one set."""
     turned, of = [], [lambda value: 1.0]
 
-    def in_turn(calls, device, **options):
+    def interleaved_calls(calls, device, **options):
         taken = {}
         for name, call in calls.items():
             call()
             taken[name] = [of[0](turned[-1]) * factor for factor in (1.0, 1.01, 0.99, 1.0)]
         return taken
 
-    monkeypatch.setattr(tune, "in_turn", in_turn)
+    monkeypatch.setattr(tune, "interleaved_calls", interleaved_calls)
 
     def watch(knob):
-        turn = knob.turn
-        knob.turn = lambda value: (turned.append(value), turn(value))[1]
+        own = knob.set
+        knob.set = lambda value: (turned.append(value), own(value))[1]
         return knob
 
     return watch, of
 
 
 def search(knob):
-    return list(tune.tried(knob, "cpu", float("inf")))
+    return list(tune.search(knob, "cpu", float("inf")))
 
 
 def numbers(turned, others, value=4):
     return tune.Knob("n", value, others, turned.append, lambda: torch.ones(3))
 
 
-def test_the_best_is_followed_until_nothing_is_new(made_up):
+def test_the_search_follows_the_best_value(made_up):
     watch, of = made_up
     of[0] = lambda n: abs(n - 11) + 1.0
     found = search(watch(numbers([], lambda best: [best - 1, best + 1, best + 3])))
@@ -60,7 +58,7 @@ def test_the_best_is_followed_until_nothing_is_new(made_up):
     assert best.value == 11 and best.ratio.median == pytest.approx(8) and str(best) == "n: 11,  # 8.00 [8.00–8.00]"
 
 
-def test_within_the_spread_all_stays(made_up):
+def test_a_difference_within_the_spread_changes_nothing(made_up):
     watch, of = made_up
     of[0] = lambda n: 1.0 - 0.02 * (n == 5)
     found = search(watch(numbers([], lambda best: [3, 5])))
@@ -69,10 +67,10 @@ def test_within_the_spread_all_stays(made_up):
 
 def test_time_runs_out(made_up):
     watch, _ = made_up
-    assert list(tune.tried(watch(numbers([], lambda best: [1, 2])), "cpu", until=0.0)) == []
+    assert list(tune.search(watch(numbers([], lambda best: [1, 2])), "cpu", until=0.0)) == []
 
 
-def test_what_cannot_be_is_left_out_with_the_reason(made_up, monkeypatch):
+def test_what_fails_is_left_out_with_the_reason(made_up, monkeypatch):
     watch, _ = made_up
     turned = []
 
@@ -114,7 +112,7 @@ def test_what_cannot_be_is_left_out_with_the_reason(made_up, monkeypatch):
     ],
 )
 def test_a_pass_of_attention_is_launched_as_the_knob_says(which, configs, monkeypatch):
-    """Each value reaches the kernel that it is for, and no other; its results are those of the others."""
+    """Each value is used by its own kernel alone, and does not change the results."""
     dtype = torch.bfloat16 if "exact" in which else FP32
     name = which.split()[0]
     sizes = SMALL if name != "decode" else SMALL | {"tokens": 300}
@@ -124,10 +122,10 @@ def test_a_pass_of_attention_is_launched_as_the_knob_says(which, configs, monkey
         launched[kernel.__name__] = warps, stages
         own(kernel, programs, arguments, constants, warps, stages, device, debug)
 
-    for module in load("triton").modules():
-        if hasattr(module, "launch"):
-            own = module.launch
-            monkeypatch.setattr(module, "launch", launch)
+    for name_of_module in ("attention", "attention_backward", "attention_decode"):
+        module = tune.module(name_of_module)
+        own = module.launch
+        monkeypatch.setattr(module, "launch", launch)
     knob = tune.attention(which, dtype, 16, "cpu", **sizes)
     of = {"forward": "attention_forward_kernel", "decode": "attention_decode_kernel"}.get(
         name, f"attention_backward_{name}_kernel"
@@ -135,15 +133,15 @@ def test_a_pass_of_attention_is_launched_as_the_knob_says(which, configs, monkey
     expected = tune.results(knob)
     before = dict(launched)
     m, n = (16, 16) if name == "decode" else (32, 32)
-    knob.turn((m, n, 7, 5))
+    knob.set((m, n, 7, 5))
     assert not tune.differ(tune.results(knob), expected)
     assert launched == before | {of: (7, 5)} != before
-    knob.turn(knob.value)
+    knob.set(knob.value)
     tune.results(knob)
     assert launched == before
 
 
-def test_tiles_are_neighbours_that_can_be():
+def test_tiles_are_neighbours_of_valid_sizes():
     near = tune.tiles((128, 64, 8, 3))
     assert (64, 64, 8, 3) in near and (128, 128, 4, 3) in near and (128, 64, 8, 2) in near
     assert all(
@@ -152,7 +150,7 @@ def test_tiles_are_neighbours_that_can_be():
     )
 
 
-def test_gelu_mlp_is_turned_to_the_vendors_product_and_back(configs, made_up):
+def test_gelu_mlp_may_use_the_vendors_product(configs, made_up):
     watch, of = made_up
     of[0] = lambda value: 1.0 if value is None else 2.0
     at = "interpreter", 4
@@ -179,7 +177,7 @@ def test_layernorm_residual(constant, configs, made_up, monkeypatch):
     assert tune.better(found).value == 2 * knob.value and getattr(kernels, constant) == knob.value
 
 
-def test_every_pass_in_16_bits_has_its_turn_once_and_the_commonest_first(configs, monkeypatch):
+def test_every_pass_in_16_bits_is_searched_once_and_the_commonest_first(configs, monkeypatch):
     monkeypatch.setattr(tune, "attention", lambda which, dtype, head_dim, device: (which, dtype.itemsize, head_dim))
     monkeypatch.setattr(tune, "gelu_mlp", lambda *given: "gelu_mlp")
     monkeypatch.setattr(tune, "layernorm_residual", lambda *given: ("layernorm_residual", *given))

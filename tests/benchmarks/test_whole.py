@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm import allocator
 from fastlm.benchmarking import whole
-from fastlm.benchmarking.actor import Actor
 from fastlm.benchmarking.machine import Probe
 from fastlm.benchmarking.whole import MODELS, Subject
+from fastlm.benchmarking.worker import Worker
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.baseline_bert import PlainBert
 
@@ -31,48 +31,45 @@ def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
     monkeypatch.setattr(whole, "best", lambda call: 0.01)
     row = whole.compare_steps(dtype, 1, subject=subject, rounds=5, recompute=2)
     assert row.recompute == 2
-    assert list(row.rivals) == ["eager", "eager tuned"] and row.shape == str(subject)
+    assert list(row.baselines) == ["eager", "eager tuned"] and row.shape == str(subject)
     assert row.tokens == subject.batch * 16 and row.seconds > 0 and "cpu" in row.backend
-    assert row.share == pytest.approx(subject.flops() / 1e9 / row.seconds)  # the faster arithmetic's, whatever the type
-    assert 0 < row.bytes_held < 1 << 30 and all(
-        0 < rival.bytes < 1 << 30 for rival in row.rivals.values()
-    )  # PyTorch itself is not counted
+    assert row.share == pytest.approx(subject.flops() / 1e9 / row.seconds)  # of the faster arithmetic, in both dtypes
+    # PyTorch itself is not counted.
+    assert 0 < row.bytes_held < 1 << 30 and all(0 < b.bytes < 1 << 30 for b in row.baselines.values())
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-def test_an_actor_is_tuned_as_asked_whatever_the_user_set(tuned, monkeypatch):
-    monkeypatch.setenv(
-        "MALLOC_TRIM_THRESHOLD_", "1"
-    )  # must not tune the one that is to be as it comes, nor stop the other
+def test_a_worker_is_tuned_as_asked_whatever_the_user_set(tuned, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # must neither tune the untuned worker nor prevent tuning
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=100000")
-    with Actor("whole.step_timer", WORK | {"library": "torch", "tuned": tuned}) as actor:
-        assert actor() > 0 and actor.ask()["tuned"] == tuned
+    with Worker("whole.step_timer", WORK | {"library": "torch", "tuned": tuned}) as worker:
+        assert worker() > 0 and worker.ask()["tuned"] == tuned
         seen = dict(
-            pair.split("=", 1) for pair in open(f"/proc/{actor.process.pid}/environ").read().split("\0") if "=" in pair
+            pair.split("=", 1) for pair in open(f"/proc/{worker.process.pid}/environ").read().split("\0") if "=" in pair
         )
         assert not {*allocator.VARIABLES, "GLIBC_TUNABLES"} & set(seen)
-    assert actor.process.returncode == 0
+    assert worker.process.returncode == 0
 
 
 @pytest.mark.parametrize("library", ["fastlm", "torch"])
-def test_a_step_is_taken_at_the_level_asked_for(library, monkeypatch):
+def test_a_step_recomputes_at_the_given_level(library, monkeypatch):
     trainers, create = [], whole.Trainer
     monkeypatch.setattr(
         whole, "Trainer", lambda *args, **settings: (trainers.append(create(*args, **settings)), trainers[-1])[1]
     )
     expected = []
-    monkeypatch.setattr(whole, "rise", lambda bytes: expected.append(bytes))
+    monkeypatch.setattr(whole, "resident_growth", lambda bytes: expected.append(bytes))
     whole.step_timer(**WORK, library=library, recompute=0)
     (trainer,) = trainers
     if library == "fastlm":
-        assert trainer.model.recompute == 0 and expected == [0]  # its moments are there before anything is measured
+        assert trainer.model.recompute == 0 and expected == [0]  # its moments exist before
     else:
         assert expected == [8 * sum(p.numel() for p in trainer.parameters)]
 
 
 @pytest.mark.parametrize("subject", [GPT, BERT], ids=["GPT-2", "BERT"])
-def test_what_a_rival_holds_is_its_own(subject, monkeypatch):
-    """fastlm's model, from which it has its weights, is gone when measuring begins: freed later, it would hide as much of what the rival's step takes."""
+def test_the_memory_of_a_baseline_is_its_own(subject, monkeypatch):
+    """fastlm's model, which has the same weights, is freed before: freed later, it would hide part of the step."""
     drawn, draw, alive = [], Subject.model, []
 
     def model(*args):
@@ -81,42 +78,42 @@ def test_what_a_rival_holds_is_its_own(subject, monkeypatch):
         return made
 
     monkeypatch.setattr(Subject, "model", model)
-    monkeypatch.setattr(whole, "rise", lambda bytes: alive.extend(made() for made in drawn))
+    monkeypatch.setattr(whole, "resident_growth", lambda bytes: alive.extend(made() for made in drawn))
     whole.step_timer(**WORK | {"library": "torch", "subject": dataclasses.asdict(subject)})
     assert alive == [None]
 
 
-def test_an_actor_that_fails_says_so():
+def test_a_worker_that_fails_is_an_error():
     work = WORK | {"library": "torch", "subject": WORK["subject"] | {"batch": 0}}
     with (
-        Actor("whole.step_timer", work) as actor,
+        Worker("whole.step_timer", work) as worker,
         pytest.raises(RuntimeError, match=r"step_timer .* ended with exit code 1"),
     ):
-        actor()
+        worker()
 
 
-RISE = """
+GROWTH = """
 import torch
-from fastlm.benchmarking.resident import rise
+from fastlm.benchmarking.memory import resident_growth
 kept = torch.ones(4 << 20)
-held = rise(8 << 20)
-before = held()
+growth = resident_growth(8 << 20)
+before = growth()
 first = torch.ones(16 << 20)
 del first
 second = torch.ones(4 << 20)
-print(held() - before)
+print(growth() - before)
 """
 
 
-def test_resident_memory_above_what_is_expected():
-    """The highest, not the last. In a process of its own: what other tests freed would serve the second tensor at another place than the first one's."""
-    done = subprocess.run([sys.executable, "-c", RISE], capture_output=True, text=True, check=True)
+def test_resident_growth_beyond_the_expected():
+    """The peak, not the last value. In a new process: memory that other tests freed would be reused."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
     assert 55 << 20 <= int(done.stdout) <= 75 << 20
 
 
 @pytest.mark.parametrize("subject", [GPT, dataclasses.replace(BERT, dropout=0.0)], ids=["GPT-2", "BERT"])
 def test_flops_are_those_that_pytorch_counts(subject):
-    """Of products with weights exactly; PyTorch counts attention as if nothing were masked, and a score for every token."""
+    """Products with weights exactly; PyTorch counts masked scores too, and logits of every token."""
     model = subject.model()
     plain = (PlainGPT2 if subject.kind == "GPT-2" else PlainBert).like(model)
     inputs, targets = subject.pairs()
@@ -130,8 +127,8 @@ def test_flops_are_those_that_pytorch_counts(subject):
     tokens, width = subject.batch * subject.context, subject.width
     head = subject.vocabulary * width + (width**2 if subject.kind == "BERT" else 0)
     unpredicted = tokens - int((targets >= 0).sum())
-    seen = 17 / 2 if subject.kind == "GPT-2" else 16
-    attention = 3.5 * 4 * tokens * seen * width
+    keys_per_query = 17 / 2 if subject.kind == "GPT-2" else 16
+    attention = 3.5 * 4 * tokens * keys_per_query * width
     assert subject.flops() == weights - 6 * unpredicted * head + attention
     assert unpredicted == 0 if subject.kind == "GPT-2" else unpredicted > 0
 
@@ -141,15 +138,15 @@ def test_gpt2_small_takes_three_quarters_of_a_gigaflop_per_token():
 
 
 @pytest.mark.parametrize("subject", [GPT, BERT], ids=["GPT-2", "BERT"])
-def test_the_rival_has_the_same_dropouts(subject):
-    """Without dropout the losses are equal; with it, each rival drops as often as ours: the spread of its loss is as wide."""
+def test_the_baseline_has_the_same_dropouts(subject):
+    """Without dropout the losses are equal; with it, the spread of both losses is as wide."""
     inputs, targets = subject.pairs()
     for dropout in (0.0, 0.3):
         model = dataclasses.replace(subject, dropout=dropout).model().train()
         plain = (PlainGPT2 if subject.kind == "GPT-2" else PlainBert).like(model).train()
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(5)  # so that the loss depends on the inside
+                p.mul_(5)  # so that the loss depends on the layers
             plain.load_state_dict(model.state_dict())
             ours = torch.stack([subject.objective().loss(model, inputs, targets) for _ in range(100)])
             theirs = torch.stack([plain.loss(plain, inputs, targets) for _ in range(100)])
@@ -160,9 +157,9 @@ def test_the_rival_has_the_same_dropouts(subject):
             assert abs(ours.mean() - theirs.mean()) < 5 * (ours.var() / 100 + theirs.var() / 100).sqrt()
 
 
-def test_generations_are_compared():
+def test_generation_is_compared():
     row = whole.compare_generation("bfloat16", 1, sizes=SIZES, prompt=4, new_tokens=6, rounds=5)
-    assert row.operator == "generation" and row.tokens == 6 and list(row.rivals) == ["eager"]
+    assert row.operator == "generation" and row.tokens == 6 and list(row.baselines) == ["eager"]
 
 
 def test_every_model_can_be_chosen_by_name():

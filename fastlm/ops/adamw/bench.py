@@ -16,10 +16,10 @@ MLP = (WIDTH, WIDTH, (WIDTH, 4 * WIDTH), 4 * WIDTH, (4 * WIDTH, WIDTH), WIDTH)
 GPT2 = ((VOCAB, WIDTH), (1024, WIDTH), *(LAYER + MLP) * 12, WIDTH, WIDTH)
 
 
-def update(parameters: Sequence[Tensor]) -> Function:
+def update(parameters: list[Tensor]) -> Function:
     """fastlm's update; 16-bit parameters have float32 master weights."""
     dtype = parameters[0].dtype
-    gradients = [p.grad for p in parameters]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     wide = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     masters = [] if dtype == torch.float32 else [p.detach().float() for p in parameters]
     steps = [torch.zeros(()) for _ in parameters]
@@ -29,11 +29,11 @@ def update(parameters: Sequence[Tensor]) -> Function:
     def step(backend: str | None = None) -> None:
         implementation = select(operator, parameters[0], dtype, Sizes(False, False, False, False), backend)
         assert isinstance(implementation, AdamWImplementation)
-        norm = math.sqrt(float(implementation.sum_of_squares(gradients)))  # type: ignore[arg-type]
+        norm = math.sqrt(float(implementation.sum_of_squares(gradients)))
         implementation.forward(
             Update(
-                list(parameters),
-                gradients,  # type: ignore[arg-type]
+                parameters,
+                gradients,
                 *moments,
                 masters,
                 steps,
@@ -51,7 +51,7 @@ def update(parameters: Sequence[Tensor]) -> Function:
     return step
 
 
-def eager(parameters: Sequence[Tensor]) -> Function:
+def eager(parameters: list[Tensor]) -> Function:
     """Fused AdamW after clip_grad_norm_. With 16-bit parameters it updates float32 copies of them."""
     if parameters[0].dtype == torch.float32:
         optimizer = torch.optim.AdamW(parameters, fused=True)
@@ -62,13 +62,15 @@ def eager(parameters: Sequence[Tensor]) -> Function:
 
         return step
     masters = [p.detach().float().requires_grad_() for p in parameters]
-    for master in masters:
-        master.grad = torch.empty_like(master)
+    wide_gradients = [torch.empty_like(master) for master in masters]
+    for master, gradient in zip(masters, wide_gradients, strict=True):
+        master.grad = gradient
+    gradients = [p.grad for p in parameters if p.grad is not None]
     optimizer = torch.optim.AdamW(masters, fused=True)
 
     @torch.no_grad()
     def step_of_masters() -> None:
-        torch._foreach_copy_([m.grad for m in masters], [p.grad for p in parameters])
+        torch._foreach_copy_(wide_gradients, gradients)
         torch.nn.utils.clip_grad_norm_(masters, MAX_NORM)
         optimizer.step()
         torch._foreach_copy_(parameters, masters)

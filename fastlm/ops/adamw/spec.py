@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastlm.backends.contract import Implementation
+from fastlm.backends.contract import Implementation, Results
 from fastlm.backends.registry import Registered
 
 
@@ -39,6 +39,9 @@ class Update(NamedTuple):
     weight_decay: float
     factor: float | Tensor
     zero_gradients: bool
+
+    def empty_results(self) -> Results:
+        return ()
 
     def flops(self) -> int:
         return 0  # no matrix products

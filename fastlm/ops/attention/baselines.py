@@ -122,10 +122,14 @@ def padded(lengths: Sequence[int], causal: bool, device: str) -> Function:
 
 
 def nested(lengths: Sequence[int], cu_seqlens: Tensor, causal: bool) -> Function:
-    offsets, sizes = cu_seqlens.long(), {"min_seqlen": min(lengths), "max_seqlen": max(lengths)}
+    offsets, shortest, longest = cu_seqlens.long(), min(lengths), max(lengths)
+
+    def nest(x: Tensor) -> Tensor:
+        nested = torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=shortest, max_seqlen=longest)
+        return nested.transpose(1, 2)
 
     def call(*tensors: Tensor) -> Tensor:
-        q, k, v = (torch.nested.nested_tensor_from_jagged(x, offsets, **sizes).transpose(1, 2) for x in tensors)
+        q, k, v = map(nest, tensors)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).values()
 
     return call
