@@ -38,7 +38,7 @@ bench: .venv/with-test
 # The documentation site, into site/, with the tables and charts of docs/results. A broken link or an unknown name is an
 # error.
 docs: .venv/with-docs
-	set -e; for file in docs/results/*.json; do name=$$(basename "$$file" .json); $(BIN)/fastlm bench --from "$$file" \
+	set -e; for file in $(wildcard docs/results/*.json); do name=$$(basename "$$file" .json); $(BIN)/fastlm bench --from "$$file" \
 	  --markdown "docs/results/$$name.md" --plot "docs/images/$$name.png" > /dev/null; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
