@@ -9,6 +9,7 @@ from fastlm.benchmarking import plots, report, saved
 from fastlm.benchmarking.compare import Baseline, Row
 from fastlm.benchmarking.machine import Work
 from fastlm.benchmarking.measure import Ratio
+from fastlm.commands import bench
 
 RESULTS = sorted((Path(__file__).parents[2] / "docs" / "results").glob("*.json"))
 MACHINE = {"cpu": "A CPU", "isa": "avx2", "fastlm": "0.1", "torch": "2", "command": "fastlm bench", "peaks": {}}
@@ -34,6 +35,14 @@ def test_rows_are_read_back(tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps(report.as_json(ROWS, MACHINE)))
     assert saved.read("from", file) == (ROWS, MACHINE)
+
+
+def test_an_earlier_run_is_shown(tmp_path, capsys):
+    file, table = tmp_path / "results.json", tmp_path / "results.md"
+    file.write_text(json.dumps(report.as_json(ROWS, MACHINE)))
+    bench.show(file, bench.Files(markdown=table))
+    assert "linear: 1024 × 768" in capsys.readouterr().out
+    assert "| `linear` | float32 | 2 | 2.00 [1.90–2.10] |" in table.read_text() and "fastlm bench" in table.read_text()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": [{}], "machine": {}}', '{"rows": []}'])
