@@ -35,8 +35,11 @@ test: .venv/with-test .models/complete
 bench: .venv/with-test
 	$(BIN)/fastlm bench $(ARGS)
 
-# The documentation site, into site/. A broken link or an unknown name is an error.
+# The documentation site, into site/, with the tables and charts of docs/results. A broken link or an unknown name is an
+# error.
 docs: .venv/with-docs
+	set -e; for file in $(wildcard docs/results/*.json); do name=$$(basename "$$file" .json); $(BIN)/fastlm bench --from "$$file" \
+	  --markdown "docs/results/$$name.md" --plot "docs/images/$$name.png" > /dev/null; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 # On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, beside them some of the tests in NVIDIA's
@@ -95,7 +98,7 @@ nightly:
 	.ci/run nightly
 
 clean:
-	rm -rf build dist .venv .models fastlm.egg-info fastlm/_build.json fastlm/_cpu_*.so fastlm/_cuda*.so
+	rm -rf build dist site .venv .models fastlm.egg-info fastlm/_build.json fastlm/_cpu_*.so fastlm/_cuda*.so
 
 # .venv/with-EXTRA: the package installed with that extra, again whenever a compiled source or a requirement changes.
 .venv/with-%: .venv/bin/python pyproject.toml setup.py $(SOURCES)

@@ -11,7 +11,7 @@ failed build an error. FASTLM_BUILD_ISAS=avx2,baseline builds only these modules
 builds with these sanitizers.
 
 The CUDA kernels are one more module, compiled by nvcc. FASTLM_BUILD_CUDA is auto (build if nvcc and an NVIDIA driver
-are found), 0 or 1. FASTLM_CUDA_ARCHS=80,90 selects the architectures. See docs/building.md and docs/cuda.md.
+are found), 0 or 1. FASTLM_CUDA_ARCHS=80,90 selects the architectures. See docs/building.md.
 """
 
 import ctypes.util

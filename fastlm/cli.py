@@ -3,6 +3,7 @@
 The commands are implemented in fastlm/commands/, each imported when it is called.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -375,7 +376,13 @@ def bench(
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Plot throughput, roofline, memory and growth to this file (.png, .svg, .pdf)."),
+        typer.Option(help="Plot speedups, roofline, memory and growth to this file (.png, .svg, .pdf)."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Measure nothing: read the results from a file that --json wrote, and show or plot them."
+        ),
     ] = None,
     gpu: Annotated[
         bool,
@@ -413,7 +420,12 @@ def bench(
         if given is not None:
             raise mismatch(name, "this option together with --gpu", f"{given} without --gpu")
 
+    files = bench.Files(json, markdown, plot)
+    if source is not None:
+        bench.show(source, files)
+        return
     bench.run(
+        command=shlex.join(["fastlm", *sys.argv[1:]]),
         operators=operators,
         dtypes=dtypes,
         threads=threads,
@@ -424,9 +436,7 @@ def bench(
         checkpoint=checkpoint,
         compiled=compiled,
         seconds=seconds,
-        json_file=json,
-        markdown_file=markdown,
-        plot_file=plot,
+        files=files,
     )
 
 

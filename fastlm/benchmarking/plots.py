@@ -8,6 +8,7 @@ from fastlm.benchmarking import growth
 from fastlm.benchmarking.compare import Row
 
 OURS, BASELINE = "#08519c", "#d94801"
+COLORS = {"float32": OURS, "bfloat16": "#238b45"}
 OTHER_BASELINES = ("#fdae6b", "#636363", "#bdbdbd")
 
 
@@ -16,15 +17,18 @@ def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
 
     growing = [row for row in rows if row.operator == "growth"]
     others = [row for row in rows if row.operator != "growth"]
-    mosaic: list[Any] = [["speedup", "roofline"], ["speedup", "memory"]] if others or not growing else []
-    heights = [max(5.5, 3 + 0.22 * len(others)) / 2] * len(mosaic)
+    right = [name for name, has in (("roofline", has_flops), ("memory", has_memory)) if any(map(has, others))]
+    mosaic: list[Any] = [["speedup", name] for name in right] or [["speedup"] * 2] if others else []
+    heights = [max(5.5 if len(right) > 1 else 3, 2.2 + 0.22 * len(others)) / len(mosaic)] * len(mosaic)
     if growing:
         mosaic, heights = [*mosaic, ["context", "width"]], [*heights, 4.5]
     figure = Figure(figsize=(13, sum(heights)), dpi=110, layout="constrained")
-    panels = figure.subplot_mosaic(mosaic, width_ratios=(3, 2) if len(mosaic) > 1 else (1, 1), height_ratios=heights)
-    if "speedup" in panels:
+    panels = figure.subplot_mosaic(mosaic, width_ratios=(3, 2) if others else (1, 1), height_ratios=heights)
+    if others:
         draw_speedups(panels["speedup"], others)
+    if "roofline" in panels:
         draw_roofline(panels["roofline"], others, described)
+    if "memory" in panels:
         draw_memory(panels["memory"], others)
     for series in growth.SERIES if growing else ():
         draw_growth(panels[series], series, [row for row in growing if growth.series_of(row.direction) == series])
@@ -32,18 +36,40 @@ def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
     figure.savefig(path)
 
 
+def has_flops(row: Row) -> bool:
+    return row.work is not None and row.work.flops > 0
+
+
+def has_memory(row: Row) -> bool:
+    eager = row.baselines.get("eager")
+    return bool(row.bytes_held and eager and eager.bytes)
+
+
+def label(row: Row) -> str:
+    """What a bar is of: an operator and its direction, or a whole run and its sizes."""
+    what = f"{row.operator}, {row.direction}" if row.tokens is None else f"{row.operator}: {row.shape}"
+    return what.replace("_", " ")
+
+
 def draw_speedups(axes: Any, rows: Sequence[Row]) -> None:
     """The speedup over the best baseline, with its quartiles."""
     ratios = [row.baselines[row.best_baseline].ratio for row in rows]
     places = range(len(rows))
     spread = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
-    axes.barh(places, [r.median for r in ratios], xerr=spread, color=OURS, ecolor="#636363", height=0.7)
+    colors = [COLORS.get(row.dtype, OURS) for row in rows]
+    axes.barh(places, [r.median for r in ratios], xerr=spread, color=colors, ecolor="#636363", height=0.7)
+    for place, ratio in zip(places, ratios, strict=True):
+        axes.text(ratio.high, place, f" {ratio.median:.2f}", va="center", fontsize=7)
     axes.axvline(1, color=BASELINE, linewidth=1.2)
-    axes.set_yticks(places, [f"{row.operator} {row.direction}, {row.dtype}, {row.threads}" for row in rows], fontsize=7)
+    axes.set_yticks(places, [f"{label(row)}, {row.dtype}, {threads_of(row)}" for row in rows], fontsize=7)
     axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.set(title="speedup", xlabel="speedup over the fastest of PyTorch's (line: equal)")
+    axes.margins(x=0.08, y=0.01)
+    axes.set(title="speedup", xlabel="speedup over the fastest baseline of PyTorch (line: equal)")
     axes.grid(axis="x", alpha=0.3)
+
+
+def threads_of(row: Row) -> str:
+    return f"{row.threads} thread{'s' * (row.threads > 1)}"
 
 
 def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> None:
@@ -61,7 +87,7 @@ def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> 
     bandwidth = peaks["read_bytes_per_second"]
     shown = [(row, work.flops / work.bytes, work.flops) for row, work in measured if row.threads == threads]
     lowest, highest = min(i for _, i, _ in shown), max(i for _, i, _ in shown)
-    for dtype, color in (("float32", OURS), ("bfloat16", "#238b45")):
+    for dtype, color in COLORS.items():
         top = peaks.get(f"{dtype}_flops_per_second")
         if top is None:
             continue
@@ -81,20 +107,21 @@ def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> 
 
 
 def draw_memory(axes: Any, rows: Sequence[Row]) -> None:
-    """Peak memory, fastlm's beside PyTorch's."""
-    shown: dict[tuple[str, str], tuple[int, int]] = {}
-    for row in rows:
-        eager = row.baselines.get("eager")
-        if row.bytes_held and eager and eager.bytes:
-            shown[row.operator, row.dtype] = row.bytes_held, eager.bytes
+    """Peak memory relative to PyTorch eager's, at the highest number of threads."""
+    threads = max(row.threads for row in rows if has_memory(row))
+    shown = [row for row in rows if has_memory(row) and row.threads == threads]
     places = range(len(shown))
-    for offset, color, label, index in ((-0.2, OURS, "fastlm", 0), (0.2, BASELINE, "PyTorch", 1)):
-        megabytes = [both[index] / 1e6 for both in shown.values()]
-        axes.bar([p + offset for p in places], megabytes, width=0.4, color=color, label=label)
-    axes.set_xticks(places, [f"{operator}\n{dtype}" for operator, dtype in shown], rotation=30, ha="right", fontsize=7)
-    axes.set(title="peak memory", ylabel="MB", yscale="log", ylim=(1, None))
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=7, frameon=False)
+    shares = [(row.bytes_held or 0) / (row.baselines["eager"].bytes or 1) for row in shown]
+    axes.barh(places, shares, color=[COLORS.get(row.dtype, OURS) for row in shown], height=0.7)
+    for place, row, share in zip(places, shown, shares, strict=True):
+        axes.text(share, place, f" {share:.2f} ({(row.bytes_held or 0) / 1e6:,.0f} MB)", va="center", fontsize=7)
+    axes.axvline(1, color=BASELINE, linewidth=1.2)
+    names = [row.operator if row.tokens is None else label(row).partition(",")[0] for row in shown]
+    axes.set_yticks(places, [f"{name}, {row.dtype}" for name, row in zip(names, shown, strict=True)], fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.25, y=0.01)
+    axes.set(title="peak memory", xlabel="relative to PyTorch eager (line: equal)")
+    axes.grid(axis="x", alpha=0.3)
 
 
 def draw_growth(axes: Any, series: str, rows: Sequence[Row]) -> None:

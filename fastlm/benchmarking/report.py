@@ -142,6 +142,7 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
         "read bandwidth), measured in the same rounds. Peak memory of a call, and error against float64: relative to "
         "PyTorch's.",
         "",
+        *(["```", described["command"], "```", ""] if "command" in described else []),
         *[f"- {line}" for line in peaks_in_words(described)],
         "",
         *operator_table([row for row in rows if row.tokens is None]),

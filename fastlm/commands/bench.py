@@ -1,13 +1,16 @@
 """fastlm bench: compares fastlm with PyTorch on this machine; prints tables and writes files."""
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fastlm
-from fastlm.benchmarking import accelerated, growth, plots, report, whole
+from fastlm.benchmarking import accelerated, growth, plots, report, saved, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.commands import choices
 from fastlm.commands.display import console, say
@@ -16,8 +19,40 @@ from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 from fastlm.training.settings import check_range
 
 
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Where the results are written; None: nowhere."""
+
+    json: Path | None = None
+    markdown: Path | None = None
+    plot: Path | None = None
+
+    def check(self) -> None:
+        for field in dataclasses.fields(self):
+            check_target(field.name, getattr(self, field.name))
+
+    def write(self, rows: Sequence[Row], described: dict[str, Any]) -> None:
+        if self.json:
+            self.json.write_text(json.dumps(report.as_json(rows, described), indent=1) + "\n", encoding="utf-8")
+        if self.markdown:
+            self.markdown.write_text(report.markdown(rows, described), encoding="utf-8")
+        if self.plot:
+            plots.draw(self.plot, rows, described)
+
+
+def show(source: Path, files: Files) -> None:
+    """The tables and files of an earlier run, from its JSON file."""
+    files.check()
+    rows, described = saved.read("from", source)
+    introduce(described)
+    for table in report.screen_tables(rows):
+        console.print(table)
+    files.write(rows, described)
+
+
 def run(
     *,
+    command: str,
     operators: str,
     dtypes: str,
     threads: str,
@@ -28,9 +63,7 @@ def run(
     checkpoint: Path | None,
     compiled: bool,
     seconds: float,
-    json_file: Path | None,
-    markdown_file: Path | None,
-    plot_file: Path | None,
+    files: Files,
 ) -> None:
     chosen = parse_names("operators", operators, choices.BENCHMARKS)
     dtype_names = parse_names("dtypes", dtypes, tuple(DTYPES))
@@ -42,13 +75,10 @@ def run(
         accelerated.check_checkpoint(cases, checkpoint)
     thread_counts = [parse_count("threads", n) for n in threads.split(",")]
     check_range("seconds", seconds, 0, 3600, open_left=True)
-    for argument, file in (("json", json_file), ("markdown", markdown_file), ("plot", plot_file)):
-        check_target(argument, file)
+    files.check()
 
-    described = report.machine(thread_counts, dtype_names)
-    say(f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}")
-    for line in report.peaks_in_words(described):
-        say(line)
+    described = {"command": command, **report.machine(thread_counts, dtype_names)}
+    introduce(described)
     if torch.cuda.is_available():
         say("These are results of the CPU; fastlm bench --gpu measures the GPU.")
     if {*chosen} - {*choices.WHOLE_RUNS}:
@@ -84,12 +114,13 @@ def run(
         say("level: of recomputation; tuned: PyTorch with fastlm.tune_allocator(), which fastlm always has here")
     for table in report.screen_tables(rows):
         console.print(table)
-    if json_file:
-        json_file.write_text(json.dumps(report.as_json(rows, described), indent=1) + "\n", encoding="utf-8")
-    if markdown_file:
-        markdown_file.write_text(report.markdown(rows, described), encoding="utf-8")
-    if plot_file:
-        plots.draw(plot_file, rows, described)
+    files.write(rows, described)
+
+
+def introduce(described: dict[str, Any]) -> None:
+    say(f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}")
+    for line in report.peaks_in_words(described):
+        say(line)
 
 
 def variants_of(name: str, chosen_directions: list[str], models: list[str], cases: list[str]) -> list[str]:

@@ -1,0 +1,62 @@
+"""Results read back from JSON, and the committed results of docs/."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastlm.benchmarking import plots, report, saved
+from fastlm.benchmarking.compare import Baseline, Row
+from fastlm.benchmarking.machine import Work
+from fastlm.benchmarking.measure import Ratio
+from fastlm.commands import bench
+
+RESULTS = sorted((Path(__file__).parents[2] / "docs" / "results").glob("*.json"))
+MACHINE = {"cpu": "A CPU", "isa": "avx2", "fastlm": "0.1", "torch": "2", "command": "fastlm bench", "peaks": {}}
+ROWS = [
+    Row(
+        *("linear", "1024 × 768", "float32", 2, "forward", "cpu", 1e-3),
+        baselines={
+            "eager": Baseline(2e-3, Ratio(2.0, 1.9, 2.1), 1000),
+            "compiled": Baseline(3e-3, Ratio(3.0, 2.9, 3.1)),
+        },
+        work=Work(1e9, 1e6),
+    ),
+    Row(
+        *("training_step", "GPT-2", "bfloat16", 1, "step", "cpu, torch", 1.0),
+        baselines={"eager": Baseline(2.0, Ratio(2.0, 1.9, 2.1))},
+        tokens=1024,
+        recompute=1,
+    ),
+]
+
+
+def test_rows_are_read_back(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(report.as_json(ROWS, MACHINE)))
+    assert saved.read("from", file) == (ROWS, MACHINE)
+
+
+def test_an_earlier_run_is_shown(tmp_path, capsys):
+    file, table = tmp_path / "results.json", tmp_path / "results.md"
+    file.write_text(json.dumps(report.as_json(ROWS, MACHINE)))
+    bench.show(file, bench.Files(markdown=table))
+    assert "linear: 1024 × 768" in capsys.readouterr().out
+    assert "| `linear` | float32 | 2 | 2.00 [1.90–2.10] |" in table.read_text() and "fastlm bench" in table.read_text()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": [{}], "machine": {}}', '{"rows": []}'])
+def test_other_files_are_refused(tmp_path, text):
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"^from: expected a file written by `fastlm bench --json`, got .*other\.json"):
+        saved.read("from", file)
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.name)
+def test_committed_results_can_be_shown(tmp_path, file):
+    pytest.importorskip("matplotlib")
+    rows, machine = saved.read("from", file)
+    plots.draw(tmp_path / "plot.png", rows, machine)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert report.markdown(rows, machine) == file.with_suffix(".md").read_text()
