@@ -24,7 +24,6 @@ from fastlm.integrations.parts import (
     Parts,
     container_parameters,
     parameter_names,
-    register_containers,
 )
 from fastlm.integrations.patch import (
     GLOBAL_HOOKS,
@@ -76,11 +75,10 @@ class LayerPatch(Patch):
         return parts if parts is not None and parts.is_current(weights=False) else self.new_parts()
 
     def new_parts(self) -> Parts:
-        if is_compiling():
-            return Parts(self.module, self.family)
-        register_containers(self.module, self.family)
-        self.parts: Parts | None = Parts(self.module, self.family)
-        return self.parts
+        parts = Parts(self.module, self.family)
+        if not is_compiling():
+            self.parts: Parts | None = parts
+        return parts
 
     def __call__(self, *args: Any, _checkpoint: bool = CHECKPOINTS_IN_FORWARD, **kwargs: Any) -> Any:
         names, arguments = self.names, dict(kwargs)

@@ -22,21 +22,17 @@ PROJECTIONS = {
     "linear": (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear),
     "conv1d": (Conv1D,),
 }
-# `approximate` of gelu_mlp by the class of an activation of transformers. Versions differ in which of them they have.
+GELU_NAMES = {
+    "GELUActivation": "none",
+    "NewGELUActivation": "tanh",
+    "GELUTanh": "tanh",
+    "PytorchGELUTanh": "tanh",
+    "FastGELUActivation": "tanh",
+    "AccurateGELUActivation": "tanh",
+}
+# `approximate` of gelu_mlp by the class of an activation. Versions of transformers differ in which of them they have.
 GELUS = {
-    getattr(activations, name): approximate
-    for approximate, names in {
-        "none": ("GELUActivation",),
-        "tanh": (
-            "NewGELUActivation",
-            "GELUTanh",
-            "PytorchGELUTanh",
-            "FastGELUActivation",
-            "AccurateGELUActivation",
-        ),
-    }.items()
-    for name in names
-    if hasattr(activations, name)
+    getattr(activations, name): approximate for name, approximate in GELU_NAMES.items() if hasattr(activations, name)
 }
 POSITIONS = {"learned": "absolute"}  # as the attention modules of transformers 4 call them
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -126,18 +122,10 @@ def gelu_of(activation: Any) -> str | None:
     return activation.approximate if type(activation) is nn.GELU else GELUS.get(type(activation))
 
 
-def register_containers(layer: Any, family: Family) -> None:
-    """A class is registered if its forward is defined in the family's module."""
-    for path in containers(family):
-        kind = type(layer.get_submodule(path))
-        if kind not in container_parameters:
-            if getattr(inspect.unwrap(kind.forward), "__module__", "") == family.module:
-                container_parameters[kind] = parameter_names(kind)
-
-
-def containers(family: Family) -> set[str]:
-    paths = {family.attention, parent(family.attention), parent(family.out), parent(family.up), parent(family.down)}
-    return paths - {""}
+def register_container(kind: Any, family: Family) -> None:
+    """Registers a class if its forward is defined in the family's module."""
+    if kind not in container_parameters and getattr(inspect.unwrap(kind.forward), "__module__", "") == family.module:
+        container_parameters[kind] = parameter_names(kind)
 
 
 def parameter_names(kind: Any) -> tuple[str, ...]:
@@ -156,6 +144,10 @@ class Parts:
         self.links: list[tuple[dict, str, Any]] = []  # (parent's _modules, name, module)
         self.layer = layer
         self.find_modules(family)
+        if not torch.compiler.is_compiling():
+            for module in (self.attention_block, self.attention, self.out_owner, self.up_owner, self.down_owner):
+                if module is not None:
+                    register_container(type(module), family)
         self.find_reasons(family)
         self.remember_state()
 

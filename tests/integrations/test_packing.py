@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.integrations import reporting
-from fastlm.integrations import packing
+from fastlm.integrations import packing, reporting
 from tests.integrations.support import ENCODERS, V5, accelerated_copy, assert_close_gradients, ids, padded, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
