@@ -558,7 +558,7 @@ def test_on_amd_what_lies_beyond_2_gib_is_another_kind(hip, kinds, launch, monke
 
 
 def test_what_is_compiled_is_bounded(launch, monkeypatch):
-    monkeypatch.setattr(launch, "MOST", 3)
+    monkeypatch.setattr(launch, "MAX_ENTRIES", 3)
     for constant in range(20):
         kernel = Kernel()
         for size in (32, 32, 64, 96, 128):
