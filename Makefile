@@ -23,7 +23,8 @@ SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
 .PHONY: demo test bench docs gpu gpu-sanitize models lint format emulated sanitize nightly clean
 
-# Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch, and generates text.
+# Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch; then generates
+# text with it.
 demo: .venv/with-plot
 	$(BIN)/fastlm demo
 

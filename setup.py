@@ -279,7 +279,7 @@ rule nvcc
 """
     for kernel in kernels:
         text += f"build {kernel.stem}.cu.o: nvcc {escape_path(str(kernel))}\n"
-    bindings = sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp")) or [ROOT / "csrc/bindings_cuda.cpp"]
+    bindings = sorted((ROOT / "csrc/bindings/cuda").glob("*.cpp"))
     defines = ["-DFASTLM_MODULE=_cuda", "-DFASTLM_DEVICE=cuda", f'-DFASTLM_CUDA_ARCHS="{",".join(cuda.archs)}"']
     objects = " ".join(f"{kernel.stem}.cu.o" for kernel in kernels)
     return text + module_build("_cuda", bindings, defines, link, objects)

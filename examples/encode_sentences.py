@@ -1,4 +1,4 @@
-"""Encodes sentences with a SentenceTransformer, on fastlm, and finds the nearest to each.
+"""Encodes sentences with an accelerated SentenceTransformer and prints the nearest sentence to each.
 
 python examples/encode_sentences.py path/to/minilm
 """
@@ -13,7 +13,7 @@ SENTENCES = [
     "The cat sleeps on the warm windowsill.",
     "A kitten is napping by the window in the sun.",
     "The central bank raised its interest rate by half a point.",
-    "Borrowing became dearer after the decision of the monetary authority on Thursday.",
+    "Loans became more expensive after the decision of the monetary authority on Thursday.",
 ]
 
 

@@ -1,8 +1,8 @@
-"""Fine-tunes a sentence classifier from a MiniLM checkpoint with transformers' Trainer, on fastlm.
+"""Fine-tunes an accelerated MiniLM checkpoint as a sentence classifier with transformers' Trainer.
 
     python examples/finetune_classifier.py path/to/minilm [--steps 60]
 
-The task is small enough to see it learn: whether a sentence is about the weather or about food.
+The classes are sentences about the weather and about food, a task that is learned in a few steps.
 """
 
 import argparse
@@ -26,11 +26,12 @@ FOOD = (
 
 
 def examples(tokenizer):
+    """(evaluation set, training set)."""
     rows = []
     for label, (pattern, first, second) in enumerate((WEATHER, FOOD)):
         for words in itertools.product(first, second):
             rows.append({**tokenizer(pattern.format(*words)), "labels": label})
-    return rows[::3], [row for i, row in enumerate(rows) if i % 3]  # to evaluate on, to train on
+    return rows[::3], [row for i, row in enumerate(rows) if i % 3]
 
 
 def main():
@@ -63,7 +64,7 @@ def main():
             compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
         )
         trainer.train()
-        print(f"accuracy on {len(held_out)} sentences not trained on: {trainer.evaluate()['eval_accuracy']:.2f}")
+        print(f"accuracy on {len(held_out)} evaluation sentences: {trainer.evaluate()['eval_accuracy']:.2f}")
 
 
 if __name__ == "__main__":

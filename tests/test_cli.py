@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -16,17 +15,20 @@ import torch
 from typer.testing import CliRunner
 
 import fastlm
-from fastlm.backends import choice, isa, table
-from fastlm.benchmarking import choose, machine, operators, report, whole
+from fastlm.backends import isa, selection, table
+from fastlm.backends.rule import Rule
+from fastlm.benchmarking import machine, report, whole
+from fastlm.benchmarking import table as measured_table
 from fastlm.benchmarking.gpu import plan
 from fastlm.benchmarking.gpu.timing import Row
 from fastlm.benchmarking.measure import Ratio
 from fastlm.cli import app
-from fastlm.commands import bench, bench_gpu, choices, demo
+from fastlm.commands import bench_gpu, choices, demo
 from fastlm.generation import load_tokenizer
 from fastlm.models import BertForMaskedLM, GPT2LMHeadModel, load_model
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.curve import draw_losses
+from tests.benchmarks.small import shrunk
 from tests.benchmarks.test_report import DESCRIBED
 
 TINY = "--layers 1 --heads 2 --width 32 --context 16 --batch 4 --steps 12 --eval-every 5 --warmup 2".split()
@@ -372,23 +374,20 @@ def test_info_measure(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(report, "machine", lambda threads, dtypes: DESCRIBED)
     verdicts = [
-        choose.Verdict("linear", "float32", 32, Ratio(0.8, 0.7, 0.9)),
-        choose.Verdict("linear", "float32", 1024, Ratio(1.2, 1.1, 1.3)),
+        measured_table.Verdict("linear", "float32", "32 × 8 → 8", {"rows": 32}, Ratio(0.8, 0.7, 0.9)),
+        measured_table.Verdict("linear", "float32", "1024 × 8 → 8", {"rows": 1024}, Ratio(1.2, 1.1, 1.3)),
     ]
-    monkeypatch.setattr(choose, "measure", lambda: iter(verdicts))
+    monkeypatch.setattr(measured_table, "measure", lambda: iter(verdicts))
     table.forget()
     try:
         output = run("info", "--measure")
-        assert (
-            "2 threads: reads 20.0 GB/s; multiply-adds 200 GFLOP/s in float32, PyTorch's product 90% of it\n" in output
-        )
-        assert "32 rows: 0.80 [0.70–0.90] × PyTorch's speed; backend: torch\n" in output and output.endswith(
-            f"{fastlm.info()}\n"
-        )
-        assert table.rules() == (table.Rule("linear", "float32", {"rows": (None, 181)}),)
+        assert "2 threads: reads 20.0 GB/s; multiply-adds 200 GFLOP/s in float32" in output
+        assert "linear 32 × 8 → 8, float32: speedup over PyTorch 0.80 [0.70–0.90]; backend: torch\n" in output
+        assert output.endswith(f"{fastlm.info()}\n")
+        assert table.cpu_rules() == (Rule("linear", "float32", {"rows": (None, 181)}),)
     finally:
         table.forget()
-        choice.CHOICES.clear()
+        selection.forget()
 
 
 @pytest.fixture
@@ -409,24 +408,21 @@ def two_gpus(monkeypatch, tmp_path):
     table.forget()
     yield measured
     table.forget()
-    choice.CHOICES.clear()
+    selection.forget()
 
 
 def test_info_measures_each_gpu_model(two_gpus, monkeypatch):
     """Without a compiled module for the CPU, only the GPUs are measured."""
 
-    def measure(run, device, planned, rivals):
-        assert (
-            device == "cuda"
-            and planned[0] is plan.FIRST[0]
-            and len(planned) == len(plan.FIRST) + len(plan.THEN)
-            and not rivals
-        )
+    first, then = plan.planned()
+
+    def measure(run, device, pairs, baselines):
+        assert device == "cuda" and pairs == [*first, *then] and not baselines
         run.failed.append("gelu_mlp: out of memory")
         run.left_out.append("attention")
         slower = {} if two_gpus[-1] == 2 else {"cuda": {"seconds": 1e-6, "median": 0.8, "low": 0.7, "high": 0.9}}
-        features = {"rows": 64, "width": 64, "dropout": False}
-        yield Row("layernorm_residual", "64 × 64", "bfloat16", "forward", "triton", True, 2e-6, {}, slower, features)
+        sizes = {"rows": 64, "width": 64, "dropout": False}
+        yield Row("layernorm_residual", "64 × 64", "bfloat16", "forward", "triton", True, 2e-6, {}, slower, sizes)
 
     monkeypatch.setattr(plan.Run, "measure", measure)
     monkeypatch.setattr(isa, "kernels", None)
@@ -436,8 +432,8 @@ def test_info_measures_each_gpu_model(two_gpus, monkeypatch):
     assert "failed: gelu_mlp: out of memory\nskipped, out of time: attention\n" in output and "Other\n" in output
     assert list(json.loads(table.user_table().read_text())) == ["Card"]
     rule = "layernorm_residual in bfloat16 (8 ≤ rows ≤ 512, 8 ≤ width ≤ 512)"
-    assert f"GPU: Card: the CUDA C++ kernels serve {rule}, Triton comes first elsewhere\n" in output
-    assert "nothing to compare" in output and "GPU: Other: not measured yet" in output
+    assert f"GPU: Card: cuda for {rule}; otherwise triton, cuda, torch, reference\n" in output
+    assert "nothing to compare" in output and "GPU: Other: not measured, backend order" in output
 
 
 @pytest.mark.parametrize("name, value", [("limit", "7"), ("table", "t.json")])
@@ -478,11 +474,7 @@ def test_version_and_help():
 @pytest.fixture
 def small_cases(monkeypatch):
     """The same cases at tiny sizes, and fixed values for the machine's peaks."""
-    small = {
-        name: functools.partial(case, rows=16, width=32, heads=2, vocabulary=50)
-        for name, case in operators.CASES.items()
-    }
-    monkeypatch.setattr(bench, "CASES", small)
+    monkeypatch.setattr(choices, "CASES", {name: shrunk(case) for name, case in choices.CASES.items()})
     monkeypatch.setattr(machine, "reading", lambda: machine.Probe(lambda: None, 1e7))
     monkeypatch.setattr(machine, "arithmetic", lambda threads, dtype: machine.Probe(lambda: None, 1e9))
     for module in (machine, report):
@@ -504,17 +496,17 @@ def test_bench(small_cases, tmp_path):
     rows = json.loads(files["json"].read_text())["rows"]
     expected = {
         (o, d, n, w)
-        for o in operators.CASES
+        for o in choices.DEFAULT_CASES
         for d in ("float32", "bfloat16")
         for n in (2,)
         for w in ("forward", "backward", "forward+backward")
     }
     expected -= {(o, d, n, w) for o, d, n, w in expected if (o, w) == ("linear_cross_entropy", "backward")}
     assert {(row["operator"], row["dtype"], row["threads"], row["direction"]) for row in rows} == expected
-    assert all(row["rivals"]["eager"]["ratio"]["low"] <= row["rivals"]["eager"]["ratio"]["high"] for row in rows)
+    assert all(row["baselines"]["eager"]["ratio"]["low"] <= row["baselines"]["eager"]["ratio"]["high"] for row in rows)
     table = files["markdown"].read_text()
-    assert table.count("\n| `") == len(operators.CASES) * 2 and "10.0 GB/s" in table
-    assert "allocator: " in output and all(name in output for name in operators.CASES)
+    assert table.count("\n| `") == len(choices.DEFAULT_CASES) * 2 and "10.0 GB/s" in table
+    assert "allocator: " in output and all(name in output for name in choices.DEFAULT_CASES)
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
 
 
@@ -537,7 +529,7 @@ def test_bench_training_step_at_several_recompute_levels(small_cases, monkeypatc
         (["--recompute", "3"], "recompute: expected a comma-separated list of 0, 1, 2, got '3'"),
         (
             ["--operators", "softmax"],
-            "operators: expected a comma-separated list of attention, .*, growth, accelerated, got 'softmax'",
+            "operators: expected a comma-separated list of adamw, attention, .*, growth, accelerated, got 'softmax'",
         ),
         (
             ["--operators", "accelerated", "--case", "llama"],

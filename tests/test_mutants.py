@@ -7,6 +7,7 @@ them. `python -m tests.mutation.run --help` selects.
 """
 
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -17,6 +18,9 @@ from tests.mutation import run
 
 SCOPE = os.environ.get("FASTLM_TEST_MUTANTS", "sample")
 assert SCOPE in ("sample", "all"), f"FASTLM_TEST_MUTANTS: expected sample or all, got {SCOPE}"
+# The share of generated mutants that may survive: 11 of 85 in the CPU kernels did before there were rules, and each of
+# them changed no result. Whether a change is one can't be decided in general.
+UNNOTICED = 0.05
 
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None,
@@ -34,9 +38,13 @@ needs_compiler = pytest.mark.skipif(
         "python",
     ],
 )
-def test_every_mutant_is_noticed(kind, tmp_path):
-    unnoticed = run.unnoticed(run.run(kind, tmp_path, everything=SCOPE == "all"))
-    assert not unnoticed, "\n".join(unnoticed)
+def test_mutants_are_noticed(kind, tmp_path):
+    """All of those by hand, and of the generated ones all but the few that change no result and that no rule covers."""
+    outcomes = run.run(kind, tmp_path, everything=SCOPE == "all")
+    unnoticed = run.unnoticed(outcomes)
+    print(f"{len(unnoticed)} of {len(outcomes)} mutants were not noticed", *unnoticed, sep="\n")
+    assert not run.unnoticed([(m, outcome) for m, outcome in outcomes if m.kind == "by hand"]), "\n".join(unnoticed)
+    assert len(unnoticed) <= math.ceil(UNNOTICED * len(outcomes)), "\n".join(unnoticed)
 
 
 def test_every_kernel_has_mutants():

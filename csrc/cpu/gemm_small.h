@@ -205,25 +205,25 @@ void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b,
 
 // A tile of a·b, both packed k-major, depth ≤ SmallK. Calls write(row, vector, value) from the registers. The order of
 // the sums is that of multiply_tile.
-template <class Arithmetic, int Vecs, class Write>
+template <class Arithmetic, class Write>
 FASTLM_INLINE void write_tile(int64_t depth, const float* a, const float* b, Write write) {
-  constexpr int64_t Width = Vecs * vec::Lanes;
+  constexpr int64_t Width = NRVecs * vec::Lanes;
   using accumulator = typename Arithmetic::accumulator;
-  accumulator total[MR][Vecs];
+  accumulator total[MR][NRVecs];
   sum_chain<Arithmetic, false>(std::min(depth, Chain), a, PanelRows, b, Width, total);
   for (int64_t first = Chain; SmallK > Chain && first < depth; first += Chain) {
-    accumulator sum[MR][Vecs];
+    accumulator sum[MR][NRVecs];
     sum_chain<Arithmetic, false>(std::min(depth - first, Chain), a + first * PanelRows, PanelRows, b + first * Width,
                                  Width, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 3
-      for (int v = 0; v < Vecs; ++v) total[r][v] = total[r][v] + sum[r][v];
+      for (int v = 0; v < NRVecs; ++v) total[r][v] = total[r][v] + sum[r][v];
   }
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < Vecs; ++v) write(r, v, Arithmetic::value(total[r][v]));
+    for (int v = 0; v < NRVecs; ++v) write(r, v, Arithmetic::value(total[r][v]));
 }
 
 // The product for small k: gradients of weights. A is contiguous along its rows and at most SmallK deep. Results
@@ -238,6 +238,7 @@ void gemm_small_k(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b,
   const int64_t parts =
       threads == 1 ? 1 : std::clamp<int64_t>(m * n / 32768, 1, std::min<int64_t>(4 * threads, row_panels));
   parallel_parts(parts, threads, [=](int64_t part) {
+    alignas(64) float edge[MR * Panel];  // a tile at an edge of C
     float *packed_a = scratch(Arithmetic::KC * (PanelRows + GroupColumns)),
           *packed_b = packed_a + Arithmetic::KC * PanelRows;
     const int64_t end = std::min(m, row_panels * (part + 1) / parts * PanelRows);
@@ -257,21 +258,19 @@ void gemm_small_k(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b,
           for (int64_t column = first; column < last; column += Panel) {
             const int64_t tile_rows = std::min<int64_t>(MR, rows - r), columns = std::min(Panel, last - column);
             const float* columns_of_b = packed_b + (column - first) * depth;
-            auto write = [&](int64_t i, int64_t v, vec value, auto span) {
-              epilogue(panel + r + i, column + v * L, value, span);
-            };
             if (tile_rows == MR && columns == Panel) {
-              write_tile<Arithmetic, NRVecs>(depth, packed_a + r, columns_of_b,
-                                             [=](int i, int v, vec value) { write(i, v, value, full{}); });
+              write_tile<Arithmetic>(depth, packed_a + r, columns_of_b, [=](int i, int v, vec value) {
+                epilogue(panel + r + i, column + v * L, value, full{});
+              });
               continue;
             }
-            with_vecs(ceil_div(columns, L), [=](auto vecs) {
-              write_tile<Arithmetic, vecs>(depth, packed_a + r, columns_of_b, [=](int i, int v, vec value) {
-                if (i >= tile_rows) return;
-                if ((v + 1) * L <= columns) write(i, v, value, full{});
-                else write(i, v, value, tail{size_t(columns - v * L)});
+            const int64_t vecs = ceil_div(columns, L), width = vecs * L;
+            multiply_tile<Arithmetic>(vecs, depth, packed_a + r, PanelRows, columns_of_b, width, edge, width, false);
+            for (int64_t i = 0; i < tile_rows; ++i)
+              sweep(columns, [&](int64_t j, auto span) {
+                const auto sum = Arithmetic::accumulator::load(edge + i * width + j, full{});
+                epilogue(panel + r + i, column + j, Arithmetic::value(sum), span);
               });
-            });
           }
       }
     }

@@ -5,6 +5,7 @@ At every call a layer checks which of its parts may be replaced. If all may be, 
 computes the others by operators.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -63,43 +64,47 @@ class LayerPatch(Patch):
         self.other_caches = frozenset(CACHE_ARGUMENTS) - {self.cache_name}
         self.rare = self.other_caches | {"head_mask"}
         self.all_options = options["attention"] and options["layernorm"] and options["mlp"]
-        self.parts: Parts | None = None
-        self.current_parts()
+        self.new_parts()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy finds the parts of its own layer."""
         return {**self.__dict__, "parts": None}
 
     def current_parts(self) -> Parts:
+        """Between calls of the layer."""
         parts = self.parts
-        if parts is not None and parts.is_current():
-            return parts
+        return parts if parts is not None and parts.is_current(weights=False) else self.new_parts()
+
+    def new_parts(self) -> Parts:
         if is_compiling():
             return Parts(self.module, self.family)
         register_containers(self.module, self.family)
-        self.parts = Parts(self.module, self.family)
+        self.parts: Parts | None = Parts(self.module, self.family)
         return self.parts
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = self.bind(args, kwargs)
+    def __call__(self, *args: Any, _checkpoint: bool = CHECKPOINTS_IN_FORWARD, **kwargs: Any) -> Any:
+        names, arguments = self.names, dict(kwargs)
+        if len(args) > len(names):
+            self.bind(args, kwargs)  # raises
+        for name, argument in zip(names, args):  # noqa: B905  # there may be fewer arguments than names
+            arguments[name] = argument
         if self.unsupported_reason(arguments):
             return self.original(*args, **kwargs)
-        own = self.module.__dict__
-        if CHECKPOINTS_IN_FORWARD and own.get("gradient_checkpointing") and own["training"] and torch.is_grad_enabled():
+        parts = self.parts
+        if parts is None or not parts.is_current():
+            parts = self.new_parts()
+        own = parts.layer_dict
+        if _checkpoint and own.get("gradient_checkpointing") and own["training"] and torch.is_grad_enabled():
             without_cache = {**dict.fromkeys(CACHE_ARGUMENTS), "use_cache": False}
             kwargs = {name: without_cache.get(name, value) for name, value in kwargs.items()}
-            return self.module._gradient_checkpointing_func(lambda *args: self.compute(self.bind(args, kwargs)), *args)
-        return self.compute(arguments)
-
-    def compute(self, arguments: dict) -> Any:
-        parts = self.current_parts()
+            function = functools.partial(self, _checkpoint=False, **kwargs)
+            return self.module._gradient_checkpointing_func(function, *args)
         x, mask = arguments[self.input_name], arguments.get(self.mask_name)
         return_weights = bool(arguments.get("output_attentions"))
         if (
             parts.all_replaceable
             and self.all_options
             and not return_weights
-            and parts.have_plain_weights()
             and not (collector is not None and collector.get())
         ):
             y = fused_layer(self, parts, x, mask, arguments)
@@ -209,7 +214,7 @@ def fused_layer(patch: LayerPatch, parts: Parts, x: Tensor, mask: Any, arguments
     pre_norm, layout, norm = parts.pre_norm, parts.layout, parts.run_norm
     y = x
     if pre_norm:
-        y, _ = norm(parts.attention_norm_parameters, x, None, parts.attention_norm_dict["eps"])
+        y, _ = norm(parts.attention_norm_dict, x, None)
 
     (batch, tokens, _), heads = x.shape, parts.attention_dict[parts.num_heads]
     projections = parts.qkv_parameters
@@ -230,7 +235,7 @@ def fused_layer(patch: LayerPatch, parts: Parts, x: Tensor, mask: Any, arguments
         y, x = match_dtypes(y, x, pre_norm)
     own = parts.out_dropout_dict
     dropout_p = own["p"] if own["training"] else 0.0
-    y, x = norm(parts.middle_norm_parameters, y, x, parts.middle_norm_dict["eps"], dropout_p)
+    y, x = norm(parts.middle_norm_dict, y, x, dropout_p)
     if not pre_norm:
         x = y
 
@@ -241,7 +246,7 @@ def fused_layer(patch: LayerPatch, parts: Parts, x: Tensor, mask: Any, arguments
         return x + (F.dropout(y, dropout_p) if dropout_p else y)
     if y.dtype != x.dtype:
         y, x = match_dtypes(y, x, pre_norm)
-    return norm(parts.mlp_norm_parameters, y, x, parts.mlp_norm_dict["eps"], dropout_p)[0]
+    return norm(parts.mlp_norm_dict, y, x, dropout_p)[0]
 
 
 # A layer of which some part must be called as a module
@@ -327,10 +332,9 @@ def project_qkv(x: Tensor, parts: Parts) -> Any:
 
 
 def normalize(x: Tensor, norm: Any, parts: Parts, fused: bool) -> Tensor:
-    own = norm._parameters
-    if not fused or parts.reasons[norm] or type(own.get("weight")) not in PLAIN_TENSORS:
+    if not fused or parts.reasons[norm] or type(norm._parameters.get("weight")) not in PLAIN_TENSORS:
         return norm(x)
-    return parts.run_norm(own, x, None, norm.eps)[0]
+    return parts.run_norm(norm.__dict__, x, None)[0]
 
 
 def apply_or_defer(dropout: Any, branch: Tensor, parts: Parts) -> tuple[Tensor, float]:
@@ -347,13 +351,12 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """(norm(residual + dropout(branch)), the sum)."""
     branch, dropout_p = apply_or_defer(dropout, branch, parts)
-    own = norm._parameters
-    if not fused or parts.reasons[norm] or type(own.get("weight")) not in PLAIN_TENSORS:
+    if not fused or parts.reasons[norm] or type(norm._parameters.get("weight")) not in PLAIN_TENSORS:
         residual_sum = residual + (F.dropout(branch, dropout_p) if dropout_p else branch)
         return norm(residual_sum), residual_sum
     if branch.dtype != residual.dtype:
         branch, residual = match_dtypes(branch, residual, parts.pre_norm)
-    return parts.run_norm(own, branch, residual, norm.eps, dropout_p)
+    return parts.run_norm(norm.__dict__, branch, residual, dropout_p)
 
 
 def mlp(x: Tensor, parts: Parts, fused: bool) -> Tensor:

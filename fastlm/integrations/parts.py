@@ -1,7 +1,6 @@
 """The parts of a layer, and for each the reason why it must be called as a module and no operator may replace it."""
 
 import inspect
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,20 +41,19 @@ GELUS = {
 POSITIONS = {"learned": "absolute"}  # as the attention modules of transformers 4 call them
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-get_weight = operator.methodcaller("get", "weight")
+Parameter = nn.Parameter
 
 # Classes of containers whose forward is defined in the family's module, so that it computes what the family describes,
 # and the parameters of each one's forward. They are read in eager mode only: torch.compile cannot trace `inspect`.
 container_parameters: dict[type, tuple[str, ...]] = {}
 
 
-# Operators by the kinds of families.py. Each takes the `_parameters` of the modules that it replaces.
+# Operators by the kinds of families.py. A norm is given by its module's `__dict__`, projections by their `_parameters`.
 
 
-def layer_norm(
-    own: dict, x: Tensor, residual: Tensor | None, epsilon: float, dropout_p: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    return fastlm.layernorm_residual(x, residual, own["weight"], own["bias"], epsilon, dropout_p=dropout_p)
+def layer_norm(norm: dict, x: Tensor, residual: Tensor | None, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    own = norm["_parameters"]
+    return fastlm.layernorm_residual(x, residual, own["weight"], own["bias"], norm["eps"], dropout_p=dropout_p)
 
 
 def plain_mlp(x: Tensor, up: dict, down: dict, approximate: str, layout: str) -> Tensor:
@@ -222,8 +220,6 @@ class Parts:
         self.qkv_parameters = [module._parameters for module in self.qkv]
         self.out_parameters, self.up_parameters = self.out._parameters, self.up._parameters
         self.down_parameters = self.down._parameters
-        self.attention_norm_parameters = self.attention_norm._parameters
-        self.middle_norm_parameters, self.mlp_norm_parameters = self.middle_norm._parameters, self.mlp_norm._parameters
         self.layer_dict, self.attention_dict = self.layer.__dict__, self.attention.__dict__
         self.attention_norm_dict, self.mlp_norm_dict = self.attention_norm.__dict__, self.mlp_norm.__dict__
         self.middle_norm_dict = self.middle_norm.__dict__
@@ -239,22 +235,26 @@ class Parts:
             self.links.append((siblings, name, module))
         return module
 
-    def is_current(self) -> bool:
+    def is_current(self, weights: bool = True) -> bool:
         """Whether every part could be replaced and still can: no module replaced, hooked or wrapped since.
 
-        This is what a layer pays at every call for allowing such changes.
+        This is what a layer pays at every call for allowing such changes. weights=False ignores the weights: while a
+        layer is not running, sharding replaces them by other kinds of tensors.
         """
         if not self.all_replaceable or self.parents != self.children or [*map(type, self.modules)] != self.classes:
             return False
-        if is_dynamo_compiling() or any(self.hooks):  # hooks may be idle
-            return not any(call_reason(module) for module in self.modules)
-        for own in self.dicts:
-            if "forward" in own:
-                return not any(call_reason(module) for module in self.modules)
+        check_each = is_dynamo_compiling() or any(self.hooks)  # hooks may be idle
+        if not check_each:
+            for own in self.dicts:
+                if "forward" in own:
+                    check_each = True
+        if check_each:
+            for module in self.modules:
+                if call_reason(module):
+                    return False
+        if weights:
+            for own in self.parameters:
+                kind = type(own.get("weight"))
+                if kind is not Parameter and kind not in PLAIN_TENSORS:
+                    return False
         return True
-
-    def have_plain_weights(self) -> bool:
-        """Sharding replaces weights by other kinds of tensors between two calls."""
-        if is_dynamo_compiling():
-            return all(type(own.get("weight")) in PLAIN_TENSORS for own in self.parameters)
-        return PLAIN_TENSORS.issuperset(map(type, map(get_weight, self.parameters)))

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# NVIDIA's compute-sanitizer over some small tests of the CUDA kernels: on the GPU itself, what the emulator shows of bounds and races on a CPU. One process a
-# tool, each with its share of the time. OUT/sanitizer-TOOL.txt has what a tool reports; where there is nothing to run, one line says why.
+# Runs small tests of the CUDA kernels under NVIDIA's compute-sanitizer: out-of-bounds accesses and races on the GPU itself,
+# which the emulator checks on a CPU. One process per tool, each with an equal part of the time. A tool's report is in
+# OUT/sanitizer-TOOL.txt; if there is nothing to run, one line says why.
 #   gpu_sanitized.sh PYTHON OUT SECONDS TOOL… -- ARGUMENTS OF PYTEST…
-# Exit status: 1 where a tool reports something, a test fails or the time runs out.
+# Exit status: 1 if a tool reports an error, a test fails or the time runs out.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=$1 out=$2 limit=$3 tools=()
@@ -51,10 +52,10 @@ if ! reasons=$("$python" -c 'import fastlm; print(*fastlm.info().backends["cuda"
 fi
 
 export FASTLM_TEST_DEVICE=cuda FASTLM_TEST_BACKENDS=cuda
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor by itself, so that what lies behind it is not another's
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # separate allocations, so that accesses past the end are found
 failed=0
 for tool in "${tools[@]}"; do
-  # The vendor's kernels are not ours to judge, and what PyTorch asks of the driver in vain is no mistake of a kernel.
+  # Only this project's kernels are checked, and errors of driver calls that PyTorch handles are not reported.
   timeout -k 10 $((limit / ${#tools[@]})) "$sanitizer" --tool "$tool" --error-exitcode 99 --kernel-regex kns=fastlm --report-api-errors no \
     --log-file "$out/sanitizer-$tool.txt" "$python" -m pytest -q -x -p no:cacheprovider -m gpu "${tests[@]}" "$@"
   status=$?

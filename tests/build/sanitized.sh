@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The operator tests against an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (Linux, GCC).
-# The narrowest instruction set, where the compiler instruments every load, and the widest that this machine has. Arguments go to pytest.
+# Runs the operator tests on modules built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree
+# (Linux, GCC): the module of the narrowest instruction set, where the compiler instruments every load, and that of the
+# widest that this machine has. Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=$PWD/.venv/bin/python
@@ -12,10 +13,11 @@ isas=${FASTLM_SANITIZE_ISAS:-$("$python" -c 'from fastlm import _cpu_features as
 cd "$copy"
 FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_ISAS=${isas// /,} FASTLM_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace
 
-# The runtime must be the first library of the process, and find C++'s exceptions when it starts. Python's own leaks are not ours to find.
+# The sanitizer runtime must be the first library of the process and needs libstdc++ at its start. Python's own leaks are
+# not reported.
 LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so)
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
-for isa in $isas; do # --capture=sys leaves the report of an error on the terminal
+for isa in $isas; do # with --capture=sys reports of errors go to the terminal
   FASTLM_ISA=$isa "$python" -c 'import torch, fastlm; i = fastlm.info(); assert not i.build, i.build; print(fastlm.backends.isa.kernels.__file__)' | grep build/sanitized
   FASTLM_ISA=$isa FASTLM_TEST_BACKENDS=cpu "$python" -m pytest -q -x -n logical --maxprocesses 4 --dist loadfile --capture=sys --durations=5 tests/ops tests/optim -m "not slow" -k "not compile and not opcheck and not contract" "$@"
 done

@@ -1,4 +1,4 @@
-"""smoke.py compiled|plain|one-thread: checks that an installed fastlm imports and computes. Run outside the checkout."""
+"""smoke.py compiled|plain|one-thread: an installed fastlm imports and computes. Run it outside the checkout."""
 
 import importlib.util
 import pathlib
@@ -26,7 +26,7 @@ else:
     assert ("1 thread (built without OpenMP)" in str(info)) == (expected == "one-thread"), str(info)
     backends = ("cpu", "torch", "reference")
 
-# The Triton kernels came along, inside the package alone.
+# The Triton kernels are installed inside the package only.
 kernels = importlib.util.find_spec("fastlm.kernels")
 assert kernels is not None and pathlib.Path(kernels.origin).with_name("attention.py").exists(), kernels
 assert importlib.util.find_spec("kernels") is None

@@ -1,4 +1,4 @@
-"""What the module says of this CPU against what the operating system says."""
+"""The module's report of this CPU against that of the operating system."""
 
 import importlib
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_the_cpu_is_the_one_that_linux_names(cpuinfo):
 
 
 def test_microarchitecture_fits_the_instruction_sets():
-    """A wrong row of the table would send operators by another CPU's measurements."""
+    """With a wrong row of the table, backends would be selected by another CPU's measurements."""
     name, isas = features.microarchitecture(), features.isas()
     if name in ("zen4", "zen5", "cooperlake", "sapphirerapids", "emeraldrapids", "graniterapids"):
         assert isas[0] in (
@@ -55,7 +55,7 @@ def test_microarchitecture_fits_the_instruction_sets():
             "avx512_bf16",
             "avx2",
             "baseline",
-        )  # the last two: a virtual machine that hides AVX-512, or all of AVX
+        )  # the last two: a virtual machine that hides AVX-512, or AVX
     elif name in ("zen1", "zen2", "zen3", "haswell", "broadwell", "skylake", "alderlake", "raptorlake", "meteorlake"):
         assert isas[0] in ("avx2", "baseline")
     else:

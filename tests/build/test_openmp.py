@@ -1,4 +1,4 @@
-"""One pool of threads: the kernels run on the OpenMP runtime that torch brought, whatever it is called."""
+"""One thread pool: the kernels use the OpenMP runtime that torch has loaded, whatever its file name."""
 
 import ctypes.util
 import subprocess
@@ -17,7 +17,7 @@ if sys.platform != "linux" or not fastlm.info().openmp:
 
 PACKAGE = Path(fastlm.__file__).parent
 
-# Modules without Python's side of the package, which would import torch; and which runtimes a process has mapped.
+# Loads modules without the Python package, which would import torch; shows the runtimes that the process has mapped.
 TOOLS = f"""
 import ctypes, glob, importlib.util
 
@@ -54,7 +54,7 @@ x @ x.T
 
 
 def test_a_runtime_under_another_name_is_the_one_used(tmp_path):
-    """PyTorch's wheels with CUDA carry a libgomp that was renamed. No second one may be loaded beside it."""
+    """PyTorch's CUDA wheels contain a renamed libgomp. No second one may be loaded."""
     torch_own = [*(Path(torch.__file__).parent / "lib").glob("libgomp*"), ctypes.util.find_library("gomp")]
     renamed = tmp_path / "libgomX.so.1"
     renamed.write_bytes(Path(torch_own[0]).read_bytes().replace(b"libgomp.so.1\0", b"libgomX.so.1\0"))

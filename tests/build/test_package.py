@@ -1,4 +1,4 @@
-"""What people get: the archive with everything in it that a build needs. (ways_of_installing.sh installs from it.)"""
+"""The source archive contains everything that a build needs (ways_of_installing.sh installs from it)."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# What builds, runs and virtual environments leave in a checkout.
+# Files of builds, runs and virtual environments in a checkout.
 LEFT_BEHIND = shutil.ignore_patterns(
     ".git", ".venv", ".models", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "_build.json", ".*_cache"
 )
@@ -15,7 +15,7 @@ LEFT_BEHIND = shutil.ignore_patterns(
 
 def test_sdist_holds_what_a_build_needs_and_nothing_built(tmp_path):
     copy = tmp_path / "copy"
-    # "build" is also the name of this folder, which belongs in the archive
+    # tests/build is part of the archive, the top-level build is not
     shutil.copytree(
         ROOT,
         copy,

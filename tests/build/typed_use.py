@@ -1,4 +1,4 @@
-"""How a typed program uses fastlm: mypy reads this with --strict (make lint); nothing runs it."""
+"""A typed program that uses fastlm. mypy checks it with --strict (make lint); it is never run."""
 
 from pathlib import Path
 

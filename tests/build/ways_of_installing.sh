@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Every way in but the editable install: from the sdist, without a compiler, and with a compiler that has no OpenMP (as Apple's).
-# ways_of_installing.sh FOLDER makes its virtual environments in FOLDER; torch and the other dependencies come from .venv.
+# ways_of_installing.sh FOLDER: installs from the sdist, without a compiler, and with a compiler without OpenMP (as
+# Apple's), in virtual environments in FOLDER. torch and the other dependencies come from .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 folder=$(realpath "$1")
 smoke=$PWD/tests/build/smoke.py
 
-new_venv() { # new_venv NAME: the dependencies are in sight, this checkout is not
+new_venv() { # new_venv NAME: sees the dependencies, but not this checkout
   .venv/bin/python -m venv "$folder/$1"
   .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
     > "$("$folder/$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 }
 
-check() { # check NAME EXPECTED: outside of the checkout, so that the installed package is the one imported
+check() { # check NAME EXPECTED: outside the checkout, so that the installed package is imported
   (cd "$folder" && "$folder/$1/bin/python" "$smoke" "$2" && "$folder/$1/bin/fastlm" info)
 }
 
 echo "--- from the sdist"
 .venv/bin/python -m build -q --sdist --outdir "$folder/dist"
-# One module is compiled from it; the others need nothing but the files they are made of.
+# One module is compiled; the others need only their source files, which are compared with the list.
 git -c safe.directory='*' ls-files csrc kernels fastlm setup.py | sort > "$folder/needed"
 tar -tzf "$folder"/dist/fastlm-*.tar.gz | sed 's|^[^/]*/||' | sort | comm -13 - "$folder/needed" | { ! grep . ; } || { echo "missing in the sdist" >&2; exit 1; }
 new_venv from-sdist

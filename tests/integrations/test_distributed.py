@@ -1,4 +1,4 @@
-"""Data parallel and fully sharded training in two processes, against one process without fastlm."""
+"""Data-parallel and fully sharded training in two processes, against one process without fastlm."""
 
 import os
 import socket
@@ -12,9 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlm
-from tests.integrations.accelerated import padded, tiny
+from tests.integrations.support import padded, tiny
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo between two processes is tried on Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is tested on Linux")
 MODELS = (("GPT2", "LMHeadModel"), ("Bert", "ForMaskedLM"))
 
 
@@ -25,7 +25,7 @@ def model_and_batch(family, head):
     return model, x, mask
 
 
-def part(x, mask, rows):
+def shard(x, mask, rows):
     return {"input_ids": x[rows], "attention_mask": mask[rows], "labels": x[rows].masked_fill(mask[rows] == 0, -100)}
 
 
@@ -51,7 +51,7 @@ def run(rank, port, kind, results):
         )[1]
         for _ in range(2):
             wrapped.zero_grad()
-            wrapped(**part(x, mask, slice(2 * rank, 2 * rank + 2))).loss.backward()
+            wrapped(**shard(x, mask, slice(2 * rank, 2 * rank + 2))).loss.backward()
         fastlm.gelu_mlp = function
         found = {
             name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
@@ -60,8 +60,8 @@ def run(rank, port, kind, results):
         }
         if rank == 0:
             torch.save((found, len(calls), type(layers[0]).__name__), results / f"{family}.pt")
-    # Neither destroyed nor left to the last reference, which DistributedDataParallel has: gloo's end waits, with Python's lock held, for a thread that may be
-    # waiting for that lock to let go of its last piece of work. Then nothing moves any more.
+    # The process group is not destroyed, neither explicitly nor with its last reference. gloo's destructor holds the
+    # GIL while it waits for a thread that may itself need the GIL to finish.
     dist.barrier()
     os._exit(0)
 
@@ -75,11 +75,9 @@ def test_gradients_are_those_of_one_process(kind, tmp_path):
     multiprocessing.start_processes(run, (port, kind, tmp_path), nprocs=2, start_method="spawn")
     for family, head in MODELS:
         model, x, mask = model_and_batch(family, head)
-        sum(model(**part(x, mask, rows)).loss / 2 for rows in (slice(0, 2), slice(2, 4))).backward()
-        found, calls, kind_of_layer = torch.load(tmp_path / f"{family}.pt")
-        assert calls == 4 and kind_of_layer.startswith("FSDP") == (
-            kind == "fsdp"
-        )  # two layers, two steps: fused, sharded or not
+        sum(model(**shard(x, mask, rows)).loss / 2 for rows in (slice(0, 2), slice(2, 4))).backward()
+        found, calls, layer_class = torch.load(tmp_path / f"{family}.pt")
+        assert calls == 4 and layer_class.startswith("FSDP") == (kind == "fsdp")  # two layers, two steps
         expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert found.keys() == expected.keys()
         for name in expected:

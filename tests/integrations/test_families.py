@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import fastlm
 from fastlm.integrations.families import BERT, FAMILIES, GPT2, parent
 from fastlm.integrations.parts import PROJECTIONS
-from tests.integrations.accelerated import SETTINGS, assert_close_gradients, tiny
+from tests.integrations.support import SETTINGS, assert_close_gradients, tiny
 
 HOMES = {
     family: importlib.import_module(getattr(transformers, f"{family}Model").__module__).__name__ for family in SETTINGS
@@ -179,13 +179,13 @@ def test_a_family_is_added_by_one_entry(place, qkv, layout, monkeypatch):
     names = ("qkv_proj",) if qkv == "fused" else ("q_proj", "k_proj", "v_proj")
     paths = tuple(f"self_attn.{name}" for name in names)
     monkeypatch.setitem(FAMILIES, __name__, dataclasses.replace(TOY, norm_place=place, layout=layout, qkv=paths))
-    theirs = nn.ModuleList([ToyLayer(place == "pre", qkv == "fused", PROJECTION[layout]) for _ in range(2)])
-    ours = fastlm.accelerate(copy.deepcopy(theirs))
-    assert not fastlm.report(ours).left_alone and len(fastlm.report(ours).entries) == 2 * (len(paths) + 5)
+    reference = nn.ModuleList([ToyLayer(place == "pre", qkv == "fused", PROJECTION[layout]) for _ in range(2)])
+    accelerated = fastlm.accelerate(copy.deepcopy(reference))
+    assert not fastlm.report(accelerated).left_alone and len(fastlm.report(accelerated).entries) == 2 * (len(paths) + 5)
     x = torch.randn(2, 7, 36)
-    for place_of_hook in (None, *(name for name, _ in theirs[0].named_modules() if name)):
+    for place_of_hook in (None, *(name for name, _ in reference[0].named_modules() if name)):
         results, handles = [], []
-        for model in (ours, theirs):
+        for model in (accelerated, reference):
             if place_of_hook not in (None, "self_attn.drop"):  # that module is not called
                 module, seen = model[0].get_submodule(place_of_hook), []
                 handles.append(module.register_forward_hook(lambda *call, seen=seen: seen.append(1)))
@@ -196,6 +196,6 @@ def test_a_family_is_added_by_one_entry(place, qkv, layout, monkeypatch):
             if handles:
                 assert seen == [1]
         torch.testing.assert_close(*results, **CLOSE)
-        assert_close_gradients(ours, theirs)
+        assert_close_gradients(accelerated, reference)
         for handle in handles:
             handle.remove()

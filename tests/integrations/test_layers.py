@@ -1,4 +1,4 @@
-"""Layers of every family against transformers' own: numbers, dropout, hooks, adapters, checkpointing, compilation."""
+"""Layers of every family against transformers: outputs, dropout, hooks, adapters, checkpointing, compilation."""
 
 import copy
 
@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm.integrations import layers
-from tests.integrations.accelerated import (
+from tests.integrations.support import (
     ENCODERS,
     SETTINGS,
-    accelerated,
+    accelerated_copy,
     assert_close_gradients,
     assert_within_twice,
     classes_of,
@@ -29,7 +29,7 @@ VARIANTS = {
     "exact GELU": {"activation_function": "gelu"},
     "scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
     "not scaled": {"scale_attn_weights": False},
-    "narrow inside": {"n_inner": 50, "n_head": 1, "layer_norm_epsilon": 1e-3},
+    "another n_inner and epsilon": {"n_inner": 50, "n_head": 1, "layer_norm_epsilon": 1e-3},
 }
 
 
@@ -63,93 +63,94 @@ def test_gpt2(draw, dtype):
 
 @pytest.mark.parametrize(("family", "head"), [(family, head) for family in SETTINGS for head in classes_of(family)])
 def test_every_model_of_every_family(family, head):
-    """What comes out and every gradient are those of the model left alone, with padding that the encoders leave out."""
+    """Outputs and gradients match those of the original model, with padding that encoders remove."""
     settings = {"is_decoder": True} if head in ("LMHeadModel", "ForCausalLM") and family != "GPT2" else {}
-    theirs = tiny(family, head, **settings)
-    ours = accelerated(theirs)
-    assert not fastlm.report(ours).left_alone
+    reference = tiny(family, head, **settings)
+    accelerated = accelerated_copy(reference)
+    assert not fastlm.report(accelerated).left_alone
     x, mask = padded(11, 5, 9, 3)
     if head in ("ForMultipleChoice", "DoubleHeadsModel"):
         x, mask = x.view(2, 2, -1), mask.view(2, 2, -1)
-    for model in (ours, theirs):
+    for model in (accelerated, reference):
         model.zero_grad()
         results = [result for result in model(x, attention_mask=mask).to_tuple() if isinstance(result, torch.Tensor)]
         seen = [result[mask.bool()] if result.shape[: mask.dim()] == mask.shape else result for result in results]
         sum(result.square().mean() for result in seen).backward()
-        if model is ours:
-            own = seen
-    assert len(own) == len(seen) > 0
-    for a, b in zip(own, seen, strict=True):
+        if model is accelerated:
+            actual = seen
+    assert len(actual) == len(seen) > 0
+    for a, b in zip(actual, seen, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert_close_gradients(ours, theirs)
+    assert_close_gradients(accelerated, reference)
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_gpt2_as_configured(changes):
+def test_gpt2_configurations(changes):
     assert_within_twice(lambda: tiny("GPT2", "LMHeadModel", **changes), plain, shifted=True)
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra"])
 def test_decoders_of_bert_are_causal(family):
-    theirs = tiny(family, "LMHeadModel" if family == "Bert" else "ForCausalLM", is_decoder=True)
-    ours = accelerated(theirs)
+    reference = tiny(family, "LMHeadModel" if family == "Bert" else "ForCausalLM", is_decoder=True)
+    accelerated = accelerated_copy(reference)
     x, mask = padded(17, 5)
     torch.testing.assert_close(
-        ours(x, attention_mask=mask).logits[mask.bool()], theirs(x, attention_mask=mask).logits[mask.bool()], **CLOSE
+        accelerated(x, attention_mask=mask).logits[mask.bool()],
+        reference(x, attention_mask=mask).logits[mask.bool()],
+        **CLOSE,
     )
     changed = x.clone()
     changed[:, 9:] = 7
-    assert torch.equal(ours(x).logits[:, :9], ours(changed).logits[:, :9])
+    assert torch.equal(accelerated(x).logits[:, :9], accelerated(changed).logits[:, :9])
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(("family", "head"), [("Bert", "LMHeadModel"), ("GPT2", "LMHeadModel")])
-def test_cross_attention_is_left_to_its_class(family, head, implementation):
-    theirs = tiny(family, head, is_decoder=True, add_cross_attention=True)
-    theirs.set_attn_implementation(implementation)
-    ours, x = accelerated(theirs), ids(2, 7)
+def test_cross_attention_runs_the_original_forward(family, head, implementation):
+    reference = tiny(family, head, is_decoder=True, add_cross_attention=True)
+    reference.set_attn_implementation(implementation)
+    accelerated, x = accelerated_copy(reference), ids(2, 7)
     encoded, seen = torch.randn(2, 5, 36), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     arguments = {"encoder_hidden_states": encoded, "encoder_attention_mask": seen}
-    torch.testing.assert_close(ours(x, **arguments).logits, theirs(x, **arguments).logits, **CLOSE)
+    torch.testing.assert_close(accelerated(x, **arguments).logits, reference(x, **arguments).logits, **CLOSE)
 
 
 # Dropout
 
 
 @pytest.mark.parametrize("name", ["resid_pdrop", "attn_pdrop"])
-def test_dropout_drops_what_it_would(name):
-    """The mean over many draws, and their spread, are transformers' own."""
+def test_dropout_of_pre_norm_layers(name):
+    """Mean and standard deviation over many samples match transformers."""
     assert_same_distribution(tiny("GPT2", **{name: 0.5}), {})
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout_of_post_norm_layers(name):
-    """Padded too: what was packed is drawn for as what was not."""
+    """With padding, so that the layers run packed."""
     assert_same_distribution(tiny("Bert", **{name: 0.5}), {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])})
 
 
-def assert_same_distribution(theirs, inputs, draws=3000):
-    ours = accelerated(theirs).train()
-    for model in (theirs.train(), ours):  # of the embeddings alone: what is compared is inside the layers
+def assert_same_distribution(reference, inputs, draws=3000):
+    accelerated = accelerated_copy(reference).train()
+    for model in (reference.train(), accelerated):  # no dropout of embeddings: only the layers are compared
         (model.drop if hasattr(model, "drop") else model.embeddings.dropout).eval()
     x = ids(1, 6).expand(draws, -1)
     inputs = {key: value.expand(draws, -1) for key, value in inputs.items()}
     with torch.no_grad():
-        own, other = ours(x, **inputs).last_hidden_state, theirs(x, **inputs).last_hidden_state
+        actual, expected = accelerated(x, **inputs).last_hidden_state, reference(x, **inputs).last_hidden_state
     if inputs:
-        own, other = own[:, :4], other[:, :4]
-    spread = other.std(0)
-    assert spread.min() > 0.01
-    torch.testing.assert_close(own.std(0), spread, rtol=0.15, atol=0.0)
-    assert ((own.mean(0) - other.mean(0)) / spread).abs().max() < 5 * (
-        2 / draws
-    ) ** 0.5  # five standard errors of the difference
+        actual, expected = actual[:, :4], expected[:, :4]
+    deviation = expected.std(0)
+    assert deviation.min() > 0.01
+    torch.testing.assert_close(actual.std(0), deviation, rtol=0.15, atol=0.0)
+    standard_error = (2 / draws) ** 0.5  # of the difference, relative to the deviation
+    assert ((actual.mean(0) - expected.mean(0)) / deviation).abs().max() < 5 * standard_error
 
 
-def test_every_dropout_is_drawn_anew_and_repeats_with_its_seed():
+def test_dropout_differs_between_calls_and_repeats_with_the_seed():
     for family, names in (("GPT2", ("resid_pdrop", "attn_pdrop")), ("DistilBert", ("dropout", "attention_dropout"))):
         for name in names:
-            model, x = accelerated(tiny(family, **{name: 0.3})), ids(2, 7)
+            model, x = accelerated_copy(tiny(family, **{name: 0.3})), ids(2, 7)
             assert torch.equal(model(x)[0], model(x)[0])
             model.train()
             torch.manual_seed(3)
@@ -158,15 +159,15 @@ def test_every_dropout_is_drawn_anew_and_repeats_with_its_seed():
             assert torch.equal(first, model(x)[0]) and not torch.equal(first, second)
 
 
-def test_a_part_in_eval_mode_drops_nothing():
-    model = accelerated(tiny("Bert", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)).train()
+def test_modules_in_eval_mode_apply_no_dropout():
+    model = accelerated_copy(tiny("Bert", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout) or "SelfAttention" in type(module).__name__:
             module.eval()
     assert torch.equal(model(x := ids(2, 7))[0], model(x)[0])
 
 
-# Hooks and adapters, which may come after
+# Hooks and adapters that are added after accelerate
 
 
 PLACES = {
@@ -209,15 +210,15 @@ CASES = [(family, place) for family, places in PLACES.items() for place in place
 
 @pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
 @pytest.mark.parametrize(("family", "place"), CASES, ids=[f"{family}-{place}" for family, place in CASES])
-def test_a_hook_anywhere_sees_what_it_would_see(family, place, kind):
-    theirs = tiny(family)
-    ours = accelerated(theirs)
+def test_a_hook_on_any_module_is_called(family, place, kind):
+    reference = tiny(family)
+    accelerated = accelerated_copy(reference)
     x, mask = padded(7, 7, tokens=7) if family == "GPT2" else padded(7, 4, tokens=7)
     results = []
-    for model in (theirs, ours):
-        model(x, attention_mask=mask)  # a call before the hook is there
+    for model in (reference, accelerated):
+        model(x, attention_mask=mask)  # a call before the hook is added
         module, seen = model.get_submodule(place), []
-        handle = hook(module, kind, seen.append)
+        handle = add_hook(module, kind, seen.append)
         model(x, attention_mask=mask)[0][mask.bool()].square().sum().backward()
         handle.remove()
         results.append(seen)
@@ -230,10 +231,10 @@ def test_a_hook_anywhere_sees_what_it_would_see(family, place, kind):
         rtol=1e-3,
         atol=1e-4,
     )
-    assert not fastlm.report(ours).left_alone  # gone with the hook
+    assert not fastlm.report(accelerated).left_alone  # the hook was removed
 
 
-def hook(module, kind, take):
+def add_hook(module, kind, take):
     if kind == "forward":
         return module.register_forward_hook(lambda module, args, out: take(first(out).detach()))
     if kind == "pre":
@@ -247,9 +248,9 @@ def first(x):
     return next(item for item in x if item is not None) if isinstance(x, tuple) else x
 
 
-def test_a_hook_that_changes_something_changes_it():
+def test_a_hook_may_change_the_output():
     for family, place in CASES:
-        model = accelerated(tiny(family))
+        model = accelerated_copy(tiny(family))
         x = ids(2, 7)
         before = model(x)[0]
         twice = lambda module, args, out: (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2  # noqa: E731
@@ -258,17 +259,17 @@ def test_a_hook_that_changes_something_changes_it():
         assert not torch.allclose(before, model(x)[0], rtol=1e-3), (family, place)
         handle.remove()
         assert torch.equal(before, model(x)[0])
-        module._forward_hooks[-1] = twice  # without PyTorch's help
+        module._forward_hooks[-1] = twice  # not through PyTorch's API
         assert not torch.allclose(before, model(x)[0], rtol=1e-3), (family, place)
         module._forward_hooks.clear()
 
 
-@pytest.mark.parametrize("how", ["forward", "class", "parametrization", "weight"])
-def test_what_is_put_into_a_module_later_computes(how):
-    """Between two calls, without a hook: a forward of its own, another class, a weight that is computed, one that is another kind of tensor."""
+@pytest.mark.parametrize("change", ["forward", "class", "parametrization", "weight"])
+def test_a_module_that_is_changed_later_is_called(change):
+    """Changes without a hook: of the forward, the class, the weight by a parametrization, the weight's tensor type."""
 
     class Doubled(torch.Tensor):
-        """What sharding or quantisation puts in a weight's place: only PyTorch's own operators know what it means."""
+        """A tensor subclass as sharding and quantization use: only PyTorch's operators interpret it."""
 
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -282,34 +283,34 @@ def test_what_is_put_into_a_module_later_computes(how):
         ("DistilBert", "transformer.layer.1.sa_layer_norm"),
         ("GPT2", "h.0.attn.c_proj"),
     ):
-        model = accelerated(tiny(family))
+        model = accelerated_copy(tiny(family))
         x, module = ids(2, 7), model.get_submodule(place)
         before, kind, weight = model(x)[0], type(module), module.weight
-        if how == "forward":
+        if change == "forward":
             module.forward = lambda x, module=module: type(module).forward(module, x) * 2
-        elif how == "class":
+        elif change == "class":
             module.__class__ = type("Other", (kind,), {"forward": lambda self, x, kind=kind: kind.forward(self, x) * 2})
-        elif how == "parametrization":
+        elif change == "parametrization":
             nn.utils.parametrize.register_parametrization(module, "weight", nn.Softplus())
         else:
             module._parameters["weight"] = weight.detach().as_subclass(Doubled)
-        assert not torch.allclose(model(x)[0], before, rtol=1e-2), (family, how)
-        if how == "forward":
+        assert not torch.allclose(model(x)[0], before, rtol=1e-2), (family, change)
+        if change == "forward":
             del module.forward
-        elif how == "class":
+        elif change == "class":
             module.__class__ = kind
-        elif how == "parametrization":
+        elif change == "parametrization":
             nn.utils.parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         else:
             module._parameters["weight"] = weight
         assert torch.equal(model(x)[0], before)
 
 
-def test_a_global_hook_sees_every_module():
-    theirs, seen = tiny("Bert"), []
+def test_a_global_hook_is_called_for_every_module():
+    reference, seen = tiny("Bert"), []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen[-1].append(type(module)))
     try:
-        for model in (theirs, accelerated(theirs)):
+        for model in (reference, accelerated_copy(reference)):
             seen.append([])
             model(ids(1, 5))
     finally:
@@ -318,7 +319,7 @@ def test_a_global_hook_sees_every_module():
 
 
 class Adapter(nn.Module):
-    """What adapters do to a projection: a low-rank product beside it. Written by hand; test_transformers.py uses PEFT's own."""
+    """A low-rank adapter of a projection. test_transformers.py tests PEFT's adapters."""
 
     def __init__(self, inner, width, out):
         super().__init__()
@@ -338,96 +339,95 @@ class Adapter(nn.Module):
         ("DistilBert", "transformer.layer.1.attention.out_lin", 36, 36, {"linear"}),
     ],
 )
-def test_an_adapter_put_in_later_computes_and_the_rest_stays_fused(family, place, width, out, operators):
-    theirs = tiny(family)
-    ours = accelerated(theirs)
+def test_an_adapter_is_called_and_the_other_parts_stay_fused(family, place, width, out, operators):
+    reference = tiny(family)
+    accelerated = accelerated_copy(reference)
     adapter = Adapter(None, width, out)
-    for model in (theirs, ours):
+    for model in (reference, accelerated):
         owner, _, name = place.rpartition(".")
-        its = copy.deepcopy(adapter)
-        its.inner = model.get_submodule(place)
-        setattr(model.get_submodule(owner), name, its)
+        inserted = copy.deepcopy(adapter)
+        inserted.inner = model.get_submodule(place)
+        setattr(model.get_submodule(owner), name, inserted)
     x, mask = padded(7, 4, tokens=7)
-    for model in (theirs, ours):
+    for model in (reference, accelerated):
         model(x, attention_mask=mask)[0][mask.bool()].square().sum().backward()
-    assert_close_gradients(ours, theirs)
-    left = fastlm.report(ours).left_alone
+    assert_close_gradients(accelerated, reference)
+    left = fastlm.report(accelerated).left_alone
     assert {entry.operator for entry in left} == operators and all("Adapter" in entry.reason for entry in left)
 
 
-def test_other_activations_are_left_alone():
+def test_other_activations_are_not_replaced():
     for changes, reason in (
         ({"hidden_act": "relu"}, "intermediate.intermediate_act_fn is not a plain GELU"),
         ({"hidden_act": "gelu_10"}, "not a plain GELU"),
     ):
-        theirs = tiny("Bert", **changes)
-        ours, x = accelerated(theirs), ids(2, 7)
-        torch.testing.assert_close(ours(x)[0], theirs(x)[0], **CLOSE)
-        assert all(reason in entry.reason and entry.operator == "gelu_mlp" for entry in fastlm.report(ours).left_alone)
+        reference = tiny("Bert", **changes)
+        accelerated, x = accelerated_copy(reference), ids(2, 7)
+        torch.testing.assert_close(accelerated(x)[0], reference(x)[0], **CLOSE)
+        assert all(
+            reason in entry.reason and entry.operator == "gelu_mlp" for entry in fastlm.report(accelerated).left_alone
+        )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
-def test_quantised_projections_are_left_alone():
-    quantised = torch.ao.quantization.quantize_dynamic(tiny("Bert"), {nn.Linear})
-    ours, x = accelerated(quantised), ids(2, 7)
-    torch.testing.assert_close(ours(x)[0], quantised(x)[0], **CLOSE)
-    report = fastlm.report(ours)
+def test_quantized_projections_are_not_replaced():
+    quantized = torch.ao.quantization.quantize_dynamic(tiny("Bert"), {nn.Linear})
+    accelerated, x = accelerated_copy(quantized), ids(2, 7)
+    torch.testing.assert_close(accelerated(x)[0], quantized(x)[0], **CLOSE)
+    report = fastlm.report(accelerated)
     assert {entry.operator for entry in report.left_alone} == {"linear", "gelu_mlp"}
     assert {entry.operator for entry in report.replaced} == {"attention", "layernorm_residual"}
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_pruned_projections_are_left_alone(when):
-    theirs, places = tiny("Bert"), ("encoder.layer.0.attention.self.key", "encoder.layer.1.output.dense")
-    ours = copy.deepcopy(theirs)
+def test_pruned_projections_are_not_replaced(when):
+    reference, places = tiny("Bert"), ("encoder.layer.0.attention.self.key", "encoder.layer.1.output.dense")
+    accelerated = copy.deepcopy(reference)
     if when == "after":
-        fastlm.accelerate(ours)
-    for model in (theirs, ours):
+        fastlm.accelerate(accelerated)
+    for model in (reference, accelerated):
         for place in places:
             prune.random_unstructured(model.get_submodule(place), "weight", 0.5)
-    ours.load_state_dict(theirs.state_dict())
+    accelerated.load_state_dict(reference.state_dict())
     if when == "before":
-        fastlm.accelerate(ours)
+        fastlm.accelerate(accelerated)
     x, mask = padded(7, 4, tokens=7)
-    for model in (ours, theirs):
+    for model in (accelerated, reference):
         model(x, attention_mask=mask)[0][mask.bool()].square().sum().backward()
-    assert_close_gradients(ours, theirs)
-    left = fastlm.report(ours).left_alone
-    assert [entry.operator for entry in left] == [
-        "attention",
-        "linear",
-        "gelu_mlp",
-    ]  # pruning is a hook: padding stays for it
+    assert_close_gradients(accelerated, reference)
+    left = fastlm.report(accelerated).left_alone
+    # Pruning uses hooks, which prevent packing.
+    assert [entry.operator for entry in left] == ["attention", "linear", "gelu_mlp"]
     assert left[1].module == places[0] and left[2].module.startswith("encoder.layer.1.")
     for place in places:
-        prune.remove(ours.get_submodule(place), "weight")
-    assert not fastlm.report(ours).left_alone
+        prune.remove(accelerated.get_submodule(place), "weight")
+    assert not fastlm.report(accelerated).left_alone
 
 
-# Everything around a layer
+# Checkpointing, autocast, compilation, tracing
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["GPT2", "Bert", "DistilBert"])
-def test_checkpointing_gives_the_same_bits(family, reentrant):
+def test_checkpointing_is_bit_identical(family, reentrant):
     """With dropout, padding, and the loss."""
     dropouts = {
         "GPT2": {"resid_pdrop": 0.2, "attn_pdrop": 0.2},
         "Bert": {"hidden_dropout_prob": 0.2},
         "DistilBert": {"dropout": 0.2},
     }[family]
-    model = accelerated(tiny(family, "LMHeadModel" if family == "GPT2" else "ForMaskedLM", **dropouts)).train()
+    model = accelerated_copy(tiny(family, "LMHeadModel" if family == "GPT2" else "ForMaskedLM", **dropouts)).train()
     x, mask = padded(17, 5, 9)
     found = []
     for on in (False, True):
         if on:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        counted = count_calls(layers.fastlm, "gelu_mlp")
+        counted = CallCounter(layers.fastlm, "gelu_mlp")
         model.zero_grad()
         torch.manual_seed(1)
         loss = model(x, attention_mask=mask, labels=x.masked_fill(mask == 0, -100)).loss
         loss.backward()
-        assert len(counted.stop()) == (4 if on else 2)  # each of two layers, and again in backward
+        assert len(counted.stop()) == (4 if on else 2)  # two layers, recomputed in the backward pass
         found.append((loss.detach(), gradients(model)))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1].keys() == found[1][1].keys() and all(
@@ -435,7 +435,7 @@ def test_checkpointing_gives_the_same_bits(family, reentrant):
     )
 
 
-class count_calls:
+class CallCounter:
     def __init__(self, owner, name):
         self.owner, self.name, self.function, self.calls = owner, name, getattr(owner, name), []
         setattr(owner, name, self)
@@ -449,37 +449,37 @@ class count_calls:
         return self.calls
 
 
-def test_a_layer_called_by_itself_under_a_users_own_checkpoint():
-    block, x = accelerated(tiny("GPT2")).h[0], torch.randn(2, 7, 36, requires_grad=True)
+def test_a_layer_inside_torch_checkpoint():
+    block, x = accelerated_copy(tiny("GPT2")).h[0], torch.randn(2, 7, 36, requires_grad=True)
     (a,) = torch.autograd.grad(first(block(x)).square().sum(), x)
     (b,) = torch.autograd.grad(first(checkpoint(block, x, use_reentrant=False)).square().sum(), x)
     assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("family", ["GPT2", "Bert"])
-def test_autocast_is_that_of_the_operators_replaced(family):
-    theirs = tiny(family)
-    ours = accelerated(theirs)
+def test_autocast_matches_the_replaced_operators(family):
+    reference = tiny(family)
+    accelerated = accelerated_copy(reference)
     x, mask = padded(17, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        own, other = ours(x, attention_mask=mask)[0], theirs(x, attention_mask=mask)[0]
-    assert own.dtype == other.dtype == torch.float32
-    truth = copy.deepcopy(theirs).double()(x, attention_mask=mask)[0]
-    error, allowed = (((y - truth)[mask.bool()]).square().mean().sqrt() for y in (own, other))
+        actual, expected = accelerated(x, attention_mask=mask)[0], reference(x, attention_mask=mask)[0]
+    assert actual.dtype == expected.dtype == torch.float32
+    exact = copy.deepcopy(reference).double()(x, attention_mask=mask)[0]
+    error, allowed = (((y - exact)[mask.bool()]).square().mean().sqrt() for y in (actual, expected))
     assert 0 < error <= 2 * allowed
 
 
-def test_inference_mode_and_accumulation_of_gradients():
-    theirs = tiny("Bert", "ForMaskedLM")
-    ours = accelerated(theirs).train()
-    theirs.train()
+def test_inference_mode_and_gradient_accumulation():
+    reference = tiny("Bert", "ForMaskedLM")
+    accelerated = accelerated_copy(reference).train()
+    reference.train()
     for _ in range(2):
         x = ids(2, 7)
-        for model in (ours, theirs):
+        for model in (accelerated, reference):
             model(x, labels=x).loss.backward()
-    assert_close_gradients(ours, theirs)
+    assert_close_gradients(accelerated, reference)
     with torch.inference_mode():
-        assert ours.eval()(x).logits.is_inference()
+        assert accelerated.eval()(x).logits.is_inference()
 
 
 @pytest.mark.parametrize(
@@ -489,47 +489,47 @@ def test_inference_mode_and_accumulation_of_gradients():
         ("Bert", "ForMaskedLM", {"num_hidden_layers": 1}),
     ],
 )
-def test_compiled_whole_with_dynamic_shapes(family, head, one):
-    theirs = tiny(family, head, **one).train()
-    ours = accelerated(theirs)
-    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+def test_compile_fullgraph_with_dynamic_shapes(family, head, one):
+    reference = tiny(family, head, **one).train()
+    accelerated = accelerated_copy(reference)
+    compiled = torch.compile(accelerated, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths, tokens in (((17, 5), 17), ((3, 9, 4), 9)):
         x, mask = padded(*lengths, tokens=tokens)
         labels = x.masked_fill(mask == 0, -100)
-        for model in (compiled, theirs):
+        for model in (compiled, reference):
             model.zero_grad()
             model(x, attention_mask=mask, labels=labels).loss.backward()
-        assert_close_gradients(ours, theirs)
-    ours.eval(), theirs.eval()
+        assert_close_gradients(accelerated, reference)
+    accelerated.eval(), reference.eval()
     torch.testing.assert_close(
         compiled(x, attention_mask=mask).logits[mask.bool()],
-        theirs(x, attention_mask=mask).logits[mask.bool()],
+        reference(x, attention_mask=mask).logits[mask.bool()],
         **CLOSE,
     )
 
 
 @pytest.mark.parametrize(("family", "head"), [("GPT2", "LMHeadModel"), ("Bert", "ForMaskedLM")])
-def test_exported(family, head):
-    theirs = tiny(family, head, use_cache=False)
-    ours = accelerated(theirs)
+def test_export(family, head):
+    reference = tiny(family, head, use_cache=False)
+    accelerated = accelerated_copy(reference)
     x, mask = padded(17, 5)
-    program = torch.export.export(ours, (x,), {"attention_mask": mask})
+    program = torch.export.export(accelerated, (x,), {"attention_mask": mask})
     names = {str(node.target) for node in program.graph.nodes}
     assert {
         f"fastlm.{operator}_forward.default" for operator in ("attention", "linear", "gelu_mlp", "layernorm_residual")
     } <= names
     torch.testing.assert_close(
         program.module()(x, attention_mask=mask).logits[mask.bool()],
-        theirs(x, attention_mask=mask).logits[mask.bool()],
+        reference(x, attention_mask=mask).logits[mask.bool()],
         **CLOSE,
     )
 
 
-def test_tracing_and_functional_transforms_see_the_class():
-    ours = accelerated(tiny("Bert", return_dict=False))
+def test_tracing_and_functional_transforms_run_the_original_forward():
+    accelerated = accelerated_copy(tiny("Bert", return_dict=False))
     x = ids(2, 7)
-    traced = torch.jit.trace(ours, (x,), check_trace=False)
-    other = ids(2, 7)
-    torch.testing.assert_close(traced(other)[0], ours(other)[0], **CLOSE)
-    block, y = accelerated(tiny("GPT2")).h[0], torch.randn(3, 5, 36)
+    traced = torch.jit.trace(accelerated, (x,), check_trace=False)
+    y = ids(2, 7)
+    torch.testing.assert_close(traced(y)[0], accelerated(y)[0], **CLOSE)
+    block, y = accelerated_copy(tiny("GPT2")).h[0], torch.randn(3, 5, 36)
     torch.testing.assert_close(torch.func.vmap(lambda row: first(block(row[None]))[0])(y), first(block(y)), **CLOSE)

@@ -1,4 +1,4 @@
-"""The fused loss of heads: its numbers, what it leaves to the head, and transformers' Trainer around it."""
+"""The fused loss of language-model heads, the cases that compute logits, and transformers' Trainer."""
 
 import copy
 import importlib
@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import fastlm
 from fastlm.integrations import loss as fused
 from fastlm.integrations.families import FAMILIES
-from tests.integrations.accelerated import SETTINGS, accelerated, assert_close_gradients, ids, padded, tiny
+from tests.integrations.support import SETTINGS, accelerated_copy, assert_close_gradients, ids, padded, tiny
 
 HEADS = {name: head for family in FAMILIES.values() for name, head in family.heads.items()}
 HOMES = [
@@ -37,7 +37,7 @@ def labels_of(x, mask):
 
 
 def batch_of(name):
-    """What a head needs to compute its loss, some of it padding."""
+    """The arguments for the loss of a head, with padding."""
     if name == "GPT2DoubleHeadsModel":  # rows, choices, tokens
         x, mask = (t.view(2, 3, 17) for t in padded(17, 5, 9, 11, 3, 17))
         return {
@@ -49,20 +49,19 @@ def batch_of(name):
         }
     x, mask = padded(17, 5)
     return {"input_ids": x, "attention_mask": mask, "labels": labels_of(x, mask)} | dict.fromkeys(
-        other_labels(name), torch.tensor([1, 0])
+        second_labels(name), torch.tensor([1, 0])
     )
 
 
-def other_labels(name):
+def second_labels(name):
     return (HEADS[name].second_loss or ())[:1]
 
 
-def whole_loss(output):
+def total_loss(output):
     return output.loss + (output.mc_loss if "mc_loss" in output else 0)
 
 
-def test_the_table_has_every_head_over_the_vocabulary():
-    """Of transformers' classes of these families: those that have an output projection."""
+def test_the_table_has_every_head_with_an_output_projection():
     found = set()
     for family, home in zip(SETTINGS, HOMES, strict=True):
         for name, kind in vars(importlib.import_module(home)).items():
@@ -89,63 +88,65 @@ def test_the_table_has_every_head_over_the_vocabulary():
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_every_head(name):
-    theirs, logits = head(name), HEADS[name].logits
-    ours, inputs = accelerated(theirs), batch_of(name)
+    reference, logits = head(name), HEADS[name].logits
+    accelerated, inputs = accelerated_copy(reference), batch_of(name)
     mask = inputs["attention_mask"].bool()
-    own, other = ours(**inputs), theirs(**inputs)
-    assert own[logits] is None if logits in own else getattr(own, logits) is None
-    assert type(own) is type(other) and list(own) == [key for key in other if key != logits]
-    torch.testing.assert_close(own.loss, other.loss)
-    whole_loss(own).backward(), whole_loss(other).backward()
-    assert_close_gradients(ours, theirs)
-    assert isinstance(ours(**inputs, return_dict=False), tuple)
-    torch.testing.assert_close(ours(**inputs, return_dict=False)[0], other.loss)
-    for model in (ours.eval(), theirs.eval()):
+    actual, expected = accelerated(**inputs), reference(**inputs)
+    assert actual[logits] is None if logits in actual else getattr(actual, logits) is None
+    assert type(actual) is type(expected) and list(actual) == [key for key in expected if key != logits]
+    torch.testing.assert_close(actual.loss, expected.loss)
+    total_loss(actual).backward(), total_loss(expected).backward()
+    assert_close_gradients(accelerated, reference)
+    assert isinstance(accelerated(**inputs, return_dict=False), tuple)
+    torch.testing.assert_close(accelerated(**inputs, return_dict=False)[0], expected.loss)
+    for model in (accelerated.eval(), reference.eval()):
         model(**inputs)
-    torch.testing.assert_close(ours(**inputs)[logits][mask], theirs(**inputs)[logits][mask], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours(**inputs).loss, theirs(**inputs).loss)
-    assert "fused" not in str(fastlm.report(ours)) and any(
-        entry.operator == "linear_cross_entropy" for entry in fastlm.report(ours).replaced
+    torch.testing.assert_close(
+        accelerated(**inputs)[logits][mask], reference(**inputs)[logits][mask], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(accelerated(**inputs).loss, reference(**inputs).loss)
+    assert "fused" not in str(fastlm.report(accelerated)) and any(
+        entry.operator == "linear_cross_entropy" for entry in fastlm.report(accelerated).replaced
     )
 
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_num_items_in_batch_and_other_settings_of_the_loss(name):
-    theirs = head(name)
-    ours, x = accelerated(theirs), ids(3, 9)
-    others = dict.fromkeys(other_labels(name), torch.tensor([1, 0, 1]))
+    reference = head(name)
+    accelerated, x = accelerated_copy(reference), ids(3, 9)
+    others = dict.fromkeys(second_labels(name), torch.tensor([1, 0, 1]))
     for settings in (
         {"num_items_in_batch": 7},
         {"num_items_in_batch": torch.tensor(5)},
         {"ignore_index": 9},
         {"shift_labels": ids(3, 9)},
     ):
-        if not HEADS[name].uses_loss_function and (
-            "ignore_index" in settings or name == "GPT2DoubleHeadsModel"
-        ):  # its base model takes none of them
+        # The base model of other heads does not take these settings.
+        if not HEADS[name].uses_loss_function and ("ignore_index" in settings or name == "GPT2DoubleHeadsModel"):
             continue
-        if "kwargs" not in inspect.signature(theirs.forward).parameters:  # masked heads of transformers 4
+        # Heads for masked language modelling in transformers 4 do not take them.
+        if "kwargs" not in inspect.signature(reference.forward).parameters:
             continue
-        own, other = (model(x, labels=x, **others, **settings) for model in (ours, theirs))
-        torch.testing.assert_close(own.loss, other.loss)
-        assert getattr(own, HEADS[name].logits) is None
+        actual, expected = (model(x, labels=x, **others, **settings) for model in (accelerated, reference))
+        torch.testing.assert_close(actual.loss, expected.loss)
+        assert getattr(actual, HEADS[name].logits) is None
 
 
-def test_positional_arguments_and_labels_of_another_integer_type():
-    theirs = head("DistilBertForMaskedLM")
-    ours, x = accelerated(theirs), ids(2, 7)
-    names = list(inspect.signature(theirs.forward).parameters)
+def test_positional_arguments_and_int32_labels():
+    reference = head("DistilBertForMaskedLM")
+    accelerated, x = accelerated_copy(reference), ids(2, 7)
+    names = list(inspect.signature(reference.forward).parameters)
     before = [None] * (names.index("labels") - 1)
-    torch.testing.assert_close(ours(x, *before, x).loss, theirs(x, *before, x).loss)
-    torch.testing.assert_close(ours(x.int(), labels=x.int()).loss, theirs(x, labels=x).loss)
+    torch.testing.assert_close(accelerated(x, *before, x).loss, reference(x, *before, x).loss)
+    torch.testing.assert_close(accelerated(x.int(), labels=x.int()).loss, reference(x, labels=x).loss)
 
 
-KEPT = [
+WITH_LOGITS = [
     "no labels",
     "evaluation",
     "kept logits",
-    "own loss",
-    "own loss of a module",
+    "custom loss",
+    "custom loss module",
     "projection with a hook",
     "one label of two",
     "another head",
@@ -153,80 +154,80 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("case", KEPT)
-def test_what_keeps_its_logits(case):
+@pytest.mark.parametrize("case", WITH_LOGITS)
+def test_cases_that_compute_logits(case):
     named = {"another head": ("Bert", "ForTokenClassification"), "one label of two": ("Bert", "ForPreTraining")}
-    theirs = tiny(
-        *named.get(case, ("DistilBert", "ForMaskedLM") if case == "own loss of a module" else ("GPT2", "LMHeadModel"))
+    reference = tiny(
+        *named.get(case, ("DistilBert", "ForMaskedLM") if case == "custom loss module" else ("GPT2", "LMHeadModel"))
     )
-    ours, x = accelerated(theirs, loss=case != "off").train(), ids(2, 7)
+    accelerated, x = accelerated_copy(reference, loss=case != "off").train(), ids(2, 7)
     inputs = {"labels": x if case != "another head" else x % 2}
     if case == "no labels":
         inputs = {}
     elif case == "evaluation":
-        ours.eval()
+        accelerated.eval()
     elif case == "kept logits":
         inputs = {"logits_to_keep": 3}
-    elif case == "own loss":
-        ours.loss_function = lambda logits, labels, **kwargs: 2 * ForCausalLMLoss(logits, labels, **kwargs)
-        assert "has a loss function of its own" in str(fastlm.report(ours))
-    elif case == "own loss of a module":
-        ours.mlm_loss_fct = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
-        assert "has a loss function of its own" in str(fastlm.report(ours))
+    elif case == "custom loss":
+        accelerated.loss_function = lambda logits, labels, **kwargs: 2 * ForCausalLMLoss(logits, labels, **kwargs)
+        assert "has a loss function of its own" in str(fastlm.report(accelerated))
+    elif case == "custom loss module":
+        accelerated.mlm_loss_fct = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+        assert "has a loss function of its own" in str(fastlm.report(accelerated))
     elif case == "projection with a hook":
-        ours.lm_head.register_forward_hook(lambda module, args, out: out + 1)
-        assert "its output projection has a forward hook" in str(fastlm.report(ours))
-    output = ours(x, **inputs)
+        accelerated.lm_head.register_forward_hook(lambda module, args, out: out + 1)
+        assert "its output projection has a forward hook" in str(fastlm.report(accelerated))
+    output = accelerated(x, **inputs)
     assert output["prediction_logits" if case == "one label of two" else "logits"] is not None
     if case == "one label of two":
         assert output.loss is None
-    if case == "own loss of a module":
-        smoothed = F.cross_entropy(theirs(x).logits.flatten(0, 1), x.flatten(), label_smoothing=0.1)
+    if case == "custom loss module":
+        smoothed = F.cross_entropy(reference(x).logits.flatten(0, 1), x.flatten(), label_smoothing=0.1)
         torch.testing.assert_close(output.loss, smoothed)
-    if case == "own loss":
-        torch.testing.assert_close(output.loss, 2 * theirs(x, **inputs).loss)
+    if case == "custom loss":
+        torch.testing.assert_close(output.loss, 2 * reference(x, **inputs).loss)
 
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_a_tied_table_has_one_gradient(name):
-    """Not a second one of the embedding's that is added to the projection's; and the same bits of it in every step, accumulated or not."""
-    theirs = head(
+    """Autograd accumulates one gradient of the table, not one per use, and its bits are the same in every step."""
+    reference = head(
         name, tie_word_embeddings=True, **({} if name.startswith(("GPT2", "Distil")) else {"pad_token_id": 7})
     )
-    ours, inputs = accelerated(theirs), batch_of(name)
-    table = ours.get_input_embeddings().weight
-    assert table is ours.get_output_embeddings().weight
-    seen = []
-    table.register_hook(lambda gradient: seen.append(gradient.clone()))
-    table.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
-    loss = whole_loss(ours(**inputs))
+    accelerated, inputs = accelerated_copy(reference), batch_of(name)
+    table = accelerated.get_input_embeddings().weight
+    assert table is accelerated.get_output_embeddings().weight
+    visited = []
+    table.register_hook(lambda gradient: visited.append(gradient.clone()))
+    table.register_post_accumulate_grad_hook(lambda p: visited.append(p.grad.clone()))
+    loss = total_loss(accelerated(**inputs))
     assert (
-        ways_to(table, loss.grad_fn) == 1
-        and ways_to(theirs.get_input_embeddings().weight, whole_loss(theirs(**inputs)).grad_fn) == 2
+        count_gradient_edges(table, loss.grad_fn) == 1
+        and count_gradient_edges(reference.get_input_embeddings().weight, total_loss(reference(**inputs)).grad_fn) == 2
     )
     loss.backward()
-    whole_loss(theirs(**inputs)).backward()
-    assert_close_gradients(ours, theirs)
-    assert len(seen) == 2 and torch.equal(seen[0], table.grad) and torch.equal(seen[1], table.grad)
-    once = table.grad.clone()
-    whole_loss(ours(**inputs)).backward()
-    assert torch.equal(table.grad, 2 * once)
-    loss = whole_loss(ours(**inputs))
+    total_loss(reference(**inputs)).backward()
+    assert_close_gradients(accelerated, reference)
+    assert len(visited) == 2 and torch.equal(visited[0], table.grad) and torch.equal(visited[1], table.grad)
+    first = table.grad.clone()
+    total_loss(accelerated(**inputs)).backward()
+    assert torch.equal(table.grad, 2 * first)
+    loss = total_loss(accelerated(**inputs))
     table.grad = None
     loss.backward(retain_graph=True)
     loss.backward()
-    torch.testing.assert_close(table.grad, 2 * once)
+    torch.testing.assert_close(table.grad, 2 * first)
 
 
-def ways_to(parameter, node):
-    """How many gradients of a parameter backward would add up."""
-    seen, waiting, found = {node}, [node], 0
-    while waiting:
-        for following, _ in waiting.pop().next_functions:
-            found += getattr(following, "variable", None) is parameter
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
+def count_gradient_edges(parameter, node):
+    """How many gradients of a parameter the backward pass accumulates."""
+    visited, pending, found = {node}, [node], 0
+    while pending:
+        for node_before, _ in pending.pop().next_functions:
+            found += getattr(node_before, "variable", None) is parameter
+            if node_before is not None and node_before not in visited:
+                visited.add(node_before)
+                pending.append(node_before)
     return found
 
 
@@ -235,63 +236,63 @@ def ways_to(parameter, node):
     [
         "untied",
         "frozen",
-        "its own kind",
-        "its own forward",
-        "given embeddings",
+        "another class",
+        "another forward",
+        "inputs_embeds given",
         "checkpointed",
-        "twice",
+        "two lookups",
         "hook",
         "no labels",
     ],
 )
-def test_a_table_where_two_gradients_do_not_meet(case):
-    """As without: whether the table is handed on is asked at every call."""
-    theirs = tiny("GPT2", "LMHeadModel", tie_word_embeddings=case != "untied").train()
-    ours, (x, mask) = accelerated(theirs), padded(9, 5, tokens=9)
+def test_tables_that_are_not_shared(case):
+    """Whether the embedding and the loss share the table is decided at every call."""
+    reference = tiny("GPT2", "LMHeadModel", tie_word_embeddings=case != "untied").train()
+    accelerated, (x, mask) = accelerated_copy(reference), padded(9, 5, tokens=9)
     inputs = {"input_ids": x, "attention_mask": mask, "labels": x.masked_fill(mask == 0, -100)}
-    ours(**inputs).loss.backward()
-    ours.zero_grad()
-    for model in (ours, theirs):
+    accelerated(**inputs).loss.backward()
+    accelerated.zero_grad()
+    for model in (accelerated, reference):
         embedding = model.transformer.wte
         if case == "frozen":
             embedding.weight.requires_grad_(False)
-        elif case == "its own kind":
+        elif case == "another class":
             embedding.__class__ = type(
                 "Scaled", (torch.nn.Embedding,), {"forward": lambda self, x: torch.nn.Embedding.forward(self, x) * 2}
             )
-        elif case == "its own forward":
+        elif case == "another forward":
             embedding.forward = lambda x, embedding=embedding: type(embedding).forward(embedding, x) * 2
-        elif case == "given embeddings":
+        elif case == "inputs_embeds given":
             inputs["inputs_embeds"] = (
                 embedding(x).detach() if "inputs_embeds" not in inputs else inputs["inputs_embeds"]
             )
-        elif case == "checkpointed":  # the first of its two runs has no graph
-            whole = model.transformer.forward
-            model.transformer.forward = lambda x, whole=whole, **rest: reentrant(whole, x, rest)
-        elif case == "twice":
+        elif case == "checkpointed":  # the first of its two runs records no graph
+            original = model.transformer.forward
+            model.transformer.forward = lambda x, original=original, **rest: reentrant(original, x, rest)
+        elif case == "two lookups":
             inputs["token_type_ids"] = x // 2
         elif case == "hook":
             embedding.register_forward_hook(lambda module, args, out: out * 2)
-    if case == "given embeddings":
+    if case == "inputs_embeds given":
         del inputs["input_ids"]
     if case == "no labels":
         del inputs["labels"]
-        for model in (ours, theirs):
+        for model in (accelerated, reference):
             model(**inputs).logits[mask.bool()].square().mean().backward()
     else:
-        own, other = ours(**inputs).loss, theirs(**inputs).loss
-        torch.testing.assert_close(own, other)
-        own.backward(), other.backward()
-    assert_close_gradients(ours, theirs)
+        actual, expected = accelerated(**inputs).loss, reference(**inputs).loss
+        torch.testing.assert_close(actual, expected)
+        actual.backward(), expected.backward()
+    assert_close_gradients(accelerated, reference)
     assert not any(
         vars(module)["forward"].shares_table
-        for module in ours.modules()
+        for module in accelerated.modules()
         if isinstance(vars(module).get("forward"), fused.EmbeddingPatch)
     )
 
 
 def reentrant(forward, x, rest):
-    """A whole model under PyTorch's older checkpoint, which wants an input with a gradient."""
+    """A model under PyTorch's reentrant checkpoint, which needs an input with a gradient."""
 
     def run(anchor):
         return forward(x, **rest).last_hidden_state + 0 * anchor
@@ -300,49 +301,49 @@ def reentrant(forward, x, rest):
     return transformers.modeling_outputs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
 
 
-def test_what_a_tied_table_costs_under_autocast():
-    theirs = head("GPT2LMHeadModel")
-    ours, inputs = accelerated(theirs), batch_of("GPT2LMHeadModel")
-    truth = copy.deepcopy(theirs).double()
-    for model in (ours, theirs):
+def test_error_of_a_tied_table_under_autocast():
+    reference = head("GPT2LMHeadModel")
+    accelerated, inputs = accelerated_copy(reference), batch_of("GPT2LMHeadModel")
+    exact_model = copy.deepcopy(reference).double()
+    for model in (accelerated, reference):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**inputs).loss
         loss.backward()
-    truth(**inputs).loss.backward()
-    true = truth.lm_head.weight.grad
-    own, allowed = ((model.lm_head.weight.grad - true).square().mean().sqrt() for model in (ours, theirs))
-    assert 0 < own <= 2 * allowed
+    exact_model(**inputs).loss.backward()
+    exact = exact_model.lm_head.weight.grad
+    error, allowed = ((model.lm_head.weight.grad - exact).square().mean().sqrt() for model in (accelerated, reference))
+    assert 0 < error <= 2 * allowed
 
 
-def test_ties_and_resizing():
-    """The vocabulary grows: a new module with new weights, still the embedding's."""
-    theirs = tiny("GPT2", "LMHeadModel").train()
-    ours = accelerated(theirs)
-    for model in (ours, theirs):
+def test_resizing_tied_embeddings():
+    """Resizing makes a new output projection, whose weight is the new table."""
+    reference = tiny("GPT2", "LMHeadModel").train()
+    accelerated = accelerated_copy(reference)
+    for model in (accelerated, reference):
         torch.manual_seed(0)
         model.resize_token_embeddings(140, mean_resizing=False)
         assert model.lm_head.weight is model.transformer.wte.weight
-    ours.load_state_dict(theirs.state_dict())
+    accelerated.load_state_dict(reference.state_dict())
     x = torch.randint(5, 140, (2, 7))
-    own, other = ours(x, labels=x), theirs(x, labels=x)
-    assert own.logits is None
-    own.loss.backward(), other.loss.backward()
-    assert_close_gradients(ours, theirs)
-    ours.eval()
-    assert ours(x).logits.shape[-1] == 140
-    fastlm.restore(ours)
-    assert not any("forward" in vars(module) for module in ours.modules())
+    actual, expected = accelerated(x, labels=x), reference(x, labels=x)
+    assert actual.logits is None
+    actual.loss.backward(), expected.loss.backward()
+    assert_close_gradients(accelerated, reference)
+    accelerated.eval()
+    assert accelerated(x).logits.shape[-1] == 140
+    fastlm.restore(accelerated)
+    assert not any("forward" in vars(module) for module in accelerated.modules())
 
 
-def test_an_error_on_the_way_leaves_the_projection_as_it_was():
-    ours, x = accelerated(tiny("GPT2", "LMHeadModel")).train(), ids(2, 7)
-    ours.transformer.register_forward_hook(lambda *args: (_ for _ in ()).throw(KeyError("here")))
+def test_the_projection_is_reset_after_an_error():
+    accelerated, x = accelerated_copy(tiny("GPT2", "LMHeadModel")).train(), ids(2, 7)
+    accelerated.transformer.register_forward_hook(lambda *args: (_ for _ in ()).throw(KeyError("here")))
     with pytest.raises(KeyError, match="here"):
-        ours(x, labels=x)
-    ours.transformer._forward_hooks.clear()
-    assert ours(x).logits.shape == (2, 7, 131)
+        accelerated(x, labels=x)
+    accelerated.transformer._forward_hooks.clear()
+    assert accelerated(x).logits.shape == (2, 7, 131)
     with pytest.raises(ValueError, match="target"):
-        ours(x, labels=x + 1000)
+        accelerated(x, labels=x + 1000)
 
 
 # Trainer
@@ -381,25 +382,27 @@ def trained(tmp_path, model, **settings):
     return history, trainer.predict(data[:4]).predictions
 
 
-def weighted(outputs, labels, num_items_in_batch=None):
+def smoothed_loss(outputs, labels, num_items_in_batch=None):
     return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"label_smoothing_factor": 0.1}, {"compute_loss_func": weighted}, {"gradient_checkpointing": True}],
+    [{}, {"label_smoothing_factor": 0.1}, {"compute_loss_func": smoothed_loss}, {"gradient_checkpointing": True}],
     ids=lambda s: "-".join(s) or "plain",
 )
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BertForMaskedLM"])
 def test_trainer(name, settings, tmp_path, monkeypatch):
-    """Losses of every step, of the evaluation, and predictions, are those of the model left alone."""
-    theirs = head(name)
-    ours = accelerated(theirs)
+    """Training losses, evaluation losses and predictions match those of the original model."""
+    reference = head(name)
+    accelerated = accelerated_copy(reference)
     results = []
-    for model in (ours, theirs):
+    for model in (accelerated, reference):
         torch.manual_seed(3)
         results.append(trained(tmp_path, model, **settings))
     torch.testing.assert_close(torch.tensor(results[0][0]), torch.tensor(results[1][0]), rtol=2e-3, atol=1e-3)
     assert len(results[0][0]) == 4
-    own, other = (torch.as_tensor(result[1][0] if isinstance(result[1], tuple) else result[1]) for result in results)
-    torch.testing.assert_close(own, other, rtol=2e-2, atol=2e-2)
+    actual, expected = (
+        torch.as_tensor(result[1][0] if isinstance(result[1], tuple) else result[1]) for result in results
+    )
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)

@@ -1,4 +1,4 @@
-"""What transformers' own tests ask of every model, asked of models that the pytest plugin has accelerated right after their construction."""
+"""The checks of transformers' common model tests, on models that the pytest plugin accelerates at construction."""
 
 import inspect
 
@@ -9,10 +9,10 @@ from torch import nn
 
 import fastlm
 from fastlm.integrations import pytest_plugin
-from tests.integrations.accelerated import SETTINGS, V5, VOCAB, ids, padded, tiny
+from tests.integrations.support import SETTINGS, V5, VOCAB, ids, padded, tiny
 
 FAMILIES = ("GPT2", "Bert", "Roberta", "DistilBert", "Electra")
-LANGUAGE = {"GPT2": "LMHeadModel"}  # else ForMaskedLM
+LANGUAGE = {"GPT2": "LMHeadModel"}  # others: ForMaskedLM
 LAYERS, HEADS, WIDTH = 2, 3, 36
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -21,7 +21,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture(autouse=True)
 def plugin(monkeypatch):
-    """As with FASTLM_ACCELERATE=1; undone after every test."""
+    """As with FASTLM_ACCELERATE=1, undone after every test."""
     monkeypatch.setattr(transformers.PreTrainedModel, "post_init", transformers.PreTrainedModel.post_init)
     pytest_plugin.accelerate_after_construction()
 
@@ -57,7 +57,7 @@ def assert_accelerated(model):
 
 @each_family
 def test_attention_outputs(family):
-    """Asked for by the call and by the configuration, alone and with hidden states, in training mode too."""
+    """Requested by the call or by the configuration, with and without hidden states, in eval and training mode."""
     for head in heads_of(family):
         kind, config = class_and_config(family, head)
         batch = batch_of(head)
@@ -86,9 +86,9 @@ def test_hidden_states_output(family):
     for head in heads_of(family):
         batch = unlabelled(batch_of(head))
         kind, config = class_and_config(family, head)
-        by_call = kind(config).eval()(**batch, output_hidden_states=True).hidden_states
-        by_config = kind(class_and_config(family, head, output_hidden_states=True)[1]).eval()(**batch).hidden_states
-        for states in (by_call, by_config):
+        from_call = kind(config).eval()(**batch, output_hidden_states=True).hidden_states
+        from_config = kind(class_and_config(family, head, output_hidden_states=True)[1]).eval()(**batch).hidden_states
+        for states in (from_call, from_config):
             assert [state.shape for state in states] == [(2, 9, WIDTH)] * (LAYERS + 1)
 
 
@@ -98,15 +98,15 @@ def test_gradients_reach_hidden_states_and_attentions(family):
         family, "Model", output_hidden_states=True, output_attentions=True, attn_implementation="eager"
     )
     output = kind(config)(**unlabelled(batch_of("Model")))
-    kept = output.hidden_states[0], output.hidden_states[-2], output.attentions[0]
-    for x in kept:
+    retained = output.hidden_states[0], output.hidden_states[-2], output.attentions[0]
+    for x in retained:
         x.retain_grad()
     output[0].flatten()[0].backward(retain_graph=True)
-    assert all(x.grad is not None and x.grad.isfinite().all() for x in kept)
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in retained)
 
 
 @each_family
-def test_a_tuple_has_what_a_dictionary_has(family):
+def test_tuple_and_dictionary_outputs_are_equal(family):
     for head in heads_of(family):
         kind, config = class_and_config(family, head)
         model, batch = kind(config).eval(), batch_of(head)
@@ -117,7 +117,7 @@ def test_a_tuple_has_what_a_dictionary_has(family):
 
 
 def flat(output):
-    """All tensors of nested tuples, end to end; caches are not of interest."""
+    """All tensors of nested tuples, concatenated, without caches."""
     if isinstance(output, torch.Tensor):
         return output.detach().flatten()
     return torch.cat([flat(x) for x in output if isinstance(x, torch.Tensor | tuple)])
@@ -126,7 +126,7 @@ def flat(output):
 @pytest.mark.parametrize("settings", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
 @each_family
 def test_gradient_checkpointing(family, settings):
-    """Every parameter that has a gradient without it has one with it, the same."""
+    """The same parameters have the same gradients with and without checkpointing."""
     for head in heads_of(family)[1:]:
         kind, config = class_and_config(family, head)
         model, batch = kind(config).train(), batch_of(head)
@@ -138,7 +138,7 @@ def test_gradient_checkpointing(family, settings):
                 )
             assert model.is_gradient_checkpointing is on
             model.zero_grad()
-            torch.manual_seed(1)  # classifiers drop
+            torch.manual_seed(1)  # classifiers have dropout
             model(**batch).loss.backward()
             found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         assert found[0].keys() == found[1].keys() and found[0]
@@ -154,16 +154,16 @@ def test_save_load(family, tmp_path):
         kind, config = class_and_config(family, head)
         model, batch = kind(config).eval(), unlabelled(batch_of(head))
         model.save_pretrained(tmp_path / head)
-        again, loading = kind.from_pretrained(tmp_path / head, output_loading_info=True)
-        assert_accelerated(again)
+        reloaded, loading = kind.from_pretrained(tmp_path / head, output_loading_info=True)
+        assert_accelerated(reloaded)
         assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
-        assert torch.equal(again(**batch)[0], model(**batch)[0])
+        assert torch.equal(reloaded(**batch)[0], model(**batch)[0])
         half = kind.from_pretrained(tmp_path / head, dtype=torch.bfloat16)
         assert half.dtype == torch.bfloat16 and half(**batch)[0].dtype == torch.bfloat16
         torch.save(model.state_dict(), tmp_path / "state.pt")
-        other = kind(config).eval()
-        other.load_state_dict(torch.load(tmp_path / "state.pt"))
-        assert torch.equal(other(**batch)[0], model(**batch)[0])
+        loaded = kind(config).eval()
+        loaded.load_state_dict(torch.load(tmp_path / "state.pt"))
+        assert torch.equal(loaded(**batch)[0], model(**batch)[0])
     base = kind.base_model_prefix
     headless = getattr(transformers, f"{family}Model").from_pretrained(tmp_path / heads_of(family)[1])
     assert_accelerated(headless)
@@ -181,8 +181,8 @@ def test_resize_tokens_embeddings(family):
             for size in (VOCAB + 10, VOCAB - 15):
                 resized = model.resize_token_embeddings(size, mean_resizing=False)
                 assert model.config.vocab_size == size == resized.weight.shape[0]
-                kept = min(size, VOCAB)
-                assert torch.equal(resized.weight[:kept], before[:kept])
+                retained = min(size, VOCAB)
+                assert torch.equal(resized.weight[:retained], before[:retained])
                 clipped = {name: x.clamp(max=size - 1) for name, x in batch.items()}
                 assert model.eval()(**unlabelled(clipped))[0].shape[-1] == (WIDTH if head == "Model" else size)
                 if head != "Model":
@@ -191,11 +191,12 @@ def test_resize_tokens_embeddings(family):
                     assert (decoder.weight is resized.weight) is tied
                     output = model.train()(**clipped)
                     output.loss.backward()
-                    assert output.logits is None and resized.weight.grad is not None  # fused: on the new projection too
+                    # The loss is fused with the new projection, too.
+                    assert output.logits is None and resized.weight.grad is not None
                     model.zero_grad()
-                    del output  # its graph knows the weight by its old shape
-            padded_up = model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
-            assert padded_up.weight.shape[0] % 64 == 0
+                    del output  # its graph refers to the weight of the old shape
+            rounded_up = model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
+            assert rounded_up.weight.shape[0] % 64 == 0
 
 
 @each_family
@@ -208,16 +209,16 @@ def test_tied_weights(family, tmp_path):
         decoder.weight.add_(1)
     assert torch.equal(decoder.weight, embedding.weight)
     model.save_pretrained(tmp_path)
-    again = kind.from_pretrained(tmp_path).eval()
-    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
-    model.set_output_embeddings(nn.Linear(decoder.in_features, VOCAB))  # another one, which nobody has seen
+    reloaded = kind.from_pretrained(tmp_path).eval()
+    assert reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight
+    model.set_output_embeddings(nn.Linear(decoder.in_features, VOCAB))  # a module without a patch
     model.train()(**batch_of("LM")).loss.backward()
     assert model.get_output_embeddings().weight.grad is not None
 
 
 @each_family
 def test_eager_matches_sdpa(family):
-    """Which of the two a model is asked for changes nothing, whatever side is padded, and what is set can be read, "fastlm" standing for the default."""
+    """Both implementations compute the same, with padding on either side, and the one that was set can be read."""
     kind, config = class_and_config(family, "Model")
     model = kind(config).eval()
     x, mask = padded(9, 5, tokens=9)
@@ -229,12 +230,12 @@ def test_eager_matches_sdpa(family):
         seen = slice(None) if where is None else where.bool()
         torch.testing.assert_close(found[0][seen], found[1][seen], **CLOSE)
     model.set_attn_implementation("eager")
-    if V5 or family == "GPT2":  # elsewhere transformers 4 says that it cannot be set, and leaves it
+    if V5 or family == "GPT2":  # transformers 4 does not allow it for other families
         assert model.config._attn_implementation == "eager"
 
 
 @each_family
-def test_inputs_embeds_are_as_good_as_input_ids(family):
+def test_inputs_embeds(family):
     for head in heads_of(family)[:2]:
         kind, config = class_and_config(family, head)
         model, x = kind(config).eval(), ids(2, 7)
@@ -275,7 +276,7 @@ def test_problem_types(family, problem, labels):
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "Electra"])
 def test_feed_forward_chunking(family):
-    """A setting that cuts the feed-forward block of transformers' own layers into pieces, for the same result."""
+    """chunk_size_feed_forward splits the feed-forward block of transformers' layers; the result is the same."""
     model, x = tiny(family), ids(2, 7)
     chunked = type(model)(class_and_config(family, "Model", chunk_size_feed_forward=1)[1]).eval()
     chunked.load_state_dict(model.state_dict())
@@ -287,7 +288,7 @@ def test_feed_forward_chunking(family):
     [{}, {"num_beams": 2}, {"do_sample": True}, {"cache_implementation": "static", "disable_compile": True}],
     ids=str,
 )
-def test_generate_continues_left_padded_as_alone(settings):
+def test_generate_with_left_padding(settings):
     kind, config = class_and_config("GPT2", "LMHeadModel")
     model = kind(config).eval()
     x, mask = padded(9, 5, tokens=9)
@@ -303,14 +304,13 @@ def test_generate_continues_left_padded_as_alone(settings):
         assert torch.equal(together[1, 9:], alone[0, 5:])
 
 
-def test_models_that_are_built_without_memory(tmp_path):
-    """On the meta device, and materialised afterwards, as large checkpoints are loaded."""
+def test_meta_device(tmp_path):
     for family in FAMILIES:
         kind, config = class_and_config(family, "Model")
         with torch.device("meta"):
             model = kind(config).eval()
         x = torch.ones(2, 5, dtype=torch.int64, device="meta")
-        if not V5 and family != "GPT2":  # they look at the values of a mask, and without one at those of the ids
+        if not V5 and family != "GPT2":  # they read values of the mask or of the ids
             continue
         output = model(x, attention_mask=x)
         assert output[0].shape == (2, 5, WIDTH) and output[0].is_meta

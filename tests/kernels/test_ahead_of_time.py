@@ -3,7 +3,7 @@ multiplied by matrix instructions. No kernel divides 64-bit numbers element by e
 
 By default a few for one architecture. FASTLM_TEST_TARGETS=all (or names) compiles the commonest configurations for all eight (or those),
 FASTLM_TEST_CONFIGURATIONS=all every configuration: both together are some 1300 compilations, some twenty minutes of two cores. FASTLM_TEST_CONFIGURATIONS=3/20
-takes one in twenty of what is not among the commonest, as CI does, another share after each commit. See ahead_of_time.py for the launches.
+takes one in twenty of what is not among the commonest, as CI does. See ahead_of_time.py for the launches.
 """
 
 import json

@@ -161,7 +161,7 @@ def propose(file: str, text: str) -> list[Mutation]:
                         (tokens.begin[partner[i + 1]], tokens.begin[partner[i + 1]], ")"),
                     )
             elif kind[i] == "punctuation" and s in SHIFTS and tokens.spaced(i):
-                # Two paths with the same result: a size of one in the general path, a threshold (a constant, in capitals).
+                # Two paths with one result: a size of one in the general path, a threshold (a constant, in capitals).
                 same = (s in (">", "<=") and string[i + 1] == "1") or string[i + 1][0].isupper()
                 if string[i + 1] != "nullptr" and string[i - 1] != "operator" and not same:
                     add("flip comparison", i, insertion(tokens, i + 1, f"{NAMESPACE}edge(@ID@, {SHIFTS[s]}) + "))

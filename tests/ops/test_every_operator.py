@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
 from fastlm.backends import cuda, registry, selection
-from tests.ops.cases import CASES, on_every_case
+from tests.ops.cases import CASES, case_named, float64_leaves, on_every_case
 from tests.support import BACKENDS as ALL
 from tests.support import (
     EMULATED,
@@ -58,13 +58,7 @@ def test_first_and_second_gradients_of_the_reference(case):
         torch.manual_seed(7)  # the same dropout every time
         return case.call("reference")(*leaves)
 
-    # gradcheck moves one element at a time: the smallest that still has an inside and an edge
-    leaves = (
-        [x.double()[(slice(2),) * min(2, x.dim() - 1)] for x in case.inputs(torch.float32)]
-        if case.name.startswith("attention")
-        else case.leaves(torch.float64)
-    )
-    leaves = [x.detach().requires_grad_() for x in leaves]
+    leaves = float64_leaves(case)
     assert torch.autograd.gradcheck(seeded, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(seeded, leaves, fast_mode=True)
 
@@ -114,10 +108,10 @@ def recorded(case, backend):
 
 @on_every_case(backends=ALL)
 def test_a_tracer_sees_operators_that_keep_their_contract(case, backend):
-    calls = recorded(case, backend)
+    calls, operator = recorded(case, backend), registry.operators()[case.operator]
     names = [function.name().removeprefix("fastlm::") for function, _, _ in calls]
     assert names[0].endswith("_forward") and len(names) == (
-        1 if names[0].startswith("linear_cross") and not case.name.endswith("none") else 2
+        1 if operator.Backward is None and not case.name.endswith("none") else 2
     )
     # What AOTAutograd makes of an operator follows from its schema and its fake, which are those of every backend.
     checks = ("test_schema", "test_faketensor", *(() if backend in SLOW else ("test_aot_dispatch_dynamic",)))
@@ -273,7 +267,7 @@ def test_flops_are_counted():
         counter.get_total_flops() == 3 * forward + 2 * attention + 3 * 2 * rows * vocabulary
     )  # five products in attention's backward, not four
     with FlopCounterMode(display=False) as counter:
-        fastlm.gelu_mlp(*CASES[2].leaves(), recompute=2).sum().backward()
+        fastlm.gelu_mlp(*case_named("gelu_mlp recompute 0").leaves(), recompute=2).sum().backward()
     assert counter.get_total_flops() == 2 * 18 * (24 * 48 + 48 * 20) * 3 + 2 * 18 * 24 * 48
 
 
@@ -345,7 +339,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(backend, monkeypatch):
             launches.clear()
             run(case, backend, case.leaves())
             assert set(launches) <= {True} and not current, case.name
-            assert launches or case.name.startswith("linear"), case.name  # whose products are the vendor's
+            assert launches or case.vendor_gemm, case.name
 
 
 @on_every_case(backends=ALL)
@@ -509,14 +503,11 @@ def test_autocast_on_a_cpu(case, backend, dtype):
     torch.manual_seed(7)
     with torch.autocast("cpu", dtype):
         results = as_tuple(case.call(backend)(*leaves))
-    wide = "layernorm" in case.name or "cross_entropy" in case.name
+    # A second result of attention is a log-sum-exp.
     assert [y.dtype for y in results] == [
-        torch.float32 if wide or i == 1 else dtype for i, y in enumerate(results)
-    ]  # the second is a log-sum-exp
-    narrow = [
-        x.detach() if "layernorm" in case.name or (case.name == "attention all" and i == 3) else x.detach().to(dtype)
-        for i, x in enumerate(leaves)
+        torch.float32 if case.wide_result or i == 1 else dtype for i, y in enumerate(results)
     ]
+    narrow = [x.detach() if i in case.not_cast else x.detach().to(dtype) for i, x in enumerate(leaves)]
     narrow = [x.requires_grad_() for x in narrow]
     expected, gradients = run(case, backend, narrow)
     assert_close([y.detach() for y in results], expected)
@@ -525,7 +516,7 @@ def test_autocast_on_a_cpu(case, backend, dtype):
         got = torch.autograd.grad(results, leaves, upstreams)
     assert all(d.dtype == torch.float32 for d in got)
     if (
-        case.name.split()[0] in WEIGHED
+        case.rounds_weights
     ):  # those were rounded, and once more where a mean is scaled; these are not: see below
         assert all(
             error(d, narrow.double()) <= {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]

@@ -1,4 +1,4 @@
-"""What the tests of integrations share: a small model of every family, and the 2 × rule for an accelerated model against the same model left alone."""
+"""Shared by the tests of integrations: small models of every family, and the 2 × error rule for accelerated models."""
 
 import copy
 import importlib
@@ -54,13 +54,13 @@ ENCODERS = [family for family in SETTINGS if family != "GPT2"]
 
 
 def tiny(family, head="Model", **changes):
-    """A model of transformers with lively weights, in eval mode, without dropout unless `changes` say so."""
+    """A model of transformers in eval mode, without dropout unless `changes` set it."""
     config = getattr(transformers, f"{family}Config")(**{**SETTINGS[family], **changes})
     return lively(getattr(transformers, f"{family}{head}")(config))
 
 
 def classes_of(family):
-    """All models of a family that transformers has: bare, and with every head."""
+    """The suffixes of all model classes of a family in transformers: the base model and every head."""
     home = importlib.import_module(getattr(transformers, f"{family}Model").__module__)
     models = [
         kind
@@ -70,8 +70,8 @@ def classes_of(family):
     return [kind.__name__.removeprefix(family) for kind in models if not kind.__name__.endswith("PreTrainedModel")]
 
 
-def accelerated(model, **options):
-    """An accelerated copy."""
+def accelerated_copy(model, **options):
+    """A copy of the model, accelerated."""
     return fastlm.accelerate(copy.deepcopy(model), **options)
 
 
@@ -80,7 +80,7 @@ def ids(*shape):
 
 
 def padded(*lengths, tokens=17):
-    """(input_ids, attention_mask) of sequences of these lengths, the padding behind them."""
+    """(input_ids, attention_mask) of right-padded sequences of these lengths."""
     return ids(len(lengths), tokens), (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
 
 
@@ -88,31 +88,35 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_close_gradients(model, other):
-    """The same parameters have gradients, the same to a few roundings. A key's bias, whose gradient is rounding alone, is set aside."""
-    own, their = gradients(model), gradients(other)
-    assert own.keys() == their.keys() and own
-    for name in own:
+def assert_close_gradients(model, reference):
+    """The same parameters have gradients, and these agree. Biases of keys are skipped: their exact gradient is 0."""
+    actual, expected = gradients(model), gradients(reference)
+    assert actual.keys() == expected.keys() and actual
+    for name in actual:
         if not name.endswith(KEY_BIASES):
-            near = 1e-5 * max(1.0, their[name].abs().max().item())
+            atol = 1e-5 * max(1.0, expected[name].abs().max().item())
             torch.testing.assert_close(
-                own[name], their[name], rtol=1e-3, atol=near, msg=lambda m, name=name: f"{name}: {m}"
+                actual[name], expected[name], rtol=1e-3, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
             )
 
 
 def assert_within_twice(make, draw, dtype=torch.float32, shifted=False, draws=DRAWS):
-    """make() → a model with a language-model head; draw() → (inputs, labels, where the logits mean something)."""
+    """The error of an accelerated model against float64 is at most twice that of the same model as it comes.
+
+    make() returns a model with a language-model head. draw() returns inputs, labels, and an index of the logits to
+    compare.
+    """
     evaluated, trained = Errors(dtype), Errors(dtype)
     for _ in range(draws):
-        theirs, (inputs, labels, where) = make().to(dtype), draw()
-        truth = copy.deepcopy(theirs).double()
-        truth.set_attn_implementation("eager")
-        ours = accelerated(theirs)
-        assert not fastlm.report(ours).left_alone
-        true = theirs_on(truth, inputs, labels, where, shifted)
-        rival = errors_of(theirs_on(theirs, inputs, labels, where, shifted), true)
-        evaluated.add(errors_of(theirs_on(ours.eval(), inputs, labels, where, shifted), true), rival)
-        del rival["logits"]
-        trained.add(errors_of(ours_on(ours.train(), inputs, labels, where), true), rival)
+        reference, (inputs, labels, where) = make().to(dtype), draw()
+        exact_model = copy.deepcopy(reference).double()
+        exact_model.set_attn_implementation("eager")
+        accelerated = accelerated_copy(reference)
+        assert not fastlm.report(accelerated).left_alone
+        exact = theirs_on(exact_model, inputs, labels, where, shifted)
+        allowed = errors_of(theirs_on(reference, inputs, labels, where, shifted), exact)
+        evaluated.add(errors_of(theirs_on(accelerated.eval(), inputs, labels, where, shifted), exact), allowed)
+        del allowed["logits"]
+        trained.add(errors_of(ours_on(accelerated.train(), inputs, labels, where), exact), allowed)
     evaluated.judge()
     trained.judge()
