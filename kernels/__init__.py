@@ -1,1 +1,4 @@
-"""The Triton kernels, one file per operator (installed as fastlm.kernels). They import Triton; fastlm/backends/triton.py is what asks whether it is there."""
+"""The Triton kernels, one file per operator, installed as fastlm.kernels.
+
+They import Triton; fastlm/backends/triton.py checks whether it is installed.
+"""

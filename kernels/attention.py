@@ -1,10 +1,12 @@
-"""softmax(q kᵀ · scale + mask) v by tiles, forward (Dao, 2023, arXiv:2307.08691). 4 · query_len · key_len · head_dim FLOPs a head,
-half of it with a causal mask; each of q, k, v, out once through memory if the keys of a head stay in the L2 cache, so bound by the
-matrix units from some hundred tokens on.
+"""Forward attention by tiles, softmax(q kᵀ · scale + mask) v, with an online softmax (Dao, 2023, arXiv:2307.08691).
 
-A program owns a tile of queries and walks over the keys with a running maximum and sum (in float32). Programs of one head follow each other, so that they
-share its keys in the cache, and the tile with the most keys comes first. Scores stay raw, and the scale goes into the exponent of 2: one fused
-multiply-add per score. (For that the scale must be positive: the queries take its sign.)
+4 · query_len · key_len · head_dim FLOPs per head, half of it with a causal mask. Each of q, k, v and out is transferred
+once if the keys of a head stay in the L2 cache. From some hundred tokens on the kernel is compute-bound.
+
+A program computes a tile of queries and iterates over the keys with a running maximum (row_max) and sum (row_sum) in
+float32. Programs of one head are adjacent in the grid, so they share its keys in the cache. With a causal mask the tile
+with the most keys is launched first. Scores stay unscaled, and the scale is folded into the exponent of 2: one fused
+multiply-add per score. This requires a positive scale, so the queries take its sign.
 """
 
 import triton
@@ -16,14 +18,14 @@ from fastlm.kernels.attention_tiles import (
     check_sequence,
     check_starts,
     find_tile,
-    key_by_key,
     load_tile,
-    masked,
-    nothing,
-    sequence,
-    signed,
+    mask_scores,
+    opaque_zero,
+    recompute_rows,
+    sequence_of,
     store_tile,
     tiles_of_keys,
+    with_sign_of,
 )
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
@@ -32,10 +34,10 @@ from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
-def key_tiles(
-    total,
-    top,
-    norm,
+def accumulate_tiles(
+    acc,
+    row_max,
+    row_sum,
     q,
     first,
     begin,
@@ -45,7 +47,7 @@ def key_tiles(
     lower,
     upper,
     scale,
-    unit,
+    log2_scale,
     k_ptr,
     k_stride,
     v_ptr,
@@ -53,10 +55,10 @@ def key_tiles(
     mask_ptr,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_stride,
     seed,
-    third,
+    batch_head,
     threshold,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -67,7 +69,7 @@ def key_tiles(
     PRECISION: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Tiles begin … end of the keys: (Σ weights · v, running maximum, Σ weights)."""
+    """(Σ weights · v, running maximum, Σ weights) after tiles begin … end of the keys."""
     i = first + tl.arange(0, TILE_M)
     for tile in range(begin, end):
         key = tile * TILE_N
@@ -75,7 +77,7 @@ def key_tiles(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if EDGE:
             j = key + tl.arange(0, TILE_N)
-            scores, _ = masked(
+            scores, _ = mask_scores(
                 scores,
                 i[:, None],
                 j[None, :],
@@ -87,30 +89,32 @@ def key_tiles(
                 mask_ptr,
                 mask_query_stride,
                 mask_key_stride,
-                padding_ptr,
-                padding_stride,
+                key_padding_ptr,
+                key_padding_stride,
                 MASK,
             )
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # no visible key yet
         if MASK == 2:
-            weights = tl.exp2((scores - base[:, None]) * LOG2E)  # the difference first: finfo.min is an ordinary number
+            weights = tl.exp2(
+                (scores - safe_max[:, None]) * LOG2E
+            )  # subtract before scaling: finfo.min is finite, its multiple is not
         else:
-            weights = tl.exp2(scores * unit - (base * unit)[:, None])
-        decay = tl.exp2((top - base) * unit)
-        norm = norm * decay + tl.sum(weights, 1)
-        total *= decay[:, None]
+            weights = tl.exp2(scores * log2_scale - (safe_max * log2_scale)[:, None])
+        rescale = tl.exp2((row_max - safe_max) * log2_scale)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        acc *= rescale[:, None]
         if DROPOUT:
-            weights = tl.where(kept(seed, i, key, third, threshold, TILE_M, TILE_N, False), weights, 0.0)
+            weights = tl.where(kept(seed, i, key, batch_head, threshold, TILE_M, TILE_N, False), weights, 0.0)
         v = load_tile(v_ptr, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
-        total = tl.dot(weights.to(v.dtype), v, total, input_precision=PRECISION)
-        top = new_top
-    return total, top, norm
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
 
 
 @triton.jit(
     do_not_specialize=[
-        "sequences",
+        "num_sequences",
         "query_len",
         "key_len",
         "tiles",
@@ -146,15 +150,15 @@ def attention_forward_kernel(
     mask_head_stride,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_batch_stride,
-    padding_stride,
-    cu_query_ptr,
-    cu_key_ptr,
+    key_padding_ptr,
+    key_padding_batch_stride,
+    key_padding_stride,
+    query_starts_ptr,
+    key_starts_ptr,
     seed_ptr,
-    sequences,
-    heads,
-    groups,
+    num_sequences,
+    num_heads,
+    heads_per_kv_head,
     query_len,
     key_len,
     tiles,
@@ -168,33 +172,33 @@ def attention_forward_kernel(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     MASK: tl.constexpr,
-    LEFT: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """MASK: 0 none, 1 bool, 2 additive. LEFT: the band has a lower edge. PRECISION of products of float32."""
+    """MASK: 0 none, 1 bool, 2 additive. HAS_LOWER: the band has a lower edge. PRECISION: of float32 products."""
     pid = tl.program_id(0)
-    if cu_query_ptr is None:
-        batch, head, tile = pid // tiles // heads, pid // tiles % heads, tiles - 1 - pid % tiles
-    else:  # query_len and key_len are the numbers of all tokens, the band is relative to each sequence's own corner
+    if query_starts_ptr is None:
+        batch, head, tile = pid // tiles // num_heads, pid // tiles % num_heads, tiles - 1 - pid % tiles
+    else:  # packed: query_len and key_len are the total numbers of tokens, the band is relative to each sequence
         slot = pid % tiles
         if slot == 0:
-            check_starts(cu_query_ptr, sequences, query_len)
-            check_starts(cu_key_ptr, sequences, key_len)
+            check_starts(query_starts_ptr, num_sequences, query_len)
+            check_starts(key_starts_ptr, num_sequences, key_len)
             return
-        batch, tile = find_tile(cu_query_ptr, sequences, slot - 1, TILE_M)
+        batch, tile = find_tile(query_starts_ptr, num_sequences, slot - 1, TILE_M)
         head = pid // tiles
-        if batch >= sequences:
+        if batch >= num_sequences:
             return
-        check_sequence(cu_query_ptr, batch, query_len)
-        check_sequence(cu_key_ptr, batch, key_len)
+        check_sequence(query_starts_ptr, batch, query_len)
+        check_sequence(key_starts_ptr, batch, key_len)
     first = tile * TILE_M
-    q_begin, query_len = sequence(cu_query_ptr, batch, query_len)
-    k_begin, key_len = sequence(cu_key_ptr, batch, key_len)
-    if cu_query_ptr is not None:
+    q_begin, query_len = sequence_of(query_starts_ptr, batch, query_len)
+    k_begin, key_len = sequence_of(key_starts_ptr, batch, key_len)
+    if query_starts_ptr is not None:
         lower += key_len - query_len
         upper += key_len - query_len
-    third = batch * heads + head
-    at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // groups, tl.int64)
+    batch_head = batch * num_heads + head
+    at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // heads_per_kv_head, tl.int64)
     q_ptr += at[0] * q_batch_stride + at[1] * q_head_stride + q_begin * q_stride
     k_ptr += at[0] * k_batch_stride + at[2] * k_head_stride + k_begin * k_stride
     v_ptr += at[0] * v_batch_stride + at[2] * v_head_stride + k_begin * v_stride
@@ -202,26 +206,25 @@ def attention_forward_kernel(
     lse_ptr += at[0] * lse_batch_stride + at[1] * lse_head_stride + q_begin
     if MASK != 0:
         mask_ptr += at[0] * mask_batch_stride + at[1] * mask_head_stride
-    if padding_ptr is not None:
-        padding_ptr += at[0] * padding_batch_stride
+    if key_padding_ptr is not None:
+        key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
 
     q = load_tile(q_ptr, q_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
-    q = signed(q, scale)
-    size = tl.abs(scale)
-    unit = (
-        LOG2E if MASK == 2 else tl.maximum(size * LOG2E, 1e-37)
-    )  # of a score in the exponent; never 0, which would make −inf a NaN
-    total = tl.zeros((TILE_M, BLOCK_D), tl.float32)
-    top = tl.full((TILE_M,), float("-inf"), tl.float32)
-    norm = tl.zeros((TILE_M,), tl.float32)
+    q = with_sign_of(q, scale)
+    abs_scale = tl.abs(scale)
+    # The factor of a score in the exponent of 2. It is never 0, because −inf · 0 is NaN.
+    log2_scale = LOG2E if MASK == 2 else tl.maximum(abs_scale * LOG2E, 1e-37)
+    acc = tl.zeros((TILE_M, BLOCK_D), tl.float32)
+    row_max = tl.full((TILE_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((TILE_M,), tl.float32)
     last = tl.minimum(first + TILE_M, query_len) - 1
     begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, TILE_N)
-    if MASK != 0 or padding_ptr is not None:
-        total, top, norm = key_tiles(
-            total,
-            top,
-            norm,
+    if MASK != 0 or key_padding_ptr is not None:
+        acc, row_max, row_sum = accumulate_tiles(
+            acc,
+            row_max,
+            row_sum,
             q,
             first,
             begin,
@@ -230,8 +233,8 @@ def attention_forward_kernel(
             key_len,
             lower,
             upper,
-            size,
-            unit,
+            abs_scale,
+            log2_scale,
             k_ptr,
             k_stride,
             v_ptr,
@@ -239,10 +242,10 @@ def attention_forward_kernel(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             HEAD_DIM,
             BLOCK_D,
@@ -254,11 +257,11 @@ def attention_forward_kernel(
             True,
         )
     else:
-        if LEFT:
-            total, top, norm = key_tiles(
-                total,
-                top,
-                norm,
+        if HAS_LOWER:
+            acc, row_max, row_sum = accumulate_tiles(
+                acc,
+                row_max,
+                row_sum,
                 q,
                 first,
                 begin,
@@ -267,8 +270,8 @@ def attention_forward_kernel(
                 key_len,
                 lower,
                 upper,
-                size,
-                unit,
+                abs_scale,
+                log2_scale,
                 k_ptr,
                 k_stride,
                 v_ptr,
@@ -276,10 +279,10 @@ def attention_forward_kernel(
                 mask_ptr,
                 mask_query_stride,
                 mask_key_stride,
-                padding_ptr,
-                padding_stride,
+                key_padding_ptr,
+                key_padding_stride,
                 seed,
-                third,
+                batch_head,
                 threshold,
                 HEAD_DIM,
                 BLOCK_D,
@@ -290,20 +293,20 @@ def attention_forward_kernel(
                 PRECISION,
                 True,
             )
-        total, top, norm = key_tiles(
-            total,
-            top,
-            norm,
+        acc, row_max, row_sum = accumulate_tiles(
+            acc,
+            row_max,
+            row_sum,
             q,
             first,
-            inner if LEFT else begin,
+            inner if HAS_LOWER else begin,
             outer,
             query_len,
             key_len,
             lower,
             upper,
-            size,
-            unit,
+            abs_scale,
+            log2_scale,
             k_ptr,
             k_stride,
             v_ptr,
@@ -311,10 +314,10 @@ def attention_forward_kernel(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             HEAD_DIM,
             BLOCK_D,
@@ -325,10 +328,10 @@ def attention_forward_kernel(
             PRECISION,
             False,
         )
-        total, top, norm = key_tiles(
-            total,
-            top,
-            norm,
+        acc, row_max, row_sum = accumulate_tiles(
+            acc,
+            row_max,
+            row_sum,
             q,
             first,
             outer,
@@ -337,8 +340,8 @@ def attention_forward_kernel(
             key_len,
             lower,
             upper,
-            size,
-            unit,
+            abs_scale,
+            log2_scale,
             k_ptr,
             k_stride,
             v_ptr,
@@ -346,10 +349,10 @@ def attention_forward_kernel(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             HEAD_DIM,
             BLOCK_D,
@@ -360,12 +363,12 @@ def attention_forward_kernel(
             PRECISION,
             True,
         )
-    found = any_not_finite(total)
+    found = any_not_finite(acc)
     if found > 0:
-        zero = nothing(found)
+        zero = opaque_zero(found)
         q = load_tile(q_ptr, q_stride + zero, first + zero, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
-        total, top, norm = key_by_key(
-            signed(q, scale),
+        acc, row_max, row_sum = recompute_rows(
+            with_sign_of(q, scale),
             first + zero + tl.arange(0, TILE_M),
             begin * TILE_N + zero,
             tl.minimum(end * TILE_N, key_len),
@@ -373,8 +376,8 @@ def attention_forward_kernel(
             key_len,
             lower,
             upper,
-            size,
-            unit,
+            abs_scale,
+            log2_scale,
             k_ptr,
             k_stride + zero,
             v_ptr,
@@ -382,10 +385,10 @@ def attention_forward_kernel(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             HEAD_DIM,
             BLOCK_D,
@@ -393,16 +396,20 @@ def attention_forward_kernel(
             MASK,
             seed_ptr is not None,
         )
-    empty = norm == 0
-    out = total * (keep_scale / tl.where(empty, 1.0, norm))[:, None]
+    fully_masked = row_sum == 0
+    out = acc * (keep_scale / tl.where(fully_masked, 1.0, row_sum))[:, None]
     store_tile(out_ptr, out_stride, first, query_len, out, HEAD_DIM, TILE_M, BLOCK_D)
-    lse = tl.where(empty, float("-inf"), (top if MASK == 2 else top * size) + tl.log(tl.where(empty, 1.0, norm)))
+    lse = tl.where(
+        fully_masked,
+        float("-inf"),
+        (row_max if MASK == 2 else row_max * abs_scale) + tl.log(tl.where(fully_masked, 1.0, row_sum)),
+    )
     i = first + tl.arange(0, TILE_M)
     tl.store(lse_ptr + i, lse, mask=i < query_len)
 
 
 def strides(x, rank):
-    """As if expanded: 0 where a size is 1; all 0 for None."""
+    """The first strides of x, 0 where a size is 1; all 0 for None."""
     if x is None:
         return (0,) * rank
     shape, own = x.shape, x.stride()
@@ -416,7 +423,7 @@ def mask_kind(mask):
 
 
 def block_of(head_dim):
-    """The width of a tile that holds a head: matrix units multiply by 16 at least."""
+    """The width of a tile that holds a head. Matrix units need 16 at least."""
     return max(next_power_of_2(head_dim), 16)
 
 
@@ -427,9 +434,9 @@ def attention_forward(
     out,
     lse,
     mask,
-    padding,
-    cu_query,
-    cu_key,
+    key_padding,
+    query_starts,
+    key_starts,
     seed,
     sizes,
     band,
@@ -440,21 +447,23 @@ def attention_forward(
     architecture,
     device,
 ):
-    """q, out: (batch, heads, query_len, head_dim) with unit last stride; of packed sequences (1, heads, total, head_dim).
+    """q, out: (batch, num_heads, query_len, head_dim) with unit last stride; if packed (1, num_heads, tokens,
+    head_dim).
 
-    sizes: (batch, heads, key_heads, query_len, key_len, head_dim), where of packed sequences the lengths are those of all together.
-    band: (lower, upper), which fit into 32 bits; lse: (batch or 1, heads, tokens).
+    sizes: (batch, num_heads, num_kv_heads, query_len, key_len, head_dim); if packed, batch is the number of sequences
+    and the lengths are the total numbers of tokens. band: (lower, upper), of 32 bits. lse: (batch or 1, num_heads,
+    tokens).
     """
-    batch, heads, key_heads, query_len, key_len, head_dim = sizes
-    block = block_of(head_dim)
+    batch, num_heads, num_kv_heads, query_len, key_len, head_dim = sizes
+    block_d = block_of(head_dim)
     tile_m, tile_n, warps, stages = attention_tile(
         architecture,
         "forward",
         q.dtype.itemsize,
-        block,
-        mask is not None or padding is not None or seed is not None or cu_query is not None,
+        block_d,
+        mask is not None or key_padding is not None or seed is not None or query_starts is not None,
     )
-    tiles = cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch + 1
+    tiles = cdiv(query_len, tile_m) if query_starts is None else query_len // tile_m + batch + 1
     arguments = (
         q,
         *strides(q, 3),
@@ -468,14 +477,14 @@ def attention_forward(
         *strides(lse, 2),
         mask,
         *strides(mask, 4),
-        padding,
-        *strides(padding, 2),
-        cu_query,
-        cu_key,
+        key_padding,
+        *strides(key_padding, 2),
+        query_starts,
+        key_starts,
         seed,
         batch,
-        heads,
-        heads // key_heads,
+        num_heads,
+        num_heads // num_kv_heads,
         query_len,
         key_len,
         tiles,
@@ -486,12 +495,14 @@ def attention_forward(
     )
     constants = (
         head_dim,
-        block,
+        block_d,
         tile_m,
         tile_n,
         mask_kind(mask),
-        cu_query is not None or band[0] > 1 - query_len,
+        query_starts is not None or band[0] > 1 - query_len,
         precision,
     )
-    programs = tiles * heads * (batch if cu_query is None else 1)
-    launch(attention_forward_kernel, programs, arguments, constants, warps, stages, device, debug=cu_query is not None)
+    programs = tiles * num_heads * (batch if query_starts is None else 1)
+    launch(
+        attention_forward_kernel, programs, arguments, constants, warps, stages, device, debug=query_starts is not None
+    )

@@ -1,13 +1,17 @@
-"""The gradients of attention: two passes, and a third for the gradient of an additive mask. No atomics: every sum has one owner and one order.
+"""The gradients of attention: one kernel by tiles of queries, one by tiles of keys, and a third for the gradient of an
+additive mask. There are no atomics: every sum has one owner and a fixed order.
 
-The pass by queries owns dq of a tile, walks over the keys, and on its way in computes delta = Σ out · dout − dlse, which the others read. That one owns
-dk and dv of a tile and walks over the queries of all heads that share it, with scores transposed, so that both products that follow take them from
-registers. Weights come from the log-sum-exp of the forward. 14 · query_len · key_len · head_dim FLOPs a head, half of it with a causal mask: seven
-products where five would do, as the scores and dout vᵀ are computed in both passes. The price of a gradient without atomics.
+The query kernel computes dq of a tile, iterates over the keys, and first computes delta = Σ out · dout − dlse, which
+the other kernels read. The key kernel computes dk and dv of a tile and iterates over the queries of all heads that
+share it, with transposed scores, so that both products that follow take them from registers. Weights are recomputed
+from the log-sum-exp of the forward pass. 14 · query_len · key_len · head_dim FLOPs per head, half of it with a causal
+mask: seven products instead of five, because both kernels compute the scores and dout vᵀ. That is the cost of gradients
+without atomics.
 
-EXACT: who asks for the gradient of a mask gets it, and all others, as exact as from PyTorch, whose operator there multiplies 16-bit numbers in float32. Over a
-row dscores sum to 0, so that the rounding of out in delta shows in full, and what is left is that of the weights and dscores. So delta is Σ weights · dweights,
-of float32, in a loop over the keys ahead of dq's, and those factors are multiplied in two parts: five products more.
+EXACT: with the gradient of a mask, all gradients are as accurate as PyTorch's, whose operator for it multiplies 16-bit
+numbers in float32. dscores sum to 0 over a row, so the rounding error of `out` in delta would dominate, followed by
+those of the weights and dscores. delta is therefore Σ weights · dweights of float32 weights, from an additional loop
+over the keys, and the factors are multiplied in two parts: five more products.
 """
 
 import triton
@@ -19,16 +23,16 @@ from fastlm.kernels.attention_tiles import (
     any_not_finite,
     check_sequence,
     check_starts,
-    column,
     find_tile,
     load_tile,
     load_token,
-    masked,
-    nothing,
-    sequence,
+    mask_scores,
+    opaque_zero,
+    sequence_of,
     store_tile,
     tiles_of_keys,
     tiles_of_queries,
+    to_vectors,
 )
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
@@ -38,20 +42,20 @@ from fastlm.kernels.sizes import cdiv
 
 @triton.jit
 def weights_of(scores, lse, scale, MASK: tl.constexpr):
-    """exp(score − log-sum-exp); lse is shaped to broadcast, +∞ where there is no query. Of any sign is the scale here: what is not seen the caller zeroes."""
+    """exp(score − log-sum-exp). lse broadcasts and is +∞ beyond the queries. The caller sets masked weights to 0."""
     if MASK == 2:
         return tl.exp2((scores - lse) * LOG2E)
     return tl.exp2(scores * (scale * LOG2E) - lse * LOG2E)
 
 
 @triton.jit
-def multiply(x, y, total, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """total + x y, x rounded to the type of y as matrix units take it. EXACT: then what the rounding took away is multiplied too, rounded likewise."""
-    near = x.to(y.dtype)
-    total = tl.dot(near, y, total, input_precision=PRECISION)
+def multiply(x, y, acc, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """acc + x y, with x rounded to the dtype of y. EXACT: the rounding error of x is multiplied too."""
+    rounded = x.to(y.dtype)
+    acc = tl.dot(rounded, y, acc, input_precision=PRECISION)
     if EXACT:
-        total = tl.dot((x - near.to(tl.float32)).to(y.dtype), y, total, input_precision=PRECISION)
-    return total
+        acc = tl.dot((x - rounded.to(tl.float32)).to(y.dtype), y, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -73,10 +77,10 @@ def query_tile(
     mask_ptr,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_stride,
     seed,
-    third,
+    batch_head,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -88,15 +92,18 @@ def query_tile(
     PRECISION: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """(keys, weights, their gradient, what is seen) of queries i and the tile of keys from `key` on. Weights are 0 where not seen, their gradient is not."""
+    """(keys, weights, dweights, visibility) of queries i and the tile of keys from `key` on.
+
+    Weights are 0 where not visible; dweights are not.
+    """
     k = load_tile(k_ptr, k_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
     v = load_tile(v_ptr, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    seen = True
+    visible = True
     if EDGE:
         j = key + tl.arange(0, TILE_N)
-        scores, seen = masked(
+        scores, visible = mask_scores(
             scores,
             i[:, None],
             j[None, :],
@@ -108,16 +115,18 @@ def query_tile(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             MASK,
         )
     weights = weights_of(scores, lse[:, None], scale, MASK)
     if EDGE:
-        weights = tl.where(seen, weights, 0.0)
+        weights = tl.where(visible, weights, 0.0)
     if DROPOUT:
-        dweights = tl.where(kept(seed, i, key, third, threshold, TILE_M, TILE_N, False), dweights * keep_scale, 0.0)
-    return k, weights, dweights, seen
+        dweights = tl.where(
+            kept(seed, i, key, batch_head, threshold, TILE_M, TILE_N, False), dweights * keep_scale, 0.0
+        )
+    return k, weights, dweights, visible
 
 
 @triton.jit
@@ -140,10 +149,10 @@ def exact_delta(
     mask_ptr,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_stride,
     seed,
-    third,
+    batch_head,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -154,11 +163,11 @@ def exact_delta(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Σ weights · dweights: what Σ out · dout is, but for the rounding of out and of the weights in it to 16 bits."""
+    """Σ weights · dweights, which is Σ out · dout without the rounding of out and of its weights to 16 bits."""
     delta = tl.zeros((TILE_M,), tl.float32)
     i = first + tl.arange(0, TILE_M)
     for tile in range(begin, end):
-        _, weights, dweights, seen = query_tile(
+        _, weights, dweights, visible = query_tile(
             q,
             dout,
             lse,
@@ -176,10 +185,10 @@ def exact_delta(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             keep_scale,
             HEAD_DIM,
@@ -191,7 +200,7 @@ def exact_delta(
             PRECISION,
             True,
         )
-        delta += tl.sum(tl.where(seen, weights * dweights, 0.0), 1)
+        delta += tl.sum(tl.where(visible, weights * dweights, 0.0), 1)
     return delta
 
 
@@ -217,10 +226,10 @@ def query_gradient_tiles(
     mask_ptr,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_stride,
     seed,
-    third,
+    batch_head,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -235,7 +244,7 @@ def query_gradient_tiles(
 ):
     i = first + tl.arange(0, TILE_M)
     for tile in range(begin, end):
-        k, weights, dweights, seen = query_tile(
+        k, weights, dweights, visible = query_tile(
             q,
             dout,
             lse,
@@ -253,10 +262,10 @@ def query_gradient_tiles(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             keep_scale,
             HEAD_DIM,
@@ -270,13 +279,13 @@ def query_gradient_tiles(
         )
         dscores = weights * (dweights - delta[:, None])
         if EDGE:
-            dscores = tl.where(seen, dscores, 0.0)
+            dscores = tl.where(visible, dscores, 0.0)
         dq = multiply(dscores, k, dq, PRECISION, EXACT)
     return dq
 
 
 @triton.jit
-def query_gradient_key_by_key(
+def recompute_query_gradients(
     q,
     dout,
     lse,
@@ -296,10 +305,10 @@ def query_gradient_key_by_key(
     mask_ptr,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_stride,
     seed,
-    third,
+    batch_head,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -308,13 +317,13 @@ def query_gradient_key_by_key(
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """For what is not finite: see attention_tiles.py."""
+    """For gradients that are not finite, see attention_tiles.py."""
     dq = tl.zeros((TILE_M, BLOCK_D), tl.float32)
     for key in range(begin, end):
         k = load_token(k_ptr, k_stride, key, HEAD_DIM, BLOCK_D)
         v = load_token(v_ptr, v_stride, key, HEAD_DIM, BLOCK_D)
         j = key + tl.arange(0, 1)
-        scores, seen = masked(
+        scores, visible = mask_scores(
             tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None],
             i[:, None],
             j[None, :],
@@ -326,22 +335,22 @@ def query_gradient_key_by_key(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             MASK,
         )
-        scores, seen = column(scores, seen)
+        scores, visible = to_vectors(scores, visible)
         dweights = tl.sum(dout.to(tl.float32) * v[None, :], 1)
         if DROPOUT:
-            dweights = tl.where(kept_each(seed, i, key, third, threshold), dweights * keep_scale, 0.0)
+            dweights = tl.where(kept_each(seed, i, key, batch_head, threshold), dweights * keep_scale, 0.0)
         dscores = weights_of(scores, lse, scale, MASK) * (dweights - delta)
-        dq += tl.where(seen[:, None], dscores[:, None] * k[None, :], 0.0)
+        dq += tl.where(visible[:, None], dscores[:, None] * k[None, :], 0.0)
     return dq
 
 
 @triton.jit(
     do_not_specialize=[
-        "sequences",
+        "num_sequences",
         "query_len",
         "key_len",
         "tiles",
@@ -383,19 +392,19 @@ def attention_backward_query_kernel(
     mask_head_stride,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_batch_stride,
-    padding_stride,
-    cu_query_ptr,
-    cu_key_ptr,
+    key_padding_ptr,
+    key_padding_batch_stride,
+    key_padding_stride,
+    query_starts_ptr,
+    key_starts_ptr,
     seed_ptr,
     dq_ptr,
     dq_batch_stride,
     dq_head_stride,
     dq_stride,
-    sequences,
-    heads,
-    groups,
+    num_sequences,
+    num_heads,
+    heads_per_kv_head,
     query_len,
     key_len,
     tiles,
@@ -409,34 +418,34 @@ def attention_backward_query_kernel(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     MASK: tl.constexpr,
-    LEFT: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """dq and delta of one tile of queries. lse, dlse and delta are laid out alike."""
+    """dq and delta of one tile of queries. lse, dlse and delta have the same layout."""
     pid = tl.program_id(0)
-    if cu_query_ptr is None:
-        batch, head, tile = pid // tiles // heads, pid // tiles % heads, tiles - 1 - pid % tiles
+    if query_starts_ptr is None:
+        batch, head, tile = pid // tiles // num_heads, pid // tiles % num_heads, tiles - 1 - pid % tiles
     else:
         slot = pid % tiles
         if slot == 0:
-            check_starts(cu_query_ptr, sequences, query_len)
-            check_starts(cu_key_ptr, sequences, key_len)
+            check_starts(query_starts_ptr, num_sequences, query_len)
+            check_starts(key_starts_ptr, num_sequences, key_len)
             return
-        batch, tile = find_tile(cu_query_ptr, sequences, slot - 1, TILE_M)
+        batch, tile = find_tile(query_starts_ptr, num_sequences, slot - 1, TILE_M)
         head = pid // tiles
-        if batch >= sequences:
+        if batch >= num_sequences:
             return
-        check_sequence(cu_query_ptr, batch, query_len)
-        check_sequence(cu_key_ptr, batch, key_len)
+        check_sequence(query_starts_ptr, batch, query_len)
+        check_sequence(key_starts_ptr, batch, key_len)
     first = tile * TILE_M
-    q_begin, query_len = sequence(cu_query_ptr, batch, query_len)
-    k_begin, key_len = sequence(cu_key_ptr, batch, key_len)
-    if cu_query_ptr is not None:
+    q_begin, query_len = sequence_of(query_starts_ptr, batch, query_len)
+    k_begin, key_len = sequence_of(key_starts_ptr, batch, key_len)
+    if query_starts_ptr is not None:
         lower += key_len - query_len
         upper += key_len - query_len
-    third = batch * heads + head
-    at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // groups, tl.int64)
+    batch_head = batch * num_heads + head
+    at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // heads_per_kv_head, tl.int64)
     q_ptr += at[0] * q_batch_stride + at[1] * q_head_stride + q_begin * q_stride
     k_ptr += at[0] * k_batch_stride + at[2] * k_head_stride + k_begin * k_stride
     v_ptr += at[0] * v_batch_stride + at[2] * v_head_stride + k_begin * v_stride
@@ -446,8 +455,8 @@ def attention_backward_query_kernel(
     row = at[0] * lse_batch_stride + at[1] * lse_head_stride + q_begin
     if MASK != 0:
         mask_ptr += at[0] * mask_batch_stride + at[1] * mask_head_stride
-    if padding_ptr is not None:
-        padding_ptr += at[0] * padding_batch_stride
+    if key_padding_ptr is not None:
+        key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
 
     dout = load_tile(dout_ptr, dout_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
@@ -476,10 +485,10 @@ def attention_backward_query_kernel(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             keep_scale,
             HEAD_DIM,
@@ -497,7 +506,7 @@ def attention_backward_query_kernel(
         delta -= tl.load(dlse_ptr + row + i, mask=i < query_len, other=0.0)
     tl.store(delta_ptr + row + i, delta, mask=i < query_len)
     dq = tl.zeros((TILE_M, BLOCK_D), tl.float32)
-    if MASK != 0 or padding_ptr is not None:
+    if MASK != 0 or key_padding_ptr is not None:
         dq = query_gradient_tiles(
             dq,
             q,
@@ -519,10 +528,10 @@ def attention_backward_query_kernel(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             keep_scale,
             HEAD_DIM,
@@ -536,7 +545,7 @@ def attention_backward_query_kernel(
             True,
         )
     else:
-        if LEFT:
+        if HAS_LOWER:
             dq = query_gradient_tiles(
                 dq,
                 q,
@@ -558,10 +567,10 @@ def attention_backward_query_kernel(
                 mask_ptr,
                 mask_query_stride,
                 mask_key_stride,
-                padding_ptr,
-                padding_stride,
+                key_padding_ptr,
+                key_padding_stride,
                 seed,
-                third,
+                batch_head,
                 threshold,
                 keep_scale,
                 HEAD_DIM,
@@ -581,7 +590,7 @@ def attention_backward_query_kernel(
             lse,
             delta,
             first,
-            inner if LEFT else begin,
+            inner if HAS_LOWER else begin,
             outer,
             query_len,
             key_len,
@@ -595,10 +604,10 @@ def attention_backward_query_kernel(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             keep_scale,
             HEAD_DIM,
@@ -632,10 +641,10 @@ def attention_backward_query_kernel(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             keep_scale,
             HEAD_DIM,
@@ -650,10 +659,10 @@ def attention_backward_query_kernel(
         )
     found = any_not_finite(dq)
     if found > 0:
-        zero = nothing(found)
+        zero = opaque_zero(found)
         q = load_tile(q_ptr, q_stride + zero, first + zero, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
         dout = load_tile(dout_ptr, dout_stride + zero, first + zero, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
-        dq = query_gradient_key_by_key(
+        dq = recompute_query_gradients(
             q,
             dout,
             lse,
@@ -673,10 +682,10 @@ def attention_backward_query_kernel(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             keep_scale,
             HEAD_DIM,
@@ -711,10 +720,10 @@ def key_gradient_tiles(
     mask_ptr,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_stride,
     seed,
-    third,
+    batch_head,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -727,7 +736,7 @@ def key_gradient_tiles(
     EXACT: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Scores are (TILE_N, TILE_M) here: keys by queries."""
+    """Scores are transposed: (TILE_N, TILE_M), keys by queries."""
     j = first + tl.arange(0, TILE_N)
     for tile in range(begin, end):
         query = tile * TILE_M
@@ -736,13 +745,13 @@ def key_gradient_tiles(
         dout = load_tile(dout_ptr, dout_stride, query, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
         lse = tl.load(
             lse_ptr + i, mask=i < query_len, other=float("inf")
-        )  # so that a query beyond the end weighs nothing
+        )  # so that queries beyond the end have weights of 0
         delta = tl.load(delta_ptr + i, mask=i < query_len, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        seen = True
+        visible = True
         if EDGE:
-            scores, seen = masked(
+            scores, visible = mask_scores(
                 scores,
                 i[None, :],
                 j[:, None],
@@ -754,28 +763,28 @@ def key_gradient_tiles(
                 mask_ptr,
                 mask_query_stride,
                 mask_key_stride,
-                padding_ptr,
-                padding_stride,
+                key_padding_ptr,
+                key_padding_stride,
                 MASK,
             )
         weights = weights_of(scores, lse[None, :], scale, MASK)
         if EDGE:
-            weights = tl.where(seen, weights, 0.0)
-        sent = weights
+            weights = tl.where(visible, weights, 0.0)
+        kept_weights = weights
         if DROPOUT:
-            keep = kept(seed, i, first, third, threshold, TILE_M, TILE_N, True)
-            sent = tl.where(keep, weights * keep_scale, 0.0)
+            keep = kept(seed, i, first, batch_head, threshold, TILE_M, TILE_N, True)
+            kept_weights = tl.where(keep, weights * keep_scale, 0.0)
             dweights = tl.where(keep, dweights * keep_scale, 0.0)
         dscores = weights * (dweights - delta[None, :])
         if EDGE:
-            dscores = tl.where(seen, dscores, 0.0)
-        dv = multiply(sent, dout, dv, PRECISION, EXACT)
+            dscores = tl.where(visible, dscores, 0.0)
+        dv = multiply(kept_weights, dout, dv, PRECISION, EXACT)
         dk = multiply(dscores, q, dk, PRECISION, EXACT)
     return dk, dv
 
 
 @triton.jit
-def key_gradient_query_by_query(
+def recompute_key_gradients(
     dk,
     dv,
     k,
@@ -797,10 +806,10 @@ def key_gradient_query_by_query(
     mask_ptr,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_stride,
     seed,
-    third,
+    batch_head,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -809,13 +818,13 @@ def key_gradient_query_by_query(
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """For what is not finite: see attention_tiles.py."""
+    """For gradients that are not finite, see attention_tiles.py."""
     j = first + tl.arange(0, TILE_N)
     for query in range(begin, end):
         q = load_token(q_ptr, q_stride, query, HEAD_DIM, BLOCK_D)
         dout = load_token(dout_ptr, dout_stride, query, HEAD_DIM, BLOCK_D)
         i = query + tl.arange(0, 1)
-        scores, seen = masked(
+        scores, visible = mask_scores(
             tl.sum(k.to(tl.float32) * q[None, :], 1)[:, None],
             i[None, :],
             j[:, None],
@@ -827,27 +836,27 @@ def key_gradient_query_by_query(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             MASK,
         )
-        scores, seen = column(scores, seen)
+        scores, visible = to_vectors(scores, visible)
         weights = weights_of(scores, tl.load(lse_ptr + query), scale, MASK)
         dweights = tl.sum(v.to(tl.float32) * dout[None, :], 1)
-        sent = weights
+        kept_weights = weights
         if DROPOUT:
-            keep = kept_each(seed, query, j, third, threshold)
-            sent = tl.where(keep, weights * keep_scale, 0.0)
+            keep = kept_each(seed, query, j, batch_head, threshold)
+            kept_weights = tl.where(keep, weights * keep_scale, 0.0)
             dweights = tl.where(keep, dweights * keep_scale, 0.0)
         dscores = weights * (dweights - tl.load(delta_ptr + query))
-        dv += tl.where(seen[:, None], sent[:, None] * dout[None, :], 0.0)
-        dk += tl.where(seen[:, None], dscores[:, None] * q[None, :], 0.0)
+        dv += tl.where(visible[:, None], kept_weights[:, None] * dout[None, :], 0.0)
+        dk += tl.where(visible[:, None], dscores[:, None] * q[None, :], 0.0)
     return dk, dv
 
 
 @triton.jit(
     do_not_specialize=[
-        "sequences",
+        "num_sequences",
         "query_len",
         "key_len",
         "tiles",
@@ -884,11 +893,11 @@ def attention_backward_key_kernel(
     mask_head_stride,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_batch_stride,
-    padding_stride,
-    cu_query_ptr,
-    cu_key_ptr,
+    key_padding_ptr,
+    key_padding_batch_stride,
+    key_padding_stride,
+    query_starts_ptr,
+    key_starts_ptr,
     seed_ptr,
     dk_ptr,
     dk_batch_stride,
@@ -898,9 +907,9 @@ def attention_backward_key_kernel(
     dv_batch_stride,
     dv_head_stride,
     dv_stride,
-    sequences,
-    heads,
-    groups,
+    num_sequences,
+    num_heads,
+    heads_per_kv_head,
     query_len,
     key_len,
     tiles,
@@ -914,37 +923,37 @@ def attention_backward_key_kernel(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     MASK: tl.constexpr,
-    LEFT: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """dk and dv of one tile of keys, from all heads that share it."""
     pid = tl.program_id(0)
-    key_heads = heads // groups
-    if cu_query_ptr is None:
-        batch, key_head, tile = (
-            pid // tiles // key_heads,
-            pid // tiles % key_heads,
+    num_kv_heads = num_heads // heads_per_kv_head
+    if query_starts_ptr is None:
+        batch, kv_head, tile = (
+            pid // tiles // num_kv_heads,
+            pid // tiles % num_kv_heads,
             pid % tiles,
-        )  # of a causal mask the first tile has the most queries
+        )  # with a causal mask the first tile has the most queries
     else:
-        batch, tile = find_tile(cu_key_ptr, sequences, pid % tiles, TILE_N)
-        key_head = pid // tiles
-        if batch >= sequences:
+        batch, tile = find_tile(key_starts_ptr, num_sequences, pid % tiles, TILE_N)
+        kv_head = pid // tiles
+        if batch >= num_sequences:
             return
     first = tile * TILE_N
-    q_begin, query_len = sequence(cu_query_ptr, batch, query_len)
-    k_begin, key_len = sequence(cu_key_ptr, batch, key_len)
-    if cu_query_ptr is not None:
+    q_begin, query_len = sequence_of(query_starts_ptr, batch, query_len)
+    k_begin, key_len = sequence_of(key_starts_ptr, batch, key_len)
+    if query_starts_ptr is not None:
         lower += key_len - query_len
         upper += key_len - query_len
-    at = tl.cast(batch, tl.int64), tl.cast(key_head, tl.int64)
+    at = tl.cast(batch, tl.int64), tl.cast(kv_head, tl.int64)
     k_ptr += at[0] * k_batch_stride + at[1] * k_head_stride + k_begin * k_stride
     v_ptr += at[0] * v_batch_stride + at[1] * v_head_stride + k_begin * v_stride
     dk_ptr += at[0] * dk_batch_stride + at[1] * dk_head_stride + k_begin * dk_stride
     dv_ptr += at[0] * dv_batch_stride + at[1] * dv_head_stride + k_begin * dv_stride
-    if padding_ptr is not None:
-        padding_ptr += at[0] * padding_batch_stride
+    if key_padding_ptr is not None:
+        key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
 
     k = load_tile(k_ptr, k_stride, first, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
@@ -953,14 +962,14 @@ def attention_backward_key_kernel(
     dv = tl.zeros((TILE_N, BLOCK_D), tl.float32)
     last = tl.minimum(first + TILE_N, key_len) - 1
     begin, inner, outer, end = tiles_of_queries(first, last, lower, upper, query_len, TILE_M)
-    for group in range(groups):
-        head = tl.cast(key_head * groups + group, tl.int64)
-        third = batch * heads + key_head * groups + group
+    for group in range(heads_per_kv_head):
+        head = tl.cast(kv_head * heads_per_kv_head + group, tl.int64)
+        batch_head = batch * num_heads + kv_head * heads_per_kv_head + group
         q_at = q_ptr + at[0] * q_batch_stride + head * q_head_stride + q_begin * q_stride
         dout_at = dout_ptr + at[0] * dout_batch_stride + head * dout_head_stride + q_begin * dout_stride
         row = at[0] * lse_batch_stride + head * lse_head_stride + q_begin
         mask_at = None if MASK == 0 else mask_ptr + at[0] * mask_batch_stride + head * mask_head_stride
-        if MASK != 0 or padding_ptr is not None:
+        if MASK != 0 or key_padding_ptr is not None:
             dk, dv = key_gradient_tiles(
                 dk,
                 dv,
@@ -983,10 +992,10 @@ def attention_backward_key_kernel(
                 mask_at,
                 mask_query_stride,
                 mask_key_stride,
-                padding_ptr,
-                padding_stride,
+                key_padding_ptr,
+                key_padding_stride,
                 seed,
-                third,
+                batch_head,
                 threshold,
                 keep_scale,
                 HEAD_DIM,
@@ -1022,10 +1031,10 @@ def attention_backward_key_kernel(
                 mask_at,
                 mask_query_stride,
                 mask_key_stride,
-                padding_ptr,
-                padding_stride,
+                key_padding_ptr,
+                key_padding_stride,
                 seed,
-                third,
+                batch_head,
                 threshold,
                 keep_scale,
                 HEAD_DIM,
@@ -1060,10 +1069,10 @@ def attention_backward_key_kernel(
                 mask_at,
                 mask_query_stride,
                 mask_key_stride,
-                padding_ptr,
-                padding_stride,
+                key_padding_ptr,
+                key_padding_stride,
                 seed,
-                third,
+                batch_head,
                 threshold,
                 keep_scale,
                 HEAD_DIM,
@@ -1076,7 +1085,7 @@ def attention_backward_key_kernel(
                 EXACT,
                 False,
             )
-            if LEFT:
+            if HAS_LOWER:
                 dk, dv = key_gradient_tiles(
                     dk,
                     dv,
@@ -1099,10 +1108,10 @@ def attention_backward_key_kernel(
                     mask_at,
                     mask_query_stride,
                     mask_key_stride,
-                    padding_ptr,
-                    padding_stride,
+                    key_padding_ptr,
+                    key_padding_stride,
                     seed,
-                    third,
+                    batch_head,
                     threshold,
                     keep_scale,
                     HEAD_DIM,
@@ -1117,19 +1126,19 @@ def attention_backward_key_kernel(
                 )
     found = tl.maximum(any_not_finite(dk), any_not_finite(dv))
     if found > 0:
-        zero = nothing(found)
+        zero = opaque_zero(found)
         k = load_tile(k_ptr, k_stride + zero, first + zero, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
         v = load_tile(v_ptr, v_stride + zero, first + zero, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
         dk = tl.zeros((TILE_N, BLOCK_D), tl.float32)
         dv = tl.zeros((TILE_N, BLOCK_D), tl.float32)
-        for group in range(groups):
-            head = tl.cast(key_head * groups + group, tl.int64)
-            third = batch * heads + key_head * groups + group
+        for group in range(heads_per_kv_head):
+            head = tl.cast(kv_head * heads_per_kv_head + group, tl.int64)
+            batch_head = batch * num_heads + kv_head * heads_per_kv_head + group
             q_at = q_ptr + at[0] * q_batch_stride + head * q_head_stride + q_begin * q_stride
             dout_at = dout_ptr + at[0] * dout_batch_stride + head * dout_head_stride + q_begin * dout_stride
             row = at[0] * lse_batch_stride + head * lse_head_stride + q_begin + zero
             mask_at = None if MASK == 0 else mask_ptr + at[0] * mask_batch_stride + head * mask_head_stride
-            dk, dv = key_gradient_query_by_query(
+            dk, dv = recompute_key_gradients(
                 dk,
                 dv,
                 k,
@@ -1151,10 +1160,10 @@ def attention_backward_key_kernel(
                 mask_at,
                 mask_query_stride,
                 mask_key_stride,
-                padding_ptr,
-                padding_stride,
+                key_padding_ptr,
+                key_padding_stride,
                 seed,
-                third,
+                batch_head,
                 threshold,
                 keep_scale,
                 HEAD_DIM,
@@ -1205,14 +1214,14 @@ def attention_backward_mask_kernel(
     mask_head_stride,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_batch_stride,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_batch_stride,
+    key_padding_stride,
     seed_ptr,
     dmask_ptr,
     batch_size,
-    heads,
-    groups,
+    num_heads,
+    heads_per_kv_head,
     query_len,
     key_len,
     mask_batch,
@@ -1231,23 +1240,24 @@ def attention_backward_mask_kernel(
     ONE_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of the gradient of an additive mask: dscores summed over whatever the mask was broadcast over, in the order of batch, head and query.
+    """A tile of the gradient of an additive mask.
 
-    ONE_ROW: the mask has one row for all queries. (Where it has one entry for all keys the gradient is that of the log-sum-exp: no kernel is needed.)
-    dmask is contiguous, in float32.
+    dscores are summed over the dimensions that the mask was broadcast over, in the order of batch, head and query.
+    ONE_ROW: the mask has one row for all queries. A mask with one column needs no kernel, because its gradient is that
+    of the log-sum-exp. dmask is contiguous, in float32.
     """
     pid = tl.program_id(0)
-    own_m = 1 if ONE_ROW else tiles_m  # tiles of the mask itself
+    own_m = 1 if ONE_ROW else tiles_m  # tiles of the mask
     key, tile_m = pid % tiles_n * TILE_N, pid // tiles_n % own_m
     mask_head, mask_index = pid // tiles_n // own_m % mask_heads, pid // tiles_n // own_m // mask_heads
     j = key + tl.arange(0, TILE_N)
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     dmask = tl.zeros((TILE_M, TILE_N), tl.float32)
     for batch in range(mask_index, batch_size, mask_batch):
-        for head in range(mask_head, heads, mask_heads):
-            at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // groups, tl.int64)
-            row = (at[0] * heads + at[1]) * query_len
-            padding_at = None if padding_ptr is None else padding_ptr + at[0] * padding_batch_stride
+        for head in range(mask_head, num_heads, mask_heads):
+            at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // heads_per_kv_head, tl.int64)
+            row = (at[0] * num_heads + at[1]) * query_len
+            key_padding_at = None if key_padding_ptr is None else key_padding_ptr + at[0] * key_padding_batch_stride
             for m in range(0 if ONE_ROW else tile_m, tiles_m if ONE_ROW else tile_m + 1):
                 first = m * TILE_M
                 i = first + tl.arange(0, TILE_M)
@@ -1293,7 +1303,7 @@ def attention_backward_mask_kernel(
                     BLOCK_D,
                     False,
                 )
-                scores, seen = masked(
+                scores, visible = mask_scores(
                     tl.dot(q, tl.trans(k), input_precision=PRECISION),
                     i[:, None],
                     j[None, :],
@@ -1305,15 +1315,17 @@ def attention_backward_mask_kernel(
                     mask_ptr + at[0] * mask_batch_stride + at[1] * mask_head_stride,
                     mask_query_stride,
                     mask_key_stride,
-                    padding_at,
-                    padding_stride,
+                    key_padding_at,
+                    key_padding_stride,
                     2,
                 )
                 dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
                 if seed_ptr is not None:
-                    keep = kept(seed, i, key, batch * heads + head, threshold, TILE_M, TILE_N, False)
+                    keep = kept(seed, i, key, batch * num_heads + head, threshold, TILE_M, TILE_N, False)
                     dweights = tl.where(keep, dweights * keep_scale, 0.0)
-                dmask += tl.where(seen, weights_of(scores, lse[:, None], scale, 2) * (dweights - delta[:, None]), 0.0)
+                dmask += tl.where(
+                    visible, weights_of(scores, lse[:, None], scale, 2) * (dweights - delta[:, None]), 0.0
+                )
     dmask_ptr += (mask_index * mask_heads + mask_head).to(tl.int64) * (1 if ONE_ROW else query_len) * key_len
     if ONE_ROW:
         tl.store(dmask_ptr + j, tl.sum(dmask, 0), mask=j < key_len)
@@ -1330,9 +1342,9 @@ def attention_backward(
     k,
     v,
     mask,
-    padding,
-    cu_query,
-    cu_key,
+    key_padding,
+    query_starts,
+    key_starts,
     seed,
     out,
     lse,
@@ -1351,23 +1363,30 @@ def attention_backward(
     device,
     delta,
 ):
-    """As attention_forward; dlse and delta are laid out as lse. dk is None where neither dk nor dv is wanted.
+    """As attention_forward; dlse and delta have the layout of lse. dk is None if neither dk nor dv is wanted.
 
-    dmask is contiguous in float32, or None; its mask has a column for each key. exact: where q is 16 bits wide and the mask wants a gradient.
+    dmask is contiguous in float32, or None; its mask has a column for each key. exact: if q has 16 bits and the
+    gradient of the mask is wanted.
     """
-    batch, heads, key_heads, query_len, key_len, head_dim = sizes
-    groups, block, left = heads // key_heads, block_of(head_dim), cu_query is not None or band[0] > 1 - query_len
+    batch, num_heads, num_kv_heads, query_len, key_len, head_dim = sizes
+    heads_per_kv_head, block_d, left = (
+        num_heads // num_kv_heads,
+        block_of(head_dim),
+        query_starts is not None or band[0] > 1 - query_len,
+    )
     kind, masked_at_all = (
         mask_kind(mask),
-        mask is not None or padding is not None or seed is not None or cu_query is not None,
+        mask is not None or key_padding is not None or seed is not None or query_starts is not None,
     )
-    masks = mask, *strides(mask, 4), padding, *strides(padding, 2)
-    each = batch if cu_query is None else 1
+    masks = mask, *strides(mask, 4), key_padding, *strides(key_padding, 2)
+    each = batch if query_starts is None else 1
     inputs = q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3)
     numbers = *band, scale, threshold, keep_scale
 
-    tile_m, tile_n, warps, stages = attention_tile(architecture, "query", q.dtype.itemsize, block, masked_at_all, exact)
-    tiles = cdiv(query_len, tile_m) if cu_query is None else query_len // tile_m + batch + 1
+    tile_m, tile_n, warps, stages = attention_tile(
+        architecture, "query", q.dtype.itemsize, block_d, masked_at_all, exact
+    )
+    tiles = cdiv(query_len, tile_m) if query_starts is None else query_len // tile_m + batch + 1
     arguments = (
         *inputs,
         out,
@@ -1379,36 +1398,36 @@ def attention_backward(
         delta,
         *strides(lse, 2),
         *masks,
-        cu_query,
-        cu_key,
+        query_starts,
+        key_starts,
         seed,
         dq,
         *strides(dq, 3),
         batch,
-        heads,
-        groups,
+        num_heads,
+        heads_per_kv_head,
         query_len,
         key_len,
         tiles,
         *numbers,
     )
-    constants = head_dim, block, tile_m, tile_n, kind, left, precision, exact
+    constants = head_dim, block_d, tile_m, tile_n, kind, left, precision, exact
     launch(
         attention_backward_query_kernel,
-        tiles * each * heads,
+        tiles * each * num_heads,
         arguments,
         constants,
         warps,
         stages,
         device,
-        debug=cu_query is not None,
+        debug=query_starts is not None,
     )
 
     if dk is not None:
         tile_m, tile_n, warps, stages = attention_tile(
-            architecture, "key", q.dtype.itemsize, block, masked_at_all, exact
+            architecture, "key", q.dtype.itemsize, block_d, masked_at_all, exact
         )
-        tiles = cdiv(key_len, tile_n) if cu_key is None else key_len // tile_n + batch
+        tiles = cdiv(key_len, tile_n) if key_starts is None else key_len // tile_n + batch
         arguments = (
             *inputs,
             dout,
@@ -1417,26 +1436,26 @@ def attention_backward(
             delta,
             *strides(lse, 2),
             *masks,
-            cu_query,
-            cu_key,
+            query_starts,
+            key_starts,
             seed,
             dk,
             *strides(dk, 3),
             dv,
             *strides(dv, 3),
             batch,
-            heads,
-            groups,
+            num_heads,
+            heads_per_kv_head,
             query_len,
             key_len,
             tiles,
             *numbers,
         )
-        constants = head_dim, block, tile_m, tile_n, kind, left, precision, exact
-        launch(attention_backward_key_kernel, tiles * each * key_heads, arguments, constants, warps, stages, device)
+        constants = head_dim, block_d, tile_m, tile_n, kind, left, precision, exact
+        launch(attention_backward_key_kernel, tiles * each * num_kv_heads, arguments, constants, warps, stages, device)
 
     if dmask is not None:
-        tile_m, tile_n, warps, stages = attention_tile(architecture, "mask", q.dtype.itemsize, block)
+        tile_m, tile_n, warps, stages = attention_tile(architecture, "mask", q.dtype.itemsize, block_d)
         tiles_m, tiles_n = cdiv(query_len, tile_m), cdiv(key_len, tile_n)
         one_row = mask.shape[2] == 1
         programs = mask.shape[0] * mask.shape[1] * (1 if one_row else tiles_m) * tiles_n
@@ -1450,8 +1469,8 @@ def attention_backward(
             seed,
             dmask,
             batch,
-            heads,
-            groups,
+            num_heads,
+            heads_per_kv_head,
             query_len,
             key_len,
             mask.shape[0],
@@ -1460,5 +1479,5 @@ def attention_backward(
             tiles_n,
             *numbers,
         )
-        constants = head_dim, block, tile_m, tile_n, one_row, precision
+        constants = head_dim, block_d, tile_m, tile_n, one_row, precision
         launch(attention_backward_mask_kernel, programs, arguments, constants, warps, stages, device)

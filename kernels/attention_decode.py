@@ -1,39 +1,41 @@
-"""Attention for a few queries against many keys, as in decoding with a cache: bound by reading k and v once, 4 FLOPs for each element of them.
+"""Attention for few queries and many keys, as in decoding with a KV cache. It is memory-bound: k and v are read once,
+with 4 FLOPs per element.
 
-One tile holds all queries of all heads that share a key head. The keys are cut into stretches, by sizes alone, so that one sequence still fills the
-GPU; each program leaves the sum of its stretch, unscaled, with its maximum and norm, and a second kernel puts them together in order.
+Split-K: one tile holds all queries of all heads that share a key head. The keys are cut into splits, by sizes alone, so
+that one sequence fills the GPU. Each program writes the unnormalised output of its split with its row_max and row_sum,
+and a second kernel combines them in a fixed order.
 """
 
 import triton
 import triton.language as tl
 
 from fastlm.kernels.attention import block_of, mask_kind, strides
-from fastlm.kernels.attention_tiles import LOG2E, any_not_finite, key_by_key, load_tile, masked, signed
+from fastlm.kernels.attention_tiles import LOG2E, any_not_finite, load_tile, mask_scores, recompute_rows, with_sign_of
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
 from fastlm.kernels.philox import kept
 from fastlm.kernels.sizes import cdiv, next_power_of_2
 
-ROWS = 16  # queries of all heads that share a key head: the least that matrix units multiply by
-MIN_SPLIT_SIZE = 256  # keys of one stretch
-MAX_PROGRAMS = 1024  # that fill any GPU
+ROWS = 16  # queries of all heads that share a key head: the minimum of matrix units
+MIN_SPLIT_SIZE = 256  # keys
+MAX_PROGRAMS = 1024  # fill any GPU
 MAX_SPLITS = 128
 
 
 @triton.jit
-def stretch_of_keys(
+def accumulate_split(
     q,
     i,
     head,
-    real,
+    valid,
     begin,
     end,
     query_len,
     key_len,
     lower,
     upper,
-    size,
-    unit,
+    abs_scale,
+    log2_scale,
     k_ptr,
     k_stride,
     v_ptr,
@@ -42,10 +44,10 @@ def stretch_of_keys(
     mask_head_stride,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_stride,
     seed,
-    third,
+    batch_head,
     threshold,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -55,49 +57,49 @@ def stretch_of_keys(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(Σ weights · v, maximum, Σ weights) of keys begin … end."""
-    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    norm = tl.zeros((ROWS,), tl.float32)
+    """(Σ weights · v, row_max, row_sum) of keys begin … end."""
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
     for key in range(begin, end, TILE_N):
         j = key + tl.arange(0, TILE_N)
         k = load_tile(k_ptr, k_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         mask_at = None if MASK == 0 else mask_ptr + (head.to(tl.int64) * mask_head_stride)[:, None]
-        scores, _ = masked(
+        scores, _ = mask_scores(
             scores,
             i[:, None],
             j[None, :],
-            tl.where(real, query_len, 0)[:, None],
+            tl.where(valid, query_len, 0)[:, None],
             key_len,
             lower,
             upper,
-            size,
+            abs_scale,
             mask_at,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             MASK,
         )
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         if MASK == 2:
-            weights = tl.exp2((scores - base[:, None]) * LOG2E)
+            weights = tl.exp2((scores - safe_max[:, None]) * LOG2E)
         else:
-            weights = tl.exp2(scores * unit - (base * unit)[:, None])
-        decay = tl.exp2((top - base) * unit)
-        norm = norm * decay + tl.sum(weights, 1)
-        total *= decay[:, None]
+            weights = tl.exp2(scores * log2_scale - (safe_max * log2_scale)[:, None])
+        rescale = tl.exp2((row_max - safe_max) * log2_scale)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        acc *= rescale[:, None]
         if DROPOUT:
-            weights = tl.where(kept(seed, i, key, third, threshold, ROWS, TILE_N, False), weights, 0.0)
+            weights = tl.where(kept(seed, i, key, batch_head, threshold, ROWS, TILE_N, False), weights, 0.0)
         v = load_tile(v_ptr, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
-        total = tl.dot(weights.to(v.dtype), v, total, input_precision=PRECISION)
-        top = new_top
-    return total, top, norm
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["query_len", "key_len", "stretch", "stretches", "lower", "upper", "threshold"])
+@triton.jit(do_not_specialize=["query_len", "key_len", "split_size", "num_splits", "lower", "upper", "threshold"])
 def attention_decode_kernel(
     q_ptr,
     q_batch_stride,
@@ -111,24 +113,24 @@ def attention_decode_kernel(
     v_batch_stride,
     v_head_stride,
     v_stride,
-    part_ptr,
-    top_ptr,
-    norm_ptr,
+    partial_out_ptr,
+    partial_max_ptr,
+    partial_sum_ptr,
     mask_ptr,
     mask_batch_stride,
     mask_head_stride,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_batch_stride,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_batch_stride,
+    key_padding_stride,
     seed_ptr,
-    key_heads,
-    groups,
+    num_kv_heads,
+    heads_per_kv_head,
     query_len,
     key_len,
-    stretch,
-    stretches,
+    split_size,
+    num_splits,
     lower,
     upper,
     scale,
@@ -141,20 +143,23 @@ def attention_decode_kernel(
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """part: (batch, heads, query_len, stretches, head_dim), top and norm: (batch, heads, query_len, stretches), in float32."""
+    """partial_out: (batch, num_heads, query_len, num_splits, head_dim), in float32.
+
+    partial_max and partial_sum: (batch, num_heads, query_len, num_splits).
+    """
     pid = tl.program_id(0)
-    piece, key_head, batch = pid % stretches, pid // stretches % key_heads, pid // stretches // key_heads
+    split, kv_head, batch = pid % num_splits, pid // num_splits % num_kv_heads, pid // num_splits // num_kv_heads
     row = tl.arange(0, ROWS)
-    i, head = row % query_len, key_head * groups + row // query_len
-    real = row < groups * query_len
+    i, head = row % query_len, kv_head * heads_per_kv_head + row // query_len
+    valid = row < heads_per_kv_head * query_len
     channel = tl.arange(0, BLOCK_D)
-    at = tl.cast(batch, tl.int64), tl.cast(key_head, tl.int64)
+    at = tl.cast(batch, tl.int64), tl.cast(kv_head, tl.int64)
     k_ptr += at[0] * k_batch_stride + at[1] * k_head_stride
     v_ptr += at[0] * v_batch_stride + at[1] * v_head_stride
     if MASK != 0:
         mask_ptr += at[0] * mask_batch_stride
-    if padding_ptr is not None:
-        padding_ptr += at[0] * padding_batch_stride
+    if key_padding_ptr is not None:
+        key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     q_at = (
         q_ptr
@@ -162,27 +167,27 @@ def attention_decode_kernel(
         + (head.to(tl.int64) * q_head_stride + i.to(tl.int64) * q_stride)[:, None]
         + channel[None, :]
     )
-    q = tl.load(q_at, mask=real[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
-    q = signed(q, scale)
-    size = tl.abs(scale)
-    unit = LOG2E if MASK == 2 else tl.maximum(size * LOG2E, 1e-37)
+    q = tl.load(q_at, mask=valid[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
+    q = with_sign_of(q, scale)
+    abs_scale = tl.abs(scale)
+    log2_scale = LOG2E if MASK == 2 else tl.maximum(abs_scale * LOG2E, 1e-37)
 
-    begin = tl.maximum(piece * stretch, tl.maximum(lower, 0) // TILE_N * TILE_N)
-    end = tl.minimum(tl.minimum((piece + 1) * stretch, key_len), query_len + upper)
-    third = batch * key_heads * groups + head
-    total, top, norm = stretch_of_keys(
+    begin = tl.maximum(split * split_size, tl.maximum(lower, 0) // TILE_N * TILE_N)
+    end = tl.minimum(tl.minimum((split + 1) * split_size, key_len), query_len + upper)
+    batch_head = batch * num_kv_heads * heads_per_kv_head + head
+    acc, row_max, row_sum = accumulate_split(
         q,
         i,
         head,
-        real,
+        valid,
         begin,
         end,
         query_len,
         key_len,
         lower,
         upper,
-        size,
-        unit,
+        abs_scale,
+        log2_scale,
         k_ptr,
         k_stride,
         v_ptr,
@@ -191,10 +196,10 @@ def attention_decode_kernel(
         mask_head_stride,
         mask_query_stride,
         mask_key_stride,
-        padding_ptr,
-        padding_stride,
+        key_padding_ptr,
+        key_padding_stride,
         seed,
-        third,
+        batch_head,
         threshold,
         HEAD_DIM,
         BLOCK_D,
@@ -204,19 +209,19 @@ def attention_decode_kernel(
         seed_ptr is not None,
         PRECISION,
     )
-    if any_not_finite(total) > 0:
+    if any_not_finite(acc) > 0:
         mask_at = None if MASK == 0 else mask_ptr + (head.to(tl.int64) * mask_head_stride)[:, None]
-        total, top, norm = key_by_key(
+        acc, row_max, row_sum = recompute_rows(
             q,
             i,
             begin,
             end,
-            tl.where(real, query_len, 0)[:, None],
+            tl.where(valid, query_len, 0)[:, None],
             key_len,
             lower,
             upper,
-            size,
-            unit,
+            abs_scale,
+            log2_scale,
             k_ptr,
             k_stride,
             v_ptr,
@@ -224,10 +229,10 @@ def attention_decode_kernel(
             mask_at,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             seed,
-            third,
+            batch_head,
             threshold,
             HEAD_DIM,
             BLOCK_D,
@@ -235,71 +240,77 @@ def attention_decode_kernel(
             MASK,
             seed_ptr is not None,
         )
-    total *= keep_scale
-    query = (at[0] * key_heads * groups + head) * query_len + i
-    place = query * stretches + piece
+    acc *= keep_scale
+    query = (at[0] * num_kv_heads * heads_per_kv_head + head) * query_len + i
+    place = query * num_splits + split
     tl.store(
-        part_ptr + place[:, None] * HEAD_DIM + channel[None, :],
-        total,
-        mask=real[:, None] & (channel < HEAD_DIM)[None, :],
+        partial_out_ptr + place[:, None] * HEAD_DIM + channel[None, :],
+        acc,
+        mask=valid[:, None] & (channel < HEAD_DIM)[None, :],
     )
-    tl.store(
-        top_ptr + place, top if MASK == 2 else top * size, mask=real
-    )  # −inf · 0 would be NaN, which the second kernel does not look at
-    tl.store(norm_ptr + place, norm, mask=real)
+    # −inf · 0 may be NaN here; the second kernel ignores the row_max of a split whose row_sum is 0.
+    tl.store(partial_max_ptr + place, row_max if MASK == 2 else row_max * abs_scale, mask=valid)
+    tl.store(partial_sum_ptr + place, row_sum, mask=valid)
 
 
-@triton.jit(do_not_specialize=["query_len", "stretches"])
-def attention_decode_join_kernel(
-    part_ptr,
-    top_ptr,
-    norm_ptr,
+@triton.jit(do_not_specialize=["query_len", "num_splits"])
+def attention_decode_combine_kernel(
+    partial_out_ptr,
+    partial_max_ptr,
+    partial_sum_ptr,
     out_ptr,
     out_batch_stride,
     out_head_stride,
     out_stride,
     lse_ptr,
-    heads,
+    num_heads,
     query_len,
-    stretches,
+    num_splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STRETCHES: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
 ):
-    """out and lse of one query of one head."""
+    """Combines the splits of one query of one head to out and lse."""
     pid = tl.program_id(0).to(tl.int64)
-    i, head, batch = pid % query_len, pid // query_len % heads, pid // query_len // heads
-    piece = tl.arange(0, STRETCHES)
+    i, head, batch = pid % query_len, pid // query_len % num_heads, pid // query_len // num_heads
+    split = tl.arange(0, NUM_SPLITS)
     channel = tl.arange(0, BLOCK_D)
-    norm = tl.load(norm_ptr + pid * stretches + piece, mask=piece < stretches, other=0.0)
-    top = tl.load(top_ptr + pid * stretches + piece, mask=piece < stretches, other=float("-inf"))
-    top = tl.where(norm == 0, float("-inf"), top)
-    highest = tl.max(top, 0)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    share = tl.where(norm == 0, 0.0, tl.exp2((top - base) * LOG2E))
-    whole = tl.sum(share * norm, 0)
-    inside = (piece < stretches)[:, None] & (channel < HEAD_DIM)[None, :]
-    part = tl.load(part_ptr + (pid * stretches + piece)[:, None] * HEAD_DIM + channel[None, :], mask=inside, other=0.0)
-    # A NaN of a stretch is one that was seen; where nothing was seen the part is 0.
-    out = tl.sum(part * share[:, None], 0) / tl.where(whole == 0, 1.0, whole)
+    row_sum = tl.load(partial_sum_ptr + pid * num_splits + split, mask=split < num_splits, other=0.0)
+    row_max = tl.load(partial_max_ptr + pid * num_splits + split, mask=split < num_splits, other=float("-inf"))
+    row_max = tl.where(row_sum == 0, float("-inf"), row_max)
+    max_of_splits = tl.max(row_max, 0)
+    safe_max = tl.where(max_of_splits == float("-inf"), 0.0, max_of_splits)
+    weight = tl.where(row_sum == 0, 0.0, tl.exp2((row_max - safe_max) * LOG2E))
+    sum_of_splits = tl.sum(weight * row_sum, 0)
+    inside = (split < num_splits)[:, None] & (channel < HEAD_DIM)[None, :]
+    partial_out = tl.load(
+        partial_out_ptr + (pid * num_splits + split)[:, None] * HEAD_DIM + channel[None, :], mask=inside, other=0.0
+    )
+    # A split without visible keys holds zeros, so a NaN comes from a visible key.
+    out = tl.sum(partial_out * weight[:, None], 0) / tl.where(sum_of_splits == 0, 1.0, sum_of_splits)
     tl.store(
         out_ptr + batch * out_batch_stride + head * out_head_stride + i * out_stride + channel,
         out.to(out_ptr.dtype.element_ty),
         mask=channel < HEAD_DIM,
     )
-    tl.store(lse_ptr + pid, tl.where(whole == 0, float("-inf"), base + tl.log(tl.where(whole == 0, 1.0, whole))))
+    tl.store(
+        lse_ptr + pid,
+        tl.where(
+            sum_of_splits == 0, float("-inf"), safe_max + tl.log(tl.where(sum_of_splits == 0, 1.0, sum_of_splits))
+        ),
+    )
 
 
-def splits_of(batch, key_heads, key_len):
-    """(keys of one stretch, how many), by sizes alone."""
-    wanted = max(1, min(MAX_PROGRAMS // max(1, batch * key_heads), MAX_SPLITS, cdiv(key_len, MIN_SPLIT_SIZE)))
-    stretch = cdiv(cdiv(key_len, wanted), MIN_SPLIT_SIZE) * MIN_SPLIT_SIZE
-    return stretch, cdiv(key_len, stretch)
+def splits_of(batch, num_kv_heads, key_len):
+    """(keys of a split, number of splits), from the sizes alone."""
+    wanted = max(1, min(MAX_PROGRAMS // max(1, batch * num_kv_heads), MAX_SPLITS, cdiv(key_len, MIN_SPLIT_SIZE)))
+    split_size = cdiv(cdiv(key_len, wanted), MIN_SPLIT_SIZE) * MIN_SPLIT_SIZE
+    return split_size, cdiv(key_len, split_size)
 
 
-def serves(heads, key_heads, query_len, key_len):
-    """Few queries, and keys enough for more than one stretch."""
-    return heads // key_heads * query_len <= ROWS and key_len > MIN_SPLIT_SIZE
+def serves(num_heads, num_kv_heads, query_len, key_len):
+    """Whether there are few queries, and enough keys for more than one split."""
+    return num_heads // num_kv_heads * query_len <= ROWS and key_len > MIN_SPLIT_SIZE
 
 
 def attention_decode(
@@ -309,7 +320,7 @@ def attention_decode(
     out,
     lse,
     mask,
-    padding,
+    key_padding,
     seed,
     sizes,
     band,
@@ -321,13 +332,17 @@ def attention_decode(
     device,
     new,
 ):
-    """As attention_forward. new(shape): memory in float32 for what the stretches leave."""
-    batch, heads, key_heads, query_len, key_len, head_dim = sizes
-    block = block_of(head_dim)
-    _, tile_n, warps, stages = attention_tile(architecture, "decode", q.dtype.itemsize, block)
-    stretch, stretches = splits_of(batch, key_heads, key_len)
-    queries = batch * heads * query_len
-    part, top, norm = new((queries, stretches, head_dim)), new((queries, stretches)), new((queries, stretches))
+    """As attention_forward. new(shape): a float32 tensor for the partial results."""
+    batch, num_heads, num_kv_heads, query_len, key_len, head_dim = sizes
+    block_d = block_of(head_dim)
+    _, tile_n, warps, stages = attention_tile(architecture, "decode", q.dtype.itemsize, block_d)
+    split_size, num_splits = splits_of(batch, num_kv_heads, key_len)
+    queries = batch * num_heads * query_len
+    partial_out, row_max, row_sum = (
+        new((queries, num_splits, head_dim)),
+        new((queries, num_splits)),
+        new((queries, num_splits)),
+    )
     arguments = (
         q,
         *strides(q, 3),
@@ -335,28 +350,34 @@ def attention_decode(
         *strides(k, 3),
         v,
         *strides(v, 3),
-        part,
-        top,
-        norm,
+        partial_out,
+        row_max,
+        row_sum,
         mask,
         *strides(mask, 4),
-        padding,
-        *strides(padding, 2),
+        key_padding,
+        *strides(key_padding, 2),
         seed,
-        key_heads,
-        heads // key_heads,
+        num_kv_heads,
+        num_heads // num_kv_heads,
         query_len,
         key_len,
-        stretch,
-        stretches,
+        split_size,
+        num_splits,
         *band,
         scale,
         threshold,
         keep_scale,
     )
-    constants = head_dim, block, ROWS, tile_n, mask_kind(mask), precision
-    launch(attention_decode_kernel, batch * key_heads * stretches, arguments, constants, warps, stages, device)
-    arguments = part, top, norm, out, *strides(out, 3), lse, heads, query_len, stretches
+    constants = head_dim, block_d, ROWS, tile_n, mask_kind(mask), precision
+    launch(attention_decode_kernel, batch * num_kv_heads * num_splits, arguments, constants, warps, stages, device)
+    arguments = partial_out, row_max, row_sum, out, *strides(out, 3), lse, num_heads, query_len, num_splits
     launch(
-        attention_decode_join_kernel, queries, arguments, (head_dim, block, next_power_of_2(stretches)), 4, 1, device
+        attention_decode_combine_kernel,
+        queries,
+        arguments,
+        (head_dim, block_d, next_power_of_2(num_splits)),
+        4,
+        1,
+        device,
     )

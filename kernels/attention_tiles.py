@@ -1,11 +1,12 @@
-"""What the passes of attention share: where a sequence lies, which keys a tile of queries sees, scores with everything that masks them, and
-the way around matrix units for a NaN behind the mask, which must not get out.
+"""What the attention kernels share: the boundaries of sequences, the range of keys that a tile of queries attends to,
+and the masking of scores.
 
-A pass walks over tiles from the first to the last that is seen at all: empty tiles are skipped. Tiles that the band (lower ≤ j − i ≤ upper) cuts and those
-that reach over the end of the keys are the edges, and only they compare positions; with a mask or padding every tile is an edge.
+A kernel iterates over the visible tiles only. Edge tiles compare positions: those that the band (lower ≤ j − i ≤ upper)
+or the end of the keys cuts, and every tile if there is a mask or key padding.
 
-A product adds 0 · NaN for a value that a weight of 0 should hide. So where the result of a tile is not finite it is computed again, one key or query at a
-time, and what is not seen is not added. That is slow, and happens only where there is a NaN or an infinity.
+A matrix product adds 0 · NaN for a value whose weight is 0. A tile of results that are not finite is therefore
+recomputed one key or query at a time, without the masked ones. This is slow, but happens only if there is a NaN or an
+infinity.
 """
 
 import triton
@@ -17,59 +18,62 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def sequence(cu_ptr, batch, length):
-    """(first token, number of tokens) of a sequence: of a packed batch by its cumulative lengths, else length tokens from 0."""
+def sequence_of(starts_ptr, batch, length):
+    """(first token, number of tokens) of a sequence. Without starts_ptr every sequence has `length` tokens."""
     begin = batch * 0
-    if cu_ptr is not None:
-        begin = tl.load(cu_ptr + batch).to(tl.int32)
-        length = tl.load(cu_ptr + batch + 1).to(tl.int32) - begin
+    if starts_ptr is not None:
+        begin = tl.load(starts_ptr + batch).to(tl.int32)
+        length = tl.load(starts_ptr + batch + 1).to(tl.int32) - begin
     return begin.to(tl.int64), length
 
 
 @triton.jit
-def find_tile(cu_ptr, sequences, slot, TILE: tl.constexpr):
-    """(sequence, tile) number `slot` of all tiles of a packed batch; (sequences, …) beyond the last.
+def find_tile(starts_ptr, num_sequences, slot, TILE: tl.constexpr):
+    """(sequence, tile within it) of tile number `slot` of a packed batch; (num_sequences, …) beyond the last tile.
 
-    So the host need not know the lengths: it launches as many programs as there can be tiles, total // TILE + sequences, and waits for nothing.
+    The host does not know the lengths: without synchronising it launches one program for each possible tile,
+    tokens // TILE + num_sequences.
     """
     batch = slot * 0
     tile = slot
     tiles = tile * 0
-    if batch < sequences:
-        tiles = tl.cdiv(tl.load(cu_ptr + 1) - tl.load(cu_ptr), TILE).to(tl.int32)
-    while (batch < sequences) & (tile >= tiles):
+    if batch < num_sequences:
+        tiles = tl.cdiv(tl.load(starts_ptr + 1) - tl.load(starts_ptr), TILE).to(tl.int32)
+    while (batch < num_sequences) & (tile >= tiles):
         tile -= tiles
         batch += 1
-        if batch < sequences:
-            tiles = tl.cdiv(tl.load(cu_ptr + batch + 1) - tl.load(cu_ptr + batch), TILE).to(tl.int32)
+        if batch < num_sequences:
+            tiles = tl.cdiv(tl.load(starts_ptr + batch + 1) - tl.load(starts_ptr + batch), TILE).to(tl.int32)
     return batch, tile
 
 
 @triton.jit
-def check_sequence(cu_ptr, batch, total):
-    """A device assert where a program's own sequence would lead it out of the tensors, which the program that checks all might notice too late."""
-    begin, end = tl.load(cu_ptr + batch), tl.load(cu_ptr + batch + 1)
+def check_sequence(starts_ptr, batch, num_tokens):
+    """Asserts that a sequence is inside the tensors, because the program of check_starts may run later."""
+    begin, end = tl.load(starts_ptr + batch), tl.load(starts_ptr + batch + 1)
     tl.device_assert(
-        (begin >= 0) & (begin <= end) & (end <= total),
+        (begin >= 0) & (begin <= end) & (end <= num_tokens),
         "cu_seqlens: expected values that never decrease, from 0 to the number of tokens",
     )
 
 
 @triton.jit
-def check_starts(cu_ptr, sequences, total):
-    """A device assert where the cumulative lengths do not start at 0, decrease, or do not end at the number of tokens. A program of its own checks them all:
-    what is wrong may leave a sequence without a tile, and so without a program. (In a program that goes on it takes registers all the way.)
+def check_starts(starts_ptr, num_sequences, num_tokens):
+    """Asserts that the starts begin with 0, never decrease and end with the number of tokens.
+
+    One program does only this, because with wrong values a sequence may have no tile and no program. Inside another
+    program it would take registers.
     """
-    AT_ONCE: tl.constexpr = 128
-    tl.device_assert(tl.load(cu_ptr) == 0, "cu_seqlens: expected 0 as its first value")
+    BLOCK: tl.constexpr = 128
+    tl.device_assert(tl.load(starts_ptr) == 0, "cu_seqlens: expected 0 as its first value")
     tl.device_assert(
-        tl.load(cu_ptr + sequences) == total, "cu_seqlens: expected the number of tokens as its last value"
+        tl.load(starts_ptr + num_sequences) == num_tokens, "cu_seqlens: expected the number of tokens as its last value"
     )
-    for first in range(0, sequences, AT_ONCE):
-        at = first + tl.arange(0, AT_ONCE)
-        begin = tl.load(cu_ptr + at, mask=at < sequences, other=0)
+    for first in range(0, num_sequences, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        begin = tl.load(starts_ptr + at, mask=at < num_sequences, other=0)
         tl.device_assert(
-            begin <= tl.load(cu_ptr + at + 1, mask=at < sequences, other=0),
+            begin <= tl.load(starts_ptr + at + 1, mask=at < num_sequences, other=0),
             "cu_seqlens: expected values that never decrease",
         )
 
@@ -85,7 +89,7 @@ def load_tile(
     BLOCK_D: tl.constexpr,
     ALL_ROWS: tl.constexpr,
 ):
-    """(TILE, BLOCK_D) tokens from `first` on; 0 beyond the end of the sequence and of the head. The offsets within a tile are 32-bit numbers."""
+    """(TILE, BLOCK_D) tokens from `first` on, 0 beyond the sequence and the head. Tile offsets have 32 bits."""
     token = tl.arange(0, TILE)
     channel = tl.arange(0, BLOCK_D)
     at = pointer + tl.cast(first, tl.int64) * stride + (token[:, None] * stride + channel[None, :])
@@ -108,7 +112,10 @@ def store_tile(pointer, stride, first, length, x, HEAD_DIM: tl.constexpr, TILE: 
 
 @triton.jit
 def tiles_of_keys(first, last, lower, upper, key_len, TILE_N: tl.constexpr):
-    """What queries first … last see: keys from `begin` to `end`, of which whole tiles from `inner` to `outer` are seen by all of them. In tiles."""
+    """(begin, inner, outer, end), in tiles of keys.
+
+    Queries first … last attend to keys in begin … end, and all of them to all keys in inner … outer.
+    """
     begin = tl.maximum(first + lower, 0) // TILE_N
     end = tl.cdiv(tl.maximum(tl.minimum(last + upper + 1, key_len), 0), TILE_N)
     inner = tl.maximum(tl.cdiv(tl.maximum(last + lower, 0), TILE_N), begin)
@@ -119,18 +126,21 @@ def tiles_of_keys(first, last, lower, upper, key_len, TILE_N: tl.constexpr):
 
 @triton.jit
 def tiles_of_queries(first, last, lower, upper, query_len, TILE_M: tl.constexpr):
-    """The same the other way round: the queries that see keys first … last. Queries beyond the end need no edge: they weigh nothing."""
+    """Likewise the tiles of queries that attend to keys first … last.
+
+    Queries beyond the end have weights of 0 and need no edge tile.
+    """
     begin = tl.maximum(first - upper, 0) // TILE_M
     end = tl.cdiv(tl.maximum(tl.minimum(last - lower + 1, query_len), 0), TILE_M)
     inner = tl.maximum(tl.cdiv(tl.maximum(last - upper, 0), TILE_M), begin)
-    whole = first - lower + 1
-    outer = tl.where(whole >= query_len, end, tl.maximum(whole, 0) // TILE_M)
+    first_full = first - lower + 1
+    outer = tl.where(first_full >= query_len, end, tl.maximum(first_full, 0) // TILE_M)
     inner = tl.minimum(inner, end)
     return begin, inner, tl.minimum(tl.maximum(outer, inner), end), end
 
 
 @triton.jit
-def masked(
+def mask_scores(
     scores,
     i,
     j,
@@ -142,47 +152,52 @@ def masked(
     mask_ptr,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_stride,
     MASK: tl.constexpr,
 ):
-    """(scores, −inf where not seen; what is seen). i and j are the positions, shaped to broadcast against each other in either order.
+    """(scores, −inf where not visible; visibility). The positions i and j broadcast against each other in either order.
 
-    With an additive mask (MASK 2) scores become scale · scores + mask; an additive −inf masks whatever stands there.
+    With an additive mask (MASK 2) scores become scale · scores + mask; an additive −inf masks any score.
     """
     inside = (i < query_len) & (j < key_len)
-    seen = (j - i >= lower) & (j - i <= upper) & inside
+    visible = (j - i >= lower) & (j - i <= upper) & inside
     if MASK == 2:
         scores *= scale
     if MASK != 0:
         at = mask_ptr + i.to(tl.int64) * mask_query_stride + j.to(tl.int64) * mask_key_stride
         if MASK == 1:
-            seen = seen & (tl.load(at, mask=inside, other=0) != 0)
+            visible = visible & (tl.load(at, mask=inside, other=0) != 0)
         else:
             bias = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            seen = seen & (bias != float("-inf"))
+            visible = visible & (bias != float("-inf"))
             scores += bias
-    if padding_ptr is not None:
-        seen = seen & (tl.load(padding_ptr + j.to(tl.int64) * padding_stride, mask=j < key_len, other=0) != 0)
-    return tl.where(seen, scores, float("-inf")), seen
+    if key_padding_ptr is not None:
+        visible = visible & (
+            tl.load(key_padding_ptr + j.to(tl.int64) * key_padding_stride, mask=j < key_len, other=0) != 0
+        )
+    return tl.where(visible, scores, float("-inf")), visible
 
 
 @triton.jit
-def signed(x, scale):
-    """x with the sign of the scale."""
-    wide = x.to(tl.float32)
-    return tl.where(scale < 0, -wide, wide).to(x.dtype)
+def with_sign_of(x, scale):
+    """x · sign(scale)."""
+    fp32 = x.to(tl.float32)
+    return tl.where(scale < 0, -fp32, fp32).to(x.dtype)
 
 
 @triton.jit
 def any_not_finite(x):
-    """1 or 0."""
+    """1 if an element is not finite, otherwise 0."""
     return tl.max(tl.max(tl.where(x - x == 0, 0, 1), 1), 0)
 
 
 @triton.jit
-def nothing(found):
-    """The 0 that is found − 1. What the rare second run computes with it the compiler cannot compute before the first, and keep in registers all the while."""
+def opaque_zero(found):
+    """found − 1, which is 0 but unknown to the compiler.
+
+    What the recomputation derives from it cannot be hoisted before the first computation and kept in registers.
+    """
     return tl.multiple_of(found - 1, 16)
 
 
@@ -196,13 +211,13 @@ def load_token(pointer, stride, token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
-def column(scores, seen):
-    """(ROWS, 1) as vectors. By a sum of one number each: Triton before 3.9 spreads what it reshapes otherwise over the threads, and then holds all twice."""
-    return tl.sum(scores, 1), tl.max(seen.to(tl.int32), 1) > 0
+def to_vectors(scores, visible):
+    """(ROWS, 1) as vectors, by a reduction over one element: a reshape changes the layout in Triton before 3.9."""
+    return tl.sum(scores, 1), tl.max(visible.to(tl.int32), 1) > 0
 
 
 @triton.jit
-def key_by_key(
+def recompute_rows(
     q,
     i,
     begin,
@@ -212,7 +227,7 @@ def key_by_key(
     lower,
     upper,
     scale,
-    unit,
+    log2_scale,
     k_ptr,
     k_stride,
     v_ptr,
@@ -220,10 +235,10 @@ def key_by_key(
     mask_ptr,
     mask_query_stride,
     mask_key_stride,
-    padding_ptr,
-    padding_stride,
+    key_padding_ptr,
+    key_padding_stride,
     seed,
-    third,
+    batch_head,
     threshold,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -231,17 +246,17 @@ def key_by_key(
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """The forward of queries i and keys begin … end without matrix units, where only what is seen is ever added."""
-    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    norm = tl.zeros((ROWS,), tl.float32)
+    """The forward pass of queries i and keys begin … end without matrix products, which adds visible keys only."""
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
     for key in range(begin, end):
         if DROPOUT:
-            keep = kept_each(seed, i, key, third, threshold)
+            keep = kept_each(seed, i, key, batch_head, threshold)
         k = load_token(k_ptr, k_stride, key, HEAD_DIM, BLOCK_D)
         v = load_token(v_ptr, v_stride, key, HEAD_DIM, BLOCK_D)
         j = key + tl.arange(0, 1)
-        scores, seen = masked(
+        scores, visible = mask_scores(
             tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None],
             i[:, None],
             j[None, :],
@@ -253,18 +268,18 @@ def key_by_key(
             mask_ptr,
             mask_query_stride,
             mask_key_stride,
-            padding_ptr,
-            padding_stride,
+            key_padding_ptr,
+            key_padding_stride,
             MASK,
         )
-        scores, seen = column(scores, seen)
-        new_top = tl.maximum(top, scores)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2((scores - base) * unit)
-        decay = tl.exp2((top - base) * unit)
-        norm = norm * decay + weights
+        scores, visible = to_vectors(scores, visible)
+        new_max = tl.maximum(row_max, scores)
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2((scores - safe_max) * log2_scale)
+        rescale = tl.exp2((row_max - safe_max) * log2_scale)
+        row_sum = row_sum * rescale + weights
         if DROPOUT:
             weights = tl.where(keep, weights, 0.0)
-        total = total * decay[:, None] + tl.where(seen[:, None], weights[:, None] * v[None, :], 0.0)
-        top = new_top
-    return total, top, norm
+        acc = acc * rescale[:, None] + tl.where(visible[:, None], weights[:, None] * v[None, :], 0.0)
+        row_max = new_max
+    return acc, row_max, row_sum

@@ -1,11 +1,12 @@
-"""Launch configurations by architecture: tiles, warps, stages. One small table, looked up by sizes alone, never by timing: bits do not depend on luck.
+"""Launch configurations by architecture: tiles, warps, stages.
 
-Shared memory bounds the tiles: 227 KiB a program on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, sm_89 and sm_120, 64 on gfx942 and gfx1100. Tests
-compile every row for every architecture that it serves.
+They are looked up by sizes alone, never by timing, so results do not depend on it. Shared memory limits the tiles:
+227 KiB per program on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, sm_89 and sm_120, 64 on gfx942 and gfx1100. Tests
+compile every row for every architecture that uses it.
 """
 
-# (pass, bytes of an element, width of the head's tile up to) → (tile_m, tile_n, warps, stages): queries, keys
-SMALL = {  # what 99 KiB hold
+# (kernel, bytes per element, largest width of a head's tile) → (tile_m, tile_n, warps, stages), of queries and keys
+SMALL = {  # fits into 99 KiB
     ("forward", 2, 64): (128, 32, 8, 3),
     ("forward", 2, 128): (64, 64, 8, 2),
     ("forward", 2, 256): (64, 32, 8, 2),
@@ -46,7 +47,7 @@ SMALL = {  # what 99 KiB hold
 LARGE = SMALL | {  # sm_80
     ("forward", 2, 128): (128, 32, 8, 3),
 }
-HOPPER = LARGE | {  # a warpgroup of four multiplies tiles of 64 queries at least
+HOPPER = LARGE | {  # a warpgroup multiplies tiles of at least 64 queries
     ("forward", 2, 64): (128, 128, 8, 3),
     ("forward", 2, 128): (128, 64, 8, 3),
     ("query", 2, 64): (128, 64, 8, 2),
@@ -62,29 +63,32 @@ BLACKWELL = HOPPER | {
     ("forward", 2, 64): (128, 64, 8, 3),
     ("forward masked", 2, 128): (64, 64, 8, 2),
 }
-SM_120 = SMALL | {  # as ptxas deals out registers there, SMALL's rows spill a few
+SM_120 = SMALL | {  # with the register allocation of ptxas for sm_120, these rows of SMALL spill
     ("query masked", 2, 128): (32, 16, 8, 2),
     ("query exact", 2, 64): (64, 32, 8, 1),
 }
-ONE_STAGE = {
-    at: (m, n, warps, 1) for at, (m, n, warps, stages) in SMALL.items()
-}  # AMD: 64 KiB, and loads are kept in flight in registers
-# Small, so that small tests have several tiles, and of unlike sides, so that no side is taken for the other.
-UNLIKE = {"forward": (64, 32), "query": (32, 64), "key": (32, 64), "mask": (64, 32), "decode": (16, 32)}
-INTERPRETER = {at: (*UNLIKE[at[0]], 1, 1) for at in SMALL if at[0] in UNLIKE}
+# AMD: 64 KiB, and loads are prefetched into registers
+ONE_STAGE = {at: (m, n, warps, 1) for at, (m, n, warps, stages) in SMALL.items()}
+# Small, so that small tests have several tiles, and not square, so that mixed-up dimensions show.
+NOT_SQUARE = {"forward": (64, 32), "query": (32, 64), "key": (32, 64), "mask": (64, 32), "decode": (16, 32)}
+INTERPRETER = {at: (*NOT_SQUARE[at[0]], 1, 1) for at in SMALL if at[0] in NOT_SQUARE}
 
 ATTENTION = {"sm_80": LARGE, "sm_90": HOPPER, "sm_100": BLACKWELL, "sm_120": SM_120, "interpreter": INTERPRETER}
 
 
 def table_of(architecture: str) -> dict[tuple[str, int, int], tuple[int, int, int, int]]:
-    """An architecture that is not in the table gets the tiles that fit everywhere."""
+    """An architecture that is not in the table takes the tiles that fit everywhere."""
     return ATTENTION.get(architecture, ONE_STAGE if architecture.startswith("gfx") else SMALL)
 
 
 def attention_tile(
     architecture: str, which: str, itemsize: int, block: int, masked: bool = False, exact: bool = False
 ) -> tuple[int, int, int, int]:
-    """masked: with what wants registers too: a mask, padding, dropout, packed sequences. exact: with the products in two parts of attention_backward.py."""
+    """(tile_m, tile_n, warps, stages).
+
+    masked: with a mask, key padding, dropout or packed sequences, which need registers. exact: EXACT of
+    attention_backward.py.
+    """
     table, block = table_of(architecture), max(block, 64)
     names = (f"{which} exact",) * exact + (f"{which} masked",) * masked
     return (
@@ -93,9 +97,9 @@ def attention_tile(
     )
 
 
-# gelu_mlp: (architecture, bytes of an element) → (tile_m, tile_n, tile_k, warps, stages) of the fused products. Not in the table: the vendor's product
-# and a pointwise pass. Predicted, until measured: on sm_90 and sm_100 the vendor's products use hardware that these kernels do not (bulk copies, tensor
-# memory) and outrun the fusion; in float32 nothing is gained, as the product hides the traffic.
+# gelu_mlp: (architecture, bytes per element) → (tile_m, tile_n, tile_k, warps, stages) of the fused products. Where
+# there is no row, the vendor's product and a pointwise kernel are used: on sm_90 and sm_100 the vendor's products use
+# hardware that these kernels do not (bulk copies, tensor memory), and in float32 the product hides the memory traffic.
 MLP = {
     ("sm_80", 2): (128, 64, 32, 8, 3),
     ("sm_86", 2): (128, 64, 32, 8, 3),

@@ -1,9 +1,10 @@
-"""Every kernel is launched here, and the second launch of a kind is cheap.
+"""Kernel launches. The second launch of the same kind is cheap.
 
-Triton binds and specialises the arguments of each launch anew, in Python, and at the widths of GPT-2 small it is launches that decide. Here a launch is
-looked up, first by its numbers as they are, then, where they are new, by what Triton specialises on (types, 16-byte alignment, integers that are 1,
-multiples of 16 or wider than 32 bits, constants, and for AMD GPUs whether a tensor's storage is within 2 GiB, where offsets of 32 bits reach all of it).
-From the second time on the compiled kernel is started as Triton itself starts one, unless a profiler has asked Triton to tell it of launches.
+Triton binds and specialises the arguments of each launch in Python, which dominates at the widths of GPT-2 small. Here
+a launch is looked up, first by its values, then, if they are new, by what Triton specialises on: types, 16-byte
+alignment, integers that are 1, multiples of 16 or wider than 32 bits, constants, and for AMD GPUs whether the storage
+of a tensor is smaller than 2 GiB, where 32-bit offsets reach all of it. From the second time on the compiled kernel is
+launched directly, unless a profiler has registered launch hooks with Triton.
 """
 
 import functools
@@ -14,13 +15,13 @@ import triton
 INTERPRETED = triton.knobs.runtime.interpret  # @triton.jit reads it when the kernels are imported
 HIP = torch.version.hip is not None
 NUMBERS = frozenset((int, float, type(None)))
-compiled: dict[tuple, object] = {}  # by kinds
-repeated: dict[tuple, tuple] = {}  # by numbers, and the types and alignments of tensors: how to start it
-MOST = 4096  # of each; a program that never repeats a launch must not grow without bound
+compiled: dict[tuple, object] = {}  # by the kinds of the arguments
+repeated: dict[tuple, tuple] = {}  # by scalars and the dtypes and alignments of tensors: how to launch it
+MAX_ENTRIES = 4096  # of each: a program that never repeats a launch must not grow without bound
 
 
 def kind(argument):
-    """What a compiled kernel depends on in one argument. Of integers that Triton was told not to specialise this is more than it needs: never less."""
+    """What a compiled kernel depends on in one argument. For integers with do_not_specialize it is more than needed."""
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     if argument is None or isinstance(argument, float):
@@ -32,12 +33,11 @@ def kind(argument):
 
 @functools.cache
 def current_stream():
-    """Triton's function of a device's index."""
+    """Triton's function from a device index to its current stream."""
     return triton.runtime.driver.active.get_current_stream
 
 
-def watched():
-    """Whether someone is to be told of every launch."""
+def has_launch_hooks():
     return bool(triton.knobs.runtime.launch_enter_hook.calls or triton.knobs.runtime.launch_exit_hook.calls)
 
 
@@ -50,16 +50,22 @@ def launch_by_triton(kernel, programs, arguments, constants, warps, stages, debu
 
 
 def launch(kernel, programs, arguments, constants, warps, stages, device, debug=False):
-    """kernel[(programs,)](*arguments, *constants), in the order of its parameters, on the current device, which is `device`.
+    """kernel[(programs,)](*arguments, *constants), in the order of its parameters, on `device`, the current device.
 
-    debug: device_assert is compiled in. Floating-point contraction is on: without it each multiply-add costs two instructions.
+    debug: compile device_assert in. Floating-point contraction is on: otherwise a multiply-add takes two instructions.
     """
     if programs == 0:
         return
     if INTERPRETED:
         launch_by_triton(kernel, programs, arguments, constants, warps, stages, debug)
         return
-    known = id(kernel), device, warps, stages, constants  # kernels live as long as their module, and hash slowly
+    known = (
+        id(kernel),
+        device,
+        warps,
+        stages,
+        constants,
+    )  # kernels live as long as their module, and hashing them is slow
     same = (
         *known,
         *[
@@ -74,15 +80,15 @@ def launch(kernel, programs, arguments, constants, warps, stages, device, debug=
         key = *known, *map(kind, arguments)
         binary = compiled.get(key)
         if binary is None:
-            if len(compiled) >= MOST:
+            if len(compiled) >= MAX_ENTRIES:
                 compiled.clear()
             compiled[key] = launch_by_triton(kernel, programs, arguments, constants, warps, stages, debug)
             return
-        if len(repeated) >= MOST:
+        if len(repeated) >= MAX_ENTRIES:
             repeated.clear()
         ready = repeated[same] = binary, binary.run, binary.function, binary.packed_metadata
     binary, run, function, metadata = ready
-    if watched():
+    if has_launch_hooks():
         binary[(programs, 1, 1)](*arguments, *constants)
     else:
         run(programs, 1, 1, current_stream()(device), function, metadata, None, None, None, *arguments, *constants)

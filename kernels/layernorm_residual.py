@@ -1,9 +1,12 @@
-"""s = residual + dropout(x), y = LayerNorm(s) · weight + bias. Bound by memory: forward reads x and residual and writes s and y, once each; backward reads
-dy, ds and s and writes dx (and dresidual where it differs from dx). About 10 FLOPs per element.
+"""s = residual + dropout(x), y = LayerNorm(s) · weight + bias.
 
-A program holds whole rows in registers, several of them where rows are narrow, so that statistics are two-pass without a second read. In backward a fixed
-number of programs each walk over many rows and keep their share of dweight and dbias in registers; a second kernel adds the shares in
-order. No atomics: the same bits on every run, and the number of programs follows from the sizes alone.
+Memory-bound: forward reads x and residual and writes s and y, once each; backward reads dy, ds and s and writes dx, and
+dresidual where it differs from dx. About 10 FLOPs per element.
+
+A program holds whole rows in registers, several if they are narrow, so the two-pass statistics need no second read. In
+backward a fixed number of programs process several tiles of rows each and keep their partial sums of dweight and dbias
+in registers. A second kernel reduces the partial sums in a fixed order, without atomics. The number of programs follows
+from the sizes alone.
 """
 
 import triton
@@ -13,10 +16,9 @@ from fastlm.kernels.launch import launch
 from fastlm.kernels.philox import kept
 from fastlm.kernels.sizes import cdiv, next_power_of_2
 
-WIDEST = 16384  # a row is held in registers
-ELEMENTS = 4096  # that one program aims to hold
-SHARES = 512  # of dweight and dbias: about two waves on a large GPU
-FOLD = 32  # shares added at a time by the second stage, for FOLD columns
+ELEMENTS_PER_PROGRAM = 4096  # of a tile, where rows are narrow
+MAX_PARTIALS = 512  # partial sums of dweight and dbias: about two waves on a large GPU
+REDUCE_BLOCK = 32  # partial sums that the second kernel adds at a time, for as many columns
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
@@ -53,19 +55,19 @@ def layernorm_residual_forward_kernel(
     if summed_ptr is not None:
         stored = s.to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + row[:, None] * width + column[None, :], stored, mask=inside)
-        s = stored.to(tl.float32)  # LN reads the sum as it is stored
+        s = stored.to(tl.float32)  # the statistics are those of the stored sum
     mean = tl.sum(s, 1) / width
-    centred = tl.where(inside, s - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / width + eps)
+    centered = tl.where(inside, s - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centered * centered, 1) / width + eps)
     tl.store(mean_ptr + row, mean, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    y = centred * rstd[:, None] * tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+    y = centered * rstd[:, None] * tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + row[:, None] * width + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "steps", "threshold"])
+@triton.jit(do_not_specialize=["rows", "tiles_per_program", "threshold"])
 def layernorm_residual_backward_kernel(
     dy_ptr,
     dy_stride,
@@ -83,19 +85,19 @@ def layernorm_residual_backward_kernel(
     seed_ptr,
     rows,
     width,
-    steps,
+    tiles_per_program,
     threshold,
     keep_scale,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program takes `steps` tiles of ROWS rows, one after the other; its share of dweight and dbias is one row of each."""
+    """A program processes tiles_per_program tiles of ROWS rows and writes a row of each of the partial sums."""
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * steps * ROWS
-    for step in range(steps):
+    first = tl.program_id(0).to(tl.int64) * tiles_per_program * ROWS
+    for step in range(tiles_per_program):
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         ds = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -112,8 +114,8 @@ def layernorm_residual_backward_kernel(
             rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
             xhat = tl.where(inside, (s - mean[:, None]) * rstd[:, None], 0.0)
             g = dy * weight[None, :]
-            correlation = tl.sum(g * xhat, 1) / width
-            ds += rstd[:, None] * (g - (tl.sum(g, 1) / width)[:, None] - xhat * correlation[:, None])
+            mean_gx = tl.sum(g * xhat, 1) / width
+            ds += rstd[:, None] * (g - (tl.sum(g, 1) / width)[:, None] - xhat * mean_gx[:, None])
             if dweight_ptr is not None:
                 dweight += dy * xhat
             if dbias_ptr is not None:
@@ -128,26 +130,26 @@ def layernorm_residual_backward_kernel(
             if seed_ptr is not None:
                 ds = tl.where(kept(tl.load(seed_ptr), row, 0, 0, threshold, ROWS, BLOCK, False), ds * keep_scale, 0.0)
             tl.store(dx_ptr + row[:, None] * width + column[None, :], ds.to(dx_ptr.dtype.element_ty), mask=inside)
-    share = tl.program_id(0).to(tl.int64) * width + column
+    partial = tl.program_id(0).to(tl.int64) * width + column
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + share, tl.sum(dweight, 0), mask=column < width)
+        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=column < width)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + share, tl.sum(dbias, 0), mask=column < width)
+        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=column < width)
 
 
-@triton.jit(do_not_specialize=["shares"])
-def layernorm_residual_fold_kernel(share_ptr, dweight_ptr, dbias_ptr, shares, width, FOLD: tl.constexpr):
-    """The second stage: the shares of FOLD columns added up, of dweight by the first half of the programs, of dbias by the second."""
-    tiles = tl.cdiv(width, FOLD)
+@triton.jit(do_not_specialize=["partials"])
+def layernorm_residual_reduce_kernel(partials_ptr, dweight_ptr, dbias_ptr, partials, width, REDUCE_BLOCK: tl.constexpr):
+    """Reduces the partial sums of REDUCE_BLOCK columns: of dweight in the first half of the programs, then of dbias."""
+    tiles = tl.cdiv(width, REDUCE_BLOCK)
     pid = tl.program_id(0)
-    which = pid // tiles  # where only one of the two is wanted its shares come first
-    column = pid % tiles * FOLD + tl.arange(0, FOLD)
-    total = tl.zeros((FOLD, FOLD), tl.float32)
-    for first in range(0, shares, FOLD):
-        share = first + tl.arange(0, FOLD)
-        at = (which * shares + share).to(tl.int64)[:, None] * width + column[None, :]
-        total += tl.load(share_ptr + at, mask=(share < shares)[:, None] & (column < width)[None, :], other=0.0)
-    result = tl.sum(total, 0)
+    which = pid // tiles  # without dweight the partial sums of dbias come first
+    column = pid % tiles * REDUCE_BLOCK + tl.arange(0, REDUCE_BLOCK)
+    acc = tl.zeros((REDUCE_BLOCK, REDUCE_BLOCK), tl.float32)
+    for first in range(0, partials, REDUCE_BLOCK):
+        partial = first + tl.arange(0, REDUCE_BLOCK)
+        at = (which * partials + partial).to(tl.int64)[:, None] * width + column[None, :]
+        acc += tl.load(partials_ptr + at, mask=(partial < partials)[:, None] & (column < width)[None, :], other=0.0)
+    result = tl.sum(acc, 0)
     if dweight_ptr is not None:
         if which == 0:
             tl.store(dweight_ptr + column, result.to(dweight_ptr.dtype.element_ty), mask=column < width)
@@ -157,9 +159,9 @@ def layernorm_residual_fold_kernel(share_ptr, dweight_ptr, dbias_ptr, shares, wi
 
 
 def tile(width, dropout):
-    """(rows, block, warps) of one program's tile."""
+    """(rows, columns, warps) of the tile of a program."""
     block = max(next_power_of_2(width), 64 if dropout else 1)
-    rows = min(max(ELEMENTS // block, 1), 16)
+    rows = min(max(ELEMENTS_PER_PROGRAM // block, 1), 16)
     return rows, block, min(max(rows * block // 1024, 1), 16)
 
 
@@ -182,7 +184,7 @@ def layernorm_residual_forward(
     keep_scale,
     device,
 ):
-    """x, residual: rows with unit last stride, so far apart; the results are contiguous."""
+    """x and residual: contiguous rows, so many elements apart; the results are contiguous."""
     tile_rows, block, warps = tile(width, seed is not None)
     arguments = (
         x,
@@ -205,11 +207,11 @@ def layernorm_residual_forward(
     launch(layernorm_residual_forward_kernel, cdiv(rows, tile_rows), arguments, (tile_rows, block), warps, 1, device)
 
 
-def cut(rows, width, dropout):
-    """(programs, steps): how the rows are dealt out in backward, by sizes alone."""
+def partition(rows, width, dropout):
+    """(programs, tiles per program) of backward, from the sizes alone."""
     tiles = cdiv(rows, tile(width, dropout)[0])
-    steps = cdiv(tiles, SHARES)
-    return cdiv(tiles, steps), steps
+    tiles_per_program = cdiv(tiles, MAX_PARTIALS)
+    return cdiv(tiles, tiles_per_program), tiles_per_program
 
 
 def layernorm_residual_backward(
@@ -224,18 +226,18 @@ def layernorm_residual_backward(
     rstd,
     dx,
     dresidual,
-    shares_of_dweight,
-    shares_of_dbias,
+    dweight_partials,
+    dbias_partials,
     seed,
     rows,
     width,
     programs,
-    steps,
+    tiles_per_program,
     threshold,
     keep_scale,
     device,
 ):
-    """programs, steps: of cut()."""
+    """programs, tiles_per_program: of partition()."""
     tile_rows, block, warps = tile(width, seed is not None)
     arguments = (
         dy,
@@ -249,25 +251,25 @@ def layernorm_residual_backward(
         rstd,
         dx,
         dresidual,
-        shares_of_dweight,
-        shares_of_dbias,
+        dweight_partials,
+        dbias_partials,
         seed,
         rows,
         width,
-        steps,
+        tiles_per_program,
         threshold,
         keep_scale,
     )
     launch(layernorm_residual_backward_kernel, programs, arguments, (tile_rows, block), warps, 1, device)
 
 
-def layernorm_residual_fold(shares, dweight, dbias, programs, width, device):
-    wanted = (dweight is not None) + (dbias is not None)
+def layernorm_residual_reduce(partials, dweight, dbias, programs, width, device):
+    gradients = (dweight is not None) + (dbias is not None)
     launch(
-        layernorm_residual_fold_kernel,
-        wanted * cdiv(width, FOLD),
-        (shares, dweight, dbias, programs, width),
-        (FOLD,),
+        layernorm_residual_reduce_kernel,
+        gradients * cdiv(width, REDUCE_BLOCK),
+        (partials, dweight, dbias, programs, width),
+        (REDUCE_BLOCK,),
         4,
         1,
         device,

@@ -1,11 +1,12 @@
-"""From a chunk of logits to their losses and, in place, to the gradient of Σ row_scale · loss. The products on both sides are the vendor's.
+"""The losses of a chunk of logits and, in place, the gradient of Σ row_scale · loss. The products are the vendor's.
 
-One program takes one row: a first pass finds its largest logit and the sum of exponentials (in float32, online), a second writes
-softmax − target. Bound by memory: a row is read twice and written once, the second time from the cache, as a row of 50257 logits in 16 bits is 100 KB. About
-10 FLOPs per logit. Nothing of a row is kept but its loss.
+One program processes one row: a first pass computes row_max and row_sum online, in float32, a second writes softmax −
+target. Memory-bound: a row is read twice and written once, the second time from the cache, because a row of 50257
+logits in 16 bits is 100 KB. About 10 FLOPs per logit.
 
-Where the gradient of a bias is wanted too the second pass goes by columns: a program owns BLOCK columns of ROWS rows and adds up what it writes before it is
-rounded to 16 bits. No atomics: the sums of the parts are added in order.
+If the gradient of a bias is wanted too, the second pass goes by columns: a program has BLOCK columns of
+ROWS_PER_PARTIAL rows and adds what it writes before it is rounded to 16 bits. The partial sums are added in a fixed
+order, without atomics.
 """
 
 import triton
@@ -14,8 +15,8 @@ import triton.language as tl
 from fastlm.kernels.launch import launch
 from fastlm.kernels.sizes import cdiv, next_power_of_2
 
-BLOCK = 4096  # logits of a row that are in registers at a time
-ROWS = 64  # of a part, in the pass by columns
+BLOCK = 4096  # logits in registers at a time
+ROWS_PER_PARTIAL = 64
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -27,17 +28,17 @@ def linear_cross_entropy_kernel(
     target_stride,
     row_scale_ptr,
     loss_ptr,
-    top_ptr,
-    norm_ptr,
+    row_max_ptr,
+    row_sum_ptr,
     vocab,
     ignore_index,
     label_smoothing,
     SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """logits: (rows, vocab), rows logits_stride apart. row_scale_ptr None: no gradient, the logits stay. top, norm: what the pass by columns needs, or None.
+    """logits: (rows, vocab). Without row_scale_ptr they stay unchanged.
 
-    A target out of range is a device assert.
+    row_max and row_sum are for the pass by columns, or None. A target out of range fails a device assert.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
@@ -53,39 +54,39 @@ def linear_cross_entropy_kernel(
                 column = begin + tl.arange(0, BLOCK)
                 tl.store(logits_ptr + column, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), mask=column < vocab)
     else:
-        # Ahead of the reductions, where threads wait for one another: later one of them may have overwritten it, in the second pass, before another reads it.
+        # Loaded before the reductions, which synchronise the threads: the second pass overwrites it.
         logit = tl.load(logits_ptr + target).to(tl.float32)
-        tops = tl.full((BLOCK,), float("-inf"), tl.float32)  # lane by lane: one reduction at the end
-        norms = tl.zeros((BLOCK,), tl.float32)
-        sums = tl.zeros((BLOCK,), tl.float32)
+        lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)  # per lane, reduced at the end
+        lane_sum = tl.zeros((BLOCK,), tl.float32)
+        logit_sums = tl.zeros((BLOCK,), tl.float32)
         for begin in range(0, vocab, BLOCK):
             column = begin + tl.arange(0, BLOCK)
             z = tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-            new = tl.maximum(tops, z)
-            base = tl.where(new == float("-inf"), 0.0, new)
-            norms = norms * tl.exp2((tops - base) * LOG2E) + tl.exp2((z - base) * LOG2E)
-            tops = new
+            new_max = tl.maximum(lane_max, z)
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            lane_sum = lane_sum * tl.exp2((lane_max - safe_max) * LOG2E) + tl.exp2((z - safe_max) * LOG2E)
+            lane_max = new_max
             if SMOOTH:
-                sums += tl.where(column < vocab, z, 0.0)
-        top = tl.max(tops, 0)
-        # relative to the largest: the loss of a target that is nearly certain is lost in the difference of two large numbers otherwise
-        norm = tl.sum(tl.where(tops == float("-inf"), 0.0, norms * tl.exp2((tops - top) * LOG2E)), 0)
-        loss = (top - logit) * (1 - label_smoothing) + tl.log(norm)
+                logit_sums += tl.where(column < vocab, z, 0.0)
+        row_max = tl.max(lane_max, 0)
+        # Relative to row_max: otherwise the loss of an almost certain target is a difference of two large numbers.
+        row_sum = tl.sum(tl.where(lane_max == float("-inf"), 0.0, lane_sum * tl.exp2((lane_max - row_max) * LOG2E)), 0)
+        loss = (row_max - logit) * (1 - label_smoothing) + tl.log(row_sum)
         if SMOOTH:
-            loss += label_smoothing * (top - tl.sum(sums, 0) / vocab)
+            loss += label_smoothing * (row_max - tl.sum(logit_sums, 0) / vocab)
         tl.store(loss_ptr + row, loss)
-        if top_ptr is not None:
-            tl.store(top_ptr + row, top)
-            tl.store(norm_ptr + row, norm)
+        if row_max_ptr is not None:
+            tl.store(row_max_ptr + row, row_max)
+            tl.store(row_sum_ptr + row, row_sum)
         if row_scale_ptr is not None:
             scale = tl.load(row_scale_ptr + row)
-            share = scale / norm
+            factor = scale / row_sum
             uniform = scale * label_smoothing / vocab
             at_target = scale * (1 - label_smoothing)
             for begin in range(0, vocab, BLOCK):
                 column = begin + tl.arange(0, BLOCK)
                 z = tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-                gradient = tl.exp2((z - top) * LOG2E) * share - uniform
+                gradient = tl.exp2((z - row_max) * LOG2E) * factor - uniform
                 gradient -= tl.where(column == target, at_target, 0.0)
                 tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < vocab)
 
@@ -97,22 +98,22 @@ def linear_cross_entropy_columns_kernel(
     target_ptr,
     target_stride,
     row_scale_ptr,
-    top_ptr,
-    norm_ptr,
-    share_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    partials_ptr,
     rows,
     vocab,
     ignore_index,
     label_smoothing,
-    ROWS: tl.constexpr,
+    ROWS_PER_PARTIAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient in place of the logits, and its sum over ROWS rows in a row of share: (parts, vocab)."""
+    """The gradient in place of the logits. partials: (num_partials, vocab), its sums over ROWS_PER_PARTIAL rows."""
     blocks = tl.cdiv(vocab, BLOCK)
-    part, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    partial, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     column = block * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for row in range(part * ROWS, tl.minimum((part + 1) * ROWS, rows)):
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for row in range(partial * ROWS_PER_PARTIAL, tl.minimum((partial + 1) * ROWS_PER_PARTIAL, rows)):
         at = logits_ptr + tl.cast(row, tl.int64) * logits_stride + column
         target = tl.load(target_ptr + tl.cast(row, tl.int64) * target_stride)
         gradient = tl.zeros((BLOCK,), tl.float32)
@@ -120,36 +121,37 @@ def linear_cross_entropy_columns_kernel(
             scale = tl.load(row_scale_ptr + row)
             z = tl.load(at, mask=column < vocab, other=float("-inf")).to(tl.float32)
             gradient = (
-                tl.exp2((z - tl.load(top_ptr + row)) * LOG2E) * (scale / tl.load(norm_ptr + row))
+                tl.exp2((z - tl.load(row_max_ptr + row)) * LOG2E) * (scale / tl.load(row_sum_ptr + row))
                 - scale * label_smoothing / vocab
             )
             gradient -= tl.where(column == target, scale * (1 - label_smoothing), 0.0)
-        total += gradient
+        acc += gradient
         tl.store(at, gradient.to(logits_ptr.dtype.element_ty), mask=column < vocab)
-    tl.store(share_ptr + tl.cast(part, tl.int64) * vocab + column, total, mask=column < vocab)
+    tl.store(partials_ptr + tl.cast(partial, tl.int64) * vocab + column, acc, mask=column < vocab)
 
 
-def parts(rows):
-    return cdiv(rows, ROWS)
+def num_partials(rows):
+    return cdiv(rows, ROWS_PER_PARTIAL)
 
 
-def linear_cross_entropy(logits, target, row_scale, loss, statistics, share, ignore_index, label_smoothing, device):
-    """logits: (rows, vocab) with unit last stride: they become their gradient, unless row_scale is None. target: (rows,), any stride.
+def linear_cross_entropy(logits, target, row_scale, loss, statistics, factor, ignore_index, label_smoothing, device):
+    """logits: (rows, vocab) with unit last stride; they become their gradient, unless row_scale is None.
 
-    share: (parts(rows), vocab) in float32 for the sums of that gradient over the rows, with statistics (2, rows or more) to work in; or None, both.
+    target: (rows,), any stride. partials: (num_partials(rows), vocab) in float32 for partial sums of the gradient over
+    the rows, with statistics (2, rows or more) as workspace; or both None.
     """
     rows, vocab = logits.shape
     block = min(next_power_of_2(vocab), BLOCK)
-    top, norm = (None, None) if share is None else statistics.unbind()
+    row_max, row_sum = (None, None) if factor is None else statistics.unbind()
     arguments = (
         logits,
         logits.stride(0),
         target,
         target.stride(0),
-        row_scale if share is None else None,
+        row_scale if factor is None else None,
         loss,
-        top,
-        norm,
+        row_max,
+        row_sum,
         vocab,
         ignore_index,
         label_smoothing,
@@ -164,7 +166,7 @@ def linear_cross_entropy(logits, target, row_scale, loss, statistics, share, ign
         device,
         debug=True,
     )
-    if share is not None:
+    if factor is not None:
         block = min(block, 512)
         arguments = (
             logits,
@@ -172,9 +174,9 @@ def linear_cross_entropy(logits, target, row_scale, loss, statistics, share, ign
             target,
             target.stride(0),
             row_scale,
-            top,
-            norm,
-            share,
+            row_max,
+            row_sum,
+            factor,
             rows,
             vocab,
             ignore_index,
@@ -182,9 +184,9 @@ def linear_cross_entropy(logits, target, row_scale, loss, statistics, share, ign
         )
         launch(
             linear_cross_entropy_columns_kernel,
-            parts(rows) * cdiv(vocab, block),
+            num_partials(rows) * cdiv(vocab, block),
             arguments,
-            (ROWS, block),
+            (ROWS_PER_PARTIAL, block),
             4,
             1,
             device,

@@ -1,4 +1,4 @@
-"""Sizes on the host, in plain Python: Triton's functions of these names serve kernels too, and cost a microsecond or two a call."""
+"""Sizes on the host, in plain Python. Triton's functions of the same names cost one or two microseconds per call."""
 
 
 def cdiv(x: int, y: int) -> int:
@@ -7,5 +7,5 @@ def cdiv(x: int, y: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least that is n or more; n ≥ 1."""
+    """The smallest power of two that is at least n; n ≥ 1."""
     return 1 << (n - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Who may use the Triton kernels, and what is said where they cannot serve; their launches, without a GPU."""
+"""The backend triton: where it is selected, its messages, and its launches, all without a GPU."""
 
 import subprocess
 import sys
@@ -8,16 +8,24 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.backends import choice, table
+from fastlm.backends import gpu as gpu_backends
+from fastlm.backends import measured, registry, selection, table
 from fastlm.backends import triton as backend
-from tests.support import floats, on_backends
+from fastlm.backends.rule import Rule
+from fastlm.ops.attention.spec import Sizes as AttentionSizes
+from fastlm.ops.layernorm_residual.spec import Sizes
+from fastlm.ops.linear.spec import Sizes as LinearSizes
+from tests.kernels.support import kernel_modules, set_architecture
+from tests.support import floats, implementation_module, on_backends
 
 CUDA = torch.device("cuda", 0)
+OPERATORS = registry.operators()
+LAYERNORM, LINEAR, ATTENTION = (OPERATORS[name] for name in ("layernorm_residual", "linear", "attention"))
 
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A GPU as far as the questions go that are asked before a launch."""
+    """A GPU, as far as backend selection asks for one."""
     card = types.SimpleNamespace(name="Card", capability=(9, 0), shared=227 << 10)
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(backend, "missing", lambda: "")
@@ -31,107 +39,103 @@ def gpu(monkeypatch, tmp_path):
         "get_device_properties",
         lambda index: types.SimpleNamespace(shared_memory_per_block_optin=card.shared),
     )
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no table of the user's own
-    for cached in (backend.unfit, backend.architecture):
-        cached.cache_clear()
-    table.forget()
-    choice.CHOICES.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # without a table of the user
+
+    def forget():
+        for cached in (backend.gpu_refusals, backend.architecture):
+            cached.cache_clear()
+        table.forget()
+        selection.forget()
+
+    forget()
     yield card
-    for cached in (backend.unfit, backend.architecture):
-        cached.cache_clear()
-    table.forget()
-    choice.CHOICES.clear()
+    forget()
+
+
+def decide(operator, sizes, dtype=torch.bfloat16, forced=None):
+    return selection.decide(operator, CUDA, dtype, forced, sizes)
 
 
 def decided(dtype=torch.bfloat16, forced=None, width=768):
-    return choice.decide("layernorm_residual", CUDA, dtype, forced, {"rows": 40, "width": width, "dropout": False})
+    return decide(LAYERNORM, Sizes(40, width, False), dtype, forced)
 
 
-def test_a_gpu_is_served_by_triton_first(gpu):
+def test_triton_is_first_on_a_gpu(gpu):
     assert decided() == ("triton", None)
     assert decided(torch.float64) == ("torch", "layernorm_residual: torch instead of triton")
-    for operator, features in choice.FEATURES.items():
-        if operator == "adamw":  # PyTorch's own is fused on a GPU
-            continue
-        assert choice.decide(operator, CUDA, torch.float16, None, dict.fromkeys(features, 1))[0] == "triton"
+    for operator in OPERATORS.values():
+        if operator.implements("triton"):
+            sizes = operator.sizes(*[1] * len(operator.size_names))
+            assert decide(operator, sizes, torch.float16)[0] == "triton"
 
 
-def rows_of(monkeypatch, card, *rules):
-    monkeypatch.setitem(table.GPUS, card, rules)
+def set_rules(monkeypatch, card, *rules):
+    monkeypatch.setitem(measured.GPUS, card, rules)
     table.forget()
 
 
-def served(monkeypatch, *names):
-    """As if these backends could serve whatever they do not refuse by its features; the others cannot."""
-    monkeypatch.setattr(choice, "unavailable", lambda name: [] if name in names else ["is not compiled here"])
-    monkeypatch.setattr(choice.load("cuda"), "refuses", lambda *call, **features: [])
+def make_available(monkeypatch, *names):
+    """Only these backends are available, and cuda refuses no call."""
+    for name in registry.BACKENDS:
+        reasons = [] if name in names else ["is not compiled here"]
+        monkeypatch.setattr(registry.load(name), "unavailable", lambda reasons=reasons: reasons)
+    monkeypatch.setattr(registry.load("cuda"), "refuses", lambda device, dtype: [])
 
 
-def test_a_card_s_table_puts_pytorch_first_where_it_is_faster(gpu, monkeypatch):
-    rule = table.Rule("layernorm_residual", "bfloat16", {"width": (None, 512)})
-    rows_of(monkeypatch, "Card", rule)
-    assert (
-        decided(width=512) == ("torch", None)
-        and decided(width=513)[0] == "triton"
-        and decided(torch.float16, width=512)[0] == "triton"
-    )
-    table.GPUS.pop("Card")
-    rows_of(monkeypatch, "Another", rule)
+def test_a_rule_of_the_gpus_table_selects_pytorch(gpu, monkeypatch):
+    rule = Rule("layernorm_residual", "bfloat16", {"width": (None, 512)})
+    set_rules(monkeypatch, "Card", rule)
+    assert decided(width=512) == ("torch", None)
+    assert decided(width=513)[0] == "triton"
+    assert decided(torch.float16, width=512)[0] == "triton"
+    measured.GPUS.pop("Card")
+    set_rules(monkeypatch, "Another", rule)
     assert decided(width=512)[0] == "triton"
 
 
 @pytest.mark.parametrize(
-    "can_serve, width, taken",
+    "available, width, expected",
     [
         (("triton", "cuda", "torch"), 512, ("cuda", None)),
         (("triton", "cuda", "torch"), 513, ("triton", None)),
         (("triton", "cuda", "torch"), 2000, ("torch", None)),
-        (
-            ("triton", "torch"),
-            512,
-            ("triton", "layernorm_residual: triton instead of cuda"),
-        ),  # the rest in its usual order, and counted
+        # The other backends keep their order, and the fallback is counted.
+        (("triton", "torch"), 512, ("triton", "layernorm_residual: triton instead of cuda")),
         (("torch",), 512, ("torch", "layernorm_residual: torch instead of cuda")),
-        (("cuda",), 2000, ("cuda", "layernorm_residual: cuda instead of triton")),  # PyTorch cannot: as without the row
+        # A rule for PyTorch that PyTorch refuses is skipped.
+        (("cuda",), 2000, ("cuda", "layernorm_residual: cuda instead of triton")),
     ],
 )
-def test_a_card_s_table_puts_either_backend_first(gpu, can_serve, width, taken, monkeypatch):
-    cuda = table.Rule("layernorm_residual", "bfloat16", {"width": (None, 512)}, "cuda")
-    rows_of(monkeypatch, "Card", cuda, table.Rule("layernorm_residual", "bfloat16", {"width": (2000, None)}))
-    served(monkeypatch, *can_serve)
-    assert decided(width=width) == taken
+def test_a_rule_of_the_gpus_table_selects_any_backend(gpu, available, width, expected, monkeypatch):
+    cuda = Rule("layernorm_residual", "bfloat16", {"width": (None, 512)}, "cuda")
+    set_rules(monkeypatch, "Card", cuda, Rule("layernorm_residual", "bfloat16", {"width": (2000, None)}))
+    make_available(monkeypatch, *available)
+    assert decided(width=width) == expected
 
 
-def test_what_pytorch_cannot_do_goes_on_to_the_next_row(gpu, monkeypatch):
-    """Its dropout is another one. The row that puts it first does not hold then, which is no fallback."""
-    served(monkeypatch, "triton", "cuda", "torch")
-    rows = [
-        table.Rule("layernorm_residual", "bfloat16"),
-        table.Rule("layernorm_residual", "bfloat16", {"rows": (None, 40)}, "cuda"),
-    ]
-    rows_of(monkeypatch, "Card", *rows)
-    for rows, dropout, taken in ((40, False, "torch"), (40, True, "cuda"), (41, True, "triton")):
-        assert choice.decide(
-            "layernorm_residual", CUDA, torch.bfloat16, None, {"rows": rows, "width": 8, "dropout": dropout}
-        ) == (taken, None)
+def test_a_rule_for_pytorch_that_it_refuses_is_skipped(gpu, monkeypatch):
+    """PyTorch's dropout has other bits. That the rule does not apply then is no fallback."""
+    make_available(monkeypatch, "triton", "cuda", "torch")
+    rules = Rule("layernorm_residual", "bfloat16"), Rule("layernorm_residual", "bfloat16", {"rows": (None, 40)}, "cuda")
+    set_rules(monkeypatch, "Card", *rules)
+    for rows, dropout, expected in ((40, False, "torch"), (40, True, "cuda"), (41, True, "triton")):
+        assert decide(LAYERNORM, Sizes(rows, 8, dropout)) == (expected, None)
 
 
-def test_the_users_own_table_of_a_card(gpu, monkeypatch):
-    rows_of(monkeypatch, "Card", table.Rule("layernorm_residual", "bfloat16"))
+def test_the_users_own_table_of_a_gpu(gpu, monkeypatch):
+    set_rules(monkeypatch, "Card", Rule("layernorm_residual", "bfloat16"))
     file = table.user_table()
     file.parent.mkdir()
-    for content, taken in (
-        (
-            '{"Card": [{"operator": "layernorm_residual", "dtype": "bfloat16", "where": {"rows": [null, 40]}, "first": "cuda"}]}',
-            "cuda",
-        ),
+    row = '{"operator": "layernorm_residual", "dtype": "bfloat16", "where": {"rows": [null, 40]}, "first": "cuda"}'
+    for content, expected in (
+        (f'{{"Card": [{row}]}}', "cuda"),
         ('{"Card": []}', "triton"),
         ('{"another": []}', "torch"),
     ):
-        served(monkeypatch, "triton", "cuda", "torch")
+        make_available(monkeypatch, "triton", "cuda", "torch")
         file.write_text(content)
         table.forget()
-        assert decided() == (taken, None)
+        assert decided() == (expected, None)
 
 
 @pytest.mark.parametrize(
@@ -149,51 +153,50 @@ def test_the_users_own_table_of_a_card(gpu, monkeypatch):
         ),
         (
             '{"operator": "linear", "dtype": "bfloat16", "where": {"rows": ["few", 2]}}',
-            r"rows: expected two whole numbers or null, got \['few', 2\]",
+            r"rows: expected two integers or null, got \['few', 2\]",
         ),
         ('{"operator": "linear", "dtype": "bfloat16", "where": {"rows": [1]}}', "unpack"),
         ('{"operator": "linear"}', "dtype"),
         ('{"operator": [], "dtype": {}}', "operator: expected one of"),
-        ("7", "subscriptable"),
+        ("7", "has no attribute 'get'"),
     ],
 )
-def test_a_damaged_table_of_a_card_is_named_and_stops_nothing(gpu, row, reason, monkeypatch):
-    rows_of(monkeypatch, "Card", table.Rule("layernorm_residual", "bfloat16"))
+def test_a_malformed_table_of_a_gpu_is_reported_once_and_ignored(gpu, row, reason, monkeypatch):
+    set_rules(monkeypatch, "Card", Rule("layernorm_residual", "bfloat16"))
     table.user_table().parent.mkdir()
     table.user_table().write_text(f'{{"Card": [{row}]}}')
-    with pytest.warns(
-        RuntimeWarning,
-        match=rf"table.json: cannot be read \(.*{reason}.*\); the measurements that come with fastlm hold",
-    ):
+    message = rf"table.json: cannot be read \(.*{reason}.*\); the measurements that come with fastlm apply"
+    with pytest.warns(RuntimeWarning, match=message):
         assert decided() == ("torch", None)
-    assert decided() == ("torch", None)  # and once is enough
+    assert decided() == ("torch", None)
 
 
-def test_each_kind_of_gpu_is_reported(gpu, monkeypatch):
+def test_each_model_of_gpu_is_reported(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["Card", "Other", "Card"][index])
-    rows = [
-        table.Rule("attention", "bfloat16", {"query_len": (None, 32)}, "cuda"),
-        table.Rule("layernorm_residual", "float16", {"rows": (None, 181)}),
+    rules = [
+        Rule("attention", "bfloat16", {"query_len": (None, 32)}, "cuda"),
+        Rule("layernorm_residual", "float16", {"rows": (None, 181)}),
     ]
-    rows_of(monkeypatch, "Card", *rows, table.Rule("gelu_mlp", "bfloat16", {"conv1d": (0, 0)}, "cuda"))
-    unmeasured = "Other: not measured yet, Triton comes first (fastlm info --measure measures it)"
+    set_rules(monkeypatch, "Card", *rules, Rule("gelu_mlp", "bfloat16", {"conv1d": (0, 0)}, "cuda"))
+    order = "triton, cuda, torch, reference"
+    unmeasured = f"Other: not measured, backend order {order} (fastlm info --measure measures it)"
     assert fastlm.info().gpus == [
-        "Card: the CUDA C++ kernels serve attention in bfloat16 (query_len ≤ 32); gelu_mlp in bfloat16 (not conv1d), "
-        "PyTorch serves layernorm_residual in float16 (rows ≤ 181), Triton comes first elsewhere",
+        "Card: cuda for attention in bfloat16 (query_len ≤ 32); gelu_mlp in bfloat16 (not conv1d), "
+        f"torch for layernorm_residual in float16 (rows ≤ 181); otherwise {order}",
         unmeasured,
     ]
-    rows_of(monkeypatch, "Card")
-    assert fastlm.info().gpus == ["Card: Triton comes first everywhere, as measured", unmeasured]
+    set_rules(monkeypatch, "Card")
+    assert fastlm.info().gpus == [f"Card: {order}, as measured", unmeasured]
     assert f"GPU: {unmeasured}\n" in str(fastlm.info())
 
 
-def test_where_pytorch_cannot_ask_for_gpus_none_are_reported(gpu, monkeypatch):
-    def refused(index):
+def test_no_gpu_is_reported_if_pytorch_cannot_initialise_cuda(gpu, monkeypatch):
+    def refuse(index):
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", refused)
+    monkeypatch.setattr(torch.cuda, "get_device_name", refuse)
     assert fastlm.info().gpus == []
 
 
@@ -207,37 +210,36 @@ def test_where_pytorch_cannot_ask_for_gpus_none_are_reported(gpu, monkeypatch):
         ({"shared": 48 << 10}, "needs 64 KiB of shared memory, and Card has 48 (auto takes another backend)"),
     ],
 )
-def test_a_gpu_that_cannot_is_named_and_the_next_backend_serves(gpu, changed, reason):
-    """One line: which backend and card, why, and what to do."""
+def test_an_unsupported_gpu_is_named_and_the_next_backend_selected(gpu, changed, reason):
     vars(gpu).update(changed)
     assert decided() == ("torch", "layernorm_residual: torch instead of triton")
     with pytest.raises(fastlm.Unsupported) as raised:
         decided(forced="triton")
     cpu, cuda = (
-        ", ".join(choice.refusals(name, "layernorm_residual", CUDA, torch.bfloat16, {"rows": 40, "width": 768}))
-        for name in ("cpu", "cuda")
+        ", ".join(LAYERNORM.refusals(name, CUDA, torch.bfloat16, Sizes(40, 768, False))) for name in ("cpu", "cuda")
     )
     others = "torch could, but another was forced; reference could, but another was forced"
-    assert (
-        str(raised.value)
-        == f"layernorm_residual on cuda:0 in torch.bfloat16 with backend='triton': cpu {cpu}; triton {reason}; cuda {cuda}; {others}"
-    )
+    call = "layernorm_residual on cuda:0 in torch.bfloat16 with backend='triton'"
+    assert str(raised.value) == f"{call}: cpu {cpu}; triton {reason}; cuda {cuda}; {others}"
 
 
-def test_tensors_elsewhere(gpu):
+def test_tensors_on_other_devices(gpu):
     for device in ("cpu", "mps:0"):
-        reasons = backend.refuses("linear", torch.device(device), torch.float32)
-        assert reasons == [f"serves CUDA and ROCm tensors, not {device} (.to('cuda') moves them)"]
+        reasons = backend.backend.refuses(torch.device(device), torch.float32)
+        assert reasons == [f"supports CUDA and ROCm tensors, not {device} (.to('cuda') moves them)"]
 
 
-def test_each_gpu_is_asked_for_itself(gpu, monkeypatch):
-    """An old card beside a new one, whichever is called first."""
+def select(device, dtype=torch.bfloat16):
+    x = types.SimpleNamespace(is_cpu=False, device=device)
+    return selection.select(LAYERNORM, x, dtype, Sizes(40, 768, False), None).backend.name
+
+
+def test_each_gpu_is_checked(gpu, monkeypatch):
+    """An old GPU next to a new one, whichever is used first."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
     for _ in range(2):
         for index, name in enumerate(("triton", "torch")):
-            x = types.SimpleNamespace(is_cpu=False, device=torch.device("cuda", index))
-            assert choice.choose("layernorm_residual", x, torch.bfloat16, None, 40, 768, False) is choice.load(name)
-    assert len(choice.CHOICES) == 2
+            assert select(torch.device("cuda", index)) == name
 
 
 def test_a_row_too_wide_for_registers(gpu):
@@ -246,75 +248,72 @@ def test_a_row_too_wide_for_registers(gpu):
         decided(forced="triton", width=16385)
 
 
-@pytest.mark.parametrize("operator", ["attention", "attention_varlen"])
-def test_a_head_too_wide_for_a_tile(gpu, operator):
-    sizes = dict.fromkeys(choice.FEATURES[operator], 0)
-    assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 256}) == ("triton", None)
-    assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 257}) == (
-        "torch",
-        f"{operator}: torch instead of triton",
-    )
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_head_too_wide_for_a_tile(gpu, packed):
+    sizes = AttentionSizes(*[0] * len(AttentionSizes._fields))._replace(packed=packed)
+    assert decide(ATTENTION, sizes._replace(head_dim=256)) == ("triton", None)
+    assert decide(ATTENTION, sizes._replace(head_dim=257)) == ("torch", "attention: torch instead of triton")
     with pytest.raises(fastlm.Unsupported, match="triton holds heads of head_dim up to 256, not 257;"):
-        choice.decide(operator, CUDA, torch.bfloat16, "triton", sizes | {"head_dim": 257})
+        decide(ATTENTION, sizes._replace(head_dim=257), forced="triton")
+
+
+MISSING = backend.missing  # before a test replaces it
 
 
 def test_no_triton_and_an_old_one(gpu, monkeypatch):
-    for said, version in (
+    for start, version in (
         ("needs Triton, which cannot be imported", None),
         ("needs Triton 3.6 or later, not 3.5.1", "3.5.1"),
     ):
         monkeypatch.setitem(sys.modules, "triton", version and types.SimpleNamespace(__version__=version))
         reason = MISSING.__wrapped__()
-        assert reason.startswith(said) and "\n" not in reason
+        assert reason.startswith(start) and "\n" not in reason
         monkeypatch.setattr(backend, "missing", lambda reason=reason: reason)
         assert decided()[0] == "torch"
-        assert choice.unavailable("triton") == [reason] == fastlm.info().backends["triton"]
-
-
-MISSING = backend.missing  # as it is, not what a test puts in its place
+        assert registry.unavailable("triton") == [reason] == fastlm.info().backends["triton"]
 
 
 def test_without_a_gpu_and_without_the_interpreter():
-    code = "import torch, fastlm; torch.cuda.is_available = lambda: False; fastlm.linear(torch.ones(2, 2), torch.ones(2, 2), backend='triton')"
+    code = (
+        "import torch, fastlm; torch.cuda.is_available = lambda: False; "
+        "fastlm.linear(torch.ones(2, 2), torch.ones(2, 2), backend='triton')"
+    )
     environment = {"PYTHONPATH": ":".join(sys.path), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
-    assert (
-        "triton finds no GPU (torch.cuda.is_available() is false)" in done.stderr
-        or "triton needs Triton" in done.stderr
-    )
+    reasons = "triton finds no GPU (torch.cuda.is_available() is false)", "triton needs Triton"
+    assert any(reason in done.stderr for reason in reasons)
 
 
-def test_a_call_falls_back_and_is_counted(gpu, monkeypatch):
+def test_a_fallback_is_counted(gpu):
     gpu.capability = (7, 0)
     what = "layernorm_residual: torch instead of triton"
     before = fastlm.info().fallbacks.get(what, 0)
-    x = types.SimpleNamespace(is_cpu=False, device=CUDA)
     for _ in range(2):
-        assert choice.choose("layernorm_residual", x, torch.float32, None, 40, 768, False) is choice.load("torch")
+        assert select(CUDA, torch.float32) == "torch"
     assert fastlm.info().fallbacks[what] == before + 2
 
 
 @on_backends("triton")
-def test_the_interpreter_serves_a_cpu_only_when_it_is_asked_to(backend):
-    x = floats(4, 8)
-    assert choice.decide("linear", x.device, x.dtype, None, {"rows": 4, "in_width": 8, "out_width": 8})[0] != "triton"
-    assert (
-        choice.decide("linear", x.device, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})[0] == "triton"
-    )
-    reason = r"triton serves CPU tensors under TRITON_INTERPRET=1, not cuda:0 \(without that variable it serves GPUs\);"
-    with pytest.raises(fastlm.Unsupported, match=reason):
-        choice.decide("linear", CUDA, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})
+def test_the_interpreter_is_used_on_a_cpu_only_if_forced(backend):
+    x, sizes = floats(4, 8), LinearSizes(4, 8, 8, False)
+    assert selection.decide(LINEAR, x.device, x.dtype, None, sizes)[0] != "triton"
+    assert selection.decide(LINEAR, x.device, x.dtype, "triton", sizes)[0] == "triton"
+    without = r"\(without that variable it supports GPUs\)"
+    with pytest.raises(
+        fastlm.Unsupported, match=f"triton supports CPU tensors under TRITON_INTERPRET=1, not cuda:0 {without};"
+    ):
+        selection.decide(LINEAR, CUDA, x.dtype, "triton", sizes)
 
 
-def everything(value):
+def set_all(value):
     torch.backends.fp32_precision = value
 
 
-def of_cuda(value):
+def set_cuda(value):
     torch.backends.cudnn.fp32_precision = value  # PyTorch's name for all of CUDA
 
 
-def of_products(value):
+def set_products(value):
     torch.backends.cuda.matmul.fp32_precision = value
 
 
@@ -324,13 +323,13 @@ def allow_tf32(value):
 
 @pytest.fixture
 def precisions():
-    """What a user may set, each by PyTorch's older or newer API; as it was afterwards."""
+    """Restores the settings that a user can change by PyTorch's older and newer API."""
     settings = torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul
     before, older = [each.fp32_precision for each in settings], torch.get_float32_matmul_precision()
     yield
     for each in settings:
         each.fp32_precision = "ieee"
-    torch.set_float32_matmul_precision(older)  # of which PyTorch keeps a record of its own
+    torch.set_float32_matmul_precision(older)  # PyTorch records it separately
     for each, value in zip(settings, before, strict=True):
         each.fp32_precision = value
 
@@ -344,17 +343,17 @@ def precisions():
         ([(torch.set_float32_matmul_precision, "medium")], "tf32"),
         ([(torch.set_float32_matmul_precision, "high"), (torch.set_float32_matmul_precision, "highest")], "ieee"),
         ([(allow_tf32, True)], "tf32"),
-        ([(of_products, "tf32")], "tf32"),
-        ([(of_products, "ieee")], "ieee"),
-        ([(of_products, "none")], "ieee"),
-        ([(of_cuda, "tf32")], "tf32"),
-        ([(everything, "tf32")], "tf32"),  # inherited
-        ([(everything, "ieee")], "ieee"),
-        ([(everything, "tf32"), (of_products, "ieee")], "ieee"),  # the nearer setting holds
-        ([(everything, "tf32"), (of_cuda, "ieee")], "ieee"),
-        ([(everything, "ieee"), (of_products, "tf32")], "tf32"),
-        ([(everything, "tf32"), (of_products, "ieee"), (of_products, "none")], "tf32"),
-        ([(torch.set_float32_matmul_precision, "high"), (of_products, "ieee")], "ieee"),  # the later one
+        ([(set_products, "tf32")], "tf32"),
+        ([(set_products, "ieee")], "ieee"),
+        ([(set_products, "none")], "ieee"),
+        ([(set_cuda, "tf32")], "tf32"),
+        ([(set_all, "tf32")], "tf32"),  # inherited
+        ([(set_all, "ieee")], "ieee"),
+        ([(set_all, "tf32"), (set_products, "ieee")], "ieee"),  # the more specific setting applies
+        ([(set_all, "tf32"), (set_cuda, "ieee")], "ieee"),
+        ([(set_all, "ieee"), (set_products, "tf32")], "tf32"),
+        ([(set_all, "tf32"), (set_products, "ieee"), (set_products, "none")], "tf32"),
+        ([(torch.set_float32_matmul_precision, "high"), (set_products, "ieee")], "ieee"),  # the later one applies
     ],
     ids=lambda part: (
         " ".join(f"{set_by.__name__}={value}" for set_by, value in part) if isinstance(part, list) else part
@@ -362,22 +361,22 @@ def precisions():
 )
 def test_products_of_float32_follow_the_users_precision(steps, wanted, precisions, monkeypatch):
     x = floats(1)
-    of_products("none")
+    set_products("none")
     for set_by, value in steps:
         set_by(value)
-    assert backend.precision(x) == wanted and backend.precision(x.bfloat16()) == "ieee"
+    assert gpu_backends.precision(x) == wanted and gpu_backends.precision(x.bfloat16()) == "ieee"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert backend.precision(x) == "ieee"
+    assert gpu_backends.precision(x) == "ieee"
 
 
 # Launches
 
 
 class Kernel:
-    """Counts how often Triton's own way of launching is taken, and hands out what it compiles."""
+    """Records the launches by Triton (slow), the direct ones (fast), and those with launch hooks (hooked)."""
 
     def __init__(self):
-        self.slow, self.fast, self.told = [], [], []
+        self.slow, self.fast, self.hooked = [], [], []
 
     def __getitem__(self, grid):
         def run(*arguments, **options):
@@ -388,7 +387,7 @@ class Kernel:
 
 
 class Compiled:
-    """As Triton's: started by run(), or, where someone is to be told, by what binary[grid] gives."""
+    """Like Triton's: launched by run(), or with launch hooks by compiled[grid]."""
 
     function, packed_metadata = "function", "metadata"
 
@@ -396,7 +395,7 @@ class Compiled:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.told.append((grid, arguments))
+        return lambda *arguments: self.kernel.hooked.append((grid, arguments))
 
     def run(self, *given):
         *grid, stream, function, metadata, of_launch, on_enter, on_exit = given[:9]
@@ -410,7 +409,7 @@ class Compiled:
 
 @pytest.fixture
 def launch(monkeypatch):
-    """kernels/launch.py as on a GPU, with nothing launched before."""
+    """kernels/launch.py as on a GPU, with empty caches."""
     pytest.importorskip("triton")
     from fastlm.kernels import launch
 
@@ -421,15 +420,15 @@ def launch(monkeypatch):
     return launch
 
 
-def test_the_second_launch_of_a_kind_goes_past_triton(launch):
+def test_the_second_launch_of_a_kind_is_direct(launch):
     kernel, x = Kernel(), torch.zeros(64)
-    go = lambda *arguments, constants=(32,), device=0, warps=4: launch.launch(
-        kernel, 7, arguments, constants, warps, 2, device
-    )  # noqa: E731
+
+    def go(*arguments, constants=(32,), device=0, warps=4):
+        launch.launch(kernel, 7, arguments, constants, warps, 2, device)
+
     go(x, 48, 0.5, None)
-    for number, (size, factor) in enumerate(
-        [(64, 0.25), (64, 0.25), (48, 0.5)], start=1
-    ):  # another tensor, and numbers of the same kinds, new and seen before
+    # Another tensor, and scalars of the same kinds, new and seen before.
+    for number, (size, factor) in enumerate([(64, 0.25), (64, 0.25), (48, 0.5)], start=1):
         go(torch.ones(64), size, factor, None)
         assert len(kernel.slow) == 1 and len(kernel.fast) == number
         assert (
@@ -457,7 +456,7 @@ def test_the_second_launch_of_a_kind_goes_past_triton(launch):
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
-def test_who_asked_triton_for_launches_is_told_of_them(hook, launch):
+def test_launch_hooks_are_called(hook, launch):
     import triton
 
     kernel, x, chain = Kernel(), torch.zeros(64), getattr(triton.knobs.runtime, hook)
@@ -468,13 +467,13 @@ def test_who_asked_triton_for_launches_is_told_of_them(hook, launch):
         launch.launch(kernel, 7, (x, 48), (32,), 4, 2, 0)
     finally:
         chain.remove(print)
-    assert len(kernel.slow) == len(kernel.fast) == 1 and kernel.told == [((7, 1, 1), (x, 48, 32))]
+    assert len(kernel.slow) == len(kernel.fast) == 1 and kernel.hooked == [((7, 1, 1), (x, 48, 32))]
     launch.launch(kernel, 7, (x, 48), (32,), 4, 2, 0)
     assert len(kernel.fast) == 2
 
 
 def compiled_for(kernel, arguments, constants):
-    """All that Triton compiles a kernel anew for: of an integer that it was told not to specialise, only whether it has 32 bits."""
+    """What Triton recompiles a kernel for. Of integers with do_not_specialize it is only whether they have 32 bits."""
     from fastlm.kernels.launch import kind
 
     if hasattr(kernel, "params"):
@@ -508,24 +507,23 @@ def block_of(rows):
 
 
 @on_backends("triton")
-@pytest.mark.parametrize("card", ["sm_90", "sm_80", "gfx942"])  # with the fused products of gelu_mlp, and without
+@pytest.mark.parametrize("card", ["sm_90", "sm_80", "gfx942"])  # with the fused products of gelu_mlp and without
 @pytest.mark.parametrize(
-    "run, joins",
+    "run, combines",
     [
         pytest.param(lambda n: attention_of(n, n), [], id="attention"),
-        pytest.param(
-            lambda n: attention_of(1, n + 256), [2, 8], id="decode"
-        ),  # what joins the stretches is compiled for up to 2, 4, … 128 of them
+        # The kernel that combines the splits is compiled for up to 2, 4, … 128 of them.
+        pytest.param(lambda n: attention_of(1, n + 256), [2, 8], id="decode"),
         pytest.param(packed_of, [], id="packed"),
         pytest.param(block_of, [], id="the rest of a layer"),
     ],
 )
-def test_no_length_is_compiled_anew(run, joins, card, backend, monkeypatch):
-    """Every launch of a step, at lengths that are odd, even and multiples of 16, is of a kind that the first length has seen."""
-    launched, module = [], choice.load(backend)
-    monkeypatch.setattr(module, "architecture", lambda index: card)
-    monkeypatch.setattr(module, "LOGITS_BYTES", 100 * 64 * 4)  # several chunks, of rows not so round
-    for kernels in module.modules():
+def test_no_length_is_recompiled(run, combines, card, backend, monkeypatch):
+    """At odd and even lengths and multiples of 16, every launch of a step is of a kind that the first length had."""
+    launched, cross_entropy = [], implementation_module("linear_cross_entropy", "triton")
+    set_architecture(monkeypatch.setattr, card)
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 100 * 64 * 4)  # several chunks with odd numbers of rows
+    for kernels in kernel_modules():
         monkeypatch.setattr(
             kernels,
             "launch",
@@ -539,14 +537,14 @@ def test_no_length_is_compiled_anew(run, joins, card, backend, monkeypatch):
         run(length)
         seen.append({compiled_for(*launch) for launch in launched})
     others = set.union(*seen) - seen[0]
-    assert seen[0] and sorted(constants[-1] for _, constants, *_ in others) == joins, "\n".join(
+    assert seen[0] and sorted(constants[-1] for _, constants, *_ in others) == combines, "\n".join(
         f"{kind[0]}: {kind[1:]}" for kind in others
     )
 
 
 @pytest.mark.parametrize("hip, kinds", [(False, 1), (True, 2)])
-def test_on_amd_what_lies_beyond_2_gib_is_another_kind(hip, kinds, launch, monkeypatch):
-    """There Triton compiles offsets of 32 bits where the storage, not the view of it, allows them."""
+def test_on_amd_storage_beyond_2_gib_is_another_kind(hip, kinds, launch, monkeypatch):
+    """Triton compiles 32-bit offsets if the storage, not the view of it, allows them."""
     monkeypatch.setattr(launch, "HIP", hip)
     kernel = Kernel()
     for length in (16, 2**31 - 1, 2**31, 2**33):
@@ -557,8 +555,8 @@ def test_on_amd_what_lies_beyond_2_gib_is_another_kind(hip, kinds, launch, monke
     assert [arguments[0].untyped_storage().nbytes() for _, arguments, _ in kernel.slow] == [16, 2**31][:kinds]
 
 
-def test_what_is_compiled_is_bounded(launch, monkeypatch):
-    monkeypatch.setattr(launch, "MOST", 3)
+def test_the_caches_are_bounded(launch, monkeypatch):
+    monkeypatch.setattr(launch, "MAX_ENTRIES", 3)
     for constant in range(20):
         kernel = Kernel()
         for size in (32, 32, 64, 96, 128):

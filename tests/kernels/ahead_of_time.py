@@ -1,7 +1,8 @@
-"""Compiles the kernels for GPUs that are not there: ahead_of_time.py OUT.json TARGET… [--only WORD…] [--configurations all|K/N|none]
+"""Compiles the Triton kernels ahead of time: ahead_of_time.py OUT.json TARGET… [--only WORD…] [--configurations …]
 
-The launches are those of the backend itself: it is called on tensors of the CPU as if they lay on the target, and each launch is compiled instead of made.
-A process of its own, as under TRITON_INTERPRET=1 there is nothing to compile. OUT.json gets one entry for each kernel, configuration and target.
+The launches are those of the backend: it is called with CPU tensors as if they were on the target, and each launch is
+compiled instead of run. This needs a process of its own, because under TRITON_INTERPRET=1 nothing is compiled. OUT.json
+gets one entry per kernel, configuration and target. --configurations is all, none or K/N (see chosen()).
 """
 
 import argparse
@@ -18,9 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastlm.backends import gpu
-from fastlm.backends import triton as backend
 from fastlm.kernels import configs
+from tests.kernels.support import backward, forward, kernel_modules, set_architecture
 
 TYPES = {
     torch.float32: "fp32",
@@ -46,16 +46,16 @@ SHARED = {
     "gfx1100": 64,
 }  # KiB of one program
 launches: list[tuple] = []
-work: list[tuple] = []  # (target, case, launch) of all that is to be compiled
+work: list[tuple] = []  # (target, case, launch) to compile
 
 
 def record(kernel, programs, arguments, constants, warps, stages, device, debug=False):
-    """Without the tensors: those of all configurations are more than a process may have."""
+    """Records a launch without its tensors: those of all configurations together do not fit into memory."""
     launches.append((source_of(kernel, arguments, constants), constants, warps, stages, debug))
 
 
 def source_of(kernel, arguments, constants):
-    """What Triton would make of a launch: types, integers that are 1, and what is a multiple of 16."""
+    """The specialisation of a launch: types, integers that are 1, and multiples of 16."""
     signature, constexprs, attributes = {}, {}, {}
     values = [*arguments, *constants]
     assert len(values) == len(kernel.params), kernel
@@ -92,7 +92,7 @@ def compiled(launch, name):
 
 
 def resources(binary, name):
-    """(bytes spilled, registers, which matrix instructions)."""
+    """(bytes spilled, registers, matrix instructions)."""
     if name.startswith("gfx"):
         text = binary.asm["amdgcn"]
         spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1))
@@ -112,14 +112,14 @@ def resources(binary, name):
     return stack, registers, sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", binary.asm["ptx"])))
 
 
-# What is launched, by operator: (name, call) for each configuration
+# The launches of each operator
 
 
-def attention(dtype, head_dim, masked="", lengths=(512, 512), key_heads=2, backward=True):
+def attention(dtype, head_dim, masked="", lengths=(512, 512), num_kv_heads=2, with_backward=True):
     batch, heads = 2, 4
     query, key, value = (
         torch.empty(batch, n, h, head_dim, dtype=dtype).transpose(1, 2)
-        for n, h in zip((*lengths, lengths[1]), (heads, key_heads, key_heads), strict=True)
+        for n, h in zip((*lengths, lengths[1]), (heads, num_kv_heads, num_kv_heads), strict=True)
     )
     mask = padding = seed = None
     lower, upper = -(2**62), lengths[1] - lengths[0]
@@ -133,63 +133,59 @@ def attention(dtype, head_dim, masked="", lengths=(512, 512), key_heads=2, backw
         padding = torch.empty(batch, lengths[1], dtype=torch.bool)
     if "dropout" in masked:
         seed = torch.zeros((), dtype=torch.int64)
-    settings = 0.125, lower, upper, 0.1 if seed is not None else 0.0
-    out, lse = backend.attention_forward(query, key, value, mask, padding, seed, *settings)
-    if backward:
-        backend.attention_backward(
-            out, None, query, key, value, mask, padding, seed, out, lse, *settings, (True, True, True, "bias" in masked)
-        )
+    settings = 0.125, lower, upper, 0.1 if seed is not None else 0.0, True
+    inputs = query, key, value, mask, padding, None, None, seed
+    out, lse = forward("attention", "triton", *inputs, *settings, "bias" in masked)
+    if with_backward:
+        backward("attention", "triton", out, None, *inputs, out, lse, *settings, (True, True, True, "bias" in masked))
 
 
 def packed(dtype, head_dim):
     query, key, value = (torch.empty(512, n, head_dim, dtype=dtype) for n in (4, 2, 2))
     starts = torch.tensor([0, 100, 512], dtype=torch.int32)
-    out, lse = backend.attention_varlen_forward(query, key, value, starts, starts, None, 0.125, -64, 0, 0.0)
-    backend.attention_varlen_backward(
-        out, None, query, key, value, starts, starts, None, out, lse, 0.125, -64, 0, 0.0, (True, True, True)
-    )
+    inputs, settings = (query, key, value, None, None, starts, starts, None), (0.125, -64, 0, 0.0, True)
+    out, lse = forward("attention", "triton", *inputs, *settings, False)
+    backward("attention", "triton", out, None, *inputs, out, lse, *settings, (True, True, True, False))
 
 
 def layernorm(dtype, width, stream=None, dropout=False):
     x, w = torch.empty(4096, width, dtype=dtype), torch.empty(width, dtype=torch.float32)
     residual = None if stream is None else torch.empty(4096, width, dtype=stream)
     seed = torch.zeros((), dtype=torch.int64) if dropout else None
-    y, summed, mean, rstd = backend.layernorm_residual_forward(x, residual, w, w, seed, 1e-5, 0.1 if dropout else 0.0)
+    settings = seed, 1e-5, 0.1 if dropout else 0.0
+    y, summed, mean, rstd = forward("layernorm_residual", "triton", x, residual, w, w, *settings)
     summed = x if summed is None else summed
     shared = not dropout and summed.dtype == dtype
-    backend.layernorm_residual_backward(
-        y, None if residual is None else summed, summed, w, mean, rstd, seed, 0.1, dtype, (True, not shared, True, True)
-    )
+    dsummed, needed = None if residual is None else summed, (True, not shared, True, True)
+    saved = summed, w, mean, rstd, seed, 1e-5, 0.1
+    backward("layernorm_residual", "triton", y, dsummed, *saved, dtype, needed)
 
 
 def gelu_mlp(dtype, recompute):
     x, w, b = torch.empty(64, 768, dtype=dtype), torch.empty(3072, 768, dtype=dtype), torch.empty(3072, dtype=dtype)
-    y, hidden, activated = backend.gelu_mlp_forward(
-        x, w, b, w.t(), x[0], "tanh" if recompute else "none", "linear", recompute
-    )
+    settings, inputs = ("tanh" if recompute else "none", "linear"), (x, w, b, w.t(), x[0])
+    y, hidden, activated = forward("gelu_mlp", "triton", *inputs, *settings, recompute)
     hidden = torch.empty(64, 3072, dtype=dtype)
-    backend.gelu_mlp_backward(
-        y, x, w, b, w.t(), hidden, activated, "tanh" if recompute else "none", "linear", (True,) * 5
-    )
+    backward("gelu_mlp", "triton", y, *inputs, hidden, activated, *settings, False, (True,) * 5)
 
 
 def cross_entropy(dtype, with_bias):
     x, w = torch.zeros(64, 16, dtype=dtype), torch.zeros(30528, 16, dtype=dtype)
     target, scale = torch.zeros(64, dtype=torch.int64), torch.ones(64)
-    backend.linear_cross_entropy_forward(
-        x, w, w[:, 0].contiguous() if with_bias else None, target, scale, -100, 0.1 * with_bias, (True, True, with_bias)
-    )
+    inputs = x, w, w[:, 0].contiguous() if with_bias else None, target, scale
+    needed = True, True, with_bias
+    forward("linear_cross_entropy", "triton", *inputs, -100, 0.1 * with_bias, False, needed)
 
 
 def cases(quick):
-    """(title, call): what the quick run leaves out differs in sizes and types only."""
+    """(title, call). The quick run leaves out sizes and dtypes only."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 1 if quick else 3]:
         short = str(dtype).removeprefix("torch.")
         for head_dim in (64,) if quick else (64, 128, 80) if dtype == torch.float16 else (64, 128, 80, 256):
             yield f"attention {short} {head_dim} causal", lambda d=dtype, h=head_dim: attention(d, h)
             yield (
                 f"attention {short} {head_dim} decode",
-                lambda d=dtype, h=head_dim: attention(d, h, "", (1, 2048), backward=False),
+                lambda d=dtype, h=head_dim: attention(d, h, "", (1, 2048), with_backward=False),
             )
         if dtype == torch.bfloat16:
             for masked in ("bias dropout",) if quick else ("window", "bool padding", "bias dropout", "dropout"):
@@ -218,7 +214,10 @@ def cases(quick):
 
 
 def chosen(targets, configurations="all", only=("",)):
-    """(target, title) of what is to be compiled: the commonest configurations, and of the others all, none, or every N-th from the K-th on ("K/N")."""
+    """(target, title) pairs to compile.
+
+    These are the most common configurations, and of the others all, none, or every N-th from the K-th on ("K/N").
+    """
     common = [title for title, _ in cases(True)]
     pairs = [(target, title) for target in targets for title in common]
     if configurations != "none":
@@ -232,12 +231,12 @@ def kernels_of(title, target):
     """The kernels that a case launches on a target, in order."""
     operator = title.split()[0]
     if "decode" in title:
-        return ["attention_decode_kernel", "attention_decode_join_kernel"]
+        return ["attention_decode_kernel", "attention_decode_combine_kernel"]
     if operator == "attention":
         mask = ["attention_backward_mask_kernel"] if "bias" in title else []
         return ["attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel", *mask]
     if operator == "layernorm_residual":
-        return [f"layernorm_residual_{which}_kernel" for which in ("forward", "backward", "fold")]
+        return [f"layernorm_residual_{which}_kernel" for which in ("forward", "backward", "reduce")]
     if operator == "gelu_mlp":
         fused = configs.MLP.get((target, 4 if "float32" in title else 2))
         return [f"gelu_mlp_{which}_kernel" for which in (("forward", "backward") if fused else ("activate", "slope"))]
@@ -256,13 +255,13 @@ def report(index):
     }
     try:
         binary = compiled(launch, name)
-    except Exception as failure:  # each is one test's failure
+    except Exception as failure:  # a failure of one test
         while failure.__cause__ is not None:
             failure = failure.__cause__
         return entry | {"error": f"{type(failure).__name__}: {' '.join(str(failure)[-300:].split())}"}
     spilled, registers, matrix = resources(binary, name)
     divisions = re.findall(r"arith\.(?:div|rem)[us]i .*tensor<\S*i64>", binary.asm["ttir"])
-    # A single logit, say, after the reductions that every thread waits for: by then another thread may have put the gradient in its place.
+    # Loads of a single element after the reductions, such as a logit: another thread may have overwritten it by then.
     _, _, reduced = binary.asm["ttir"].partition('"tt.reduce"')
     return (
         entry
@@ -286,18 +285,16 @@ def main():
     arguments.add_argument("--configurations", default="all")
     arguments.add_argument("--workers", type=int, default=2)
     arguments = arguments.parse_args()
-    gpu.check_starts = lambda *tensors: None
-    for module in backend.modules():
-        if hasattr(module, "launch"):
-            module.launch = record
+    for module in kernel_modules():
+        module.launch = record
     calls = dict(cases(False))
     for name, title in chosen(arguments.targets, arguments.configurations, arguments.only):
-        backend.architecture = lambda index, name=name: name
+        set_architecture(setattr, name)
         launches.clear()
         calls[title]()
         work.extend((name, title, launch) for launch in launches if arguments.kernel in launch[0].fn.__name__)
 
-    # Forked, so that nothing need be sent. Threads would wait for one another: Triton holds Python's lock while it compiles.
+    # Forked processes need no copies. Threads would not run in parallel, because Triton compiles with the GIL held.
     with multiprocessing.get_context("fork").Pool(arguments.workers) as pool:
         arguments.out.write_text(json.dumps(pool.map(report, range(len(work)), chunksize=1), indent=1))
 

@@ -128,32 +128,35 @@ def parameters_of(kernel, arguments):
 
 def odd():
     """What the other cases have not: a threshold of dropout that takes 64 bits, neither residual nor bias, rows that are not aligned, float16 and float32."""
-    from fastlm.backends import triton as backend
+    from tests.kernels.support import backward, forward
 
     x, w = torch.zeros(40, 71, dtype=torch.float16)[:, 1:68], torch.zeros(67)
     seed = torch.zeros((), dtype=torch.int64)
-    y, summed, mean, rstd = backend.layernorm_residual_forward(x, None, w, None, seed, 1e-5, 0.6)
-    backend.layernorm_residual_backward(y, None, summed, w, mean, rstd, seed, 0.6, x.dtype, (True, False, True, False))
+    y, summed, mean, rstd = forward("layernorm_residual", "triton", x, None, w, None, seed, 1e-5, 0.6)
+    saved = summed, w, mean, rstd, seed, 1e-5, 0.6
+    backward("layernorm_residual", "triton", y, None, *saved, x.dtype, (True, False, True, False))
 
 
 def ones():
     """Every size is 1, of which Triton makes constants."""
-    from fastlm.backends import triton as backend
+    from tests.kernels.support import backward, forward
 
     q, starts, every = torch.zeros(1, 1, 1, 1), torch.tensor([0, 1], dtype=torch.int32), (True,) * 3
-    band = -(2**62), 0
-    out, lse = backend.attention_forward(q, q, q, None, None, None, 1.0, *band, 0.0)
-    backend.attention_backward(out, lse, q, q, q, None, None, None, out, lse, 1.0, *band, 0.0, (*every, False))
-    out, lse = backend.attention_varlen_forward(q[0], q[0], q[0], starts, starts, None, 1.0, *band, 0.0)
-    backend.attention_varlen_backward(
-        out, None, q[0], q[0], q[0], starts, starts, None, out, lse, 1.0, *band, 0.0, every
-    )
+    settings = 1.0, -(2**62), 0, 0.0, True
+    inputs = q, q, q, None, None, None, None, None
+    out, lse = forward("attention", "triton", *inputs, *settings, False)
+    backward("attention", "triton", out, lse, *inputs, out, lse, *settings, (*every, False))
+    inputs = q[0], q[0], q[0], None, None, starts, starts, None
+    out, lse = forward("attention", "triton", *inputs, *settings, False)
+    backward("attention", "triton", out, None, *inputs, out, lse, *settings, (*every, False))
     x, w = torch.zeros(1, 1), torch.ones(1)
-    y, summed, mean, rstd = backend.layernorm_residual_forward(x, x, w, w, None, 1e-5, 0.0)
-    backend.layernorm_residual_backward(y, y, summed, w, mean, rstd, None, 0.0, x.dtype, (True,) * 4)
-    y, hidden, activated = backend.gelu_mlp_forward(x, x, w, x, None, "none", "linear", 1)
-    backend.gelu_mlp_backward(y, x, x, w, x, hidden, activated, "none", "linear", (True,) * 5)
-    backend.linear_cross_entropy_forward(x, x, w, torch.zeros(1, dtype=torch.int64), w, -100, 0.1, every)
+    y, summed, mean, rstd = forward("layernorm_residual", "triton", x, x, w, w, None, 1e-5, 0.0)
+    backward("layernorm_residual", "triton", y, y, summed, w, mean, rstd, None, 1e-5, 0.0, x.dtype, (True,) * 4)
+    y, hidden, activated = forward("gelu_mlp", "triton", x, x, w, x, None, "none", "linear", 1)
+    saved = x, x, w, x, None, hidden, activated
+    backward("gelu_mlp", "triton", y, *saved, "none", "linear", False, (True,) * 5)
+    target = torch.zeros(1, dtype=torch.int64)
+    forward("linear_cross_entropy", "triton", x, x, w, target, w, -100, 0.1, False, every)
 
 
 def cases():
@@ -170,8 +173,8 @@ def cases():
 def main():
     out, folder = map(Path, sys.argv[1:])
     drive(folder)
-    from fastlm.backends import triton as backend
     from fastlm.kernels import launch
+    from tests.kernels.support import kernel_modules, set_architecture
 
     made = []
 
@@ -208,11 +211,10 @@ def main():
         )
 
     to_launch = launch.launch
-    for module in backend.modules():
-        if hasattr(module, "launch"):
-            module.launch = each_way
+    for module in kernel_modules():
+        module.launch = each_way
     for title, card, call in cases():  # noqa: B007
-        backend.architecture = lambda index, card=card: card
+        set_architecture(setattr, card)
         call()
     out.write_text(json.dumps(made))
 

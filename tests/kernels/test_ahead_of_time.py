@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.support import kernel_modules, set_architecture
 from tests.support import WITH_TRITON
 
 HERE = Path(__file__).parent
@@ -36,7 +37,7 @@ MATRIX = {
     "gfx942": {"mfma"},
     "gfx1100": {"wmma"},
 }
-WITHOUT_PRODUCTS = ("join", "layernorm", "activate", "slope", "cross_entropy")
+WITHOUT_PRODUCTS = ("combine", "layernorm", "activate", "slope", "cross_entropy")
 # Head dims 64 and 128 in 16 bits are what the table is tuned for. Of the others and of float32, whose products have no matrix unit at full precision, it is
 # asked that they compile and fit.
 TUNED = ("float16 64", "float16 128")
@@ -97,8 +98,6 @@ def test_the_shares_are_all_there_is():
 
 @pytest.mark.parametrize("target", ALL)
 def test_every_row_of_the_tables_is_compiled_by_some_case(target, monkeypatch):
-    from fastlm.backends import gpu
-    from fastlm.backends import triton as backend
     from fastlm.kernels import configs
     from tests.kernels import ahead_of_time
 
@@ -110,9 +109,8 @@ def test_every_row_of_the_tables_is_compiled_by_some_case(target, monkeypatch):
     taken = set()
     table = configs.ATTENTION.get(target, configs.ONE_STAGE if target.startswith("gfx") else configs.SMALL)
     monkeypatch.setitem(configs.ATTENTION, target, Table(table))
-    monkeypatch.setattr(backend, "architecture", lambda index: target)
-    monkeypatch.setattr(gpu, "check_starts", lambda *tensors: None)
-    for kernels in backend.modules():
+    set_architecture(monkeypatch.setattr, target)
+    for kernels in kernel_modules():
         monkeypatch.setattr(kernels, "launch", lambda *launch, **options: None)
     for title, call in ahead_of_time.cases(False):
         if title.startswith("attention"):

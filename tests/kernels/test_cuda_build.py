@@ -24,7 +24,7 @@ MATRIX = ("attention_forward_kernel", "attention_backward_key_kernel", "attentio
 ASSERTING = (
     "linear_cross_entropy_row_kernel",
     "linear_cross_entropy_column_kernel",
-    "linear_cross_entropy_join_kernel",
+    "linear_cross_entropy_combine_kernel",
     *MATRIX[:3],
 )
 STREAMING = ("layernorm_residual_forward_kernel", "layernorm_residual_backward_kernel")

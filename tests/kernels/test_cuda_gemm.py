@@ -6,10 +6,21 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from fastlm.backends import load
+from fastlm.backends import cuda
+from fastlm.ops.gelu_mlp.cuda import hidden_and_activated
+from fastlm.ops.gelu_mlp.spec import Forward
 from tests.support import DTYPES, assert_within_twice_torch, error, floats, on_backends, targets
 
 only_cuda = on_backends("cuda")
+
+
+def call_of(x, w1, b1, approximate="none"):
+    return Forward(x, w1, b1, w1, None, approximate, "linear", 0)
+
+
+def product(x, w1, b1):
+    """x W1ᵀ + b1 by the kernel."""
+    return hidden_and_activated(call_of(x, w1, b1), True, False)[0]
 
 
 def torch_mlp(x, w1, b1, w2, b2):
@@ -51,7 +62,7 @@ def test_one_row_of_a_matrix_whose_next_one_would_not_be_aligned(rows, hidden, d
         floats(hidden).to(dtype),
     )
     x, w1 = x[:, :64], w1[:, :64]
-    hidden, _ = load(backend).both_sides(x, w1, b1, "none", "linear", True, False)
+    hidden = product(x, w1, b1)
     assert (
         error(hidden, F.linear(x.double(), w1.double(), b1.double()))
         <= {torch.float32: 2**-21, torch.bfloat16: 2**-8}[dtype]
@@ -63,7 +74,7 @@ def test_one_row_of_a_matrix_whose_next_one_would_not_be_aligned(rows, hidden, d
 def test_the_bits_of_a_row_do_not_depend_on_the_tile(dtype, backend):
     """Few rows get small tiles, many rows large ones: along the chain of a sum both add in the same order."""
     x, w1, b1, _, _ = (t.to(dtype) for t in mlp_inputs(600, 88, 264, 8))
-    few, many = (load(backend).both_sides(rows, w1, b1, "tanh", "linear", True, True) for rows in (x[-7:], x))
+    few, many = (hidden_and_activated(call_of(rows, w1, b1, "tanh"), True, True) for rows in (x[-7:], x))
     for a, b in zip(few, many, strict=True):
         assert torch.equal(a, b[-7:])
 
@@ -83,7 +94,7 @@ def test_what_is_not_finite_goes_where_it_goes_in_pytorch(dtype, value, backend)
     """An infinity has no second part in tf32, and times 0 it is no number; 3e38 becomes one in the product. Elsewhere the bits stay."""
     x, w1, b1, _, _ = (t.to(dtype) for t in mlp_inputs(80, 64, 40, 8))
     w1[3] = 2.0  # nothing is left of it below tf32
-    multiply = lambda x: load(backend).both_sides(x, w1, b1, "none", "linear", True, False)[0]  # noqa: E731
+    multiply = lambda x: product(x, w1, b1)  # noqa: E731
     finite = multiply(x)
     x[5, 7], x[70, 2], w1[9, 7] = value, -value, 0.0
     found, expected = multiply(x), F.linear(x, w1, b1)
@@ -104,10 +115,10 @@ def less_precision():
 def test_tf32_where_it_is_allowed_and_nowhere_else(backend, less_precision):
     x, w1, b1, _, _ = mlp_inputs(40, 256, 96, 8)
     truth = F.linear(x.double(), w1.double(), b1.double())
-    allowed, _ = load(backend).both_sides(x, w1, b1, "none", "linear", True, False)
+    allowed = product(x, w1, b1)
     assert 2**-16 < error(allowed, truth) < 2**-10
     torch.set_float32_matmul_precision("highest")
-    exact, _ = load(backend).both_sides(x, w1, b1, "none", "linear", True, False)
+    exact = product(x, w1, b1)
     assert error(exact, truth) < 2**-21
 
 
@@ -156,11 +167,21 @@ def test_gradients_of_wide_and_of_many_rows(rows, vocab, label_smoothing, dtype,
 
 
 @only_cuda
-@pytest.mark.parametrize("rows, vocab", [(1, 2**30 + 1), (2**31, 1)])
+@pytest.mark.parametrize("rows, vocab", [(1, 2**30 + 1), (2**30 + 1, 1)])
 def test_sizes_beyond_32_bits_are_refused_before_anything_is_read(rows, vocab, backend):
-    """Rather than counted wrongly: of so many logits no memory holds even one row in a test."""
-    module, addresses = load(backend), (0, vocab, 0, 1, 0, 0, 0, 0)
+    """The tensors are not initialised, and take no memory on a CPU."""
+    logits, target = torch.empty(rows, vocab, dtype=torch.bfloat16), torch.zeros((), dtype=torch.int64).expand(rows)
+    loss, row_scale = torch.empty(rows), torch.empty(rows)
     with pytest.raises(RuntimeError, match="linear_cross_entropy: sizes beyond the range of 32 bits"):
-        module.kernels.linear_cross_entropy_gradient(
-            module.queue(torch.ones(1)), module.LAUNCHED_AS[torch.float32], *addresses, rows, vocab, -100, 0.0
+        cuda.kernels.linear_cross_entropy_gradient(
+            logits=logits,
+            target=target,
+            row_scale=row_scale,
+            loss=loss,
+            statistics=None,
+            dbias_partials=None,
+            ignore_index=-100,
+            label_smoothing=0.0,
+            device=0,
+            stream=0,
         )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.backends import choice
+from fastlm.backends import registry
 from fastlm.models import GPT2Config, GPT2LMHeadModel
 from fastlm.models.decoding import graphs
 from fastlm.training.loop import Trainer
@@ -24,9 +24,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request):
     """Each of the backends that have kernels for this GPU, whichever of them auto would take."""
-    if why := choice.unavailable(request.param) or choice.load(request.param).refuses(
-        "linear", torch.device("cuda", 0), torch.float32
-    ):
+    found = registry.load(request.param)
+    if why := found.unavailable() or found.refuses(torch.device("cuda", 0), torch.float32):
         pytest.skip(f"{request.param} {', '.join(why)}")
     with fastlm.use_backend(request.param):
         yield request.param

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.support import kernel_modules
 from tests.support import WITH_TRITON
 
 HERE = Path(__file__).parent
@@ -68,9 +69,7 @@ def named(launch):
 
 
 def test_every_kernel_is_launched(launches):
-    from fastlm.backends import triton as backend
-
-    every = {name for module in backend.modules() for name in vars(module) if name.endswith("_kernel")}
+    every = {name for module in kernel_modules() for name in vars(module) if name.endswith("_kernel")}
     assert {launch["kernel"] for launch in launches} == every
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from fastlm.backends import cuda as cuda_backend
 from fastlm.backends import triton as triton_backend
+from fastlm.ops.attention import cuda as cuda_attention
 from tests.support import assert_same_bits, assert_within_twice_torch, error, floats, on_backends, outputs_and_gradients
 
 only_triton = on_backends("triton")
@@ -24,10 +24,9 @@ def configs():
 
 
 @pytest.fixture
-def architecture(monkeypatch):
+def architecture():
     """As the backend looks it up where these tests run."""
     name = triton_backend.architecture(torch.cuda.current_device() if torch.cuda.is_available() else None)
-    monkeypatch.setattr(triton_backend, "architecture", lambda index: name)
     return name
 
 
@@ -133,8 +132,8 @@ def test_with_a_masks_gradient_all_are_rounded_once(dtype, backend):
 def three_stretches(backend, monkeypatch):
     """How many keys are cut into three, the last of them short, for two sequences of 4 heads."""
     if backend == "cuda":
-        monkeypatch.setattr(cuda_backend, "MIN_SPLIT_SIZE", 64)
-        assert all(cuda_backend.splits_of(2, heads, 150) == (64, 3) for heads in (1, 4))
+        monkeypatch.setattr(cuda_attention, "MIN_SPLIT_SIZE", 64)
+        assert all(cuda_attention.splits_of(2, heads, 150) == (64, 3) for heads in (1, 4))
         return 150
     pytest.importorskip("triton")
     from fastlm.kernels import attention_decode

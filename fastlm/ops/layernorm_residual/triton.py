@@ -56,7 +56,7 @@ def backward(call: Backward):
     if summed.numel():
         rows, device = summed.numel() // width, summed.device.index
         reduces = dy is not None and (needs_dweight or needs_dbias)
-        programs, rows_per_program = kernels.cut(rows, width, seed is not None)
+        programs, tiles_per_program = kernels.partition(rows, width, seed is not None)
         partials = None
         if reduces:
             partials = summed.new_empty((needs_dweight + needs_dbias, programs, width), dtype=torch.float32)
@@ -76,12 +76,12 @@ def backward(call: Backward):
                 rows,
                 width,
                 programs,
-                rows_per_program,
+                tiles_per_program,
                 *dropout_arguments(call.dropout_p),
                 device,
             )
             if reduces:
-                kernels.layernorm_residual_fold(partials, dweight, dbias, programs, width, device)
+                kernels.layernorm_residual_reduce(partials, dweight, dbias, programs, width, device)
     return dx, dresidual, dweight, dbias
 
 

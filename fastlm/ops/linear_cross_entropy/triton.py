@@ -27,7 +27,7 @@ def forward(call: Forward):
             kernels.linear_cross_entropy(*arguments, call.ignore_index, call.label_smoothing, x.device.index)
 
     dx, dweight, dbias = losses_and_gradients(
-        call, as_rows(x), target.reshape(-1), loss, LOGITS_BYTES, kernels.parts, gradient
+        call, as_rows(x), target.reshape(-1), loss, LOGITS_BYTES, kernels.num_partials, gradient
     )
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
 
