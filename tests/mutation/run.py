@@ -115,7 +115,7 @@ def run_compiled(
     return [(m, outcomes[str(number)]) for number, m in numbered.items()]
 
 
-def run_python(kind: str, mutations: list[Mutation], folder: Path, seconds: float) -> list[tuple[Mutation, dict]]:
+def run_python(kind: str, mutations: list[Mutation], folder: Path) -> list[tuple[Mutation, dict]]:
     """Each in a process that imports the mutated module."""
     plan, out = folder / f"{kind}.plan.json", folder / f"{kind}.json"
     mutants = {}
@@ -128,10 +128,10 @@ def run_python(kind: str, mutations: list[Mutation], folder: Path, seconds: floa
             "file": m.file,
             "module": f"fastlm.{module}" if kind == "triton" else module,
             "text": python_source.mutated((ROOT / m.file).read_text(), m),
-            "environment": {"FASTLM_TEST_BACKENDS": backend, "FASTLM_TEST_INTERPRETED": "6"},
+            "environment": {"FASTLM_TEST_BACKENDS": backend, "FASTLM_TEST_INTERPRETED": "12"},
             "arguments": ["-m", "not slow", "-k", selected, *test_files(m.file)],
         }
-    plan.write_text(json.dumps({"mutants": mutants, "seconds": 60 + 10 * seconds, "workers": WORKERS}))
+    plan.write_text(json.dumps({"mutants": mutants, "workers": WORKERS}))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "tests.mutation.fresh", str(plan), str(out)]
     done = subprocess.run(
@@ -149,7 +149,7 @@ def run(
     mutations = [m for m in chosen(kind, everything) if only in m.file]
     if kind in ("cpu", "cuda"):
         return run_compiled(kind, mutations, folder, 30.0, ignore_failing)
-    return run_python(kind, mutations, folder, 30.0)
+    return run_python(kind, mutations, folder)
 
 
 def unnoticed(outcomes: list[tuple[Mutation, dict]]) -> list[str]:
