@@ -71,7 +71,11 @@ class Tokens:
 
     def statement(self, i: int) -> str:
         """The statement around a token, as far as the braces around it, on one line."""
-        first = next((j + 1 for j in range(i - 1, -1, -1) if self.string[j] in (";", "{", "}")), 0)
+        around = [j for j in range(max(0, i - 60), i) if self.string[j] == "for" and self.partner.get(j + 1, 0) > i]
+        if around:  # in the header of a loop: the header and the statement that begins its body
+            first, i = around[-1], self.partner[around[-1] + 1]
+        else:
+            first = next((j + 1 for j in range(i - 1, -1, -1) if self.string[j] in (";", "{", "}")), 0)
         last = next((j for j in range(i, len(self.string)) if self.string[j] in (";", "{")), i)
         return " ".join(self.text[self.begin[first] : self.end[last]].split())
 
