@@ -9,7 +9,7 @@ import re
 from tests.mutation.mutation import Mutation
 
 FILES = {
-    r"/simd|/vmath|/tiles_amx|/mma\.cuh|/vec\.cuh|/intrinsics\.cuh": "instructions, used by every test",
+    r"/simd|/vmath|/tiles_amx|/intrinsics\.cuh|/vec\.cuh": "instructions, on which every test of an operator runs",
     r"/peak\.h|cpu_features|device\.": "measures or describes the machine, and computes nothing",
     r"/launch\.(cuh|py)|/interpreter\.py|/configs\.py|/sizes\.py|/__init__\.py": "launches, and the sizes of tiles",
     r"/threads\.h|/streaming\.h": "which thread computes a part, and how results reach memory",
