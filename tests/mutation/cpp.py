@@ -165,8 +165,10 @@ def propose(file: str, text: str) -> list[Mutation]:
                         (tokens.begin[partner[i + 1]], tokens.begin[partner[i + 1]], ")"),
                     )
             elif kind[i] == "punctuation" and s in SHIFTS and tokens.spaced(i):
-                # Two paths with one result: a size of one in the general path, a threshold (a constant, in capitals).
+                # Two ways to one result: a size of one in the general path, a threshold (a constant, in capitals), the
+                # larger one of two equals (a < b ? b : a).
                 same = (s in (">", "<=") and string[i + 1] == "1") or string[i + 1][0].isupper()
+                same |= string[i + 2] == "?" and {string[i + 3], string[i + 5]} == {string[i - 1], string[i + 1]}
                 if string[i + 1] != "nullptr" and string[i - 1] != "operator" and not same:
                     add("flip comparison", i, insertion(tokens, i + 1, f"{NAMESPACE}edge(@ID@, {SHIFTS[s]}) + "))
             elif s in ("+", "-") and tokens.spaced(i) and "string" not in (kind[i - 1], kind[i + 1]):

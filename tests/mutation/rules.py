@@ -21,6 +21,8 @@ STATEMENTS = {
     r"blocking|\bblocks?\b|_blocks\b": "how a product is cut into blocks",
     r"\bchunk = ": "how many rows of logits exist at a time",
     r": nullptr;": "a bound of what is read, for the sanitizers",
+    r"launch": "how kernels are launched",
+    r"max_of_splits = ": "the maximum only keeps exponentials in range",
     r"^active$": "dropout of nothing, where none is",
     r"scratch|make_buffer|padded|reserve|resize|aligned|alloc": "the size and the layout of working memory",
     r"\bif constexpr\b|FASTLM_ASSERT|check\(|Unsupported|mismatch|refuse": "no part of a result",
