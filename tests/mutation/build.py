@@ -21,7 +21,7 @@ def copy_tree(folder: Path) -> None:
     for name in subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
         if name and (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
 
 
 def instrument(folder: Path, numbered: dict[int, Mutation]) -> None:

@@ -71,7 +71,11 @@ class Tokens:
 
     def statement(self, i: int) -> str:
         """The statement around a token, as far as the braces around it, on one line."""
-        first = next((j + 1 for j in range(i - 1, -1, -1) if self.string[j] in (";", "{", "}")), 0)
+        around = [j for j in range(max(0, i - 60), i) if self.string[j] == "for" and self.partner.get(j + 1, 0) > i]
+        if around:  # in the header of a loop: the header and the statement that begins its body
+            first, i = around[-1], self.partner[around[-1] + 1]
+        else:
+            first = next((j + 1 for j in range(i - 1, -1, -1) if self.string[j] in (";", "{", "}")), 0)
         last = next((j for j in range(i, len(self.string)) if self.string[j] in (";", "{")), i)
         return " ".join(self.text[self.begin[first] : self.end[last]].split())
 
@@ -161,8 +165,10 @@ def propose(file: str, text: str) -> list[Mutation]:
                         (tokens.begin[partner[i + 1]], tokens.begin[partner[i + 1]], ")"),
                     )
             elif kind[i] == "punctuation" and s in SHIFTS and tokens.spaced(i):
-                # Two paths with one result: a size of one in the general path, a threshold (a constant, in capitals).
+                # Two ways to one result: a size of one in the general path, a threshold (a constant, in capitals), the
+                # larger one of two equals (a < b ? b : a).
                 same = (s in (">", "<=") and string[i + 1] == "1") or string[i + 1][0].isupper()
+                same |= string[i + 2] == "?" and {string[i + 3], string[i + 5]} == {string[i - 1], string[i + 1]}
                 if string[i + 1] != "nullptr" and string[i - 1] != "operator" and not same:
                     add("flip comparison", i, insertion(tokens, i + 1, f"{NAMESPACE}edge(@ID@, {SHIFTS[s]}) + "))
             elif s in ("+", "-") and tokens.spaced(i) and "string" not in (kind[i - 1], kind[i + 1]):

@@ -4,12 +4,14 @@ The process imports PyTorch and pytest, but not fastlm; each mutant is a fork of
 mutated module.
 """
 
+import functools
 import importlib.abc
 import importlib.util
 import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from tests.mutation.plugin import Children
@@ -30,36 +32,62 @@ def main(plan_file: str, out_file: str) -> None:
 
     for name in ("numpy", "torch", "torch.utils.flop_counter"):
         importlib.import_module(name)
-    plan, out, outcomes = json.loads(Path(plan_file).read_text()), Path(out_file), {}
+    plan, out = json.loads(Path(plan_file).read_text()), Path(out_file)
     assert "fastlm" not in sys.modules
     children = Children(plan["workers"])
-    with tempfile.TemporaryDirectory() as folder:
-        for number, mutant in plan["mutants"].items():
-            path = Path(folder, number, Path(mutant["file"]).name)
-            path.parent.mkdir()
-            path.write_text(mutant["text"])
-            result, log = Path(folder, f"{number}.json"), Path(folder, f"{number}.log")
+    folder = Path(tempfile.mkdtemp(dir=out.parent))
+    seconds: dict[str, float] = {}  # the tests of a mutant, as they take without it
+    outcomes: dict[str, dict] = {}
 
-            def body(mutant=mutant, path=path, log=log):
-                os.environ.update(mutant["environment"])
-                sys.meta_path.insert(0, Loads(mutant["module"], str(path)))
-                written = os.open(log, os.O_WRONLY | os.O_CREAT)
-                os.dup2(written, 1)
-                os.dup2(written, 2)
-                return int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *mutant["arguments"]]))
+    def start(number: str, run: dict, path: Path | None, limit: float, done) -> None:
+        result, log = folder / f"{number}.json", folder / f"{number}.log"
 
-            def done(status, number=number, result=result, log=log):
-                code = json.loads(result.read_text()) if status == 0 else None
-                if code == 0:
-                    outcomes[number] = {"survived": True}
-                elif code in (4, 5):
-                    raise RuntimeError(f"pytest ended with {code}: {log.read_text()[-2000:]}")
-                else:  # a test failed, or the module could not be imported, or the process crashed or was killed
-                    outcomes[number] = {"killed": "time limit" if status is None else f"pytest {code}, status {status}"}
-                out.write_text(json.dumps(outcomes))
+        def body():
+            os.environ.update(run["environment"])
+            if path:
+                sys.meta_path.insert(0, Loads(run["module"], str(path)))
+            written = os.open(log, os.O_WRONLY | os.O_CREAT)
+            os.dup2(written, 1)
+            os.dup2(written, 2)
+            begin = time.monotonic()
+            code = int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *run["arguments"]]))
+            return code, time.monotonic() - begin
 
-            children.start(body, result, plan["seconds"], done)
-        children.join()
+        def ended(status):
+            code, taken = json.loads(result.read_text()) if status == 0 else (None, 0.0)
+            if code in (4, 5) or (path is None and code != 0):
+                raise RuntimeError(f"pytest ended with {code}, status {status}: {log.read_text()[-3000:]}")
+            done(code, taken, status)
+
+        children.start(body, result, limit, ended)
+
+    def tests_of(run: dict) -> str:
+        return json.dumps([run["environment"], run["arguments"]])
+
+    def keep(key: str, code: int, taken: float, status: int) -> None:
+        seconds[key] = taken
+
+    for number, mutant in plan["mutants"].items():
+        key = tests_of(mutant)
+        if key not in seconds:
+            seconds[key] = 0.0
+            start(f"without-{number}", mutant, None, 3000.0, functools.partial(keep, key))
+    children.join()
+
+    for number, mutant in plan["mutants"].items():
+        path = folder / number / Path(mutant["file"]).name
+        path.parent.mkdir()
+        path.write_text(mutant["text"])
+
+        def done(code, taken, status, number=number):
+            if code == 0:
+                outcomes[number] = {"survived": taken}
+            else:  # a test failed, or the module could not be imported, or the process crashed or was killed
+                outcomes[number] = {"killed": "time limit" if status is None else f"pytest {code}, status {status}"}
+            out.write_text(json.dumps(outcomes))
+
+        start(number, mutant, path, 60 + 5 * seconds[tests_of(mutant)], done)
+    children.join()
     out.write_text(json.dumps(outcomes))
 
 

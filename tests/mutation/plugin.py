@@ -137,6 +137,8 @@ def pytest_runtestloop(session):
             if mark == 1 and int(number) in by_mutant and not failed:
                 by_mutant[int(number)].append((seconds, at))
 
+    if not marks:
+        raise RuntimeError(f"no test executes {plan['module']}")
     outcomes: dict[int, dict] = {}
 
     def hunt(number, tests):

@@ -9,7 +9,7 @@ import re
 from tests.mutation.mutation import Mutation
 
 FILES = {
-    r"/simd|/vmath|/tiles_amx|/mma\.cuh|/vec\.cuh|/intrinsics\.cuh": "instructions, used by every test",
+    r"/simd|/vmath|/tiles_amx|/intrinsics\.cuh|/vec\.cuh": "instructions, on which every test of an operator runs",
     r"/peak\.h|cpu_features|device\.": "measures or describes the machine, and computes nothing",
     r"/launch\.(cuh|py)|/interpreter\.py|/configs\.py|/sizes\.py|/__init__\.py": "launches, and the sizes of tiles",
     r"/threads\.h|/streaming\.h": "which thread computes a part, and how results reach memory",
@@ -21,6 +21,8 @@ STATEMENTS = {
     r"blocking|\bblocks?\b|_blocks\b": "how a product is cut into blocks",
     r"\bchunk = ": "how many rows of logits exist at a time",
     r": nullptr;": "a bound of what is read, for the sanitizers",
+    r"launch": "how kernels are launched",
+    r"max_of_splits = ": "the maximum only keeps exponentials in range",
     r"^active$": "dropout of nothing, where none is",
     r"scratch|make_buffer|padded|reserve|resize|aligned|alloc": "the size and the layout of working memory",
     r"\bif constexpr\b|FASTLM_ASSERT|check\(|Unsupported|mismatch|refuse": "no part of a result",
