@@ -1,24 +1,34 @@
-"""Who may use the Triton kernels, and what is said where they cannot serve; their launches, without a GPU."""
+"""Which calls the Triton kernels support and the reasons for refusing others; kernel launches, without a GPU."""
 
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
 
 import fastlm
-from fastlm.backends import choice, table
+from fastlm.backends import gpu as gpu_helpers
+from fastlm.backends import measured, registry, selection, table
 from fastlm.backends import triton as backend
-from tests.support import floats, on_backends
+from fastlm.backends.rule import Rule
+from fastlm.ops.attention.spec import Sizes as AttentionSizes
+from fastlm.ops.layernorm_residual.spec import Sizes as LayerNormSizes
+from fastlm.ops.linear.spec import Sizes as LinearSizes
+from tests.support import floats, implementation_module, on_backends
 
 CUDA = torch.device("cuda", 0)
+OPERATORS = registry.operators()
+ATTENTION, LAYERNORM, LINEAR = (OPERATORS[name] for name in ("attention", "layernorm_residual", "linear"))
+find_missing = backend.missing.__wrapped__  # the gpu fixture replaces backend.missing
 
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A GPU as far as the questions go that are asked before a launch."""
+    """A GPU as far as backend selection inspects it."""
     card = types.SimpleNamespace(name="Card", capability=(9, 0), shared=227 << 10)
+    properties = lambda index: types.SimpleNamespace(shared_memory_per_block_optin=card.shared)  # noqa: E731
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(backend, "missing", lambda: "")
     monkeypatch.setattr(torch.version, "hip", None)
@@ -26,112 +36,107 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: card.name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: card.capability)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda index: types.SimpleNamespace(shared_memory_per_block_optin=card.shared),
-    )
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no table of the user's own
-    for cached in (backend.unfit, backend.architecture):
-        cached.cache_clear()
-    table.forget()
-    choice.CHOICES.clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(selection, "_selected", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the user's own table does not apply
+    clear_caches()
     yield card
-    for cached in (backend.unfit, backend.architecture):
-        cached.cache_clear()
+    clear_caches()
+
+
+def clear_caches():
+    backend.gpu_refusals.cache_clear()
+    backend.architecture.cache_clear()
     table.forget()
-    choice.CHOICES.clear()
 
 
-def decided(dtype=torch.bfloat16, forced=None, width=768):
-    return choice.decide("layernorm_residual", CUDA, dtype, forced, {"rows": 40, "width": width, "dropout": False})
+def decide(dtype=torch.bfloat16, forced=None, *, rows=40, width=768, dropout=False):
+    """Backend selection for a call of layernorm_residual on the GPU."""
+    return selection.decide(LAYERNORM, CUDA, dtype, forced, LayerNormSizes(rows, width, dropout))
 
 
-def test_a_gpu_is_served_by_triton_first(gpu):
-    assert decided() == ("triton", None)
-    assert decided(torch.float64) == ("torch", "layernorm_residual: torch instead of triton")
-    for operator, features in choice.FEATURES.items():
-        if operator == "adamw":  # PyTorch's own is fused on a GPU
+def attention_sizes(**changed):
+    return AttentionSizes(*[0] * len(AttentionSizes._fields))._replace(**changed)
+
+
+def test_triton_is_first_on_a_gpu(gpu):
+    assert decide() == ("triton", None)
+    assert decide(torch.float64) == ("torch", "layernorm_residual: torch instead of triton")
+    for operator in OPERATORS.values():
+        if operator.name == "adamw":  # PyTorch's own is fused on a GPU
             continue
-        assert choice.decide(operator, CUDA, torch.float16, None, dict.fromkeys(features, 1))[0] == "triton"
+        sizes = operator.sizes(*[1] * len(operator.size_names))
+        assert selection.decide(operator, CUDA, torch.float16, None, sizes) == ("triton", None)
+    assert selection.decide(ATTENTION, CUDA, torch.float16, None, attention_sizes(packed=False)) == ("triton", None)
 
 
-def rows_of(monkeypatch, card, *rules):
-    monkeypatch.setitem(table.GPUS, card, rules)
+def set_rules(monkeypatch, card, *rules):
+    monkeypatch.setitem(measured.GPUS, card, rules)
     table.forget()
 
 
-def served(monkeypatch, *names):
-    """As if these backends could serve whatever they do not refuse by its features; the others cannot."""
-    monkeypatch.setattr(choice, "unavailable", lambda name: [] if name in names else ["is not compiled here"])
-    monkeypatch.setattr(choice.load("cuda"), "refuses", lambda *call, **features: [])
+def make_available(monkeypatch, *names):
+    """Make these backends available, whatever is built here, and no others."""
+    for name in registry.BACKENDS:
+        reasons = [] if name in names else ["is not compiled here"]
+        monkeypatch.setattr(registry.load(name), "unavailable", lambda reasons=reasons: reasons)
+    monkeypatch.setattr(registry.load("cuda"), "refuses", lambda device, dtype: [])
 
 
-def test_a_card_s_table_puts_pytorch_first_where_it_is_faster(gpu, monkeypatch):
-    rule = table.Rule("layernorm_residual", "bfloat16", {"width": (None, 512)})
-    rows_of(monkeypatch, "Card", rule)
-    assert (
-        decided(width=512) == ("torch", None)
-        and decided(width=513)[0] == "triton"
-        and decided(torch.float16, width=512)[0] == "triton"
-    )
-    table.GPUS.pop("Card")
-    rows_of(monkeypatch, "Another", rule)
-    assert decided(width=512)[0] == "triton"
+def test_a_gpu_s_table_puts_pytorch_first_where_it_is_faster(gpu, monkeypatch):
+    rule = Rule("layernorm_residual", "bfloat16", {"width": (None, 512)})
+    set_rules(monkeypatch, "Card", rule)
+    assert decide(width=512) == ("torch", None)
+    assert decide(width=513)[0] == "triton"
+    assert decide(torch.float16, width=512)[0] == "triton"
+    measured.GPUS.pop("Card")
+    set_rules(monkeypatch, "Another", rule)
+    assert decide(width=512)[0] == "triton"
 
 
 @pytest.mark.parametrize(
-    "can_serve, width, taken",
+    "available, width, expected",
     [
         (("triton", "cuda", "torch"), 512, ("cuda", None)),
         (("triton", "cuda", "torch"), 513, ("triton", None)),
         (("triton", "cuda", "torch"), 2000, ("torch", None)),
-        (
-            ("triton", "torch"),
-            512,
-            ("triton", "layernorm_residual: triton instead of cuda"),
-        ),  # the rest in its usual order, and counted
+        # The other backends follow in their usual order, and the fallback is counted.
+        (("triton", "torch"), 512, ("triton", "layernorm_residual: triton instead of cuda")),
         (("torch",), 512, ("torch", "layernorm_residual: torch instead of cuda")),
-        (("cuda",), 2000, ("cuda", "layernorm_residual: cuda instead of triton")),  # PyTorch cannot: as without the row
+        # PyTorch is not available: selection is as without its row.
+        (("cuda",), 2000, ("cuda", "layernorm_residual: cuda instead of triton")),
     ],
 )
-def test_a_card_s_table_puts_either_backend_first(gpu, can_serve, width, taken, monkeypatch):
-    cuda = table.Rule("layernorm_residual", "bfloat16", {"width": (None, 512)}, "cuda")
-    rows_of(monkeypatch, "Card", cuda, table.Rule("layernorm_residual", "bfloat16", {"width": (2000, None)}))
-    served(monkeypatch, *can_serve)
-    assert decided(width=width) == taken
+def test_a_gpu_s_table_puts_any_backend_first(gpu, available, width, expected, monkeypatch):
+    cuda = Rule("layernorm_residual", "bfloat16", {"width": (None, 512)}, "cuda")
+    set_rules(monkeypatch, "Card", cuda, Rule("layernorm_residual", "bfloat16", {"width": (2000, None)}))
+    make_available(monkeypatch, *available)
+    assert decide(width=width) == expected
 
 
-def test_what_pytorch_cannot_do_goes_on_to_the_next_row(gpu, monkeypatch):
-    """Its dropout is another one. The row that puts it first does not hold then, which is no fallback."""
-    served(monkeypatch, "triton", "cuda", "torch")
-    rows = [
-        table.Rule("layernorm_residual", "bfloat16"),
-        table.Rule("layernorm_residual", "bfloat16", {"rows": (None, 40)}, "cuda"),
-    ]
-    rows_of(monkeypatch, "Card", *rows)
-    for rows, dropout, taken in ((40, False, "torch"), (40, True, "cuda"), (41, True, "triton")):
-        assert choice.decide(
-            "layernorm_residual", CUDA, torch.bfloat16, None, {"rows": rows, "width": 8, "dropout": dropout}
-        ) == (taken, None)
+def test_a_row_for_pytorch_is_skipped_without_a_fallback_where_pytorch_refuses(gpu, monkeypatch):
+    """PyTorch draws other dropout masks, so with dropout the next matching row applies."""
+    make_available(monkeypatch, "triton", "cuda", "torch")
+    few_rows = Rule("layernorm_residual", "bfloat16", {"rows": (None, 40)}, "cuda")
+    set_rules(monkeypatch, "Card", Rule("layernorm_residual", "bfloat16"), few_rows)
+    for rows, dropout, expected in ((40, False, "torch"), (40, True, "cuda"), (41, True, "triton")):
+        assert decide(rows=rows, width=8, dropout=dropout) == (expected, None)
 
 
-def test_the_users_own_table_of_a_card(gpu, monkeypatch):
-    rows_of(monkeypatch, "Card", table.Rule("layernorm_residual", "bfloat16"))
+def test_the_users_own_table_of_a_gpu(gpu, monkeypatch):
+    set_rules(monkeypatch, "Card", Rule("layernorm_residual", "bfloat16"))
+    make_available(monkeypatch, "triton", "cuda", "torch")
     file = table.user_table()
     file.parent.mkdir()
-    for content, taken in (
-        (
-            '{"Card": [{"operator": "layernorm_residual", "dtype": "bfloat16", "where": {"rows": [null, 40]}, "first": "cuda"}]}',
-            "cuda",
-        ),
+    row = '{"operator": "layernorm_residual", "dtype": "bfloat16", "where": {"rows": [null, 40]}, "first": "cuda"}'
+    for content, expected in (
+        (f'{{"Card": [{row}]}}', "cuda"),
         ('{"Card": []}', "triton"),
         ('{"another": []}', "torch"),
     ):
-        served(monkeypatch, "triton", "cuda", "torch")
         file.write_text(content)
         table.forget()
-        assert decided() == (taken, None)
+        assert decide() == (expected, None)
 
 
 @pytest.mark.parametrize(
@@ -149,51 +154,54 @@ def test_the_users_own_table_of_a_card(gpu, monkeypatch):
         ),
         (
             '{"operator": "linear", "dtype": "bfloat16", "where": {"rows": ["few", 2]}}',
-            r"rows: expected two whole numbers or null, got \['few', 2\]",
+            r"rows: expected two integers or null, got \['few', 2\]",
         ),
         ('{"operator": "linear", "dtype": "bfloat16", "where": {"rows": [1]}}', "unpack"),
         ('{"operator": "linear"}', "dtype"),
         ('{"operator": [], "dtype": {}}', "operator: expected one of"),
-        ("7", "subscriptable"),
+        ("7", "'int' object has no attribute"),
     ],
 )
-def test_a_damaged_table_of_a_card_is_named_and_stops_nothing(gpu, row, reason, monkeypatch):
-    rows_of(monkeypatch, "Card", table.Rule("layernorm_residual", "bfloat16"))
+def test_a_malformed_table_of_a_gpu_is_reported_once_and_ignored(gpu, row, reason, monkeypatch):
+    set_rules(monkeypatch, "Card", Rule("layernorm_residual", "bfloat16"))
     table.user_table().parent.mkdir()
     table.user_table().write_text(f'{{"Card": [{row}]}}')
-    with pytest.warns(
-        RuntimeWarning,
-        match=rf"table.json: cannot be read \(.*{reason}.*\); the measurements that come with fastlm hold",
-    ):
-        assert decided() == ("torch", None)
-    assert decided() == ("torch", None)  # and once is enough
+    message = rf"table.json: cannot be read \(.*{reason}.*\); the measurements that come with fastlm apply"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert decide() == ("torch", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decide() == ("torch", None)
 
 
-def test_each_kind_of_gpu_is_reported(gpu, monkeypatch):
+def test_info_reports_each_gpu_model(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["Card", "Other", "Card"][index])
-    rows = [
-        table.Rule("attention", "bfloat16", {"query_len": (None, 32)}, "cuda"),
-        table.Rule("layernorm_residual", "float16", {"rows": (None, 181)}),
-    ]
-    rows_of(monkeypatch, "Card", *rows, table.Rule("gelu_mlp", "bfloat16", {"conv1d": (0, 0)}, "cuda"))
-    unmeasured = "Other: not measured yet, Triton comes first (fastlm info --measure measures it)"
+    set_rules(
+        monkeypatch,
+        "Card",
+        Rule("attention", "bfloat16", {"query_len": (None, 32)}, "cuda"),
+        Rule("layernorm_residual", "float16", {"rows": (None, 181)}),
+        Rule("gelu_mlp", "bfloat16", {"conv1d": (0, 0)}, "cuda"),
+    )
+    order = "triton, cuda, torch, reference"
+    unmeasured = f"Other: not measured, backend order {order} (fastlm info --measure measures it)"
     assert fastlm.info().gpus == [
-        "Card: the CUDA C++ kernels serve attention in bfloat16 (query_len ≤ 32); gelu_mlp in bfloat16 (not conv1d), "
-        "PyTorch serves layernorm_residual in float16 (rows ≤ 181), Triton comes first elsewhere",
+        "Card: cuda for attention in bfloat16 (query_len ≤ 32); gelu_mlp in bfloat16 (not conv1d), "
+        f"torch for layernorm_residual in float16 (rows ≤ 181); otherwise {order}",
         unmeasured,
     ]
-    rows_of(monkeypatch, "Card")
-    assert fastlm.info().gpus == ["Card: Triton comes first everywhere, as measured", unmeasured]
+    set_rules(monkeypatch, "Card")
+    assert fastlm.info().gpus == [f"Card: {order}, as measured", unmeasured]
     assert f"GPU: {unmeasured}\n" in str(fastlm.info())
 
 
-def test_where_pytorch_cannot_ask_for_gpus_none_are_reported(gpu, monkeypatch):
-    def refused(index):
+def test_no_gpu_is_reported_where_cuda_cannot_be_initialised(gpu, monkeypatch):
+    def refuse(index):
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", refused)
+    monkeypatch.setattr(torch.cuda, "get_device_name", refuse)
     assert fastlm.info().gpus == []
 
 
@@ -207,114 +215,118 @@ def test_where_pytorch_cannot_ask_for_gpus_none_are_reported(gpu, monkeypatch):
         ({"shared": 48 << 10}, "needs 64 KiB of shared memory, and Card has 48 (auto takes another backend)"),
     ],
 )
-def test_a_gpu_that_cannot_is_named_and_the_next_backend_serves(gpu, changed, reason):
-    """One line: which backend and card, why, and what to do."""
+def test_an_unsupported_gpu_is_named_and_the_next_backend_is_selected(gpu, changed, reason):
+    """One line: which backend and GPU, why, and what to do."""
     vars(gpu).update(changed)
-    assert decided() == ("torch", "layernorm_residual: torch instead of triton")
+    assert decide() == ("torch", "layernorm_residual: torch instead of triton")
     with pytest.raises(fastlm.Unsupported) as raised:
-        decided(forced="triton")
-    cpu, cuda = (
-        ", ".join(choice.refusals(name, "layernorm_residual", CUDA, torch.bfloat16, {"rows": 40, "width": 768}))
-        for name in ("cpu", "cuda")
-    )
+        decide(forced="triton")
+    sizes = LayerNormSizes(40, 768, False)
+    cpu, cuda = (", ".join(LAYERNORM.refusals(name, CUDA, torch.bfloat16, sizes)) for name in ("cpu", "cuda"))
     others = "torch could, but another was forced; reference could, but another was forced"
-    assert (
-        str(raised.value)
-        == f"layernorm_residual on cuda:0 in torch.bfloat16 with backend='triton': cpu {cpu}; triton {reason}; cuda {cuda}; {others}"
+    assert str(raised.value) == (
+        f"layernorm_residual on cuda:0 in torch.bfloat16 with backend='triton': cpu {cpu}; triton {reason}; "
+        f"cuda {cuda}; {others}"
     )
 
 
-def test_tensors_elsewhere(gpu):
+def test_tensors_on_other_devices_are_refused(gpu):
     for device in ("cpu", "mps:0"):
-        reasons = backend.refuses("linear", torch.device(device), torch.float32)
-        assert reasons == [f"serves CUDA and ROCm tensors, not {device} (.to('cuda') moves them)"]
+        reasons = LINEAR.refusals("triton", torch.device(device), torch.float32, LinearSizes(1, 1, 1, False))
+        assert reasons == [f"supports CUDA and ROCm tensors, not {device} (.to('cuda') moves them)"]
 
 
-def test_each_gpu_is_asked_for_itself(gpu, monkeypatch):
-    """An old card beside a new one, whichever is called first."""
+def tensor_on_gpu(index=0):
+    return types.SimpleNamespace(is_cpu=False, device=torch.device("cuda", index))
+
+
+def select(x, dtype):
+    return selection.select(LAYERNORM, x, dtype, LayerNormSizes(40, 768, False), None)
+
+
+def test_selection_is_per_gpu(gpu, monkeypatch):
+    """An old GPU beside a new one."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
     for _ in range(2):
         for index, name in enumerate(("triton", "torch")):
-            x = types.SimpleNamespace(is_cpu=False, device=torch.device("cuda", index))
-            assert choice.choose("layernorm_residual", x, torch.bfloat16, None, 40, 768, False) is choice.load(name)
-    assert len(choice.CHOICES) == 2
+            assert select(tensor_on_gpu(index), torch.bfloat16).backend is registry.load(name)
+    assert len(selection._selected) == 2
 
 
-def test_a_row_too_wide_for_registers(gpu):
-    assert decided(width=16384)[0] == "triton" and decided(width=16385)[0] == "torch"
+def test_a_row_too_wide_for_registers_is_refused(gpu):
+    assert decide(width=16384)[0] == "triton"
+    assert decide(width=16385)[0] == "torch"
     with pytest.raises(fastlm.Unsupported, match="triton holds a row in registers: width up to 16384, not 16385"):
-        decided(forced="triton", width=16385)
+        decide(forced="triton", width=16385)
 
 
-@pytest.mark.parametrize("operator", ["attention", "attention_varlen"])
-def test_a_head_too_wide_for_a_tile(gpu, operator):
-    sizes = dict.fromkeys(choice.FEATURES[operator], 0)
-    assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 256}) == ("triton", None)
-    assert choice.decide(operator, CUDA, torch.bfloat16, None, sizes | {"head_dim": 257}) == (
-        "torch",
-        f"{operator}: torch instead of triton",
-    )
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_head_too_wide_for_a_tile_is_refused(gpu, packed):
+    fits, too_wide = (attention_sizes(packed=packed, head_dim=head_dim) for head_dim in (256, 257))
+    assert selection.decide(ATTENTION, CUDA, torch.bfloat16, None, fits) == ("triton", None)
+    fallback = "torch", "attention: torch instead of triton"
+    assert selection.decide(ATTENTION, CUDA, torch.bfloat16, None, too_wide) == fallback
     with pytest.raises(fastlm.Unsupported, match="triton holds heads of head_dim up to 256, not 257;"):
-        choice.decide(operator, CUDA, torch.bfloat16, "triton", sizes | {"head_dim": 257})
+        selection.decide(ATTENTION, CUDA, torch.bfloat16, "triton", too_wide)
 
 
-def test_no_triton_and_an_old_one(gpu, monkeypatch):
-    for said, version in (
-        ("needs Triton, which cannot be imported", None),
-        ("needs Triton 3.6 or later, not 3.5.1", "3.5.1"),
-    ):
-        monkeypatch.setitem(sys.modules, "triton", version and types.SimpleNamespace(__version__=version))
-        reason = MISSING.__wrapped__()
-        assert reason.startswith(said) and "\n" not in reason
-        monkeypatch.setattr(backend, "missing", lambda reason=reason: reason)
-        assert decided()[0] == "torch"
-        assert choice.unavailable("triton") == [reason] == fastlm.info().backends["triton"]
+@pytest.mark.parametrize(
+    "version, message",
+    [(None, "needs Triton, which cannot be imported"), ("3.5.1", "needs Triton 3.6 or later, not 3.5.1")],
+)
+def test_a_missing_or_old_triton_is_reported(gpu, version, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", version and types.SimpleNamespace(__version__=version))
+    reason = find_missing()
+    assert reason.startswith(message) and "\n" not in reason
+    monkeypatch.setattr(backend, "missing", lambda: reason)
+    assert decide()[0] == "torch"
+    assert registry.unavailable("triton") == [reason] == fastlm.info().backends["triton"]
 
 
-MISSING = backend.missing  # as it is, not what a test puts in its place
-
-
-def test_without_a_gpu_and_without_the_interpreter():
-    code = "import torch, fastlm; torch.cuda.is_available = lambda: False; fastlm.linear(torch.ones(2, 2), torch.ones(2, 2), backend='triton')"
+def test_without_a_gpu_or_the_interpreter_triton_is_unavailable():
+    code = """
+import torch, fastlm
+torch.cuda.is_available = lambda: False
+fastlm.linear(torch.ones(2, 2), torch.ones(2, 2), backend="triton")
+"""
     environment = {"PYTHONPATH": ":".join(sys.path), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
-    assert (
-        "triton finds no GPU (torch.cuda.is_available() is false)" in done.stderr
-        or "triton needs Triton" in done.stderr
-    )
+    no_gpu = "triton finds no GPU (torch.cuda.is_available() is false)"
+    assert no_gpu in done.stderr or "triton needs Triton" in done.stderr
 
 
-def test_a_call_falls_back_and_is_counted(gpu, monkeypatch):
+def test_fallbacks_are_counted_on_every_call(gpu):
     gpu.capability = (7, 0)
     what = "layernorm_residual: torch instead of triton"
     before = fastlm.info().fallbacks.get(what, 0)
-    x = types.SimpleNamespace(is_cpu=False, device=CUDA)
     for _ in range(2):
-        assert choice.choose("layernorm_residual", x, torch.float32, None, 40, 768, False) is choice.load("torch")
+        assert select(tensor_on_gpu(), torch.float32).backend is registry.load("torch")
     assert fastlm.info().fallbacks[what] == before + 2
 
 
 @on_backends("triton")
-def test_the_interpreter_serves_a_cpu_only_when_it_is_asked_to(backend):
-    x = floats(4, 8)
-    assert choice.decide("linear", x.device, x.dtype, None, {"rows": 4, "in_width": 8, "out_width": 8})[0] != "triton"
-    assert (
-        choice.decide("linear", x.device, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})[0] == "triton"
-    )
-    reason = r"triton serves CPU tensors under TRITON_INTERPRET=1, not cuda:0 \(without that variable it serves GPUs\);"
+def test_the_interpreter_runs_on_cpu_tensors_only_where_it_is_forced(backend):
+    x, sizes = floats(4, 8), LinearSizes(4, 8, 8, False)
+    assert selection.decide(LINEAR, x.device, x.dtype, None, sizes)[0] != "triton"
+    assert selection.decide(LINEAR, x.device, x.dtype, "triton", sizes)[0] == "triton"
+    without = r"\(without that variable it supports GPUs\)"
+    reason = rf"triton supports CPU tensors under TRITON_INTERPRET=1, not cuda:0 {without};"
     with pytest.raises(fastlm.Unsupported, match=reason):
-        choice.decide("linear", CUDA, x.dtype, "triton", {"rows": 4, "in_width": 8, "out_width": 8})
+        selection.decide(LINEAR, CUDA, x.dtype, "triton", sizes)
 
 
-def everything(value):
+# The precision of float32 products
+
+
+def set_all(value):
     torch.backends.fp32_precision = value
 
 
-def of_cuda(value):
+def set_cuda(value):
     torch.backends.cudnn.fp32_precision = value  # PyTorch's name for all of CUDA
 
 
-def of_products(value):
+def set_matmul(value):
     torch.backends.cuda.matmul.fp32_precision = value
 
 
@@ -322,73 +334,75 @@ def allow_tf32(value):
     torch.backends.cuda.matmul.allow_tf32 = value
 
 
+set_older = torch.set_float32_matmul_precision
+
+
 @pytest.fixture
-def precisions():
-    """What a user may set, each by PyTorch's older or newer API; as it was afterwards."""
+def restored_precision():
+    """Restores the settings of PyTorch's older and newer API."""
     settings = torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul
     before, older = [each.fp32_precision for each in settings], torch.get_float32_matmul_precision()
     yield
     for each in settings:
         each.fp32_precision = "ieee"
-    torch.set_float32_matmul_precision(older)  # of which PyTorch keeps a record of its own
+    torch.set_float32_matmul_precision(older)  # PyTorch stores it separately
     for each, value in zip(settings, before, strict=True):
         each.fp32_precision = value
 
 
 @pytest.mark.parametrize(
-    "steps, wanted",
+    "steps, expected",
     [
         ([], "ieee"),
-        ([(torch.set_float32_matmul_precision, "highest")], "ieee"),
-        ([(torch.set_float32_matmul_precision, "high")], "tf32"),
-        ([(torch.set_float32_matmul_precision, "medium")], "tf32"),
-        ([(torch.set_float32_matmul_precision, "high"), (torch.set_float32_matmul_precision, "highest")], "ieee"),
+        ([(set_older, "highest")], "ieee"),
+        ([(set_older, "high")], "tf32"),
+        ([(set_older, "medium")], "tf32"),
+        ([(set_older, "high"), (set_older, "highest")], "ieee"),
         ([(allow_tf32, True)], "tf32"),
-        ([(of_products, "tf32")], "tf32"),
-        ([(of_products, "ieee")], "ieee"),
-        ([(of_products, "none")], "ieee"),
-        ([(of_cuda, "tf32")], "tf32"),
-        ([(everything, "tf32")], "tf32"),  # inherited
-        ([(everything, "ieee")], "ieee"),
-        ([(everything, "tf32"), (of_products, "ieee")], "ieee"),  # the nearer setting holds
-        ([(everything, "tf32"), (of_cuda, "ieee")], "ieee"),
-        ([(everything, "ieee"), (of_products, "tf32")], "tf32"),
-        ([(everything, "tf32"), (of_products, "ieee"), (of_products, "none")], "tf32"),
-        ([(torch.set_float32_matmul_precision, "high"), (of_products, "ieee")], "ieee"),  # the later one
+        ([(set_matmul, "tf32")], "tf32"),
+        ([(set_matmul, "ieee")], "ieee"),
+        ([(set_matmul, "none")], "ieee"),
+        ([(set_cuda, "tf32")], "tf32"),
+        ([(set_all, "tf32")], "tf32"),  # inherited
+        ([(set_all, "ieee")], "ieee"),
+        ([(set_all, "tf32"), (set_matmul, "ieee")], "ieee"),  # the more specific setting applies
+        ([(set_all, "tf32"), (set_cuda, "ieee")], "ieee"),
+        ([(set_all, "ieee"), (set_matmul, "tf32")], "tf32"),
+        ([(set_all, "tf32"), (set_matmul, "ieee"), (set_matmul, "none")], "tf32"),
+        ([(set_older, "high"), (set_matmul, "ieee")], "ieee"),  # the later one applies
     ],
-    ids=lambda part: (
-        " ".join(f"{set_by.__name__}={value}" for set_by, value in part) if isinstance(part, list) else part
-    ),
+    ids=lambda part: " ".join(f"{setter.__name__}={value}" for setter, value in part) if type(part) is list else part,
 )
-def test_products_of_float32_follow_the_users_precision(steps, wanted, precisions, monkeypatch):
+def test_float32_products_follow_the_users_precision(steps, expected, restored_precision, monkeypatch):
     x = floats(1)
-    of_products("none")
-    for set_by, value in steps:
-        set_by(value)
-    assert backend.precision(x) == wanted and backend.precision(x.bfloat16()) == "ieee"
+    set_matmul("none")
+    for setter, value in steps:
+        setter(value)
+    assert gpu_helpers.precision(x) == expected
+    assert gpu_helpers.precision(x.bfloat16()) == "ieee"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert backend.precision(x) == "ieee"
+    assert gpu_helpers.precision(x) == "ieee"
 
 
-# Launches
+# Kernel launches
 
 
 class Kernel:
-    """Counts how often Triton's own way of launching is taken, and hands out what it compiles."""
+    """Stands in for a Triton kernel: records launches through Triton, of the compiled kernel, and with launch hooks."""
 
     def __init__(self):
-        self.slow, self.fast, self.told = [], [], []
+        self.through_triton, self.direct, self.hooked = [], [], []
 
     def __getitem__(self, grid):
         def run(*arguments, **options):
-            self.slow.append((grid, arguments, options))
+            self.through_triton.append((grid, arguments, options))
             return Compiled(self)
 
         return run
 
 
 class Compiled:
-    """As Triton's: started by run(), or, where someone is to be told, by what binary[grid] gives."""
+    """Stands in for what Triton compiles: run() launches it, and binary[grid] launches it and calls the hooks."""
 
     function, packed_metadata = "function", "metadata"
 
@@ -396,16 +410,13 @@ class Compiled:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.told.append((grid, arguments))
+        return lambda *arguments: self.kernel.hooked.append((grid, arguments))
 
     def run(self, *given):
-        *grid, stream, function, metadata, of_launch, on_enter, on_exit = given[:9]
-        assert (stream, function, metadata) == (
-            "stream",
-            "function",
-            "metadata",
-        ) and of_launch is on_enter is on_exit is None
-        self.kernel.fast.append((tuple(grid), given[9:]))
+        *grid, stream, function, metadata, launch_metadata, enter_hook, exit_hook = given[:9]
+        assert (stream, function, metadata) == ("stream", "function", "metadata")
+        assert launch_metadata is enter_hook is exit_hook is None
+        self.kernel.direct.append((tuple(grid), given[9:]))
 
 
 @pytest.fixture
@@ -421,24 +432,21 @@ def launch(monkeypatch):
     return launch
 
 
-def test_the_second_launch_of_a_kind_goes_past_triton(launch):
+def test_the_second_launch_of_a_kind_is_direct(launch):
     kernel, x = Kernel(), torch.zeros(64)
-    go = lambda *arguments, constants=(32,), device=0, warps=4: launch.launch(
-        kernel, 7, arguments, constants, warps, 2, device
-    )  # noqa: E731
-    go(x, 48, 0.5, None)
-    for number, (size, factor) in enumerate(
-        [(64, 0.25), (64, 0.25), (48, 0.5)], start=1
-    ):  # another tensor, and numbers of the same kinds, new and seen before
-        go(torch.ones(64), size, factor, None)
-        assert len(kernel.slow) == 1 and len(kernel.fast) == number
-        assert (
-            kernel.fast[-1][0] == (7, 1, 1)
-            and kernel.fast[-1][1][0].sum() == 64
-            and kernel.fast[-1][1][1:] == (size, factor, None, 32)
-        )
-    assert kernel.slow[0][2] == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-    others = [
+
+    def run(*arguments, constants=(32,), device=0, warps=4):
+        launch.launch(kernel, 7, arguments, constants, warps, 2, device)
+
+    run(x, 48, 0.5, None)
+    # Another tensor, and numbers of the same kinds: new ones, and some seen before.
+    for number, (size, factor) in enumerate([(64, 0.25), (64, 0.25), (48, 0.5)], start=1):
+        run(torch.ones(64), size, factor, None)
+        assert len(kernel.through_triton) == 1 and len(kernel.direct) == number
+        grid, (tensor, *others) = kernel.direct[-1]
+        assert grid == (7, 1, 1) and tensor.sum() == 64 and others == [size, factor, None, 32]
+    assert kernel.through_triton[0][2] == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    other_kinds = [
         (x.half(), 48, 0.5, None),
         (x[1:], 48, 0.5, None),
         (x, 49, 0.5, None),
@@ -446,18 +454,18 @@ def test_the_second_launch_of_a_kind_goes_past_triton(launch):
         (x, 2**40, 0.5, None),
         (x, 48, 0.5, x),
     ]
-    for other in others:
-        go(*other)
-    go(x, 48, 0.5, None, constants=(64,))
-    go(x, 48, 0.5, None, device=1)
-    go(x, 48, 0.5, None, warps=8)
-    assert len(kernel.slow) == 1 + len(others) + 3
-    launch.launch(kernel, 0, (x,), (), 4, 2, 0)  # nothing to do
-    assert len(kernel.slow) == 1 + len(others) + 3 and len(kernel.fast) == 3
+    for arguments in other_kinds:
+        run(*arguments)
+    run(x, 48, 0.5, None, constants=(64,))
+    run(x, 48, 0.5, None, device=1)
+    run(x, 48, 0.5, None, warps=8)
+    assert len(kernel.through_triton) == 1 + len(other_kinds) + 3
+    launch.launch(kernel, 0, (x,), (), 4, 2, 0)  # an empty grid
+    assert len(kernel.through_triton) == 1 + len(other_kinds) + 3 and len(kernel.direct) == 3
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
-def test_who_asked_triton_for_launches_is_told_of_them(hook, launch):
+def test_launch_hooks_are_called(hook, launch):
     import triton
 
     kernel, x, chain = Kernel(), torch.zeros(64), getattr(triton.knobs.runtime, hook)
@@ -468,100 +476,108 @@ def test_who_asked_triton_for_launches_is_told_of_them(hook, launch):
         launch.launch(kernel, 7, (x, 48), (32,), 4, 2, 0)
     finally:
         chain.remove(print)
-    assert len(kernel.slow) == len(kernel.fast) == 1 and kernel.told == [((7, 1, 1), (x, 48, 32))]
+    assert len(kernel.through_triton) == len(kernel.direct) == 1
+    assert kernel.hooked == [((7, 1, 1), (x, 48, 32))]
     launch.launch(kernel, 7, (x, 48), (32,), 4, 2, 0)
-    assert len(kernel.fast) == 2
+    assert len(kernel.direct) == 2
 
 
-def compiled_for(kernel, arguments, constants):
-    """All that Triton compiles a kernel anew for: of an integer that it was told not to specialise, only whether it has 32 bits."""
+def specialisation(kernel, arguments, constants):
+    """All that a compiled kernel depends on: of an integer with do_not_specialize only whether it has 32 bits."""
     from fastlm.kernels.launch import kind
 
     if hasattr(kernel, "params"):
-        names, plain = (
-            [parameter.name for parameter in kernel.params],
-            {parameter.name for parameter in kernel.params if parameter.do_not_specialize},
-        )
+        names = [parameter.name for parameter in kernel.params]
+        plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     else:  # interpreted
         names, plain = kernel.arg_names, set(kernel.kwargs.get("do_not_specialize") or ())
     kinds = (kind(value)[2] if name in plain else kind(value) for name, value in zip(names, arguments, strict=False))
     return kernel, constants, *kinds
 
 
-def attention_of(queries, keys):
+def run_attention(queries, keys):
     q, k = torch.zeros(2, queries, 4, 64, requires_grad=True), torch.zeros(2, keys, 2, 64, requires_grad=True)
-    fastlm.attention(
-        q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2), causal=True, dropout_p=0.1, backend="triton"
-    ).sum().backward()
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    fastlm.attention(q, k, k, causal=True, dropout_p=0.1, backend="triton").sum().backward()
 
 
-def packed_of(tokens):
+def run_packed_attention(tokens):
     x, starts = torch.zeros(tokens, 4, 64, requires_grad=True), torch.tensor([0, tokens])
     fastlm.attention_varlen(x, x, x, starts, starts, causal=True, backend="triton").sum().backward()
 
 
-def block_of(rows):
+def run_other_operators(rows):
     x, w = torch.zeros(rows, 64, requires_grad=True), torch.zeros(64, 64, requires_grad=True)
     y, s = fastlm.layernorm_residual(x, x, w[0], w[1], dropout_p=0.1, backend="triton")
     y = fastlm.gelu_mlp(y, w, w[0], w, w[1], backend="triton")
     fastlm.linear_cross_entropy(y + s, w, torch.zeros(rows, dtype=torch.int64), w[0], backend="triton").backward()
 
 
+def record_launches(monkeypatch, architecture):
+    """A list to which every launch appends (kernel, arguments, constants) instead of running, as on this GPU."""
+    launched = []
+
+    def launch(kernel, programs, arguments, constants, *rest, **options):
+        launched.append((kernel, arguments, constants))
+
+    for operator in OPERATORS.values():
+        if not operator.implements("triton"):
+            continue
+        module = implementation_module(operator.name, "triton")
+        if hasattr(module, "architecture"):
+            monkeypatch.setattr(module, "architecture", lambda index: architecture)
+        for value in vars(module).values():
+            if isinstance(value, types.ModuleType) and hasattr(value, "launch"):
+                monkeypatch.setattr(value, "launch", launch)
+    return launched
+
+
 @on_backends("triton")
-@pytest.mark.parametrize("card", ["sm_90", "sm_80", "gfx942"])  # with the fused products of gelu_mlp, and without
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80", "gfx942"])  # gelu_mlp with fused products, and without
 @pytest.mark.parametrize(
-    "run, joins",
+    "run, other_kinds",
     [
-        pytest.param(lambda n: attention_of(n, n), [], id="attention"),
-        pytest.param(
-            lambda n: attention_of(1, n + 256), [2, 8], id="decode"
-        ),  # what joins the stretches is compiled for up to 2, 4, … 128 of them
-        pytest.param(packed_of, [], id="packed"),
-        pytest.param(block_of, [], id="the rest of a layer"),
+        pytest.param(lambda n: run_attention(n, n), [], id="attention"),
+        # The combine kernel of split-K is compiled for up to 2, 4, … 128 splits.
+        pytest.param(lambda n: run_attention(1, n + 256), [2, 8], id="decode"),
+        pytest.param(run_packed_attention, [], id="packed"),
+        pytest.param(run_other_operators, [], id="the rest of a layer"),
     ],
 )
-def test_no_length_is_compiled_anew(run, joins, card, backend, monkeypatch):
-    """Every launch of a step, at lengths that are odd, even and multiples of 16, is of a kind that the first length has seen."""
-    launched, module = [], choice.load(backend)
-    monkeypatch.setattr(module, "architecture", lambda index: card)
-    monkeypatch.setattr(module, "LOGITS_BYTES", 100 * 64 * 4)  # several chunks, of rows not so round
-    for kernels in module.modules():
-        monkeypatch.setattr(
-            kernels,
-            "launch",
-            lambda kernel, programs, arguments, constants, *rest, **options: launched.append(
-                (kernel, arguments, constants)
-            ),
-        )
+def test_no_length_needs_another_compilation(run, other_kinds, architecture, backend, monkeypatch):
+    """Odd lengths, even lengths and multiples of 16 launch only kinds that the first length has launched."""
+    launched = record_launches(monkeypatch, architecture)
+    # Several chunks, whose number of rows is not a power of two.
+    monkeypatch.setattr(implementation_module("linear_cross_entropy", "triton"), "LOGITS_BYTES", 100 * 64 * 4)
     seen = []
     for length in (320, 100, 333, 400, 512, 1031):
         launched.clear()
         run(length)
-        seen.append({compiled_for(*launch) for launch in launched})
+        seen.append({specialisation(*launch) for launch in launched})
     others = set.union(*seen) - seen[0]
-    assert seen[0] and sorted(constants[-1] for _, constants, *_ in others) == joins, "\n".join(
-        f"{kind[0]}: {kind[1:]}" for kind in others
-    )
+    described = "\n".join(f"{kind[0]}: {kind[1:]}" for kind in others)
+    assert seen[0] and sorted(constants[-1] for _, constants, *_ in others) == other_kinds, described
 
 
 @pytest.mark.parametrize("hip, kinds", [(False, 1), (True, 2)])
-def test_on_amd_what_lies_beyond_2_gib_is_another_kind(hip, kinds, launch, monkeypatch):
-    """There Triton compiles offsets of 32 bits where the storage, not the view of it, allows them."""
+def test_on_amd_storage_beyond_2_gib_is_another_kind(hip, kinds, launch, monkeypatch):
+    """There Triton compiles 32-bit offsets where the storage, not the view of it, allows them."""
     monkeypatch.setattr(launch, "HIP", hip)
     kernel = Kernel()
     for length in (16, 2**31 - 1, 2**31, 2**33):
         x = torch.empty(length, dtype=torch.int8, device="meta")
         for view in (x, x[:16]):
             launch.launch(kernel, 7, (view, 16), (32,), 4, 2, 0)
-    assert len(kernel.slow) == kinds and len(kernel.fast) == 8 - kinds
-    assert [arguments[0].untyped_storage().nbytes() for _, arguments, _ in kernel.slow] == [16, 2**31][:kinds]
+    assert len(kernel.through_triton) == kinds and len(kernel.direct) == 8 - kinds
+    storages = [arguments[0].untyped_storage().nbytes() for _, arguments, _ in kernel.through_triton]
+    assert storages == [16, 2**31][:kinds]
 
 
-def test_what_is_compiled_is_bounded(launch, monkeypatch):
+def test_the_number_of_remembered_launches_is_bounded(launch, monkeypatch):
     monkeypatch.setattr(launch, "MOST", 3)
     for constant in range(20):
         kernel = Kernel()
         for size in (32, 32, 64, 96, 128):
             launch.launch(kernel, 1, (size,), (constant,), 4, 2, 0)
-        assert len(kernel.slow) == 1 and len(kernel.fast) == 4
+        assert len(kernel.through_triton) == 1 and len(kernel.direct) == 4
     assert len(launch.compiled) <= 3 and len(launch.repeated) <= 3
