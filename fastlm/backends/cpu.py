@@ -56,7 +56,7 @@ def new(x: Tensor, shape, wanted: bool = True, dtype: torch.dtype | None = None)
     return on_huge_pages(torch.empty(shape, dtype=dtype or x.dtype, device=x.device)) if wanted else None
 
 
-def new_like(x: Tensor, wanted: bool = True, dtype: torch.dtype | None = None):
+def new_like(x: Any, wanted: bool = True, dtype: torch.dtype | None = None):
     """The same in x's shape, contiguous; it costs half of what new_empty does."""
     if not wanted:
         return None
@@ -77,4 +77,4 @@ def vector(bias: Tensor | None) -> Tensor | None:
 
 def seed_value(seed: Tensor | None) -> int:
     """A dropout seed as the kernels take it; any number without dropout."""
-    return 0 if seed is None else seed.item()
+    return 0 if seed is None else int(seed.item())

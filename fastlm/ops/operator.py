@@ -64,7 +64,7 @@ class Operator(Registered):
 
     # What an operator says itself
 
-    def save(self, call: Any, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
+    def save(self, call: Any, results: Any) -> tuple[Sequence[Tensor | None], tuple]:
         """(saved tensors, attributes) of the Backward call, between the upstream gradients and fp32_grads."""
         raise NotImplementedError
 
@@ -84,7 +84,7 @@ class Operator(Registered):
         function, inputs = self.formula(call)
         if originals:
             inputs, function = (inputs[0], *originals), rounding(function, inputs[0].dtype)  # type: ignore[union-attr]
-        return gradients_of(function, inputs, call.needed, call[: self.outputs])
+        return tuple(gradients_of(function, inputs, call.needed, call[: self.outputs]))
 
     # What follows from that
 
@@ -111,7 +111,8 @@ class Operator(Registered):
             if torch.compiler.is_compiling():
                 call = self.Forward(*distinct(*tensors), *call[self.tensors :])
         else:  # once: the backward uses the same
-            selected = select(self, *call.subject(), backend)
+            x, dtype, sizes = call.subject()
+            selected = select(self, x, dtype, sizes, backend)
             if selected.composite is not None and not originals:
                 return selected.composite(call)
         if torch.is_grad_enabled():
@@ -174,7 +175,7 @@ def define(
         results = function_of(select(operator, x, dtype, sizes, backend))(made)
         # A torch.library operator must not return one of its inputs.
         owned = [r.clone() if r is not None and any(r is field for field in fields) else r for r in results]
-        return as_tensors(x, owned)
+        return as_tensors(x, tuple(owned))
 
     def fake(*arguments: Any) -> Any:
         made = call(*arguments[:-1])
@@ -254,7 +255,7 @@ def gradients_of(
     """
     with torch.enable_grad():
         aliases = [x if x is None else x.view_as(x) for x in inputs]
-        wanted = [alias for alias, need in zip(aliases, needed, strict=True) if need]
+        wanted = [alias for alias, need in zip(aliases, needed, strict=True) if need and alias is not None]
         results = function(*aliases)
         results = (results,) if isinstance(results, Tensor) else results
         pairs = [(r, g) for r, g in zip(results, upstream, strict=True) if g is not None]

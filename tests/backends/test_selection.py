@@ -1,6 +1,9 @@
+"""Backend selection and its table."""
+
 import concurrent.futures
 import dataclasses
 import itertools
+import json
 import subprocess
 import sys
 import types
@@ -58,7 +61,7 @@ def test_none_returns_to_automatic_selection(selected):
         assert selected() == automatic
 
 
-def test_the_environment_variable():
+def test_the_environment_variable_forces_a_backend():
     code = "import fastlm, torch; x = torch.ones(2, 2); {}"
     run = lambda name, code: subprocess.run(  # noqa: E731
         [sys.executable, "-W", "ignore", "-c", code],
@@ -72,7 +75,7 @@ def test_the_environment_variable():
     assert "ValueError: FASTLM_BACKEND: expected one of cpu, triton, cuda, torch, reference, got 'gpu'" in done.stderr
 
 
-def test_a_context_is_left_on_an_error_and_belongs_to_its_thread():
+def test_a_context_ends_on_an_error_and_belongs_to_its_thread():
     with pytest.raises(KeyError), fastlm.use_backend("torch"):
         raise KeyError
     assert selection.requested(None) is None
@@ -101,7 +104,7 @@ def test_backward_uses_the_backend_of_the_forward():
     assert y.grad_fn.backend.backend.name == "reference"
 
 
-def test_names_are_checked():
+def test_backend_names_are_checked():
     for name in ("gpu", "CPU", ""):
         with (
             pytest.raises(
@@ -165,16 +168,16 @@ def test_the_table_puts_pytorch_first_where_it_is_faster(selected, monkeypatch):
         assert selection.select(LINEAR, x, x.dtype, sizes, None).backend.name == elsewhere
 
 
-def test_the_users_own_table_replaces_ours(tmp_path, monkeypatch):
+def test_the_users_own_table_replaces_the_one_that_comes_with_fastlm(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(table, "cpu_key", lambda: "zen9/avx512")
     monkeypatch.setitem(measured.CPUS, "zen9/avx512", (Rule("linear", "float32"),))
     read = read_cpu_rules
     assert read() == (Rule("linear", "float32"),)
     table.user_table().parent.mkdir()
-    table.user_table().write_text(
-        '{"zen9/avx512": [{"operator": "attention", "dtype": "bfloat16", "where": {"query_len": [1, 1], "key_len": [null, 64]}}]}'
-    )
+    where = {"query_len": [1, 1], "key_len": [None, 64]}
+    row = {"operator": "attention", "dtype": "bfloat16", "where": where}
+    table.user_table().write_text(json.dumps({"zen9/avx512": [row]}))
     (rule,) = read()
     sizes = types.SimpleNamespace(query_len=1, key_len=64)
     assert rule.matches(ATTENTION, torch.bfloat16, sizes)
@@ -184,8 +187,8 @@ def test_the_users_own_table_replaces_ours(tmp_path, monkeypatch):
     assert read() == (Rule("linear", "float32"),)
 
 
-def test_a_cpu_that_hides_instructions_has_rows_of_its_own(monkeypatch):
-    """PyTorch's bfloat16 products are slow without the instructions that its rows were measured with."""
+def test_rows_of_a_cpu_apply_only_with_the_instructions_they_were_measured_with(monkeypatch):
+    """PyTorch's bfloat16 products are slow where a virtual machine hides instructions."""
 
     class Zen4:
         microarchitecture, has_amx = staticmethod(lambda: "zen4"), staticmethod(lambda: False)
@@ -197,7 +200,7 @@ def test_a_cpu_that_hides_instructions_has_rows_of_its_own(monkeypatch):
         assert any(rule.matches(LINEAR, torch.bfloat16, sizes) for rule in table.shipped_cpu_rules()) is rows
 
 
-def test_the_summary(monkeypatch):
+def test_the_summary_of_the_table(monkeypatch):
     monkeypatch.setattr(table, "cpu_key", lambda: "zen9/avx512")
     assert table.cpu_summary() == "zen9/avx512: cpu, torch, reference"
     rows = (

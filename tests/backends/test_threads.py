@@ -1,4 +1,4 @@
-"""Waking a thread takes longer than a small call: it stays on the caller's."""
+"""Small calls run on the calling thread alone: waking another takes longer than the call."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ print(small - before, started() - small)
 
 @pytest.mark.skipif(
     "cpu" not in BACKENDS or sys.platform != "linux",
-    reason="the kernels are not under test here, or threads cannot be counted",
+    reason="backend cpu is not under test, or threads cannot be counted",
 )
 def test_small_calls_start_no_thread():
     done = subprocess.run(

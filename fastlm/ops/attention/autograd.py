@@ -14,7 +14,7 @@ class Attention(Operator):
     Forward, Backward, Sizes = spec.Forward, spec.Backward, spec.Sizes
     results, outputs, inputs = 2, 2, 4
 
-    def save(self, call: spec.Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
+    def save(self, call: spec.Forward, results: Any) -> tuple[Sequence[Tensor | None], tuple]:
         return (*call[:8], *results), call[8:13]
 
     def formula(self, call: spec.Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:

@@ -15,7 +15,7 @@ class GeluMlp(Operator):
     Forward, Backward, Sizes = spec.Forward, spec.Backward, spec.Sizes
     results, inputs = 3, 5
 
-    def save(self, call: spec.Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
+    def save(self, call: spec.Forward, results: Any) -> tuple[Sequence[Tensor | None], tuple]:
         _, hidden, activated = results
         return (call.x, call.w1, call.b1, call.w2, call.b2, hidden, activated), (call.approximate, call.layout)
 

@@ -15,7 +15,7 @@ class LayerNormResidual(Operator):
     Forward, Backward, Sizes = spec.Forward, spec.Backward, spec.Sizes
     results, outputs, inputs = 4, 2, 4
 
-    def save(self, call: spec.Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
+    def save(self, call: spec.Forward, results: Any) -> tuple[Sequence[Tensor | None], tuple]:
         _, summed, mean, rstd = results
         # Of the inputs only their sum is saved: the gradients depend on nothing else of them.
         tensors = call.x if summed is None else summed, call.weight, mean, rstd, call.seed

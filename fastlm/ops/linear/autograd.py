@@ -15,7 +15,7 @@ class Linear(Operator):
     Forward, Backward, Sizes = spec.Forward, spec.Backward, spec.Sizes
     results, inputs = 1, 3
 
-    def save(self, call: spec.Forward, results: Results) -> tuple[Sequence[Tensor | None], tuple]:
+    def save(self, call: spec.Forward, results: Any) -> tuple[Sequence[Tensor | None], tuple]:
         return (call.x, call.weight, call.bias), (call.layout,)
 
     def formula(self, call: spec.Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
