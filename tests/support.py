@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 
-
 # Relative to the largest value. 16 bits: half a unit in the last place, the rounding of the result itself. float32: four units, what a few sums of
 # a handful of terms may differ by when they are added in another order; on so few terms PyTorch's own error is 0 as often as not.
 FLOOR = {torch.float32: 2**-21, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-48}

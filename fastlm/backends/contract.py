@@ -15,8 +15,8 @@ from torch import Tensor
 Results = tuple[Tensor | None, ...]
 Reasons = list[str]
 
-ForwardCall = TypeVar("ForwardCall", bound="Call")
-BackwardCall = TypeVar("BackwardCall", bound="Call")
+ForwardCall = TypeVar("ForwardCall")  # a Call; of an operator that updates its arguments, any description
+BackwardCall = TypeVar("BackwardCall")
 
 
 class Call(Protocol):

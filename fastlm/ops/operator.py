@@ -59,7 +59,9 @@ class Operator(Registered):
         self.tensors = num_tensors(self.Forward)
         self.forward_op = define(f"fastlm::{name}_forward", self, self.Forward, self.results, lambda i: i.forward)
         if self.Backward is not None:
-            self.backward_op = define(f"fastlm::{name}_backward", self, self.Backward, self.inputs, lambda i: i.backward)
+            self.backward_op = define(
+                f"fastlm::{name}_backward", self, self.Backward, self.inputs, lambda i: i.backward
+            )
             self.function = make_function(self)
 
     # What an operator says itself

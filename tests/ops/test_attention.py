@@ -4,7 +4,6 @@ import torch.nn.functional as F
 
 import fastlm
 from tests.support import (
-    implementation_module,
     BACKENDS,
     DTYPES,
     SLOW,
@@ -12,6 +11,7 @@ from tests.support import (
     assert_within_twice_torch,
     error,
     floats,
+    implementation_module,
     on_backends,
     on_every_backend,
     outputs_and_gradients,
@@ -101,7 +101,7 @@ def test_windows(lengths, causal, window, dtype, backend):
 def test_grouped_queries_on_a_pytorch_that_does_not_know_them(monkeypatch):
     run = lambda: outputs_and_gradients(
         lambda *t: fastlm.attention(*t, causal=True, backend="torch"), qkv(2, 6, 2, 9, 9, 16), torch.float32
-    )  # noqa: E731
+    )
     known = run()
     monkeypatch.setattr(implementation_module("attention", "torch"), "NATIVE_GQA", False)
     for a, b in zip(run(), known, strict=True):
@@ -233,7 +233,7 @@ def test_log_sum_exp_and_its_gradient(causal, sizes, dtype, backend):
 
     ours = lambda q, k, v: (lambda out, lse: (out, lse[..., -4:]))(
         *fastlm.attention(q, k, v, causal=causal, return_lse=True, backend=backend)
-    )  # noqa: E731
+    )
     assert_within_twice_torch(ours, own, qkv(*sizes), dtype)
     lse = fastlm.attention(*(t.to(dtype) for t in qkv(*sizes)), causal=causal, return_lse=True, backend=backend)[1]
     assert lse.dtype == torch.float32 and lse.shape == sizes[:2] + sizes[3:4] and lse.is_contiguous()

@@ -12,13 +12,13 @@ from fastlm.ops.attention import gpu
 from fastlm.ops.attention.spec import Backward, Forward
 from tests.ops.test_attention import HARM, seen
 from tests.support import (
-    implementation_module,
     DTYPES,
     SLOW,
     assert_same_bits,
     assert_within_twice_torch,
     error,
     floats,
+    implementation_module,
     on_backends,
     on_every_backend,
     on_every_backend_that_raises,
@@ -107,7 +107,7 @@ def test_windows(causal, window, dtype, backend):
     lengths = [(50, 50), (20, 90), (1, 70), (30, 10)]
     ours = lambda *t: fastlm.attention_varlen(
         *t, *cu_seqlens(lengths, torch.int32), causal=causal, window=window, backend=backend
-    )  # noqa: E731
+    )
     assert_within_twice_torch(ours, torch_own(lengths, causal, window), qkv(lengths, 2, 1, 24), dtype)
 
 
@@ -376,7 +376,7 @@ def test_same_bits_on_every_thread_count(dropout_p, dtype, backend):
     inputs = [x.to(dtype) for x in qkv(lengths, 2, 1, 24)]
     call = lambda *t: fastlm.attention_varlen(
         *t, *cu_seqlens(lengths), causal=True, dropout_p=dropout_p, backend=backend
-    )  # noqa: E731
+    )
     threads, outcomes = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3, 4, 2):

@@ -515,9 +515,7 @@ def test_autocast_on_a_cpu(case, backend, dtype):
     with torch.autocast("cpu", dtype):  # a backward inside must not be cast once more
         got = torch.autograd.grad(results, leaves, upstreams)
     assert all(d.dtype == torch.float32 for d in got)
-    if (
-        case.rounds_weights
-    ):  # those were rounded, and once more where a mean is scaled; these are not: see below
+    if case.rounds_weights:  # those were rounded, and once more where a mean is scaled; these are not: see below
         assert all(
             error(d, narrow.double()) <= {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
             for d, narrow in zip(got, gradients, strict=True)

@@ -4,12 +4,12 @@ import torch.nn.functional as F
 
 import fastlm
 from tests.support import (
-    implementation_module,
     DTYPES,
     assert_same_bits,
     assert_within_twice_torch,
     error,
     floats,
+    implementation_module,
     on_backends,
     on_every_backend,
     on_every_backend_that_raises,
@@ -145,7 +145,7 @@ def test_chunks_change_nothing_but_memory(backend, monkeypatch):
     inputs, target = (floats(40, 24), floats(90, 24), floats(90)), targets(90, 40, ignored=[3, 17])
     run = lambda: outputs_and_gradients(
         lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend), inputs, torch.float32
-    )  # noqa: E731
+    )
     whole = run()
     for rows in (1, 7, 39):
         small_chunks(monkeypatch, backend, rows * 4 * 90)

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlm.backends.contract import Results
 from fastlm.ops.attention import reference, spec
 from fastlm.ops.operator import Operator
 

@@ -62,7 +62,7 @@ def forward(call: Forward, dense: Callable[[Forward, int], Results]) -> Results:
         )
         band = call.lower + offset, call.upper + offset
         one = dense(Forward(*tensors, call.scale, *band, call.dropout_p, call.return_lse, False), index)
-        out[queries], lse[:, queries] = one[0][0].transpose(0, 1), one[1][0]  # type: ignore[index]
+        out[queries], lse[:, queries] = one[0][0].transpose(0, 1), one[1][0]
     return out, lse
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlm.backends.contract import Results
 from fastlm.ops.gelu_mlp import reference, spec
 from fastlm.ops.operator import Operator
 

@@ -55,7 +55,7 @@ class LinearCrossEntropy(Operator):
         """forward(), which backward calls too: a tracer may watch by then."""
         if isinstance(selected, Implementation) and needs_custom_op(*tensors):
             selected = selected.backend.name
-        return self.forward(spec.Forward(*tensors, row_scale, *settings), selected)  # type: ignore[arg-type]
+        return self.forward(spec.Forward(*tensors, row_scale, *settings), selected)
 
 
 operator = LinearCrossEntropy("linear_cross_entropy", __package__ or "")
