@@ -1,4 +1,4 @@
-"""What fastlm found on this machine: the backends, why some are not available, and how often a call fell back or copied."""
+"""What fastlm found on this machine: the backends, why some are not available, fallbacks and copies."""
 
 import dataclasses
 import platform

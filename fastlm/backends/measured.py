@@ -30,7 +30,8 @@ WITH_AMX = (
     *(Rule(name, "float32", {"rows": (182, None), "in_width": (512, None)}) for name in ("linear", "gelu_mlp")),
 )
 
-# The same CPU where fastlm's kernels cannot use AMX: the system forbids it, the compiler is older, another ISA is forced.
+# The same CPU where fastlm's kernels cannot use AMX: the system forbids it, the compiler is too old, or another ISA is
+# forced.
 AMX_UNUSED = (
     *(rule for rule in WITH_AMX if rule.dtype == "float32"),
     *(Rule(name, "bfloat16") for name in ("linear", "gelu_mlp", "linear_cross_entropy")),

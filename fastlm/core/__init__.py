@@ -1,1 +1,1 @@
-"""What every layer uses: errors, tracing, autocast, memory layout, random numbers. Imports nothing else of the package."""
+"""What every layer uses: errors, tracing, autocast, memory layout, random numbers. Imports nothing of the package."""

@@ -1,4 +1,4 @@
-// What the lanes of a warp do together: shuffles, votes, ldmatrix and mma, in the layouts that csrc/cuda/intrinsics.cuh describes.
+// Warp-wide operations: shuffles, votes, ldmatrix and mma, in the layouts that csrc/cuda/intrinsics.cuh describes.
 #include "fibers.h"
 
 namespace fastlm::emulation {

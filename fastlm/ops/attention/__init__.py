@@ -1,4 +1,7 @@
-"""softmax(q kᵀ · scale + mask) v, by tiles: query_len × key_len is never stored (Dao et al., 2022, arXiv:2205.14135)."""
+"""softmax(q kᵀ · scale + mask) v, by tiles: query_len × key_len is never stored.
+
+Source: Dao et al., 2022, arXiv:2205.14135.
+"""
 
 from fastlm.ops.attention.api import attention
 from fastlm.ops.attention.sdpa import scaled_dot_product_attention

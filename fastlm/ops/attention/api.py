@@ -101,7 +101,7 @@ def attention(
 
 
 def band(causal: bool, window: tuple[int | None, int | None] | None, offset: int) -> tuple[int, int]:
-    """(lower, upper): query i attends to key j iff lower ≤ j − i ≤ upper, query 0 being at the position of key `offset`."""
+    """(lower, upper): query i attends to key j iff lower ≤ j − i ≤ upper. Query 0 has the position of key `offset`."""
     lower, upper = -UNLIMITED, offset if causal else UNLIMITED
     if window is not None:
         left, right = check_window(window)

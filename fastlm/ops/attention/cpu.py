@@ -15,7 +15,7 @@ DENSE: tuple[list[int], list[int]] = [], []  # boundaries of a batch that is not
 
 
 def new_result(x: Tensor, packed: bool) -> Tensor:
-    """Memory for a result like x. A dense one, (B, H, T, D), is stored as (B, T, H, D): merging heads is then a view."""
+    """An uninitialised result like x. A dense one, (B, H, T, D), is stored as (B, T, H, D): merging heads is a view."""
     if packed:
         return new_like(x)
     batch, heads, length, head_dim = x.shape

@@ -1,4 +1,4 @@
-"""fastlm.scaled_dot_product_attention: PyTorch's signature and top-left causal alignment, for libraries that call it."""
+"""fastlm.scaled_dot_product_attention: attention with PyTorch's signature and its top-left causal alignment."""
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def scaled_dot_product_attention(
 
 
 def four_dimensions(x: Tensor, lead: torch.Size) -> Tensor:
-    """x as (batch, heads, …, …): leading dimensions broadcast and merged, missing ones added; a view if strides allow."""
+    """x as (batch, heads, …, …), a view if strides allow: leading dimensions are broadcast and merged, or added."""
     if x.dim() == 4 and x.shape[:1] == lead:
         return x
     x = x[(None,) * (3 - x.dim())] if x.dim() < 3 else x

@@ -62,8 +62,8 @@ def attention_varlen(
 
     Sequence b has the queries cu_seqlens_q[b] … cu_seqlens_q[b + 1] − 1 and the keys cu_seqlens_k[b] …
     cu_seqlens_k[b + 1] − 1. Either may be empty: queries without keys get 0. causal and window are aligned bottom-right
-    in each sequence, as in `fastlm.attention`. Dropout drops the same weights as in the padded batch. For self-attention
-    in sequences of 3, 1 and 4 tokens both cu_seqlens are tensor([0, 3, 4, 8]).
+    in each sequence, as in `fastlm.attention`. Dropout drops the same weights as in the padded batch. For
+    self-attention in sequences of 3, 1 and 4 tokens both cu_seqlens are tensor([0, 3, 4, 8]).
 
     Args:
         query: (total_q, heads, head_dim), floating point, any strides, such as views of one packed projection. Under

@@ -16,7 +16,7 @@ class Sizes(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """Results: the loss of each row in float32 (float64 for float64); the gradients of Σ row_scale · loss, as needed."""
+    """Results: the loss of each row in float32 (float64 for float64); the needed gradients of Σ row_scale · loss."""
 
     x: Tensor
     weight: Tensor
