@@ -1,4 +1,4 @@
-"""The table behind backend selection: measured rows, keyed by the model of the CPU or GPU. Nothing is timed at run time.
+"""The table behind backend selection: measured rows, keyed by the model of the CPU or GPU, never timed at run time.
 
 A row says: on this machine, this operator in this dtype goes first to that backend when every named size is in its
 range. Both ends of a range belong to it; None is open. Where no row matches, the device's ORDER holds.
