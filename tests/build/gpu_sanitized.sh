@@ -14,8 +14,9 @@ while (($#)) && [[ $1 != -- ]]; do
 done
 shift
 
-# Each kernel with what it can do: a training step of both models, heads of two widths, a mask's gradient, keys in stretches, rows that are computed again;
-# products in both layouts, losses with logits and without; teams of a warp and of several, and rows of any width.
+# Each kernel with its features: a training step of both models, heads of two widths, the gradient of a mask, split-K,
+# recomputed rows; products in both layouts, losses with and without stored logits; teams of a warp and of several, and
+# rows of any width.
 attention=tests/kernels/test_cuda_attention.py::test_
 products=tests/kernels/test_cuda_gemm.py::test_
 norm=tests/kernels/test_cuda_layernorm_residual.py::test_
@@ -23,13 +24,13 @@ tests=(
   tests/kernels/test_training.py
   "${attention}heads_of_every_width["{64,136}"-torch."{float32,bfloat16}"-cuda]"
   "${attention}gradients_of_masks_over_several_tiles["{"(1, 1, 70, 90)","(2, 1, 1, 90)"}"-72-torch.bfloat16-cuda]"
-  "${attention}few_queries_with_everything_that_masks[cuda]"
-  "${attention}rows_that_are_computed_again[40-torch.bfloat16-cuda]"
+  "${attention}few_queries_with_every_kind_of_mask[cuda]"
+  "${attention}recomputed_rows[40-torch.bfloat16-cuda]"
   "${products}many_tiles[(130, 33, 261, 17)-"{linear,conv1d}"-torch."{float32,bfloat16}"-cuda]"
-  "${products}losses_without_logits[70-16-65-0.1-torch.bfloat16-cuda]"
+  "${products}losses_without_stored_logits[70-16-65-0.1-torch.bfloat16-cuda]"
   "${products}gradients_of_wide_and_of_many_rows[200-1100-0.1-torch.bfloat16-cuda]"
   "${norm}teams_of_every_size["{9-256,5-264,2-8200}"-torch.bfloat16-cuda]"
-  "${norm}dropout_where_a_threads_columns_are_apart[1088-cuda]"
+  "${norm}dropout_with_the_columns_of_a_thread_spread[1088-cuda]"
 )
 
 mkdir -p "$out"

@@ -1,4 +1,7 @@
-"""python -m tests.cuda_emulation: builds the CUDA kernels of csrc/cuda for the CPU, as fastlm/_cuda_emulated, which FASTLM_CUDA_EMULATION=1 puts to use."""
+"""python -m tests.cuda_emulation: compiles the CUDA kernels of csrc/cuda for the CPU, as fastlm/_cuda_emulated.
+
+With FASTLM_CUDA_EMULATION=1 the tests use it as the module of the cuda backend.
+"""
 
 import os
 import shutil
@@ -6,7 +9,7 @@ import sys
 
 from tests.cuda_emulation.build import ROOT, build
 
-HOST_ONLY = ["device.cu"]  # asks the CUDA driver
+HOST_ONLY = ["device.cu"]  # queries the CUDA driver
 
 
 def main() -> None:
@@ -17,7 +20,7 @@ def main() -> None:
         sys.exit(str(failure))
     installed = ROOT / "fastlm" / module.name
     if not installed.exists() or installed.stat().st_mtime < module.stat().st_mtime:
-        fresh = installed.with_suffix(".new")  # never overwritten in place: a running process may have it mapped
+        fresh = installed.with_suffix(".new")  # not overwritten in place, because a running process may have mapped it
         shutil.copyfile(module, fresh)
         os.replace(fresh, installed)
     print(installed)

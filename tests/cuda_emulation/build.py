@@ -1,4 +1,4 @@
-"""Compiles CUDA C++ sources against the emulator, incrementally, by ninja: object files and the modules stand in build/cuda_emulation of the checkout."""
+"""Compiles CUDA C++ sources for the emulator, incrementally, by ninja, in build/cuda_emulation of the checkout."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent.resolve()
 FOLDER = ROOT / "build" / "cuda_emulation"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
-COMPILER = "g++"  # whatever CXX says: the emulator counts on how GCC instruments, and on what it leaves alone
+COMPILER = "g++"  # not CXX: the emulator depends on the instrumentation of GCC
 COMMON = [
     "-std=c++20",
     "-O2",
@@ -25,8 +25,9 @@ COMMON = [
     f"-I{ROOT / 'csrc/cuda'}",
     f"-I{HERE}",
 ]
-# The thread sanitizer's instrumentation, whose functions the emulator defines. Loops must not become calls of memset, which no instrumentation sees;
-# the same memory is read as several types, as CUDA allows; a·b + c is one operation where the CPU has it, as on a GPU.
+# The emulator defines the functions of the thread sanitizer's instrumentation. Loops must not become calls of memset,
+# which are not instrumented. CUDA allows reading memory as several types. a·b + c is fused where the CPU can, as on a
+# GPU.
 DEVICE = [
     *("-x", "c++", "-include", "intrinsics.h", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
     *(
@@ -41,7 +42,7 @@ DEVICE = [
 
 
 def fused_multiply_add() -> list[str]:
-    """The flags of the CPU that the module is built on, and runs on."""
+    """The flags of the CPU that the module is built for and runs on."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
@@ -54,8 +55,11 @@ def words(*flags: object) -> str:
 
 
 def build(name: str, kernels: list[Path], bindings: list[Path]) -> Path:
-    """The shared library or module <name> of kernel sources, which are instrumented, and host sources, which are not. Raises RuntimeError with the
-    compiler's messages."""
+    """The shared library or module <name>, of instrumented kernel sources and of host sources.
+
+    Raises:
+        RuntimeError: with the messages of the compiler.
+    """
     import ninja
 
     target = FOLDER / f"{name}{SUFFIX}"
@@ -86,7 +90,7 @@ rule link
     script = FOLDER / f"{name}.ninja"
     jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
     command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(FOLDER), "-f", script.name, "-j", jobs]
-    with open(FOLDER / f"{name}.lock", "w") as lock:  # two builds at once would write the same files
+    with open(FOLDER / f"{name}.lock", "w") as lock:  # concurrent builds would write the same files
         fcntl.flock(lock, fcntl.LOCK_EX)
         script.write_text(text)
         built = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,4 +1,4 @@
-// Warp-wide operations: shuffles, votes, ldmatrix and mma, in the layouts that csrc/cuda/intrinsics.cuh describes.
+// The collective operations of a warp: shuffles, votes, ldmatrix and mma, in the layouts of csrc/cuda/intrinsics.cuh.
 #include "fibers.h"
 
 namespace fastlm::emulation {
@@ -51,7 +51,7 @@ words ldmatrix(const void* shared, int matrices, bool transposed, int line) {
 typedef float row8 __attribute__((vector_size(32)));
 typedef uint32_t words8 __attribute__((vector_size(32)));
 
-// The two numbers of each word, the lower in the first half of `out`.
+// Converts the two 16-bit numbers of each word.
 template <products kind, int N> [[gnu::always_inline]] inline void widen(const uint32_t* in, float* low, float* high) {
   for (int i = 0; i < N; ++i) {
     if constexpr (kind == products::bf16) {

@@ -1,7 +1,7 @@
-// CUDA C++ as a C++ compiler sees it: the language's words, its vector types and the functions of csrc/cuda's headers,
-// for the sources of csrc/cuda alone. Each thread of a block is a fiber (fibers.cpp); barriers, collectives, ldmatrix
-// and mma are where fibers meet (collectives.cpp). Every load and store of the kernels is seen: they are compiled with
-// the thread sanitizer's instrumentation, whose functions are ours (memory.cpp).
+// The keywords, vector types and functions of CUDA C++ that csrc/cuda uses, for a C++ compiler. Each thread of a block
+// is a fiber (fibers.cpp); fibers rendezvous at barriers, warp collectives, ldmatrix and mma (collectives.cpp). The
+// kernels are compiled with the thread sanitizer's instrumentation, whose functions check every load and store
+// (memory.cpp).
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -59,11 +59,11 @@ __forceinline__ uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
 
 namespace fastlm::emulation {
 
-// In registers, so that passing them leaves nothing in memory for the checks to look at.
+// Passed in registers, so that the instrumentation sees no memory accesses.
 typedef float floats __attribute__((vector_size(16)));
 typedef uint32_t words __attribute__((vector_size(16)));
 
-struct packed3 {  // three unsigned in registers
+struct packed3 {  // three unsigned numbers in registers
   uint64_t xy, z;
 };
 [[gnu::const]] packed3 thread_index();
@@ -96,8 +96,8 @@ template <class V, class R, int N> __forceinline__ void spread(V from, R (&to)[N
   for (int i = 0; i < N; ++i) to[i] = from[i];
 }
 
-// Vectors are accessed whole, up to 16 bytes at once, as an instruction would and as the checks are fastest; left to
-// itself the compiler goes by elements.
+// Vectors are accessed in units of up to 16 bytes, as by a GPU instruction; the compiler alone would access elements.
+// It also makes the checks faster.
 template <int Bytes> struct unit_of {
   typedef uint32_t type __attribute__((vector_size(16), may_alias));
 };
@@ -132,7 +132,7 @@ template <class V, int Bytes> __forceinline__ void store(void* to, const V& vect
   for (size_t i = 0; i < Bytes / sizeof(unit); ++i) static_cast<unit*>(to)[i] = whole.at[i];
 }
 
-// Conversions, bit for bit those of the hardware's instructions.
+// Conversions with the same bits as the instructions of a GPU.
 __forceinline__ uint16_t float_to_bfloat(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return x != x ? 0x7FFF : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
@@ -144,8 +144,7 @@ __forceinline__ uint16_t float_to_half(float x) {
   if (size >= 0x47800000) return uint16_t(sign | 0x7C00);  // 2^16 and more
   if (size < 0x38800000)  // subnormal: adding 0.5 leaves multiples of 2^-24, rounded by the addition, in the lower bits
     return uint16_t(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3F000000));
-  return uint16_t(sign |
-                  ((size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13));  // may carry into infinity, as it should
+  return uint16_t(sign | ((size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13));  // may round to infinity
 }
 
 __forceinline__ float half_to_float(uint16_t h) {
@@ -156,8 +155,8 @@ __forceinline__ float half_to_float(uint16_t h) {
   return std::bit_cast<float>(sign | ((size << 13) + 0x38000000));
 }
 
-// To 10 bits of mantissa, ties away from zero. The 13 bits below are not part of a number in tf32, and nobody may count
-// on what stands there.
+// Rounds to 10 bits of mantissa, ties away from zero. The lower 13 bits are undefined in tf32: they get a pattern that
+// shows their use.
 __forceinline__ uint32_t float_to_tf32(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if (x != x) return 0x7FFFFFFF;
@@ -202,7 +201,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 #define blockDim (::fastlm::emulation::unpack(::fastlm::emulation::block_size()))
 #define gridDim (::fastlm::emulation::unpack(::fastlm::emulation::grid_size()))
 
-// The line stands for the place where threads meet: two that wait at different places are a divergent barrier.
+// The line identifies the barrier: threads that wait at different lines are a divergent barrier.
 __forceinline__ void __syncthreads(int line = __builtin_LINE()) { ::fastlm::emulation::barrier(0, 0, line); }
 __forceinline__ void __syncwarp(int line = __builtin_LINE()) { ::fastlm::emulation::sync_warp(line); }
 

@@ -1,4 +1,4 @@
-// Blocks run one after another on each OS thread, the threads of a block as fibers in turn.
+// Each OS thread runs blocks one after another, and the threads of a block as fibers.
 #include "fibers.h"
 #include <dlfcn.h>
 #include <link.h>
@@ -22,8 +22,8 @@ packed3 block_size() { return current->block->size; }
 packed3 grid_size() { return current->block->grid; }
 unsigned char* shared_memory() { return current->block->shared; }
 
-// A GPU's, of the smallest that the kernels serve; few multiprocessors, so that what is cut by their number is cut at
-// the tests' sizes too.
+// The limits of the smallest supported GPU. There are few multiprocessors, so that work is divided by their number at
+// the sizes of the tests, too.
 int shared_memory_limit() { return 99 << 10; }
 int multiprocessors() { return 4; }
 
@@ -63,7 +63,7 @@ void diverged(Fiber& self, Meeting meeting, int line) {
   fail(self, here + ", other threads of its warp at " + name_of(warp.meeting, warp.line), __builtin_return_address(0));
 }
 
-// `self` waits or has ended: the next warp that can run gets its turn.
+// `self` waits or has ended: switches to the next warp that can run.
 static void leave_warp(Fiber* self) {
   Block& block = *self->block;
   for (int i = 1; i <= block.warp_count; ++i) {
@@ -162,7 +162,7 @@ static uintptr_t new_stack() {
   void* memory =
       mmap(nullptr, StackBytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stack of a thread");
-  mprotect(memory, page, PROT_NONE);  // what lies below is an overflow
+  mprotect(memory, page, PROT_NONE);  // detects a stack overflow
   return uintptr_t(memory) + page;
 }
 
@@ -219,10 +219,10 @@ struct Machine {
       fiber.copies.clear();
       fiber.landed = 0;
       fiber.groups = 0;
-      // Tops are staggered: at one distance from each other they would all want the same few lines of the cache.
+      // Stack tops are staggered, because equal distances would map them to the same cache lines.
       void** top = reinterpret_cast<void**>(fiber.stack + StackBytes - 64 - i % 16 * 832);
 #if defined(__x86_64__)
-      *--top = nullptr;  // the address that a call would have left
+      *--top = nullptr;  // the return address that a call would push
       *--top = reinterpret_cast<void*>(&live);
 #else
       *--top = reinterpret_cast<void*>(&live);
@@ -237,7 +237,7 @@ struct Machine {
   }
 };
 
-// Machines wait here for the next launch, as making their stacks takes long.
+// Machines are reused by the next launch, because creating their stacks is slow.
 static std::mutex machines_mutex;
 static std::vector<std::unique_ptr<Machine>> machines;
 
@@ -259,7 +259,7 @@ static unsigned os_threads() {
   return sched_getaffinity(0, sizeof cores, &cores) == 0 ? std::max(1, CPU_COUNT(&cores)) : 1;
 }
 
-// Constants of the kernels lie in the module itself.
+// Constants of the kernels are in the module.
 static std::vector<Extent> module_image() {
   std::vector<Extent> image;
   dl_iterate_phdr(
@@ -280,12 +280,12 @@ static std::vector<Extent> module_image() {
   return image;
 }
 
-// "file:line, from file:line": the place and what it was inlined into, if the debugging tools are there.
+// "file:line, from file:line": the place and its callers by inlining, if addr2line is installed.
 static std::string source_of(void* place) {
   Dl_info module;
   if (!place || !dladdr(place, &module)) return "";
   char command[4096];
-  const uintptr_t before = uintptr_t(place) - 1 - uintptr_t(module.dli_fbase);  // in the call, not after it
+  const uintptr_t before = uintptr_t(place) - 1 - uintptr_t(module.dli_fbase);  // inside the call instruction
   std::snprintf(command, sizeof command, "addr2line -s -i -e '%s' 0x%zx 2>/dev/null", module.dli_fname, size_t(before));
   FILE* output = popen(command, "r");
   if (!output) return "";
@@ -304,7 +304,7 @@ static std::string source_of(void* place) {
 void run(const launch_shape& shape, void (*body)(const void*), const void* arguments, size_t argument_bytes) {
   std::string kernel = shape.kernel;
   if (kernel.starts_with('('))
-    kernel = kernel.substr(1, kernel.size() - 2);  // as the launch macro has those with commas
+    kernel = kernel.substr(1, kernel.size() - 2);  // the launch macro has parentheses around names with commas
   const auto refuse = [&](const std::string& why) { throw std::runtime_error(kernel + ": " + why); };
   const uint64_t threads = uint64_t(shape.block.x) * shape.block.y * shape.block.z,
                  blocks = uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z;
@@ -322,11 +322,11 @@ void run(const launch_shape& shape, void (*body)(const void*), const void* argum
     for (Extent& extent : launch.extents)
       if (extent.writable) {
         auto* writers = static_cast<std::atomic<uint32_t>*>(
-            std::calloc(extent.bytes / 2 + 2, sizeof(uint32_t)));  // pages that stay untouched cost nothing
+            std::calloc(extent.bytes / 2 + 2, sizeof(uint32_t)));  // untouched pages take no memory
         if (!writers) throw std::bad_alloc();
         extent.writers = {writers, [](std::atomic<uint32_t>* at) { std::free(at); }};
       }
-  // A buffer that is granted twice, to be read and to be written, is found by its second grant, which knows who wrote.
+  // A buffer that may be read and written is found by its writable grant, which records the writers.
   std::stable_partition(launch.extents.begin(), launch.extents.end(),
                         [](const Extent& extent) { return extent.writable; });
   launch.extents.push_back({uintptr_t(arguments), argument_bytes, false, "the kernel's arguments"});
@@ -343,7 +343,7 @@ void run(const launch_shape& shape, void (*body)(const void*), const void* argum
     for (uint64_t i; (i = next++) < blocks;) {
       machine->run(i);
       if (machine->block.error.empty()) continue;
-      next = blocks;  // no further ones
+      next = blocks;  // stops the other OS threads
       std::lock_guard lock(mutex);
       if (i < failed) {
         failed = i;

@@ -1,4 +1,4 @@
-// The inside of the emulator: blocks, warps and their threads, each a fiber with a stack of its own.
+// The internals of the emulator: blocks, warps and their threads, each a fiber with its own stack.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -15,7 +15,7 @@ constexpr size_t StackBytes = 128 << 10;
 struct Warp;
 struct Block;
 
-// A copy that cp.async began: its bytes reach shared memory when the thread waits for them.
+// A pending cp.async, whose bytes reach shared memory when the thread waits for it.
 struct Copy {
   uint32_t offset;
   int32_t bytes;
@@ -24,19 +24,19 @@ struct Copy {
 };
 
 struct Fiber {
-  void* stack_pointer;  // where it stands while another runs
+  void* stack_pointer;  // while another fiber runs
   uintptr_t stack;      // the lowest address of its stack
   Warp* warp;
   Block* block;
   int number, lane;  // in the block, in the warp
   bool exited;
   packed3 index;
-  std::vector<Copy> copies;  // in the order they were begun
-  size_t landed;             // of them
-  uint32_t groups;           // committed
+  std::vector<Copy> copies;  // in the order of their start
+  size_t landed;             // number of completed copies
+  uint32_t groups;           // number of committed groups
 };
 
-// What the threads of a warp wait for together.
+// The rendezvous points of a warp.
 enum class Meeting : uint8_t { sync_warp, barrier, shuffle, vote, ldmatrix, mma };
 
 struct Warp {
@@ -46,12 +46,12 @@ struct Warp {
   int arrived, exited;
   Meeting meeting;
   int line;
-  int barrier, barrier_threads;  // of a meeting at one
+  int barrier, barrier_threads;  // at a barrier
   bool blocked, ended;
-  Fiber* next;               // who goes on first when the warp gets its turn
-  uint32_t seen[MostWarps];  // accesses of warp w before the time seen[w] come before whatever this warp does now
-  uint32_t least_seen;       // of all warps
-  int parity;                // of exchanges: a lane may give its next value before all have fetched this one's
+  Fiber* next;               // the first to continue when the warp runs again
+  uint32_t seen[MostWarps];  // accesses of warp w before time seen[w] happen before this warp's accesses now
+  uint32_t least_seen;       // the minimum of seen
+  int parity;                // double-buffers exchanges: a lane may start the next one before all have read this one
   uint64_t values[2][Lanes];
   uint32_t votes[2];
   const void* addresses[Lanes];
@@ -64,7 +64,7 @@ struct Warp {
 
 struct Barrier {
   int threads, warps, line;  // expected, arrived, where
-  uint32_t members;          // a bit for each warp that waits
+  uint32_t members;          // one bit per waiting warp
 };
 
 struct Extent {
@@ -73,7 +73,7 @@ struct Extent {
   bool writable;
   const char* what;
   std::shared_ptr<std::atomic<uint32_t>[]>
-      writers{};  // of each two bytes of what is writable: 1 + the number of the block that wrote it, 0 for none
+      writers{};  // per two bytes, if writable: 1 + the number of the block that wrote them, or 0
 };
 
 // One launch, shared by the OS threads that run its blocks.
@@ -85,25 +85,25 @@ struct Launch {
   int threads;  // of a block
 };
 
-// What two threads did to a word of shared memory. Times are those of the block; earlier than the block's beginning:
+// The last accesses to a word of shared memory, at times of the block. A time before the start of the block means
 // never.
 struct Cell {
   uint32_t written, read;
-  uint32_t readers;  // a bit for each warp, of the reads since the last write that no barrier has put in the past
-  uint16_t writer;   // number of a thread, with the flags
-  uint16_t reader;   // number of a thread, or Several
+  uint32_t readers;  // one bit per warp: reads since the last write that no barrier has ordered
+  uint16_t writer;   // a thread number with flags
+  uint16_t reader;   // a thread number, or Several
   static constexpr uint16_t Thread = 0x3FF, Pending = 0x8000, Split = 0x4000, Several = 0xFFFF;
 };
 
 struct Cells {
-  Cell *of_words, *of_bytes;  // the second of words that are Split
+  Cell *of_words, *of_bytes;  // of_bytes for words that are Split
 };
 struct Result {
   Cells cells;
   std::unique_ptr<Cell[], void (*)(void*)> storage;
 };
 
-// What runs blocks one after another: the stacks, shared memory and what is known about it.
+// Runs blocks one after another: the stacks, and shared memory with its recorded accesses.
 struct Block {
   Fiber* fibers;
   Warp* warps;
@@ -117,16 +117,16 @@ struct Block {
   size_t shared_bytes;
   Cells shared_cells;
   std::vector<Cell> shared_storage;
-  std::vector<Result> results;  // of the launch's grants to write, which are its first
+  std::vector<Result> results;  // of the writable grants of the launch, which come first
   uint32_t now, began;
-  size_t recent;  // the extent that the last access fell into
+  size_t recent;  // the extent of the last access
   std::string error;
-  void* place;  // in the code
+  void* place;  // code address
 };
 
 extern thread_local constinit Fiber* current __attribute__((tls_model("initial-exec")));
 
-// Ends the launch with a report that names kernel, block and thread.
+// Ends the launch with a report of the kernel, block and thread.
 [[noreturn]] void fail(const Fiber& thread, const std::string& what, void* place = nullptr);
 std::string name_of(const Block& block, int thread);
 std::string index_name(packed3 index);
@@ -135,14 +135,13 @@ std::string index_name(packed3 index);
 constexpr size_t Guard = 4096;  // bytes on either side of shared memory
 void resize_shared(Block& block, size_t bytes);
 void follow_results(Block& block);
-void forget_shared(Block& block);  // a new block: nothing is written
+void forget_shared(Block& block);  // a new block, whose shared memory is unwritten
 bool guards_intact(const Block& block);
-void synchronise(Block& block, uint32_t warps);  // what these did until now comes before whatever they do from now on
+void synchronise(Block& block, uint32_t warps);  // orders all earlier accesses of these warps before later ones
 void read_row(Fiber& thread, const void* shared, void* place);  // 16 bytes, for ldmatrix
 std::vector<Extent> granted();                                  // to launches of this OS thread
 
-// Stops `from` here and goes on with `to`. Inlined where fibers meet, not called: each comes back to where the last one
-// left, as the processor predicts.
+// Switches from fiber `from` to `to`. It is inlined at each rendezvous, so that the processor predicts the jump.
 [[gnu::always_inline]] inline void switch_fibers(void** from, void* to) {
 #if defined(__x86_64__)
   asm volatile(
@@ -191,9 +190,8 @@ std::vector<Extent> granted();                                  // to launches o
 
 [[noreturn]] void diverged(Fiber& self, Meeting meeting, int line);
 
-// Where all lanes of a warp meet; the last to come completes the meeting and goes on, and the others follow in order,
-// so that the next one is always the next lane. Lanes that wait while another has ended, or waits elsewhere, would wait
-// for ever.
+// The rendezvous of all lanes of a warp. The last lane to arrive completes it and continues, and the others follow in
+// lane order. A lane that has ended, or waits elsewhere, is an error.
 template <class Complete> [[gnu::always_inline]] inline void meet(Fiber* self, Meeting meeting, int line,
                                                                   Complete complete) {
   Warp* warp = self->warp;

@@ -1,10 +1,10 @@
-// Every load and store of the kernels passes here: in shared memory it must lie inside, be written before it is read,
-// and meet no other thread's without a barrier in between; elsewhere it must lie in what the launch was granted, and
-// meet no other block's.
+// Checks every load and store of the kernels. In shared memory an access must be in bounds, must not read unwritten
+// memory, and must not race with another thread. In global memory it must be in a tensor of the launch and must not
+// race with another block.
 //
-// Time in a block advances with each synchronisation. A warp knows of each other warp until when what that one did is
-// ordered before its own doings; between threads of one warp, that is what __syncwarp and barriers order. For each word
-// of shared memory the last write and the reads since are kept, for each byte where a word is accessed in parts.
+// The time of a block advances with each synchronisation. A warp records up to which time the accesses of each other
+// warp happen before its own; between the threads of a warp, __syncwarp and barriers order accesses. For each word of
+// shared memory the last write and the reads since are recorded, and for each byte if a word is accessed in parts.
 #include "fibers.h"
 #include <sys/mman.h>
 #include <cstdlib>
@@ -43,7 +43,7 @@ void follow_results(Block& block) {
     if (!extent.writable) continue;
     const size_t words = extent.bytes / 4 + 2;
     std::unique_ptr<Cell[], void (*)(void*)> storage(static_cast<Cell*>(std::calloc(words * 5, sizeof(Cell))),
-                                                     std::free);  // untouched pages cost nothing
+                                                     std::free);  // untouched pages take no memory
     if (!storage) throw std::bad_alloc();
     const Cells cells{storage.get(), storage.get() + words};
     block.results.push_back({cells, std::move(storage)});
@@ -86,7 +86,7 @@ void synchronise(Block& block, uint32_t warps) {
 namespace {
 
 enum class Way { read, write, begin_copy, land_copy };
-// ldmatrix reads for the whole warp: not even the thread that gave the address may have written without a __syncwarp.
+// ldmatrix reads for the whole warp, so even the thread that gave the address needs a __syncwarp after its writes.
 enum class Where { shared, shared_for_warp, global };
 
 [[noreturn]] void race(Fiber& thread, Where where, uint32_t offset, const char* mine, int other, const char* theirs,
@@ -99,7 +99,7 @@ enum class Where { shared, shared_for_warp, global };
        place);
 }
 
-// Whether thread `other` did what it did at `time` before anything this thread does now.
+// Whether the access of thread `other` at `time` happens before the accesses of this thread now.
 [[gnu::always_inline]] inline bool ordered(const Fiber& thread, int other, uint32_t time) {
   return other == thread.number || time < thread.warp->seen[other / Lanes];
 }
@@ -239,12 +239,12 @@ std::string hex(uintptr_t address) {
        place);
 }
 
-// Nothing orders the blocks of a launch: what one has written no other may write or read. Single bytes are not looked
-// at, two may share a unit.
+// The blocks of a launch are not ordered: no block may access what another has written. The unit is two bytes, so
+// single bytes are not checked.
 [[gnu::always_inline]] inline void check_writer(Fiber& thread, const Extent& extent, uintptr_t address, size_t bytes,
                                                 bool write, void* place) {
   if (!extent.writable) return;
-  // Within the block, as in shared memory; grants to write come first in a launch.
+  // Within the block, as in shared memory. The writable grants come first in a launch.
   const Cells cells = thread.block->results[&extent - thread.block->launch->extents.data()].cells;
   const uint32_t offset = uint32_t(address - (extent.begin & ~uintptr_t(3)));
   if (write) check_words<Way::write, Where::global>(thread, cells, offset, uint32_t(bytes), place);
@@ -328,7 +328,7 @@ void copy_async(void* shared, const void* global, int bytes, bool valid) {
   if (offset >= block.shared_bytes || offset + bytes > block.shared_bytes)
     outside_shared(thread, address, bytes, true, place);
   if (uintptr_t(global) % bytes)
-    misaligned(thread, uintptr_t(global), bytes, place);  // wherever it leads: CUDA asks that of a copy of 0 bytes too
+    misaligned(thread, uintptr_t(global), bytes, place);  // also for a copy of 0 bytes, as in CUDA
   Copy& copy = thread.copies.emplace_back(Copy{uint32_t(offset), bytes, thread.groups, {}});
   if (valid) {
     check_global(thread, uintptr_t(global), bytes, false, place);
@@ -360,8 +360,8 @@ std::vector<Extent> granted() { return grants; }
 
 }  // namespace fastlm::emulation
 
-// Called by tests/cuda_emulation/backend.py: what the next launches of this OS thread may read, and write if
-// `writable`; and the end of these permissions.
+// For tests/cuda_emulation/backend.py: permits the next launches of this OS thread to read, and write if `writable`,
+// this memory; and revokes all permissions.
 extern "C" __attribute__((visibility("default"))) void fastlm_emulation_allow(const void* begin, size_t bytes,
                                                                               int writable) {
   if (bytes)
@@ -370,7 +370,7 @@ extern "C" __attribute__((visibility("default"))) void fastlm_emulation_allow(co
 }
 extern "C" __attribute__((visibility("default"))) void fastlm_emulation_forget() { fastlm::emulation::grants.clear(); }
 
-// What the instrumentation calls.
+// The functions that the instrumentation calls.
 using fastlm::emulation::access;
 extern "C" {
 #define HOOKS(bytes)                                                                                            \

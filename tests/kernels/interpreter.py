@@ -1,8 +1,9 @@
 """Corrections to Triton's interpreter, so that kernels compute under TRITON_INTERPRET=1 what they compute on a GPU.
 
-The interpreter of Triton 3.6 to 3.9 stores bfloat16 as integers. It truncates float32 to bfloat16, where GPUs round to nearest even, and its matrix
-product multiplies the integers. Triton 3.6 converts a scalar to an index in a way that NumPy 2.4 rejects. The interpreter also ignores the launch option
-`debug`, which decides whether device_assert is checked.
+The interpreter of Triton 3.6 to 3.9 stores bfloat16 as integers. It truncates float32 to bfloat16, where GPUs round to
+nearest even, and its matrix product multiplies the integers. Triton 3.6 converts a scalar to an index in a way that
+NumPy 2.4 rejects. The interpreter also ignores the launch option `debug`, which decides whether device_assert is
+checked.
 """
 
 import numpy as np

@@ -1,8 +1,10 @@
-"""Launches every kernel through Triton's real launcher, on a stub of the CUDA driver (stub_libcuda.c): launches.py OUT.json FOLDER
+"""Launches every kernel through Triton's real launcher, on a stub of the CUDA driver: launches.py OUT.json FOLDER
 
-A process of its own, with FOLDER, where the stub is, in LD_LIBRARY_PATH and TRITON_LIBCUDA_PATH. The backend is called on tensors of the CPU as if they lay on
-an H100, and each launch is made four times: by kernels/launch.py with other values of the same kinds, by kernels/launch.py with its own values, which goes
-past Triton, once more, when it has seen them, and through Triton. OUT.json gets what the driver was given each time, and what it should have been given.
+It needs a process of its own, with FOLDER, which holds the stub (stub_libcuda.c), in LD_LIBRARY_PATH and
+TRITON_LIBCUDA_PATH. The backend is called with CPU tensors as if they were on an H100, and each launch is made four
+times: through kernels/launch.py with other values of the same kinds, through it with its own values, which is a direct
+launch, a second time with the same values, and through Triton. OUT.json gets what the driver received each time, and
+what it should have received.
 """
 
 import ctypes
@@ -17,8 +19,8 @@ from pathlib import Path
 import torch
 import triton
 
-STREAM = 0x1230  # the current one
-CASES = {  # every kernel, with and without what it can leave out, in the tiles of a card: small ones compile faster
+STREAM = 0x1230  # the current stream
+CASES = {  # every kernel, with and without its optional arguments, with the tiles of a GPU: small tiles compile faster
     "attention bfloat16 64 bias dropout": "sm_86",
     "attention bfloat16 64 bool padding": "sm_90",
     "attention bfloat16 64 packed": "sm_86",
@@ -44,8 +46,8 @@ class Config(ctypes.Structure):
 
 LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(Config), ctypes.POINTER(ctypes.c_void_p))
 loaded = {}  # the driver's handle of a function → (its name, the size of each parameter)
-driven = []  # all that the driver was given
-through_triton = []  # the kernels that were launched by Triton's own way
+driven = []  # all launches that the driver received
+through_triton = []  # the kernels that Triton launched itself
 
 
 @LAUNCH
@@ -68,20 +70,20 @@ def on_launch(function, config, parameters):
 
 
 def parameter_sizes(ptx):
-    """In bytes."""
+    """The sizes of the kernel parameters in bytes."""
     header = re.search(r"\.entry \w+\((.*?)\n\)", ptx, re.DOTALL).group(1)
     return [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+) ", header)]
 
 
 def drive(folder):
-    """Puts the stub in the driver's place, and one H100 in PyTorch's."""
+    """Replaces the driver by the stub, and makes PyTorch report one H100."""
     stub = ctypes.CDLL(str(folder / "libcuda.so.1"))
     ctypes.c_void_p.in_dll(stub, "on_launch").value = ctypes.cast(on_launch, ctypes.c_void_p).value
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda index=None: (9, 0)
     torch.cuda.current_stream = lambda index=None: types.SimpleNamespace(cuda_stream=STREAM)
-    torch._C._cuda_getCurrentRawStream = lambda index: STREAM  # of a PyTorch for CUDA, which Triton prefers
+    torch._C._cuda_getCurrentRawStream = lambda index: STREAM  # Triton prefers this function of a PyTorch for CUDA
 
     load = triton.compiler.CompiledKernel._init_handles
     run = triton.JITFunction.run
@@ -101,9 +103,9 @@ def drive(folder):
 
 
 def another(value):
-    """Another value of the same kind, as far as launch.kind tells them apart."""
+    """Another value of the same kind in the sense of launch.kind."""
     if isinstance(value, torch.Tensor):
-        offset = value.data_ptr() % 16 // value.itemsize  # as far from a multiple of 16 bytes
+        offset = value.data_ptr() % 16 // value.itemsize  # the same distance from a multiple of 16 bytes
         extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
         return torch.empty(offset + extent, dtype=value.dtype).as_strided(value.shape, value.stride(), offset)
     if isinstance(value, float):
@@ -112,7 +114,7 @@ def another(value):
 
 
 def parameters_of(kernel, arguments):
-    """What the driver should be given of a launch: all but constants, None, and integers that are 1, each as its bits."""
+    """The bits that the driver should receive: all arguments but constants, None, and integers that are 1."""
     given = []
     for parameter, value in zip(kernel.params, arguments, strict=False):
         if value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
@@ -127,7 +129,10 @@ def parameters_of(kernel, arguments):
 
 
 def odd():
-    """What the other cases have not: a threshold of dropout that takes 64 bits, neither residual nor bias, rows that are not aligned, float16 and float32."""
+    """Arguments that no other case has.
+
+    A dropout threshold of 64 bits, neither residual nor bias, rows that are not aligned, float16 and float32.
+    """
     from tests.kernels.support import backward, forward
 
     x, w = torch.zeros(40, 71, dtype=torch.float16)[:, 1:68], torch.zeros(67)
@@ -138,7 +143,7 @@ def odd():
 
 
 def ones():
-    """Every size is 1, of which Triton makes constants."""
+    """All sizes are 1, which Triton makes constants."""
     from tests.kernels.support import backward, forward
 
     q, starts, every = torch.zeros(1, 1, 1, 1), torch.tensor([0, 1], dtype=torch.int32), (True,) * 3
@@ -160,7 +165,7 @@ def ones():
 
 
 def cases():
-    """(title, card whose tiles are taken, call)."""
+    """(title, GPU whose tiles are used, call)."""
     from tests.kernels import ahead_of_time
 
     calls = dict(ahead_of_time.cases(False))

@@ -1,9 +1,12 @@
-"""Every kernel compiled for GPUs that are not here: it compiles, its shared memory fits, its tuned configurations spill no registers, and matrices are
-multiplied by matrix instructions. No kernel divides 64-bit numbers element by element.
+"""Every Triton kernel compiled ahead of time for GPUs that need not be here.
 
-By default a few for one architecture. FASTLM_TEST_TARGETS=all (or names) compiles the commonest configurations for all eight (or those),
-FASTLM_TEST_CONFIGURATIONS=all every configuration: both together are some 1300 compilations, some twenty minutes of two cores. FASTLM_TEST_CONFIGURATIONS=3/20
-takes one in twenty of what is not among the commonest, as CI does. See ahead_of_time.py for the launches.
+It compiles, its shared memory fits, tuned configurations spill no registers, and matrices are multiplied by matrix
+instructions. No kernel divides 64-bit numbers element by element.
+
+By default a few configurations are compiled for one architecture. FASTLM_TEST_TARGETS=all (or names) compiles the most
+common ones for all eight (or those), FASTLM_TEST_CONFIGURATIONS=all every configuration: both together are about 1300
+compilations. FASTLM_TEST_CONFIGURATIONS=3/20 takes one in twenty of the less common ones. ahead_of_time.py has the
+launches.
 """
 
 import json
@@ -22,7 +25,7 @@ ALL = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx110
 WANTED = os.environ.get("FASTLM_TEST_TARGETS", "")
 CONFIGURATIONS = os.environ.get("FASTLM_TEST_CONFIGURATIONS") or "none"
 TARGETS = ALL if WANTED == "all" else tuple(WANTED.split(",")) if WANTED else ("sm_90",)
-# Every kernel in its fullest form.
+# Every kernel with all its optional arguments.
 FEW = (
     "attention bfloat16 64 bias dropout",
     "attention bfloat16 64 decode",
@@ -38,10 +41,10 @@ MATRIX = {
     "gfx1100": {"wmma"},
 }
 WITHOUT_PRODUCTS = ("combine", "layernorm", "activate", "slope", "cross_entropy")
-# Head dims 64 and 128 in 16 bits are what the table is tuned for. Of the others and of float32, whose products have no matrix unit at full precision, it is
-# asked that they compile and fit.
+# The table is tuned for head dims of 64 and 128 in 16 bits. The others, and float32, whose products have no matrix
+# instruction at full precision, must compile and fit.
 TUNED = ("float16 64", "float16 128")
-# The widest row of LayerNorm, with the sums of its weights' gradients beside it, is more than the registers of a block: it is served, not tuned.
+# The widest row of LayerNorm and the partial sums of its weight gradients exceed the registers of a block: it spills.
 SPILLS = {
     f"layernorm_residual {dtype} 16384": "layernorm_residual_backward_kernel"
     for dtype in ("bfloat16", "float16", "float32")
@@ -51,7 +54,7 @@ pytestmark = [pytest.mark.skipif(not WITH_TRITON, reason="needs Triton"), *([pyt
 
 
 def listed():
-    """(target, case, kernel) of everything that this run compiles."""
+    """(target, case, kernel) of all that this run compiles."""
     if not WITH_TRITON:
         return []
     from tests.kernels import ahead_of_time
@@ -62,7 +65,7 @@ def listed():
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """All of them at once, in one process: (target, case, kernel) → what came of it."""
+    """(target, case, kernel) → the report, of all compilations in one process."""
     out = tmp_path_factory.mktemp("ahead_of_time") / "out.json"
     environment = {
         **os.environ,
@@ -84,7 +87,7 @@ def compiled(tmp_path_factory):
     return {(entry["target"], entry["case"], entry["kernel"]): entry for entry in json.loads(out.read_text())}
 
 
-def test_the_shares_are_all_there_is():
+def test_the_slices_cover_all_configurations():
     from tests.kernels import ahead_of_time
 
     common, everything = (ahead_of_time.chosen(ALL, configurations) for configurations in ("none", "all"))
@@ -137,7 +140,7 @@ def test_it_compiles_and_fits(target, title, kernel, compiled):
 
 
 def test_the_targets_differ(compiled):
-    """Each really is compiled for its own architecture."""
+    """Each is compiled for its own architecture."""
     if len(TARGETS) > 1:
         matrix = {
             target: {tuple(e["matrix"]) for (t, _, _), e in compiled.items() if t == target and e.get("matrix")}

@@ -1,6 +1,7 @@
-"""What the tests of the operator do not reach in the CUDA kernels of attention: a head of every width that they are compiled for, tiles that are seen whole,
-keys cut into stretches, rows that are computed again, tokens that are read where they are not aligned. On a GPU, or in the emulator, which watches every
-access.
+"""Paths of the CUDA attention kernels that the operator tests do not reach.
+
+A head of every width that they are compiled for, fully visible tiles, split-K, recomputed rows, tokens that are not
+aligned. They run on a GPU, or in the emulator, which checks every access.
 """
 
 import pytest
@@ -26,11 +27,11 @@ WIDTHS = [
     128,
     136,
     200,
-]  # one for each width of tile, and one more that reads the widest without chunks of 16 bytes
+]  # one per width of a tile, and one that reads the widest without 16-byte copies
 
 
 def seeded(operator):
-    """The operator, dropping the same each time."""
+    """The operator with the same dropout mask in every call."""
 
     def same(*inputs):
         torch.manual_seed(3)
@@ -39,8 +40,8 @@ def seeded(operator):
     return same
 
 
-def as_the_reference(ours, inputs, dtype, bound):
-    """ours(backend) → a function of inputs; results and gradients, with dropout too."""
+def assert_like_the_reference(ours, inputs, dtype, bound):
+    """Compares results and gradients, also with dropout. ours(backend) is a function of the inputs."""
     for i, (a, b) in enumerate(
         zip(*(outputs_and_gradients(seeded(ours(name)), inputs, dtype) for name in ("cuda", "reference")), strict=True)
     ):
@@ -51,7 +52,7 @@ def as_the_reference(ours, inputs, dtype, bound):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", WIDTHS)
 def test_heads_of_every_width(head_dim, dtype, backend):
-    """Several tiles of queries and of keys, some of them whole, and grouped queries."""
+    """Several tiles of queries and keys, some fully visible, and grouped queries."""
     ours = lambda *t: fastlm.attention(*t, causal=True, backend=backend)  # noqa: E731
     assert_within_twice_torch(ours, torch_own(seen(70, 150, True)), qkv(1, 2, 1, 70, 150, head_dim), dtype)
 
@@ -60,7 +61,7 @@ def test_heads_of_every_width(head_dim, dtype, backend):
 @pytest.mark.parametrize(
     "causal, window", [(False, None), (True, None), (False, (70, 5)), (True, (130, None)), (False, (None, 90))], ids=str
 )
-def test_tiles_that_are_seen_whole_in_part_and_not_at_all(causal, window, backend):
+def test_tiles_fully_partly_and_not_visible(causal, window, backend):
     mask = seen(260, 300, causal, window)
     for dtype in (torch.float32, torch.bfloat16):
         ours = lambda *t: fastlm.attention(*t, causal=causal, window=window, backend=backend)  # noqa: E731
@@ -71,9 +72,11 @@ def test_tiles_that_are_seen_whole_in_part_and_not_at_all(causal, window, backen
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", WIDTHS)
 def test_dropout_in_tiles_of_every_size(head_dim, dtype, backend):
-    """A tile of keys has 16 to 64 of the 64 columns that a counter serves, a tile of queries 16 to 64 rows."""
+    """A tile of keys has 16 to 64 of the 64 columns of a counter, a tile of queries 16 to 64 rows."""
     ours = lambda name: lambda *t: fastlm.attention(*t, dropout_p=0.4, backend=name)  # noqa: E731
-    as_the_reference(ours, qkv(2, 2, 1, 50, 140, head_dim), dtype, {torch.float32: 2**-18, torch.float16: 2**-9}[dtype])
+    assert_like_the_reference(
+        ours, qkv(2, 2, 1, 50, 140, head_dim), dtype, {torch.float32: 2**-18, torch.float16: 2**-9}[dtype]
+    )
 
 
 @only_cuda
@@ -88,8 +91,8 @@ def test_gradients_of_masks_over_several_tiles(shape, head_dim, dtype, backend):
 @only_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [40, 136])
-def test_rows_that_are_computed_again(head_dim, dtype, backend):
-    """A NaN behind the padding, with all else that the second way must know: as a 0 there."""
+def test_recomputed_rows(head_dim, dtype, backend):
+    """A NaN that padding hides gives the same results as a 0, with mask, window and dropout."""
     real = torch.rand(2, 90) > 0.2
     mask = floats(1, 4, 40, 90)
     mask[..., 7] = -torch.inf
@@ -111,23 +114,23 @@ def test_rows_that_are_computed_again(head_dim, dtype, backend):
             assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-6}[dtype]
 
 
-# Keys in stretches
+# Split-K
 
 
 @only_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads, key_heads, query_len", [(2, 2, 1), (8, 2, 1), (3, 1, 5)])
-def test_few_queries_before_many_keys(heads, key_heads, query_len, dtype, backend):
-    """The last stretch is short, and with a window the first is not seen at all."""
-    q, k, v = qkv(1, heads, key_heads, query_len, 700, 40)
+@pytest.mark.parametrize("heads, num_kv_heads, query_len", [(2, 2, 1), (8, 2, 1), (3, 1, 5)])
+def test_few_queries_and_many_keys(heads, num_kv_heads, query_len, dtype, backend):
+    """The last split is short, and with a window the first is not visible."""
+    q, k, v = qkv(1, heads, num_kv_heads, query_len, 700, 40)
     for window in (None, (200, None)):
         ours = lambda *t, w=window: fastlm.attention(*t, causal=True, window=w, backend=backend)  # noqa: E731
         assert_within_twice_torch(ours, torch_own(seen(query_len, 700, True, window)), (q, k, v), dtype)
 
 
 @only_cuda
-def test_few_queries_with_everything_that_masks(backend):
-    """A stretch of nothing but padding, a batch of nothing else, NaN behind it, an additive mask by head, dropout, the log-sum-exp."""
+def test_few_queries_with_every_kind_of_mask(backend):
+    """A split and a batch of padding only, NaN in the padding, an additive mask by head, dropout, the log-sum-exp."""
     real = torch.rand(3, 700) > 0.3
     real[0, :300] = real[1] = False
     mask = floats(1, 4, 2, 700)
@@ -150,8 +153,8 @@ def test_few_queries_with_everything_that_masks(backend):
 
 @only_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tokens_that_begin_anywhere(dtype, backend):
-    """By chunks of 16 bytes where all tokens are aligned, number by number where one is not: the same bits."""
+def test_tokens_that_are_not_aligned(dtype, backend):
+    """Tokens are read in 16-byte chunks if aligned, otherwise element by element: the results are the same."""
     results = []
     for begin, stride in ((0, 40), (1, 40), (8, 41)):
         inputs = []
@@ -183,7 +186,7 @@ def test_products_are_rounded_only_where_the_user_allows_it(head_dim, backend):
 @only_cuda
 @pytest.mark.parametrize("head_dim", [16, 136])
 def test_the_same_bits_every_time(head_dim, backend):
-    """Sums over heads and over what a mask was broadcast over have one order."""
+    """Sums over heads and over the broadcast dimensions of a mask have a fixed order."""
     inputs = *(x.bfloat16() for x in qkv(2, 4, 2, 40, 70, head_dim)), floats(1, 1, 1, 70)
     call = seeded(lambda q, k, v, m: fastlm.attention(q, k, v, mask=m, dropout_p=0.2, backend=backend))
     first = outputs_and_gradients(call, inputs, torch.bfloat16)

@@ -1,5 +1,6 @@
-"""The arguments of the CUDA launchers are checked before a launch. The emulated module stands for the real one: both
-are compiled from the same bindings.
+"""The arguments of the CUDA launchers are checked before a launch.
+
+The tests use the emulated module, which is compiled from the same bindings as the real one.
 """
 
 import pytest

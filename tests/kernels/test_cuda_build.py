@@ -1,5 +1,8 @@
-"""The CUDA kernels as nvcc compiles them, which needs no GPU: no spills, the instructions that they were written for, every architecture, and a module that
-says why it cannot serve."""
+"""The CUDA kernels as nvcc compiles them, without a GPU.
+
+They do not spill, use the intended instructions and are compiled for every architecture. Without a GPU the module loads
+and reports why it is not available.
+"""
 
 import json
 import os
@@ -18,7 +21,7 @@ from tests.build.test_setup import setup  # noqa: F401, the fixture
 
 ROOT = Path(__file__).parents[2]
 MODULE = f"fastlm/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-REQUIRED = os.environ.get("FASTLM_REQUIRE_NVCC") == "1"  # as CI has it: then a missing tool is a failure
+REQUIRED = os.environ.get("FASTLM_REQUIRE_NVCC") == "1"  # a missing tool is then a failure
 
 MATRIX = ("attention_forward_kernel", "attention_backward_key_kernel", "attention_backward_query_kernel", "gemm_kernel")
 ASSERTING = (
@@ -38,7 +41,7 @@ def missing(what):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder of a package that holds what setup.py built, and where ninja left the compilers' logs."""
+    """The folder of the package that setup.py built."""
     out = tmp_path_factory.mktemp("cuda")
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(out)]
     environment = {**os.environ, "FASTLM_BUILD_CUDA": "1", "FASTLM_BUILD_ISAS": "baseline"}
@@ -53,7 +56,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cuobjdump():
-    """A command of NVIDIA's toolkit; Triton brings one."""
+    """A function that runs cuobjdump, which Triton brings."""
     found = shutil.which("cuobjdump")
     try:
         import triton
@@ -109,7 +112,7 @@ def test_every_architecture_is_inside_and_ptx_for_later_ones(built, cuobjdump):
 
 
 def type_of(kernel):
-    """The type that a kernel is compiled for, in its mangled name: the first of its template's arguments."""
+    """The dtype of a kernel: the first template argument in its mangled name."""
     arguments = kernel.partition("kernelI")[2]
     return next((name for name in ("bf16", "fp16") if arguments.startswith(f"NS0_4{name}E")), "fp32")
 
@@ -119,7 +122,7 @@ PRODUCTS = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "fp32": "HM
 
 @pytest.mark.parametrize("kernel", MATRIX)
 def test_products_run_on_tensor_cores(kernel, built, instructions):
-    """On those of their own type, and on nothing else: the emulator has other code in the place of these instructions."""
+    """Each kernel uses the instruction of its dtype only. The emulator cannot show this."""
     for arch in archs(built):
         those = {
             name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name
@@ -132,8 +135,8 @@ def test_products_run_on_tensor_cores(kernel, built, instructions):
 
 
 @pytest.mark.parametrize("kernel", MATRIX)
-def test_operands_come_by_asynchronous_copies_and_ldmatrix(kernel, built, instructions):
-    """16 bytes a copy, past the L1 cache; four matrices a load, transposed where rows of 16-bit numbers lie along the product's columns."""
+def test_operands_are_loaded_by_asynchronous_copies_and_ldmatrix(kernel, built, instructions):
+    """Copies have 16 bytes and bypass L1. ldmatrix loads four matrices, transposed for 16-bit rows along n."""
     for arch in archs(built):
         for (on, name), mnemonics in instructions.items():
             if on != f"sm_{arch}" or kernel not in name:
@@ -144,15 +147,15 @@ def test_operands_come_by_asynchronous_copies_and_ldmatrix(kernel, built, instru
             loads = {code for code in mnemonics if code.startswith("LDSM.")}
             transposes = type_of(name) != "fp32" and (
                 "gemm_kernel" not in name or "16ELb0E" in name
-            )  # Lb0: of weights that are contiguous along n
+            )  # Lb0: weights contiguous along n
             assert loads == {"LDSM.16.M88.4", *(["LDSM.16.MT88.4"] if transposes else [])}, (
                 f"{name} on sm_{arch}: {loads}"
             )
 
 
 @pytest.mark.parametrize("kernel", ASSERTING)
-def test_wrong_values_are_asserted_in_what_is_released(kernel, built, instructions):
-    """Whatever NDEBUG says: a call of __assertfail is the only one that leaves a kernel's own code."""
+def test_release_builds_assert_values(kernel, built, instructions):
+    """The only absolute call in a kernel is __assertfail."""
     for arch in archs(built):
         those = {
             name: mnemonics for (on, name), mnemonics in instructions.items() if on == f"sm_{arch}" and kernel in name
@@ -180,8 +183,8 @@ def test_streams_are_read_and_written_by_16_bytes(kernel, built, instructions):
                 assert any(code.startswith(access) for code in mnemonics), f"{access}: {name} on sm_{arch}"
 
 
-def test_logs_of_every_kernel_were_looked_at(built, setup):  # noqa: F811
-    """The build fails on spills: here, that it had something to look at, for each source and architecture."""
+def test_the_spill_check_read_the_log_of_every_kernel(built, setup):  # noqa: F811
+    """The build fails on spills. This checks that there was a log for each source and architecture."""
     folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
     for source in (ROOT / "csrc/cuda").glob("*.cu"):
         log = (folder / f"{source.stem}.cu.o.log").read_text()
@@ -194,7 +197,7 @@ def test_logs_of_every_kernel_were_looked_at(built, setup):  # noqa: F811
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
-def test_without_a_gpu_the_module_loads_and_says_why_it_cannot_serve(built):
+def test_without_a_gpu_the_module_loads_and_reports_why_it_is_unavailable(built):
     code = f"""
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("fastlm._cuda", {str(built / MODULE)!r})

@@ -1,4 +1,4 @@
-"""The emulator that the CUDA kernels are tested on: correct kernels pass and give CUDA's numbers, and each kind of mistake is reported where it was made."""
+"""The emulator of the CUDA kernels: correct kernels pass with CUDA's results, and every kind of error is reported."""
 
 import ctypes
 import re
@@ -31,7 +31,7 @@ def allow(module, tensor, writable):
 
 @pytest.fixture
 def run(module):
-    """run(kernel, in, size of out, bad=…, …): (out, what was reported, "" for nothing)."""
+    """run(kernel, in, size of out, bad=…, …): (out, the report, which is "" without an error)."""
 
     def run(kernel, given, out_size, bad=0, threads=128, shared=None):
         out = torch.full((out_size,), float("nan"))
@@ -62,7 +62,7 @@ def reported(report, *patterns):
 X = torch.arange(128.0)
 
 
-# What is right passes, and computes what it should
+# Correct kernels
 
 
 def test_neighbours(run):
@@ -75,7 +75,7 @@ def test_neighbours_in_a_warp(run):
     assert report == "" and torch.equal(out, X.view(64, 2).flip(1).flatten())
 
 
-def test_halves_of_a_word_are_two_places(run):
+def test_halves_of_a_word_are_separate(run):
     out, report = run("halves", X, 128, shared=256)
     assert report == "" and torch.equal(out, X.roll(-1))
 
@@ -86,7 +86,7 @@ def test_named_barriers(run):
 
 
 @pytest.mark.parametrize("kernel", ["bounds", "divergent", "unwritten", "copies", "asserted", "matrix_order"])
-def test_without_their_mistake(run, kernel):
+def test_without_the_error(run, kernel):
     given = torch.randn(4 * 128)
     out, report = run(kernel, given, 4 * 128, shared={"copies": 4096, "matrix_order": 2048}.get(kernel))
     assert report == "" and out[:128].isfinite().all()
@@ -115,7 +115,7 @@ def test_collectives(run):
     torch.testing.assert_close(out[5], x.sum().expand(4, 32))
     assert torch.equal(out[6], x.max().expand(4, 32))
     torch.testing.assert_close(out[7], torch.full((4, 32), 1e-9))
-    assert (out[4] == out[4][:, :1]).all() and (out[5] == out[5][0, 0]).all()  # one tree, whoever asks
+    assert (out[4] == out[4][:, :1]).all() and (out[5] == out[5][0, 0]).all()  # one order of summation
 
 
 def test_indices(run):
@@ -136,7 +136,7 @@ def test_products(run, layout, dtype):
         f"{layout}<{'bf16' if dtype == torch.bfloat16 else 'fp16'}>", given.float(), 128, threads=32, shared=1024
     )
     assert report == ""
-    # 16 products, exact in float32, summed one by one after 1…4; those are subtracted again
+    # 16 products, exact in float32, added one by one to 1…4, which are subtracted again
     torch.testing.assert_close(
         out.view(16, 8).double(), a @ b, rtol=0, atol=18 * 2**-24 * float((a.abs() @ b.abs()).max() + 4)
     )
@@ -166,12 +166,12 @@ def test_dropout_is_that_of_every_backend(module):
     assert torch.equal(out, torch.where(expected, torch.tensor(1 / (1 - p)), torch.tensor(0.0)))
 
 
-# Numbers of 16 bits
+# 16-bit numbers
 
 
 def test_rounding_is_that_of_the_hardware(module):
     every = torch.arange(1 << 16, dtype=torch.int32) << 16
-    # The bits below decide: on, beside and half-way between the numbers of bfloat16 (the upper 16 bits), float16 (13 bits less) and tf32.
+    # The lower bits put x on, beside and half-way between numbers of bfloat16 (upper 16 bits), float16 and tf32.
     low = torch.tensor(
         [0, 1, 0x0FFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xF000, 0xFFFF],
         dtype=torch.int32,
@@ -202,11 +202,11 @@ def test_widening_is_exact(module):
         assert widened[~number].isnan().all()
 
 
-# What is wrong is reported, with kernel, block, thread and line
+# Errors are reported with kernel, block, thread and line
 
 
 def line_of(kernel, text):
-    """Where `text` first stands in a planted kernel."""
+    """The line of the first `text` in a planted kernel."""
     lines = Path(HERE / "planted/planted.cu").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if re.search(rf"__global__ void {kernel}\(", line))
     return next(i + 1 for i, line in enumerate(lines) if i > start and text in line)
@@ -243,7 +243,7 @@ def test_a_race_for_one_half_of_a_word(run):
     )
 
 
-def test_a_barrier_of_other_threads_orders_nothing(run):
+def test_a_barrier_of_other_threads_does_not_synchronise(run):
     assert reported(
         run("named", X, 128, 1)[1], r"reads byte \d+ of shared memory, which nothing has written|race in shared memory"
     )
@@ -276,12 +276,12 @@ def test_bounds(run, bad, what):
         (4, r"race in global memory: it (reads|writes) byte \d+ of a result, which thread"),
     ],
 )
-def test_threads_that_meet_in_global_memory(run, bad, what):
+def test_races_in_global_memory(run, bad, what):
     out, report = run("blocks", X, 128, bad)
     assert reported(report, what) and (bad or torch.equal(out, X[:32].repeat(4)))
 
 
-def test_what_nothing_has_written(run):
+def test_reads_of_unwritten_memory(run):
     assert reported(
         run("unwritten", X, 128, 1)[1],
         r"thread \(122, 0, 0\): reads byte 20 of shared memory, which nothing has written",
@@ -313,7 +313,7 @@ def test_divergent_barriers(run, bad, what):
         (6, r"misaligned access of 16 bytes"),
     ],
 )
-def test_copies_before_their_wait_and_from_nowhere(run, bad, what):
+def test_copies_without_their_wait_and_out_of_bounds(run, bad, what):
     assert reported(run("copies", torch.randn(512), 512, bad, shared=4096)[1], what)
 
 
@@ -347,11 +347,11 @@ def test_a_wrong_fragment_gives_wrong_numbers(run):
         (32, 102400, "bytes of shared memory"),
     ],
 )
-def test_launches_that_no_gpu_takes(run, threads, shared, what):
+def test_invalid_launches(run, threads, shared, what):
     assert reported(run("asserted", X, 128, threads=threads, shared=shared)[1], f"^asserted: .*{what}")
 
 
-def test_after_a_report_the_next_launch_is_unharmed(run):
+def test_the_next_launch_after_a_report_is_correct(run):
     assert run("neighbour", X, 128, 1)[1]
     out, report = run("neighbour", X, 128)
     assert report == "" and torch.equal(out, 2 * X.roll(-32))

@@ -1,5 +1,8 @@
-"""What the tests of the operators do not reach in the CUDA products: both tiles, more tiles than one group of them, operands that no chunk of 16 bytes fits,
-long chains, tf32. On a GPU, or in the emulator, which watches every access."""
+"""Paths of the CUDA matrix products that the operator tests do not reach.
+
+Both tile sizes, more than one group of tiles, operands that are not aligned, long sums, tf32. They run on a GPU, or in
+the emulator, which checks every access.
+"""
 
 import pytest
 import torch
@@ -54,8 +57,8 @@ def test_many_tiles(sizes, layout, dtype, backend):
 @only_cuda
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("rows, hidden", [(1, 40), (5, 1), (1, 1)])
-def test_one_row_of_a_matrix_whose_next_one_would_not_be_aligned(rows, hidden, dtype, backend):
-    """Its chunks are whole; those of the rows that a tile has beyond it are not read, and still must not begin anywhere."""
+def test_one_row_with_a_row_stride_that_is_not_aligned(rows, hidden, dtype, backend):
+    """The row is aligned. The rows of the tile beyond it are not read, but their addresses must be aligned too."""
     x, w1, b1 = (
         floats(rows, 65 if rows == 1 else 64).to(dtype),
         floats(hidden, 65 if hidden == 1 else 64).to(dtype) / 8,
@@ -72,7 +75,7 @@ def test_one_row_of_a_matrix_whose_next_one_would_not_be_aligned(rows, hidden, d
 @only_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bits_of_a_row_do_not_depend_on_the_tile(dtype, backend):
-    """Few rows get small tiles, many rows large ones: along the chain of a sum both add in the same order."""
+    """Few rows take small tiles, many rows large ones. Both sum in the same order."""
     x, w1, b1, _, _ = (t.to(dtype) for t in mlp_inputs(600, 88, 264, 8))
     few, many = (hidden_and_activated(call_of(rows, w1, b1, "tanh"), True, True) for rows in (x[-7:], x))
     for a, b in zip(few, many, strict=True):
@@ -80,8 +83,8 @@ def test_the_bits_of_a_row_do_not_depend_on_the_tile(dtype, backend):
 
 
 @only_cuda
-def test_float32_is_as_exact_on_a_long_chain(backend):
-    """In three products of tf32 each: what is lost must not grow faster than in a chain of float32."""
+def test_float32_is_as_accurate_on_a_long_sum(backend):
+    """The error of three tf32 products must not grow faster than that of a sum in float32."""
     assert_within_twice_torch(
         lambda *t: fastlm.gelu_mlp(*t, backend=backend), torch_mlp, mlp_inputs(9, 3072, 40, 3072), torch.float32
     )
@@ -90,10 +93,10 @@ def test_float32_is_as_exact_on_a_long_chain(backend):
 @only_cuda
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), 3e38], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_what_is_not_finite_goes_where_it_goes_in_pytorch(dtype, value, backend):
-    """An infinity has no second part in tf32, and times 0 it is no number; 3e38 becomes one in the product. Elsewhere the bits stay."""
+def test_values_that_are_not_finite_propagate_as_in_pytorch(dtype, value, backend):
+    """An infinity has no low part in tf32, and 3e38 overflows in the product. Other rows keep their bits."""
     x, w1, b1, _, _ = (t.to(dtype) for t in mlp_inputs(80, 64, 40, 8))
-    w1[3] = 2.0  # nothing is left of it below tf32
+    w1[3] = 2.0  # its low part in tf32 is 0
     multiply = lambda x: product(x, w1, b1)  # noqa: E731
     finite = multiply(x)
     x[5, 7], x[70, 2], w1[9, 7] = value, -value, 0.0
@@ -126,8 +129,8 @@ def test_tf32_where_it_is_allowed_and_nowhere_else(backend, less_precision):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows, width, vocab", [(150, 40, 1200), (9, 33, 1300), (70, 16, 65)])
-def test_losses_without_logits(rows, width, vocab, label_smoothing, dtype, backend):
-    """Several parts of the vocabulary to a row, several blocks of rows; the same losses as with gradients, but for the rounding of the logits there."""
+def test_losses_without_stored_logits(rows, width, vocab, label_smoothing, dtype, backend):
+    """Several splits of the vocabulary and blocks of rows. Losses with gradients differ by rounded logits only."""
     x, w, b, target = (
         floats(rows, width),
         floats(vocab, width) / width**0.5,
@@ -139,12 +142,12 @@ def test_losses_without_logits(rows, width, vocab, label_smoothing, dtype, backe
         ours = fastlm.linear_cross_entropy(x.to(dtype), weight.to(dtype), target, b.to(dtype), **options)
         logits = F.linear(x.to(dtype).double(), weight.to(dtype).double(), b.to(dtype).double())
         truth = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
-        assert error(ours, truth) < 2**-20  # whatever the dtype: the logits are never rounded to it
+        assert error(ours, truth) < 2**-20  # in any dtype, because the logits are not rounded
         assert (ours[[1, 5]] == 0).all()
 
 
 @only_cuda
-def test_a_nan_reaches_the_losses_of_its_row_alone(backend):
+def test_a_nan_reaches_the_loss_of_its_row_only(backend):
     x, w = floats(6, 16), floats(300, 16)
     x[2, 3] = torch.nan
     losses = fastlm.linear_cross_entropy(x, w, targets(300, 6), reduction="none", backend=backend)
@@ -156,7 +159,7 @@ def test_a_nan_reaches_the_losses_of_its_row_alone(backend):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows, vocab", [(3, 9000), (200, 1100), (65, 8)])
 def test_gradients_of_wide_and_of_many_rows(rows, vocab, label_smoothing, dtype, backend):
-    """More runs of a row than threads, more rows than one share, and threads that have nothing to do."""
+    """More groups of a row than threads, more rows than one partial sum, and idle threads."""
     target = targets(vocab, rows, ignored=[2])
     assert_within_twice_torch(
         lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, label_smoothing=label_smoothing, backend=backend),
@@ -168,7 +171,7 @@ def test_gradients_of_wide_and_of_many_rows(rows, vocab, label_smoothing, dtype,
 
 @only_cuda
 @pytest.mark.parametrize("rows, vocab", [(1, 2**30 + 1), (2**30 + 1, 1)])
-def test_sizes_beyond_32_bits_are_refused_before_anything_is_read(rows, vocab, backend):
+def test_sizes_beyond_32_bits_are_refused_before_a_launch(rows, vocab, backend):
     """The tensors are not initialised, and take no memory on a CPU."""
     logits, target = torch.empty(rows, vocab, dtype=torch.bfloat16), torch.zeros((), dtype=torch.int64).expand(rows)
     loss, row_scale = torch.empty(rows), torch.empty(rows)

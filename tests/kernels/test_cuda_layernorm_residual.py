@@ -1,5 +1,8 @@
-"""What the tests of the operator do not reach in the CUDA kernels: a team of every size, several teams and several rows of each in a block, rows that are read
-where they are not aligned. On a GPU, or in the emulator, which watches every access."""
+"""Paths of the CUDA LayerNorm kernels that the operator tests do not reach.
+
+Teams of every size, several teams in a block with several rows each, rows that are not aligned. They run on a GPU, or
+in the emulator, which checks every access.
+"""
 
 import pytest
 import torch
@@ -33,8 +36,8 @@ def test_teams_of_every_size(rows, width, dtype, backend):
 
 @only_cuda
 @pytest.mark.parametrize("rows, width", [(9000, 8), (2200, 24), (600, 7), (300, 4104)])
-def test_many_rows_a_block(rows, width, backend):
-    """More than 264 blocks can hold at once: each team walks over several, the last block over fewer."""
+def test_several_rows_per_team(rows, width, backend):
+    """More rows than 264 blocks have teams: each team processes several, and the last block fewer."""
     assert_within_twice_torch(
         lambda *t: fastlm.layernorm_residual(*t, backend=backend), torch_own, inputs_of(rows, width), torch.float32
     )
@@ -42,8 +45,8 @@ def test_many_rows_a_block(rows, width, backend):
 
 @only_cuda
 @pytest.mark.parametrize("width", [64, 72, 1088, 4160, 8192, 8200])
-def test_dropout_where_a_threads_columns_are_apart(width, backend):
-    """Each word falls on its own column, forward and backward, in chunks and column by column."""
+def test_dropout_with_the_columns_of_a_thread_spread(width, backend):
+    """Each random word belongs to its column, forward and backward, with vectors and column by column."""
 
     def seeded(name):
         def operator(*t):
@@ -62,8 +65,8 @@ def test_dropout_where_a_threads_columns_are_apart(width, backend):
 @only_cuda
 @pytest.mark.parametrize("begin, stride", [(0, 300), (1, 300), (8, 304), (4, 600)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_that_begin_anywhere(dtype, begin, stride, backend):
-    """By chunks where all of them are aligned, column by column where one is not: the sums are taken in another order, no more."""
+def test_rows_that_are_not_aligned(dtype, begin, stride, backend):
+    """Rows are read as vectors if aligned, otherwise by columns, which changes the order of the sums only."""
     x, weight = (
         floats(6, 320).to(dtype).as_strided((3, 256), (stride, 1), begin),
         floats(300).to(dtype)[begin : begin + 256],

@@ -1,4 +1,4 @@
-"""Whole decoding steps on the GPUs' kernels, as a graph holds them: against more keys than are filled, whose number is nowhere in Python."""
+"""Whole decoding steps on the GPU kernels as CUDA graphs run them: the number of filled keys is not known in Python."""
 
 import importlib
 from types import SimpleNamespace
@@ -30,4 +30,4 @@ def test_the_tokens_of_the_reference(backend, monkeypatch):
         expected = model.generate(ids, 14, attention_mask=mask, eos_token_id=(), cuda_graphs=False)
     with fastlm.use_backend(backend):
         assert torch.equal(model.generate(ids, 14, attention_mask=mask, eos_token_id=()), expected)
-    assert expected[:, 29:].unique().numel() > 8  # not one token over and over
+    assert expected[:, 29:].unique().numel() > 8  # not a single token repeated

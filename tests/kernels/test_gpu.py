@@ -1,5 +1,7 @@
-"""What only a GPU can show: devices and streams, capture in graphs, asserts on the device, no length compiled anew. (The tests of the operators
-run there too: make gpu. What can be shown of devices and kinds of launches without one is in tests/backends.)"""
+"""What only a GPU can show: devices and streams, CUDA graphs, device asserts, no recompilation by length.
+
+`make gpu` also runs the operator tests there. tests/backends tests devices and kinds of launches without a GPU.
+"""
 
 import json
 import os
@@ -23,7 +25,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request):
-    """Each of the backends that have kernels for this GPU, whichever of them auto would take."""
+    """Each backend with kernels for this GPU, whichever of them auto selects."""
     found = registry.load(request.param)
     if why := found.unavailable() or found.refuses(torch.device("cuda", 0), torch.float32):
         pytest.skip(f"{request.param} {', '.join(why)}")
@@ -46,8 +48,8 @@ def gpt2(dropout=0.1):
     return GPT2LMHeadModel(config).cuda().train()
 
 
-def test_auto_takes_the_kernels():
-    """Triton's, and where the card's table says so those in CUDA C++; where these are not built, Triton's again."""
+def test_auto_selects_the_kernels():
+    """triton is selected, or cuda by the table of the GPU if it is built."""
     before = dict(fastlm.info().fallbacks)
     tokens = torch.randint(301, (2, 128), device="cuda")
     gpt2()(tokens, labels=tokens).loss.backward()
@@ -99,7 +101,9 @@ def test_a_training_step_in_a_graph(adamw, backend):
     for _ in range(20):
         graph.replay()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] and len(set(losses)) == len(losses)  # it learns, and drops other elements each time
+    assert losses[-1] < losses[0] and len(set(losses)) == len(
+        losses
+    )  # it learns, with another dropout mask in each replay
 
 
 def test_decoding_in_a_graph(backend):
@@ -119,7 +123,7 @@ def test_decoding_in_a_graph(backend):
     "settings", [{}, {"temperature": 0.9, "top_k": 40, "top_p": 0.95}, {"temperature": 1.0, "seed": 5}], ids=str
 )
 def test_generating_from_graphs(settings, dtype, backend, monkeypatch):
-    """What is replayed gives the tokens of the same steps launched one by one, bit for bit, and in float32 those of steps without a mask too."""
+    """Replayed steps give the same tokens as launched ones, and in float32 as steps without a mask."""
     monkeypatch.setattr(graphs, "STEPS_PER_GRAPH", 32)
     model, tokens = gpt2().to(dtype), torch.randint(301, (3, 20), device="cuda")
     mask = (torch.arange(20, device="cuda") >= torch.tensor([[0], [3], [19]], device="cuda")).long()
@@ -148,7 +152,7 @@ def test_generating_with_the_reference_too():
         assert torch.equal(model.generate(tokens, 40), model.generate(tokens, 40, cuda_graphs=False))
 
 
-def test_nothing_waits_for_the_gpu(backend):
+def test_nothing_synchronises(backend):
     tokens = torch.randint(301, (2, 128), device="cuda")
     model = gpt2()
     model(tokens, labels=tokens).loss.backward()
@@ -160,7 +164,7 @@ def test_nothing_waits_for_the_gpu(backend):
 
 
 def test_on_the_current_stream(backend):
-    """A kernel that took another stream would read x before the wait is over."""
+    """A kernel on another stream would read x too early."""
     x, w = torch.zeros(64, 256, device="cuda"), torch.ones(256, device="cuda")
     expected = fastlm.layernorm_residual(torch.arange(64 * 256, device="cuda").view(64, 256).float(), None, w)[0]
     stream = torch.cuda.Stream()
@@ -176,7 +180,7 @@ def test_on_the_current_stream(backend):
 def test_a_tensor_on_the_second_gpu_runs_there(backend):
     x, w = torch.randn(8, 64, device="cuda:1"), torch.ones(64, device="cuda:1")
     query = torch.randn(1, 2, 40, 64, device="cuda:1")
-    for _ in range(2):  # the second launch goes past Triton
+    for _ in range(2):  # the second launch is direct
         y, _ = fastlm.layernorm_residual(x, None, w)
         out = fastlm.attention(query, query, query)
         assert (
@@ -188,16 +192,18 @@ def test_a_tensor_on_the_second_gpu_runs_there(backend):
 
 
 WRONG = {
-    "a target": "fastlm.linear_cross_entropy(x[:, 0], x[0, 0].expand(9, 8), torch.tensor([0, 99]), backend={backend!r})",
-    "cu_seqlens": "fastlm.attention_varlen(x, x, x, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 2, 2, 2]), backend={backend!r})",
-    "a last start": "fastlm.attention_varlen(x, x, x, torch.tensor([0, 2]), torch.tensor([0, 1]), backend={backend!r})",
+    "a target": "linear_cross_entropy(x[:, 0], x[0, 0].expand(9, 8), torch.tensor([0, 99])",
+    "cu_seqlens": "attention_varlen(x, x, x, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 2, 2, 2])",
+    "a last start": "attention_varlen(x, x, x, torch.tensor([0, 2]), torch.tensor([0, 1])",
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_value_out_of_range_is_a_device_assert(what, backend):
-    """In a process of its own, which is of no use afterwards."""
-    code = f"import torch, fastlm; torch.set_default_device('cuda'); x = torch.ones(2, 1, 8); {WRONG[what].format(backend=backend)}; torch.cuda.synchronize()"
+    """In a process of its own, which a device assert makes unusable."""
+    call = f"fastlm.{WRONG[what]}, backend={backend!r})"
+    setup = "import torch, fastlm; torch.set_default_device('cuda'); x = torch.ones(2, 1, 8)"
+    code = f"{setup}; {call}; torch.cuda.synchronize()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -207,7 +213,7 @@ def test_a_value_out_of_range_is_a_device_assert(what, backend):
     assert done.returncode != 0 and "assert" in (done.stderr + done.stdout).lower()
 
 
-def test_no_length_compiles_anew():
+def test_no_length_recompiles():
     from fastlm.kernels import attention
 
     def run(tokens):
@@ -222,10 +228,10 @@ def test_no_length_compiles_anew():
     before = kernels()
     for tokens in (1, 2, 100, 129, 130, 144, 257):
         run(tokens)
-    assert kernels() <= before + 2  # the strides of one token alone are another kind
+    assert kernels() <= before + 2  # the strides of a single token are another kind
 
 
-# The commands, in processes of their own: here new tensors are on the GPU, which is not so for who types them.
+# The commands, in processes of their own, because here new tensors are on the GPU.
 
 
 def succeeds(*arguments):
@@ -238,7 +244,7 @@ def succeeds(*arguments):
 
 
 def trained(folder, *options):
-    """12 steps of a small model on a text. Returns where it is saved, and summary.json."""
+    """Trains a small model on a text for 12 steps. Returns its folder and summary.json."""
     (folder / "text.txt").write_text("for line in lines:\n    print(line, 'words')\n" * 60)
     sizes = "--layers 2 --heads 2 --width 64 --context 32 --batch 4 --steps 12 --eval-every 6 --warmup 2".split()
     out = folder / "-".join(options).replace(":", "")
@@ -246,7 +252,7 @@ def trained(folder, *options):
     return out, json.loads((out / "summary.json").read_text())
 
 
-# float32: both round by 2^-24, and what twelve steps make of that is some millionths (commands/demo.py). bfloat16 rounds by 2^-9 of the loss, at many places.
+# float32 rounds by 2^-24, which twelve steps amplify to some millionths. bfloat16 rounds by 2^-9.
 @pytest.mark.parametrize(
     "objective, dtype, apart",
     [("next-token", "fp32", 1e-4), ("masked-token", "fp32", 1e-4), ("next-token", "bf16", 0.05)],
@@ -274,8 +280,8 @@ def test_train_on_the_second_gpu(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_of_the_trainer_waits_for_nothing(dtype):
-    """The copy of the batch and the clipping neither."""
+def test_a_step_of_the_trainer_does_not_synchronise(dtype):
+    """Neither do the copy of the batch and the clipping."""
     trainer = Trainer(gpt2(), Settings(dtype=dtype), NextToken().loss)
     inputs, targets = NextToken().pairs(torch.randint(301, (2, 129), device="cpu"))
     for _ in range(2):

@@ -1,6 +1,7 @@
-"""Every kernel through Triton's real launcher, which runs nothing: in the driver's place is a stub that keeps what it is given (see launches.py).
+"""Every kernel through Triton's real launcher on a stub of the driver that records what it receives (launches.py).
 
-kernels/launch.py calls a compiled kernel past Triton's binding of arguments from the second launch of a kind on. What the driver is given must be the same.
+From the second launch of a kind on, kernels/launch.py launches a compiled kernel directly, without Triton's binding of
+the arguments. The driver must receive the same.
 """
 
 import collections
@@ -49,9 +50,7 @@ def launches(tmp_path_factory):
         "TRITON_INTERPRET": "0",
         "TRITON_LIBCUDA_PATH": str(folder),
         "LD_LIBRARY_PATH": str(folder),
-        "TRITON_CACHE_DIR": str(
-            folder / "cache"
-        ),  # what is linked with the stub must not be taken for the launcher of a GPU
+        "TRITON_CACHE_DIR": str(folder / "cache"),  # a launcher linked with the stub must not be used on a GPU later
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path]),
     }
     done = subprocess.run(
@@ -73,8 +72,8 @@ def test_every_kernel_is_launched(launches):
     assert {launch["kernel"] for launch in launches} == every
 
 
-def test_the_driver_is_given_what_the_call_says(launches):
-    """The arguments in their order, each as wide as the kernel takes it, without constants, None and integers that are 1; then where Triton has its scratch."""
+def test_the_driver_receives_the_arguments_of_the_call(launches):
+    """In order, with the width of the kernel parameter, without constants, None and 1; then Triton's scratch memory."""
     for launch in launches:
         for way, expected in launch["parameters"].items():
             given = launch["driven"][way]["parameters"]
@@ -85,7 +84,7 @@ def test_the_driver_is_given_what_the_call_says(launches):
             assert past[what] == launch[what], f"{named(launch)}: {what}"
 
 
-def test_past_triton_is_as_through_triton(launches):
+def test_direct_launches_are_like_tritons(launches):
     ways = collections.Counter()
     for launch in launches:
         assert launch["driven"]["past"] == launch["driven"]["again"] == launch["driven"]["own"], named(launch)
@@ -96,4 +95,4 @@ def test_past_triton_is_as_through_triton(launches):
         assert launch["parameters"]["first"] != launch["parameters"]["past"], (
             f"{named(launch)}: the same values show nothing"
         )
-    assert ways[0] <= 2, ways  # kinds that another case has launched before
+    assert ways[0] <= 2, ways  # kinds that another case has launched already

@@ -1,6 +1,9 @@
-"""What the tests of the operators do not reach in the kernels for GPUs: the other side of each of Triton's tables, tiles of every shape, the same bits every
-time, and that nothing is written where it should not be. On the real kernels where there is a GPU, else under the interpreter and in the emulator. What the
-CUDA kernels alone have is in test_cuda_*.py."""
+"""Paths of the GPU kernels that the operator tests do not reach.
+
+The alternatives of each launch configuration, tiles of every shape, determinism, and writes out of bounds. They run on
+a GPU if there is one, otherwise under the interpreter and in the emulator. test_cuda_*.py has what is specific to the
+CUDA kernels.
+"""
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ def configs():
 
 @pytest.fixture
 def architecture():
-    """As the backend looks it up where these tests run."""
+    """The name that the backend looks up where these tests run."""
     name = triton_backend.architecture(torch.cuda.current_device() if torch.cuda.is_available() else None)
     return name
 
@@ -33,10 +36,10 @@ def architecture():
 @only_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("approximate, recompute", [("none", 0), ("tanh", 1), ("none", 2)])
-def test_the_vendors_product_and_a_pointwise_pass(
+def test_the_vendors_product_and_a_pointwise_kernel(
     approximate, recompute, dtype, backend, configs, architecture, monkeypatch
 ):
-    """The other side of the table: where one of the two serves by default, here is the other."""
+    """The alternative to the default of this architecture."""
     at = architecture, dtype.itemsize
     if at in configs.MLP:
         monkeypatch.delitem(configs.MLP, at)
@@ -53,12 +56,12 @@ def test_the_vendors_product_and_a_pointwise_pass(
 
 @only_triton
 @pytest.mark.parametrize("n", [1, 12, 15, 16, 17, 40])
-def test_a_bias_in_pointwise_passes_over_rows_of_any_width(n, backend, configs, architecture, monkeypatch):
-    """Narrower than what a program takes, as wide, and wider: each element finds its column."""
+def test_a_bias_in_pointwise_kernels_with_rows_of_any_width(n, backend, configs, architecture, monkeypatch):
+    """Rows narrower than a program, as wide, and wider."""
     from fastlm.kernels import gelu_mlp
 
     monkeypatch.delitem(configs.MLP, (architecture, 4), raising=False)
-    monkeypatch.setattr(gelu_mlp, "POINTS", 16)
+    monkeypatch.setattr(gelu_mlp, "BLOCK", 16)
     x, w, b, eye = floats(7, 3), torch.zeros(n, 3), torch.arange(n) + 10.0, torch.eye(n)  # gelu(10) is 10
     out = fastlm.gelu_mlp(x, w, b, eye, None, backend=backend)
     assert torch.equal(out, b.expand(7, n))
@@ -77,7 +80,7 @@ def test_columns_beyond_two_to_the_31_elements(row, n, backend):
     def kernel(out_ptr, first, n, POINTS: tl.constexpr, WIDE: tl.constexpr):
         tl.store(out_ptr + tl.arange(0, POINTS), columns(first.to(tl.int64), n, POINTS, WIDE))
 
-    globals().update(tl=tl, columns=columns)  # among them the interpreter looks a kernel's names up
+    globals().update(tl=tl, columns=columns)  # the interpreter looks up the names of a kernel there
     out, first = torch.empty(16, dtype=torch.int32), row * n + n // 2 // 16 * 16
     kernel[(1,)](out, first, n, 16, n >= 16)
     assert torch.equal(out.long(), (first + torch.arange(16)) % n)
@@ -86,7 +89,7 @@ def test_columns_beyond_two_to_the_31_elements(row, n, backend):
 @only_triton
 @pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 16), (32, 32), (16, 128)], ids=str)
 def test_attention_in_tiles_of_any_shape(tiles, backend, configs, architecture, monkeypatch):
-    """Every edge of the band falls elsewhere; dropout spreads its words over 16, 32 and 64 columns and more."""
+    """The edges of the band are in other tiles; the words of dropout cover 16, 32, 64 columns and more."""
     table = {at: (*tiles, *rest[2:]) for at, rest in configs.SMALL.items() if at[0] != "decode"} | {
         at: row for at, row in configs.SMALL.items() if at[0] == "decode"
     }
@@ -108,8 +111,8 @@ def test_attention_in_tiles_of_any_shape(tiles, backend, configs, architecture, 
 
 @on_gpus
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_with_a_masks_gradient_all_are_rounded_once(dtype, backend):
-    """Nearly every gradient is the true one, rounded: with any factor in 16 bits on its way (out, dscores, the weights) a third and more would be others."""
+def test_with_the_gradient_of_a_mask_all_gradients_are_rounded_once(dtype, backend):
+    """Nearly every gradient is the rounded true one. With a 16-bit out, dscores or weights a third would differ."""
     rounded = [
         x.to(dtype)
         for x in (
@@ -129,8 +132,8 @@ def test_with_a_masks_gradient_all_are_rounded_once(dtype, backend):
         assert (got == truth.to(dtype)).float().mean() > 0.98
 
 
-def three_stretches(backend, monkeypatch):
-    """How many keys are cut into three, the last of them short, for two sequences of 4 heads."""
+def three_splits(backend, monkeypatch):
+    """A number of keys with three splits, the last of them short, for two sequences of 4 heads."""
     if backend == "cuda":
         monkeypatch.setattr(cuda_attention, "MIN_SPLIT_SIZE", 64)
         assert all(cuda_attention.splits_of(2, heads, 150) == (64, 3) for heads in (1, 4))
@@ -146,10 +149,10 @@ def three_stretches(backend, monkeypatch):
 
 @on_gpus
 @pytest.mark.parametrize("query_len, groups", [(1, 1), (1, 4), (3, 4)])
-@pytest.mark.parametrize("masked", ["", "bool", "additive", "padding", "dropout", "nothing seen"])
-def test_decoding_in_stretches(masked, query_len, groups, backend, monkeypatch):
-    """Few queries against keys enough for several stretches, which another kernel puts together."""
-    key_len = three_stretches(backend, monkeypatch)
+@pytest.mark.parametrize("masked", ["", "bool", "additive", "padding", "dropout", "fully masked"])
+def test_decoding_with_split_k(masked, query_len, groups, backend, monkeypatch):
+    """Few queries and several splits, which another kernel combines."""
+    key_len = three_splits(backend, monkeypatch)
     q, k, v = (
         floats(2, 4, query_len, 24),
         floats(2, 4 // groups, key_len, 24),
@@ -162,26 +165,26 @@ def test_decoding_in_stretches(masked, query_len, groups, backend, monkeypatch):
         options["mask"] = torch.where(
             floats(1, 4, query_len, key_len) > 1, -torch.inf, floats(1, 4, query_len, key_len)
         )
-    if masked in ("padding", "nothing seen"):
+    if masked in ("padding", "fully masked"):
         options["key_padding"] = torch.arange(key_len) >= torch.tensor([[40], [5 if masked == "padding" else key_len]])
-        k[0, :, 7], v[0, :, 9] = torch.nan, torch.inf  # behind it
+        k[0, :, 7], v[0, :, 9] = torch.nan, torch.inf  # hidden by the mask
     if masked == "dropout":
         options["dropout_p"] = 0.25
     results = []
     for name in ("reference", backend):
         torch.manual_seed(3)
         results.append(fastlm.attention(q, k, v, **options, backend=name))
-    bound = {"triton": 2**-20, "cuda": 2**-18}[backend]  # the one multiplies float32, the other tf32 three times
+    bound = {"triton": 2**-20, "cuda": 2**-18}[backend]  # one multiplies in float32, the other by three tf32 products
     for a, b in zip(results[1], results[0], strict=True):
         assert torch.equal(a.isfinite(), b.isfinite()) and error(a, b.double()) <= bound
 
 
 @on_gpus
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_nan_that_is_seen_stays_where_it_is_seen(which, backend):
-    """With a causal mask and a NaN at position 11: in which results which positions hold one, and that the rest is as without it."""
+def test_a_visible_nan_reaches_only_where_it_is_visible(which, backend):
+    """With a causal mask and a NaN at position 11: the positions of NaN in each result. The others are unchanged."""
     everything, until, since = set(range(20)), set(range(12)), set(range(11, 20))
-    # of the query: its own row, and the keys it sees; of a key: the queries that see it, and through them all keys; of a value the same, but for values
+    # query: its row and its visible keys; key: its queries, and through them all keys; value: likewise, without values
     harmed = [({11}, {11}, until, until), (since, since, everything, everything), (since, since, everything, set())][
         which
     ]
@@ -204,8 +207,8 @@ def test_a_nan_that_is_seen_stays_where_it_is_seen(which, backend):
 
 @on_gpus
 @pytest.mark.parametrize("where", ["key", "value"])
-def test_dropout_around_a_hidden_nan_drops_the_same(where, backend):
-    """The way around matrix units, one key or query at a time, over more columns than one counter serves: the weights that the tiles drop."""
+def test_dropout_around_a_hidden_nan_is_unchanged(where, backend):
+    """Recomputed rows, over more columns than one counter covers, have the same dropout mask."""
     hidden = torch.zeros(1, 80, dtype=torch.bool)
     hidden[0, [5, 70]] = True
     outcomes = []
@@ -222,7 +225,7 @@ def test_dropout_around_a_hidden_nan_drops_the_same(where, backend):
 
 @on_gpus
 def test_the_same_bits_every_time(backend):
-    """Nothing is added in an order that a run may change."""
+    """No sum depends on the order of execution."""
     q, k, v = floats(1, 4, 40, 16), floats(1, 2, 40, 16), floats(16, 2, 40, 1).permute(3, 1, 2, 0)
     bias, x, w, target = floats(1, 4, 40, 40), floats(40, 24), floats(90, 24), torch.arange(40)
 
@@ -243,7 +246,7 @@ def test_the_same_bits_every_time(backend):
 
 
 @on_gpus
-def test_float64_and_other_devices_are_left_to_others(backend):
+def test_float64_and_other_devices_are_refused(backend):
     with pytest.raises(
         fastlm.Unsupported,
         match=rf"{backend} computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64",

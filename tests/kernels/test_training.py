@@ -1,4 +1,4 @@
-"""A whole training step of each model on the kernels for GPUs, against the same step on the reference."""
+"""A training step of each model on the GPU kernels, compared with the reference."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import fastlm
 from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 from tests.support import error, on_backends, targets
 
-RATE = 1e-3  # of learning
+RATE = 1e-3  # learning rate
 
 
 def gpt2():
@@ -31,7 +31,7 @@ def bert():
 @on_backends("triton", "cuda")
 @pytest.mark.parametrize("model", [gpt2, bert])
 def test_a_training_step(model, backend):
-    """Dropout on, padding, AdamW: the loss before and after the step, every gradient and every new weight."""
+    """With dropout, padding and AdamW: the loss before and after the step, all gradients and new weights."""
     torch.manual_seed(0)
     start = model().state_dict()
     tokens, labels = targets(61, 2, 18), targets(61, 2, 18, ignored=[3])
@@ -56,9 +56,9 @@ def test_a_training_step(model, backend):
     torch.testing.assert_close(own_after, after, rtol=1e-4, atol=1e-4)
     compared = 0
     for key, expected in gradients.items():
-        largest = max(expected.abs().max().item(), 1e-3)  # of a key's bias the gradient is 0 but for rounding
+        largest = max(expected.abs().max().item(), 1e-3)  # the gradient of a key's bias is 0 up to rounding
         assert (own_gradients[key] - expected).abs().max().item() <= 1e-5 * largest + 1e-6, key
-        # AdamW's first step is of one length whatever the gradient's size: by its sign alone. Where rounding could turn that, there is nothing to compare.
+        # AdamW's first step depends on the sign of the gradient only. Signs that rounding may change are not compared.
         certain = expected.abs() > 1e-4 * largest + 1e-5
         assert (weights[key] != start[key])[certain].all(), key
         assert ((own_weights[key] - weights[key]).abs() <= 1e-2 * RATE)[certain].all(), key

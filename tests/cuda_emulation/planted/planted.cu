@@ -1,6 +1,5 @@
-// Small kernels for the tests of the emulator: what must pass, and mistakes that must be reported. A mistake is
-// switched on by the run-time argument `bad`, so that the same kernel without it shows that the report is of the
-// mistake alone.
+// Small kernels for the tests of the emulator. The run-time argument `bad` switches on an error that must be reported;
+// without it the same kernel must pass.
 #include <stdexcept>
 #include <string>
 #include "philox.cuh"
@@ -15,7 +14,7 @@ struct Arguments {
   int count, bad;
 };
 
-// Each thread writes its own word and reads its neighbour's in the next warp.
+// Each thread writes its own word and reads one of the next warp.
 __global__ void neighbour(Arguments a) {
   FASTLM_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
@@ -24,7 +23,7 @@ __global__ void neighbour(Arguments a) {
   shared[threadIdx.x] = a.in[threadIdx.x];
   if (a.bad != 1) __syncthreads();
   const float other = shared[(threadIdx.x + WarpSize) % blockDim.x];
-  if (a.bad != 2) __syncthreads();  // or the next write meets another thread's read
+  if (a.bad != 2) __syncthreads();  // or the next write races with another thread's read
   shared[threadIdx.x] = 2 * other;
   a.out[threadIdx.x] = shared[threadIdx.x];
 }
@@ -49,7 +48,7 @@ __global__ void halves(Arguments a) {
   a.out[threadIdx.x] = to_float(shared[(threadIdx.x + 1) % blockDim.x]);
 }
 
-// Warp pairs hand over through barriers of their own.
+// Pairs of warps synchronise by their own barriers.
 __global__ void named(Arguments a) {
   FASTLM_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
@@ -86,7 +85,7 @@ __global__ void divergent(Arguments a) {
   const bool first = threadIdx.x < WarpSize;
   if (a.bad == 1 && threadIdx.x == 3) return;  // one thread of a warp
   if (a.bad == 2 && first) return;             // a warp
-  if (a.bad == 3 && first) __syncthreads();    // another line's
+  if (a.bad == 3 && first) __syncthreads();    // a barrier of another line
   else __syncthreads();
   if (a.bad != 4 || threadIdx.x % 2) a.out[threadIdx.x] = warp_sum(a.in[threadIdx.x]);
   if (a.bad == 5) named_barrier(3, first ? 64 : 96);
@@ -166,7 +165,7 @@ __global__ void product_tf32(Arguments a) {
   for (int i = 0; i < 4; ++i) a.out[(group + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
 }
 
-// An ldmatrix of rows that another lane wrote needs a __syncwarp before, as does what overwrites them after.
+// ldmatrix needs a __syncwarp before it if another lane wrote the rows, and after it before they are overwritten.
 __global__ void matrix_order(Arguments a) {
   FASTLM_SHARED(memory);
   uint32_t* shared = reinterpret_cast<uint32_t*>(memory);
@@ -202,7 +201,7 @@ __global__ void dropped(Arguments a, dropout drop) {
     a.out[row * a.count + column] = kept(uint64_t(*drop.seed), drop.threshold, column, row, 7) ? drop.scale : 0;
 }
 
-// Every grid dimension, a block in two dimensions and threads that end early without a barrier to come.
+// Every grid dimension, a two-dimensional block, and threads that end early.
 __global__ void indices(Arguments a) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x,
             block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -211,7 +210,7 @@ __global__ void indices(Arguments a) {
   a.out[i] = float(threadIdx.x + 100 * threadIdx.y + 1000 * blockIdx.x + 10000 * blockIdx.y + 100000 * blockIdx.z);
 }
 
-// Each block has a part of the result; no two may meet in it.
+// Each block writes its own part of the result.
 __global__ void blocks(Arguments a) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   a.out[i] = a.in[threadIdx.x];
@@ -229,7 +228,7 @@ static std::string error;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Null, or what was reported.
+// Null, or the report.
 EXPORT const char* planted(const char* name, const float* in, float* out, int count, int bad, int threads, int shared) {
   const Arguments a{in, out, count, bad};
   const std::string wanted = name;
