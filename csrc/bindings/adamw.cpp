@@ -66,7 +66,7 @@ struct sum_of_squares_arguments : keyword_arguments {
   int threads = keyword("threads");
 };
 
-// The order in which elements lie is of no consequence, but they must fill their memory without gaps.
+// Tensors may have any layout without gaps: the order of the elements does not matter.
 static double sum_of_squares(const sum_of_squares_arguments& a) {
   if (a.tensors.empty()) return 0;
   return dispatch(a.tensors[0], [&]<class T>() {

@@ -25,10 +25,19 @@ struct attention_arguments : keyword_arguments {
       throw_argument_error("key_starts", std::to_string(query_starts.size()) + " offsets",
                            std::to_string(key_starts.size()));
     const int64_t *q = query.sizes, *k = key.sizes;
+    const int head_dim = query.rank - 1;
+    if (q[head_dim] != k[head_dim] || (query_starts.empty() && q[0] != k[0]) || q[1] % std::max<int64_t>(k[1], 1))
+      throw_argument_error("key", "batch, heads and head_dim that fit query's " + query.layout(), key.layout());
     if (query_starts.empty()) return {q[0], q[1], k[1], q[2], k[2], q[3]};
     return {int64_t(query_starts.size()) - 1, q[1], k[1], q[0], k[0], q[2], query_starts.data(), key_starts.data()};
   }
 };
+
+// Two tensors of the same rank must have the same sizes.
+static void check_sizes(const tensor& x, const tensor& like) {
+  if (!std::equal(x.sizes, x.sizes + x.rank, like.sizes))
+    throw_argument_error(x.name, std::string("the shape of ") + like.name + ", " + like.layout(), x.layout());
+}
 
 template <class T> static mask_type type_of(const tensor& mask) {
   if (!mask.given()) return mask_type::none;
@@ -69,6 +78,7 @@ static void attention_forward(const attention_forward_arguments& a) {
     const auto query = a.heads<const T>(a.query, a.query_starts), key = a.heads<const T>(a.key, a.key_starts),
                value = a.heads<const T>(a.value, a.key_starts);
     const auto out = a.heads<T>(a.out, a.query_starts);
+    check_sizes(a.value, a.key), check_sizes(a.out, a.query);
     const attention_size size = a.size_of(a.query, a.key, a.query_starts, a.key_starts);
     fastlm::attention_forward<T>(query, key, value, out, a.lse.contiguous_as<float>(size.rows()), size,
                                  masking_of<T>(a.mask, a.key_padding, a.lower, a.upper, a.scale, {a.dropout_p, a.seed}),
@@ -99,6 +109,8 @@ static void attention_backward(const attention_backward_arguments& a) {
     const attention_gradients<T> gradients{a.heads<T>(a.dquery, a.query_starts), a.heads<T>(a.dkey, a.key_starts),
                                            a.heads<T>(a.dvalue, a.key_starts), a.dmask.as<float>(),
                                            mask_strides(a.dmask)};
+    for (const tensor* x : {&a.dout, &a.out, &a.dquery}) check_sizes(*x, a.query);
+    for (const tensor* x : {&a.value, &a.dkey, &a.dvalue}) check_sizes(*x, a.key);
     const attention_size size = a.size_of(a.query, a.key, a.query_starts, a.key_starts);
     fastlm::attention_backward<T>(
         dout, query, key, value, out, a.lse.contiguous_as<const float>(size.rows()),

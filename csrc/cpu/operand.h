@@ -1,4 +1,4 @@
-// Matrices as the operands of a product: how their elements are stored, and where element (i, k) lies.
+// Matrices as the operands of a product: how elements are stored and addressed.
 #pragma once
 #include <algorithm>
 #include <type_traits>

