@@ -4,13 +4,14 @@ The first pass runs each test once without a mutant, and records its duration an
 for each mutant, a forked process switches it on and runs the tests that execute it, the fastest first, until one fails.
 Collection and imports happen once, so that a mutant costs little more than the test that notices it.
 
-FASTLM_MUTATION_PLAN names a JSON file: the module's path, the numbers of the mutants, the seconds of tests (as they
+FASTLM_MUTATION_PLAN names a JSON file: the module's path, the numbers of the mutants, the CPU seconds of tests (as they
 take without a mutant) that each may survive, and the number of processes at a time. FASTLM_MUTATION_OUT is where the
 outcomes go.
 """
 
 import ctypes
 import json
+import math
 import os
 import resource
 import signal
@@ -112,9 +113,9 @@ def pytest_runtestloop(session):
         table = []
         for at in range(share, len(items), workers):
             switch.take_reached()
-            begin = time.perf_counter()
+            begin = time.process_time()  # of the CPU, which does not depend on what else the machine does
             failed = run_item(items[at], items[at + workers] if at + workers < len(items) else None, outcome)
-            table.append([at, time.perf_counter() - begin, failed, switch.take_reached()])
+            table.append([at, time.process_time() - begin, failed, switch.take_reached()])
         return table
 
     def must_succeed(status):
@@ -152,7 +153,7 @@ def pytest_runtestloop(session):
         if not reaching:
             outcomes[number] = {"not_applicable" if marks.get(number) == 1 else "unreached": True}
             continue
-        tests, budget = [], plan["seconds"]
+        tests, budget = [], plan["seconds"] if number not in plan["thorough"] else math.inf
         for seconds, at in sorted(reaching):  # one test at least, however long it takes
             if seconds < budget or not tests:
                 tests.append(at)
@@ -167,7 +168,7 @@ def pytest_runtestloop(session):
                 outcomes[number] = {"killed": "time limit" if status is None else f"status {status}"}
             out.write_text(json.dumps(outcomes))
 
-        children.start(lambda n=number, t=tests: hunt(n, t), result, 10 * plan["seconds"] + 120, done)
+        children.start(lambda n=number, t=tests: hunt(n, t), result, 20 * plan["seconds"] + 240, done)
     children.join()
     out.write_text(json.dumps(outcomes))
     return True

@@ -19,7 +19,7 @@ STATEMENTS = {
     r"prefetch|stream|past_cache|cache": "prefetches and the way around the caches change the speed only",
     r"parts?_for|touched|_parts?\b|longest_first|\bwork\b|parallel|\bshared\b|\(end - begin\)": "threads share work so",
     r"blocking|\bblocks?\b|_blocks\b": "how a product is cut into blocks",
-    r"\bchunk = ": "how many rows of logits exist at a time",
+    r"\bchunk\b": "how many rows of logits exist at a time",
     r": nullptr;": "a bound of what is read, for the sanitizers",
     r"launch": "how kernels are launched",
     r"max_of_splits = ": "the maximum only keeps exponentials in range",

@@ -18,7 +18,7 @@ from tests.mutation.mutation import Mutation, sample
 
 ROOT = Path(__file__).parents[2]
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-SECONDS = 15.0  # of tests, as they take without a mutant, that a compiled one may survive
+SECONDS = 15.0  # of the CPU: the tests that a compiled mutant may survive, as they take without it
 # Compiled graphs and schemas say nothing of a kernel's arithmetic; a fork's child may not use several threads.
 TESTS = [
     "-m",
@@ -78,7 +78,8 @@ def run_compiled(
     module = str(next((tree / "fastlm").glob(pattern)))
     plan, out = folder / f"{kind}.plan.json", folder / f"{kind}.json"
     limits = {"seconds": seconds, "workers": WORKERS, "ignore_failing": ignore_failing}
-    plan.write_text(json.dumps({"module": module, "mutants": list(numbered), **limits}))
+    thorough = [number for number, m in numbered.items() if m.kind == "by hand"]  # all of the tests that execute them
+    plan.write_text(json.dumps({"module": module, "mutants": list(numbered), "thorough": thorough, **limits}))
     environment = os.environ | {
         "FASTLM_MUTATION_PLAN": str(plan),
         "FASTLM_MUTATION_OUT": str(out),
