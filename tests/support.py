@@ -8,22 +8,20 @@ import os
 import pytest
 import torch
 
-# Relative to the largest value. 16 bits: half a unit in the last place, the rounding of the result itself. float32: four units, what a few sums of
-# a handful of terms may differ by when they are added in another order; on so few terms PyTorch's own error is 0 as often as not.
+# Relative to the largest value. 16 bits: half a unit in the last place, the rounding of the result itself. float32:
+# four units, by which short sums may differ when added in another order; PyTorch's own error of such sums is often 0.
 FLOOR = {torch.float32: 2**-21, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-48}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The backends that this run must cover. A named backend that is missing fails; it is not skipped. `cuda` is covered where it is named: by `make gpu`, and by CI
-# in the emulator.
-WITH_TRITON = (
-    ",triton" if importlib.util.find_spec("triton") else ""
-)  # on a GPU, or under its interpreter (see conftest.py)
+# The backends under test. One that is named and not available fails; it is not skipped. `make gpu` names `cuda`, and so
+# does CI for the emulator. Triton runs on a GPU or in its interpreter (see conftest.py).
+WITH_TRITON = ",triton" if importlib.util.find_spec("triton") else ""
 BACKENDS = os.environ.get("FASTLM_TEST_BACKENDS", f"reference,torch,cpu{WITH_TRITON}").split(",")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("FASTLM_CUDA_EMULATION") == "1"
-# Whose kernels run on the CPU in a way that is made for checking: a hundred times slower than anything else.
-SLOW = {name for name, so in (("triton", INTERPRETED), ("cuda", EMULATED)) if so}
+# Backends whose kernels are interpreted or emulated on the CPU: a hundred times slower than the others.
+SLOW = {name for name, slow in (("triton", INTERPRETED), ("cuda", EMULATED)) if slow}
 
 
 def on_every_backend(test):
@@ -31,23 +29,24 @@ def on_every_backend(test):
 
 
 def on_backends(*names):
-    """For what not every backend does: those of the named ones that this run covers."""
+    """Parametrise a test by those of the named backends that are under test."""
     return pytest.mark.parametrize("backend", [name for name in BACKENDS if name in names])
 
 
 def on_every_backend_that_raises(test):
-    """Wrong values are an exception, but where the kernels of a GPU look at them: there they are a device assert, after which the process is of no use."""
-    names = [
-        name for name in BACKENDS if os.environ.get("FASTLM_TEST_DEVICE") != "cuda" or name not in ("triton", "cuda")
-    ]
+    """Parametrise a test by the backends that raise an exception for wrong values.
+
+    GPU kernels make a device assert instead, after which the process cannot continue.
+    """
+    on_gpu = os.environ.get("FASTLM_TEST_DEVICE") == "cuda"
+    names = [name for name in BACKENDS if not on_gpu or name not in ("triton", "cuda")]
     return pytest.mark.parametrize("backend", names)(test)
 
 
 def floats(*shape, dtype=torch.float32):
+    """Normal numbers on the default device, the same on every device."""
     generator = torch.Generator("cpu").manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(
-        torch.get_default_device()
-    )  # the same numbers everywhere
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(torch.get_default_device())
 
 
 def targets(vocab, *shape, ignored=()):
@@ -62,21 +61,27 @@ def as_tuple(results):
 
 
 def leaf(x, dtype):
-    """An input in dtype, asking for its gradient; targets and bool masks as they are."""
+    """A floating-point input in dtype that requires a gradient; targets and bool masks unchanged."""
     return x.detach().to(dtype).clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
 
 
 def outputs_and_gradients(function, inputs, dtype, upstream_dtype=None):
-    """Every result of function(*inputs) and the gradient of every floating-point input, all in dtype; None for a gradient that does not exist."""
+    """The results of function(*inputs) and the gradients of its floating-point inputs, all computed in dtype.
+
+    A gradient that does not exist is None.
+    """
     leaves = [leaf(x, dtype) for x in inputs]
     results = as_tuple(function(*leaves))
     upstreams = [floats(*y.shape).to(upstream_dtype or dtype).to(y.dtype) for y in results]
-    asked = [x for x in leaves if torch.is_tensor(x) and x.requires_grad]
-    return (*(y.detach() for y in results), *torch.autograd.grad(results, asked, upstreams, allow_unused=True))
+    wanted = [x for x in leaves if torch.is_tensor(x) and x.requires_grad]
+    return (*(y.detach() for y in results), *torch.autograd.grad(results, wanted, upstreams, allow_unused=True))
 
 
 def error(a, truth):
-    """Largest difference, relative to the largest true value (absolute where the truth is nothing but float64's own rounding). Infinities must agree."""
+    """The largest difference relative to the largest true value. Infinities must agree.
+
+    It is absolute where the true values are only rounding errors of float64.
+    """
     if not truth.numel():
         return 0.0
     a = a.double()
@@ -85,10 +90,11 @@ def error(a, truth):
 
 
 def assert_within_twice_torch(ours, torch_own, inputs, dtype):
-    """Outputs and gradients: our error against float64 is at most twice the error of PyTorch's own operator in the same dtype."""
-    rounded = [
-        x.to(dtype).double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs
-    ]  # the truth starts from the same rounded inputs
+    """Check that results and gradients have at most twice the error of PyTorch's operator in the same dtype.
+
+    The error is the difference from float64 results of the same rounded inputs.
+    """
+    rounded = [x.to(dtype).double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
     truths = outputs_and_gradients(torch_own, rounded, torch.float64, dtype)
     theirs = outputs_and_gradients(torch_own, inputs, dtype)
     for i, (a, b, truth) in enumerate(zip(outputs_and_gradients(ours, inputs, dtype), theirs, truths, strict=True)):
@@ -104,7 +110,7 @@ def assert_same_bits(a, b):
 
 
 def implementation_module(operator, backend):
-    """fastlm.ops.{operator}.{backend}."""
+    """The module fastlm.ops.{operator}.{backend}."""
     return importlib.import_module(f"fastlm.ops.{operator}.{backend}")
 
 
@@ -131,6 +137,6 @@ def count_forwards(monkeypatch, operator):
 
 
 def small_chunks(monkeypatch, backend, size):
-    """Cross-entropy on chunks of logits of so many bytes, so that a small test has several."""
+    """Set the bytes of a chunk of logits of cross-entropy, so that a small test has several chunks."""
     if backend != "reference":
         monkeypatch.setattr(implementation_module("linear_cross_entropy", backend), "LOGITS_BYTES", size)

@@ -1,5 +1,7 @@
-"""AdamW in one pass over memory: weight decay, moments and update, and optionally gradient clipping, master weights and
-zeroing of gradients."""
+"""AdamW in one pass over memory.
+
+The pass updates weights and moments and can also clip gradients, update master weights and set gradients to zero.
+"""
 
 import dataclasses
 import math
@@ -242,9 +244,9 @@ class AdamW(torch.optim.AdamW):
             state.pop(MASTER, None)
 
     def _clip_factor(self, batches: list[Batch], factor: float | Tensor) -> float | Tensor:
-        """What to multiply the gradients by so that their norm is at most max_grad_norm, as clip_grad_norm_ computes it.
+        """The factor that clips the norm of all gradients to max_grad_norm, as clip_grad_norm_ computes it.
 
-        factor: what they are multiplied by already.
+        factor: what the gradients are multiplied by already.
         """
         assert self.max_grad_norm is not None
         kinds: dict[tuple, tuple[AdamWImplementation, list[Tensor]]] = {}
@@ -311,5 +313,5 @@ class AdamW(torch.optim.AdamW):
 
 
 def step_device(p: Tensor) -> torch.device:
-    """Where the step count is stored: where PyTorch's fused implementation needs it, else on the CPU, which reads it."""
+    """The device of the step count: where PyTorch's fused implementation needs it, else the CPU, which reads it."""
     return p.device if p.device.type in ("cuda", "xpu") else torch.device("cpu")

@@ -25,7 +25,7 @@ def test_rows_that_a_stride_describes_are_views():
         assert count == 0 and rows.data_ptr() == x.data_ptr() and torch.equal(rows, x.reshape(-1, x.shape[-1]))
 
 
-def test_others_are_copied_and_counted():
+def test_other_layouts_are_copied_and_counted():
     for x in (
         floats(6, 4).t(),
         floats(4, 12)[:, ::2],
@@ -37,7 +37,7 @@ def test_others_are_copied_and_counted():
         assert count == 1 and rows.stride(-1) == 1 and torch.equal(rows, x.reshape(-1, x.shape[-1]))
 
 
-def test_the_row_stride():
+def test_rows_and_stride():
     for x in (
         floats(4, 6),
         floats(2, 3, 6),

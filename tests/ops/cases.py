@@ -32,8 +32,8 @@ CASES = [
 def on_every_case(test=None, *, backends=("reference", "torch", "cpu"), dropout=True):
     """Parametrise a test by all cases and the backends of this run that support them, or some of these.
 
-    dropout=False leaves out the cases with dropout. What does not depend on the backend, as it happens before one is
-    selected, need not run under Triton's interpreter, which is slow.
+    dropout=False leaves out the cases with dropout. A test of what happens before a backend is selected need not run in
+    Triton's interpreter, which is slow.
     """
     if test is None:
         return functools.partial(on_every_case, backends=backends, dropout=dropout)

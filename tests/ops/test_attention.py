@@ -17,8 +17,8 @@ from tests.support import (
     outputs_and_gradients,
 )
 
-# (batch, heads, num_kv_heads, query_len, key_len, head_dim): single elements, odd sizes around vectors and tiles, grouped queries, decoding, and keys
-# enough for the largest score to come in a later tile than the first
+# (batch, heads, num_kv_heads, query_len, key_len, head_dim): single elements, odd sizes near those of vectors and
+# tiles, grouped queries, decoding, and enough keys that the largest score is not in the first tile.
 SIZES = [
     (1, 1, 1, 1, 1, 1),
     (2, 3, 3, 7, 7, 16),
@@ -40,7 +40,7 @@ def qkv(batch, heads, num_kv_heads, query_len, key_len, head_dim):
 
 
 def seen(query_len, key_len, causal=False, window=None):
-    """The bool mask of causal and window as the documentation words it: the last query stands at the last key."""
+    """The bool mask of causal and window by the documentation's definition: the last query is at the last key."""
     position = torch.arange(query_len)[:, None] + key_len - query_len
     j = torch.arange(key_len)
     mask = torch.ones(query_len, key_len, dtype=torch.bool)
@@ -54,7 +54,7 @@ def seen(query_len, key_len, causal=False, window=None):
 
 
 def torch_own(bool_mask=None, scale=None):
-    """PyTorch's operator, except that a query which sees nothing gets 0: NaN gradients are what its formula gives there."""
+    """PyTorch's operator. No row may be fully masked: the gradients of its formula are NaN there."""
 
     def attention(q, k, v, bias=None):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
@@ -70,7 +70,7 @@ def torch_own(bool_mask=None, scale=None):
 def test_as_close_to_float64_as_torch(sizes, causal, dtype, backend):
     q, k, v = qkv(*sizes)
     if causal and sizes[3] > sizes[4]:
-        q = q[:, :, : sizes[4]]  # the rows that see nothing have their own test
+        q = q[:, :, : sizes[4]]  # fully masked rows have their own test
     mask = seen(q.shape[2], sizes[4], causal)
     assert_within_twice_torch(
         lambda *t: fastlm.attention(*t, causal=causal, backend=backend),
@@ -98,13 +98,14 @@ def test_windows(lengths, causal, window, dtype, backend):
     )
 
 
-def test_grouped_queries_on_a_pytorch_that_does_not_know_them(monkeypatch):
-    run = lambda: outputs_and_gradients(
-        lambda *t: fastlm.attention(*t, causal=True, backend="torch"), qkv(2, 6, 2, 9, 9, 16), torch.float32
-    )
-    known = run()
+def test_grouped_queries_without_pytorchs_native_support(monkeypatch):
+    def run():
+        ours = lambda *t: fastlm.attention(*t, causal=True, backend="torch")  # noqa: E731
+        return outputs_and_gradients(ours, qkv(2, 6, 2, 9, 9, 16), torch.float32)
+
+    native = run()
     monkeypatch.setattr(implementation_module("attention", "torch"), "NATIVE_GQA", False)
-    for a, b in zip(run(), known, strict=True):
+    for a, b in zip(run(), native, strict=True):
         assert error(a, b.double()) <= 2**-20
 
 
@@ -112,7 +113,7 @@ MASK_SHAPES = [(2, 3, 9, 21), (1, 1, 9, 21), (2, 1, 1, 21), (1, 3, 9, 1), (1, 1,
 
 
 def bool_mask(shape):
-    """About a third is hidden, but of no query all: those rows have their own test."""
+    """A mask of about a third of the keys. No row is fully masked: those have their own test."""
     mask = floats(*shape) > -0.4
     mask[..., 0] = True
     return mask
@@ -156,7 +157,7 @@ def test_additive_masks_without_gradient(mask_dtype, dtype, backend):
 
 @on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_a_float32_mask_in_a_16_bit_model_keeps_its_gradient_wide(dtype, backend):
+def test_a_float32_mask_in_a_16_bit_model_has_a_float32_gradient(dtype, backend):
     q, k, v = (t.to(dtype) for t in qkv(1, 2, 2, 6, 6, 8))
     bias = floats(1, 1, 6, 6).requires_grad_()
     out = fastlm.attention(q, k, v, mask=bias, backend=backend)
@@ -165,12 +166,12 @@ def test_a_float32_mask_in_a_16_bit_model_keeps_its_gradient_wide(dtype, backend
     truth = torch_own()(q.double(), k.double(), v.double(), wide)
     (expected,) = torch.autograd.grad(truth, wide, floats(*out.shape).to(dtype).double())
     assert got.dtype == torch.float32
-    assert error(got, expected) < 2**-18  # nothing is rounded to 16 bits on its way
+    assert error(got, expected) < 2**-18  # no intermediate is rounded to 16 bits
 
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_everything_that_masks_is_combined(dtype, backend):
+def test_all_kinds_of_masks_combine(dtype, backend):
     padding = torch.ones(2, 30, dtype=torch.bool)
     padding[0, :9] = padding[1, 25:] = False
     mask = bool_mask((1, 3, 30, 30)) | torch.eye(30, dtype=torch.bool)
@@ -189,8 +190,8 @@ def test_everything_that_masks_is_combined(dtype, backend):
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_query_that_sees_nothing(dtype, backend):
-    """It gets 0 and sends no gradient, by every way of hiding all keys from it; the others are as if it were not there."""
+def test_fully_masked_rows_are_zero(dtype, backend):
+    """They have no gradient either, whatever masks them, and do not change the other rows."""
     padding = torch.ones(2, 12, dtype=torch.bool)
     padding[1] = False
     row = torch.ones(1, 1, 12, 12, dtype=torch.bool)
@@ -221,19 +222,18 @@ def test_log_sum_exp_and_its_gradient(causal, sizes, dtype, backend):
     mask = seen(sizes[3], sizes[4], causal)
 
     def own(q, k, v):
-        """In the model's dtype, as someone without the operator would: and the log-sum-exp in float32, of float32 scores."""
+        """PyTorch's operators in the inputs' dtype; scores and log-sum-exp in float32."""
         k, v = (t.repeat_interleave(sizes[1] // sizes[2], 1) for t in (k, v))
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = ((q @ k.mT).to(wide) / sizes[5] ** 0.5).masked_fill(~mask, -torch.inf)
         visible = mask.any(-1)[:, None]
         weights = torch.softmax(torch.where(visible, scores, 0), -1).to(q.dtype)
-        return torch.where(visible, weights @ v, 0), scores.logsumexp(-1)[
-            ..., -4:
-        ]  # the rows that see nothing come first
+        return torch.where(visible, weights @ v, 0), scores.logsumexp(-1)[..., -4:]  # fully masked rows are first
 
-    ours = lambda q, k, v: (lambda out, lse: (out, lse[..., -4:]))(
-        *fastlm.attention(q, k, v, causal=causal, return_lse=True, backend=backend)
-    )
+    def ours(q, k, v):
+        out, lse = fastlm.attention(q, k, v, causal=causal, return_lse=True, backend=backend)
+        return out, lse[..., -4:]
+
     assert_within_twice_torch(ours, own, qkv(*sizes), dtype)
     lse = fastlm.attention(*(t.to(dtype) for t in qkv(*sizes)), causal=causal, return_lse=True, backend=backend)[1]
     assert lse.dtype == torch.float32 and lse.shape == sizes[:2] + sizes[3:4] and lse.is_contiguous()
@@ -241,7 +241,7 @@ def test_log_sum_exp_and_its_gradient(causal, sizes, dtype, backend):
 
 
 @on_backends("reference", "cpu", "triton", "cuda")
-def test_gradient_may_arrive_for_one_result_only(backend):
+def test_upstream_gradient_of_one_result_only(backend):
     def gradients(which):
         leaves = [t.requires_grad_() for t in qkv(1, 2, 2, 5, 6, 8)]
         results = fastlm.attention(*leaves, return_lse=True, backend=backend)
@@ -259,13 +259,13 @@ def test_gradient_may_arrive_for_one_result_only(backend):
     assert not gradients((1,))[2].any()  # the log-sum-exp does not depend on the values
 
 
-HARM = [torch.nan, torch.inf, -torch.inf]
+NON_FINITE = [torch.nan, torch.inf, -torch.inf]
 
 
 @on_every_backend
 @pytest.mark.parametrize("where", ["key", "value"])
-def test_what_stands_behind_the_mask_never_reaches_a_result(where, backend):
-    """Every way of masking a place; outputs and gradients as with a 0 there."""
+def test_masked_values_never_reach_a_result(where, backend):
+    """With every kind of mask, results and gradients are those of a masked 0."""
     batch = 1 if backend in SLOW else 2
     sizes = (batch, 2, 1, 24, 24, 8)
     hidden = torch.zeros(batch, 24, dtype=torch.bool)
@@ -280,20 +280,20 @@ def test_what_stands_behind_the_mask_never_reaches_a_result(where, backend):
     ]
     for arguments in ways:
         results = []
-        for stands in (0.0, *HARM):
+        for masked_value in (0.0, *NON_FINITE):
             q, k, v = qkv(*sizes)
-            (k if where == "key" else v).masked_fill_(hidden[:, None, :, None], stands)
+            (k if where == "key" else v).masked_fill_(hidden[:, None, :, None], masked_value)
             leaves = [t.requires_grad_() for t in (q, k, v)]
             out = fastlm.attention(*leaves, backend=backend, **arguments)
             results.append((out.detach(), *torch.autograd.grad(out, leaves, floats(*out.shape))))
-        for harmed in results[1:]:
-            for a, b in zip(harmed, results[0], strict=True):
+        for other in results[1:]:
+            for a, b in zip(other, results[0], strict=True):
                 torch.testing.assert_close(a, b)
 
 
 @on_every_backend
 @pytest.mark.parametrize("where", ["key", "value"])
-def test_causal_hides_a_nan_from_the_queries_before_it(where, backend):
+def test_causal_masks_a_nan_from_earlier_queries(where, backend):
     q, k, v = qkv(1, 2, 2, 40, 40, 8)
     clean = fastlm.attention(q, k, v, causal=True, backend=backend)
     (k if where == "key" else v)[:, :, 30] = torch.nan
@@ -303,7 +303,7 @@ def test_causal_hides_a_nan_from_the_queries_before_it(where, backend):
 
 
 @on_every_backend
-def test_a_nan_that_is_seen_reaches_the_result(backend):
+def test_an_unmasked_nan_reaches_the_result(backend):
     for which in range(3):
         inputs = list(qkv(1, 1, 1, 6, 6, 8))
         inputs[which][0, 0, 2, 3] = torch.nan
@@ -313,19 +313,19 @@ def test_a_nan_that_is_seen_reaches_the_result(backend):
 
 
 @on_every_backend
-@pytest.mark.parametrize("harm", HARM, ids=str)
-def test_a_query_that_sees_nothing_but_nan(harm, backend):
-    """Scores that are all NaN (or infinite: their differences are) are not a row that sees nothing."""
+@pytest.mark.parametrize("value", NON_FINITE, ids=str)
+def test_rows_of_non_finite_scores_are_nan(value, backend):
+    """Such a row is not a fully masked one. Differences of infinite scores are NaN."""
     q, k, v = (x.abs() for x in qkv(1, 2, 1, 5, 5, 8))
-    out = fastlm.attention(q, torch.full_like(k, abs(harm)), v, backend=backend)
+    out = fastlm.attention(q, torch.full_like(k, abs(value)), v, backend=backend)
     assert out.isnan().all()
-    k[:, :, 0] = abs(harm)
+    k[:, :, 0] = abs(value)
     assert fastlm.attention(q, k, v, causal=True, backend=backend).isnan().all()
 
 
 @on_every_backend
 def test_finfo_min_is_an_ordinary_number(backend):
-    """A row of it everywhere is a uniform row, as in PyTorch, not an empty one."""
+    """Where a whole row of the mask has this value, the weights are uniform, as in PyTorch."""
     q, k, v = qkv(1, 1, 1, 5, 7, 8)
     mask = torch.zeros(1, 1, 5, 7)
     mask[0, 0, 2] = torch.finfo(torch.float32).min
@@ -354,7 +354,7 @@ def test_scale(scale, backend):
 
 @on_every_backend
 @pytest.mark.parametrize("sizes", [(0, 2, 2, 3, 4, 8), (2, 2, 2, 0, 4, 8), (2, 2, 2, 3, 0, 8)], ids=str)
-def test_no_batch_no_queries_no_keys(sizes, backend):
+def test_empty_inputs(sizes, backend):
     leaves = [t.requires_grad_() for t in qkv(*sizes)]
     out = fastlm.attention(*leaves, causal=True, backend=backend)
     assert out.shape == (sizes[0], sizes[1], sizes[3], sizes[5]) and not out.any()
@@ -365,8 +365,8 @@ def test_no_batch_no_queries_no_keys(sizes, backend):
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_any_strides_give_the_same(dtype, backend):
-    """Views of a packed projection, heads last, expanded heads and gradients, a strided head: as their contiguous copies."""
+def test_strided_inputs_give_the_same_results(dtype, backend):
+    """Views of a packed projection, expanded heads and gradients, and strided heads, against contiguous copies."""
     batch, heads, length, head_dim = 2, 3, 11, 16
     packed = floats(batch, length, 3, heads, head_dim).to(dtype)
     views = [packed[:, :, i].transpose(1, 2) for i in range(3)]
@@ -384,27 +384,26 @@ def test_any_strides_give_the_same(dtype, backend):
         (views[2], floats(3, 1, length, 16).to(dtype)[::2], strided[:, :1]),
     ):
         results = []
-        for variant, m, as_it_is in (
+        for variant, m, is_strided in (
             (inputs, mask, True),
             ([t.contiguous() for t in inputs], mask.contiguous(), False),
         ):
             leaves = [t.detach().requires_grad_() for t in variant]
             out = fastlm.attention(*leaves, mask=m, backend=backend)
-            dys = [dy if as_it_is else dy.contiguous() for dy in (*upstreams, strided)]
+            dys = [dy if is_strided else dy.contiguous() for dy in (*upstreams, strided)]
             results.append(
                 (out.detach(), *(d for dy in dys for d in torch.autograd.grad(out, leaves, dy, retain_graph=True)))
             )
         for a, b in zip(*results, strict=True):
-            assert (
-                error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]
-            )  # PyTorch adds in another order
+            # PyTorch's order of additions depends on the strides.
+            assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]
         if backend == "cpu":
             assert_same_bits(*results)
 
 
 @on_every_backend
 @pytest.mark.parametrize("sizes", [(2, 3, 1, 7, 9, 8), (1, 1, 1, 5, 5, 3)], ids=str)
-def test_merging_the_heads_is_free(sizes, backend):
+def test_merging_heads_is_a_view(sizes, backend):
     leaves = [t.requires_grad_() for t in qkv(*sizes)]
     out = fastlm.attention(*leaves, backend=backend)
     merged = out.transpose(1, 2).flatten(2)
@@ -413,7 +412,7 @@ def test_merging_the_heads_is_free(sizes, backend):
 
 
 @on_every_backend
-def test_only_the_gradients_that_are_asked_for(backend):
+def test_only_needed_gradients_are_returned(backend):
     inputs = qkv(1, 2, 1, 6, 7, 8)
     whole = outputs_and_gradients(lambda *t: fastlm.attention(*t, backend=backend), inputs, torch.float32)[1:]
     for i, expected in enumerate(whole):
@@ -423,18 +422,16 @@ def test_only_the_gradients_that_are_asked_for(backend):
         assert all(x.grad is None for j, x in enumerate(leaves) if i != j)
 
 
-@on_backends("torch", "cpu")  # the oracle is the one that does store it
-def test_query_len_times_key_len_is_never_stored(backend):
+@on_backends("torch", "cpu")  # the reference stores it
+def test_the_matrix_of_scores_is_never_stored(backend):
     length = 2048
     leaves = [t.requires_grad_() for t in qkv(1, 1, 1, length, length, 8)]
     fastlm.attention(*leaves, causal=True, backend=backend).sum().backward()
+    padding = torch.ones(1, length, dtype=torch.bool)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        fastlm.attention(
-            *leaves, causal=True, key_padding=torch.ones(1, length, dtype=torch.bool), backend=backend
-        ).sum().backward()
-    assert (
-        0 < max(event.self_cpu_memory_usage for event in profile.events()) < length * length
-    )  # of bytes, a quarter of it
+        fastlm.attention(*leaves, causal=True, key_padding=padding, backend=backend).sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest < length * length  # bytes: a quarter of the float32 scores
 
 
 def call(**changed):
@@ -493,7 +490,7 @@ def call(**changed):
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
     ],
 )
-def test_errors_say_which_and_why(changed, message):
+def test_wrong_arguments_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         call(**changed)
 
@@ -506,21 +503,21 @@ def test_errors_say_which_and_why(changed, message):
         ({"mask": torch.zeros(1, 1, 3, 5, requires_grad=True)}, "gives no gradient of the mask"),
     ],
 )
-def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason):
+def test_backend_torch_refuses_what_pytorch_computes_differently(changed, reason):
     with pytest.raises(fastlm.Unsupported, match=f"torch {reason}"):
         call(backend="torch", **changed)
-    assert call(**changed) is not None  # another serves
+    assert call(**changed) is not None  # another backend is selected
 
 
-def test_a_mask_that_is_a_parameter_is_an_ordinary_mask_without_gradients():
+def test_backend_torch_supports_a_mask_that_requires_a_gradient_under_no_grad():
     mask = torch.zeros(1, 1, 3, 5, requires_grad=True)
     with torch.no_grad():
         torch.testing.assert_close(call(mask=mask, backend="torch"), call())
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="this run leaves the compiled kernels out")
-def test_pytorchs_own_tiles_keep_their_shapes():
-    """On a CPU with AMX PyTorch's products set the shapes of tiles on the threads that attention runs on, and may count on finding them again."""
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="backend cpu is not under test")
+def test_the_amx_tile_configuration_of_pytorch_is_preserved():
+    """On a CPU with AMX, PyTorch's products configure the tiles of the threads and may rely on that configuration."""
     a, b = floats(50, 70, 1)[..., 0].bfloat16(), floats(70, 30, 1)[..., 0].bfloat16()
     known, (q, k, v) = a @ b, (x.bfloat16() for x in qkv(1, 2, 2, 40, 40, 16))
     for _ in range(3):

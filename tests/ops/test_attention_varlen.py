@@ -10,7 +10,7 @@ from fastlm.backends import selection
 from fastlm.core import philox
 from fastlm.ops.attention import gpu
 from fastlm.ops.attention.spec import Backward, Forward
-from tests.ops.test_attention import HARM, seen
+from tests.ops.test_attention import NON_FINITE, seen
 from tests.support import (
     DTYPES,
     SLOW,
@@ -25,8 +25,8 @@ from tests.support import (
     outputs_and_gradients,
 )
 
-# ([(query_len, key_len) of each sequence], heads, num_kv_heads, head_dim): single elements, odd sizes around vectors and tiles, sequences without queries,
-# without keys, without either, grouped queries, keys enough for several blocks and queries for several panels
+# ([(query_len, key_len) of each sequence], heads, num_kv_heads, head_dim): single elements, odd sizes around those of
+# vectors and tiles, sequences without queries, keys or both, grouped queries, several blocks of keys and of queries.
 BATCHES = [
     ([(1, 1)], 1, 1, 1),
     ([(7, 7), (1, 1), (16, 16), (17, 17), (64, 64)], 3, 3, 16),
@@ -52,7 +52,7 @@ def qkv(lengths, heads, num_kv_heads, head_dim):
 
 
 def torch_own(lengths, causal=False, window=None):
-    """PyTorch's operator on each sequence, except that a query which sees nothing gets 0."""
+    """PyTorch's operator on each sequence; fully masked rows are 0."""
 
     def attention(q, k, v):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
@@ -83,15 +83,18 @@ def test_as_close_to_float64_as_torch(batch, causal, dtype, backend):
 
 @on_every_backend
 @pytest.mark.parametrize("head_dim", [64, 256])
-def test_where_one_key_has_nearly_all_the_weight(head_dim, backend):
-    """There dscores are what the rounding of two sums over head_dim leaves. By chance one query's is twice another's: it is compared over hundreds of them."""
+def test_gradients_where_one_key_has_nearly_all_the_weight(head_dim, backend):
+    """There the gradient of the scores is the rounding error of two sums over head_dim.
+
+    It varies by chance between queries, so the mean over hundreds of them is compared.
+    """
     lengths = [(20, 20), (40, 40)]
     alike, value = floats(60, 8, head_dim), floats(2, 60, 8, head_dim)[1]
     ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), backend=backend)  # noqa: E731
     inputs = alike, alike, value
     truths = outputs_and_gradients(torch_own(lengths), [x.double() for x in inputs], torch.float64, torch.float32)
-    found, theirs = (outputs_and_gradients(how, inputs, torch.float32) for how in (ours, torch_own(lengths)))
-    for a, b, truth in zip(found, theirs, truths, strict=True):
+    results, theirs = (outputs_and_gradients(f, inputs, torch.float32) for f in (ours, torch_own(lengths)))
+    for a, b, truth in zip(results, theirs, truths, strict=True):
         assert (a - truth).square().mean() <= 2**2 * (b - truth).square().mean()
 
 
@@ -103,11 +106,10 @@ def test_where_one_key_has_nearly_all_the_weight(head_dim, backend):
     ids=str,
 )
 def test_windows(causal, window, dtype, backend):
-    """Counted from the last key of each sequence."""
+    """They are relative to the last key of each sequence."""
     lengths = [(50, 50), (20, 90), (1, 70), (30, 10)]
-    ours = lambda *t: fastlm.attention_varlen(
-        *t, *cu_seqlens(lengths, torch.int32), causal=causal, window=window, backend=backend
-    )
+    cu = cu_seqlens(lengths, torch.int32)
+    ours = lambda *t: fastlm.attention_varlen(*t, *cu, causal=causal, window=window, backend=backend)  # noqa: E731
     assert_within_twice_torch(ours, torch_own(lengths, causal, window), qkv(lengths, 2, 1, 24), dtype)
 
 
@@ -120,18 +122,18 @@ def test_scale(scale, backend):
     assert_within_twice_torch(ours, own, qkv(lengths, 2, 2, 16), torch.float32)
 
 
-# The same as a padded batch
+# Compared with a padded batch
 
 
 @on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_same_as_a_padded_batch(causal, dropout_p, dtype, backend):
-    """Outputs, log-sum-exp and gradients where the tokens are real; with dropout, the same weights are dropped."""
+def test_matches_a_padded_batch(causal, dropout_p, dtype, backend):
+    """Results, log-sum-exp and gradients of real tokens are the same, and so are the dropout masks."""
     lengths, heads, num_kv_heads, head_dim = [130, 1, 77, 0, 200, 64], 4, 2, 32
     if backend in SLOW:
-        # Still more than one tile, and whole ones: the interpreter's have 32 and 64 tokens, the CUDA kernels' 64.
+        # Several tiles, some of them full: the interpreter's have 32 and 64 tokens, the CUDA kernels' 64.
         lengths, heads, num_kv_heads = [66, 1, 37, 0, 100, 64], 2, 1
     longest, cu = max(lengths), starts(lengths)
     real = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (batch, longest)
@@ -166,47 +168,39 @@ def test_the_same_as_a_padded_batch(causal, dropout_p, dtype, backend):
 
 @on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("seed", [-(2**63), 0x299F31D0A4093822])
-def test_drops_what_the_definition_drops(seed, backend):
-    """Rows and columns count from the start of each sequence; its number and the head make the third word."""
+def test_dropout_masks_follow_the_definition(seed, backend):
+    """Rows and columns count from the start of each sequence; the third word is sequence · heads + head."""
     lengths, heads, p = [(5, 64), (1, 1), (0, 7), (9, 70), (4, 0), (70, 9), (3, 200)], 3, 0.37
     widest = max(k for _, k in lengths)
-    query, key = (
-        torch.zeros(sum(q for q, _ in lengths), heads, widest),
-        torch.zeros(sum(k for _, k in lengths), heads, widest),
-    )
-    names = torch.cat([torch.eye(k, widest) for _, k in lengths])[:, None].expand(
-        key.shape
-    )  # values that say which key of the sequence they are
-    tensors = query, key, names, None, None, *cu_seqlens(lengths), torch.tensor(seed)
+    query, key = (torch.zeros(sum(side), heads, widest) for side in zip(*lengths, strict=True))
+    one_hot = torch.cat([torch.eye(k, widest) for _, k in lengths])[:, None].expand(key.shape)  # the key's position
+    tensors = query, key, one_hot, None, None, *cu_seqlens(lengths), torch.tensor(seed)
     unlimited = -(2**62), 2**62
     out = torch.ops.fastlm.attention_forward(*tensors, 1.0, *unlimited, p, False, False, backend)[0]
-    for number, (one, (query_len, key_len)) in enumerate(zip(out.split([q for q, _ in lengths]), lengths, strict=True)):
-        expected = philox.dropout_mask(
-            torch.tensor(seed), query_len, key_len, torch.arange(number * heads, (number + 1) * heads), p
-        )
+    parts = out.split([q for q, _ in lengths])
+    for number, (one, (query_len, key_len)) in enumerate(zip(parts, lengths, strict=True)):
+        batch_head = torch.arange(number * heads, (number + 1) * heads)
+        expected = philox.dropout_mask(torch.tensor(seed), query_len, key_len, batch_head, p)
         assert torch.equal(one.transpose(0, 1)[..., :key_len] != 0, expected)
 
 
-# What one sequence cannot do to another
+# Sequences do not affect each other
 
 
 @on_every_backend
-@pytest.mark.parametrize("harm", HARM, ids=str)
+@pytest.mark.parametrize("value", NON_FINITE, ids=str)
 @pytest.mark.parametrize("where", range(3), ids=["query", "key", "value"])
-def test_what_stands_in_one_sequence_never_reaches_another(where, harm, backend):
+def test_non_finite_values_stay_in_their_sequence(where, value, backend):
     lengths = [(9, 9), (5, 5), (20, 20)]
     tokens = slice(9, 14)
     others = torch.ones(34, dtype=torch.bool)
     others[tokens] = False
     results = []
-    for stands in (harm, 0.0):
+    ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), backend=backend)  # noqa: E731
+    for written in (value, 0.0):
         inputs = [x.clone() for x in qkv(lengths, 2, 1, 8)]
-        inputs[where][tokens] = stands
-        results.append(
-            outputs_and_gradients(
-                lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), backend=backend), inputs, torch.float32
-            )
-        )
+        inputs[where][tokens] = written
+        results.append(outputs_and_gradients(ours, inputs, torch.float32))
     for a, b in zip(*results, strict=True):
         assert a[others].isfinite().all() and torch.equal(a[others], b[others])
     assert not results[0][0][tokens].isfinite().all()
@@ -214,8 +208,8 @@ def test_what_stands_in_one_sequence_never_reaches_another(where, harm, backend)
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_memory_around_the_tokens_is_not_used(dtype, backend):
-    """Heads, tokens and dimensions beside those of the batch hold NaN."""
+def test_memory_around_the_batch_is_not_used(dtype, backend):
+    """The other heads, tokens and dimensions of the same memory are NaN."""
     lengths = [(17, 17), (3, 3), (30, 30)]
     results = []
     for around in (torch.nan, 0.0):
@@ -236,18 +230,18 @@ def test_sequences_without_keys_or_queries(dtype, backend):
     lengths = [(3, 0), (0, 4), (0, 0), (2, 2), (9, 4)]
     leaves = [x.to(dtype).requires_grad_() for x in qkv(lengths, 2, 1, 8)]
     out, lse = fastlm.attention_varlen(*leaves, *cu_seqlens(lengths), causal=True, return_lse=True, backend=backend)
-    blind = torch.zeros(14, dtype=torch.bool)
-    blind[:3] = blind[5:10] = True  # the first five of nine queries stand before all of four keys
-    assert not out[blind].any() and out[~blind].all()
-    assert torch.equal(lse == -torch.inf, blind.expand(2, 14)) and lse.dtype == torch.float32 and lse.is_contiguous()
+    masked = torch.zeros(14, dtype=torch.bool)
+    masked[:3] = masked[5:10] = True  # the first five of nine queries are before all of four keys
+    assert not out[masked].any() and out[~masked].all()
+    assert torch.equal(lse == -torch.inf, masked.expand(2, 14)) and lse.dtype == torch.float32 and lse.is_contiguous()
     dq, dk, dv = torch.autograd.grad(out, leaves, floats(14, 2, 8).to(dtype))
-    assert not dq[blind].any() and dq[~blind].any() and all(d.isfinite().all() for d in (dq, dk, dv))
+    assert not dq[masked].any() and dq[~masked].any() and all(d.isfinite().all() for d in (dq, dk, dv))
     assert not dk[:4].any() and not dv[:4].any() and dv[4:].all()
 
 
 @on_every_backend
 @pytest.mark.parametrize("lengths", [[], [(0, 0)], [(0, 3), (0, 0)], [(2, 0), (3, 0)]], ids=str)
-def test_nothing_to_see(lengths, backend):
+def test_batches_without_queries_or_keys(lengths, backend):
     cu = cu_seqlens(lengths)
     leaves = [floats(total, 2, 8).requires_grad_() for total in (int(cu[0][-1]), *[int(cu[1][-1])] * 2)]
     out = fastlm.attention_varlen(*leaves, *cu, backend=backend)
@@ -264,25 +258,25 @@ def test_log_sum_exp_and_its_gradient(causal, dtype, backend):
     lengths = [(9, 21), (40, 40), (1, 1)]
 
     def own(q, k, v):
-        """In the model's dtype, as someone without the operator would: and the log-sum-exp in float32, of float32 scores."""
+        """PyTorch's operators in the inputs' dtype; scores and log-sum-exp in float32."""
         k, v = (t.repeat_interleave(2, 1) for t in (k, v))
         outs, lses = [], []
         parts = (t.split([pair[side] for pair in lengths]) for t, side in ((q, 0), (k, 1), (v, 1)))
         for one in zip(*parts, strict=True):
             query, key, value = (t.transpose(0, 1) for t in one)
-            scores = ((query @ key.mT).to(torch.promote_types(q.dtype, torch.float32)) / 4).masked_fill(
-                ~seen(*map(len, one[:2]), causal), -torch.inf
-            )
+            scores = (query @ key.mT).to(torch.promote_types(q.dtype, torch.float32)) / 4
+            scores = scores.masked_fill(~seen(*map(len, one[:2]), causal), -torch.inf)
             outs.append((torch.softmax(scores, -1).to(q.dtype) @ value).transpose(0, 1))
             lses.append(scores.logsumexp(-1))
         return torch.cat(outs), torch.cat(lses, 1)
 
-    ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), causal=causal, return_lse=True, backend=backend)  # noqa: E731
+    options = {"causal": causal, "return_lse": True, "backend": backend}
+    ours = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), **options)  # noqa: E731
     assert_within_twice_torch(ours, own, qkv(lengths, 2, 1, 16), dtype)
 
 
 @on_backends("reference", "cpu", "triton", "cuda")
-def test_gradient_may_arrive_for_one_result_only(backend):
+def test_upstream_gradient_of_one_result_only(backend):
     lengths = [(5, 6), (2, 2)]
 
     def gradients(which):
@@ -307,8 +301,8 @@ def test_gradient_may_arrive_for_one_result_only(backend):
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_any_strides_give_the_same(dtype, backend):
-    """Views of a packed projection, heads first, expanded heads and gradients, a strided head: as their contiguous copies."""
+def test_strided_inputs_give_the_same_results(dtype, backend):
+    """Views of a packed projection, expanded heads and gradients, and strided heads, against contiguous copies."""
     lengths, heads, head_dim = ([(5, 5), (3, 3)], 2, 16) if backend in SLOW else ([(11, 11), (4, 4), (7, 7)], 3, 16)
     total = sum(q for q, _ in lengths)
     projection = floats(total, 3, heads, head_dim).to(dtype)
@@ -328,24 +322,23 @@ def test_any_strides_give_the_same(dtype, backend):
         (views[2], floats(2 * total, 1, head_dim).to(dtype)[::2], strided[:, :1]),
     ):
         results = []
-        for variant, as_it_is in ((inputs, True), ([t.contiguous() for t in inputs], False)):
+        for variant, is_strided in ((inputs, True), ([t.contiguous() for t in inputs], False)):
             leaves = [t.detach().requires_grad_() for t in variant]
             out = fastlm.attention_varlen(*leaves, *cu_seqlens(lengths), backend=backend)
-            dys = [dy if as_it_is else dy.contiguous() for dy in upstreams]
+            dys = [dy if is_strided else dy.contiguous() for dy in upstreams]
             results.append(
                 (out.detach(), *(d for dy in dys for d in torch.autograd.grad(out, leaves, dy, retain_graph=True)))
             )
         for a, b in zip(*results, strict=True):
-            assert (
-                error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]
-            )  # PyTorch adds in another order
+            # PyTorch's order of additions depends on the strides.
+            assert error(a, b.double()) <= {torch.float32: 2**-18, torch.bfloat16: 2**-7}[dtype]
         if backend == "cpu":
             assert_same_bits(*results)
         assert all(x.is_contiguous() for x in results[0])
 
 
 @on_every_backend
-def test_starts_of_any_integer_type_and_stride(backend):
+def test_cu_seqlens_of_any_integer_dtype_and_stride(backend):
     lengths = [(5, 6), (2, 2), (8, 3)]
     inputs, cu = qkv(lengths, 2, 1, 8), cu_seqlens(lengths)
     expected = fastlm.attention_varlen(*inputs, *cu, backend=backend)
@@ -354,12 +347,11 @@ def test_starts_of_any_integer_type_and_stride(backend):
 
 
 @on_every_backend
-def test_only_the_gradients_that_are_asked_for(backend):
+def test_only_needed_gradients_are_returned(backend):
     lengths = [(6, 7), (3, 3)]
     inputs, cu = qkv(lengths, 2, 1, 8), cu_seqlens(lengths)
-    whole = outputs_and_gradients(lambda *t: fastlm.attention_varlen(*t, *cu, backend=backend), inputs, torch.float32)[
-        1:
-    ]
+    ours = lambda *t: fastlm.attention_varlen(*t, *cu, backend=backend)  # noqa: E731
+    whole = outputs_and_gradients(ours, inputs, torch.float32)[1:]
     for i, expected in enumerate(whole):
         leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
         fastlm.attention_varlen(*leaves, *cu, backend=backend).backward(floats(9, 2, 8))
@@ -371,12 +363,11 @@ def test_only_the_gradients_that_are_asked_for(backend):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_same_bits_on_every_thread_count(dropout_p, dtype, backend):
-    """Uneven lengths, cut into chunks of queries and shares of keys."""
+    """Uneven lengths, split into chunks of queries and of keys."""
     lengths = [(3, 3), (700, 700), (0, 5), (1, 300), (260, 260), (40, 40)]
     inputs = [x.to(dtype) for x in qkv(lengths, 2, 1, 24)]
-    call = lambda *t: fastlm.attention_varlen(
-        *t, *cu_seqlens(lengths), causal=True, dropout_p=dropout_p, backend=backend
-    )
+    options = {"causal": True, "dropout_p": dropout_p, "backend": backend}
+    call = lambda *t: fastlm.attention_varlen(*t, *cu_seqlens(lengths), **options)  # noqa: E731
     threads, outcomes = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3, 4, 2):
@@ -443,7 +434,7 @@ def test_trained_under_inductor_with_lengths_that_change(backend):
 
 
 def test_flops_are_counted_sequence_by_sequence():
-    """As for attention: two products forward and five backward; while tracing, when no lengths are known, as if they were equal."""
+    """As for attention, two products forward and five backward. While tracing, equal lengths are assumed."""
     lengths = [(9, 21), (3, 3), (4, 0)]
     leaves = [x.requires_grad_() for x in qkv(lengths, 4, 2, 8)]
     with FlopCounterMode(display=False) as counter:
@@ -468,7 +459,8 @@ def call(**changed):
     [
         (
             {"query": floats(1, 7, 4, 8)},
-            r"query: expected shape \(total_q, heads, head_dim\), at least one head and head_dim 1 or more, got \(1, 7, 4, 8\)",
+            r"query: expected shape \(total_q, heads, head_dim\), at least one head and head_dim 1 or more, "
+            r"got \(1, 7, 4, 8\)",
         ),
         ({"query": floats(7, 4, 8).long()}, r"query: expected a floating-point tensor, got torch.int64"),
         ({"key": floats(9, 2, 7)}, r"key: expected shape \(total_k, num_kv_heads, 8\), as query, got \(9, 2, 7\)"),
@@ -502,7 +494,7 @@ def call(**changed):
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
     ],
 )
-def test_errors_say_which_and_why(changed, message):
+def test_wrong_arguments_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         call(**changed)
 
@@ -526,8 +518,8 @@ WRONG_STARTS = [
 
 @on_every_backend_that_raises
 @pytest.mark.parametrize("changed, message", WRONG_STARTS)
-def test_starts_that_do_not_fit(changed, message, backend):
-    """Eager, under a compiler that cannot see the values, and where they have changed before backward."""
+def test_invalid_cu_seqlens_are_refused(changed, message, backend):
+    """In eager mode, under torch.compile, which does not know the values, and where they changed before backward."""
     with pytest.raises(ValueError, match=message):
         call(backend=backend, **changed)
     torch._dynamo.reset()
@@ -550,10 +542,10 @@ def test_starts_that_do_not_fit(changed, message, backend):
         ({"return_lse": True}, "has no log-sum-exp of a fully masked row, and no gradient of any"),
     ],
 )
-def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason):
+def test_backend_torch_refuses_what_pytorch_computes_differently(changed, reason):
     with pytest.raises(fastlm.Unsupported, match=f"torch {reason}"):
         call(backend="torch", **changed)
-    assert call(**changed) is not None  # another serves
+    assert call(**changed) is not None  # another backend is selected
 
 
 @pytest.mark.skipif(
@@ -567,8 +559,8 @@ def test_what_pytorch_cannot_do_as_promised_it_is_not_asked_for(changed, reason)
     ids=str,
 )
 @pytest.mark.parametrize("side", ["queries", "keys"])
-def test_starts_that_do_not_fit_are_a_device_assert(side, wrong, dtype, backend, monkeypatch):
-    """Without the check that precedes the kernel. A sequence of a negative length has no program of its own, nor has an empty one."""
+def test_invalid_cu_seqlens_are_a_device_assert(side, wrong, dtype, backend, monkeypatch):
+    """Without the check before the launch. Sequences of negative length have no program of their own, as empty ones."""
     if max(wrong) >= 2**31 and dtype == torch.int32:
         pytest.skip("is not a number of 32 bits")
     monkeypatch.setattr(gpu, "check_boundaries", lambda call: None)
@@ -588,7 +580,7 @@ def test_starts_that_do_not_fit_are_a_device_assert(side, wrong, dtype, backend,
         )
 
 
-def test_a_backend_is_asked_for_queries_and_keys(monkeypatch):
+def test_selection_sees_the_sizes_of_the_packed_batch(monkeypatch):
     asked, decide = [], selection.decide
     monkeypatch.setattr(selection, "_selected", {})
     monkeypatch.setattr(selection, "decide", lambda *call: (asked.append(call[-1]), decide(*call))[1])

@@ -1,4 +1,4 @@
-"""Dropout inside operators: the same mask on every backend bit for bit, the right share of it, and the same again in backward."""
+"""Dropout inside operators: masks are bit-identical on every backend and in backward, and drop the right share."""
 
 import math
 
@@ -15,7 +15,7 @@ SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x299F31D0A4093822]
 
 
 def kept_by_layernorm(backend, rows, width, p, seed, dtype=torch.float32):
-    """Where the operator keeps an input of ones."""
+    """Which elements the operator keeps of an input of ones."""
     x = torch.ones(rows, width, dtype=dtype)
     summed = torch.ops.fastlm.layernorm_residual_forward(
         x, None, torch.ones(width), None, torch.tensor(seed), 1e-5, p, backend
@@ -26,32 +26,18 @@ def kept_by_layernorm(backend, rows, width, p, seed, dtype=torch.float32):
 
 
 def kept_by_attention(backend, batch, heads, query_len, key_len, p, seed):
-    """Where the operator keeps a weight: equal weights, values that name the key, gradients that ask one query at a time."""
+    """Which weights the operator keeps: all are equal, and the values are one-hot in the position of the key."""
     q, k = torch.zeros(batch, heads, query_len, key_len), torch.zeros(batch, heads, key_len, key_len)
-    names = torch.eye(key_len).expand(batch, heads, key_len, key_len)
-    out = torch.ops.fastlm.attention_forward(
-        q,
-        k,
-        names,
-        None,
-        None,
-        None,
-        None,
-        torch.tensor(seed),
-        1.0,
-        -UNLIMITED,
-        UNLIMITED,
-        p,
-        False,
-        False,
-        backend,
-    )[0]
+    one_hot = torch.eye(key_len).expand(batch, heads, key_len, key_len)
+    masks, band = (None, None, None, None), (-UNLIMITED, UNLIMITED)
+    tensors = q, k, one_hot, *masks, torch.tensor(seed)
+    out = torch.ops.fastlm.attention_forward(*tensors, 1.0, *band, p, False, False, backend)[0]
     return out != 0
 
 
 @on_backends("cpu", "triton", "cuda")
 @pytest.mark.parametrize("seed", SEEDS)
-def test_layernorm_drops_what_the_definition_drops(seed, backend):
+def test_layernorm_dropout_masks_follow_the_definition(seed, backend):
     for width in WIDTHS:
         expected = philox.dropout_mask(torch.tensor(seed), 9, width, torch.tensor(0), 0.37)
         assert torch.equal(kept_by_layernorm(backend, 9, width, 0.37, seed), expected)
@@ -60,8 +46,8 @@ def test_layernorm_drops_what_the_definition_drops(seed, backend):
 @on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("seed", SEEDS[-2:])
 @pytest.mark.parametrize("lengths", [(1, 1), (5, 64), (9, 70), (70, 9), (3, 200)], ids=str)
-def test_attention_drops_what_the_definition_drops(lengths, seed, backend):
-    """Counted from the start of each sequence, with its own word for every batch and head."""
+def test_attention_dropout_masks_follow_the_definition(lengths, seed, backend):
+    """Rows and columns count from the start of each sequence, and every batch and head has its own counters."""
     third = torch.arange(6).view(2, 3)
     expected = philox.dropout_mask(torch.tensor(seed), *lengths, third, 0.37)
     assert torch.equal(kept_by_attention(backend, 2, 3, *lengths, 0.37, seed), expected)
@@ -69,8 +55,8 @@ def test_attention_drops_what_the_definition_drops(lengths, seed, backend):
 
 @on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.999])
-def test_the_share_that_is_kept(p, backend):
-    """Within five standard deviations of 1 − p, over all and in every column of 64."""
+def test_the_share_of_kept_elements(p, backend):
+    """It is within five standard deviations of 1 − p, over all elements and in each of 64 columns."""
     kept = kept_by_layernorm(backend, 2000, 64, p, 1234)
     for share, n in ((kept.float().mean(), kept.numel()), *((column, 2000) for column in kept.float().mean(0))):
         assert abs(share - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / n) + 1e-7
@@ -79,13 +65,11 @@ def test_the_share_that_is_kept(p, backend):
 @on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual_dtype", [None, "x", torch.float32], ids=str)
-def test_layernorm_with_dropout_is_layernorm_of_what_is_kept(residual_dtype, dtype, backend):
+def test_layernorm_with_dropout_matches_layernorm_of_masked_inputs(residual_dtype, dtype, backend):
     x, w, b = floats(7, 50).to(dtype), floats(50).to(dtype), floats(1, 50)[0].to(dtype)
-    residual = (
-        None
-        if residual_dtype is None
-        else floats(50, 7).t().contiguous().to(dtype if residual_dtype == "x" else residual_dtype)
-    )
+    residual = None
+    if residual_dtype is not None:
+        residual = floats(50, 7).t().contiguous().to(dtype if residual_dtype == "x" else residual_dtype)
     p = 0.4
     leaves = [t if t is None else t.clone().requires_grad_() for t in (x, residual, w, b)]
     torch.manual_seed(5)
@@ -99,12 +83,12 @@ def test_layernorm_with_dropout_is_layernorm_of_what_is_kept(residual_dtype, dty
     truth = dropped if residual is None else dropped + wide[1]
     rounding = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
     assert error(s.detach(), truth.detach()) <= rounding[s.dtype]
-    stored = truth + (s.detach().double() - truth.detach())  # LN reads the sum as it is stored
+    stored = truth + (s.detach().double() - truth.detach())  # LayerNorm reads the sum as it is stored
     normalised = torch.nn.functional.layer_norm(stored, (50,), wide[2], wide[3])
     dy, ds = floats(7, 50, 1)[..., 0].to(dtype), floats(1, 7, 50)[0].to(s.dtype)
-    asked = [i for i, t in enumerate(leaves) if t is not None]
-    got = torch.autograd.grad((y, s), [leaves[i] for i in asked], (dy, ds))
-    expected = torch.autograd.grad((normalised, stored), [wide[i] for i in asked], (dy.double(), ds.double()))
+    given = [i for i, t in enumerate(leaves) if t is not None]
+    got = torch.autograd.grad((y, s), [leaves[i] for i in given], (dy, ds))
+    expected = torch.autograd.grad((normalised, stored), [wide[i] for i in given], (dy.double(), ds.double()))
     assert error(y.detach(), normalised.detach()) <= rounding[dtype]
     for a, e in zip(got, expected, strict=True):
         assert error(a, e) <= rounding[a.dtype]
@@ -113,8 +97,11 @@ def test_layernorm_with_dropout_is_layernorm_of_what_is_kept(residual_dtype, dty
 
 @on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_with_dropout_is_attention_of_what_is_kept(dtype, backend):
-    """Grouped queries, causal, an additive mask with its gradient, the log-sum-exp (which knows no dropout) with its own."""
+def test_attention_with_dropout_matches_attention_with_masked_weights(dtype, backend):
+    """With grouped queries, causal, an additive mask and the log-sum-exp, and the gradients of all of them.
+
+    Dropout does not change the log-sum-exp.
+    """
     p, sizes = 0.3, (2, 4, 40, 40, 16)
     inputs = [floats(2, 4, 40, 16), floats(2, 2, 40, 16), floats(16, 2, 40, 2).transpose(0, 3), floats(1, 4, 40, 40)]
     leaves = [t.to(dtype).clone().requires_grad_() for t in inputs]
@@ -126,9 +113,8 @@ def test_attention_with_dropout_is_attention_of_what_is_kept(dtype, backend):
     def plain(q, k, v, mask):
         k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
         scores = (q @ k.mT / 4 + mask).masked_fill(torch.ones(40, 40, dtype=torch.bool).triu(1), -torch.inf)
-        return torch.where(keep, torch.softmax(scores, -1) / (1 - p), 0).to(q.dtype) @ v, scores.float().logsumexp(
-            -1
-        ) if q.dtype != torch.float64 else scores.logsumexp(-1)
+        weights = torch.where(keep, torch.softmax(scores, -1) / (1 - p), 0).to(q.dtype)
+        return weights @ v, scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
 
     upstream = floats(*sizes[:3], 16).to(dtype), floats(*sizes[:3])
 
@@ -160,16 +146,16 @@ def test_calls_differ_and_manual_seed_repeats(backend):
         assert not torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_backends_drop_the_same():
+def test_backends_draw_the_same_masks():
     results = []
-    for backend in ("reference", None):  # None: the compiled kernels where there are any, never PyTorch's own
+    for backend in ("reference", None):  # None selects the compiled kernels, if there are any, and never `torch`
         torch.manual_seed(3)
         results.append(fastlm.attention(*[floats(1, 2, 9, 8)] * 3, dropout_p=0.5, backend=backend))
     torch.testing.assert_close(*results)
 
 
-def test_philox_against_its_authors_vectors():
-    """Known answers of Random123 (Salmon et al.) for philox4x32-10."""
+def test_philox_matches_known_answers():
+    """The known answers of Random123 (Salmon et al., 2011) for philox4x32-10."""
     for counter, key, expected in (
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -183,7 +169,7 @@ def test_philox_against_its_authors_vectors():
         assert tuple(int(word) for word in words) == expected
 
 
-def test_which_word_a_column_gets():
+def test_the_counter_and_word_of_a_column():
     """Column c of row r: word (c // 16) % 4 of counter ((c // 64)·16 + c % 16, r, third, 0), key the seed."""
     seed, p = 0x299F31D0A4093822, 0.5
     kept = philox.dropout_mask(torch.tensor(seed), 3, 150, torch.tensor(6), p)

@@ -1,4 +1,4 @@
-"""What holds for all operators alike: autograd, tracing, devices, threads, autocast."""
+"""The promises that all operators make: autograd, tracing, devices, threads, autocast."""
 
 import concurrent.futures
 import contextlib
@@ -33,7 +33,7 @@ from tests.support import (
 
 
 def run(case, backend, leaves, **options):
-    """Results and gradients, always with the same dropout."""
+    """(results, gradients), always with the same dropout mask."""
     torch.manual_seed(7)
     results = as_tuple(case.call(backend)(*leaves))
     upstreams = [floats(*y.shape).to(y.dtype) for y in results]
@@ -41,21 +41,19 @@ def run(case, backend, leaves, **options):
 
 
 def assert_close(a, b):
-    """The same but for the order of some additions."""
+    """Check that tensors differ at most by the order of some additions."""
+    tolerances = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
     for x, y in zip(a, b, strict=True):
-        assert (
-            x.dtype == y.dtype
-            and error(x, y.double()) <= {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}[x.dtype]
-        )
+        assert x.dtype == y.dtype and error(x, y.double()) <= tolerances[x.dtype]
 
 
-# Gradients of gradients
+# Double backward
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_first_and_second_gradients_of_the_reference(case):
     def seeded(*leaves):
-        torch.manual_seed(7)  # the same dropout every time
+        torch.manual_seed(7)  # the same dropout mask every time
         return case.call("reference")(*leaves)
 
     leaves = float64_leaves(case)
@@ -69,8 +67,8 @@ def test_create_graph_gives_the_same_first_gradient(case, backend):
     assert_close(run(case, backend, leaves, create_graph=True)[1], run(case, backend, leaves)[1])
 
 
-def test_one_input_computed_from_the_other():
-    """The path between them belongs to the caller's graph and is counted once."""
+def test_one_input_computed_from_another():
+    """The path between them belongs to the caller's graph, and its gradient counts once."""
     x = floats(3, 5, dtype=torch.float64).requires_grad_()
     for function in (
         lambda x: fastlm.linear(x, x * 2),
@@ -87,7 +85,7 @@ def test_one_input_computed_from_the_other():
 
 
 class Recorder(TorchDispatchMode):
-    """The calls of fastlm's operators, with their real arguments."""
+    """Records the calls of fastlm's operators with their arguments."""
 
     def __init__(self):
         super().__init__()
@@ -107,20 +105,20 @@ def recorded(case, backend):
 
 
 @on_every_case(backends=ALL)
-def test_a_tracer_sees_operators_that_keep_their_contract(case, backend):
+def test_traced_operators_pass_opcheck(case, backend):
     calls, operator = recorded(case, backend), registry.operators()[case.operator]
     names = [function.name().removeprefix("fastlm::") for function, _, _ in calls]
-    assert names[0].endswith("_forward") and len(names) == (
-        1 if operator.Backward is None and not case.name.endswith("none") else 2
-    )
-    # What AOTAutograd makes of an operator follows from its schema and its fake, which are those of every backend.
+    # linear_cross_entropy computes its gradients in the forward pass, except with reduction="none".
+    one_call = operator.Backward is None and not case.name.endswith("none")
+    assert names[0].endswith("_forward") and len(names) == (1 if one_call else 2)
+    # AOTAutograd depends only on the schema and the fake results, which all backends share.
     checks = ("test_schema", "test_faketensor", *(() if backend in SLOW else ("test_aot_dispatch_dynamic",)))
     for function, arguments, options in calls:
         torch.library.opcheck(function, arguments, options, test_utils=checks)
 
 
 @on_every_case
-def test_the_same_under_a_dispatch_mode(case, backend):
+def test_a_dispatch_mode_changes_no_result(case, backend):
     with Recorder():
         traced = run(case, backend, case.leaves())
     plain = run(case, backend, case.leaves())
@@ -180,7 +178,7 @@ def test_compiled_with_gradients(case, backend):
 
 
 def block(x, norm, norm_bias, qkv, qkv_bias, up, up_bias, down, down_bias, vocabulary, target, dropout_p, backend):
-    """A pre-norm layer and its loss."""
+    """A pre-norm layer and a loss."""
     options = {"backend": backend}
     y, _ = fastlm.layernorm_residual(x, None, norm, norm_bias, **options)
     query, key, value = fastlm.linear(y, qkv, qkv_bias, **options).view(2, 9, 3, 2, 12).permute(2, 0, 3, 1, 4)
@@ -206,7 +204,7 @@ def test_a_whole_layer_compiled_by_inductor(backend):
     torch._dynamo.reset()
     leaves, target = block_leaves(), targets(40, 2, 9)
     results = []
-    with torch._inductor.config.patch(fallback_random=True):  # inductor draws seeds otherwise than eager mode
+    with torch._inductor.config.patch(fallback_random=True):  # else inductor draws other seeds than eager mode
         for function in (block, torch.compile(block, fullgraph=True)):
             torch.manual_seed(3)
             loss = function(*leaves, target, dropout_p, backend)
@@ -215,7 +213,7 @@ def test_a_whole_layer_compiled_by_inductor(backend):
 
 
 def test_one_tensor_for_several_inputs_under_compile():
-    """Which torch.compile does not let an autograd.Function have."""
+    """torch.compile does not support it for an autograd.Function."""
     torch._dynamo.reset()
     starts = torch.tensor([0, 2, 5])
     for function, shape in (
@@ -233,7 +231,7 @@ def test_one_tensor_for_several_inputs_under_compile():
         assert_close(*outcomes)
 
 
-def test_exported():
+def test_export():
     class Layer(torch.nn.Module):
         def forward(self, *leaves):
             return block(*leaves, targets(40, 2, 9), 0.0, None)
@@ -245,7 +243,7 @@ def test_exported():
     torch.testing.assert_close(program.module()(*leaves), Layer()(*leaves))
 
 
-def test_dropout_is_drawn_anew_on_every_compiled_call():
+def test_every_compiled_call_draws_a_new_dropout_mask():
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x, w: fastlm.layernorm_residual(x, None, w, dropout_p=0.5, backend="reference")[1], fullgraph=True
@@ -256,16 +254,15 @@ def test_dropout_is_drawn_anew_on_every_compiled_call():
 
 
 def test_flops_are_counted():
-    """As for PyTorch's operators: two per multiply-add, and attention counted as if it were not masked."""
+    """As for PyTorch's operators: two per multiply-add, and masked scores of attention count."""
     rows, leaves = 18, block_leaves()
     with FlopCounterMode(display=False) as counter:
         block(*leaves, targets(40, 2, 9), 0.0, None).backward()
     linear, mlp, vocabulary = 24 * 72, 2 * 24 * 48, 40 * 24
     attention = 2 * 2 * 9 * 9 * 12
     forward = 2 * rows * (linear + mlp) + 4 * attention
-    assert (
-        counter.get_total_flops() == 3 * forward + 2 * attention + 3 * 2 * rows * vocabulary
-    )  # five products in attention's backward, not four
+    # Attention's backward has five products, one more than twice the forward's.
+    assert counter.get_total_flops() == 3 * forward + 2 * attention + 3 * 2 * rows * vocabulary
     with FlopCounterMode(display=False) as counter:
         fastlm.gelu_mlp(*case_named("gelu_mlp recompute 0").leaves(), recompute=2).sum().backward()
     assert counter.get_total_flops() == 2 * 18 * (24 * 48 + 48 * 20) * 3 + 2 * 18 * 24 * 48
@@ -282,7 +279,7 @@ def test_transforms_of_torch_func_are_refused(case):
 
 
 class Annotated(torch.Tensor):
-    """A subclass that adds nothing: what libraries hang their names on."""
+    """A tensor subclass that adds nothing."""
 
 
 @on_every_case
@@ -297,10 +294,10 @@ def test_tensor_subclasses(case, backend):
 
 
 @on_every_case
-def test_results_go_where_the_inputs_are(case, backend):
+def test_results_are_on_the_device_of_the_inputs(case, backend):
     leaves = case.leaves()
     expected = run(case, backend, leaves)
-    with torch.device("meta"):  # a default device is for tensors that the user makes
+    with torch.device("meta"):  # the default device must not apply to results
         torch.manual_seed(7)
         results = as_tuple(case.call(backend)(*leaves))
         upstreams = [torch.ones_like(y) for y in results]
@@ -311,7 +308,7 @@ def test_results_go_where_the_inputs_are(case, backend):
 
 @on_backends("triton", "cuda")
 def test_every_launch_is_on_the_device_of_its_tensors(backend, monkeypatch):
-    """On several GPUs: the driver launches on the device that is current, which is the caller's again afterwards."""
+    """With several GPUs: a kernel launches on the current device, and the caller's is current again afterwards."""
     current, launches = [], []
 
     @contextlib.contextmanager
@@ -354,7 +351,7 @@ def test_inputs_are_never_written_to(case, backend):
 
 
 @on_every_case(backends=ALL)
-def test_a_gradient_expanded_from_one_number(case, backend):
+def test_an_expanded_upstream_gradient(case, backend):
     leaves = case.leaves()
     torch.manual_seed(7)
     sum(y.sum() for y in as_tuple(case.call(backend)(*leaves))).backward()
@@ -367,8 +364,8 @@ def test_a_gradient_expanded_from_one_number(case, backend):
 
 
 @on_every_case(backends=("reference", "torch", "cpu", "cuda"))
-def test_offsets_that_no_vector_is_aligned_to(case, backend):
-    """Every input one element past where it would be aligned."""
+def test_unaligned_inputs(case, backend):
+    """Every input begins one element after an aligned address."""
     shifted = [
         torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape).requires_grad_() for x in case.inputs(torch.float32)
     ]
@@ -377,15 +374,16 @@ def test_offsets_that_no_vector_is_aligned_to(case, backend):
 
 
 def reserved(size):
-    """Address space without memory until it is touched. (Python knows Linux's MAP_NORESERVE by name from 3.13 on.)"""
+    """Address space that takes no memory until it is written."""
+    # Python has Linux's MAP_NORESERVE from 3.13 on.
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@on_backends("torch", "cpu", *(["cuda"] if EMULATED else []))  # a GPU cannot reserve what is not there
+@on_backends("torch", "cpu", *(["cuda"] if EMULATED else []))  # memory of a GPU cannot be reserved like that
 def test_strides_of_more_than_two_to_the_31(dtype, backend):
-    """Rows that lie 2³¹ elements apart, in memory that is reserved but only touched where the rows are."""
+    """Rows 2³¹ elements apart, in memory that is reserved and used only where the rows are."""
     apart, width = 2**31 + 64, 40
     memory = torch.frombuffer(reserved((apart + width) * dtype.itemsize), dtype=dtype)
     x = memory.as_strided((2, width), (apart, 1))
@@ -415,7 +413,7 @@ def test_strides_of_more_than_two_to_the_31(dtype, backend):
 
 @on_backends("cpu")
 def test_more_than_two_to_the_31_keys(backend):
-    """Positions beyond 2³¹, of which the window leaves four to look at; nothing else is touched."""
+    """Positions beyond 2³¹, of which the window leaves four. The other keys are not read."""
     key_len = 2**31 + 100
     key, value = (
         torch.frombuffer(reserved(key_len * 2), dtype=torch.bfloat16).view(1, 1, key_len, 1) for _ in range(2)
@@ -432,7 +430,7 @@ def test_more_than_two_to_the_31_keys(backend):
 # Threads
 
 
-@on_every_case(backends=("cpu",))  # where PyTorch computes, its own promise holds
+@on_every_case(backends=("cpu",))  # for other backends PyTorch's own promise holds
 def test_same_bits_on_every_run_and_thread_count(case, backend):
     leaves, threads = case.leaves(), torch.get_num_threads()
     try:
@@ -448,8 +446,8 @@ def test_same_bits_on_every_run_and_thread_count(case, backend):
 
 
 @on_backends("cpu")
-def test_same_bits_on_every_thread_count_where_the_work_is_cut(backend):
-    """Large enough that every kernel has several parts: the small cases above may be one part each."""
+def test_same_bits_on_every_thread_count_where_work_is_split(backend):
+    """Sizes at which every kernel splits its work; the cases above may be too small for that."""
     threads = torch.get_num_threads()
     x, w, wide = floats(700, 96).requires_grad_(), floats(300, 96).requires_grad_(), floats(96, 300).requires_grad_()
     norm, target = floats(96).requires_grad_(), targets(300, 700)
@@ -477,9 +475,9 @@ def test_same_bits_on_every_thread_count_where_the_work_is_cut(backend):
         assert_same_bits(other, outcomes[0])
 
 
-@on_every_case(dropout=False)  # Python's threads share the generator that the seeds are drawn from
+@on_every_case(dropout=False)  # threads share the generator of the seeds
 def test_several_python_threads_at_once(case, backend):
-    """Each with its own number of threads for the kernels, as torch.set_num_threads is per thread."""
+    """Each sets its own number of kernel threads: torch.set_num_threads is per Python thread."""
     results, gradients = run(case, backend, case.leaves())
 
     def many(threads):
@@ -492,42 +490,43 @@ def test_several_python_threads_at_once(case, backend):
                 assert_close([*outcome[0], *outcome[1]], [*results, *gradients])
 
 
-# Autocast, checkpointing
+# Autocast and activation checkpointing
 
 
 @on_every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_on_a_cpu(case, backend, dtype):
-    """Products in the lower precision, as PyTorch's; layer norm as it comes; gradients in the parameters' own dtype; the same inside and outside."""
+    """As PyTorch: products in the lower precision, layer norm unchanged, gradients in the parameters' dtype.
+
+    The backward pass gives the same inside and outside the context.
+    """
     leaves = case.leaves()
     torch.manual_seed(7)
     with torch.autocast("cpu", dtype):
         results = as_tuple(case.call(backend)(*leaves))
-    # A second result of attention is a log-sum-exp.
-    assert [y.dtype for y in results] == [
-        torch.float32 if case.wide_result or i == 1 else dtype for i, y in enumerate(results)
-    ]
+    # The second result of attention is the log-sum-exp.
+    expected_dtypes = [torch.float32 if case.wide_result or i == 1 else dtype for i, _ in enumerate(results)]
+    assert [y.dtype for y in results] == expected_dtypes
     narrow = [x.detach() if i in case.not_cast else x.detach().to(dtype) for i, x in enumerate(leaves)]
     narrow = [x.requires_grad_() for x in narrow]
     expected, gradients = run(case, backend, narrow)
     assert_close([y.detach() for y in results], expected)
     upstreams = [floats(*y.shape).to(y.dtype) for y in results]
-    with torch.autocast("cpu", dtype):  # a backward inside must not be cast once more
+    with torch.autocast("cpu", dtype):  # the backward must not cast again
         got = torch.autograd.grad(results, leaves, upstreams)
     assert all(d.dtype == torch.float32 for d in got)
-    if case.rounds_weights:  # those were rounded, and once more where a mean is scaled; these are not: see below
-        assert all(
-            error(d, narrow.double()) <= {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-            for d, narrow in zip(got, gradients, strict=True)
-        )
+    if case.rounds_weights:
+        # `gradients` were rounded to 16 bits, and again where a mean is scaled; `got` were not: see below.
+        tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+        assert all(error(d, narrow.double()) <= tolerance for d, narrow in zip(got, gradients, strict=True))
     else:
         assert_close(got, [d.float() for d in gradients])
 
 
-WEIGHED = ("linear", "gelu_mlp", "linear_cross_entropy")  # whose weights autocast rounds
+WITH_WEIGHTS = ("linear", "gelu_mlp", "linear_cross_entropy")  # operators whose weights autocast rounds
 
 
-def weighed(name, x, *weights, backend):
+def call_with_weights(name, x, *weights, backend):
     if name == "linear":
         return fastlm.linear(x, *weights, layout="conv1d", backend=backend)
     if name == "gelu_mlp":
@@ -535,7 +534,7 @@ def weighed(name, x, *weights, backend):
     return fastlm.linear_cross_entropy(x, weights[0], targets(x.shape[1], x.shape[0]), weights[1], backend=backend)
 
 
-def weighed_inputs(name, rows=70):
+def inputs_with_weights(name, rows=70):
     shapes = {
         "linear": [(24, 40), (40,)],
         "gelu_mlp": [(40, 24), (40,), (24, 40), (24,)],
@@ -545,68 +544,71 @@ def weighed_inputs(name, rows=70):
 
 
 @on_backends("cpu")
-@pytest.mark.parametrize("name", WEIGHED)
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
 @pytest.mark.parametrize("rows", [70, 7, 0])
 @pytest.mark.parametrize("needs", ["all", "weights", "x", "biases"])
 def test_under_autocast_gradients_of_float32_weights_are_not_rounded(name, rows, needs, backend):
-    """They are those of the rounded weights, as exact as sums in float32 are where nothing else is rounded on the way."""
-    inputs = weighed_inputs(name, rows)
+    """They are gradients of the rounded weights in float32, exact where no intermediate is rounded to 16 bits."""
+    inputs = inputs_with_weights(name, rows)
     for i, x in enumerate(inputs):
         x.requires_grad_({"all": True, "weights": i > 0, "x": i == 0, "biases": i > 0 and i % 2 == 0}[needs])
-    asked = [x for x in inputs if x.requires_grad]
+    wanted = [x for x in inputs if x.requires_grad]
     with torch.autocast("cpu", torch.bfloat16):
-        result = weighed(name, *inputs, backend=backend)
+        result = call_with_weights(name, *inputs, backend=backend)
     upstream = floats(*result.shape).to(result.dtype)
-    got = torch.autograd.grad(result, asked, upstream)
+    got = torch.autograd.grad(result, wanted, upstream)
     exact = [x.detach().bfloat16().double().requires_grad_(x.requires_grad) for x in inputs]
     expected = torch.autograd.grad(
-        weighed(name, *exact, backend="reference"), [x for x in exact if x.requires_grad], upstream.double()
+        call_with_weights(name, *exact, backend="reference"), [x for x in exact if x.requires_grad], upstream.double()
     )
-    for i, found, true in zip([i for i, x in enumerate(inputs) if x.requires_grad], got, expected, strict=True):
-        assert found.dtype == torch.float32
-        exactly = (name == "linear" and i > 0) or (name == "gelu_mlp" and i == 4)
-        assert error(found, true) <= (2**-18 if exactly else 2**-7)
+    indices = [i for i, x in enumerate(inputs) if x.requires_grad]
+    for i, gradient, true in zip(indices, got, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        is_exact = (name == "linear" and i > 0) or (name == "gelu_mlp" and i == 4)
+        assert error(gradient, true) <= (2**-18 if is_exact else 2**-7)
         if i > 0 and rows > 0:
-            assert not torch.equal(found, found.bfloat16().float())
+            assert not torch.equal(gradient, gradient.bfloat16().float())
 
 
 @on_every_backend
-@pytest.mark.parametrize("name", WEIGHED)
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_under_autocast_gradients_can_be_differentiated_down_to_float32_weights(name, backend):
-    inputs = weighed_inputs(name)
+    inputs = inputs_with_weights(name)
     with torch.autocast("cpu", torch.bfloat16):
-        result = weighed(name, *inputs, backend=backend)
+        result = call_with_weights(name, *inputs, backend=backend)
     gradients = torch.autograd.grad(result.float().square().sum(), inputs, create_graph=True)
     assert [d.dtype for d in gradients] == [torch.float32] * len(inputs)
     twice = torch.autograd.grad(sum(d.square().sum() for d in gradients), inputs)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    gradients = torch.autograd.grad(weighed(name, *exact, backend="reference").square().sum(), exact, create_graph=True)
+    gradients = torch.autograd.grad(
+        call_with_weights(name, *exact, backend="reference").square().sum(), exact, create_graph=True
+    )
     expected = torch.autograd.grad(sum(d.square().sum() for d in gradients), exact)
-    for found, true in zip(twice, expected, strict=True):
-        assert found.dtype == torch.float32 and error(found, true) <= 2**-4  # bfloat16 on the way, several times
+    for gradient, true in zip(twice, expected, strict=True):
+        # Several intermediates are rounded to bfloat16.
+        assert gradient.dtype == torch.float32 and error(gradient, true) <= 2**-4
 
 
-@pytest.mark.parametrize("name", WEIGHED)
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_under_autocast_differentiable_gradients_are_those_of_rounded_weights(name):
-    inputs = weighed_inputs(name)
+    inputs = inputs_with_weights(name)
     with torch.autocast("cpu", torch.bfloat16):
-        result = weighed(name, *inputs, backend="reference")
+        result = call_with_weights(name, *inputs, backend="reference")
     upstream = floats(*result.shape).to(result.dtype)
     got = torch.autograd.grad(result, inputs, upstream, create_graph=True)
     exact = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
-    expected = torch.autograd.grad(weighed(name, *exact, backend="reference"), exact, upstream.double())
-    assert all(
-        error(found, true) <= 2**-8 for found, true in zip(got, expected, strict=True)
-    )  # rounded once, as the formula's casts are differentiated
+    expected = torch.autograd.grad(call_with_weights(name, *exact, backend="reference"), exact, upstream.double())
+    # The casts of the formula are differentiated too, which rounds each gradient once.
+    assert all(error(gradient, true) <= 2**-8 for gradient, true in zip(got, expected, strict=True))
 
 
 @on_every_backend
-@pytest.mark.parametrize("name", WEIGHED)
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_under_autocast_weights_may_change_before_the_backward(name, backend):
-    """As with PyTorch's operators, whose backward reads the rounded copy."""
-    inputs = weighed_inputs(name)
+    """As with PyTorch's operators, the backward reads the rounded copies."""
+    inputs = inputs_with_weights(name)
     with torch.autocast("cpu", torch.bfloat16):
-        result, same = (weighed(name, *inputs, backend=backend) for _ in range(2))
+        result, same = (call_with_weights(name, *inputs, backend=backend) for _ in range(2))
     expected = torch.autograd.grad(result.sum(), inputs)
     with torch.no_grad():
         for x in inputs[1:]:
@@ -615,17 +617,17 @@ def test_under_autocast_weights_may_change_before_the_backward(name, backend):
 
 
 @on_every_backend
-def test_autocast_brings_a_16_bit_x_and_a_float32_residual_together(backend):
+def test_autocast_takes_a_16_bit_x_and_a_float32_residual(backend):
     x, stream, w = floats(4, 8), floats(8, 4).t().contiguous(), floats(8)
     with torch.autocast("cpu", torch.bfloat16):
         y, s = fastlm.layernorm_residual(fastlm.linear(x, torch.eye(8), backend=backend), stream, w, backend=backend)
         assert (y.dtype, s.dtype) == (torch.bfloat16, torch.float32)
         y, s = fastlm.layernorm_residual(x, stream.bfloat16(), w, backend=backend)
-        assert (y.dtype, s.dtype) == (torch.float32, torch.float32)  # as the addition would
+        assert (y.dtype, s.dtype) == (torch.float32, torch.float32)  # as for x + residual
 
 
 @on_every_case
-def test_checkpointing_replays(case, backend):
+def test_activation_checkpointing_gives_the_same_results(case, backend):
     leaves = case.leaves()
     results, gradients = run(case, backend, leaves)
     torch.manual_seed(7)
@@ -635,9 +637,9 @@ def test_checkpointing_replays(case, backend):
     assert_close(replayed, gradients)
 
 
-@pytest.mark.parametrize("number", [1, np.float32(1)], ids=["whole", "NumPy's"])
-def test_whatever_number_is_given_a_backend_gets_a_float(number, monkeypatch):
-    """A kernel would be compiled for another type."""
+@pytest.mark.parametrize("number", [1, np.float32(1)], ids=["int", "NumPy"])
+def test_backends_get_floats_for_any_kind_of_number(number, monkeypatch):
+    """Triton would compile another kernel for an integer."""
     x, target, seen = floats(1, 1, 4, 8), targets(8, 4), []
     monkeypatch.setattr(selection, "_selected", {})
     for name in ("attention", "layernorm_residual", "linear_cross_entropy"):

@@ -13,7 +13,7 @@ from tests.support import (
     outputs_and_gradients,
 )
 
-# (shape of x, hidden, out)
+# (shape of x, hidden width, output width)
 SHAPES = [
     ((1, 1), 1, 1),
     ((3, 7), 5, 9),
@@ -60,8 +60,8 @@ def test_as_close_to_float64_as_torch(shape, hidden, out, approximate, layout, r
 
 @on_every_backend
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_the_gelu_is_right_far_out_and_at_zero(approximate, backend):
-    """One unit each way: the GELU and its slope on their own, through their tails, where erf and tanh saturate."""
+def test_gelu_in_its_tails_and_at_zero(approximate, backend):
+    """With one hidden unit: GELU and its derivative alone, including the tails, where erf and tanh saturate."""
     x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0])])[:, None]
     one = torch.ones(1, 1)
     ours, theirs = (
@@ -72,23 +72,22 @@ def test_the_gelu_is_right_far_out_and_at_zero(approximate, backend):
         )
     )
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=2e-6, atol=1e-6
-        )  # a few units of erf's and tanh's own approximation in float32
+        # A few units in the last place of the approximations of erf and tanh in float32.
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
 
 
 @pytest.fixture
 def new_memory_holds_nan():
-    """What a kernel forgets to write cannot be right by chance, as it is where memory comes back from an earlier call with its results still in it."""
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
+    """Memory of torch.empty is filled, so that an element which a kernel does not write is never right by chance."""
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_levels_of_recomputation_agree(dtype, backend, new_memory_holds_nan):
-    """Nothing but memory and time may differ, and in 16 bits whether the GELU read its input before or after it was rounded to be saved."""
+def test_recompute_levels_agree(dtype, backend, new_memory_holds_nan):
+    """Only memory and time may differ. In 16 bits the saved input of GELU is also rounded."""
     inputs = inputs_for((40, 24), 96, 24, "linear")
     levels = [
         outputs_and_gradients(lambda *t, r=r: fastlm.gelu_mlp(*t, recompute=r, backend=backend), inputs, dtype)
@@ -102,8 +101,8 @@ def test_levels_of_recomputation_agree(dtype, backend, new_memory_holds_nan):
 
 @pytest.mark.parametrize("recompute, kept", [(0, 2), (1, 1), (2, 0)])
 @on_every_backend
-def test_what_is_saved(recompute, kept, backend):
-    """A level keeps `kept` tensors of the hidden width, in x's dtype."""
+def test_saved_tensors(recompute, kept, backend):
+    """Level `recompute` saves `kept` tensors of the hidden width, in x's dtype."""
     leaves = [t.bfloat16().requires_grad_() for t in inputs_for((10, 6), 30, 7, "linear")]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -125,7 +124,7 @@ def test_without_biases(backend):
 
 
 @on_every_backend
-def test_only_the_gradients_that_are_asked_for(backend):
+def test_only_needed_gradients_are_returned(backend):
     inputs = inputs_for((6, 10), 24, 5, "linear")
     whole = outputs_and_gradients(lambda *t: fastlm.gelu_mlp(*t, backend=backend), inputs, torch.float32)[1:]
     for recompute in (0, 1, 2):
@@ -136,7 +135,7 @@ def test_only_the_gradients_that_are_asked_for(backend):
 
 
 @on_every_backend
-def test_any_strides_give_the_same(backend):
+def test_strided_inputs_give_the_same_results(backend):
     x, w1, b1, w2, b2 = inputs_for((8, 24), 40, 20, "linear")
     variants = [
         (floats(8, 60)[:, 5:29], w1, b1, w2, b2),
@@ -190,6 +189,6 @@ def call(**changed):
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
     ],
 )
-def test_errors_say_which_and_why(changed, message):
+def test_wrong_arguments_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         call(**changed)

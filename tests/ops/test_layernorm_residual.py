@@ -46,7 +46,7 @@ def test_without_residual_the_sum_is_x_itself(dtype, backend):
 
 @on_every_backend
 def test_rows_of_large_mean_keep_their_variance(backend):
-    """E[x²] − mean² would lose every digit of it."""
+    """The variance as E[x²] − mean² would have no correct digit."""
     x, w, b = floats(6, 300) + 3000, floats(300), floats(1, 300)[0]
     assert_within_twice_torch(
         lambda x, w, b: fastlm.layernorm_residual(x, None, w, b, backend=backend)[0],
@@ -60,7 +60,7 @@ def test_rows_of_large_mean_keep_their_variance(backend):
 @pytest.mark.parametrize("residual_dtype", [None, torch.float32])
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_a_float32_stream_and_float32_weights_in_a_16_bit_model(dtype, residual_dtype, weight_dtype, backend):
+def test_a_float32_residual_and_float32_weights_in_a_16_bit_model(dtype, residual_dtype, weight_dtype, backend):
     residual_dtype, weight_dtype = residual_dtype or dtype, weight_dtype or dtype
     inputs = [
         floats(4, 70).to(dtype),
@@ -76,7 +76,7 @@ def test_a_float32_stream_and_float32_weights_in_a_16_bit_model(dtype, residual_
     got = torch.autograd.grad((y, s), leaves, (dy, ds))
     assert [g.dtype for g in got] == [dtype, residual_dtype, weight_dtype, weight_dtype]
 
-    # LN reads the sum as it is stored: the truth starts from the rounded sum
+    # LayerNorm reads the sum as it is stored, so the true results start from the rounded sum.
     def from_stored(dtype, w_dtype):
         stored, w, b = (
             t.detach().to(d).requires_grad_() for t, d in ((s, dtype), (leaves[2], w_dtype), (leaves[3], w_dtype))
@@ -89,18 +89,15 @@ def test_a_float32_stream_and_float32_weights_in_a_16_bit_model(dtype, residual_
         from_stored(torch.float64, torch.float64),
         from_stored(residual_dtype, residual_dtype if residual_dtype == torch.float32 else weight_dtype),
     )
-    rounding = {
-        torch.float32: 2**-20,
-        torch.bfloat16: 2**-8,
-        torch.float16: 2**-11,
-    }  # one rounding, and in float32 a few of the sums'
+    # One rounding; in float32 a few of them, in the sums.
+    rounding = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
     for a, b, truth in zip((y.detach(), *got), theirs, truths, strict=True):
-        # PyTorch's own gradients are 16-bit ones here, float32 weights or not: its rule for the backend that is PyTorch, one rounding for ours
+        # PyTorch's own gradients have 16 bits here even for float32 weights, so backend torch may have twice its error.
         assert error(a, truth) < (2 * error(b, truth) + rounding[a.dtype] if backend == "torch" else rounding[a.dtype])
 
 
 @on_every_backend
-def test_gradient_may_arrive_for_one_result_only(backend):
+def test_upstream_gradient_of_one_result_only(backend):
     def gradients(which):
         leaves = [
             floats(4, 30).requires_grad_(),
@@ -121,7 +118,7 @@ def test_gradient_may_arrive_for_one_result_only(backend):
 
 
 @on_every_backend
-def test_any_strides_give_the_same(backend):
+def test_strided_inputs_give_the_same_results(backend):
     x, r, w, b = floats(6, 20), floats(20, 6).t().contiguous(), floats(20), floats(1, 20)[0]
     variants = [
         (floats(6, 60)[:, 5:25], floats(6, 44)[:, 1:21], w, b),
@@ -142,7 +139,7 @@ def test_any_strides_give_the_same(backend):
 
 
 @on_every_backend
-def test_only_the_gradients_that_are_asked_for(backend):
+def test_only_needed_gradients_are_returned(backend):
     inputs = floats(6, 10), floats(10, 6).t(), floats(10), floats(1, 10)[0]
 
     def gradients(asked):
@@ -162,8 +159,8 @@ def test_only_the_gradients_that_are_asked_for(backend):
 
 
 @on_every_backend
-def test_the_gradient_of_x_can_be_changed_without_changing_the_residual_s(backend):
-    """They are one tensor when nothing lies between them; what autograd hands out as .grad must not be."""
+def test_gradients_of_x_and_residual_share_no_memory(backend):
+    """Without dropout and in one dtype the gradients are equal. Autograd must not return one tensor for both."""
     x, r, w = floats(4, 8).requires_grad_(), floats(8, 4).t().contiguous().requires_grad_(), floats(8)
     fastlm.layernorm_residual(x, r, w, backend=backend)[0].sum().backward()
     before = r.grad.clone()
@@ -218,7 +215,7 @@ def call(**changed):
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
     ],
 )
-def test_errors_say_which_and_why(changed, message):
+def test_wrong_arguments_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         call(**changed)
 
@@ -226,25 +223,23 @@ def test_errors_say_which_and_why(changed, message):
 @on_backends("cpu")
 @pytest.mark.parametrize("width", [1021, 768], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_results_that_no_cache_holds_have_the_bits_of_those_that_one_does(dtype, width, backend):
-    """The former are written past the caches: rows that begin and end amid cache lines (1021), and rows of whole lines."""
+def test_results_larger_than_the_cache_have_the_same_bits(dtype, width, backend):
+    """They are written by non-temporal stores. Rows of width 1021 begin and end within cache lines."""
     cache = max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 0) if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
-    rows = (cache or 32 << 20) // (
-        width * dtype.itemsize
-    ) + 100  # as many bytes in each of the four tensors, and a few more
+    rows = (cache or 32 << 20) // (width * dtype.itemsize) + 100  # each of the four tensors is larger than the cache
 
     def results(some):
         x, residual, dy, ds = (t[some].detach().requires_grad_() for t in (whole, whole.flip(1), whole * 2, whole + 1))
-        torch.manual_seed(3)  # of the dropout's mask
+        torch.manual_seed(3)  # the same dropout mask
         y, s = fastlm.layernorm_residual(x, residual, weight, bias, dropout_p=0.1, backend=backend)
         return y.detach(), s.detach(), *torch.autograd.grad((y, s), (x, residual), (dy.detach(), ds.detach()))
 
     whole = floats(512, width).to(dtype).repeat(rows // 512 + 1, 1)[:rows]
     weight, bias = floats(width).to(dtype), floats(1, width)[0].to(dtype)
-    past, few = results(slice(None)), results(slice(0, 700))
-    assert_same_bits([result[:700] for result in past], few)
-    last = slice(rows - 700, rows)  # without dropout, whose mask is another there
-    past, few = (
+    large, small = results(slice(None)), results(slice(0, 700))
+    assert_same_bits([result[:700] for result in large], small)
+    last = slice(rows - 700, rows)  # without dropout: the mask of these rows differs
+    large, small = (
         fastlm.layernorm_residual(whole[some], whole[some], weight, backend=backend)[0] for some in (slice(None), last)
     )
-    assert torch.equal(past[last], few)
+    assert torch.equal(large[last], small)

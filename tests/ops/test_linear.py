@@ -14,7 +14,7 @@ from tests.support import (
     outputs_and_gradients,
 )
 
-# (shape of x, out): single elements, odd sizes around the widths of vectors and tiles, no rows, no leading dimension
+# (shape of x, output width): single elements, odd sizes around those of vectors and tiles, no rows, a vector.
 SHAPES = [
     ((1, 1), 1),
     ((3, 7), 5),
@@ -27,7 +27,7 @@ SHAPES = [
     ((31, 300), 1),
 ]
 
-# (rows, in, out): on both sides of every number of rows from which the kernels take another way
+# (rows, input width, output width): both sides of every number of rows at which the kernels change their algorithm.
 FEW_ROWS = [
     (1, 1000, 65),
     (2, 63, 17),
@@ -84,8 +84,11 @@ def test_few_rows_are_as_close_to_float64_as_torch(rows, width, out, layout, dty
 @pytest.mark.parametrize(
     "few, width, out", [((1, 4, 11, 24, 25, 32, 33), 421, 300), ((23, 24), 11000, 3)], ids=["rows", "depth"]
 )
-def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(few, width, out, layout, dtype, backend):
-    """Few rows go another way than many, with the same sums. For the weight, rows without gradient stand for rows that are not there."""
+def test_the_bits_of_a_row_do_not_depend_on_other_rows(few, width, out, layout, dtype, backend):
+    """Small-M products have another algorithm with the same sums.
+
+    For the gradient of the weight, rows whose upstream gradient is 0 stand for missing rows.
+    """
     x, w, b, dy = (
         t.to(dtype) for t in (floats(70, width), weight_for((70, width), out, layout), floats(out), floats(70, out))
     )
@@ -124,7 +127,7 @@ def test_without_bias(layout, backend):
 
 
 @on_every_backend
-def test_only_the_gradients_that_are_asked_for(backend):
+def test_only_needed_gradients_are_returned(backend):
     inputs = floats(6, 10), floats(4, 10), floats(4)
     whole = outputs_and_gradients(lambda *t: fastlm.linear(*t, backend=backend), inputs, torch.float32)[1:]
     for i, expected in enumerate(whole):
@@ -136,8 +139,11 @@ def test_only_the_gradients_that_are_asked_for(backend):
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_any_strides_give_the_same(dtype, backend):
-    """Rows far apart, one row for all, a strided last dimension, weights sliced and transposed: as their contiguous copies, on our kernels bit for bit."""
+def test_strided_inputs_give_the_same_results(dtype, backend):
+    """Strided and expanded rows, a strided last dimension, sliced and transposed weights, against contiguous copies.
+
+    On backend cpu the results are bit-identical.
+    """
     x, w, b = floats(8, 24).to(dtype), floats(20, 24).to(dtype), floats(20).to(dtype)
     wide = floats(8, 60).to(dtype)
     variants = [
@@ -230,15 +236,15 @@ def test_nan_stays_in_its_row_and_column(backend):
         (lambda: fastlm.linear(floats(2, 5), torch.empty(0, 5)), r"weight: expected shape \(out, 5\).*, got \(0, 5\)"),
     ],
 )
-def test_errors_say_which_and_why(call, message):
+def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @on_backends("triton", "cuda")
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-def test_on_a_gpu_nothing_stands_between_it_and_pytorchs_gradients(layout, backend):
-    """There it is PyTorch's product, and a node of ours would cost the host more than a launch. (What it computes the other tests show.)"""
+def test_gpu_backends_use_pytorchs_own_autograd_node(layout, backend):
+    """There linear is PyTorch's product, and an autograd.Function would cost the host more than a launch."""
     y = fastlm.linear(floats(2, 9, 8).requires_grad_(), floats(8, 8), floats(8), layout=layout, backend=backend)
     assert y.requires_grad and not isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction)
     assert isinstance(

@@ -23,7 +23,7 @@ SHAPES = [((1,), 1, 1), ((5,), 7, 3), ((2, 9), 48, 101), ((37,), 33, 517), ((), 
 
 
 def torch_own(target, **options):
-    """In float64 and in 16 bits alike PyTorch's loss has the dtype of its logits."""
+    """PyTorch's loss, which has the dtype of its logits."""
 
     def loss(x, w, b=None):
         logits = F.linear(x, w, b)
@@ -45,7 +45,7 @@ def torch_own(target, **options):
 def test_as_close_to_float64_as_torch(
     shape, width, vocab, reduction, label_smoothing, biased, dtype, backend, monkeypatch
 ):
-    small_chunks(monkeypatch, backend, 16 * 4 * vocab)  # 16 rows, or 8 to a backend that also holds them in 16 bits
+    small_chunks(monkeypatch, backend, 16 * 4 * vocab)  # of 16 rows, or 8 where a 16-bit copy is stored too
     target = targets(vocab, *shape, ignored=[1] if len(shape) and shape[-1] > 1 else [])
     options = {"reduction": reduction, "label_smoothing": label_smoothing}
     assert_within_twice_torch(
@@ -58,7 +58,7 @@ def test_as_close_to_float64_as_torch(
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_the_loss_is_wide(dtype, backend):
+def test_the_loss_is_at_least_float32(dtype, backend):
     if backend in ("cpu", "triton", "cuda") and dtype == torch.float64:
         backend = None
     loss = fastlm.linear_cross_entropy(floats(4, 8).to(dtype), floats(20, 8).to(dtype), targets(20, 4), backend=backend)
@@ -66,7 +66,7 @@ def test_the_loss_is_wide(dtype, backend):
 
 
 @on_every_backend
-def test_any_index_may_be_the_ignored_one(backend):
+def test_any_index_can_be_ignored(backend):
     x, w, b = floats(6, 10), floats(9, 10), floats(9)
     for ignore_index in (0, 3, 8, -1, 1000):
         target = torch.tensor([0, 3, 8, 5, 3, 0])
@@ -85,7 +85,7 @@ def test_any_index_may_be_the_ignored_one(backend):
 @on_every_backend
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_all_rows_ignored(label_smoothing, backend):
-    """As in PyTorch: the mean of nothing is NaN, and its gradient 0."""
+    """As in PyTorch, the mean over no rows is NaN and its gradient is 0."""
     target = torch.full((4,), -100)
     for reduction, expected in (
         ("mean", torch.tensor(torch.nan)),
@@ -131,21 +131,23 @@ def test_confident_and_huge_logits(backend):
 
 
 @on_every_backend
-def test_the_loss_of_a_target_that_is_nearly_certain_keeps_its_digits(backend):
+def test_the_loss_of_a_nearly_certain_target_is_accurate(backend):
     gap = torch.tensor([2.0, 5.0, 9.0, 14.0])
     x, w = gap[:, None], torch.tensor([[2.0], [1.0], [1.0]])  # log-sum-exp is 10⁸ times the last loss
     losses = fastlm.linear_cross_entropy(x, w, torch.zeros(4, dtype=torch.int64), reduction="none", backend=backend)
-    torch.testing.assert_close(
-        losses.double(), torch.log1p(2 * torch.exp(-gap.double())), rtol=1e-6, atol=2**-24
-    )  # log(1 + tiny) itself rounds to 2⁻²⁴
+    # log(1 + tiny) itself is rounded to 2⁻²⁴.
+    expected = torch.log1p(2 * torch.exp(-gap.double()))
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=2**-24)
 
 
 @on_every_backend
-def test_chunks_change_nothing_but_memory(backend, monkeypatch):
+def test_chunking_changes_no_result(backend, monkeypatch):
     inputs, target = (floats(40, 24), floats(90, 24), floats(90)), targets(90, 40, ignored=[3, 17])
-    run = lambda: outputs_and_gradients(
-        lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend), inputs, torch.float32
-    )
+
+    def run():
+        loss = lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend)  # noqa: E731
+        return outputs_and_gradients(loss, inputs, torch.float32)
+
     whole = run()
     for rows in (1, 7, 39):
         small_chunks(monkeypatch, backend, rows * 4 * 90)
@@ -155,8 +157,8 @@ def test_chunks_change_nothing_but_memory(backend, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @on_backends("triton", "cuda")
-def test_rows_of_logits_are_aligned_whatever_the_vocabulary(dtype, backend, monkeypatch):
-    """The vendor's products want it: at an odd vocabulary (GPT-2's is 50257) no row but the first would begin where a vector may."""
+def test_rows_of_logits_are_aligned_for_any_vocabulary(dtype, backend, monkeypatch):
+    """The vendor's GEMM wants it: with an odd vocabulary (GPT-2's is 50257) only the first row would be aligned."""
     strides, addmm = [], torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda *t, out: (strides.append(out.stride()), addmm(*t, out=out))[1])
     small_chunks(monkeypatch, backend, 16 * 4 * 257)
@@ -167,25 +169,23 @@ def test_rows_of_logits_are_aligned_whatever_the_vocabulary(dtype, backend, monk
     assert len(strides) > 1 and all(row * dtype.itemsize % 128 == 0 and row >= 257 and one == 1 for row, one in strides)
 
 
-@on_backends("torch", "cpu", "triton", "cuda")  # the oracle is the one that does hold all the logits
+@on_backends("torch", "cpu", "triton", "cuda")  # the reference stores all logits
 def test_never_more_than_one_chunk_of_logits(backend, monkeypatch):
     rows, width, vocab, chunk = 400, 8, 1000, 16
     small_chunks(monkeypatch, backend, chunk * vocab * 4)
     leaves = [floats(rows, width).bfloat16().requires_grad_(), floats(vocab, width).bfloat16().requires_grad_()]
-    fastlm.linear_cross_entropy(
-        *leaves, targets(vocab, rows), backend=backend
-    ).backward()  # first calls allocate what they keep
+    fastlm.linear_cross_entropy(*leaves, targets(vocab, rows), backend=backend).backward()  # allocates caches
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         fastlm.linear_cross_entropy(*leaves, targets(vocab, rows), backend=backend).backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert chunk * vocab <= largest <= chunk * vocab * 4  # the chunk itself is the largest there is
+    assert chunk * vocab <= largest <= chunk * vocab * 4  # the largest allocation is the chunk
 
 
 @on_every_backend
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_graph_can_be_run_backward_again(dtype, scale, backend):
-    """The gradients were made in the forward; what the first backward hands out must not be what the second one gives."""
+def test_backward_can_run_twice(dtype, scale, backend):
+    """The gradients were computed in the forward pass, and each backward must return tensors of its own."""
     leaves = [t.to(dtype).requires_grad_() for t in (floats(6, 10), floats(9, 10), floats(9))]
     loss = fastlm.linear_cross_entropy(leaves[0], leaves[1], targets(9, 6), leaves[2], backend=backend) * scale
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -201,7 +201,7 @@ def test_a_graph_can_be_run_backward_again(dtype, scale, backend):
 
 @on_every_backend
 def test_gradients_accumulate(backend):
-    """As in a loop over micro-batches: .grad of the second adds to that of the first."""
+    """As in a loop over micro-batches."""
     x, w = floats(6, 10), floats(9, 10)
     leaf = w.clone().requires_grad_()
     for part in (x[:3], x[3:]):
@@ -212,9 +212,9 @@ def test_gradients_accumulate(backend):
     torch.testing.assert_close(leaf.grad, expected.grad)
 
 
-@on_backends("reference", "torch", "cpu")  # before a backend is asked; 4096 rows are long under an interpreter
+@on_backends("reference", "torch", "cpu")  # it does not depend on the backend, and 4096 rows are slow in an interpreter
 def test_float16_gradients_do_not_underflow_under_a_gradient_scaler(backend):
-    """1 / count is 2⁻¹² here, and the gradients of a mean about 2⁻³⁰: nothing of them is left in float16 unless the scale reaches them first."""
+    """1 / count is 2⁻¹² and the gradients of the mean are about 2⁻³⁰, which is 0 in float16 unless scaled first."""
     rows, scale = 4096, 2.0**14
     x, w, target = floats(rows, 2) * 2**-6, floats(3, 2) * 2**-6, targets(3, rows)
     leaf = x.half().requires_grad_()
@@ -225,7 +225,7 @@ def test_float16_gradients_do_not_underflow_under_a_gradient_scaler(backend):
 
 
 @on_every_backend
-def test_only_the_gradients_that_are_asked_for(backend):
+def test_only_needed_gradients_are_returned(backend):
     inputs, target = (floats(6, 10), floats(9, 10), floats(9)), targets(9, 6)
     whole = outputs_and_gradients(
         lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b, backend=backend), inputs, torch.float32
@@ -238,7 +238,7 @@ def test_only_the_gradients_that_are_asked_for(backend):
 
 
 @on_every_backend
-def test_any_strides_give_the_same(backend):
+def test_strided_inputs_give_the_same_results(backend):
     x, w, b, target = floats(8, 24), floats(20, 24), floats(20), targets(20, 8)
     variants = [
         (floats(8, 60)[:, 5:29], w, b, target),
@@ -267,36 +267,35 @@ def test_any_strides_give_the_same(backend):
 def test_a_target_out_of_range_is_named(bad, position, backend):
     target = targets(7, 2, 3, ignored=[1])
     target.view(-1)[position] = bad
-    message = rf"target: expected values in \[0, 7\), the vocabulary, or ignore_index -100, got {bad} at \[{position // 3}, {position % 3}\]"
-    for asks in (False, True):
+    expected = r"target: expected values in \[0, 7\), the vocabulary, or ignore_index -100"
+    message = rf"{expected}, got {bad} at \[{position // 3}, {position % 3}\]"
+    for needs_gradient in (False, True):
+        x = floats(2, 3, 4).requires_grad_(needs_gradient)
         with pytest.raises(ValueError, match=message):
-            fastlm.linear_cross_entropy(floats(2, 3, 4).requires_grad_(asks), floats(7, 4), target, backend=backend)
+            fastlm.linear_cross_entropy(x, floats(7, 4), target, backend=backend)
 
 
 @pytest.mark.skipif(
     torch.get_default_device().type != "cpu", reason="a device assert ends the process: tests/kernels/test_gpu.py"
 )
 @on_backends("triton", "cuda")
-@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("needs_gradient", [False, True])
 @pytest.mark.parametrize("bad", [7, -1, 2**40, -(2**63), -99])
-def test_a_target_out_of_range_is_a_device_assert(bad, asks, backend, monkeypatch):
-    """Without the check that precedes the kernel."""
-    monkeypatch.setattr(
-        implementation_module("linear_cross_entropy", backend), "check_targets", lambda *arguments: None
-    )
-    x, weight, target = floats(6, 4).requires_grad_(asks), floats(7, 4), targets(7, 6, ignored=[1])
+def test_a_target_out_of_range_is_a_device_assert(bad, needs_gradient, backend, monkeypatch):
+    """Without the check before the launch."""
+    module = implementation_module("linear_cross_entropy", backend)
+    monkeypatch.setattr(module, "check_targets", lambda *arguments: None)
+    x, weight, target = floats(6, 4).requires_grad_(needs_gradient), floats(7, 4), targets(7, 6, ignored=[1])
     target[4] = bad
-    with pytest.raises(
-        Exception,
-        match="target: expected values in"
-        if backend == "triton"
-        else "assertion failed: target >= 0 && target < vocab",
-    ):
+    messages = {
+        "triton": "target: expected values in",
+        "cuda": "assertion failed: target >= 0 && target < vocab",
+    }
+    with pytest.raises(Exception, match=messages[backend]):
         fastlm.linear_cross_entropy(x, weight, target, backend=backend)
     target[4] = 6
-    assert fastlm.linear_cross_entropy(
-        x, weight, target, backend=backend
-    ).isfinite()  # what was wrong has left nothing behind
+    # The failed launch left no state behind.
+    assert fastlm.linear_cross_entropy(x, weight, target, backend=backend).isfinite()
 
 
 def call(**changed):
@@ -324,6 +323,6 @@ def call(**changed):
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
     ],
 )
-def test_errors_say_which_and_why(changed, message):
+def test_wrong_arguments_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         call(**changed)

@@ -14,7 +14,7 @@ def compare(shapes, backend, dtype=torch.float32, **arguments):
     assert_within_twice_torch(ours, lambda *t: F.scaled_dot_product_attention(*t, **arguments), inputs, dtype)
 
 
-def test_pytorch_s_own_arguments_in_their_order():
+def test_the_arguments_are_pytorchs():
     ours = list(inspect.signature(fastlm.scaled_dot_product_attention).parameters)
     assert ours == ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "backend"]
 
@@ -23,7 +23,7 @@ def test_pytorch_s_own_arguments_in_their_order():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("lengths", [(9, 9), (9, 20), (20, 9)], ids=str)
-def test_causal_starts_at_the_top_left(lengths, is_causal, dtype, backend):
+def test_causal_is_aligned_top_left(lengths, is_causal, dtype, backend):
     query_len, key_len = lengths
     compare([(2, 3, query_len, 16), *[(2, 3, key_len, 16)] * 2], backend, dtype, is_causal=is_causal)
 
@@ -90,6 +90,6 @@ def call(**changed):
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
     ],
 )
-def test_errors_say_which_and_why(changed, message):
+def test_wrong_arguments_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         call(**changed)

@@ -1,4 +1,4 @@
-"""fastlm.optim.AdamW is torch.optim.AdamW: the same numbers, state and manners, and what it does on top."""
+"""fastlm.optim.AdamW gives the results, state and behaviour of torch.optim.AdamW; and its additions."""
 
 import copy
 import math
@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastlm
 from tests.support import BACKENDS, DTYPES, FLOOR, assert_same_bits, count_forwards, error, floats, on_backends
 
-# One element, less and more than a register, a part of the kernel's work (16384 elements) and some more, nothing; all in all, parts that begin amid tensors.
+# One element, less and more than a vector register, more than one chunk of the kernel's work (16384 elements), and no
+# elements. Some chunks begin within a tensor.
 SHAPES = [(3,), (50, 70), (1,), (16384 + 5,), (0,), (), (129, 257), (2, 3, 4)]
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -27,7 +28,7 @@ def gradients(shapes, number, scale=1.0):
 
 
 def steps(optimizer, count, first=0, scale=1.0):
-    """count updates with the same gradients for whoever asks, rounded to the parameters' type."""
+    """Make `count` updates. The gradients depend only on the number of the step and the shapes."""
     own = [p for group in optimizer.param_groups for p in group["params"]]
     for i in range(first, first + count):
         for p, gradient in zip(own, gradients([p.shape for p in own], i, scale), strict=True):
@@ -45,12 +46,12 @@ def moments(optimizer, own):
 
 
 def close(ours, theirs):
-    """float32 that differs by a few roundings."""
+    """Check that float32 tensors differ at most by a few roundings."""
     for a, b in zip(ours, theirs, strict=True):
         assert error(a, b.double()) <= 2**-21
 
 
-# Numbers
+# Results
 
 OPTIONS = [
     HYPER,
@@ -64,7 +65,7 @@ OPTIONS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @on_backends("reference", "torch", "cpu")
 def test_a_step_against_float64(backend, dtype, options):
-    """Parameters and moments after one step from a state that is not the first: at most twice the error of PyTorch's fused kernel."""
+    """Parameters and moments have at most twice the error of PyTorch's fused kernel, from a state after some steps."""
     own = parameters(dtype=dtype)
     truth, theirs = same_start(own, torch.float64), same_start(own, dtype)
     optimizers = {
@@ -103,7 +104,7 @@ def test_many_steps_against_float64(backend):
 
 
 @on_backends("reference", "torch", "cpu")
-def test_groups_have_their_own_settings_and_parameters_their_own_steps(backend):
+def test_groups_have_own_settings_and_parameters_own_step_counts(backend):
     def groups(own):
         return [
             {"params": own[:3], "lr": 0.1},
@@ -116,20 +117,20 @@ def test_groups_have_their_own_settings_and_parameters_their_own_steps(backend):
     for i in range(6):
         for optimizer, tensors in zip(optimizers, (own, theirs), strict=True):
             for j, (p, gradient) in enumerate(zip(tensors, gradients(SHAPES, i), strict=True)):
-                p.grad = gradient if j % 2 == 0 or i > 2 else None  # half of them are not in use yet
+                p.grad = gradient if j % 2 == 0 or i > 2 else None  # half of them have none at first
             optimizer.step()
     close([p.detach() for p in own], [p.detach() for p in theirs])
     assert [optimizers[0].state[p]["step"].item() for p in own] == [6, 3] * 4
 
 
-def test_state_made_beforehand_changes_no_bit():
+def test_creating_state_early_changes_no_bit():
     results = []
     for early in (True, False):
         own = [*parameters(), torch.nn.Parameter(floats(3).bfloat16()), floats(5)]
         optimizer = fastlm.optim.AdamW(own, **HYPER, master_weights=True)
         for i in range(3):
             if early:
-                optimizer.begin()  # the second and third find everything there
+                optimizer.begin()  # the second and third call change nothing
                 assert len(optimizer.state) == len(own) - 1 and all(
                     state["step"] == i for state in optimizer.state.values()
                 )
@@ -142,11 +143,11 @@ def test_state_made_beforehand_changes_no_bit():
 
 
 @on_backends("reference", "torch", "cpu")
-def test_frozen_and_unused_parameters_stay(backend):
+def test_parameters_without_a_gradient_are_not_updated(backend):
     own = [*parameters([(3,), (4,)]), floats(5)]
     before = [p.detach().clone() for p in own]
     optimizer = fastlm.optim.AdamW(own, **HYPER, backend=backend)
-    optimizer.step()  # nothing at all
+    optimizer.step()  # without any gradient
     own[0].grad = floats(3)
     optimizer.step()
     assert [torch.equal(p, b) for p, b in zip(own, before, strict=True)] == [False, True, True] and list(
@@ -159,7 +160,7 @@ def test_frozen_and_unused_parameters_stay(backend):
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3], ids=["small", "usual", "large"])
 @on_backends("reference", "torch", "cpu")
-def test_clipping_is_clip_grad_norm_and_leaves_the_gradients(backend, scale):
+def test_clipping_matches_clip_grad_norm_and_does_not_write_gradients(backend, scale):
     own, theirs = parameters(), parameters()
     ours = fastlm.optim.AdamW(own, **HYPER, max_grad_norm=0.5, backend=backend)
     native = torch.optim.AdamW(theirs, **HYPER)
@@ -171,7 +172,7 @@ def test_clipping_is_clip_grad_norm_and_leaves_the_gradients(backend, scale):
         native.step()
         assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
         assert_same_bits([p.grad for p in own], gradients(SHAPES, i, scale))
-    # Clipping rounds each gradient once, the norm itself a few times: a few units in the last place of every update.
+    # Clipping rounds each gradient once and the norm a few times: a few units in the last place of every update.
     for a, b in zip(own, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
@@ -179,7 +180,7 @@ def test_clipping_is_clip_grad_norm_and_leaves_the_gradients(backend, scale):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @on_backends("reference", "torch", "cpu")
 def test_the_norm_against_float64(backend, dtype):
-    """Of a million elements: rounding must not grow with their number."""
+    """With a million elements: the error must not grow with their number."""
     shapes = [(1_000_000,), (7,), (300, 200)]
     own = parameters(shapes, dtype)
     optimizer = fastlm.optim.AdamW(own, max_grad_norm=1.0, backend=backend)
@@ -189,11 +190,11 @@ def test_the_norm_against_float64(backend, dtype):
     truth, native = (torch.nn.utils.get_total_norm([p.grad.to(t) for p in own]).item() for t in (torch.float64, dtype))
     ours = optimizer.grad_norm.item()
     assert abs(ours - truth) <= 2 * abs(native - truth) + 2**-23 * truth
-    assert backend == "torch" or abs(ours - truth) <= 2**-23 * truth  # PyTorch's own sum of so many is less exact
+    assert backend == "torch" or abs(ours - truth) <= 2**-23 * truth  # PyTorch's own sum is less exact
 
 
 @on_backends("reference", "torch", "cpu")
-def test_gradients_that_are_not_finite_do_as_with_clip_grad_norm_(backend):
+def test_non_finite_gradients_behave_as_with_clip_grad_norm_(backend):
     for value in (math.nan, math.inf):
         own, theirs = parameters([(40,), (3,)]), parameters([(40,), (3,)])
         for p in own + theirs:
@@ -208,7 +209,7 @@ def test_gradients_that_are_not_finite_do_as_with_clip_grad_norm_(backend):
         assert not ours.grad_norm.isfinite()
 
 
-def test_clipping_counts_every_group_type_and_server():
+def test_the_norm_includes_every_group_dtype_and_backend():
     shapes = [(30,), (40,), (50,)]
     own = [
         same_start([p], dtype)[0]
@@ -220,12 +221,12 @@ def test_clipping_counts_every_group_type_and_server():
     assert optimizer.grad_norm.item() == pytest.approx(truth, rel=2**-22)
 
 
-# Master weights, zeroing
+# Master weights and zeroing of gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @on_backends("reference", "torch", "cpu")
-def test_master_weights_are_trained_as_float32_is(backend, dtype):
+def test_master_weights_match_float32_training(backend, dtype):
     own = parameters(dtype=dtype)
     wide = same_start(own, torch.float32)
     ours = fastlm.optim.AdamW(own, **HYPER | {"lr": 1e-4}, master_weights=True, max_grad_norm=3.0, backend=backend)
@@ -243,7 +244,7 @@ def test_master_weights_are_trained_as_float32_is(backend, dtype):
 
 
 @on_backends("reference", "torch", "cpu")
-def test_a_parameter_changed_by_others_replaces_its_master(backend):
+def test_a_parameter_that_was_changed_replaces_its_master(backend):
     own = parameters([(2000,)], torch.bfloat16)
     optimizer = fastlm.optim.AdamW(own, lr=1e-5, weight_decay=0.0, master_weights=True, backend=backend)
     steps(optimizer, 3)
@@ -275,7 +276,7 @@ def test_gradients_are_zeroed_in_the_step(backend):
 
 @on_backends("reference", "torch", "cpu")
 def test_state_dicts_are_interchangeable(backend):
-    """ours → PyTorch's → ours, with steps between, ends where PyTorch's alone does."""
+    """Steps of ours, PyTorch's and ours again give what PyTorch's alone gives."""
     own, theirs, alone = parameters(), parameters(), parameters()
     ours, native = fastlm.optim.AdamW(own, **HYPER, backend=backend), torch.optim.AdamW(theirs, lr=1.0)
     only = torch.optim.AdamW(alone, **HYPER)
@@ -306,7 +307,7 @@ def test_a_state_dict_of_either_implementation_of_pytorch(fused):
     close(steps(ours, 2, first=2), steps(native, 2, first=2))
 
 
-def test_old_state_with_a_number_for_the_step_and_another_layout():
+def test_state_with_an_integer_step_and_another_layout():
     own, theirs = parameters([(30, 20)]), parameters([(30, 20)])
     ours, native = fastlm.optim.AdamW(own, **HYPER), torch.optim.AdamW(theirs, **HYPER)
     steps(ours, 1), steps(native, 1)
@@ -337,7 +338,7 @@ def test_master_weights_survive_a_state_dict(backend):
     assert len(seen) == 1
 
 
-def test_master_weights_begin_with_a_state_dict_that_has_none():
+def test_master_weights_start_from_a_state_dict_without_them():
     own = parameters(dtype=torch.bfloat16)
     native = torch.optim.AdamW(own, lr=1e-4)
     steps(native, 3)
@@ -355,7 +356,7 @@ def test_master_weights_begin_with_a_state_dict_that_has_none():
     )
 
 
-def test_a_copy_and_a_pickle_have_all_settings():
+def test_copies_and_pickles_keep_all_settings():
     model = torch.nn.Linear(5, 4)
     optimizer = fastlm.optim.AdamW(model.parameters(), **HYPER, max_grad_norm=0.1, zero_gradients=True)
     steps(optimizer, 2)
@@ -366,13 +367,13 @@ def test_a_copy_and_a_pickle_have_all_settings():
         assert all(p is q for p, q in zip(other_model.parameters(), other.param_groups[0]["params"], strict=True))
 
 
-# Manners
+# Behaviour as an optimiser
 
 
-def test_autograd_notices_the_update():
+def test_autograd_detects_the_update():
     x, w = floats(4, 3), floats(3).requires_grad_()
     optimizer = fastlm.optim.AdamW([w])
-    loss = (x * w).square().sum()  # saves x · w, and w for the gradient of x, which nobody asks for
+    loss = (x * w).square().sum()  # saves x · w, but not w: x needs no gradient
     product = w * w  # saves w
     loss.backward()
     version = w._version
@@ -393,7 +394,7 @@ def test_every_tensor_that_is_written_has_a_new_version(backend):
     assert all(x._version > version for x, version in zip(written, before, strict=True))
 
 
-def test_closures_hooks_and_schedules():
+def test_closures_hooks_and_schedulers():
     own, theirs = parameters([(30,)]), parameters([(30,)])
     results, calls = [], []
     for optimizer, (p,) in ((fastlm.optim.AdamW(own, **HYPER), own), (torch.optim.AdamW(theirs, **HYPER), theirs)):
@@ -460,8 +461,8 @@ def test_a_whole_step_under_torch_compile():
         torch.testing.assert_close(compiled(model, ours), step(plain, native), rtol=1e-5, atol=1e-6)
 
 
-def test_memory_that_moves_is_followed():
-    """FSDP and others put new memory under a parameter: nothing is remembered by address."""
+def test_parameters_whose_memory_moves():
+    """FSDP and others replace the memory of a parameter, so nothing may be cached by address."""
     own, theirs = parameters(), parameters()
     ours, native = fastlm.optim.AdamW(own, **HYPER), torch.optim.AdamW(theirs, **HYPER)
     for i in range(3):
@@ -509,7 +510,7 @@ def test_any_layout(name, gradient_too):
     assert own.stride() == strides
 
 
-def test_what_lies_around_a_parameter_stays():
+def test_memory_around_a_parameter_is_not_written():
     whole = floats(100)
     before = whole.clone()
     part = whole[30:47].requires_grad_()
@@ -521,7 +522,7 @@ def test_what_lies_around_a_parameter_stays():
     )
 
 
-def test_two_parameters_of_one_memory_are_updated_one_after_the_other():
+def test_parameters_that_share_memory_are_updated_in_order():
     memory, other = floats(70_000), floats(70_000)
     own, theirs = (
         [memory.view(-1).requires_grad_(), memory.view(70, -1).requires_grad_()],
@@ -531,7 +532,7 @@ def test_two_parameters_of_one_memory_are_updated_one_after_the_other():
 
 
 @on_backends("cpu")
-def test_the_same_bits_on_any_number_of_threads(backend):
+def test_same_bits_on_every_thread_count(backend):
     def run(threads):
         torch.set_num_threads(threads)
         own = parameters([(5,), (200_000,), (3, 7), (16384,), (40_000,), (1,)])
@@ -547,12 +548,12 @@ def test_the_same_bits_on_any_number_of_threads(backend):
         torch.set_num_threads(before)
 
 
-# Who serves
+# Backend selection
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="this run is about another backend")
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="backend cpu is not under test")
 @pytest.mark.parametrize(
-    "dtype, options, served, why",
+    "dtype, options, selected, reason",
     [
         (torch.float32, {}, "cpu", ""),
         (torch.bfloat16, {}, "cpu", ""),
@@ -561,25 +562,24 @@ def test_the_same_bits_on_any_number_of_threads(backend):
         (torch.float32, {"amsgrad": True}, "torch", "has no amsgrad"),
     ],
 )
-def test_what_the_kernel_cannot_do_goes_to_pytorch(dtype, options, served, why, monkeypatch):
+def test_pytorch_updates_what_the_kernel_does_not_support(dtype, options, selected, reason, monkeypatch):
     own, theirs = parameters([(30,), (20, 10)], dtype), parameters([(30,), (20, 10)], dtype)
     calls = count_forwards(monkeypatch, "adamw")
     optimizer = fastlm.optim.AdamW(own, **HYPER, **options)
-    native = torch.optim.AdamW(
-        theirs, **HYPER, **options, fused=dtype == torch.bfloat16
-    )  # not fused, PyTorch rounds to bfloat16 after every operation
+    # Unfused, PyTorch rounds to bfloat16 after every operation.
+    native = torch.optim.AdamW(theirs, **HYPER, **options, fused=dtype == torch.bfloat16)
     for a, b in zip(steps(optimizer, 3), steps(native, 3), strict=True):
         if dtype == torch.bfloat16:
-            assert error(a, b.double()) <= 2**-8  # one rounding that fell the other way
+            assert error(a, b.double()) <= 2**-8  # one rounding in the other direction
         else:
             torch.testing.assert_close(a, b)
-    assert calls == [served] * 3
-    if why:
-        with pytest.raises(fastlm.Unsupported, match=f"adamw on cpu in {dtype} with backend='cpu': cpu {why}"):
+    assert calls == [selected] * 3
+    if reason:
+        with pytest.raises(fastlm.Unsupported, match=f"adamw on cpu in {dtype} with backend='cpu': cpu {reason}"):
             steps(fastlm.optim.AdamW(own, **options, backend="cpu"), 1)
 
 
-def test_amsgrad_can_begin_late():
+def test_amsgrad_can_be_enabled_later():
     own, theirs = parameters([(30,)]), parameters([(30,)])
     optimizer = fastlm.optim.AdamW(own, **HYPER)
     steps(optimizer, 1)
@@ -590,10 +590,10 @@ def test_amsgrad_can_begin_late():
 
 
 @pytest.mark.skipif(
-    not hasattr(torch.Tensor, "grad_dtype"), reason="gradients always have their parameter's type in this PyTorch"
+    not hasattr(torch.Tensor, "grad_dtype"), reason="gradients always have their parameter's dtype in this PyTorch"
 )
 @pytest.mark.parametrize("master", [True, False])
-def test_gradients_of_another_type(master):
+def test_gradients_of_another_dtype(master):
     p = floats(50).bfloat16().requires_grad_()
     p.grad_dtype = torch.float32
     p.grad = floats(50)
@@ -608,7 +608,7 @@ def test_gradients_of_another_type(master):
     assert not p.grad.any()
 
 
-def test_a_dispatch_mode_sees_the_operators_and_fake_tensors_have_no_memory():
+def test_dispatch_modes_and_fake_tensors():
     class Recorder(TorchDispatchMode):
         def __init__(self):
             super().__init__()
@@ -631,7 +631,7 @@ def test_a_dispatch_mode_sees_the_operators_and_fake_tensors_have_no_memory():
         assert optimizer.state[model.weight]["exp_avg"].shape == (4, 4)
 
 
-def test_parameters_elsewhere():
+def test_parameters_on_the_meta_device():
     model = torch.nn.Linear(4, 4, device="meta")
     optimizer = fastlm.optim.AdamW(model.parameters(), backend="torch")
     for p in model.parameters():
@@ -641,7 +641,7 @@ def test_parameters_elsewhere():
 
 
 def test_sharded_parameters(tmp_path):
-    """FSDP's DTensors go to PyTorch; the norm is that of the whole gradients."""
+    """PyTorch's implementation updates FSDP's DTensors, and the norm is that of the whole gradients."""
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -670,13 +670,16 @@ def test_sharded_parameters(tmp_path):
 # Errors
 
 
-def test_sparse_gradients_are_refused_before_anything_is_changed():
+def test_sparse_gradients_are_refused_before_any_change():
     first, embedding = floats(3).requires_grad_(), torch.nn.Embedding(10, 4, sparse=True)
     before = first.detach().clone()
     optimizer = fastlm.optim.AdamW([{"params": [first]}, {"params": embedding.parameters()}])
     first.grad = floats(3)
     embedding(torch.tensor([1, 2])).sum().backward()
-    message = r"gradient of parameter 0 in group 1: expected a dense one, got layout torch.sparse_coo; torch.optim.SparseAdam takes sparse gradients"
+    message = (
+        "gradient of parameter 0 in group 1: expected a dense one, got layout torch.sparse_coo; "
+        "torch.optim.SparseAdam takes sparse gradients"
+    )
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
     assert torch.equal(first, before)
@@ -692,7 +695,7 @@ def test_sparse_gradients_are_refused_before_anything_is_changed():
         ("step", torch.zeros(0), r"torch.float32 on cpu, shape \(0,\) and strides \(1,\)"),
     ],
 )
-def test_state_that_does_not_fit_never_reaches_the_kernel(backend, key, value, got):
+def test_state_that_does_not_match_its_parameter_is_refused(backend, key, value, got):
     own = parameters([(5, 4)])
     optimizer = fastlm.optim.AdamW(own, backend=backend)
     steps(optimizer, 1)
@@ -705,11 +708,11 @@ def test_state_that_does_not_fit_never_reaches_the_kernel(backend, key, value, g
 
 
 @on_backends("cpu")
-def test_a_gradient_of_another_size_never_reaches_the_kernel(backend):
+def test_a_gradient_of_another_size_is_refused(backend):
     p = floats(50).requires_grad_()
     optimizer = fastlm.optim.AdamW([p], backend=backend)
     steps(optimizer, 1)
-    p.data = floats(5000)  # its state and gradient are of the old size
+    p.data = floats(5000)  # its state and gradient have the old size
     with pytest.raises(
         ValueError,
         match=r"gradient: expected torch.float32 on cpu, shape \(5000,\) .*, got torch.float32 on cpu, shape \(50,\)",
@@ -726,6 +729,6 @@ def test_a_gradient_of_another_size_never_reaches_the_kernel(backend):
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
     ],
 )
-def test_arguments_out_of_their_range(options, message):
+def test_arguments_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         fastlm.optim.AdamW(parameters([(3,)]), **options)
