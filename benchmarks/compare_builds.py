@@ -295,6 +295,8 @@ def make_call(name: str, size: str, direction: str, dtype: str, threads: int) ->
 
 def work() -> None:
     """Answers requests on stdin, a JSON object a line: {"prepare": case} or {"calls": n}."""
+    # An editable installation would add its own fastlm.kernels to the package that PYTHONPATH names.
+    sys.meta_path = [finder for finder in sys.meta_path if "_EditableFinder" not in str(finder)]
     import fastlm
 
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer

@@ -17,18 +17,23 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+if __name__ == "__main__":  # an editable installation would add its own fastlm.kernels to the package of PYTHONPATH
+    sys.meta_path = [finder for finder in sys.meta_path if "_EditableFinder" not in str(finder)]
 
-import fastlm
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import fastlm  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ("auto", "cpu", "torch", "reference")
@@ -742,6 +747,17 @@ def selected(operators: list[str] | None) -> list[str]:
     return [name for name in every if operators is None or name in operators]
 
 
+def correct_interpreter() -> None:
+    """Triton's interpreter needs corrections, which the tests have; an older checkout installs its own."""
+    corrections = Path(__file__).parents[1] / "tests" / "kernels" / "interpreter.py"
+    if not (Path(fastlm.__file__).parents[1] / "kernels" / "interpreter.py").exists():
+        spec = importlib.util.spec_from_file_location("corrections", corrections)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.install()
+
+
 def record(operators: list[str], backends: list[str], threads: int) -> Results:
     found = record_operators([name for name in operators if name in CASES], backends, threads)
     if "adamw" in operators:
@@ -782,6 +798,8 @@ def main() -> None:
     if given.results:
         written = json.loads(given.results.read_text(encoding="utf-8"))
     else:
+        if "triton" in backends and os.environ.get("TRITON_INTERPRET") == "1":
+            correct_interpreter()
         results = record(operators, backends, given.threads)
         setting = {"isa": fastlm.info().isa, "torch": torch.__version__, "operators": operators, "backends": backends}
         written = {"setting": setting, "results": results}
