@@ -29,11 +29,11 @@ from typing import Any
 if __name__ == "__main__":  # an editable installation would add its own fastlm.kernels to the package of PYTHONPATH
     sys.meta_path = [finder for finder in sys.meta_path if "_EditableFinder" not in str(finder)]
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-import fastlm  # noqa: E402
+import fastlm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ("auto", "cpu", "torch", "reference")
