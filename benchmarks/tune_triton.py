@@ -264,7 +264,7 @@ def knobs(device: str, **sizes: int) -> Iterator[Knob]:
         if number == 0:
             yield gelu_mlp(half, device)
             for rows, width in ((4096, 768), (16384, 1600)):
-                for constant in ("ELEMENTS", "SHARES"):
+                for constant in ("ELEMENTS_PER_PROGRAM", "MAX_PARTIALS"):
                     yield layernorm_residual(constant, half, device, rows, width)
     for which in ("mask", "key exact", "query exact"):
         yield attention(which, half, 64, device, **sizes)

@@ -19,7 +19,8 @@ def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
     others = [row for row in rows if row.operator != "growth"]
     right = [name for name, has in (("roofline", has_flops), ("memory", has_memory)) if any(map(has, others))]
     mosaic: list[Any] = [["speedup", name] for name in right] or [["speedup"] * 2] if others else []
-    heights = [max(5.5 if len(right) > 1 else 3, 2.2 + 0.22 * len(others)) / len(mosaic)] * len(mosaic)
+    height = max(5.5 if len(right) > 1 else 3, 2.2 + 0.22 * len(others))
+    heights = [height / len(mosaic) for _ in mosaic]
     if growing:
         mosaic, heights = [*mosaic, ["context", "width"]], [*heights, 4.5]
     figure = Figure(figsize=(13, sum(heights)), dpi=110, layout="constrained")
@@ -99,10 +100,10 @@ def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> 
         if not own:
             continue
         ours = [(i, flops / row.seconds / 1e9) for row, i, flops in own]
-        theirs = [(i, flops / row.baselines[row.best_baseline].seconds / 1e9) for row, i, flops in own]
+        baselines = [(i, flops / row.baselines[row.best_baseline].seconds / 1e9) for row, i, flops in own]
         axes.scatter(*zip(*ours, strict=True), color=color, s=18, label=f"fastlm, {dtype}")
         style = {"edgecolor": color, "facecolor": "none", "s": 18}
-        axes.scatter(*zip(*theirs, strict=True), **style, label=f"PyTorch, {dtype}")
+        axes.scatter(*zip(*baselines, strict=True), **style, label=f"PyTorch, {dtype}")
     axes.legend(fontsize=7, frameon=False)
 
 

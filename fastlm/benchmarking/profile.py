@@ -17,13 +17,13 @@ from fastlm.models.layers import RECOMPUTE
 from fastlm.training.loop import Trainer
 from fastlm.training.settings import Settings
 
-OURS, THEIRS = "fastlm", "PyTorch"
+FASTLM, PYTORCH = "fastlm", "PyTorch"
 STEP, MARK = "training step", "fastlm kernel "
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    library: str  # OURS or THEIRS
+    library: str  # FASTLM or PYTORCH
     name: str  # of a kernel or an operator
     calls: float  # per step
     seconds: float  # per step, without the operators that it calls
@@ -83,7 +83,7 @@ def profile_step(subject: Subject, dtype: str, *, recompute: int = RECOMPUTE, st
     whole = next(event for event in averages if event.key == STEP)
     parts = [
         Part(
-            OURS if ours else THEIRS,
+            FASTLM if ours else PYTORCH,
             event.key.removeprefix(MARK if ours else "aten::"),
             event.count / steps,
             event.self_cpu_time_total * 1e-6 / steps,

@@ -7,7 +7,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from fastlm.benchmarking.profile import OURS, THEIRS, Profile, profile_step
+from fastlm.benchmarking.profile import FASTLM, PYTORCH, Profile, profile_step
 from fastlm.benchmarking.whole import MODELS
 from fastlm.commands import choices
 from fastlm.commands.bench import check_target
@@ -30,11 +30,11 @@ def run(*, model: str, dtype: str, recompute: int, steps: int, threads: int | No
     threads_used = quantity(torch.get_num_threads(), "thread")
     title = f"{MODELS[model]}, {dtype}, {threads_used}: {found.seconds * 1e3:,.1f} ms per step"
     console.print(table(found, title))
-    ours, theirs = (
+    kernels, operators = (
         sum(part.seconds for part in found.parts if part.library == library) / found.seconds
-        for library in (OURS, THEIRS)
+        for library in (FASTLM, PYTORCH)
     )
-    say(f"fastlm's kernels {ours:.1%}, PyTorch's operators {theirs:.1%}, Python and autograd {found.outside:.1%}")
+    say(f"fastlm's kernels {kernels:.1%}, PyTorch's operators {operators:.1%}, Python and autograd {found.outside:.1%}")
     if json_file:
         json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
 
@@ -47,7 +47,7 @@ def table(found: Profile, title: str) -> Table:
     def row(library: str, name: str, calls: str, seconds: float) -> None:
         shown.add_row(library, name, calls, f"{seconds * 1e3:,.2f}", f"{seconds / found.seconds:.1%}")
 
-    for library, most in ((OURS, None), (THEIRS, MAX_ROWS)):
+    for library, most in ((FASTLM, None), (PYTORCH, MAX_ROWS)):
         parts = [part for part in found.parts if part.library == library]
         for part in parts[:most]:
             row(library, part.name, f"{part.calls:,.0f}", part.seconds)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastlm.backends import cpu
-from fastlm.benchmarking.profile import OURS, THEIRS, profile_step
+from fastlm.benchmarking.profile import FASTLM, PYTORCH, profile_step
 from fastlm.benchmarking.whole import Subject
 
 GPT = Subject("GPT-2", 2, 32, 2, 50, 2, 16)
@@ -17,7 +17,7 @@ def found():
 
 
 def test_every_call_of_a_kernel_is_counted(found):
-    calls = {part.name: part.calls for part in found.parts if part.library == OURS}
+    calls = {part.name: part.calls for part in found.parts if part.library == FASTLM}
     for operator in ("attention", "gelu_mlp"):
         assert calls[f"{operator}_forward"] == calls[f"{operator}_backward"] == GPT.layers
     assert calls["linear_forward"] == calls["linear_backward"] == 2 * GPT.layers
@@ -26,7 +26,7 @@ def test_every_call_of_a_kernel_is_counted(found):
 
 
 def test_the_parts_and_the_rest_are_the_step(found):
-    assert any(part.library == THEIRS and part.name == "index_select" for part in found.parts)  # of the embedding
+    assert any(part.library == PYTORCH and part.name == "index_select" for part in found.parts)  # of the embedding
     seconds = [part.seconds for part in found.parts]
     assert seconds == sorted(seconds, reverse=True) and seconds[-1] >= 0
     assert 0 < found.outside < 1  # at these sizes much of it is Python

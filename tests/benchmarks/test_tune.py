@@ -161,11 +161,11 @@ def test_gelu_mlp_may_use_the_vendors_product(configs, made_up):
     assert None in tune.gelu_mlp(FP32, "cpu", 20, 16).others(None)
 
 
-@pytest.mark.parametrize("constant", ["ELEMENTS", "SHARES"])
+@pytest.mark.parametrize("constant", ["ELEMENTS_PER_PROGRAM", "MAX_PARTIALS"])
 def test_layernorm_residual(constant, configs, made_up, monkeypatch):
     watch, of = made_up
     kernels = tune.module("layernorm_residual")
-    monkeypatch.setattr(kernels, constant, 64 if constant == "ELEMENTS" else 4)
+    monkeypatch.setattr(kernels, constant, 64 if constant == "ELEMENTS_PER_PROGRAM" else 4)
     of[0] = lambda value: 1.0 / value
     knob = watch(tune.layernorm_residual(constant, FP32, "cpu", 9, 24))
     own = knob.others

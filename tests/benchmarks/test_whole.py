@@ -149,12 +149,12 @@ def test_the_baseline_has_the_same_dropouts(subject):
                 p.mul_(5)  # so that the loss depends on the layers
             plain.load_state_dict(model.state_dict())
             ours = torch.stack([subject.objective().loss(model, inputs, targets) for _ in range(100)])
-            theirs = torch.stack([plain.loss(plain, inputs, targets) for _ in range(100)])
+            baseline = torch.stack([plain.loss(plain, inputs, targets) for _ in range(100)])
         if dropout == 0:
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours, baseline, rtol=1e-5, atol=1e-5)
         else:
-            assert 0.5 < ours.std() / theirs.std() < 2 and ours.std() > 1e-3
-            assert abs(ours.mean() - theirs.mean()) < 5 * (ours.var() / 100 + theirs.var() / 100).sqrt()
+            assert 0.5 < ours.std() / baseline.std() < 2 and ours.std() > 1e-3
+            assert abs(ours.mean() - baseline.mean()) < 5 * (ours.var() / 100 + baseline.var() / 100).sqrt()
 
 
 def test_generation_is_compared():

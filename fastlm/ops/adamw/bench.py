@@ -88,15 +88,15 @@ def problem(dtype: torch.dtype, device: str = "cpu", *, shapes: Sequence[int | t
             made.append(p)
         return made
 
-    mine, theirs = parameters(), parameters()
-    count = sum(p.numel() for p in mine)
+    own, copies = parameters(), parameters()  # both are updated
+    count = sum(p.numel() for p in own)
     return Problem(
         f"{count / 1e6:.3g} million parameters, clipped{'' if dtype == torch.float32 else ', with master weights'}",
-        update(mine),
-        {"eager": eager(theirs)},
+        update(own),
+        {"eager": eager(copies)},
         inputs=(),
         compiled={},
-        extra_bytes=sum(p.nbytes for p in mine),  # the norm reads the gradients
+        extra_bytes=sum(p.nbytes for p in own),  # the norm reads the gradients
         random=True,  # every call continues from the last
     )
 
