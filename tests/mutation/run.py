@@ -54,7 +54,7 @@ def chosen(kind: str, everything: bool) -> list[Mutation]:
 def test_files(file: str) -> list[str]:
     """The tests of the operator that a file belongs to; for what happens before a backend, those of all operators too.
 
-    A file that belongs to no operator (kernels/philox.py) has all tests.
+    A file that belongs to no operator (kernels/philox.py) has the tests that name it, or all.
     """
     path = Path(file)
     name = path.parent.name if path.parts[:2] == ("fastlm", "ops") else path.stem
@@ -64,6 +64,7 @@ def test_files(file: str) -> list[str]:
         operator = test.stem.removeprefix("test_")
         if name.startswith(operator) or operator.startswith(name + "_"):
             own.append(test)
+    own = own or [test for test in tests if name in test.read_text()]
     shared = [test for test in tests if test.stem == "test_every_operator" and path.stem in ("api", "autograd")]
     return [str(test.relative_to(ROOT)) for test in [*own, *shared] or tests]
 
@@ -130,7 +131,7 @@ def run_python(kind: str, mutations: list[Mutation], folder: Path) -> list[tuple
             "file": m.file,
             "module": f"fastlm.{module}" if kind == "triton" else module,
             "text": python_source.mutated((ROOT / m.file).read_text(), m),
-            "environment": {"FASTLM_TEST_BACKENDS": backend, "FASTLM_TEST_INTERPRETED": "12"},
+            "environment": {"FASTLM_TEST_BACKENDS": backend, "FASTLM_TEST_INTERPRETED": "18"},
             "arguments": ["-m", "not slow", "-k", selected, *test_files(m.file)],
         }
     plan.write_text(json.dumps({"mutants": mutants, "workers": WORKERS}))
