@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -168,7 +169,9 @@ def test_a_malformed_table_of_a_gpu_is_reported_once_and_ignored(gpu, row, reaso
     message = rf"table.json: cannot be read \(.*{reason}.*\); the measurements that come with fastlm apply"
     with pytest.warns(RuntimeWarning, match=message):
         assert decided() == ("torch", None)
-    assert decided() == ("torch", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decided() == ("torch", None)
 
 
 def test_each_model_of_gpu_is_reported(gpu, monkeypatch):
