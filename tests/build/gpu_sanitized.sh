@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs small tests of the CUDA kernels under NVIDIA's compute-sanitizer: out-of-bounds accesses and races on the GPU itself,
-# which the emulator checks on a CPU. One process per tool, each with an equal part of the time. A tool's report is in
-# OUT/sanitizer-TOOL.txt; if there is nothing to run, one line says why.
+# Runs small tests of the CUDA kernels under NVIDIA's compute-sanitizer, which finds out-of-bounds accesses and races on
+# the GPU itself, as the emulator does on a CPU. One process per tool, each with an equal part of the time. A tool's
+# report is in OUT/sanitizer-TOOL.txt; if there is nothing to run, one line says why.
 #   gpu_sanitized.sh PYTHON OUT SECONDS TOOL… -- ARGUMENTS OF PYTEST…
 # Exit status: 1 if a tool reports an error, a test fails or the time runs out.
 set -uo pipefail
@@ -36,14 +36,15 @@ tests=(
 mkdir -p "$out"
 rm -f "$out"/sanitizer-*.txt
 sanitizer=
-for found in "$(command -v compute-sanitizer)" {"${CUDA_HOME:-}","${CUDA_PATH:-}",/usr/local/cuda}/bin/compute-sanitizer; do
+for found in "$(command -v compute-sanitizer)" \
+  {"${CUDA_HOME:-}","${CUDA_PATH:-}",/usr/local/cuda}/bin/compute-sanitizer; do
   if [[ -x $found ]]; then
     sanitizer=$found
     break
   fi
 done
 if [[ -z $sanitizer ]]; then
-  echo "compute-sanitizer is not on the PATH or in CUDA_HOME/bin (NVIDIA's toolkit brings it): the CUDA kernels go without"
+  echo "compute-sanitizer is not on the PATH or in CUDA_HOME/bin (it is part of NVIDIA's toolkit): nothing is checked"
   exit 0
 fi
 export PYTHONPATH="$PWD"
@@ -57,12 +58,14 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # separate allocations, so that accesses
 failed=0
 for tool in "${tools[@]}"; do
   # Only this project's kernels are checked, and errors of driver calls that PyTorch handles are not reported.
-  timeout -k 10 $((limit / ${#tools[@]})) "$sanitizer" --tool "$tool" --error-exitcode 99 --kernel-regex kns=fastlm --report-api-errors no \
+  timeout -k 10 $((limit / ${#tools[@]})) "$sanitizer" --tool "$tool" --error-exitcode 99 \
+    --kernel-regex kns=fastlm --report-api-errors no \
     --log-file "$out/sanitizer-$tool.txt" "$python" -m pytest -q -x -p no:cacheprovider -m gpu "${tests[@]}" "$@"
   status=$?
   if ((status)); then
     failed=1
-    echo "compute-sanitizer $tool: exit status $status (99: something found, 124: out of time, else of pytest); see $out/sanitizer-$tool.txt"
+    echo "compute-sanitizer $tool: exit status $status (99: something found, 124: out of time, else of pytest);" \
+      "see $out/sanitizer-$tool.txt"
   else
     echo "compute-sanitizer $tool: nothing found"
   fi
