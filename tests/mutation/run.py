@@ -64,6 +64,8 @@ def test_files(file: str) -> list[str]:
         operator = test.stem.removeprefix("test_")
         if name.startswith(operator) or operator.startswith(name + "_"):
             own.append(test)
+    if path.parts[0] == "kernels" and name.startswith("attention"):
+        own.insert(0, ROOT / "tests/kernels/test_paths.py")  # the branches of the attention kernels
     own = own or [test for test in tests if name in test.read_text()]
     shared = [test for test in tests if test.stem == "test_every_operator" and path.stem in ("api", "autograd")]
     return [str(test.relative_to(ROOT)) for test in [*own, *shared] or tests]
