@@ -21,7 +21,6 @@ class ByHand:
     files: str  # a glob from the root of the repository
     pattern: str
     replacement: str
-    tests: str = ""  # what pytest -k selects
 
 
 CPU = [
@@ -93,7 +92,7 @@ CUDA = [
 
 TRITON = [
     ByHand("kernels/attention.py", "$sum * $decay + tl.sum($weights, 1)", "$sum + tl.sum($weights, 1)"),
-    ByHand("kernels/attention*.py", "($j - $i <= $upper)", "($j - $i < $upper)", "windows"),
+    ByHand("kernels/attention*.py", "($j - $i <= $upper)", "($j - $i < $upper)"),
     ByHand("kernels/layernorm_residual.py", "- $normal * $correlation[:, None]", ""),
     ByHand("kernels/linear_cross_entropy.py", "* $factor - $uniform", "* $factor"),
 ]
@@ -207,7 +206,7 @@ def found(root: Path, wanted: ByHand, ordinal: int) -> list[Mutation]:
             line = text.count("\n", 0, spans[hits[0][0][0]][0]) + 1
             statement = text.splitlines()[line - 1].strip()
             file = str(path.relative_to(root))
-            per_file.append(Mutation(file, "", -1, "by hand", ordinal, line, statement, tuple(edits), wanted.tests))
+            per_file.append(Mutation(file, "", -1, "by hand", ordinal, line, statement, tuple(edits)))
     assert per_file, f"nothing in {wanted.files} matches: {wanted.pattern}"
     return per_file
 

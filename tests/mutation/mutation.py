@@ -14,7 +14,6 @@ class Mutation:
     line: int  # for reports
     statement: str  # the line as it stands, for reports and rules
     edits: tuple[tuple[int, int, str], ...]  # (begin, end, text) in the original source
-    tests: str = ""  # what `pytest -k` selects; "" is every test of the operator
 
     @property
     def key(self) -> str:

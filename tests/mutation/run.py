@@ -62,7 +62,7 @@ def test_files(file: str) -> list[str]:
     own = []
     for test in tests:
         operator = test.stem.removeprefix("test_")
-        if name.startswith(operator) or operator.startswith(name + "_"):
+        if name.startswith(operator) or (path.parts[0] == "fastlm" and operator.startswith(name + "_")):
             own.append(test)
     if path.parts[0] == "kernels" and name.startswith("attention"):
         own.insert(0, ROOT / "tests/kernels/test_paths.py")  # the branches of the attention kernels
@@ -128,13 +128,12 @@ def run_python(kind: str, mutations: list[Mutation], folder: Path) -> list[tuple
         stem = Path(m.file).stem
         backend = "triton" if kind == "triton" else stem if stem in ("reference", "torch", "cpu") else "reference"
         module = m.file.removesuffix(".py").replace("/", ".")
-        selected = f"({TESTS[3]}) and ({m.tests})" if m.tests else TESTS[3]
         mutants[str(number)] = {
             "file": m.file,
             "module": f"fastlm.{module}" if kind == "triton" else module,
             "text": python_source.mutated((ROOT / m.file).read_text(), m),
             "environment": {"FASTLM_TEST_BACKENDS": backend, "FASTLM_TEST_INTERPRETED": "18"},
-            "arguments": ["-m", "not slow", "-k", selected, *test_files(m.file)],
+            "arguments": [*TESTS, *test_files(m.file)],
         }
     plan.write_text(json.dumps({"mutants": mutants, "workers": WORKERS}))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
