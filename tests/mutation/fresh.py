@@ -46,7 +46,7 @@ def main(plan_file: str, out_file: str) -> None:
             os.environ.update(run["environment"])
             if path:
                 sys.meta_path.insert(0, Loads(run["module"], str(path)))
-            written = os.open(log, os.O_WRONLY | os.O_CREAT)
+            written = os.open(log, os.O_WRONLY | os.O_CREAT, 0o644)
             os.dup2(written, 1)
             os.dup2(written, 2)
             begin = time.monotonic()

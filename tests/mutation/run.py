@@ -142,7 +142,7 @@ def run_python(kind: str, mutations: list[Mutation], folder: Path) -> list[tuple
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode:
-        raise RuntimeError(done.stdout[-4000:])
+        raise RuntimeError(f"tests.mutation.fresh ended with {done.returncode}: {done.stdout[-4000:]}")
     outcomes = json.loads(out.read_text())
     return [(m, outcomes[str(number)]) for number, m in enumerate(mutations)]
 
