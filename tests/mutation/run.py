@@ -44,11 +44,13 @@ def proposed(kind: str) -> list[Mutation]:
     return [m for m in found if not rules.reason(m)]
 
 
-def chosen(kind: str, everything: bool) -> list[Mutation]:
-    """Those by hand, and the generated ones or the fixed sample of them."""
+def chosen(kind: str, scope: str) -> list[Mutation]:
+    """scope: "hand" for those by hand, "sample" for a fixed sample of the generated ones too, "all" for all of them."""
     hand = [m for ordinal, wanted in enumerate(BY_HAND[kind]) for m in by_hand.found(ROOT, wanted, ordinal)]
+    if scope == "hand":
+        return hand
     generated = proposed(kind)
-    return hand + (generated if everything else sample(generated, PER_FILE[kind]))
+    return hand + (generated if scope == "all" else sample(generated, PER_FILE[kind]))
 
 
 def test_files(file: str) -> list[str]:
@@ -148,9 +150,9 @@ def run_python(kind: str, mutations: list[Mutation], folder: Path) -> list[tuple
 
 
 def run(
-    kind: str, folder: Path, everything: bool = False, only: str = "", ignore_failing: bool = False
+    kind: str, folder: Path, scope: str = "sample", only: str = "", ignore_failing: bool = False
 ) -> list[tuple[Mutation, dict]]:
-    mutations = [m for m in chosen(kind, everything) if only in m.file]
+    mutations = [m for m in chosen(kind, scope) if only in m.file]
     if kind in ("cpu", "cuda"):
         return run_compiled(kind, mutations, folder, SECONDS, ignore_failing)
     return run_python(kind, mutations, folder)
@@ -181,7 +183,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = given.folder or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            outcomes = run(kind, folder, given.all, given.only, given.ignore_failing)
+            scope = "all" if given.all else "sample"
+            outcomes = run(kind, folder, scope, given.only, given.ignore_failing)
         print(kind, dict(Counter(next(iter(outcome)) for _, outcome in outcomes)), flush=True)
         if given.verbose:
             print("\n".join(f"{m}: {outcome}" for m, outcome in outcomes))
