@@ -214,5 +214,5 @@ print(info.cuda)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     why, what = done.stdout.splitlines()
-    assert why.startswith(("finds no NVIDIA driver", "finds no GPU", "needs a driver for CUDA", "serves NVIDIA GPUs"))
+    assert why.startswith(("finds no NVIDIA driver", "finds no GPU", "needs a driver for CUDA", "supports NVIDIA GPUs"))
     assert re.match(r"CUDA \d+\.\d+, code for sm_80, .* needs a driver for CUDA \d+", what)
