@@ -14,6 +14,10 @@ import triton.language as tl
 
 from fastlm.kernels.attention_tiles import (
     LOG2E,
+    Config,
+    Dropout,
+    Masking,
+    Rows,
     any_not_finite,
     check_sequence,
     check_starts,
@@ -43,71 +47,43 @@ def accumulate_tiles(
     begin,
     end,
     query_len,
-    key_len,
-    lower,
-    upper,
     scale,
     log2_scale,
-    k_ptr,
-    k_stride,
-    v_ptr,
-    v_stride,
-    mask_ptr,
-    mask_query_stride,
-    mask_key_stride,
-    key_padding_ptr,
-    key_padding_stride,
-    seed,
-    batch_head,
-    threshold,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    k_rows,
+    v_rows,
+    masking,
+    dropout,
+    config: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """(Σ weights · v, running maximum, Σ weights) after tiles begin … end of the keys."""
-    i = first + tl.arange(0, TILE_M)
+    i = first + tl.arange(0, config.TILE_M)
     for tile in range(begin, end):
-        key = tile * TILE_N
-        k = load_tile(k_ptr, k_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        key = tile * config.TILE_N
+        k = load_tile(k_rows, key, config.TILE_N, config, not EDGE)
+        scores = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
         if EDGE:
-            j = key + tl.arange(0, TILE_N)
+            j = key + tl.arange(0, config.TILE_N)
             scores, _ = mask_scores(
-                scores,
-                i[:, None],
-                j[None, :],
-                query_len,
-                key_len,
-                lower,
-                upper,
-                scale,
-                mask_ptr,
-                mask_query_stride,
-                mask_key_stride,
-                key_padding_ptr,
-                key_padding_stride,
-                MASK,
+                scores, i[:, None], j[None, :], query_len, k_rows.length, scale, masking, config.MASK
             )
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # no visible key yet
-        if MASK == 2:
-            weights = tl.exp2(
-                (scores - safe_max[:, None]) * LOG2E
-            )  # subtract before scaling: finfo.min is finite, its multiple is not
+        if config.MASK == 2:
+            # Subtract before scaling: finfo.min is finite, its multiple is not.
+            weights = tl.exp2((scores - safe_max[:, None]) * LOG2E)
         else:
             weights = tl.exp2(scores * log2_scale - (safe_max * log2_scale)[:, None])
         rescale = tl.exp2((row_max - safe_max) * log2_scale)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc *= rescale[:, None]
-        if DROPOUT:
-            weights = tl.where(kept(seed, i, key, batch_head, threshold, TILE_M, TILE_N, False), weights, 0.0)
-        v = load_tile(v_ptr, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, not EDGE)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        if config.DROPOUT:
+            keep = kept(
+                dropout.seed, i, key, dropout.batch_head, dropout.threshold, config.TILE_M, config.TILE_N, False
+            )
+            weights = tl.where(keep, weights, 0.0)
+        v = load_tile(v_rows, key, config.TILE_N, config, not EDGE)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=config.PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
 
@@ -209,8 +185,12 @@ def attention_forward_kernel(
     if key_padding_ptr is not None:
         key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+    config: tl.constexpr = Config(HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION)
+    k_rows, v_rows = Rows(k_ptr, k_stride, key_len), Rows(v_ptr, v_stride, key_len)
+    masking = Masking(lower, upper, mask_ptr, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride)
+    dropout = Dropout(seed, batch_head, threshold, keep_scale)
 
-    q = load_tile(q_ptr, q_stride, first, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
+    q = load_tile(Rows(q_ptr, q_stride, query_len), first, TILE_M, config, False)
     q = with_sign_of(q, scale)
     abs_scale = tl.abs(scale)
     # The factor of a score in the exponent of 2. It is never 0, because −inf · 0 is NaN.
@@ -220,185 +200,43 @@ def attention_forward_kernel(
     row_sum = tl.zeros((TILE_M,), tl.float32)
     last = tl.minimum(first + TILE_M, query_len) - 1
     begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, TILE_N)
+    inputs = abs_scale, log2_scale, k_rows, v_rows, masking, dropout
     if MASK != 0 or key_padding_ptr is not None:
         acc, row_max, row_sum = accumulate_tiles(
-            acc,
-            row_max,
-            row_sum,
-            q,
-            first,
-            begin,
-            end,
-            query_len,
-            key_len,
-            lower,
-            upper,
-            abs_scale,
-            log2_scale,
-            k_ptr,
-            k_stride,
-            v_ptr,
-            v_stride,
-            mask_ptr,
-            mask_query_stride,
-            mask_key_stride,
-            key_padding_ptr,
-            key_padding_stride,
-            seed,
-            batch_head,
-            threshold,
-            HEAD_DIM,
-            BLOCK_D,
-            TILE_M,
-            TILE_N,
-            MASK,
-            seed_ptr is not None,
-            PRECISION,
-            True,
+            acc, row_max, row_sum, q, first, begin, end, query_len, *inputs, config, True
         )
     else:
         if HAS_LOWER:
             acc, row_max, row_sum = accumulate_tiles(
-                acc,
-                row_max,
-                row_sum,
-                q,
-                first,
-                begin,
-                inner,
-                query_len,
-                key_len,
-                lower,
-                upper,
-                abs_scale,
-                log2_scale,
-                k_ptr,
-                k_stride,
-                v_ptr,
-                v_stride,
-                mask_ptr,
-                mask_query_stride,
-                mask_key_stride,
-                key_padding_ptr,
-                key_padding_stride,
-                seed,
-                batch_head,
-                threshold,
-                HEAD_DIM,
-                BLOCK_D,
-                TILE_M,
-                TILE_N,
-                MASK,
-                seed_ptr is not None,
-                PRECISION,
-                True,
+                acc, row_max, row_sum, q, first, begin, inner, query_len, *inputs, config, True
             )
         acc, row_max, row_sum = accumulate_tiles(
-            acc,
-            row_max,
-            row_sum,
-            q,
-            first,
-            inner if HAS_LOWER else begin,
-            outer,
-            query_len,
-            key_len,
-            lower,
-            upper,
-            abs_scale,
-            log2_scale,
-            k_ptr,
-            k_stride,
-            v_ptr,
-            v_stride,
-            mask_ptr,
-            mask_query_stride,
-            mask_key_stride,
-            key_padding_ptr,
-            key_padding_stride,
-            seed,
-            batch_head,
-            threshold,
-            HEAD_DIM,
-            BLOCK_D,
-            TILE_M,
-            TILE_N,
-            MASK,
-            seed_ptr is not None,
-            PRECISION,
-            False,
+            acc, row_max, row_sum, q, first, inner if HAS_LOWER else begin, outer, query_len, *inputs, config, False
         )
         acc, row_max, row_sum = accumulate_tiles(
-            acc,
-            row_max,
-            row_sum,
-            q,
-            first,
-            outer,
-            end,
-            query_len,
-            key_len,
-            lower,
-            upper,
-            abs_scale,
-            log2_scale,
-            k_ptr,
-            k_stride,
-            v_ptr,
-            v_stride,
-            mask_ptr,
-            mask_query_stride,
-            mask_key_stride,
-            key_padding_ptr,
-            key_padding_stride,
-            seed,
-            batch_head,
-            threshold,
-            HEAD_DIM,
-            BLOCK_D,
-            TILE_M,
-            TILE_N,
-            MASK,
-            seed_ptr is not None,
-            PRECISION,
-            True,
+            acc, row_max, row_sum, q, first, outer, end, query_len, *inputs, config, True
         )
     found = any_not_finite(acc)
     if found > 0:
         zero = opaque_zero(found)
-        q = load_tile(q_ptr, q_stride + zero, first + zero, query_len, HEAD_DIM, TILE_M, BLOCK_D, False)
+        q = load_tile(Rows(q_ptr, q_stride + zero, query_len), first + zero, TILE_M, config, False)
         acc, row_max, row_sum = recompute_rows(
             with_sign_of(q, scale),
             first + zero + tl.arange(0, TILE_M),
             begin * TILE_N + zero,
             tl.minimum(end * TILE_N, key_len),
             query_len + zero,
-            key_len,
-            lower,
-            upper,
             abs_scale,
             log2_scale,
-            k_ptr,
-            k_stride + zero,
-            v_ptr,
-            v_stride + zero,
-            mask_ptr,
-            mask_query_stride,
-            mask_key_stride,
-            key_padding_ptr,
-            key_padding_stride,
-            seed,
-            batch_head,
-            threshold,
-            HEAD_DIM,
-            BLOCK_D,
-            TILE_M,
-            MASK,
-            seed_ptr is not None,
+            Rows(k_ptr, k_stride + zero, key_len),
+            Rows(v_ptr, v_stride + zero, key_len),
+            masking,
+            dropout,
+            config,
         )
     fully_masked = row_sum == 0
     out = acc * (keep_scale / tl.where(fully_masked, 1.0, row_sum))[:, None]
-    store_tile(out_ptr, out_stride, first, query_len, out, HEAD_DIM, TILE_M, BLOCK_D)
+    store_tile(Rows(out_ptr, out_stride, query_len), first, out, TILE_M, config)
     lse = tl.where(
         fully_masked,
         float("-inf"),

@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 
 from fastlm.kernels.attention import block_of, mask_kind, strides
-from fastlm.kernels.attention_tiles import LOG2E, any_not_finite, load_tile, mask_scores, recompute_rows, with_sign_of
+from fastlm.kernels.attention_tiles import (
+    LOG2E,
+    Config,
+    Dropout,
+    Masking,
+    Rows,
+    any_not_finite,
+    load_tile,
+    mask_scores,
+    recompute_rows,
+    with_sign_of,
+)
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
 from fastlm.kernels.philox import kept
@@ -24,77 +35,33 @@ MAX_SPLITS = 128
 
 @triton.jit
 def accumulate_split(
-    q,
-    i,
-    head,
-    valid,
-    begin,
-    end,
-    query_len,
-    key_len,
-    lower,
-    upper,
-    abs_scale,
-    log2_scale,
-    k_ptr,
-    k_stride,
-    v_ptr,
-    v_stride,
-    mask_ptr,
-    mask_head_stride,
-    mask_query_stride,
-    mask_key_stride,
-    key_padding_ptr,
-    key_padding_stride,
-    seed,
-    batch_head,
-    threshold,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_N: tl.constexpr,
-    MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, i, begin, end, query_len, scale, log2_scale, k_rows, v_rows, masking, dropout, config: tl.constexpr
 ):
     """(Σ weights · v, row_max, row_sum) of keys begin … end."""
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((ROWS,), tl.float32)
-    for key in range(begin, end, TILE_N):
-        j = key + tl.arange(0, TILE_N)
-        k = load_tile(k_ptr, k_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        mask_at = None if MASK == 0 else mask_ptr + (head.to(tl.int64) * mask_head_stride)[:, None]
-        scores, _ = mask_scores(
-            scores,
-            i[:, None],
-            j[None, :],
-            tl.where(valid, query_len, 0)[:, None],
-            key_len,
-            lower,
-            upper,
-            abs_scale,
-            mask_at,
-            mask_query_stride,
-            mask_key_stride,
-            key_padding_ptr,
-            key_padding_stride,
-            MASK,
-        )
+    acc = tl.zeros((config.TILE_M, config.BLOCK_D), tl.float32)
+    row_max = tl.full((config.TILE_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((config.TILE_M,), tl.float32)
+    for key in range(begin, end, config.TILE_N):
+        j = key + tl.arange(0, config.TILE_N)
+        k = load_tile(k_rows, key, config.TILE_N, config, False)
+        scores = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
+        scores, _ = mask_scores(scores, i[:, None], j[None, :], query_len, k_rows.length, scale, masking, config.MASK)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        if MASK == 2:
+        if config.MASK == 2:
             weights = tl.exp2((scores - safe_max[:, None]) * LOG2E)
         else:
             weights = tl.exp2(scores * log2_scale - (safe_max * log2_scale)[:, None])
         rescale = tl.exp2((row_max - safe_max) * log2_scale)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc *= rescale[:, None]
-        if DROPOUT:
-            weights = tl.where(kept(seed, i, key, batch_head, threshold, ROWS, TILE_N, False), weights, 0.0)
-        v = load_tile(v_ptr, v_stride, key, key_len, HEAD_DIM, TILE_N, BLOCK_D, False)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        if config.DROPOUT:
+            keep = kept(
+                dropout.seed, i, key, dropout.batch_head, dropout.threshold, config.TILE_M, config.TILE_N, False
+            )
+            weights = tl.where(keep, weights, 0.0)
+        v = load_tile(v_rows, key, config.TILE_N, config, False)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=config.PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
 
@@ -175,71 +142,20 @@ def attention_decode_kernel(
     begin = tl.maximum(split * split_size, tl.maximum(lower, 0) // TILE_N * TILE_N)
     end = tl.minimum(tl.minimum((split + 1) * split_size, key_len), query_len + upper)
     batch_head = batch * num_kv_heads * heads_per_kv_head + head
-    acc, row_max, row_sum = accumulate_split(
-        q,
-        i,
-        head,
-        valid,
-        begin,
-        end,
-        query_len,
-        key_len,
-        lower,
-        upper,
+    config: tl.constexpr = Config(HEAD_DIM, BLOCK_D, ROWS, TILE_N, MASK, seed_ptr is not None, PRECISION)
+    query_lens = tl.where(valid, query_len, 0)[:, None]
+    mask_at = None if MASK == 0 else mask_ptr + (head.to(tl.int64) * mask_head_stride)[:, None]
+    inputs = (
         abs_scale,
         log2_scale,
-        k_ptr,
-        k_stride,
-        v_ptr,
-        v_stride,
-        mask_ptr,
-        mask_head_stride,
-        mask_query_stride,
-        mask_key_stride,
-        key_padding_ptr,
-        key_padding_stride,
-        seed,
-        batch_head,
-        threshold,
-        HEAD_DIM,
-        BLOCK_D,
-        ROWS,
-        TILE_N,
-        MASK,
-        seed_ptr is not None,
-        PRECISION,
+        Rows(k_ptr, k_stride, key_len),
+        Rows(v_ptr, v_stride, key_len),
+        Masking(lower, upper, mask_at, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride),
+        Dropout(seed, batch_head, threshold, keep_scale),
     )
+    acc, row_max, row_sum = accumulate_split(q, i, begin, end, query_lens, *inputs, config)
     if any_not_finite(acc) > 0:
-        mask_at = None if MASK == 0 else mask_ptr + (head.to(tl.int64) * mask_head_stride)[:, None]
-        acc, row_max, row_sum = recompute_rows(
-            q,
-            i,
-            begin,
-            end,
-            tl.where(valid, query_len, 0)[:, None],
-            key_len,
-            lower,
-            upper,
-            abs_scale,
-            log2_scale,
-            k_ptr,
-            k_stride,
-            v_ptr,
-            v_stride,
-            mask_at,
-            mask_query_stride,
-            mask_key_stride,
-            key_padding_ptr,
-            key_padding_stride,
-            seed,
-            batch_head,
-            threshold,
-            HEAD_DIM,
-            BLOCK_D,
-            ROWS,
-            MASK,
-            seed_ptr is not None,
-        )
+        acc, row_max, row_sum = recompute_rows(q, i, begin, end, query_lens, *inputs, config)
     acc *= keep_scale
     query = (at[0] * num_kv_heads * heads_per_kv_head + head) * query_len + i
     place = query * num_splits + split

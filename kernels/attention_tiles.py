@@ -9,12 +9,58 @@ recomputed one key or query at a time, without the masked ones. This is slow, bu
 infinity.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from fastlm.kernels.philox import kept_each
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Rows(NamedTuple):
+    """The rows of one head of q, k, v, out or a gradient. The elements of a row are adjacent."""
+
+    ptr: tl.tensor
+    stride: tl.tensor
+    length: tl.tensor
+
+
+class Masking(NamedTuple):
+    """What decides the visible scores of one head: lower ≤ j − i ≤ upper, the mask and the padding of the keys."""
+
+    lower: tl.tensor
+    upper: tl.tensor
+    ptr: tl.tensor
+    query_stride: tl.tensor
+    key_stride: tl.tensor
+    padding_ptr: tl.tensor
+    padding_stride: tl.tensor
+
+
+class Dropout(NamedTuple):
+    """The counters of one head, see philox.py, and 1 / (1 − p)."""
+
+    seed: tl.tensor
+    batch_head: tl.tensor
+    threshold: tl.tensor
+    keep_scale: tl.tensor
+
+
+class Config(NamedTuple):
+    """Constants of a kernel. A tile has TILE_M queries and TILE_N keys, whose HEAD_DIM channels lie in BLOCK_D.
+
+    MASK: 0 none, 1 bool, 2 additive. PRECISION: of float32 products.
+    """
+
+    HEAD_DIM: tl.constexpr
+    BLOCK_D: tl.constexpr
+    TILE_M: tl.constexpr
+    TILE_N: tl.constexpr
+    MASK: tl.constexpr
+    DROPOUT: tl.constexpr
+    PRECISION: tl.constexpr
 
 
 @triton.jit
@@ -79,35 +125,27 @@ def check_starts(starts_ptr, num_sequences, num_tokens):
 
 
 @triton.jit
-def load_tile(
-    pointer,
-    stride,
-    first,
-    length,
-    HEAD_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ALL_ROWS: tl.constexpr,
-):
-    """(TILE, BLOCK_D) tokens from `first` on, 0 beyond the sequence and the head. Tile offsets have 32 bits."""
-    token = tl.arange(0, TILE)
-    channel = tl.arange(0, BLOCK_D)
-    at = pointer + tl.cast(first, tl.int64) * stride + (token[:, None] * stride + channel[None, :])
-    if HEAD_DIM != BLOCK_D:
-        tile = tl.load(at, mask=(token < length - first)[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
+def load_tile(rows, first, TILE: tl.constexpr, config: tl.constexpr, ALL_ROWS: tl.constexpr):
+    """(TILE, BLOCK_D) rows from `first` on, 0 beyond the sequence and the head. Tile offsets have 32 bits."""
+    row = tl.arange(0, TILE)
+    channel = tl.arange(0, config.BLOCK_D)
+    at = rows.ptr + tl.cast(first, tl.int64) * rows.stride + (row[:, None] * rows.stride + channel[None, :])
+    if config.HEAD_DIM != config.BLOCK_D:
+        tile = tl.load(at, mask=(row < rows.length - first)[:, None] & (channel < config.HEAD_DIM)[None, :], other=0.0)
     elif ALL_ROWS:
         tile = tl.load(at)
     else:
-        tile = tl.load(at, mask=(token < length - first)[:, None], other=0.0)
+        tile = tl.load(at, mask=(row < rows.length - first)[:, None], other=0.0)
     return tile
 
 
 @triton.jit
-def store_tile(pointer, stride, first, length, x, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
-    token = tl.arange(0, TILE)
-    channel = tl.arange(0, BLOCK_D)
-    at = pointer + tl.cast(first, tl.int64) * stride + (token[:, None] * stride + channel[None, :])
-    tl.store(at, x.to(pointer.dtype.element_ty), mask=(token < length - first)[:, None] & (channel < HEAD_DIM)[None, :])
+def store_tile(rows, first, x, TILE: tl.constexpr, config: tl.constexpr):
+    row = tl.arange(0, TILE)
+    channel = tl.arange(0, config.BLOCK_D)
+    at = rows.ptr + tl.cast(first, tl.int64) * rows.stride + (row[:, None] * rows.stride + channel[None, :])
+    inside = (row < rows.length - first)[:, None] & (channel < config.HEAD_DIM)[None, :]
+    tl.store(at, x.to(rows.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -140,42 +178,26 @@ def tiles_of_queries(first, last, lower, upper, query_len, TILE_M: tl.constexpr)
 
 
 @triton.jit
-def mask_scores(
-    scores,
-    i,
-    j,
-    query_len,
-    key_len,
-    lower,
-    upper,
-    scale,
-    mask_ptr,
-    mask_query_stride,
-    mask_key_stride,
-    key_padding_ptr,
-    key_padding_stride,
-    MASK: tl.constexpr,
-):
+def mask_scores(scores, i, j, query_len, key_len, scale, masking, MASK: tl.constexpr):
     """(scores, −inf where not visible; visibility). The positions i and j broadcast against each other in either order.
 
     With an additive mask (MASK 2) scores become scale · scores + mask; an additive −inf masks any score.
     """
     inside = (i < query_len) & (j < key_len)
-    visible = (j - i >= lower) & (j - i <= upper) & inside
+    visible = (j - i >= masking.lower) & (j - i <= masking.upper) & inside
     if MASK == 2:
         scores *= scale
     if MASK != 0:
-        at = mask_ptr + i.to(tl.int64) * mask_query_stride + j.to(tl.int64) * mask_key_stride
+        at = masking.ptr + i.to(tl.int64) * masking.query_stride + j.to(tl.int64) * masking.key_stride
         if MASK == 1:
             visible = visible & (tl.load(at, mask=inside, other=0) != 0)
         else:
             bias = tl.load(at, mask=inside, other=0.0).to(tl.float32)
             visible = visible & (bias != float("-inf"))
             scores += bias
-    if key_padding_ptr is not None:
-        visible = visible & (
-            tl.load(key_padding_ptr + j.to(tl.int64) * key_padding_stride, mask=j < key_len, other=0) != 0
-        )
+    if masking.padding_ptr is not None:
+        at_padding = masking.padding_ptr + j.to(tl.int64) * masking.padding_stride
+        visible = visible & (tl.load(at_padding, mask=j < key_len, other=0) != 0)
     return tl.where(visible, scores, float("-inf")), visible
 
 
@@ -202,12 +224,11 @@ def opaque_zero(found):
 
 
 @triton.jit
-def load_token(pointer, stride, token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK_D,) one token in float32."""
-    channel = tl.arange(0, BLOCK_D)
-    return tl.load(pointer + tl.cast(token, tl.int64) * stride + channel, mask=channel < HEAD_DIM, other=0.0).to(
-        tl.float32
-    )
+def load_row(rows, row, config: tl.constexpr):
+    """(BLOCK_D,) one row in float32."""
+    channel = tl.arange(0, config.BLOCK_D)
+    at = rows.ptr + tl.cast(row, tl.int64) * rows.stride + channel
+    return tl.load(at, mask=channel < config.HEAD_DIM, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -217,69 +238,45 @@ def to_vectors(scores, visible):
 
 
 @triton.jit
-def recompute_rows(
-    q,
-    i,
-    begin,
-    end,
-    query_len,
-    key_len,
-    lower,
-    upper,
-    scale,
-    log2_scale,
-    k_ptr,
-    k_stride,
-    v_ptr,
-    v_stride,
-    mask_ptr,
-    mask_query_stride,
-    mask_key_stride,
-    key_padding_ptr,
-    key_padding_stride,
-    seed,
-    batch_head,
-    threshold,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-    MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
+def recompute_rows(q, i, begin, end, query_len, scale, log2_scale, k, v, masking, dropout, config: tl.constexpr):
     """The forward pass of queries i and keys begin … end without matrix products, which adds visible keys only."""
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((config.TILE_M, config.BLOCK_D), tl.float32)
+    row_max = tl.full((config.TILE_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((config.TILE_M,), tl.float32)
     for key in range(begin, end):
-        if DROPOUT:
-            keep = kept_each(seed, i, key, batch_head, threshold)
-        k = load_token(k_ptr, k_stride, key, HEAD_DIM, BLOCK_D)
-        v = load_token(v_ptr, v_stride, key, HEAD_DIM, BLOCK_D)
+        if config.DROPOUT:
+            keep = kept_each(dropout.seed, i, key, dropout.batch_head, dropout.threshold)
+        k_row = load_row(k, key, config)
+        v_row = load_row(v, key, config)
         j = key + tl.arange(0, 1)
-        scores, visible = mask_scores(
-            tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None],
-            i[:, None],
-            j[None, :],
-            query_len,
-            key_len,
-            lower,
-            upper,
-            scale,
-            mask_ptr,
-            mask_query_stride,
-            mask_key_stride,
-            key_padding_ptr,
-            key_padding_stride,
-            MASK,
-        )
+        scores = tl.sum(q.to(tl.float32) * k_row[None, :], 1)[:, None]
+        scores, visible = mask_scores(scores, i[:, None], j[None, :], query_len, k.length, scale, masking, config.MASK)
         scores, visible = to_vectors(scores, visible)
         new_max = tl.maximum(row_max, scores)
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2((scores - safe_max) * log2_scale)
         rescale = tl.exp2((row_max - safe_max) * log2_scale)
         row_sum = row_sum * rescale + weights
-        if DROPOUT:
+        if config.DROPOUT:
             weights = tl.where(keep, weights, 0.0)
-        acc = acc * rescale[:, None] + tl.where(visible[:, None], weights[:, None] * v[None, :], 0.0)
+        acc = acc * rescale[:, None] + tl.where(visible[:, None], weights[:, None] * v_row[None, :], 0.0)
         row_max = new_max
     return acc, row_max, row_sum
+
+
+@triton.jit
+def weights_of(scores, lse, scale, MASK: tl.constexpr):
+    """exp(score − log-sum-exp). lse broadcasts and is +∞ beyond the queries. The caller sets masked weights to 0."""
+    if MASK == 2:
+        return tl.exp2((scores - lse) * LOG2E)
+    return tl.exp2(scores * (scale * LOG2E) - lse * LOG2E)
+
+
+@triton.jit
+def multiply(x, y, acc, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """acc + x y, with x rounded to the dtype of y. EXACT: the rounding error of x is multiplied too."""
+    rounded = x.to(y.dtype)
+    acc = tl.dot(rounded, y, acc, input_precision=PRECISION)
+    if EXACT:
+        acc = tl.dot((x - rounded.to(tl.float32)).to(y.dtype), y, acc, input_precision=PRECISION)
+    return acc
