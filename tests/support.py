@@ -130,7 +130,7 @@ def count_forwards(monkeypatch, operator):
             calls.append(name)
             return implementation.forward(call)
 
-        return dataclasses.replace(implementation, forward=forward)
+        return dataclasses.replace(implementation, forward=forward, composite=None)
 
     monkeypatch.setattr(found, "implementation", watched)
     return calls

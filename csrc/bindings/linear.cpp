@@ -4,6 +4,7 @@
 #include "weights.h"
 
 namespace fastlm {
+FASTLM_SMALL_M()
 FASTLM_LINEAR()
 }  // namespace fastlm
 

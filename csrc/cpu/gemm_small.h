@@ -295,4 +295,15 @@ void multiply_transposed(int64_t m, int64_t n, int64_t k, operand<TA> a, operand
   gemm<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
 }
 
+// Compiled once, with the linear operator, for the types whose arithmetic has a small-m product.
+#define FASTLM_SMALL_M_SUMS(prefix, T) \
+  prefix template void small_m_sums<arithmetic_for<T>, T>(int64_t, int64_t, int64_t, const float*, operand<T>, float*);
+#if defined(__AMX_BF16__)
+#define FASTLM_SMALL_M(prefix) FASTLM_SMALL_M_SUMS(prefix, float) FASTLM_SMALL_M_SUMS(prefix, fp16)
+#else
+#define FASTLM_SMALL_M(prefix) \
+  FASTLM_SMALL_M_SUMS(prefix, float) FASTLM_SMALL_M_SUMS(prefix, fp16) FASTLM_SMALL_M_SUMS(prefix, bf16)
+#endif
+FASTLM_SMALL_M(extern)
+
 }  // namespace fastlm

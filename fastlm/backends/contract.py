@@ -74,5 +74,6 @@ class Implementation(Generic[ForwardCall, BackwardCall]):
     forward: Callable[[ForwardCall], Results]
     backward: Callable[[BackwardCall], Results] | None = None  # None: the operator has none
     refuses: Callable[[Any, torch.device, torch.dtype], Reasons] = accepts_all_sizes  # by sizes, beyond the backend's
-    # The call made of PyTorch's differentiable operators, for which autograd needs no function of ours.
-    composite: Callable[[ForwardCall], Any] | None = None
+    # The call made of PyTorch's differentiable operators, for which autograd needs no function of ours: what the public
+    # function returns, or NotImplemented for a call that they do not compute as promised.
+    composite: Callable[..., Any] | None = None

@@ -38,5 +38,14 @@ AMX_UNUSED = (
     Rule("attention", "bfloat16", {"query_len": (182, None), "packed": (0, 0)}),
 )
 
+# Small calls on any CPU. An autograd.Function in Python costs some 50–100 µs more, forward and backward, than the
+# autograd of PyTorch's own operators, which is more than the kernels save: for these three operators PyTorch's calls
+# compose to the same result.
+SMALL_CALLS = (
+    Rule("layernorm_residual", "float32", {"elements": (None, 1 << 15)}),
+    Rule("linear", "float32", {"multiply_adds": (None, 1 << 19)}),
+    Rule("linear_cross_entropy", "float32", {"multiply_adds": (None, 1 << 20)}),
+)
+
 # By torch.cuda.get_device_name(), from `make gpu`, which writes such rows. No GPU was measured yet.
 GPUS: dict[str, tuple[Rule, ...]] = {}

@@ -109,7 +109,7 @@ def forget() -> None:
 def rules_of(device: torch.device) -> tuple[Rule, ...]:
     """The rows for a device."""
     if device.type == "cpu":
-        return cpu_rules()
+        return *cpu_rules(), *measured.SMALL_CALLS
     if device.type == "cuda" and torch.cuda.is_available():  # fake tensors may be on CUDA without a GPU
         return gpu_rules(torch.cuda.get_device_name(device)) or ()
     return ()
@@ -124,7 +124,7 @@ def by_backend(rules: tuple[Rule, ...]) -> list[str]:
 def cpu_summary() -> str:
     """One line for fastlm.info(): what the table selects on this CPU."""
     order = ", ".join(ORDER["cpu"])
-    selected = ", ".join(by_backend(cpu_rules()))
+    selected = ", ".join(by_backend((*cpu_rules(), *measured.SMALL_CALLS)))
     return f"{cpu_key() or 'this machine'}: " + (f"{selected}; otherwise {order}" if selected else order)
 
 

@@ -116,7 +116,9 @@ class Operator(Registered):
             x, dtype, sizes = call.subject()
             selected = select(self, x, dtype, sizes, backend)
             if selected.composite is not None and not originals:
-                return selected.composite(call)
+                composed = selected.composite(call)
+                if composed is not NotImplemented:
+                    return composed
         if torch.is_grad_enabled():
             for tensor in (*tensors[: self.inputs], *originals):
                 if tensor is not None and tensor.requires_grad:

@@ -26,6 +26,7 @@ read_cpu_rules = table.cpu_rules.__wrapped__  # without its cache
 def no_measurements(monkeypatch):
     """Selection by the backend order alone, on every CPU; the table has its own tests."""
     monkeypatch.setattr(table, "cpu_rules", lambda: ())
+    monkeypatch.setattr(measured, "SMALL_CALLS", ())
     monkeypatch.setattr(selection, "_selected", {})
 
 
@@ -166,6 +167,25 @@ def test_the_table_puts_pytorch_first_where_it_is_faster(selected, monkeypatch):
     for x, w in ((floats(41, 8), W), (X, floats(5, 8)), (X.bfloat16(), W.bfloat16())):
         sizes = Sizes(x.shape[0], 8, w.shape[0], False)
         assert selection.select(LINEAR, x, x.dtype, sizes, None).backend.name == elsewhere
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_small_calls_run_on_pytorchs_autograd(monkeypatch, reduction):
+    """Their host time is PyTorch's; an autograd.Function would take longer than the arithmetic."""
+    monkeypatch.undo()
+    x, weight, target = floats(2, 16).requires_grad_(), floats(16, 16).requires_grad_(), torch.tensor([3, -100])
+    vector = floats(16)
+    normalised, summed = fastlm.layernorm_residual(x, x, weight[0], vector)
+    assert torch.equal(summed, x + x)
+    assert torch.equal(normalised, torch.nn.functional.layer_norm(x + x, (16,), weight[0], vector))
+    logits = torch.nn.functional.linear(x, weight)
+    assert torch.equal(fastlm.linear(x, weight), logits)
+    loss = fastlm.linear_cross_entropy(x, weight, target, reduction=reduction)
+    assert torch.equal(loss, torch.nn.functional.cross_entropy(logits, target, reduction=reduction))
+    results = normalised, fastlm.linear(x, weight), loss
+    assert not any(isinstance(result.grad_fn, torch.autograd.function.BackwardCFunction) for result in results)
+    with pytest.raises(ValueError, match=r"target: expected values in \[0, 16\).*got 16 at \[1\]"):
+        fastlm.linear_cross_entropy(x, weight, torch.tensor([3, 16]), reduction=reduction)
 
 
 def test_the_users_own_table_replaces_the_one_that_comes_with_fastlm(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_rules_cover_the_side_on_which_torch_is_faster():
 
 
 def test_saved_rules_take_effect_at_once(own_cache):
-    x, weight = torch.randn(4, 8), torch.randn(3, 8)
+    x, weight = torch.randn(4, 512), torch.randn(512, 512)
     call = lambda: fastlm.linear(x, weight)  # noqa: E731
     own_cache.parent.mkdir(parents=True)
     own_cache.write_text(json.dumps({"another": [{"operator": "linear", "dtype": "float32"}]}))
@@ -68,7 +68,7 @@ def test_saved_rules_take_effect_at_once(own_cache):
     assert backends_of(call) == "cpu"
     rules.save({key: [Rule("linear", "float32", {"rows": (None, 181)})]})
     assert backends_of(call) == "torch"
-    assert backends_of(lambda: fastlm.linear(torch.randn(200, 8), weight)) == "cpu"
+    assert backends_of(lambda: fastlm.linear(torch.randn(200, 512), weight)) == "cpu"
     assert set(json.loads(own_cache.read_text())) == {"another", key}
     assert [file.name for file in own_cache.parent.iterdir()] == ["table.json"]
 

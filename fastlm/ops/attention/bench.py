@@ -137,6 +137,7 @@ benchmark = Benchmark(
         variant("512_tokens", tokens=512, batch=2),
         variant("2048_tokens", tokens=2048),
         variant("dropout", tokens=512, batch=2, dropout_p=0.1),
+        variant("small", tokens=2, heads=2, head_dim=8),
     ),
     gpu_cases=(
         on_gpu(16, 1024, compiled=True, priority=0),

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastlm.backends import cpu
 from fastlm.backends.contract import Implementation
 from fastlm.backends.cpu import kernels, new, new_like, seed_value
+from fastlm.core.huge_pages import on_huge_pages
 from fastlm.core.layout import contiguous_last
 from fastlm.ops.attention.packed import boundaries
 from fastlm.ops.attention.reference import row_mask_gradient
@@ -18,8 +19,7 @@ def new_result(x: Tensor, packed: bool) -> Tensor:
     """An uninitialised result like x. A dense one, (B, H, T, D), is stored as (B, T, H, D): merging heads is a view."""
     if packed:
         return new_like(x)
-    batch, heads, length, head_dim = x.shape
-    return new(x, (batch, length, heads, head_dim)).transpose(1, 2)
+    return on_huge_pages(torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype, device=x.device))
 
 
 def forward(call: Forward):

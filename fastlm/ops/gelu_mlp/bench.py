@@ -42,7 +42,11 @@ def on_gpu(rows: int, width: int = WIDTH, layout: str = "conv1d", **options) -> 
 
 
 benchmark = Benchmark(
-    cases=(Case("gelu_mlp", problem), Case("gelu_mlp_bert", problem, {"layout": "linear"}, default=False)),
+    cases=(
+        Case("gelu_mlp", problem),
+        Case("gelu_mlp_bert", problem, {"layout": "linear"}, default=False),
+        Case("gelu_mlp_small", problem, {"rows": 2, "width": 16}, default=False),
+    ),
     gpu_cases=(
         on_gpu(16384, compiled=True, priority=2),
         on_gpu(4096, 1600, priority=4),

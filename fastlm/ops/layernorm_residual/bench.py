@@ -39,6 +39,7 @@ benchmark = Benchmark(
     cases=(
         Case("layernorm_residual", problem),
         Case("layernorm_residual_16384_rows", problem, {"rows": 16384}, default=False),
+        Case("layernorm_residual_small", problem, {"rows": 2, "width": 16}, default=False),
     ),
     gpu_cases=(
         on_gpu(4096, compiled=True, priority=0),

@@ -11,6 +11,10 @@ class Sizes(NamedTuple):
     width: int
     dropout: bool
 
+    @property
+    def elements(self) -> int:
+        return self.rows * self.width
+
 
 class Forward(NamedTuple):
     """Results: y; summed, None where it is x itself; mean and rstd of each row in float32 (float64 for float64)."""

@@ -82,6 +82,7 @@ benchmark = Benchmark(
         variant("up", out=4 * WIDTH),
         variant("down", width=4 * WIDTH, out=WIDTH),
         variant("vocabulary", out=VOCAB),
+        variant("small", rows=2, width=16, out=16, layout="linear"),
         *(
             Case(f"linear_{rows}_row{'s' if rows > 1 else ''}", decode_step, {"rows": rows}, default=False)
             for rows in (1, 4, 16, 64)

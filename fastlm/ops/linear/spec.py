@@ -19,6 +19,10 @@ class Sizes(NamedTuple):
     out_width: int
     conv1d: bool
 
+    @property
+    def multiply_adds(self) -> int:
+        return self.rows * self.in_width * self.out_width
+
 
 def sizes(x: Tensor, weight: Tensor, layout: str) -> Sizes:
     in_width = x.shape[-1]

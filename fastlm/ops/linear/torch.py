@@ -46,4 +46,4 @@ def backward(call: Backward):
     return gradients(call.dy, call.x, call.weight, call.layout, call.needed)
 
 
-implementation = Implementation(native.backend, forward, backward)
+implementation = Implementation(native.backend, forward, backward, composite=composite)

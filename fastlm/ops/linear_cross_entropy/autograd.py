@@ -38,6 +38,10 @@ class LinearCrossEntropy(Operator):
             selected = requested(backend)
         else:  # once: the backward uses the same
             selected = select(self, *call.subject(), backend)
+            if selected.composite is not None and not originals:
+                composed = selected.composite(call, reduction)
+                if composed is not NotImplemented:
+                    return composed
         if torch.is_grad_enabled():
             for tensor in (x, weight, bias, *originals):
                 if tensor is not None and tensor.requires_grad:

@@ -32,12 +32,15 @@ def problem(
     )
 
 
-def case(**options) -> Case:
-    return Case("linear_cross_entropy", problem, directions=DIRECTIONS, **options)
+def case(name: str = "linear_cross_entropy", **options) -> Case:
+    return Case(name, problem, directions=DIRECTIONS, **options)
 
 
 benchmark = Benchmark(
-    cases=(case(),),
+    cases=(
+        case(),
+        case("linear_cross_entropy_small", sizes={"rows": 2, "width": 16, "vocab": 16}, default=False),
+    ),
     gpu_cases=(
         case(sizes={"rows": 16384}, compiled=True, priority=2),
         case(sizes={"rows": 2048}, priority=4),

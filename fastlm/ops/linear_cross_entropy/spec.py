@@ -14,6 +14,11 @@ class Sizes(NamedTuple):
     width: int
     vocab: int
 
+    @property
+    def multiply_adds(self) -> int:
+        """Of the logits."""
+        return self.rows * self.width * self.vocab
+
 
 class Forward(NamedTuple):
     """Results: the loss of each row in float32 (float64 for float64); the needed gradients of Σ row_scale · loss."""

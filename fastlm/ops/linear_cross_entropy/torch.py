@@ -97,4 +97,19 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, last: bool) -> Tenso
     return torch.add(total, product, out=product) if last else total.float().add_(product)
 
 
-implementation = Implementation(native.backend, forward)
+def composite(call: Forward, reduction: str):
+    """All logits at once: of a matrix of rows, where they are no more than the other path holds of them."""
+    x, weight, bias, target, _, ignore_index, label_smoothing, *_ = call
+    if x.dim() != 2 or x.dtype.itemsize < 4 or not 0 < x.shape[0] * weight.nbytes <= LOGITS_BYTES * x.shape[1]:
+        return NotImplemented
+    logits = torch.nn.functional.linear(x, weight, bias)
+    try:
+        return torch.nn.functional.cross_entropy(
+            logits, target, None, None, ignore_index, None, reduction, label_smoothing
+        )
+    except IndexError:
+        check_targets(target, weight.shape[0], ignore_index)
+        raise
+
+
+implementation = Implementation(native.backend, forward, composite=composite)
