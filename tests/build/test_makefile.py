@@ -197,4 +197,4 @@ def test_wheels_name_the_packages_that_are_missing(tmp_path):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     command = [str(ROOT / "tests/build/wheels.sh"), "aarch64"]
     done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 1 and "apt-get install g++-aarch64-linux-gnu qemu-user mmdebstrap" in done.stderr
+    assert done.returncode == 1 and "apt-get install g++-12-aarch64-linux-gnu qemu-user mmdebstrap" in done.stderr

@@ -5,11 +5,13 @@
 #
 # x86_64 is for the Python of .venv. aarch64 is cross-compiled for the Python of Debian's release SUITE: setup.py runs in
 # this Python under emulation, and thereby builds for it; the compiler that it starts is a native one.
+#
+# GCC 12 compiles both: code of later versions needs a libstdc++ that is newer than manylinux_2_28, which PyTorch's own
+# wheels are for.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 architecture=$1
 shift
-platform=manylinux_2_28_$architecture # as PyTorch's own wheels
 suite=${SUITE:-trixie}
 root=$PWD/build/$suite-arm64 # Debian's files for Arm, with Python and its headers
 native=$PWD/.venv/bin
@@ -19,12 +21,12 @@ trap 'rm -rf "$work"' EXIT
 missing=()
 needs() { command -v "$1" > /dev/null || missing+=("$2"); } # needs COMMAND PACKAGE
 if [[ $architecture == aarch64 ]]; then
-  needs aarch64-linux-gnu-g++ g++-aarch64-linux-gnu
+  needs aarch64-linux-gnu-g++-12 g++-12-aarch64-linux-gnu
   needs qemu-aarch64 qemu-user
   needs mmdebstrap mmdebstrap
   [[ -e /usr/share/keyrings/debian-archive-keyring.gpg ]] || missing+=(debian-archive-keyring)
 else
-  needs g++ g++
+  needs g++-12 g++-12
 fi
 if ((${#missing[@]})); then
   echo "missing on this machine: ${missing[*]} (Debian and Ubuntu: apt-get install ${missing[*]})" >&2
@@ -33,7 +35,7 @@ fi
 
 if [[ $architecture == aarch64 ]]; then
   if [[ ! -d $root ]]; then
-    mmdebstrap --quiet --variant=extract --architectures=arm64 \
+    mmdebstrap --quiet --mode=chrootless --variant=extract --architectures=arm64 \
       --include=base-files,python3,libpython3-dev,libstdc++6 "$suite" "$work/root"
     mkdir -p build
     mv "$work/root" "$root"
@@ -41,37 +43,41 @@ if [[ $architecture == aarch64 ]]; then
   export QEMU_LD_PREFIX=$root
   python=("$(command -v qemu-aarch64)" "$root/usr/bin/python3")
   modules="_cpu_baseline"
-  export CXX=aarch64-linux-gnu-g++ CXXFLAGS="-idirafter $root/usr/include"
+  export CXX=aarch64-linux-gnu-g++-12 CXXFLAGS="-idirafter $root/usr/include"
 else
   python=("$native/python")
   modules="_cpu_amx _cpu_avx2 _cpu_avx512 _cpu_avx512_bf16 _cpu_baseline"
-  unset CXX CXXFLAGS
+  export CXX=g++-12 CXXFLAGS=""
 fi
-# Code of newer versions of libstdc++ is compiled in, as older versions lack these symbols.
-CXXFLAGS="${CXXFLAGS-} -D_GLIBCXX_EXTERN_TEMPLATE=0"
-export CXXFLAGS LDFLAGS=-s FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_CUDA=0
+export LDFLAGS=-s FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_CUDA=0
 unset FASTLM_BUILD_ISAS FASTLM_SANITIZE
 
 echo "--- build for $architecture"
-"$native/python" -m build -q --sdist --outdir "$work/sdist" .
 mkdir "$work/source" "$work/built"
-tar -xzf "$work"/sdist/fastlm-*.tar.gz -C "$work/source" --strip-components=1
 "$native/pip" install -q --target "$work/tools" setuptools ninja
-(cd "$work/source" && PYTHONPATH=$work/tools "${python[@]}" -c "
-from setuptools.build_meta import build_wheel
-build_wheel('$work/built')") > "$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
+backend() { # backend HOOK FOLDER: build_sdist or build_wheel
+  PYTHONPATH=$work/tools "${python[@]}" -c "from setuptools.build_meta import $1; $1('$2')" >> "$work/log" 2>&1 \
+    || { cat "$work/log" >&2; exit 1; }
+}
+backend build_sdist "$work"
+tar -xzf "$work"/fastlm-*.tar.gz -C "$work/source" --strip-components=1
+(cd "$work/source" && backend build_wheel "$work/built")
 
-# Fails where a symbol is newer than the platform's. The modules are linked to no OpenMP library: they use PyTorch's, so
-# that there is one thread pool, and none may be added here.
+# The modules are linked to no OpenMP library: they use PyTorch's, so that there is one thread pool. No library may be
+# added to the wheel.
 echo "--- repair"
-"$native/auditwheel" show "$work"/built/fastlm-*.whl
-PATH=$native:$PATH "$native/auditwheel" repair --plat "$platform" --only-plat --wheel-dir "$work/repaired" \
-  "$work"/built/fastlm-*.whl
+"$native/auditwheel" -v show "$work"/built/fastlm-*.whl
+PATH=$native:$PATH "$native/auditwheel" repair --wheel-dir "$work/repaired" "$work"/built/fastlm-*.whl
 wheel=$(echo "$work"/repaired/fastlm-*.whl)
-"$native/python" - "$wheel" "$modules" << 'PYTHON'
-import pathlib, sys, zipfile
+"$native/python" - "$wheel" "$architecture" "$modules" << 'PYTHON'
+import pathlib
+import re
+import sys
+import zipfile
 
-wheel, modules = pathlib.Path(sys.argv[1]), sys.argv[2].split()
+wheel, architecture, modules = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3].split()
+glibc = [int(minor) for minor in re.findall(f"manylinux_2_([0-9]+)_{architecture}", wheel.name)]
+assert min(glibc, default=99) <= 28, f"expected a wheel for manylinux_2_28 or older, got {wheel.name}"
 libraries = [name for name in zipfile.ZipFile(wheel).namelist() if ".so" in name]
 found = sorted(name.removeprefix("fastlm/").partition(".")[0] for name in libraries)
 assert found == sorted([*modules, "_cpu_features"]), f"expected the modules {modules} alone, got {libraries}"
