@@ -94,7 +94,7 @@ sanitize: .venv/with-dev
 
 # Wheels for every Linux that PyTorch's wheels run on, into dist/: x86-64 for this Python, Arm for that of Debian's release
 # SUITE, by a cross compiler. Each is installed where no compiler is and runs tests of the operators, that for Arm emulated,
-# which takes most of an hour. ARGS="-k attention" selects tests. On Debian and Ubuntu for x86-64.
+# which takes most of an hour. ARGS=tests/ops/test_linear.py selects tests. On Debian and Ubuntu for x86-64.
 wheels: wheel wheel-arm
 
 wheel: .venv/with-wheels

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # wheels.sh x86_64|aarch64: builds a manylinux wheel into dist/, installs it where there is neither a compiler nor the
-# source tree, and runs tests of the operators on it. Further arguments are passed to pytest. For an x86-64 machine with
-# Debian or Ubuntu; .venv has the tools.
+# source tree, and runs tests of the operators on it: those of tests/ops and tests/optim, or what further arguments give
+# pytest. For an x86-64 machine with Debian or Ubuntu; .venv has the tools.
 #
 # x86_64 is for the Python of .venv. aarch64 is cross-compiled for the Python of Debian's release SUITE: setup.py runs in
 # this Python under emulation, and thereby builds for it; the compiler that it starts is a native one.
@@ -113,7 +113,8 @@ cp -r tests pyproject.toml "$work/run"
     echo "$isa"
     FASTLM_ISA=$isa "${python[@]}" tests/build/smoke.py compiled
   done
-  "${pytest[@]}" -q -m "not slow" -k "not compile and not tracer and not opcheck" tests/ops tests/optim "$@"
+  (($#)) || set -- tests/ops tests/optim
+  "${pytest[@]}" -q -m "not slow" -k "not compile and not tracer and not opcheck" "$@"
 )
 mkdir -p dist
 mv "$wheel" dist
