@@ -66,7 +66,7 @@ tar -xzf "$work"/fastlm-*.tar.gz -C "$work/source" --strip-components=1
 # The modules are linked to no OpenMP library: they use PyTorch's, so that there is one thread pool. No library may be
 # added to the wheel.
 echo "--- repair"
-"$native/auditwheel" -v show "$work"/built/fastlm-*.whl
+"$native/auditwheel" show "$work"/built/fastlm-*.whl
 PATH=$native:$PATH "$native/auditwheel" repair --wheel-dir "$work/repaired" "$work"/built/fastlm-*.whl
 wheel=$(echo "$work"/repaired/fastlm-*.whl)
 "$native/python" - "$wheel" "$architecture" "$modules" << 'PYTHON'
