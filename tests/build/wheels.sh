@@ -109,7 +109,8 @@ cp -r tests pyproject.toml "$work/run"
   cd "$work/run"
   unset CXX
   export PATH=$bare/bin FASTLM_TEST_PACKAGE=$bare FASTLM_TEST_BACKENDS=cpu OMP_WAIT_POLICY=passive
-  for isa in $("${python[@]}" -c 'from fastlm import _cpu_features; print(*_cpu_features.isas())'); do
+  isas=$("${python[@]}" -c 'from fastlm import _cpu_features; print(*_cpu_features.isas())')
+  for isa in $isas; do
     echo "$isa"
     FASTLM_ISA=$isa "${python[@]}" tests/build/smoke.py compiled
   done
