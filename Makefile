@@ -21,7 +21,7 @@ CARDS := import torch; of = torch.cuda.get_device_capability; print(",".join(sor
 # Most of the time of the tests on a GPU goes into compiling kernels: several at a time, where pytest-xdist is.
 SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
-.PHONY: demo test bench docs gpu gpu-sanitize models lint format emulated sanitize nightly clean
+.PHONY: demo test bench docs gpu gpu-sanitize models lint format emulated sanitize wheels wheel wheel-arm nightly clean
 
 # Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch; then generates
 # text with it.
@@ -91,6 +91,17 @@ emulated: .venv/with-test
 # The operator tests on modules built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
 sanitize: .venv/with-dev
 	tests/build/sanitized.sh $(ARGS)
+
+# Wheels for every Linux that PyTorch's wheels run on, into dist/: x86-64 for this Python, Arm for that of Debian's release
+# SUITE, by a cross compiler. Each is installed where no compiler is and runs tests of the operators, that for Arm emulated,
+# which takes most of an hour. ARGS=tests/ops/test_linear.py selects tests. On Debian and Ubuntu for x86-64.
+wheels: wheel wheel-arm
+
+wheel: .venv/with-wheels
+	tests/build/wheels.sh x86_64 $(ARGS)
+
+wheel-arm: .venv/with-wheels
+	tests/build/wheels.sh aarch64 $(ARGS)
 
 # Everything that .ci/run checks, without samples: all mutants, configurations and cases, on each instruction set. Runs on a
 # clean clone of the last commit and takes hours.

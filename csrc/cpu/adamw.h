@@ -69,10 +69,13 @@ template <class T, class S> void adamw(const std::vector<adamw_tensor<T, S>>& te
   struct scalars {
     float step_size, root_correction;
   };
+  // 1 − βᵗ without cancellation. pow would require glibc 2.29, and wheels serve 2.28.
+  const double log_beta1 = std::log1p(h.beta1 - 1), log_beta2 = std::log1p(h.beta2 - 1);
   std::vector<scalars> of_tensor;
   for (const auto& tensor : tensors) {
     double t = double(*tensor.step += 1);  // float32, as in PyTorch
-    of_tensor.push_back({float(-h.lr / (1 - std::pow(h.beta1, t))), float(1 / std::sqrt(1 - std::pow(h.beta2, t)))});
+    const double correction1 = -std::expm1(t * log_beta1), correction2 = -std::expm1(t * log_beta2);
+    of_tensor.push_back({float(-h.lr / correction1), float(1 / std::sqrt(correction2))});
   }
   const vec factor = vec::all(float(h.factor)), decay = vec::all(float(1 - h.lr * h.weight_decay)),
             eps = vec::all(float(h.eps));

@@ -4,7 +4,12 @@ import importlib
 import json
 import os
 import pathlib
+import sys
 from types import ModuleType
+
+import torch
+
+from fastlm.backends import openmp
 
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
 
@@ -63,4 +68,6 @@ def find() -> tuple[ModuleType | None, str | None, str]:
     return None, None, report().get("reason") or ", ".join(reasons) or "the extension was not built"
 
 
+if sys.platform == "linux":
+    openmp.share(torch._C.__file__)
 kernels, name, missing = find()

@@ -190,3 +190,11 @@ stage 1 "a stage" {command}
     assert "not reached" not in done.stdout
     last = done.stdout.splitlines()[-1]
     assert last.split(" s  ")[1] == ("a stage" if status == 0 else f"a stage (failed with status {status})")
+
+
+def test_wheels_name_the_packages_that_are_missing(tmp_path):
+    for tool in ("bash", "dirname", "mktemp", "rm"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    command = [str(ROOT / "tests/build/wheels.sh"), "aarch64"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1 and "apt-get install g++-12-aarch64-linux-gnu qemu-user mmdebstrap" in done.stderr

@@ -53,14 +53,30 @@ x @ x.T
     assert Path(runtime).is_relative_to(Path(torch.__file__).resolve().parents[1])
 
 
-def test_a_runtime_under_another_name_is_the_one_used(tmp_path):
-    """PyTorch's CUDA wheels contain a renamed libgomp. No second one may be loaded."""
+@pytest.fixture
+def renamed(tmp_path):
     torch_own = [*(Path(torch.__file__).parent / "lib").glob("libgomp*"), ctypes.util.find_library("gomp")]
-    renamed = tmp_path / "libgomX.so.1"
-    renamed.write_bytes(Path(torch_own[0]).read_bytes().replace(b"libgomp.so.1\0", b"libgomX.so.1\0"))
-    assert runtimes_of(f"ctypes.CDLL({str(renamed)!r}, mode=ctypes.RTLD_GLOBAL); load('features', {ISA!r})") == [
-        str(renamed)
-    ]
+    path = tmp_path / "libgomX.so.1"
+    path.write_bytes(Path(torch_own[0]).read_bytes().replace(b"libgomp.so.1\0", b"libgomX.so.1\0"))
+    return str(path)
+
+
+def test_a_runtime_under_another_name_is_the_one_used(renamed):
+    """PyTorch's CUDA wheels contain a renamed libgomp. No second one may be loaded."""
+    assert runtimes_of(f"ctypes.CDLL({renamed!r}, mode=ctypes.RTLD_GLOBAL); load('features', {ISA!r})") == [renamed]
+
+
+def test_a_runtime_whose_symbols_are_not_global_is_the_one_used(renamed):
+    """PyTorch's wheels for Arm load libgomp for their own libraries only."""
+    code = f"""
+ctypes.CDLL({renamed!r})
+share = importlib.util.spec_from_file_location("openmp", {str(PACKAGE / "backends/openmp.py")!r})
+openmp = importlib.util.module_from_spec(share)
+share.loader.exec_module(openmp)
+openmp.share({renamed!r})
+load('features', {ISA!r})
+"""
+    assert runtimes_of(code) == [renamed]
 
 
 def test_a_torch_without_any_runtime_gets_the_compilers():

@@ -185,7 +185,7 @@ def test_streams_are_read_and_written_by_16_bytes(kernel, built, instructions):
 
 def test_the_spill_check_read_the_log_of_every_kernel(built, setup):  # noqa: F811
     """The build fails on spills. This checks that there was a log for each source and architecture."""
-    folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+    folder = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
     for source in (ROOT / "csrc/cuda").glob("*.cu"):
         log = (folder / f"{source.stem}.cu.o.log").read_text()
         if "__global__" in source.read_text():
