@@ -17,7 +17,8 @@ LIMIT ?= 300
 SANITIZED = tests/build/gpu_sanitized.sh $(PYTHON) $(OUT) $(LIMIT) $(TOOLS) --
 
 # The compute capabilities of the NVIDIA GPUs here, as setup.py takes them: 80,90
-CARDS := import torch; of = torch.cuda.get_device_capability; print(",".join(sorted({"%d%d" % of(i) for i in range(torch.cuda.device_count()) if not torch.version.hip})))
+CARDS := import torch; cuda = torch.cuda; count = 0 if torch.version.hip else cuda.device_count(); \
+  print(",".join(sorted({"%d%d" % cuda.get_device_capability(i) for i in range(count)})))
 # Most of the time of the tests on a GPU goes into compiling kernels: several at a time, where pytest-xdist is.
 SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
@@ -38,30 +39,39 @@ bench: .venv/with-test
 # The documentation site, into site/, with the tables and charts of docs/results. A broken link or an unknown name is an
 # error.
 docs: .venv/with-docs
-	set -e; for file in $(wildcard docs/results/*.json); do name=$$(basename "$$file" .json); $(BIN)/fastlm bench --from "$$file" \
-	  --markdown "docs/results/$$name.md" --plot "docs/images/$$name.png" > /dev/null; done
+	set -e; for file in $(wildcard docs/results/*.json); do name=$$(basename "$$file" .json); \
+	  $(BIN)/fastlm bench --from "$$file" --markdown "docs/results/$$name.md" --plot "docs/images/$$name.png" \
+	  > /dev/null; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
-# On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, beside them some of the tests in NVIDIA's
-# compute-sanitizer, then the measurements, into OUT. The CUDA kernels take part where they can serve; `fastlm info` in OUT says why not, if they do not.
-# They are compiled for the cards that are here, not for every one, and for every one where nvcc does not know these. A test that fails leaves the measurements
-# to be taken, and fails the whole.
+# On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, beside them
+# some of the tests in NVIDIA's compute-sanitizer, then the measurements, into OUT. The CUDA kernels take part where
+# they are usable; `fastlm info` in OUT says why not, if they are not. They are compiled for the GPUs of this machine,
+# or for every GPU where nvcc does not know these. A test that fails makes the target fail after the measurements.
+HERE := PYTHONPATH="$(CURDIR)"
+# ",cuda" where the CUDA kernels are usable.
+USABLE := import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")
+PLOT := import matplotlib; print("--plot $(OUT)/bench.png")
 gpu:
 	mkdir -p $(OUT)
 	rm -f $(OUT)/failed
-	FASTLM_CUDA_ARCHS="$${FASTLM_CUDA_ARCHS:-$$($(PYTHON) -c '$(CARDS)' 2> /dev/null)}" $(PYTHON) setup.py -q build_ext --inplace \
-	  || $(PYTHON) setup.py -q build_ext --inplace || echo "nothing compiled: the Triton kernels need nothing"
-	PYTHONPATH="$(CURDIR)" $(PYTHON) -m fastlm.cli info | tee $(OUT)/info.txt
+	FASTLM_CUDA_ARCHS="$${FASTLM_CUDA_ARCHS:-$$($(PYTHON) -c '$(CARDS)' 2> /dev/null)}" \
+	  $(PYTHON) setup.py -q build_ext --inplace || $(PYTHON) setup.py -q build_ext --inplace \
+	  || echo "nothing compiled: the Triton kernels need nothing"
+	$(HERE) $(PYTHON) -m fastlm.cli info | tee $(OUT)/info.txt
 	{ $(SANITIZED) > $(OUT)/sanitizer.txt 2>&1 || echo "compute-sanitizer: exit status $$?" >> $(OUT)/failed; } & \
-	{ PYTHONPATH="$(CURDIR)" FASTLM_TEST_DEVICE=cuda \
-	  FASTLM_TEST_BACKENDS=triton$$(PYTHONPATH="$(CURDIR)" $(PYTHON) -c 'import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")') timeout 310 $(PYTHON) -m pytest -q -p no:cacheprovider \
-	  $$($(PYTHON) -c '$(SEVERAL)' 2> /dev/null) -m gpu tests/kernels tests/ops --junitxml=$(OUT)/tests.xml $(ARGS) || echo "the tests: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/tests.txt; wait
+	{ $(HERE) FASTLM_TEST_DEVICE=cuda FASTLM_TEST_BACKENDS=triton$$($(HERE) $(PYTHON) -c '$(USABLE)') \
+	  timeout 310 $(PYTHON) -m pytest -q -p no:cacheprovider $$($(PYTHON) -c '$(SEVERAL)' 2> /dev/null) \
+	  -m gpu tests/kernels tests/ops --junitxml=$(OUT)/tests.xml $(ARGS) \
+	  || echo "the tests: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/tests.txt; wait
 	@grep ^compute-sanitizer $(OUT)/sanitizer.txt || cat $(OUT)/sanitizer.txt
-	{ PYTHONPATH="$(CURDIR)" timeout -k 20 220 $(PYTHON) -m fastlm.cli bench --gpu --limit 190 --table $(OUT)/table.json --json $(OUT)/bench.json --markdown $(OUT)/bench.md \
-	  $$($(PYTHON) -c 'import matplotlib; print("--plot $(OUT)/bench.png")' 2> /dev/null) || echo "the measurements: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/bench.txt
+	{ $(HERE) timeout -k 20 220 $(PYTHON) -m fastlm.cli bench --gpu --limit 190 --table $(OUT)/table.json \
+	  --json $(OUT)/bench.json --markdown $(OUT)/bench.md $$($(PYTHON) -c '$(PLOT)' 2> /dev/null) \
+	  || echo "the measurements: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/bench.txt
 	@! cat $(OUT)/failed 2> /dev/null
 
-# That part of `make gpu` by itself, on what is built: make gpu-sanitize LIMIT=3000 TOOLS="memcheck racecheck synccheck initcheck"
+# That part of `make gpu` by itself, on what is built:
+# make gpu-sanitize LIMIT=3000 TOOLS="memcheck racecheck synccheck initcheck"
 gpu-sanitize:
 	mkdir -p $(OUT)
 	$(SANITIZED) $(ARGS)
@@ -81,20 +91,23 @@ format: .venv/with-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-# The CUDA kernels without a GPU: all operator tests and a training step in the emulator, which checks every memory access.
+# The CUDA kernels without a GPU: all operator tests and a training step in the emulator, which checks every memory
+# access.
 # ARGS="-k attention" selects tests.
 emulated: .venv/with-test
 	$(BIN)/python -m tests.cuda_emulation
-	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_EMULATED=1 FASTLM_TEST_BACKENDS=cuda $(PYTEST) -q --durations=5 -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) \
-	  tests/kernels/test_generating.py tests/kernels/test_paths.py tests/kernels/test_training.py $(ARGS)
+	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_EMULATED=1 FASTLM_TEST_BACKENDS=cuda $(PYTEST) -q --durations=5 \
+	  -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) tests/kernels/test_generating.py tests/kernels/test_paths.py tests/kernels/test_training.py $(ARGS)
 
-# The operator tests on modules built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
+# The operator tests on modules built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC,
+# Linux).
 sanitize: .venv/with-dev
 	tests/build/sanitized.sh $(ARGS)
 
-# Wheels for every Linux that PyTorch's wheels run on, into dist/: x86-64 for this Python, Arm for that of Debian's release
-# SUITE, by a cross compiler. Each is installed where no compiler is and runs tests of the operators, that for Arm emulated,
-# which takes most of an hour. ARGS=tests/ops/test_linear.py selects tests. On Debian and Ubuntu for x86-64.
+# Wheels for every Linux that PyTorch's wheels run on, into dist/: x86-64 for this Python, Arm for that of Debian's
+# release SUITE, by a cross compiler. Each is installed where no compiler is and runs tests of the operators, that for
+# Arm emulated, which takes most of an hour. ARGS=tests/ops/test_linear.py selects tests. On Debian and Ubuntu for
+# x86-64.
 wheels: wheel wheel-arm
 
 wheel: .venv/with-wheels
@@ -103,8 +116,8 @@ wheel: .venv/with-wheels
 wheel-arm: .venv/with-wheels
 	tests/build/wheels.sh aarch64 $(ARGS)
 
-# Everything that .ci/run checks, without samples: all mutants, configurations and cases, on each instruction set. Runs on a
-# clean clone of the last commit and takes hours.
+# Everything that .ci/run checks, without samples: all mutants, configurations and cases, on each instruction set. Runs
+# on a clean clone of the last commit and takes hours.
 nightly:
 	.ci/run nightly
 
@@ -117,7 +130,8 @@ clean:
 	@touch $@
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 
 .models/complete: Makefile | .venv/bin/python
 	rm -rf .models

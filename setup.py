@@ -15,6 +15,7 @@ are found), 0 or 1. FASTLM_CUDA_ARCHS=80,90 selects the architectures. See docs/
 """
 
 import ctypes.util
+import filecmp
 import json
 import os
 import re
@@ -311,10 +312,10 @@ def module_build(name: str, sources: list[Path], flags: list[str], link_flags: l
     return f"{text}build {name}{SUFFIX}: link {objects}\n  module_link_flags = {words(*link_flags)}\n"
 
 
-def build_file(tools: Toolchain, python: Path, cuda: Cuda | None = None) -> str:
+def build_file(tools: Toolchain, includes: list[Path], cuda: Cuda | None = None) -> str:
     """The text of build.ninja: the target `<module><suffix>` for each module."""
     sanitize = [f"-fsanitize={os.environ['FASTLM_SANITIZE']}"] if os.environ.get("FASTLM_SANITIZE") else []
-    flags = [*FLAGS, "-isystem", str(python), f"-I{ROOT / 'csrc'}"]
+    flags = [*FLAGS, *(option for folder in includes for option in ("-isystem", str(folder))), f"-I{ROOT / 'csrc'}"]
     if sanitize:
         flags += [*sanitize, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
     # On macOS the symbols of Python are resolved when a module is loaded; elsewhere that is the default.
@@ -357,6 +358,19 @@ def jobs() -> int:
     return max(1, min(cores, free // JOB_MEMORY))
 
 
+def mirror(source: Path, target: Path) -> None:
+    """Copies the headers that differ.
+
+    An isolated build has its headers in a new folder each time. The copies keep path and time stamp, so that ninja
+    recompiles nothing.
+    """
+    for file in source.rglob("*.h"):
+        copy = target / file.relative_to(source)
+        if not copy.exists() or not filecmp.cmp(file, copy, shallow=False):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
 def compile_modules(folder: Path, cuda: Cuda | None) -> tuple[Toolchain, list[Path], str]:
     """Runs ninja in `folder`. Returns the toolchain, the modules that were built, and ninja's output."""
     tools = find_toolchain()
@@ -365,10 +379,12 @@ def compile_modules(folder: Path, cuda: Cuda | None) -> tuple[Toolchain, list[Pa
         raise BuildFailed(f"Python.h is not in {python} (Debian and Ubuntu: apt-get install python3-dev)")
     try:
         import ninja
+        import pybind11
     except ImportError as missing:
-        raise BuildFailed("ninja is not installed (a build with isolation installs it)") from missing
+        raise BuildFailed(f"{missing.name} is not installed (a build with isolation installs it)") from missing
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(build_file(tools, python, cuda))
+    mirror(Path(pybind11.get_include()), folder / "include")
+    (folder / "build.ninja").write_text(build_file(tools, [python, folder / "include"], cuda))
     names = ["_cpu_features", *(f"_cpu_{isa}" for isa in tools.isas), *(["_cuda"] if cuda else [])]
     targets = [folder / f"{name}{SUFFIX}" for name in names]
     for target in targets:  # those that exist afterwards were built

@@ -1,11 +1,12 @@
 // Which modules this CPU and its operating system can run: asked once at import, before a module for a wider
 // instruction set is loaded.
-#include <Python.h>
+#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <dlfcn.h>
@@ -233,50 +234,40 @@ extern "C"
 void provide_openmp() {
 #if defined(__linux__)
   if (GOMP_parallel) return;
-  PyObject* const ctypes = PyImport_ImportModule("ctypes");
-  PyObject* const library =
-      ctypes ? PyObject_CallMethod(ctypes, "CDLL", "si", "libgomp.so.1", RTLD_NOW | RTLD_GLOBAL) : nullptr;
-  PyErr_Clear();
-  Py_XDECREF(library);
-  Py_XDECREF(ctypes);
+  try {
+    pybind11::module_::import("ctypes").attr("CDLL")("libgomp.so.1", RTLD_NOW | RTLD_GLOBAL);
+  } catch (const pybind11::error_already_set&) {  // there is none: loading the modules says so
+  }
 #endif
 }
 
-PyObject* to_python(bool value) { return PyBool_FromLong(value); }
-PyObject* to_python(int value) { return PyLong_FromLong(value); }
-PyObject* to_python(const std::string& value) { return PyUnicode_FromString(value.c_str()); }
-PyObject* to_python(const Caches& sizes) {
-  return Py_BuildValue("(LLL)", (long long)sizes.l1d, (long long)sizes.l2, (long long)sizes.l3);
-}
-PyObject* to_python(const std::vector<std::string>& values) {
-  PyObject* list = PyList_New(Py_ssize_t(values.size()));
-  for (size_t i = 0; list && i < values.size(); ++i) {
-    PyObject* const text = to_python(values[i]);
-    if (text) PyList_SET_ITEM(list, Py_ssize_t(i), text);
-    else Py_CLEAR(list);
-  }
-  return list;
-}
-
-template <auto function> PyObject* call(PyObject*, PyObject*) { return to_python(function()); }
-
-PyMethodDef functions[] = {
-    {"isas", call<isas>, METH_NOARGS, nullptr},
-    {"has_amx", call<has_amx>, METH_NOARGS, nullptr},
-    {"brand", call<brand>, METH_NOARGS, nullptr},
-    {"vendor", call<vendor>, METH_NOARGS, nullptr},
-    {"family", call<family>, METH_NOARGS, nullptr},
-    {"model", call<model>, METH_NOARGS, nullptr},
-    {"microarchitecture", call<microarchitecture>, METH_NOARGS, nullptr},
-    {"caches", call<caches>, METH_NOARGS, nullptr},
-    {},
-};
-
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu_features", nullptr, 0, functions};
-
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cpu_features() {
+// What the headers of GCC 11 and later refer to and the libraries of manylinux_2_28, for which wheels are, do not have.
+#if defined(__linux__) && defined(__GLIBCXX__)
+extern "C" {
+char __libc_single_threaded = 0;
+}
+namespace std {
+void __throw_bad_array_new_length() { throw bad_array_new_length(); }
+}  // namespace std
+#endif
+
+PYBIND11_MODULE(_cpu_features, m) {
   provide_openmp();
-  return PyModule_Create(&definition);
+  m.def("isas", [] {
+    pybind11::list names;
+    for (const std::string& name : isas()) names.append(name);
+    return names;
+  });
+  m.def("has_amx", has_amx);
+  m.def("brand", brand);
+  m.def("vendor", vendor);
+  m.def("family", family);
+  m.def("model", model);
+  m.def("microarchitecture", microarchitecture);
+  m.def("caches", [] {
+    Caches sizes = caches();
+    return std::tuple(sizes.l1d, sizes.l2, sizes.l3);
+  });
 }

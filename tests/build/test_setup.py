@@ -20,15 +20,11 @@ SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "FASTLM_REQUIRE_BUILD", "F
 SETTINGS += ("FASTLM_BUILD_CUDA", "FASTLM_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH")
 
 MODULE = """\
-#include <Python.h>
+#include <pybind11/pybind11.h>
 int answer();
-static PyMethodDef functions[] = {
-  {"answer", [](PyObject*, PyObject*) { return PyLong_FromLong(answer()); }, METH_NOARGS, nullptr}, {}
-};
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "stand-in", nullptr, 0, functions};
-#define INIT_OF(module) PyInit_##module
-#define INIT(macro) INIT_OF(macro)
-PyMODINIT_FUNC INIT(FASTLM_MODULE)() { return PyModule_Create(&definition); }
+PYBIND11_MODULE(FASTLM_MODULE, m) {
+  m.def("answer", [] { return answer(); });
+}
 """
 OPERATOR = '#include "cpu/answer.h"\nint answer() { return value; }\n'
 ANSWER = "constexpr int value = 42;\n"
@@ -142,7 +138,7 @@ def test_every_instruction_set_has_the_flags_of_the_narrower_ones(setup):
 
 def test_build_file_has_one_object_for_each_operator_and_instruction_set(setup, tmp_path):
     tools = setup.Toolchain(["ccache", "my g++"], "GCC 12.4", setup.X86_ISAS, True, [])
-    text = setup.build_file(tools, tmp_path)
+    text = setup.build_file(tools, [tmp_path])
     operators = [source.stem for source in (ROOT / "csrc/bindings").glob("*.cpp")]
     assert {"attention", "linear", "module"} <= set(operators)
     for isa, flags in setup.X86_ISAS.items():
@@ -158,7 +154,7 @@ def test_build_file_has_one_object_for_each_operator_and_instruction_set(setup, 
 
 def test_sanitizers_are_compiled_and_linked_in_and_errors_end_the_process(setup, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLM_SANITIZE", "address,undefined")
-    text = setup.build_file(setup.Toolchain(["g++"], "GCC", {"baseline": []}, True, []), tmp_path)
+    text = setup.build_file(setup.Toolchain(["g++"], "GCC", {"baseline": []}, True, []), [tmp_path])
     flags, link_flags = (
         next(line for line in text.splitlines() if line.startswith(f"{name} =")) for name in ("flags", "link_flags")
     )
@@ -167,11 +163,11 @@ def test_sanitizers_are_compiled_and_linked_in_and_errors_end_the_process(setup,
 
 
 @needs_compiler
-def test_a_compiler_without_openmp_as_apples_builds_one_thread(setup, compiler, tmp_path):
+def test_a_compiler_without_openmp_as_apples_builds_one_thread(setup, compiler):
     compiler(refusing("-fopenmp"))
     tools = setup.find_toolchain()
     assert not tools.openmp and tools.openmp_link == []
-    assert "-fopenmp" not in setup.build_file(tools, tmp_path)
+    assert "-fopenmp" not in setup.build_file(tools, [])
 
 
 @needs_compiler
@@ -297,6 +293,20 @@ def test_one_module_that_does_not_compile_leaves_the_others(tree, setup):
     assert not list((tree / "fastlm").iterdir())  # only an editable install builds into the source tree
 
 
+def test_other_headers_of_the_same_content_recompile_nothing(setup, tmp_path):
+    """Build isolation unpacks pybind11 for every build."""
+    for folder, text in (("one", "int a;"), ("two", "int a;"), ("three", "int b;")):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        (tmp_path / folder / "sub/x.h").write_text(text)
+    target = tmp_path / "include"
+    setup.mirror(tmp_path / "one", target)
+    os.utime(target / "sub/x.h", (1, 1))
+    setup.mirror(tmp_path / "two", target)
+    assert (target / "sub/x.h").stat().st_mtime == 1
+    setup.mirror(tmp_path / "three", target)
+    assert (target / "sub/x.h").read_text() == "int b;" and (target / "sub/x.h").stat().st_mtime != 1
+
+
 # The CUDA module, with a stand-in for nvcc (tests/kernels/test_cuda_build.py runs the real one).
 
 NVCC = """\
@@ -332,7 +342,7 @@ def toolkit(tree):
     (tree / "csrc/cuda").mkdir()
     (tree / "csrc/cuda/kernel.cu").touch()
     (tree / "csrc/bindings/cuda").mkdir()
-    module = MODULE.replace("PyLong_FromLong(answer())", "PyUnicode_FromString(FASTLM_CUDA_ARCHS)")
+    module = MODULE.replace("return answer()", "return FASTLM_CUDA_ARCHS")
     (tree / "csrc/bindings/cuda/module.cpp").write_text(module)
     return {
         "CUDA_HOME": str(home),

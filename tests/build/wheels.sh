@@ -54,7 +54,7 @@ unset FASTLM_BUILD_ISAS FASTLM_SANITIZE
 
 echo "--- build for $architecture"
 mkdir "$work/source" "$work/built"
-"$native/pip" install -q --target "$work/tools" setuptools ninja
+"$native/pip" install -q --target "$work/tools" setuptools pybind11 ninja
 backend() { # backend HOOK FOLDER: build_sdist or build_wheel
   PYTHONPATH=$work/tools "${python[@]}" -c "from setuptools.build_meta import $1; $1('$2')" >> "$work/log" 2>&1 \
     || { cat "$work/log" >&2; exit 1; }
