@@ -21,7 +21,7 @@ CARDS := import torch; of = torch.cuda.get_device_capability; print(",".join(sor
 # Most of the time of the tests on a GPU goes into compiling kernels: several at a time, where pytest-xdist is.
 SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
-.PHONY: demo test bench docs gpu gpu-sanitize models lint format emulated sanitize nightly clean
+.PHONY: demo test bench docs gpu gpu-sanitize models lint format emulated sanitize sanitize-threads nightly clean
 
 # Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch; then generates
 # text with it.
@@ -91,6 +91,10 @@ emulated: .venv/with-test
 # The operator tests on modules built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC, Linux).
 sanitize: .venv/with-dev
 	tests/build/sanitized.sh $(ARGS)
+
+# The same under ThreadSanitizer, on one instruction set.
+sanitize-threads: .venv/with-dev
+	tests/build/thread_sanitized.sh $(ARGS)
 
 # Everything that .ci/run checks, without samples: all mutants, configurations and cases, on each instruction set. Runs on a
 # clean clone of the last commit and takes hours.
