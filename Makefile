@@ -22,7 +22,8 @@ CARDS := import torch; cuda = torch.cuda; count = 0 if torch.version.hip else cu
 # Most of the time of the tests on a GPU goes into compiling kernels: several at a time, where pytest-xdist is.
 SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
-.PHONY: demo test bench docs gpu gpu-sanitize models lint format emulated sanitize wheels wheel wheel-arm nightly clean
+.PHONY: demo test bench docs gpu gpu-sanitize models lint format emulated sanitize sanitize-threads wheels wheel
+.PHONY: wheel-arm nightly clean
 
 # Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch; then generates
 # text with it.
@@ -103,6 +104,10 @@ emulated: .venv/with-test
 # Linux).
 sanitize: .venv/with-dev
 	tests/build/sanitized.sh $(ARGS)
+
+# The same under ThreadSanitizer, on one instruction set.
+sanitize-threads: .venv/with-dev
+	tests/build/thread_sanitized.sh $(ARGS)
 
 # Wheels for every Linux that PyTorch's wheels run on, into dist/: x86-64 for this Python, Arm for that of Debian's
 # release SUITE, by a cross compiler. Each is installed where no compiler is and runs tests of the operators, that for

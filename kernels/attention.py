@@ -5,8 +5,8 @@ once if the keys of a head stay in the L2 cache. From some hundred tokens on the
 
 A program computes a tile of queries and iterates over the keys with a running maximum (row_max) and sum (row_sum) in
 float32. Programs of one head are adjacent in the grid, so they share its keys in the cache. With a causal mask the tile
-with the most keys is launched first. Scores stay unscaled, and the scale is folded into the exponent of 2: one fused
-multiply-add per score. This requires a positive scale, so the queries take its sign.
+with the most keys is launched first. A score is scaled and rounded, as row_max is, before row_max is subtracted. The
+difference is then exact; with the scale folded into a fused multiply-add it would be off by the rounding of row_max.
 """
 
 import triton
@@ -24,12 +24,12 @@ from fastlm.kernels.attention_tiles import (
     find_tile,
     load_tile,
     mask_scores,
+    multiply_rounded,
     opaque_zero,
     recompute_rows,
     sequence_of,
     store_tile,
     tiles_of_keys,
-    with_sign_of,
 )
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
@@ -48,7 +48,6 @@ def accumulate_tiles(
     end,
     query_len,
     scale,
-    log2_scale,
     k_rows,
     v_rows,
     masking,
@@ -62,6 +61,8 @@ def accumulate_tiles(
         key = tile * config.TILE_N
         k = load_tile(k_rows, key, config.TILE_N, config, not EDGE)
         scores = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
+        if config.MASK != 2:
+            scores = multiply_rounded(scores, scale)
         if EDGE:
             j = key + tl.arange(0, config.TILE_N)
             scores, _ = mask_scores(
@@ -69,12 +70,8 @@ def accumulate_tiles(
             )
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # no visible key yet
-        if config.MASK == 2:
-            # Subtract before scaling: finfo.min is finite, its multiple is not.
-            weights = tl.exp2((scores - safe_max[:, None]) * LOG2E)
-        else:
-            weights = tl.exp2(scores * log2_scale - (safe_max * log2_scale)[:, None])
-        rescale = tl.exp2((row_max - safe_max) * log2_scale)
+        weights = tl.exp2((scores - safe_max[:, None]) * LOG2E)
+        rescale = tl.exp2((row_max - safe_max) * LOG2E)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc *= rescale[:, None]
         if config.DROPOUT:
@@ -191,16 +188,12 @@ def attention_forward_kernel(
     dropout = Dropout(seed, batch_head, threshold, keep_scale)
 
     q = load_tile(Rows(q_ptr, q_stride, query_len), first, TILE_M, config, False)
-    q = with_sign_of(q, scale)
-    abs_scale = tl.abs(scale)
-    # The factor of a score in the exponent of 2. It is never 0, because −inf · 0 is NaN.
-    log2_scale = LOG2E if MASK == 2 else tl.maximum(abs_scale * LOG2E, 1e-37)
     acc = tl.zeros((TILE_M, BLOCK_D), tl.float32)
     row_max = tl.full((TILE_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((TILE_M,), tl.float32)
     last = tl.minimum(first + TILE_M, query_len) - 1
     begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, TILE_N)
-    inputs = abs_scale, log2_scale, k_rows, v_rows, masking, dropout
+    inputs = scale, k_rows, v_rows, masking, dropout
     if MASK != 0 or key_padding_ptr is not None:
         acc, row_max, row_sum = accumulate_tiles(
             acc, row_max, row_sum, q, first, begin, end, query_len, *inputs, config, True
@@ -221,13 +214,12 @@ def attention_forward_kernel(
         zero = opaque_zero(found)
         q = load_tile(Rows(q_ptr, q_stride + zero, query_len), first + zero, TILE_M, config, False)
         acc, row_max, row_sum = recompute_rows(
-            with_sign_of(q, scale),
+            q,
             first + zero + tl.arange(0, TILE_M),
             begin * TILE_N + zero,
             tl.minimum(end * TILE_N, key_len),
             query_len + zero,
-            abs_scale,
-            log2_scale,
+            scale,
             Rows(k_ptr, k_stride + zero, key_len),
             Rows(v_ptr, v_stride + zero, key_len),
             masking,
@@ -237,11 +229,7 @@ def attention_forward_kernel(
     fully_masked = row_sum == 0
     out = acc * (keep_scale / tl.where(fully_masked, 1.0, row_sum))[:, None]
     store_tile(Rows(out_ptr, out_stride, query_len), first, out, TILE_M, config)
-    lse = tl.where(
-        fully_masked,
-        float("-inf"),
-        (row_max if MASK == 2 else row_max * abs_scale) + tl.log(tl.where(fully_masked, 1.0, row_sum)),
-    )
+    lse = tl.where(fully_masked, float("-inf"), row_max + tl.log(tl.where(fully_masked, 1.0, row_sum)))
     i = first + tl.arange(0, TILE_M)
     tl.store(lse_ptr + i, lse, mask=i < query_len)
 

@@ -19,8 +19,8 @@ from fastlm.kernels.attention_tiles import (
     any_not_finite,
     load_tile,
     mask_scores,
+    multiply_rounded,
     recompute_rows,
-    with_sign_of,
 )
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
@@ -34,9 +34,7 @@ MAX_SPLITS = 128
 
 
 @triton.jit
-def accumulate_split(
-    q, i, begin, end, query_len, scale, log2_scale, k_rows, v_rows, masking, dropout, config: tl.constexpr
-):
+def accumulate_split(q, i, begin, end, query_len, scale, k_rows, v_rows, masking, dropout, config: tl.constexpr):
     """(Σ weights · v, row_max, row_sum) of keys begin … end."""
     acc = tl.zeros((config.TILE_M, config.BLOCK_D), tl.float32)
     row_max = tl.full((config.TILE_M,), float("-inf"), tl.float32)
@@ -45,14 +43,13 @@ def accumulate_split(
         j = key + tl.arange(0, config.TILE_N)
         k = load_tile(k_rows, key, config.TILE_N, config, False)
         scores = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
+        if config.MASK != 2:
+            scores = multiply_rounded(scores, scale)
         scores, _ = mask_scores(scores, i[:, None], j[None, :], query_len, k_rows.length, scale, masking, config.MASK)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        if config.MASK == 2:
-            weights = tl.exp2((scores - safe_max[:, None]) * LOG2E)
-        else:
-            weights = tl.exp2(scores * log2_scale - (safe_max * log2_scale)[:, None])
-        rescale = tl.exp2((row_max - safe_max) * log2_scale)
+        weights = tl.exp2((scores - safe_max[:, None]) * LOG2E)
+        rescale = tl.exp2((row_max - safe_max) * LOG2E)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc *= rescale[:, None]
         if config.DROPOUT:
@@ -135,9 +132,6 @@ def attention_decode_kernel(
         + channel[None, :]
     )
     q = tl.load(q_at, mask=valid[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
-    q = with_sign_of(q, scale)
-    abs_scale = tl.abs(scale)
-    log2_scale = LOG2E if MASK == 2 else tl.maximum(abs_scale * LOG2E, 1e-37)
 
     begin = tl.maximum(split * split_size, tl.maximum(lower, 0) // TILE_N * TILE_N)
     end = tl.minimum(tl.minimum((split + 1) * split_size, key_len), query_len + upper)
@@ -146,8 +140,7 @@ def attention_decode_kernel(
     query_lens = tl.where(valid, query_len, 0)[:, None]
     mask_at = None if MASK == 0 else mask_ptr + (head.to(tl.int64) * mask_head_stride)[:, None]
     inputs = (
-        abs_scale,
-        log2_scale,
+        scale,
         Rows(k_ptr, k_stride, key_len),
         Rows(v_ptr, v_stride, key_len),
         Masking(lower, upper, mask_at, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride),
@@ -164,8 +157,7 @@ def attention_decode_kernel(
         acc,
         mask=valid[:, None] & (channel < HEAD_DIM)[None, :],
     )
-    # −inf · 0 may be NaN here; the second kernel ignores the row_max of a split whose row_sum is 0.
-    tl.store(partial_max_ptr + place, row_max if MASK == 2 else row_max * abs_scale, mask=valid)
+    tl.store(partial_max_ptr + place, row_max, mask=valid)
     tl.store(partial_sum_ptr + place, row_sum, mask=valid)
 
 

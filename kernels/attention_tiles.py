@@ -185,8 +185,6 @@ def mask_scores(scores, i, j, query_len, key_len, scale, masking, MASK: tl.const
     """
     inside = (i < query_len) & (j < key_len)
     visible = (j - i >= masking.lower) & (j - i <= masking.upper) & inside
-    if MASK == 2:
-        scores *= scale
     if MASK != 0:
         at = masking.ptr + i.to(tl.int64) * masking.query_stride + j.to(tl.int64) * masking.key_stride
         if MASK == 1:
@@ -194,7 +192,7 @@ def mask_scores(scores, i, j, query_len, key_len, scale, masking, MASK: tl.const
         else:
             bias = tl.load(at, mask=inside, other=0.0).to(tl.float32)
             visible = visible & (bias != float("-inf"))
-            scores += bias
+            scores = tl.fma(scores, scale, bias)
     if masking.padding_ptr is not None:
         at_padding = masking.padding_ptr + j.to(tl.int64) * masking.padding_stride
         visible = visible & (tl.load(at_padding, mask=j < key_len, other=0) != 0)
@@ -202,10 +200,9 @@ def mask_scores(scores, i, j, query_len, key_len, scale, masking, MASK: tl.const
 
 
 @triton.jit
-def with_sign_of(x, scale):
-    """x · sign(scale)."""
-    fp32 = x.to(tl.float32)
-    return tl.where(scale < 0, -fp32, fp32).to(x.dtype)
+def multiply_rounded(x, y):
+    """x · y, rounded: as an fma it is not fused with an addition that follows."""
+    return tl.fma(x, y, 0.0)
 
 
 @triton.jit
@@ -238,7 +235,7 @@ def to_vectors(scores, visible):
 
 
 @triton.jit
-def recompute_rows(q, i, begin, end, query_len, scale, log2_scale, k, v, masking, dropout, config: tl.constexpr):
+def recompute_rows(q, i, begin, end, query_len, scale, k, v, masking, dropout, config: tl.constexpr):
     """The forward pass of queries i and keys begin … end without matrix products, which adds visible keys only."""
     acc = tl.zeros((config.TILE_M, config.BLOCK_D), tl.float32)
     row_max = tl.full((config.TILE_M,), float("-inf"), tl.float32)
@@ -250,12 +247,14 @@ def recompute_rows(q, i, begin, end, query_len, scale, log2_scale, k, v, masking
         v_row = load_row(v, key, config)
         j = key + tl.arange(0, 1)
         scores = tl.sum(q.to(tl.float32) * k_row[None, :], 1)[:, None]
+        if config.MASK != 2:
+            scores = multiply_rounded(scores, scale)
         scores, visible = mask_scores(scores, i[:, None], j[None, :], query_len, k.length, scale, masking, config.MASK)
         scores, visible = to_vectors(scores, visible)
         new_max = tl.maximum(row_max, scores)
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2((scores - safe_max) * log2_scale)
-        rescale = tl.exp2((row_max - safe_max) * log2_scale)
+        weights = tl.exp2((scores - safe_max) * LOG2E)
+        rescale = tl.exp2((row_max - safe_max) * LOG2E)
         row_sum = row_sum * rescale + weights
         if config.DROPOUT:
             weights = tl.where(keep, weights, 0.0)
@@ -266,10 +265,13 @@ def recompute_rows(q, i, begin, end, query_len, scale, log2_scale, k, v, masking
 
 @triton.jit
 def weights_of(scores, lse, scale, MASK: tl.constexpr):
-    """exp(score − log-sum-exp). lse broadcasts and is +∞ beyond the queries. The caller sets masked weights to 0."""
-    if MASK == 2:
-        return tl.exp2((scores - lse) * LOG2E)
-    return tl.exp2(scores * (scale * LOG2E) - lse * LOG2E)
+    """exp(score − log-sum-exp). lse broadcasts and is +∞ beyond the queries. The caller sets masked weights to 0.
+
+    Scores are rounded as in the forward pass: the weight of the only visible key is exactly 1.
+    """
+    if MASK != 2:
+        scores = multiply_rounded(scores, scale)
+    return tl.exp2((scores - lse) * LOG2E)
 
 
 @triton.jit

@@ -58,7 +58,9 @@ def layernorm_residual_forward_kernel(
         s = stored.to(tl.float32)  # the statistics are those of the stored sum
     mean = tl.sum(s, 1) / width
     centered = tl.where(inside, s - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt_rn(tl.sum(centered * centered, 1) / width + eps)
+    squares = tl.sum(centered * centered, 1)
+    # Where the sum of squares overflows, a factor of 0 would hide it: the result would be the bias.
+    rstd = tl.where(squares < float("inf"), 1 / tl.sqrt_rn(squares / width + eps), float("nan"))
     tl.store(mean_ptr + row, mean, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     y = centered * rstd[:, None] * tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]

@@ -144,7 +144,9 @@ template <class T> void store_transposed(const float* tile, int64_t width, int64
 
 // Online softmax of one tile of masked scores, in place. `scale` > 0 is still to be applied. Gives the weights
 // exp(scale·s − max), updates row_max and row_sum of each query, and gives the factor by which earlier output must be
-// rescaled. Works row by row, so that all vectors of a row are there for exp_nonpositive.
+// rescaled. Scaled scores are rounded as the maximum is, which makes their difference exact: that of a fused
+// multiply-add would be off by the rounding of the maximum. Works row by row, so that all vectors of a row are there
+// for exp_nonpositive.
 template <int Vecs> void online_softmax(float* tile, float scale, int64_t keys, float* row_max, float* row_sum,
                                         float* rescale) {
   constexpr int64_t L = vec::Lanes;
@@ -165,7 +167,8 @@ template <int Vecs> void online_softmax(float* tile, float scale, int64_t keys, 
     for (int v = 0; v < Vecs; ++v) partial[v] = vec::zero();
     for (int64_t j = first; j < std::min(first + ChainLength, keys); ++j) {
       vec weight[Vecs];
-      for (int v = 0; v < Vecs; ++v) weight[v] = vec::load(tile + (j * Vecs + v) * L, full{}) * factor - shift[v];
+      for (int v = 0; v < Vecs; ++v)
+        weight[v] = rounded(vec::load(tile + (j * Vecs + v) * L, full{}) * factor) - shift[v];
       exp_nonpositive(weight);
       for (int v = 0; v < Vecs; ++v) {
         weight[v].store(tile + (j * Vecs + v) * L, full{});

@@ -88,7 +88,8 @@ void score_gradients(float* scores, float scale, float* dweights, const float* k
     for (int64_t j = 0; j < keys; ++j) {
       float *s = scores + j * Width, *dw = dweights + j * Width;
       vec p[Vecs];
-      for (int v = 0; v < Vecs; ++v) p[v] = vec::load(s + v * L, full{}) * factor - shift[v];
+      // Rounded as in online_softmax: P of the only visible key is exactly 1.
+      for (int v = 0; v < Vecs; ++v) p[v] = rounded(vec::load(s + v * L, full{}) * factor) - shift[v];
       exp_nonpositive(p);
       for (int v = 0; v < Vecs; ++v) {
         vec weight = p[v], dp = vec::load(dw + v * L, full{});

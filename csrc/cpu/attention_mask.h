@@ -133,10 +133,11 @@ template <class T> float mask_scores(const masking<T>& m, const tile_position& a
                 last = float(std::clamp<int64_t>(diagonal - std::max(m.lower, diagonal - width), -1, width));
     for (int64_t i = 0; i < width; i += L) {
       vec s = vec::load(row + i, full{});
-      if (!scale_later) s = s * scale;
       if (biased) {
         vec b = vec::load(bias_tile + j * width + i, full{});
-        s = select(b == minus_infinity, minus_infinity, s + b);
+        s = select(b == minus_infinity, minus_infinity, fma(s, scale, b));
+      } else if (!scale_later) {
+        s = s * scale;
       }
       if (banded) {
         vec query = vec::iota() + vec::all(float(i));

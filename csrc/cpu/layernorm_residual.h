@@ -62,7 +62,8 @@ void layernorm_residual_forward(const T* x, int64_t x_stride, const R* residual,
         return d * d;
       });
       mean[row] = row_sum / float(width);
-      rstd[row] = 1.0f / std::sqrt(squares / float(width) + eps);
+      // Where the sum of squares overflows, a factor of 0 would hide it: the result would be the bias.
+      rstd[row] = squares < INFINITY ? 1.0f / std::sqrt(squares / float(width) + eps) : NAN;
       const vec scale = vec::all(rstd[row]);
       T* yr = stream ? streamed_y : y + row * width;
       sweep(width, [=](int64_t i, auto span) {

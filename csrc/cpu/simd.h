@@ -8,6 +8,7 @@
 //   lanes   one truth value per lane: comparisons, &, |, select
 //   transpose(vec[Lanes])
 //   FusesMultiplyAdd: whether fma rounds once
+//   rounded(vec): the same value, which the compiler does not fuse with an addition that follows; no instruction
 //   with the bf16 dot product: dot_bf16, load_pairs, make_pairs, interleave_pairs (two bf16 in a 32-bit lane)
 #pragma once
 #include <cstddef>

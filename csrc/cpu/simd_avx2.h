@@ -142,4 +142,9 @@ FASTLM_INLINE void transpose(vec (&r)[8]) {
 
 inline constexpr bool FusesMultiplyAdd = true;
 
+FASTLM_INLINE vec rounded(vec a) {
+  asm("" : "+x"(a.v));
+  return a;
+}
+
 }  // namespace fastlm

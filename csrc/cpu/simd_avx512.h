@@ -167,4 +167,9 @@ template <class T, class Span> FASTLM_INLINE vec interleave_pairs(const T* low, 
 
 inline constexpr bool FusesMultiplyAdd = true;
 
+FASTLM_INLINE vec rounded(vec a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
+
 }  // namespace fastlm

@@ -142,4 +142,13 @@ inline constexpr bool FusesMultiplyAdd = true;
 inline constexpr bool FusesMultiplyAdd = false;  // SSE2
 #endif
 
+FASTLM_INLINE vec rounded(vec a) {
+#if defined(__aarch64__)
+  asm("" : "+w"(a.v));
+#else
+  if constexpr (FusesMultiplyAdd) asm("" : "+m"(a.v));
+#endif
+  return a;
+}
+
 }  // namespace fastlm

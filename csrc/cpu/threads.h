@@ -10,7 +10,45 @@
 #include <omp.h>
 #endif
 
+#ifdef __SANITIZE_THREAD__
+extern "C" void __tsan_acquire(void* order);
+extern "C" void __tsan_release(void* order);
+#define FASTLM_NOT_INSTRUMENTED __attribute__((no_sanitize("thread"), noinline))
+#else
+#define FASTLM_NOT_INSTRUMENTED
+#endif
+
 namespace fastlm {
+
+// ThreadSanitizer does not see how libgomp, which is not instrumented, starts and joins threads. A build for it
+// declares that what precedes happens_before(&order) precedes what follows happens_after(&order); otherwise these do
+// nothing.
+struct order {};
+inline void happens_before([[maybe_unused]] order* each) {
+#ifdef __SANITIZE_THREAD__
+  __tsan_release(each);
+#endif
+}
+inline void happens_after([[maybe_unused]] order* each) {
+#ifdef __SANITIZE_THREAD__
+  __tsan_acquire(each);
+#endif
+}
+
+#ifdef _OPENMP
+// Calls body(thread) on each of `threads` threads. Each reads its arguments before the order is declared.
+template <class Body> FASTLM_NOT_INSTRUMENTED void on_threads(int threads, const Body& body) {
+  order start, finish;
+  happens_before(&start);
+#pragma omp parallel num_threads(threads)
+  {
+    happens_after(&start);
+    body(omp_get_thread_num());
+    happens_before(&finish);
+  }
+  happens_after(&finish);
+}
+#endif
 
 // The number of parts for memory-bound work. A part is at least 64 kB of traffic (waking a thread costs about as much
 // as half of that); 64 parts are enough for any machine.
@@ -32,14 +70,15 @@ template <class Body> void parallel_parts(int64_t parts, int threads, const Body
     for (int range = 0; range < count; ++range)
       ranges[range].next.store(parts * range / count, std::memory_order_relaxed);
     // Always the same number of threads: libgomp would stop and restart threads if it changed.
-#pragma omp parallel num_threads(threads)
-    for (int late = 0, own = omp_get_thread_num() % count; late < count; ++late) {
-      const int range = (own + late) % count;
-      const int64_t end = parts * (range + 1) / count;
-      std::atomic<int64_t>& next = ranges[range].next;
-      while (next.load(std::memory_order_relaxed) < end)  // a load leaves the line shared between threads
-        if (const int64_t part = next.fetch_add(1, std::memory_order_relaxed); part < end) body(part);
-    }
+    on_threads(threads, [&](int thread) {
+      for (int late = 0, own = thread % count; late < count; ++late) {
+        const int range = (own + late) % count;
+        const int64_t end = parts * (range + 1) / count;
+        std::atomic<int64_t>& next = ranges[range].next;
+        while (next.load(std::memory_order_relaxed) < end)  // a load leaves the line shared between threads
+          if (const int64_t part = next.fetch_add(1, std::memory_order_relaxed); part < end) body(part);
+      }
+    });
     return;
   }
 #endif

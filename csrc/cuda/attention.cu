@@ -9,8 +9,10 @@
 // mask the tile with the most keys is launched first.
 //
 // Design notes:
-//   - Scores stay unscaled, and the scale is folded into the exponent of 2: one fused multiply-add per score. This
-//     requires a positive scale, so the queries take its sign.
+//   - A score is scaled and rounded, as row_max is, before row_max is subtracted. The difference is then exact; with
+//   the
+//     scale folded into a fused multiply-add it would be off by the rounding of row_max. The maximum is that of
+//     unscaled scores, which requires a positive scale, so the queries take its sign.
 //   - Keys and values are double-buffered by cp.async, with one barrier per tile. Up to head_dim 128 the fragments of
 //     the queries stay in registers.
 //   - What only edge tiles need (mask rows, dropout counters) is computed where it is used, and visibility is kept as
@@ -148,11 +150,8 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool has_rows = warp * 16 < rows;  // a warp without queries only copies
-  const bool additive = is_additive(a);
   const uint32_t sign_flip = a.scale < 0 ? SignBits<T> : 0;
-  const float abs_scale = fabsf(a.scale);
-  // The factor of a score in the exponent of 2. It is never 0, because −∞ · 0 is NaN.
-  const float log2_scale = additive ? Log2e : fmaxf(abs_scale * Log2e, 1e-37f);
+  const float abs_scale = fabsf(a.scale), score_scale = scale_of_score(a);
 
   cp_async_wait<1>();
   __syncthreads();
@@ -188,24 +187,21 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float new_max = row_max[half];
+      float new_max = -INFINITY;
 #pragma unroll
       for (int n = 0; n < Keys / 8; ++n)
         new_max = fmaxf(new_max, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
       new_max = fmaxf(new_max, shuffle_xor(new_max, 1));
       new_max = fmaxf(new_max, shuffle_xor(new_max, 2));
+      new_max = fmaxf(row_max[half], multiply_rounded(new_max, score_scale));
       const float safe_max = new_max == -INFINITY ? 0.f : new_max;  // no visible key yet
-      const float rescale = exp2_fast((row_max[half] - safe_max) * log2_scale);
-      const float shift = additive ? 0.f : -safe_max * log2_scale;
-      if (additive)  // subtract before scaling: finfo.min in a mask is finite, its multiple is not
-#pragma unroll
-        for (int n = 0; n < Keys / 8; ++n) weights[n][2 * half] -= safe_max, weights[n][2 * half + 1] -= safe_max;
+      const float rescale = exp2_fast((row_max[half] - safe_max) * Log2e);
       float sum = 0;
 #pragma unroll
       for (int n = 0; n < Keys / 8; ++n)
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e)
-          sum += weights[n][e] = exp2_fast(fmaf(weights[n][e], log2_scale, shift));
+          sum += weights[n][e] = exp2_fast((multiply_rounded(weights[n][e], score_scale) - safe_max) * Log2e);
       row_sum[half] = row_sum[half] * rescale + sum;
       row_max[half] = new_max;
 #pragma unroll
@@ -237,17 +233,16 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
     const QueryRow r = task.row(a, warp * 16 + lane / 4 + 8 * half);
     if (!r.valid || bad_rows >> (half * 8 + lane / 4) & 1) continue;
     const bool fully_masked = row_sum[half] == 0;
-    const float scaled_max = additive ? row_max[half] : row_max[half] * abs_scale;
     if (a.num_splits) {
       const int64_t at = ((int64_t(s.batch) * a.num_heads + r.head) * s.query_len + r.i) * a.num_splits + task.split;
       write_row<float, D>(a.partial_out + at * a.head_dim, acc, half, a.keep_scale, a.head_dim, a.head_dim % 2 == 0);
-      if (lane % 4 == 0) a.partial_max[at] = fully_masked ? -INFINITY : scaled_max, a.partial_sum[at] = row_sum[half];
+      if (lane % 4 == 0) a.partial_max[at] = row_max[half], a.partial_sum[at] = row_sum[half];
     } else {
       write_row<T, D>(token_of<T>(a.out, s.batch, r.head, s.query_begin + r.i), acc, half,
                       fully_masked ? 0.f : a.keep_scale / row_sum[half], a.head_dim, a.out.paired);
       if (lane % 4 == 0)
         a.lse[s.batch * a.lse_batch_stride + r.head * a.lse_head_stride + s.query_begin + r.i] =
-            fully_masked ? -INFINITY : scaled_max + log_(row_sum[half]);
+            fully_masked ? -INFINITY : row_max[half] + log_(row_sum[half]);
     }
   }
   if (bad_rows)

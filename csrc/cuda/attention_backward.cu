@@ -53,9 +53,10 @@ FASTLM_DEVICE int64_t row_offset(const AttentionArgs& a, const Sequence& s, int 
 // A fully masked row has a log-sum-exp of −∞. With +∞ instead all its weights are 0.
 FASTLM_DEVICE float weight_lse(float lse) { return lse == -INFINITY ? INFINITY : lse; }
 
-// exp(score − log-sum-exp). With an additive mask the difference is computed before it is scaled.
-FASTLM_DEVICE float weight_of(float score, float lse, float log2_scale, bool additive) {
-  return additive ? exp2_fast((score - lse) * Log2e) : exp2_fast(fmaf(score, log2_scale, -lse * Log2e));
+// exp(score · scale − log-sum-exp). The product is rounded as in the forward pass: the weight of the only visible key
+// is exactly 1.
+FASTLM_DEVICE float weight_of(float score, float lse, float scale) {
+  return exp2_fast((multiply_rounded(score, scale) - lse) * Log2e);
 }
 
 // δ of each query, one warp per row.
@@ -91,7 +92,7 @@ __device__ __attribute__((noinline)) void recompute_query_gradient_row(const Att
     if (!is_visible<T>(a, s, head, i, j, score)) continue;
     float dweight = dot(dout, read_channels<T>(token_of<T>(a.value, batch, kv_head, s.key_begin + j), a.head_dim));
     if (a.seed) dweight = kept(seed, a.threshold, j, i, batch * a.num_heads + head) ? dweight * a.keep_scale : 0.f;
-    const float dscore = exp2_fast((score - lse) * Log2e) * (dweight - delta);
+    const float dscore = weight_of(score, lse, 1) * (dweight - delta);
     for (int c = 0; c < WidestHead / 32; ++c) dquery.at[c] += dscore * key.at[c];
   }
   write_channels<T>(token_of<T>(a.dquery, batch, head, s.query_begin + i), dquery, a.scale, a.head_dim);
@@ -112,9 +113,9 @@ __global__ void __launch_bounds__(QueryTile<T, D>::Warps * 32, QueryTile<T, D>::
   const int heads_per_kv_head = a.num_heads / a.num_kv_heads, tiles = divide_up(a.query_len, Queries),
             key_tiles = divide_up(a.key_len, Keys);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool additive = is_additive(a), all_edges = a.mask_type != MaskType::none || a.key_padding;
+  const bool all_edges = a.mask_type != MaskType::none || a.key_padding;
   const uint32_t sign_flip = a.scale < 0 ? SignBits<T> : 0;
-  const float abs_scale = fabsf(a.scale), log2_scale = fmaxf(abs_scale * Log2e, 1e-37f);
+  const float abs_scale = fabsf(a.scale), score_scale = scale_of_score(a);
 
   // The block computes a tile of queries of one head, or a tile of the mask, to which several heads contribute (and all
   // tiles of queries if the mask has one row).
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(QueryTile<T, D>::Warps * 32, QueryTile<T, D>::
         for (int n = 0; n < Keys / 8; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            dscores[n][e] = weight_of(weights[n][e], lse[e / 2], log2_scale, additive) * (dscores[n][e] - delta[e / 2]);
+            dscores[n][e] = weight_of(weights[n][e], lse[e / 2], score_scale) * (dscores[n][e] - delta[e / 2]);
         if (visible != ~0u)
 #pragma unroll
           for (int n = 0; n < Keys / 8; ++n)
@@ -324,7 +325,7 @@ __device__ __attribute__((noinline)) void recompute_key_gradient_row(const Atten
       if (!is_visible<T>(a, s, head, i, j, score)) continue;
       const Channels dout = read_channels<T>(token_of<T>(a.dout, batch, head, s.query_begin + i), a.head_dim);
       const int64_t at = row_offset(a, s, head) + i;
-      const float weight = exp2_fast((score - weight_lse(a.lse[at])) * Log2e);
+      const float weight = weight_of(score, weight_lse(a.lse[at]), 1);
       const float keep = !a.seed ? 1.f : kept(seed, a.threshold, j, i, batch * a.num_heads + head) ? a.keep_scale : 0.f;
       float dweight = dot(dout, value);
       dweight = keep == 0 ? 0.f : dweight * keep;
@@ -400,11 +401,10 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::MinB
   fetch(0, 0);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool has_rows = first + warp * 16 < s.key_len, additive = is_additive(a),
-             all_edges = a.mask_type != MaskType::none || a.key_padding;
+  const bool has_rows = first + warp * 16 < s.key_len, all_edges = a.mask_type != MaskType::none || a.key_padding;
   const int j[2] = {first + warp * 16 + lane / 4, first + warp * 16 + lane / 4 + 8};
   const uint32_t sign_flip = a.scale < 0 ? SignBits<T> : 0;
-  const float abs_scale = fabsf(a.scale), log2_scale = fmaxf(abs_scale * Log2e, 1e-37f);
+  const float abs_scale = fabsf(a.scale), score_scale = scale_of_score(a);
   const auto lhs_key = [&](int k, uint32_t (&raw)[4]) { read_lhs<T, D>(raw, keys, warp * 16, k, sign_flip); };
   const auto lhs_value = [&](int k, uint32_t (&raw)[4]) { read_lhs<T, D>(raw, values, warp * 16, k, 0); };
 
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::MinB
     if (!has_rows) continue;
 
     float weights[Queries / 8][4], dscores[Queries / 8][4];
-    multiply_transposed<T, D, Queries, Tile::Unroll>(weights, lhs_key, queries + stage * QueryTileBytes, a.tf32);
+    multiply_transposed<T, D, Queries, Tile::Unroll, true>(weights, lhs_key, queries + stage * QueryTileBytes, a.tf32);
     if (needs_key)
       multiply_transposed<T, D, Queries, Tile::Unroll>(dscores, lhs_value, douts + stage * QueryTileBytes, a.tf32);
     uint32_t visible = ~0u;
@@ -447,8 +447,7 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::MinB
 #pragma unroll
     for (int n = 0; n < Queries / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        weights[n][e] = weight_of(weights[n][e], weight_lse(lse[n * 8 + e % 2]), log2_scale, additive);
+      for (int e = 0; e < 4; ++e) weights[n][e] = weight_of(weights[n][e], weight_lse(lse[n * 8 + e % 2]), score_scale);
     if (visible != ~0u)
 #pragma unroll
       for (int n = 0; n < Queries / 8; ++n)

@@ -101,7 +101,10 @@ template <> struct Lhs<float> {
   }
 };
 
-template <class T> FASTLM_DEVICE void multiply(float (&c)[4], const Lhs<T>& a, uint32_t b0, uint32_t b1, bool tf32) {
+// RhsLowFirst: the order of the products of low parts, on which the last bits of the sum depend. Where rows are keys it
+// gives the same bits as A Bᵀ where rows are queries.
+template <class T, bool RhsLowFirst = false>
+FASTLM_DEVICE void multiply(float (&c)[4], const Lhs<T>& a, uint32_t b0, uint32_t b1, bool tf32) {
   if constexpr (std::is_same_v<T, float>) {
     const uint32_t high[2] = {to_tf32(__uint_as_float(b0)), to_tf32(__uint_as_float(b1))};
     if (tf32) {
@@ -110,8 +113,13 @@ template <class T> FASTLM_DEVICE void multiply(float (&c)[4], const Lhs<T>& a, u
       const uint32_t low[2] = {tf32_residual(__uint_as_float(b0), high[0]),
                                tf32_residual(__uint_as_float(b1), high[1])};
       float sum[4] = {};
-      mma_tf32(sum, a.low, high);
-      mma_tf32(sum, a.high, low);
+      if constexpr (RhsLowFirst) {
+        mma_tf32(sum, a.high, low);
+        mma_tf32(sum, a.low, high);
+      } else {
+        mma_tf32(sum, a.low, high);
+        mma_tf32(sum, a.high, low);
+      }
       mma_tf32(sum, a.high, high);
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[i] += sum[i];
@@ -135,7 +143,7 @@ template <class T, int D> constexpr int KSteps = D * int(sizeof(T)) / 32;
 
 // c = A Bᵀ, 16 rows by N; lhs(step, raw) reads A. All steps are unrolled if A is in registers, otherwise a few, which
 // needs less code and fewer registers for addresses.
-template <class T, int D, int N, int Unroll = sizeof(T) == 2 ? 4 : 2, class Read>
+template <class T, int D, int N, int Unroll = sizeof(T) == 2 ? 4 : 2, bool RhsLowFirst = false, class Read>
 FASTLM_DEVICE void multiply_transposed(float (&c)[N / 8][4], Read lhs, const unsigned char* rhs, bool tf32) {
   const int lane = opaque(threadIdx.x % 32);
 #pragma unroll
@@ -151,8 +159,8 @@ FASTLM_DEVICE void multiply_transposed(float (&c)[N / 8][4], Read lhs, const uns
     for (int n = 0; n < N / 16; ++n) {
       uint32_t b[4];
       ldmatrix_x4(b, rhs + chunk_at<T, D>(n * 16 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
-      multiply<T>(c[2 * n], a, b[0], b[1], tf32);
-      multiply<T>(c[2 * n + 1], a, b[2], b[3], tf32);
+      multiply<T, RhsLowFirst>(c[2 * n], a, b[0], b[1], tf32);
+      multiply<T, RhsLowFirst>(c[2 * n + 1], a, b[2], b[3], tf32);
     }
   }
 }
@@ -361,16 +369,22 @@ FASTLM_DEVICE uint32_t mask_scores(float (&scores)[N / 8][4], const AttentionArg
   return bits;
 }
 
+// The factor that a score of mask_scores still lacks. It is never 0, because −∞ · 0 is NaN.
+FASTLM_DEVICE float scale_of_score(const AttentionArgs& a) {
+  return is_additive(a) ? 1.f : fmaxf(fabsf(a.scale), 1e-37f);
+}
+
 // The same for one query and one key; `score` becomes the scaled and masked score.
 template <class T> FASTLM_DEVICE bool is_visible(const AttentionArgs& a, const Sequence& s, int head, int i, int j,
                                                  float& score) {
   if (j - i < s.lower || j - i > s.upper) return false;
-  score *= a.scale;
+  const float unscaled = score;
+  score = multiply_rounded(score, a.scale);
   if (a.mask_type != MaskType::none) {
     const int64_t at = mask_offset(a, s.batch, head) + i * a.mask_query_stride + j * a.mask_key_stride;
     const float bias = is_additive(a) ? mask_value<T>(a, at) : static_cast<const bool*>(a.mask)[at] ? 0.f : -INFINITY;
     if (bias == -INFINITY) return false;
-    score += bias;
+    if (is_additive(a)) score = fmaf(unscaled, a.scale, bias);
   }
   return !a.key_padding || a.key_padding[s.batch * a.key_padding_batch_stride + j * a.key_padding_key_stride];
 }

@@ -201,6 +201,9 @@ FASTLM_DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// x·y, rounded: never fused with an addition that follows.
+FASTLM_DEVICE float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
+
 // Memory accesses of a whole vector V, which is aligned to its size or to 16 bytes.
 
 template <class V> FASTLM_DEVICE V load_vector(const void* from) { return *static_cast<const V*>(from); }

@@ -66,6 +66,11 @@ template <class T, class R> struct backward_args {
   dropout drop;
 };
 
+// 1/√(var + eps), and NaN where the sum of squares overflows: a factor of 0 would give the bias as the result.
+FASTLM_DEVICE float rstd_of(float squares, float width, float eps) {
+  return squares < INFINITY ? 1.0f / sqrtf(squares / width + eps) : NAN;
+}
+
 // The threads that share a row. A block has `teams` of them. Columns are assigned to threads in vectors.
 struct row_team {
   int size, teams, index, thread;
@@ -187,7 +192,7 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 2)
       if (team.column(c) < end) squares[0] += s[c][i] * s[c][i];
     }
   team.sum(squares, sums);
-  const float rstd = 1.0f / sqrtf(squares[0] / float(width) + args.eps);
+  const float rstd = rstd_of(squares[0], float(width), args.eps);
   if (row < args.rows && team.thread == 0) args.mean[row] = mean, args.rstd[row] = rstd;
 #pragma unroll
   for (int c = 0; c < VECTORS; ++c) {
@@ -330,7 +335,7 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM)
 #pragma unroll 1
   for (int column = first; column < width; column += team.size) squares[0] += (s(column) - mean) * (s(column) - mean);
   team.sum(squares, sums);
-  const float rstd = 1.0f / sqrtf(squares[0] / float(width) + args.eps);
+  const float rstd = rstd_of(squares[0], float(width), args.eps);
   if (first == 0) args.mean[row] = mean, args.rstd[row] = rstd;
 #pragma unroll 1
   for (int column = first; column < width; column += team.size) {

@@ -89,6 +89,11 @@ FASTLM_DEVICE uint32_t pack_fp16(float low, float high) {
   return emulation::float_to_half(low) | uint32_t(emulation::float_to_half(high)) << 16;
 }
 FASTLM_DEVICE float exp2_fast(float x) { return emulation::exp2_flushed(x); }
+FASTLM_DEVICE float multiply_rounded(float x, float y) {
+  float product = x * y;
+  asm("" : "+m"(product));  // the compiler would fuse it with an addition
+  return product;
+}
 
 template <class V> FASTLM_DEVICE V load_vector(const void* from) { return emulation::load<V, sizeof(V)>(from); }
 template <class V> FASTLM_DEVICE void store_vector(void* to, const V& vector) {

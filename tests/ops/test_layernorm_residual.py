@@ -186,6 +186,30 @@ def test_constant_rows_and_nan_rows(backend):
     assert torch.equal(y[1], b) and y[2].isnan().all() and y[[0, 3]].isfinite().all()
 
 
+@on_backends("reference", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [16, 45, 9000])
+@pytest.mark.parametrize("size", [1e17, 1e20, 1e38])
+def test_a_sum_of_squares_that_overflows_is_not_hidden(size, width, dtype, backend):
+    """The row and its gradients are NaN. A factor of 0 would give the bias and gradients of 0."""
+    x, w, b = floats(3, width), floats(width), floats(1, width)[0]
+    x[1] *= size
+
+    def run(dtype, **backend):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w, b)]
+        y, _ = fastlm.layernorm_residual(leaves[0], None, *leaves[1:], **backend)
+        dx, dw, db = torch.autograd.grad(y, leaves, floats(3, width, 1)[..., 0].to(dtype))
+        return y.detach(), dx, dw, db
+
+    y, dx, dw, db = run(dtype, backend=backend)
+    if size >= 1e20:
+        assert y[1].isnan().all() and dx[1].isnan().all() and dw.isnan().all()
+        y, dx = y[[0, 2]], dx[[0, 2]]
+    else:
+        assert dw.isfinite().all()
+    assert y.isfinite().all() and dx.isfinite().all() and db.isfinite().all()
+
+
 def call(**changed):
     arguments = {"x": floats(2, 5), "residual": floats(2, 5), "weight": floats(5), "bias": floats(5)} | changed
     return fastlm.layernorm_residual(**arguments)

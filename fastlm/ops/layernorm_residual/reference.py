@@ -20,10 +20,16 @@ def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     return torch.where(keep.view(x.shape), x * (1 / (1 - p)), 0)
 
 
+def reciprocal_deviation(centred: Tensor, eps: float) -> Tensor:
+    """NaN where the sum of squares overflows: a factor of 0 would give the bias as the result."""
+    variance = centred.square().mean(-1, keepdim=True)
+    return torch.where(variance < torch.inf, torch.rsqrt(variance + eps), torch.nan)
+
+
 def layer_norm(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     wide, w, b = widen(summed, weight, bias)
     centred = wide - wide.mean(-1, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * w
+    y = centred * reciprocal_deviation(centred, eps) * w
     return (y if b is None else y + b).to(dtype)
 
 
@@ -37,7 +43,7 @@ def forward(call: Forward):
     (wide,) = widen(summed)  # the normalisation reads the sum as it is stored
     y = layer_norm(summed, call.weight, call.bias, call.eps, x.dtype).contiguous()
     mean = wide.mean(-1)
-    rstd = torch.rsqrt((wide - mean[..., None]).square().mean(-1) + call.eps)
+    rstd = reciprocal_deviation(wide - mean[..., None], call.eps)[..., 0]
     return y, summed if call.makes_sum else None, mean, rstd
 
 
