@@ -35,7 +35,8 @@ fi
 
 if [[ $architecture == aarch64 ]]; then
   if [[ ! -d $root ]]; then
-    mmdebstrap --quiet --mode=chrootless --variant=extract --architectures=arm64 \
+    mode=$([[ $(id -u) == 0 ]] && echo root || echo chrootless)
+    mmdebstrap --quiet --mode="$mode" --variant=extract --architectures=arm64 \
       --include=base-files,python3,libpython3-dev,libstdc++6 "$suite" "$work/root"
     mkdir -p build
     mv "$work/root" "$root"
