@@ -132,7 +132,8 @@ def test_train_writes_a_model_that_can_be_loaded(trained):
         model.config.n_positions,
         model.config.vocab_size,
     ) == (1, 2, 32, 16, 256)
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "summary.json", "tokenizer.json"]
+    files = ["config.json", "model.safetensors", "summary.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(out)) == files
 
 
 def test_train_options(text_file, tmp_path):

@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 from fastlm.core.errors import mismatch
-from fastlm.models.config import read_json
+from fastlm.models.config import read_json, stored
 
 FILES = "tokenizer.json, or vocab.json and merges.txt, or vocab.txt"
 
@@ -58,7 +58,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         ValueError: a file is damaged. Both messages are one line that names the file or directory.
     """
     directory = Path(directory)
-    settings = directory / "tokenizer_config.json"
+    settings = stored(directory, "tokenizer_config.json")
     options = read_json(settings) if settings.is_file() else {}
     mask = options.get("mask_token") or "[MASK]"
     return Tokenizer(read(directory, options), mask["content"] if isinstance(mask, dict) else mask)
@@ -66,7 +66,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 def read(directory: Path, options: dict) -> tokenizers.Tokenizer:
     tokenizer_json, vocab_json, merges, word_pieces = (
-        directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
+        stored(directory, name) for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
     )
     try:
         if tokenizer_json.is_file():

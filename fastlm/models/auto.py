@@ -6,7 +6,7 @@ import torch
 
 from fastlm.models.base import PretrainedModel
 from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
-from fastlm.models.config import read_json
+from fastlm.models.config import CONFIG, read_json, stored
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
 
 BY_ARCHITECTURE: dict[str, type[PretrainedModel]] = {
@@ -28,7 +28,7 @@ def load_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> Pr
     Raises:
         FileNotFoundError, ValueError: as from_pretrained, or for a class that is not supported.
     """
-    path = Path(directory) / "config.json"
+    path = stored(directory, CONFIG)
     settings = read_json(path)
     architectures = settings.get("architectures") or []
     supported = [BY_ARCHITECTURE[name] for name in architectures if name in BY_ARCHITECTURE]

@@ -78,14 +78,20 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors in Hugging Face's format.
 
-        Files are replaced atomically: on failure none has changed, and the OSError names the file.
+        Both files are replaced at once, also if the process is killed: a directory never has the config.json of one
+        checkpoint and the weights of another. On failure none has changed, and the OSError names the file.
         """
+        with checkpoint.staged(Path(directory)) as folder:
+            self.write_files(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """Writes config.json and model.safetensors into a staging directory, see checkpoint.staged."""
         settings = {
             **self.config.to_dict(),
             "architectures": [type(self).__name__],
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        checkpoint.save(self.state_dict(), settings, tied=self.tied, directory=Path(directory))
+        checkpoint.write(self.state_dict(), settings, tied=self.tied, folder=folder)
 
     def tie_weights(self) -> None:
         """Makes every tied parameter the same tensor as the one it is tied to."""

@@ -1,13 +1,17 @@
 """Checkpoint files: safetensors, whole or sharded, and PyTorch's .bin.
 
-Reading accepts the variants that older versions of transformers wrote. Writing replaces files atomically.
+Reading accepts the variants that older versions of transformers wrote. Writing replaces all files at once.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import re
+import shutil
+import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastlm.models.config import read_json
+from fastlm.models.config import COMMITTED, CONFIG, read_json, stored
 
 # In order of preference.
 WEIGHT_FILES = (
@@ -28,6 +32,7 @@ WEIGHT_FILES = (
 # Buffers with constants that older versions of transformers saved with the parameters.
 IGNORED_KEYS = re.compile(r"(^|\.)(embeddings\.position_ids|attn\.bias|attn\.masked_bias)$")
 MAX_LISTED = 10  # parameter names in one message
+PARTIAL = ".partial-"  # the name of a staging directory begins with it
 
 # 1. Reading
 
@@ -35,20 +40,20 @@ MAX_LISTED = 10  # parameter names in one message
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors in a directory, by stored name. Safetensors files are memory-mapped and read on first use."""
     for name in WEIGHT_FILES:
-        if (directory / name).is_file():
+        if stored(directory, name).is_file():
             break
     else:
         raise FileNotFoundError(f"{directory}: expected a directory with one of {', '.join(WEIGHT_FILES)}")
     if not name.endswith(".index.json"):
-        return read_file(directory / name)
-    shards = read_json(directory / name).get("weight_map")
+        return read_file(stored(directory, name))
+    shards = read_json(stored(directory, name)).get("weight_map")
     if not isinstance(shards, dict) or not all(
         isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
     ):
         raise ValueError(f"{directory / name}: expected a weight_map from parameters to files in the same directory")
     tensors = {}
     for shard in sorted(set(shards.values())):
-        tensors.update(read_file(directory / shard))
+        tensors.update(read_file(stored(directory, shard)))
     return tensors
 
 
@@ -160,39 +165,109 @@ def summary(names: list[str]) -> str:
 # 3. Writing
 
 
-def save(state: dict[str, Tensor], settings: dict[str, Any], *, tied: Mapping[str, str], directory: Path) -> None:
+def write(state: dict[str, Tensor], settings: dict[str, Any], *, tied: Mapping[str, str], folder: Path) -> None:
     """Writes config.json and model.safetensors. As in Hugging Face's files, a tied parameter is stored once."""
     for name, source in tied.items():
         if name in state and state[name].data_ptr() == state[source].data_ptr():
             del state[name]
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    write_atomically(
-        {
-            directory / "model.safetensors": lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            directory / "config.json": lambda path: path.write_text(text, encoding="utf-8"),
-        }
-    )
+    with writing(folder / "model.safetensors") as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    with writing(folder / CONFIG) as path:
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Calls each function with a temporary path to write to, then moves all temporary files to their final paths.
-
-    If one function fails, no file has changed, no temporary file remains, and the OSError names the file.
-    """
-    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yields the path of a file in a staging directory; errors name the file that it will replace."""
     try:
-        for path, write in files.items():
-            try:
-                write(temporaries[path])
-                with open(temporaries[path], "rb+") as file:
-                    os.fsync(file.fileno())  # a full disk may be reported only here
-            except (OSError, SafetensorError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise OSError(f"{path}: could not be written ({reason}); no file was changed") from None
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
+        yield path
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        place = path.parent.parent / path.name if path.parent.name.startswith(PARTIAL) else path
+        raise OSError(f"{place}: could not be written ({reason}); no file was changed") from None
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """Yields a new directory for the files of a checkpoint. On exit they replace those of `directory`, all together.
+
+    One rename commits them. A process that is killed before it leaves the previous checkpoint; after it, readers find
+    the new one, of which `stored` reads the files that have not been moved yet. Other readers find no config.json in
+    between. The next call removes what a killed process left.
+
+    If an exception is raised, `directory` is as before.
+    """
+    created = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    folder = directory / f"{PARTIAL}{uuid.uuid4().hex}"
+    try:
+        with contextlib.ExitStack() as open_locks:
+            with lock(directory):
+                recover(directory)
+                folder.mkdir()
+                open_locks.enter_context(lock(folder))
+            yield folder
+            for file in folder.iterdir():
+                with writing(file), open(file, "rb+") as opened:
+                    if (directory / file.name).is_dir():
+                        raise IsADirectoryError("it is a directory")
+                    os.fsync(opened.fileno())  # a full disk may be reported only here
+            with lock(directory):
+                recover(directory)  # of another process that was killed meanwhile
+                os.rename(folder, directory / COMMITTED)
+                publish(directory)
     finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(directory if created else folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Waits for the directory's lock, which ends with the block or the process. Some network file systems have none."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether the process that wrote to a staging directory has ended."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
+def recover(directory: Path) -> None:
+    """Completes a commit and deletes incomplete files of killed processes. The caller holds the directory's lock."""
+    if (directory / COMMITTED).is_dir():
+        publish(directory)
+    for folder in directory.glob(f"{PARTIAL}*"):
+        if is_abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(directory: Path) -> None:
+    """Moves committed files to their places: config.json last, and none is there while the others are moved."""
+    committed = directory / COMMITTED
+    names = sorted(os.listdir(committed), key=lambda name: (name == CONFIG, name))
+    if CONFIG in names and not is_same(committed / CONFIG, directory / CONFIG):
+        (directory / CONFIG).unlink(missing_ok=True)
+    for name in names:
+        os.replace(committed / name, directory / name)
+    committed.rmdir()
+
+
+def is_same(first: Path, second: Path) -> bool:
+    return second.is_file() and first.read_bytes() == second.read_bytes()

@@ -25,6 +25,10 @@ GELUS = {
 SET_ON_SAVE = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
+CONFIG = "config.json"
+COMMITTED = ".committed"  # complete files of a checkpoint that have not been moved to their places yet
+
+
 @dataclasses.dataclass(kw_only=True)
 class Config:
     """Settings shared by all models.
@@ -80,7 +84,7 @@ class Config:
     @classmethod
     def from_pretrained(cls: type[C], directory: str | Path) -> C:
         """From config.json in `directory`."""
-        path = Path(directory) / "config.json"
+        path = stored(directory, CONFIG)
         try:
             return cls.from_dict(read_json(path))
         except ValueError as error:
@@ -228,6 +232,12 @@ def check_probabilities(config: Config, *keys: str) -> None:
 def check_gelu(config: Config, key: str) -> None:
     if getattr(config, key) not in GELUS:
         raise mismatch(key, f"one of {', '.join(GELUS)}", repr(getattr(config, key)))
+
+
+def stored(directory: str | Path, name: str) -> Path:
+    """The path of a checkpoint's file: in COMMITTED if a process was killed while it saved, see checkpoint.staged."""
+    committed = Path(directory) / COMMITTED / name
+    return committed if committed.is_file() else Path(directory) / name
 
 
 def read_json(path: Path) -> dict[str, Any]:
