@@ -59,20 +59,28 @@ class PretrainedModel(nn.Module):
         """
         config = cls.config_class.from_pretrained(directory) if config is None else config
         tensors = checkpoint.read_tensors(Path(directory))
-        with torch.device("meta"):  # no memory is allocated and no random numbers are drawn
-            model = cls(config, **arguments)
-        model.to(dtype or checkpoint.widest_dtype(tensors.values()))
-        model.to_empty(device=torch.get_default_device())
-        model.tie_weights()  # to_empty() has given tied parameters separate storage
-        checkpoint.load_parameters(
+        tied = cls.tied if config.tie_word_embeddings else {}
+        if config.num_hidden_layers > len(tensors) and not initialise:  # building them could take all memory
+            expected = f"no more layers than the {len(tensors)} tensors of the weights"
+            raise ValueError(f"{directory}: num_hidden_layers: expected {expected}, got {config.num_hidden_layers}")
+        try:
+            with torch.device("meta"):  # no memory is allocated and no random numbers are drawn
+                model = cls(config, **arguments)
+        except RuntimeError as error:  # a size that does not fit into 64 bits
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{directory}: expected sizes in config.json that can be allocated ({reason})") from None
+        found = checkpoint.select(
             model,
             tensors,
             prefix=cls.base_model_prefix,
-            tied=cls.tied if config.tie_word_embeddings else {},
+            tied=tied,
             may_be_missing=initialise,
-            initialise=model.initialise,
             directory=Path(directory),
         )
+        model.to(dtype or checkpoint.widest_dtype(found.values()))
+        model.to_empty(device=torch.get_default_device())
+        model.tie_weights()  # to_empty() has given tied parameters separate storage
+        checkpoint.load_parameters(model, found, tied=tied, initialise=model.initialise)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import pickle
 import re
 import shutil
 import uuid
@@ -31,6 +32,10 @@ WEIGHT_FILES = (
 )
 # Buffers with constants that older versions of transformers saved with the parameters.
 IGNORED_KEYS = re.compile(r"(^|\.)(embeddings\.position_ids|attn\.bias|attn\.masked_bias)$")
+# What torch.load says of an object that is neither a tensor nor a part of one.
+REFUSED_GLOBAL = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
+# The dtypes that the operators compute with. Weights in 8 bits need scales, which no supported format has.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_LISTED = 10  # parameter names in one message
 PARTIAL = ".partial-"  # the name of a staging directory begins with it
 
@@ -66,7 +71,12 @@ def read_file(path: Path) -> dict[str, Tensor]:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise many types of error
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        if refused := REFUSED_GLOBAL.search(str(error)):
+            expected = "tensors by name and nothing else, as code in a checkpoint is never run"
+            raise ValueError(f"{path}: expected {expected}, got the Python object {refused[1]}") from None
+        # PyTorch's text about pickles is advice to load them without the check.
+        words = str(error).partition("\n")[0] if not isinstance(error, pickle.UnpicklingError) else "invalid pickle"
+        reason = " ".join(words.split()) or type(error).__name__
         raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path}: expected a state dict (tensors by name)")
@@ -74,10 +84,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def widest_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    """The floating-point dtype that can represent all tensors; None if no tensor is floating point."""
+    """The dtype of DTYPES that can represent all tensors of such a dtype; None if there is none."""
     dtype = None
     for tensor in tensors:
-        if tensor.is_floating_point():
+        if tensor.dtype in DTYPES:
             dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     return dtype
 
@@ -94,63 +104,87 @@ def parameter_name(key: str, known: set[str], prefix: str) -> str | None:
     return next((name for name in candidates if name in known), key)
 
 
-@torch.no_grad()
-def load_parameters(
+def select(
     model: nn.Module,
     stored: dict[str, Tensor],
     *,
     prefix: str,
     tied: Mapping[str, str],
     may_be_missing: tuple[str, ...],
-    initialise: Callable[[nn.Module], None],
     directory: Path,
-) -> None:
-    """Copies stored tensors into the model's parameters.
+) -> dict[str, Tensor]:
+    """The stored tensor of each parameter, with all checks. The model may be on the meta device.
 
     Args:
         prefix: of parameter names, which stored keys may have or lack.
-        tied: parameter → the parameter that it is tied to. Tensors that differ in the file are untied, with a warning.
-        may_be_missing: prefixes of parameters that are initialised by initialise(model) if the file lacks them.
+        tied: parameter → the parameter that it is tied to. Tensors that differ in the file cause a warning.
+        may_be_missing: prefixes of parameters that the file may lack.
         directory: named in messages.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {parameter_name(key, set(parameters), prefix): tensor for key, tensor in stored.items()}
-    found.pop(None, None)
-    if unknown := [str(name) for name in found if name not in parameters]:
+    named = {parameter_name(key, set(parameters), prefix): tensor for key, tensor in stored.items()}
+    if unknown := [name for name in named if name is not None and name not in parameters]:
         warnings.warn(
             f"{directory}: not loaded, as {type(model).__name__} has no such parameter: {summary(unknown)}",
-            stacklevel=4,
+            stacklevel=3,
         )
-
+    found = {name: tensor for name, tensor in named.items() if name is not None and name in parameters}
     for name, source in tied.items():
-        if name in found and source in found and not torch.equal(found[name].float(), found[source].float()):
-            warnings.warn(
-                f"{directory}: {name} and {source} differ in the file; they are not tied, although "
-                "tie_word_embeddings is true",
-                stacklevel=4,
-            )
-            untie(model, name)
-            parameters[name] = model.get_parameter(name)
-        elif name in found:  # the file may have only one of the two names
+        if name in found:  # the file may have only one of the two names
             found.setdefault(source, found[name])
-
-    missing = [name for name in parameters if name not in found and name not in tied]
-    if required := [name for name in missing if not name.startswith(may_be_missing or "\0")]:
+    if required := [
+        name
+        for name in parameters
+        if name not in found and name not in tied and not name.startswith(may_be_missing or "\0")
+    ]:
         raise ValueError(
             f"{directory}: parameters of {type(model).__name__} are missing in the file "
             f"(initialise=(prefix, …) initialises them at random): {summary(required)}"
         )
-    if missing:
+    for name, tensor in found.items():
+        if tensor.shape != parameters[name].shape:
+            expected = f"shape {tuple(parameters[name].shape)}, as in config.json"
+            raise ValueError(f"{directory}: {name}: expected {expected}, got {tuple(tensor.shape)}")
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            got = f"{tensor.dtype}{'' if tensor.layout == torch.strided else f' of layout {tensor.layout}'}"
+            raise ValueError(f"{directory}: {name}: expected a dense tensor of dtype {names}, got {got}")
+    for name in different_ties(found, tied):
+        warnings.warn(
+            f"{directory}: {name} and {tied[name]} differ in the file; they are not tied, although "
+            "tie_word_embeddings is true",
+            stacklevel=3,
+        )
+    return found
+
+
+def different_ties(found: Mapping[str, Tensor], tied: Mapping[str, str]) -> list[str]:
+    return [
+        name
+        for name, source in tied.items()
+        if name in found and not torch.equal(found[name].float(), found[source].float())
+    ]
+
+
+@torch.no_grad()
+def load_parameters(
+    model: nn.Module,
+    found: Mapping[str, Tensor],
+    *,
+    tied: Mapping[str, str],
+    initialise: Callable[[nn.Module], None],
+) -> None:
+    """Copies the result of `select` into the model's parameters. Missing ones are initialised by initialise(model).
+
+    Parameters whose tensors differ in the file are untied.
+    """
+    for name in different_ties(found, tied):
+        untie(model, name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if any(name not in found and name not in tied for name in parameters):
         initialise(model)
-    for name, parameter in parameters.items():
-        if name in found:
-            tensor = found[name]
-            if tensor.shape != parameter.shape:
-                expected, got = tuple(parameter.shape), tuple(tensor.shape)
-                raise ValueError(f"{directory}: {name}: expected shape {expected}, as in config.json, got {got}")
-            if not tensor.is_floating_point():
-                raise ValueError(f"{directory}: {name}: expected a floating-point dtype, got {tensor.dtype}")
-            parameter.copy_(tensor)
+    for name, tensor in found.items():
+        parameters[name].copy_(tensor)
 
 
 def untie(model: nn.Module, name: str) -> None:

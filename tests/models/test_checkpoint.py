@@ -139,8 +139,9 @@ class Trap:
 def test_loading_a_pytorch_file_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, tiny_gpt2(), lambda state: {"a": Trap()}, name="pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: truncated or not a checkpoint"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: expected tensors by name and nothing else") as error:
         GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert str(error.value).endswith("as code in a checkpoint is never run, got the Python object posix.mkdir")
     assert not (tmp_path / "trapped").exists()
 
 
@@ -294,7 +295,11 @@ def test_mixed_dtypes_are_promoted_to_the_widest(tmp_path):
         ),
         (
             lambda t: t.to(torch.int8),
-            r"transformer.h.0.attn.c_attn.weight: expected a floating-point dtype, got torch.int8",
+            r"c_attn.weight: expected a dense tensor of dtype float32, float64, bfloat16, float16, got torch.int8",
+        ),
+        (
+            lambda t: t.to(torch.float8_e4m3fn),
+            r"c_attn.weight: expected a dense tensor of dtype float32, .*, got torch.float8_e4m3fn",
         ),
     ],
 )
@@ -312,6 +317,33 @@ def test_truncated_file_is_a_one_line_error(tmp_path, name, left):
     with pytest.raises(ValueError) as error:
         GPT2LMHeadModel.from_pretrained(tmp_path)
     assert str(error.value).startswith(f"{path}: truncated or not a checkpoint (") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_8_bits_are_refused(tmp_path, dtype):
+    directory = write(tmp_path, tiny_gpt2(), lambda state: {k: v.to(dtype) for k, v in state.items()})
+    for wanted in (None, torch.float32):
+        with pytest.raises(ValueError, match=rf"weight: expected a dense .*, got {dtype}"):
+            GPT2LMHeadModel.from_pretrained(directory, dtype=wanted)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"n_layer": 10**9}, "num_hidden_layers: expected no more layers than the 41 tensors of the weights"),
+        ({"n_positions": 10**9}, r"wpe.weight: expected shape \(1000000000, 36\), as in config.json"),
+        ({"n_embd": 3 * 10**8}, r"weight: expected shape \(131, 300000000\)"),
+        ({"n_embd": 2**31 - 2, "n_inner": 2**31 - 1, "n_head": 2}, "expected sizes in config.json that can be"),
+        ({"n_embd": 10**12}, "n_embd: expected an integer <= 2147483647, got 1000000000000"),
+    ],
+    ids=str,
+)
+def test_sizes_that_the_weights_do_not_have_allocate_nothing(tmp_path, changes, message):
+    config = json.loads((write(tmp_path, tiny_gpt2()) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message) as error:
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
 
 
 def test_missing_weights_and_missing_directory(tmp_path):
@@ -456,9 +488,9 @@ for n in itertools.count(1):
         break
 assert n > 10 and seen == {True, False}
 check_no_leftovers()
-for i in range(30):
+for i in range(15):
     pid = child(save_forever)
-    time.sleep(0.0007 * i)
+    time.sleep(0.0014 * i)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     check({1, 2, 3})
