@@ -8,19 +8,28 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from fastlm.core.errors import mismatch
 from fastlm.models import checkpoint
 from fastlm.models.base import PretrainedModel
+from fastlm.models.config import CONFIG, stored
 from fastlm.training.tokenizers import tokenizer_config
 
 
-def prepare(out: str | Path) -> Path:
-    """Checks, before training starts, that the output directory can be written."""
+def prepare(out: str | Path, *, overwrite: bool = False) -> Path:
+    """Checks, before training starts, that the output directory can be written and has no model yet."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # torchrun sets it
+        raise mismatch("WORLD_SIZE", "1, as training on several processes is not supported", repr(processes))
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a directory or a path for a new one, got the file {str(out)!r}")
     nearest = next(directory for directory in (out, *out.absolute().parents) if directory.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"out: expected a writable directory, got {str(out)!r} in {str(nearest)!r}")
+    names = (CONFIG, *checkpoint.WEIGHT_FILES)
+    if not overwrite and (found := next((name for name in names if stored(out, name).exists()), None)):
+        raise FileExistsError(
+            f"out: expected a directory without a model, got {str(out)!r}, which has {found}; --overwrite replaces it"
+        )
     return out
 
 

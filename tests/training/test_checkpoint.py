@@ -12,7 +12,6 @@ from fastlm.training import checkpoint, data
 from fastlm.training.models import build
 from fastlm.training.settings import Settings
 
-
 FILES = ["config.json", "model.safetensors", "summary.json", "tokenizer.json", "tokenizer_config.json"]
 
 
