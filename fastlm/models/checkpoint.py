@@ -252,8 +252,10 @@ def staged(directory: Path) -> Iterator[Path]:
                 os.rename(folder, directory / COMMITTED)
                 publish(directory)
     finally:
-        if folder.exists():
-            shutil.rmtree(directory if created else folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if created:
+            with contextlib.suppress(OSError):  # it has files: the save has succeeded, or that of another process
+                directory.rmdir()
 
 
 @contextlib.contextmanager
