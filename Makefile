@@ -28,7 +28,7 @@ SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 # Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch; then generates
 # text with it.
 demo: .venv/with-plot
-	$(BIN)/fastlm demo
+	$(BIN)/fastlm demo --overwrite
 
 # The suite without its slow tests, which .ci/run runs too. ARGS="-k attention" selects tests.
 test: .venv/with-test .models/complete

@@ -2,6 +2,11 @@
 
 import warnings
 
+from fastlm.core import interrupts
+
+if interrupts.is_command():
+    interrupts.stop_quietly()
+
 from fastlm import optim
 from fastlm._version import __version__
 from fastlm.allocator import tune_allocator

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastlm.commands import choices
+from fastlm.core import interrupts
 from fastlm.training.settings import Settings
 
 DEFAULT = Settings()
@@ -85,6 +86,7 @@ Model = Annotated[
         help="Directory with config.json, weights and tokenizer: from `fastlm train`, or in Hugging Face's format."
     ),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model in --out, if there is one.")]
 Temperature = Annotated[
     float, typer.Option(help="Values below 1 sharpen the distribution, above 1 flatten it; 0: greedy decoding.")
 ]
@@ -112,6 +114,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint, the loss curve and summary.json.")] = Path(
         "runs/demo"
     ),
+    overwrite: Overwrite = False,
     seconds: Annotated[
         float, typer.Option(help="Training time in seconds; the comparison and the sample take another 30.")
     ] = 100.0,
@@ -122,7 +125,7 @@ def demo(
     """Train a small GPT on the Python standard library's source, compare with plain PyTorch, and generate text."""
     from fastlm.commands import demo
 
-    demo.run(out=out, seconds=seconds, seed=seed, device=device, threads=threads)
+    demo.run(out=out, overwrite=overwrite, seconds=seconds, seed=seed, device=device, threads=threads)
 
 
 @app.command()
@@ -144,19 +147,22 @@ def info(
 
 @app.command()
 def train(
-    data: Annotated[
-        list[Path],
-        typer.Option(metavar="PATH…", help="Files, directories or glob patterns, read in this order as one text."),
-    ],
-    more: Annotated[
+    paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="PATH", help="More paths for --data, as when a shell expands a pattern.", show_default=False
+            metavar="PATH",
+            help="Files, directories or glob patterns, read in this order as one text.",
+            show_default=False,
         ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="The same as an option; read before the others.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint, the tokenizer and summary.json.")] = Path(
         "runs/train"
     ),
+    overwrite: Overwrite = False,
     tokenizer: Annotated[
         str,
         typer.Option(
@@ -272,12 +278,13 @@ def train(
         recompute=recompute,
     )
     train.run(
-        [*data, *(more or [])],
+        [*(data or []), *(paths or [])],
         settings,
         tokenizer=tokenizer,
         val_fraction=val_fraction,
         val_file=val_file,
         out=out,
+        overwrite=overwrite,
         device=device,
         threads=threads,
     )
@@ -288,8 +295,9 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Maximum number of new tokens; default: 200, or fewer if the context is full.")
-    ] = None,
+        int,
+        typer.Option(help="Maximum number of new tokens. Beyond the model's context, only its last tokens are read."),
+    ] = 200,
     temperature: Temperature = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens only.")] = None,
     top_p: Annotated[
@@ -328,11 +336,12 @@ def predict(
         float, typer.Option(help="The logits are divided by it before softmax; greater than 0.")
     ] = 1.0,
     device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
     """Show the most likely next tokens or fillings of \\[MASK], with logits and probabilities."""
     from fastlm.commands import predict
 
-    predict.run(model, text, top=top, temperature=temperature, device=device)
+    predict.run(model, text, top=top, temperature=temperature, device=device, threads=threads)
 
 
 @app.command()
@@ -341,10 +350,14 @@ def bench(
         str,
         typer.Option(
             help=f"Comma-separated list of benchmarks: {choices.listed(choices.BENCHMARKS)}. "
-            "growth: time by context and width; accelerated: transformers' models."
+            "growth: time by context and width; accelerated: transformers' models. "
+            f"Default: {choices.listed(choices.DEFAULT_CASES)}.",
+            show_default=False,  # the list would be cut off
         ),
     ] = ",".join(choices.DEFAULT_CASES),
-    dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both, comma-separated.")] = "float32,bfloat16",
+    dtypes: Annotated[
+        str, typer.Option(help="float32, bfloat16 (also fp32, bf16) or both, comma-separated.")
+    ] = "float32,bfloat16",
     threads: Annotated[str, typer.Option(help="Comma-separated list of numbers of threads.")] = "1,2",
     directions: Annotated[
         str, typer.Option(help=f"Comma-separated list of {choices.listed(choices.DIRECTIONS)}.")
@@ -457,6 +470,7 @@ def profile(
 
 def main() -> None:
     try:
+        interrupts.raise_again()
         app()
     except KeyboardInterrupt:  # outside a command
         print("interrupted", file=sys.stderr)

@@ -6,9 +6,12 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +26,8 @@ from fastlm.benchmarking.gpu import plan
 from fastlm.benchmarking.gpu.timing import Row
 from fastlm.benchmarking.measure import Ratio
 from fastlm.cli import app
-from fastlm.commands import bench_gpu, choices, demo
+from fastlm.commands import bench, bench_gpu, choices, demo
+from fastlm.commands.display import BarReport
 from fastlm.generation import load_tokenizer
 from fastlm.models import BertForMaskedLM, GPT2LMHeadModel, load_model
 from fastlm.training.baseline import PlainGPT2
@@ -132,7 +136,8 @@ def test_train_writes_a_model_that_can_be_loaded(trained):
         model.config.n_positions,
         model.config.vocab_size,
     ) == (1, 2, 32, 16, 256)
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "summary.json", "tokenizer.json"]
+    files = ["config.json", "model.safetensors", "summary.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(out)) == files
 
 
 def test_train_options(text_file, tmp_path):
@@ -218,7 +223,13 @@ def test_train_with_masked_tokens(trained_bert):
         ),
         (["--data", "text.txt", "--layers", "many"], "Invalid value for '--layers': .*integer.*"),
         (["--data", "text.txt", "--colour", "red"], "No such option: --colour.*"),
-        ([], "Missing option '--data'.*"),
+        (["--data", "text.txt", "--stpes", "3"], r"No such option: --stpes .*--steps.*"),
+        ([], "data: expected at least one file, directory or pattern, got none"),
+        (["--data", "text.txt", "--seed", 2**63], r"seed: expected an integer < 2\^63, got 9223372036854775808"),
+        (
+            ["text.txt", "--objective", "next-tokens"],
+            "objective: expected one of next-token, masked-token, got 'next-tokens'; did you mean 'next-token'\\?",
+        ),
     ],
 )
 def test_train_errors_are_one_line_and_write_nothing(tmp_path, monkeypatch, arguments, message):
@@ -230,6 +241,57 @@ def test_train_errors_are_one_line_and_write_nothing(tmp_path, monkeypatch, argu
     assert result.exit_code in (1, 2)
     assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_train_takes_files_without_an_option(trained, text_file, tmp_path):
+    (tmp_path / "more.txt").write_text("more")
+    run("train", text_file, tmp_path / "more.txt", *TINY, "--out", tmp_path / "out", "--threads", 1)
+    settings = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]
+    assert settings["data"] == [str(text_file), str(tmp_path / "more.txt")]
+    usage = run("train", "--help")
+    assert "[PATH]..." in usage and "--data" in usage
+
+
+def test_train_names_the_files_that_it_skips(text_file, tmp_path):
+    folder = tmp_path / "data"
+    (folder / ".git").mkdir(parents=True)
+    (folder / "a.txt").write_text(TEXT)
+    assert "skipped" not in run("train", folder / "a.txt", *TINY, "--out", tmp_path / "out")
+    (folder / "picture").write_bytes(b"\x89PNG\0")
+    for i in range(6):
+        (folder / ".git" / f"{i}").write_text("x")
+    output = run("train", folder, *TINY, "--out", tmp_path / "out", "--overwrite")
+    names = ", ".join(str(folder / ".git" / f"{i}") for i in range(5))
+    assert f"skipped 7 files, hidden or binary: {names} and 2 more\n" in output
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped"][-1] == str(folder / "picture")
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_an_earlier_model_is_not_overwritten(command, trained, text_file, tmp_path, small_demo):
+    arguments = {"train": ["train", text_file, *TINY], "demo": ["demo", "--seconds", 0.1]}[command]
+    out = tmp_path / "out"
+    shutil.copytree(trained[0], out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    result = fastlm_command(*arguments, "--out", out)
+    assert result.exit_code == 1 and result.stderr == (
+        f"error: out: expected a directory without a model, got {str(out)!r}, which has config.json; "
+        "--overwrite replaces it\n"
+    )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run(*arguments, "--out", out, "--overwrite")
+    assert (out / "summary.json").read_bytes() != before["summary.json"]
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_several_processes_are_refused(command, text_file, tmp_path, monkeypatch):
+    """As torchrun starts them: each would train the same model and write it into the same directory."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = {"train": ["train", text_file, *TINY], "demo": ["demo"]}[command]
+    result = fastlm_command(*arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and result.stderr == (
+        "error: WORLD_SIZE: expected 1, as training on several processes is not supported, got '2'\n"
+    )
+    assert not os.listdir(tmp_path)
 
 
 def test_train_on_a_full_disk(text_file, tmp_path):
@@ -281,6 +343,19 @@ def test_interrupted_training_is_saved(text_file, tmp_path):
     assert load_model(tmp_path / "out").config.n_layer == 1
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("library", ["libc10", "libtorch_python", "_cpu_features"])
+def test_interrupted_while_modules_are_imported(text_file, tmp_path, library):
+    """When a library of PyTorch, or this package's first one, has been loaded."""
+    with process("train", text_file, *TINY, "--steps", 10**6, "--out", "out", cwd=tmp_path) as running:
+        deadline = time.monotonic() + 120
+        while library not in Path(f"/proc/{running.pid}/maps").read_text() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        running.send_signal(signal.SIGINT)
+        output, errors = running.communicate(timeout=60)
+    assert (running.returncode, output, errors) == (130, "", "interrupted\n")
+
+
 # generate and predict
 
 
@@ -297,9 +372,26 @@ def test_generate_prints_the_generated_text(trained):
 def test_generate_defaults_and_greedy_decoding(trained):
     out, _ = trained
     output = run("generate", "--model", out, "--prompt", "for ", "--temperature", 0)
-    expected = load_model(out).generate(torch.tensor([load_tokenizer(out).encode("for ")]), max_new_tokens=12)
-    assert expected.shape == (1, 16)
+    expected = load_model(out).generate(torch.tensor([load_tokenizer(out).encode("for ")]), max_new_tokens=200)
+    assert expected.shape == (1, 204)  # beyond the context of 16
     assert output == load_tokenizer(out).decode(expected[0].tolist()) + "\n"
+
+
+def test_generate_at_a_temperature_of_almost_0_is_greedy(trained):
+    outputs = [
+        run("generate", "--model", trained[0], "--prompt", "for ", "--max-new-tokens", 20, "--temperature", t)
+        for t in (0, 1e-40, 5e-324)
+    ]
+    assert len(set(outputs)) == 1
+
+
+def test_a_prompt_beyond_the_context_is_read_from_its_end(trained):
+    prompt = "for line in lines: print("
+    result = fastlm_command("generate", "--model", trained[0], "--prompt", prompt, "--temperature", 0)
+    assert result.exit_code == 0 and result.stdout.startswith(prompt)
+    assert result.stderr == "the prompt has 25 tokens; the model reads the last 16, its context\n"
+    short = run("generate", "--model", trained[0], "--prompt", prompt[-16:], "--temperature", 0)
+    assert result.stdout == prompt[:-16] + short
 
 
 def test_streamer_holds_back_incomplete_characters(capsys):
@@ -319,15 +411,12 @@ def test_streamer_holds_back_incomplete_characters(capsys):
     "arguments, message",
     [
         (["--prompt", ""], "prompt: expected at least one token, got ''"),
-        (
-            ["--prompt", "for", "--max-new-tokens", 14],
-            r"max_new_tokens: expected an integer from 1 to 13 \(.*\), got 14",
-        ),
+        (["--prompt", "for", "--max-new-tokens", 0], "max_new_tokens: expected an integer >= 1, got 0"),
         (["--prompt", "for", "--temperature", -1], "temperature: expected a finite number >= 0, got -1.0"),
         (["--prompt", "for", "--top-k", 0], "top_k: expected an integer >= 1, got 0"),
         (["--prompt", "for", "--top-p", 1.5], r"top_p: expected a probability in \(0, 1\], got 1.5"),
         (["--prompt", "for", "--seed", -1], "seed: expected an integer >= 0, got -1"),
-        (["--prompt", "x" * 17], "input_ids: expected .*context of 16.*, got 17"),
+        (["--prompt", "for", "--seed", 2**63], r"seed: expected an integer < 2\^63, got 9223372036854775808"),
     ],
 )
 def test_generate_errors(trained, arguments, message):
@@ -339,6 +428,11 @@ def test_generate_errors(trained, arguments, message):
 def test_missing_model_and_wrong_kind_of_model(trained_bert, tmp_path):
     result = fastlm_command("generate", "--model", tmp_path / "none", "--prompt", "x")
     assert result.exit_code == 1 and re.fullmatch(r"error: .*none/config.json: no such file.*\n", result.stderr)
+    (tmp_path / "model.txt").write_text("")
+    result = fastlm_command("generate", "--model", tmp_path / "model.txt", "--prompt", "x")
+    assert result.exit_code == 1 and re.fullmatch(
+        r"error: .*/model.txt/config.json: no such file; expected a local directory .*\n", result.stderr
+    )
     result = fastlm_command("generate", "--model", trained_bert[0], "--prompt", "x")
     assert result.exit_code == 1 and re.fullmatch(
         r"error: model: expected a causal language model .*, got the BertForMaskedLM in .*\n", result.stderr
@@ -356,6 +450,13 @@ def test_predict_next_tokens(trained):
         [100 * p for p in (logits / 2).softmax(-1)[tokens].tolist()], abs=6e-3
     )
     assert "temperature 2" in output
+
+
+def test_predict_threads(trained):
+    rows = [run("predict", "--model", trained[0], "for ", "--threads", n) for n in (1, 2)]
+    assert rows[0] == rows[1]
+    result = fastlm_command("predict", "--model", trained[0], "for ", "--threads", 0)
+    assert result.exit_code == 1 and result.stderr == "error: threads: expected an integer >= 1, got 0\n"
 
 
 def test_predict_masks(trained_bert):
@@ -457,9 +558,12 @@ def test_bench_gpu_options(monkeypatch, tmp_path):
     assert taken == [(bench_gpu.Files(**names), 7.0)]
 
 
-def test_help_lists_every_benchmark():
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_help_lists_every_benchmark(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
     output = " ".join(run("bench", "--help").replace("│", " ").split())
-    assert all(name in output for name in choices.BENCHMARKS)
+    assert all(re.search(rf"[ ,]{name}[,. ]", output) for name in choices.BENCHMARKS)
+    assert f"Default: {', '.join(choices.DEFAULT_CASES)}." in output and "…" not in output
 
 
 def test_version_and_help():
@@ -469,6 +573,7 @@ def test_version_and_help():
         assert "--help" in run(command, "--help")
     result = fastlm_command("dance")
     assert result.exit_code == 2 and result.stderr == "error: No such command 'dance'.\n"
+    assert "Did you mean 'train'?" in fastlm_command("trian").stderr
 
 
 @pytest.fixture
@@ -510,6 +615,27 @@ def test_bench(small_cases, tmp_path):
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_interrupted_bench_keeps_what_was_measured(small_cases, tmp_path, monkeypatch):
+    files = {"json": tmp_path / "b.json", "markdown": tmp_path / "b.md", "plot": tmp_path / "b.png"}
+    measure, calls = bench.measure, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    options = "--operators linear --dtypes bf16,fp32 --threads 1 --seconds 0.01".split()
+    outputs = [word for name, file in files.items() for word in (f"--{name}", file)]
+    result = fastlm_command("bench", *options, *outputs)
+    assert result.exit_code == 130 and result.stderr == "interrupted after 2 of 6 rows, which were kept\n"
+    rows = json.loads(files["json"].read_text())["rows"]
+    assert [(row["dtype"], row["direction"]) for row in rows] == [("bfloat16", "forward"), ("bfloat16", "backward")]
+    assert "linear" in result.stdout and "`linear`" in files["markdown"].read_text()
+    assert files["plot"].read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_bench_training_step_at_several_recompute_levels(small_cases, monkeypatch, tmp_path):
     monkeypatch.setitem(whole.MODELS, "tiny", whole.Subject("GPT-2", 1, 32, 2, 50, 2, 16))
@@ -536,7 +662,9 @@ def test_bench_training_step_at_several_recompute_levels(small_cases, monkeypatc
             "case: expected a comma-separated list of encoding, bert, gpt2, got 'llama'",
         ),
         (["--operators", "accelerated"], r"checkpoint: expected the folder of a sentence encoder .*, got None"),
-        (["--dtypes", "float16"], "dtypes: expected a comma-separated list of float32, bfloat16, got 'float16'"),
+        (["--dtypes", "int8"], "dtypes: expected a comma-separated list of float32, bfloat16, got 'int8'"),
+        (["--operators", "atention"], "operators: .*, got 'atention'; did you mean 'attention'\\?"),
+        (["--plot", "b.foo"], r"plot: expected a file name that ends in one of .*\.png, .*\.svg.*, got 'b.foo'"),
         (["--threads", "1,x"], "threads: expected a comma-separated list of integers from 1 to 4096, got 'x'"),
         (["--directions", "up"], "directions: expected a comma-separated list of forward, backward, .*, got 'up'"),
         (["--seconds", "0"], r"seconds: expected a number in \(0, 3600\), got 0.0"),
@@ -572,6 +700,22 @@ def test_demo(small_demo, tmp_path):
     assert load_model(tmp_path / "out").config.n_positions == 64
     assert ("loss.png" in os.listdir(tmp_path / "out")) == draw_losses(tmp_path / "probe.png", [1.0])
     assert load_tokenizer(tmp_path / "out").encode("def") == list(b"def")
+
+
+@pytest.mark.parametrize("pair_seconds", [1e-9, 1e9], ids=["ends by time", "ends by number"])
+def test_bars_of_the_demo_end_full(small_demo, tmp_path, monkeypatch, pair_seconds):
+    shown, show = [], BarReport.show
+
+    def record(bar, completed, *words):
+        shown.append(completed / bar.progress.tasks[0].total)
+        show(bar, completed, *words)
+
+    monkeypatch.setattr(BarReport, "show", record)
+    monkeypatch.setattr(demo, "PAIR_SECONDS", pair_seconds)
+    run("demo", "--out", tmp_path / "out", "--seconds", 0.2)
+    comparison = shown[: shown.index(1) + 1]
+    assert len(comparison) >= 5 and comparison == sorted(comparison) and shown[-1] == 1
+    assert all(0 < share <= 1 for share in shown)
 
 
 def test_demo_fails_if_the_losses_disagree(small_demo, tmp_path, monkeypatch):

@@ -13,6 +13,11 @@ OTHER_BASELINES = ("#fdae6b", "#636363", "#bdbdbd")
 
 
 def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
+    figure_of(rows, described).savefig(path)
+
+
+def figure_of(rows: Sequence[Row], described: dict[str, Any]) -> Any:
+    """A matplotlib figure with the panels that the rows have data for; at least one row."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     growing = [row for row in rows if row.operator == "growth"]
@@ -21,8 +26,9 @@ def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
     mosaic: list[Any] = [["speedup", name] for name in right] or [["speedup"] * 2] if others else []
     height = max(5.5 if len(right) > 1 else 3, 2.2 + 0.22 * len(others))
     heights = [height / len(mosaic) for _ in mosaic]
-    if growing:
-        mosaic, heights = [*mosaic, ["context", "width"]], [*heights, 4.5]
+    series = [name for name in growth.SERIES if any(growth.series_of(row.direction) == name for row in growing)]
+    if series:
+        mosaic, heights = [*mosaic, series if len(series) == 2 else series * 2], [*heights, 5.5]
     figure = Figure(figsize=(13, sum(heights)), dpi=110, layout="constrained")
     panels = figure.subplot_mosaic(mosaic, width_ratios=(3, 2) if others else (1, 1), height_ratios=heights)
     if others:
@@ -31,10 +37,10 @@ def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
         draw_roofline(panels["roofline"], others, described)
     if "memory" in panels:
         draw_memory(panels["memory"], others)
-    for series in growth.SERIES if growing else ():
-        draw_growth(panels[series], series, [row for row in growing if growth.series_of(row.direction) == series])
+    for name in series:
+        draw_growth(panels[name], name, [row for row in growing if growth.series_of(row.direction) == name])
     figure.suptitle(f"{described['cpu']}, fastlm {described['fastlm']}, PyTorch {described['torch']}", fontsize=11)
-    figure.savefig(path)
+    return figure
 
 
 def has_flops(row: Row) -> bool:
@@ -60,13 +66,20 @@ def draw_speedups(axes: Any, rows: Sequence[Row]) -> None:
     colors = [COLORS.get(row.dtype, OURS) for row in rows]
     axes.barh(places, [r.median for r in ratios], xerr=spread, color=colors, ecolor="#636363", height=0.7)
     for place, ratio in zip(places, ratios, strict=True):
-        axes.text(ratio.high, place, f" {ratio.median:.2f}", va="center", fontsize=7)
+        write(axes, ratio.high, place, f"{ratio.median:.2f}")
     axes.axvline(1, color=BASELINE, linewidth=1.2)
     axes.set_yticks(places, [f"{label(row)}, {row.dtype}, {threads_of(row)}" for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.01)
     axes.set(title="speedup", xlabel="speedup over the fastest baseline of PyTorch (line: equal)")
     axes.grid(axis="x", alpha=0.3)
+
+
+def write(axes: Any, x: float, y: float, text: str) -> None:
+    """Text to the right of a bar, readable where it crosses a line."""
+    offset = {"xytext": (4, 0), "textcoords": "offset points"}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    axes.annotate(text, (x, y), **offset, va="center", fontsize=7, bbox=box)
 
 
 def threads_of(row: Row) -> str:
@@ -78,8 +91,11 @@ def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> 
 
     Only cases with matrix products, at the highest number of threads.
     """
+    from matplotlib.ticker import NullFormatter
+
     axes.set(title="roofline", xlabel="FLOPs per byte", ylabel="GFLOP/s", xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # less than a decade would have overlapping labels
     measured = [(row, row.work) for row in rows if row.work and row.work.flops]
     if not measured:
         return
@@ -90,21 +106,19 @@ def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> 
     lowest, highest = min(i for _, i, _ in shown), max(i for _, i, _ in shown)
     for dtype, color in COLORS.items():
         top = peaks.get(f"{dtype}_flops_per_second")
-        if top is None:
+        own = [(row, intensity, flops) for row, intensity, flops in shown if row.dtype == dtype]
+        if top is None or not own:
             continue
         knee = top / bandwidth
         left, right = min(lowest, knee) / 2, max(highest, knee) * 2
         roof = [left * bandwidth / 1e9, top / 1e9, top / 1e9]
         axes.plot([left, knee, right], roof, color=color, linewidth=1, label=f"limit, {dtype}")
-        own = [(row, intensity, flops) for row, intensity, flops in shown if row.dtype == dtype]
-        if not own:
-            continue
         ours = [(i, flops / row.seconds / 1e9) for row, i, flops in own]
         baselines = [(i, flops / row.baselines[row.best_baseline].seconds / 1e9) for row, i, flops in own]
         axes.scatter(*zip(*ours, strict=True), color=color, s=18, label=f"fastlm, {dtype}")
         style = {"edgecolor": color, "facecolor": "none", "s": 18}
         axes.scatter(*zip(*baselines, strict=True), **style, label=f"PyTorch, {dtype}")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside the panel
 
 
 def draw_memory(axes: Any, rows: Sequence[Row]) -> None:
@@ -115,12 +129,12 @@ def draw_memory(axes: Any, rows: Sequence[Row]) -> None:
     shares = [(row.bytes_held or 0) / (row.baselines["eager"].bytes or 1) for row in shown]
     axes.barh(places, shares, color=[COLORS.get(row.dtype, OURS) for row in shown], height=0.7)
     for place, row, share in zip(places, shown, shares, strict=True):
-        axes.text(share, place, f" {share:.2f} ({(row.bytes_held or 0) / 1e6:,.0f} MB)", va="center", fontsize=7)
+        write(axes, share, place, f"{share:.2f} ({(row.bytes_held or 0) / 1e6:,.0f} MB)")
     axes.axvline(1, color=BASELINE, linewidth=1.2)
     names = [row.operator if row.tokens is None else label(row).partition(",")[0] for row in shown]
     axes.set_yticks(places, [f"{name}, {row.dtype}" for name, row in zip(names, shown, strict=True)], fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.25, y=0.01)
+    axes.margins(x=0.45, y=0.01)
     axes.set(title="peak memory", xlabel="relative to PyTorch eager (line: equal)")
     axes.grid(axis="x", alpha=0.3)
 
@@ -144,8 +158,9 @@ def draw_growth(axes: Any, series: str, rows: Sequence[Row]) -> None:
             axes.plot(sizes, times, style, marker="o", markersize=3, color=color, linewidth=1, label=f"{name}, {kind}")
     sizes = sorted({growth.size_of(row) for row in rows})
     axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
-    axes.yaxis.set_major_locator(LogLocator(base=2))
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, frameon=False)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 6}  # font sizes below the panel
+    axes.legend(fontsize=7, ncols=2, frameon=False, **below)

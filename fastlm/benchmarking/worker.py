@@ -4,6 +4,7 @@ Allocator tuning affects the whole process and cannot be undone. Whole steps are
 that take turns.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -27,7 +28,12 @@ class Worker:
         environment = {name: value for name, value in os.environ.items() if name not in tuning}
         command = [sys.executable, "-m", "fastlm.benchmarking.worker", function, json.dumps(arguments)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the parent only, which then ends the worker
         )
         assert self.process.stdin and self.process.stdout
         self.requests, self.answers = self.process.stdin, self.process.stdout
@@ -37,7 +43,10 @@ class Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.requests.close()
+        if exception[0] is not None:
+            self.process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self.requests.close()
         try:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:

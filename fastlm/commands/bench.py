@@ -1,12 +1,15 @@
 """fastlm bench: compares fastlm with PyTorch on this machine; prints tables and writes files."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fastlm
@@ -14,9 +17,9 @@ from fastlm.benchmarking import accelerated, growth, plots, report, saved, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.commands import choices
 from fastlm.commands.display import console, say
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import did_you_mean, mismatch
 from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
-from fastlm.training.settings import check_range
+from fastlm.training.settings import SHORT_DTYPES, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,8 @@ def show(source: Path, files: Files) -> None:
     """The tables and files of an earlier run, from its JSON file."""
     files.check()
     rows, described = saved.read("from", source)
+    if not rows:
+        raise mismatch("from", "a file with at least one row", source)
     introduce(described)
     for table in report.screen_tables(rows):
         console.print(table)
@@ -66,7 +71,7 @@ def run(
     files: Files,
 ) -> None:
     chosen = parse_names("operators", operators, choices.BENCHMARKS)
-    dtype_names = parse_names("dtypes", dtypes, tuple(DTYPES))
+    dtype_names = parse_names("dtypes", dtypes, tuple(DTYPES), SHORT_DTYPES)
     chosen_directions = parse_names("directions", directions_given, choices.DIRECTIONS)
     chosen_models = parse_names("model", models, choices.MODELS)
     levels = [int(level) for level in parse_names("recompute", recompute, tuple(map(str, RECOMPUTE_LEVELS)))]
@@ -93,13 +98,16 @@ def run(
         for level in (levels if name == "training_step" else [None])
     ]
     rows: list[Row] = []
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed} of {task.total}"),
-        TimeElapsedColumn(),
-        console=console,
-    ) as bar:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed} of {task.total}"),
+            TimeElapsedColumn(),
+            console=console,
+        ) as bar,
+    ):
         task = bar.add_task("", total=len(plan))
         for name, dtype, n, variant, level in plan:
             bar.update(
@@ -107,6 +115,8 @@ def run(
             )
             rows.append(measure(name, dtype, n, variant, level, compiled, seconds, checkpoint))
             bar.advance(task)
+    if not rows:
+        raise KeyboardInterrupt
     say("speedup over PyTorch: median [quartiles] of interleaved runs; by: the backend")
     say("peak: percentage of the machine's measured peak; above 100 % if the data stay in the caches")
     if {*choices.WHOLE_RUNS} & {*chosen}:
@@ -115,6 +125,9 @@ def run(
     for table in report.screen_tables(rows):
         console.print(table)
     files.write(rows, described)
+    if len(rows) < len(plan):
+        print(f"interrupted after {len(rows)} of {len(plan)} rows, which were kept", file=sys.stderr)
+        raise typer.Exit(130)
 
 
 def introduce(described: dict[str, Any]) -> None:
@@ -155,11 +168,14 @@ def measure(
     return whole.compare_generation(dtype, n, budget=10 * seconds)
 
 
-def parse_names(argument: str, text: str, allowed: tuple[str, ...]) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+def parse_names(argument: str, text: str, allowed: tuple[str, ...], short: Mapping[str, str] = {}) -> list[str]:
+    """short: other names of some of them."""
+    given = (name.strip() for name in text.split(","))
+    names = list(dict.fromkeys(short.get(name, name) for name in given))
     for name in names:
         if name not in allowed:
-            raise mismatch(argument, f"a comma-separated list of {choices.listed(allowed)}", repr(name))
+            expected = f"a comma-separated list of {choices.listed(allowed)}"
+            raise mismatch(argument, expected, f"{name!r}{did_you_mean(name, allowed)}")
     return names
 
 
@@ -177,8 +193,11 @@ def check_target(argument: str, file: Path | None) -> None:
         raise mismatch(argument, "a file name in an existing directory", repr(str(file)))
     if argument == "plot":
         try:
-            import matplotlib  # noqa: F401
+            from matplotlib.backend_bases import FigureCanvasBase
         except ImportError:
             raise mismatch(
                 "plot", "an installation with matplotlib (pip install 'fastlm[plot]')", "one without"
             ) from None
+        formats = sorted(FigureCanvasBase.get_supported_filetypes())
+        if file.suffix[1:].lower() not in formats:
+            raise mismatch("plot", f"a file name that ends in one of .{', .'.join(formats)}", repr(str(file)))

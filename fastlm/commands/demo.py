@@ -54,13 +54,13 @@ class DemoResult:
     interrupted: bool
 
 
-def run(*, out: Path, seconds: float, seed: int, device: str, threads: int | None) -> None:
+def run(*, out: Path, overwrite: bool, seconds: float, seed: int, device: str, threads: int | None) -> None:
     check_range("seconds", seconds, 0, 3600, open_left=True)
     settings, chosen = dataclasses.replace(SETTINGS, seed=seed), choose_device(device)
     set_threads(threads)
     if chosen.type == "cpu":
         fastlm.tune_allocator()
-    out = checkpoint.prepare(out)
+    out = checkpoint.prepare(out, overwrite=overwrite)
     files = standard_library()
     corpus = data.load(files, tokenizer="byte", val_fraction=0.05)
     model = build_gpt2(settings, corpus.tokenizer).to(chosen)
@@ -153,8 +153,12 @@ def compare(ours: Trainer, settings: Settings, batches: Batches, stop: threading
         for comparison in side_by_side(ours, plain, ((*next(batches), lr) for lr in rates)):
             speed = settings.tokens_per_step / comparison.ours[-1]
             pairs = len(comparison.losses)
-            bar.show(pairs, f"pair {pairs}", comparison.losses[-1][0], f"{speed:,.0f}")
-            if stop.is_set() or (pairs >= 5 and time.perf_counter() - start > PAIR_SECONDS):
+            elapsed = time.perf_counter() - start
+            in_time = pairs < 5 or elapsed <= PAIR_SECONDS
+            # Of the limit that is reached first, so that the bar ends full.
+            completed = max(pairs, min(PAIRS * elapsed / PAIR_SECONDS, PAIRS - 1)) if in_time else PAIRS
+            bar.show(completed, f"pair {pairs}", comparison.losses[-1][0], f"{speed:,.0f}")
+            if stop.is_set() or not in_time:
                 break
     return comparison
 
@@ -181,7 +185,7 @@ def keep_training(
             return
         losses.extend(ours.read())
         speed = (len(losses) - first) * settings.tokens_per_step / (time.perf_counter() - start)
-        bar.show(time.perf_counter() - start, f"step {len(losses)}", losses[-1], f"{speed:,.0f}")
+        bar.show(min(time.perf_counter() - start, seconds), f"step {len(losses)}", losses[-1], f"{speed:,.0f}")
 
     with progress_bar(seconds) as bar:
         start = time.perf_counter()
@@ -192,6 +196,8 @@ def keep_training(
             if ours.should_read:
                 read()
         read()
+        if not stop.is_set():
+            bar.show(seconds, f"step {len(losses)}", losses[-1], f"{speed:,.0f}")
     return speed
 
 
@@ -219,6 +225,6 @@ def save(out: Path, model: GPT2LMHeadModel, corpus: data.Corpus, settings: Setti
             },
         }
         checkpoint.write_json(folder / "summary.json", summary)
-    return "config.json, model.safetensors, tokenizer.json, summary.json" + (
+    return "config.json, model.safetensors, tokenizer.json, tokenizer_config.json, summary.json" + (
         ", loss.png" if drawn else " (loss.png needs matplotlib)"
     )

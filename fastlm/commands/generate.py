@@ -10,11 +10,11 @@ from fastlm.device import choose_device
 from fastlm.generation import load_tokenizer
 from fastlm.models import load_model
 from fastlm.models.causal_lm import CausalLM
-from fastlm.training.settings import check_integer
+from fastlm.training.settings import check_seed
 
 
 def run(directory: Path, prompt: str, *, device: str, threads: int | None, seed: int, **sampling: Any) -> None:
-    check_integer("seed", seed, 0)
+    check_seed(seed)
     chosen = choose_device(device)
     set_threads(threads)
     model = load_model(directory)

@@ -9,8 +9,6 @@ from fastlm.core.errors import mismatch
 from fastlm.generation import Tokenizer
 from fastlm.models.causal_lm import CausalLM
 
-DEFAULT_NEW_TOKENS = 200
-
 
 class TextStreamer:
     """Prints the text of new tokens; incomplete characters are held back until they are complete."""
@@ -43,18 +41,19 @@ def continue_text(
     tokenizer: Tokenizer,
     prompt: str,
     *,
-    max_new_tokens: int | None,
+    max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     seed: int,
 ) -> None:
-    """Generates and prints a continuation. max_new_tokens None: DEFAULT_NEW_TOKENS, or fewer if the context is full."""
+    """Generates and prints a continuation."""
     ids = tokenizer.encode(prompt)
     if not ids:
         raise mismatch("prompt", "at least one token", repr(prompt))
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, model.config.max_position_embeddings - len(ids)))
+    context = model.config.max_position_embeddings
+    if len(ids) > context:
+        print(f"the prompt has {len(ids)} tokens; the model reads the last {context}, its context", file=sys.stderr)
     model.generate(
         torch.tensor([ids], device=model.device),
         max_new_tokens=max_new_tokens,

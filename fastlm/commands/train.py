@@ -1,6 +1,7 @@
 """fastlm train: trains a model on text; writes a checkpoint and summary.json."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from fastlm.training.loop import Result, train
 from fastlm.training.models import build
 from fastlm.training.settings import Settings
 
+MAX_NAMED = 5  # skipped files
+
 
 def run(
     paths: list[Path],
@@ -24,6 +27,7 @@ def run(
     val_fraction: float,
     val_file: Path | None,
     out: Path,
+    overwrite: bool,
     device: str,
     threads: int | None,
 ) -> None:
@@ -31,7 +35,7 @@ def run(
     set_threads(threads)
     if chosen.type == "cpu":
         fastlm.tune_allocator()
-    out = checkpoint.prepare(out)
+    out = checkpoint.prepare(out, overwrite=overwrite)
     corpus = data.load(
         paths,
         tokenizer=tokenizer,
@@ -39,6 +43,8 @@ def run(
         val_file=val_file,
         masked=settings.objective == "masked-token",
     )
+    if corpus.skipped:
+        say(skipped_in_words(corpus.skipped))
     data.check_length(corpus, settings.context)
     model = build(settings, corpus.tokenizer).to(chosen)
     tokens = f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation"
@@ -65,6 +71,12 @@ def run(
         raise typer.Exit(130)
 
 
+def skipped_in_words(files: Sequence[Path]) -> str:
+    names = ", ".join(map(str, files[:MAX_NAMED]))
+    rest = f" and {len(files) - MAX_NAMED:,} more" if len(files) > MAX_NAMED else ""
+    return f"skipped {quantity(len(files), 'file')}, hidden or binary: {names}{rest}"
+
+
 def summary(settings: dict[str, Any], result: Result, corpus: data.Corpus) -> dict[str, Any]:
     return {
         "settings": settings,
@@ -75,6 +87,7 @@ def summary(settings: dict[str, Any], result: Result, corpus: data.Corpus) -> di
         "interrupted": result.interrupted,
         "parameters": sum(p.numel() for p in result.model.parameters()),
         "tokens": {"training": len(corpus.train), "validation": len(corpus.validation)},
+        "skipped": [str(file) for file in corpus.skipped],
         "evaluations": [{"step": step, "train_loss": a, "val_loss": b} for step, a, b in result.evaluations],
         "versions": {"fastlm": fastlm.__version__, "torch": torch.__version__},
     }

@@ -1,5 +1,8 @@
 """The wording of errors and the checks of arguments that the operators share."""
 
+import difflib
+from collections.abc import Iterable
+
 from torch import Tensor
 
 
@@ -13,6 +16,12 @@ def mismatch(argument: str, expected: str, got: object) -> ValueError:
     It is built only on failure: formatting a size earlier would specialise the graph on it under torch.compile.
     """
     return ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def did_you_mean(value: object, choices: Iterable[object]) -> str:
+    """The end of a message about a value that is none of the choices: names the closest one, if any is close."""
+    found = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def check_rows(x: Tensor) -> None:
@@ -36,7 +45,8 @@ def check_vector(argument: str, tensor: Tensor, size: int, reason: str) -> None:
 
 def check_choice(argument: str, value: object, choices: tuple) -> None:
     if value not in choices:
-        raise mismatch(argument, f"one of {', '.join(map(repr, choices))}", repr(value))
+        expected = f"one of {', '.join(map(repr, choices))}"
+        raise mismatch(argument, expected, f"{value!r}{did_you_mean(value, choices)}")
 
 
 def check_probability(argument: str, p: float) -> None:

@@ -51,7 +51,8 @@ def predict(
             raise mismatch("tokenizer", "a tokenizer with a mask token", "one without")
         raise mismatch("text", f"at least one {tokenizer.mask_token}", repr(text))
     logits = logits_at(model, ids, positions)
-    probabilities = (logits / temperature).softmax(-1)
+    # Relative to the largest one and in float64, logits do not overflow, however small the temperature is.
+    probabilities = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1)
     candidates = []
     for place, (row, row_probabilities) in enumerate(zip(logits, probabilities, strict=True)):
         best = row.topk(min(top, row.numel()))

@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 from fastlm.core.errors import mismatch
-from fastlm.models.config import read_json
+from fastlm.models.config import read_json, stored
 
 FILES = "tokenizer.json, or vocab.json and merges.txt, or vocab.txt"
 
@@ -58,15 +58,21 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         ValueError: a file is damaged. Both messages are one line that names the file or directory.
     """
     directory = Path(directory)
-    settings = directory / "tokenizer_config.json"
+    settings = stored(directory, "tokenizer_config.json")
     options = read_json(settings) if settings.is_file() else {}
     mask = options.get("mask_token") or "[MASK]"
-    return Tokenizer(read(directory, options), mask["content"] if isinstance(mask, dict) else mask)
+    mask = mask.get("content") if isinstance(mask, dict) else mask
+    if not isinstance(mask, str) or any("\ud800" <= c <= "\udfff" for c in mask):  # a surrogate is no character
+        raise ValueError(f"{settings}: mask_token: expected a string, got {mask!r}")
+    for name in ("add_prefix_space", "do_lower_case", "strip_accents", "tokenize_chinese_chars"):
+        if not isinstance(options.get(name), bool | None):
+            raise ValueError(f"{settings}: {name}: expected true, false or null, got {options[name]!r}")
+    return Tokenizer(read(directory, options), mask)
 
 
 def read(directory: Path, options: dict) -> tokenizers.Tokenizer:
     tokenizer_json, vocab_json, merges, word_pieces = (
-        directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
+        stored(directory, name) for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
     )
     try:
         if tokenizer_json.is_file():
@@ -80,9 +86,9 @@ def read(directory: Path, options: dict) -> tokenizers.Tokenizer:
         if word_pieces.is_file():
             return BertWordPieceTokenizer(
                 str(word_pieces),
-                lowercase=options.get("do_lower_case", is_uncased(word_pieces)),
+                lowercase=options.get("do_lower_case", is_uncased(word_pieces)) is True,
                 strip_accents=options.get("strip_accents"),
-                handle_chinese_chars=options.get("tokenize_chinese_chars", True),
+                handle_chinese_chars=options.get("tokenize_chinese_chars", True) is not False,
             )._tokenizer
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{directory}: the tokenizer could not be read ({error})") from None

@@ -25,11 +25,6 @@ NAME = "fastlm"
 CAUSAL = torch.uint8  # the dtype of a 2-D mask of causal attention
 
 
-def register() -> None:
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
-
-
 # Masks
 
 
@@ -226,3 +221,9 @@ def attend_eagerly(query, key, value, mask, key_padding, causal, sides, scale, d
     weights = F.dropout(weights, dropout_p)
     weights = weights if head_mask is None else weights * head_mask
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+# Here, because unpickling an accelerated model in a new process imports this module and not `transformers.py`. For a
+# name without a mask function transformers makes no mask, so that padding would be attended to.
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)

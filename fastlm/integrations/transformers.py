@@ -1,4 +1,4 @@
-"""fastlm.accelerate on transformers models. Importing this module registers attn_implementation="fastlm".
+"""fastlm.accelerate on transformers models. Its imports register attn_implementation="fastlm" (attention.py).
 
 A model keeps its modules and parameters. Each layer, encoder and head gets a patch as its `forward` (patch.py). The
 families are described in families.py, and layers.py computes their layers.
@@ -25,8 +25,6 @@ from fastlm.integrations.reporting import report
 __all__ = ["accelerate", "report", "restore"]
 
 M = TypeVar("M", bound=nn.Module)
-
-interface.register()
 
 
 def accelerate(

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
+from fastlm.core.errors import did_you_mean
 from fastlm.models.base import PretrainedModel
 from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
-from fastlm.models.config import read_json
+from fastlm.models.config import CONFIG, read_json, stored
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
 
 BY_ARCHITECTURE: dict[str, type[PretrainedModel]] = {
@@ -28,17 +29,19 @@ def load_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> Pr
     Raises:
         FileNotFoundError, ValueError: as from_pretrained, or for a class that is not supported.
     """
-    path = Path(directory) / "config.json"
+    path = stored(directory, CONFIG)
     settings = read_json(path)
     architectures = settings.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(f"{path}: architectures: expected a list of names, got {architectures!r}")
     supported = [BY_ARCHITECTURE[name] for name in architectures if name in BY_ARCHITECTURE]
     if supported:
         return supported[0].from_pretrained(directory, dtype=dtype)
     if architectures:
-        got = ", ".join(architectures)
+        got = f"{', '.join(architectures)}{did_you_mean(architectures[0], BY_ARCHITECTURE)}"
         raise ValueError(f"{path}: architectures: expected one of {', '.join(BY_ARCHITECTURE)}, got {got}")
     model_type = settings.get("model_type")
-    if model_type not in BY_MODEL_TYPE:
+    if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
         raise ValueError(
             f"{path}: model_type: expected one of {', '.join(BY_MODEL_TYPE)}, got {model_type!r}; "
             "call from_pretrained of the model class instead, as in BertForMaskedLM.from_pretrained"

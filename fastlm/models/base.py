@@ -59,33 +59,47 @@ class PretrainedModel(nn.Module):
         """
         config = cls.config_class.from_pretrained(directory) if config is None else config
         tensors = checkpoint.read_tensors(Path(directory))
-        with torch.device("meta"):  # no memory is allocated and no random numbers are drawn
-            model = cls(config, **arguments)
-        model.to(dtype or checkpoint.widest_dtype(tensors.values()))
-        model.to_empty(device=torch.get_default_device())
-        model.tie_weights()  # to_empty() has given tied parameters separate storage
-        checkpoint.load_parameters(
+        tied = cls.tied if config.tie_word_embeddings else {}
+        if config.num_hidden_layers > len(tensors) and not initialise:  # building them could take all memory
+            expected = f"no more layers than the {len(tensors)} tensors of the weights"
+            raise ValueError(f"{directory}: num_hidden_layers: expected {expected}, got {config.num_hidden_layers}")
+        try:
+            with torch.device("meta"):  # no memory is allocated and no random numbers are drawn
+                model = cls(config, **arguments)
+        except RuntimeError as error:  # a size that does not fit into 64 bits
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{directory}: expected sizes in config.json that can be allocated ({reason})") from None
+        found = checkpoint.select(
             model,
             tensors,
             prefix=cls.base_model_prefix,
-            tied=cls.tied if config.tie_word_embeddings else {},
+            tied=tied,
             may_be_missing=initialise,
-            initialise=model.initialise,
             directory=Path(directory),
         )
+        model.to(dtype or checkpoint.widest_dtype(found.values()))
+        model.to_empty(device=torch.get_default_device())
+        model.tie_weights()  # to_empty() has given tied parameters separate storage
+        checkpoint.load_parameters(model, found, tied=tied, initialise=model.initialise)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors in Hugging Face's format.
 
-        Files are replaced atomically: on failure none has changed, and the OSError names the file.
+        Both files are replaced at once, also if the process is killed: a directory never has the config.json of one
+        checkpoint and the weights of another. On failure none has changed, and the OSError names the file.
         """
+        with checkpoint.staged(Path(directory)) as folder:
+            self.write_files(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """Writes config.json and model.safetensors into a staging directory, see checkpoint.staged."""
         settings = {
             **self.config.to_dict(),
             "architectures": [type(self).__name__],
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        checkpoint.save(self.state_dict(), settings, tied=self.tied, directory=Path(directory))
+        checkpoint.write(self.state_dict(), settings, tied=self.tied, folder=folder)
 
     def tie_weights(self) -> None:
         """Makes every tied parameter the same tensor as the one it is tied to."""

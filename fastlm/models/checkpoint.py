@@ -1,13 +1,18 @@
 """Checkpoint files: safetensors, whole or sharded, and PyTorch's .bin.
 
-Reading accepts the variants that older versions of transformers wrote. Writing replaces files atomically.
+Reading accepts the variants that older versions of transformers wrote. Writing replaces all files at once.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import pickle
 import re
+import shutil
+import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastlm.models.config import read_json
+from fastlm.models.config import COMMITTED, CONFIG, read_json, stored
 
 # In order of preference.
 WEIGHT_FILES = (
@@ -27,7 +32,12 @@ WEIGHT_FILES = (
 )
 # Buffers with constants that older versions of transformers saved with the parameters.
 IGNORED_KEYS = re.compile(r"(^|\.)(embeddings\.position_ids|attn\.bias|attn\.masked_bias)$")
+# What torch.load says of an object that is neither a tensor nor a part of one.
+REFUSED_GLOBAL = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
+# The dtypes that the operators compute with. Weights in 8 bits need scales, which no supported format has.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_LISTED = 10  # parameter names in one message
+PARTIAL = ".partial-"  # the name of a staging directory begins with it
 
 # 1. Reading
 
@@ -35,20 +45,20 @@ MAX_LISTED = 10  # parameter names in one message
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors in a directory, by stored name. Safetensors files are memory-mapped and read on first use."""
     for name in WEIGHT_FILES:
-        if (directory / name).is_file():
+        if stored(directory, name).is_file():
             break
     else:
         raise FileNotFoundError(f"{directory}: expected a directory with one of {', '.join(WEIGHT_FILES)}")
     if not name.endswith(".index.json"):
-        return read_file(directory / name)
-    shards = read_json(directory / name).get("weight_map")
+        return read_file(stored(directory, name))
+    shards = read_json(stored(directory, name)).get("weight_map")
     if not isinstance(shards, dict) or not all(
         isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
     ):
         raise ValueError(f"{directory / name}: expected a weight_map from parameters to files in the same directory")
     tensors = {}
     for shard in sorted(set(shards.values())):
-        tensors.update(read_file(directory / shard))
+        tensors.update(read_file(stored(directory, shard)))
     return tensors
 
 
@@ -61,7 +71,12 @@ def read_file(path: Path) -> dict[str, Tensor]:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise many types of error
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        if refused := REFUSED_GLOBAL.search(str(error)):
+            expected = "tensors by name and nothing else, as code in a checkpoint is never run"
+            raise ValueError(f"{path}: expected {expected}, got the Python object {refused[1]}") from None
+        # PyTorch's text about pickles is advice to load them without the check.
+        words = str(error).partition("\n")[0] if not isinstance(error, pickle.UnpicklingError) else "invalid pickle"
+        reason = " ".join(words.split()) or type(error).__name__
         raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path}: expected a state dict (tensors by name)")
@@ -69,10 +84,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def widest_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    """The floating-point dtype that can represent all tensors; None if no tensor is floating point."""
+    """The dtype of DTYPES that can represent all tensors of such a dtype; None if there is none."""
     dtype = None
     for tensor in tensors:
-        if tensor.is_floating_point():
+        if tensor.dtype in DTYPES:
             dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     return dtype
 
@@ -89,63 +104,87 @@ def parameter_name(key: str, known: set[str], prefix: str) -> str | None:
     return next((name for name in candidates if name in known), key)
 
 
-@torch.no_grad()
-def load_parameters(
+def select(
     model: nn.Module,
     stored: dict[str, Tensor],
     *,
     prefix: str,
     tied: Mapping[str, str],
     may_be_missing: tuple[str, ...],
-    initialise: Callable[[nn.Module], None],
     directory: Path,
-) -> None:
-    """Copies stored tensors into the model's parameters.
+) -> dict[str, Tensor]:
+    """The stored tensor of each parameter, with all checks. The model may be on the meta device.
 
     Args:
         prefix: of parameter names, which stored keys may have or lack.
-        tied: parameter → the parameter that it is tied to. Tensors that differ in the file are untied, with a warning.
-        may_be_missing: prefixes of parameters that are initialised by initialise(model) if the file lacks them.
+        tied: parameter → the parameter that it is tied to. Tensors that differ in the file cause a warning.
+        may_be_missing: prefixes of parameters that the file may lack.
         directory: named in messages.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {parameter_name(key, set(parameters), prefix): tensor for key, tensor in stored.items()}
-    found.pop(None, None)
-    if unknown := [str(name) for name in found if name not in parameters]:
+    named = {parameter_name(key, set(parameters), prefix): tensor for key, tensor in stored.items()}
+    if unknown := [name for name in named if name is not None and name not in parameters]:
         warnings.warn(
             f"{directory}: not loaded, as {type(model).__name__} has no such parameter: {summary(unknown)}",
-            stacklevel=4,
+            stacklevel=3,
         )
-
+    found = {name: tensor for name, tensor in named.items() if name is not None and name in parameters}
     for name, source in tied.items():
-        if name in found and source in found and not torch.equal(found[name].float(), found[source].float()):
-            warnings.warn(
-                f"{directory}: {name} and {source} differ in the file; they are not tied, although "
-                "tie_word_embeddings is true",
-                stacklevel=4,
-            )
-            untie(model, name)
-            parameters[name] = model.get_parameter(name)
-        elif name in found:  # the file may have only one of the two names
+        if name in found:  # the file may have only one of the two names
             found.setdefault(source, found[name])
-
-    missing = [name for name in parameters if name not in found and name not in tied]
-    if required := [name for name in missing if not name.startswith(may_be_missing or "\0")]:
+    if required := [
+        name
+        for name in parameters
+        if name not in found and name not in tied and not name.startswith(may_be_missing or "\0")
+    ]:
         raise ValueError(
             f"{directory}: parameters of {type(model).__name__} are missing in the file "
             f"(initialise=(prefix, …) initialises them at random): {summary(required)}"
         )
-    if missing:
+    for name, tensor in found.items():
+        if tensor.shape != parameters[name].shape:
+            expected = f"shape {tuple(parameters[name].shape)}, as in config.json"
+            raise ValueError(f"{directory}: {name}: expected {expected}, got {tuple(tensor.shape)}")
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            got = f"{tensor.dtype}{'' if tensor.layout == torch.strided else f' of layout {tensor.layout}'}"
+            raise ValueError(f"{directory}: {name}: expected a dense tensor of dtype {names}, got {got}")
+    for name in different_ties(found, tied):
+        warnings.warn(
+            f"{directory}: {name} and {tied[name]} differ in the file; they are not tied, although "
+            "tie_word_embeddings is true",
+            stacklevel=3,
+        )
+    return found
+
+
+def different_ties(found: Mapping[str, Tensor], tied: Mapping[str, str]) -> list[str]:
+    return [
+        name
+        for name, source in tied.items()
+        if name in found and not torch.equal(found[name].float(), found[source].float())
+    ]
+
+
+@torch.no_grad()
+def load_parameters(
+    model: nn.Module,
+    found: Mapping[str, Tensor],
+    *,
+    tied: Mapping[str, str],
+    initialise: Callable[[nn.Module], None],
+) -> None:
+    """Copies the result of `select` into the model's parameters. Missing ones are initialised by initialise(model).
+
+    Parameters whose tensors differ in the file are untied.
+    """
+    for name in different_ties(found, tied):
+        untie(model, name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if any(name not in found and name not in tied for name in parameters):
         initialise(model)
-    for name, parameter in parameters.items():
-        if name in found:
-            tensor = found[name]
-            if tensor.shape != parameter.shape:
-                expected, got = tuple(parameter.shape), tuple(tensor.shape)
-                raise ValueError(f"{directory}: {name}: expected shape {expected}, as in config.json, got {got}")
-            if not tensor.is_floating_point():
-                raise ValueError(f"{directory}: {name}: expected a floating-point dtype, got {tensor.dtype}")
-            parameter.copy_(tensor)
+    for name, tensor in found.items():
+        parameters[name].copy_(tensor)
 
 
 def untie(model: nn.Module, name: str) -> None:
@@ -160,39 +199,111 @@ def summary(names: list[str]) -> str:
 # 3. Writing
 
 
-def save(state: dict[str, Tensor], settings: dict[str, Any], *, tied: Mapping[str, str], directory: Path) -> None:
+def write(state: dict[str, Tensor], settings: dict[str, Any], *, tied: Mapping[str, str], folder: Path) -> None:
     """Writes config.json and model.safetensors. As in Hugging Face's files, a tied parameter is stored once."""
     for name, source in tied.items():
         if name in state and state[name].data_ptr() == state[source].data_ptr():
             del state[name]
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    write_atomically(
-        {
-            directory / "model.safetensors": lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            directory / "config.json": lambda path: path.write_text(text, encoding="utf-8"),
-        }
-    )
+    with writing(folder / "model.safetensors") as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    with writing(folder / CONFIG) as path:
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Calls each function with a temporary path to write to, then moves all temporary files to their final paths.
-
-    If one function fails, no file has changed, no temporary file remains, and the OSError names the file.
-    """
-    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yields the path of a file in a staging directory; errors name the file that it will replace."""
     try:
-        for path, write in files.items():
-            try:
-                write(temporaries[path])
-                with open(temporaries[path], "rb+") as file:
-                    os.fsync(file.fileno())  # a full disk may be reported only here
-            except (OSError, SafetensorError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise OSError(f"{path}: could not be written ({reason}); no file was changed") from None
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
+        yield path
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        place = path.parent.parent / path.name if path.parent.name.startswith(PARTIAL) else path
+        raise OSError(f"{place}: could not be written ({reason}); no file was changed") from None
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """Yields a new directory for the files of a checkpoint. On exit they replace those of `directory`, all together.
+
+    One rename commits them. A process that is killed before it leaves the previous checkpoint; after it, readers find
+    the new one, of which `stored` reads the files that have not been moved yet. Other readers find no config.json in
+    between. The next call removes what a killed process left.
+
+    If an exception is raised, `directory` is as before.
+    """
+    created = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    folder = directory / f"{PARTIAL}{uuid.uuid4().hex}"
+    try:
+        with contextlib.ExitStack() as open_locks:
+            with lock(directory):
+                recover(directory)
+                folder.mkdir()
+                open_locks.enter_context(lock(folder))
+            yield folder
+            for file in folder.iterdir():
+                with writing(file), open(file, "rb+") as opened:
+                    if (directory / file.name).is_dir():
+                        raise IsADirectoryError("it is a directory")
+                    os.fsync(opened.fileno())  # a full disk may be reported only here
+            with lock(directory):
+                recover(directory)  # of another process that was killed meanwhile
+                os.rename(folder, directory / COMMITTED)
+                publish(directory)
     finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if created:
+            with contextlib.suppress(OSError):  # it has files: the save has succeeded, or that of another process
+                directory.rmdir()
+
+
+@contextlib.contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Waits for the directory's lock, which ends with the block or the process. Some network file systems have none."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether the process that wrote to a staging directory has ended."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
+def recover(directory: Path) -> None:
+    """Completes a commit and deletes incomplete files of killed processes. The caller holds the directory's lock."""
+    if (directory / COMMITTED).is_dir():
+        publish(directory)
+    for folder in directory.glob(f"{PARTIAL}*"):
+        if is_abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(directory: Path) -> None:
+    """Moves committed files to their places: config.json last, and none is there while the others are moved."""
+    committed = directory / COMMITTED
+    names = sorted(os.listdir(committed), key=lambda name: (name == CONFIG, name))
+    if CONFIG in names and not is_same(committed / CONFIG, directory / CONFIG):
+        (directory / CONFIG).unlink(missing_ok=True)
+    for name in names:
+        os.replace(committed / name, directory / name)
+    committed.rmdir()
+
+
+def is_same(first: Path, second: Path) -> bool:
+    return second.is_file() and first.read_bytes() == second.read_bytes()

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import did_you_mean, mismatch
 
 C = TypeVar("C", bound="Config")
 
@@ -21,8 +21,15 @@ GELUS = {
     "gelu_accurate": "tanh",
 }
 
+MAX_SIZE = 2**31 - 1
+MAX_FLOAT32 = 3.4028234663852886e38
+
 # Keys that every save sets; values read from a file would be outdated.
 SET_ON_SAVE = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+
+
+CONFIG = "config.json"
+COMMITTED = ".committed"  # complete files of a checkpoint that have not been moved to their places yet
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -44,17 +51,24 @@ class Config:
     # Other names of settings, as keys of a config.json and as attributes.
     aliases: ClassVar[dict[str, str]] = {}
 
+    initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     other: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_flags(self, "tie_word_embeddings")
+        check_token_ids(self, "bos_token_id", "eos_token_id", "pad_token_id")
+        if not is_number(self.initializer_range) or not 0 <= self.initializer_range <= MAX_FLOAT32:
+            raise mismatch("initializer_range", "a finite number >= 0", repr(self.initializer_range))
+
     @classmethod
     def preset(cls: type[C], name: str, **changes: Any) -> C:
         """A published model size with optional changes: `GPT2Config.preset("gpt2-medium", n_positions=256)`."""
         if name not in cls.presets:
-            raise mismatch("name", f"one of {', '.join(cls.presets)}", repr(name))
+            raise mismatch("name", f"one of {', '.join(cls.presets)}", f"{name!r}{did_you_mean(name, cls.presets)}")
         return cls(**{**cls.presets[name], **changes})
 
     @classmethod
@@ -73,6 +87,8 @@ class Config:
                 raise mismatch(key, f"{value!r}, the only supported value", repr(given[key]))
         known = {field.name for field in dataclasses.fields(cls)} - {"other"}
         if "num_labels" in known and "num_labels" not in given and given.get("id2label"):
+            if not isinstance(given["id2label"], dict):
+                raise mismatch("id2label", "a name for each label", repr(given["id2label"]))
             given["num_labels"] = len(given["id2label"])
         other = {key: value for key, value in given.items() if key not in known and key not in SET_ON_SAVE}
         return cls(**{key: value for key, value in given.items() if key in known}, other=other)
@@ -80,7 +96,7 @@ class Config:
     @classmethod
     def from_pretrained(cls: type[C], directory: str | Path) -> C:
         """From config.json in `directory`."""
-        path = Path(directory) / "config.json"
+        path = stored(directory, CONFIG)
         try:
             return cls.from_dict(read_json(path))
         except ValueError as error:
@@ -126,7 +142,6 @@ class GPT2Config(Config):
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
     scale_attn_weights: bool = True  # scale by 1/√head_dim
     scale_attn_by_inverse_layer_idx: bool = False  # scale by 1/(layer + 1) too
     reorder_and_upcast_attn: bool = False  # softmax in float32, which fastlm always does
@@ -139,7 +154,10 @@ class GPT2Config(Config):
             check_sizes(self, "n_inner")
         check_divisible(self, "n_head", "n_embd")
         check_probabilities(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
+        check_epsilon(self, "layer_norm_epsilon")
+        check_flags(self, "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
         check_gelu(self, "activation_function")
+        super().__post_init__()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -170,7 +188,6 @@ class BertConfig(Config):
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
     pad_token_id: int | None = 0
     num_labels: int = 2  # for BertForSequenceClassification
     problem_type: str | None = None  # None: follows from the labels, see BertForSequenceClassification
@@ -192,6 +209,8 @@ class BertConfig(Config):
         if self.classifier_dropout is not None:
             check_probabilities(self, "classifier_dropout")
         check_gelu(self, "hidden_act")
+        check_epsilon(self, "layer_norm_eps")
+        super().__post_init__()  # before the id is compared
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise mismatch("pad_token_id", f"a token id in [0, {self.vocab_size})", self.pad_token_id)
         problems = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -212,6 +231,8 @@ def check_sizes(config: Config, *keys: str) -> None:
         value = getattr(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise mismatch(key, "an integer >= 1", repr(value))
+        if value > MAX_SIZE:
+            raise mismatch(key, f"an integer <= {MAX_SIZE}", value)
 
 
 def check_divisible(config: Config, heads: str, width: str) -> None:
@@ -219,26 +240,59 @@ def check_divisible(config: Config, heads: str, width: str) -> None:
         raise mismatch(width, f"a multiple of {heads} = {getattr(config, heads)}", getattr(config, width))
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_probabilities(config: Config, *keys: str) -> None:
     for key in keys:
-        if not 0 <= getattr(config, key) < 1:
-            raise mismatch(key, "a probability in [0, 1)", getattr(config, key))
+        value = getattr(config, key)
+        if not is_number(value) or not 0 <= value < 1:
+            raise mismatch(key, "a probability in [0, 1)", repr(value))
+
+
+def check_epsilon(config: Config, key: str) -> None:
+    value = getattr(config, key)
+    if not is_number(value) or not 0 < value <= MAX_FLOAT32:
+        raise mismatch(key, "a finite number > 0", repr(value))
+
+
+def check_flags(config: Config, *keys: str) -> None:
+    for key in keys:
+        if not isinstance(getattr(config, key), bool):
+            raise mismatch(key, "true or false", repr(getattr(config, key)))
+
+
+def check_token_ids(config: Config, *keys: str) -> None:
+    """None, a token id, or for the end of a text several. Ids outside the vocabulary are those of no token."""
+    for key in keys:
+        value = getattr(config, key)
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and abs(i) < 2**63 for i in ids):
+            raise mismatch(key, "a token id or null", repr(value))
 
 
 def check_gelu(config: Config, key: str) -> None:
-    if getattr(config, key) not in GELUS:
-        raise mismatch(key, f"one of {', '.join(GELUS)}", repr(getattr(config, key)))
+    value = getattr(config, key)
+    if not isinstance(value, str) or value not in GELUS:
+        raise mismatch(key, f"one of {', '.join(GELUS)}", f"{value!r}{did_you_mean(value, GELUS)}")
+
+
+def stored(directory: str | Path, name: str) -> Path:
+    """The path of a checkpoint's file: in COMMITTED if a process was killed while it saved, see checkpoint.staged."""
+    committed = Path(directory) / COMMITTED / name
+    return committed if committed.is_file() else Path(directory) / name
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads one JSON object; a missing or damaged file raises a one-line error that names it."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{path}: no such file; expected a local directory in Hugging Face's format (nothing is downloaded)"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of the JSON or the UTF-8 decoder, or an integer of 5000 digits
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(contents, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(contents).__name__}")

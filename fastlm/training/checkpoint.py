@@ -1,51 +1,46 @@
-"""Saves a trained model. Files are written to a temporary directory and moved to their final paths when complete."""
+"""Saves a trained model: the checkpoint, its tokenizer, and what else a command writes, all at once."""
 
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from fastlm.core.errors import mismatch
+from fastlm.models import checkpoint
 from fastlm.models.base import PretrainedModel
+from fastlm.models.config import CONFIG, stored
+from fastlm.training.tokenizers import tokenizer_config
 
 
-def prepare(out: str | Path) -> Path:
-    """Checks, before training starts, that the output directory can be written."""
+def prepare(out: str | Path, *, overwrite: bool = False) -> Path:
+    """Checks, before training starts, that the output directory can be written and has no model yet."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # torchrun sets it
+        raise mismatch("WORLD_SIZE", "1, as training on several processes is not supported", repr(processes))
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a directory or a path for a new one, got the file {str(out)!r}")
     nearest = next(directory for directory in (out, *out.absolute().parents) if directory.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"out: expected a writable directory, got {str(out)!r} in {str(nearest)!r}")
+    names = (CONFIG, *checkpoint.WEIGHT_FILES)
+    if not overwrite and (found := next((name for name in names if stored(out, name).exists()), None)):
+        raise FileExistsError(
+            f"out: expected a directory without a model, got {str(out)!r}, which has {found}; --overwrite replaces it"
+        )
     return out
 
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Yields a temporary directory inside `out` and moves its files into `out` on exit.
-
-    If an exception is raised, the files are deleted and `out` is as before.
-    """
-    created, complete = not out.exists(), False
+    """models.checkpoint.staged, with errors that name the option."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
-        try:
+        with checkpoint.staged(out) as folder:
             yield folder
-            for file in sorted(folder.iterdir()):
-                os.replace(file, out / file.name)
-            complete = True
-        finally:
-            shutil.rmtree(out if created and not complete else folder, ignore_errors=True)
-    except Exception as failure:
-        # On a full disk safetensors raises its own type of error.
-        if isinstance(failure, OSError) or type(failure).__name__ == "SafetensorError":
-            raise OSError(f"out: could not save to {str(out)!r}; no file was written: {one_line(failure)}") from failure
-        raise
+    except OSError as failure:
+        raise OSError(f"out: could not save to {str(out)!r}; no file was written: {one_line(failure)}") from failure
 
 
 def one_line(failure: BaseException) -> str:
@@ -55,8 +50,9 @@ def one_line(failure: BaseException) -> str:
 
 def write_model(folder: Path, model: PretrainedModel, tokenizer: Tokenizer) -> None:
     """Writes the files that `fastlm generate`, `from_pretrained` and Hugging Face's classes read."""
-    model.save_pretrained(folder)
+    model.write_files(folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.config.max_position_embeddings))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,10 +1,13 @@
 """Reads files into token ids and cuts token ids into windows of one context."""
 
+import codecs
 import dataclasses
 import glob
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -15,15 +18,23 @@ from fastlm.training.tokenizers import byte_tokenizer, char_tokenizer
 
 # Maximum number of tokens of an evaluation: the standard error is about 0.01 nats.
 EVALUATED_TOKENS = 2**16
+CHUNK = 2**20  # bytes of a text that are decoded at a time
+CODE_POINTS = 0x110000  # of Unicode
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Token ids in the smallest sufficient integer dtype, and the tokenizer."""
+    """Token ids in the smallest sufficient integer dtype, the tokenizer, and the files that were not read."""
 
     train: Tensor
     validation: Tensor
     tokenizer: Tokenizer
+    skipped: tuple[Path, ...] = ()
+
+
+class Files(NamedTuple):
+    found: list[Path]
+    skipped: list[Path]  # hidden and binary files that no path names
 
 
 def load(
@@ -49,8 +60,11 @@ def load(
     check_one_of("tokenizer", tokenizer, TOKENIZERS)
     if not val_file:
         check_range("val_fraction", val_fraction, 0, 1, open_left=True)
-    text = read(find_files("data", paths))
-    held_out = read(find_files("val_file", [val_file])) if val_file else {}
+    training = find_files("data", paths)
+    separate = find_files("val_file", [val_file] if val_file else [])
+    if not training.found:
+        raise mismatch("data", "at least one file, directory or pattern", "none")
+    text, held_out = read(training.found), read(separate.found)
     if not any(text.values()):
         files = f"{len(text)} empty file{'s' * (len(text) != 1)}, the first is {next(iter(text))}"
         raise mismatch("data", "a text that is not empty", files)
@@ -58,7 +72,8 @@ def load(
     ids = encode(text)
     cut = len(ids) if val_file else round(len(ids) * (1 - val_fraction))
     validation = encode(held_out) if val_file else ids[cut:]
-    return Corpus(train=ids[:cut], validation=validation, tokenizer=tokenizer_object)
+    skipped = (*training.skipped, *separate.skipped)
+    return Corpus(train=ids[:cut], validation=validation, tokenizer=tokenizer_object, skipped=skipped)
 
 
 def check_length(corpus: Corpus, context: int) -> None:
@@ -75,12 +90,13 @@ def check_length(corpus: Corpus, context: int) -> None:
             )
 
 
-def find_files(argument: str, paths: Iterable[str | Path]) -> list[Path]:
+def find_files(argument: str, paths: Iterable[str | Path]) -> Files:
     """Expands directories (recursively) and glob patterns (with `**`) to sorted lists of files.
 
     Hidden and binary files are skipped unless a path names them.
     """
-    found = []
+    found: list[Path] = []
+    skipped: list[Path] = []
     for path in map(Path, paths):
         if path.is_file():
             found.append(path)
@@ -88,20 +104,19 @@ def find_files(argument: str, paths: Iterable[str | Path]) -> list[Path]:
         if path.exists() and not path.is_dir():
             raise mismatch(argument, "a file, a directory or a pattern", path)
         candidates = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-        files = sorted(
-            p
-            for p in candidates
-            if p.is_file() and not is_hidden(p.relative_to(path) if path.is_dir() else p) and not is_binary(p)
-        )
+        files: list[Path] = []
+        others: list[Path] = []
+        for file in sorted(p for p in candidates if p.is_file()):
+            hidden = is_hidden(file.relative_to(path) if path.is_dir() else file)
+            (others if hidden or is_binary(file) else files).append(file)
         if not files:
             raise FileNotFoundError(
                 f"{argument}: expected a file, a directory with text files or a pattern that matches text files, "
                 f"got {str(path)!r}"
             )
         found += files
-    if not found:
-        raise mismatch(argument, "at least one file, directory or pattern", "none")
-    return found
+        skipped += others
+    return Files(found, skipped)
 
 
 def is_hidden(path: Path) -> bool:
@@ -127,24 +142,43 @@ def by_byte(texts: dict[Path, bytes], masked: bool):
 
 
 def by_character(texts: dict[Path, bytes], masked: bool):
-    """The vocabulary consists of all characters of the texts, sorted by code point."""
-    codes = {path: code_points(path, text) for path, text in texts.items()}
-    alphabet = torch.unique(torch.cat(list(codes.values())))
-    dtype = torch.uint8 if len(alphabet) <= 256 else torch.int32
+    """The vocabulary consists of all characters of the texts, sorted by code point.
+
+    Texts are decoded in chunks, twice: once for the vocabulary and once for the ids. Decoding them as a whole would
+    take many times their size.
+    """
+    occurs, counts = np.zeros(CODE_POINTS, dtype=bool), dict.fromkeys(texts, 0)
+    for path, text in texts.items():
+        for codes in code_points(path, text):
+            occurs[codes] = True
+            counts[path] += len(codes)
+    alphabet = np.flatnonzero(occurs)
+    id_of = np.zeros(CODE_POINTS, dtype=np.uint8 if len(alphabet) <= 256 else np.int32)
+    id_of[alphabet] = np.arange(len(alphabet))
 
     def encode(some):
-        return torch.searchsorted(alphabet, torch.cat([codes[path] for path in some])).to(dtype)
+        ids, filled = np.empty(sum(counts[path] for path in some), dtype=id_of.dtype), 0
+        for path, text in some.items():
+            for codes in code_points(path, text):
+                ids[filled : filled + len(codes)] = id_of[codes]
+                filled += len(codes)
+        return torch.from_numpy(ids)
 
     return encode, char_tokenizer([chr(c) for c in alphabet.tolist()], masked=masked)
 
 
-def code_points(path: Path, text: bytes) -> Tensor:
-    try:
-        decoded = bytearray(text.decode("utf-8").encode("utf-32-le"))
-    except UnicodeDecodeError as wrong:
-        expected = "UTF-8 text for the char tokenizer (the byte tokenizer accepts any file)"
-        raise mismatch("data", expected, f"{path}, invalid at byte {wrong.start}") from None
-    return torch.frombuffer(decoded, dtype=torch.int32) if decoded else torch.empty(0, dtype=torch.int32)
+def code_points(path: Path, text: bytes) -> Iterator[np.ndarray]:
+    """The code points of a UTF-8 text, in chunks."""
+    decoder, whole = codecs.getincrementaldecoder("utf-8")(), memoryview(text)
+    for start in range(0, len(text), CHUNK):
+        undecoded = len(decoder.getstate()[0])  # bytes of a character that began in the previous chunk
+        try:
+            chunk = decoder.decode(whole[start : start + CHUNK], final=start + CHUNK >= len(text))
+        except UnicodeDecodeError as wrong:
+            expected = "UTF-8 text for the char tokenizer (the byte tokenizer accepts any file)"
+            place = start - undecoded + wrong.start
+            raise mismatch("data", expected, f"{path}, invalid at byte {place}") from None
+        yield np.frombuffer(chunk.encode("utf-32-le"), dtype=np.uint32)
 
 
 def windows(ids: Tensor, starts: Tensor, length: int) -> Tensor:

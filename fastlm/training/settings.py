@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import did_you_mean, mismatch
 from fastlm.models.layers import RECOMPUTE
 from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 
@@ -55,9 +55,7 @@ class Settings:
         check_integer("warmup", self.warmup, 0)
         if self.decay_steps is not None:
             check_integer("decay_steps", self.decay_steps, 1)
-        check_integer("seed", self.seed, 0)
-        if self.seed >= 2**63:
-            raise mismatch("seed", "an integer < 2^63", self.seed)
+        check_seed(self.seed)
         if self.width % self.heads:
             raise mismatch("width", f"a multiple of heads = {self.heads}", self.width)
         check_range("lr", self.lr, 0, math.inf, open_left=True)
@@ -75,12 +73,19 @@ class Settings:
 
 def check_one_of(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
-        raise mismatch(name, f"one of {', '.join(map(str, allowed))}", repr(value))
+        expected = f"one of {', '.join(map(str, allowed))}"
+        raise mismatch(name, expected, f"{value!r}{did_you_mean(value, allowed)}")
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise mismatch(name, f"an integer >= {minimum}", value)
+
+
+def check_seed(seed: object) -> None:
+    check_integer("seed", seed, 0)
+    if seed >= 2**63:  # type: ignore[operator]
+        raise mismatch("seed", "an integer < 2^63", seed)
 
 
 def check_range(

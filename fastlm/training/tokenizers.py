@@ -5,6 +5,7 @@ checkpoint. For a corpus, data.py computes the same ids with PyTorch, which is a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -38,3 +39,17 @@ def char_tokenizer(characters: Sequence[str], *, masked: bool) -> Tokenizer:
 def with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (PAD, MASK)])
     return tokenizer
+
+
+def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
+    """The contents of a tokenizer_config.json.
+
+    Without it transformers would use the tokenizer class of the model's type, which splits the text differently.
+    """
+    special = {"pad_token": PAD, "mask_token": MASK}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,  # true would remove spaces before punctuation
+        "model_max_length": context,
+        **{name: token for name, token in special.items() if tokenizer.token_to_id(token) is not None},
+    }

@@ -4,7 +4,7 @@ from fastlm.benchmarking import growth, plots, report
 from fastlm.benchmarking.compare import Baseline, Row
 from fastlm.benchmarking.measure import Ratio
 from fastlm.benchmarking.whole import Subject
-from tests.benchmarks.test_report import DESCRIBED, OPERATORS
+from tests.benchmarks.test_report import DESCRIBED, OPERATORS, check_picture
 
 BASELINES = {
     "eager": Baseline(1.0, Ratio(2.0, 1.9, 2.1), 4_000_000),
@@ -80,8 +80,13 @@ def test_every_size_has_its_line():
     assert titles == [f"growth: {shape}" for shape in growth.SHAPES.values()]
 
 
-@pytest.mark.parametrize("rows", [ROWS, [*OPERATORS, *ROWS], ROWS[:1]], ids=["growth", "with others", "one point"])
+@pytest.mark.parametrize(
+    "rows",
+    [ROWS, [*OPERATORS, *ROWS], ROWS[:1], [*OPERATORS, *ROWS[-1:]]],
+    ids=["growth", "with others", "one point", "one series with others"],
+)
 def test_the_curves_are_drawn(tmp_path, rows):
     pytest.importorskip("matplotlib")
     plots.draw(tmp_path / "all.png", rows, DESCRIBED)
     assert (tmp_path / "all.png").stat().st_size > 10_000
+    check_picture(plots.figure_of(rows, DESCRIBED))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from rich.console import Console
 
@@ -104,8 +106,24 @@ def test_seconds_in_words(seconds, words):
     assert report.seconds_in_words(seconds) == words
 
 
-def test_the_picture_is_drawn_for_any_rows(tmp_path):
+BARE = dataclasses.replace(OPERATORS[0], work=None, bytes_held=None)
+PICTURES = {"all": [*OPERATORS, STEP], "steps": [STEP], "one": OPERATORS[:1], "without memory and FLOPs": [BARE]}
+
+
+@pytest.mark.parametrize("rows", PICTURES.values(), ids=PICTURES)
+def test_the_picture_is_drawn_for_any_rows(tmp_path, rows):
     pytest.importorskip("matplotlib")
-    for name, rows in {"all": [*OPERATORS, STEP], "steps": [STEP]}.items():
-        plots.draw(tmp_path / f"{name}.png", rows, DESCRIBED)
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    plots.draw(tmp_path / "plot.png", rows, DESCRIBED)
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    check_picture(plots.figure_of(rows, DESCRIBED))
+
+
+def check_picture(figure):
+    """Every panel has data, and no legend covers any."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert axes.has_data()
+        if legend := axes.get_legend():
+            place = legend.get_window_extent()
+            assert legend.get_texts() and not any(place.overlaps(other.bbox) for other in figure.axes)
+            assert not any(place.overlaps(label.get_window_extent()) for label in (axes.xaxis.label, axes.yaxis.label))

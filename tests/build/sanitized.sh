@@ -19,9 +19,11 @@ FASTLM_REQUIRE_BUILD=1 FASTLM_BUILD_ISAS=${isas// /,} FASTLM_SANITIZE=address,un
 # itself are not reported.
 LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so)
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
+tests="tests/ops tests/optim tests/fuzz/test_files.py"
 for isa in $isas; do # with --capture=sys reports of errors go to the terminal
   FASTLM_ISA=$isa "$python" -c 'import fastlm; print(fastlm.backends.isa.kernels.__file__)' | grep build/sanitized
   FASTLM_ISA=$isa FASTLM_TEST_BACKENDS=cpu "$python" -m pytest -q -x -n logical --maxprocesses 4 --dist loadfile \
-    --capture=sys --durations=5 tests/ops tests/optim -m "not slow" \
+    --capture=sys --durations=5 $tests -m "not slow" \
     -k "not compile and not opcheck and not contract" "$@"
+  tests="tests/ops tests/optim" # reading damaged files does not depend on the instruction set
 done

@@ -40,6 +40,8 @@ def test_probabilities_sum_to_one_at_every_temperature():
         assert len(rows) == 256 and abs(sum(row.probability for row in rows) - 1) < 1e-5
     flat, sharp = (predict(model, tokenizer, "abc", top=1, temperature=t)[0] for t in (10.0, 0.1))
     assert flat.score == sharp.score and flat.probability < sharp.probability
+    for tiny in (1e-40, 5e-324):
+        assert [row.probability for row in predict(model, tokenizer, "abc", top=2, temperature=tiny)] == [1.0, 0.0]
 
 
 def test_dropout_is_disabled_and_the_mode_is_restored():

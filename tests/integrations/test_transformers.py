@@ -104,16 +104,37 @@ def test_copies_are_accelerated_and_independent(family, copied):
     assert base.config is duplicate.config
 
 
-def test_an_accelerated_model_is_unpickled_by_another_process(tmp_path):
-    model, x = accelerated_copy(tiny("Bert")), ids(2, 7)
-    torch.save((model, x, model(x)[0]), tmp_path / "model.pt")
+@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+def test_an_accelerated_model_is_unpickled_by_another_process(family, tmp_path):
+    """With padding on the left: a causal model without its mask would attend to it."""
+    model, (x, mask) = accelerated_copy(tiny(family)), padded(9, 5, tokens=9)
+    mask = mask.flip(1)
+    torch.save((model, x, mask, model(x, attention_mask=mask)[0]), tmp_path / "model.pt")
     code = f"""
-import torch, fastlm
+import torch
 torch.set_num_threads(1)
-model, x, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
-assert torch.equal(model(x)[0], expected) and not fastlm.report(model).left_alone
+model, x, mask, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+assert torch.equal(model(x, attention_mask=mask)[0][mask.bool()], expected[mask.bool()])
+import fastlm
+assert not fastlm.report(model).left_alone
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def run_in_worker(model, x, mask, results):
+    torch.set_num_threads(1)
+    results.put(model(x, attention_mask=mask)[0].detach().numpy())
+
+
+def test_an_accelerated_model_is_an_argument_of_a_spawned_process():
+    model, (x, mask) = accelerated_copy(tiny("Bert")), padded(9, 5, tokens=9)
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    worker = context.Process(target=run_in_worker, args=(model, x, mask, results))
+    worker.start()
+    worker.join(timeout=120)
+    assert worker.exitcode == 0
+    torch.testing.assert_close(torch.from_numpy(results.get()), model(x, attention_mask=mask)[0], rtol=0, atol=0)
 
 
 def test_report():
@@ -286,6 +307,12 @@ def test_sentence_transformer():
     before = model.encode(sentences)
     assert fastlm.accelerate(model) is model and not fastlm.report(model).left_alone
     torch.testing.assert_close(torch.from_numpy(model.encode(sentences)), torch.from_numpy(before), **CLOSE)
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        pooled = model.encode(sentences, pool=pool, chunk_size=2)
+    finally:
+        model.stop_multi_process_pool(pool)
+    torch.testing.assert_close(torch.from_numpy(pooled), torch.from_numpy(before), **CLOSE)
 
 
 def test_real_bert():

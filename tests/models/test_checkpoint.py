@@ -19,7 +19,7 @@ from fastlm.models import (
     GPT2LMHeadModel,
     GPT2Model,
 )
-from fastlm.models.checkpoint import write_atomically
+from fastlm.models.checkpoint import staged
 from tests.models.hugging_face import ours_like, tiny_bert, tiny_gpt2
 
 HEADS = {
@@ -139,8 +139,9 @@ class Trap:
 def test_loading_a_pytorch_file_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, tiny_gpt2(), lambda state: {"a": Trap()}, name="pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: truncated or not a checkpoint"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: expected tensors by name and nothing else") as error:
         GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert str(error.value).endswith("as code in a checkpoint is never run, got the Python object posix.mkdir")
     assert not (tmp_path / "trapped").exists()
 
 
@@ -294,7 +295,11 @@ def test_mixed_dtypes_are_promoted_to_the_widest(tmp_path):
         ),
         (
             lambda t: t.to(torch.int8),
-            r"transformer.h.0.attn.c_attn.weight: expected a floating-point dtype, got torch.int8",
+            r"c_attn.weight: expected a dense tensor of dtype float32, float64, bfloat16, float16, got torch.int8",
+        ),
+        (
+            lambda t: t.to(torch.float8_e4m3fn),
+            r"c_attn.weight: expected a dense tensor of dtype float32, .*, got torch.float8_e4m3fn",
         ),
     ],
 )
@@ -312,6 +317,33 @@ def test_truncated_file_is_a_one_line_error(tmp_path, name, left):
     with pytest.raises(ValueError) as error:
         GPT2LMHeadModel.from_pretrained(tmp_path)
     assert str(error.value).startswith(f"{path}: truncated or not a checkpoint (") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_8_bits_are_refused(tmp_path, dtype):
+    directory = write(tmp_path, tiny_gpt2(), lambda state: {k: v.to(dtype) for k, v in state.items()})
+    for wanted in (None, torch.float32):
+        with pytest.raises(ValueError, match=rf"weight: expected a dense .*, got {dtype}"):
+            GPT2LMHeadModel.from_pretrained(directory, dtype=wanted)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"n_layer": 10**9}, "num_hidden_layers: expected no more layers than the 41 tensors of the weights"),
+        ({"n_positions": 10**9}, r"wpe.weight: expected shape \(1000000000, 36\), as in config.json"),
+        ({"n_embd": 3 * 10**8}, r"weight: expected shape \(131, 300000000\)"),
+        ({"n_embd": 2**31 - 2, "n_inner": 2**31 - 1, "n_head": 2}, "expected sizes in config.json that can be"),
+        ({"n_embd": 10**12}, "n_embd: expected an integer <= 2147483647, got 1000000000000"),
+    ],
+    ids=str,
+)
+def test_sizes_that_the_weights_do_not_have_allocate_nothing(tmp_path, changes, message):
+    config = json.loads((write(tmp_path, tiny_gpt2()) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message) as error:
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
 
 
 def test_missing_weights_and_missing_directory(tmp_path):
@@ -381,17 +413,103 @@ def test_directory_that_cannot_be_created(tmp_path):
 
 
 def test_files_are_replaced_together(tmp_path):
-    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
-    write_atomically({first: lambda path: path.write_text("old")})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    with staged(tmp_path / "new") as folder:
+        (folder / "a.txt").write_text("old")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.txt"]
+    (tmp_path / "new" / "b.txt").mkdir()
+    with (
+        pytest.raises(OSError, match=r"new/b.txt: could not be written \(it is a directory\); no file was changed"),
+        staged(tmp_path / "new") as folder,
+    ):
+        (folder / "a.txt").write_text("new")
+        (folder / "b.txt").write_text("new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.txt", "b.txt"]
+    assert (tmp_path / "new" / "a.txt").read_text() == "old"
 
-    def fails(path):
-        path.write_text("half")
-        raise OSError("no space")
 
-    with pytest.raises(OSError, match=r"b.txt: could not be written \(no space\); no file was changed"):
-        write_atomically({first: lambda path: path.write_text("new"), second: fails})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and first.read_text() == "old"
+KILLED = """
+import itertools, json, os, signal, sys, time
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from fastlm.models import GPT2Config, GPT2LMHeadModel, load_model
+
+torch.set_num_threads(1)
+directory = Path(sys.argv[1])
+models = []  # the weights of each are 1, 2, … and say so in the config
+for number in (1, 2, 3):
+    config = GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=number, n_head=2, other={"number": number})
+    model = GPT2LMHeadModel(config)
+    for p in model.parameters():
+        torch.nn.init.constant_(p, number)
+    models.append(model)
+
+def child(run):
+    pid = os.fork()
+    if pid == 0:
+        run()
+        os._exit(0)
+    return pid
+
+def save_and_die(model, n):  # before the n-th call of the system that touches a file
+    calls = itertools.count(1)
+    def count(event, arguments):
+        if event.partition(".")[0] in ("os", "shutil", "fcntl", "open") and next(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    model.save_pretrained(directory)
+
+def save_forever():
+    for model in itertools.cycle(models):
+        model.save_pretrained(directory)
+
+def check(allowed):
+    found = load_model(directory)
+    number = found.config.other["number"]
+    assert number in allowed, (number, allowed)
+    assert all((p == number).all() for p in found.parameters()) and found.config.n_layer == number
+    if (directory / "config.json").exists():  # as other programs read it
+        number = json.loads((directory / "config.json").read_text())["number"]
+        assert (load_file(directory / "model.safetensors")["transformer.wte.weight"] == number).all()
+    return number
+
+def check_no_leftovers():
+    models[0].save_pretrained(directory)
+    assert sorted(os.listdir(directory)) == ["config.json", "model.safetensors"], os.listdir(directory)
+
+models[0].save_pretrained(directory)
+seen = set()
+for n in itertools.count(1):
+    model = models[1 + n % 2]
+    before = check({1, 2, 3})
+    status = os.waitpid(child(lambda: save_and_die(model, n)), 0)[1]
+    seen.add(check({before, model.config.n_layer}) == before)
+    if status == 0:
+        break
+assert n > 10 and seen == {True, False}
+check_no_leftovers()
+for i in range(15):
+    pid = child(save_forever)
+    time.sleep(0.0014 * i)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    check({1, 2, 3})
+check_no_leftovers()
+print(n)
+"""
+
+
+def test_a_killed_process_leaves_one_checkpoint_and_the_next_save_no_leftovers(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, timeout=300)
+
+
+def test_a_save_in_progress_is_not_swept(tmp_path):
+    with staged(tmp_path) as first:
+        (first / "a.txt").write_text("first")
+        with staged(tmp_path) as second:
+            (second / "a.txt").write_text("second")
+        assert (tmp_path / "a.txt").read_text() == "second" and (first / "a.txt").exists()
+    assert (tmp_path / "a.txt").read_text() == "first" and os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_loading_draws_no_random_numbers_and_keeps_no_file_mapped(tmp_path):

@@ -8,9 +8,11 @@ import torch
 
 from fastlm.generation import load_tokenizer
 from fastlm.models import load_model
-from fastlm.training import checkpoint
+from fastlm.training import checkpoint, data
 from fastlm.training.models import build
 from fastlm.training.settings import Settings
+
+FILES = ["config.json", "model.safetensors", "summary.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.fixture
@@ -27,11 +29,42 @@ def save(out, model, corpus):
 def test_saved_files_can_be_loaded(tmp_path, model, corpus):
     save(tmp_path / "new" / "out", model, corpus)
     out = tmp_path / "new" / "out"
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "summary.json", "tokenizer.json"]
+    assert sorted(os.listdir(out)) == FILES
     loaded = load_model(out)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     assert load_tokenizer(out).encode("if 1\n") == corpus.tokenizer.encode("if 1\n").ids
     assert json.loads((out / "summary.json").read_text()) == {"val_loss": 1.5}
+
+
+TEXTS = [
+    "Hello world",
+    "  def f(x):\n\treturn x  # naïve 東京 \U0001f600  \r\n",
+    "I'm sure they've 1234 it's , . ! ? don't",
+    "",
+    " ",
+    "\n\n",
+    "a  b   c ",
+    "é e\u0301 ﬁ \u00a0 \u200b \u2028x",
+    "<|endoftext|> [UNK] [CLS]",
+]
+
+
+@pytest.mark.parametrize("objective", ["next-token", "masked-token"])
+@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+def test_transformers_reads_the_tokenizer(tmp_path, tokenizer, objective):
+    transformers = pytest.importorskip("transformers", reason="pip install 'fastlm[test]'")
+    (tmp_path / "text.txt").write_text("".join(TEXTS), encoding="utf-8", newline="")
+    masked = objective == "masked-token"
+    corpus = data.load([tmp_path / "text.txt"], tokenizer=tokenizer, masked=masked)
+    out = tmp_path / "out"
+    save(out, build(Settings(objective, layers=1, heads=2, width=32, context=16), corpus.tokenizer), corpus)
+    ours, theirs = load_tokenizer(out), transformers.AutoTokenizer.from_pretrained(out)
+    for text in [*TEXTS, *(["a[MASK] [PAD] b"] if masked else [])]:
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), text
+    assert theirs.mask_token_id == ours.mask_token_id and theirs.model_max_length == 16
+    assert (theirs.pad_token == "[PAD]") == masked
 
 
 def test_saving_again_keeps_other_files(tmp_path, model, corpus):

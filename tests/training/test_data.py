@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -18,7 +21,7 @@ def text_of(ids):
 
 def test_order_of_files_directories_and_patterns(tmp_path):
     write(tmp_path, b_txt="B", a_txt="A", sub__c_txt="C", sub__d_txt="D")
-    names = lambda *paths: [p.name for p in data.find_files("data", paths)]  # noqa: E731
+    names = lambda *paths: [p.name for p in data.find_files("data", paths).found]  # noqa: E731
     assert names(tmp_path) == ["a.txt", "b.txt", "c.txt", "d.txt"]
     assert names(tmp_path / "b.txt", tmp_path / "a.txt") == ["b.txt", "a.txt"]
     assert names(tmp_path / "*.txt") == ["a.txt", "b.txt"]
@@ -28,13 +31,17 @@ def test_order_of_files_directories_and_patterns(tmp_path):
 
 def test_hidden_and_binary_files_are_skipped_unless_named(tmp_path):
     write(tmp_path, a_txt="A", **{".git__config": "G", ".hidden": "H"}, image=b"\x89PNG\0\0")
-    assert [p.name for p in data.find_files("data", [tmp_path])] == ["a.txt"]
-    assert [p.name for p in data.find_files("data", [tmp_path / "image", tmp_path / ".hidden"])] == ["image", ".hidden"]
+    found, skipped = data.find_files("data", [tmp_path])
+    assert [p.name for p in found] == ["a.txt"]
+    assert [p.name for p in skipped] == ["config", ".hidden", "image"]
+    assert data.load([tmp_path]).skipped == tuple(skipped)
+    named, skipped = data.find_files("data", [tmp_path / "image", tmp_path / ".hidden"])
+    assert [p.name for p in named] == ["image", ".hidden"] and not skipped
 
 
 def test_files_below_a_named_hidden_directory(tmp_path):
     write(tmp_path / ".cache", a_txt="A")
-    assert len(data.find_files("data", [tmp_path / ".cache"])) == 1
+    assert len(data.find_files("data", [tmp_path / ".cache"]).found) == 1
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
@@ -45,6 +52,37 @@ def test_ids_equal_those_of_the_tokenizer(tmp_path, tokenizer):
     assert ids == corpus.tokenizer.encode(text).ids
     assert len(corpus.validation) == round(0.25 * len(ids))
     assert corpus.train.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 64])
+def test_chunks_end_anywhere_in_a_character(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    text = "zwölf Boxkämpfer\r\n\tjagen € 😀"
+    corpus = data.load([write(tmp_path, a_txt=text)], tokenizer="char", val_fraction=0.25)
+    assert torch.cat([corpus.train, corpus.validation]).tolist() == corpus.tokenizer.encode(text).ids
+    for wrong, place in ((b"ab\xffcd", 2), ("abc€".encode()[:-1], 3), (b"\x80", 0)):
+        with pytest.raises(ValueError, match=f"a.txt, invalid at byte {place}$"):
+            data.load([write(tmp_path, a_txt=wrong)], tokenizer="char")
+
+
+MEMORY = """
+import resource, sys
+from fastlm.training import data
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+corpus = data.load([sys.argv[1]], tokenizer="char")
+print(peak() - before, corpus.train.nbytes + corpus.validation.nbytes)
+"""
+
+
+def test_memory_of_encoding_characters(tmp_path):
+    """The peak is less than four times the text and the ids. Texts of one emoji and ASCII are the worst for Python."""
+    line = "a line of a text that is otherwise ASCII\n"
+    text = line * (30_000_000 // len(line)) + "😀"
+    file = write(tmp_path, a_txt=text) / "a.txt"
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(file)], capture_output=True, text=True, check=True)
+    used, ids = map(int, done.stdout.split())
+    assert used < 4 * len(text) + ids
 
 
 def test_vocabulary_of_more_than_256_characters(tmp_path):

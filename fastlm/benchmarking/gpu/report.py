@@ -94,7 +94,8 @@ def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
 
     rows = [row for row in rows if row.baselines]
     figure = Figure(figsize=(13, max(4, 1.5 + 0.3 * len(rows))), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    shares = [100 * (share(row, described["peaks"]) or 0) for row in rows]
+    left, *right = figure.subplots(1, 2 if any(shares) else 1, sharey=True, squeeze=False)[0]
     places = range(len(rows))
     best = [min(row.baselines.values(), key=lambda r: r["seconds"]) for row in rows]
     spread = [[r["median"] - r["low"] for r in best], [r["high"] - r["median"] for r in best]]
@@ -104,8 +105,8 @@ def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
     left.set_yticks(places, names, fontsize=7)
     left.invert_yaxis()
     left.set(title="speedup", xlabel="speedup over the fastest of PyTorch and flash-attn (line: equal)")
-    shares = [100 * (share(row, described["peaks"]) or 0) for row in rows]
-    right.barh(places, shares, color="#238b45")
-    right.set(title="share of peak", xlabel="% of what memory and matrix units allow")
+    for panel in right:
+        panel.barh(places, shares, color="#238b45")
+        panel.set(title="share of peak", xlabel="% of what memory and matrix units allow")
     figure.suptitle(f"{described['card']}, fastlm {described['fastlm']}, PyTorch {described['torch']}", fontsize=11)
     figure.savefig(path)

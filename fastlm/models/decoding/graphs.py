@@ -46,7 +46,7 @@ class SlotCache(KVCache):
 
 class CapturedSteps(DecodingSteps):
     """DecodingSteps on a GPU. After the prompt, a captured step is replayed until it no longer covers the sequence;
-    then a wider one is captured.
+    then a wider one is captured. Steps beyond the context are launched one by one.
 
     Attributes read and written by the graphs:
         token: (batch, 1), the latest token of every row.
@@ -60,11 +60,14 @@ class CapturedSteps(DecodingSteps):
     captured = False  # whether self.graph attends to that many
 
     def __call__(self, position: int) -> None:
+        if position > self.context:
+            self.slide(position)
+            return
         if position == self.prompt:
             super().__call__(position)
             self.prepare()
             return
-        window = min(-(-position // STEPS_PER_GRAPH) * STEPS_PER_GRAPH, self.capacity)
+        window = min(-(-position // STEPS_PER_GRAPH) * STEPS_PER_GRAPH, self.cache.capacity)
         if window != self.window:
             self.window, self.captured = window, False
             self.step()  # once eagerly, as kernels cannot be compiled during a capture

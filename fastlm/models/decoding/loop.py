@@ -44,11 +44,13 @@ def generate(
 ) -> Tensor:
     """Generates a continuation of every row of input_ids, greedily by default.
 
-    Dropout is disabled during generation, whether the model is in training mode or not.
+    Every token is predicted from the tokens before it, of which the model reads the last max_position_embeddings (its
+    context): beyond it, the window slides, and each step takes as long as the whole context. Dropout is disabled,
+    whether the model is in training mode or not.
 
     Args:
         input_ids: (batch, tokens). Shorter rows are padded on the left with any token; attention_mask marks padding.
-        max_new_tokens: maximum number of tokens to add; together with the prompt they must fit into the context.
+        max_new_tokens: maximum number of tokens to add.
         temperature, top_k, top_p: see fastlm.generation.Sampling.
         eos_token_id: the token or tokens that end a row; None: those of the model's config; (): none.
         seed: of the random generator of this call; None: PyTorch's default generator is used.
@@ -66,18 +68,12 @@ def generate(
         ValueError: an argument is invalid; the message names it.
     """
     sampling = Sampling(temperature, top_k, top_p)
-    context = model.config.max_position_embeddings
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise mismatch("input_ids", "shape (batch, tokens) with at least one of each", tuple(input_ids.shape))
-    room = context - input_ids.shape[1]
-    if room < 1:
-        raise mismatch("input_ids", f"fewer tokens than the model's context of {context}", input_ids.shape[1])
-    if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= room:
-        raise mismatch(
-            "max_new_tokens",
-            f"an integer from 1 to {room} (context {context} - prompt {input_ids.shape[1]})",
-            max_new_tokens,
-        )
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise mismatch("max_new_tokens", "an integer >= 1", max_new_tokens)
+    if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
+        raise mismatch("seed", "an integer in [-2^63, 2^64)", seed)
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise mismatch(

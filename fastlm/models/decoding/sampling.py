@@ -7,10 +7,14 @@ from torch import Tensor
 
 from fastlm.core.errors import mismatch
 
+# float32 logits that differ at all differ by more than 1e-10 if they are as large as those of a model. Divided by less
+# than this temperature, no two of them leave both a probability above 0, and large ones would overflow.
+GREEDY_BELOW = 1e-20
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. The default, and temperature 0, is greedy; top_k or top_p alone use temperature 1.
+    """Sampling parameters. The default, and a temperature below 1e-20, is greedy; top_k or top_p alone use 1.
 
     temperature: the logits are divided by it. Values below 1 sharpen the distribution, values above 1 flatten it.
     top_k: only the k most likely tokens can be drawn, and those tied with the last of them.
@@ -32,7 +36,9 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0 or (self.temperature is None and self.top_k is None and self.top_p is None)
+        if self.temperature is None:
+            return self.top_k is None and self.top_p is None
+        return self.temperature < GREEDY_BELOW
 
     def choose(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         """(batch, vocabulary) logits of any dtype → (batch,) token ids."""

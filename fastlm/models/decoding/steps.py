@@ -1,4 +1,8 @@
-"""Decoding steps launched one by one: the first processes the prompt, each later one a single token per sequence."""
+"""Decoding steps launched one by one: the first processes the prompt, each later one a single token per sequence.
+
+Beyond the model's context a token is predicted from the last `context` tokens. Their positions change with every step,
+so that keys and values cannot be reused: such a step processes the whole window.
+"""
 
 import torch
 from torch import Tensor
@@ -39,20 +43,36 @@ class DecodingSteps:
         if attention_mask is not None:
             self.attention_mask = attention_mask.new_ones(self.sequences.shape)
             self.attention_mask[:, : self.prompt] = attention_mask
-            # The first real token of a row has position 0, however much padding precedes it.
-            self.position_ids = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
-        self.cache = KVCache(model.config.num_hidden_layers, self.capacity)
+            self.position_ids = positions(self.attention_mask)
+        self.context: int = model.config.max_position_embeddings
+        self.cache = KVCache(model.config.num_hidden_layers, min(self.capacity, self.context))
         self.finished = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         self.eos = torch.tensor(eos, dtype=torch.long, device=input_ids.device)
         self.num_generated = torch.zeros((), dtype=torch.long, device=input_ids.device)
 
     def __call__(self, position: int) -> None:
         """Writes the token at `position` of every row, computed from the tokens before it."""
+        if position > self.context:
+            self.slide(position)
+            return
         new = slice(self.cache.length, position)
         mask = None if self.attention_mask is None else self.attention_mask[:, :position]
         position_ids = None if self.position_ids is None else self.position_ids[:, new]
         logits = self.model(
             self.sequences[:, new], self.cache, mask, position_ids=position_ids, logits_to_keep=1
+        ).logits
+        self.sequences[:, position] = self.next_tokens(logits)
+
+    def slide(self, position: int) -> None:
+        """The same, from the last `context` tokens and without the cache."""
+        window = slice(position - self.context, position)
+        mask = None if self.attention_mask is None else self.attention_mask[:, window]
+        logits = self.model(
+            self.sequences[:, window],
+            None,
+            mask,
+            position_ids=None if mask is None else positions(mask),
+            logits_to_keep=1,
         ).logits
         self.sequences[:, position] = self.next_tokens(logits)
 
@@ -62,3 +82,8 @@ class DecodingSteps:
         if self.eos.numel():
             self.finished |= (tokens[:, None] == self.eos).any(-1)
         return tokens
+
+
+def positions(mask: Tensor) -> Tensor:
+    """The first real token of a row has position 0, however much padding precedes it."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)

@@ -59,6 +59,30 @@ def test_greedy_with_gpt2_head_size_up_to_the_full_context():
     assert expected[0].unique().numel() > 15  # not one repeated token
 
 
+def by_windows(model, ids, new):
+    """Greedy decoding by definition: every token from the last 48 tokens, the context, and no cache."""
+    for _ in range(new):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids[:, -48:]).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("prompt, new", [(40, 40), (48, 5), (60, 12), (1, 70)])
+def test_the_window_slides_beyond_the_context(prompt, new):
+    theirs, ids = tiny_gpt2(), prompts(2, prompt)
+    assert torch.equal(ours_like(theirs).generate(ids, max_new_tokens=new), by_windows(theirs, ids, new))
+
+
+def test_left_padding_slides_out_of_the_window():
+    ours, (ids, mask) = ours_like(tiny_gpt2()), left_padded()
+    together = ours.generate(ids, max_new_tokens=60, attention_mask=mask)
+    for row, real in enumerate(mask.sum(1)):
+        alone = ours.generate(ids[row : row + 1, 7 - real :], max_new_tokens=60)
+        # The window of 48 tokens counts padding, so that rows agree until it slides, and again from when it is full.
+        assert torch.equal(together[row, 7 - real :][: 48 - (7 - real)], alone[0][: 48 - (7 - real)])
+    assert together.shape == (3, 67)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_finished_rows_are_padded(several):
     theirs, ids = tiny_gpt2(), prompts(4, 5)
@@ -180,22 +204,10 @@ def test_prompt_dtypes_and_defaults():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (
-            lambda m: m.generate(prompts(1, 5), max_new_tokens=44),
-            r"max_new_tokens: expected an integer from 1 to 43 \(context 48 - prompt 5\), got 44",
-        ),
-        (
-            lambda m: m.generate(prompts(1, 5), max_new_tokens=0),
-            "max_new_tokens: expected an integer from 1 to 43 .*, got 0",
-        ),
-        (
-            lambda m: m.generate(prompts(1, 5), max_new_tokens=2.5),
-            "max_new_tokens: expected an integer from 1 to 43 .*, got 2.5",
-        ),
-        (
-            lambda m: m.generate(prompts(1, 48)),
-            "input_ids: expected fewer tokens than the model's context of 48, got 48",
-        ),
+        (lambda m: m.generate(prompts(1, 5), max_new_tokens=0), "max_new_tokens: expected an integer >= 1, got 0"),
+        (lambda m: m.generate(prompts(1, 5), max_new_tokens=2.5), "max_new_tokens: expected an integer >= 1, got 2.5"),
+        (lambda m: m.generate(prompts(1, 5), seed=2**64), r"seed: expected an integer in \[-2\^63, 2\^64\), got"),
+        (lambda m: m.generate(prompts(1, 5), seed="1"), r"seed: expected an integer in \[-2\^63, 2\^64\), got 1"),
         (
             lambda m: m.generate(prompts(1, 0)),
             r"input_ids: expected shape \(batch, tokens\) with at least one of each, got \(1, 0\)",

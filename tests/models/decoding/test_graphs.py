@@ -47,6 +47,14 @@ def test_same_tokens(shape, new, expected, replays):
     assert replays() == expected
 
 
+@pytest.mark.parametrize("prompt", [5, 47, 48, 49])
+def test_beyond_the_context(prompt, replays):
+    """Steps beyond the context of 48 tokens are launched one by one."""
+    eager, replayed = eager_and_captured(ours_like(tiny_gpt2()), prompts(2, prompt), 60)
+    assert torch.equal(replayed, eager) and replayed.shape == (2, prompt + 60)
+    assert bool(replays()) == (prompt == 5)
+
+
 def test_left_padded(replays):
     ids, mask = left_padded()
     eager, replayed = eager_and_captured(ours_like(tiny_gpt2()), ids, 30, attention_mask=mask)

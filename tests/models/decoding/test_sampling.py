@@ -52,10 +52,17 @@ def test_sample_without_sync_equals_multinomial():
 
 def test_greedy_by_default():
     logits = torch.randn(6, 50)
-    for sampling in (Sampling(), Sampling(0), Sampling(0.0, top_k=5, top_p=0.5)):
+    for sampling in (Sampling(), Sampling(0), Sampling(0.0, top_k=5, top_p=0.5), Sampling(1e-40), Sampling(5e-324)):
         assert sampling.greedy and torch.equal(sampling.choose(logits, None), logits.argmax(-1))
     assert not Sampling(top_k=5).greedy and not Sampling(top_p=0.5).greedy and not Sampling(1.0).greedy
     assert torch.equal(Sampling(top_k=1).choose(logits, None), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-15, 2e-20])
+def test_low_temperatures_choose_the_most_likely_token(temperature):
+    logits = 1e4 * torch.randn(6, 50)
+    assert not Sampling(temperature).greedy
+    assert torch.equal(Sampling(temperature).choose(logits, None), logits.argmax(-1))
 
 
 def test_16_bit_logits_are_sampled_in_float32():
