@@ -5,6 +5,7 @@ Reading accepts the variants that older versions of transformers wrote. Writing 
 
 import json
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastlm.core.errors import FLOATING
 from fastlm.models.config import read_json
 
 # In order of preference.
@@ -60,6 +62,11 @@ def read_file(path: Path) -> dict[str, Tensor]:
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # PyTorch's message recommends to load the file without this restriction, which would run code from it.
+        raise ValueError(
+            f"{path}: expected tensors only, got other Python objects or a damaged file; nothing of it was loaded"
+        ) from None
     except Exception as error:  # damaged files raise many types of error
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
@@ -72,7 +79,7 @@ def widest_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
     """The floating-point dtype that can represent all tensors; None if no tensor is floating point."""
     dtype = None
     for tensor in tensors:
-        if tensor.is_floating_point():
+        if tensor.dtype in FLOATING:
             dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     return dtype
 
@@ -143,8 +150,9 @@ def load_parameters(
             if tensor.shape != parameter.shape:
                 expected, got = tuple(parameter.shape), tuple(tensor.shape)
                 raise ValueError(f"{directory}: {name}: expected shape {expected}, as in config.json, got {got}")
-            if not tensor.is_floating_point():
-                raise ValueError(f"{directory}: {name}: expected a floating-point dtype, got {tensor.dtype}")
+            if tensor.dtype not in FLOATING:
+                dtypes = ", ".join(map(str, FLOATING))
+                raise ValueError(f"{directory}: {name}: expected one of {dtypes}, got {tensor.dtype}")
             parameter.copy_(tensor)
 
 

@@ -5,7 +5,16 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_path,
+    check_probability,
+    mismatch,
+    shown,
+    wrong_type,
+)
 
 C = TypeVar("C", bound="Config")
 
@@ -80,10 +89,11 @@ class Config:
     @classmethod
     def from_pretrained(cls: type[C], directory: str | Path) -> C:
         """From config.json in `directory`."""
+        check_path("directory", directory)
         path = Path(directory) / "config.json"
         try:
             return cls.from_dict(read_json(path))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,7 +149,10 @@ class GPT2Config(Config):
             check_sizes(self, "n_inner")
         check_divisible(self, "n_head", "n_embd")
         check_probabilities(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
+        check_positive(self, "layer_norm_epsilon")
+        check_flags(self, "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
         check_gelu(self, "activation_function")
+        check_common(self)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -192,10 +205,12 @@ class BertConfig(Config):
         if self.classifier_dropout is not None:
             check_probabilities(self, "classifier_dropout")
         check_gelu(self, "hidden_act")
+        check_positive(self, "layer_norm_eps")
+        check_common(self)
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise mismatch("pad_token_id", f"a token id in [0, {self.vocab_size})", self.pad_token_id)
         problems = (None, "regression", "single_label_classification", "multi_label_classification")
-        if self.problem_type not in problems:
+        if not isinstance(self.problem_type, str | None) or self.problem_type not in problems:
             raise mismatch("problem_type", f"one of {', '.join(map(str, problems))}", repr(self.problem_type))
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,11 +222,28 @@ class BertConfig(Config):
         return values
 
 
+def check_common(config: Config) -> None:
+    """Check the settings that all models have."""
+    check_flags(config, "tie_word_embeddings")
+    if not check_number("initializer_range", config.initializer_range, "a finite number of 0 or more") >= 0:
+        raise mismatch("initializer_range", "a finite number of 0 or more", config.initializer_range)
+    check_token(config, "bos_token_id")
+    check_token(config, "pad_token_id")
+    eos = config.eos_token_id
+    if eos is not None:
+        for token in eos if isinstance(eos, list) else (eos,):
+            check_integer("eos_token_id", token, "a token id, several or None")
+    if not isinstance(config.other, dict):
+        raise wrong_type("other", "a dict", config.other)
+
+
 def check_sizes(config: Config, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise mismatch(key, "an integer >= 1", repr(value))
+            raise mismatch(key, "an integer >= 1", shown(value))
+        if value >= 2**31:
+            raise mismatch(key, "an integer below 2^31", shown(value))
 
 
 def check_divisible(config: Config, heads: str, width: str) -> None:
@@ -221,13 +253,29 @@ def check_divisible(config: Config, heads: str, width: str) -> None:
 
 def check_probabilities(config: Config, *keys: str) -> None:
     for key in keys:
-        if not 0 <= getattr(config, key) < 1:
-            raise mismatch(key, "a probability in [0, 1)", getattr(config, key))
+        check_probability(key, getattr(config, key))
+
+
+def check_positive(config: Config, *keys: str) -> None:
+    for key in keys:
+        if not check_number(key, getattr(config, key), "a finite number above 0") > 0:
+            raise mismatch(key, "a finite number above 0", getattr(config, key))
+
+
+def check_flags(config: Config, *keys: str) -> None:
+    for key in keys:
+        check_flag(key, getattr(config, key))
+
+
+def check_token(config: Config, key: str) -> None:
+    if getattr(config, key) is not None:
+        check_integer(key, getattr(config, key), "a token id or None")
 
 
 def check_gelu(config: Config, key: str) -> None:
-    if getattr(config, key) not in GELUS:
-        raise mismatch(key, f"one of {', '.join(GELUS)}", repr(getattr(config, key)))
+    value = getattr(config, key)
+    if not isinstance(value, str) or value not in GELUS:
+        raise mismatch(key, f"one of {', '.join(GELUS)}", shown(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:

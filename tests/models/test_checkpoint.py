@@ -139,7 +139,10 @@ class Trap:
 def test_loading_a_pytorch_file_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, tiny_gpt2(), lambda state: {"a": Trap()}, name="pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: truncated or not a checkpoint"):
+    message = (
+        "pytorch_model.bin: expected tensors only, got other Python objects or a damaged file; nothing of it was loaded"
+    )
+    with pytest.raises(ValueError, match=f"{message}$"):  # without PyTorch's advice to disable the check
         GPT2LMHeadModel.from_pretrained(tmp_path)
     assert not (tmp_path / "trapped").exists()
 
@@ -271,6 +274,8 @@ def test_arguments_of_the_class_and_dtype(tmp_path):
     model = BertModel.from_pretrained(tmp_path, add_pooling_layer=False, dtype=torch.bfloat16)
     assert model.pooler is None
     assert_same_weights(model, theirs.to(torch.bfloat16))
+    with pytest.raises(ValueError, match=r"^dtype: expected one of torch.float32, .*, got torch.float8_e4m3fn"):
+        BertModel.from_pretrained(tmp_path, dtype=torch.float8_e4m3fn)
 
 
 def test_mixed_dtypes_are_promoted_to_the_widest(tmp_path):
@@ -294,7 +299,11 @@ def test_mixed_dtypes_are_promoted_to_the_widest(tmp_path):
         ),
         (
             lambda t: t.to(torch.int8),
-            r"transformer.h.0.attn.c_attn.weight: expected a floating-point dtype, got torch.int8",
+            r"transformer.h.0.attn.c_attn.weight: expected one of torch.float32, .*, got torch.int8",
+        ),
+        (
+            lambda t: t.to(torch.float8_e4m3fn),
+            r"transformer.h.0.attn.c_attn.weight: expected one of torch.float32, .*, got torch.float8_e4m3fn",
         ),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlm.backends.contract import Implementation, Results
+from fastlm.backends.cpu import check_storages
 from fastlm.backends.selection import requested, select
 from fastlm.core.tracing import needs_custom_op
 from fastlm.ops.linear_cross_entropy import reference, spec
@@ -37,6 +38,7 @@ class LinearCrossEntropy(Operator):
         if needs_custom_op(x, weight, bias, target):
             selected = requested(backend)
         else:  # once: the backward uses the same
+            check_storages(self.tensor_names, call[: self.tensors])
             selected = select(self, *call.subject(), backend)
         if torch.is_grad_enabled():
             for tensor in (x, weight, bias, *originals):
