@@ -115,9 +115,9 @@ class Operator(Registered):
             if torch.compiler.is_compiling():
                 call = self.Forward(*distinct(*tensors), *call[self.tensors :])
         else:  # once: the backward uses the same
-            check_storages(self.tensor_names, tensors)
             x, dtype, sizes = call.subject()
             selected = select(self, x, dtype, sizes, backend)
+            check_storages(self.tensor_names, tensors)
             if selected.composite is not None and not originals:
                 return selected.composite(call)
         if torch.is_grad_enabled():
@@ -148,7 +148,8 @@ class Operator(Registered):
 
 def check_memory(names: tuple[str, ...], *tensors: Tensor | None) -> None:
     """For a function that copies its arguments before it calls the operator, which checks what it gets."""
-    if not needs_custom_op(*tensors):
+    # Under a torch.func transform, which operators refuse, tensors have no memory.
+    if not needs_custom_op(*tensors) and torch._C._functorch.peek_interpreter_stack() is None:
         check_storages(names, tensors)
 
 

@@ -38,8 +38,8 @@ class LinearCrossEntropy(Operator):
         if needs_custom_op(x, weight, bias, target):
             selected = requested(backend)
         else:  # once: the backward uses the same
-            check_storages(self.tensor_names, call[: self.tensors])
             selected = select(self, *call.subject(), backend)
+            check_storages(self.tensor_names, call[: self.tensors])
         if torch.is_grad_enabled():
             for tensor in (x, weight, bias, *originals):
                 if tensor is not None and tensor.requires_grad:
