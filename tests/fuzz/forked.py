@@ -1,5 +1,6 @@
 """Runs calls in forked processes, so that one that crashes or hangs is an outcome and not the end of the tests."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -36,6 +37,7 @@ def batch(calls: Sequence[Callable[[], Any]]) -> tuple[list[Any], str]:
     process = os.fork()
     if process == 0:
         try:
+            faulthandler.disable()  # the outcome says how a process ended
             torch.set_num_threads(1)  # libgomp starts no threads after a fork
             for call in calls:
                 sending.send(call())
