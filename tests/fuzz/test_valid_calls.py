@@ -287,7 +287,8 @@ def attention(draw: Draw) -> Problem:
 
     def shuffle():
         order, columns = draw.permutation(head_dim), draw.permutation(head_dim)
-        return [query[..., order], key[..., order], value[..., columns]]
+        queries, keys, values = (draw.permutation(size) for size in (query_len, key_len, key_len))
+        return [query[:, :, queries][..., order], key[:, :, keys][..., order], value[:, :, values][..., columns]]
 
     options = {"causal": causal, "window": window, "scale": scale, "mask": mask, "key_padding": key_padding}
     return Problem(
