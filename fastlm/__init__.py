@@ -40,7 +40,7 @@ __all__ = [
     "warmup",
 ]
 
-if isa.kernels is None:
+if isa.kernels is None and not isa.wrong_isa:
     warnings.warn(
         f"fastlm: no compiled kernels ({isa.missing}); PyTorch's own operators are used instead. See fastlm.info().",
         RuntimeWarning,

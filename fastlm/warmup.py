@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from fastlm.core.errors import mismatch, shown, wrong_type
+
 
 def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
     """Runs the model once per shape, so that later calls do not wait for the compilation of kernels.
@@ -21,12 +23,20 @@ def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
     Raises:
         ValueError: a shape is not a pair of positive integers.
     """
+    if not isinstance(model, nn.Module):
+        raise wrong_type("model", "a module", model)
     first = next(model.parameters())
     devices = [first.device] if first.is_cuda else []
     takes_labels = "labels" in inspect.signature(model.forward).parameters
+    if not isinstance(shapes, Iterable) or isinstance(shapes, str | torch.Tensor):
+        raise wrong_type("shapes", "(batch, tokens) pairs of positive integers", shapes)
     for shape in shapes:
-        if len(tuple(shape)) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ValueError(f"shapes: expected (batch, tokens) pairs of positive integers, got {shape}")
+        if not isinstance(shape, tuple | list) or len(shape) != 2:
+            raise wrong_type("shapes", "(batch, tokens) pairs of positive integers", shape)
+        for size in shape:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                got = f"({', '.join(map(shown, shape))})"
+                raise mismatch("shapes", "(batch, tokens) pairs of positive integers", got)
         tokens = torch.zeros(tuple(shape), dtype=torch.int64, device=first.device)
         with torch.random.fork_rng(devices):
             output = model(tokens, labels=tokens) if takes_labels else model(tokens)

@@ -113,9 +113,9 @@ inline bool dtype_from_dlpack(uint8_t code, uint8_t bits, dtype& type) {
 
 // What is needed of torch, looked up once.
 struct torch_api {
-  int (*from_object)(void*, dlpack_tensor*) = nullptr;                  // null where torch does not offer it
-  PyObject *tensor, *dtypes[Dtypes];                                    // torch.Tensor, torch.float32, …
-  PyObject *dtype_name, *shape, *stride, *data_ptr, *device, *is_here;  // attribute names
+  int (*from_object)(void*, dlpack_tensor*) = nullptr;  // null where torch does not offer it
+  PyObject *tensor, *dtypes[Dtypes];                    // torch.Tensor, torch.float32, …
+  PyObject *dtype_name, *shape, *stride, *data_ptr, *device, *is_here, *untyped_storage, *nbytes;  // attribute names
 
   // The caller holds the GIL. The object is never freed: it lives as long as the process.
   static const torch_api& get() {
@@ -146,6 +146,8 @@ struct torch_api {
     stride = PyUnicode_InternFromString("stride");
     data_ptr = PyUnicode_InternFromString("data_ptr");
     device = PyUnicode_InternFromString("device");
+    untyped_storage = PyUnicode_InternFromString("untyped_storage");
+    nbytes = PyUnicode_InternFromString("nbytes");
     is_here = PyUnicode_InternFromString("is_" FASTLM_TEXT(FASTLM_DEVICE));
   }
 };

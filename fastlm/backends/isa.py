@@ -48,12 +48,16 @@ def by_speed(usable: list[str], vendor: str) -> list[str]:
 
 
 def find() -> tuple[ModuleType | None, str | None, str]:
-    """(module, its ISA, why there is none)."""
+    """(module, its ISA, why there is none).
+
+    Raises:
+        ValueError: FASTLM_ISA forces an ISA that cannot be used.
+    """
     here, forced = usable(), os.environ.get("FASTLM_ISA")
     if forced and forced not in ISAS:
-        raise RuntimeError(f"FASTLM_ISA: expected one of {', '.join(ISAS)}, got {forced!r}")
+        raise ValueError(f"FASTLM_ISA: expected one of {', '.join(ISAS)}, got {forced!r}")
     if forced and here and forced not in here:
-        raise RuntimeError(f"FASTLM_ISA: expected one of {', '.join(here)}, which this CPU can run, got {forced!r}")
+        raise ValueError(f"FASTLM_ISA: expected one of {', '.join(here)}, which this CPU can run, got {forced!r}")
     reasons = []
     module = features()
     for isa in [forced] if forced else by_speed(here, module.vendor() if module else ""):
@@ -64,10 +68,21 @@ def find() -> tuple[ModuleType | None, str | None, str]:
         except ImportError as error:  # built, but for another Python or with a missing library
             reasons.append(f"the module for {isa} does not load ({error})")
     if forced:
-        raise RuntimeError(f"FASTLM_ISA: expected an ISA that was built, got {forced!r} ({', '.join(reasons)})")
+        raise ValueError(f"FASTLM_ISA: expected an ISA that was built, got {forced!r} ({', '.join(reasons)})")
     return None, None, report().get("reason") or ", ".join(reasons) or "the extension was not built"
+
+
+def find_or_report() -> tuple[ModuleType | None, str | None, str, str]:
+    """find() and why FASTLM_ISA cannot be obeyed, or "".
+
+    As a wrong FASTLM_BACKEND, a wrong FASTLM_ISA is an error of the first call and not of the import.
+    """
+    try:
+        return *find(), ""
+    except ValueError as error:
+        return None, None, str(error), str(error)
 
 
 if sys.platform == "linux":
     openmp.share(torch._C.__file__)
-kernels, name, missing = find()
+kernels, name, missing, wrong_isa = find_or_report()

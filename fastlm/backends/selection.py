@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.backends import table
+from fastlm.backends import isa, table
 from fastlm.backends.contract import Implementation
 from fastlm.backends.registry import BACKENDS, Registered
 from fastlm.backends.table import ORDER
-from fastlm.core.errors import Unsupported, mismatch
+from fastlm.core.errors import Unsupported, mismatch, shown
 
 ORDER_ELSEWHERE = ("torch", "reference")  # MPS, XPU, …
 
@@ -42,8 +42,8 @@ from_environment = os.environ.get("FASTLM_BACKEND") or None  # read once, at imp
 
 
 def check_name(name: str, argument: str = "backend") -> None:
-    if name not in BACKENDS:
-        raise mismatch(argument, f"one of {', '.join(BACKENDS)}", repr(name))
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise mismatch(argument, f"one of {', '.join(BACKENDS)}", shown(name))
 
 
 @contextlib.contextmanager
@@ -139,6 +139,8 @@ def decide(
     operator: Registered, device: torch.device, dtype: torch.dtype, forced: str | None, sizes: Any
 ) -> tuple[str, str | None]:
     """(the backend's name, what to count as a fallback if auto did not get the first of its order)."""
+    if isa.wrong_isa:
+        raise ValueError(isa.wrong_isa)
     order = (forced,) if forced else order_of(operator, device, dtype, sizes)
     for name in order:
         if not operator.refusals(name, device, dtype, sizes):

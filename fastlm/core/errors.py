@@ -1,9 +1,20 @@
 """The wording of errors and the checks of arguments that the operators share."""
 
 import difflib
+import math
+import numbers
+import operator
+import os
 from collections.abc import Iterable
+from typing import Any
 
+import numpy
+import torch
 from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TENSORS = {Tensor, torch.nn.Parameter}  # isinstance takes 60 ns for a Parameter
+INT64 = range(-(2**63), 2**63)
 
 
 class Unsupported(RuntimeError):
@@ -24,31 +35,134 @@ def did_you_mean(value: object, choices: Iterable[object]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+def wrong_type(argument: str, expected: str, got: object) -> TypeError:
+    """The error for an argument of another type; the caller raises it."""
+    return TypeError(f"{argument}: expected {expected}, got {shown(got)}")
+
+
+def shown(value: object) -> str:
+    """A value in an error message: scalars and texts themselves, of other objects the type."""
+    if value is None or isinstance(value, bool | float | complex | torch.dtype):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else f"{value[:60]}…")
+    if isinstance(value, int):
+        return str(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
+    if type(value) in TENSORS and isinstance(value, Tensor):
+        gradient = " that requires a gradient" if value.requires_grad else ""
+        return f"a {value.dtype} tensor of {value.dim()} dimensions{gradient}"
+    return type(value).__name__
+
+
+def check_tensor(argument: str, x: Any) -> None:
+    """x must be a tensor with strides: neither sparse nor nested."""
+    if type(x) not in TENSORS and not isinstance(x, Tensor):
+        raise wrong_type(argument, "a tensor", x)
+    if x.layout is not torch.strided or x.is_nested:
+        raise mismatch(argument, "a dense tensor", "a nested one" if x.is_nested else f"one of layout {x.layout}")
+
+
+def check_storage(argument: str, x: Tensor) -> None:
+    """The memory of a tensor must hold all of its elements: sharding frees it, and resizing may leave it too short."""
+    if x.numel() == 0:
+        return
+    given = x.untyped_storage().nbytes()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    needed = (x.storage_offset() + last + 1) * x.itemsize
+    if given == 0:
+        raise mismatch(argument, "a tensor with storage", "one whose storage was freed")
+    if given < needed:
+        expected = f"a storage of at least {needed} bytes, for its shape and strides"
+        raise mismatch(argument, expected, f"one of {given}")
+
+
+def check_floating(argument: str, x: Tensor) -> None:
+    if x.dtype not in FLOATING:
+        supported = f"one of {', '.join(map(str, FLOATING))}"
+        raise mismatch(argument, supported if x.dtype.is_floating_point else "a floating-point tensor", x.dtype)
+
+
 def check_rows(x: Tensor) -> None:
     """x must be (..., width) and floating point."""
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise mismatch("x", "at least one dimension, the last of size 1 or more", tuple(x.shape))
-    if not x.dtype.is_floating_point:
-        raise mismatch("x", "a floating-point tensor", x.dtype)
+    shape = x.shape
+    if len(shape) == 0 or shape[-1] == 0:
+        raise mismatch("x", "at least one dimension, the last of size 1 or more", tuple(shape))
+    check_floating("x", x)
 
 
 def check_like(argument: str, tensor: Tensor, x: Tensor, name: str = "x") -> None:
     """The tensor must have the dtype and device of x, which the caller knows as `name`."""
-    if tensor.dtype != x.dtype or tensor.device != x.device:
+    # Two CPU tensors are the common case; comparing devices takes twice as long.
+    if tensor.dtype != x.dtype or (not (tensor.is_cpu and x.is_cpu) and tensor.device != x.device):
         raise mismatch(argument, f"{x.dtype} on {x.device}, as {name}", f"{tensor.dtype} on {tensor.device}")
 
 
 def check_vector(argument: str, tensor: Tensor, size: int, reason: str) -> None:
-    if tensor.dim() != 1 or tensor.shape[0] != size:
-        raise mismatch(argument, f"shape ({size},), {reason}", tuple(tensor.shape))
+    shape = tensor.shape
+    if len(shape) != 1 or shape[0] != size:
+        raise mismatch(argument, f"shape ({size},), {reason}", tuple(shape))
 
 
 def check_choice(argument: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        expected = f"one of {', '.join(map(repr, choices))}"
-        raise mismatch(argument, expected, f"{value!r}{did_you_mean(value, choices)}")
+    """The value must be one of the choices and of their type: True is not 1."""
+    if isinstance(value, bool) or not isinstance(value, type(choices[0])) or value not in choices:
+        raise mismatch(argument, f"one of {', '.join(map(repr, choices))}", shown(value) + did_you_mean(value, choices))
 
 
-def check_probability(argument: str, p: float) -> None:
+def check_flag(argument: str, value: Any) -> bool:
+    """The value as a bool. Other objects are refused: "false" would count as true."""
+    if value is True or value is False:
+        return value
+    if isinstance(value, numpy.bool_ | torch.SymBool):
+        return bool(value)
+    raise wrong_type(argument, "True or False", value)
+
+
+def check_number(argument: str, value: Any, expected: str = "a finite number") -> float:
+    """The value as a float, which must be finite."""
+    if type(value) is not float:
+        value = as_float(argument, value, expected)
+    if not -math.inf < value < math.inf:
+        raise mismatch(argument, expected, value)
+    return value
+
+
+def as_float(argument: str, value: Any, expected: str) -> float:
+    if isinstance(value, Tensor):
+        gradient = value.requires_grad and torch.is_grad_enabled()  # none would reach it
+        if value.dim() != 0 or value.is_complex() or value.is_meta or gradient:
+            raise wrong_type(argument, expected, value)
+    elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat) or isinstance(value, bool):
+        raise wrong_type(argument, expected, value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise mismatch(argument, expected, shown(value)) from None
+
+
+def check_path(argument: str, value: Any) -> None:
+    if not isinstance(value, str | os.PathLike):
+        raise wrong_type(argument, "a path", value)
+
+
+def check_probability(argument: str, p: Any) -> float:
+    """The value as a float in [0, 1)."""
+    expected = "a probability in [0, 1)"
+    p = check_number(argument, p, expected)
     if not 0 <= p < 1:
-        raise mismatch(argument, "a probability in [0, 1)", p)
+        raise mismatch(argument, expected, p)
+    return p
+
+
+def check_integer(argument: str, value: Any, expected: str = "a 64-bit integer", allowed: range = INT64) -> int:
+    """The value as an int in a range."""
+    if type(value) is not int:
+        if isinstance(value, bool | Tensor) or not hasattr(type(value), "__index__"):
+            raise wrong_type(argument, expected, value)
+        try:
+            value = operator.index(value)
+        except TypeError:  # an array, say
+            raise wrong_type(argument, expected, value) from None
+    if value not in allowed:
+        raise mismatch(argument, expected, shown(value))
+    return value

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import check_integer, check_number, mismatch, wrong_type
 from fastlm.generation.tokenizer import Tokenizer
 from fastlm.models.auto import load_model
 from fastlm.models.base import PretrainedModel
@@ -32,10 +32,13 @@ def predict(
         ValueError: the text is empty, longer than the context, or has no [MASK] for a BERT; top < 1;
             temperature <= 0; the model has no language-modelling head.
     """
-    if not isinstance(top, int) or top < 1:
-        raise mismatch("top", "an integer >= 1", top)
-    if not 0 < temperature < float("inf"):
+    top = check_integer("top", top, "an integer >= 1", range(1, 2**63))
+    if not check_number("temperature", temperature, "a finite number > 0") > 0:
         raise mismatch("temperature", "a finite number > 0", temperature)
+    if not isinstance(text, str):
+        raise wrong_type("text", "a string", text)
+    if not hasattr(tokenizer, "mask_token_id"):
+        raise wrong_type("tokenizer", "a tokenizer", tokenizer)
     causal = isinstance(model, CausalLM)
     if not causal and not isinstance(model, BertForMaskedLM):
         raise mismatch("model", "a GPT2LMHeadModel or a BertForMaskedLM", f"a {type(model).__name__}")

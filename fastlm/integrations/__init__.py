@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
+from fastlm.core.errors import check_flag, wrong_type
+
 if TYPE_CHECKING:
     from fastlm.integrations.report import Report
 
@@ -45,13 +47,16 @@ def accelerate(
         The model. `fastlm.restore(model)` undoes it.
 
     Raises:
+        TypeError: the model is no module, or another argument no bool.
         ValueError: nothing in the model could be replaced and strict is True, or the model is the result of
             torch.compile. Call accelerate first, then torch.compile.
         ImportError: transformers is not installed.
     """
     from fastlm.integrations import transformers
 
-    return transformers.accelerate(model, attention=attention, layernorm=layernorm, mlp=mlp, loss=loss, strict=strict)
+    check_module(model)
+    options = {"attention": attention, "layernorm": layernorm, "mlp": mlp, "loss": loss, "strict": strict}
+    return transformers.accelerate(model, **{name: check_flag(name, value) for name, value in options.items()})
 
 
 def report(model: nn.Module) -> "Report":
@@ -61,6 +66,7 @@ def report(model: nn.Module) -> "Report":
     """
     from fastlm.integrations import transformers
 
+    check_module(model)
     return transformers.report(model)
 
 
@@ -72,4 +78,10 @@ def restore(model: M) -> M:
     """
     from fastlm.integrations import transformers
 
+    check_module(model)
     return transformers.restore(model)
+
+
+def check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise wrong_type("model", "a module", model)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fastlm.core.errors import did_you_mean
+from fastlm.core.errors import check_path, did_you_mean
 from fastlm.models.base import PretrainedModel
 from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
 from fastlm.models.config import CONFIG, read_json, stored
@@ -29,6 +29,7 @@ def load_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> Pr
     Raises:
         FileNotFoundError, ValueError: as from_pretrained, or for a class that is not supported.
     """
+    check_path("directory", directory)
     path = stored(directory, CONFIG)
     settings = read_json(path)
     architectures = settings.get("architectures") or []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from fastlm import backends
-from fastlm.core.errors import check_choice
+from fastlm.core.errors import FLOATING, check_choice, check_path
 from fastlm.models import checkpoint
 from fastlm.models.config import Config
 from fastlm.models.layers import RECOMPUTE, Conv1D, FeedForward
@@ -57,6 +57,9 @@ class PretrainedModel(nn.Module):
                 missing or has another shape. The message is one line that names it. Parameters in the file that the
                 model does not have cause a warning.
         """
+        check_path("directory", directory)
+        if dtype is not None:
+            check_choice("dtype", dtype, FLOATING)
         config = cls.config_class.from_pretrained(directory) if config is None else config
         tensors = checkpoint.read_tensors(Path(directory))
         tied = cls.tied if config.tie_word_embeddings else {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import check_flag, check_storage, check_tensor, mismatch
 from fastlm.core.tracing import needs_custom_op
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
@@ -140,7 +140,7 @@ class BertModel(BertPretrainedModel):
         super().__init__(config)
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
-        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.pooler = BertPooler(config) if check_flag("add_pooling_layer", add_pooling_layer) else None
         self.initialise(self)
 
     def forward(
@@ -277,6 +277,10 @@ class BertForSequenceClassification(BertPretrainedModel):
         - floating point (batch,), with num_labels = 1: regression; mean squared error.
         - floating point (batch, num_labels): independent labels; mean binary cross-entropy.
         """
+        if labels is not None:
+            check_tensor("labels", labels)
+            if labels.is_cpu and not needs_custom_op(labels):
+                check_storage("labels", labels)
         hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         x = F.dropout(hidden.pooler_output, self.pdrop, self.training)
         if labels is None or self.problem_type(labels) == "single_label_classification":

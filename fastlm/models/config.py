@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from fastlm.core.errors import did_you_mean, mismatch
+from fastlm.core.errors import check_path, did_you_mean, mismatch, shown, wrong_type
 
 C = TypeVar("C", bound="Config")
 
@@ -63,6 +63,8 @@ class Config:
         check_token_ids(self, "bos_token_id", "eos_token_id", "pad_token_id")
         if not is_number(self.initializer_range) or not 0 <= self.initializer_range <= MAX_FLOAT32:
             raise mismatch("initializer_range", "a finite number >= 0", repr(self.initializer_range))
+        if not isinstance(self.other, dict):
+            raise wrong_type("other", "a dict", self.other)
 
     @classmethod
     def preset(cls: type[C], name: str, **changes: Any) -> C:
@@ -96,10 +98,11 @@ class Config:
     @classmethod
     def from_pretrained(cls: type[C], directory: str | Path) -> C:
         """From config.json in `directory`."""
+        check_path("directory", directory)
         path = stored(directory, CONFIG)
         try:
             return cls.from_dict(read_json(path))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,7 +217,7 @@ class BertConfig(Config):
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise mismatch("pad_token_id", f"a token id in [0, {self.vocab_size})", self.pad_token_id)
         problems = (None, "regression", "single_label_classification", "multi_label_classification")
-        if self.problem_type not in problems:
+        if not isinstance(self.problem_type, str | None) or self.problem_type not in problems:
             raise mismatch("problem_type", f"one of {', '.join(map(str, problems))}", repr(self.problem_type))
 
     def to_dict(self) -> dict[str, Any]:
@@ -230,9 +233,9 @@ def check_sizes(config: Config, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise mismatch(key, "an integer >= 1", repr(value))
+            raise mismatch(key, "an integer >= 1", shown(value))
         if value > MAX_SIZE:
-            raise mismatch(key, f"an integer <= {MAX_SIZE}", value)
+            raise mismatch(key, f"an integer <= {MAX_SIZE}", shown(value))
 
 
 def check_divisible(config: Config, heads: str, width: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import check_flag, check_integer, mismatch, wrong_type
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.cache import KVCache
@@ -146,6 +146,9 @@ class GPT2Model(GPT2PretrainedModel):
             position_ids: (batch, tokens); None: positions continue from the length of the cache, padding included.
             use_cache: allocate a cache with the capacity of the context.
         """
+        if past_key_values is not None and not isinstance(past_key_values, KVCache):
+            raise wrong_type("past_key_values", "a KVCache", past_key_values)
+        use_cache = check_flag("use_cache", use_cache)
         past = past_key_values.length if past_key_values is not None else 0
         batch, tokens = inputs.check_tokens(input_ids, inputs_embeds, self.wte.weight, past, self.config.n_positions)
         device, shape = self.wte.weight.device, (batch, tokens)
@@ -207,6 +210,7 @@ class GPT2LMHeadModel(GPT2PretrainedModel, CausalLM):
             None.
         logits_to_keep: compute the logits of this many last positions only; 0: of all.
         """
+        logits_to_keep = check_integer("logits_to_keep", logits_to_keep, "an integer of 0 or more", range(2**63))
         hidden = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache
         )

@@ -6,7 +6,7 @@ Shapes are checked on every device. Values are checked on a CPU only: reading th
 import torch
 from torch import Tensor
 
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import check_floating, check_storage, check_tensor, mismatch
 from fastlm.core.tracing import needs_custom_op
 
 IGNORE_INDEX = -100  # a label with this value does not contribute to the loss
@@ -29,16 +29,19 @@ def check_tokens(
         raise mismatch("input_ids", "either input_ids or inputs_embeds", "neither" if input_ids is None else "both")
     if input_ids is not None:
         name, given = "input_ids", input_ids
+        check_tensor(name, given)
         if given.dim() != 2:
             raise mismatch(name, "shape (batch, tokens)", tuple(given.shape))
         check_ids(name, given, below=embedding.shape[0], device=embedding.device)
     else:
         assert inputs_embeds is not None
         name, given = "inputs_embeds", inputs_embeds
+        check_tensor(name, given)
         if given.dim() != 3 or given.shape[2] != embedding.shape[1]:
             raise mismatch(name, f"shape (batch, tokens, {embedding.shape[1]})", tuple(given.shape))
-        if not given.is_floating_point():
-            raise mismatch(name, "a floating-point dtype", given.dtype)
+        check_floating(name, given)
+        if given.device.type == "cpu" and not needs_custom_op(given):
+            check_storage(name, given)
         if given.device != embedding.device:
             raise mismatch(name, f"a tensor on {embedding.device}, as the model", given.device)
     batch, tokens = given.shape[:2]
@@ -63,13 +66,15 @@ def check_ids(
 
     If a shape is given without ignore_index, a batch size of 1 is accepted for any batch: it is broadcast.
     """
+    check_tensor(name, ids)
     if ids.dtype not in (torch.int64, torch.int32):
         raise mismatch(name, "dtype torch.int64 or torch.int32", ids.dtype)
     if ids.device != device:
         raise mismatch(name, f"a tensor on {device}, as the model", ids.device)
     if shape is not None and ids.shape != shape and (ignore_index is not None or ids.shape != (1, *shape[1:])):
-        raise mismatch(name, f"shape {shape}, as the input", tuple(ids.shape))
+        raise mismatch(name, f"shape {shape}, as input_ids or inputs_embeds", tuple(ids.shape))
     if ids.device.type == "cpu" and not needs_custom_op(ids) and ids.numel():
+        check_storage(name, ids)
         low, high = torch.aminmax(ids if ignore_index is None else ids.masked_fill(ids == ignore_index, 0))
         if low < 0 or high >= below:
             expected = f"values in [0, {below})" + ("" if ignore_index is None else f" or {ignore_index}")
@@ -80,9 +85,12 @@ def key_padding_mask(attention_mask: Tensor | None, batch: int, tokens: int, dev
     """attention_mask (batch, tokens), non-zero at real tokens, as bool. `tokens` includes those in the cache."""
     if attention_mask is None:
         return None
+    check_tensor("attention_mask", attention_mask)
     if attention_mask.shape != (batch, tokens):
         expected = f"shape ({batch}, {tokens}): one value per token, including those in the cache"
         raise mismatch("attention_mask", expected, tuple(attention_mask.shape))
     if attention_mask.device != device:
         raise mismatch("attention_mask", f"a tensor on {device}, as the model", attention_mask.device)
+    if device.type == "cpu" and not needs_custom_op(attention_mask):
+        check_storage("attention_mask", attention_mask)
     return attention_mask.bool()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlm.backends.contract import Implementation, Results
+from fastlm.backends.cpu import check_storages
 from fastlm.backends.registry import Registered
 from fastlm.backends.selection import refuse_transforms, requested, select
 from fastlm.core.imports import after_import
@@ -57,6 +58,7 @@ class Operator(Registered):
         super().__init__(name, package, self.Sizes)
         self.fields = len(self.Forward._fields)
         self.tensors = num_tensors(self.Forward)
+        self.tensor_names = self.Forward._fields[: self.tensors]
         self.forward_op = define(f"fastlm::{name}_forward", self, self.Forward, self.results, lambda i: i.forward)
         if self.Backward is not None:
             self.backward_op = define(
@@ -115,6 +117,7 @@ class Operator(Registered):
         else:  # once: the backward uses the same
             x, dtype, sizes = call.subject()
             selected = select(self, x, dtype, sizes, backend)
+            check_storages(self.tensor_names, tensors)
             if selected.composite is not None and not originals:
                 composed = selected.composite(call)
                 if composed is not NotImplemented:
@@ -143,6 +146,13 @@ class Operator(Registered):
         gradients = self.backward_op(*without_fp32_grads(call), name)
         gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
         return tuple([gradient if need else None for gradient, need in zip(gradients, call.needed, strict=True)])
+
+
+def check_memory(names: tuple[str, ...], *tensors: Tensor | None) -> None:
+    """For a function that copies its arguments before it calls the operator, which checks what it gets."""
+    # Under a torch.func transform, which operators refuse, tensors have no memory.
+    if not needs_custom_op(*tensors) and torch._C._functorch.peek_interpreter_stack() is None:
+        check_storages(names, tensors)
 
 
 def without_fp32_grads(call: Any) -> Any:

@@ -5,21 +5,23 @@ The pass updates weights and moments and can also clip gradients, update master 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fastlm.backends.selection import select
-from fastlm.core.errors import mismatch
+from fastlm.backends.cpu import check_storages
+from fastlm.backends.selection import check_name, select
+from fastlm.core.errors import check_flag, check_number, check_tensor, mismatch, shown, wrong_type
 from fastlm.core.layout import is_dense, with_strides_of
 from fastlm.core.tracing import PLAIN_TYPES, needs_custom_op
 from fastlm.ops.adamw.spec import AdamWImplementation, Sizes, Update, operator
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MASTER = "master_param"
+STATE = ("step", "exp_avg", "exp_avg_sq")  # of every parameter after its first step
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -29,12 +31,28 @@ class Batch:
 
     group: dict[str, Any]
     implementation: AdamWImplementation
+    plain: bool  # no tensor subclasses, no dispatch mode
     parameters: list[Tensor] = dataclasses.field(default_factory=list)
     gradients: list[Tensor] = dataclasses.field(default_factory=list)
     states: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)
 
     def of(self, key: str) -> list[Tensor]:
         return [state[key] for state in self.states if key in state]
+
+    def check(self) -> None:
+        """State is the user's to load and change: what does not fit its parameter must not reach an implementation."""
+        keys = ["exp_avg", "exp_avg_sq", "step"]
+        keys += [MASTER] if any(MASTER in state for state in self.states) else []
+        keys += ["max_exp_avg_sq"] if self.group["amsgrad"] else []
+        names = "parameter", "gradient", *keys
+        for p, gradient, state in zip(self.parameters, self.gradients, self.states, strict=True):
+            tensors: tuple[Any, ...] = p, gradient, *[state.get(key) for key in keys]
+            for name, x in zip(names, tensors, strict=True):
+                check_tensor(name, x)
+                if x.shape != (() if name == "step" else p.shape):
+                    expected = "shape ()" if name == "step" else f"shape {tuple(p.shape)}, as its parameter"
+                    raise mismatch(name, expected, tuple(x.shape))
+            check_storages(names, tensors)
 
     def update(self, factor: float | Tensor, zero_gradients: bool) -> None:
         group = self.group
@@ -106,10 +124,27 @@ class AdamW(torch.optim.AdamW):
         capturable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise mismatch("max_grad_norm", "a number above 0, or None", max_grad_norm)
+        if max_grad_norm is not None:
+            expected = "a finite number above 0, or None"
+            max_grad_norm = check_number("max_grad_norm", max_grad_norm, expected)
+            if not max_grad_norm > 0:
+                raise mismatch("max_grad_norm", expected, max_grad_norm)
+        if backend is not None:
+            check_name(backend)
+        master_weights = check_flag("master_weights", master_weights)
+        zero_gradients = check_flag("zero_gradients", zero_gradients)
+        for name, flag in (("foreach", foreach), ("fused", fused), ("capturable", capturable)):
+            if flag is not None:
+                check_flag(name, flag)
+        check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        check_group({"amsgrad": amsgrad, "maximize": maximize})
+        if isinstance(params, Tensor | str | dict) or not isinstance(params, Iterable):
+            raise wrong_type("params", "tensors, (name, tensor) pairs or groups", params)
+        listed: Any = list(params)
+        if not listed:
+            raise mismatch("params", "at least one tensor", "none")
         super().__init__(
-            params,
+            listed,
             lr,
             betas,
             eps,
@@ -137,6 +172,13 @@ class AdamW(torch.optim.AdamW):
         )
         # PyTorch's leaves out what is not its own, and a copy would then take other steps.
         return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.AdamW's."""
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise wrong_type("params", 'groups, which are dicts with the key "params"', param_group)
+        check_group(param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -169,6 +211,9 @@ class AdamW(torch.optim.AdamW):
     @torch._disable_dynamo  # a tracer cannot follow addresses: under torch.compile it runs between the graphs
     def _update(self) -> None:
         batches = list(self._batches())
+        for batch in batches:
+            if batch.plain:
+                batch.check()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and found_inf.item():
             if self.zero_gradients:
@@ -198,14 +243,17 @@ class AdamW(torch.optim.AdamW):
                         "torch.optim.SparseAdam takes sparse gradients"
                     )
                 state = self.state[p]
-                if not state or "exp_avg" not in state:
+                if "exp_avg" not in state or "exp_avg_sq" not in state or "step" not in state:
+                    if any(name in state for name in STATE):  # this is not its first step
+                        raise missing_state(next(name for name in STATE if name not in state))
                     self._begin(state, p)
                 elif p.dtype in HALVES and (
                     self.master_weights != (MASTER in state)
-                    or self.master_weights != (state["exp_avg"].dtype == torch.float32)
+                    or self.master_weights != (moment_dtype(state) == torch.float32)
                 ):
                     self._convert(state, p)
                 if amsgrad and "max_exp_avg_sq" not in state:
+                    check_tensor("exp_avg_sq", state["exp_avg_sq"])
                     state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
                 plain = not traced and type(p) in PLAIN_TYPES and type(gradient) in PLAIN_TYPES
                 gaps = plain and not (p.is_contiguous() or is_dense(p))
@@ -215,7 +263,7 @@ class AdamW(torch.optim.AdamW):
                 if batch is None:
                     implementation = select(operator, p, p.dtype, sizes, self.backend)
                     assert isinstance(implementation, AdamWImplementation)
-                    batch = batches[key] = Batch(group, implementation)
+                    batch = batches[key] = Batch(group, implementation, plain)
                 batch.parameters.append(p)
                 batch.gradients.append(gradient)
                 batch.states.append(state)
@@ -274,6 +322,10 @@ class AdamW(torch.optim.AdamW):
                 mine = self.state.get(p)
                 if not mine:
                     continue
+                if "step" not in mine:
+                    raise missing_state("step")
+                if not isinstance(mine["step"], Tensor):
+                    raise wrong_type("step", "a tensor in the state of every parameter", mine["step"])
                 if mine["step"].dtype != torch.float32:
                     mine["step"] = mine["step"].to(torch.float32)
                 mine["step"] = mine["step"].to(step_device(p))  # it may have been saved on another device
@@ -310,6 +362,43 @@ class AdamW(torch.optim.AdamW):
                 if key in saved and (key != MASTER or saved[key].dtype == torch.float32):
                     value = saved[key].to(device=p.device, dtype=torch.float32)
                     state[key] = with_strides_of(value, p) if type(p) in PLAIN_TYPES else value
+
+
+def moment_dtype(state: dict[str, Any]) -> torch.dtype:
+    check_tensor("exp_avg", state["exp_avg"])
+    return state["exp_avg"].dtype
+
+
+def missing_state(key: str) -> ValueError:
+    return mismatch(key, "a tensor in the state of every parameter, or no state at all", "none")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check the settings that a parameter group brings."""
+    for name, below in (("lr", math.inf), ("eps", math.inf), ("weight_decay", math.inf)):
+        if name in group:
+            check_setting(name, group[name], below)
+    if "betas" in group:
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise wrong_type("betas", "two numbers in [0, 1)", betas)
+        for beta in betas:
+            check_setting("betas", beta, 1.0)
+    for name in ("amsgrad", "maximize"):
+        if name in group:
+            check_flag(name, group[name])
+
+
+def check_setting(name: str, value: Any, below: float) -> None:
+    """The value, a number or a tensor of one, must be in [0, below)."""
+    expected = "a finite number of 0 or more" if below == math.inf else "two numbers in [0, 1)"
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point() or value.is_meta:
+            raise wrong_type(name, expected, value)
+        value = value.item()
+    number = check_number(name, value, expected)
+    if not 0 <= number < below:
+        raise mismatch(name, expected, shown(value))
 
 
 def step_device(p: Tensor) -> torch.device:

@@ -74,7 +74,7 @@ def test_a_parameter_whose_storage_was_freed_is_named():
     optimizer = fastlm.optim.AdamW([p], backend="cpu")
     optimizer.begin()
     optimizer.state[p]["exp_avg"].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=f"exp_avgs: {FREED}"):
+    with pytest.raises(ValueError, match=f"exp_avg: {FREED}"):
         optimizer.step()
 
 

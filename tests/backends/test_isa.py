@@ -62,11 +62,33 @@ def test_modules_with_a_slow_bf16_dot_product_come_later():
     assert isa.by_speed(["avx2", "baseline"], "GenuineIntel") == ["avx2", "baseline"]
 
 
+def first_call(path=PACKAGE.parent, **environment):
+    """What the import and the first call print on stderr, and the report's line about the compiled module."""
+    code = """
+import sys
+import fastlm
+import torch
+print(next(line for line in str(fastlm.info()).splitlines() if line.startswith("compiled module")))
+print("imported", file=sys.stderr)
+try:
+    fastlm.linear(torch.ones(2, 3), torch.ones(2, 3), backend="torch")
+except ValueError as error:
+    print(error, file=sys.stderr)
+"""
+    done = run(code, path, **environment)
+    return done.stderr.splitlines(), done.stdout.strip()
+
+
 def test_an_isa_that_does_not_exist_is_an_error():
-    assert (
-        "RuntimeError: FASTLM_ISA: expected one of amx, avx512_bf16, avx512, avx2, baseline, got 'sse9'"
-        in run("import fastlm", FASTLM_ISA="sse9").stderr
-    )
+    message = "FASTLM_ISA: expected one of amx, avx512_bf16, avx512, avx2, baseline, got 'sse9'"
+    assert first_call(FASTLM_ISA="sse9") == (["imported", message], f"compiled module: none ({message})")
+
+
+def test_an_isa_that_does_not_exist_is_one_line_of_a_command():
+    code = "import sys; sys.argv = ['fastlm', 'bench', '--operators', 'linear']; import fastlm.cli; fastlm.cli.main()"
+    done = run(code, FASTLM_ISA="sse9")
+    message = "error: FASTLM_ISA: expected one of amx, avx512_bf16, avx512, avx2, baseline, got 'sse9'"
+    assert done.returncode == 1 and done.stderr.splitlines() == [message]
 
 
 @pytest.fixture
@@ -81,19 +103,16 @@ def bare(tmp_path):
 
 
 def test_an_isa_that_was_not_built_is_an_error(bare):
-    done = run("import fastlm", bare, FASTLM_ISA="avx2")
-    assert (
-        "RuntimeError: FASTLM_ISA: expected an ISA that was built, got 'avx2' (no module for avx2 was built)"
-        in done.stderr
-    )
+    message = "FASTLM_ISA: expected an ISA that was built, got 'avx2' (no module for avx2 was built)"
+    assert first_call(bare, FASTLM_ISA="avx2")[0] == ["imported", message]
 
 
 def test_an_isa_that_this_cpu_lacks_is_an_error(bare):
     (bare / "fastlm" / "_cpu_features.py").write_text(
-        "def isas():\n    return ['baseline']\n\n\ndef vendor():\n    return ''\n"
+        "def isas():\n    return ['baseline']\n\n\ndef vendor():\n    return ''\n\n\ndef brand():\n    return ''\n"
     )
-    done = run("import fastlm", bare, FASTLM_ISA="avx2")
-    assert "RuntimeError: FASTLM_ISA: expected one of baseline, which this CPU can run, got 'avx2'" in done.stderr
+    message = "FASTLM_ISA: expected one of baseline, which this CPU can run, got 'avx2'"
+    assert first_call(bare, FASTLM_ISA="avx2")[0] == ["imported", message]
 
 
 def test_without_compiled_modules_one_warning_says_so_and_everything_works(bare):

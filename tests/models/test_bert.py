@@ -255,7 +255,10 @@ def test_autocast(dtype):
             lambda m: m(tokens(2, 5), labels=tokens(2, 5) + 131),
             r"labels: expected values in \[0, 131\) or -100, got \d+",
         ),
-        (lambda m: m(tokens(2, 5), labels=tokens(2)), r"labels: expected shape \(2, 5\), as the input, got \(2,\)"),
+        (
+            lambda m: m(tokens(2, 5), labels=tokens(2)),
+            r"labels: expected shape \(2, 5\), as input_ids or inputs_embeds, got \(2,\)",
+        ),
     ],
 )
 def test_errors(call, message):
@@ -270,7 +273,7 @@ def test_classifier_errors():
     ours = ours_like(tiny_bert("BertForSequenceClassification", num_labels=3))
     with pytest.raises(ValueError, match=r"labels: expected values in \[0, 3\) or -100, got 3"):
         ours(ids, labels=torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match=r"labels: expected shape \(2,\), as the input, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"labels: expected shape \(2,\), as input_ids or inputs_embeds, got \(3,\)"):
         ours(ids, labels=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=r"labels: expected shape \(2, 3\), got \(2, 2\)"):
         ours(ids, labels=torch.rand(2, 2))

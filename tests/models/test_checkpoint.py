@@ -272,6 +272,8 @@ def test_arguments_of_the_class_and_dtype(tmp_path):
     model = BertModel.from_pretrained(tmp_path, add_pooling_layer=False, dtype=torch.bfloat16)
     assert model.pooler is None
     assert_same_weights(model, theirs.to(torch.bfloat16))
+    with pytest.raises(ValueError, match=r"^dtype: expected one of torch.float32, .*, got torch.float8_e4m3fn"):
+        BertModel.from_pretrained(tmp_path, dtype=torch.float8_e4m3fn)
 
 
 def test_mixed_dtypes_are_promoted_to_the_widest(tmp_path):

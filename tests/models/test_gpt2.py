@@ -260,7 +260,7 @@ def test_autocast(dtype):
         ),
         (
             lambda m: m(tokens(2, 5), position_ids=torch.zeros(5).long()),
-            r"position_ids: expected shape \(2, 5\), as the input, got \(5,\)",
+            r"position_ids: expected shape \(2, 5\), as input_ids or inputs_embeds, got \(5,\)",
         ),
         (
             lambda m: m(tokens(2, 5), token_type_ids=torch.full((2, 5), 131)),
@@ -276,7 +276,7 @@ def test_autocast(dtype):
         ),
         (
             lambda m: m(tokens(2, 5), labels=tokens(1, 5)),
-            r"labels: expected shape \(2, 5\), as the input, got \(1, 5\)",
+            r"labels: expected shape \(2, 5\), as input_ids or inputs_embeds, got \(1, 5\)",
         ),
         (
             lambda m: m(tokens(2, 5), labels=torch.ones(2, 5)),

@@ -465,11 +465,11 @@ def call(**changed):
         ),
         (
             {"mask": torch.ones(3, 5, dtype=torch.bool)},
-            r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 3, 5\), got \(3, 5\)",
+            r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 3, 5\), as query and key, got \(3, 5\)",
         ),
         (
             {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool)},
-            r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 3, 5\), got \(2, 2, 3, 5\)",
+            r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 3, 5\), as query and key, got \(2, 2, 3, 5\)",
         ),
         (
             {"mask": torch.ones(1, 1, 3, 5, dtype=torch.int64)},
@@ -477,7 +477,7 @@ def call(**changed):
         ),
         (
             {"key_padding": torch.ones(2, 3, dtype=torch.bool)},
-            r"key_padding: expected shape \(2, 5\), \(batch, key_len\), got \(2, 3\)",
+            r"key_padding: expected shape \(2, 5\), \(batch, key_len\) of query and key, got \(2, 3\)",
         ),
         (
             {"key_padding": torch.ones(2, 5)},

@@ -503,7 +503,7 @@ WRONG_STARTS = [
     ({"cu_seqlens_q": torch.tensor([1, 3, 7])}, r"cu_seqlens_q: expected 0 as its first value, got 1"),
     (
         {"cu_seqlens_k": torch.tensor([0, 2, 8])},
-        r"cu_seqlens_k: expected 9, the number of tokens, as its last value, got 8",
+        r"cu_seqlens_k: expected 9, the number of tokens of key, as its last value, got 8",
     ),
     (
         {"cu_seqlens_q": torch.tensor([0, 8, 7])},

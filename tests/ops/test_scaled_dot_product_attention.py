@@ -84,7 +84,7 @@ def call(**changed):
         ),
         (
             {"attn_mask": torch.zeros(6, 7)},
-            r"mask: expected 4 dimensions, each 1 or that of \(2, 4, 7, 7\), got \(1, 1, 6, 7\)",
+            r"attn_mask: expected 4 dimensions, each 1 or that of \(2, 4, 7, 7\), as query and key, got \(1, 1, 6, 7\)",
         ),
         ({"dropout_p": 2}, r"dropout_p: expected a probability in \[0, 1\), got 2"),
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),

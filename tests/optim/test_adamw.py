@@ -689,10 +689,9 @@ def test_sparse_gradients_are_refused_before_any_change():
 @pytest.mark.parametrize(
     "key, value, got",
     [
-        ("exp_avg", torch.zeros(3, 4), r"torch.float32 on cpu, shape \(3, 4\) and strides \(4, 1\)"),
         ("exp_avg_sq", torch.zeros(4, 5).t(), r"torch.float32 on cpu, shape \(5, 4\) and strides \(1, 5\)"),
         ("exp_avg_sq", torch.zeros(5, 4).double(), r"torch.float64 on cpu, .*"),
-        ("step", torch.zeros(0), r"torch.float32 on cpu, shape \(0,\) and strides \(1,\)"),
+        ("step", torch.zeros(()).double(), r"torch.float64 on cpu, .*"),
     ],
 )
 def test_state_that_does_not_match_its_parameter_is_refused(backend, key, value, got):
@@ -707,26 +706,41 @@ def test_state_that_does_not_match_its_parameter_is_refused(backend, key, value,
         steps(optimizer, 1)
 
 
-@on_backends("cpu")
+@on_backends("reference", "torch", "cpu")
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("exp_avg", torch.zeros(3, 4), r"exp_avg: expected shape \(5, 4\), as its parameter, got \(3, 4\)"),
+        ("exp_avg_sq", torch.zeros(4), r"exp_avg_sq: expected shape \(5, 4\), as its parameter, got \(4,\)"),
+        ("step", torch.zeros(0), r"step: expected shape \(\), got \(0,\)"),
+    ],
+)
+def test_state_of_another_size_is_refused(backend, key, value, message):
+    own = parameters([(5, 4)])
+    optimizer = fastlm.optim.AdamW(own, backend=backend)
+    steps(optimizer, 1)
+    optimizer.state[own[0]][key] = value
+    with pytest.raises(ValueError, match=message):
+        steps(optimizer, 1)
+
+
+@on_backends("reference", "torch", "cpu")
 def test_a_gradient_of_another_size_is_refused(backend):
     p = floats(50).requires_grad_()
     optimizer = fastlm.optim.AdamW([p], backend=backend)
     steps(optimizer, 1)
     p.data = floats(5000)  # its state and gradient have the old size
-    with pytest.raises(
-        ValueError,
-        match=r"gradient: expected torch.float32 on cpu, shape \(5000,\) .*, got torch.float32 on cpu, shape \(50,\)",
-    ):
+    with pytest.raises(ValueError, match=r"gradient: expected shape \(5000,\), as its parameter, got \(50,\)"):
         optimizer.step()
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"max_grad_norm": 0}, "max_grad_norm: expected a number above 0, or None, got 0"),
-        ({"max_grad_norm": math.nan}, "max_grad_norm: expected a number above 0, or None, got nan"),
-        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
-        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+        ({"max_grad_norm": 0}, "max_grad_norm: expected a finite number above 0, or None, got 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm: expected a finite number above 0, or None, got nan"),
+        ({"lr": -1.0}, "lr: expected a finite number of 0 or more, got -1.0"),
+        ({"betas": (1.0, 0.9)}, r"betas: expected two numbers in \[0, 1\), got 1.0"),
     ],
 )
 def test_arguments_out_of_range(options, message):

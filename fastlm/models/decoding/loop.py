@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.backends.gpu import on_device
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import check_flag, check_integer, check_tensor, mismatch, wrong_type
 from fastlm.models.base import PretrainedModel
 from fastlm.models.decoding import graphs
 from fastlm.models.decoding.sampling import Sampling
 from fastlm.models.decoding.steps import DecodingSteps
+from fastlm.ops.operator import check_memory
 
 # On a GPU, the number of steps between two checks of whether all rows have finished; a check synchronises.
 CHECK_INTERVAL = 16
@@ -67,13 +68,20 @@ def generate(
     Raises:
         ValueError: an argument is invalid; the message names it.
     """
+    check_tensor("input_ids", input_ids)
+    if attention_mask is not None:
+        check_tensor("attention_mask", attention_mask)
+    check_memory(("input_ids", "attention_mask"), input_ids, attention_mask)
+    if seed is not None:
+        check_integer("seed", seed, "an integer in [-2^63, 2^64)", range(-(2**63), 2**64))
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise wrong_type("streamer", "an object with put() and end()", streamer)
+    cuda_graphs = check_flag("cuda_graphs", cuda_graphs)
+    eos, pad = token_ids(model, eos_token_id, pad_token_id)
     sampling = Sampling(temperature, top_k, top_p)
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise mismatch("input_ids", "shape (batch, tokens) with at least one of each", tuple(input_ids.shape))
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise mismatch("max_new_tokens", "an integer >= 1", max_new_tokens)
-    if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**64):
-        raise mismatch("seed", "an integer in [-2^63, 2^64)", seed)
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens, "an integer >= 1", range(1, 2**63))
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise mismatch(
@@ -82,8 +90,6 @@ def generate(
         if not attention_mask[:, -1].all():
             raise mismatch("attention_mask", "padding on the left only", "zeros in the last column")
         attention_mask = None if attention_mask.all() else attention_mask.bool()
-    eos = as_tuple(model.config.eos_token_id if eos_token_id is None else eos_token_id)
-    pad = next((p for p in (pad_token_id, model.config.pad_token_id, *eos) if p is not None), 0)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     use_graphs = cuda_graphs and graphs.can_capture(model, input_ids.device)
     steps_class = graphs.CapturedSteps if use_graphs else DecodingSteps
@@ -108,10 +114,16 @@ def run(steps: DecodingSteps, streamer: Streamer | None) -> Tensor:
     return steps.sequences[:, : steps.prompt + int(steps.num_generated.cpu())]
 
 
-def as_tuple(eos: int | Sequence[int] | None) -> tuple[int, ...]:
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+def token_ids(
+    model: PretrainedModel, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None
+) -> tuple[tuple[int, ...], int]:
+    """The tokens that end a row, and the one that follows them."""
+    eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
+    eos = () if eos is None else tuple(eos) if isinstance(eos, tuple | list) else (eos,)
+    eos = tuple(check_integer("eos_token_id", token, "a token id or several") for token in eos)
+    if pad_token_id is not None:
+        pad_token_id = check_integer("pad_token_id", pad_token_id, "a token id")
+    return eos, next((p for p in (pad_token_id, model.config.pad_token_id, *eos) if p is not None), 0)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import check_integer, check_number, mismatch
 
 # float32 logits that differ at all differ by more than 1e-10 if they are as large as those of a model. Divided by less
 # than this temperature, no two of them leave both a probability above 0, and large ones would overflow.
@@ -27,12 +27,16 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise mismatch("temperature", "a finite number >= 0", self.temperature)
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise mismatch("top_k", "an integer >= 1", self.top_k)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise mismatch("top_p", "a probability in (0, 1]", self.top_p)
+        if self.temperature is not None:
+            expected = "a finite number >= 0"
+            if check_number("temperature", self.temperature, expected) < 0:
+                raise mismatch("temperature", expected, self.temperature)
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, "an integer >= 1", range(1, 2**63))
+        if self.top_p is not None:
+            expected = "a probability in (0, 1]"
+            if not 0 < check_number("top_p", self.top_p, expected) <= 1:
+                raise mismatch("top_p", expected, self.top_p)
 
     @property
     def greedy(self) -> bool:

@@ -1,15 +1,26 @@
 """The public function: checks and documentation."""
 
-import math
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled, cast_for_autocast
-from fastlm.core.errors import check_like, check_probability, mismatch
+from fastlm.core.errors import (
+    check_flag,
+    check_floating,
+    check_like,
+    check_number,
+    check_probability,
+    check_tensor,
+    mismatch,
+    shown,
+)
 from fastlm.ops.attention.autograd import operator
 from fastlm.ops.attention.spec import UNLIMITED, Forward
+from fastlm.ops.operator import check_memory
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @overload
@@ -89,10 +100,12 @@ def attention(
         fully masked query gets 0, with lse −inf. A masked value, NaN too, never reaches the result.
 
     Raises:
-        ValueError: an argument that does not fit; the message names it.
+        TypeError, ValueError: an argument that does not fit; the message names it.
         fastlm.Unsupported: no backend, or not the forced one, supports this call; the message lists the reasons.
     """
+    check_tensors(query, key, value, mask)
     if autocast_enabled(query):
+        check_memory(("query", "key", "value", "mask"), query, key, value, mask)
         query, key, value = cast_for_autocast(query, key, value)
         mask = mask if mask is None or mask.dtype in (torch.bool, torch.float32) else mask.to(query.dtype)
     check(query, key, value, mask, key_padding)
@@ -102,18 +115,20 @@ def attention(
 
 def band(causal: bool, window: tuple[int | None, int | None] | None, offset: int) -> tuple[int, int]:
     """(lower, upper): query i attends to key j iff lower ≤ j − i ≤ upper. Query 0 has the position of key `offset`."""
+    causal = check_flag("causal", causal)
     lower, upper = -UNLIMITED, offset if causal else UNLIMITED
     if window is not None:
         left, right = check_window(window)
-        lower = lower if left is None else offset - left
-        upper = upper if right is None or causal else offset + right
+        lower = lower if left is None or left >= UNLIMITED else offset - left
+        upper = upper if right is None or right >= UNLIMITED or causal else offset + right
     return lower, upper
 
 
 def banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p, return_lse, backend):
     """Attention of a dense batch within a band."""
-    check_probability("dropout_p", dropout_p)
-    scale = check_scale(scale, query.shape[-1])
+    dropout_p = check_probability("dropout_p", dropout_p)
+    return_lse = check_flag("return_lse", return_lse)
+    scale = check_scale(scale, query)
     mask_gradient = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     seed = operator.draw_seed(query, dropout_p)
     out, lse = operator(
@@ -138,39 +153,52 @@ def banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p,
     return (out, lse) if return_lse else out
 
 
-def check(query, key, value, mask, key_padding):
-    if query.dim() != 4 or query.shape[3] == 0 or query.shape[1] == 0:
+def check_tensors(query, key, value, mask):
+    check_tensor("query", query)
+    check_tensor("key", key)
+    check_tensor("value", value)
+    if mask is not None:
+        check_tensor("mask", mask)
+
+
+def check(query, key, value, mask, key_padding, mask_name="mask"):
+    query_shape, key_shape = query.shape, key.shape
+    if len(query_shape) != 4 or query_shape[3] == 0 or query_shape[1] == 0:
         raise mismatch(
             "query",
             "shape (batch, heads, query_len, head_dim), at least one head and head_dim 1 or more",
-            tuple(query.shape),
+            tuple(query_shape),
         )
-    if not query.dtype.is_floating_point:
-        raise mismatch("query", "a floating-point tensor", query.dtype)
-    batch, heads, query_len, head_dim = query.shape
-    if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != head_dim:
-        raise mismatch("key", f"shape ({batch}, num_kv_heads, key_len, {head_dim}), as query", tuple(key.shape))
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise mismatch("key", f"a number of heads that divides query's {heads}", key.shape[1])
-    if value.shape != key.shape:
-        raise mismatch("value", f"shape {tuple(key.shape)}, as key", tuple(value.shape))
+    check_floating("query", query)
+    batch, heads, query_len, head_dim = query_shape
+    if len(key_shape) != 4 or key_shape[0] != batch or key_shape[3] != head_dim:
+        raise mismatch("key", f"shape ({batch}, num_kv_heads, key_len, {head_dim}), as query", tuple(key_shape))
+    if key_shape[1] == 0 or heads % key_shape[1]:
+        raise mismatch("key", f"a number of heads that divides query's {heads}", key_shape[1])
+    if value.shape != key_shape:
+        raise mismatch("value", f"shape {tuple(key_shape)}, as key", tuple(value.shape))
     check_like("key", key, query, "query")
     check_like("value", value, query, "query")
     if mask is not None:
-        full = (batch, heads, query_len, key.shape[2])
+        full = (batch, heads, query_len, key_shape[2])
         if mask.dim() != 4 or any(size not in (1, wanted) for size, wanted in zip(mask.shape, full, strict=True)):
-            raise mismatch("mask", f"4 dimensions, each 1 or that of {full}", tuple(mask.shape))
+            raise mismatch(mask_name, f"4 dimensions, each 1 or that of {full}, as query and key", tuple(mask.shape))
         if mask.device != query.device or (
             mask.dtype not in (torch.bool, query.dtype) and (mask.dtype != torch.float32 or query.dtype.itemsize > 2)
         ):
             raise mismatch(
-                "mask",
+                mask_name,
                 f"torch.bool, {query.dtype} or torch.float32 on {query.device}",
                 f"{mask.dtype} on {mask.device}",
             )
     if key_padding is not None:
-        if key_padding.shape != (batch, key.shape[2]):
-            raise mismatch("key_padding", f"shape {(batch, key.shape[2])}, (batch, key_len)", tuple(key_padding.shape))
+        check_tensor("key_padding", key_padding)
+        if key_padding.shape != (batch, key_shape[2]):
+            raise mismatch(
+                "key_padding",
+                f"shape {(batch, key_shape[2])}, (batch, key_len) of query and key",
+                tuple(key_padding.shape),
+            )
         if key_padding.dtype != torch.bool or key_padding.device != query.device:
             raise mismatch(
                 "key_padding",
@@ -179,20 +207,21 @@ def check(query, key, value, mask, key_padding):
             )
 
 
-def check_scale(scale, head_dim):
+def check_scale(scale, query):
     """The scale of the scores: 1 / √head_dim unless one is given."""
     if scale is None:
-        return head_dim**-0.5
-    if not abs(scale) < math.inf:
-        raise mismatch("scale", "a finite number", scale)
-    return float(scale)  # whole numbers are another type to a kernel
+        return query.shape[-1] ** -0.5
+    scale = check_number("scale", scale)
+    if not -FLOAT32_MAX <= scale <= FLOAT32_MAX and query.dtype != torch.float64:
+        raise mismatch("scale", "a number that is finite in float32", scale)
+    return scale
 
 
 def check_window(window):
-    if (
-        not isinstance(window, tuple | list)
-        or len(window) != 2
-        or any(side is not None and (not isinstance(side, int) or side < 0) for side in window)
-    ):
-        raise mismatch("window", "(left, right), each None or an integer of 0 or more", window)
+    expected = "(left, right), each None or an integer of 0 or more"
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise mismatch("window", expected, shown(window))
+    for side in window:
+        if side is not None and (not isinstance(side, int) or isinstance(side, bool) or side < 0):
+            raise mismatch("window", expected, f"({', '.join(map(shown, window))})")
     return window

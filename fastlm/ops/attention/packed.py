@@ -10,7 +10,7 @@ from fastlm.backends.contract import Results
 from fastlm.ops.attention.spec import Backward, Forward
 
 
-def check_boundaries(argument: str, cu_seqlens: Tensor, total: int) -> list[int]:
+def check_boundaries(argument: str, cu_seqlens: Tensor, name: str, total: int) -> list[int]:
     """The values of cu_seqlens. On a GPU this synchronises."""
     starts = cu_seqlens.tolist()
     if starts[0] != 0:
@@ -19,7 +19,8 @@ def check_boundaries(argument: str, cu_seqlens: Tensor, total: int) -> list[int]
         if end < start:
             raise ValueError(f"{argument}: expected values that never decrease, got {end} at [{i + 1}], after {start}")
     if starts[-1] != total:
-        raise ValueError(f"{argument}: expected {total}, the number of tokens, as its last value, got {starts[-1]}")
+        expected = f"{total}, the number of tokens of {name}, as its last value"
+        raise ValueError(f"{argument}: expected {expected}, got {starts[-1]}")
     return starts
 
 
@@ -27,8 +28,8 @@ def boundaries(call: Forward | Backward) -> tuple[list[int], list[int]]:
     """Of the queries and of the keys, checked."""
     assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
     return (
-        check_boundaries("cu_seqlens_q", call.cu_seqlens_q, call.query.shape[0]),
-        check_boundaries("cu_seqlens_k", call.cu_seqlens_k, call.key.shape[0]),
+        check_boundaries("cu_seqlens_q", call.cu_seqlens_q, "query", call.query.shape[0]),
+        check_boundaries("cu_seqlens_k", call.cu_seqlens_k, "key", call.key.shape[0]),
     )
 
 

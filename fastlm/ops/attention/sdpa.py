@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled, cast_for_autocast
-from fastlm.core.errors import mismatch
-from fastlm.ops.attention.api import banded, check
+from fastlm.core.errors import check_flag, check_tensor, mismatch
+from fastlm.ops.attention.api import banded, check, check_tensors
 from fastlm.ops.attention.spec import UNLIMITED
+from fastlm.ops.operator import check_memory
 
 
 def scaled_dot_product_attention(
@@ -36,8 +37,13 @@ def scaled_dot_product_attention(
         dropout_p, scale, backend: as for fastlm.attention.
 
     Raises:
-        ValueError, fastlm.Unsupported: as fastlm.attention.
+        TypeError, ValueError, fastlm.Unsupported: as fastlm.attention.
     """
+    check_tensors(query, key, value, None)
+    if attn_mask is not None:
+        check_tensor("attn_mask", attn_mask)
+    check_memory(("query", "key", "value", "attn_mask"), query, key, value, attn_mask)
+    is_causal, enable_gqa = check_flag("is_causal", is_causal), check_flag("enable_gqa", enable_gqa)
     if is_causal and attn_mask is not None:
         raise mismatch(
             "attn_mask", "None together with is_causal=True, as in PyTorch", f"a mask of shape {tuple(attn_mask.shape)}"
@@ -56,18 +62,29 @@ def scaled_dot_product_attention(
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
 
-    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    try:
+        lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except RuntimeError:
+        leads = f"{tuple(key.shape[:-3])} and {tuple(value.shape[:-3])}"
+        expected = f"leading dimensions that broadcast with query's {tuple(query.shape[:-3])}"
+        raise mismatch("key and value", expected, leads) from None
     flat = query.dim() == key.dim() == value.dim() == 2
     query, key, value = (four_dimensions(x, lead) for x in (query, key, value))
     mask = attn_mask
     if mask is not None:
-        mask = four_dimensions(mask, lead if mask.dim() > 4 or len(lead) > 1 else mask.shape[:-3])
+        try:
+            mask = four_dimensions(mask, lead if mask.dim() > 4 or len(lead) > 1 else mask.shape[:-3])
+        except RuntimeError:
+            expected = f"a shape that broadcasts to {(*lead, query.shape[-3], query.shape[-2], key.shape[-2])}"
+            raise mismatch("attn_mask", expected, tuple(mask.shape)) from None
     if query.shape[1] != key.shape[1] and not enable_gqa and key.shape[1] != 1:
         raise mismatch("key", f"query's number of heads, {query.shape[1]}, without enable_gqa=True", key.shape[1])
     if value_dim != head_dim:
+        if key.shape[-1] != head_dim:
+            raise mismatch("key", f"the head_dim of query, {head_dim}", key.shape[-1])
         width = max(head_dim, value_dim)
         query, key, value = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
-    check(query, key, value, mask, None)
+    check(query, key, value, mask, None, "attn_mask")
     upper = 0 if is_causal else UNLIMITED
     out = banded(query, key, value, mask, None, scale, -UNLIMITED, upper, dropout_p, False, backend)
     if value_dim != head_dim:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled, cast_for_autocast
-from fastlm.core.errors import check_like, check_probability, mismatch
-from fastlm.ops.attention.api import band, check_scale
+from fastlm.core.errors import check_flag, check_floating, check_like, check_probability, check_tensor, mismatch
+from fastlm.ops.attention.api import band, check_scale, check_tensors
 from fastlm.ops.attention.autograd import operator
 from fastlm.ops.attention.spec import Forward
+from fastlm.ops.operator import check_memory
 
 
 @overload
@@ -87,14 +88,17 @@ def attention_varlen(
         (float64 for float64). A fully masked query gets 0, with lse −inf.
 
     Raises:
-        ValueError: an argument that does not fit; the message names it.
+        TypeError, ValueError: an argument that does not fit; the message names it.
         fastlm.Unsupported: no backend, or not the forced one, supports this call; the message lists the reasons.
     """
+    check_tensors(query, key, value, None)
     if autocast_enabled(query):
+        check_memory(("query", "key", "value"), query, key, value)
         query, key, value = cast_for_autocast(query, key, value)
     check(query, key, value, cu_seqlens_q, cu_seqlens_k)
-    check_probability("dropout_p", dropout_p)
-    scale = check_scale(scale, query.shape[2])
+    dropout_p = check_probability("dropout_p", dropout_p)
+    return_lse = check_flag("return_lse", return_lse)
+    scale = check_scale(scale, query)
     lower, upper = band(causal, window, 0)  # each sequence moves it to its own last key
     seed = operator.draw_seed(query, dropout_p)
     out, lse = operator(
@@ -121,22 +125,23 @@ def attention_varlen(
 
 def check(query, key, value, cu_seqlens_q, cu_seqlens_k):
     """Check everything but the values of cu_seqlens, which the backends check where they read them."""
-    if query.dim() != 3 or query.shape[2] == 0 or query.shape[1] == 0:
+    query_shape, key_shape = query.shape, key.shape
+    if len(query_shape) != 3 or query_shape[2] == 0 or query_shape[1] == 0:
         raise mismatch(
-            "query", "shape (total_q, heads, head_dim), at least one head and head_dim 1 or more", tuple(query.shape)
+            "query", "shape (total_q, heads, head_dim), at least one head and head_dim 1 or more", tuple(query_shape)
         )
-    if not query.dtype.is_floating_point:
-        raise mismatch("query", "a floating-point tensor", query.dtype)
-    _, heads, head_dim = query.shape
-    if key.dim() != 3 or key.shape[2] != head_dim:
-        raise mismatch("key", f"shape (total_k, num_kv_heads, {head_dim}), as query", tuple(key.shape))
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise mismatch("key", f"a number of heads that divides query's {heads}", key.shape[1])
-    if value.shape != key.shape:
-        raise mismatch("value", f"shape {tuple(key.shape)}, as key", tuple(value.shape))
+    check_floating("query", query)
+    _, heads, head_dim = query_shape
+    if len(key_shape) != 3 or key_shape[2] != head_dim:
+        raise mismatch("key", f"shape (total_k, num_kv_heads, {head_dim}), as query", tuple(key_shape))
+    if key_shape[1] == 0 or heads % key_shape[1]:
+        raise mismatch("key", f"a number of heads that divides query's {heads}", key_shape[1])
+    if value.shape != key_shape:
+        raise mismatch("value", f"shape {tuple(key_shape)}, as key", tuple(value.shape))
     check_like("key", key, query, "query")
     check_like("value", value, query, "query")
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_tensor(name, cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise mismatch(name, "shape (batch + 1,), 0 and the end of each sequence", tuple(cu_seqlens.shape))
         if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.device != query.device:

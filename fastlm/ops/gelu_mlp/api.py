@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled, cast_with_originals
-from fastlm.core.errors import check_choice, check_like, check_rows, check_vector
+from fastlm.core.errors import check_choice, check_like, check_rows, check_tensor, check_vector
 from fastlm.ops.gelu_mlp.autograd import operator
 from fastlm.ops.gelu_mlp.spec import APPROXIMATIONS, RECOMPUTE_LEVELS, Forward
 from fastlm.ops.linear.api import check_weight
 from fastlm.ops.linear.spec import LAYOUTS
+from fastlm.ops.operator import check_memory
 
 
 def gelu_mlp(
@@ -42,11 +43,19 @@ def gelu_mlp(
         (..., out), contiguous, in x's dtype.
 
     Raises:
-        ValueError: an argument that does not fit; the message names it.
+        TypeError, ValueError: an argument that does not fit; the message names it.
         fastlm.Unsupported: no backend, or not the forced one, supports this call; the message lists the reasons.
     """
+    check_tensor("x", x)
+    check_tensor("w1", w1)
+    check_tensor("w2", w2)
+    if b1 is not None:
+        check_tensor("b1", b1)
+    if b2 is not None:
+        check_tensor("b2", b2)
     originals: tuple = ()
     if autocast_enabled(x):
+        check_memory(("x", "w1", "b1", "w2", "b2"), x, w1, b1, w2, b2)
         x, originals, w1, b1, w2, b2 = cast_with_originals(x, w1, b1, w2, b2)
     check_rows(x)
     check_choice("approximate", approximate, APPROXIMATIONS)

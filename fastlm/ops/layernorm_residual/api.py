@@ -4,9 +4,18 @@ import torch
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled
-from fastlm.core.errors import check_like, check_probability, check_rows, check_vector, mismatch
+from fastlm.core.errors import (
+    check_like,
+    check_number,
+    check_probability,
+    check_rows,
+    check_tensor,
+    check_vector,
+    mismatch,
+)
 from fastlm.ops.layernorm_residual.autograd import operator
 from fastlm.ops.layernorm_residual.spec import Forward
+from fastlm.ops.operator import check_memory
 
 
 def layernorm_residual(
@@ -42,10 +51,17 @@ def layernorm_residual(
         in float32 (float64 for float64) whatever the dtype.
 
     Raises:
-        ValueError: an argument that does not fit; the message names it.
+        TypeError, ValueError: an argument that does not fit; the message names it.
         fastlm.Unsupported: no backend, or not the forced one, supports this call; the message lists the reasons.
     """
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    if residual is not None:
+        check_tensor("residual", residual)
+    if bias is not None:
+        check_tensor("bias", bias)
     if autocast_enabled(x):
+        check_memory(("x", "residual", "weight", "bias"), x, residual, weight, bias)
         x, residual, weight, bias = cast(x, residual, weight, bias)
     check_rows(x)
     if residual is not None:
@@ -57,12 +73,12 @@ def layernorm_residual(
     if bias is not None:
         check_vector("bias", bias, x.shape[-1], "the last dimension of x")
         check_like("bias", bias, weight, "weight")
+    eps = check_number("eps", eps, "a finite number above 0")
     if not eps > 0:
-        raise mismatch("eps", "a positive number", eps)
-    check_probability("dropout_p", dropout_p)
+        raise mismatch("eps", "a finite number above 0", eps)
+    dropout_p = check_probability("dropout_p", dropout_p)
     seed = operator.draw_seed(x, dropout_p)
-    # A kernel would be specialised on an int.
-    y, summed = operator(Forward(x, residual, weight, bias, seed, float(eps), dropout_p), backend)
+    y, summed = operator(Forward(x, residual, weight, bias, seed, eps, dropout_p), backend)
     return y, x if summed is None else summed
 
 

@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled, cast_for_autocast, cast_with_originals
-from fastlm.core.errors import check_choice, check_like, check_rows, check_vector, mismatch
+from fastlm.core.errors import check_choice, check_like, check_rows, check_tensor, check_vector, mismatch
 from fastlm.ops.linear.autograd import operator
 from fastlm.ops.linear.spec import LAYOUTS, Forward
+from fastlm.ops.operator import check_memory
 
 
 def linear(
@@ -26,11 +27,16 @@ def linear(
         (..., out), contiguous, in x's dtype; products are accumulated in float32 (float64 for float64).
 
     Raises:
-        ValueError: a shape, dtype, device or layout that does not fit; the message names the argument.
+        TypeError, ValueError: an argument that does not fit; the message names it.
         fastlm.Unsupported: no backend, or not the forced one, supports this call; the message lists the reasons.
     """
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
     originals: tuple = ()
     if autocast_enabled(x):
+        check_memory(("x", "weight", "bias"), x, weight, bias)
         if x.is_cuda:
             x, weight, bias = cast_for_autocast(x, weight, bias)
         else:
@@ -47,9 +53,8 @@ def linear(
 
 def check_weight(argument: str, weight: Tensor, in_width: int, layout: str, reason: str) -> int:
     """The output width of a weight matrix whose input width must be in_width."""
-    if weight.dim() != 2 or weight.shape[layout == "linear"] != in_width or weight.shape[layout != "linear"] == 0:
+    shape = weight.shape
+    if len(shape) != 2 or shape[layout == "linear"] != in_width or shape[layout != "linear"] == 0:
         expected = f"(out, {in_width})" if layout == "linear" else f"({in_width}, out)"
-        raise mismatch(
-            argument, f"shape {expected} with layout={layout!r}, {in_width} being {reason}", tuple(weight.shape)
-        )
-    return weight.shape[layout != "linear"]
+        raise mismatch(argument, f"shape {expected} with layout={layout!r}, {in_width} being {reason}", tuple(shape))
+    return shape[layout != "linear"]

@@ -4,10 +4,20 @@ import torch
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled, cast_with_originals
-from fastlm.core.errors import check_choice, check_like, check_rows, check_vector, mismatch
+from fastlm.core.errors import (
+    check_choice,
+    check_integer,
+    check_like,
+    check_number,
+    check_rows,
+    check_tensor,
+    check_vector,
+    mismatch,
+)
 from fastlm.ops.linear.api import check_weight
 from fastlm.ops.linear_cross_entropy.autograd import operator
 from fastlm.ops.linear_cross_entropy.spec import REDUCTIONS
+from fastlm.ops.operator import check_memory
 
 
 def linear_cross_entropy(
@@ -42,12 +52,18 @@ def linear_cross_entropy(
         reduction="none".
 
     Raises:
-        ValueError: an argument that does not fit; the message names it. A target out of range is named with its value
-            and position (on a GPU it is a device assert).
+        TypeError, ValueError: an argument that does not fit; the message names it. A target out of range is named
+            with its value and position (on a GPU it is a device assert).
         fastlm.Unsupported: no backend, or not the forced one, supports this call; the message lists the reasons.
     """
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    check_tensor("target", target)
+    if bias is not None:
+        check_tensor("bias", bias)
     originals: tuple = ()
     if autocast_enabled(x):
+        check_memory(("x", "weight", "bias"), x, weight, bias)
         x, originals, weight, bias = cast_with_originals(x, weight, bias)
     check_rows(x)
     vocab = check_weight("weight", weight, x.shape[-1], "linear", "the last dimension of x")
@@ -62,7 +78,8 @@ def linear_cross_entropy(
         check_vector("bias", bias, vocab, "the vocabulary of weight")
         check_like("bias", bias, x)
     check_choice("reduction", reduction, REDUCTIONS)
+    ignore_index = check_integer("ignore_index", ignore_index)
+    label_smoothing = check_number("label_smoothing", label_smoothing, "a share in [0, 1]")
     if not 0 <= label_smoothing <= 1:
         raise mismatch("label_smoothing", "a share in [0, 1]", label_smoothing)
-    # A kernel would be specialised on an int.
-    return operator.loss(x, weight, bias, target, ignore_index, reduction, float(label_smoothing), backend, originals)
+    return operator.loss(x, weight, bias, target, ignore_index, reduction, label_smoothing, backend, originals)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlm.backends.contract import Implementation, Results
+from fastlm.backends.cpu import check_storages
 from fastlm.backends.selection import requested, select
 from fastlm.core.tracing import needs_custom_op
 from fastlm.ops.linear_cross_entropy import reference, spec
@@ -38,6 +39,7 @@ class LinearCrossEntropy(Operator):
             selected = requested(backend)
         else:  # once: the backward uses the same
             selected = select(self, *call.subject(), backend)
+            check_storages(self.tensor_names, call[: self.tensors])
             if selected.composite is not None and not originals:
                 composed = selected.composite(call, reduction)
                 if composed is not NotImplemented:

@@ -1,0 +1,340 @@
+"""The public functions and a right call of each, which tests change one argument at a time.
+
+An operator comes with its definition in plain PyTorch: a changed call that it accepts must have the definition's
+result. Of the other functions an accepted argument must be of its type hint.
+"""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import math
+import tempfile
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastlm
+from fastlm import models
+from fastlm.generation.predict import predict
+from fastlm.models.decoding import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    name: str
+    call: Callable[..., Any]
+    arguments: Callable[[], dict[str, Any]]  # of a right call; floating-point tensors in float32
+    definition: Callable[..., Any] | None = None  # the same arguments in float64
+    signature: Callable[..., Any] | None = None  # whose type hints count, if not those of call
+    names: dict[str, str] = dataclasses.field(default_factory=dict)  # of arguments in error messages, if others
+
+    @functools.cached_property
+    def hints(self) -> dict[str, Any]:
+        described = self.signature or self.call
+        described = described.__init__ if isinstance(described, type) else described
+        return typing.get_type_hints(described, localns={"Report": Any})
+
+
+def normal(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator)
+
+
+# The operators
+
+
+def attention(query, key, value, causal, mask, key_padding, scale, window, dropout_p, return_lse):
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else float(scale))
+    query_len, key_len = scores.shape[2:]
+    distance = torch.arange(key_len) - torch.arange(query_len)[:, None] - (key_len - query_len)
+    allowed = torch.ones(query_len, key_len, dtype=torch.bool)
+    if causal:
+        allowed = allowed & (distance <= 0)
+    if window is not None:
+        left, right = window
+        allowed = allowed & (distance >= -min(left, 2**62) if left is not None else True)
+        allowed = allowed & (distance <= min(right, 2**62) if right is not None else True)
+    allowed = allowed.expand(scores.shape)
+    if key_padding is not None:
+        allowed = allowed & key_padding[:, None, None]
+    if mask is not None:
+        allowed, scores = (allowed & mask, scores) if mask.dtype == torch.bool else (allowed, scores + mask)
+    scores = scores.masked_fill(~allowed, -math.inf)
+    weights = scores.softmax(-1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0)
+    # What is not attended to does not reach the result, whatever it is.
+    products = weights[..., None] * value[:, :, None]
+    out = products.masked_fill((weights == 0)[..., None], 0).sum(3)
+    return (out, scores.logsumexp(-1)) if return_lse else out
+
+
+def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, window, scale, dropout_p, return_lse):
+    outs, lses = [query[:0]], [query[:0, :, 0].t()]
+    ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+    for (q0, k0), (q1, k1) in itertools.pairwise(ends):
+        part = (x[None].transpose(1, 2) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        out, lse = attention(*part, causal, None, None, scale, window, 0, True)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    return (torch.cat(outs), torch.cat(lses, 1)) if return_lse else torch.cat(outs)
+
+
+def scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    options = {"is_causal": bool(is_causal), "scale": None if scale is None else float(scale)}
+    options["enable_gqa"] = bool(enable_gqa)
+    if attn_mask is not None and attn_mask.dim() < 2:  # PyTorch broadcasts these on some of its paths only
+        attn_mask = attn_mask.expand(query.shape[-2], key.shape[-2])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+
+
+def gelu_mlp(x, w1, b1, w2, b2, approximate, layout, recompute):
+    w1, w2 = (w1, w2) if layout == "linear" else (w1.t(), w2.t())
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+
+
+def layernorm_residual(x, residual, weight, bias, eps, dropout_p):
+    summed = x if residual is None else residual + x
+    return F.layer_norm(summed, summed.shape[-1:], weight, bias, float(eps)), summed
+
+
+def linear(x, weight, bias, layout):
+    return F.linear(x, weight if layout == "linear" else weight.t(), bias)
+
+
+def linear_cross_entropy(x, weight, target, bias, ignore_index, reduction, label_smoothing):
+    logits = F.linear(x, weight, bias).flatten(0, -2)
+    options = {"ignore_index": int(ignore_index), "label_smoothing": float(label_smoothing), "reduction": reduction}
+    loss = F.cross_entropy(logits, target.flatten(), **options)
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+def attention_arguments():
+    return {
+        "query": normal(2, 4, 3, 8),
+        "key": normal(2, 2, 5, 8),
+        "value": normal(2, 2, 5, 8),
+        "mask": normal(2, 1, 3, 5),
+        "key_padding": torch.arange(5) < torch.tensor([[5], [4]]),
+    }
+
+
+STARTS, KEY_STARTS = torch.tensor([0, 2, 6]), torch.tensor([0, 3, 7])
+OPERATORS = [
+    Function("attention", fastlm.attention, attention_arguments, attention),
+    Function(
+        "attention_varlen",
+        fastlm.attention_varlen,
+        lambda: {
+            "query": normal(6, 4, 8),
+            "key": normal(7, 2, 8),
+            "value": normal(7, 2, 8),
+            "cu_seqlens_q": STARTS.clone(),
+            "cu_seqlens_k": KEY_STARTS.clone(),
+        },
+        attention_varlen,
+    ),
+    Function(
+        "scaled_dot_product_attention",
+        fastlm.scaled_dot_product_attention,
+        lambda: {
+            "query": normal(2, 4, 3, 8),
+            "key": normal(2, 4, 5, 8),
+            "value": normal(2, 4, 5, 8),
+            "attn_mask": normal(3, 5),
+        },
+        scaled_dot_product_attention,
+    ),
+    Function(
+        "gelu_mlp",
+        fastlm.gelu_mlp,
+        lambda: {"x": normal(3, 6), "w1": normal(8, 6), "b1": normal(8), "w2": normal(5, 8), "b2": normal(5)},
+        gelu_mlp,
+    ),
+    Function(
+        "layernorm_residual",
+        fastlm.layernorm_residual,
+        lambda: {"x": normal(3, 6), "residual": normal(6, 3).t(), "weight": normal(6), "bias": normal(6)},
+        layernorm_residual,
+    ),
+    Function(
+        "linear",
+        fastlm.linear,
+        lambda: {"x": normal(2, 3, 6), "weight": normal(8, 6), "bias": normal(8)},
+        linear,
+    ),
+    Function(
+        "linear_cross_entropy",
+        fastlm.linear_cross_entropy,
+        lambda: {
+            "x": normal(2, 3, 6),
+            "weight": normal(8, 6),
+            "target": torch.tensor([[0, 7, -100], [3, 3, 1]]),
+            "bias": normal(8),
+        },
+        linear_cross_entropy,
+    ),
+]
+
+
+# The optimiser
+
+
+def adamw(params, lr=1e-3, **options):
+    optimizer = fastlm.optim.AdamW(params, lr, **options)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def adamw_arguments():
+    return {"params": [torch.nn.Parameter(normal(3, 4))]}
+
+
+def adamw_state(
+    exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, master_param: Tensor, backend: str | None = None
+) -> None:
+    """A step with this state, as a user or a state dict may have set it."""
+    parameter = torch.nn.Parameter(normal(3, 4).bfloat16())
+    optimizer = fastlm.optim.AdamW([parameter], master_weights=True, backend=backend)
+    parameter.grad = normal(3, 4).bfloat16()
+    state = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master_param": master_param}
+    optimizer.state[parameter].update(state)
+    optimizer.step()
+
+
+def adamw_state_arguments():
+    moments = {name: normal(3, 4).abs() for name in ("exp_avg", "exp_avg_sq", "master_param")}
+    return {"step": torch.tensor(2.0)} | moments
+
+
+# Models and what takes them
+
+
+@functools.cache
+def gpt2_config():
+    sizes = {"vocab_size": 40, "n_positions": 12, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    return models.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
+
+
+@functools.cache
+def bert_config():
+    sizes = {"vocab_size": 40, "max_position_embeddings": 12, "hidden_size": 8, "num_hidden_layers": 1}
+    return models.BertConfig(**sizes, num_attention_heads=2, intermediate_size=16, num_labels=3)
+
+
+@functools.cache
+def model(name):
+    config = gpt2_config() if name.startswith("GPT2") else bert_config()
+    return getattr(models, name)(config).eval()
+
+
+def forward(name: str, **labels: Any) -> Function:
+    def arguments():
+        ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        mask = torch.ones(2, 3, dtype=torch.int64)
+        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros(2, 3, dtype=torch.int64)}
+        return given | {"position_ids": torch.arange(3).expand(2, 3)} | labels
+
+    method = getattr(models, name).forward
+    return Function(f"{name}.forward", lambda **options: model(name)(**options), arguments, signature=method)
+
+
+def config(config_class: Any) -> Function:
+    def call(**settings):
+        return config_class.from_dict(config_class(**sizes() | settings).to_dict())
+
+    def sizes():
+        base = gpt2_config() if config_class is models.GPT2Config else bert_config()
+        return {field.name: getattr(base, field.name) for field in dataclasses.fields(config_class)}
+
+    return Function(config_class.__name__, call, sizes, signature=config_class.__init__)
+
+
+@functools.cache
+def transformers_model():
+    import transformers
+
+    sizes = {"vocab_size": 40, "n_positions": 12, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    made = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
+    return transformers.GPT2LMHeadModel(made)
+
+
+@functools.cache
+def saved_model() -> Path:
+    directory = Path(tempfile.mkdtemp())
+    model("GPT2LMHeadModel").save_pretrained(directory)
+    return directory
+
+
+class Tokenizer:
+    mask_token, mask_token_id = None, None
+
+    def encode(self, text: str) -> list[int]:
+        return [len(word) % 40 for word in text.split()]
+
+    def token(self, token: int) -> str:
+        return str(token)
+
+
+def use_backend(name):
+    with fastlm.use_backend(name):
+        fastlm.linear(normal(2, 3), normal(2, 3))
+
+
+IDS, LABELS = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 2, -100], [4, 5, 6]])
+OTHERS = [
+    Function(
+        "AdamW", adamw, lambda: {"params": [torch.nn.Parameter(normal(3, 4))]}, signature=fastlm.optim.AdamW.__init__
+    ),
+    Function("AdamW.state", adamw_state, adamw_state_arguments),
+    Function("accelerate", fastlm.accelerate, lambda: {"model": transformers_model()}),
+    Function("report", fastlm.report, lambda: {"model": transformers_model()}),
+    Function("restore", fastlm.restore, lambda: {"model": transformers_model()}),
+    Function(
+        "use_backend", use_backend, lambda: {"name": None}, signature=fastlm.use_backend, names={"name": "backend"}
+    ),
+    Function("warmup", fastlm.warmup, lambda: {"model": model("GPT2LMHeadModel"), "shapes": [(1, 3)]}),
+    Function("load_model", models.load_model, lambda: {"directory": saved_model()}),
+    Function("Sampling", Sampling, dict, signature=Sampling.__init__),
+    Function(
+        "generate",
+        lambda **options: model("GPT2LMHeadModel").generate(**options),
+        lambda: {"input_ids": IDS.clone(), "attention_mask": torch.ones(2, 3, dtype=torch.int64), "max_new_tokens": 2},
+        signature=models.GPT2LMHeadModel.generate,
+    ),
+    Function(
+        "predict",
+        predict,
+        lambda: {"model": model("GPT2LMHeadModel"), "tokenizer": Tokenizer(), "text": "a small example"},
+    ),
+    config(models.GPT2Config),
+    config(models.BertConfig),
+    *(
+        Function(name, getattr(models, name), lambda config=config: {"config": config()})
+        for names, config in (
+            (("GPT2Model", "GPT2LMHeadModel"), gpt2_config),
+            (("BertModel", "BertForMaskedLM", "BertForSequenceClassification"), bert_config),
+        )
+        for name in names
+    ),
+    forward("GPT2Model"),
+    forward("GPT2LMHeadModel", labels=LABELS),
+    forward("BertModel"),
+    forward("BertForMaskedLM", labels=LABELS),
+    forward("BertForSequenceClassification", labels=torch.tensor([0, 2])),
+]
+FUNCTIONS = OPERATORS + OTHERS
+
+
+def parameters_of(function: Function) -> dict[str, Any]:
+    """The arguments of a function and their defaults."""
+    found = inspect.signature(function.signature or function.call).parameters.values()
+    return {p.name: p.default for p in found if p.name != "self" and p.kind is not p.VAR_KEYWORD}

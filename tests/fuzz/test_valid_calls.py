@@ -1,0 +1,388 @@
+"""Random right calls of every operator: sizes, strides, masks, scales and extreme values, forward and backward.
+
+The rule is the project's: at most twice the error of PyTorch's operator in the same dtype, against float64, and FLOOR.
+PyTorch's error on one small problem may be 0 by luck; it is taken as the largest of the problem itself and of SHUFFLES
+others of the same numbers, whose sums have another order. `make test` runs some examples, FASTLM_TEST_FUZZ=all
+thousands.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastlm
+from tests.support import DTYPES, FLOOR, on_backends, outputs_and_gradients
+
+ALL = os.environ.get("FASTLM_TEST_FUZZ") == "all"
+EXAMPLES = int(os.environ.get("FASTLM_TEST_EXAMPLES", 2000 if ALL else 30))
+SHUFFLES = 4
+# The largest |score| of attention. float32 rounds larger ones by more than 2⁻⁴: their weights are rounding errors.
+LARGEST_SCORE = 1e6
+# The largest |x| of layernorm_residual: float32 squares overflow at 1.8e19.
+LARGEST_SUMMAND = 1e15
+
+
+@dataclasses.dataclass
+class Problem:
+    ours: Callable[..., Any]  # (*inputs, backend=) → results
+    torch_own: Callable[..., Any]
+    inputs: list[Tensor | None]
+    shuffle: Callable[[], list[Tensor | None]]  # the same numbers in another order
+
+
+# Values: each tensor is drawn from one of these
+
+
+def normal(shape, generator):
+    return torch.randn(shape, generator=generator)
+
+
+def wide(shape, generator):
+    """Magnitudes over many binary orders."""
+    return normal(shape, generator) * torch.exp(3 * normal(shape, generator))
+
+
+def outlier(shape, generator):
+    x = normal(shape, generator)
+    if x.numel():
+        x.view(-1)[torch.randint(x.numel(), (), generator=generator)] = 300.0
+    return x
+
+
+def tiny(shape, generator):
+    """Close to the smallest normal number of float16, and far below 1 in the others."""
+    return normal(shape, generator) * 1e-4
+
+
+def large(shape, generator):
+    return normal(shape, generator) * 1e3
+
+
+def equal(shape, generator):
+    return torch.full(shape, normal((), generator).item())
+
+
+def zeros(shape, generator):
+    return torch.zeros(shape)
+
+
+def integers(shape, generator):
+    return torch.randint(-3, 4, shape, generator=generator).float()
+
+
+VALUES = (normal, normal, wide, outlier, tiny, large, equal, zeros, integers)
+
+
+# Layouts: how a tensor lies in memory
+
+
+def strided(x: Tensor, layout: str) -> Tensor:
+    """x with other strides; the values are the same, except that a broadcast dimension repeats its first entry."""
+    if layout == "transposed" and x.dim() > 1:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "gaps" and x.dim():
+        return x.repeat_interleave(2, -1)[..., ::2]
+    if layout == "offset":
+        return torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape)
+    if layout == "rows" and x.dim() > 1:
+        return torch.cat([x, x], -1)[..., : x.shape[-1]]
+    if layout == "broadcast" and x.dim() > 1:
+        return x[:1].expand(x.shape)
+    return x
+
+
+LAYOUTS = ("contiguous", "contiguous", "transposed", "gaps", "offset", "rows", "broadcast")
+
+
+class Draw:
+    """Tensors and choices of one example."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.data = data
+        self.generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32), label="seed"))
+        self.dtype = self.one_of(DTYPES, "dtype")
+
+    def one_of(self, choices: Any, label: str) -> Any:
+        return self.data.draw(st.sampled_from(choices), label=label)
+
+    def size(self, largest: int, label: str, smallest: int = 1) -> int:
+        return self.data.draw(st.integers(smallest, largest), label=label)
+
+    def tensor(self, *shape: int, label: str, values: Any = VALUES) -> Tensor:
+        made = self.one_of(values, f"values of {label}")(shape, self.generator)
+        return strided(made.to(self.dtype), self.one_of(LAYOUTS, f"layout of {label}"))
+
+    def maybe(self, *shape: int, label: str) -> Tensor | None:
+        return self.tensor(*shape, label=label) if self.data.draw(st.booleans(), label=label) else None
+
+    def permutation(self, size: int) -> Tensor:
+        return torch.randperm(size, generator=self.generator)
+
+
+# Problems
+
+
+def linear(draw: Draw) -> Problem:
+    rows, width, out = (draw.size(n, s) for n, s in ((70, "rows"), (200, "width"), (100, "out")))
+    layout = draw.one_of(("linear", "conv1d"), "layout")
+    x = draw.tensor(rows, width, label="x")
+    weight = draw.tensor(*((out, width) if layout == "linear" else (width, out)), label="weight")
+    bias = draw.maybe(out, label="bias")
+
+    def shuffle():
+        order = draw.permutation(width)
+        return [x[draw.permutation(rows)][:, order], weight[:, order] if layout == "linear" else weight[order], bias]
+
+    return Problem(
+        lambda *t, backend: fastlm.linear(*t, layout=layout, backend=backend),
+        lambda x, w, b: F.linear(x, w if layout == "linear" else w.t(), b),
+        [x, weight, bias],
+        shuffle,
+    )
+
+
+def gelu_mlp(draw: Draw) -> Problem:
+    rows, width, hidden, out = (draw.size(n, s) for n, s in ((40, "rows"), (70, "width"), (90, "hidden"), (70, "out")))
+    layout, approximate = draw.one_of(("linear", "conv1d"), "layout"), draw.one_of(("none", "tanh"), "approximate")
+    recompute = draw.one_of((0, 1, 2), "recompute")
+
+    def as_stored(weight):
+        return weight if layout == "linear" else weight.t()
+
+    x = draw.tensor(rows, width, label="x")
+    w1, b1 = draw.tensor(hidden, width, label="w1"), draw.maybe(hidden, label="b1")
+    w2, b2 = draw.tensor(out, hidden, label="w2"), draw.maybe(out, label="b2")
+
+    def shuffle():
+        order, inner = draw.permutation(width), draw.permutation(hidden)
+        permuted = w1[inner][:, order], None if b1 is None else b1[inner], w2[:, inner]
+        return [x[draw.permutation(rows)][:, order], as_stored(permuted[0]), permuted[1], as_stored(permuted[2]), b2]
+
+    def torch_own(x, w1, b1, w2, b2):
+        return F.linear(F.gelu(F.linear(x, as_stored(w1), b1), approximate=approximate), as_stored(w2), b2)
+
+    options = {"layout": layout, "approximate": approximate, "recompute": recompute}
+    return Problem(
+        lambda *t, backend: fastlm.gelu_mlp(*t, **options, backend=backend),
+        torch_own,
+        [x, as_stored(w1), b1, as_stored(w2), b2],
+        shuffle,
+    )
+
+
+def layernorm_residual(draw: Draw) -> Problem:
+    # Not rows of equal numbers: normalised they are the rounding error of their mean, times 1/√eps.
+    values = normal, wide, outlier, tiny, large, zeros
+    rows, width = draw.size(60, "rows"), draw.size(300, "width", 2)
+    eps = draw.one_of((1e-5, 1e-12, 1e-3), "eps")
+    factor = draw.one_of((1.0, 1.0, LARGEST_SUMMAND), "factor") if draw.dtype != torch.float16 else 1.0
+    x, residual = draw.tensor(rows, width, label="x", values=values), None
+    if draw.one_of((False, True), "residual"):
+        residual = draw.tensor(rows, width, label="residual", values=values)
+    x = (x.float() * factor / max(1.0, x.float().abs().max().item() if factor > 1 else 1.0)).to(x.dtype)
+    weight, bias = draw.tensor(width, label="weight"), draw.maybe(width, label="bias")
+
+    def shuffle():
+        order = draw.permutation(width)
+        return [x if x is None else x[..., order] for x in (x_of[0], x_of[1], weight, bias)]
+
+    x_of = x, residual
+
+    def torch_own(x, residual, weight, bias):
+        summed = x if residual is None else residual + x
+        return F.layer_norm(summed, (width,), weight, bias, eps)
+
+    def ours(x, residual, weight, bias, backend):
+        return fastlm.layernorm_residual(x, residual, weight, bias, eps, backend=backend)[0]
+
+    return Problem(ours, torch_own, [x, residual, weight, bias], shuffle)
+
+
+def linear_cross_entropy(draw: Draw) -> Problem:
+    rows, width, vocab = (draw.size(n, s) for n, s in ((40, "rows"), (70, "width"), (150, "vocab")))
+    x = draw.tensor(rows, width, label="x") / width**0.5
+    weight, bias = draw.tensor(vocab, width, label="weight"), draw.maybe(vocab, label="bias")
+    ignore_index = draw.one_of((-100, 0, vocab - 1), "ignore_index")
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": draw.one_of(("mean", "sum", "none"), "reduction"),
+        "label_smoothing": draw.one_of((0.0, 0.1, 1.0), "label_smoothing"),
+    }
+    target = torch.randint(vocab, (rows,), generator=draw.generator)
+    target[torch.rand(rows, generator=draw.generator) < 0.2] = ignore_index
+    target[0] = (ignore_index + 1) % vocab if vocab > 1 else 0  # a mean over no rows is NaN
+    if vocab == 1 and ignore_index == 0:
+        options["reduction"] = "sum"
+
+    def torch_own(x, weight, bias):
+        logits = F.linear(x, weight, bias)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # as in models; the loss is in float32
+        return F.cross_entropy(logits.to(wide), target, **options)
+
+    def shuffle():
+        order, words = draw.permutation(width), draw.permutation(vocab)
+        return [x[draw.permutation(rows)][:, order], weight[words][:, order], None if bias is None else bias[words]]
+
+    return Problem(
+        lambda x, w, b, backend: fastlm.linear_cross_entropy(x, w, target, b, **options, backend=backend),
+        torch_own,
+        [x, weight, bias],
+        shuffle,
+    )
+
+
+def attention(draw: Draw) -> Problem:
+    batch, num_kv_heads, groups = draw.size(2, "batch"), draw.size(2, "num_kv_heads"), draw.size(2, "groups")
+    query_len, key_len = draw.size(70, "query_len"), draw.size(90, "key_len")
+    head_dim, heads = draw.size(70, "head_dim"), num_kv_heads * groups
+    query = draw.tensor(batch, heads, query_len, head_dim, label="query")
+    key = draw.tensor(batch, num_kv_heads, key_len, head_dim, label="key")
+    value = draw.tensor(batch, num_kv_heads, key_len, head_dim, label="value")
+    scale = draw.one_of((None, 1.0, 0.01, -0.3), "scale")
+    wide_query, wide_key = query.double().repeat_interleave(1, 1), key.double().repeat_interleave(groups, 1)
+    score = (wide_query @ wide_key.mT).abs().max().item() * abs(head_dim**-0.5 if scale is None else scale)
+    if score > LARGEST_SCORE:
+        query = (query.float() * (LARGEST_SCORE / score)).to(query.dtype)
+    causal = draw.one_of((False, True), "causal")
+    side = st.none() | st.integers(0, key_len)
+    window = draw.data.draw(st.none() | st.tuples(side, side), label="window")
+    padded = draw.one_of((False, True), "key_padding")
+    key_padding = torch.rand(batch, key_len, generator=draw.generator) < 0.7 if padded else None
+    masks = draw.one_of(("none", "none", "bool", "additive", "additive float32"), "mask")
+    mask = None
+    if masks != "none":
+        sizes = zip((batch, heads, query_len, key_len), ("batch", "heads", "query_len", "key_len"), strict=True)
+        shape = [draw.one_of((1, size), f"mask's {name}") for size, name in sizes]
+        dropped = torch.rand(shape, generator=draw.generator) < 0.3
+        mask = torch.randn(shape, generator=draw.generator).masked_fill(dropped, -math.inf)
+        mask = ~dropped if masks == "bool" else mask.to(query.dtype if masks == "additive" else torch.float32)
+    distance = torch.arange(key_len) - torch.arange(query_len)[:, None] - (key_len - query_len)
+    left, right = window or (None, None)
+    allowed = (distance <= (0 if causal else math.inf)) & (distance <= (math.inf if right is None else right))
+    allowed = (allowed & (distance >= (-math.inf if left is None else -left))).expand(batch, heads, -1, -1)
+    if key_padding is not None:
+        allowed = allowed & key_padding[:, None, None]
+    if mask is not None:
+        allowed = allowed & (mask if mask.dtype == torch.bool else mask > -math.inf)
+    attends = allowed.any(-1, keepdim=True)
+
+    def torch_own(query, key, value):
+        # PyTorch's result of a query without keys is undefined: such a query attends to all of them, and counts as 0.
+        bias = torch.zeros((), dtype=query.dtype).masked_fill(~(allowed | ~attends), -math.inf)
+        if mask is not None and mask.dtype != torch.bool:
+            bias = bias + torch.where(mask == -math.inf, 0, mask).to(query.dtype)
+        repeated = (x.repeat_interleave(groups, 1) for x in (key, value))
+        out = F.scaled_dot_product_attention(query, *repeated, attn_mask=bias, scale=scale)
+        return torch.where(attends, out, 0)
+
+    def shuffle():
+        order, columns = draw.permutation(head_dim), draw.permutation(head_dim)
+        queries, keys, values = (draw.permutation(size) for size in (query_len, key_len, key_len))
+        return [query[:, :, queries][..., order], key[:, :, keys][..., order], value[:, :, values][..., columns]]
+
+    options = {"causal": causal, "window": window, "scale": scale, "mask": mask, "key_padding": key_padding}
+    return Problem(
+        lambda *t, backend: fastlm.attention(*t, **options, backend=backend),
+        torch_own,
+        [query, key, value],
+        shuffle,
+    )
+
+
+def attention_varlen(draw: Draw) -> Problem:
+    num_kv_heads, groups, head_dim = draw.size(2, "num_kv_heads"), draw.size(2, "groups"), draw.size(70, "head_dim")
+    lengths = draw.data.draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 50)), min_size=1, max_size=4))
+    starts = [torch.tensor([0, *(pair[side] for pair in lengths)]).cumsum(0) for side in (0, 1)]
+    total_q, total_k = int(starts[0][-1]), int(starts[1][-1])
+    query = draw.tensor(total_q, num_kv_heads * groups, head_dim, label="query", values=(normal, tiny, zeros, integers))
+    key = draw.tensor(total_k, num_kv_heads, head_dim, label="key", values=(normal, outlier, tiny, zeros, integers))
+    value = draw.tensor(total_k, num_kv_heads, head_dim, label="value")
+    causal = draw.one_of((False, True), "causal")
+
+    def torch_own(query, key, value):
+        outs = [query[:0] + 0 * (key.sum() + value.sum())]
+        for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(s) for s in starts), strict=True):
+            if q1 == q0 or k1 == k0:
+                outs.append(0 * query[q0:q1])
+                continue
+            part = query[q0:q1], *(x[k0:k1].repeat_interleave(groups, 1) for x in (key, value))
+            distance = torch.arange(k1 - k0) - torch.arange(q1 - q0)[:, None] - ((k1 - k0) - (q1 - q0))
+            allowed = (distance <= 0) if causal else torch.ones_like(distance, dtype=torch.bool)
+            attends = allowed.any(-1, keepdim=True)
+            bias = torch.zeros((), dtype=query.dtype).masked_fill(~(allowed | ~attends), -math.inf)
+            out = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part), attn_mask=bias)
+            outs.append(torch.where(attends, out, 0)[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    def shuffle():
+        order, columns = draw.permutation(head_dim), draw.permutation(head_dim)
+        return [query[..., order], key[..., order], value[..., columns]]
+
+    return Problem(
+        lambda *t, backend: fastlm.attention_varlen(*t, *starts, causal=causal, backend=backend),
+        torch_own,
+        [query, key, value],
+        shuffle,
+    )
+
+
+PROBLEMS = [attention, attention_varlen, gelu_mlp, layernorm_residual, linear, linear_cross_entropy]
+
+
+# The comparison
+
+
+def distance(a: Tensor, truth: Tensor, counted: Tensor) -> float:
+    """The largest error where `counted`, relative to the largest true value; infinite for a NaN."""
+    a = a.double()
+    largest = torch.where(truth.isfinite(), truth, 0).abs().max().item() if truth.numel() else 0.0
+    errors = torch.where((a == truth) | ~counted, 0, (a - truth).abs()).nan_to_num(nan=math.inf)
+    return (errors.max().item() if errors.numel() else 0.0) / (largest if largest > 1e-12 else 1.0)
+
+
+def check(problem: Problem, dtype: torch.dtype, backend: str) -> None:
+    def exact(inputs):
+        widened = [x if x is None else x.double() for x in inputs]
+        return outputs_and_gradients(problem.torch_own, widened, torch.float64, dtype)
+
+    ours = outputs_and_gradients(lambda *t: problem.ours(*t, backend=backend), problem.inputs, dtype)
+    truths = exact(problem.inputs)
+    theirs = outputs_and_gradients(problem.torch_own, problem.inputs, dtype)
+    bounds = [0.0] * len(truths)
+    for inputs in (problem.inputs, *(problem.shuffle() for _ in range(SHUFFLES))):
+        pairs = zip(outputs_and_gradients(problem.torch_own, inputs, dtype), exact(inputs), strict=True)
+        bounds = [max(e, distance(b, t, b.isfinite())) for e, (b, t) in zip(bounds, pairs, strict=True)]
+    for i, (a, b, truth, bound) in enumerate(zip(ours, theirs, truths, bounds, strict=True)):
+        assert a.shape == truth.shape, f"result {i}"
+        allowed = 2 * bound + FLOOR[dtype]
+        error = distance(a, truth, b.isfinite())
+        assert error <= allowed, f"result {i}: error {error:.2e}, torch's {bound:.2e}"
+        # Where PyTorch overflows, so may we; a finite result must be right all the same.
+        error = distance(a, truth, ~b.isfinite() & a.isfinite())
+        assert error <= max(allowed, 2**-6), f"result {i}: error {error:.2e} where torch's is not finite"
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.__name__)
+@on_backends("reference", "torch", "cpu")
+@settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=(Phase.generate,) if ALL else (Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_errors_are_at_most_twice_those_of_torch(problem, backend, data):
+    draw = Draw(data)
+    check(problem(draw), draw.dtype, backend)
