@@ -35,9 +35,13 @@ def did_you_mean(value: object, choices: Iterable[object]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def wrong_type(argument: str, expected: str, got: object) -> TypeError:
+class WrongType(TypeError, ValueError):
+    """An argument of another type. As for any argument that does not fit, a caller may catch ValueError."""
+
+
+def wrong_type(argument: str, expected: str, got: object) -> WrongType:
     """The error for an argument of another type; the caller raises it."""
-    return TypeError(f"{argument}: expected {expected}, got {shown(got)}")
+    return WrongType(f"{argument}: expected {expected}, got {shown(got)}")
 
 
 def shown(value: object) -> str:

@@ -102,7 +102,7 @@ class Config:
         path = stored(directory, CONFIG)
         try:
             return cls.from_dict(read_json(path))
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:

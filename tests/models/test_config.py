@@ -150,10 +150,10 @@ def test_every_gelu_name(name):
         (lambda: BertConfig.from_dict({"id2label": 3}), "id2label: expected a name for each label, got 3"),
         (lambda: GPT2Config(n_layer=0), "n_layer: expected an integer >= 1, got 0"),
         (lambda: GPT2Config(n_embd=10, n_head=3), "n_embd: expected a multiple of n_head = 3, got 10"),
-        (lambda: GPT2Config(layer_norm_epsilon=0), "layer_norm_epsilon: expected a finite number above 0, got 0"),
-        (lambda: BertConfig(layer_norm_eps="x"), "layer_norm_eps: expected a finite number above 0, got 'x'"),
-        (lambda: GPT2Config(scale_attn_weights="false"), "scale_attn_weights: expected True or False, got 'false'"),
-        (lambda: GPT2Config(eos_token_id=[1, "2"]), "eos_token_id: expected a token id, several or None, got '2'"),
+        (lambda: GPT2Config(layer_norm_epsilon=0), "layer_norm_epsilon: expected a finite number > 0, got 0"),
+        (lambda: BertConfig(layer_norm_eps="x"), "layer_norm_eps: expected a finite number > 0, got 'x'"),
+        (lambda: GPT2Config(scale_attn_weights="false"), "scale_attn_weights: expected true or false, got 'false'"),
+        (lambda: GPT2Config(eos_token_id=[1, "2"]), "eos_token_id: expected a token id or null, got"),
         (lambda: GPT2Config(attn_pdrop=1.0), r"attn_pdrop: expected a probability in \[0, 1\), got 1.0"),
         (
             lambda: BertConfig(classifier_dropout=-0.1),
@@ -171,7 +171,7 @@ def test_every_gelu_name(name):
     ],
 )
 def test_errors_of_settings(make, message):
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 

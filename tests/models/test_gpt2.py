@@ -248,7 +248,7 @@ def test_autocast(dtype):
         ),
         (
             lambda m: m(inputs_embeds=tokens(2, 5, 36)),
-            r"inputs_embeds: expected a floating-point dtype, got torch.int64",
+            r"inputs_embeds: expected a floating-point tensor, got torch.int64",
         ),
         (
             lambda m: m(tokens(2, 5), attention_mask=torch.ones(2, 4)),

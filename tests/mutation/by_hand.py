@@ -72,7 +72,7 @@ CPU = [
     ByHand("csrc/cpu/linear.h", "$value + vec::load($bias + $j, $span)", "$value"),
     ByHand("csrc/cpu/gelu_mlp.h", "($value * $slope).store($out + $at, $span)", "$value.store($out + $at, $span)"),
     # AdamW: bias correction, decoupled weight decay
-    ByHand("csrc/cpu/adamw.h", "1 - std::pow($beta, $t)", "1 - std::pow($beta, $t + 1)"),
+    ByHand("csrc/cpu/adamw.h", "-std::expm1($t * $log_beta)", "-std::expm1(($t + 1) * $log_beta)"),
     ByHand("csrc/cpu/adamw.h", "1 - $lr * $weight_decay", "1.0"),
 ]
 

@@ -9,7 +9,7 @@ from fastlm.training.settings import Settings
     "name, value, message",
     [
         ("objective", "sentiment", "objective: expected one of next-token, masked-token, got 'sentiment'"),
-        ("dtype", "float16", "dtype: expected one of float32, bfloat16, got 'float16'"),
+        ("dtype", "float16", "dtype: expected one of float32, bfloat16, got 'float16'; did you mean 'bfloat16'?"),
         ("recompute", 3, "recompute: expected one of 0, 1, 2, got 3"),
         ("layers", 0, "layers: expected an integer >= 1, got 0"),
         ("batch", 1.5, "batch: expected an integer >= 1, got 1.5"),

@@ -81,7 +81,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise mismatch("input_ids", "shape (batch, tokens) with at least one of each", tuple(input_ids.shape))
-    max_new_tokens = check_integer("max_new_tokens", max_new_tokens, "an integer >= 1", range(1, 2**63))
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens, "an integer >= 1", range(1, 2**31))
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise mismatch(

@@ -207,7 +207,7 @@ def test_prompt_dtypes_and_defaults():
         (lambda m: m.generate(prompts(1, 5), max_new_tokens=0), "max_new_tokens: expected an integer >= 1, got 0"),
         (lambda m: m.generate(prompts(1, 5), max_new_tokens=2.5), "max_new_tokens: expected an integer >= 1, got 2.5"),
         (lambda m: m.generate(prompts(1, 5), seed=2**64), r"seed: expected an integer in \[-2\^63, 2\^64\), got"),
-        (lambda m: m.generate(prompts(1, 5), seed="1"), r"seed: expected an integer in \[-2\^63, 2\^64\), got 1"),
+        (lambda m: m.generate(prompts(1, 5), seed="1"), r"seed: expected an integer in \[-2\^63, 2\^64\), got '1'"),
         (
             lambda m: m.generate(prompts(1, 0)),
             r"input_ids: expected shape \(batch, tokens\) with at least one of each, got \(1, 0\)",
