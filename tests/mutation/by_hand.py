@@ -53,11 +53,11 @@ CPU = [
         "$squares / float($width - ($width > 1)) + $eps",
     ),
     ByHand("csrc/cpu/layernorm_residual.h", "$normal * vec::all($correlation)", "$normal * vec::zero()"),
-    # partial sums that depend on the number of threads
+    # the partial sums of all parts
     ByHand(
         "csrc/cpu/layernorm_residual.h",
-        "parts_for($rows, $touched)",
-        "std::max<int64_t>(1, std::min<int64_t>(threads, $rows))",
+        "vec::load($from + $part * 2 * $padded + $i, $span)",
+        "vec::load($from + $i, $span)",
     ),
     # the gradient of the softmax
     ByHand("csrc/cpu/attention_backward.h", "$p * ($dp - $delta)", "$p * $dp"),
