@@ -98,7 +98,8 @@ format: .venv/with-dev
 emulated: .venv/with-test
 	$(BIN)/python -m tests.cuda_emulation
 	FASTLM_CUDA_EMULATION=1 FASTLM_TEST_EMULATED=1 FASTLM_TEST_BACKENDS=cuda $(PYTEST) -q --durations=5 \
-	  -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) tests/kernels/test_generating.py tests/kernels/test_paths.py tests/kernels/test_training.py $(ARGS)
+	  -m "not slow" tests/ops $(wildcard tests/kernels/test_cuda*.py) tests/kernels/test_generating.py \
+	  tests/kernels/test_paths.py tests/kernels/test_training.py $(ARGS)
 
 # The operator tests on modules built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree (GCC,
 # Linux).

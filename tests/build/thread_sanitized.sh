@@ -63,5 +63,5 @@ plant csrc/cpu/layernorm_residual.h 'partial + part * 2 * padded : nullptr' 'par
 plant csrc/cpu/threads.h 'end = parts * (range + 1) / count;' 'end = parts * (range + 1) / count + (range + 1 < count);'
 build
 sanitized -c "$layernorm"
-sanitized -m pytest -q -x -n logical --maxprocesses 4 --dist loadfile --capture=sys --durations=5 tests/ops tests/optim \
-  -m "not slow" -k "not compile and not opcheck and not contract" "$@"
+sanitized -m pytest -q -x -n logical --maxprocesses 4 --dist loadfile --capture=sys --durations=5 \
+  tests/ops tests/optim -m "not slow" -k "not compile and not opcheck and not contract" "$@"

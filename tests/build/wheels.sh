@@ -3,8 +3,8 @@
 # source tree, and runs tests of the operators on it: those of tests/ops and tests/optim, or what further arguments give
 # pytest. For an x86-64 machine with Debian or Ubuntu; .venv has the tools.
 #
-# x86_64 is for the Python of .venv. aarch64 is cross-compiled for the Python of Debian's release SUITE: setup.py runs in
-# this Python under emulation, and thereby builds for it; the compiler that it starts is a native one.
+# x86_64 is for the Python of .venv. aarch64 is cross-compiled for the Python of Debian's release SUITE: setup.py runs
+# in this Python under emulation, and thereby builds for it; the compiler that it starts is a native one.
 #
 # GCC 12 compiles both: code of later versions needs a libstdc++ that is newer than manylinux_2_28, which PyTorch's own
 # wheels are for.
