@@ -122,10 +122,10 @@ wheel: .venv/with-wheels
 wheel-arm: .venv/with-wheels
 	tests/build/wheels.sh aarch64 $(ARGS)
 
-# Everything that .ci/run checks, without samples: all mutants, configurations and cases, on each instruction set. Runs
-# on a clean clone of the last commit and takes hours.
+# More of everything that .ci/run checks: all configurations and cases, generated mutants, each instruction set. Runs on
+# a clean clone of the last commit and takes hours. STAGES=wheel selects by a pattern.
 nightly:
-	.ci/run nightly
+	.ci/run nightly $(STAGES)
 
 clean:
 	rm -rf build dist site .venv .models fastlm.egg-info fastlm/_build.json fastlm/_cpu_*.so fastlm/_cuda*.so
