@@ -1,0 +1,274 @@
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastlm.generation import load_tokenizer
+from fastlm.models import BertForMaskedLM, GPT2LMHeadModel, load_model
+from tests.commands.support import TEXT, TINY, fastlm_command, process, run
+
+
+def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_file):
+    out, output = trained
+    summary = json.loads((out / "summary.json").read_text())
+    assert output.splitlines()[-1] == f"val loss {summary['val_loss']:.4f}"
+    assert re.search(r"^step 5: train loss \d\.\d{4}, val loss \d\.\d{4}$", output, re.MULTILINE)
+    assert summary["settings"] == {
+        "data": [str(text_file)],
+        "tokenizer": "byte",
+        "val_fraction": 0.1,
+        "val_file": None,
+        "objective": "next-token",
+        "layers": 1,
+        "heads": 2,
+        "width": 32,
+        "context": 16,
+        "batch": 4,
+        "steps": 12,
+        "lr": 1e-3,
+        "min_lr": 1e-4,
+        "warmup": 2,
+        "decay_steps": None,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+        "dropout": 0.0,
+        "seed": 0,
+        "dtype": "float32",
+        "eval_every": 5,
+        "recompute": 1,
+        "device": "cpu",
+        "threads": 1,
+    }
+    assert summary["steps"] == 12 and not summary["interrupted"] and summary["tokens_per_second"] > 0
+    assert 0 < summary["train_loss"] < 6 and [e["step"] for e in summary["evaluations"]] == [5, 10, 12]
+    assert summary["evaluations"][-1]["val_loss"] == summary["val_loss"]
+    size = len(TEXT.encode())
+    assert summary["tokens"] == {"training": round(0.9 * size), "validation": size - round(0.9 * size)}
+
+
+def test_train_writes_a_model_that_can_be_loaded(trained):
+    out, _ = trained
+    model = load_model(out)
+    assert isinstance(model, GPT2LMHeadModel)
+    assert (
+        model.config.n_layer,
+        model.config.n_head,
+        model.config.n_embd,
+        model.config.n_positions,
+        model.config.vocab_size,
+    ) == (1, 2, 32, 16, 256)
+    files = ["config.json", "model.safetensors", "summary.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(out)) == files
+
+
+def test_train_options(text_file, tmp_path):
+    (tmp_path / "val.txt").write_text("print(lines)\n" * 10)
+    (tmp_path / "more.txt").write_text("more")
+    given = {
+        "tokenizer": "char",
+        "layers": 2,
+        "heads": 4,
+        "width": 16,
+        "context": 8,
+        "batch": 3,
+        "steps": 4,
+        "lr": 0.002,
+        "min_lr": 0.0003,
+        "warmup": 1,
+        "decay_steps": 3,
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "weight_decay": 0.2,
+        "grad_clip": 0.5,
+        "dropout": 0.1,
+        "seed": 7,
+        "dtype": "bf16",
+        "objective": "next-token",
+        "eval_every": 2,
+        "recompute": 2,
+        "val_file": str(tmp_path / "val.txt"),
+        "device": "cpu",
+        "threads": 2,
+    }
+    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    run("train", "--data", text_file, tmp_path / "more.txt", *flags, "--out", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["settings"] == given | {
+        "dtype": "bfloat16",
+        "data": [str(text_file), str(tmp_path / "more.txt")],
+        "val_fraction": None,
+    }
+    assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
+
+
+def test_train_is_bit_reproducible(trained, text_file, tmp_path):
+    run("train", "--data", text_file, *TINY, "--out", tmp_path, "--threads", 1)
+    assert (tmp_path / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
+
+
+def test_train_with_masked_tokens(trained_bert):
+    out, output = trained_bert
+    model = load_model(out)
+    assert isinstance(model, BertForMaskedLM) and re.search(r"^val loss \d\.\d{4}$", output.splitlines()[-1])
+    assert model.config.vocab_size == len(set(TEXT)) + 2 == load_tokenizer(out).vocab_size
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--data", "nowhere.txt"],
+            "data: expected a file, a directory with text files or a pattern .*, got 'nowhere.txt'",
+        ),
+        (["--data", "empty.txt"], "data: expected a text that is not empty, got 1 empty file, the first is empty.txt"),
+        (
+            ["--data", "short.txt"],
+            r"data: expected at least 65 tokens for training \(one context of 64 and the next token\), got 9",
+        ),
+        (
+            ["--data", "text.txt", "--val-file", "short.txt"],
+            r"val_fraction or val_file: expected at least 65 tokens for validation \(.*\), got 10",
+        ),
+        (["--data", "text.txt", "--layers", "0"], "layers: expected an integer >= 1, got 0"),
+        (["--data", "text.txt", "--heads", "5"], "width: expected a multiple of heads = 5, got 128"),
+        (["--data", "text.txt", "--dropout", "1"], r"dropout: expected a number in \[0, 1\), got 1.0"),
+        (
+            ["--data", "text.txt", "--objective", "guess"],
+            "objective: expected one of next-token, masked-token, got 'guess'",
+        ),
+        (["--data", "text.txt", "--tokenizer", "bpe"], "tokenizer: expected one of byte, char, got 'bpe'"),
+        (["--data", "text.txt", "--threads", "0"], "threads: expected an integer >= 1, got 0"),
+        (
+            ["--data", "text.txt", "--out", "text.txt"],
+            "out: expected a directory or a path for a new one, got the file 'text.txt'",
+        ),
+        (["--data", "text.txt", "--layers", "many"], "Invalid value for '--layers': .*integer.*"),
+        (["--data", "text.txt", "--colour", "red"], "No such option: --colour.*"),
+        (["--data", "text.txt", "--stpes", "3"], r"No such option: --stpes .*--steps.*"),
+        ([], "data: expected at least one file, directory or pattern, got none"),
+        (["--data", "text.txt", "--seed", 2**63], r"seed: expected an integer < 2\^63, got 9223372036854775808"),
+        (
+            ["text.txt", "--objective", "next-tokens"],
+            "objective: expected one of next-token, masked-token, got 'next-tokens'; did you mean 'next-token'\\?",
+        ),
+    ],
+)
+def test_train_errors_are_one_line_and_write_nothing(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"text.txt": TEXT, "empty.txt": "", "short.txt": "0123456789"}.items():
+        (tmp_path / name).write_text(text)
+    before = sorted(os.listdir(tmp_path))
+    result = fastlm_command("train", *arguments)
+    assert result.exit_code in (1, 2)
+    assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_train_takes_files_without_an_option(trained, text_file, tmp_path):
+    (tmp_path / "more.txt").write_text("more")
+    run("train", text_file, tmp_path / "more.txt", *TINY, "--out", tmp_path / "out", "--threads", 1)
+    settings = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]
+    assert settings["data"] == [str(text_file), str(tmp_path / "more.txt")]
+    usage = run("train", "--help")
+    assert "[PATH]..." in usage and "--data" in usage
+
+
+def test_train_names_the_files_that_it_skips(text_file, tmp_path):
+    folder = tmp_path / "data"
+    (folder / ".git").mkdir(parents=True)
+    (folder / "a.txt").write_text(TEXT)
+    assert "skipped" not in run("train", folder / "a.txt", *TINY, "--out", tmp_path / "out")
+    (folder / "picture").write_bytes(b"\x89PNG\0")
+    for i in range(6):
+        (folder / ".git" / f"{i}").write_text("x")
+    output = run("train", folder, *TINY, "--out", tmp_path / "out", "--overwrite")
+    names = ", ".join(str(folder / ".git" / f"{i}") for i in range(5))
+    assert f"skipped 7 files, hidden or binary: {names} and 2 more\n" in output
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped"][-1] == str(folder / "picture")
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_an_earlier_model_is_not_overwritten(command, trained, text_file, tmp_path, small_demo):
+    arguments = {"train": ["train", text_file, *TINY], "demo": ["demo", "--seconds", 0.1]}[command]
+    out = tmp_path / "out"
+    shutil.copytree(trained[0], out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    result = fastlm_command(*arguments, "--out", out)
+    assert result.exit_code == 1 and result.stderr == (
+        f"error: out: expected a directory without a model, got {str(out)!r}, which has config.json; "
+        "--overwrite replaces it\n"
+    )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run(*arguments, "--out", out, "--overwrite")
+    assert (out / "summary.json").read_bytes() != before["summary.json"]
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_several_processes_are_refused(command, text_file, tmp_path, monkeypatch):
+    """As torchrun starts them: each would train the same model and write it into the same directory."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = {"train": ["train", text_file, *TINY], "demo": ["demo"]}[command]
+    result = fastlm_command(*arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and result.stderr == (
+        "error: WORLD_SIZE: expected 1, as training on several processes is not supported, got '2'\n"
+    )
+    assert not os.listdir(tmp_path)
+
+
+def test_train_on_a_full_disk(text_file, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # write() fails, as on a full disk
+    try:
+        result = fastlm_command("train", "--data", text_file, *TINY, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: out: could not save to '.*out'; no file was written: .*\n", result.stderr), (
+        result.stderr
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_out_of_memory_is_a_one_line_error(text_file, tmp_path):
+    result = fastlm_command("train", "--data", text_file, *TINY, "--batch", 2**50, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == "error: out of memory: reduce --batch, --context, --width or --layers\n"
+
+
+def test_interrupted_training_is_saved(text_file, tmp_path):
+    endless = [*TINY, "--steps", 10**6, "--eval-every", 5]
+    with process("train", "--data", text_file, *endless, "--out", "out", cwd=tmp_path) as running:
+        assert any(line.startswith("step 10:") for line in running.stdout)
+        running.send_signal(signal.SIGINT)
+        output, errors = running.communicate(timeout=60)
+    assert running.returncode == 130 and errors == ""
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["interrupted"] and 10 <= summary["steps"] < 10**6
+    ended, last = output.splitlines()[-2:]
+    assert (
+        ended.startswith(f"interrupted after {summary['steps']} steps")
+        and last == f"val loss {summary['val_loss']:.4f}"
+    )
+    assert load_model(tmp_path / "out").config.n_layer == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("library", ["libc10", "libtorch_python", "_cpu_features"])
+def test_interrupted_while_modules_are_imported(text_file, tmp_path, library):
+    """When a library of PyTorch, or this package's first one, has been loaded."""
+    with process("train", text_file, *TINY, "--steps", 10**6, "--out", "out", cwd=tmp_path) as running:
+        deadline = time.monotonic() + 120
+        while library not in Path(f"/proc/{running.pid}/maps").read_text() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        running.send_signal(signal.SIGINT)
+        output, errors = running.communicate(timeout=60)
+    assert (running.returncode, output, errors) == (130, "", "interrupted\n")
