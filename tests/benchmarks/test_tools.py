@@ -40,9 +40,9 @@ def test_inputs_depend_on_the_name_of_their_case_alone():
     assert first.stride(2) == 4 * 8 and not torch.equal(record.Draw("another", torch.float32).normal(5), second)
 
 
-@pytest.mark.parametrize("way", record.ways_of(next(record.linear_cases()), "float32", "cpu"))
+@pytest.mark.parametrize("way", record.ways_of(next(record.CASES["linear"]()), "float32", "cpu"))
 def test_the_record_is_repeatable(way):
-    case = next(record.linear_cases())
+    case = next(record.CASES["linear"]())
     found = record.run_case(case, torch.float32, "cpu", way)
     assert found == record.run_case(case, torch.float32, "cpu", way) and "result 0" in found
     assert ("FLOPs" in found) == (way == "torch.library operator")
@@ -51,7 +51,7 @@ def test_the_record_is_repeatable(way):
 
 def test_a_call_that_is_refused_is_recorded():
     key = "attention, usual, dropout"
-    (case,) = (case for case in record.attention_cases() if case.key == key)
+    (case,) = (case for case in record.CASES["attention"]() if case.key == key)
     assert record.guarded(key, record.run_case, case, torch.float32, "torch", "training") == {key: "Unsupported"}
 
 
