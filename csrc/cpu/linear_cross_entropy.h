@@ -37,8 +37,11 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
   if (ce.label_smoothing > 0)
     for (int64_t first = 0; first < vocab; first += Run) {
       const float* at = z + first;
-      linear_sum +=
-          sum_over(std::min(Run, vocab - first), [=](int64_t i, auto span) { return vec::load(at + i, span); });
+      linear_sum += sum_over(std::min(Run, vocab - first), [=](int64_t i, auto span) {
+        const vec below = vec::load(at + i, span) - vec::all(shift);
+        if constexpr (std::is_same_v<decltype(span), full>) return below;
+        else return select(vec::iota() < vec::all(float(span.count)), below, vec::zero());
+      });
     }
   const int64_t target = ce.target[row * ce.target_stride];
   const bool ignored = target == ce.ignore_index;
@@ -60,7 +63,7 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
   // would round them away.
   ce.loss[row] = ignored ? 0.0f
                          : log_sum + (1 - smoothing) * (shift - target_logit) +
-                               (smoothing > 0 ? smoothing * (shift - linear_sum / float(vocab)) : 0.0f);
+                               (smoothing > 0 ? smoothing * -linear_sum / float(vocab) : 0.0f);
   if (!wants_gradient) return;
   if (ignored) {
     std::fill_n(z, vocab, 0.0f);

@@ -352,10 +352,12 @@ PROBLEMS = [attention, attention_varlen, gelu_mlp, layernorm_residual, linear, l
 def distance(a: Tensor, truth: Tensor, counted: Tensor) -> float:
     """The largest error where `counted`, relative to the largest true value; infinite for a NaN.
 
-    Half the distance of subnormal numbers, which rounding any result may cost, is no error.
+    Half the distance of subnormal numbers, which rounding any result may cost, is no error. An infinity counts as the
+    first number beyond the largest: what rounds to it may be close to that.
     """
-    underflow = torch.finfo(a.dtype).tiny * torch.finfo(a.dtype).eps / 2
-    a = a.double()
+    limits = torch.finfo(a.dtype)
+    underflow = limits.tiny * limits.eps / 2
+    a = torch.where(a.isinf(), a.sign().double() * limits.max * (1 + limits.eps), a.double())
     largest = torch.where(truth.isfinite(), truth, 0).abs().max().item() if truth.numel() else 0.0
     errors = (
         torch.where((a == truth) | ~counted, 0, (a - truth).abs() - underflow).clamp(min=0).nan_to_num(nan=math.inf)

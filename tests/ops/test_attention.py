@@ -342,11 +342,12 @@ def test_huge_scores_do_not_overflow(backend):
 
 
 @on_every_backend
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("scale", [None, 1.0, 0.0, -0.3])
-def test_scale(scale, backend):
+def test_scale(scale, causal, backend):
     assert_within_twice_torch(
-        lambda *t: fastlm.attention(*t, scale=scale, backend=backend),
-        torch_own(scale=scale),
+        lambda *t: fastlm.attention(*t, scale=scale, causal=causal, backend=backend),
+        torch_own(seen(9, 9, causal) if causal else None, scale=scale),
         qkv(1, 2, 2, 9, 9, 16),
         torch.float32,
     )

@@ -56,6 +56,20 @@ def test_as_close_to_float64_as_torch(
     )
 
 
+@on_backends("reference", "torch", "cpu")
+def test_smoothing_of_large_logits_that_are_nearly_equal(backend):
+    """The loss is log(vocab): a mean of such logits would be off by their rounding."""
+    x, w = torch.full((3, 1), 5000.3), torch.ones(999, 1)
+    assert_within_twice_torch(
+        lambda *t: fastlm.linear_cross_entropy(
+            *t, targets(999, 3), reduction="none", label_smoothing=1.0, backend=backend
+        ),
+        torch_own(targets(999, 3), reduction="none", label_smoothing=1.0),
+        (x, w),
+        torch.float32,
+    )
+
+
 @on_every_backend
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_the_loss_is_at_least_float32(dtype, backend):

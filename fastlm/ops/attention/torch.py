@@ -41,7 +41,8 @@ def kv_heads_for_native(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tens
 def additive_mask(call: Forward | Backward) -> tuple[Tensor | None, bool]:
     """(additive mask or None, is_causal) for PyTorch, whose causal mask is aligned top-left."""
     query, key, mask = call.query, call.key, call.mask
-    causal = call.upper == 0 and call.lower <= 1 - query.shape[2]
+    # It masks scores before it scales them: a scale of 0 or less would turn −inf into NaN or +inf.
+    causal = call.upper == 0 and call.lower <= 1 - query.shape[2] and call.scale > 0
     masks = [] if causal else [band_mask(query, key, call.lower, call.upper)]
     masks.append(None if call.key_padding is None else call.key_padding[:, None, None, :])
     bias = None
