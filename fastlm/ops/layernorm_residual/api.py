@@ -16,6 +16,7 @@ from fastlm.core.errors import (
 from fastlm.ops.layernorm_residual.autograd import operator
 from fastlm.ops.layernorm_residual.spec import Forward
 from fastlm.ops.operator import check_memory
+from fastlm.ops.residual_norm import check_same_or_float32, widen_for_autocast
 
 
 def layernorm_residual(
@@ -82,20 +83,8 @@ def layernorm_residual(
     return y, x if summed is None else summed
 
 
-def check_same_or_float32(argument: str, tensor: Tensor, x: Tensor) -> None:
-    """The tensor must have x's dtype, or float32 where x has 16 bits."""
-    wider = tensor.dtype == torch.float32 and x.dtype.itemsize <= 2
-    if tensor.device != x.device or (tensor.dtype != x.dtype and not wider):
-        expected = f"{x.dtype}, as x," + (" or torch.float32" if x.dtype.itemsize == 2 else "")
-        raise mismatch(argument, f"{expected} on {x.device}", f"{tensor.dtype} on {tensor.device}")
-
-
 def cast(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> list[Tensor | None]:
     """The casts of autocast."""
-    if x.device.type != "cpu":
-        return [t if t is None or t.dtype == torch.float64 else t.float() for t in (x, residual, *parameters)]
-    if residual is not None and x.dtype != residual.dtype and residual.dtype != torch.float32:
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
-    widened = [t if t is None or x.dtype.itemsize <= t.dtype.itemsize else t.to(x.dtype) for t in parameters]
-    return [x, residual, *widened]
+    if x.device.type == "cpu":
+        return widen_for_autocast(x, residual, *parameters)
+    return [t if t is None or t.dtype == torch.float64 else t.float() for t in (x, residual, *parameters)]

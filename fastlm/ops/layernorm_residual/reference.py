@@ -7,17 +7,8 @@ from fastlm.backends import reference
 from fastlm.backends.contract import Implementation
 from fastlm.backends.reference import narrow, widen
 from fastlm.core.autocast import no_autocast
-from fastlm.core.philox import dropout_mask
 from fastlm.ops.layernorm_residual.spec import Backward, Forward
-
-
-def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """x after dropout over its flattened rows, scaled by 1 / (1 − p); x itself without a seed."""
-    if seed is None:
-        return x
-    zero = torch.zeros((), dtype=torch.int64, device=x.device)
-    keep = dropout_mask(seed, x.numel() // x.shape[-1], x.shape[-1], zero, p)
-    return torch.where(keep.view(x.shape), x * (1 / (1 - p)), 0)
+from fastlm.ops.residual_norm import dropout
 
 
 def reciprocal_deviation(centred: Tensor, eps: float) -> Tensor:
