@@ -66,25 +66,4 @@ template <class Term> FASTLM_INLINE float sum_over(int64_t n, Term term) {
   return ((a + b) + (c + d)).sum();
 }
 
-struct two_vecs {
-  vec first, second;
-};
-struct two_floats {
-  float first, second;
-};
-
-// Both sums of term(i, span), a two_vecs, in one pass.
-template <class Term> FASTLM_INLINE two_floats two_sums_over(int64_t n, Term term) {
-  two_vecs even{vec::zero(), vec::zero()}, odd = even;
-  auto add = [](two_vecs& to, two_vecs more) { to = {to.first + more.first, to.second + more.second}; };
-  int64_t i = 0;
-  for (; i + 2 * vec::Lanes <= n; i += 2 * vec::Lanes) {
-    add(even, term(i, full{}));
-    add(odd, term(i + vec::Lanes, full{}));
-  }
-  for (; i + vec::Lanes <= n; i += vec::Lanes) add(even, term(i, full{}));
-  if (i < n) add(odd, term(i, tail{size_t(n - i)}));
-  return {(even.first + odd.first).sum(), (even.second + odd.second).sum()};
-}
-
 }  // namespace fastlm

@@ -52,11 +52,11 @@ CPU = [
         "$squares / float($width) + $eps",
         "$squares / float($width - ($width > 1)) + $eps",
     ),
-    ByHand("csrc/cpu/layernorm_residual.h", "$normal * vec::all($correlation)", "$normal * vec::zero()"),
+    ByHand("csrc/cpu/layernorm_residual.h", "$g - $average - $normal * $correlation", "$g - $average"),
     # the partial sums of all parts
     ByHand(
-        "csrc/cpu/layernorm_residual.h",
-        "vec::load($from + $part * 2 * $padded + $i, $span)",
+        "csrc/cpu/residual_norm.h",
+        "vec::load($from + $part * $stride + $i, $span)",
         "vec::load($from + $i, $span)",
     ),
     # the gradient of the softmax
