@@ -216,8 +216,8 @@ def gelu_mlp(dtype: torch.dtype, device: str, rows: int = 16384, width: int = 76
 
 
 def layernorm_residual(constant: str, dtype: torch.dtype, device: str, rows: int = 4096, width: int = 768) -> Knob:
-    """A constant of kernels/layernorm_residual.py: how large a program, or the number of partial sums."""
-    kernels, run = module("layernorm_residual"), implementation("layernorm_residual")
+    """A constant of kernels/residual_norm.py: how large a program, or the number of partial sums."""
+    kernels, run = module("residual_norm"), implementation("layernorm_residual")
     x, residual, dy = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(3))
     weight = torch.ones(width, device=device, dtype=dtype)
     common = {"weight": weight, "seed": None, "eps": 1e-5, "dropout_p": 0.0}

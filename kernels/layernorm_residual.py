@@ -5,8 +5,7 @@ dresidual where it differs from dx. About 10 FLOPs per element.
 
 A program holds whole rows in registers, several if they are narrow, so the two-pass statistics need no second read. In
 backward a fixed number of programs process several tiles of rows each and keep their partial sums of dweight and dbias
-in registers. A second kernel reduces the partial sums in a fixed order, without atomics. The number of programs follows
-from the sizes alone.
+in registers, which a second kernel reduces (residual_norm.py). The number of programs follows from the sizes alone.
 """
 
 import triton
@@ -14,11 +13,8 @@ import triton.language as tl
 
 from fastlm.kernels.launch import launch
 from fastlm.kernels.philox import kept
-from fastlm.kernels.sizes import cdiv, next_power_of_2
-
-ELEMENTS_PER_PROGRAM = 4096  # of a tile, where rows are narrow
-MAX_PARTIALS = 512  # partial sums of dweight and dbias: about two waves on a large GPU
-REDUCE_BLOCK = 32  # partial sums that the second kernel adds at a time, for as many columns
+from fastlm.kernels.residual_norm import tile
+from fastlm.kernels.sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
@@ -139,34 +135,6 @@ def layernorm_residual_backward_kernel(
         tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=column < width)
 
 
-@triton.jit(do_not_specialize=["partials"])
-def layernorm_residual_reduce_kernel(partials_ptr, dweight_ptr, dbias_ptr, partials, width, REDUCE_BLOCK: tl.constexpr):
-    """Reduces the partial sums of REDUCE_BLOCK columns: of dweight in the first half of the programs, then of dbias."""
-    tiles = tl.cdiv(width, REDUCE_BLOCK)
-    pid = tl.program_id(0)
-    which = pid // tiles  # without dweight the partial sums of dbias come first
-    column = pid % tiles * REDUCE_BLOCK + tl.arange(0, REDUCE_BLOCK)
-    acc = tl.zeros((REDUCE_BLOCK, REDUCE_BLOCK), tl.float32)
-    for first in range(0, partials, REDUCE_BLOCK):
-        partial = first + tl.arange(0, REDUCE_BLOCK)
-        at = (which * partials + partial).to(tl.int64)[:, None] * width + column[None, :]
-        acc += tl.load(partials_ptr + at, mask=(partial < partials)[:, None] & (column < width)[None, :], other=0.0)
-    result = tl.sum(acc, 0)
-    if dweight_ptr is not None:
-        if which == 0:
-            tl.store(dweight_ptr + column, result.to(dweight_ptr.dtype.element_ty), mask=column < width)
-    if dbias_ptr is not None:
-        if which == (0 if dweight_ptr is None else 1):
-            tl.store(dbias_ptr + column, result.to(dbias_ptr.dtype.element_ty), mask=column < width)
-
-
-def tile(width, dropout):
-    """(rows, columns, warps) of the tile of a program."""
-    block = max(next_power_of_2(width), 64 if dropout else 1)
-    rows = min(max(ELEMENTS_PER_PROGRAM // block, 1), 16)
-    return rows, block, min(max(rows * block // 1024, 1), 16)
-
-
 def layernorm_residual_forward(
     x,
     x_stride,
@@ -209,13 +177,6 @@ def layernorm_residual_forward(
     launch(layernorm_residual_forward_kernel, cdiv(rows, tile_rows), arguments, (tile_rows, block), warps, 1, device)
 
 
-def partition(rows, width, dropout):
-    """(programs, tiles per program) of backward, from the sizes alone."""
-    tiles = cdiv(rows, tile(width, dropout)[0])
-    tiles_per_program = cdiv(tiles, MAX_PARTIALS)
-    return cdiv(tiles, tiles_per_program), tiles_per_program
-
-
 def layernorm_residual_backward(
     dy,
     dy_stride,
@@ -239,7 +200,7 @@ def layernorm_residual_backward(
     keep_scale,
     device,
 ):
-    """programs, tiles_per_program: of partition()."""
+    """programs, tiles_per_program: of residual_norm.partition()."""
     tile_rows, block, warps = tile(width, seed is not None)
     arguments = (
         dy,
@@ -263,16 +224,3 @@ def layernorm_residual_backward(
         keep_scale,
     )
     launch(layernorm_residual_backward_kernel, programs, arguments, (tile_rows, block), warps, 1, device)
-
-
-def layernorm_residual_reduce(partials, dweight, dbias, programs, width, device):
-    gradients = (dweight is not None) + (dbias is not None)
-    launch(
-        layernorm_residual_reduce_kernel,
-        gradients * cdiv(width, REDUCE_BLOCK),
-        (partials, dweight, dbias, programs, width),
-        (REDUCE_BLOCK,),
-        4,
-        1,
-        device,
-    )

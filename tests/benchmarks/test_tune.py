@@ -164,7 +164,7 @@ def test_gelu_mlp_may_use_the_vendors_product(configs, made_up):
 @pytest.mark.parametrize("constant", ["ELEMENTS_PER_PROGRAM", "MAX_PARTIALS"])
 def test_layernorm_residual(constant, configs, made_up, monkeypatch):
     watch, of = made_up
-    kernels = tune.module("layernorm_residual")
+    kernels = tune.module("residual_norm")
     monkeypatch.setattr(kernels, constant, 64 if constant == "ELEMENTS_PER_PROGRAM" else 4)
     of[0] = lambda value: 1.0 / value
     knob = watch(tune.layernorm_residual(constant, FP32, "cpu", 9, 24))

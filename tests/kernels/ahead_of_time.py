@@ -236,7 +236,7 @@ def kernels_of(title, target):
         mask = ["attention_backward_mask_kernel"] if "bias" in title else []
         return ["attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel", *mask]
     if operator == "layernorm_residual":
-        return [f"layernorm_residual_{which}_kernel" for which in ("forward", "backward", "reduce")]
+        return [*(f"{operator}_{which}_kernel" for which in ("forward", "backward")), "residual_norm_reduce_kernel"]
     if operator == "gelu_mlp":
         fused = configs.MLP.get((target, 4 if "float32" in title else 2))
         return [f"gelu_mlp_{which}_kernel" for which in (("forward", "backward") if fused else ("activate", "slope"))]

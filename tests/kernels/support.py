@@ -1,23 +1,19 @@
 """What the tests of the kernels share."""
 
 import importlib
+from pathlib import Path
 
 import fastlm  # noqa: F401 (registers the operators)
 from fastlm.backends import registry
 
-MODULES = (
-    "attention",
-    "attention_backward",
-    "attention_decode",
-    "gelu_mlp",
-    "layernorm_residual",
-    "linear_cross_entropy",
-)
+KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 def kernel_modules():
     """The modules with Triton kernels. Each launches through its own name `launch`."""
-    return [importlib.import_module(f"fastlm.kernels.{name}") for name in MODULES]
+    names = sorted(file.stem for file in KERNELS.glob("*.py") if file.stem not in ("launch", "__init__"))
+    modules = [importlib.import_module(f"fastlm.kernels.{name}") for name in names]
+    return [module for module in modules if hasattr(module, "launch")]
 
 
 def forward(operator, backend, *arguments):

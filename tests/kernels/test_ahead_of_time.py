@@ -40,7 +40,7 @@ MATRIX = {
     "gfx942": {"mfma"},
     "gfx1100": {"wmma"},
 }
-WITHOUT_PRODUCTS = ("combine", "layernorm", "activate", "slope", "cross_entropy")
+WITHOUT_PRODUCTS = ("combine", "norm", "activate", "slope", "cross_entropy")
 # The table is tuned for head dims of 64 and 128 in 16 bits. The others, and float32, whose products have no matrix
 # instruction at full precision, must compile and fit.
 TUNED = ("float16 64", "float16 128")

@@ -7,6 +7,7 @@ from fastlm.backends.contract import Implementation
 from fastlm.backends.gpu import dropout_arguments, new_like, on_device, vector
 from fastlm.core.layout import rows_and_stride
 from fastlm.kernels import layernorm_residual as kernels
+from fastlm.kernels import residual_norm
 from fastlm.ops.layernorm_residual.spec import Backward, Forward, Sizes
 
 MAX_WIDTH = 16384  # a program holds a row in registers
@@ -56,7 +57,7 @@ def backward(call: Backward):
     if summed.numel():
         rows, device = summed.numel() // width, summed.device.index
         reduces = dy is not None and (needs_dweight or needs_dbias)
-        programs, tiles_per_program = kernels.partition(rows, width, seed is not None)
+        programs, tiles_per_program = residual_norm.partition(rows, width, seed is not None)
         partials = None
         if reduces:
             partials = summed.new_empty((needs_dweight + needs_dbias, programs, width), dtype=torch.float32)
@@ -81,7 +82,7 @@ def backward(call: Backward):
                 device,
             )
             if reduces:
-                kernels.layernorm_residual_reduce(partials, dweight, dbias, programs, width, device)
+                residual_norm.reduce_partials(partials, dweight, dbias, programs, width, device)
     return dx, dresidual, dweight, dbias
 
 
