@@ -17,20 +17,9 @@
 //   - Wider rows, and rows that are not aligned for vectors, have generic kernels that process a column at a time and
 //     read it again in each pass. Separate kernels keep these branches out of the ones above.
 #include "layernorm_residual.h"
-#include <algorithm>
-#include <stdexcept>
-#include "launch.cuh"
-#include "philox.cuh"
-#include "reduce.cuh"
-#include "vec.cuh"
+#include "residual_norm.cuh"
 
 namespace fastlm::cuda {
-
-// Columns per vector access, vector accesses per thread.
-constexpr int VECTOR = 8, VECTORS = 4, COLUMNS_PER_THREAD = VECTOR * VECTORS;
-constexpr int MAX_TEAM = 256, MAX_REGISTER_WIDTH = MAX_TEAM * COLUMNS_PER_THREAD, MIN_THREADS = 128;
-constexpr int MAX_PARTIALS = 264;
-constexpr int REDUCE_COLUMNS = WarpSize, REDUCE_WARPS = 8;
 
 template <class T, class R> struct forward_args {
   const T* x;
@@ -69,77 +58,6 @@ template <class T, class R> struct backward_args {
 // 1/√(var + eps), and NaN where the sum of squares overflows: a factor of 0 would give the bias as the result.
 FASTLM_DEVICE float rstd_of(float squares, float width, float eps) {
   return squares < INFINITY ? 1.0f / sqrtf(squares / width + eps) : NAN;
-}
-
-// The threads that share a row. A block has `teams` of them. Columns are assigned to threads in vectors.
-struct row_team {
-  int size, teams, index, thread;
-  bool spread_columns;  // with dropout
-
-  FASTLM_DEVICE row_team(int size, bool spread_columns)
-      : size(size),
-        teams(int(blockDim.x) / size),
-        index(int(threadIdx.x) / size),
-        thread(int(threadIdx.x) % size),
-        spread_columns(spread_columns) {}
-
-  FASTLM_DEVICE int column(int chunk) const {
-    return spread_columns ? thread / 2 * 64 + chunk * 16 + thread % 2 * VECTOR : (chunk * size + thread) * VECTOR;
-  }
-
-  // Sums over the team. All threads of the block take part. `shared` is space for N numbers per warp.
-  template <int N> FASTLM_DEVICE void sum(float (&values)[N], float* shared) const {
-    for (int mask = (size < WarpSize ? size : WarpSize) / 2; mask > 0; mask /= 2)
-#pragma unroll
-      for (int n = 0; n < N; ++n) values[n] += shuffle_xor(values[n], mask);
-    if (size <= WarpSize) return;
-    const int warp = int(threadIdx.x) / WarpSize, first = index * (size / WarpSize);
-    if (threadIdx.x % WarpSize == 0)
-#pragma unroll
-      for (int n = 0; n < N; ++n) shared[warp * N + n] = values[n];
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < N; ++n) values[n] = shared[first * N + n];
-#pragma unroll 1
-    for (int other = 1; other < size / WarpSize; ++other)
-#pragma unroll
-      for (int n = 0; n < N; ++n) values[n] += shared[(first + other) * N + n];
-    __syncthreads();
-  }
-};
-
-template <class T> FASTLM_DEVICE float parameter(const void* from, bool is_float, int column) {
-  return is_float ? static_cast<const float*>(from)[column] : to_float(static_cast<const T*>(from)[column]);
-}
-
-template <class T> FASTLM_DEVICE void load_parameters(float (&out)[VECTOR], const void* from, bool is_float,
-                                                      int column) {
-  if (is_float) {
-    const auto chunk = vec<float, VECTOR>::load(static_cast<const float*>(from) + column);
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) out[i] = chunk[i];
-  } else {
-    const auto chunk = vec<T, VECTOR>::load(static_cast<const T*>(from) + column);
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) out[i] = to_float(chunk[i]);
-  }
-}
-
-// Applies dropout to the columns of a thread; `first` is the first of them. The loop is unrolled by 2 only, because 8
-// Philox calls are 480 instructions.
-FASTLM_DEVICE void apply_dropout(float (&values)[VECTORS][VECTOR], const dropout& drop, int64_t row, int first) {
-  const uint64_t seed = uint64_t(*drop.seed);
-  uint32_t keeps = 0;  // bit c·8 + i
-#pragma unroll 2
-  for (int i = 0; i < VECTOR; ++i) {
-    const philox_words words = dropout_words(seed, uint32_t(first + i), uint32_t(row), 0);
-#pragma unroll
-    for (int c = 0; c < VECTORS; ++c) keeps |= uint32_t(words.word[c] >= drop.threshold) << (c * VECTOR + i);
-  }
-#pragma unroll
-  for (int c = 0; c < VECTORS; ++c)
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) values[c][i] = keeps >> (c * VECTOR + i) & 1 ? values[c][i] * drop.scale : 0.0f;
 }
 
 template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 2)
@@ -205,25 +123,6 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 2)
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) y[i] = from_float<T>(s[c][i] * rstd * weight[i] + bias[i]);
     y.store(args.y + row * width + column);
-  }
-}
-
-// The teams of a block add their partial sums in shared memory, one after the other; the last writes the result.
-FASTLM_DEVICE void combine_partials(const row_team& team, const float (&values)[VECTORS][VECTOR], float* sums,
-                                    float* partial, int width) {
-  for (int member = 0; member < team.teams; ++member) {
-    if (team.index == member)
-#pragma unroll
-      for (int c = 0; c < VECTORS; ++c) {
-        const int column = team.column(c);
-        vec<float, VECTOR> acc{};
-        if (member > 0) acc = vec<float, VECTOR>::load(sums + column);
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) acc[i] += values[c][i];
-        if (member + 1 < team.teams) acc.store(sums + column);
-        else if (column < width) acc.store(partial + column);
-      }
-    __syncthreads();
   }
 }
 
@@ -395,69 +294,12 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM)
   }
 }
 
-// Reduces the partial sums of dweight (blockIdx.y = 0) or dbias: each warp adds every eighth one for 32 columns, and
-// the first warp adds the results of all warps.
-template <class W> __global__ void layernorm_residual_reduce_kernel(const float* partials, W* dweight, W* dbias,
-                                                                    int count, int width, int padded_width) {
-  FASTLM_SHARED(shared);
-  float* sums = reinterpret_cast<float*>(shared);
-  const int lane = int(threadIdx.x) % WarpSize, warp = int(threadIdx.x) / WarpSize,
-            column = int(blockIdx.x) * REDUCE_COLUMNS + lane;
-  const float* from = partials + int64_t(blockIdx.y) * count * padded_width;
-  float acc = 0.0f;
-  if (column < width)
-#pragma unroll 8
-    for (int partial = warp; partial < count; partial += REDUCE_WARPS)
-      acc += from[int64_t(partial) * padded_width + column];
-  sums[threadIdx.x] = acc;
-  __syncthreads();
-  if (warp > 0 || column >= width) return;
-#pragma unroll
-  for (int other = 1; other < REDUCE_WARPS; ++other) acc += sums[other * WarpSize + lane];
-  W* to = dweight && blockIdx.y == 0 ? dweight : dbias;  // without dweight the partial sums of dbias come first
-  to[column] = from_float<W>(acc);
-}
-
-// How rows are assigned to blocks and teams, from the sizes and whether vectors are read.
-struct row_partition {
-  int team, threads, partials, rows_per_team, padded_width;
-  int64_t blocks;  // of forward, with one row per team
-
-  row_partition(int64_t rows, int64_t width, bool in_registers) {
-    if (width > 1 << 30 || rows > int64_t(1) << 31)
-      throw std::runtime_error("layernorm_residual: sizes beyond the range of 32 bits");
-    for (team = in_registers ? 8 : WarpSize;
-         team < MAX_TEAM && team * (in_registers ? COLUMNS_PER_THREAD : VECTORS) < width; team *= 2) {}
-    threads = in_registers ? std::max(team, MIN_THREADS) : team;
-    blocks = (rows + threads / team - 1) / (threads / team);
-    rows_per_team = int((blocks + MAX_PARTIALS - 1) / MAX_PARTIALS);
-    partials = int((blocks + rows_per_team - 1) / rows_per_team);
-    padded_width = int((width + VECTOR - 1) / VECTOR * VECTOR);
-  }
-
-  // Bytes of shared memory for so many numbers per warp.
-  size_t shared_bytes(int numbers) const { return size_t(threads / WarpSize) * numbers * sizeof(float); }
-};
-
-static bool aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % VECTOR == 0;
-}
-static bool fits_in_registers(int64_t width) { return width % VECTOR == 0 && width <= MAX_REGISTER_WIDTH; }
-
-// Calls run.template operator()<T, R>().
-template <class F> static void dispatch_types(DType x, DType residual, F run) {
-  with_dtype(x, [&]<class T>() {
-    if (residual == DType::float32) run.template operator()<T, float>();
-    else run.template operator()<T, T>();
-  });
-}
-
 void layernorm_residual_forward(const layernorm_residual_forward_args& args, stream_t stream) {
   if (args.rows == 0) return;
   const bool in_registers = fits_in_registers(args.width) && aligned(args.x, args.x_stride) &&
                             aligned(args.residual, args.residual_stride) && aligned(args.weight, 0) &&
                             aligned(args.bias, 0) && aligned(args.y, 0) && aligned(args.summed, 0);
-  const row_partition partition(args.rows, args.width, in_registers);
+  const row_partition partition("layernorm_residual", args.rows, args.width, in_registers);
   dispatch_types(args.x_dtype, args.residual_dtype, [&]<class T, class R>() {
     const forward_args<T, R> kernel_args{.x = static_cast<const T*>(args.x),
                                          .x_stride = args.x_stride,
@@ -492,7 +334,7 @@ void layernorm_residual_backward(const layernorm_residual_backward_args& args, s
                             aligned(args.dsummed, args.dsummed_stride) && aligned(args.summed, args.summed_stride) &&
                             aligned(args.weight, 0) && aligned(args.dx, 0) && aligned(args.dresidual, 0) &&
                             aligned(args.partials, 0);
-  const row_partition partition(args.rows, args.width, in_registers);
+  const row_partition partition("layernorm_residual", args.rows, args.width, in_registers);
   float* dbias_partials =
       args.dweight ? args.partials + int64_t(partition.partials) * partition.padded_width : args.partials;
   dispatch_types(args.x_dtype, args.residual_dtype, [&]<class T, class R>() {
@@ -525,15 +367,7 @@ void layernorm_residual_backward(const layernorm_residual_backward_args& args, s
       FASTLM_LAUNCH((layernorm_residual_backward_generic_kernel<T, R>), unsigned(partition.partials), partition.threads,
                     partition.shared_bytes(2), stream, kernel_args);
   });
-  const unsigned gradients = (args.dweight != nullptr) + (args.dbias != nullptr);
-  if (gradients == 0) return;
-  const dim3 grid(unsigned((args.width + REDUCE_COLUMNS - 1) / REDUCE_COLUMNS), gradients);
-  constexpr int threads = REDUCE_WARPS * WarpSize;
-  with_dtype(args.weight_dtype, [&]<class W>() {
-    FASTLM_LAUNCH(layernorm_residual_reduce_kernel<W>, grid, threads, threads * sizeof(float), stream, args.partials,
-                  static_cast<W*>(args.dweight), static_cast<W*>(args.dbias), partition.partials, int(args.width),
-                  partition.padded_width);
-  });
+  reduce_partials(args.partials, args.weight_dtype, args.dweight, args.dbias, partition, args.width, stream);
 }
 
 }  // namespace fastlm::cuda
