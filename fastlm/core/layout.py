@@ -34,6 +34,42 @@ def rows_and_stride(x: Tensor | None) -> tuple[Tensor | None, int]:
     return flat, flat.stride(0)
 
 
+def strided_rows(x: Tensor | None) -> Tensor | None:
+    """x with a contiguous last dimension and at most three leading dimensions, for kernels that take their strides.
+
+    Contiguous tensors may have any number of dimensions. None stays None.
+    """
+    if x is None or x.is_contiguous():
+        return x
+    return as_rows(x) if x.dim() > 4 else contiguous_last(x)
+
+
+Rows = tuple[Tensor | None, int, int, int]  # a tensor, and the strides of the outer, middle and inner index of a row
+
+
+def row_strides(*tensors: Tensor | None) -> tuple[tuple[int, int], list[Rows]]:
+    """Tensors of one shape as rows: the sizes (middle, inner), and Rows of each tensor.
+
+    Row (outer · middle + m) · inner + i begins at the sum of index · stride. If all tensors are contiguous, the inner
+    and the middle size are 1, so that no index is divided. None stays None, with strides of 0.
+    """
+    given = [strided_rows(x) for x in tensors]
+    shapes = {x.shape[:-1] for x in given if x is not None}
+    if len(shapes) > 1:  # one of more than three leading dimensions was copied or merged
+        given = [x if x is None else as_rows(x) for x in given]
+    if all(x is None or x.is_contiguous() for x in given):
+        return (1, 1), [(x, 0 if x is None else x.shape[-1], 0, 0) for x in given]
+    leading = next(x.shape[:-1] for x in given if x is not None)
+    _, middle, inner = (*leading, 1, 1)[:3]
+    return (middle, inner), [(x, *(leading_strides(x))) for x in given]
+
+
+def leading_strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Of up to three leading dimensions, the missing ones last."""
+    outer, middle, inner = (0, 0, 0) if x is None else (*x.stride()[:-1], 0, 0)[:3]
+    return outer, middle, inner
+
+
 def contiguous_last(x: Tensor) -> Tensor:
     """x with a contiguous last dimension."""
     if x.stride(-1) == 1 or x.shape[-1] == 1:

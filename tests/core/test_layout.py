@@ -52,6 +52,30 @@ def test_rows_and_stride():
         assert torch.equal(rows.as_strided((x.numel() // width, width), (stride, 1)), x.reshape(-1, width))
 
 
+def test_three_strides_of_rows():
+    """Views of heads are not copied; of tensors of one shape each has its own strides."""
+    heads = floats(2, 5, 3, 8).transpose(1, 2)
+    for tensors, copied in (
+        ((heads, None, heads.contiguous()), 0),
+        ((floats(4, 6), floats(4, 6)), 0),
+        ((floats(4, 9)[:, 2:8], floats(4, 6)), 0),
+        ((floats(6).expand(3, 4, 6), floats(3, 8, 6)[:, ::2]), 0),
+        ((floats(2, 3, 4, 5, 6), floats(2, 3, 4, 5, 6)), 0),
+        ((floats(2, 3, 4, 10, 6)[:, :, :, ::2], floats(2, 3, 4, 5, 6)), 0),
+        ((floats(3, 2, 4, 5, 6).transpose(0, 1), floats(2, 3, 4, 5, 6)), 1),
+        ((floats(6, 4).t(), floats(4, 12)[:, ::2]), 2),
+        ((floats(12)[::2], floats(6)), 1),
+    ):
+        count, ((middle, inner), rows) = copies(lambda tensors=tensors: layout.row_strides(*tensors))
+        assert count == copied
+        for x, (found, *strides) in zip(tensors, rows, strict=True):
+            if x is None:
+                assert found is None and strides == [0, 0, 0]
+                continue
+            sizes = x.shape[:-1].numel() // (middle * inner), middle, inner
+            assert torch.equal(found.as_strided((*sizes, x.shape[-1]), (*strides, 1)).reshape(x.shape), x)
+
+
 def test_weights_in_either_layout_are_views():
     for w in (
         floats(5, 7),
