@@ -18,6 +18,7 @@ from fastlm.ops.gelu_mlp import gelu_mlp
 from fastlm.ops.layernorm_residual import layernorm_residual
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.rms_norm_residual import rms_norm_residual
 from fastlm.warmup import warmup
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "optim",
     "report",
     "restore",
+    "rms_norm_residual",
     "scaled_dot_product_attention",
     "tune_allocator",
     "use_backend",
