@@ -41,6 +41,10 @@ PUBLIC_CALLS = {
         fastlm.layernorm_residual,
         {"x": floats(9, 24), "residual": floats(9, 24), "weight": floats(24), "bias": floats(24)},
     ),
+    "rms_norm_residual": (
+        fastlm.rms_norm_residual,
+        {"x": floats(9, 24), "residual": floats(9, 24), "weight": floats(24)},
+    ),
     "gelu_mlp": (
         fastlm.gelu_mlp,
         {"x": floats(9, 24), "w1": floats(48, 24), "b1": floats(48), "w2": floats(20, 48), "b2": floats(20)},

@@ -23,12 +23,16 @@ def test_every_operator_has_cases_with_distinct_names():
     names = [case.name for benchmark in benchmarks().values() for case in benchmark.cases]
     assert len(names) == len(set(names)) == len(CASES)
     assert {"adamw", "attention", "gelu_mlp", "layernorm_residual", "linear", "linear_cross_entropy"} <= {*CASES}
+    assert {"rms_norm_residual", "rms_norm_heads"} <= {*CASES}
     assert all(benchmark.axes for benchmark in benchmarks().values() if benchmark.table_cases)
     assert all(benchmark.gpu_axes for benchmark in benchmarks().values() if benchmark.gpu_cases)
 
 
-# adamw has a test of its own; the other two are random, and sums of more terms
-@pytest.mark.parametrize("name", sorted({*CASES} - {"adamw", "attention_dropout", "layernorm_residual_16384_rows"}))
+OTHERS = {"adamw", "attention_dropout", "layernorm_residual_16384_rows", "rms_norm_residual_16384_rows"}
+
+
+# adamw has a test of its own; the others are random, or sums of more terms
+@pytest.mark.parametrize("name", sorted({*CASES} - OTHERS))
 def test_the_baselines_compute_the_same(name):
     problem = small(CASES[name])
     for baseline in problem.baselines.values():

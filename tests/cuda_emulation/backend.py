@@ -17,6 +17,8 @@ WRITTEN = {
     "gelu_mlp_backward": {"dhidden", "activated"},
     "layernorm_residual_forward": {"y", "summed", "mean", "rstd"},
     "layernorm_residual_backward": {"dx", "dresidual", "dweight", "dbias", "partials"},
+    "rms_norm_residual_forward": {"y", "summed", "rstd"},
+    "rms_norm_residual_backward": {"dx", "dresidual", "dweight", "partials"},
     "linear_cross_entropy_forward": {"loss", "partials", "logit_sums", "target_logits"},
     "linear_cross_entropy_gradient": {"logits", "loss", "statistics", "dbias_partials"},
 }

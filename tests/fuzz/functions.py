@@ -104,6 +104,12 @@ def layernorm_residual(x, residual, weight, bias, eps, dropout_p):
     return F.layer_norm(summed, summed.shape[-1:], weight, bias, float(eps)), summed
 
 
+def rms_norm_residual(x, residual, weight, eps, unit_offset, dropout_p):
+    summed = x if residual is None else residual + x
+    factor = 1 + weight if unit_offset else weight
+    return summed * torch.rsqrt(summed.square().mean(-1, keepdim=True) + float(eps)) * factor, summed
+
+
 def linear(x, weight, bias, layout):
     return F.linear(x, weight if layout == "linear" else weight.t(), bias)
 
@@ -162,6 +168,12 @@ OPERATORS = [
         fastlm.layernorm_residual,
         lambda: {"x": normal(3, 6), "residual": normal(6, 3).t(), "weight": normal(6), "bias": normal(6)},
         layernorm_residual,
+    ),
+    Function(
+        "rms_norm_residual",
+        fastlm.rms_norm_residual,
+        lambda: {"x": normal(3, 6), "residual": normal(6, 3).t(), "weight": normal(6)},
+        rms_norm_residual,
     ),
     Function(
         "linear",

@@ -215,6 +215,33 @@ def layernorm_residual(draw: Draw) -> Problem:
     return Problem(ours, torch_own, [x, residual, weight, bias], shuffle)
 
 
+def rms_norm_residual(draw: Draw) -> Problem:
+    values = normal, wide, outlier, tiny, large, zeros
+    rows, width = draw.size(60, "rows"), draw.size(300, "width")
+    eps, unit_offset = draw.one_of((1e-6, 1e-12, 1e-3), "eps"), draw.one_of((False, True), "unit_offset")
+    x, residual = draw.tensor(rows, width, label="x", values=values), None
+    if draw.one_of((False, True), "residual"):
+        residual = draw.tensor(rows, width, label="residual", values=values)
+    weight = draw.tensor(width, label="weight")
+
+    def shuffle():
+        order = draw.permutation(width)
+        return [t if t is None else t[..., order] for t in (x, residual, weight)]
+
+    def torch_own(x, residual, weight):
+        summed = x if residual is None else residual + x
+        wide = summed.to(torch.promote_types(summed.dtype, torch.float32))
+        normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        if unit_offset:
+            return (normalized * (1 + weight.to(wide.dtype))).to(summed.dtype)
+        return weight * normalized.to(summed.dtype)
+
+    def ours(x, residual, weight, backend):
+        return fastlm.rms_norm_residual(x, residual, weight, eps, unit_offset=unit_offset, backend=backend)[0]
+
+    return Problem(ours, torch_own, [x, residual, weight], shuffle)
+
+
 def linear_cross_entropy(draw: Draw) -> Problem:
     rows, width, vocab = (draw.size(n, s) for n, s in ((40, "rows"), (70, "width"), (150, "vocab")))
     x = draw.tensor(rows, width, label="x") / width**0.5
@@ -343,7 +370,15 @@ def attention_varlen(draw: Draw) -> Problem:
     )
 
 
-PROBLEMS = [attention, attention_varlen, gelu_mlp, layernorm_residual, linear, linear_cross_entropy]
+PROBLEMS = [
+    attention,
+    attention_varlen,
+    gelu_mlp,
+    layernorm_residual,
+    linear,
+    linear_cross_entropy,
+    rms_norm_residual,
+]
 
 
 # The comparison

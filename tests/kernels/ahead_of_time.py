@@ -161,6 +161,19 @@ def layernorm(dtype, width, stream=None, dropout=False):
     backward("layernorm_residual", "triton", y, dsummed, *saved, dtype, needed)
 
 
+def rms_norm(dtype, width, dropout=False):
+    """Of a residual sum, or without dropout of queries that are a view of a projection."""
+    shape = (4096, width) if dropout else (2, 64, 12, width)
+    x, w = torch.empty(shape, dtype=dtype), torch.empty(width, dtype=torch.float32)
+    residual = torch.empty(4096, width, dtype=torch.float32) if dropout else None
+    seed = torch.zeros((), dtype=torch.int64) if dropout else None
+    x = x if dropout else x.transpose(1, 2)
+    settings = 1e-6, 0.1 if dropout else 0.0, not dropout
+    y, summed, rstd = forward("rms_norm_residual", "triton", x, residual, w, seed, *settings)
+    saved = x if summed is None else summed, w, rstd, seed, *settings, dtype
+    backward("rms_norm_residual", "triton", y, summed, *saved, (True, dropout, True))
+
+
 def gelu_mlp(dtype, recompute):
     x, w, b = torch.empty(64, 768, dtype=dtype), torch.empty(3072, 768, dtype=dtype), torch.empty(3072, dtype=dtype)
     settings, inputs = ("tanh" if recompute else "none", "linear"), (x, w, b, w.t(), x[0])
@@ -207,6 +220,13 @@ def cases(quick):
             f"layernorm_residual {short} 768 dropout float32 stream",
             lambda d=dtype: layernorm(d, 768, torch.float32, True),
         )
+        for width in (128,) if quick else (128, 64, 80):
+            yield f"rms_norm_residual {short} {width} heads", lambda d=dtype, w=width: rms_norm(d, w)
+        for width in (960,) if quick else (960, 2048):
+            yield (
+                f"rms_norm_residual {short} {width} dropout float32 stream",
+                lambda d=dtype, w=width: rms_norm(d, w, True),
+            )
         for recompute in (0, 1):
             yield f"gelu_mlp {short} recompute {recompute}", lambda d=dtype, r=recompute: gelu_mlp(d, r)
         for with_bias in (False, True):
@@ -235,7 +255,7 @@ def kernels_of(title, target):
     if operator == "attention":
         mask = ["attention_backward_mask_kernel"] if "bias" in title else []
         return ["attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel", *mask]
-    if operator == "layernorm_residual":
+    if operator in ("layernorm_residual", "rms_norm_residual"):
         return [*(f"{operator}_{which}_kernel" for which in ("forward", "backward")), "residual_norm_reduce_kernel"]
     if operator == "gelu_mlp":
         fused = configs.MLP.get((target, 4 if "float32" in title else 2))

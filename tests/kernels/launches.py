@@ -26,6 +26,8 @@ CASES = {  # every kernel, with and without its optional arguments, with the til
     "attention bfloat16 64 packed": "sm_86",
     "attention bfloat16 64 decode": "sm_90",
     "layernorm_residual bfloat16 768 dropout float32 stream": "sm_90",
+    "rms_norm_residual bfloat16 128 heads": "sm_90",
+    "rms_norm_residual bfloat16 960 dropout float32 stream": "sm_90",
     "gelu_mlp bfloat16 recompute 0": "sm_90",
     "gelu_mlp bfloat16 recompute 1": "sm_80",  # fused
     "linear_cross_entropy bfloat16": "sm_90",
@@ -157,6 +159,9 @@ def ones():
     x, w = torch.zeros(1, 1), torch.ones(1)
     y, summed, mean, rstd = forward("layernorm_residual", "triton", x, x, w, w, None, 1e-5, 0.0)
     backward("layernorm_residual", "triton", y, y, summed, w, mean, rstd, None, 1e-5, 0.0, x.dtype, (True,) * 4)
+    y, summed, rstd = forward("rms_norm_residual", "triton", x, x, w, None, 1e-6, 0.0, False)
+    saved = summed, w, rstd, None, 1e-6, 0.0, False, x.dtype
+    backward("rms_norm_residual", "triton", y, y, *saved, (True,) * 3)
     y, hidden, activated = forward("gelu_mlp", "triton", x, x, w, x, None, "none", "linear", 1)
     saved = x, x, w, x, None, hidden, activated
     backward("gelu_mlp", "triton", y, *saved, "none", "linear", False, (True,) * 5)

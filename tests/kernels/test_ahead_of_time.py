@@ -30,6 +30,8 @@ FEW = (
     "attention bfloat16 64 bias dropout",
     "attention bfloat16 64 decode",
     "layernorm_residual bfloat16 768 dropout float32 stream",
+    "rms_norm_residual bfloat16 128 heads",
+    "rms_norm_residual bfloat16 960 dropout float32 stream",
     "gelu_mlp bfloat16 recompute 0",
     "linear_cross_entropy bfloat16 bias",
 )

@@ -30,7 +30,9 @@ ASSERTING = (
     "linear_cross_entropy_combine_kernel",
     *MATRIX[:3],
 )
-STREAMING = ("layernorm_residual_forward_kernel", "layernorm_residual_backward_kernel")
+STREAMING = tuple(
+    f"{norm}_residual_{which}_kernel" for norm in ("layernorm", "rms_norm") for which in ("forward", "backward")
+)
 
 pytestmark = pytest.mark.slow
 

@@ -53,6 +53,8 @@ CPU = [
         "$squares / float($width - ($width > 1)) + $eps",
     ),
     ByHand("csrc/cpu/layernorm_residual.h", "$g - $average - $normal * $correlation", "$g - $average"),
+    ByHand("csrc/cpu/rms_norm_residual.h", "$squares / float($width) + $eps", "$squares / float($width) - $eps"),
+    ByHand("csrc/cpu/rms_norm_residual.h", "$g - $normal * $share", "$g"),
     # the partial sums of all parts
     ByHand(
         "csrc/cpu/residual_norm.h",

@@ -73,6 +73,7 @@ def test_one_input_computed_from_another():
     for function in (
         lambda x: fastlm.linear(x, x * 2),
         lambda x: fastlm.layernorm_residual(x, x * 2, x[0])[0],
+        lambda x: fastlm.rms_norm_residual(x, x * 2, x[0])[0],
         lambda x: fastlm.gelu_mlp(x, x * 2, x[0, :3], x.t() * 3, None),
         lambda x: fastlm.linear_cross_entropy(x, x * 2, torch.tensor([0, 2, 1])),
         lambda x: fastlm.attention(*(x[None, None] * i for i in (1, 2, 3))),
@@ -324,7 +325,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(backend, monkeypatch):
 
         return launched
 
-    for name in ("attention", "gelu_mlp", "layernorm_residual", "linear_cross_entropy"):
+    for name in ("attention", "gelu_mlp", "layernorm_residual", "linear_cross_entropy", "rms_norm_residual"):
         module = implementation_module(name, backend)
         monkeypatch.setattr(module, "on_device", on)
         for kernels in [k for k in vars(module).values() if getattr(k, "__name__", "").startswith("fastlm.kernels.")]:
@@ -398,6 +399,7 @@ def test_strides_of_more_than_two_to_the_31(dtype, backend):
             fastlm.linear(x, w, backend=backend),
             fastlm.linear(w, x, backend=backend),
             fastlm.layernorm_residual(x, x, w[0], backend=backend)[0],
+            fastlm.rms_norm_residual(x, x, w[0], backend=backend)[0],
             fastlm.gelu_mlp(x, w, None, w, None, backend=backend),
             fastlm.linear_cross_entropy(x, w, torch.tensor([3, 5]), backend=backend),
             fastlm.linear_cross_entropy(w, x, torch.arange(width) % 2, backend=backend),
@@ -455,6 +457,7 @@ def test_same_bits_on_every_thread_count_where_work_is_split(backend):
 
     def outcome():
         y, s = fastlm.layernorm_residual(x, x, norm, norm, backend=backend)
+        y, s = fastlm.rms_norm_residual(y, s, norm, backend=backend)
         mlp = fastlm.gelu_mlp(y, w, None, wide, None, backend=backend)
         loss = fastlm.linear_cross_entropy(mlp, w, target, backend=backend)
         attended = fastlm.attention(heads, heads, heads, causal=True, backend=backend)
