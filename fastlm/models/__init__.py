@@ -7,6 +7,7 @@ from fastlm.models.auto import load_model
 from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
 from fastlm.models.config import BertConfig, GPT2Config
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
+from fastlm.models.rope import rope_tables
 
 __all__ = [
     "BertConfig",
@@ -17,4 +18,5 @@ __all__ = [
     "GPT2LMHeadModel",
     "GPT2Model",
     "load_model",
+    "rope_tables",
 ]
