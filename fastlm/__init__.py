@@ -19,6 +19,7 @@ from fastlm.ops.layernorm_residual import layernorm_residual
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm_residual import rms_norm_residual
+from fastlm.ops.rotary import rotary
 from fastlm.warmup import warmup
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "report",
     "restore",
     "rms_norm_residual",
+    "rotary",
     "scaled_dot_product_attention",
     "tune_allocator",
     "use_backend",
