@@ -45,6 +45,15 @@ PUBLIC_CALLS = {
         fastlm.rms_norm_residual,
         {"x": floats(9, 24), "residual": floats(9, 24), "weight": floats(24)},
     ),
+    "rotary": (
+        lambda query, key, cos, sin, **options: fastlm.rotary(query, key, cos.detach(), sin.detach(), **options),
+        {
+            "query": floats(2, 4, 9, 16),
+            "key": floats(2, 2, 9, 16),
+            "cos": floats(1, 9, 16),
+            "sin": floats(1, 9, 16),
+        },
+    ),
     "gelu_mlp": (
         fastlm.gelu_mlp,
         {"x": floats(9, 24), "w1": floats(48, 24), "b1": floats(48), "w2": floats(20, 48), "b2": floats(20)},
@@ -134,6 +143,7 @@ def test_every_compiled_function_is_called(calls):
     called = {function for function, _ in calls}
     assert called and called == {name for name in functions if name.endswith(("_forward", "_backward"))} | {
         "adamw",
+        "rotary",
         "sum_of_squares",
     }
 

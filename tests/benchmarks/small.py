@@ -12,6 +12,7 @@ from fastlm.ops.layernorm_residual import bench as layernorm_residual
 from fastlm.ops.linear import bench as linear
 from fastlm.ops.linear_cross_entropy import bench as linear_cross_entropy
 from fastlm.ops.rms_norm_residual import bench as rms_norm_residual
+from fastlm.ops.rotary import bench as rotary
 
 SIZES = {
     attention.dense: {"tokens": 48, "heads": 4, "head_dim": 16},
@@ -24,6 +25,7 @@ SIZES = {
     linear_cross_entropy.problem: {"rows": 48, "width": 64, "vocab": 90},
     rms_norm_residual.problem: {"rows": 48, "width": 64},
     rms_norm_residual.heads: {"rows": 12, "heads": 3, "width": 16},
+    rotary.problem: {"rows": 12, "heads": 4, "kv_heads": 2, "head_dim": 16},
     adamw.problem: {"shapes": ((30, 20), 7)},
 }
 

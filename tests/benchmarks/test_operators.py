@@ -23,7 +23,7 @@ def test_every_operator_has_cases_with_distinct_names():
     names = [case.name for benchmark in benchmarks().values() for case in benchmark.cases]
     assert len(names) == len(set(names)) == len(CASES)
     assert {"adamw", "attention", "gelu_mlp", "layernorm_residual", "linear", "linear_cross_entropy"} <= {*CASES}
-    assert {"rms_norm_residual", "rms_norm_heads"} <= {*CASES}
+    assert {"rms_norm_residual", "rms_norm_heads", "rotary"} <= {*CASES}
     assert all(benchmark.axes for benchmark in benchmarks().values() if benchmark.table_cases)
     assert all(benchmark.gpu_axes for benchmark in benchmarks().values() if benchmark.gpu_cases)
 

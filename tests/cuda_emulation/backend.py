@@ -18,6 +18,7 @@ WRITTEN = {
     "layernorm_residual_forward": {"y", "summed", "mean", "rstd"},
     "layernorm_residual_backward": {"dx", "dresidual", "dweight", "dbias", "partials"},
     "rms_norm_residual_forward": {"y", "summed", "rstd"},
+    "rotary": {"out"},
     "rms_norm_residual_backward": {"dx", "dresidual", "dweight", "partials"},
     "linear_cross_entropy_forward": {"loss", "partials", "logit_sums", "target_logits"},
     "linear_cross_entropy_gradient": {"logits", "loss", "statistics", "dbias_partials"},

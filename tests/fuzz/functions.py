@@ -32,6 +32,7 @@ class Function:
     arguments: Callable[[], dict[str, Any]]  # of a right call; floating-point tensors in float32
     definition: Callable[..., Any] | None = None  # the same arguments in float64
     signature: Callable[..., Any] | None = None  # whose type hints count, if not those of call
+    tables: tuple[str, ...] = ()  # arguments in float32 (float64 for float64) that get no gradient
     names: dict[str, str] = dataclasses.field(default_factory=dict)  # of arguments in error messages, if others
 
     @functools.cached_property
@@ -110,6 +111,17 @@ def rms_norm_residual(x, residual, weight, eps, unit_offset, dropout_p):
     return summed * torch.rsqrt(summed.square().mean(-1, keepdim=True) + float(eps)) * factor, summed
 
 
+def rotary(query, key, cos, sin):
+    cos, sin, half = cos[:, None], sin[:, None], cos.shape[-1] // 2
+
+    def rotated(x):
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        pairs = torch.cat((first, second), -1) * cos + torch.cat((-second, first), -1) * sin
+        return torch.cat((pairs, rest), -1)
+
+    return rotated(query), rotated(key)
+
+
 def linear(x, weight, bias, layout):
     return F.linear(x, weight if layout == "linear" else weight.t(), bias)
 
@@ -174,6 +186,18 @@ OPERATORS = [
         fastlm.rms_norm_residual,
         lambda: {"x": normal(3, 6), "residual": normal(6, 3).t(), "weight": normal(6)},
         rms_norm_residual,
+    ),
+    Function(
+        "rotary",
+        fastlm.rotary,
+        lambda: {
+            "query": normal(2, 4, 3, 8),
+            "key": normal(2, 2, 3, 8),
+            "cos": normal(1, 3, 6),
+            "sin": normal(1, 6, 3).mT,
+        },
+        rotary,
+        tables=("cos", "sin"),
     ),
     Function(
         "linear",

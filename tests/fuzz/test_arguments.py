@@ -51,12 +51,14 @@ class Call(NamedTuple):
 def base(function: Function, dtype: torch.dtype, gradient: bool) -> dict[str, Any]:
     """The arguments of a right call."""
 
-    def cast(x: Any) -> Any:
+    def cast(name: str, x: Any) -> Any:
+        if name in function.tables:
+            return x.to(torch.promote_types(dtype, torch.float32))
         if not isinstance(x, Tensor) or not x.is_floating_point() or function not in OPERATORS:
             return x
         return x.to(dtype).requires_grad_(gradient)
 
-    return {name: cast(value) for name, value in function.arguments().items()}
+    return {name: cast(name, value) for name, value in function.arguments().items()}
 
 
 def ways(function: Function, argument: str, dtype: torch.dtype) -> dict[str, Any]:

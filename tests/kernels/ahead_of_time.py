@@ -174,6 +174,13 @@ def rms_norm(dtype, width, dropout=False):
     backward("rms_norm_residual", "triton", y, summed, *saved, (True, dropout, True))
 
 
+def rotary(dtype, head_dim, rotary_dim):
+    query, key = (torch.empty(2, 512, n, head_dim, dtype=dtype).transpose(1, 2) for n in (12, 4))
+    cos, sin = (torch.empty(1, 512, rotary_dim) for _ in range(2))
+    dquery, _ = forward("rotary", "triton", query, key, cos, sin)
+    backward("rotary", "triton", dquery, None, cos, sin, (True, False))
+
+
 def gelu_mlp(dtype, recompute):
     x, w, b = torch.empty(64, 768, dtype=dtype), torch.empty(3072, 768, dtype=dtype), torch.empty(3072, dtype=dtype)
     settings, inputs = ("tanh" if recompute else "none", "linear"), (x, w, b, w.t(), x[0])
@@ -227,6 +234,9 @@ def cases(quick):
                 f"rms_norm_residual {short} {width} dropout float32 stream",
                 lambda d=dtype, w=width: rms_norm(d, w, True),
             )
+        yield f"rotary {short} 128 partial", lambda d=dtype: rotary(d, 128, 64)
+        for head_dim in () if quick else (64, 96, 256):
+            yield f"rotary {short} {head_dim}", lambda d=dtype, h=head_dim: rotary(d, h, h)
         for recompute in (0, 1):
             yield f"gelu_mlp {short} recompute {recompute}", lambda d=dtype, r=recompute: gelu_mlp(d, r)
         for with_bias in (False, True):
@@ -257,6 +267,8 @@ def kernels_of(title, target):
         return ["attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel", *mask]
     if operator in ("layernorm_residual", "rms_norm_residual"):
         return [*(f"{operator}_{which}_kernel" for which in ("forward", "backward")), "residual_norm_reduce_kernel"]
+    if operator == "rotary":
+        return ["rotary_kernel"]
     if operator == "gelu_mlp":
         fused = configs.MLP.get((target, 4 if "float32" in title else 2))
         return [f"gelu_mlp_{which}_kernel" for which in (("forward", "backward") if fused else ("activate", "slope"))]

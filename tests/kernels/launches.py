@@ -28,6 +28,7 @@ CASES = {  # every kernel, with and without its optional arguments, with the til
     "layernorm_residual bfloat16 768 dropout float32 stream": "sm_90",
     "rms_norm_residual bfloat16 128 heads": "sm_90",
     "rms_norm_residual bfloat16 960 dropout float32 stream": "sm_90",
+    "rotary bfloat16 128 partial": "sm_90",
     "gelu_mlp bfloat16 recompute 0": "sm_90",
     "gelu_mlp bfloat16 recompute 1": "sm_80",  # fused
     "linear_cross_entropy bfloat16": "sm_90",

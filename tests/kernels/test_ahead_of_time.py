@@ -32,6 +32,7 @@ FEW = (
     "layernorm_residual bfloat16 768 dropout float32 stream",
     "rms_norm_residual bfloat16 128 heads",
     "rms_norm_residual bfloat16 960 dropout float32 stream",
+    "rotary bfloat16 128 partial",
     "gelu_mlp bfloat16 recompute 0",
     "linear_cross_entropy bfloat16 bias",
 )
@@ -42,7 +43,7 @@ MATRIX = {
     "gfx942": {"mfma"},
     "gfx1100": {"wmma"},
 }
-WITHOUT_PRODUCTS = ("combine", "norm", "activate", "slope", "cross_entropy")
+WITHOUT_PRODUCTS = ("combine", "norm", "rotary", "activate", "slope", "cross_entropy")
 # The table is tuned for head dims of 64 and 128 in 16 bits. The others, and float32, whose products have no matrix
 # instruction at full precision, must compile and fit.
 TUNED = ("float16 64", "float16 128")

@@ -325,7 +325,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(backend, monkeypatch):
 
         return launched
 
-    for name in ("attention", "gelu_mlp", "layernorm_residual", "linear_cross_entropy", "rms_norm_residual"):
+    for name in ("attention", "gelu_mlp", "layernorm_residual", "linear_cross_entropy", "rms_norm_residual", "rotary"):
         module = implementation_module(name, backend)
         monkeypatch.setattr(module, "on_device", on)
         for kernels in [k for k in vars(module).values() if getattr(k, "__name__", "").startswith("fastlm.kernels.")]:
@@ -389,7 +389,7 @@ def test_strides_of_more_than_two_to_the_31(dtype, backend):
     memory = torch.frombuffer(reserved((apart + width) * dtype.itemsize), dtype=dtype)
     x = memory.as_strided((2, width), (apart, 1))
     x.copy_(floats(2, width))
-    w = floats(width, width).to(dtype)
+    w, table = floats(width, width).to(dtype), [floats(1, 2, width)] * 2
 
     def results(x):
         x = x.requires_grad_()
@@ -405,6 +405,8 @@ def test_strides_of_more_than_two_to_the_31(dtype, backend):
             fastlm.linear_cross_entropy(w, x, torch.arange(width) % 2, backend=backend),
             fastlm.attention(tokens, tokens, tokens, backend=backend),
             fastlm.attention(heads, heads, heads, backend=backend),
+            fastlm.rotary(tokens, tokens, *table, backend=backend)[0],
+            fastlm.rotary(heads, heads, *(t[:, :1] for t in table), backend=backend)[0],
         )
         return ys, torch.autograd.grad(sum(y.float().sum() for y in ys), x)
 
