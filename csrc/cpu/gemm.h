@@ -7,8 +7,13 @@
 // end within a cache line of C; then two adjacent panels form a group. Packing (gemm_pack.h) takes 1–3 % of the time of
 // the tiles (gemm_tile.h). The epilogue receives each finished vector of C once, while it is in the cache, so that a
 // bias, an activation or an accumulation costs no pass over memory.
+//
+// Several matrices B of the same shape may be multiplied by one A. Their products are computed group of panels by group
+// of panels, and the epilogue receives the same vector of all of them at once.
 #pragma once
+#include <array>
 #include <numeric>
+#include <utility>
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
@@ -180,57 +185,69 @@ template <class Arithmetic, class T> struct lhs_block {
   }
 };
 
-// The columns of B in a block of C, in panels. A group of them is packed at a time.
-template <class Arithmetic, class T> struct rhs_block {
+// The matrices that are multiplied by the same A, all of one shape.
+template <class T, size_t Count> using operands = std::array<operand<T>, Count>;
+
+// The columns of each B in a block of C, in panels. A group of them is packed at a time.
+template <class Arithmetic, class T, size_t Count> struct rhs_block {
   static constexpr int64_t L = vec::Lanes, PanelSize = Arithmetic::KC * NRVecs * L;
-  operand<T> b;     // from the block's first column on
-  int64_t columns;  // that exist
+  operands<T, Count> b;  // from the block's first column on
+  int64_t columns;       // that exist
   panel_split split;
   float *packed = nullptr, *sums = nullptr;  // sums over k, or null
 
   int64_t first(int64_t p) const { return split.begin(p) * L; }
   int64_t vecs(int64_t p) const { return split.begin(p + 1) - split.begin(p); }
   int64_t columns_of(int64_t p, int64_t end) const { return std::min(first(end), columns) - first(p); }
-  operand<T> at(int64_t p, const k_block& block) const { return b.from(first(p), block.first); }
+  operand<T> at(size_t source, int64_t p, const k_block& block) const { return b[source].from(first(p), block.first); }
 
-  void pack(int64_t p0, int64_t p1, const k_block& block) const {
+  void pack(size_t source, int64_t p0, int64_t p1, const k_block& block) const {
     for (int64_t p = p0; p < p1; ++p) {
       float* to = packed + (p - p0) * PanelSize;
-      fastlm::pack<Arithmetic>(at(p, block), columns_of(p, p + 1), block.count, vecs(p) * L, to);
+      fastlm::pack<Arithmetic>(at(source, p, block), columns_of(p, p + 1), block.count, vecs(p) * L, to);
       if (sums) add_panel_sums<Arithmetic>(to, block.lanes, vecs(p) * L, columns_of(p, p + 1), sums + first(p));
     }
   }
-  prefetcher fetching(int64_t p0, int64_t p1, const k_block& block) const {
-    return {at(p0, block), columns_of(p0, p1), block.count};
+  prefetcher fetching(size_t source, int64_t p0, int64_t p1, const k_block& block) const {
+    return {at(source, p0, block), columns_of(p0, p1), block.count};
   }
 };
 
-// Calls epilogue(i, j, value, span) for a finished tile at (row, column), whose rows are `width` apart.
-template <class Arithmetic, class Epilogue>
-FASTLM_INLINE void apply_epilogue(const float* tile, int64_t rows, int64_t columns, int64_t width, int64_t row,
-                                  int64_t column, Epilogue epilogue) {
-  constexpr int64_t L = vec::Lanes, Whole = NRVecs * L;
+// epilogue(i, j, value…, span) for the vectors of sums at `at`, one of each product, `apart` from each other.
+template <class Arithmetic, size_t Count, class Epilogue, class Span>
+FASTLM_INLINE void finish_vector(const float* at, int64_t apart, int64_t i, int64_t j, Span span, Epilogue& epilogue) {
   using accumulator = typename Arithmetic::accumulator;
+  [&]<size_t... Source>(std::index_sequence<Source...>) __attribute__((always_inline)) {
+    epilogue(i, j, Arithmetic::value(accumulator::load(at + int64_t(Source) * apart, full{}))..., span);
+  }(std::make_index_sequence<Count>{});
+}
+
+// The same for all vectors of a finished tile at (row, column), whose rows are `width` apart.
+template <class Arithmetic, size_t Count, class Epilogue>
+FASTLM_INLINE void apply_epilogue(const float* tile, int64_t apart, int64_t rows, int64_t columns, int64_t width,
+                                  int64_t row, int64_t column, Epilogue epilogue) {
+  constexpr int64_t L = vec::Lanes, Whole = NRVecs * L;
   for (int64_t i = 0; i < rows; ++i)
     if (columns == Whole) {
 #pragma GCC unroll 3
       for (int64_t j = 0; j < Whole; j += L)
-        epilogue(row + i, column + j, Arithmetic::value(accumulator::load(tile + i * Whole + j, full{})), full{});
+        finish_vector<Arithmetic, Count>(tile + i * Whole + j, apart, row + i, column + j, full{}, epilogue);
     } else
       sweep(columns, [&](int64_t j, auto span) {
-        epilogue(row + i, column + j, Arithmetic::value(accumulator::load(tile + i * width + j, full{})), span);
+        finish_vector<Arithmetic, Count>(tile + i * width + j, apart, row + i, column + j, span, epilogue);
       });
 }
 
-// epilogue(i, j, value, span): value holds C[i, j], C[i, j + 1], … a_sums (m; A contiguous along m) and b_sums (n),
-// where not null, are increased by the sums over k of A and of B.
-template <class Arithmetic, class TA, class TB, class Epilogue>
-void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue,
+// epilogue(i, j, value…, span): each value holds C[i, j], C[i, j + 1], … of one product. a_sums (m; A contiguous along
+// m) and b_sums (n), where not null, are increased by the sums over k of A and of the only B.
+template <class Arithmetic, class TA, class TB, size_t Count, class Epilogue>
+void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<TB, Count>& b, int threads, Epilogue epilogue,
           float* a_sums = nullptr, float* b_sums = nullptr) {
   constexpr int64_t L = vec::Lanes;
-  const blocking grid(m, n, k, threads);
+  blocking grid(m, int64_t(Count) * n, k, threads);
   const k_blocks<Arithmetic> blocks(k);
   const int64_t row_panels = ceil_div(m, PanelRows), col_vecs = ceil_div(n, L);
+  grid.col_blocks = std::min(grid.col_blocks, col_vecs);
 
   parallel_parts(grid.row_blocks * grid.col_blocks, threads, [=](int64_t part) {
     [[maybe_unused]] const typename Arithmetic::session multiplying;
@@ -240,19 +257,21 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
                   rows = std::min(m, row_panels * (row_block + 1) / grid.row_blocks * PanelRows) - first_row;
     const int64_t first_vec = col_vecs * col_block / grid.col_blocks,
                   vecs = col_vecs * (col_block + 1) / grid.col_blocks - first_vec, first_column = first_vec * L;
-    using rhs_type = rhs_block<Arithmetic, TB>;
-    rhs_type rhs{b.from(first_column, 0), n - first_column, panel_split(vecs)};
-    lhs_block<Arithmetic, TA> lhs(a.from(first_row, 0), rows, blocks, rhs.split.count);
+    using rhs_type = rhs_block<Arithmetic, TB, Count>;
+    rhs_type rhs{b, n - first_column, panel_split(vecs)};
+    for (operand<TB>& source : rhs.b) source = source.from(first_column, 0);
+    lhs_block<Arithmetic, TA> lhs(a.from(first_row, 0), rows, blocks, int64_t(Count) * rhs.split.count);
 
     // As many k blocks of A are packed at a time as the cache holds. If these are all, accumulators are kept for one
     // group of panels only.
     const int64_t block_size = lhs.padded() * lhs.row_size(),
                   resident = std::clamp<int64_t>(lhs_cache_bytes() / (4 * block_size), 1, blocks.count);
-    const bool single_block = blocks.count == 1, keep_all_panels = resident < blocks.count;
-    lhs.packed = scratch(resident * block_size + PanelsPerGroup * rhs_type::PanelSize +
-                         lhs.padded() * (keep_all_panels ? vecs : PanelsPerGroup * NRVecs) * L);
+    const bool single_tile = blocks.count == 1 && Count == 1, keep_all_panels = resident < blocks.count;
+    const int64_t sums_size = lhs.padded() * (keep_all_panels ? vecs : PanelsPerGroup * NRVecs) * L;  // of a product
+    lhs.packed = scratch(resident * block_size + PanelsPerGroup * rhs_type::PanelSize + int64_t(Count) * sums_size);
     rhs.packed = lhs.packed + resident * block_size;
-    // Accumulators: panel by panel, the rows of each tile one after another; of one tile only with a single k block.
+    // Accumulators: panel by panel, the rows of each tile one after another; of one tile only with a single k block of
+    // a single product.
     float* sums = rhs.packed + PanelsPerGroup * rhs_type::PanelSize;
     if (a_sums && col_block == 0) lhs.sums = a_sums + first_row;
     if (b_sums && row_block == 0) rhs.sums = b_sums + first_column;
@@ -261,37 +280,41 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int thr
       for (int64_t p0 = 0; p0 < rhs.split.count; p0 += PanelsPerGroup) {
         const int64_t p1 = std::min(rhs.split.count, p0 + PanelsPerGroup),
                       group_end = std::min(blocks.count, group + resident);
-        for (int64_t index = group; index < group_end; ++index) {
-          const k_block block = blocks[index];
-          rhs.pack(p0, p1, block);
-          prefetcher next;
-          const int64_t next_index = index + 1 < group_end ? index + 1 : group,
-                        next_p = index + 1 < group_end ? p0 : p1;
-          if (next_p < rhs.split.count)
-            next = rhs.fetching(next_p, std::min(rhs.split.count, next_p + PanelsPerGroup), blocks[next_index]);
-          const int64_t lines = ceil_div(next.lines() * Arithmetic::MR, rows * (p1 - p0));
-          for (int64_t first = 0; first < rows; first += RowsPerGroup)
-            for (int64_t p = p0; p < p1; ++p) {
-              const int64_t panel_vecs = rhs.vecs(p), width = panel_vecs * L, column = first_column + rhs.first(p),
-                            columns = rhs.columns_of(p, p + 1);
-              float* panel_sums =
-                  sums + (single_block ? 0 : lhs.padded() * (rhs.first(p) - (keep_all_panels ? 0 : rhs.first(p0))));
-              for (int64_t r = first; r < std::min(rows, first + RowsPerGroup); r += Arithmetic::MR) {
-                float* tile = single_block ? panel_sums : panel_sums + r * width;
-                next.fetch(lines);
-                if (p == 0) lhs.pack(r, block, index - group);
-                if constexpr (requires { epilogue.prefetch(r, column); })
-                  if (index + 1 == blocks.count)
+        for (size_t source = 0; source < Count; ++source)
+          for (int64_t index = group; index < group_end; ++index) {
+            const k_block block = blocks[index];
+            const bool last_source = source + 1 == Count, finishes = last_source && index + 1 == blocks.count;
+            rhs.pack(source, p0, p1, block);
+            prefetcher next;
+            const bool next_block = index + 1 < group_end;
+            const int64_t next_index = next_block ? index + 1 : group, next_p = next_block || !last_source ? p0 : p1;
+            const size_t next_source = next_block ? source : (source + 1) % Count;
+            if (next_p < rhs.split.count)
+              next = rhs.fetching(next_source, next_p, std::min(rhs.split.count, next_p + PanelsPerGroup),
+                                  blocks[next_index]);
+            const int64_t lines = ceil_div(next.lines() * Arithmetic::MR, rows * (p1 - p0));
+            for (int64_t first = 0; first < rows; first += RowsPerGroup)
+              for (int64_t p = p0; p < p1; ++p) {
+                const int64_t panel_vecs = rhs.vecs(p), width = panel_vecs * L, column = first_column + rhs.first(p),
+                              columns = rhs.columns_of(p, p + 1);
+                float* panel_sums =
+                    sums + (single_tile ? 0 : lhs.padded() * (rhs.first(p) - (keep_all_panels ? 0 : rhs.first(p0))));
+                for (int64_t r = first; r < std::min(rows, first + RowsPerGroup); r += Arithmetic::MR) {
+                  float* tile = single_tile ? panel_sums : panel_sums + r * width;  // of the first product
+                  next.fetch(lines);
+                  if (p == 0 && source == 0) lhs.pack(r, block, index - group);
+                  if constexpr (requires { epilogue.prefetch(r, column); })
+                    if (finishes)
 #pragma GCC unroll 4
-                    for (int64_t i = 0; i < MR; ++i) epilogue.prefetch(first_row + r + i, column);
-                lhs.multiply(r, block, index - group, panel_vecs, rhs.packed + (p - p0) * rhs_type::PanelSize, tile,
-                             index > 0);
-                if (index + 1 == blocks.count)
-                  apply_epilogue<Arithmetic>(tile, std::min(Arithmetic::MR, rows - r), columns, width, first_row + r,
-                                             column, epilogue);
+                      for (int64_t i = 0; i < MR; ++i) epilogue.prefetch(first_row + r + i, column);
+                  lhs.multiply(r, block, index - group, panel_vecs, rhs.packed + (p - p0) * rhs_type::PanelSize,
+                               tile + int64_t(source) * sums_size, index > 0);
+                  if (finishes)
+                    apply_epilogue<Arithmetic, Count>(tile, sums_size, std::min(Arithmetic::MR, rows - r), columns,
+                                                      width, first_row + r, column, epilogue);
+                }
               }
-            }
-        }
+          }
       }
   });
 }

@@ -164,13 +164,13 @@ template <class Arithmetic, class T> __attribute__((noinline)) void small_m_sums
 }
 
 // The product for small m; arguments as of gemm(). A is contiguous in k.
-template <class Arithmetic, class TA, class TB, class Epilogue>
-void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue) {
-  using accumulator = typename Arithmetic::accumulator;
+template <class Arithmetic, class TA, class TB, size_t Count, class Epilogue>
+void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<TB, Count>& b, int threads,
+                  Epilogue epilogue) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane, RegisterDepth = rhs_registers<Arithmetic, TB>::Depth;
   const small_m_depth<Arithmetic> depth(k);
   const int64_t col_vecs = ceil_div(n, L);
-  const bool along_k = b.stride != 1;
+  const bool along_k = std::any_of(b.begin(), b.end(), [](const auto& source) { return source.stride != 1; });
 
   // A is packed once, for all threads: k block by k block, Lanes of k of all rows after each other, with zeros up to
   // the last square of B.
@@ -187,17 +187,20 @@ void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b,
   // A part reads at least 64 kB of B. Where B is contiguous along its columns, long pieces of its rows are worth more
   // than several parts per thread.
   const int64_t most = std::min<int64_t>(along_k ? 2 * threads : threads, col_vecs);
-  const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(n * k * storage<TB>::Bits / 8 / 65536, 1, most);
+  const int64_t parts =
+      threads == 1 ? 1 : std::clamp<int64_t>(int64_t(Count) * n * k * storage<TB>::Bits / 8 / 65536, 1, most);
   const int64_t group_columns = along_k ? L : MaxSmallMSums / (m * L) * L;
   parallel_parts(parts, threads, [=](int64_t part) {
-    alignas(64) float totals[MaxSmallMSums];  // Lanes columns of all rows, then the next Lanes columns
+    // Of each product: Lanes columns of all rows, then the next Lanes columns.
+    alignas(64) float totals[Count][MaxSmallMSums];
     const int64_t end = std::min(n, col_vecs * (part + 1) / parts * L);
     for (int64_t column = col_vecs * part / parts * L; column < end; column += group_columns) {
       const int64_t columns = std::min(group_columns, end - column);
-      small_m_sums<Arithmetic>(m, columns, k, packed_a, b.from(column, 0), totals);
+      for (size_t source = 0; source < Count; ++source)
+        small_m_sums<Arithmetic>(m, columns, k, packed_a, b[source].from(column, 0), totals[source]);
       for (int64_t r = 0; r < m; ++r)
         sweep(columns, [&](int64_t j, auto span) {
-          epilogue(r, column + j, Arithmetic::value(accumulator::load(totals + j * m + r * L, full{})), span);
+          finish_vector<Arithmetic, Count>(totals[0] + j * m + r * L, MaxSmallMSums, r, column + j, span, epilogue);
         });
     }
   });
@@ -277,22 +280,27 @@ void gemm_small_k(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b,
   });
 }
 
-// The product by the algorithm that suits its sizes; A is contiguous in k.
-template <class Arithmetic, class TA, class TB, class Epilogue>
-void multiply(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue) {
-  const int64_t small_m = b.stride == 1 ? 32 : 24;  // transposing in registers costs as much as packing
+// The products of a with each b, by the algorithm that suits their sizes; A is contiguous in k.
+template <class Arithmetic, class TA, class TB, size_t Count, class Epilogue>
+void multiply(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<TB, Count>& b, int threads,
+              Epilogue epilogue) {
+  const int64_t small_m = b[0].stride == 1 ? 32 : 24;  // transposing in registers costs as much as packing
   if constexpr (!Arithmetic::RowMajorOnly)
     if (m <= small_m && m * k <= MaxSmallMElements) return gemm_small_m<Arithmetic>(m, n, k, a, b, threads, epilogue);
   gemm<Arithmetic>(m, n, k, a, b, threads, epilogue);
 }
+template <class Arithmetic, class TA, class TB, class Epilogue>
+void multiply(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue) {
+  multiply<Arithmetic>(m, n, k, a, operands<TB, 1>{b}, threads, epilogue);
+}
 
-// The same; A is contiguous along its rows.
+// The same of one product; A is contiguous along its rows.
 template <class Arithmetic, class TA, class TB, class Epilogue>
 void multiply_transposed(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b, int threads, Epilogue epilogue,
                          float* a_sums, float* b_sums) {
   if constexpr (!Arithmetic::RowMajorOnly)
     if (k <= SmallK) return gemm_small_k<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
-  gemm<Arithmetic>(m, n, k, a, b, threads, epilogue, a_sums, b_sums);
+  gemm<Arithmetic>(m, n, k, a, operands<TB, 1>{b}, threads, epilogue, a_sums, b_sums);
 }
 
 // Compiled once, with the linear operator, for the types whose arithmetic has a small-m product.
