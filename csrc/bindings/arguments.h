@@ -18,6 +18,7 @@
 #include <new>
 #include <vector>
 #include "tensor.h"
+#include "../activation.h"
 
 namespace fastlm {
 
@@ -44,6 +45,12 @@ struct argument {
     return number;
   }
   operator float() const { return float(operator double()); }
+  operator activation_kind() const {
+    const int64_t number = integer(value);
+    if (number < 0 || number > int64_t(activation_kind::relu))
+      throw_argument_error(name, "the number of an activation", std::to_string(number));
+    return activation_kind(number);
+  }
   operator std::vector<int64_t>() const {
     return list<int64_t>([this](PyObject* item) { return integer(item); });
   }

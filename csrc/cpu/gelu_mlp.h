@@ -9,7 +9,7 @@
 
 namespace fastlm {
 
-template <bool Tanh> FASTLM_INLINE gelu_value gelu(vec x) {
+template <bool Tanh> FASTLM_INLINE activation_value gelu(vec x) {
   if constexpr (Tanh) return gelu_tanh(x);
   else return gelu_erf(x);
 }
@@ -59,7 +59,7 @@ void gelu_mlp_hidden_gradient(const T* dy, int64_t dy_stride, const T* x, int64_
   if (wants_dhidden) {
     auto write = [=](int64_t i, int64_t j, vec value, auto span) {
       const int64_t at = i * hidden_width + j;
-      gelu_value g = gelu<Tanh>(vec::load(hidden + at, span));
+      activation_value g = gelu<Tanh>(vec::load(hidden + at, span));
       (value * g.slope).store(dhidden + at, span);
       if (compute_activated) g.value.store(activated + at, span);
     };

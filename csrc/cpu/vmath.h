@@ -1,6 +1,7 @@
-// Elementary functions of vectors: exp, and GELU with its derivative. The polynomials are minimax fits of our own; the
-// stated errors were measured against mpmath.
+// Elementary functions of vectors: exp, and activations with their derivatives. The polynomials are minimax fits of our
+// own; the stated errors were measured against mpmath.
 #pragma once
+#include "../activation.h"
 #include "simd.h"
 
 namespace fastlm {
@@ -46,14 +47,14 @@ template <int N> FASTLM_INLINE void exp_nonpositive(vec (&x)[N]) {
   });
 }
 
-struct gelu_value {
+struct activation_value {
   vec value, slope;
 };
 
 // Exact GELU: x·Φ(x), derivative Φ(x) + x·φ(x), Φ the normal distribution. With t = |x|/√2: Φ(−|x|) =
 // ½·e^(−x²/2)·erfcx(t), erfcx(t) = u·P(u) with u = 1/(1 + 0.475·t), relative error 1e-8 before rounding. φ uses
 // the same exponential.
-FASTLM_INLINE gelu_value gelu_erf(vec x) {
+FASTLM_INLINE activation_value gelu_erf(vec x) {
   vec magnitude = max(x, vec::zero() - x);
   vec power = x * x * vec::all(-0.5f);
   // Exactly 0 far out: products with subnormal numbers cost a hundred times as much.
@@ -73,7 +74,7 @@ FASTLM_INLINE gelu_value gelu_erf(vec x) {
 }
 
 // Tanh GELU (GPT-2): x·σ(2w), w = √(2/π)·(x + 0.044715·x³), as ½(1 + tanh w) = σ(2w). Derivative σ + x·σ(1 − σ)·2w'.
-FASTLM_INLINE gelu_value gelu_tanh(vec x) {
+FASTLM_INLINE activation_value gelu_tanh(vec x) {
   const float twice = 1.59576912f;  // 2·√(2/π)
   vec square = x * x;
   vec w = x * fma(square, vec::all(twice * 0.044715f), vec::all(twice));
@@ -81,6 +82,29 @@ FASTLM_INLINE gelu_value gelu_tanh(vec x) {
   vec e = exp(min(vec::all(85.0f), vec::zero() - w)), sigmoid = vec::all(1) / (vec::all(1) + e);
   vec w_slope = fma(square, vec::all(3 * twice * 0.044715f), vec::all(twice));
   return {x * sigmoid, fma(x * sigmoid * (e * sigmoid), w_slope, sigmoid)};
+}
+
+// SiLU: x·σ(x), derivative σ + x·σ(1 − σ).
+FASTLM_INLINE activation_value silu(vec x) {
+  // Clamped at 85, as above.
+  vec e = exp(min(vec::all(85.0f), vec::zero() - x)), sigmoid = vec::all(1) / (vec::all(1) + e);
+  vec value = x * sigmoid;
+  return {value, fma(value, e * sigmoid, sigmoid)};
+}
+
+// ReLU; the derivative at 0 is 0, as PyTorch's.
+FASTLM_INLINE activation_value relu(vec x) {
+  const vec positive = max(vec::zero(), x);  // in this order NaN stays NaN
+  return {positive, select(vec::zero() < x, vec::all(1), vec::zero())};
+}
+
+FASTLM_INLINE activation_value activate(activation_kind activation, vec x) {
+  switch (activation) {
+    case activation_kind::silu: return silu(x);
+    case activation_kind::gelu: return gelu_erf(x);
+    case activation_kind::gelu_tanh: return gelu_tanh(x);
+    default: return relu(x);
+  }
 }
 
 }  // namespace fastlm

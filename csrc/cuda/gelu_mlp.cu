@@ -10,23 +10,10 @@
 // The arithmetic of the GELU (about 45 instructions per element with erf, 25 with tanh) is partly hidden behind the
 // products of another block on the same multiprocessor. The backward pass reads hidden one group ahead of its use.
 #include "gelu_mlp.h"
+#include "activation.cuh"
 #include "gemm.cuh"
 
 namespace fastlm::cuda {
-
-struct gelu_result {
-  float value, slope;
-};
-
-// ½ (1 + tanh(t)) = 1 / (1 + exp(−2t)), which has no cancellation.
-FASTLM_DEVICE gelu_result gelu(float x, bool tanh) {
-  if (tanh) {
-    const float half = 1.0f / (1.0f + exp_(-1.5957691216057308f * x * (1.0f + 0.044715f * x * x)));
-    return {x * half, half + x * half * (1.0f - half) * 1.5957691216057308f * (1.0f + 0.134145f * x * x)};
-  }
-  const float half = 0.5f * (1.0f + erf_(x * 0.7071067811865476f));
-  return {x * half, half + x * exp_(-0.5f * x * x) * 0.3989422804014327f};
-}
 
 // Epilogues. vectorized: all groups of 8 columns can be loaded and stored as vectors.
 template <class T> struct gelu_epilogue {
@@ -72,7 +59,7 @@ template <class T> struct gelu_gradient_epilogue {
     vec<float, 8> activations;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const gelu_result g = gelu(to_float(saved_hidden[e]), tanh);
+      const activation_result g = gelu(to_float(saved_hidden[e]), tanh);
       c[e] *= g.slope;
       activations[e] = g.value;
     }
@@ -80,17 +67,6 @@ template <class T> struct gelu_gradient_epilogue {
     if (activated) store8(activations, activated + at, n - column, vectorized);
   }
 };
-
-// Whether there are enough tiles of 128 for all multiprocessors of this GPU. The results do not depend on it: the order
-// of the sum along k is the same.
-static bool fills_gpu(int64_t rows, int64_t n) { return (rows + 127) / 128 * ((n + 127) / 128) >= multiprocessors(); }
-
-template <class T, class Epilogue> static void multiply(const gemm_operands& operands, const Epilogue& epilogue,
-                                                        stream_t stream) {
-  if constexpr (sizeof(T) == 2)
-    if (fills_gpu(operands.rows, operands.n)) return gemm<T, 64>(operands, epilogue, stream);
-  gemm<T, 32>(operands, epilogue, stream);
-}
 
 void gelu_mlp_forward(const gelu_mlp_forward_args& args, stream_t stream) {
   with_dtype(args.dtype, [&]<class T>() {

@@ -375,4 +375,16 @@ template <class T, int WARP, class Epilogue> void gemm(const gemm_operands& with
   else gemm_launch<T, false, WARP>(with, epilogue, stream);
 }
 
+// Whether there are enough tiles of 128 for all multiprocessors of this GPU. The results do not depend on it: the order
+// of the sum along k is the same.
+inline bool fills_gpu(int64_t rows, int64_t n) { return (rows + 127) / 128 * ((n + 127) / 128) >= multiprocessors(); }
+
+// The product with the tiles that suit its sizes.
+template <class T, class Epilogue> void multiply(const gemm_operands& operands, const Epilogue& epilogue,
+                                                 stream_t stream) {
+  if constexpr (sizeof(T) == 2)
+    if (fills_gpu(operands.rows, operands.n)) return gemm<T, 64>(operands, epilogue, stream);
+  gemm<T, 32>(operands, epilogue, stream);
+}
+
 }  // namespace fastlm::cuda

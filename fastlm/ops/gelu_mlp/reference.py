@@ -1,7 +1,5 @@
 """gelu_mlp in plain PyTorch: the definition."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -9,16 +7,11 @@ from fastlm.backends import reference
 from fastlm.backends.contract import Implementation
 from fastlm.backends.reference import narrow, widen
 from fastlm.core.autocast import no_autocast
+from fastlm.ops.activation import ACTIVATIONS
 from fastlm.ops.gelu_mlp.spec import Backward, Forward
 from fastlm.ops.linear.reference import gradients, linear
 
-
-def gelu_gradient(x: Tensor, approximate: str) -> Tensor:
-    if approximate == "tanh":
-        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-        t = torch.tanh(inner)
-        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
-    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+SLOPES = {"none": ACTIVATIONS["gelu"].slope, "tanh": ACTIVATIONS["gelu_tanh"].slope}
 
 
 @no_autocast
@@ -52,7 +45,7 @@ def backward(call: Backward):
     dactivated, dw2, db2 = gradients(g, activated, w2, layout, (any(needs_first), *needs_second))
     dx = dw1 = db1 = None
     if any(needs_first):
-        dx, dw1, db1 = gradients(dactivated * gelu_gradient(hidden, approximate), wide, w1, layout, needs_first)
+        dx, dw1, db1 = gradients(dactivated * SLOPES[approximate](hidden), wide, w1, layout, needs_first)
     return narrow(call.x.dtype, dx, dw1, db1, dw2, db2)
 
 

@@ -9,6 +9,7 @@ from fastlm.backends.triton import architecture
 from fastlm.core.autocast import no_autocast
 from fastlm.core.layout import as_rows
 from fastlm.kernels import gelu_mlp as kernels
+from fastlm.kernels.mlp_tiles import fused_tile
 from fastlm.ops.gelu_mlp.spec import Backward, Forward
 from fastlm.ops.linear.torch import gradients, linear
 
@@ -17,7 +18,7 @@ from fastlm.ops.linear.torch import gradients, linear
 def forward(call: Forward):
     x, w1, b1, layout = call.x, call.w1, call.b1, call.layout
     device = x.device.index
-    tile = kernels.fused_tile(architecture(device), x.dtype.itemsize)
+    tile = fused_tile(architecture(device), x.dtype.itemsize)
     shape, saves_hidden = call.hidden_shape, call.recompute < 2
     if x.numel() == 0:
         hidden, activated = x.new_empty(shape), x.new_empty(shape)
@@ -51,7 +52,7 @@ def forward(call: Forward):
 def backward(call: Backward):
     dy, x, w1, w2, hidden, activated = call.dy, call.x, call.w1, call.w2, call.hidden, call.activated
     layout, device, needed = call.layout, call.x.device.index, call.needed
-    tile = kernels.fused_tile(architecture(device), x.dtype.itemsize)
+    tile = fused_tile(architecture(device), x.dtype.itemsize)
     if hidden is None:
         hidden = linear(x, w1, call.b1, layout)
     hidden = hidden.contiguous()  # as it was, unless a saved-tensor hook changed its layout

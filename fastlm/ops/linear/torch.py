@@ -32,6 +32,12 @@ def gradients(dy: Tensor, x: Tensor, weight: Tensor, layout: str, needed: tuple[
     return dx, dweight, flat_dy.sum(0) if needs_dbias else None
 
 
+def input_gradient(dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+    """dx + dy W, for a weight as nn.Linear stores it, in place: the gradient of an input of several layers."""
+    flat_rows(dx).addmm_(flat_rows(dy), weight)
+    return dx
+
+
 def composite(call: Forward) -> Tensor:
     return linear(*call)
 
