@@ -15,6 +15,7 @@ from fastlm.info import info
 from fastlm.integrations import accelerate, report, restore
 from fastlm.ops.attention import attention, attention_varlen, scaled_dot_product_attention
 from fastlm.ops.gelu_mlp import gelu_mlp
+from fastlm.ops.glu_mlp import glu_mlp
 from fastlm.ops.layernorm_residual import layernorm_residual
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
@@ -29,6 +30,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "gelu_mlp",
+    "glu_mlp",
     "info",
     "layernorm_residual",
     "linear",
