@@ -8,6 +8,7 @@ from fastlm.ops.adamw import bench as adamw
 from fastlm.ops.attention import bench as attention
 from fastlm.ops.benchmark import Case, Problem
 from fastlm.ops.gelu_mlp import bench as gelu_mlp
+from fastlm.ops.glu_mlp import bench as glu_mlp
 from fastlm.ops.layernorm_residual import bench as layernorm_residual
 from fastlm.ops.linear import bench as linear
 from fastlm.ops.linear_cross_entropy import bench as linear_cross_entropy
@@ -19,6 +20,7 @@ SIZES = {
     attention.decode: {"tokens": 300, "heads": 2, "head_dim": 16, "batch": 2},
     attention.packed: {"tokens": 48, "heads": 4, "head_dim": 16, "repeats": 1},
     gelu_mlp.problem: {"rows": 48, "width": 64},
+    glu_mlp.problem: {"rows": 48, "width": 64, "hidden": 150},
     layernorm_residual.problem: {"rows": 48, "width": 64},
     linear.problem: {"rows": 48, "width": 64, "out": 192},
     linear.decode_step: {"width": 64},

@@ -22,8 +22,8 @@ CASES = cases()
 def test_every_operator_has_cases_with_distinct_names():
     names = [case.name for benchmark in benchmarks().values() for case in benchmark.cases]
     assert len(names) == len(set(names)) == len(CASES)
-    assert {"adamw", "attention", "gelu_mlp", "layernorm_residual", "linear", "linear_cross_entropy"} <= {*CASES}
-    assert {"rms_norm_residual", "rms_norm_heads", "rotary"} <= {*CASES}
+    assert {"adamw", "attention", "gelu_mlp", "glu_mlp", "layernorm_residual", "linear"} <= {*CASES}
+    assert {"linear_cross_entropy", "rms_norm_residual", "rms_norm_heads", "rotary"} <= {*CASES}
     assert all(benchmark.axes for benchmark in benchmarks().values() if benchmark.table_cases)
     assert all(benchmark.gpu_axes for benchmark in benchmarks().values() if benchmark.gpu_cases)
 
@@ -50,7 +50,7 @@ def test_the_baseline_drops_as_often():
     assert ours > 0.05 and 0.9 < ours / eager < 1.1
 
 
-@pytest.mark.parametrize("name", ["gelu_mlp", "linear", "linear_4_rows", "linear_cross_entropy"])
+@pytest.mark.parametrize("name", ["gelu_mlp", "glu_mlp", "linear", "linear_4_rows", "linear_cross_entropy"])
 def test_flops_are_those_that_pytorch_counts_of_the_baseline(name):
     case = CASES[name]
     problem = small(case)

@@ -15,6 +15,8 @@ WRITTEN = {
     "attention_backward": {"delta", "dquery", "dkey", "dvalue", "dmask"},
     "gelu_mlp_forward": {"hidden", "activated"},
     "gelu_mlp_backward": {"dhidden", "activated"},
+    "glu_mlp_forward": {"up", "activated"},
+    "glu_mlp_backward": {"dgate", "dup", "activated"},
     "layernorm_residual_forward": {"y", "summed", "mean", "rstd"},
     "layernorm_residual_backward": {"dx", "dresidual", "dweight", "dbias", "partials"},
     "rms_norm_residual_forward": {"y", "summed", "rstd"},

@@ -189,6 +189,14 @@ def gelu_mlp(dtype, recompute):
     backward("gelu_mlp", "triton", y, *inputs, hidden, activated, *settings, False, (True,) * 5)
 
 
+def glu_mlp(dtype, activation, recompute):
+    x, w, b = torch.empty(64, 576, dtype=dtype), torch.empty(3072, 576, dtype=dtype), torch.empty(1536, dtype=dtype)
+    inputs = x, *w.chunk(2), w[:1536].t(), b, b, x[0]
+    y, gate, up, activated = forward("glu_mlp", "triton", *inputs, activation, recompute)
+    gate, up = torch.empty(2, 64, 1536, dtype=dtype)
+    backward("glu_mlp", "triton", y, *inputs, gate, up, activated, activation, False, (True,) * 7)
+
+
 def cross_entropy(dtype, with_bias):
     x, w = torch.zeros(64, 16, dtype=dtype), torch.zeros(30528, 16, dtype=dtype)
     target, scale = torch.zeros(64, dtype=torch.int64), torch.ones(64)
@@ -239,6 +247,11 @@ def cases(quick):
             yield f"rotary {short} {head_dim}", lambda d=dtype, h=head_dim: rotary(d, h, h)
         for recompute in (0, 1):
             yield f"gelu_mlp {short} recompute {recompute}", lambda d=dtype, r=recompute: gelu_mlp(d, r)
+        for activation, recompute in (("silu", 1),) if quick else (("silu", 1), ("gelu_tanh", 0), ("gelu", 2)):
+            yield (
+                f"glu_mlp {short} {activation} recompute {recompute}",
+                lambda d=dtype, a=activation, r=recompute: glu_mlp(d, a, r),
+            )
         for with_bias in (False, True):
             yield f"linear_cross_entropy {short}{' bias' * with_bias}", lambda d=dtype, b=with_bias: cross_entropy(d, b)
 
@@ -269,9 +282,9 @@ def kernels_of(title, target):
         return [*(f"{operator}_{which}_kernel" for which in ("forward", "backward")), "residual_norm_reduce_kernel"]
     if operator == "rotary":
         return ["rotary_kernel"]
-    if operator == "gelu_mlp":
+    if operator in ("gelu_mlp", "glu_mlp"):
         fused = configs.MLP.get((target, 4 if "float32" in title else 2))
-        return [f"gelu_mlp_{which}_kernel" for which in (("forward", "backward") if fused else ("activate", "slope"))]
+        return [f"{operator}_{which}_kernel" for which in (("forward", "backward") if fused else ("activate", "slope"))]
     return ["linear_cross_entropy_kernel", *(["linear_cross_entropy_columns_kernel"] if "bias" in title else [])]
 
 

@@ -31,6 +31,8 @@ CASES = {  # every kernel, with and without its optional arguments, with the til
     "rotary bfloat16 128 partial": "sm_90",
     "gelu_mlp bfloat16 recompute 0": "sm_90",
     "gelu_mlp bfloat16 recompute 1": "sm_80",  # fused
+    "glu_mlp bfloat16 silu recompute 1": "sm_90",
+    "glu_mlp bfloat16 gelu_tanh recompute 0": "sm_80",  # fused
     "linear_cross_entropy bfloat16": "sm_90",
     "linear_cross_entropy bfloat16 bias": "sm_90",
 }
@@ -166,6 +168,8 @@ def ones():
     y, hidden, activated = forward("gelu_mlp", "triton", x, x, w, x, None, "none", "linear", 1)
     saved = x, x, w, x, None, hidden, activated
     backward("gelu_mlp", "triton", y, *saved, "none", "linear", False, (True,) * 5)
+    y, *saved = forward("glu_mlp", "triton", x, x, x, w, x[0], x[0], None, "silu", 1)
+    backward("glu_mlp", "triton", y, x, x, x, w, x[0], x[0], None, *saved, "silu", False, (True,) * 7)
     target = torch.zeros(1, dtype=torch.int64)
     forward("linear_cross_entropy", "triton", x, x, w, target, w, -100, 0.1, False, every)
 

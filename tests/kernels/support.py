@@ -30,5 +30,5 @@ def backward(operator, backend, *arguments):
 
 def set_architecture(setattr, name):
     """Makes the Triton implementations look up launch configurations of another GPU; setattr may be monkeypatch's."""
-    for operator in ("attention", "gelu_mlp"):
+    for operator in ("attention", "gelu_mlp", "glu_mlp"):
         setattr(importlib.import_module(f"fastlm.ops.{operator}.triton"), "architecture", lambda index: name)

@@ -34,6 +34,7 @@ FEW = (
     "rms_norm_residual bfloat16 960 dropout float32 stream",
     "rotary bfloat16 128 partial",
     "gelu_mlp bfloat16 recompute 0",
+    "glu_mlp bfloat16 silu recompute 1",
     "linear_cross_entropy bfloat16 bias",
 )
 ONLY = FEW if CONFIGURATIONS == "none" and not WANTED else ("",)
