@@ -389,6 +389,58 @@ def gelu_mlp_cases() -> Iterator[Case]:
     yield case((3,), (16, 32, 16), "conv1d", tiny=True, approximate="tanh", recompute=2)
 
 
+def glu_mlp_cases() -> Iterator[Case]:
+    def case(
+        rows: tuple[int, ...],
+        sizes: tuple[int, int, int],
+        bias: bool = True,
+        halves: bool = False,
+        layout: str = "contiguous",
+        tiny: bool = False,
+        **options: Any,
+    ) -> Case:
+        width, hidden, out = sizes
+
+        def make(draw: Draw) -> tuple[dict[str, Tensor], Callable[..., Any]]:
+            inputs = {"x": draw(*rows, width, layout=layout), "w_down": draw(out, hidden, scale=hidden**-0.5)}
+            if halves:
+                inputs["w_both"] = draw(2 * hidden, width, scale=width**-0.5)
+            else:
+                inputs |= {name: draw(hidden, width, scale=width**-0.5) for name in ("w_gate", "w_up")}
+            if bias:
+                inputs |= {"b_gate": draw(hidden), "b_up": draw(hidden), "b_down": draw(out)}
+
+            def call(backend: str, w_both: Tensor | None = None, **given: Tensor) -> Tensor:
+                if w_both is not None:
+                    given["w_gate"], given["w_up"] = w_both.chunk(2)
+                return fastlm.glu_mlp(**given, backend=backend, **options)
+
+            return inputs, call
+
+        parts = [f"{'x'.join(map(str, rows))}, {width} to {hidden} to {out}", "bias" if bias else "", layout]
+        parts += ["halves" if halves else "", *(f"{name} {value}" for name, value in options.items())]
+        return Case("glu_mlp", ", ".join(filter(None, parts)), make, tiny)
+
+    for rows, sizes in (
+        ((2,), (16, 40, 16)),
+        ((3, 5), (33, 70, 41)),
+        ((4, 24), (96, 256, 96)),
+        ((1,), (64, 160, 64)),
+        ((257,), (40, 50, 9)),
+        ((130,), (450, 820, 30)),
+        ((0,), (8, 16, 8)),
+    ):
+        for activation in ("silu", "gelu", "gelu_tanh", "relu"):
+            yield case(rows, sizes, activation=activation)
+        for recompute in (0, 2):
+            yield case(rows, sizes, bias=False, recompute=recompute)
+        yield case(rows, sizes, bias=False, halves=True)
+    for layout in ("transposed", "sliced", "expanded"):
+        yield case((4, 9), (40, 80, 40), layout=layout)
+    yield case((3,), (16, 40, 16), tiny=True)
+    yield case((3,), (16, 40, 16), tiny=True, activation="gelu_tanh", recompute=2)
+
+
 def linear_cross_entropy_cases() -> Iterator[Case]:
     def case(
         rows: tuple[int, ...],
@@ -434,6 +486,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "scaled_dot_product_attention": scaled_dot_product_attention_cases,
     "layernorm_residual": layernorm_residual_cases,
     "gelu_mlp": gelu_mlp_cases,
+    "glu_mlp": glu_mlp_cases,
     "linear": linear_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
 }

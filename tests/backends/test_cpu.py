@@ -58,6 +58,11 @@ PUBLIC_CALLS = {
         fastlm.gelu_mlp,
         {"x": floats(9, 24), "w1": floats(48, 24), "b1": floats(48), "w2": floats(20, 48), "b2": floats(20)},
     ),
+    "glu_mlp": (
+        fastlm.glu_mlp,
+        {"x": floats(9, 24), "w_gate": floats(48, 24), "w_up": floats(48, 24), "w_down": floats(20, 48)}
+        | {"b_gate": floats(48), "b_up": floats(48), "b_down": floats(20)},
+    ),
     "linear": (fastlm.linear, {"x": floats(9, 24), "weight": floats(20, 24), "bias": floats(20)}),
     "linear_cross_entropy": (
         lambda **inputs: fastlm.linear_cross_entropy(target=targets(40, 9), **inputs),

@@ -38,6 +38,7 @@ OPERATORS = {
     "attention": lambda backend, x: fastlm.attention(heads * x.mean(), heads, heads, causal=True, backend=backend),
     "layernorm_residual": lambda backend, x: fastlm.layernorm_residual(x, x, ones, backend=backend)[0],
     "gelu_mlp": lambda backend, x: fastlm.gelu_mlp(x, wide, None, wide.t().contiguous(), None, backend=backend),
+    "glu_mlp": lambda backend, x: fastlm.glu_mlp(x, wide, wide, wide.t().contiguous(), backend=backend),
     "linear": lambda backend, x: fastlm.linear(x, wide, backend=backend),
     "linear_cross_entropy": lambda backend, x: fastlm.linear_cross_entropy(x, vocabulary, targets, backend=backend),
 }

@@ -27,6 +27,7 @@ def operators(x: Tensor, weight: Tensor, target: Tensor) -> None:
     assert_type(
         fastlm.gelu_mlp(x, weight, None, weight, None, approximate="tanh", layout="conv1d", recompute=1), Tensor
     )
+    assert_type(fastlm.glu_mlp(x, weight, weight, weight, b_down=None, activation="gelu_tanh", recompute=0), Tensor)
     assert_type(fastlm.linear(x, weight, layout="conv1d", backend="torch"), Tensor)
     assert_type(fastlm.linear_cross_entropy(x, weight, target, reduction="sum", label_smoothing=0.1), Tensor)
     with fastlm.use_backend("reference"):

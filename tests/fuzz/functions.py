@@ -100,6 +100,12 @@ def gelu_mlp(x, w1, b1, w2, b2, approximate, layout, recompute):
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
 
 
+def glu_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, recompute):
+    gate = F.linear(x, w_gate, b_gate)
+    value = F.gelu(gate, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(gate)
+    return F.linear(value * F.linear(x, w_up, b_up), w_down, b_down)
+
+
 def layernorm_residual(x, residual, weight, bias, eps, dropout_p):
     summed = x if residual is None else residual + x
     return F.layer_norm(summed, summed.shape[-1:], weight, bias, float(eps)), summed
@@ -174,6 +180,20 @@ OPERATORS = [
         fastlm.gelu_mlp,
         lambda: {"x": normal(3, 6), "w1": normal(8, 6), "b1": normal(8), "w2": normal(5, 8), "b2": normal(5)},
         gelu_mlp,
+    ),
+    Function(
+        "glu_mlp",
+        fastlm.glu_mlp,
+        lambda: {
+            "x": normal(3, 6),
+            "w_gate": normal(8, 6),
+            "w_up": normal(6, 8).t(),
+            "w_down": normal(5, 8),
+            "b_gate": normal(8),
+            "b_up": normal(8) + 1,
+            "b_down": normal(5),
+        },
+        glu_mlp,
     ),
     Function(
         "layernorm_residual",

@@ -187,6 +187,35 @@ def gelu_mlp(draw: Draw) -> Problem:
     )
 
 
+def glu_mlp(draw: Draw) -> Problem:
+    rows, width, hidden, out = (draw.size(n, s) for n, s in ((40, "rows"), (70, "width"), (90, "hidden"), (70, "out")))
+    recompute = draw.one_of((0, 1, 2), "recompute")
+    activation = draw.one_of(("silu", "gelu", "gelu_tanh", "relu"), "activation")
+
+    x, w_down = draw.tensor(rows, width, label="x"), draw.tensor(out, hidden, label="w_down")
+    w_gate, w_up = (draw.tensor(hidden, width, label=label) for label in ("w_gate", "w_up"))
+    b_gate, b_up = (draw.maybe(hidden, label=label) for label in ("b_gate", "b_up"))
+    b_down = draw.maybe(out, label="b_down")
+
+    def shuffle():
+        order, inner = draw.permutation(width), draw.permutation(hidden)
+        weights = w_gate[inner][:, order], w_up[inner][:, order], w_down[:, inner]
+        biases = (None if b is None else b[inner] for b in (b_gate, b_up))
+        return [x[draw.permutation(rows)][:, order], *weights, *biases, b_down]
+
+    def torch_own(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
+        gate = F.linear(x, w_gate, b_gate)
+        value = F.gelu(gate, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(gate)
+        return F.linear(value * F.linear(x, w_up, b_up), w_down, b_down)
+
+    return Problem(
+        lambda *t, backend: fastlm.glu_mlp(*t, activation=activation, recompute=recompute, backend=backend),
+        torch_own,
+        [x, w_gate, w_up, w_down, b_gate, b_up, b_down],
+        shuffle,
+    )
+
+
 def layernorm_residual(draw: Draw) -> Problem:
     # Not rows of equal numbers: normalised they are the rounding error of their mean, times 1/√eps.
     values = normal, wide, outlier, tiny, large, zeros
@@ -378,6 +407,7 @@ PROBLEMS = [
     attention,
     attention_varlen,
     gelu_mlp,
+    glu_mlp,
     layernorm_residual,
     linear,
     linear_cross_entropy,

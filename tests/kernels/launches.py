@@ -168,8 +168,9 @@ def ones():
     y, hidden, activated = forward("gelu_mlp", "triton", x, x, w, x, None, "none", "linear", 1)
     saved = x, x, w, x, None, hidden, activated
     backward("gelu_mlp", "triton", y, *saved, "none", "linear", False, (True,) * 5)
-    y, *saved = forward("glu_mlp", "triton", x, x, x, w, x[0], x[0], None, "silu", 1)
-    backward("glu_mlp", "triton", y, x, x, x, w, x[0], x[0], None, *saved, "silu", False, (True,) * 7)
+    inputs = x, x, x, x, w, w, None
+    y, *saved = forward("glu_mlp", "triton", *inputs, "silu", 1)
+    backward("glu_mlp", "triton", y, *inputs, *saved, "silu", False, (True,) * 7)
     target = torch.zeros(1, dtype=torch.int64)
     forward("linear_cross_entropy", "triton", x, x, w, target, w, -100, 0.1, False, every)
 

@@ -75,6 +75,7 @@ def test_one_input_computed_from_another():
         lambda x: fastlm.layernorm_residual(x, x * 2, x[0])[0],
         lambda x: fastlm.rms_norm_residual(x, x * 2, x[0])[0],
         lambda x: fastlm.gelu_mlp(x, x * 2, x[0, :3], x.t() * 3, None),
+        lambda x: fastlm.glu_mlp(x, x * 2, x, x.t() * 3, x[0, :3]),
         lambda x: fastlm.linear_cross_entropy(x, x * 2, torch.tensor([0, 2, 1])),
         lambda x: fastlm.attention(*(x[None, None] * i for i in (1, 2, 3))),
         lambda x: fastlm.attention_varlen(*(x[:, None] * i for i in (1, 2, 3)), *[torch.tensor([0, 2, 3])] * 2),
@@ -528,7 +529,7 @@ def test_autocast_on_a_cpu(case, backend, dtype):
         assert_close(got, [d.float() for d in gradients])
 
 
-WITH_WEIGHTS = ("linear", "gelu_mlp", "linear_cross_entropy")  # operators whose weights autocast rounds
+WITH_WEIGHTS = ("linear", "gelu_mlp", "glu_mlp", "linear_cross_entropy")  # operators whose weights autocast rounds
 
 
 def call_with_weights(name, x, *weights, backend):
@@ -536,6 +537,9 @@ def call_with_weights(name, x, *weights, backend):
         return fastlm.linear(x, *weights, layout="conv1d", backend=backend)
     if name == "gelu_mlp":
         return fastlm.gelu_mlp(x, *weights, recompute=1, backend=backend)
+    if name == "glu_mlp":
+        w_gate, b_gate, w_up, b_up, w_down, b_down = weights
+        return fastlm.glu_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, backend=backend)
     return fastlm.linear_cross_entropy(x, weights[0], targets(x.shape[1], x.shape[0]), weights[1], backend=backend)
 
 
@@ -543,6 +547,7 @@ def inputs_with_weights(name, rows=70):
     shapes = {
         "linear": [(24, 40), (40,)],
         "gelu_mlp": [(40, 24), (40,), (24, 40), (24,)],
+        "glu_mlp": [(40, 24), (40,)] * 2 + [(24, 40), (24,)],
         "linear_cross_entropy": [(24, 24), (24,)],
     }[name]
     return [x.requires_grad_() for x in (floats(rows, 24), *(floats(*shape) for shape in shapes))]
@@ -569,7 +574,7 @@ def test_under_autocast_gradients_of_float32_weights_are_not_rounded(name, rows,
     indices = [i for i, x in enumerate(inputs) if x.requires_grad]
     for i, gradient, true in zip(indices, got, expected, strict=True):
         assert gradient.dtype == torch.float32
-        is_exact = (name == "linear" and i > 0) or (name == "gelu_mlp" and i == 4)
+        is_exact = (name == "linear" and i > 0) or (name == "gelu_mlp" and i == 4) or (name == "glu_mlp" and i == 6)
         assert error(gradient, true) <= (2**-18 if is_exact else 2**-7)
         if i > 0 and rows > 0:
             assert not torch.equal(gradient, gradient.bfloat16().float())
