@@ -98,9 +98,9 @@ def attention_tile(
 
 
 # gelu_mlp and glu_mlp: (architecture, bytes per element) → (tile_m, tile_n, tile_k, warps, stages) of the fused
-# products. Where there is no row, the vendor's product and a pointwise kernel are used: on sm_90 and sm_100 the vendor's
-# products use hardware that these kernels do not (bulk copies, tensor memory), and in float32 the product hides the
-# memory traffic.
+# products. Where there is no row, the vendor's product and a pointwise kernel are used: on sm_90 and sm_100 the
+# vendor's products use hardware that these kernels do not (bulk copies, tensor memory), and in float32 the product
+# hides the memory traffic.
 MLP = {
     ("sm_80", 2): (128, 64, 32, 8, 3),
     ("sm_86", 2): (128, 64, 32, 8, 3),

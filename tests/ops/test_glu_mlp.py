@@ -3,12 +3,14 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
+from tests.kernels.support import forward
 from tests.support import (
     DTYPES,
     assert_same_bits,
     assert_within_twice_torch,
     error,
     floats,
+    on_backends,
     on_every_backend,
     outputs_and_gradients,
 )
@@ -105,6 +107,19 @@ def test_nan_in_the_gate_reaches_the_result(activation, backend):
     one = torch.ones(1, 1)
     y = fastlm.glu_mlp(one, one, one, one, torch.tensor([torch.nan]), activation=activation, backend=backend)
     assert y.isnan()
+
+
+@on_backends("cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("rows, width, hidden", [(1, 40, 50), (20, 500, 300), (70, 33, 7), (600, 450, 820)], ids=str)
+def test_gate_and_up_have_the_bits_of_linear(rows, width, hidden, mixed, dtype, backend):
+    """The product with both weights sums in the same order as the product with one. They may differ in layout."""
+    x, w_gate, w_up, w_down, b_gate, b_up, _ = (t.to(dtype) for t in inputs_for((rows, width), hidden, 5))
+    w_up = w_up.t().contiguous().t() if mixed else w_up
+    results = forward("glu_mlp", backend, x, w_gate, w_up, w_down, b_gate, b_up, None, "silu", 1)
+    expected = fastlm.linear(x, w_gate, b_gate, backend=backend), fastlm.linear(x, w_up, b_up, backend=backend)
+    assert_same_bits(results[1:3], expected)
 
 
 @pytest.fixture
