@@ -473,6 +473,7 @@ def linear_cross_entropy_cases() -> Iterator[Case]:
             yield case(rows, width, vocab, reduction=reduction)
         yield case(rows, width, vocab, bias=True, label_smoothing=0.1)
         yield case(rows, width, vocab, bias=True, reduction="none", label_smoothing=0.2, ignore_index=1)
+        yield case(rows, width, vocab, label_smoothing=0.1, logit_scale=2.0, softcap=3.0)
     yield case((1100,), 32, 8200, bias=True)  # several chunks of logits
     for layouts in (("transposed", "contiguous"), ("sliced", "sliced"), ("contiguous", "transposed")):
         yield case((2, 9), 40, 130, layouts=layouts)

@@ -2,7 +2,7 @@
 
 One program processes one row: a first pass computes row_max and row_sum online, in float32, a second writes softmax −
 target. Memory-bound: a row is read twice and written once, the second time from the cache, because a row of 50257
-logits in 16 bits is 100 KB. About 10 FLOPs per logit.
+logits in 16 bits is 100 KB. About 10 FLOPs per logit. Logits are scaled and capped where they are read.
 
 If the gradient of a bias is wanted too, the second pass goes by columns: a program has BLOCK columns of
 ROWS_PER_PARTIAL rows and adds what it writes before it is rounded to 16 bits. The partial sums are added in a fixed
@@ -20,6 +20,42 @@ ROWS_PER_PARTIAL = 64
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def tanh(x):
+    """tanh of float32; which not every GPU has. 1 − 2 / (exp(2|x|) + 1) would cancel near 0."""
+    square = x * x
+    p = -5.515159739e-3 * square + 2.046941607e-2
+    p = p * square - 5.368802192e-2
+    p = p * square + 1.333083033e-1
+    p = p * square - 3.333325985e-1
+    large = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    return tl.where(tl.abs(x) < 0.65, x + x * square * p, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def transformed(z, logit_scale, softcap, SOFTCAP: tl.constexpr):
+    """A logit of the product, scaled and capped."""
+    z = z.to(tl.float32) * logit_scale
+    if SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def load_logits(logits_ptr, column, vocab, logit_scale, softcap, SOFTCAP: tl.constexpr):
+    """Scaled and capped; −inf beyond the vocabulary."""
+    z = transformed(
+        tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")), logit_scale, softcap, SOFTCAP
+    )
+    return tl.where(column < vocab, z, float("-inf")) if SOFTCAP else z
+
+
+@triton.jit
+def slope(z, softcap, SOFTCAP: tl.constexpr):
+    """The derivative of the cap, by its result."""
+    return 1 - (z / softcap) * (z / softcap) if SOFTCAP else 1.0
+
+
 @triton.jit(do_not_specialize=["ignore_index"])
 def linear_cross_entropy_kernel(
     logits_ptr,
@@ -33,7 +69,10 @@ def linear_cross_entropy_kernel(
     vocab,
     ignore_index,
     label_smoothing,
+    logit_scale,
+    softcap,
     SMOOTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """logits: (rows, vocab). Without row_scale_ptr they stay unchanged.
@@ -55,13 +94,13 @@ def linear_cross_entropy_kernel(
                 tl.store(logits_ptr + column, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), mask=column < vocab)
     else:
         # Loaded before the reductions, which synchronise the threads: the second pass overwrites it.
-        logit = tl.load(logits_ptr + target).to(tl.float32)
+        logit = transformed(tl.load(logits_ptr + target), logit_scale, softcap, SOFTCAP)
         lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)  # per lane, reduced at the end
         lane_sum = tl.zeros((BLOCK,), tl.float32)
         logit_sums = tl.zeros((BLOCK,), tl.float32)
         for begin in range(0, vocab, BLOCK):
             column = begin + tl.arange(0, BLOCK)
-            z = tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+            z = load_logits(logits_ptr, column, vocab, logit_scale, softcap, SOFTCAP)
             new_max = tl.maximum(lane_max, z)
             safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
             lane_sum = lane_sum * tl.exp2((lane_max - safe_max) * LOG2E) + tl.exp2((z - safe_max) * LOG2E)
@@ -79,15 +118,16 @@ def linear_cross_entropy_kernel(
             tl.store(row_max_ptr + row, row_max)
             tl.store(row_sum_ptr + row, row_sum)
         if row_scale_ptr is not None:
-            scale = tl.load(row_scale_ptr + row)
+            scale = tl.load(row_scale_ptr + row) * logit_scale
             factor = scale / row_sum
             uniform = scale * label_smoothing / vocab
             at_target = scale * (1 - label_smoothing)
             for begin in range(0, vocab, BLOCK):
                 column = begin + tl.arange(0, BLOCK)
-                z = tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+                z = load_logits(logits_ptr, column, vocab, logit_scale, softcap, SOFTCAP)
                 gradient = tl.exp2((z - row_max) * LOG2E) * factor - uniform
                 gradient -= tl.where(column == target, at_target, 0.0)
+                gradient *= slope(z, softcap, SOFTCAP)
                 tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < vocab)
 
 
@@ -105,6 +145,9 @@ def linear_cross_entropy_columns_kernel(
     vocab,
     ignore_index,
     label_smoothing,
+    logit_scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
     ROWS_PER_PARTIAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -114,19 +157,20 @@ def linear_cross_entropy_columns_kernel(
     column = block * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for row in range(partial * ROWS_PER_PARTIAL, tl.minimum((partial + 1) * ROWS_PER_PARTIAL, rows)):
-        at = logits_ptr + tl.cast(row, tl.int64) * logits_stride + column
+        logits = logits_ptr + tl.cast(row, tl.int64) * logits_stride
         target = tl.load(target_ptr + tl.cast(row, tl.int64) * target_stride)
         gradient = tl.zeros((BLOCK,), tl.float32)
         if target != ignore_index:
-            scale = tl.load(row_scale_ptr + row)
-            z = tl.load(at, mask=column < vocab, other=float("-inf")).to(tl.float32)
+            scale = tl.load(row_scale_ptr + row) * logit_scale
+            z = load_logits(logits, column, vocab, logit_scale, softcap, SOFTCAP)
             gradient = (
                 tl.exp2((z - tl.load(row_max_ptr + row)) * LOG2E) * (scale / tl.load(row_sum_ptr + row))
                 - scale * label_smoothing / vocab
             )
             gradient -= tl.where(column == target, scale * (1 - label_smoothing), 0.0)
+            gradient *= slope(z, softcap, SOFTCAP)
         acc += gradient
-        tl.store(at, gradient.to(logits_ptr.dtype.element_ty), mask=column < vocab)
+        tl.store(logits + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < vocab)
     tl.store(partials_ptr + tl.cast(partial, tl.int64) * vocab + column, acc, mask=column < vocab)
 
 
@@ -134,7 +178,19 @@ def num_partials(rows):
     return cdiv(rows, ROWS_PER_PARTIAL)
 
 
-def linear_cross_entropy(logits, target, row_scale, loss, statistics, factor, ignore_index, label_smoothing, device):
+def linear_cross_entropy(
+    logits,
+    target,
+    row_scale,
+    loss,
+    statistics,
+    factor,
+    ignore_index,
+    label_smoothing,
+    logit_scale,
+    softcap,
+    device,
+):
     """logits: (rows, vocab) with unit last stride; they become their gradient, unless row_scale is None.
 
     target: (rows,), any stride. partials: (num_partials(rows), vocab) in float32 for partial sums of the gradient over
@@ -155,12 +211,14 @@ def linear_cross_entropy(logits, target, row_scale, loss, statistics, factor, ig
         vocab,
         ignore_index,
         label_smoothing,
+        logit_scale,
+        softcap,
     )
     launch(
         linear_cross_entropy_kernel,
         rows,
         arguments,
-        (label_smoothing != 0, block),
+        (label_smoothing != 0, softcap != 0, block),
         max(1, min(8, block // 256)),
         1,
         device,
@@ -181,12 +239,14 @@ def linear_cross_entropy(logits, target, row_scale, loss, statistics, factor, ig
             vocab,
             ignore_index,
             label_smoothing,
+            logit_scale,
+            softcap,
         )
         launch(
             linear_cross_entropy_columns_kernel,
             num_partials(rows) * cdiv(vocab, block),
             arguments,
-            (ROWS_PER_PARTIAL, block),
+            (softcap != 0, ROWS_PER_PARTIAL, block),
             4,
             1,
             device,

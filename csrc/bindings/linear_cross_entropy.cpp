@@ -13,7 +13,8 @@ struct linear_cross_entropy_forward_arguments : keyword_arguments {
          logits = keyword("logits"), dx = keyword_or_none("dx"), dweight = keyword_or_none("dweight"),
          dweight_sum = keyword_or_none("dweight_sum"), dbias = keyword_or_none("dbias");
   int64_t ignore_index = keyword("ignore_index");
-  float label_smoothing = keyword("label_smoothing");
+  float label_smoothing = keyword("label_smoothing"), logit_scale = keyword("logit_scale"),
+        softcap = keyword("softcap");
   int threads = keyword("threads");
 };
 
@@ -32,6 +33,8 @@ static int64_t linear_cross_entropy_forward(const linear_cross_entropy_forward_a
                            a.target.strides[0],
                            a.ignore_index,
                            a.label_smoothing,
+                           a.logit_scale,
+                           a.softcap,
                            a.row_scale.contiguous_as<const float>(rows),
                            a.loss.contiguous_as<float>(rows),
                            a.lse.contiguous_as<float>(rows),

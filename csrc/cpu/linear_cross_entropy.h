@@ -1,5 +1,6 @@
 // Linear cross-entropy:  loss = lse(z) − (1 − ε)·z[target] − ε·mean(z),  z = x·Wᵀ + b (rows, vocab),  ε
-// the label smoothing
+// the label smoothing. Logits may be scaled, z = s·(x·Wᵀ + b), and capped, c·tanh(z / c), which the epilogue of the
+// product does.
 //
 // Three products of 2·rows·width·vocab FLOP where gradients are wanted, one where not. Logits exist for one chunk of
 // rows at a time (≤ 64 MB): product, softmax and its gradient in place, then both gradient products. Computing the
@@ -14,14 +15,14 @@ namespace fastlm {
 struct cross_entropy {
   const int64_t* target;
   int64_t target_stride, ignore_index;
-  float label_smoothing;
-  const float* row_scale;  // upstream gradient of each row's loss
-  float *loss, *lse;       // (rows)
+  float label_smoothing, logit_scale, softcap;  // softcap: 0 for none
+  const float* row_scale;                       // upstream gradient of each row's loss
+  float *loss, *lse;                            // (rows)
   bool gradients;
 };
 
-// One row of logits z: computes its loss, and where gradients are wanted replaces z by its gradient. Three passes over
-// a row that stays in the L2 cache.
+// One row of logits z, scaled and capped: computes its loss, and where gradients are wanted replaces z by the gradient
+// of the product x·Wᵀ + b. Three passes over a row that stays in the L2 cache.
 inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, int64_t vocab) {
   constexpr int64_t Run = 4096;  // elements per partial sum, which bounds the rounding error
   vec row_max = vec::all(-INFINITY), nans = vec::zero();
@@ -33,7 +34,8 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
   });
   const float shift = row_max.max_lane();
   float sum = 0, linear_sum = 0;
-  const bool wants_gradient = ce.gradients;
+  // The derivative of the cap needs z itself, so that its exponential is then computed twice.
+  const bool wants_gradient = ce.gradients, capped = ce.softcap > 0, stores_exp = wants_gradient && !capped;
   if (ce.label_smoothing > 0)
     for (int64_t first = 0; first < vocab; first += Run) {
       const float* at = z + first;
@@ -52,7 +54,7 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
       vec e = exp(vec::load(at + i, span) - vec::all(shift));
       if constexpr (!std::is_same_v<decltype(span), full>)
         e = select(vec::iota() < vec::all(float(span.count)), e, vec::zero());
-      if (wants_gradient) e.store(at + i, span);
+      if (stores_exp) e.store(at + i, span);
       return e;
     });
   }
@@ -69,8 +71,18 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
     std::fill_n(z, vocab, 0.0f);
     return;
   }
-  const float scale = ce.row_scale[row];
+  const float scale = ce.row_scale[row] * ce.logit_scale;
   const vec factor = vec::all(scale / sum), uniform = vec::all(scale * smoothing / float(vocab));
+  if (capped) {
+    const vec over_cap = vec::all(1 / ce.softcap);
+    sweep(vocab, [=](int64_t i, auto span) {
+      const vec value = vec::load(z + i, span), t = value * over_cap, slope = fma(vec::zero() - t, t, vec::all(1));
+      ((exp(value - vec::all(shift)) * factor - uniform) * slope).store(z + i, span);
+    });
+    const float t = target_logit / ce.softcap;
+    z[target] -= scale * (1 - smoothing) * (1 - t * t);
+    return;
+  }
   sweep(vocab, [=](int64_t i, auto span) { (vec::load(z + i, span) * factor - uniform).store(z + i, span); });
   z[target] -= scale * (1 - smoothing);
 }
@@ -104,7 +116,12 @@ int64_t linear_cross_entropy(const T* x, int64_t x_stride, weight_operand<const 
   for (int64_t first = 0; first < rows; first += chunk_rows) {
     const int64_t count = std::min(chunk_rows, rows - first);
     const T* xs = x + first * x_stride;
-    project(xs, x_stride, weight, bias, count, width, vocab, threads, store_to(logits, vocab));
+    auto write = [=, logit_scale = ce.logit_scale, softcap = ce.softcap](int64_t i, int64_t j, vec value, auto span) {
+      if (logit_scale != 1) value = value * vec::all(logit_scale);
+      if (softcap > 0) value = vec::all(softcap) * tanh(value / vec::all(softcap));
+      value.store(logits + i * vocab + j, span);
+    };
+    project(xs, x_stride, weight, bias, count, width, vocab, threads, storing_to(logits, vocab, write));
     parallel_parts(count, threads, [=](int64_t row) {
       cross_entropy part = ce;
       part.target += first * ce.target_stride, part.loss += first, part.lse += first;

@@ -1,5 +1,5 @@
 // Linear cross-entropy:  loss = lse(z) − (1 − ε)·z[target] − ε·mean(z),  z = x·Wᵀ + b, one row per token and vocab
-// columns, with label smoothing ε.
+// columns, with label smoothing ε. Logits are scaled and capped, s·z and c·tanh(z / c), where they are read.
 //
 // Without gradients: 2·rows·width·vocab FLOPs, and of every 64 logits only their maximum and sum of exponentials are
 // stored: 12 bytes instead of 128. With gradients the products are the vendor's, on a chunk of rows, and a kernel reads
@@ -49,6 +49,22 @@ FASTLM_DEVICE int64_t target_of(const cross_entropy_targets& targets, int64_t ro
   return target;
 }
 
+// A logit of the product, scaled and capped.
+struct logit_transform {
+  float scale, softcap;
+  explicit FASTLM_DEVICE logit_transform(const cross_entropy_targets& targets)
+      : scale(targets.logit_scale), softcap(targets.softcap) {}
+  FASTLM_DEVICE float operator()(float z) const {
+    z *= scale;
+    return softcap > 0.0f ? softcap * tanh_(z / softcap) : z;
+  }
+  // The derivative of the cap, by its result.
+  FASTLM_DEVICE float slope(float capped) const {
+    const float t = capped / softcap;
+    return softcap > 0.0f ? 1.0f - t * t : 1.0f;
+  }
+};
+
 // Losses without stored logits
 
 template <class T> struct log_sum_exp_epilogue {
@@ -56,6 +72,7 @@ template <class T> struct log_sum_exp_epilogue {
   const int64_t* target;
   int64_t target_stride;
   float *partials, *logit_sums, *target_logits;
+  cross_entropy_targets targets;
   int rows, vocab;
   bool vectorized;
 
@@ -70,10 +87,11 @@ template <class T> struct log_sum_exp_epilogue {
   template <int LANES> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& z, const vec<T, 8>& shift,
                                                  int64_t target_offset, bool inside) const {
     const int count = inside ? vocab - column : 0;
+    const logit_transform transform(targets);
     float row_max = -INFINITY, row_sum = 0.0f, sum = 0.0f;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      z[e] += to_float(shift[e]);
+      z[e] = transform(z[e] + to_float(shift[e]));
       if (e < count) row_max = maximum(row_max, z[e]);
       if (target_offset == e && e < count) target_logits[row] = z[e];
     }
@@ -148,6 +166,7 @@ void linear_cross_entropy_forward(const linear_cross_entropy_forward_args& args,
                                            args.partials,
                                            logit_sums,
                                            args.target_logits,
+                                           targets,
                                            int(args.rows),
                                            int(args.vocab),
                                            can_vectorize(args.vocab, {args.bias})};
@@ -177,21 +196,23 @@ template <class T> struct gradient_args {
   int rows, vocab;
 };
 
-// d(row_scale·loss)/dz of a row is exp(z − row_max)·factor − uniform, minus at_target at the target.
+// d(row_scale·loss)/dz of a row is exp(z − row_max)·factor − uniform, minus at_target at the target, times the slope of
+// the cap.
 struct row_gradient {
   float row_max, factor, uniform, at_target;
   int target;
 
-  FASTLM_DEVICE float operator()(float z, int column) const {
-    const float gradient = exponential(z, row_max) * factor - uniform;
-    return column == target ? gradient - at_target : gradient;
+  FASTLM_DEVICE float operator()(float stored, int column, const logit_transform& transform) const {
+    const float z = transform(stored), gradient = exponential(z, row_max) * factor - uniform;
+    return (column == target ? gradient - at_target : gradient) * transform.slope(z);
   }
 };
 
 FASTLM_DEVICE row_gradient gradient_of(softmax_partial row, float scale, int64_t target, int vocab,
-                                       float label_smoothing) {
-  return {row.row_max, scale / row.row_sum, scale * label_smoothing / float(vocab), scale * (1.0f - label_smoothing),
-          int(target)};
+                                       const cross_entropy_targets& targets) {
+  scale *= targets.logit_scale;
+  return {row.row_max, scale / row.row_sum, scale * targets.label_smoothing / float(vocab),
+          scale * (1.0f - targets.label_smoothing), int(target)};
 }
 
 constexpr int ROW_THREADS = 512;
@@ -212,20 +233,23 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS)
         store8({}, logits + column, vocab - column, column + 8 <= vocab);
     return;
   }
-  const float at_target = to_float(logits[target]);
+  const logit_transform transform(args.targets);
+  const float at_target = transform(to_float(logits[target]));
   softmax_partial own{-INFINITY, 0.0f};
   float sum = 0.0f;
   for (int column = first; column < vocab; column += stride) {
-    const vec<T, 8> z = load8(static_cast<const T*>(logits) + column, vocab - column, column + 8 <= vocab);
-    float row_max = own.row_max;
+    const vec<T, 8> stored = load8(static_cast<const T*>(logits) + column, vocab - column, column + 8 <= vocab);
+    float row_max = own.row_max, z[8];
 #pragma unroll
-    for (int e = 0; e < 8; ++e)
-      if (column + e < vocab) row_max = maximum(row_max, to_float(z[e])), sum += to_float(z[e]);
+    for (int e = 0; e < 8; ++e) {
+      z[e] = transform(to_float(stored[e]));
+      if (column + e < vocab) row_max = maximum(row_max, z[e]), sum += z[e];
+    }
     const float shift = shift_of(row_max);
     own = {row_max, own.row_sum * exponential(own.row_max, shift)};
 #pragma unroll
     for (int e = 0; e < 8; ++e)
-      if (column + e < vocab) own.row_sum += exponential(to_float(z[e]), shift);
+      if (column + e < vocab) own.row_sum += exponential(z[e], shift);
   }
   const float row_max = block_max(own.row_max, scratch);
   const softmax_partial whole{row_max, block_sum(own.row_sum * exponential(own.row_max, shift_of(row_max)), scratch)};
@@ -236,12 +260,12 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS)
   }
   if (args.dbias_partials) return;
   __syncthreads();  // all threads have read the logit of the target, which is overwritten next
-  const row_gradient gradient = gradient_of(whole, args.row_scale[row], target, vocab, args.targets.label_smoothing);
+  const row_gradient gradient = gradient_of(whole, args.row_scale[row], target, vocab, args.targets);
   for (int column = first; column < vocab; column += stride) {
     const vec<T, 8> z = load8(static_cast<const T*>(logits) + column, vocab - column, column + 8 <= vocab);
     vec<float, 8> d;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) d[e] = gradient(to_float(z[e]), column + e);
+    for (int e = 0; e < 8; ++e) d[e] = gradient(to_float(z[e]), column + e, transform);
     store8(d, logits + column, vocab - column, column + 8 <= vocab);
   }
 }
@@ -261,13 +285,14 @@ template <class T> __global__ void __launch_bounds__(COLUMN_THREADS)
     const int64_t row = first + i, target = target_of(args.targets, row, vocab);
     gradients[i].target = -1;
     if (target >= 0)
-      gradients[i] = gradient_of({args.row_max[row], args.row_sum[row]}, args.row_scale[row], target, vocab,
-                                 args.targets.label_smoothing);
+      gradients[i] =
+          gradient_of({args.row_max[row], args.row_sum[row]}, args.row_scale[row], target, vocab, args.targets);
   }
   __syncthreads();
   const int column = (int(blockIdx.x) * COLUMN_THREADS + int(threadIdx.x)) * 8;
   if (column >= vocab) return;
   const bool vectorized = column + 8 <= vocab;
+  const logit_transform transform(args.targets);
   vec<float, 8> acc{};
   for (int i = 0; i < count; ++i) {
     T* logits = args.logits + (first + i) * args.stride + column;
@@ -277,7 +302,7 @@ template <class T> __global__ void __launch_bounds__(COLUMN_THREADS)
       const vec<T, 8> z = load8(static_cast<const T*>(logits), vocab - column, vectorized);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        d[e] = gradient(to_float(z[e]), column + e);
+        d[e] = gradient(to_float(z[e]), column + e, transform);
         acc[e] += d[e];
       }
     }

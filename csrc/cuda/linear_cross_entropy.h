@@ -9,11 +9,11 @@ namespace fastlm::cuda {
 struct cross_entropy_targets {
   const int64_t* target;  // (rows)
   int64_t target_stride, ignore_index;
-  float label_smoothing;
-  float* loss;  // (rows)
+  float label_smoothing, logit_scale, softcap;  // softcap: 0 for none
+  float* loss;                                  // (rows)
 };
 
-// The losses of the logits x·Wᵀ + bias, which are never stored.
+// The losses of the logits x·Wᵀ + bias, scaled and capped, which are never stored.
 struct linear_cross_entropy_forward_args {
   DType dtype;
   const void* x;  // (rows, width), contiguous along width
@@ -34,7 +34,8 @@ void linear_cross_entropy_forward(const linear_cross_entropy_forward_args& args,
 // The number of splits of the vocabulary whose partial results are combined to a row's log-sum-exp.
 int64_t linear_cross_entropy_num_splits(DType dtype, int64_t vocab);
 
-// The losses of a chunk of logits, which become d(Σ row_scale·loss)/d(logits) in place.
+// The losses of a chunk of logits, which are neither scaled nor capped yet, and become d(Σ row_scale·loss)/d(logits) in
+// place.
 struct linear_cross_entropy_gradient_args {
   DType dtype;
   void* logits;  // (rows, vocab): contiguous along vocab, rows start at multiples of 16 bytes

@@ -51,5 +51,6 @@ template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16
 FASTLM_DEVICE float exp_(float x) { return expf(x); }
 FASTLM_DEVICE float log_(float x) { return logf(x); }
 FASTLM_DEVICE float erf_(float x) { return erff(x); }
+FASTLM_DEVICE float tanh_(float x) { return tanhf(x); }
 
 }  // namespace fastlm::cuda

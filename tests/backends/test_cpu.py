@@ -86,6 +86,14 @@ def test_an_input_whose_storage_was_freed_is_named(name, argument, needs_gradien
         function(**inputs, backend="cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_weight_whose_storage_was_freed_is_named(dtype):
+    with pytest.raises(ValueError, match=f"token_weight: {FREED}"):
+        fastlm.linear_cross_entropy(
+            floats(9, 24), floats(40, 24), targets(40, 9), token_weight=freed(floats(9).to(dtype)), backend="cpu"
+        )
+
+
 def test_a_parameter_whose_storage_was_freed_is_named():
     p = floats(5).requires_grad_()
     p.grad = floats(5)

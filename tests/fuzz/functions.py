@@ -132,11 +132,18 @@ def linear(x, weight, bias, layout):
     return F.linear(x, weight if layout == "linear" else weight.t(), bias)
 
 
-def linear_cross_entropy(x, weight, target, bias, ignore_index, reduction, label_smoothing):
-    logits = F.linear(x, weight, bias).flatten(0, -2)
-    options = {"ignore_index": int(ignore_index), "label_smoothing": float(label_smoothing), "reduction": reduction}
-    loss = F.cross_entropy(logits, target.flatten(), **options)
-    return loss.view(target.shape) if reduction == "none" else loss
+def linear_cross_entropy(
+    x, weight, target, bias, ignore_index, reduction, label_smoothing, token_weight, logit_scale, softcap
+):
+    logits = F.linear(x, weight, bias).flatten(0, -2) * float(logit_scale)
+    logits = logits if softcap is None else float(softcap) * torch.tanh(logits / float(softcap))
+    options = {"ignore_index": int(ignore_index), "label_smoothing": float(label_smoothing)}
+    losses = F.cross_entropy(logits, target.flatten(), **options, reduction="none").view(target.shape)
+    weights = torch.ones_like(losses) if token_weight is None else token_weight
+    losses, weights = losses * weights, weights * (target != int(ignore_index))
+    if reduction == "none":
+        return losses
+    return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
 
 
 def attention_arguments():
@@ -233,6 +240,7 @@ OPERATORS = [
             "weight": normal(8, 6),
             "target": torch.tensor([[0, 7, -100], [3, 3, 1]]),
             "bias": normal(8),
+            "token_weight": normal(2, 3).abs(),
         },
         linear_cross_entropy,
     ),

@@ -197,12 +197,12 @@ def glu_mlp(dtype, activation, recompute):
     backward("glu_mlp", "triton", y, *inputs, gate, up, activated, activation, False, (True,) * 7)
 
 
-def cross_entropy(dtype, with_bias):
+def cross_entropy(dtype, with_bias, softcap):
     x, w = torch.zeros(64, 16, dtype=dtype), torch.zeros(30528, 16, dtype=dtype)
     target, scale = torch.zeros(64, dtype=torch.int64), torch.ones(64)
     inputs = x, w, w[:, 0].contiguous() if with_bias else None, target, scale
     needed = True, True, with_bias
-    forward("linear_cross_entropy", "triton", *inputs, -100, 0.1 * with_bias, False, needed)
+    forward("linear_cross_entropy", "triton", *inputs, -100, 0.1 * with_bias, 1.0, softcap, False, needed)
 
 
 def cases(quick):
@@ -253,7 +253,9 @@ def cases(quick):
                 lambda d=dtype, a=activation, r=recompute: glu_mlp(d, a, r),
             )
         for with_bias in (False, True):
-            yield f"linear_cross_entropy {short}{' bias' * with_bias}", lambda d=dtype, b=with_bias: cross_entropy(d, b)
+            title = f"linear_cross_entropy {short}{' bias' * with_bias}"
+            yield title, lambda d=dtype, b=with_bias: cross_entropy(d, b, 0.0)
+            yield f"{title} softcap", lambda d=dtype, b=with_bias: cross_entropy(d, b, 30.0)
 
 
 def chosen(targets, configurations="all", only=("",)):

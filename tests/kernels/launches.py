@@ -34,7 +34,7 @@ CASES = {  # every kernel, with and without its optional arguments, with the til
     "glu_mlp bfloat16 silu recompute 1": "sm_90",
     "glu_mlp bfloat16 gelu_tanh recompute 0": "sm_80",  # fused
     "linear_cross_entropy bfloat16": "sm_90",
-    "linear_cross_entropy bfloat16 bias": "sm_90",
+    "linear_cross_entropy bfloat16 bias softcap": "sm_90",
 }
 
 
@@ -172,7 +172,7 @@ def ones():
     y, *saved = forward("glu_mlp", "triton", *inputs, "silu", 1)
     backward("glu_mlp", "triton", y, *inputs, *saved, "silu", False, (True,) * 7)
     target = torch.zeros(1, dtype=torch.int64)
-    forward("linear_cross_entropy", "triton", x, x, w, target, w, -100, 0.1, False, every)
+    forward("linear_cross_entropy", "triton", x, x, w, target, w, -100, 0.1, 1.0, 30.0, False, every)
 
 
 def cases():

@@ -35,7 +35,7 @@ FEW = (
     "rotary bfloat16 128 partial",
     "gelu_mlp bfloat16 recompute 0",
     "glu_mlp bfloat16 silu recompute 1",
-    "linear_cross_entropy bfloat16 bias",
+    "linear_cross_entropy bfloat16 bias softcap",
 )
 ONLY = FEW if CONFIGURATIONS == "none" and not WANTED else ("",)
 MATRIX = {

@@ -185,6 +185,8 @@ def test_sizes_beyond_32_bits_are_refused_before_a_launch(rows, vocab, backend):
             dbias_partials=None,
             ignore_index=-100,
             label_smoothing=0.0,
+            logit_scale=1.0,
+            softcap=0.0,
             device=0,
             stream=0,
         )

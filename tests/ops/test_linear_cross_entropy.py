@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
 from tests.support import (
@@ -312,6 +313,164 @@ def test_a_target_out_of_range_is_a_device_assert(bad, needs_gradient, backend, 
     assert fastlm.linear_cross_entropy(x, weight, target, backend=backend).isfinite()
 
 
+def gemma_own(target, token_weight=None, logit_scale=1.0, softcap=None, reduction="mean", label_smoothing=0.0):
+    """The loss in PyTorch's operators, with weights of tokens and transformed logits."""
+
+    def loss(x, w, b=None):
+        logits = F.linear(x, w, b) * logit_scale
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        options = {"label_smoothing": label_smoothing, "reduction": "none"}
+        losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), **options).view(target.shape)
+        weights = torch.ones_like(losses) if token_weight is None else token_weight.to(losses.dtype)
+        if reduction == "none":
+            return losses * weights
+        total = (losses * weights).sum()
+        return total / (weights * (target != -100)).sum() if reduction == "mean" else total
+
+    return loss
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 30.0},
+        {"softcap": 1.5, "reduction": "sum", "label_smoothing": 0.1},
+        {"logit_scale": 0.25},
+        {"logit_scale": 4.0, "softcap": 5.0, "reduction": "none"},
+    ],
+    ids=str,
+)
+def test_transformed_logits_are_as_close_to_float64_as_torch(options, biased, dtype, backend, monkeypatch):
+    """Gemma 2's cap and the scale of Cohere and Granite; the cap saturates some of the logits."""
+    rows, vocab = 37, 517
+    small_chunks(monkeypatch, backend, 16 * 4 * vocab)
+    target = targets(vocab, rows, ignored=[1])
+    assert_within_twice_torch(
+        lambda x, w, b=None: fastlm.linear_cross_entropy(x, w, target, b, backend=backend, **options),
+        gemma_own(target, **options),
+        (floats(rows, 33), 2 * floats(vocab, 33) / 33**0.5, *([floats(vocab)] if biased else [])),
+        dtype,
+    )
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_tokens_are_as_close_to_float64_as_torch(reduction, dtype, backend, monkeypatch):
+    small_chunks(monkeypatch, backend, 16 * 4 * 101)
+    target, token_weight = targets(101, 2, 19, ignored=[3]), floats(2, 38).abs()[:, ::2]
+    token_weight[0, 3], token_weight[1, 2] = torch.nan, 0  # of the ignored row, and of one that does not count
+    exact = token_weight.nan_to_num()
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    assert_within_twice_torch(
+        lambda x, w, b: fastlm.linear_cross_entropy(
+            x, w, target, b, token_weight=token_weight, backend=backend, **options
+        ),
+        gemma_own(target, exact, **options),
+        (floats(2, 19, 48), floats(101, 48) / 7, floats(101)),
+        dtype,
+    )
+
+
+@on_every_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradients_of_weights_of_tokens(reduction, backend):
+    target, options = targets(31, 12, ignored=[2]), {"reduction": reduction, "softcap": 4.0}
+
+    def ours(x, w, token_weight):
+        return fastlm.linear_cross_entropy(x, w, target, token_weight=token_weight, backend=backend, **options)
+
+    def own(x, w, token_weight):
+        return gemma_own(target, token_weight, **options)(x, w)
+
+    assert_within_twice_torch(ours, own, (floats(12, 10), floats(31, 10), floats(12).abs() + 0.1), torch.float32)
+
+
+@on_every_backend
+def test_equal_weights_of_tokens_change_no_mean(backend):
+    x, w, target = floats(12, 10).requires_grad_(), floats(9, 10).requires_grad_(), targets(9, 12, ignored=[2])
+    results = []
+    for token_weight in (None, torch.full((12,), 0.25), torch.full((12,), 4.0, dtype=torch.bfloat16)):
+        loss = fastlm.linear_cross_entropy(x, w, target, token_weight=token_weight, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, (x, w))))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+@on_every_backend
+def test_weights_of_tokens_that_are_all_zero(backend):
+    """As with weights of classes in PyTorch, the mean is NaN. Its gradient is 0."""
+    x, w, target = floats(4, 6).requires_grad_(), floats(7, 6).requires_grad_(), targets(7, 4)
+    loss = fastlm.linear_cross_entropy(x, w, target, token_weight=torch.zeros(4), backend=backend)
+    assert loss.isnan() and not any(d.any() for d in torch.autograd.grad(loss, (x, w)))
+
+
+@on_every_backend
+def test_a_capped_loss_of_huge_logits(backend):
+    """Capped logits of ±softcap have no gradient, and −inf is capped too."""
+    x, target = torch.tensor([[1.0], [-1.0]]).requires_grad_(), torch.tensor([2, 0])
+    w, bias = torch.tensor([[3e4], [0.0], [-3e4]]), torch.tensor([0.0, -torch.inf, 0.0])
+    options = {"softcap": 3.0, "reduction": "none", "backend": backend}
+    losses = fastlm.linear_cross_entropy(x, w, target, bias, **options)
+    expected = torch.logsumexp(torch.tensor([3.0, -3.0, -3.0]), 0) + 3
+    torch.testing.assert_close(losses, expected.expand(2))
+    assert not torch.autograd.grad(losses.sum(), x)[0].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@on_backends("reference", "torch", "cpu")
+def test_transformed_losses_can_be_differentiated_twice(reduction, backend):
+    target, token_weight = targets(5, 4, ignored=[1]), torch.tensor([0.5, 1.0, 2.0, 0.0], dtype=torch.float64)
+    options = {"token_weight": token_weight, "logit_scale": 1.5, "softcap": 2.0, "reduction": reduction}
+    leaves = [t.double().requires_grad_() for t in (floats(4, 3), floats(5, 3), floats(5))]
+
+    def loss(x, w, b):
+        return fastlm.linear_cross_entropy(x, w, target, b, **options, backend=backend if backend != "cpu" else None)
+
+    assert torch.autograd.gradcheck(loss, leaves) and torch.autograd.gradgradcheck(loss, leaves)
+
+
+@on_every_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_transformed_losses_compiled(reduction, backend):
+    torch._dynamo.reset()
+    target, token_weight = targets(40, 9, ignored=[1]), floats(9).abs()
+    options = {"logit_scale": 1.5, "softcap": 2.0, "reduction": reduction, "backend": backend}
+
+    def run(function):
+        leaves = [t.requires_grad_() for t in (floats(9, 24), floats(40, 24), floats(40))]
+        loss = function(leaves[0], leaves[1], target, leaves[2], token_weight=token_weight, **options)
+        return loss, *torch.autograd.grad(loss.sum(), leaves)
+
+    compiled = torch.compile(fastlm.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled), run(fastlm.linear_cross_entropy))
+
+
+@on_backends("torch", "cpu", "triton", "cuda")  # the reference stores all logits
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_frozen_weight_gets_no_gradient(reduction, backend, monkeypatch):
+    """Neither its product nor its memory: the largest allocation is a chunk of logits, smaller than the weight."""
+    rows, width, vocab, chunk = 32, 200, 500, 16
+    small_chunks(monkeypatch, backend, chunk * vocab * 4)
+    x, weight, target = floats(rows, width).requires_grad_(), floats(vocab, width), targets(vocab, rows)
+
+    def run():
+        fastlm.linear_cross_entropy(x, weight, target, reduction=reduction, backend=backend).sum().backward()
+
+    run()  # allocates caches
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest <= chunk * vocab * 4 < weight.nbytes and weight.grad is None
+    with FlopCounterMode(display=False) as counter:
+        run()
+    logits = 2 * rows * width * vocab
+    assert counter.get_total_flops() == logits * (2 if reduction == "mean" else 3)
+
+
 def call(**changed):
     arguments = {"x": floats(2, 5), "weight": floats(7, 5), "target": targets(7, 2), "bias": floats(7)} | changed
     return fastlm.linear_cross_entropy(**arguments)
@@ -334,6 +493,14 @@ def call(**changed):
         ({"reduction": "avg"}, r"reduction: expected one of 'mean', 'sum', 'none', got 'avg'"),
         ({"label_smoothing": 1.5}, r"label_smoothing: expected a share in \[0, 1\], got 1.5"),
         ({"label_smoothing": float("nan")}, r"label_smoothing: expected a share in \[0, 1\], got nan"),
+        ({"softcap": 0.0}, r"softcap: expected a positive number, got 0.0"),
+        ({"softcap": -30}, r"softcap: expected a positive number, got -30"),
+        ({"logit_scale": 0.0}, r"logit_scale: expected a positive number, got 0.0"),
+        ({"logit_scale": float("inf")}, r"logit_scale: expected a positive number, got inf"),
+        ({"logit_scale": None}, r"logit_scale: expected a positive number, got None"),
+        ({"token_weight": floats(3)}, r"token_weight: expected shape \(2,\), that of target, got \(3,\)"),
+        ({"token_weight": torch.ones(2).long()}, r"token_weight: expected a floating-point tensor, got torch.int64"),
+        ({"token_weight": 1.0}, r"token_weight: expected a tensor, got 1.0"),
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
     ],
 )

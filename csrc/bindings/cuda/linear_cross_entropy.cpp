@@ -5,10 +5,12 @@
 namespace fastlm::bindings {
 
 static cuda::cross_entropy_targets targets_of(const tensor& target, const tensor& loss, int64_t rows,
-                                              int64_t ignore_index, float label_smoothing) {
+                                              int64_t ignore_index, float label_smoothing, float logit_scale,
+                                              float softcap) {
   const int64_t* const indices = target.as<const int64_t>(1);
   check_size(target, "a size of", rows, target.sizes[0]);
-  return {indices, target.strides[0], ignore_index, label_smoothing, loss.contiguous_as<float>(rows)};
+  return {
+      indices, target.strides[0], ignore_index, label_smoothing, logit_scale, softcap, loss.contiguous_as<float>(rows)};
 }
 
 struct linear_cross_entropy_forward_arguments : keyword_arguments {
@@ -17,7 +19,8 @@ struct linear_cross_entropy_forward_arguments : keyword_arguments {
          loss = keyword("loss"), partials = keyword("partials"), logit_sums = keyword_or_none("logit_sums"),
          target_logits = keyword("target_logits");
   int64_t ignore_index = keyword("ignore_index");
-  float label_smoothing = keyword("label_smoothing");
+  float label_smoothing = keyword("label_smoothing"), logit_scale = keyword("logit_scale"),
+        softcap = keyword("softcap");
   bool tf32 = keyword("tf32");
   launch_target launch_to{keyword("device"), keyword("stream")};
 };
@@ -29,24 +32,25 @@ static void linear_cross_entropy_forward(const linear_cross_entropy_forward_argu
   const int64_t rows = x.count, vocab = weight.outputs;
   const cuda::DType type = launch_dtype(a.x);
   const int64_t num_splits = cuda::linear_cross_entropy_num_splits(type, vocab);
-  a.launch_to.launch(cuda::linear_cross_entropy_forward,
-                     cuda::linear_cross_entropy_forward_args{
-                         .dtype = type,
-                         .x = x.data,
-                         .x_stride = x.stride,
-                         .weight = weight.data,
-                         .weight_k_stride = weight.input_stride,
-                         .weight_n_stride = weight.output_stride,
-                         .bias = contiguous_of(a.bias, a.x.type, vocab),
-                         .targets = targets_of(a.target, a.loss, rows, a.ignore_index, a.label_smoothing),
-                         .partials = a.partials.contiguous_as<float>(num_splits * rows * 2),
-                         .logit_sums = a.logit_sums.contiguous_as<float>(num_splits * rows),
-                         .target_logits = a.target_logits.contiguous_as<float>(rows),
-                         .rows = rows,
-                         .width = x.width,
-                         .vocab = vocab,
-                         .tf32 = a.tf32,
-                     });
+  a.launch_to.launch(
+      cuda::linear_cross_entropy_forward,
+      cuda::linear_cross_entropy_forward_args{
+          .dtype = type,
+          .x = x.data,
+          .x_stride = x.stride,
+          .weight = weight.data,
+          .weight_k_stride = weight.input_stride,
+          .weight_n_stride = weight.output_stride,
+          .bias = contiguous_of(a.bias, a.x.type, vocab),
+          .targets = targets_of(a.target, a.loss, rows, a.ignore_index, a.label_smoothing, a.logit_scale, a.softcap),
+          .partials = a.partials.contiguous_as<float>(num_splits * rows * 2),
+          .logit_sums = a.logit_sums.contiguous_as<float>(num_splits * rows),
+          .target_logits = a.target_logits.contiguous_as<float>(rows),
+          .rows = rows,
+          .width = x.width,
+          .vocab = vocab,
+          .tf32 = a.tf32,
+      });
 }
 FASTLM_BINDING(linear_cross_entropy_forward)
 
@@ -56,7 +60,8 @@ struct linear_cross_entropy_gradient_arguments : keyword_arguments {
          loss = keyword("loss"), statistics = keyword_or_none("statistics"),
          dbias_partials = keyword_or_none("dbias_partials");
   int64_t ignore_index = keyword("ignore_index");
-  float label_smoothing = keyword("label_smoothing");
+  float label_smoothing = keyword("label_smoothing"), logit_scale = keyword("logit_scale"),
+        softcap = keyword("softcap");
   launch_target launch_to{keyword("device"), keyword("stream")};
 };
 
@@ -67,19 +72,20 @@ static void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_ar
   a.statistics.check_rank(2);
   if (a.dbias_partials.given() && (!a.statistics.given() || a.statistics.sizes[1] < rows))
     throw_argument_error(a.statistics.name, "2 rows of at least " + std::to_string(rows), a.statistics.layout());
-  a.launch_to.launch(cuda::linear_cross_entropy_gradient,
-                     cuda::linear_cross_entropy_gradient_args{
-                         .dtype = launch_dtype(a.logits),
-                         .logits = logits.data,
-                         .logits_stride = logits.stride,
-                         .targets = targets_of(a.target, a.loss, rows, a.ignore_index, a.label_smoothing),
-                         .row_scale = a.row_scale.contiguous_as<const float>(rows),
-                         .statistics = a.statistics.as<float>(),
-                         .dbias_partials = a.dbias_partials.contiguous_as<float>(
-                             cuda::linear_cross_entropy_num_partials(rows) * vocab),
-                         .rows = rows,
-                         .vocab = vocab,
-                     });
+  a.launch_to.launch(
+      cuda::linear_cross_entropy_gradient,
+      cuda::linear_cross_entropy_gradient_args{
+          .dtype = launch_dtype(a.logits),
+          .logits = logits.data,
+          .logits_stride = logits.stride,
+          .targets = targets_of(a.target, a.loss, rows, a.ignore_index, a.label_smoothing, a.logit_scale, a.softcap),
+          .row_scale = a.row_scale.contiguous_as<const float>(rows),
+          .statistics = a.statistics.as<float>(),
+          .dbias_partials =
+              a.dbias_partials.contiguous_as<float>(cuda::linear_cross_entropy_num_partials(rows) * vocab),
+          .rows = rows,
+          .vocab = vocab,
+      });
 }
 FASTLM_BINDING(linear_cross_entropy_gradient)
 

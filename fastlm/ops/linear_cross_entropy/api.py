@@ -1,11 +1,14 @@
 """The public function: checks and documentation."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled, cast_with_originals
 from fastlm.core.errors import (
     check_choice,
+    check_floating,
     check_integer,
     check_like,
     check_number,
@@ -15,8 +18,8 @@ from fastlm.core.errors import (
     mismatch,
 )
 from fastlm.ops.linear.api import check_weight
-from fastlm.ops.linear_cross_entropy.autograd import operator
-from fastlm.ops.linear_cross_entropy.spec import REDUCTIONS
+from fastlm.ops.linear_cross_entropy.autograd import NO_GRADIENTS, operator
+from fastlm.ops.linear_cross_entropy.spec import REDUCTIONS, Forward
 from fastlm.ops.operator import check_memory
 
 
@@ -29,6 +32,9 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """cross_entropy(linear(x, weight, bias), target) without the logits: rows × vocabulary never exist at once.
@@ -45,6 +51,11 @@ def linear_cross_entropy(
         ignore_index: a row with this target has loss 0 and no gradient, and "mean" does not count it.
         reduction: "mean" (over the rows that are not ignored; NaN if there are none), "sum" or "none".
         label_smoothing: in [0, 1]: this share of the target's probability is spread over the whole vocabulary.
+        token_weight: like target, floating point: the factor of each row's loss. "mean" divides by the sum of the
+            weights of the rows that are not ignored (NaN if it is 0), as `torch.nn.functional.cross_entropy` does with
+            weights of classes. Where it requires a gradient, the backward recomputes the logits.
+        logit_scale: positive: the logits are multiplied by it (Cohere, Granite).
+        softcap: positive, or None: the scaled logits z become softcap · tanh(z / softcap) (Gemma 2).
         backend: force one backend by name; None selects automatically (see fastlm.info()).
 
     Returns:
@@ -82,4 +93,30 @@ def linear_cross_entropy(
     label_smoothing = check_number("label_smoothing", label_smoothing, "a share in [0, 1]")
     if not 0 <= label_smoothing <= 1:
         raise mismatch("label_smoothing", "a share in [0, 1]", label_smoothing)
-    return operator.loss(x, weight, bias, target, ignore_index, reduction, label_smoothing, backend, originals)
+    if token_weight is not None:
+        token_weight = check_token_weight(token_weight, x, target)
+    if type(logit_scale) is not float or not 0 < logit_scale < math.inf:
+        logit_scale = check_positive("logit_scale", logit_scale)
+    softcap = 0.0 if softcap is None else check_positive("softcap", softcap)
+    settings = ignore_index, label_smoothing, logit_scale, softcap
+    call = Forward(x, weight, bias, target, None, *settings, False, NO_GRADIENTS)
+    return operator.loss(call, token_weight, reduction, backend, originals)
+
+
+def check_token_weight(token_weight: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    """The weights as the losses are computed: in float32, or float64 for float64 inputs."""
+    check_tensor("token_weight", token_weight)
+    check_floating("token_weight", token_weight)
+    if token_weight.device != x.device:
+        raise mismatch("token_weight", f"a tensor on {x.device}, as x", f"one on {token_weight.device}")
+    if token_weight.shape != target.shape:
+        raise mismatch("token_weight", f"shape {tuple(target.shape)}, that of target", tuple(token_weight.shape))
+    check_memory(("token_weight",), token_weight)
+    return token_weight.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_positive(argument: str, value: float) -> float:
+    value = check_number(argument, value, "a positive number")
+    if value <= 0:
+        raise mismatch(argument, "a positive number", value)
+    return value

@@ -43,6 +43,8 @@ def forward(call: Forward):
         dbias=dbias,
         ignore_index=call.ignore_index,
         label_smoothing=call.label_smoothing,
+        logit_scale=call.logit_scale,
+        softcap=call.softcap,
         threads=cpu.threads(),
     )
     if wrong >= 0:

@@ -41,6 +41,8 @@ def forward(call: Forward):
                 dbias_partials=partials,
                 ignore_index=call.ignore_index,
                 label_smoothing=call.label_smoothing,
+                logit_scale=call.logit_scale,
+                softcap=call.softcap,
                 device=device,
                 stream=stream,
             )
@@ -74,6 +76,8 @@ def losses(call: Forward, x: Tensor, targets: Tensor, loss: Tensor) -> None:
                 target_logits=loss.new_empty(count),
                 ignore_index=call.ignore_index,
                 label_smoothing=call.label_smoothing,
+                logit_scale=call.logit_scale,
+                softcap=call.softcap,
                 tf32=precision(x) == "tf32",
                 device=device,
                 stream=stream,

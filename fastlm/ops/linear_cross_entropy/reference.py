@@ -8,7 +8,7 @@ from fastlm.backends.contract import Implementation
 from fastlm.backends.reference import narrow, widen
 from fastlm.core.autocast import no_autocast
 from fastlm.ops.linear.reference import gradients, linear
-from fastlm.ops.linear_cross_entropy.spec import Forward
+from fastlm.ops.linear_cross_entropy.spec import Forward, Settings
 
 
 def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
@@ -27,32 +27,41 @@ def target_out_of_range(target: Tensor, position: tuple[int, ...], vocab: int, i
     )
 
 
+def transformed(logits: Tensor, settings: Settings) -> Tensor:
+    """The logits scaled and capped."""
+    if settings.logit_scale != 1:
+        logits = logits * settings.logit_scale
+    return settings.softcap * torch.tanh(logits / settings.softcap) if settings.softcap else logits
+
+
 @no_autocast
-def row_losses(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float
-) -> Tensor:
+def row_losses(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, settings: Settings) -> Tensor:
     """−log p(target) of every row, 0 where the target is ignored; float32, or float64 for float64 inputs."""
-    logits = linear(*widen(x, weight, bias), "linear")
+    label_smoothing = settings.label_smoothing
+    logits = transformed(linear(*widen(x, weight, bias), "linear"), settings)
     log_p = torch.log_softmax(logits, -1)
-    ignored = target == ignore_index
+    ignored = target == settings.ignore_index
     picked = log_p.gather(-1, torch.where(ignored, 0, target)[..., None])[..., 0]
     return torch.where(ignored, 0, -(1 - label_smoothing) * picked - label_smoothing * log_p.mean(-1))
 
 
 @no_autocast
 def forward(call: Forward):
-    x, weight, bias, target, row_scale, ignore_index, label_smoothing, _, needed = call
-    vocab = weight.shape[0]
+    x, weight, bias, target, row_scale, needed = *call[:5], call.needed
+    vocab, ignore_index, label_smoothing = weight.shape[0], call.ignore_index, call.label_smoothing
     check_targets(target, vocab, ignore_index)
-    loss = row_losses(x, weight, bias, target, ignore_index, label_smoothing).contiguous()
+    loss = row_losses(x, weight, bias, target, call.settings).contiguous()
     if not any(needed):
         return loss, None, None, None
     wide, w, b = widen(x, weight, bias)
-    dlogits = torch.softmax(linear(wide, w, b, "linear"), -1) - label_smoothing / vocab
+    logits = transformed(linear(wide, w, b, "linear"), call.settings)
+    dlogits = torch.softmax(logits, -1) - label_smoothing / vocab
     ignored = (target == ignore_index)[..., None]
     one_hot = dlogits.new_full((*target.shape, 1), label_smoothing - 1)
     dlogits.scatter_add_(-1, torch.where(ignored, 0, target[..., None]), one_hot)
-    dlogits = torch.where(ignored, 0, dlogits * row_scale[..., None])
+    dlogits = torch.where(ignored, 0, dlogits * row_scale[..., None] * call.logit_scale)
+    if call.softcap:
+        dlogits = dlogits * (1 - (logits / call.softcap) ** 2)
     return loss, *narrow(x.dtype, *gradients(dlogits, wide, w, "linear", needed))
 
 

@@ -20,6 +20,15 @@ class Sizes(NamedTuple):
         return self.rows * self.width * self.vocab
 
 
+class Settings(NamedTuple):
+    """What a loss depends on besides tensors; fields of Forward."""
+
+    ignore_index: int
+    label_smoothing: float
+    logit_scale: float
+    softcap: float
+
+
 class Forward(NamedTuple):
     """Results: the loss of each row in float32 (float64 for float64); the needed gradients of Σ row_scale · loss."""
 
@@ -30,8 +39,14 @@ class Forward(NamedTuple):
     row_scale: Tensor | None  # like target, float32 (float64 for float64); None without gradients
     ignore_index: int
     label_smoothing: float
+    logit_scale: float
+    softcap: float  # 0: none
     fp32_grads: bool
     needed: tuple[bool, ...]  # of x, weight and bias
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.ignore_index, self.label_smoothing, self.logit_scale, self.softcap)
 
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         width = self.x.shape[-1]

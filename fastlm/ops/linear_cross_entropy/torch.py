@@ -11,8 +11,8 @@ from fastlm.backends import torch as native
 from fastlm.backends.contract import Implementation
 from fastlm.core.autocast import no_autocast
 from fastlm.ops.linear.torch import flat_rows
-from fastlm.ops.linear_cross_entropy.reference import check_targets
-from fastlm.ops.linear_cross_entropy.spec import Forward
+from fastlm.ops.linear_cross_entropy.reference import check_targets, transformed
+from fastlm.ops.linear_cross_entropy.spec import Forward, Settings
 
 aten = torch.ops.aten
 LOGITS_BYTES = 64 << 20  # of one chunk, in all the dtypes it is held in
@@ -20,10 +20,10 @@ LOGITS_BYTES = 64 << 20  # of one chunk, in all the dtypes it is held in
 
 @no_autocast
 def forward(call: Forward):
-    x, weight, bias, target, row_scale, ignore_index, label_smoothing, _, needed = call
+    x, weight, bias, target, row_scale, needed = *call[:5], call.needed
     needs_dx, needs_dweight, needs_dbias = needed
     vocab = weight.shape[0]
-    check_targets(target, vocab, ignore_index)
+    check_targets(target, vocab, call.ignore_index)
     flat, targets = flat_rows(x), target.reshape(-1)
     row_scale = row_scale if row_scale is None else row_scale.reshape(-1)
     rows = flat.shape[0]
@@ -48,7 +48,7 @@ def forward(call: Forward):
             at = slice(begin + first, begin + min(first + block, chunk))
             logits = stored if wide_logits is None else wide_logits[: stored.shape[0]].copy_(stored)
             scale = row_scale[at] if any(needed) else None
-            loss[at] = losses_then_gradients(logits, targets[at], scale, ignore_index, label_smoothing)
+            loss[at] = losses_then_gradients(logits, targets[at], scale, call.settings)
             if dbias is not None:
                 dbias += logits.sum(0)
             if wide_logits is not None and scale is not None:
@@ -65,10 +65,16 @@ def forward(call: Forward):
     )
 
 
-def losses_then_gradients(
-    logits: Tensor, targets: Tensor, scale: Tensor | None, ignore_index: int, label_smoothing: float
-) -> Tensor:
+def losses_then_gradients(logits: Tensor, targets: Tensor, scale: Tensor | None, settings: Settings) -> Tensor:
     """The losses of some rows. Their logits become d(scale · loss)/d(logits), or without a scale the softmax."""
+    ignore_index, label_smoothing, logit_scale, softcap = settings
+    if logit_scale != 1:
+        logits.mul_(logit_scale)
+    slope = None
+    if softcap:
+        logits.div_(softcap).tanh_()
+        slope = None if scale is None else 1 - logits * logits
+        logits.mul_(softcap)
     ignored = targets == ignore_index
     wanted = torch.where(ignored, 0, targets)[:, None]
     # The sum of exponentials is 1 / the largest probability: no second sweep over them. All is relative to the largest
@@ -80,10 +86,12 @@ def losses_then_gradients(
     aten._softmax.out(logits, 1, False, out=logits)
     losses = losses - logits.amax(1).log()
     if scale is not None:
-        scale = scale.masked_fill(ignored, 0)[:, None]
+        scale = scale.masked_fill(ignored, 0)[:, None] * logit_scale
         if label_smoothing:
             logits.sub_(label_smoothing / logits.shape[1])
         logits.mul_(scale).scatter_add_(1, wanted, scale * (label_smoothing - 1))
+        if slope is not None:
+            logits.mul_(slope)
     return losses.masked_fill_(ignored, 0)
 
 
@@ -99,16 +107,16 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, last: bool) -> Tenso
 
 def composite(call: Forward, reduction: str):
     """All logits at once: of a matrix of rows, where they are no more than the other path holds of them."""
-    x, weight, bias, target, _, ignore_index, label_smoothing, *_ = call
+    x, weight, bias, target = call[:4]
     if x.dim() != 2 or x.dtype.itemsize < 4 or not 0 < x.shape[0] * weight.nbytes <= LOGITS_BYTES * x.shape[1]:
         return NotImplemented
-    logits = torch.nn.functional.linear(x, weight, bias)
+    logits = transformed(torch.nn.functional.linear(x, weight, bias), call.settings)
     try:
         return torch.nn.functional.cross_entropy(
-            logits, target, None, None, ignore_index, None, reduction, label_smoothing
+            logits, target, None, None, call.ignore_index, None, reduction, call.label_smoothing
         )
     except IndexError:
-        check_targets(target, weight.shape[0], ignore_index)
+        check_targets(target, weight.shape[0], call.ignore_index)
         raise
 
 

@@ -24,7 +24,7 @@ def forward(call: Forward):
     def gradient(logits, targets, row_scale, losses, statistics, partials):
         arguments = logits, targets, row_scale, losses, statistics, partials
         with on_device(x):
-            kernels.linear_cross_entropy(*arguments, call.ignore_index, call.label_smoothing, x.device.index)
+            kernels.linear_cross_entropy(*arguments, *call.settings, x.device.index)
 
     dx, dweight, dbias = losses_and_gradients(
         call, as_rows(x), target.reshape(-1), loss, LOGITS_BYTES, kernels.num_partials, gradient
