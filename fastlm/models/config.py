@@ -62,7 +62,7 @@ class Config:
         check_flags(self, "tie_word_embeddings")
         check_token_ids(self, "bos_token_id", "eos_token_id", "pad_token_id")
         if not is_number(self.initializer_range) or not 0 <= self.initializer_range <= MAX_FLOAT32:
-            raise mismatch("initializer_range", "a finite number >= 0", repr(self.initializer_range))
+            raise mismatch("initializer_range", "a finite number >= 0", shown(self.initializer_range))
         if not isinstance(self.other, dict):
             raise wrong_type("other", "a dict", self.other)
 
@@ -83,7 +83,7 @@ class Config:
         given = {cls.aliases.get(key, key): value for key, value in given.items()}
         model_type = given.pop("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise mismatch("model_type", repr(cls.model_type), repr(model_type))
+            raise mismatch("model_type", repr(cls.model_type), shown(model_type))
         for key, value in cls.fixed.items():
             if given.get(key, value) not in (value, None):
                 raise mismatch(key, f"{value!r}, the only supported value", repr(given[key]))
@@ -218,7 +218,7 @@ class BertConfig(Config):
             raise mismatch("pad_token_id", f"a token id in [0, {self.vocab_size})", self.pad_token_id)
         problems = (None, "regression", "single_label_classification", "multi_label_classification")
         if not isinstance(self.problem_type, str | None) or self.problem_type not in problems:
-            raise mismatch("problem_type", f"one of {', '.join(map(str, problems))}", repr(self.problem_type))
+            raise mismatch("problem_type", f"one of {', '.join(map(str, problems))}", shown(self.problem_type))
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
@@ -251,19 +251,19 @@ def check_probabilities(config: Config, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         if not is_number(value) or not 0 <= value < 1:
-            raise mismatch(key, "a probability in [0, 1)", repr(value))
+            raise mismatch(key, "a probability in [0, 1)", shown(value))
 
 
 def check_epsilon(config: Config, key: str) -> None:
     value = getattr(config, key)
     if not is_number(value) or not 0 < value <= MAX_FLOAT32:
-        raise mismatch(key, "a finite number > 0", repr(value))
+        raise mismatch(key, "a finite number > 0", shown(value))
 
 
 def check_flags(config: Config, *keys: str) -> None:
     for key in keys:
         if not isinstance(getattr(config, key), bool):
-            raise mismatch(key, "true or false", repr(getattr(config, key)))
+            raise mismatch(key, "true or false", shown(getattr(config, key)))
 
 
 def check_token_ids(config: Config, *keys: str) -> None:
