@@ -73,6 +73,9 @@ CPU = [
     # the bias of a projection, the slope of GELU
     ByHand("csrc/cpu/linear.h", "$value + vec::load($bias + $j, $span)", "$value"),
     ByHand("csrc/cpu/gelu_mlp.h", "($value * $slope).store($out + $at, $span)", "$value.store($out + $at, $span)"),
+    # the gradient of the gate without the other factor, the slope of the cap of logits
+    ByHand("csrc/cpu/glu_mlp.h", "$value * $up * $slope", "$value * $slope"),
+    ByHand("csrc/cpu/linear_cross_entropy.h", "1 - $t * $t", "1.0f"),
     # AdamW: bias correction, decoupled weight decay
     ByHand("csrc/cpu/adamw.h", "-std::expm1($t * $log_beta)", "-std::expm1(($t + 1) * $log_beta)"),
     ByHand("csrc/cpu/adamw.h", "1 - $lr * $weight_decay", "1.0"),
