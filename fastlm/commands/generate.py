@@ -9,7 +9,7 @@ from fastlm.core.errors import mismatch
 from fastlm.device import choose_device
 from fastlm.generation import load_tokenizer
 from fastlm.models import load_model
-from fastlm.models.causal_lm import CausalLM
+from fastlm.models.language_model import LanguageModel
 from fastlm.training.settings import check_seed
 
 
@@ -18,7 +18,7 @@ def run(directory: Path, prompt: str, *, device: str, threads: int | None, seed:
     chosen = choose_device(device)
     set_threads(threads)
     model = load_model(directory)
-    if not isinstance(model, CausalLM):
+    if not isinstance(model, LanguageModel):
         expected = "a causal language model such as GPT-2 (use fastlm predict for masked-token models)"
         raise mismatch("model", expected, f"the {type(model).__name__} in {directory}")
     continue_text(model.to(chosen), load_tokenizer(directory), prompt, seed=seed, **sampling)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlm.core.errors import mismatch
 from fastlm.generation import Tokenizer
-from fastlm.models.causal_lm import CausalLM
+from fastlm.models.language_model import LanguageModel
 
 
 class TextStreamer:
@@ -37,7 +37,7 @@ class TextStreamer:
 
 
 def continue_text(
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str,
     *,

@@ -10,8 +10,8 @@ from fastlm.generation.tokenizer import Tokenizer
 from fastlm.models.auto import load_model
 from fastlm.models.base import PretrainedModel
 from fastlm.models.bert import BertForMaskedLM
-from fastlm.models.causal_lm import CausalLM
 from fastlm.models.decoding import evaluation_mode
+from fastlm.models.language_model import LanguageModel
 
 __all__ = ["Candidate", "load_model", "predict"]
 
@@ -39,7 +39,7 @@ def predict(
         raise wrong_type("text", "a string", text)
     if not hasattr(tokenizer, "mask_token_id"):
         raise wrong_type("tokenizer", "a tokenizer", tokenizer)
-    causal = isinstance(model, CausalLM)
+    causal = isinstance(model, LanguageModel)
     if not causal and not isinstance(model, BertForMaskedLM):
         raise mismatch("model", "a GPT2LMHeadModel or a BertForMaskedLM", f"a {type(model).__name__}")
     ids = tokenizer.encode(text)

@@ -1,4 +1,4 @@
-"""GPT-2 and BERT on fastlm's operators.
+"""GPT-2, BERT, and decoders of today's families on fastlm's operators.
 
 They read and write Hugging Face checkpoints and use the same parameter and argument names; transformers is not needed.
 """
@@ -6,6 +6,16 @@ They read and write Hugging Face checkpoints and use the same parameter and argu
 from fastlm.models.auto import load_model
 from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
 from fastlm.models.config import BertConfig, GPT2Config
+from fastlm.models.decoder import CausalLM, DecoderModel
+from fastlm.models.decoder_config import (
+    DecoderConfig,
+    Gemma3Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
 from fastlm.models.rope import rope_tables
 
@@ -14,9 +24,18 @@ __all__ = [
     "BertForMaskedLM",
     "BertForSequenceClassification",
     "BertModel",
+    "CausalLM",
+    "DecoderConfig",
+    "DecoderModel",
     "GPT2Config",
     "GPT2LMHeadModel",
     "GPT2Model",
+    "Gemma3Config",
+    "LlamaConfig",
+    "MistralConfig",
+    "Qwen2Config",
+    "Qwen3Config",
+    "SmolLM3Config",
     "load_model",
     "rope_tables",
 ]

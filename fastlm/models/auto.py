@@ -8,14 +8,18 @@ from fastlm.core.errors import check_path, did_you_mean
 from fastlm.models.base import PretrainedModel
 from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
 from fastlm.models.config import CONFIG, read_json, stored
+from fastlm.models.decoder import CausalLM
+from fastlm.models.decoder_config import BY_MODEL_TYPE as DECODERS
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
 
 BY_ARCHITECTURE: dict[str, type[PretrainedModel]] = {
     c.__name__: c for c in (GPT2Model, GPT2LMHeadModel, BertModel, BertForMaskedLM, BertForSequenceClassification)
 }
 BY_ARCHITECTURE["BertForPreTraining"] = BertForMaskedLM  # the original BERT checkpoints: one more head, not loaded
+BY_ARCHITECTURE |= {config.architecture: CausalLM for config in DECODERS.values()}
 # Used when config.json has no `architectures`.
 BY_MODEL_TYPE: dict[str, type[PretrainedModel]] = {"gpt2": GPT2LMHeadModel, "bert": BertForMaskedLM}
+BY_MODEL_TYPE |= dict.fromkeys(DECODERS, CausalLM)
 
 
 def load_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> PretrainedModel:

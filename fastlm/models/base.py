@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from fastlm import backends
 from fastlm.core.errors import FLOATING, check_choice, check_path
 from fastlm.models import checkpoint
+from fastlm.models.cache import KVCache
 from fastlm.models.config import Config
 from fastlm.models.layers import RECOMPUTE, Conv1D, FeedForward
 from fastlm.models.outputs import ModelOutput
@@ -99,10 +100,19 @@ class PretrainedModel(nn.Module):
         """Writes config.json and model.safetensors into a staging directory, see checkpoint.staged."""
         settings = {
             **self.config.to_dict(),
-            "architectures": [type(self).__name__],
+            "architectures": [self.architecture],
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         checkpoint.write(self.state_dict(), settings, tied=self.tied, folder=folder)
+
+    @property
+    def architecture(self) -> str:
+        """The name of the class in transformers."""
+        return type(self).__name__
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty KV cache for `capacity` tokens of each sequence."""
+        return KVCache(self.config.num_hidden_layers, capacity)
 
     def tie_weights(self) -> None:
         """Makes every tied parameter the same tensor as the one it is tied to."""

@@ -15,8 +15,8 @@ from fastlm.core.errors import check_flag, check_integer, mismatch, wrong_type
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.cache import KVCache
-from fastlm.models.causal_lm import CausalLM
 from fastlm.models.config import GELUS, GPT2Config
+from fastlm.models.language_model import LanguageModel
 from fastlm.models.layers import (
     Conv1D,
     Embedding,
@@ -25,7 +25,6 @@ from fastlm.models.layers import (
     Linear,
     embed,
     embed_tokens,
-    loss_and_logits,
     merge_heads,
     split_heads,
 )
@@ -177,7 +176,7 @@ class GPT2Model(GPT2PretrainedModel):
         return output
 
 
-class GPT2LMHeadModel(GPT2PretrainedModel, CausalLM):
+class GPT2LMHeadModel(GPT2PretrainedModel, LanguageModel):
     """GPT-2 with the language-modelling head: token ids → logits of the next token at every position."""
 
     tied: ClassVar = {"lm_head.weight": "transformer.wte.weight"}
@@ -214,23 +213,7 @@ class GPT2LMHeadModel(GPT2PretrainedModel, CausalLM):
         hidden = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache
         )
-        x = hidden.last_hidden_state
-        if labels is not None:
-            inputs.check_ids(
-                "labels",
-                labels,
-                below=self.config.vocab_size,
-                device=x.device,
-                shape=tuple(x.shape[:2]),
-                ignore_index=inputs.IGNORE_INDEX,
-            )
-            labels = F.pad(labels[:, 1:], (0, 1), value=inputs.IGNORE_INDEX)
-        elif logits_to_keep:
-            x = x[:, -logits_to_keep:]
-        loss, logits = loss_and_logits(x, self.output_weight(hidden), None, labels, self.training)
-        if labels is not None and logits is not None and logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
-        return HeadOutput(loss, logits, hidden.past_key_values)
+        return self.project(hidden, self.output_weight(hidden), labels, logits_to_keep)
 
     def output_weight(self, hidden: ModelOutput) -> Tensor:
         """The weight of lm_head to use with `hidden`, an output of self.transformer.

@@ -23,7 +23,7 @@ import torch
 
 from fastlm.generation import load_tokenizer
 from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, load_model
-from fastlm.models.causal_lm import CausalLM
+from fastlm.models.language_model import LanguageModel
 from fastlm.training.tokenizers import byte_tokenizer, char_tokenizer
 
 CASES = {"": 400, "all": 100_000}
@@ -208,7 +208,7 @@ def use_model(directory):
     assert logits.shape == (*ids.shape, model.config.vocab_size)
     if all(p.isfinite().all() and p.abs().max() < 100 for p in model.parameters()):
         assert logits.isfinite().all()
-        if isinstance(model, CausalLM):
+        if isinstance(model, LanguageModel):
             assert model.generate(ids, 2).shape[1] > ids.shape[1]
 
 

@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastlm.models.base import PretrainedModel
 from fastlm.models.cache import KVCache
 from fastlm.models.decoding.steps import DecodingSteps
 
@@ -105,10 +106,13 @@ class CapturedSteps(DecodingSteps):
         self.filled.index_fill_(1, self.slot, True)
 
 
-def can_capture(model: nn.Module, device: torch.device) -> bool:
-    """Whether the model is on a GPU and has no forward hooks: a graph repeats kernels, not Python code."""
-    return device.type == "cuda" and not any(
-        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+def can_capture(model: PretrainedModel, device: torch.device) -> bool:
+    """Whether the model is on a GPU, has no forward hooks (a graph repeats kernels, not Python code) and no layer with
+    a window, whose tokens move within its cache."""
+    return (
+        device.type == "cuda"
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        and all(window is None for window in model.new_cache(1).windows)
     )
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastlm.models.base import PretrainedModel
-from fastlm.models.cache import KVCache
 from fastlm.models.decoding.sampling import Sampling
 
 
@@ -45,7 +44,7 @@ class DecodingSteps:
             self.attention_mask[:, : self.prompt] = attention_mask
             self.position_ids = positions(self.attention_mask)
         self.context: int = model.config.max_position_embeddings
-        self.cache = KVCache(model.config.num_hidden_layers, min(self.capacity, self.context))
+        self.cache = model.new_cache(min(self.capacity, self.context))
         self.finished = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         self.eos = torch.tensor(eos, dtype=torch.long, device=input_ids.device)
         self.num_generated = torch.zeros((), dtype=torch.long, device=input_ids.device)

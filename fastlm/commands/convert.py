@@ -1,0 +1,16 @@
+"""fastlm convert: from GGUF to a directory in Hugging Face's format."""
+
+from pathlib import Path
+
+from fastlm.commands.display import quantity, say
+from fastlm.models.gguf import convert_gguf
+from fastlm.training import checkpoint
+
+
+def run(file: Path, *, out: Path, overwrite: bool) -> None:
+    out = checkpoint.prepare(out, overwrite=overwrite)
+    try:
+        config = convert_gguf(file, out)
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    say(f"{config.model_type}, {quantity(config.num_hidden_layers, 'layer')}; saved to {out}")

@@ -1,0 +1,41 @@
+"""The base class of models that predict the next token."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastlm.models import inputs
+from fastlm.models.base import PretrainedModel
+from fastlm.models.decoding import generate
+from fastlm.models.layers import loss_and_logits
+from fastlm.models.outputs import HeadOutput, ModelOutput
+
+
+class LanguageModel(PretrainedModel):
+    """A model that predicts the next token.
+
+    forward() takes input_ids, past_key_values (a KVCache), attention_mask, position_ids and logits_to_keep, and
+    returns an output with logits. The config has max_position_embeddings, num_hidden_layers, eos_token_id and
+    pad_token_id.
+    """
+
+    generate = generate
+
+    def project(self, hidden: ModelOutput, weight: Tensor, labels: Tensor | None, logits_to_keep: int) -> HeadOutput:
+        """Logits of the next tokens, or their loss: the logits at position i are compared with label i + 1."""
+        x = hidden.last_hidden_state
+        if labels is not None:
+            inputs.check_ids(
+                "labels",
+                labels,
+                below=self.config.vocab_size,
+                device=x.device,
+                shape=tuple(x.shape[:2]),
+                ignore_index=inputs.IGNORE_INDEX,
+            )
+            labels = F.pad(labels[:, 1:], (0, 1), value=inputs.IGNORE_INDEX)
+        elif logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        loss, logits = loss_and_logits(x, weight, None, labels, self.training)
+        if labels is not None and logits is not None and logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        return HeadOutput(loss, logits, hidden.past_key_values)
