@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import reprlib
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -272,13 +273,13 @@ def check_token_ids(config: Config, *keys: str) -> None:
         value = getattr(config, key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [] if value is None else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) and abs(i) < 2**63 for i in ids):
-            raise mismatch(key, "a token id or null", repr(value))
+            raise mismatch(key, "a token id or null", reprlib.repr(value))  # the value may be long
 
 
 def check_gelu(config: Config, key: str) -> None:
     value = getattr(config, key)
     if not isinstance(value, str) or value not in GELUS:
-        raise mismatch(key, f"one of {', '.join(GELUS)}", f"{value!r}{did_you_mean(value, GELUS)}")
+        raise mismatch(key, f"one of {', '.join(GELUS)}", shown(value) + did_you_mean(value, GELUS))
 
 
 def stored(directory: str | Path, name: str) -> Path:

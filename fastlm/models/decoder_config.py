@@ -94,7 +94,7 @@ class DecoderConfig(Config):
         check_probabilities(self, "attention_dropout")
         check_epsilon(self, "rms_norm_eps")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
-            got = f"{self.hidden_act!r}{did_you_mean(self.hidden_act, ACTIVATIONS)}"
+            got = shown(self.hidden_act) + did_you_mean(self.hidden_act, ACTIVATIONS)
             raise mismatch("hidden_act", f"one of {', '.join(ACTIVATIONS)}", got)
         if self.sliding_window is not None:
             check_sizes(self, "sliding_window")
@@ -160,7 +160,7 @@ class DecoderConfig(Config):
         if cls is DecoderConfig:
             kind = given.get("model_type")
             if not isinstance(kind, str) or kind not in BY_MODEL_TYPE:
-                got = f"{shown(kind)}{did_you_mean(kind, BY_MODEL_TYPE)}"
+                got = shown(kind) + did_you_mean(kind, BY_MODEL_TYPE)
                 raise mismatch("model_type", f"one of {', '.join(BY_MODEL_TYPE)}", got)
             return BY_MODEL_TYPE[kind].from_dict(given)
         given = dict(given)
