@@ -19,15 +19,14 @@ from fastlm.kernels.attention_tiles import (
     Masking,
     Rows,
     any_not_finite,
-    check_sequence,
-    check_starts,
-    find_tile,
     load_tile,
+    locate,
     mask_scores,
     multiply_rounded,
     opaque_zero,
+    query_tile_of,
     recompute_rows,
-    sequence_of,
+    rows_of,
     store_tile,
     tiles_of_keys,
 )
@@ -149,33 +148,23 @@ def attention_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """MASK: 0 none, 1 bool, 2 additive. HAS_LOWER: the band has a lower edge. PRECISION: of float32 products."""
-    pid = tl.program_id(0)
-    if query_starts_ptr is None:
-        batch, head, tile = pid // tiles // num_heads, pid // tiles % num_heads, tiles - 1 - pid % tiles
-    else:  # packed: query_len and key_len are the total numbers of tokens, the band is relative to each sequence
-        slot = pid % tiles
-        if slot == 0:
-            check_starts(query_starts_ptr, num_sequences, query_len)
-            check_starts(key_starts_ptr, num_sequences, key_len)
-            return
-        batch, tile = find_tile(query_starts_ptr, num_sequences, slot - 1, TILE_M)
-        head = pid // tiles
+    batch, head, tile = query_tile_of(
+        query_starts_ptr, key_starts_ptr, num_sequences, num_heads, query_len, key_len, tiles, TILE_M
+    )
+    if query_starts_ptr is not None:
         if batch >= num_sequences:
             return
-        check_sequence(query_starts_ptr, batch, query_len)
-        check_sequence(key_starts_ptr, batch, key_len)
     first = tile * TILE_M
-    q_begin, query_len = sequence_of(query_starts_ptr, batch, query_len)
-    k_begin, key_len = sequence_of(key_starts_ptr, batch, key_len)
-    if query_starts_ptr is not None:
-        lower += key_len - query_len
-        upper += key_len - query_len
+    q_begin, query_len, k_begin, key_len, lower, upper = locate(
+        query_starts_ptr, key_starts_ptr, batch, query_len, key_len, lower, upper
+    )
+    kv_head = head // heads_per_kv_head
     batch_head = batch * num_heads + head
-    at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // heads_per_kv_head, tl.int64)
-    q_ptr += at[0] * q_batch_stride + at[1] * q_head_stride + q_begin * q_stride
-    k_ptr += at[0] * k_batch_stride + at[2] * k_head_stride + k_begin * k_stride
-    v_ptr += at[0] * v_batch_stride + at[2] * v_head_stride + k_begin * v_stride
-    out_ptr += at[0] * out_batch_stride + at[1] * out_head_stride + q_begin * out_stride
+    q_rows = rows_of(q_ptr, q_batch_stride, q_head_stride, q_stride, batch, head, q_begin, query_len)
+    k_rows = rows_of(k_ptr, k_batch_stride, k_head_stride, k_stride, batch, kv_head, k_begin, key_len)
+    v_rows = rows_of(v_ptr, v_batch_stride, v_head_stride, v_stride, batch, kv_head, k_begin, key_len)
+    out_rows = rows_of(out_ptr, out_batch_stride, out_head_stride, out_stride, batch, head, q_begin, query_len)
+    at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64)
     lse_ptr += at[0] * lse_batch_stride + at[1] * lse_head_stride + q_begin
     if MASK != 0:
         mask_ptr += at[0] * mask_batch_stride + at[1] * mask_head_stride
@@ -183,11 +172,10 @@ def attention_forward_kernel(
         key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     config: tl.constexpr = Config(HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION)
-    k_rows, v_rows = Rows(k_ptr, k_stride, key_len), Rows(v_ptr, v_stride, key_len)
     masking = Masking(lower, upper, mask_ptr, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride)
     dropout = Dropout(seed, batch_head, threshold, keep_scale)
 
-    q = load_tile(Rows(q_ptr, q_stride, query_len), first, TILE_M, config, False)
+    q = load_tile(q_rows, first, TILE_M, config, False)
     acc = tl.zeros((TILE_M, BLOCK_D), tl.float32)
     row_max = tl.full((TILE_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((TILE_M,), tl.float32)
@@ -212,7 +200,7 @@ def attention_forward_kernel(
     found = any_not_finite(acc)
     if found > 0:
         zero = opaque_zero(found)
-        q = load_tile(Rows(q_ptr, q_stride + zero, query_len), first + zero, TILE_M, config, False)
+        q = load_tile(Rows(q_rows.ptr, q_stride + zero, query_len), first + zero, TILE_M, config, False)
         acc, row_max, row_sum = recompute_rows(
             q,
             first + zero + tl.arange(0, TILE_M),
@@ -220,15 +208,15 @@ def attention_forward_kernel(
             tl.minimum(end * TILE_N, key_len),
             query_len + zero,
             scale,
-            Rows(k_ptr, k_stride + zero, key_len),
-            Rows(v_ptr, v_stride + zero, key_len),
+            Rows(k_rows.ptr, k_stride + zero, key_len),
+            Rows(v_rows.ptr, v_stride + zero, key_len),
             masking,
             dropout,
             config,
         )
     fully_masked = row_sum == 0
     out = acc * (keep_scale / tl.where(fully_masked, 1.0, row_sum))[:, None]
-    store_tile(Rows(out_ptr, out_stride, query_len), first, out, TILE_M, config)
+    store_tile(out_rows, first, out, TILE_M, config)
     lse = tl.where(fully_masked, float("-inf"), row_max + tl.log(tl.where(fully_masked, 1.0, row_sum)))
     i = first + tl.arange(0, TILE_M)
     tl.store(lse_ptr + i, lse, mask=i < query_len)

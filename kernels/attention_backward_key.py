@@ -15,10 +15,11 @@ from fastlm.kernels.attention_tiles import (
     find_tile,
     load_row,
     load_tile,
+    locate,
     mask_scores,
     multiply,
     opaque_zero,
-    sequence_of,
+    rows_of,
     store_tile,
     tiles_of_queries,
     to_vectors,
@@ -213,23 +214,21 @@ def attention_backward_key_kernel(
         if batch >= num_sequences:
             return
     first = tile * TILE_N
-    q_begin, query_len = sequence_of(query_starts_ptr, batch, query_len)
-    k_begin, key_len = sequence_of(key_starts_ptr, batch, key_len)
-    if query_starts_ptr is not None:
-        lower += key_len - query_len
-        upper += key_len - query_len
+    q_begin, query_len, k_begin, key_len, lower, upper = locate(
+        query_starts_ptr, key_starts_ptr, batch, query_len, key_len, lower, upper
+    )
+    k_rows = rows_of(k_ptr, k_batch_stride, k_head_stride, k_stride, batch, kv_head, k_begin, key_len)
+    v_rows = rows_of(v_ptr, v_batch_stride, v_head_stride, v_stride, batch, kv_head, k_begin, key_len)
+    dk_rows = rows_of(dk_ptr, dk_batch_stride, dk_head_stride, dk_stride, batch, kv_head, k_begin, key_len)
+    dv_rows = rows_of(dv_ptr, dv_batch_stride, dv_head_stride, dv_stride, batch, kv_head, k_begin, key_len)
     at = tl.cast(batch, tl.int64), tl.cast(kv_head, tl.int64)
-    k_ptr += at[0] * k_batch_stride + at[1] * k_head_stride + k_begin * k_stride
-    v_ptr += at[0] * v_batch_stride + at[1] * v_head_stride + k_begin * v_stride
-    dk_ptr += at[0] * dk_batch_stride + at[1] * dk_head_stride + k_begin * dk_stride
-    dv_ptr += at[0] * dv_batch_stride + at[1] * dv_head_stride + k_begin * dv_stride
     if key_padding_ptr is not None:
         key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     config: tl.constexpr = Config(HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION)
 
-    k = load_tile(Rows(k_ptr, k_stride, key_len), first, TILE_N, config, False)
-    v = load_tile(Rows(v_ptr, v_stride, key_len), first, TILE_N, config, False)
+    k = load_tile(k_rows, first, TILE_N, config, False)
+    v = load_tile(v_rows, first, TILE_N, config, False)
     dk = tl.zeros((TILE_N, BLOCK_D), tl.float32)
     dv = tl.zeros((TILE_N, BLOCK_D), tl.float32)
     last = tl.minimum(first + TILE_N, key_len) - 1
@@ -237,15 +236,15 @@ def attention_backward_key_kernel(
     for group in range(heads_per_kv_head):
         head = tl.cast(kv_head * heads_per_kv_head + group, tl.int64)
         batch_head = batch * num_heads + kv_head * heads_per_kv_head + group
-        q_at = q_ptr + at[0] * q_batch_stride + head * q_head_stride + q_begin * q_stride
-        dout_at = dout_ptr + at[0] * dout_batch_stride + head * dout_head_stride + q_begin * dout_stride
+        q_rows = rows_of(q_ptr, q_batch_stride, q_head_stride, q_stride, batch, head, q_begin, query_len)
+        dout_rows = rows_of(dout_ptr, dout_batch_stride, dout_head_stride, dout_stride, batch, head, q_begin, query_len)
         row = at[0] * lse_batch_stride + head * lse_head_stride + q_begin
         mask_at = None if MASK == 0 else mask_ptr + at[0] * mask_batch_stride + head * mask_head_stride
         inputs = (
             key_len,
             scale,
-            Rows(q_at, q_stride, query_len),
-            Rows(dout_at, dout_stride, query_len),
+            q_rows,
+            dout_rows,
             lse_ptr + row,
             delta_ptr + row,
             Masking(lower, upper, mask_at, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride),
@@ -261,15 +260,17 @@ def attention_backward_key_kernel(
     found = tl.maximum(any_not_finite(dk), any_not_finite(dv))
     if found > 0:
         zero = opaque_zero(found)
-        k = load_tile(Rows(k_ptr, k_stride + zero, key_len), first + zero, TILE_N, config, False)
-        v = load_tile(Rows(v_ptr, v_stride + zero, key_len), first + zero, TILE_N, config, False)
+        k = load_tile(Rows(k_rows.ptr, k_stride + zero, key_len), first + zero, TILE_N, config, False)
+        v = load_tile(Rows(v_rows.ptr, v_stride + zero, key_len), first + zero, TILE_N, config, False)
         dk = tl.zeros((TILE_N, BLOCK_D), tl.float32)
         dv = tl.zeros((TILE_N, BLOCK_D), tl.float32)
         for group in range(heads_per_kv_head):
             head = tl.cast(kv_head * heads_per_kv_head + group, tl.int64)
             batch_head = batch * num_heads + kv_head * heads_per_kv_head + group
-            q_at = q_ptr + at[0] * q_batch_stride + head * q_head_stride + q_begin * q_stride
-            dout_at = dout_ptr + at[0] * dout_batch_stride + head * dout_head_stride + q_begin * dout_stride
+            q_rows = rows_of(q_ptr, q_batch_stride, q_head_stride, q_stride, batch, head, q_begin, query_len)
+            dout_rows = rows_of(
+                dout_ptr, dout_batch_stride, dout_head_stride, dout_stride, batch, head, q_begin, query_len
+            )
             row = at[0] * lse_batch_stride + head * lse_head_stride + q_begin + zero
             mask_at = None if MASK == 0 else mask_ptr + at[0] * mask_batch_stride + head * mask_head_stride
             dk, dv = recompute_key_gradients(
@@ -283,13 +284,13 @@ def attention_backward_key_kernel(
                 query_len + zero,
                 key_len + zero,
                 scale,
-                Rows(q_at, q_stride + zero, query_len),
-                Rows(dout_at, dout_stride + zero, query_len),
+                Rows(q_rows.ptr, q_stride + zero, query_len),
+                Rows(dout_rows.ptr, dout_stride + zero, query_len),
                 lse_ptr + row,
                 delta_ptr + row,
                 Masking(lower, upper, mask_at, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride),
                 Dropout(seed, batch_head, threshold, keep_scale),
                 config,
             )
-    store_tile(Rows(dk_ptr, dk_stride, key_len), first, dk * scale, TILE_N, config)
-    store_tile(Rows(dv_ptr, dv_stride, key_len), first, dv, TILE_N, config)
+    store_tile(dk_rows, first, dk * scale, TILE_N, config)
+    store_tile(dv_rows, first, dv, TILE_N, config)

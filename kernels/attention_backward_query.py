@@ -11,15 +11,14 @@ from fastlm.kernels.attention_tiles import (
     Masking,
     Rows,
     any_not_finite,
-    check_sequence,
-    check_starts,
-    find_tile,
     load_row,
     load_tile,
+    locate,
     mask_scores,
     multiply,
     opaque_zero,
-    sequence_of,
+    query_tile_of,
+    rows_of,
     store_tile,
     tiles_of_keys,
     to_vectors,
@@ -214,35 +213,25 @@ def attention_backward_query_kernel(
     EXACT: tl.constexpr,
 ):
     """dq and delta of one tile of queries. lse, dlse and delta have the same layout."""
-    pid = tl.program_id(0)
-    if query_starts_ptr is None:
-        batch, head, tile = pid // tiles // num_heads, pid // tiles % num_heads, tiles - 1 - pid % tiles
-    else:
-        slot = pid % tiles
-        if slot == 0:
-            check_starts(query_starts_ptr, num_sequences, query_len)
-            check_starts(key_starts_ptr, num_sequences, key_len)
-            return
-        batch, tile = find_tile(query_starts_ptr, num_sequences, slot - 1, TILE_M)
-        head = pid // tiles
+    batch, head, tile = query_tile_of(
+        query_starts_ptr, key_starts_ptr, num_sequences, num_heads, query_len, key_len, tiles, TILE_M
+    )
+    if query_starts_ptr is not None:
         if batch >= num_sequences:
             return
-        check_sequence(query_starts_ptr, batch, query_len)
-        check_sequence(key_starts_ptr, batch, key_len)
     first = tile * TILE_M
-    q_begin, query_len = sequence_of(query_starts_ptr, batch, query_len)
-    k_begin, key_len = sequence_of(key_starts_ptr, batch, key_len)
-    if query_starts_ptr is not None:
-        lower += key_len - query_len
-        upper += key_len - query_len
+    q_begin, query_len, k_begin, key_len, lower, upper = locate(
+        query_starts_ptr, key_starts_ptr, batch, query_len, key_len, lower, upper
+    )
+    kv_head = head // heads_per_kv_head
     batch_head = batch * num_heads + head
-    at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // heads_per_kv_head, tl.int64)
-    q_ptr += at[0] * q_batch_stride + at[1] * q_head_stride + q_begin * q_stride
-    k_ptr += at[0] * k_batch_stride + at[2] * k_head_stride + k_begin * k_stride
-    v_ptr += at[0] * v_batch_stride + at[2] * v_head_stride + k_begin * v_stride
-    out_ptr += at[0] * out_batch_stride + at[1] * out_head_stride + q_begin * out_stride
-    dout_ptr += at[0] * dout_batch_stride + at[1] * dout_head_stride + q_begin * dout_stride
-    dq_ptr += at[0] * dq_batch_stride + at[1] * dq_head_stride + q_begin * dq_stride
+    q_rows = rows_of(q_ptr, q_batch_stride, q_head_stride, q_stride, batch, head, q_begin, query_len)
+    k_rows = rows_of(k_ptr, k_batch_stride, k_head_stride, k_stride, batch, kv_head, k_begin, key_len)
+    v_rows = rows_of(v_ptr, v_batch_stride, v_head_stride, v_stride, batch, kv_head, k_begin, key_len)
+    out_rows = rows_of(out_ptr, out_batch_stride, out_head_stride, out_stride, batch, head, q_begin, query_len)
+    dout_rows = rows_of(dout_ptr, dout_batch_stride, dout_head_stride, dout_stride, batch, head, q_begin, query_len)
+    dq_rows = rows_of(dq_ptr, dq_batch_stride, dq_head_stride, dq_stride, batch, head, q_begin, query_len)
+    at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64)
     row = at[0] * lse_batch_stride + at[1] * lse_head_stride + q_begin
     if MASK != 0:
         mask_ptr += at[0] * mask_batch_stride + at[1] * mask_head_stride
@@ -250,8 +239,6 @@ def attention_backward_query_kernel(
         key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     config: tl.constexpr = Config(HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION)
-    q_rows, dout_rows = Rows(q_ptr, q_stride, query_len), Rows(dout_ptr, dout_stride, query_len)
-    k_rows, v_rows = Rows(k_ptr, k_stride, key_len), Rows(v_ptr, v_stride, key_len)
     masking = Masking(lower, upper, mask_ptr, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride)
     dropout = Dropout(seed, batch_head, threshold, keep_scale)
     inputs = query_len, scale, k_rows, v_rows, masking, dropout
@@ -265,7 +252,7 @@ def attention_backward_query_kernel(
     if EXACT:
         delta = exact_delta(q, dout, lse, first, begin, end, *inputs, config)
     else:
-        out = load_tile(Rows(out_ptr, out_stride, query_len), first, TILE_M, config, False)
+        out = load_tile(out_rows, first, TILE_M, config, False)
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row + i, mask=i < query_len, other=0.0)
@@ -283,8 +270,8 @@ def attention_backward_query_kernel(
     if found > 0:
         zero = opaque_zero(found)
         dq = recompute_query_gradients(
-            load_tile(Rows(q_ptr, q_stride + zero, query_len), first + zero, TILE_M, config, False),
-            load_tile(Rows(dout_ptr, dout_stride + zero, query_len), first + zero, TILE_M, config, False),
+            load_tile(Rows(q_rows.ptr, q_stride + zero, query_len), first + zero, TILE_M, config, False),
+            load_tile(Rows(dout_rows.ptr, dout_stride + zero, query_len), first + zero, TILE_M, config, False),
             lse,
             delta,
             first + zero + tl.arange(0, TILE_M),
@@ -292,10 +279,10 @@ def attention_backward_query_kernel(
             tl.minimum(end * TILE_N, key_len),
             query_len + zero,
             scale,
-            Rows(k_ptr, k_stride + zero, key_len),
-            Rows(v_ptr, v_stride + zero, key_len),
+            Rows(k_rows.ptr, k_stride + zero, key_len),
+            Rows(v_rows.ptr, v_stride + zero, key_len),
             masking,
             dropout,
             config,
         )
-    store_tile(Rows(dq_ptr, dq_stride, query_len), first, dq * scale, TILE_M, config)
+    store_tile(dq_rows, first, dq * scale, TILE_M, config)

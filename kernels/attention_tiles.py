@@ -125,6 +125,52 @@ def check_starts(starts_ptr, num_sequences, num_tokens):
 
 
 @triton.jit
+def query_tile_of(
+    query_starts_ptr, key_starts_ptr, num_sequences, num_heads, query_len, key_len, tiles, TILE_M: tl.constexpr
+):
+    """(sequence, head, tile of queries) of this program; the sequence is num_sequences where there is nothing to do.
+
+    Without starts the tile with the most keys, the last of a causal mask, comes first. With them query_len and key_len
+    are the total numbers of tokens, and one program of each head checks the starts.
+    """
+    pid = tl.program_id(0)
+    head = pid // tiles
+    if query_starts_ptr is None:
+        batch, head, tile = head // num_heads, head % num_heads, tiles - 1 - pid % tiles
+    else:
+        batch, tile = num_sequences, pid * 0
+        if pid % tiles == 0:
+            check_starts(query_starts_ptr, num_sequences, query_len)
+            check_starts(key_starts_ptr, num_sequences, key_len)
+        else:
+            batch, tile = find_tile(query_starts_ptr, num_sequences, pid % tiles - 1, TILE_M)
+            if batch < num_sequences:
+                check_sequence(query_starts_ptr, batch, query_len)
+                check_sequence(key_starts_ptr, batch, key_len)
+    return batch, head, tile
+
+
+@triton.jit
+def locate(query_starts_ptr, key_starts_ptr, batch, query_len, key_len, lower, upper):
+    """(first query, queries, first key, keys, lower, upper) of a sequence. In a packed batch the band is given relative
+    to the end of each.
+    """
+    q_begin, query_len = sequence_of(query_starts_ptr, batch, query_len)
+    k_begin, key_len = sequence_of(key_starts_ptr, batch, key_len)
+    if query_starts_ptr is not None:
+        lower += key_len - query_len
+        upper += key_len - query_len
+    return q_begin, query_len, k_begin, key_len, lower, upper
+
+
+@triton.jit
+def rows_of(ptr, batch_stride, head_stride, stride, batch, head, begin, length):
+    """The rows of one head of one sequence."""
+    ptr += tl.cast(batch, tl.int64) * batch_stride + tl.cast(head, tl.int64) * head_stride + begin * stride
+    return Rows(ptr, stride, length)
+
+
+@triton.jit
 def load_tile(rows, first, TILE: tl.constexpr, config: tl.constexpr, ALL_ROWS: tl.constexpr):
     """(TILE, BLOCK_D) rows from `first` on, 0 beyond the sequence and the head. Tile offsets have 32 bits."""
     row = tl.arange(0, TILE)
