@@ -34,7 +34,7 @@ class SlotCache(KVCache):
     """
 
     def __init__(self, cache: KVCache, slot: Tensor, window: int) -> None:
-        super().__init__(0, cache.capacity)
+        super().__init__(len(cache.keys), cache.capacity)
         self.keys, self.values, self.slot = cache.keys, cache.values, slot
         self.length = window - 1  # the new token counts as the last one: only the mask hides keys
 
