@@ -157,9 +157,27 @@ def test_the_sanitized_tests_exist(make, sanitizer):
 
 def test_nightly_is_everything_of_ci():
     done = subprocess.run(["make", "-C", str(ROOT), "-n", "nightly"], capture_output=True, text=True)
-    assert ".ci/run nightly" in done.stdout.splitlines(), done.stderr
+    assert ".ci/run nightly" in map(str.strip, done.stdout.splitlines()), done.stderr
     done = subprocess.run([str(ROOT / ".ci" / "run"), "weekly"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "usage: .ci/run [nightly]\n"
+    assert done.returncode == 2 and done.stderr == "usage: .ci/run [commit|nightly [PATTERN]]\n"
+
+
+def run_stages(stages, mode="commit", wanted="."):
+    """Runs lines with stages, by the function of .ci/run."""
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("stage()"))
+    stage = "\n".join(lines[begin : lines.index("}", begin) + 1])
+    script = f"""
+set -euo pipefail
+mode={mode} wanted={wanted} times=() failed=0
+fails() {{ (exit 3); echo "not reached"; }}
+export -f fails
+trap 'printf "%s\n" "${{times[@]}}"' EXIT
+{stage}
+{stages}
+exit $failed
+"""
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True)
 
 
 @pytest.mark.skipif(not shutil.which("timeout"), reason="needs coreutils")
@@ -171,25 +189,21 @@ def test_nightly_is_everything_of_ci():
         ("true", 0, ""),
     ],
 )
-def test_a_stage_of_ci_fails_by_its_name(command, status, message, tmp_path):
+def test_a_stage_of_ci_fails_by_its_name(command, status, message):
     """One that hangs, one whose function fails before its last command, and one that passes."""
-    lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    begin = next(i for i, line in enumerate(lines) if line.startswith("stage()"))
-    stage = "\n".join(lines[begin : lines.index("}", begin) + 1])
-    script = f"""
-set -euo pipefail
-mode=commit times=()
-fails() {{ (exit 3); echo "not reached"; }}
-export -f fails
-trap 'printf "%s\\n" "${{times[@]}}"' EXIT
-{stage}
-stage 1 "a stage" {command}
-"""
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    done = run_stages(f'stage 1 "a stage" {command}')
     assert done.returncode == status and message in done.stderr, done.stderr
     assert "not reached" not in done.stdout
     last = done.stdout.splitlines()[-1]
     assert last.split(" s  ")[1] == ("a stage" if status == 0 else f"a stage (failed with status {status})")
+
+
+@pytest.mark.skipif(not shutil.which("timeout"), reason="needs coreutils")
+def test_at_night_the_other_stages_run_after_a_failure():
+    done = run_stages("stage 1 one fails\nstage 1 two echo reached", mode="nightly")
+    assert done.returncode == 1 and "reached" in done.stdout.splitlines()
+    done = run_stages("stage 1 one fails\nstage 1 two echo reached", mode="nightly", wanted="tw")
+    assert done.returncode == 0 and "reached" in done.stdout.splitlines() and "one" not in done.stdout
 
 
 def test_wheels_name_the_packages_that_are_missing(tmp_path):
