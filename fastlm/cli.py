@@ -169,6 +169,15 @@ def train(
             metavar="byte|char", help="byte: 256 tokens, for any file; char: one token per character of a UTF-8 text."
         ),
     ] = "byte",
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Train the language model in this directory further, with its tokenizer, instead of a new one.",
+            rich_help_panel="Model",
+            show_default=False,
+        ),
+    ] = None,
     objective: Annotated[
         str,
         typer.Option(
@@ -249,7 +258,7 @@ def train(
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Train a model from scratch on text.
+    """Train a model on text, from scratch or from --init.
 
     Ctrl-C stops training, saves the model and exits with code 130.
     """
@@ -281,6 +290,7 @@ def train(
         [*(data or []), *(paths or [])],
         settings,
         tokenizer=tokenizer,
+        init=init,
         val_fraction=val_fraction,
         val_file=val_file,
         out=out,

@@ -11,9 +11,10 @@ import typer
 import fastlm
 from fastlm.commands.display import describe_device, progress_bar, quantity, say, set_threads
 from fastlm.device import choose_device
+from fastlm.generation import load_tokenizer
 from fastlm.training import checkpoint, data
 from fastlm.training.loop import Result, train
-from fastlm.training.models import build
+from fastlm.training.models import build, load
 from fastlm.training.settings import Settings
 
 MAX_NAMED = 5  # skipped files
@@ -24,6 +25,7 @@ def run(
     settings: Settings,
     *,
     tokenizer: str,
+    init: Path | None,
     val_fraction: float,
     val_file: Path | None,
     out: Path,
@@ -38,7 +40,7 @@ def run(
     out = checkpoint.prepare(out, overwrite=overwrite)
     corpus = data.load(
         paths,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer if init is None else load_tokenizer(init).tokenizer,
         val_fraction=val_fraction,
         val_file=val_file,
         masked=settings.objective == "masked-token",
@@ -46,7 +48,8 @@ def run(
     if corpus.skipped:
         say(skipped_in_words(corpus.skipped))
     data.check_length(corpus, settings.context)
-    model = build(settings, corpus.tokenizer).to(chosen)
+    model = build(settings, corpus.tokenizer) if init is None else load(init, settings, corpus.tokenizer)
+    model.to(chosen)
     tokens = f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation"
     say(f"{tokens}, vocabulary of {corpus.tokenizer.get_vocab_size()}")
     say(f"{model.num_parameters():,} parameters, {settings.dtype}, {describe_device(model.device)}")
@@ -56,13 +59,14 @@ def run(
         raise KeyboardInterrupt  # no step was completed, so there is nothing to save
     inputs = {
         "data": [str(p) for p in paths],
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer if init is None else None,
+        "init": None if init is None else str(init),
         "val_fraction": None if val_file else val_fraction,
     }
     settings_used = {**inputs, "val_file": str(val_file) if val_file else None, **dataclasses.asdict(settings)}
     settings_used |= {"device": str(model.device), "threads": torch.get_num_threads()}
     with checkpoint.staged(out) as folder:
-        checkpoint.write_model(folder, model, corpus.tokenizer)
+        checkpoint.write_model(folder, model, corpus.tokenizer, init)
         checkpoint.write_json(folder / "summary.json", summary(settings_used, result, corpus))
     ended = "interrupted after" if result.interrupted else "trained for"
     say(f"{ended} {quantity(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved to {out}")

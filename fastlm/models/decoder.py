@@ -260,5 +260,7 @@ class CausalLM(DecoderPretrainedModel, LanguageModel):
         """
         logits_to_keep = check_integer("logits_to_keep", logits_to_keep, "an integer of 0 or more", range(2**63))
         hidden = self.model(input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache)
-        weight = self.output_projection(self.lm_head.weight, self.model.embed_tokens, hidden)
-        return self.project(hidden, weight, labels, logits_to_keep)
+        return self.project(hidden, self.output_weight(hidden), labels, logits_to_keep)
+
+    def output_weight(self, hidden: ModelOutput) -> Tensor:
+        return self.output_projection(self.lm_head.weight, self.model.embed_tokens, hidden)

@@ -216,8 +216,4 @@ class GPT2LMHeadModel(GPT2PretrainedModel, LanguageModel):
         return self.project(hidden, self.output_weight(hidden), labels, logits_to_keep)
 
     def output_weight(self, hidden: ModelOutput) -> Tensor:
-        """The weight of lm_head to use with `hidden`, an output of self.transformer.
-
-        If it is tied to the embedding, both gradients are accumulated in one buffer (layers.SharedTable).
-        """
         return self.output_projection(self.lm_head.weight, self.transformer.wte, hidden)

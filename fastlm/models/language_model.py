@@ -20,6 +20,18 @@ class LanguageModel(PretrainedModel):
 
     generate = generate
 
+    @property
+    def base_model(self) -> PretrainedModel:
+        """The model without its head."""
+        return getattr(self, self.base_model_prefix)
+
+    def output_weight(self, hidden: ModelOutput) -> Tensor:
+        """The weight of the output projection to use with `hidden`, an output of base_model.
+
+        If it is tied to the embedding, both gradients are accumulated in one buffer (layers.SharedTable).
+        """
+        raise NotImplementedError
+
     def project(self, hidden: ModelOutput, weight: Tensor, labels: Tensor | None, logits_to_keep: int) -> HeadOutput:
         """Logits of the next tokens, or their loss: the logits at position i are compared with label i + 1."""
         x = hidden.last_hidden_state

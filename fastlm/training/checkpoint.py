@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,11 +49,18 @@ def one_line(failure: BaseException) -> str:
     return " ".join(reason.split())
 
 
-def write_model(folder: Path, model: PretrainedModel, tokenizer: Tokenizer) -> None:
-    """Writes the files that `fastlm generate`, `from_pretrained` and Hugging Face's classes read."""
+def write_model(folder: Path, model: PretrainedModel, tokenizer: Tokenizer, init: Path | None = None) -> None:
+    """Writes the files that `fastlm generate`, `from_pretrained` and Hugging Face's classes read.
+
+    init: the directory that the tokenizer comes from, whose settings are kept.
+    """
     model.write_files(folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.config.max_position_embeddings))
+    settings = None if init is None else stored(init, "tokenizer_config.json")
+    if settings is not None and settings.is_file():
+        shutil.copyfile(settings, folder / "tokenizer_config.json")
+    else:
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.config.max_position_embeddings))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -3,6 +3,7 @@
 import codecs
 import dataclasses
 import glob
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from fastlm.training.tokenizers import byte_tokenizer, char_tokenizer
 EVALUATED_TOKENS = 2**16
 CHUNK = 2**20  # bytes of a text that are decoded at a time
 CODE_POINTS = 0x110000  # of Unicode
+NEW_PARAGRAPH = re.compile(r"\n(?=\S)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Files(NamedTuple):
 def load(
     paths: Sequence[str | Path],
     *,
-    tokenizer: str = "byte",
+    tokenizer: str | Tokenizer = "byte",
     val_fraction: float = 0.1,
     val_file: str | Path | None = None,
     masked: bool = False,
@@ -49,7 +51,7 @@ def load(
 
     Args:
         paths: files, directories or glob patterns, concatenated in this order.
-        tokenizer: "byte" or "char".
+        tokenizer: "byte" or "char", or that of a model.
         val_fraction: the last part of the text, kept for validation.
         val_file: a separate validation text, used instead of val_fraction.
         masked: add the special tokens for masked-token training.
@@ -57,7 +59,8 @@ def load(
     Raises:
         ValueError, FileNotFoundError: an argument is invalid; the message names it.
     """
-    check_one_of("tokenizer", tokenizer, TOKENIZERS)
+    if not isinstance(tokenizer, Tokenizer):
+        check_one_of("tokenizer", tokenizer, TOKENIZERS)
     if not val_file:
         check_range("val_fraction", val_fraction, 0, 1, open_left=True)
     training = find_files("data", paths)
@@ -68,7 +71,10 @@ def load(
     if not any(text.values()):
         files = f"{len(text)} empty file{'s' * (len(text) != 1)}, the first is {next(iter(text))}"
         raise mismatch("data", "a text that is not empty", files)
-    encode, tokenizer_object = (by_byte if tokenizer == "byte" else by_character)(text | held_out, masked)
+    if isinstance(tokenizer, Tokenizer):
+        encode, tokenizer_object = by_tokenizer(tokenizer), tokenizer
+    else:
+        encode, tokenizer_object = (by_byte if tokenizer == "byte" else by_character)(text | held_out, masked)
     ids = encode(text)
     cut = len(ids) if val_file else round(len(ids) * (1 - val_fraction))
     validation = encode(held_out) if val_file else ids[cut:]
@@ -139,6 +145,43 @@ def by_byte(texts: dict[Path, bytes], masked: bool):
         return torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
 
     return encode, byte_tokenizer(masked=masked)
+
+
+def by_tokenizer(tokenizer: Tokenizer):
+    """Without the special tokens that the tokenizer adds around a text."""
+
+    def encode(some):
+        pieces = [
+            torch.tensor(tokenizer.encode(part, add_special_tokens=False).ids, dtype=torch.int32)
+            for path, text in some.items()
+            for part in paragraphs(decoded(path, text))
+        ]
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
+
+    return encode
+
+
+def decoded(path: Path, text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as wrong:
+        raise mismatch("data", "UTF-8 text for the tokenizer", f"{path}, invalid at byte {wrong.start}") from None
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Parts of about CHUNK characters that begin with a line that is not indented, so that no token is cut.
+
+    The ids of a text as a whole would take many times its size.
+    """
+    begin = 0
+    while len(text) - begin > CHUNK:
+        found = NEW_PARAGRAPH.search(text, begin + CHUNK)
+        if found is None:
+            break
+        yield text[begin : found.end()]
+        begin = found.end()
+    if begin < len(text):
+        yield text[begin:]
 
 
 def by_character(texts: dict[Path, bytes], masked: bool):

@@ -1,13 +1,15 @@
-"""Builds the model and the objective for settings and a tokenizer."""
+"""The model and the objective for settings and a tokenizer: a new model, or one to start from."""
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
 from fastlm.core.errors import mismatch
-from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, load_model
+from fastlm.models.language_model import LanguageModel
 from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
 from fastlm.training.tokenizers import MASK, PAD
@@ -22,6 +24,30 @@ def objective_of(settings: Settings, tokenizer: Tokenizer) -> NextToken | Masked
     return MaskedToken(
         vocabulary=pad, mask_token=mask
     )  # special tokens have the last ids, and pad is the first of them
+
+
+def load(directory: Path, settings: Settings, tokenizer: Tokenizer) -> LanguageModel:
+    """The language model in a directory, in float32, to be trained further on the CPU.
+
+    Raises:
+        ValueError: a setting does not fit it; the message names it.
+    """
+    if settings.objective != "next-token":
+        raise mismatch("objective", "next-token with a model to start from", repr(settings.objective))
+    for name in ("layers", "heads", "width", "dropout"):
+        if (given := getattr(settings, name)) != getattr(Settings(), name):
+            raise mismatch(name, "no value with a model to start from, which has its own", given)
+    model = load_model(directory, dtype=torch.float32)
+    if not isinstance(model, LanguageModel):
+        raise mismatch("init", "a model that predicts the next token", f"a {type(model).__name__} in {directory}")
+    if settings.context > model.config.max_position_embeddings:
+        expected = f"at most {model.config.max_position_embeddings}, the context of the model in {directory}"
+        raise mismatch("context", expected, settings.context)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        expected = f"a tokenizer of at most {model.config.vocab_size} tokens, the model's vocabulary"
+        raise mismatch("init", expected, f"{tokenizer.get_vocab_size()} in {directory}")
+    model.recompute = settings.recompute
+    return model
 
 
 def build(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel | BertForMaskedLM:

@@ -24,7 +24,7 @@ class NextToken:
 
     def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         # Not model(labels=…), which shifts the labels and so ignores the last position, the one with the most context.
-        hidden = model.transformer(input_ids=inputs)
+        hidden = model.base_model(input_ids=inputs)
         return linear_cross_entropy(
             hidden.last_hidden_state.flatten(0, 1), model.output_weight(hidden), targets.flatten()
         )

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
+import torch
 
 from fastlm.generation import load_tokenizer
-from fastlm.models import BertForMaskedLM, GPT2LMHeadModel, load_model
+from fastlm.models import BertForMaskedLM, CausalLM, GPT2LMHeadModel, LlamaConfig, load_model
 from tests.commands.support import TEXT, TINY, fastlm_command, process, run
 
 
@@ -210,6 +212,64 @@ def test_an_earlier_model_is_not_overwritten(command, trained, text_file, tmp_pa
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     run(*arguments, "--out", out, "--overwrite")
     assert (out / "summary.json").read_bytes() != before["summary.json"]
+
+
+def test_train_from_a_model(trained, text_file, tmp_path):
+    """Its weights, tokenizer and settings are the start."""
+    earlier, _ = trained
+    before = json.loads((earlier / "summary.json").read_text())
+    arguments = ["--init", earlier, "--context", 16, "--batch", 4, "--steps", 1, "--warmup", 0, "--lr", 1e-6]
+    run("train", text_file, *arguments, "--min-lr", 0, "--out", tmp_path / "out", "--threads", 1)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert abs(summary["val_loss"] - before["val_loss"]) < 1e-3 and summary["settings"]["init"] == str(earlier)
+    assert load_tokenizer(tmp_path / "out").encode(TEXT) == load_tokenizer(earlier).encode(TEXT)
+
+
+@pytest.fixture
+def decoder(tmp_path):
+    """A small Llama with a tokenizer of its own."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT], vocab_size=270, special_tokens=["<s>"])
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=64)
+    torch.manual_seed(0)
+    CausalLM(config).bfloat16().save_pretrained(tmp_path / "llama")
+    tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
+    (tmp_path / "llama" / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    return tmp_path / "llama"
+
+
+def test_train_from_a_decoder(decoder, text_file, tmp_path):
+    arguments = ["--context", 32, "--batch", 4, "--steps", 60, "--lr", 1e-2, "--warmup", 5]
+    run("train", text_file, "--init", decoder, *arguments, "--out", tmp_path / "out", "--threads", 1)
+    model = load_model(tmp_path / "out")
+    assert isinstance(model, CausalLM) and model.dtype == torch.float32
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["val_loss"] < 1.0  # log 270 is 5.6
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((decoder / name).read_text())
+    generated = run("generate", "--model", tmp_path / "out", "--prompt", "for line in", "--max-new-tokens", 20)
+    assert "lines" in generated
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--layers", 2], "layers: expected no value with a model to start from, which has its own, got 2"),
+        (["--context", 65], "context: expected at most 64, the context of the model in .*, got 65"),
+        (
+            ["--objective", "masked-token"],
+            "objective: expected next-token with a model to start from, got 'masked-token'",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_to_start_from(arguments, message, decoder, text_file, tmp_path):
+    result = fastlm_command("train", text_file, "--init", decoder, *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+
+
+def test_train_from_an_encoder_is_refused(trained_bert, text_file, tmp_path):
+    result = fastlm_command("train", text_file, "--init", trained_bert[0], "--context", 16, "--out", tmp_path / "out")
+    assert "init: expected a model that predicts the next token, got a BertForMaskedLM in" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "demo"])

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 
 from fastlm.training import data
@@ -164,3 +165,18 @@ def test_spread_windows_are_evenly_spaced_in_long_texts():
 def test_single_window():
     (only,) = data.spread_windows(torch.arange(5), 5, batch=4)
     assert only.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_ids_of_a_tokenizer_are_those_of_the_whole_text(monkeypatch, tmp_path):
+    """Although long texts are encoded in parts."""
+    text = "".join(f"def f{i}(x):\n    # naïve\n\n    return x\n\n\n" for i in range(40))
+    (tmp_path / "text.txt").write_text(text)
+    own = tokenizers.ByteLevelBPETokenizer()
+    own.train_from_iterator([text], vocab_size=300)
+    monkeypatch.setattr(data, "CHUNK", 50)
+    corpus = data.load([tmp_path / "text.txt"], tokenizer=own._tokenizer, val_fraction=0.1)
+    assert len(list(data.paragraphs(text))) > 10 and "".join(data.paragraphs(text)) == text
+    assert [*corpus.train.tolist(), *corpus.validation.tolist()] == own.encode(text).ids
+    (tmp_path / "binary.txt").write_bytes(b"a\xff")
+    with pytest.raises(ValueError, match=r"data: expected UTF-8 text for the tokenizer, got .*, invalid at byte 1"):
+        data.load([tmp_path / "binary.txt"], tokenizer=own._tokenizer)
