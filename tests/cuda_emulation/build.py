@@ -77,8 +77,10 @@ rule link
   description = linking $out
 """
     objects = []
-    parts = [*((source, [*host, *DEVICE]) for source in kernels)]
-    parts += [(source, [*host, "-fno-strict-aliasing"]) for source in sorted(HERE.glob("*.cpp"))]
+    # The emulator comes first: of a template that both instantiate, as those of std::string, the linker keeps the first
+    # copy, and the emulator must not call an instrumented one.
+    parts = [(source, [*host, "-fno-strict-aliasing"]) for source in sorted(HERE.glob("*.cpp"))]
+    parts += [(source, [*host, *DEVICE]) for source in kernels]
     if bindings:
         includes = ["-isystem", sysconfig.get_path("include")]
         parts += [(source, [*host, *includes]) for source in bindings]
