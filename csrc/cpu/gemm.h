@@ -196,6 +196,11 @@ template <class Arithmetic, class T, size_t Count> struct rhs_block {
   panel_split split;
   float *packed = nullptr, *sums = nullptr;  // sums over k, or null
 
+  rhs_block(const operands<T, Count>& sources, int64_t first_column, int64_t n, int64_t vecs)
+      : columns(n - first_column), split(vecs) {
+    for (size_t i = 0; i < Count; ++i) b[i] = sources[i].from(first_column, 0);
+  }
+
   int64_t first(int64_t p) const { return split.begin(p) * L; }
   int64_t vecs(int64_t p) const { return split.begin(p + 1) - split.begin(p); }
   int64_t columns_of(int64_t p, int64_t end) const { return std::min(first(end), columns) - first(p); }
@@ -258,8 +263,7 @@ void gemm(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<TB, Cou
     const int64_t first_vec = col_vecs * col_block / grid.col_blocks,
                   vecs = col_vecs * (col_block + 1) / grid.col_blocks - first_vec, first_column = first_vec * L;
     using rhs_type = rhs_block<Arithmetic, TB, Count>;
-    rhs_type rhs{b, n - first_column, panel_split(vecs)};
-    for (operand<TB>& source : rhs.b) source = source.from(first_column, 0);
+    rhs_type rhs(b, first_column, n, vecs);
     lhs_block<Arithmetic, TA> lhs(a.from(first_row, 0), rows, blocks, int64_t(Count) * rhs.split.count);
 
     // As many k blocks of A are packed at a time as the cache holds. If these are all, accumulators are kept for one
