@@ -268,8 +268,9 @@ def test_an_operator_is_recompiled_alone_and_dropped_when_it_no_longer_compiles(
 def test_a_new_operator_is_new_files_only(tree):
     for name in ("arguments.h", "tensor.h", "dispatch.h", "module.cpp"):
         shutil.copy(ROOT / "csrc/bindings" / name, tree / "csrc/bindings")
-    for header in (ROOT / "csrc/cpu").glob("*.h"):
-        shutil.copy(header, tree / "csrc/cpu")
+    for folder in ("csrc", "csrc/cpu"):
+        for header in (ROOT / folder).glob("*.h"):
+            shutil.copy(header, tree / folder)
     assert build(tree, FASTLM_BUILD_ISAS="baseline").returncode == 0
     (tree / "csrc/cpu/doubled.h").write_text(DOUBLED)
     (tree / "csrc/bindings/doubled.cpp").write_text(DOUBLED_BINDING)
