@@ -25,6 +25,7 @@ def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_fil
     assert summary["settings"] == {
         "data": [str(text_file)],
         "tokenizer": "byte",
+        "init": None,
         "val_fraction": 0.1,
         "val_file": None,
         "objective": "next-token",
@@ -107,6 +108,7 @@ def test_train_options(text_file, tmp_path):
     assert summary["settings"] == given | {
         "dtype": "bfloat16",
         "data": [str(text_file), str(tmp_path / "more.txt")],
+        "init": None,
         "val_fraction": None,
     }
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
