@@ -130,8 +130,8 @@ def query_tile_of(
 ):
     """(sequence, head, tile of queries) of this program; the sequence is num_sequences where there is nothing to do.
 
-    Without starts the tile with the most keys, the last of a causal mask, comes first. With them query_len and key_len
-    are the total numbers of tokens, and one program of each head checks the starts.
+    In a dense batch the last tile of a head is launched first: with a causal mask it has the most keys. In a packed
+    batch query_len and key_len are the total numbers of tokens, and one program of each head checks the boundaries.
     """
     pid = tl.program_id(0)
     head = pid // tiles

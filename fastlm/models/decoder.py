@@ -142,6 +142,9 @@ class DecoderPretrainedModel(PretrainedModel):
     config_class = DecoderConfig
     base_model_prefix = "model"
 
+    def new_cache(self, capacity: int) -> KVCache:
+        return KVCache(self.config.num_hidden_layers, capacity, self.config.windows())
+
     @torch.no_grad()
     def initialise(self, root: nn.Module) -> None:
         super().initialise(root)
@@ -192,7 +195,7 @@ class DecoderModel(DecoderPretrainedModel):
         key_padding = inputs.key_padding_mask(attention_mask, batch, past + tokens, weight.device)
         cache = past_key_values
         if use_cache and cache is None:
-            cache = KVCache(config.num_hidden_layers, context, config.windows())
+            cache = self.new_cache(context)
         if cache is not None and self.gradient_checkpointing and self.training:
             raise mismatch("past_key_values", "None with gradient checkpointing", "a cache")
 
@@ -236,9 +239,6 @@ class CausalLM(DecoderPretrainedModel, LanguageModel):
     @property
     def architecture(self) -> str:
         return str(self.config.architecture)
-
-    def new_cache(self, capacity: int) -> KVCache:
-        return KVCache(self.config.num_hidden_layers, capacity, self.config.windows())
 
     def forward(
         self,
