@@ -97,22 +97,26 @@ def linear_cross_entropy_kernel(
         logit = transformed(tl.load(logits_ptr + target), logit_scale, softcap, SOFTCAP)
         lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)  # per lane, reduced at the end
         lane_sum = tl.zeros((BLOCK,), tl.float32)
-        logit_sums = tl.zeros((BLOCK,), tl.float32)
+        shifted_sum = tl.zeros((BLOCK,), tl.float32)  # of z − lane_max: z itself may be large and nearly equal
         for begin in range(0, vocab, BLOCK):
             column = begin + tl.arange(0, BLOCK)
             z = load_logits(logits_ptr, column, vocab, logit_scale, softcap, SOFTCAP)
             new_max = tl.maximum(lane_max, z)
             safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
             lane_sum = lane_sum * tl.exp2((lane_max - safe_max) * LOG2E) + tl.exp2((z - safe_max) * LOG2E)
-            lane_max = new_max
             if SMOOTH:
-                logit_sums += tl.where(column < vocab, z, 0.0)
+                count = begin // BLOCK
+                shifted_sum += count * tl.where(lane_max == float("-inf"), 0.0, lane_max - safe_max)
+                shifted_sum += tl.where(column < vocab, z - safe_max, 0.0)
+            lane_max = new_max
         row_max = tl.max(lane_max, 0)
         # Relative to row_max: otherwise the loss of an almost certain target is a difference of two large numbers.
         row_sum = tl.sum(tl.where(lane_max == float("-inf"), 0.0, lane_sum * tl.exp2((lane_max - row_max) * LOG2E)), 0)
         loss = (row_max - logit) * (1 - label_smoothing) + tl.log(row_sum)
         if SMOOTH:
-            loss += label_smoothing * (row_max - tl.sum(logit_sums, 0) / vocab)
+            count = tl.cdiv(vocab - tl.arange(0, BLOCK), BLOCK)
+            shifted_sum += tl.where(lane_max == float("-inf"), 0.0, count * (lane_max - row_max))
+            loss -= label_smoothing * (tl.sum(shifted_sum, 0) / vocab)
         tl.store(loss_ptr + row, loss)
         if row_max_ptr is not None:
             tl.store(row_max_ptr + row, row_max)

@@ -33,19 +33,20 @@ void layernorm_residual_forward(const T* x, int64_t x_stride, const R* residual,
                               summed ? stream ? streamed_sum : summed + row * width : nullptr,
                               drop.active() ? factors : nullptr};
       if (drop.active()) dropout_row(drop, row, width, factors);
-      const float row_sum = sum_over(width, [=](int64_t i, auto span) {
+      // Relative to an element: where all are large and nearly equal, the rounding error of their own sum would be
+      // large beside the deviations.
+      const float first = sum(0, tail{1}).sum();
+      const float differences = sum_over(width, [=](int64_t i, auto span) {
         const vec v = sum(i, span);
         v.store(s + i, span);
-        return v;
+        return inside(span, v - vec::all(first));
       });
-      const vec row_mean = vec::all(row_sum / float(width));
+      mean[row] = first + differences / float(width);
+      const vec row_mean = vec::all(mean[row]);
       const float squares = sum_over(width, [=](int64_t i, auto span) {
-        vec d = vec::load(s + i, span) - row_mean;
-        if constexpr (!std::is_same_v<decltype(span), full>)
-          d = select(vec::iota() < vec::all(float(span.count)), d, vec::zero());
+        const vec d = inside(span, vec::load(s + i, span) - row_mean);
         return d * d;
       });
-      mean[row] = row_sum / float(width);
       // Where the sum of squares overflows, a factor of 0 would hide it: the result would be the bias.
       rstd[row] = squares < INFINITY ? 1.0f / std::sqrt(squares / float(width) + eps) : NAN;
       const vec scale = vec::all(rstd[row]);

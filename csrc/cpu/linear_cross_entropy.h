@@ -40,9 +40,7 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
     for (int64_t first = 0; first < vocab; first += Run) {
       const float* at = z + first;
       linear_sum += sum_over(std::min(Run, vocab - first), [=](int64_t i, auto span) {
-        const vec below = vec::load(at + i, span) - vec::all(shift);
-        if constexpr (std::is_same_v<decltype(span), full>) return below;
-        else return select(vec::iota() < vec::all(float(span.count)), below, vec::zero());
+        return inside(span, vec::load(at + i, span) - vec::all(shift));
       });
     }
   const int64_t target = ce.target[row * ce.target_stride];
@@ -51,9 +49,7 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
   for (int64_t first = 0; first < vocab; first += Run) {
     float* at = z + first;
     sum += sum_over(std::min(Run, vocab - first), [=](int64_t i, auto span) {
-      vec e = exp(vec::load(at + i, span) - vec::all(shift));
-      if constexpr (!std::is_same_v<decltype(span), full>)
-        e = select(vec::iota() < vec::all(float(span.count)), e, vec::zero());
+      const vec e = inside(span, exp(vec::load(at + i, span) - vec::all(shift)));
       if (stores_exp) e.store(at + i, span);
       return e;
     });

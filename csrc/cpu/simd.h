@@ -51,6 +51,10 @@ template <class Body> FASTLM_INLINE void sweep(int64_t n, Body body) {
   if (i < n) body(i, tail{size_t(n - i)});
 }
 
+// The vector itself, or with zero in the lanes beyond the tail.
+FASTLM_INLINE vec inside(full, vec v) { return v; }
+FASTLM_INLINE vec inside(tail span, vec v) { return select(vec::iota() < vec::all(float(span.count)), v, vec::zero()); }
+
 // The sum of term(i, span) over n elements, with four accumulators to hide the latency of the additions.
 template <class Term> FASTLM_INLINE float sum_over(int64_t n, Term term) {
   vec a = vec::zero(), b = a, c = a, d = a;

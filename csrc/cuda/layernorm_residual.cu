@@ -55,10 +55,18 @@ template <class T, class R> struct backward_args {
   dropout drop;
 };
 
-// 1/√(var + eps), and NaN where the sum of squares overflows: a factor of 0 would give the bias as the result.
-FASTLM_DEVICE float rstd_of(float squares, float width, float eps) {
-  return squares < INFINITY ? 1.0f / sqrtf(squares / width + eps) : NAN;
-}
+// The statistics of a row, of Σ (s − mean) and Σ (s − mean)² by a rounded mean. Where all elements are large and nearly
+// equal its error is large beside the deviations, so it is corrected. 1/√(var + eps) is NaN where the sum of squares
+// overflows: a factor of 0 would give the bias as the result.
+struct row_statistics {
+  float correction, mean, rstd;
+
+  FASTLM_DEVICE row_statistics(float rounded_mean, const float (&deviations)[2], float width, float eps)
+      : correction(deviations[0] / width), mean(rounded_mean + correction) {
+    const float variance = maximum(deviations[1] / width - correction * correction, 0.0f);
+    rstd = deviations[1] < INFINITY ? 1.0f / sqrtf(variance + eps) : NAN;
+  }
+};
 
 template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 2)
     layernorm_residual_forward_kernel(const forward_args<T, R> args) {
@@ -95,7 +103,7 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 2)
     if (args.summed && team.column(c) < end) stored.store(args.summed + row * width + team.column(c));
   }
 
-  float sum_of_row[1] = {}, squares[1] = {};
+  float sum_of_row[1] = {}, deviations[2] = {};
 #pragma unroll
   for (int c = 0; c < VECTORS; ++c)
 #pragma unroll
@@ -107,11 +115,12 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 2)
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
       s[c][i] -= mean;
-      if (team.column(c) < end) squares[0] += s[c][i] * s[c][i];
+      if (team.column(c) < end) deviations[0] += s[c][i], deviations[1] += s[c][i] * s[c][i];
     }
-  team.sum(squares, sums);
-  const float rstd = rstd_of(squares[0], float(width), args.eps);
-  if (row < args.rows && team.thread == 0) args.mean[row] = mean, args.rstd[row] = rstd;
+  team.sum(deviations, sums);
+  const row_statistics statistics(mean, deviations, float(width), args.eps);
+  const float rstd = statistics.rstd;
+  if (row < args.rows && team.thread == 0) args.mean[row] = statistics.mean, args.rstd[row] = rstd;
 #pragma unroll
   for (int c = 0; c < VECTORS; ++c) {
     const int column = team.column(c);
@@ -121,7 +130,8 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 2)
     if (args.bias) load_parameters<T>(bias, args.bias, args.float_weights, column);
     vec<T, VECTOR> y;
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) y[i] = from_float<T>(s[c][i] * rstd * weight[i] + bias[i]);
+    for (int i = 0; i < VECTOR; ++i)
+      y[i] = from_float<T>((s[c][i] - statistics.correction) * rstd * weight[i] + bias[i]);
     y.store(args.y + row * width + column);
   }
 }
@@ -214,7 +224,7 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM)
   const T* x = args.x + row * args.x_stride;
   R* summed = args.summed + row * width;
   const auto s = [&](int column) { return args.summed ? to_float(summed[column]) : to_float(x[column]); };  // as stored
-  float sum_of_row[1] = {}, squares[1] = {};
+  float sum_of_row[1] = {}, deviations[2] = {};
 #pragma unroll 1
   for (int column = first; column < width; column += team.size) {
     float sum = to_float(x[column]);
@@ -230,11 +240,15 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM)
     sum_of_row[0] += sum;
   }
   team.sum(sum_of_row, sums);
-  const float mean = sum_of_row[0] / float(width);
+  const float first_mean = sum_of_row[0] / float(width);
 #pragma unroll 1
-  for (int column = first; column < width; column += team.size) squares[0] += (s(column) - mean) * (s(column) - mean);
-  team.sum(squares, sums);
-  const float rstd = rstd_of(squares[0], float(width), args.eps);
+  for (int column = first; column < width; column += team.size) {
+    const float deviation = s(column) - first_mean;
+    deviations[0] += deviation, deviations[1] += deviation * deviation;
+  }
+  team.sum(deviations, sums);
+  const row_statistics statistics(first_mean, deviations, float(width), args.eps);
+  const float mean = statistics.mean, rstd = statistics.rstd;
   if (first == 0) args.mean[row] = mean, args.rstd[row] = rstd;
 #pragma unroll 1
   for (int column = first; column < width; column += team.size) {
@@ -319,10 +333,10 @@ void layernorm_residual_forward(const layernorm_residual_forward_args& args, str
                                          .drop = make_dropout(args.seed ? args.dropout_p : 0.0, args.seed)};
     if (in_registers)
       FASTLM_LAUNCH((layernorm_residual_forward_kernel<T, R>), unsigned(partition.blocks), partition.threads,
-                    partition.shared_bytes(1), stream, kernel_args);
+                    partition.shared_bytes(2), stream, kernel_args);
     else
       FASTLM_LAUNCH((layernorm_residual_forward_generic_kernel<T, R>), unsigned(partition.blocks), partition.threads,
-                    partition.shared_bytes(1), stream, kernel_args);
+                    partition.shared_bytes(2), stream, kernel_args);
   });
 }
 

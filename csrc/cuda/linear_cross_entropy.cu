@@ -22,23 +22,31 @@ namespace fastlm::cuda {
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-// The maximum of some logits and Σ exp(z − row_max). The sum is relative to the maximum, because otherwise the loss of
-// an almost certain target would be the difference of two large numbers. NaN propagates to both.
+// Of `count` logits of a row: the maximum, Σ exp(z − row_max) and, for label smoothing, Σ (z − row_max). The sums are
+// relative to the maximum, because otherwise the loss of an almost certain target, or of large and nearly equal logits,
+// would be the difference of two large numbers. NaN propagates to all three.
 struct softmax_partial {
-  float row_max, row_sum;
+  float row_max = -INFINITY, row_sum = 0.0f, shifted_sum = 0.0f;
+  int count = 0;
 };
 
 FASTLM_DEVICE float shift_of(float row_max) { return row_max == -INFINITY ? 0.0f : row_max; }  // −inf − −inf is not 0
 FASTLM_DEVICE float exponential(float z, float shift) { return exp2_fast((z - shift) * LOG2E); }
 
-FASTLM_DEVICE softmax_partial combined(softmax_partial a, softmax_partial b) {
-  const float row_max = maximum(a.row_max, b.row_max), shift = shift_of(row_max);
-  return {row_max, a.row_sum * exponential(a.row_max, shift) + b.row_sum * exponential(b.row_max, shift)};
+FASTLM_DEVICE softmax_partial relative_to(float row_max, softmax_partial a) {
+  const float shift = shift_of(row_max), moved = a.row_max == -INFINITY ? 0.0f : a.row_max - shift;
+  return {row_max, a.row_sum * exponential(a.row_max, shift), a.shifted_sum + float(a.count) * moved, a.count};
 }
 
-FASTLM_DEVICE float loss_of(softmax_partial row, float at_target, float sum, int vocab, float label_smoothing) {
+FASTLM_DEVICE softmax_partial combined(softmax_partial a, softmax_partial b) {
+  const float row_max = maximum(a.row_max, b.row_max);
+  a = relative_to(row_max, a), b = relative_to(row_max, b);
+  return {row_max, a.row_sum + b.row_sum, a.shifted_sum + b.shifted_sum, a.count + b.count};
+}
+
+FASTLM_DEVICE float loss_of(softmax_partial row, float at_target, float label_smoothing) {
   const float loss = (row.row_max - at_target) * (1.0f - label_smoothing) + log_(row.row_sum);
-  return label_smoothing > 0.0f ? loss + label_smoothing * (row.row_max - sum / float(vocab)) : loss;
+  return label_smoothing > 0.0f ? loss - label_smoothing * (row.shifted_sum / float(row.count)) : loss;
 }
 
 // The target of a row, −1 for an ignored row.
@@ -71,7 +79,7 @@ template <class T> struct log_sum_exp_epilogue {
   const T* bias;
   const int64_t* target;
   int64_t target_stride;
-  float *partials, *logit_sums, *target_logits;
+  float *partials, *shifted_sums, *target_logits;
   cross_entropy_targets targets;
   int rows, vocab;
   bool vectorized;
@@ -100,14 +108,14 @@ template <class T> struct log_sum_exp_epilogue {
     const float from = shift_of(row_max);
 #pragma unroll
     for (int e = 0; e < 8; ++e)
-      if (e < count) row_sum += exponential(z[e], from), sum += z[e];
+      if (e < count) row_sum += exponential(z[e], from), sum += z[e] - from;
 #pragma unroll
     for (int mask = LANES / 2; mask > 0; mask /= 2)
       row_sum += shuffle_xor(row_sum, mask), sum += shuffle_xor(sum, mask);
     if (!inside || threadIdx.x % LANES != 0) return;
     const int64_t at = int64_t(column / (8 * LANES)) * rows + row;
     vec<float, 2>{{row_max, row_sum}}.store(partials + 2 * at);
-    if (logit_sums) logit_sums[at] = sum;
+    if (shifted_sums) shifted_sums[at] = sum;
   }
 };
 
@@ -117,54 +125,50 @@ constexpr int COMBINE_WARPS = 8;
 
 struct combine_args {
   cross_entropy_targets targets;
-  const float *partials, *logit_sums, *target_logits;
-  int rows, vocab, count;
+  const float *partials, *shifted_sums, *target_logits;
+  int rows, vocab, splits, split_columns;
 };
 
 template <int WARPS> __global__ void __launch_bounds__(WARPS * 32)
     linear_cross_entropy_combine_kernel(const combine_args args) {
   FASTLM_SHARED(shared);
-  float *maxima = reinterpret_cast<float*>(shared), *sums_of_exp = maxima + WARPS * 32,
-        *logit_totals = sums_of_exp + WARPS * 32;
+  softmax_partial* partials = reinterpret_cast<softmax_partial*>(shared);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, row = int(blockIdx.x) * 32 + lane;
-  softmax_partial own{-INFINITY, 0.0f};
-  float sum = 0.0f;
+  softmax_partial own;
   if (row < args.rows)
-    for (int split = warp; split < args.count; split += WARPS) {
+    for (int split = warp; split < args.splits; split += WARPS) {
       const int64_t at = int64_t(split) * args.rows + row;
       const vec<float, 2> read = vec<float, 2>::load(args.partials + 2 * at);
-      own = combined(own, {read[0], read[1]});
-      if (args.logit_sums) sum += args.logit_sums[at];
+      const int remaining = args.vocab - split * args.split_columns;
+      own = combined(own, {read[0], read[1], args.shifted_sums ? args.shifted_sums[at] : 0.0f,
+                           remaining < args.split_columns ? remaining : args.split_columns});
     }
-  maxima[threadIdx.x] = own.row_max, sums_of_exp[threadIdx.x] = own.row_sum, logit_totals[threadIdx.x] = sum;
+  partials[threadIdx.x] = own;
   __syncthreads();
   if (warp > 0 || row >= args.rows) return;
-  for (int other = 1; other < WARPS; ++other) {
-    const int at = other * 32 + lane;
-    own = combined(own, {maxima[at], sums_of_exp[at]});
-    sum += logit_totals[at];
-  }
+  for (int other = 1; other < WARPS; ++other) own = combined(own, partials[other * 32 + lane]);
   const int64_t target = target_of(args.targets, row, args.vocab);
-  args.targets.loss[row] =
-      target < 0 ? 0.0f : loss_of(own, args.target_logits[row], sum, args.vocab, args.targets.label_smoothing);
+  args.targets.loss[row] = target < 0 ? 0.0f : loss_of(own, args.target_logits[row], args.targets.label_smoothing);
 }
 
 template <class T> constexpr int SPLIT_COLUMNS = sizeof(T) == 2 ? 64 : 32;  // columns of a warp of gemm.cuh
 
+int split_columns(DType dtype) { return dtype == DType::float32 ? SPLIT_COLUMNS<float> : SPLIT_COLUMNS<bf16>; }
+
 int64_t linear_cross_entropy_num_splits(DType dtype, int64_t vocab) {
-  const int columns = dtype == DType::float32 ? SPLIT_COLUMNS<float> : SPLIT_COLUMNS<bf16>;
+  const int columns = split_columns(dtype);
   return (vocab + columns - 1) / columns;
 }
 
 void linear_cross_entropy_forward(const linear_cross_entropy_forward_args& args, stream_t stream) {
   const cross_entropy_targets& targets = args.targets;
-  float* logit_sums = targets.label_smoothing > 0.0f ? args.logit_sums : nullptr;
+  float* shifted_sums = targets.label_smoothing > 0.0f ? args.shifted_sums : nullptr;
   with_dtype(args.dtype, [&]<class T>() {
     const log_sum_exp_epilogue<T> epilogue{static_cast<const T*>(args.bias),
                                            targets.target,
                                            targets.target_stride,
                                            args.partials,
-                                           logit_sums,
+                                           shifted_sums,
                                            args.target_logits,
                                            targets,
                                            int(args.rows),
@@ -176,13 +180,14 @@ void linear_cross_entropy_forward(const linear_cross_entropy_forward_args& args,
   });
   const combine_args combine{targets,
                              args.partials,
-                             logit_sums,
+                             shifted_sums,
                              args.target_logits,
                              int(args.rows),
                              int(args.vocab),
-                             int(linear_cross_entropy_num_splits(args.dtype, args.vocab))};
+                             int(linear_cross_entropy_num_splits(args.dtype, args.vocab)),
+                             split_columns(args.dtype)};
   FASTLM_LAUNCH(linear_cross_entropy_combine_kernel<COMBINE_WARPS>, unsigned((args.rows + 31) / 32), COMBINE_WARPS * 32,
-                3 * COMBINE_WARPS * 32 * sizeof(float), stream, combine);
+                COMBINE_WARPS * 32 * sizeof(softmax_partial), stream, combine);
 }
 
 // The gradient of logits
@@ -235,27 +240,27 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS)
   }
   const logit_transform transform(args.targets);
   const float at_target = transform(to_float(logits[target]));
-  softmax_partial own{-INFINITY, 0.0f};
-  float sum = 0.0f;
+  softmax_partial own;
   for (int column = first; column < vocab; column += stride) {
     const vec<T, 8> stored = load8(static_cast<const T*>(logits) + column, vocab - column, column + 8 <= vocab);
     float row_max = own.row_max, z[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       z[e] = transform(to_float(stored[e]));
-      if (column + e < vocab) row_max = maximum(row_max, z[e]), sum += z[e];
+      if (column + e < vocab) row_max = maximum(row_max, z[e]);
     }
     const float shift = shift_of(row_max);
-    own = {row_max, own.row_sum * exponential(own.row_max, shift)};
+    own = relative_to(row_max, own);
 #pragma unroll
     for (int e = 0; e < 8; ++e)
-      if (column + e < vocab) own.row_sum += exponential(z[e], shift);
+      if (column + e < vocab) own.row_sum += exponential(z[e], shift), own.shifted_sum += z[e] - shift, ++own.count;
   }
   const float row_max = block_max(own.row_max, scratch);
-  const softmax_partial whole{row_max, block_sum(own.row_sum * exponential(own.row_max, shift_of(row_max)), scratch)};
-  if (args.targets.label_smoothing > 0.0f) sum = block_sum(sum, scratch);
+  own = relative_to(row_max, own);
+  softmax_partial whole{row_max, block_sum(own.row_sum, scratch), 0.0f, vocab};
+  if (args.targets.label_smoothing > 0.0f) whole.shifted_sum = block_sum(own.shifted_sum, scratch);
   if (threadIdx.x == 0) {
-    args.targets.loss[row] = loss_of(whole, at_target, sum, vocab, args.targets.label_smoothing);
+    args.targets.loss[row] = loss_of(whole, at_target, args.targets.label_smoothing);
     if (args.dbias_partials) args.row_max[row] = whole.row_max, args.row_sum[row] = whole.row_sum;
   }
   if (args.dbias_partials) return;

@@ -24,7 +24,7 @@ struct linear_cross_entropy_forward_args {
   cross_entropy_targets targets;
   // Workspace, where num_splits = linear_cross_entropy_num_splits(dtype, vocab).
   float* partials;       // (num_splits, rows, 2): row_max and row_sum of each split of the vocabulary
-  float* logit_sums;     // (num_splits, rows) with label smoothing
+  float* shifted_sums;   // (num_splits, rows): Σ (z − row_max) of each split; null without label smoothing
   float* target_logits;  // (rows)
   int64_t rows, width, vocab;
   bool tf32;

@@ -22,7 +22,7 @@ WRITTEN = {
     "rms_norm_residual_forward": {"y", "summed", "rstd"},
     "rotary": {"out"},
     "rms_norm_residual_backward": {"dx", "dresidual", "dweight", "partials"},
-    "linear_cross_entropy_forward": {"loss", "partials", "logit_sums", "target_logits"},
+    "linear_cross_entropy_forward": {"loss", "partials", "shifted_sums", "target_logits"},
     "linear_cross_entropy_gradient": {"logits", "loss", "statistics", "dbias_partials"},
 }
 

@@ -186,6 +186,16 @@ def test_constant_rows_and_nan_rows(backend):
     assert torch.equal(y[1], b) and y[2].isnan().all() and y[[0, 3]].isfinite().all()
 
 
+@on_backends("cpu", "triton", "cuda")
+@pytest.mark.parametrize("width", [9, 300, 1023, 10000])
+@pytest.mark.parametrize("value", [12345.678, -7e6, 1e-3])
+def test_rows_of_equal_elements_are_the_bias(value, width, backend):
+    """The mean must be exact: divided by √eps, its rounding error would be as large as the bias."""
+    x, b = torch.full((3, width), value), floats(width)
+    y, _ = fastlm.layernorm_residual(x, None, torch.ones(width), b, 1e-12, backend=backend)
+    assert torch.equal(y, b.expand(3, width))
+
+
 @on_backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [16, 45, 9000])

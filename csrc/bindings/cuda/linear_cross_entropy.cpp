@@ -16,7 +16,7 @@ static cuda::cross_entropy_targets targets_of(const tensor& target, const tensor
 struct linear_cross_entropy_forward_arguments : keyword_arguments {
   using keyword_arguments::keyword_arguments;
   tensor x = keyword("x"), weight = keyword("weight"), bias = keyword_or_none("bias"), target = keyword("target"),
-         loss = keyword("loss"), partials = keyword("partials"), logit_sums = keyword_or_none("logit_sums"),
+         loss = keyword("loss"), partials = keyword("partials"), shifted_sums = keyword_or_none("shifted_sums"),
          target_logits = keyword("target_logits");
   int64_t ignore_index = keyword("ignore_index");
   float label_smoothing = keyword("label_smoothing"), logit_scale = keyword("logit_scale"),
@@ -44,7 +44,7 @@ static void linear_cross_entropy_forward(const linear_cross_entropy_forward_argu
           .bias = contiguous_of(a.bias, a.x.type, vocab),
           .targets = targets_of(a.target, a.loss, rows, a.ignore_index, a.label_smoothing, a.logit_scale, a.softcap),
           .partials = a.partials.contiguous_as<float>(num_splits * rows * 2),
-          .logit_sums = a.logit_sums.contiguous_as<float>(num_splits * rows),
+          .shifted_sums = a.shifted_sums.contiguous_as<float>(num_splits * rows),
           .target_logits = a.target_logits.contiguous_as<float>(rows),
           .rows = rows,
           .width = x.width,

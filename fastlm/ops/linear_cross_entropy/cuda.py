@@ -72,7 +72,7 @@ def losses(call: Forward, x: Tensor, targets: Tensor, loss: Tensor) -> None:
                 target=target,
                 loss=result,
                 partials=loss.new_empty(num_splits, count, 2),
-                logit_sums=loss.new_empty(num_splits, count) if call.label_smoothing else None,
+                shifted_sums=loss.new_empty(num_splits, count) if call.label_smoothing else None,
                 target_logits=loss.new_empty(count),
                 ignore_index=call.ignore_index,
                 label_smoothing=call.label_smoothing,
