@@ -23,21 +23,22 @@ def accelerate(
 ) -> M:
     """Replace the computation of a Hugging Face model by fastlm's operators, in place.
 
-    Supported are GPT-2, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA and DistilBERT, with any head.
+    Supported are Llama, Mistral, Qwen 2 and 3, SmolLM 2 and 3, Gemma 2 and 3, GPT-2, BERT, RoBERTa, XLM-RoBERTa,
+    CamemBERT, ELECTRA and DistilBERT, with any head.
 
     Parameters and modules stay the same: state dict, optimizers, `save_pretrained`, `Trainer`, weight tying and
     resizing work as before, and hooks, adapters and sharding may be added before or after. A part that cannot be
-    replaced without changing the result (a projection with an adapter, a module with a hook, an activation that is not
-    a GELU) is computed by its own module. This is checked at every call; `fastlm.report(model)` lists these parts with
-    the reasons.
+    replaced without changing the result (a projection with an adapter, a module with a hook, an activation that no
+    operator has) is computed by its own module. This is checked at every call; `fastlm.report(model)` lists these parts
+    with the reasons.
 
     With a padding mask, encoders run unpadded: real tokens are gathered before the first layer and scattered after the
     last, and hidden states at padding are 0.
 
     Args:
         model: a transformers model, or any module that contains one (a PeftModel, a SentenceTransformer, your own).
-        attention: replace the projections and the attention.
-        layernorm: replace dropout, residual addition and LayerNorm by one operator.
+        attention: replace the projections, the rotation by positions and the attention.
+        layernorm: replace dropout, residual addition and LayerNorm or RMSNorm by one operator.
         mlp: replace the feed-forward block.
         loss: replace the loss of language-model and masked-language-model heads. In training mode with labels, logits
             are None, because the loss is computed without them.

@@ -1,9 +1,10 @@
 """fastlm's attention as an implementation of transformers' attention interface: attn_implementation="fastlm".
 
 There are three kinds of masks:
-- None: no mask. The module or the call says whether attention is causal.
+- None: no mask. The module or the call says whether attention is causal; the call says its window.
 - 2-D, (batch, keys): padding, of dtype bool for bidirectional and uint8 for causal attention. The dtype says it because
   the module and the call do not once there is a mask: GPT-2 of transformers 4.57 passes is_causal=False then.
+  The call says the window.
 - 4-D: any other mask, as PyTorch's attention takes it.
 """
 
@@ -29,7 +30,11 @@ CAUSAL = torch.uint8  # the dtype of a 2-D mask of causal attention
 
 
 def mask(**arguments: Any) -> Tensor | None:
-    """Called by transformers once per forward pass. None or 2-D for causality and padding, otherwise 4-D."""
+    """Called by transformers once per forward pass and kind of layer.
+
+    None or 2-D for causality and padding, otherwise 4-D. A window that hides keys is 4-D, unless all layers are of
+    supported families: these pass it to the attention, which computes only what it does not hide.
+    """
     kv_length, kv_offset = arguments["kv_length"], arguments.get("kv_offset", 0)
     padding, window = arguments.get("attention_mask"), arguments.get("local_size")
     causal = arguments.get("allow_is_causal_skip", True)  # False: not only causal, or the caller needs the whole mask
@@ -37,7 +42,7 @@ def mask(**arguments: Any) -> Tensor | None:
     custom = arguments.get("mask_function", causal_mask_function) is not causal_mask_function
     if (
         isinstance(kv_offset, Tensor)
-        or (window is not None and kv_length >= window)
+        or (window is not None and kv_length >= window and not (causal and is_view(arguments.get("config"))))
         or (causal and window is None and custom)
         or not (bidirectional or (causal and is_aligned_right(arguments, kv_length, kv_offset)))
     ):
@@ -50,6 +55,11 @@ def mask(**arguments: Any) -> Tensor | None:
     if padding.is_cpu and sizes_may_depend_on_values(padding) and padding.all():  # on a GPU it would synchronize
         return None
     return padding.to(CAUSAL) if causal else padding
+
+
+def is_view(config: Any) -> bool:
+    """Whether this is the configuration of an accelerated model, as views.py makes it."""
+    return hasattr(type(config), "fastlm_original")
 
 
 def is_aligned_right(arguments: dict, kv_length: int, kv_offset: int) -> bool:
@@ -116,7 +126,7 @@ def attention(
         attention_mask: a result of `mask`, or a 4-D mask of the user's.
         is_causal: for a call without a mask. None: as the module's attribute says.
         position_bias: added to the scaled scores.
-        sliding_window: for a call without a mask.
+        sliding_window: for a call without a mask or with a 2-D one.
 
     Returns:
         (batch, query_len, num_heads, head_dim), and the attention weights if they are asked for, otherwise None.
@@ -136,6 +146,8 @@ def attention(
             "pass position_ids of the packed sequences"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if output_attentions is None:  # transformers 4 does not pass what the configuration says
+        output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
     return_weights = bool(output_attentions or head_mask is not None or captures_attentions())
     return attend(
         query,
@@ -155,16 +167,19 @@ def attention(
 def attend(
     query, key, value, mask, causal, scale, dropout_p, head_mask=None, bias=None, window=None, return_weights=False
 ):
-    """(batch, query_len, num_heads, value_dim), and the weights or None. With a mask, causal and window are ignored."""
+    """(batch, query_len, num_heads, value_dim), and the weights or None.
+
+    A mask replaces causal, and a 4-D one also window.
+    """
     key_padding = None
     sides = None
-    if mask is None:
-        if window is not None and window < key.shape[2]:
-            sides = (window - 1, None) if causal else (window, window)
-    elif mask.dim() == 2:
+    if mask is not None and mask.dim() == 2:
         causal = mask.dtype == CAUSAL
         key_padding, mask = mask.view(torch.bool) if causal else mask, None
         key_padding = key_padding if key_padding.dtype == torch.bool else key_padding != 0
+    if mask is None:
+        if window is not None and window < key.shape[2]:
+            sides = (window - 1, None) if causal else (window, window)
     elif mask.dim() == 4:
         causal, mask = False, mask[..., : key.shape[2]]  # the mask of a static cache may be longer
     else:

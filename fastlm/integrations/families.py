@@ -34,6 +34,8 @@ class Head(Description):
     # A second label argument and the output field with its logits, whose cross-entropy is added. Without that label the
     # head computes no loss.
     second_loss: tuple[str, str] | None = None
+    softcap: str | None = None  # attribute of the configuration: where the head soft-caps its logits
+    scaled_embedding: str | None = None  # the class of a token embedding that multiplies by its `embed_scale`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +55,18 @@ class Family(Description):
     returns: Mapping[str, Literal["hidden_states"] | tuple[str, ...]]
 
     # Structure
-    norm: Literal["layer"]
+    norm: Literal["layer", "rms", "rms_offset"]  # rms_offset multiplies by 1 + weight
     norm_place: Literal["pre", "post"]  # before attention and MLP, or after each residual addition
     layout: Literal["linear", "conv1d"]  # of every projection's weight: (out, in), or (in, out)
-    mlp: Literal["plain"]  # down(activation(up x))
-    positions: Literal["learned"]  # added to the embeddings: the layers see none
+    mlp: Literal["plain", "gated"]  # down(activation(up x)), or down(activation(gate x) · up x)
+    positions: Literal["learned", "rotary"]  # added to the embeddings: the layers see none; or rotate queries and keys
 
     # Attention
     attention: str
-    num_heads: str  # attribute of the attention module
+    num_heads: str | None  # attribute of the attention module; None if it has `head_dim`
     causal: tuple[str, ...]  # attributes of the attention module: the first that exists says whether it is causal
     qkv: tuple[str, ...]  # query, key and value projections, or one projection that computes all three
-    attention_dropout: str
+    attention_dropout: str  # a module, or the path of the attention module's attribute with the probability
     out: str
     out_dropout: str | None
     attention_norm: str
@@ -76,7 +78,22 @@ class Family(Description):
     mlp_dropout: str | None
     mlp_norm: str
 
+    # What some families have
     layers: str = "layer"  # the encoder's list of layers
+    norm_class: str | None = None  # the class of the norms, in `module`; None: torch.nn.LayerNorm
+    head_dim: str | None = None  # attribute of the attention module
+    query_norm: str | None = None  # over the head dimension, before the rotation
+    key_norm: str | None = None
+    rotates: str | None = None  # attribute of the attention module that says whether the layer uses positions
+    window: str | None = None  # attribute of the attention module, or "config." and one of its configuration
+    softcap: str | None = None  # attribute of the attention module: where it soft-caps its scores
+    attention_output_norm: str | None = None  # of the output of attention, before the residual addition
+    gate: str | None = None
+    mlp_output_norm: str | None = None
+
+    def has_norm(self, kind: type) -> bool:
+        """Whether a class is that of the family's norms, and not a subclass."""
+        return (kind.__module__, kind.__name__) == (self.module, self.norm_class)
 
     def returned(self, version: str = transformers.__version__) -> tuple[str, ...] | None:
         """The tuple that a layer returns in a version of transformers; None for a tensor."""
@@ -194,6 +211,74 @@ DISTILBERT = Family(
     mlp_norm="output_layer_norm",
 )
 
+LLAMA = Family(
+    module="transformers.models.llama.modeling_llama",
+    layer="LlamaDecoderLayer",
+    encoder=None,
+    heads={"LlamaForCausalLM": Head("lm_head", shifted=True, uses_loss_function=True)},
+    returns={"4.57": "hidden_states"},
+    norm="rms",
+    norm_class="LlamaRMSNorm",
+    norm_place="pre",
+    layout="linear",
+    mlp="gated",
+    positions="rotary",
+    attention="self_attn",
+    num_heads=None,
+    head_dim="head_dim",
+    causal=("is_causal",),
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attention_dropout="self_attn.attention_dropout",
+    out="self_attn.o_proj",
+    out_dropout=None,
+    attention_norm="input_layernorm",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    activation="mlp.act_fn",
+    down="mlp.down_proj",
+    mlp_dropout=None,
+    mlp_norm="post_attention_layernorm",
+)
+
+
+def llama_like(prefix: str, name: str, **changes: Any) -> Family:
+    """A family whose layers are Llama's but for some changes."""
+    return dataclasses.replace(
+        LLAMA,
+        module=f"transformers.models.{name}.modeling_{name}",
+        layer=f"{prefix}DecoderLayer",
+        norm_class=f"{prefix}RMSNorm",
+        **{"heads": {f"{prefix}ForCausalLM": LLAMA.heads["LlamaForCausalLM"]}, **changes},
+    )
+
+
+QUERY_KEY_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+WINDOW = "sliding_window"
+
+
+def gemma_like(prefix: str, name: str, **changes: Any) -> Family:
+    """A family whose blocks have a norm before and one after, and whose logits may be soft-capped."""
+    head = Head(
+        "lm_head",
+        shifted=True,
+        uses_loss_function=True,
+        softcap="final_logit_softcapping",
+        scaled_embedding=f"transformers.models.{name}.modeling_{name}.{prefix}TextScaledWordEmbedding",
+    )
+    return llama_like(
+        prefix,
+        name,
+        heads={f"{prefix}ForCausalLM": head},
+        returns={"4.57": ("hidden_states", "attentions"), "5.0": "hidden_states"},
+        norm="rms_offset",
+        window=WINDOW,
+        attention_output_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_output_norm="post_feedforward_layernorm",
+        **changes,
+    )
+
+
 # By the module that defines the classes.
 FAMILIES = {
     family.module: family
@@ -205,5 +290,12 @@ FAMILIES = {
         bert_like("Camembert", "camembert", "lm_head.decoder"),
         bert_like("Electra", "electra", "generator_lm_head"),
         DISTILBERT,
+        LLAMA,  # SmolLM and SmolLM 2 are Llamas
+        llama_like("Mistral", "mistral", window="config.sliding_window"),
+        llama_like("Qwen2", "qwen2", window=WINDOW),
+        llama_like("Qwen3", "qwen3", window=WINDOW, **QUERY_KEY_NORMS),
+        llama_like("SmolLM3", "smollm3", window=WINDOW, rotates="use_rope"),
+        gemma_like("Gemma2", "gemma2", softcap="attn_logit_softcapping"),
+        gemma_like("Gemma3", "gemma3", **QUERY_KEY_NORMS),
     )
 }

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
@@ -25,13 +24,15 @@ def layer_family(module: nn.Module) -> Family | None:
     return next((family for family, name in families_of(module) if name == family.layer), None)
 
 
+def norm_family(module: nn.Module) -> Family | None:
+    """Of norms that have a class of their own."""
+    family = FAMILIES.get(type(module).__module__)
+    return family if family is not None and family.has_norm(type(module)) else None
+
+
 def encoder_family(module: nn.Module) -> Family | None:
     return next((family for family, name in families_of(module) if name == family.encoder), None)
 
 
 def head_of(module: nn.Module) -> Head | None:
     return next((family.heads[name] for family, name in families_of(module) if name in family.heads), None)
-
-
-def has_layers(model: Any) -> bool:
-    return any(layer_family(module) is not None for module in model.modules())

@@ -22,7 +22,7 @@ from fastlm.integrations.packing import Packed
 from fastlm.integrations.parts import (
     PLAIN_TENSORS,
     Parts,
-    container_parameters,
+    containers,
     parameter_names,
 )
 from fastlm.integrations.patch import (
@@ -40,6 +40,8 @@ from fastlm.integrations.patch import (
 CHECKPOINTS_IN_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 CACHE_CLASSES = (Cache, EncoderDecoderCache)
+# Gemma 3 of transformers 4 passes both to every layer.
+GEMMA3_TABLES = ("position_embeddings_global", "position_embeddings_local")
 
 
 class LayerPatch(Patch):
@@ -61,7 +63,8 @@ class LayerPatch(Patch):
         self.cache_name = next((name for name in self.names if name in CACHE_ARGUMENTS), CACHE_ARGUMENTS[0])
         self.mask_name = next(name for name in self.names if name in MASK_ARGUMENTS)
         self.other_caches = frozenset(CACHE_ARGUMENTS) - {self.cache_name}
-        self.rare = self.other_caches | {"head_mask"}
+        self.rare = self.other_caches | {"head_mask", "cu_seq_lens_q"}
+        self.is_rotary = family.positions == "rotary"
         self.all_options = options["attention"] and options["layernorm"] and options["mlp"]
         self.new_parts()
 
@@ -122,10 +125,13 @@ class LayerPatch(Patch):
         if arguments.get("encoder_hidden_states") is not None:
             return "encoder_hidden_states is given"
         if not self.rare.isdisjoint(arguments):
-            if arguments.get("head_mask") is not None:
-                return "head_mask is given"
+            for name in ("head_mask", "cu_seq_lens_q"):
+                if arguments.get(name) is not None:
+                    return f"{name} is given"
             if not self.other_caches.isdisjoint(arguments):
                 return f"an argument of the name {', '.join(self.other_caches & arguments.keys())}"
+        if self.is_rotary and position_tables(self, arguments) is None:
+            return "position_embeddings are missing"
         cache = arguments.get(self.cache_name)
         if cache is not None and not isinstance(cache, CACHE_CLASSES):
             return f"a cache of type {type(cache).__name__}"
@@ -162,12 +168,17 @@ def self_attention(
     module, own = parts.attention, parts.attention_dict
     scale = own.get("scaling")
     scale = scale_of(module, query.shape[-1]) if scale is None else scale
-    dropout_p = parts.attention_dropout.p if own["training"] else 0.0
+    dropout, key_of_p = parts.attention_dropout
+    dropout_p = dropout[key_of_p] if own["training"] else 0.0
     if type(mask) is Packed:
         ends = mask.cu_seqlens
         out = fastlm.attention_varlen(query[0], key[0], value[0], ends, ends, scale=scale, dropout_p=dropout_p)
         return out.view(1, -1, out.shape[1] * out.shape[2]), None
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if parts.is_rotary and (parts.rotates is None or own[parts.rotates]):
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        cos, sin = position_tables(patch, arguments)
+        query, key = fastlm.rotary(query, key, cos.to(dtype), sin.to(dtype))
     cache = arguments.get(patch.cache_name)
     if cache is not None:
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
@@ -182,11 +193,31 @@ def self_attention(
         # are its unused end.
         if implementation(module) != NAME:
             key, value = key[:, :, :tokens], value[:, :, :tokens]
-    if mask is None and not return_weights:
+    window = None
+    if parts.window is not None:
+        owner, name = parts.window
+        window = owner.get(name)
+    if mask is None and window is None and not return_weights:
         out = fastlm.attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p)
         return out.transpose(1, 2).flatten(2), None
-    out, weights = attend(query, key, value, mask, causal, scale, dropout_p, return_weights=return_weights)
+    out, weights = attend(
+        query, key, value, mask, causal, scale, dropout_p, window=window, return_weights=return_weights
+    )
     return out.flatten(2), weights
+
+
+def position_tables(patch: LayerPatch, arguments: dict) -> Any:
+    """(cos, sin) of the positions, or None. Gemma 3 of transformers 4 gets two pairs."""
+    tables = arguments.get("position_embeddings")
+    if tables is None and GEMMA3_TABLES[0] in arguments:
+        tables = arguments[GEMMA3_TABLES[patch.module.get_submodule(patch.family.attention).is_sliding]]
+    return tables
+
+
+def head_shape(parts: Parts) -> tuple[int, int]:
+    """(heads, head_dim) as arguments of `view`."""
+    own = parts.attention_dict
+    return (own[parts.num_heads], -1) if parts.head_dim is None else (-1, own[parts.head_dim])
 
 
 def implementation(module: Any) -> str | None:
@@ -214,20 +245,24 @@ def fused_layer(patch: LayerPatch, parts: Parts, x: Tensor, mask: Any, arguments
     if pre_norm:
         y, _ = norm(parts.attention_norm_dict, x, None)
 
-    (batch, tokens, _), heads = x.shape, parts.attention_dict[parts.num_heads]
+    (batch, tokens, _), shape = x.shape, head_shape(parts)
     projections = parts.qkv_parameters
     if len(projections) == 1:
         own = projections[0]
         y = fastlm.linear(y, own["weight"], own["bias"], layout=layout)
-        query, key, value = y.view(batch, tokens, 3, heads, -1).unbind(2)
+        query, key, value = y.view(batch, tokens, 3, *shape).unbind(2)
     else:
         q, k, v = projections
-        query = fastlm.linear(y, q["weight"], q["bias"], layout=layout).view(batch, tokens, heads, -1)
-        key = fastlm.linear(y, k["weight"], k["bias"], layout=layout).view(batch, tokens, heads, -1)
-        value = fastlm.linear(y, v["weight"], v["bias"], layout=layout).view(batch, tokens, heads, -1)
+        query = fastlm.linear(y, q["weight"], q["bias"], layout=layout).view(batch, tokens, *shape)
+        key = fastlm.linear(y, k["weight"], k["bias"], layout=layout).view(batch, tokens, *shape)
+        value = fastlm.linear(y, v["weight"], v["bias"], layout=layout).view(batch, tokens, *shape)
+    if parts.query_norm_dict is not None:
+        query, key = norm(parts.query_norm_dict, query, None)[0], norm(parts.key_norm_dict, key, None)[0]
     y, _ = self_attention(patch, parts, query, key, value, mask, arguments, False)
     own = parts.out_parameters
     y = fastlm.linear(y, own["weight"], own["bias"], layout=layout)
+    if parts.attention_output_norm_dict is not None:
+        y = norm(parts.attention_output_norm_dict, y, None)[0]
 
     if y.dtype != x.dtype:
         y, x = match_dtypes(y, x, pre_norm)
@@ -237,7 +272,10 @@ def fused_layer(patch: LayerPatch, parts: Parts, x: Tensor, mask: Any, arguments
     if not pre_norm:
         x = y
 
-    y = parts.run_mlp(y, parts.up_parameters, parts.down_parameters, parts.gelu, layout)
+    gate, up, down = parts.gate_parameters, parts.up_parameters, parts.down_parameters
+    y = parts.run_mlp(y, gate, up, down, parts.activation_name, layout)
+    if parts.mlp_output_norm_dict is not None:
+        y = norm(parts.mlp_output_norm_dict, y, None)[0]
     own = parts.mlp_dropout_dict
     dropout_p = own["p"] if own["training"] else 0.0
     if pre_norm:
@@ -263,6 +301,9 @@ def layer_by_parts(
         is_projected = False
         if options["attention"] and not parts.attention_reason and not captures_attentions():
             query, key, value = project_qkv(y, parts)
+            if parts.query_norm is not None:
+                query = normalize(query, parts.query_norm, parts, options["layernorm"])
+                key = normalize(key, parts.key_norm, parts, options["layernorm"])
             branch, weights = self_attention(patch, parts, query, key, value, mask, arguments, return_weights)
         else:
             passed = shared_arguments(patch, arguments, parts.attention)
@@ -277,6 +318,8 @@ def layer_by_parts(
             if not is_projected:
                 branch = project(parts.out, branch, parts) if options["attention"] else parts.out(branch)
                 dropout = parts.out_dropout
+            if parts.attention_output_norm is not None:
+                branch = normalize(branch, parts.attention_output_norm, parts, options["layernorm"])
             y, residual_sum = add_norm(branch, x, dropout, parts.middle_norm, parts, options["layernorm"])
             x = residual_sum if pre_norm else y
 
@@ -289,10 +332,12 @@ def layer_by_parts(
         if parts.up_owner_reason:
             hidden = up_owner(y)
         else:
-            hidden = parts.activation(project(parts.up, y, parts) if options["mlp"] else parts.up(y))
+            hidden = hidden_of(y, parts, options["mlp"])
         if parts.down_owner_reason:
             return down_owner(hidden, x), weights  # projects, adds the residual and normalizes
         branch = project(parts.down, hidden, parts) if options["mlp"] else parts.down(hidden)
+    if parts.mlp_output_norm is not None:
+        branch = normalize(branch, parts.mlp_output_norm, parts, options["layernorm"])
     if pre_norm:
         branch, dropout_p = apply_or_defer(dropout, branch, parts)
         return x + (F.dropout(branch, dropout_p) if dropout_p else branch), weights
@@ -301,36 +346,44 @@ def layer_by_parts(
 
 def shared_arguments(patch: LayerPatch, arguments: dict, module: Any) -> Any:
     """The layer's arguments that its attention takes too; None if the attention calls the hidden states otherwise."""
-    accepted = container_parameters.get(type(module)) or parameter_names(type(module))
+    container = containers.get(type(module))
+    accepted = parameter_names(type(module)) if container is None else container.parameters
     if "hidden_states" not in accepted:
         return None
-    of_layer = (patch.input_name, "encoder_hidden_states", "encoder_attention_mask")
-    return {
+    of_layer = (patch.input_name, "encoder_hidden_states", "encoder_attention_mask", *GEMMA3_TABLES)
+    shared = {
         name: value
         for name, value in arguments.items()
         if name not in of_layer and (name in accepted or "**" in accepted)
     }
+    if patch.is_rotary:
+        shared["position_embeddings"] = position_tables(patch, arguments)
+    return shared
 
 
 def project(module: Any, x: Tensor, parts: Parts) -> Tensor:
-    own = module._parameters
-    weight = own.get("weight")
-    if parts.reasons[module] or type(weight) not in PLAIN_TENSORS:  # sharding replaces weights between two calls
+    if not is_plain(module, parts):
         return module(x)
-    return fastlm.linear(x, weight, own["bias"], layout=parts.layout)
+    own = module._parameters
+    return fastlm.linear(x, own["weight"], own["bias"], layout=parts.layout)
+
+
+def is_plain(module: Any, parts: Parts) -> bool:
+    """Whether an operator may replace a projection or a norm. Sharding replaces weights between two calls."""
+    return not parts.reasons[module] and type(module._parameters.get("weight")) in PLAIN_TENSORS
 
 
 def project_qkv(x: Tensor, parts: Parts) -> Any:
     """Query, key and value: (batch, tokens, heads, head_dim)."""
-    heads, (batch, tokens, _) = parts.attention_dict[parts.num_heads], x.shape
+    (batch, tokens, _), shape = x.shape, head_shape(parts)
     projected = [project(projection, x, parts) for projection in parts.qkv]
     if len(projected) == 1:
-        return projected[0].view(batch, tokens, 3, heads, -1).unbind(2)
-    return [part.view(batch, tokens, heads, -1) for part in projected]
+        return projected[0].view(batch, tokens, 3, *shape).unbind(2)
+    return [part.view(batch, tokens, *shape) for part in projected]
 
 
 def normalize(x: Tensor, norm: Any, parts: Parts, fused: bool) -> Tensor:
-    if not fused or parts.reasons[norm] or type(norm._parameters.get("weight")) not in PLAIN_TENSORS:
+    if not fused or not is_plain(norm, parts):
         return norm(x)
     return parts.run_norm(norm.__dict__, x, None)[0]
 
@@ -349,7 +402,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """(norm(residual + dropout(branch)), the sum)."""
     branch, dropout_p = apply_or_defer(dropout, branch, parts)
-    if not fused or parts.reasons[norm] or type(norm._parameters.get("weight")) not in PLAIN_TENSORS:
+    if not fused or not is_plain(norm, parts):
         residual_sum = residual + (F.dropout(branch, dropout_p) if dropout_p else branch)
         return norm(residual_sum), residual_sum
     if branch.dtype != residual.dtype:
@@ -358,15 +411,22 @@ def add_norm(
 
 
 def mlp(x: Tensor, parts: Parts, fused: bool) -> Tensor:
-    up, down, reasons = parts.up, parts.down, parts.reasons
+    down = parts.down
     if not fused:
-        return down(parts.activation(up(x)))
-    plain = (
-        type(up._parameters.get("weight")) in PLAIN_TENSORS and type(down._parameters.get("weight")) in PLAIN_TENSORS
-    )
-    if parts.gelu is None or reasons[up] or reasons[down] or not plain:
-        return project(down, parts.activation(project(up, x, parts)), parts)
-    return parts.run_mlp(x, up._parameters, down._parameters, parts.gelu, parts.layout)
+        return down(hidden_of(x, parts, False))
+    projections = [module for module in (parts.gate, parts.up, down) if module is not None]
+    if parts.activation_name is None or not all(is_plain(module, parts) for module in projections):
+        return project(down, hidden_of(x, parts, True), parts)
+    gate = None if parts.gate is None else parts.gate._parameters
+    return parts.run_mlp(x, gate, parts.up._parameters, down._parameters, parts.activation_name, parts.layout)
+
+
+def hidden_of(x: Tensor, parts: Parts, fused: bool) -> Tensor:
+    """What the down projection of an MLP takes."""
+    up = project(parts.up, x, parts) if fused else parts.up(x)
+    if parts.gate is None:
+        return parts.activation(up)
+    return parts.activation(project(parts.gate, x, parts) if fused else parts.gate(x)) * up
 
 
 def first_two(result: Any) -> tuple[Tensor, Tensor | None]:

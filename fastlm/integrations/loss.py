@@ -1,8 +1,7 @@
 """The loss of language-model heads without logits, in training mode with labels.
 
-The head's own forward is called without labels while its output projection returns its input. What the head then
-returns as logits are hidden states, from which `fastlm.linear_cross_entropy` computes the loss. So no head's forward is
-copied here.
+The head's own forward is called without labels while its output projection keeps its input and returns no logits. From
+these hidden states `fastlm.linear_cross_entropy` computes the loss. So no head's forward is copied here.
 
 If the output projection is tied to the token embedding, the loss uses the table that the embedding's autograd function
 returns. The two gradients of the table are then accumulated in one tensor.
@@ -34,16 +33,23 @@ GATHER_BELOW = 0.9
 
 
 class ProjectionPatch(Patch):
-    """The forward of an output projection. While a loss is computed it returns its input."""
+    """The forward of an output projection. While a loss is computed it keeps its input and returns no logits."""
 
-    returns_input = False
+    keeps_input = False
+    hidden: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if self.returns_input else self.original(*args, **kwargs)
+        if not self.keeps_input:
+            return self.original(*args, **kwargs)
+        self.hidden = args[0]
+        return self.hidden[..., :0]
 
 
 class EmbeddingPatch(Patch):
-    """The forward of a token embedding. While a loss is computed, the first call also makes its table available."""
+    """The forward of a token embedding. While a loss is computed, the first call also makes its table available.
+
+    A subclass of nn.Embedding is one that multiplies by `embed_scale`.
+    """
 
     shares_table = False
     table: Tensor | None = None
@@ -60,7 +66,7 @@ class EmbeddingPatch(Patch):
             return self.original(*args, **kwargs)
         embedding = self.module
         rows, self.table = SharedTable.apply(embedding.weight, args[0], embedding.padding_idx)
-        return rows
+        return rows if type(embedding) is nn.Embedding else rows * embedding.embed_scale.to(rows.dtype)
 
 
 class HeadPatch(Patch):
@@ -83,13 +89,15 @@ class HeadPatch(Patch):
         return_dict = arguments.pop("return_dict", None)
         if head.disables_cache and "use_cache" in self.names:
             arguments["use_cache"] = False
-        output, weight = self.hidden_states(projection, arguments)
+        output, hidden, weight = self.hidden_states(projection, arguments)
+        softcap = None if head.softcap is None else getattr(self.module.config, head.softcap)
         loss = loss_of(
             head,
-            output[head.logits],
+            hidden,
             weight,
             projection.module.bias,
             labels,
+            softcap,
             **(settings if head.uses_loss_function else {}),
         )
         if head.second_loss is not None:
@@ -100,20 +108,21 @@ class HeadPatch(Patch):
         as_dict = self.module.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def hidden_states(self, projection: ProjectionPatch, arguments: dict) -> tuple[Any, Tensor]:
-        """The head's output with hidden states in place of logits, and the weight of the projection."""
+    def hidden_states(self, projection: ProjectionPatch, arguments: dict) -> tuple[Any, Tensor, Tensor]:
+        """The head's output without logits, and the input and the weight of the projection."""
         embedding = self.embedding_patch(projection.module)
         try:
-            projection.returns_input = True
+            projection.keeps_input = True
             if embedding is not None:
                 embedding.shares_table = True
             output = self.original(**arguments, return_dict=True)
+            hidden: Any = projection.hidden
             table = None if embedding is None else embedding.table
         finally:
-            projection.returns_input = False
+            projection.keeps_input, projection.hidden = False, None
             if embedding is not None:
                 embedding.shares_table, embedding.table = False, None
-        return output, projection.module.weight if table is None else table
+        return output, hidden, projection.module.weight if table is None else table
 
     def projection_patch(self) -> Any:
         """Made when there is none: resizing the vocabulary makes a new module."""
@@ -130,7 +139,9 @@ class HeadPatch(Patch):
         if not (table.is_cpu and table.requires_grad and torch.is_grad_enabled()):
             return None
         embedding = self.module.get_input_embeddings()
-        if type(embedding) is not nn.Embedding or embedding.weight is not table:
+        kind = type(embedding)
+        known = kind is nn.Embedding or f"{kind.__module__}.{kind.__qualname__}" == self.head.scaled_embedding
+        if not known or embedding.weight is not table:
             return None
         plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
         return patch_for(embedding, EmbeddingPatch, self.options) if plain else None
@@ -185,20 +196,32 @@ def is_plain_cross_entropy(module: Any) -> bool:
     return settings == (None, -100, "mean", 0.0)
 
 
-def loss_of(head: Head, hidden, weight, bias, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None):
+def loss_of(
+    head: Head,
+    hidden,
+    weight,
+    bias,
+    labels,
+    softcap=None,
+    num_items_in_batch=None,
+    ignore_index=-100,
+    shift_labels=None,
+):
     if head.shifted:
         labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
     if num_items_in_batch is None:
-        return cross_entropy(hidden, weight, bias, labels, ignore_index, "mean")
+        return cross_entropy(hidden, weight, bias, labels, ignore_index, "mean", softcap)
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(hidden.device)
-    return cross_entropy(hidden, weight, bias, labels, ignore_index, "sum") / num_items_in_batch
+    return cross_entropy(hidden, weight, bias, labels, ignore_index, "sum", softcap) / num_items_in_batch
 
 
-def cross_entropy(hidden, weight, bias, labels, ignore_index, reduction):
+def cross_entropy(hidden, weight, bias, labels, ignore_index, reduction, softcap):
     x, target = hidden.flatten(0, -2), labels.flatten().to(hidden.device, torch.int64)
     if x.is_cpu and sizes_may_depend_on_values(x, target):  # on a GPU, counting labels would synchronize
         labelled = (target != ignore_index).nonzero()[:, 0]
         if labelled.shape[0] < GATHER_BELOW * target.shape[0]:
             x, target = x.index_select(0, labelled), target[labelled]
-    return fastlm.linear_cross_entropy(x, weight, target, bias, ignore_index=ignore_index, reduction=reduction)
+    return fastlm.linear_cross_entropy(
+        x, weight, target, bias, ignore_index=ignore_index, reduction=reduction, softcap=softcap
+    )

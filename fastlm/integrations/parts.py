@@ -22,26 +22,33 @@ PROJECTIONS = {
     "linear": (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear),
     "conv1d": (Conv1D,),
 }
-GELU_NAMES = {
-    "GELUActivation": "none",
-    "NewGELUActivation": "tanh",
-    "GELUTanh": "tanh",
-    "PytorchGELUTanh": "tanh",
-    "FastGELUActivation": "tanh",
-    "AccurateGELUActivation": "tanh",
+ACTIVATION_NAMES = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "SiLUActivation": "silu",
 }
-# `approximate` of gelu_mlp by the class of an activation. Versions of transformers differ in which of them they have.
-GELUS = {
-    getattr(activations, name): approximate for name, approximate in GELU_NAMES.items() if hasattr(activations, name)
-}
-POSITIONS = {"learned": "absolute"}  # as the attention modules of transformers 4 call them
+# `activation` of glu_mlp by the class. Versions of transformers differ in which of them they have.
+ACTIVATIONS = {getattr(activations, name): own for name, own in ACTIVATION_NAMES.items() if hasattr(activations, name)}
+ACTIVATIONS |= {nn.SiLU: "silu", nn.ReLU: "relu"}
+POSITIONS = {"learned": "absolute", "rotary": "rotary"}  # the first as the attention modules of transformers 4 call it
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 Parameter = nn.Parameter
 
-# Classes of containers whose forward is defined in the family's module, so that it computes what the family describes,
-# and the parameters of each one's forward. They are read in eager mode only: torch.compile cannot trace `inspect`.
-container_parameters: dict[type, tuple[str, ...]] = {}
+
+class Container(NamedTuple):
+    """Of a class whose forward is defined in a family's module, so that it computes what the family describes."""
+
+    home: str  # that module
+    parameters: tuple[str, ...]  # of the forward
+
+
+# By class. They are read in eager mode only: torch.compile cannot trace `inspect`.
+containers: dict[type, Container] = {}
 
 
 # Operators by the kinds of families.py. A norm is given by its module's `__dict__`, projections by their `_parameters`.
@@ -52,7 +59,17 @@ def layer_norm(norm: dict, x: Tensor, residual: Tensor | None, dropout_p: float 
     return fastlm.layernorm_residual(x, residual, own["weight"], own["bias"], norm["eps"], dropout_p=dropout_p)
 
 
-def plain_mlp(x: Tensor, up: dict, down: dict, approximate: str, layout: str) -> Tensor:
+def rms_norm(norm: dict, x: Tensor, residual: Tensor | None, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    weight = norm["_parameters"]["weight"]
+    return fastlm.rms_norm_residual(x, residual, weight, norm["variance_epsilon"], dropout_p=dropout_p)
+
+
+def rms_norm_offset(norm: dict, x: Tensor, residual: Tensor | None, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    weight = norm["_parameters"]["weight"]
+    return fastlm.rms_norm_residual(x, residual, weight, norm["eps"], unit_offset=True, dropout_p=dropout_p)
+
+
+def plain_mlp(x: Tensor, gate: None, up: dict, down: dict, approximate: str, layout: str) -> Tensor:
     return fastlm.gelu_mlp(
         x,
         up["weight"],
@@ -65,14 +82,46 @@ def plain_mlp(x: Tensor, up: dict, down: dict, approximate: str, layout: str) ->
     )
 
 
-class Kind(NamedTuple):
+def gated_mlp(x: Tensor, gate: dict, up: dict, down: dict, activation: str, layout: str) -> Tensor:
+    return fastlm.glu_mlp(
+        x,
+        gate["weight"],
+        up["weight"],
+        down["weight"],
+        gate["bias"],
+        up["bias"],
+        down["bias"],
+        activation=activation,
+        recompute=RECOMPUTE,
+    )
+
+
+class Norm(NamedTuple):
     operator: str
     run: Callable
 
 
-NORM_CLASSES = {"layer": nn.LayerNorm}
-NORMS = {"layer": Kind("layernorm_residual", layer_norm)}
-MLPS = {"plain": Kind("gelu_mlp", plain_mlp)}
+class MLP(NamedTuple):
+    operator: str
+    run: Callable
+    activations: dict[str, str]  # the operator's argument by activation
+    expected: str  # these activations in words
+
+
+NORMS = {
+    "layer": Norm("layernorm_residual", layer_norm),
+    "rms": Norm("rms_norm_residual", rms_norm),
+    "rms_offset": Norm("rms_norm_residual", rms_norm_offset),
+}
+MLPS = {
+    "plain": MLP("gelu_mlp", plain_mlp, {"gelu": "none", "gelu_tanh": "tanh"}, "a plain GELU"),
+    "gated": MLP(
+        "glu_mlp",
+        gated_mlp,
+        {name: name for name in ("silu", "gelu", "gelu_tanh", "relu")},
+        "a plain SiLU, GELU or ReLU",
+    ),
+}
 
 
 # Reasons: "" if an operator may replace the module
@@ -87,12 +136,13 @@ def projection_reason(module: Any, layout: str) -> str:
     return call_reason(module)
 
 
-def norm_reason(module: Any, kind: str) -> str:
-    if type(module) is not NORM_CLASSES[kind]:
-        return f"is a {type(module).__name__}"
+def norm_reason(module: Any, family: Family) -> str:
+    kind, name = type(module), family.norm_class
+    if not (kind is nn.LayerNorm if name is None else family.has_norm(kind)):
+        return f"is a {kind.__name__}"
     if type(module._parameters.get("weight")) not in PLAIN_TENSORS:
         return "has no plain weight"
-    if len(module.normalized_shape) != 1:
+    if name is None and len(module.normalized_shape) != 1:
         return f"normalises over {module.normalized_shape}"
     return call_reason(module)
 
@@ -103,35 +153,48 @@ def dropout_reason(module: Any) -> str:
     return "has a probability of 1" if module.p >= 1 else call_reason(module)
 
 
-def container_reason(module: Any) -> str:
+def container_reason(module: Any, family: Family) -> str:
     """Why a container must be called with all its parts."""
-    if type(module) not in container_parameters:
+    container = containers.get(type(module))
+    if container is None or container.home != family.module:
         return f"is a {type(module).__name__}"
     return call_reason(module)
 
 
-def attention_reason(module: Any, positions: str) -> str:
-    kind = getattr(module, "position_embedding_type", POSITIONS[positions])
-    return f"has {kind} positions" if kind != POSITIONS[positions] else container_reason(module)
+def attention_reason(module: Any, family: Family) -> str:
+    kind = getattr(module, "position_embedding_type", POSITIONS[family.positions])
+    if kind != POSITIONS[family.positions]:
+        return f"has {kind} positions"
+    return "soft-caps its scores" if soft_caps(module, family) else container_reason(module, family)
 
 
-def gelu_of(activation: Any) -> str | None:
-    """`approximate` of gelu_mlp; None if the activation is no GELU or must be called."""
+def soft_caps(attention: Any, family: Family) -> bool:
+    return family.softcap is not None and getattr(attention, family.softcap) is not None
+
+
+def activation_name(activation: Any) -> str | None:
+    """None if the activation is not in ACTIVATIONS or must be called."""
     if not isinstance(activation, nn.Module) or call_reason(activation):
         return None
-    return activation.approximate if type(activation) is nn.GELU else GELUS.get(type(activation))
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    return ACTIVATIONS.get(type(activation))
 
 
 def register_container(kind: Any, family: Family) -> None:
     """Registers a class if its forward is defined in the family's module."""
-    if kind not in container_parameters and getattr(inspect.unwrap(kind.forward), "__module__", "") == family.module:
-        container_parameters[kind] = parameter_names(kind)
+    if kind not in containers and getattr(inspect.unwrap(kind.forward), "__module__", "") == family.module:
+        containers[kind] = Container(family.module, parameter_names(kind))
 
 
 def parameter_names(kind: Any) -> tuple[str, ...]:
     """The parameters of a class's forward; "**" for arbitrary keyword arguments."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     return tuple("**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters)
+
+
+def dict_of(module: Any) -> dict | None:
+    return None if module is None else module.__dict__
 
 
 class Parts:
@@ -159,39 +222,58 @@ class Parts:
         self.down_owner = self.find(parent(family.down))
         self.attention_norm, self.mlp_norm = self.find(family.attention_norm), self.find(family.mlp_norm)
         self.qkv = [self.find(path) for path in family.qkv]
-        self.attention_dropout = self.find(family.attention_dropout)
+        self.query_norm, self.key_norm = self.find_optional(family.query_norm), self.find_optional(family.key_norm)
+        name = family.attention_dropout.rpartition(".")[2]
+        if name in self.attention._modules:
+            self.attention_dropout: tuple[dict, str] = self.find(family.attention_dropout).__dict__, "p"
+        else:
+            self.attention_dropout = self.attribute(name)
         self.out, self.up, self.down = self.find(family.out), self.find(family.up), self.find(family.down)
-        self.out_dropout: Any = self.find(family.out_dropout) if family.out_dropout else None
-        self.mlp_dropout: Any = self.find(family.mlp_dropout) if family.mlp_dropout else None
+        self.gate = self.find_optional(family.gate)
+        self.out_dropout, self.mlp_dropout = (
+            self.find_optional(family.out_dropout),
+            self.find_optional(family.mlp_dropout),
+        )
+        self.attention_output_norm = self.find_optional(family.attention_output_norm)
+        self.mlp_output_norm = self.find_optional(family.mlp_output_norm)
         self.activation = getattr(self.up_owner, family.activation.rpartition(".")[2])  # a module or a function
         if isinstance(self.activation, nn.Module):
             self.find(family.activation)
 
         self.pre_norm = family.norm_place == "pre"
         self.middle_norm = self.mlp_norm if self.pre_norm else self.attention_norm  # after the attention's residual
-        self.layout, self.num_heads = family.layout, family.num_heads
+        self.layout, self.num_heads, self.head_dim = family.layout, family.num_heads, family.head_dim
         self.run_norm, self.run_mlp = NORMS[family.norm].run, MLPS[family.mlp].run
         own = self.attention.__dict__
         self.causal = next((name for name in family.causal if name in own), None)
+        self.is_rotary, self.rotates = family.positions == "rotary", family.rotates
+        self.window = None if family.window is None else self.attribute(family.window)
 
     def find_reasons(self, family: Family) -> None:
         block, out_owner = self.attention_block, self.out_owner
-        self.attention_reason = attention_reason(self.attention, family.positions)
-        self.block_reason = "" if block is None else container_reason(block)
-        self.out_owner_reason = self.attention_reason if out_owner is self.attention else container_reason(out_owner)
-        self.up_owner_reason, self.down_owner_reason = (
-            container_reason(self.up_owner),
-            container_reason(self.down_owner),
-        )
-        self.gelu: Any = gelu_of(self.activation)
-
-        projections, norms = (*self.qkv, self.out, self.up, self.down), (self.attention_norm, self.mlp_norm)
+        projections = [module for module in (*self.qkv, self.out, self.gate, self.up, self.down) if module is not None]
+        block_norms = (self.attention_norm, self.mlp_norm, self.attention_output_norm, self.mlp_output_norm)
+        head_norms = [module for module in (self.query_norm, self.key_norm) if module is not None]
+        norms = [module for module in block_norms if module is not None] + head_norms
         dropouts = [module for module in (self.out_dropout, self.mlp_dropout) if module is not None]
         self.reasons = {module: projection_reason(module, family.layout) for module in projections}
-        self.reasons |= {module: norm_reason(module, family.norm) for module in norms}
+        self.reasons |= {module: norm_reason(module, family) for module in norms}
         self.reasons |= {module: dropout_reason(module) for module in dropouts}
+
+        self.attention_reason = attention_reason(self.attention, family)
+        for module in head_norms:  # families differ in the layout of what these norms get
+            self.attention_reason = self.attention_reason or self.reasons[module]
+        self.block_reason = "" if block is None else container_reason(block, family)
+        self.out_owner_reason = (
+            self.attention_reason if out_owner is self.attention else container_reason(out_owner, family)
+        )
+        self.up_owner_reason = container_reason(self.up_owner, family)
+        self.down_owner_reason = container_reason(self.down_owner, family)
+        # The MLP operator's argument for the activation; None if it has none.
+        self.activation_name = MLPS[family.mlp].activations.get(activation_name(self.activation) or "")
+
         owner_reasons = (self.attention_reason, self.out_owner_reason, self.up_owner_reason, self.down_owner_reason)
-        self.all_replaceable = self.gelu is not None and not any(
+        self.all_replaceable = self.activation_name is not None and not any(
             (self.block_reason, *owner_reasons, *self.reasons.values())
         )
         self.parameters = [module._parameters for module in (*projections, *norms)]
@@ -212,9 +294,13 @@ class Parts:
         self.qkv_parameters = [module._parameters for module in self.qkv]
         self.out_parameters, self.up_parameters = self.out._parameters, self.up._parameters
         self.down_parameters = self.down._parameters
+        self.gate_parameters = None if self.gate is None else self.gate._parameters
         self.layer_dict, self.attention_dict = self.layer.__dict__, self.attention.__dict__
         self.attention_norm_dict, self.mlp_norm_dict = self.attention_norm.__dict__, self.mlp_norm.__dict__
         self.middle_norm_dict = self.middle_norm.__dict__
+        self.query_norm_dict, self.key_norm_dict = dict_of(self.query_norm), dict_of(self.key_norm)
+        self.attention_output_norm_dict = dict_of(self.attention_output_norm)
+        self.mlp_output_norm_dict = dict_of(self.mlp_output_norm)
         none: dict[str, Any] = {"training": False, "p": 0.0}
         self.out_dropout_dict = none if self.out_dropout is None else self.out_dropout.__dict__
         self.mlp_dropout_dict = none if self.mlp_dropout is None else self.mlp_dropout.__dict__
@@ -226,6 +312,14 @@ class Parts:
             module = siblings[name]
             self.links.append((siblings, name, module))
         return module
+
+    def find_optional(self, path: str | None) -> Any:
+        return None if path is None else self.find(path)
+
+    def attribute(self, name: str) -> tuple[dict, str]:
+        """A `__dict__` and the key of an attribute of the attention module or its configuration in it."""
+        owner, _, name = name.rpartition(".")
+        return (getattr(self.attention, owner) if owner else self.attention).__dict__, name
 
     def is_current(self, weights: bool = True) -> bool:
         """Whether every part could be replaced and still can: no module replaced, hooked or wrapped since.

@@ -16,9 +16,11 @@ from fastlm.integrations import attention as interface
 from fastlm.integrations import views
 from fastlm.integrations.encoders import EncoderPatch
 from fastlm.integrations.families import FAMILIES
-from fastlm.integrations.find import encoder_family, has_layers, head_of, layer_family
+from fastlm.integrations.find import encoder_family, head_of, layer_family, norm_family
 from fastlm.integrations.layers import LayerPatch
 from fastlm.integrations.loss import HeadPatch
+from fastlm.integrations.norms import NormPatch
+from fastlm.integrations.parts import soft_caps
 from fastlm.integrations.patch import Patch, has_foreign_forward, patch_of, put
 from fastlm.integrations.reporting import report
 
@@ -43,11 +45,14 @@ def accelerate(
         )
     restore(model)
     options = {"attention": attention, "layernorm": layernorm, "mlp": mlp, "loss": loss}
+    inside_layers: set[nn.Module] = set()
     for module in list(model.modules()):
-        if not has_foreign_forward(module):
+        if not has_foreign_forward(module) and module not in inside_layers:
             patch_module(module, options)
+        if layer_family(module) is not None:
+            inside_layers.update(module.modules())
         if attention and isinstance(module, PreTrainedModel) and makes_masks(module):
-            view_config(module)
+            view_config(model, module)
     if strict and not (found := report(model)).replaced:
         reasons = "; ".join(f"{entry.module}: {entry.reason}" for entry in found.left_alone[:5])
         layers = ", ".join(sorted({family.layer for family in FAMILIES.values()}))
@@ -67,6 +72,8 @@ def patch_module(module: Any, options: dict[str, bool]) -> None:
         patch = HeadPatch(module, head, options)
         put(patch)
         patch.projection_patch()
+    elif options["layernorm"] and (family := norm_family(module)) is not None:
+        put(NormPatch(module, family, options))
 
 
 def restore(model: M) -> M:
@@ -96,17 +103,24 @@ def wraps_patch(module: nn.Module) -> bool:
 
 
 def makes_masks(model: PreTrainedModel) -> bool:
-    """Whether the model makes masks through transformers' attention interface, for layers of a supported family."""
+    """Whether the model makes masks through transformers' attention interface, for layers of a supported family.
+
+    Attention that soft-caps its scores is left to the implementation that the model has.
+    """
     if not type(model)._supports_attention_backend or views.is_view(model.config):
         return False
     contains_model = any(isinstance(module, PreTrainedModel) for module in model.modules() if module is not model)
-    return not contains_model and has_layers(model)
+    layers = [(module, family) for module in model.modules() if (family := layer_family(module)) is not None]
+    capped = any(soft_caps(layer.get_submodule(family.attention), family) for layer, family in layers)
+    return bool(layers) and not contains_model and not capped
 
 
-def view_config(model: PreTrainedModel) -> None:
+def view_config(root: nn.Module, model: PreTrainedModel) -> None:
+    """For the modules of a model, and for the heads around it, by whose configuration `generate` makes masks."""
     config = model.config
     view = views.view(config, config._attn_implementation)
-    for module in model.modules():
+    heads = [module for module in root.modules() if isinstance(module, PreTrainedModel) and model in module.modules()]
+    for module in (*heads, *model.modules()):
         if module.__dict__.get("config") is config:
             module.__dict__["config"] = view
 

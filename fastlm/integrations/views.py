@@ -8,7 +8,9 @@ view instead: an object of a subclass that reads and writes the configuration's 
 import functools
 from typing import Any
 
-from fastlm.integrations.attention import NAME
+from fastlm.integrations.attention import NAME, is_view
+
+__all__ = ["is_view", "original", "view"]
 
 KEY = "_attn_implementation"
 
@@ -59,10 +61,6 @@ def view(config: Any, replaced: Any) -> Any:
     object.__setattr__(result, "fastlm_original", config)
     object.__setattr__(result, "__dict__", config.__dict__)
     return result
-
-
-def is_view(config: Any) -> bool:
-    return hasattr(type(config), "fastlm_original")
 
 
 def original(config: Any) -> Any:

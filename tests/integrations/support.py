@@ -7,7 +7,16 @@ import torch
 import transformers
 
 import fastlm
-from tests.models.hugging_face import DRAWS, KEY_BIASES, Errors, errors_of, lively, ours_on, theirs_on
+from tests.models.hugging_face import (
+    DRAWS,
+    KEY_BIASES,
+    Errors,
+    KeepFloat64,
+    errors_of,
+    lively,
+    ours_on,
+    theirs_on,
+)
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
 VOCAB = 131
@@ -41,6 +50,34 @@ DISTILBERT = {
     "dropout": 0.0,
     "attention_dropout": 0.0,
 }
+DECODER = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 48,
+    "hidden_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "intermediate_size": 80,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+GEMMA = DECODER | {
+    "head_dim": 16,
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 20,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "final_logit_softcapping": 4.0,
+}
+DECODERS = {
+    "Llama": DECODER | {"attention_bias": True, "mlp_bias": True},
+    "Mistral": DECODER | {"sliding_window": 5},
+    "Qwen2": DECODER | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "Qwen3": DECODER | {"head_dim": 16},
+    "SmolLM3": DECODER | {"no_rope_layer_interval": 2},
+    "Gemma2": GEMMA | {"attn_logit_softcapping": None},
+    "Gemma3Text": GEMMA,
+}
 SETTINGS = {
     "GPT2": GPT2,
     "Bert": BERT | DROPOUTS,
@@ -49,25 +86,43 @@ SETTINGS = {
     "Camembert": BERT | DROPOUTS,
     "Electra": BERT | DROPOUTS | {"embedding_size": 20},
     "DistilBert": DISTILBERT,
+    **DECODERS,
 }
-ENCODERS = [family for family in SETTINGS if family != "GPT2"]
+ENCODERS = [family for family in SETTINGS if family != "GPT2" and family not in DECODERS]
+
+
+def config_class(family):
+    return getattr(transformers, f"{family}Config")
+
+
+def model_class(family, head="Model"):
+    name = f"{family}{head}"
+    return getattr(transformers, "Gemma3ForCausalLM" if name == "Gemma3TextForCausalLM" else name)
+
+
+def language_head(family):
+    return {"GPT2": "LMHeadModel"}.get(family, "ForCausalLM" if family in DECODERS else "ForMaskedLM")
 
 
 def tiny(family, head="Model", **changes):
     """A model of transformers in eval mode, without dropout unless `changes` set it."""
-    config = getattr(transformers, f"{family}Config")(**{**SETTINGS[family], **changes})
-    return lively(getattr(transformers, f"{family}{head}")(config))
+    config = config_class(family)(**{**SETTINGS[family], **changes})
+    return lively(model_class(family, head)(config))
 
 
 def classes_of(family):
     """The suffixes of all model classes of a family in transformers: the base model and every head."""
-    home = importlib.import_module(getattr(transformers, f"{family}Model").__module__)
+    home = importlib.import_module(model_class(family).__module__)
     models = [
         kind
         for name, kind in vars(home).items()
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and name in home.__all__
+        if isinstance(kind, type)
+        and issubclass(kind, transformers.PreTrainedModel)
+        and name in home.__all__
+        and kind.config_class is config_class(family)  # not a model of text and images
+        and not name.endswith("PreTrainedModel")
     ]
-    return [kind.__name__.removeprefix(family) for kind in models if not kind.__name__.endswith("PreTrainedModel")]
+    return [kind.__name__.removeprefix(family).removeprefix("Gemma3") for kind in models]
 
 
 def accelerated_copy(model, **options):
@@ -100,20 +155,21 @@ def assert_close_gradients(model, reference):
             )
 
 
-def assert_within_twice(make, draw, dtype=torch.float32, shifted=False, draws=DRAWS):
+def assert_within_twice(make, draw, dtype=torch.float32, shifted=False, draws=DRAWS, exact_attention="eager"):
     """The error of an accelerated model against float64 is at most twice that of the same model as it comes.
 
     make() returns a model with a language-model head. draw() returns inputs, labels, and an index of the logits to
-    compare.
+    compare. exact_attention: transformers' implementation in float64. Some families' eager one gives NaN for padding.
     """
     evaluated, trained = Errors(dtype), Errors(dtype)
     for _ in range(draws):
         reference, (inputs, labels, where) = make().to(dtype), draw()
         exact_model = copy.deepcopy(reference).double()
-        exact_model.set_attn_implementation("eager")
+        exact_model.set_attn_implementation(exact_attention)
         accelerated = accelerated_copy(reference)
         assert not fastlm.report(accelerated).left_alone
-        exact = theirs_on(exact_model, inputs, labels, where, shifted)
+        with KeepFloat64():
+            exact = theirs_on(exact_model, inputs, labels, where, shifted)
         allowed = errors_of(theirs_on(reference, inputs, labels, where, shifted), exact)
         evaluated.add(errors_of(theirs_on(accelerated.eval(), inputs, labels, where, shifted), exact), allowed)
         del allowed["logits"]

@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
+import functools
 import importlib
+import inspect
 import itertools
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -15,12 +16,25 @@ from transformers.pytorch_utils import Conv1D
 import fastlm
 from fastlm.integrations.families import BERT, FAMILIES, GPT2, parent
 from fastlm.integrations.parts import PROJECTIONS
-from tests.integrations.support import SETTINGS, assert_close_gradients, tiny
+from tests.integrations.support import (
+    DECODERS,
+    ENCODERS,
+    SETTINGS,
+    assert_close_gradients,
+    config_class,
+    model_class,
+    tiny,
+)
 
-HOMES = {
-    family: importlib.import_module(getattr(transformers, f"{family}Model").__module__).__name__ for family in SETTINGS
-}
+HOMES = {family: importlib.import_module(model_class(family).__module__).__name__ for family in SETTINGS}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+TABLES = ("position_embeddings_global", "position_embeddings_local")  # of Gemma 3 in transformers 4
+
+
+def parameters_of(layer):
+    return inspect.signature(type(layer).forward).parameters
 
 
 def layer_of(family, **changes):
@@ -42,17 +56,30 @@ def test_classes_and_modules_exist(family):
     if description.encoder is not None:
         encoder = next(m for m in tiny(family).modules() if type(m).__name__ == description.encoder)
         assert type(encoder.get_submodule(description.layers)[0]).__name__ == description.layer
-    for path in (*description.qkv, description.out, description.up, description.down):
-        assert type(layer.get_submodule(path)) in PROJECTIONS[description.layout]
-    for path in (description.attention_norm, description.mlp_norm):
-        assert type(layer.get_submodule(path)) is nn.LayerNorm
-    for path in (description.attention_dropout, description.out_dropout, description.mlp_dropout):
-        assert path is None or type(layer.get_submodule(path)) is nn.Dropout
+    projections = {*description.qkv, description.out, description.gate, description.up, description.down} - {None}
+    norms = {value for field, value in vars(description).items() if field.endswith("_norm")} - {None}
+    dropouts = {description.attention_dropout, description.out_dropout, description.mlp_dropout} - {None}
+    norm = getattr(home, description.norm_class) if description.norm_class else nn.LayerNorm
+    if family in DECODERS:
+        dropouts.remove(description.attention_dropout)
+        assert layer.get_submodule(description.attention).attention_dropout == 0
+    for paths, kinds in ((projections, PROJECTIONS[description.layout]), (norms, [norm]), (dropouts, [nn.Dropout])):
+        for path in paths:
+            assert type(layer.get_submodule(path)) in kinds
+    # Every module with parameters is described.
+    assert projections | norms == {
+        name for name, module in layer.named_modules() if any(True for _ in module.parameters(recurse=False))
+    }
     assert callable(getattr(layer.get_submodule(parent(description.activation)), description.activation.split(".")[-1]))
     attention = layer.get_submodule(description.attention)
-    assert getattr(attention, description.num_heads) == 3
+    if description.num_heads is None:
+        assert getattr(attention, description.head_dim) * 3 == layer.get_submodule(description.qkv[0]).out_features
+    else:
+        assert getattr(attention, description.num_heads) == 3
     causal = next((vars(attention)[name] for name in description.causal if name in vars(attention)), False)
-    assert causal is (family == "GPT2")
+    assert causal is (family == "GPT2" or family in DECODERS)
+    for name in (description.rotates, description.window, description.softcap):
+        assert name is None or functools.reduce(getattr, name.split("."), attention) in (None, 5, 1)
 
 
 @pytest.mark.parametrize("family", SETTINGS)
@@ -60,8 +87,8 @@ def test_output_projections_are_where_heads_have_them(family):
     description = FAMILIES[HOMES[family]]
     for name, head in description.heads.items():
         kind = getattr(importlib.import_module(HOMES[family]), name)
-        decoder = {"is_decoder": head.uses_loss_function} if family not in ("GPT2", "DistilBert") else {}
-        model = kind(getattr(transformers, f"{family}Config")(**SETTINGS[family], **decoder))
+        decoder = {"is_decoder": head.uses_loss_function} if family in ENCODERS and family != "DistilBert" else {}
+        model = kind(config_class(family)(**SETTINGS[family], **decoder))
         projection = model.get_submodule(head.projection)
         assert projection is model.get_output_embeddings()
         assert head.loss_module is None or isinstance(model.get_submodule(head.loss_module), nn.CrossEntropyLoss)
@@ -71,14 +98,17 @@ def test_output_projections_are_where_heads_have_them(family):
 def test_layers_return_what_the_table_says_for_this_version(family):
     layer, description = layer_of(family, attn_implementation="eager")
     x, returned = torch.randn(2, 5, 36), description.returned()
+    inputs = {"attn_mask": torch.ones(2, 5)} if family == "DistilBert" else {}  # it requires one
+    if family in DECODERS:
+        table = torch.randn(1, 5, layer.get_submodule(description.attention).head_dim)
+        inputs = {name: (table, table) for name in ("position_embeddings", *TABLES) if name in parameters_of(layer)}
     if returned is None:
-        assert layer(x).shape == x.shape
+        assert layer(x, **inputs).shape == x.shape
         return
-    mask = {"attn_mask": torch.ones(2, 5)} if family == "DistilBert" else {}  # it requires one
-    result = layer(x, **mask)
+    result = layer(x, **inputs)
     assert type(result) is tuple and result[0].shape == x.shape
     shapes = {"hidden_states": (2, 5, 36), "attentions": (2, 3, 5, 5)}
-    result = layer(x, **mask, output_attentions=True)
+    result = layer(x, **inputs, output_attentions=True)
     assert [output.shape for output in result] == [shapes[name] for name in returned]
 
 
@@ -93,6 +123,8 @@ def test_layers_return_what_the_table_says_for_this_version(family):
         ("Bert", "5.0.0rc1", None),
         ("DistilBert", "4.57.6", ("attentions", "hidden_states")),
         ("DistilBert", "5.10.2", None),
+        ("Qwen3", "4.57.0", None),
+        ("Gemma2", "4.57.6", ("hidden_states", "attentions")),
     ],
 )
 def test_what_layers_return_depends_on_the_version(family, version, returned):

@@ -11,7 +11,16 @@ import transformers
 from torch import nn
 
 import fastlm
-from tests.integrations.support import SETTINGS, V5, accelerated_copy, assert_close_gradients, ids, padded, tiny
+from tests.integrations.support import (
+    SETTINGS,
+    V5,
+    accelerated_copy,
+    assert_close_gradients,
+    ids,
+    language_head,
+    padded,
+    tiny,
+)
 from tests.models.hugging_face import real
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -25,7 +34,7 @@ def state(model):
 
 @pytest.mark.parametrize("family", SETTINGS)
 def test_restore_is_exact(family):
-    model = tiny(family, "LMHeadModel" if family == "GPT2" else "ForMaskedLM")
+    model = tiny(family, language_head(family))
     before, settings = state(model), dict(vars(model.config))
     assert fastlm.accelerate(model) is model and state(model) != before
     x = ids(2, 7)
@@ -86,9 +95,9 @@ def test_attention_implementation_may_be_set():
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
-@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+@pytest.mark.parametrize("family", ["GPT2", "Bert", "Qwen3"])
 def test_copies_are_accelerated_and_independent(family, copied):
-    model = accelerated_copy(tiny(family, "LMHeadModel" if family == "GPT2" else "ForMaskedLM"))
+    model = accelerated_copy(tiny(family, language_head(family)))
     x, mask = padded(9, 5, tokens=9)
     before = model(x, attention_mask=mask).logits
     duplicate = copied(model)
@@ -104,7 +113,7 @@ def test_copies_are_accelerated_and_independent(family, copied):
     assert base.config is duplicate.config
 
 
-@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+@pytest.mark.parametrize("family", ["Gemma3Text", "Bert"])
 def test_an_accelerated_model_is_unpickled_by_another_process(family, tmp_path):
     """With padding on the left: a causal model without its mask would attend to it."""
     model, (x, mask) = accelerated_copy(tiny(family)), padded(9, 5, tokens=9)
@@ -277,8 +286,7 @@ def test_hidden_states_and_attentions(family):
 def test_peft(tmp_path):
     peft = pytest.importorskip("peft", reason="pip install 'fastlm[test]'")
     for family, targets in (("GPT2", ["c_attn", "c_fc"]), ("Bert", ["query", "value"])):
-        head = "LMHeadModel" if family == "GPT2" else "ForMaskedLM"
-        reference = tiny(family, head)
+        reference = tiny(family, language_head(family))
         accelerated = accelerated_copy(reference)
         config = peft.LoraConfig(
             r=2, target_modules=targets, init_lora_weights=False, fan_in_fan_out=family == "GPT2", lora_dropout=0.0
@@ -356,7 +364,9 @@ def replica_of(model):
     return copies[model]
 
 
-@pytest.mark.parametrize(("family", "head"), [("GPT2", "LMHeadModel"), ("Bert", "ForMaskedLM")])
+@pytest.mark.parametrize(
+    ("family", "head"), [("GPT2", "LMHeadModel"), ("Bert", "ForMaskedLM"), ("Llama", "ForCausalLM")]
+)
 def test_a_replica_uses_its_own_parameters(family, head):
     reference = tiny(family, head)
     accelerated = accelerated_copy(reference)

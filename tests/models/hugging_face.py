@@ -140,10 +140,15 @@ def ours_on(model, inputs, labels, where):
 
 
 class KeepFloat64(TorchFunctionMode):
-    """Casts of float64 tensors to float32, as in transformers' norms and softmax, do nothing."""
+    """Casts of float64 tensors to float32, as in transformers' norms and softmax, do nothing.
+
+    Integers, as those of positions, become float64.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if function is Tensor.float and not args[0].dtype.is_floating_point:
+            return args[0].double()
         if isinstance(args[0] if args else None, Tensor) and args[0].dtype == torch.float64:
             if function is Tensor.float:
                 return args[0]
