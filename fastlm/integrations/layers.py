@@ -24,6 +24,7 @@ from fastlm.integrations.parts import (
     Parts,
     containers,
     parameter_names,
+    projection_reason,
 )
 from fastlm.integrations.patch import (
     GLOBAL_HOOKS,
@@ -32,6 +33,8 @@ from fastlm.integrations.patch import (
     functorch_stack,
     is_compiling,
     observed_reason,
+    patch_of,
+    put,
     tracing_state,
 )
 
@@ -81,6 +84,10 @@ class LayerPatch(Patch):
         parts = Parts(self.module, self.family)
         if not is_compiling():
             self.parts: Parts | None = parts
+            if self.options["attention"]:
+                patch_base_layers((*parts.qkv, parts.out), parts, self.options)
+            if self.options["mlp"]:
+                patch_base_layers((parts.gate, parts.up, parts.down), parts, self.options)
         return parts
 
     def __call__(self, *args: Any, _checkpoint: bool = CHECKPOINTS_IN_FORWARD, **kwargs: Any) -> Any:
@@ -139,6 +146,30 @@ class LayerPatch(Patch):
         if type(x) is Tensor and not any(GLOBAL_HOOKS) and tracing_state() is None and functorch_stack() is None:
             return ""  # as observed_reason returns, with fewer calls
         return observed_reason(x)
+
+
+class BaseLayerPatch(Patch):
+    """The forward of a projection inside an adapter, which is called as a module: the large product is fastlm's."""
+
+    def __init__(self, projection: Any, layout: str, options: dict[str, bool]) -> None:
+        super().__init__(projection, options)
+        self.layout = layout
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if kwargs or len(args) != 1 or observed_reason(args[0]) or projection_reason(module, self.layout):
+            return self.original(*args, **kwargs)
+        return fastlm.linear(args[0], module.weight, module.bias, layout=self.layout)
+
+
+def patch_base_layers(projections: Any, parts: Parts, options: dict[str, bool]) -> None:
+    """For PEFT, which may add and remove adapters after `accelerate`."""
+    for module in projections:
+        if isinstance(patch := None if module is None else patch_of(module), BaseLayerPatch):
+            patch.detach()  # it is no longer inside an adapter
+        base = None if module is None else module._modules.get("base_layer")
+        if base is not None and "forward" not in base.__dict__ and not projection_reason(base, parts.layout):
+            put(BaseLayerPatch(base, parts.layout, options))
 
 
 # Attention, shared by both ways to compute a layer

@@ -257,11 +257,18 @@ def test_lora(family, targets, order):
     for model in adapted:
         model(input_ids=x, attention_mask=mask, labels=x.masked_fill(mask == 0, -100)).loss.backward()
     assert_close_gradients(*adapted)
+    bases = [module for name, module in adapted[0].named_modules() if name.endswith("base_layer")]
+    assert len(bases) == 2 * len(targets) and all(
+        type(vars(base)["forward"]) is layers.BaseLayerPatch for base in bases
+    )
     for name, p in adapted[0].named_parameters():
         assert (p.grad is not None) is ("lora_" in name) is p.requires_grad
     with adapted[0].disable_adapter(), torch.no_grad():
         actual = adapted[0].eval()(input_ids=x).logits
     torch.testing.assert_close(actual, reference(x).logits, **CLOSE)
+    merged = adapted[0].merge_and_unload()
+    assert not fastlm.report(merged).left_alone and not any("forward" in vars(base) for base in bases)
+    torch.testing.assert_close(merged(x).logits, adapted[1].eval()(input_ids=x).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_frozen_weights_have_no_gradient_buffer():
