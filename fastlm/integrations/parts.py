@@ -125,11 +125,12 @@ MLPS = {
 
 
 # Reasons: "" if an operator may replace the module
+IS_A = "is a "  # begins a reason that depends on the class alone
 
 
 def projection_reason(module: Any, layout: str) -> str:
     if type(module) not in PROJECTIONS[layout]:
-        return f"is a {type(module).__name__}"
+        return f"{IS_A}{type(module).__name__}"
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if type(weight) not in PLAIN_TENSORS or (bias is not None and type(bias) not in PLAIN_TENSORS):
         return f"has a weight of type {type(weight).__name__}"
@@ -139,7 +140,7 @@ def projection_reason(module: Any, layout: str) -> str:
 def norm_reason(module: Any, family: Family) -> str:
     kind, name = type(module), family.norm_class
     if not (kind is nn.LayerNorm if name is None else family.has_norm(kind)):
-        return f"is a {kind.__name__}"
+        return f"{IS_A}{kind.__name__}"
     if type(module._parameters.get("weight")) not in PLAIN_TENSORS:
         return "has no plain weight"
     if name is None and len(module.normalized_shape) != 1:
@@ -149,7 +150,7 @@ def norm_reason(module: Any, family: Family) -> str:
 
 def dropout_reason(module: Any) -> str:
     if type(module) is not nn.Dropout:
-        return f"is a {type(module).__name__}"
+        return f"{IS_A}{type(module).__name__}"
     return "has a probability of 1" if module.p >= 1 else call_reason(module)
 
 
@@ -157,7 +158,7 @@ def container_reason(module: Any, family: Family) -> str:
     """Why a container must be called with all its parts."""
     container = containers.get(type(module))
     if container is None or container.home != family.module:
-        return f"is a {type(module).__name__}"
+        return f"{IS_A}{type(module).__name__}"
     return call_reason(module)
 
 
@@ -273,10 +274,13 @@ class Parts:
         self.activation_name = MLPS[family.mlp].activations.get(activation_name(self.activation) or "")
 
         owner_reasons = (self.attention_reason, self.out_owner_reason, self.up_owner_reason, self.down_owner_reason)
-        self.all_replaceable = self.activation_name is not None and not any(
-            (self.block_reason, *owner_reasons, *self.reasons.values())
+        reasons = [reason for reason in (self.block_reason, *owner_reasons, *self.reasons.values()) if reason]
+        self.all_replaceable = self.activation_name is not None and not reasons
+        # Then they stay as long as the classes do.
+        self.reasons_are_classes = all(reason.startswith(IS_A) for reason in reasons) and (
+            isinstance(self.activation, nn.Module) and not call_reason(self.activation)
         )
-        self.parameters = [module._parameters for module in (*projections, *norms)]
+        self.parameters = [module._parameters for module in (*projections, *norms) if not self.reasons[module]]
 
     def remember_state(self) -> None:
         """What `is_current` compares at every call, as whole lists, and what the fused layer reads.
@@ -322,12 +326,12 @@ class Parts:
         return (getattr(self.attention, owner) if owner else self.attention).__dict__, name
 
     def is_current(self, weights: bool = True) -> bool:
-        """Whether every part could be replaced and still can: no module replaced, hooked or wrapped since.
+        """Whether the same parts can be replaced as before: no module replaced, hooked or wrapped since.
 
         This is what a layer pays at every call for allowing such changes. weights=False ignores the weights: while a
         layer is not running, sharding replaces them by other kinds of tensors.
         """
-        if not self.all_replaceable or self.parents != self.children or [*map(type, self.modules)] != self.classes:
+        if not self.reasons_are_classes or self.parents != self.children or [*map(type, self.modules)] != self.classes:
             return False
         check_each = is_dynamo_compiling() or any(self.hooks)  # hooks may be idle
         if not check_each:
