@@ -131,7 +131,7 @@ def test_packed_sequences():
         accelerated(x, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
 
 
-# What is left to the model
+# What is left to the model and what is not
 
 
 def assert_same_results(accelerated, reference):
@@ -157,6 +157,13 @@ def test_soft_capped_scores_are_left_to_the_model():
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_pytorch_tanh", "swish"])
 def test_activations(activation):
     reference = tiny("Llama", hidden_act=activation)
+    accelerated = accelerated_copy(reference)
+    assert not fastlm.report(accelerated).left_alone
+    assert_same_results(accelerated, reference)
+
+
+def test_attention_in_both_directions():
+    reference = tiny("Gemma3Text", use_bidirectional_attention=True)
     accelerated = accelerated_copy(reference)
     assert not fastlm.report(accelerated).left_alone
     assert_same_results(accelerated, reference)

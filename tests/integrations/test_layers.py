@@ -534,16 +534,21 @@ def test_compile_fullgraph_with_dynamic_shapes(family, head, one):
     )
 
 
-@pytest.mark.parametrize(("family", "head"), [("GPT2", "LMHeadModel"), ("Bert", "ForMaskedLM")])
-def test_export(family, head):
+@pytest.mark.parametrize(
+    ("family", "head", "operators"),
+    [
+        ("GPT2", "LMHeadModel", {"attention", "linear", "gelu_mlp", "layernorm_residual"}),
+        ("Bert", "ForMaskedLM", {"attention", "linear", "gelu_mlp", "layernorm_residual"}),
+        ("Qwen3", "ForCausalLM", {"attention", "linear", "glu_mlp", "rms_norm_residual", "rotary"}),
+    ],
+)
+def test_export(family, head, operators):
     reference = tiny(family, head, use_cache=False)
     accelerated = accelerated_copy(reference)
     x, mask = padded(17, 5)
     program = torch.export.export(accelerated, (x,), {"attention_mask": mask})
     names = {str(node.target) for node in program.graph.nodes}
-    assert {
-        f"fastlm.{operator}_forward.default" for operator in ("attention", "linear", "gelu_mlp", "layernorm_residual")
-    } <= names
+    assert {f"fastlm.{operator}_forward.default" for operator in operators} <= names
     torch.testing.assert_close(
         program.module()(x, attention_mask=mask).logits[mask.bool()],
         reference(x, attention_mask=mask).logits[mask.bool()],
