@@ -16,7 +16,7 @@ def test_models_are_accelerated():
         assert bool(fastlm.report(model).replaced) is WANTED
         model(torch.ones(1, 3, dtype=torch.int64))
     assert config._attn_implementation in (None, "sdpa")
-    unsupported = transformers.LlamaModel(transformers.LlamaConfig(**sizes))
+    unsupported = transformers.GemmaModel(transformers.GemmaConfig(**sizes))
     assert not fastlm.report(unsupported).entries
 """
 
