@@ -306,6 +306,18 @@ def test_a_model_in_bfloat16_under_autocast():
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_norms_in_float32_in_a_model_in_bfloat16():
+    """As PEFT prepares quantized models for training."""
+    reference, x = tiny("Llama").to(torch.bfloat16), ids(2, 9)
+    for module in reference.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = accelerated_copy(reference)(x)[0], reference(x)[0]
+    assert actual.dtype == expected.dtype == torch.float32
+    assert (actual - expected).norm() < 2**-6 * expected.norm()
+
+
 def test_attention_dropout():
     model, x = accelerated_copy(tiny("Llama", attention_dropout=0.4)), ids(2, 9)
     assert torch.equal(model(x)[0], model(x)[0])
