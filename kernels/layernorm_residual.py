@@ -53,7 +53,7 @@ def layernorm_residual_forward_kernel(
         tl.store(summed_ptr + row[:, None] * width + column[None, :], stored, mask=inside)
         s = stored.to(tl.float32)  # the statistics are those of the stored sum
     mean = tl.sum(s, 1) / width
-    # The rounding error of the mean, which is large beside the deviations where all elements are large and nearly equal.
+    # Corrects the rounding error of the mean, which is large beside the deviations of large, nearly equal elements.
     mean += tl.sum(tl.where(inside, s - mean[:, None], 0.0), 1) / width
     centered = tl.where(inside, s - mean[:, None], 0.0)
     squares = tl.sum(centered * centered, 1)

@@ -1,6 +1,7 @@
 // From a run-time dtype to the kernels' element types.
 #pragma once
 #include "tensor.h"
+#include "../cpu/threads.h"
 #include "../cpu/simd.h"
 
 namespace fastlm {
@@ -22,5 +23,26 @@ template <class Kernel> auto dispatch(dtype type, const char* argument, dtype wi
     return wider == dtype::float32 ? kernel.template operator()<T, float>() : kernel.template operator()<T, T>();
   });
 }
+
+// A vector of parameters as fp32, which the kernels read. One of 16 bits is converted, a few elements for a whole call.
+class fp32_parameters {
+  buffer converted;
+  const float* address;
+
+ public:
+  fp32_parameters(const tensor& given, int64_t size) {
+    if (!given.given() || given.type == dtype::float32) {
+      address = given.contiguous_as<const float>(size);
+      return;
+    }
+    converted = make_buffer(size);
+    address = converted.get();
+    dispatch(given, [&]<class T>() {
+      const T* from = given.contiguous_as<const T>(size);
+      sweep(size, [=, to = converted.get()](int64_t i, auto span) { vec::load(from + i, span).store(to + i, span); });
+    });
+  }
+  operator const float*() const { return address; }
+};
 
 }  // namespace fastlm

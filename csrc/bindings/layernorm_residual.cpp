@@ -22,11 +22,11 @@ static void layernorm_residual_forward(const layernorm_residual_forward_argument
     const auto x = a.x.rows<const T>();
     const auto residual = a.residual.rows<const R>(x.count, x.width);
     const int64_t rows = x.count, width = x.width;
-    fastlm::layernorm_residual_forward(
-        x.data, x.stride, residual.data, residual.stride, a.weight.contiguous_as<const float>(width),
-        a.bias.contiguous_as<const float>(width), a.y.contiguous_as<T>(rows * width),
-        a.summed.contiguous_as<R>(rows * width), a.mean.contiguous_as<float>(rows), a.rstd.contiguous_as<float>(rows),
-        {rows, width}, a.eps, {a.dropout_p, a.seed}, a.threads);
+    fastlm::layernorm_residual_forward(x.data, x.stride, residual.data, residual.stride,
+                                       fp32_parameters(a.weight, width), fp32_parameters(a.bias, width),
+                                       a.y.contiguous_as<T>(rows * width), a.summed.contiguous_as<R>(rows * width),
+                                       a.mean.contiguous_as<float>(rows), a.rstd.contiguous_as<float>(rows),
+                                       {rows, width}, a.eps, {a.dropout_p, a.seed}, a.threads);
   });
 }
 FASTLM_BINDING(layernorm_residual_forward)
@@ -50,9 +50,8 @@ static void layernorm_residual_backward(const layernorm_residual_backward_argume
     const auto dy = a.dy.rows<const T>(rows, width);
     const auto dsummed = a.dsummed.rows<const R>(rows, width);
     fastlm::layernorm_residual_backward(
-        dy.data, dy.stride, dsummed.data, dsummed.stride, summed.data, summed.stride,
-        a.weight.contiguous_as<const float>(width), a.mean.contiguous_as<const float>(rows),
-        a.rstd.contiguous_as<const float>(rows),
+        dy.data, dy.stride, dsummed.data, dsummed.stride, summed.data, summed.stride, fp32_parameters(a.weight, width),
+        a.mean.contiguous_as<const float>(rows), a.rstd.contiguous_as<const float>(rows),
         layernorm_gradients<T, R>{a.dx.contiguous_as<T>(rows * width), a.dresidual.contiguous_as<R>(rows * width),
                                   a.dweight.contiguous_as<float>(width), a.dbias.contiguous_as<float>(width)},
         {rows, width}, {a.dropout_p, a.seed}, a.threads);

@@ -23,7 +23,7 @@ static void rms_norm_residual_forward(const rms_norm_residual_forward_arguments&
     const int64_t width = a.x.width, rows = width ? a.x.count / width : 0;
     const auto x = strided_rows_of<const T>(a.x, rows, width);
     const auto residual = strided_rows_of<const R>(a.residual, rows, width);
-    fastlm::rms_norm_residual_forward(x, residual, {a.weight.contiguous_as<const float>(width), a.unit_offset},
+    fastlm::rms_norm_residual_forward(x, residual, {fp32_parameters(a.weight, width), a.unit_offset},
                                       a.y.contiguous_as<T>(rows * width), a.summed.contiguous_as<R>(rows * width),
                                       a.rstd.contiguous_as<float>(rows), {rows, width}, a.eps, {a.dropout_p, a.seed},
                                       a.threads);
@@ -50,8 +50,7 @@ static void rms_norm_residual_backward(const rms_norm_residual_backward_argument
     const auto dy = strided_rows_of<const T>(a.dy, rows, width);
     const auto dsummed = strided_rows_of<const R>(a.dsummed, rows, width);
     fastlm::rms_norm_residual_backward(
-        dy, dsummed, summed, {a.weight.contiguous_as<const float>(width), a.unit_offset},
-        a.rstd.contiguous_as<const float>(rows),
+        dy, dsummed, summed, {fp32_parameters(a.weight, width), a.unit_offset}, a.rstd.contiguous_as<const float>(rows),
         rms_norm_gradients<T, R>{a.dx.contiguous_as<T>(rows * width), a.dresidual.contiguous_as<R>(rows * width),
                                  a.dweight.contiguous_as<float>(width)},
         {rows, width}, {a.dropout_p, a.seed}, a.threads);

@@ -10,6 +10,9 @@
 // Each element of C is the same chain of sums as in gemm(), so the bits do not depend on the choice.
 #pragma once
 #include "gemm.h"
+#if defined(__AMX_BF16__)
+#include "gemm_small_amx.h"
+#endif
 
 namespace fastlm {
 
@@ -285,8 +288,14 @@ template <class Arithmetic, class TA, class TB, size_t Count, class Epilogue>
 void multiply(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<TB, Count>& b, int threads,
               Epilogue epilogue) {
   const int64_t small_m = b[0].stride == 1 ? 32 : 24;  // transposing in registers costs as much as packing
-  if constexpr (!Arithmetic::RowMajorOnly)
+  if constexpr (!Arithmetic::RowMajorOnly) {
     if (m <= small_m && m * k <= MaxSmallMElements) return gemm_small_m<Arithmetic>(m, n, k, a, b, threads, epilogue);
+  }
+#if defined(__AMX_BF16__)
+  else if constexpr (std::is_same_v<TB, bf16>) {
+    if (m <= AmxRows && AmxRows * k <= MaxSmallMElements) return amx_small_m(m, n, k, a, b, threads, epilogue);
+  }
+#endif
   gemm<Arithmetic>(m, n, k, a, b, threads, epilogue);
 }
 template <class Arithmetic, class TA, class TB, class Epilogue>

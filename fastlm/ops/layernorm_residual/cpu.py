@@ -4,16 +4,9 @@ import torch
 
 from fastlm.backends import cpu
 from fastlm.backends.contract import Implementation
-from fastlm.backends.cpu import kernels, new, new_like, seed_value, zeros
+from fastlm.backends.cpu import kernels, new, new_like, seed_value, vector, zeros
 from fastlm.core.layout import rows
 from fastlm.ops.layernorm_residual.spec import Backward, Forward
-
-
-def float32_vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A weight or bias as the kernel takes it: float32 and contiguous."""
-    if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()):
-        return parameter
-    return parameter.float().contiguous()
 
 
 def forward(call: Forward):
@@ -25,8 +18,8 @@ def forward(call: Forward):
         kernels.layernorm_residual_forward(
             x=rows(x),
             residual=rows(call.residual),
-            weight=float32_vector(call.weight),
-            bias=float32_vector(call.bias),
+            weight=vector(call.weight),
+            bias=vector(call.bias),
             y=y,
             summed=summed,
             mean=mean,
@@ -45,13 +38,12 @@ def backward(call: Backward):
     dx, dresidual = new_like(summed, needs_dx, call.x_dtype), new_like(summed, needs_dresidual)
     if summed.numel() == 0:
         return dx, dresidual, zeros(weight, weight.shape, needs_dweight), zeros(weight, weight.shape, needs_dbias)
-    wide = float32_vector(weight)
-    dweight, dbias = new_like(wide, needs_dweight), new_like(wide, needs_dbias)
+    dweight, dbias = (new_like(weight, needed, torch.float32) for needed in (needs_dweight, needs_dbias))
     kernels.layernorm_residual_backward(
         dy=rows(call.dy),
         dsummed=rows(call.dsummed),
         summed=rows(summed),
-        weight=wide,
+        weight=vector(weight),
         mean=call.mean,
         rstd=call.rstd,
         dx=dx,

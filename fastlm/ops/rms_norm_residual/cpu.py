@@ -4,14 +4,9 @@ import torch
 
 from fastlm.backends import cpu
 from fastlm.backends.contract import Implementation
-from fastlm.backends.cpu import kernels, new, new_like, seed_value, zeros
+from fastlm.backends.cpu import kernels, new, new_like, seed_value, vector, zeros
 from fastlm.core.layout import strided_rows
 from fastlm.ops.rms_norm_residual.spec import Backward, Forward
-
-
-def float32_vector(weight: torch.Tensor) -> torch.Tensor:
-    """A weight as the kernel takes it: float32 and contiguous."""
-    return weight if weight.dtype == torch.float32 and weight.is_contiguous() else weight.float().contiguous()
 
 
 def forward(call: Forward):
@@ -22,7 +17,7 @@ def forward(call: Forward):
         kernels.rms_norm_residual_forward(
             x=strided_rows(x),
             residual=strided_rows(call.residual),
-            weight=float32_vector(call.weight),
+            weight=vector(call.weight),
             y=y,
             summed=summed,
             rstd=rstd,
@@ -41,13 +36,12 @@ def backward(call: Backward):
     dx, dresidual = new_like(summed, needs_dx, call.x_dtype), new_like(summed, needs_dresidual)
     if summed.numel() == 0:
         return dx, dresidual, zeros(weight, weight.shape, needs_dweight)
-    wide = float32_vector(weight)
-    dweight = new_like(wide, needs_dweight)
+    dweight = new_like(weight, needs_dweight, torch.float32)
     kernels.rms_norm_residual_backward(
         dy=strided_rows(call.dy),
         dsummed=strided_rows(call.dsummed),
         summed=strided_rows(summed),
-        weight=wide,
+        weight=vector(weight),
         rstd=call.rstd,
         dx=dx,
         dresidual=dresidual,

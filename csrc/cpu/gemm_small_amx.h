@@ -1,0 +1,146 @@
+// C = A·B for at most 16 rows of bf16 by AMX: a decode step, a small batch. Bound by reading B, which is read once and
+// not packed. Included by gemm_small.h.
+//
+// Where B is contiguous in k, its memory has the layout of an instruction's first operand, [column][pair of k]: tiles
+// are loaded from it, A is the second operand, and the sums are those of the transpose of C. Where B is contiguous
+// along its columns, pairs of its rows are interleaved to a second operand in the L1 cache. Each element of C is the
+// same chain of sums as in gemm(): c += the sums of 16 even and of 16 odd elements of k.
+#pragma once
+#include "gemm.h"
+
+namespace fastlm {
+
+inline constexpr int64_t AmxRows = 16, AmxTile = 16 * 16;  // fp32 of a tile of sums
+inline constexpr int64_t AmxColumns = 512;                 // 32 kB of sums
+
+// A tile of B whose rows are columns of it: [column][pair of k], for `columns` columns and `k` elements that exist.
+inline void amx_copy_tile(operand<bf16> b, int64_t columns, int64_t k, float* out) {
+  for (int64_t j = 0; j < 16; ++j)
+    (j < columns ? amx_arithmetic::along_k(b.at(j, 0), k) : vec::zero()).store(out + j * 16, full{});
+}
+
+// sums[v·AmxTile + r·16 + j] = Σ_k A[r, k]·B[k, 16·v + j] for v < Vecs and `columns` columns of B, which is contiguous
+// in k. a is packed [pair of k][row].
+template <int Vecs> void amx_sums_along_k(int64_t columns, int64_t k, const float* a, operand<bf16> b, float* sums) {
+  constexpr int64_t Step = 2 * amx_arithmetic::KStep, Ahead = 8 * Step;
+  alignas(64) float edge[Vecs][AmxTile], transposed[Vecs][AmxTile];
+  _tile_zero(0);
+  if constexpr (Vecs > 1) _tile_zero(1);
+  if constexpr (Vecs > 2) _tile_zero(2);
+  if constexpr (Vecs > 3) _tile_zero(3);
+  const bool whole_columns = columns >= 16 * Vecs;
+  for (int64_t from = 0; from < k; from += Step, a += AmxTile) {
+    const bf16* tile[Vecs];
+    int64_t stride = 2 * b.stride;  // bytes
+    if (whole_columns && from + Step <= k) {
+      for (int v = 0; v < Vecs; ++v) tile[v] = b.at(16 * v, from);
+      for (int64_t j = 0; j < 16 * Vecs; ++j) __builtin_prefetch(b.at(j, from + Ahead));  // harmless past the end
+    } else {
+      stride = 64;
+      for (int v = 0; v < Vecs; ++v) {
+        amx_copy_tile(b.from(16 * v, from), columns - 16 * v, k - from, edge[v]);
+        tile[v] = reinterpret_cast<const bf16*>(edge[v]);
+      }
+    }
+    __asm__ volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
+    _tile_loadd(4, a, 64);
+    _tile_loadd(5, tile[0], stride);
+    _tile_dpbf16ps(0, 5, 4);
+    if constexpr (Vecs > 1) {
+      _tile_loadd(6, tile[1], stride);
+      _tile_dpbf16ps(1, 6, 4);
+    }
+    if constexpr (Vecs > 2) {
+      _tile_loadd(7, tile[2], stride);
+      _tile_dpbf16ps(2, 7, 4);
+    }
+    if constexpr (Vecs > 3) {
+      _tile_loadd(5, tile[3], stride);
+      _tile_dpbf16ps(3, 5, 4);
+    }
+  }
+  _tile_stored(0, transposed[0], 64);
+  if constexpr (Vecs > 1) _tile_stored(1, transposed[1], 64);
+  if constexpr (Vecs > 2) _tile_stored(2, transposed[2], 64);
+  if constexpr (Vecs > 3) _tile_stored(3, transposed[3], 64);
+  for (int v = 0; v < Vecs; ++v) {
+    vec w[16];
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) w[j] = vec::load(transposed[v] + j * 16, full{});
+    transpose(w);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) w[r].store(sums + v * AmxTile + r * 16, full{});
+  }
+}
+
+// The same for a B that is contiguous along its columns. a is packed row-major, a_stride apart. The sums of all columns
+// are updated for 32 k at a time, so that long pieces of the rows of B are read.
+inline void amx_sums_along_i(int64_t columns, int64_t k, const float* a, int64_t a_stride, operand<bf16> b,
+                             float* sums) {
+  alignas(64) float pairs[2][AmxTile];
+  for (int64_t from = 0; from < k; from += 32) {
+    __asm__ volatile("" ::: "memory");
+    _tile_loadd(2, a + from / 2, 4 * a_stride);
+    int64_t next = 0;
+    sweep(columns, [&](int64_t j, auto span) {
+      float *tile = pairs[next], *c = sums + j / 16 * AmxTile;
+      next = 1 - next;
+      for (int64_t d = 0; d < 16; ++d) {
+        const int64_t at = from + 2 * d;
+        __builtin_prefetch(b.at(j, at + 32));
+        __builtin_prefetch(b.at(j, at + 33));
+        (at >= k ? vec::zero() : amx_arithmetic::along_i(b.at(j, at), at + 1 < k ? b.at(j, at + 1) : nullptr, span))
+            .store(tile + d * 16, full{});
+      }
+      __asm__ volatile("" ::: "memory");
+      if (from > 0) _tile_loadd(0, c, 64);
+      else _tile_zero(0);
+      _tile_loadd(1, tile, 64);
+      _tile_dpbf16ps(0, 2, 1);
+      _tile_stored(0, c, 64);
+    });
+  }
+}
+
+// Arguments as of gemm(). m ≤ AmxRows; A is contiguous in k.
+template <class TA, size_t Count, class Epilogue>
+void amx_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<bf16, Count>& b, int threads,
+                 Epilogue epilogue) {
+  static_assert(vec::Lanes == 16);
+  const int64_t depth = packed_depth<amx_arithmetic>(k), col_vecs = ceil_div(n, 16);
+  const bool along_k = std::any_of(b.begin(), b.end(), [](const auto& source) { return source.stride != 1; }),
+             along_i = std::any_of(b.begin(), b.end(), [](const auto& source) { return source.stride == 1; });
+  float *pairs_of_rows = scratch(2 * depth * AmxRows), *rows = pairs_of_rows + depth * AmxRows;
+  if (along_k) pack<amx_arithmetic>(a, m, k, AmxRows, pairs_of_rows);
+  if (along_i) copy_rows<amx_arithmetic>(a, m, k, depth, rows);
+
+  const int64_t most = std::min<int64_t>(along_k ? 2 * threads : threads, col_vecs);
+  const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(int64_t(Count) * n * k / 32768, 1, most);
+  parallel_parts(parts, threads, [=](int64_t part) {
+    const amx_tile_config multiplying;
+    alignas(64) float sums[Count][AmxColumns * AmxRows];
+    const int64_t end = std::min(n, col_vecs * (part + 1) / parts * 16);
+    for (int64_t column = col_vecs * part / parts * 16; column < end; column += AmxColumns) {
+      const int64_t columns = std::min(AmxColumns, end - column);
+      for (size_t source = 0; source < Count; ++source) {
+        const operand<bf16> from = b[source].from(column, 0);
+        if (from.stride == 1) {
+          amx_sums_along_i(columns, k, rows, depth, from, sums[source]);
+          continue;
+        }
+        int64_t j = 0;
+        for (; j + 48 < columns; j += 64)
+          amx_sums_along_k<4>(columns - j, k, pairs_of_rows, from.from(j, 0), sums[source] + j * AmxRows);
+        for (; j < columns; j += 16)
+          amx_sums_along_k<1>(columns - j, k, pairs_of_rows, from.from(j, 0), sums[source] + j * AmxRows);
+      }
+      for (int64_t r = 0; r < m; ++r)
+        sweep(columns, [&](int64_t j, auto span) {
+          finish_vector<amx_arithmetic, Count>(sums[0] + j * AmxRows + r * 16, AmxColumns * AmxRows, r, column + j,
+                                               span, epilogue);
+        });
+    }
+  });
+}
+
+}  // namespace fastlm
