@@ -30,7 +30,7 @@ def test_accelerated(benchmark, case, dtype):
     checkpoint = Path(models) / accelerated.MINILM if models else None
     subject = accelerated.subject_of(case, checkpoint)
     arguments = {"library": "fastlm", "tuned": True, "dtype": dtype, "number_of_threads": number_of_threads}
-    with Worker(f"accelerated.{case}_timer", arguments | subject) as work:
+    with Worker(accelerated.timer_of(case), arguments | subject) as work:
         work()
         benchmark.pedantic(work, rounds=3)
     describe(

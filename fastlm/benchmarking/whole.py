@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 import fastlm
 from fastlm.benchmarking.compare import DTYPES, Row, baselines_of
-from fastlm.benchmarking.machine import Probe, arithmetic, best, peak, threads
+from fastlm.benchmarking.machine import Probe, arithmetic, best, peak, reading, threads
 from fastlm.benchmarking.measure import Timer, interleaved, timed
 from fastlm.benchmarking.memory import resident_growth
 from fastlm.benchmarking.operators import backends_of
 from fastlm.benchmarking.worker import Worker
-from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from fastlm.models import BertConfig, BertForMaskedLM, CausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from fastlm.models.language_model import LanguageModel
 from fastlm.models.layers import RECOMPUTE
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.baseline_bert import PlainBert
@@ -240,42 +241,101 @@ def compare_steps(
     )
 
 
-def model_of(sizes: dict[str, Any], seed: int = 0) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+# Sizes of the models that generate.
+GENERATORS: dict[str, dict[str, Any]] = {
+    "gpt2": SMALL,
+    "smollm2": {  # of 135 million parameters
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def generator(name: str, dtype: torch.dtype, sizes: dict[str, Any] | None = None) -> LanguageModel:
+    """One of GENERATORS with random weights, or of its architecture with other sizes."""
+    torch.manual_seed(0)
+    sizes = sizes or GENERATORS[name]
+    if name == "gpt2":
+        config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        return GPT2LMHeadModel(config).to(dtype).eval()
+    return CausalLM(LlamaConfig(**sizes)).to(dtype).eval()
+
+
+def baseline_generate(name: str, model: LanguageModel) -> Callable[[Tensor, int], Tensor]:
+    """Greedy decoding with the same weights: plain PyTorch for GPT-2, transformers for SmolLM 2."""
+    if name == "gpt2":
+        return PlainGPT2.like(model).to(model.dtype).eval().generate
+    import transformers
+
+    theirs: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**model.config.to_dict()))
+    theirs.load_state_dict(model.state_dict(), strict=False)  # without the tied output projection
+    theirs = theirs.to(model.dtype).eval()
+    theirs.generation_config.eos_token_id = None
+
+    def generate(tokens: Tensor, new_tokens: int) -> Tensor:
+        mask = torch.ones_like(tokens)
+        return theirs.generate(tokens, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+
+    return generate
+
+
+def bytes_per_token(model: LanguageModel) -> int:
+    """Of the weights that a new token reads: all but embeddings, which are looked up, unless tied to the output."""
+    output = cast(Any, model).lm_head.weight
+    looked_up = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    return sum(p.nbytes for p in model.parameters() if p is output or not any(p is weight for weight in looked_up))
 
 
 def compare_generation(
+    name: str,
     dtype: str,
     number_of_threads: int,
     *,
-    sizes: dict[str, int] | None = None,
+    sizes: dict[str, Any] | None = None,
     prompt: int = PROMPT,
     new_tokens: int = NEW_TOKENS,
     rounds: int = 10,
     budget: float = 30.0,
 ) -> Row:
-    """Greedy decoding of one sequence; both sides have a KV cache."""
-    sizes = sizes or SMALL
-    model = model_of(sizes).to(DTYPES[dtype]).eval()
-    plain = PlainGPT2.like(model).to(DTYPES[dtype]).eval()
-    tokens = torch.randint(sizes["vocab_size"], (1, prompt), generator=torch.Generator().manual_seed(0))
+    """Greedy decoding of one sequence by one of GENERATORS; both sides have a KV cache.
+
+    The share of the machine's peak counts the weights that the new tokens read, and all of the time.
+    """
+    model = generator(name, DTYPES[dtype], sizes)
+    plain = baseline_generate(name, model)
+    config = model.config
+    tokens = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
 
     def ours() -> None:
         model.generate(tokens, max_new_tokens=new_tokens, eos_token_id=())
 
-    with threads(number_of_threads):
+    with threads(number_of_threads), torch.no_grad():
         backend = backends_of(ours)
-        timers = {"fastlm": timed(ours), "eager": timed(lambda: plain.generate(tokens, new_tokens))}
+        probe = reading()
+        timers = {
+            "fastlm": timed(ours),
+            "eager": timed(lambda: plain(tokens, new_tokens)),
+            "machine": timed(probe.call),
+        }
         seconds = interleaved(timers, rounds, budget=budget)
+    kind = {"gpt2": "GPT-2", "smollm2": "SmolLM 2"}[name]
     return Row(
         "generation",
-        f"GPT-2, {sizes['n_layer']} layers of {sizes['n_embd']}, {prompt} tokens + {new_tokens}",
+        f"{kind}, {config.num_hidden_layers} layers of {config.hidden_size}, {prompt} tokens + {new_tokens}",
         dtype,
         number_of_threads,
         "greedy",
         backend,
         statistics.median(seconds["fastlm"]),
-        baselines_of(seconds, {}),
+        baselines_of(seconds, {}, but=["machine"]),
+        share=probe.share(new_tokens * bytes_per_token(model), seconds["fastlm"], seconds["machine"]),
+        bound="memory",
         tokens=new_tokens,
     )

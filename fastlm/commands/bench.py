@@ -140,7 +140,8 @@ def variants_of(name: str, chosen_directions: list[str], models: list[str], case
     """What to measure of a benchmark: directions of an operator, models of a training step, sizes that grow, …"""
     if case := choices.CASES.get(name):
         return [d for d in case.directions if d in chosen_directions or d not in choices.DIRECTIONS]
-    return {"training_step": models, "growth": [*growth.POINTS], "accelerated": cases}.get(name, [""])
+    others = {"training_step": models, "growth": [*growth.POINTS], "accelerated": cases}
+    return {**others, "generation": [*whole.GENERATORS]}.get(name, [""])
 
 
 def measure(
@@ -165,7 +166,7 @@ def measure(
         return accelerated.compare_accelerated(
             variant, dtype, n, checkpoint=checkpoint, compiled=compiled, budget=20 * seconds
         )
-    return whole.compare_generation(dtype, n, budget=10 * seconds)
+    return whole.compare_generation(variant, dtype, n, budget=10 * seconds)
 
 
 def parse_names(argument: str, text: str, allowed: tuple[str, ...], short: Mapping[str, str] = {}) -> list[str]:

@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from fastlm.benchmarking import accelerated
+from fastlm.benchmarking import accelerated, accuracy
 from fastlm.benchmarking.machine import threads
 from fastlm.benchmarking.sentences import sentences
 from tests.models.hugging_face import real
 
 pytest.importorskip("transformers", reason="pip install 'fastlm[test]'")
+pytest.importorskip("peft", reason="pip install 'fastlm[test]'")
 SIZES = {
     "bert": {
         "batch": 3,
@@ -28,6 +29,28 @@ SIZES = {
         "vocab_size": 50,
         "bos_token_id": None,
         "eos_token_id": None,
+    },
+    "smollm2": {
+        "batch": 2,
+        "tokens": 16,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+    },
+    "qwen3_lora": {
+        "batch": 1,
+        "tokens": 16,
+        "rank": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 50,
     },
 }
 
@@ -58,8 +81,10 @@ def test_the_reference_is_in_float64(case):
     true, original, ours = accelerated.stepped(case, "float32", SIZES[case])
     assert true.keys() == original.keys() == ours.keys() and all(x.dtype == torch.float64 for x in true.values())
     model, batch = getattr(accelerated, case)(**{**SIZES[case], **accelerated.SMALL[case]})
-    logits = model.eval().double()(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
-    if case == "gpt2":
+    with accuracy.KeepFloat64():
+        model.eval().double()
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
+    if case != "bert":
         logits, labels = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     else:
         labels = batch["labels"]
@@ -72,7 +97,10 @@ def test_the_reference_is_in_float64(case):
 def test_other_cases_are_timed(library):
     how = {"library": library, "number_of_threads": 1, "tuned": False}
     with threads(1):
-        works = [accelerated.bert_timer(dtype="float32", sizes=SIZES["bert"], **how)]
+        works = [
+            accelerated.step_timer(case=case, dtype="float32", sizes=SIZES[case], **how)
+            for case in SIZES.keys() - {"gpt2"}
+        ]
         works.append(accelerated.encoding_timer(dtype="float32", checkpoint=str(real(accelerated.MINILM)), **how))
         assert all(timer() > 0 for timer, _ in works)
 

@@ -157,9 +157,36 @@ def test_the_baseline_has_the_same_dropouts(subject):
             assert abs(ours.mean() - baseline.mean()) < 5 * (ours.var() / 100 + baseline.var() / 100).sqrt()
 
 
-def test_generation_is_compared():
-    row = whole.compare_generation("bfloat16", 1, sizes=SIZES, prompt=4, new_tokens=6, rounds=5)
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("name, sizes", [("gpt2", SIZES), ("smollm2", LLAMA)])
+def test_generation_is_compared(name, sizes):
+    row = whole.compare_generation(name, "bfloat16", 1, sizes=sizes, prompt=4, new_tokens=6, rounds=5)
     assert row.operator == "generation" and row.tokens == 6 and list(row.baselines) == ["eager"]
+    assert row.bound == "memory" and 0 < row.share < 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weights_that_a_token_reads(tied):
+    """Both norms of a layer and the last, its projections, and the output projection; not the embedding."""
+    model = whole.generator("smollm2", torch.float32, LLAMA | {"tie_word_embeddings": tied})
+    layer = 2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+    assert whole.bytes_per_token(model) == 4 * (layer + 32 + 50 * 32)
+
+
+def test_the_baseline_generates_the_same_tokens():
+    model, tokens = whole.generator("smollm2", torch.float32, LLAMA), torch.arange(5)[None]
+    ours = model.generate(tokens, max_new_tokens=8, eos_token_id=())
+    assert torch.equal(whole.baseline_generate("smollm2", model)(tokens, 8), ours)
 
 
 def test_every_model_can_be_chosen_by_name():

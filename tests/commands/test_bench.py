@@ -120,8 +120,8 @@ def test_bench_training_step_at_several_recompute_levels(small_cases, monkeypatc
             "operators: expected a comma-separated list of adamw, attention, .*, growth, accelerated, got 'softmax'",
         ),
         (
-            ["--operators", "accelerated", "--case", "llama"],
-            "case: expected a comma-separated list of encoding, bert, gpt2, got 'llama'",
+            ["--operators", "accelerated", "--case", "falcon"],
+            "case: expected a comma-separated list of encoding, bert, gpt2, smollm2, qwen3_lora, got 'falcon'",
         ),
         (["--operators", "accelerated"], r"checkpoint: expected the folder of a sentence encoder .*, got None"),
         (["--dtypes", "int8"], "dtypes: expected a comma-separated list of float32, bfloat16, got 'int8'"),

@@ -7,11 +7,11 @@ import torch
 import transformers
 
 import fastlm
+from fastlm.benchmarking.accuracy import KeepFloat64
 from tests.models.hugging_face import (
     DRAWS,
     KEY_BIASES,
     Errors,
-    KeepFloat64,
     errors_of,
     lively,
     ours_on,

@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from fastlm import models
+from fastlm.benchmarking.accuracy import KeepFloat64
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -137,25 +136,6 @@ def ours_on(model, inputs, labels, where):
     logits = {} if model.training else {"logits": output.logits.detach()[where]}
     assert output.loss.dtype == torch.float32 and all(x.dtype == model.dtype for x in logits.values())
     return {**logits, "loss": output.loss.detach(), **gradients_of(model, output.loss)}
-
-
-class KeepFloat64(TorchFunctionMode):
-    """Casts of float64 tensors to float32, as in transformers' norms and softmax, do nothing.
-
-    Integers, as those of positions, become float64.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if function is Tensor.float and not args[0].dtype.is_floating_point:
-            return args[0].double()
-        if isinstance(args[0] if args else None, Tensor) and args[0].dtype == torch.float64:
-            if function is Tensor.float:
-                return args[0]
-            args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
-            if kwargs.get("dtype") == torch.float32:
-                kwargs["dtype"] = torch.float64
-        return function(*args, **kwargs)
 
 
 def assert_within_twice_theirs(make, draw, dtype=torch.float32, shifted=False, draws=DRAWS, exact_attention="eager"):

@@ -5,9 +5,10 @@ import torch
 import transformers
 
 import fastlm
+from fastlm.benchmarking.accuracy import KeepFloat64
 from fastlm.models import CausalLM, DecoderConfig, LlamaConfig, load_model
 from fastlm.models.cache import KVCache
-from tests.models.hugging_face import DECODERS, KeepFloat64, assert_within_twice_theirs, ours_like, tiny_decoder
+from tests.models.hugging_face import DECODERS, assert_within_twice_theirs, ours_like, tiny_decoder
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROPE = {"rope_type": "default", "rope_theta": 5e3}
