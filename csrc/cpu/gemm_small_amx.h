@@ -34,7 +34,9 @@ template <int Vecs> void amx_sums_along_k(int64_t columns, int64_t k, const floa
     int64_t stride = 2 * b.stride;  // bytes
     if (whole_columns && from + Step <= k) {
       for (int v = 0; v < Vecs; ++v) tile[v] = b.at(16 * v, from);
-      for (int64_t j = 0; j < 16 * Vecs; ++j) __builtin_prefetch(b.at(j, from + Ahead));  // harmless past the end
+      // Ahead in these columns, and at their end in the next ones; harmless past the end of B.
+      const operand<bf16> next = from + Ahead < k ? b.from(0, from + Ahead) : b.from(16 * Vecs, from + Ahead - k);
+      for (int64_t j = 0; j < 16 * Vecs; ++j) __builtin_prefetch(next.at(j, 0));
     } else {
       stride = 64;
       for (int v = 0; v < Vecs; ++v) {
