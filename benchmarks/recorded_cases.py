@@ -134,6 +134,7 @@ def attention_cases() -> Iterator[Case]:
             yield attention_case(f"{shape}, {mask} mask", sizes, mask=mask, tiny=tiny)
         yield attention_case(f"{shape}, padding", sizes, padding=True, tiny=tiny)
         yield attention_case(f"{shape}, log-sum-exp", sizes, return_lse=True, scale=0.3, tiny=tiny)
+        yield attention_case(f"{shape}, softcap", sizes, softcap=1.5, causal=True, tiny=tiny)
         yield attention_case(f"{shape}, dropout", sizes, dropout_p=0.3, tiny=tiny)
         yield attention_case(f"{shape}, causal, dropout", sizes, causal=True, dropout_p=0.1, tiny=tiny)
         yield attention_case(

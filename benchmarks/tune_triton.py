@@ -170,6 +170,7 @@ def attention(
         "cu_seqlens_k": None,
         "seed": torch.zeros((), dtype=torch.int64, device=device) if dropout else None,
         "scale": head_dim**-0.5,
+        "softcap": 0.0,
         "lower": -attention_spec.UNLIMITED,
         "upper": tokens - queries,
         "dropout_p": 0.1 if dropout else 0.0,

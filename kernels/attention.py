@@ -18,7 +18,9 @@ from fastlm.kernels.attention_tiles import (
     Dropout,
     Masking,
     Rows,
+    Scaling,
     any_not_finite,
+    cap_scores,
     load_tile,
     locate,
     mask_scores,
@@ -46,7 +48,7 @@ def accumulate_tiles(
     begin,
     end,
     query_len,
-    scale,
+    scaling,
     k_rows,
     v_rows,
     masking,
@@ -56,11 +58,14 @@ def accumulate_tiles(
 ):
     """(Σ weights · v, running maximum, Σ weights) after tiles begin … end of the keys."""
     i = first + tl.arange(0, config.TILE_M)
+    scale = 1.0 if config.CAPPED else scaling.scale
     for tile in range(begin, end):
         key = tile * config.TILE_N
         k = load_tile(k_rows, key, config.TILE_N, config, not EDGE)
         scores = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
-        if config.MASK != 2:
+        if config.CAPPED:
+            scores, _ = cap_scores(scores, scaling)
+        elif config.MASK != 2:
             scores = multiply_rounded(scores, scale)
         if EDGE:
             j = key + tl.arange(0, config.TILE_N)
@@ -137,6 +142,7 @@ def attention_forward_kernel(
     lower,
     upper,
     scale,
+    softcap,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -171,7 +177,9 @@ def attention_forward_kernel(
     if key_padding_ptr is not None:
         key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
-    config: tl.constexpr = Config(HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION)
+    config: tl.constexpr = Config(
+        HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, softcap is not None, PRECISION
+    )
     masking = Masking(lower, upper, mask_ptr, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride)
     dropout = Dropout(seed, batch_head, threshold, keep_scale)
 
@@ -181,7 +189,7 @@ def attention_forward_kernel(
     row_sum = tl.zeros((TILE_M,), tl.float32)
     last = tl.minimum(first + TILE_M, query_len) - 1
     begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, TILE_N)
-    inputs = scale, k_rows, v_rows, masking, dropout
+    inputs = Scaling(scale, softcap), k_rows, v_rows, masking, dropout
     if MASK != 0 or key_padding_ptr is not None:
         acc, row_max, row_sum = accumulate_tiles(
             acc, row_max, row_sum, q, first, begin, end, query_len, *inputs, config, True
@@ -207,7 +215,7 @@ def attention_forward_kernel(
             begin * TILE_N + zero,
             tl.minimum(end * TILE_N, key_len),
             query_len + zero,
-            scale,
+            Scaling(scale, softcap),
             Rows(k_rows.ptr, k_stride + zero, key_len),
             Rows(v_rows.ptr, v_stride + zero, key_len),
             masking,
@@ -255,6 +263,7 @@ def attention_forward(
     sizes,
     band,
     scale,
+    softcap,
     threshold,
     keep_scale,
     precision,
@@ -266,7 +275,7 @@ def attention_forward(
 
     sizes: (batch, num_heads, num_kv_heads, query_len, key_len, head_dim); if packed, batch is the number of sequences
     and the lengths are the total numbers of tokens. band: (lower, upper), of 32 bits. lse: (batch or 1, num_heads,
-    tokens).
+    tokens). softcap: 0 for none.
     """
     batch, num_heads, num_kv_heads, query_len, key_len, head_dim = sizes
     block_d = block_of(head_dim)
@@ -304,6 +313,7 @@ def attention_forward(
         tiles,
         *band,
         scale,
+        softcap or None,
         threshold,
         keep_scale,
     )

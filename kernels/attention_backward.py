@@ -43,6 +43,7 @@ def attention_backward(
     sizes,
     band,
     scale,
+    softcap,
     threshold,
     keep_scale,
     precision,
@@ -69,7 +70,7 @@ def attention_backward(
     masks = mask, *strides(mask, 4), key_padding, *strides(key_padding, 2)
     each = batch if query_starts is None else 1
     inputs = q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3)
-    numbers = *band, scale, threshold, keep_scale
+    numbers = *band, scale, softcap or None, threshold, keep_scale
 
     tile_m, tile_n, warps, stages = attention_tile(
         architecture, "query", q.dtype.itemsize, block_d, masked_at_all, exact

@@ -11,7 +11,9 @@ from fastlm.kernels.attention_tiles import (
     Dropout,
     Masking,
     Rows,
+    Scaling,
     any_not_finite,
+    cap_scores,
     find_tile,
     load_row,
     load_tile,
@@ -38,7 +40,7 @@ def key_gradient_tiles(
     begin,
     end,
     key_len,
-    scale,
+    scaling,
     q_rows,
     dout_rows,
     lse_ptr,
@@ -51,6 +53,7 @@ def key_gradient_tiles(
 ):
     """(dk, dv) after tiles begin … end of the queries."""
     j = first + tl.arange(0, config.TILE_N)
+    scale = 1.0 if config.CAPPED else scaling.scale
     for tile in range(begin, end):
         query = tile * config.TILE_M
         i = query + tl.arange(0, config.TILE_M)
@@ -61,6 +64,8 @@ def key_gradient_tiles(
         delta = tl.load(delta_ptr + i, mask=i < q_rows.length, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=config.PRECISION)
         dweights = tl.dot(v, tl.trans(dout), input_precision=config.PRECISION)
+        if config.CAPPED:
+            scores, slope = cap_scores(scores, scaling)
         visible = True
         if EDGE:
             scores, visible = mask_scores(
@@ -77,6 +82,8 @@ def key_gradient_tiles(
             kept_weights = tl.where(keep, weights * dropout.keep_scale, 0.0)
             dweights = tl.where(keep, dweights * dropout.keep_scale, 0.0)
         dscores = weights * (dweights - delta[None, :])
+        if config.CAPPED:
+            dscores *= slope
         if EDGE:
             dscores = tl.where(visible, dscores, 0.0)
         dv = multiply(kept_weights, dout, dv, config.PRECISION, EXACT)
@@ -95,7 +102,7 @@ def recompute_key_gradients(
     end,
     query_len,
     key_len,
-    scale,
+    scaling,
     q_rows,
     dout_rows,
     lse_ptr,
@@ -106,11 +113,14 @@ def recompute_key_gradients(
 ):
     """For gradients that are not finite, see attention_tiles.py."""
     j = first + tl.arange(0, config.TILE_N)
+    scale = 1.0 if config.CAPPED else scaling.scale
     for query in range(begin, end):
         q = load_row(q_rows, query, config)
         dout = load_row(dout_rows, query, config)
         i = query + tl.arange(0, 1)
         scores = tl.sum(k.to(tl.float32) * q[None, :], 1)[:, None]
+        if config.CAPPED:
+            scores, slope = cap_scores(scores, scaling)
         scores, visible = mask_scores(scores, i[None, :], j[:, None], query_len, key_len, scale, masking, config.MASK)
         scores, visible = to_vectors(scores, visible)
         weights = weights_of(scores, tl.load(lse_ptr + query), scale, config.MASK)
@@ -121,6 +131,8 @@ def recompute_key_gradients(
             kept_weights = tl.where(keep, weights * dropout.keep_scale, 0.0)
             dweights = tl.where(keep, dweights * dropout.keep_scale, 0.0)
         dscores = weights * (dweights - tl.load(delta_ptr + query))
+        if config.CAPPED:
+            dscores *= tl.sum(slope, 1)
         dv += tl.where(visible[:, None], kept_weights[:, None] * dout[None, :], 0.0)
         dk += tl.where(visible[:, None], dscores[:, None] * q[None, :], 0.0)
     return dk, dv
@@ -188,6 +200,7 @@ def attention_backward_key_kernel(
     lower,
     upper,
     scale,
+    softcap,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -225,7 +238,9 @@ def attention_backward_key_kernel(
     if key_padding_ptr is not None:
         key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
-    config: tl.constexpr = Config(HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION)
+    config: tl.constexpr = Config(
+        HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, softcap is not None, PRECISION
+    )
 
     k = load_tile(k_rows, first, TILE_N, config, False)
     v = load_tile(v_rows, first, TILE_N, config, False)
@@ -242,7 +257,7 @@ def attention_backward_key_kernel(
         mask_at = None if MASK == 0 else mask_ptr + at[0] * mask_batch_stride + head * mask_head_stride
         inputs = (
             key_len,
-            scale,
+            Scaling(scale, softcap),
             q_rows,
             dout_rows,
             lse_ptr + row,
@@ -283,7 +298,7 @@ def attention_backward_key_kernel(
                 tl.minimum(end * TILE_M, query_len),
                 query_len + zero,
                 key_len + zero,
-                scale,
+                Scaling(scale, softcap),
                 Rows(q_rows.ptr, q_stride + zero, query_len),
                 Rows(dout_rows.ptr, dout_stride + zero, query_len),
                 lse_ptr + row,

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from fastlm.kernels.attention_tiles import Config, Masking, Rows, load_tile, mask_scores, weights_of
+from fastlm.kernels.attention_tiles import (
+    Config,
+    Masking,
+    Rows,
+    Scaling,
+    cap_scores,
+    load_tile,
+    mask_scores,
+    weights_of,
+)
 from fastlm.kernels.philox import kept
 
 
@@ -62,6 +71,7 @@ def attention_backward_mask_kernel(
     lower,
     upper,
     scale,
+    softcap,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -84,7 +94,10 @@ def attention_backward_mask_kernel(
     j = key + tl.arange(0, TILE_N)
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     dmask = tl.zeros((TILE_M, TILE_N), tl.float32)
-    config: tl.constexpr = Config(HEAD_DIM, BLOCK_D, TILE_M, TILE_N, 2, seed_ptr is not None, PRECISION)
+    config: tl.constexpr = Config(
+        HEAD_DIM, BLOCK_D, TILE_M, TILE_N, 2, seed_ptr is not None, softcap is not None, PRECISION
+    )
+    remaining_scale = 1.0 if config.CAPPED else scale
     for batch in range(mask_index, batch_size, mask_batch):
         for head in range(mask_head, num_heads, mask_heads):
             at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // heads_per_kv_head, tl.int64)
@@ -108,14 +121,16 @@ def attention_backward_mask_kernel(
                 k = load_tile(k_rows, key, TILE_N, config, False)
                 v = load_tile(v_rows, key, TILE_N, config, False)
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                if config.CAPPED:
+                    scores, _ = cap_scores(scores, Scaling(scale, softcap))
                 scores, visible = mask_scores(
-                    scores, i[:, None], j[None, :], query_len, key_len, scale, masking, config.MASK
+                    scores, i[:, None], j[None, :], query_len, key_len, remaining_scale, masking, config.MASK
                 )
                 dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
                 if config.DROPOUT:
                     keep = kept(seed, i, key, batch * num_heads + head, threshold, TILE_M, TILE_N, False)
                     dweights = tl.where(keep, dweights * keep_scale, 0.0)
-                weights = weights_of(scores, lse[:, None], scale, config.MASK)
+                weights = weights_of(scores, lse[:, None], remaining_scale, config.MASK)
                 dmask += tl.where(visible, weights * (dweights - delta[:, None]), 0.0)
     dmask_ptr += (mask_index * mask_heads + mask_head).to(tl.int64) * (1 if ONE_ROW else query_len) * key_len
     if ONE_ROW:

@@ -10,7 +10,9 @@ from fastlm.kernels.attention_tiles import (
     Dropout,
     Masking,
     Rows,
+    Scaling,
     any_not_finite,
+    cap_scores,
     load_row,
     load_tile,
     locate,
@@ -35,7 +37,7 @@ def query_tile(
     i,
     key,
     query_len,
-    scale,
+    scaling,
     k_rows,
     v_rows,
     masking,
@@ -43,14 +45,18 @@ def query_tile(
     config: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """(keys, weights, dweights, visibility) of queries i and the tile of keys from `key` on.
+    """(keys, weights, dweights, slope, visibility) of queries i and the tile of keys from `key` on.
 
-    Weights are 0 where not visible; dweights are not.
+    Weights are 0 where not visible; dweights are not. slope: the derivative of the cap.
     """
+    scale = 1.0 if config.CAPPED else scaling.scale
     k = load_tile(k_rows, key, config.TILE_N, config, not EDGE)
     v = load_tile(v_rows, key, config.TILE_N, config, not EDGE)
     scores = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
     dweights = tl.dot(dout, tl.trans(v), input_precision=config.PRECISION)
+    slope = 1.0
+    if config.CAPPED:
+        scores, slope = cap_scores(scores, scaling)
     visible = True
     if EDGE:
         j = key + tl.arange(0, config.TILE_N)
@@ -63,19 +69,19 @@ def query_tile(
     if config.DROPOUT:
         keep = kept(dropout.seed, i, key, dropout.batch_head, dropout.threshold, config.TILE_M, config.TILE_N, False)
         dweights = tl.where(keep, dweights * dropout.keep_scale, 0.0)
-    return k, weights, dweights, visible
+    return k, weights, dweights, slope, visible
 
 
 @triton.jit
 def exact_delta(
-    q, dout, lse, first, begin, end, query_len, scale, k_rows, v_rows, masking, dropout, config: tl.constexpr
+    q, dout, lse, first, begin, end, query_len, scaling, k_rows, v_rows, masking, dropout, config: tl.constexpr
 ):
     """Σ weights · dweights, which is Σ out · dout without the rounding of out and of its weights to 16 bits."""
     delta = tl.zeros((config.TILE_M,), tl.float32)
     i = first + tl.arange(0, config.TILE_M)
     for tile in range(begin, end):
-        _, weights, dweights, visible = query_tile(
-            q, dout, lse, i, tile * config.TILE_N, query_len, scale, k_rows, v_rows, masking, dropout, config, True
+        _, weights, dweights, _, visible = query_tile(
+            q, dout, lse, i, tile * config.TILE_N, query_len, scaling, k_rows, v_rows, masking, dropout, config, True
         )
         delta += tl.sum(tl.where(visible, weights * dweights, 0.0), 1)
     return delta
@@ -92,7 +98,7 @@ def query_gradient_tiles(
     begin,
     end,
     query_len,
-    scale,
+    scaling,
     k_rows,
     v_rows,
     masking,
@@ -104,10 +110,12 @@ def query_gradient_tiles(
     """dq after tiles begin … end of the keys."""
     i = first + tl.arange(0, config.TILE_M)
     for tile in range(begin, end):
-        k, weights, dweights, visible = query_tile(
-            q, dout, lse, i, tile * config.TILE_N, query_len, scale, k_rows, v_rows, masking, dropout, config, EDGE
+        k, weights, dweights, slope, visible = query_tile(
+            q, dout, lse, i, tile * config.TILE_N, query_len, scaling, k_rows, v_rows, masking, dropout, config, EDGE
         )
         dscores = weights * (dweights - delta[:, None])
+        if config.CAPPED:
+            dscores *= slope
         if EDGE:
             dscores = tl.where(visible, dscores, 0.0)
         dq = multiply(dscores, k, dq, config.PRECISION, EXACT)
@@ -116,15 +124,18 @@ def query_gradient_tiles(
 
 @triton.jit
 def recompute_query_gradients(
-    q, dout, lse, delta, i, begin, end, query_len, scale, k_rows, v_rows, masking, dropout, config: tl.constexpr
+    q, dout, lse, delta, i, begin, end, query_len, scaling, k_rows, v_rows, masking, dropout, config: tl.constexpr
 ):
     """For gradients that are not finite, see attention_tiles.py."""
     dq = tl.zeros((config.TILE_M, config.BLOCK_D), tl.float32)
+    scale = 1.0 if config.CAPPED else scaling.scale
     for key in range(begin, end):
         k = load_row(k_rows, key, config)
         v = load_row(v_rows, key, config)
         j = key + tl.arange(0, 1)
         scores = tl.sum(q.to(tl.float32) * k[None, :], 1)[:, None]
+        if config.CAPPED:
+            scores, slope = cap_scores(scores, scaling)
         scores, visible = mask_scores(
             scores, i[:, None], j[None, :], query_len, k_rows.length, scale, masking, config.MASK
         )
@@ -134,6 +145,8 @@ def recompute_query_gradients(
             keep = kept_each(dropout.seed, i, key, dropout.batch_head, dropout.threshold)
             dweights = tl.where(keep, dweights * dropout.keep_scale, 0.0)
         dscores = weights_of(scores, lse, scale, config.MASK) * (dweights - delta)
+        if config.CAPPED:
+            dscores *= tl.sum(slope, 1)
         dq += tl.where(visible[:, None], dscores[:, None] * k[None, :], 0.0)
     return dq
 
@@ -201,6 +214,7 @@ def attention_backward_query_kernel(
     lower,
     upper,
     scale,
+    softcap,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -238,10 +252,12 @@ def attention_backward_query_kernel(
     if key_padding_ptr is not None:
         key_padding_ptr += at[0] * key_padding_batch_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
-    config: tl.constexpr = Config(HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, PRECISION)
+    config: tl.constexpr = Config(
+        HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, softcap is not None, PRECISION
+    )
     masking = Masking(lower, upper, mask_ptr, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride)
     dropout = Dropout(seed, batch_head, threshold, keep_scale)
-    inputs = query_len, scale, k_rows, v_rows, masking, dropout
+    inputs = query_len, Scaling(scale, softcap), k_rows, v_rows, masking, dropout
 
     dout = load_tile(dout_rows, first, TILE_M, config, False)
     q = load_tile(q_rows, first, TILE_M, config, False)
@@ -278,7 +294,7 @@ def attention_backward_query_kernel(
             begin * TILE_N + zero,
             tl.minimum(end * TILE_N, key_len),
             query_len + zero,
-            scale,
+            Scaling(scale, softcap),
             Rows(k_rows.ptr, k_stride + zero, key_len),
             Rows(v_rows.ptr, v_stride + zero, key_len),
             masking,

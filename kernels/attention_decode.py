@@ -16,7 +16,9 @@ from fastlm.kernels.attention_tiles import (
     Dropout,
     Masking,
     Rows,
+    Scaling,
     any_not_finite,
+    cap_scores,
     load_tile,
     mask_scores,
     multiply_rounded,
@@ -34,16 +36,19 @@ MAX_SPLITS = 128
 
 
 @triton.jit
-def accumulate_split(q, i, begin, end, query_len, scale, k_rows, v_rows, masking, dropout, config: tl.constexpr):
+def accumulate_split(q, i, begin, end, query_len, scaling, k_rows, v_rows, masking, dropout, config: tl.constexpr):
     """(Σ weights · v, row_max, row_sum) of keys begin … end."""
     acc = tl.zeros((config.TILE_M, config.BLOCK_D), tl.float32)
     row_max = tl.full((config.TILE_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((config.TILE_M,), tl.float32)
+    scale = 1.0 if config.CAPPED else scaling.scale
     for key in range(begin, end, config.TILE_N):
         j = key + tl.arange(0, config.TILE_N)
         k = load_tile(k_rows, key, config.TILE_N, config, False)
         scores = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
-        if config.MASK != 2:
+        if config.CAPPED:
+            scores, _ = cap_scores(scores, scaling)
+        elif config.MASK != 2:
             scores = multiply_rounded(scores, scale)
         scores, _ = mask_scores(scores, i[:, None], j[None, :], query_len, k_rows.length, scale, masking, config.MASK)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -98,6 +103,7 @@ def attention_decode_kernel(
     lower,
     upper,
     scale,
+    softcap,
     threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -136,11 +142,13 @@ def attention_decode_kernel(
     begin = tl.maximum(split * split_size, tl.maximum(lower, 0) // TILE_N * TILE_N)
     end = tl.minimum(tl.minimum((split + 1) * split_size, key_len), query_len + upper)
     batch_head = batch * num_kv_heads * heads_per_kv_head + head
-    config: tl.constexpr = Config(HEAD_DIM, BLOCK_D, ROWS, TILE_N, MASK, seed_ptr is not None, PRECISION)
+    config: tl.constexpr = Config(
+        HEAD_DIM, BLOCK_D, ROWS, TILE_N, MASK, seed_ptr is not None, softcap is not None, PRECISION
+    )
     query_lens = tl.where(valid, query_len, 0)[:, None]
     mask_at = None if MASK == 0 else mask_ptr + (head.to(tl.int64) * mask_head_stride)[:, None]
     inputs = (
-        scale,
+        Scaling(scale, softcap),
         Rows(k_ptr, k_stride, key_len),
         Rows(v_ptr, v_stride, key_len),
         Masking(lower, upper, mask_at, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride),
@@ -233,6 +241,7 @@ def attention_decode(
     sizes,
     band,
     scale,
+    softcap,
     threshold,
     keep_scale,
     precision,
@@ -274,6 +283,7 @@ def attention_decode(
         num_splits,
         *band,
         scale,
+        softcap or None,
         threshold,
         keep_scale,
     )

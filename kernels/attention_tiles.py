@@ -14,6 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastlm.kernels.elementary import tanh
 from fastlm.kernels.philox import kept_each
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -25,6 +26,13 @@ class Rows(NamedTuple):
     ptr: tl.tensor
     stride: tl.tensor
     length: tl.tensor
+
+
+class Scaling(NamedTuple):
+    """How a product q kᵀ becomes a score: scale · product, or softcap · tanh(scale · product / softcap)."""
+
+    scale: tl.tensor
+    softcap: tl.tensor
 
 
 class Masking(NamedTuple):
@@ -51,7 +59,7 @@ class Dropout(NamedTuple):
 class Config(NamedTuple):
     """Constants of a kernel. A tile has TILE_M queries and TILE_N keys, whose HEAD_DIM channels lie in BLOCK_D.
 
-    MASK: 0 none, 1 bool, 2 additive. PRECISION: of float32 products.
+    MASK: 0 none, 1 bool, 2 additive. CAPPED: there is a softcap. PRECISION: of float32 products.
     """
 
     HEAD_DIM: tl.constexpr
@@ -60,6 +68,7 @@ class Config(NamedTuple):
     TILE_N: tl.constexpr
     MASK: tl.constexpr
     DROPOUT: tl.constexpr
+    CAPPED: tl.constexpr
     PRECISION: tl.constexpr
 
 
@@ -252,6 +261,13 @@ def multiply_rounded(x, y):
 
 
 @triton.jit
+def cap_scores(scores, scaling):
+    """(softcap · tanh(scale · scores / softcap), its derivative by scale · scores). The scale of the result is 1."""
+    ratio = tanh(multiply_rounded(scores, scaling.scale) / scaling.softcap)
+    return multiply_rounded(ratio, scaling.softcap), 1 - ratio * ratio
+
+
+@triton.jit
 def any_not_finite(x):
     """1 if an element is not finite, otherwise 0."""
     return tl.max(tl.max(tl.where(x - x == 0, 0, 1), 1), 0)
@@ -281,11 +297,12 @@ def to_vectors(scores, visible):
 
 
 @triton.jit
-def recompute_rows(q, i, begin, end, query_len, scale, k, v, masking, dropout, config: tl.constexpr):
+def recompute_rows(q, i, begin, end, query_len, scaling, k, v, masking, dropout, config: tl.constexpr):
     """The forward pass of queries i and keys begin … end without matrix products, which adds visible keys only."""
     acc = tl.zeros((config.TILE_M, config.BLOCK_D), tl.float32)
     row_max = tl.full((config.TILE_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((config.TILE_M,), tl.float32)
+    scale = 1.0 if config.CAPPED else scaling.scale
     for key in range(begin, end):
         if config.DROPOUT:
             keep = kept_each(dropout.seed, i, key, dropout.batch_head, dropout.threshold)
@@ -293,7 +310,9 @@ def recompute_rows(q, i, begin, end, query_len, scale, k, v, masking, dropout, c
         v_row = load_row(v, key, config)
         j = key + tl.arange(0, 1)
         scores = tl.sum(q.to(tl.float32) * k_row[None, :], 1)[:, None]
-        if config.MASK != 2:
+        if config.CAPPED:
+            scores, _ = cap_scores(scores, scaling)
+        elif config.MASK != 2:
             scores = multiply_rounded(scores, scale)
         scores, visible = mask_scores(scores, i[:, None], j[None, :], query_len, k.length, scale, masking, config.MASK)
         scores, visible = to_vectors(scores, visible)

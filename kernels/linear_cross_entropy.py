@@ -12,24 +12,13 @@ order, without atomics.
 import triton
 import triton.language as tl
 
+from fastlm.kernels.elementary import tanh
 from fastlm.kernels.launch import launch
 from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 4096  # logits in registers at a time
 ROWS_PER_PARTIAL = 64
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def tanh(x):
-    """tanh of float32; which not every GPU has. 1 − 2 / (exp(2|x|) + 1) would cancel near 0."""
-    square = x * x
-    p = -5.515159739e-3 * square + 2.046941607e-2
-    p = p * square - 5.368802192e-2
-    p = p * square + 1.333083033e-1
-    p = p * square - 3.333325985e-1
-    large = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
-    return tl.where(tl.abs(x) < 0.65, x + x * square * p, tl.where(x < 0, -large, large))
 
 
 @triton.jit

@@ -54,11 +54,12 @@ static std::array<int64_t, 4> mask_strides(const tensor& mask) {
 }
 
 template <class T> static masking<T> masking_of(const tensor& mask, const tensor& key_padding, int64_t lower,
-                                                int64_t upper, float scale, const dropout& drop) {
+                                                int64_t upper, float scale, float softcap, const dropout& drop) {
   const bool* padding = key_padding.as<const bool>(2);
   std::array<int64_t, 2> padding_strides{};
   if (key_padding.given()) padding_strides = {key_padding.broadcast_stride(0), key_padding.broadcast_stride(1)};
-  return {mask.data, type_of<T>(mask), mask_strides(mask), padding, padding_strides, lower, upper, scale, drop};
+  return {mask.data, type_of<T>(mask), mask_strides(mask), padding, padding_strides, lower, upper, scale, softcap,
+          drop};
 }
 
 struct attention_forward_arguments : attention_arguments {
@@ -66,7 +67,7 @@ struct attention_forward_arguments : attention_arguments {
   tensor query = keyword("query"), key = keyword("key"), value = keyword("value"), out = keyword("out"),
          lse = keyword("lse"), mask = keyword_or_none("mask"), key_padding = keyword_or_none("key_padding");
   std::vector<int64_t> query_starts = keyword("query_starts"), key_starts = keyword("key_starts");
-  float scale = keyword("scale");
+  float scale = keyword("scale"), softcap = keyword("softcap");
   int64_t lower = keyword("lower"), upper = keyword("upper");
   double dropout_p = keyword("dropout_p");
   int64_t seed = keyword("seed");
@@ -80,9 +81,9 @@ static void attention_forward(const attention_forward_arguments& a) {
     const auto out = a.heads<T>(a.out, a.query_starts);
     check_sizes(a.value, a.key), check_sizes(a.out, a.query);
     const attention_size size = a.size_of(a.query, a.key, a.query_starts, a.key_starts);
-    fastlm::attention_forward<T>(query, key, value, out, a.lse.contiguous_as<float>(size.rows()), size,
-                                 masking_of<T>(a.mask, a.key_padding, a.lower, a.upper, a.scale, {a.dropout_p, a.seed}),
-                                 a.threads);
+    fastlm::attention_forward<T>(
+        query, key, value, out, a.lse.contiguous_as<float>(size.rows()), size,
+        masking_of<T>(a.mask, a.key_padding, a.lower, a.upper, a.scale, a.softcap, {a.dropout_p, a.seed}), a.threads);
   });
 }
 FASTLM_BINDING(attention_forward)
@@ -94,7 +95,7 @@ struct attention_backward_arguments : attention_arguments {
          key_padding = keyword_or_none("key_padding"), dquery = keyword("dquery"), dkey = keyword("dkey"),
          dvalue = keyword("dvalue"), dmask = keyword_or_none("dmask");
   std::vector<int64_t> query_starts = keyword("query_starts"), key_starts = keyword("key_starts");
-  float scale = keyword("scale");
+  float scale = keyword("scale"), softcap = keyword("softcap");
   int64_t lower = keyword("lower"), upper = keyword("upper");
   double dropout_p = keyword("dropout_p");
   int64_t seed = keyword("seed");
@@ -115,7 +116,7 @@ static void attention_backward(const attention_backward_arguments& a) {
     fastlm::attention_backward<T>(
         dout, query, key, value, out, a.lse.contiguous_as<const float>(size.rows()),
         a.dlse.contiguous_as<const float>(size.rows()), gradients, size,
-        masking_of<T>(a.mask, a.key_padding, a.lower, a.upper, a.scale, {a.dropout_p, a.seed}), a.threads);
+        masking_of<T>(a.mask, a.key_padding, a.lower, a.upper, a.scale, a.softcap, {a.dropout_p, a.seed}), a.threads);
   });
 }
 FASTLM_BINDING(attention_backward)

@@ -1,5 +1,5 @@
-// Attention:  O = softmax(scale·Q Kᵀ + mask) V,  lse = log Σ exp of the masked scores            (FlashAttention-2:
-// Dao, 2023, arXiv:2307.08691)
+// Attention:  O = softmax(S + mask) V,  S = scale·Q Kᵀ or, capped, c·tanh(scale·Q Kᵀ / c),  lse = log Σ exp of the
+// masked scores (FlashAttention-2: Dao, 2023, arXiv:2307.08691).
 //
 // Forward 4·Tq·Tk·D FLOP per head, backward 10·Tq·Tk·D (five products, with the scores recomputed from lse); half of
 // that where causal. Reads Q, K, V once per chunk of up to 512 queries and writes O and lse: compute bound. Scores
@@ -12,7 +12,6 @@
 #pragma once
 #include "attention_mask.h"
 #include "sequences.h"
-#include "vmath.h"
 
 namespace fastlm {
 

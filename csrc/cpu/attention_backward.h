@@ -1,5 +1,5 @@
 // The gradients of attention, from recomputed scores:  P = exp(S − lse),  dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ∘ (dP − δ),
-// dQ = scale·dS K,  dK = scale·dSᵀ Q,  δ = Σ_d dO ∘ O − dlse.
+// dQ = scale·dS K,  dK = scale·dSᵀ Q,  δ = Σ_d dO ∘ O − dlse. Where scores are capped, dQ and dK take dS ∘ (1 − tanh²).
 //
 // Five products of 2·Tq·Tk·D FLOP per head; reads Q, K, V, O and dO and writes dQ, dK and dV: compute bound. A part of
 // the work is the keys, or a range of them, of one kv head of one sequence, with all query heads of its group: dK
@@ -106,6 +106,14 @@ void score_gradients(float* scores, float scale, float* dweights, const float* k
   };
   if (keep) rows(std::true_type{});
   else rows(std::false_type{});
+}
+
+// In place: dS → dS ∘ slopes; a dS of 0 stays 0 where the slope of a masked score is NaN.
+inline void multiply_slopes(const float* slopes, int64_t count, float* dscores) {
+  for (int64_t i = 0; i < count; i += vec::Lanes) {
+    const vec d = vec::load(dscores + i, full{});
+    zero_where(d == vec::zero(), d * vec::load(slopes + i, full{})).store(dscores + i, full{});
+  }
 }
 
 // δ of one panel of queries as Σ_key P·dP. Twice the work of Σ_d dO·O, but without the rounding of a 16-bit O, which
@@ -253,10 +261,11 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
     const int64_t first_block = key_blocks * key_part / key_parts, end_block = key_blocks * (key_part + 1) / key_parts;
     // Panels of queries are packed once, in both layouts, if they are not too many; otherwise for each block of keys.
     const int64_t panel_size = 2 * QueryPanel * (depth + padded_width);
-    const bool keep_panels = group_size * panels.count * panel_size <= (16 << 20) / 4;
+    const bool capped = mask.softcap > 0, keep_panels = group_size * panels.count * panel_size <= (16 << 20) / 4;
     const int64_t slots = keep_panels ? group_size * panels.count : 1;
-    float* k_rows = scratch(KeyBlock * (2 * copied + padded + 2 * padded_width + 4 * QueryPanel) +
-                            slots * (panel_size + 1) + (key_parts == 1 ? group_size * dquery_size : 0));
+    float* k_rows =
+        scratch(KeyBlock * (2 * copied + padded + 2 * padded_width + 4 * QueryPanel) + slots * (panel_size + 1) +
+                (key_parts == 1 ? group_size * dquery_size : 0) + (capped ? KeyBlock * QueryPanel : 0));
     float* v_rows = k_rows + KeyBlock * copied;
     float* transposed_k = v_rows + KeyBlock * copied;
     float* dk = transposed_k + KeyBlock * padded;
@@ -267,7 +276,9 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
     float* paired = extra + KeyBlock * QueryPanel;
     float* packed = paired + KeyBlock * QueryPanel;
     float* own = packed + slots * panel_size;
-    float* ready = own + (key_parts == 1 ? group_size * dquery_size : 0);
+    float* tile_of_slopes = own + (key_parts == 1 ? group_size * dquery_size : 0);
+    float* ready = tile_of_slopes + (capped ? KeyBlock * QueryPanel : 0);
+    float* slopes = capped ? tile_of_slopes : nullptr;
     std::fill_n(ready, slots, 0.0f);
     auto dquery = [=](int64_t group_head) {
       return key_parts == 1 ? own + group_head * dquery_size
@@ -310,7 +321,7 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
 
           multiply_rows<arithmetic>(at.keys, dim, k_rows, packed_q, scores, width);
           multiply_rows<arithmetic>(at.keys, dim, v_rows, packed_g, dscores, width, DeltaChain);
-          const float scale = mask_scores(mask, at, scores, width, extra);
+          const float scale = mask_scores(mask, at, scores, width, extra, slopes);
           if (mask.drop.active()) dropout_tile(mask.drop, at, size.num_heads, extra, width);
           const float *keep = mask.drop.active() ? extra : nullptr, *row_lse = lse + first_row + from,
                       *row_delta = delta + first_row + from;
@@ -318,6 +329,7 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
             score_gradients<vecs>(scores, scale, dscores, keep, row_lse, row_delta, at.keys, queries);
           });
           if (grad.dmask) add_mask_gradient(dscores, width, at, grad.dmask, grad.dmask_strides);
+          if (slopes) multiply_slopes(slopes, at.keys * width, dscores);
           add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(scores, at.keys, width, paired),
                                        query_major_g, padded_width, dv);
           add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(dscores, at.keys, width, paired),

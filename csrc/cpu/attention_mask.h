@@ -8,6 +8,7 @@
 #include <cmath>
 #include "philox.h"
 #include "gemm.h"
+#include "vmath.h"
 
 namespace fastlm {
 
@@ -23,7 +24,7 @@ template <class T> struct masking {
   const bool* key_padding;              // true: a token, false: padding
   std::array<int64_t, 2> padding_strides;
   int64_t lower, upper;  // position j attends from row i iff lower ≤ j − i ≤ upper
-  float scale;
+  float scale, softcap;  // softcap: 0 for none
   dropout drop;
 
   // The band shifted along the keys.
@@ -97,17 +98,31 @@ template <class M> void load_mask(const M* mask, const std::array<int64_t, 4>& s
   }
 }
 
+// In place: s → c·tanh(scale·s / c), for `count` scores; the derivative 1 − tanh² goes to `slopes`, unless null.
+inline void cap_scores(float softcap, float scale, int64_t count, float* scores, float* slopes) {
+  const vec cap = vec::all(softcap), factor = vec::all(scale);
+  for (int64_t i = 0; i < count; i += vec::Lanes) {
+    const vec t = tanh(vec::load(scores + i, full{}) * factor / cap);
+    (cap * t).store(scores + i, full{});
+    if (slopes) fma(vec::zero() - t, t, vec::all(1)).store(slopes + i, full{});
+  }
+}
+
 // In place: s → scale·s + mask, and −inf wherever attention is masked, whatever the score is. Where only the band
 // masks, the other scores are left unscaled; returns the scale that is still to be applied. bias_tile is scratch memory
-// of the tile's size.
+// of the tile's size. With a cap, scores are scaled and capped first, and the derivative of that goes to `slopes`,
+// unless null.
 template <class T> float mask_scores(const masking<T>& m, const tile_position& at, float* scores, int64_t width,
-                                     float* bias_tile) {
+                                     float* bias_tile, float* slopes = nullptr) {
   constexpr int64_t L = vec::Lanes;
-  const vec scale = vec::all(m.scale), minus_infinity = vec::all(-INFINITY);
+  const bool capped = m.softcap > 0;
+  if (capped) cap_scores(m.softcap, m.scale, at.keys * width, scores, slopes);
+  const float remaining = capped ? 1.0f : m.scale;
+  const vec scale = vec::all(remaining), minus_infinity = vec::all(-INFINITY);
   const bool biased = m.type != mask_type::none,
              banded = !m.contains(at.query, at.query + at.queries, at.key, at.key + at.keys);
-  const bool scale_later = !biased && !m.key_padding && m.scale > 0;
-  if (scale_later && !banded) return m.scale;
+  const bool scale_later = !biased && !m.key_padding && remaining > 0;
+  if (scale_later && !banded) return remaining;
   if (m.type == mask_type::boolean) load_mask(static_cast<const bool*>(m.mask), m.mask_strides, at, bias_tile, width);
   if (m.type == mask_type::additive) load_mask(static_cast<const T*>(m.mask), m.mask_strides, at, bias_tile, width);
   if (m.type == mask_type::additive_fp32)
@@ -146,7 +161,7 @@ template <class T> float mask_scores(const masking<T>& m, const tile_position& a
       s.store(row + i, full{});
     }
   }
-  return scale_later ? m.scale : 1;
+  return scale_later ? remaining : 1;
 }
 
 // factors[j·width + i] = 0 where the weight of query i and key j is dropped, otherwise 1/(1 − p).

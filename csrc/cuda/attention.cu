@@ -151,7 +151,7 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool has_rows = warp * 16 < rows;  // a warp without queries only copies
   const uint32_t sign_flip = a.scale < 0 ? SignBits<T> : 0;
-  const float abs_scale = fabsf(a.scale), score_scale = scale_of_score(a);
+  const float abs_scale = fabsf(a.scale), mask_scale = scale_before_masks(a), score_scale = scale_of_score(a);
 
   cp_async_wait<1>();
   __syncthreads();
@@ -180,10 +180,11 @@ template <class T, int D> __global__ void __launch_bounds__(ForwardTile<T, D>::W
 
     float weights[Keys / 8][4];
     multiply_transposed<T, D, Keys, Tile::Unroll>(weights, lhs, keys + stage * TileBytes, a.tf32);
+    if (a.softcap > 0) cap_scores<Keys>(weights, a, abs_scale);
     if (all_edges || tile < range.inner || tile >= range.outer) {
       const QueryRow row[2] = {task.row(a, warp * 16 + lane / 4), task.row(a, warp * 16 + lane / 4 + 8)};
       const int64_t mask_at[2] = {mask_offset(a, s.batch, row[0].head), mask_offset(a, s.batch, row[1].head)};
-      mask_scores<T, false, Keys>(weights, a, s, {row[0].i, row[1].i}, tile * Keys, mask_at, abs_scale);
+      mask_scores<T, false, Keys>(weights, a, s, {row[0].i, row[1].i}, tile * Keys, mask_at, mask_scale);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

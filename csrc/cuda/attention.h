@@ -1,4 +1,5 @@
-// Launchers of attention, softmax(q kᵀ · scale + mask) v: forward, backward, and forward with split-K for few queries.
+// Launchers of attention, softmax(s + mask) v with s = q kᵀ · scale or softcap · tanh(q kᵀ · scale / softcap): forward,
+// backward, and forward with split-K for few queries.
 #pragma once
 #include <cstdint>
 #include "dtype.h"
@@ -37,12 +38,12 @@ struct AttentionArgs {
   bool query_starts_int64, key_starts_int64;
 
   int batch, num_heads, num_kv_heads, query_len, key_len, head_dim;
-  int lower, upper;  // query i attends to key j if lower ≤ j − i ≤ upper
-  float scale;
-  const int64_t* seed;  // of dropout, on the device, or null
-  uint32_t threshold;   // a weight is kept if its random word is at least this
-  float keep_scale;     // 1/(1 − p)
-  bool tf32;            // float32 operands of products may be rounded to tf32
+  int lower, upper;      // query i attends to key j if lower ≤ j − i ≤ upper
+  float scale, softcap;  // softcap: 0 for none
+  const int64_t* seed;   // of dropout, on the device, or null
+  uint32_t threshold;    // a weight is kept if its random word is at least this
+  float keep_scale;      // 1/(1 − p)
+  bool tf32;             // float32 operands of products may be rounded to tf32
 };
 
 struct AttentionForwardArgs : AttentionArgs {

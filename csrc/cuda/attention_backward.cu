@@ -46,6 +46,26 @@ template <class T, int D> struct KeyTile {
   static_assert(Bytes <= 99 << 10);
 };
 
+// Before scores are masked: caps them, and multiplies dP − δ by the derivative of the cap, which is not known
+// afterwards. delta(n, e) is δ of an element; without_slope: the derivative counts as 1.
+template <int N, class Delta> FASTLM_DEVICE void cap_with_gradient(float (&scores)[N / 8][4],
+                                                                   float (&dweights)[N / 8][4], const AttentionArgs& a,
+                                                                   float scale, bool without_slope, Delta delta) {
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const CappedScore capped = capped_score(a, scores[n][e], scale);
+      scores[n][e] = capped.score;
+      dweights[n][e] = (dweights[n][e] - delta(n, e)) * (without_slope ? 1.f : capped.slope);
+    }
+}
+
+// The derivative of the cap, by the unscaled score; 1 without a cap.
+FASTLM_DEVICE float slope_of(const AttentionArgs& a, float score) {
+  return a.softcap > 0 ? capped_score(a, score, a.scale).slope : 1.f;
+}
+
 FASTLM_DEVICE int64_t row_offset(const AttentionArgs& a, const Sequence& s, int head) {
   return s.batch * a.lse_batch_stride + head * a.lse_head_stride + s.query_begin;
 }
@@ -89,10 +109,11 @@ __device__ __attribute__((noinline)) void recompute_query_gradient_row(const Att
   for (int j = begin; j < end; ++j) {
     const Channels key = read_channels<T>(token_of<T>(a.key, batch, kv_head, s.key_begin + j), a.head_dim);
     float score = dot(query, key);
+    const float slope = slope_of(a, score);
     if (!is_visible<T>(a, s, head, i, j, score)) continue;
     float dweight = dot(dout, read_channels<T>(token_of<T>(a.value, batch, kv_head, s.key_begin + j), a.head_dim));
     if (a.seed) dweight = kept(seed, a.threshold, j, i, batch * a.num_heads + head) ? dweight * a.keep_scale : 0.f;
-    const float dscore = weight_of(score, lse, 1) * (dweight - delta);
+    const float dscore = weight_of(score, lse, 1) * (dweight - delta) * slope;
     for (int c = 0; c < WidestHead / 32; ++c) dquery.at[c] += dscore * key.at[c];
   }
   write_channels<T>(token_of<T>(a.dquery, batch, head, s.query_begin + i), dquery, a.scale, a.head_dim);
@@ -115,7 +136,7 @@ __global__ void __launch_bounds__(QueryTile<T, D>::Warps * 32, QueryTile<T, D>::
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool all_edges = a.mask_type != MaskType::none || a.key_padding;
   const uint32_t sign_flip = a.scale < 0 ? SignBits<T> : 0;
-  const float abs_scale = fabsf(a.scale), score_scale = scale_of_score(a);
+  const float abs_scale = fabsf(a.scale), mask_scale = scale_before_masks(a), score_scale = scale_of_score(a);
 
   // The block computes a tile of queries of one head, or a tile of the mask, to which several heads contribute (and all
   // tiles of queries if the mask has one row).
@@ -218,16 +239,22 @@ __global__ void __launch_bounds__(QueryTile<T, D>::Warps * 32, QueryTile<T, D>::
 #pragma unroll
             for (int e = 0; e < 4; ++e) dscores[n][e] = keep >> (n * 4 + e) & 1 ? dscores[n][e] * a.keep_scale : 0.f;
         }
+        float subtracted[2] = {delta[0], delta[1]};
+        if (a.softcap > 0) {
+          cap_with_gradient<Keys>(weights, dscores, a, abs_scale, of_mask || computes_delta,
+                                  [&](int, int e) { return delta[e / 2]; });
+          subtracted[0] = subtracted[1] = 0;
+        }
         uint32_t visible = ~0u;
         if (all_edges || tile < range.inner || tile >= range.outer) {
           const int64_t at = mask_offset(a, batch, head), mask_at[2] = {at, at};
-          visible = mask_scores<T, false, Keys>(weights, a, s, i, tile * Keys, mask_at, abs_scale);
+          visible = mask_scores<T, false, Keys>(weights, a, s, i, tile * Keys, mask_at, mask_scale);
         }
 #pragma unroll
         for (int n = 0; n < Keys / 8; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            dscores[n][e] = weight_of(weights[n][e], lse[e / 2], score_scale) * (dscores[n][e] - delta[e / 2]);
+            dscores[n][e] = weight_of(weights[n][e], lse[e / 2], score_scale) * (dscores[n][e] - subtracted[e / 2]);
         if (visible != ~0u)
 #pragma unroll
           for (int n = 0; n < Keys / 8; ++n)
@@ -322,6 +349,7 @@ __device__ __attribute__((noinline)) void recompute_key_gradient_row(const Atten
     for (int i = begin; i < end; ++i) {
       const Channels query = read_channels<T>(token_of<T>(a.query, batch, head, s.query_begin + i), a.head_dim);
       float score = dot(query, key);
+      const float slope = slope_of(a, score);
       if (!is_visible<T>(a, s, head, i, j, score)) continue;
       const Channels dout = read_channels<T>(token_of<T>(a.dout, batch, head, s.query_begin + i), a.head_dim);
       const int64_t at = row_offset(a, s, head) + i;
@@ -329,7 +357,7 @@ __device__ __attribute__((noinline)) void recompute_key_gradient_row(const Atten
       const float keep = !a.seed ? 1.f : kept(seed, a.threshold, j, i, batch * a.num_heads + head) ? a.keep_scale : 0.f;
       float dweight = dot(dout, value);
       dweight = keep == 0 ? 0.f : dweight * keep;
-      const float dscore = weight * (dweight - a.delta[at]), kept_weight = keep == 0 ? 0.f : weight * keep;
+      const float dscore = weight * (dweight - a.delta[at]) * slope, kept_weight = keep == 0 ? 0.f : weight * keep;
       for (int c = 0; c < WidestHead / 32; ++c)
         dkey.at[c] += dscore * query.at[c], dvalue.at[c] += kept_weight * dout.at[c];
     }
@@ -404,7 +432,7 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::MinB
   const bool has_rows = first + warp * 16 < s.key_len, all_edges = a.mask_type != MaskType::none || a.key_padding;
   const int j[2] = {first + warp * 16 + lane / 4, first + warp * 16 + lane / 4 + 8};
   const uint32_t sign_flip = a.scale < 0 ? SignBits<T> : 0;
-  const float abs_scale = fabsf(a.scale), score_scale = scale_of_score(a);
+  const float abs_scale = fabsf(a.scale), mask_scale = scale_before_masks(a), score_scale = scale_of_score(a);
   const auto lhs_key = [&](int k, uint32_t (&raw)[4]) { read_lhs<T, D>(raw, keys, warp * 16, k, sign_flip); };
   const auto lhs_value = [&](int k, uint32_t (&raw)[4]) { read_lhs<T, D>(raw, values, warp * 16, k, 0); };
 
@@ -438,12 +466,25 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::MinB
     multiply_transposed<T, D, Queries, Tile::Unroll, true>(weights, lhs_key, queries + stage * QueryTileBytes, a.tf32);
     if (needs_key)
       multiply_transposed<T, D, Queries, Tile::Unroll>(dscores, lhs_value, douts + stage * QueryTileBytes, a.tf32);
+    const float* const lse = row_values + stage * 2 * Queries + lane % 4 * 2;
+    const unsigned char* const kept_at = kept_words + lane % 4 * 32 + lane / 4;
+    const int word = (first + warp * 16) % 64 / 16;
+    if (needs_key && a.seed)
+#pragma unroll
+      for (int n = 0; n < Queries / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          dscores[n][e] = kept_at[(n * 8 + e % 2) * 16 + e / 2 * 8] >> word & 1 ? dscores[n][e] * a.keep_scale : 0.f;
+    const bool capped = a.softcap > 0;
+    if (capped && needs_key)
+      cap_with_gradient<Queries>(weights, dscores, a, abs_scale, false,
+                                 [&](int n, int e) { return lse[Queries + n * 8 + e % 2]; });
+    else if (capped) cap_scores<Queries>(weights, a, abs_scale);
     uint32_t visible = ~0u;
     if (all_edges || tile < range.inner || tile >= range.outer) {
       const int64_t at = mask_offset(a, batch, head), mask_at[2] = {at, at};
-      visible = mask_scores<T, true, Queries>(weights, a, s, j, query, mask_at, abs_scale);
+      visible = mask_scores<T, true, Queries>(weights, a, s, j, query, mask_at, mask_scale);
     }
-    const float* const lse = row_values + stage * 2 * Queries + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Queries / 8; ++n)
 #pragma unroll
@@ -454,19 +495,12 @@ __global__ void __launch_bounds__(KeyTile<T, D>::Warps * 32, KeyTile<T, D>::MinB
 #pragma unroll
         for (int e = 0; e < 4; ++e) weights[n][e] = visible >> (n * 4 + e) & 1 ? weights[n][e] : 0.f;
 
-    const unsigned char* const kept_at = kept_words + lane % 4 * 32 + lane / 4;
-    const int word = (first + warp * 16) % 64 / 16;
     if (needs_key) {
-      if (a.seed)
-#pragma unroll
-        for (int n = 0; n < Queries / 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            dscores[n][e] = kept_at[(n * 8 + e % 2) * 16 + e / 2 * 8] >> word & 1 ? dscores[n][e] * a.keep_scale : 0.f;
 #pragma unroll
       for (int n = 0; n < Queries / 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) dscores[n][e] = weights[n][e] * (dscores[n][e] - lse[Queries + n * 8 + e % 2]);
+        for (int e = 0; e < 4; ++e)
+          dscores[n][e] = weights[n][e] * (dscores[n][e] - (capped ? 0.f : lse[Queries + n * 8 + e % 2]));
       if (visible != ~0u)
 #pragma unroll
         for (int n = 0; n < Queries / 8; ++n)

@@ -323,6 +323,26 @@ template <class T> FASTLM_DEVICE float mask_value(const AttentionArgs& a, int64_
                                            : static_cast<const float*>(a.mask)[at];
 }
 
+// The cap of scores: softcap · tanh(scale · score / softcap), and its derivative by scale · score.
+struct CappedScore {
+  float score, slope;
+};
+FASTLM_DEVICE CappedScore capped_score(const AttentionArgs& a, float score, float scale) {
+  const float t = tanh_(multiply_rounded(score, scale) / a.softcap);
+  return {multiply_rounded(t, a.softcap), 1.f - t * t};
+}
+
+// Caps scores in place, of which `scale` is still to be applied.
+template <int N> FASTLM_DEVICE void cap_scores(float (&scores)[N / 8][4], const AttentionArgs& a, float scale) {
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) scores[n][e] = capped_score(a, scores[n][e], scale).score;
+}
+
+// The scale that scores still lack before mask_scores; a capped score is complete.
+FASTLM_DEVICE float scale_before_masks(const AttentionArgs& a) { return a.softcap > 0 ? 1.f : fabsf(a.scale); }
+
 // Masks scores in place: −inf where not visible, scale · score + mask with an additive mask. Rows are queries and
 // columns are keys from `column` on, or the reverse with KeysAsRows. mask_at is the mask's offset of each of the two
 // rows of the thread, without the positions. Returns the visible scores, bit 4n + e for element e of block n. The loop
@@ -371,20 +391,21 @@ FASTLM_DEVICE uint32_t mask_scores(float (&scores)[N / 8][4], const AttentionArg
 
 // The factor that a score of mask_scores still lacks. It is never 0, because −∞ · 0 is NaN.
 FASTLM_DEVICE float scale_of_score(const AttentionArgs& a) {
-  return is_additive(a) ? 1.f : fmaxf(fabsf(a.scale), 1e-37f);
+  return is_additive(a) ? 1.f : fmaxf(scale_before_masks(a), 1e-37f);
 }
 
-// The same for one query and one key; `score` becomes the scaled and masked score.
+// The same for one query and one key; `score` becomes the scaled, capped and masked score.
 template <class T> FASTLM_DEVICE bool is_visible(const AttentionArgs& a, const Sequence& s, int head, int i, int j,
                                                  float& score) {
   if (j - i < s.lower || j - i > s.upper) return false;
-  const float unscaled = score;
-  score = multiply_rounded(score, a.scale);
+  const bool capped = a.softcap > 0;
+  const float scale = capped ? 1.f : a.scale, unscaled = capped ? capped_score(a, score, a.scale).score : score;
+  score = multiply_rounded(unscaled, scale);
   if (a.mask_type != MaskType::none) {
     const int64_t at = mask_offset(a, s.batch, head) + i * a.mask_query_stride + j * a.mask_key_stride;
     const float bias = is_additive(a) ? mask_value<T>(a, at) : static_cast<const bool*>(a.mask)[at] ? 0.f : -INFINITY;
     if (bias == -INFINITY) return false;
-    if (is_additive(a)) score = fmaf(unscaled, a.scale, bias);
+    if (is_additive(a)) score = fmaf(unscaled, scale, bias);
   }
   return !a.key_padding || a.key_padding[s.batch * a.key_padding_batch_stride + j * a.key_padding_key_stride];
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TENSORS = {Tensor, torch.nn.Parameter}  # isinstance takes 60 ns for a Parameter
 INT64 = range(-(2**63), 2**63)
+FLOAT32 = torch.finfo(torch.float32)
 
 
 class Unsupported(RuntimeError):
@@ -129,6 +130,27 @@ def check_number(argument: str, value: Any, expected: str = "a finite number") -
     if not -math.inf < value < math.inf:
         raise mismatch(argument, expected, value)
     return value
+
+
+def check_positive(argument: str, value: Any) -> float:
+    """The value as a float, which must be positive and finite."""
+    value = check_number(argument, value, "a positive number")
+    if value <= 0:
+        raise mismatch(argument, "a positive number", value)
+    return value
+
+
+def check_float32(argument: str, value: Any) -> float:
+    """The value as a float, which must be positive and in the range of float32, in which the kernels take it."""
+    value = check_positive(argument, value)
+    if not FLOAT32.tiny <= value <= FLOAT32.max:
+        raise mismatch(argument, f"a number between {FLOAT32.tiny:.3g} and {FLOAT32.max:.3g}", value)
+    return value
+
+
+def check_softcap(value: Any) -> float:
+    """The cap of scores or logits as a float; 0 for None."""
+    return 0.0 if value is None else check_float32("softcap", value)
 
 
 def as_float(argument: str, value: Any, expected: str) -> float:

@@ -94,8 +94,8 @@ def test_rows_are_contiguous_of_any_rank_or_strided_matrices():
 def attention(**changed):
     query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     given = {"query": query, "key": key, "value": value, "out": torch.empty_like(query), "lse": torch.empty(2, 4, 3)}
-    given |= {"mask": None, "key_padding": None, "query_starts": [], "key_starts": [], "scale": 1.0, "lower": -9}
-    given |= {"upper": 9, "dropout_p": 0.0, "seed": 0, "threads": 1}
+    given |= {"mask": None, "key_padding": None, "query_starts": [], "key_starts": [], "scale": 1.0, "softcap": 0.0}
+    given |= {"lower": -9, "upper": 9, "dropout_p": 0.0, "seed": 0, "threads": 1}
     isa.kernels.attention_forward(**given | changed)
 
 

@@ -50,10 +50,11 @@ def normal(*shape: int) -> Tensor:
 # The operators
 
 
-def attention(query, key, value, causal, mask, key_padding, scale, window, dropout_p, return_lse):
+def attention(query, key, value, causal, mask, key_padding, scale, softcap, window, dropout_p, return_lse):
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else float(scale))
+    scores = scores if softcap is None else float(softcap) * torch.tanh(scores / float(softcap))
     query_len, key_len = scores.shape[2:]
     distance = torch.arange(key_len) - torch.arange(query_len)[:, None] - (key_len - query_len)
     allowed = torch.ones(query_len, key_len, dtype=torch.bool)
@@ -76,12 +77,14 @@ def attention(query, key, value, causal, mask, key_padding, scale, window, dropo
     return (out, scores.logsumexp(-1)) if return_lse else out
 
 
-def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, window, scale, dropout_p, return_lse):
+def attention_varlen(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, causal, window, scale, softcap, dropout_p, return_lse
+):
     outs, lses = [query[:0]], [query[:0, :, 0].t()]
     ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
     for (q0, k0), (q1, k1) in itertools.pairwise(ends):
         part = (x[None].transpose(1, 2) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        out, lse = attention(*part, causal, None, None, scale, window, 0, True)
+        out, lse = attention(*part, causal, None, None, scale, softcap, window, 0, True)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     return (torch.cat(outs), torch.cat(lses, 1)) if return_lse else torch.cat(outs)

@@ -347,8 +347,13 @@ def attention(draw: Draw) -> Problem:
         # PyTorch's result of a query without keys is undefined: such a query attends to all of them, and counts as 0.
         bias = torch.zeros((), dtype=query.dtype).masked_fill(~(allowed | ~attends), -math.inf)
         if mask is not None and mask.dtype != torch.bool:
+    softcap = draw.one_of((None, None, 1.0, 50.0), "softcap")
             bias = bias + torch.where(mask == -math.inf, 0, mask).to(query.dtype)
-        repeated = (x.repeat_interleave(groups, 1) for x in (key, value))
+        repeated = [x.repeat_interleave(groups, 1) for x in (key, value)]
+        if softcap is not None:
+            scores = query @ repeated[0].mT * (head_dim**-0.5 if scale is None else scale)
+            weights = torch.softmax(softcap * torch.tanh(scores / softcap) + bias, -1)
+            return torch.where(attends, weights @ repeated[1], 0)
         out = F.scaled_dot_product_attention(query, *repeated, attn_mask=bias, scale=scale)
         return torch.where(attends, out, 0)
 
@@ -359,7 +364,7 @@ def attention(draw: Draw) -> Problem:
 
     options = {"causal": causal, "window": window, "scale": scale, "mask": mask, "key_padding": key_padding}
     return Problem(
-        lambda *t, backend: fastlm.attention(*t, **options, backend=backend),
+        ours,
         torch_own,
         [query, key, value],
         shuffle,
@@ -385,6 +390,12 @@ def attention_varlen(draw: Draw) -> Problem:
             part = query[q0:q1], *(x[k0:k1].repeat_interleave(groups, 1) for x in (key, value))
             distance = torch.arange(k1 - k0) - torch.arange(q1 - q0)[:, None] - ((k1 - k0) - (q1 - q0))
             allowed = (distance <= 0) if causal else torch.ones_like(distance, dtype=torch.bool)
+    options["softcap"] = softcap
+
+    def ours(*t, backend):
+        capped_by_another = softcap is not None and backend == "torch"  # which has no cap
+        return fastlm.attention(*t, **options, backend=None if capped_by_another else backend)
+
             attends = allowed.any(-1, keepdim=True)
             bias = torch.zeros((), dtype=query.dtype).masked_fill(~(allowed | ~attends), -math.inf)
             out = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part), attn_mask=bias)

@@ -133,7 +133,8 @@ def attention(dtype, head_dim, masked="", lengths=(512, 512), num_kv_heads=2, wi
         padding = torch.empty(batch, lengths[1], dtype=torch.bool)
     if "dropout" in masked:
         seed = torch.zeros((), dtype=torch.int64)
-    settings = 0.125, lower, upper, 0.1 if seed is not None else 0.0, True
+    softcap = 50.0 if "softcap" in masked else 0.0
+    settings = 0.125, softcap, lower, upper, 0.1 if seed is not None else 0.0, True
     inputs = query, key, value, mask, padding, None, None, seed
     out, lse = forward("attention", "triton", *inputs, *settings, "bias" in masked)
     if with_backward:
@@ -143,7 +144,7 @@ def attention(dtype, head_dim, masked="", lengths=(512, 512), num_kv_heads=2, wi
 def packed(dtype, head_dim):
     query, key, value = (torch.empty(512, n, head_dim, dtype=dtype) for n in (4, 2, 2))
     starts = torch.tensor([0, 100, 512], dtype=torch.int32)
-    inputs, settings = (query, key, value, None, None, starts, starts, None), (0.125, -64, 0, 0.0, True)
+    inputs, settings = (query, key, value, None, None, starts, starts, None), (0.125, 0.0, -64, 0, 0.0, True)
     out, lse = forward("attention", "triton", *inputs, *settings, False)
     backward("attention", "triton", out, None, *inputs, out, lse, *settings, (True, True, True, False))
 
@@ -216,12 +217,18 @@ def cases(quick):
                 lambda d=dtype, h=head_dim: attention(d, h, "", (1, 2048), with_backward=False),
             )
         if dtype == torch.bfloat16:
-            for masked in ("bias dropout",) if quick else ("window", "bool padding", "bias dropout", "dropout"):
+            everything = "bias dropout", "bias dropout softcap"
+            for masked in everything if quick else ("window", "bool padding", "dropout", "causal softcap", *everything):
                 for head_dim in (64,) if quick else (64, 128, 256) if "bias" in masked else (64, 128):
                     yield (
                         f"attention {short} {head_dim} {masked}",
                         lambda d=dtype, h=head_dim, m=masked: attention(d, h, m),
                     )
+            for head_dim in (64,) if quick else (64, 128, 256):
+                yield (
+                    f"attention {short} {head_dim} decode softcap",
+                    lambda d=dtype, h=head_dim: attention(d, h, "softcap", (1, 2048), with_backward=False),
+                )
             for head_dim in () if quick else (64, 128):
                 yield f"attention {short} {head_dim} packed", lambda d=dtype, h=head_dim: packed(d, h)
         for head_dim in (64, 128, 256) if dtype == torch.float32 else ():

@@ -22,9 +22,10 @@ import triton
 STREAM = 0x1230  # the current stream
 CASES = {  # every kernel, with and without its optional arguments, with the tiles of a GPU: small tiles compile faster
     "attention bfloat16 64 bias dropout": "sm_86",
+    "attention bfloat16 64 bias dropout softcap": "sm_86",
     "attention bfloat16 64 bool padding": "sm_90",
     "attention bfloat16 64 packed": "sm_86",
-    "attention bfloat16 64 decode": "sm_90",
+    "attention bfloat16 64 decode softcap": "sm_90",
     "layernorm_residual bfloat16 768 dropout float32 stream": "sm_90",
     "rms_norm_residual bfloat16 128 heads": "sm_90",
     "rms_norm_residual bfloat16 960 dropout float32 stream": "sm_90",
@@ -152,7 +153,7 @@ def ones():
     from tests.kernels.support import backward, forward
 
     q, starts, every = torch.zeros(1, 1, 1, 1), torch.tensor([0, 1], dtype=torch.int32), (True,) * 3
-    settings = 1.0, -(2**62), 0, 0.0, True
+    settings = 1.0, 0.0, -(2**62), 0, 0.0, True
     inputs = q, q, q, None, None, None, None, None
     out, lse = forward("attention", "triton", *inputs, *settings, False)
     backward("attention", "triton", out, lse, *inputs, out, lse, *settings, (*every, False))

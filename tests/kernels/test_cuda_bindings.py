@@ -29,7 +29,7 @@ def attention(**changed):
     q, k, lse = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.empty(2, 4, 5)
     arguments = {"query": q, "key": k, "value": k.clone(), "out": torch.empty_like(q), "lse": lse, "mask": None}
     arguments |= {"key_padding": None, "query_starts": None, "key_starts": None, "seed": None, "scale": 1.0}
-    arguments |= {"lower": -100, "upper": 100, "dropout_p": 0.0, "tf32": False}
+    arguments |= {"softcap": 0.0, "lower": -100, "upper": 100, "dropout_p": 0.0, "tf32": False}
     return arguments | {"device": 0, "stream": 0} | changed
 
 

@@ -87,6 +87,7 @@ CUDA = [
     ByHand("csrc/cuda/layernorm_residual.cu", "$ds - $average - $normal * $correlation", "$ds - $average"),
     ByHand(
         "csrc/cuda/linear_cross_entropy.cu",
+    ByHand("csrc/cuda/attention_tile.cuh", "1.f - $t * $t", "1.f"),
         "exponential($z, $max) * $factor - $uniform",
         "exponential($z, $max) * $factor",
     ),
@@ -101,6 +102,7 @@ TRITON = [
     ByHand("kernels/layernorm_residual.py", "- $normal * $correlation[:, None]", ""),
     ByHand("kernels/linear_cross_entropy.py", "* $factor - $uniform", "* $factor"),
 ]
+    ByHand("kernels/attention_tiles.py", "1 - $ratio * $ratio", "1 + 0 * $ratio"),
 
 PYTHON = [
     # alignment at the bottom right

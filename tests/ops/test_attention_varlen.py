@@ -10,7 +10,7 @@ from fastlm.backends import selection
 from fastlm.core import philox
 from fastlm.ops.attention import gpu
 from fastlm.ops.attention.spec import Backward, Forward
-from tests.ops.test_attention import NON_FINITE, seen
+from tests.ops.test_attention import NON_FINITE, capped_own, seen
 from tests.support import (
     DTYPES,
     SLOW,
@@ -122,6 +122,27 @@ def test_scale(scale, backend):
     assert_within_twice_torch(ours, own, qkv(lengths, 2, 2, 16), torch.float32)
 
 
+@on_backends("reference", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_capped_scores(dtype, backend):
+    lengths = [(9, 9), (1, 1), (40, 40), (3, 17)]
+    boundaries = cu_seqlens(lengths)
+
+    def own(q, k, v):
+        outs = []
+        for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(s) for s in boundaries), strict=True):
+            one = (x[None].transpose(1, 2) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
+            outs.append(capped_own(1.0, seen(int(q1 - q0), int(k1 - k0), True))(*one)[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    assert_within_twice_torch(
+        lambda *t: fastlm.attention_varlen(*t, *boundaries, causal=True, softcap=1.0, backend=backend),
+        own,
+        qkv(lengths, 4, 2, 24),
+        dtype,
+    )
+
+
 # Compared with a padded batch
 
 
@@ -176,7 +197,7 @@ def test_dropout_masks_follow_the_definition(seed, backend):
     one_hot = torch.cat([torch.eye(k, widest) for _, k in lengths])[:, None].expand(key.shape)  # the key's position
     tensors = query, key, one_hot, None, None, *cu_seqlens(lengths), torch.tensor(seed)
     unlimited = -(2**62), 2**62
-    out = torch.ops.fastlm.attention_forward(*tensors, 1.0, *unlimited, p, False, False, backend)[0]
+    out = torch.ops.fastlm.attention_forward(*tensors, 1.0, 0.0, *unlimited, p, False, False, backend)[0]
     parts = out.split([q for q, _ in lengths])
     for number, (one, (query_len, key_len)) in enumerate(zip(parts, lengths, strict=True)):
         batch_head = torch.arange(number * heads, (number + 1) * heads)
@@ -489,6 +510,7 @@ def call(**changed):
         ),
         ({"cu_seqlens_k": torch.tensor([0, 9])}, r"cu_seqlens_k: expected shape \(3,\), as cu_seqlens_q, got \(2,\)"),
         ({"scale": float("inf")}, r"scale: expected a finite number, got inf"),
+        ({"softcap": 0}, r"softcap: expected a positive number, got 0.0"),
         ({"window": (0, -1)}, r"window: expected \(left, right\), each None or an integer of 0 or more, got \(0, -1\)"),
         ({"dropout_p": 1.0}, r"dropout_p: expected a probability in \[0, 1\), got 1.0"),
         ({"backend": "gpu"}, r"backend: expected one of cpu, triton, cuda, torch, reference, got 'gpu'"),
@@ -532,7 +554,7 @@ def test_invalid_cu_seqlens_are_refused(changed, message, backend):
     tensors = inputs[0], None, *inputs, None, None, *wrong, None, inputs[0], floats(4, 7)
     needed = [True, True, True, False]
     with pytest.raises(ValueError, match=message):
-        torch.ops.fastlm.attention_backward(*tensors, 1.0, -9, 9, 0.0, False, needed, backend)
+        torch.ops.fastlm.attention_backward(*tensors, 1.0, 0.0, -9, 9, 0.0, False, needed, backend)
 
 
 @pytest.mark.parametrize(
@@ -570,9 +592,11 @@ def test_invalid_cu_seqlens_are_a_device_assert(side, wrong, dtype, backend, mon
     asserted = "cu_seqlens: expected" if backend == "triton" else r"assertion failed: .*(query|key)"
     implementation = implementation_module("attention", backend).implementation
     with pytest.raises(Exception, match=asserted):
-        implementation.forward(Forward(*inputs, None, None, *starts, None, 1.0, -9, 9, 0.0, False, False))
+        implementation.forward(Forward(*inputs, None, None, *starts, None, 1.0, 0.0, -9, 9, 0.0, False, False))
     # The failed launch left no state behind.
-    out, lse = implementation.forward(Forward(*inputs, None, None, right, right, None, 1.0, -9, 9, 0.0, False, False))
+    out, lse = implementation.forward(
+        Forward(*inputs, None, None, right, right, None, 1.0, 0.0, -9, 9, 0.0, False, False)
+    )
     needed = True, True, True, False
     with pytest.raises(Exception, match=asserted):
         implementation.backward(

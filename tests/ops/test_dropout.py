@@ -31,7 +31,7 @@ def kept_by_attention(backend, batch, heads, query_len, key_len, p, seed):
     one_hot = torch.eye(key_len).expand(batch, heads, key_len, key_len)
     masks, band = (None, None, None, None), (-UNLIMITED, UNLIMITED)
     tensors = q, k, one_hot, *masks, torch.tensor(seed)
-    out = torch.ops.fastlm.attention_forward(*tensors, 1.0, *band, p, False, False, backend)[0]
+    out = torch.ops.fastlm.attention_forward(*tensors, 1.0, 0.0, *band, p, False, False, backend)[0]
     return out != 0
 
 

@@ -667,4 +667,4 @@ def test_backends_get_floats_for_any_kind_of_number(number, monkeypatch):
     fastlm.layernorm_residual(x, None, x[0, 0, 0], eps=number, backend="torch")
     numbers = {"label_smoothing": number, "logit_scale": number, "softcap": number}
     fastlm.linear_cross_entropy(x[0, 0], floats(8, 8), target, **numbers, backend="torch")
-    assert seen == [[float, int, int, float], [float, float], [int, float, float, float]]
+    assert seen == [[float, float, int, int, float], [float, float], [int, float, float, float]]

@@ -31,7 +31,7 @@ struct attention_arguments : keyword_arguments {
          lse = keyword("lse"), mask = keyword_or_none("mask"), key_padding = keyword_or_none("key_padding"),
          query_starts = keyword_or_none("query_starts"), key_starts = keyword_or_none("key_starts"),
          seed = keyword_or_none("seed");
-  float scale = keyword("scale");
+  float scale = keyword("scale"), softcap = keyword("softcap");
   int lower = keyword("lower"), upper = keyword("upper");
   double dropout_p = keyword("dropout_p");
   bool tf32 = keyword("tf32");
@@ -57,7 +57,7 @@ struct attention_arguments : keyword_arguments {
     fill_starts(a);
     a.num_heads = int(query.sizes[1]), a.num_kv_heads = int(key.sizes[1]);
     a.query_len = int(query.sizes[2]), a.key_len = int(key.sizes[2]), a.head_dim = int(query.sizes[3]);
-    a.lower = lower, a.upper = upper, a.scale = scale;
+    a.lower = lower, a.upper = upper, a.scale = scale, a.softcap = softcap;
     a.seed = seed.contiguous_as<const int64_t>(1);
     a.threshold = uint32_t(std::floor(dropout_p * 4294967296.0)), a.keep_scale = float(1 / (1 - dropout_p));
     a.tf32 = tf32;

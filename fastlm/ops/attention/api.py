@@ -12,6 +12,7 @@ from fastlm.core.errors import (
     check_like,
     check_number,
     check_probability,
+    check_softcap,
     check_tensor,
     mismatch,
     shown,
@@ -33,6 +34,7 @@ def attention(
     mask: Tensor | None = ...,
     key_padding: Tensor | None = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
     window: tuple[int | None, int | None] | None = ...,
     dropout_p: float = ...,
     return_lse: Literal[False] = ...,
@@ -48,6 +50,7 @@ def attention(
     mask: Tensor | None = ...,
     key_padding: Tensor | None = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
     window: tuple[int | None, int | None] | None = ...,
     dropout_p: float = ...,
     return_lse: Literal[True],
@@ -64,6 +67,7 @@ def attention(
     mask: Tensor | None = None,
     key_padding: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     window: tuple[int | None, int | None] | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -87,11 +91,13 @@ def attention(
             one.
         key_padding: (batch, key_len), bool, True = a real token.
         scale: of the scores; None = 1 / √head_dim.
+        softcap: positive, or None: the scaled scores s become softcap · tanh(s / softcap) before they are masked (Gemma
+            2).
         window: (left, right): a query attends to so many keys before and after its own position, which it always
             includes; None on a side = unlimited.
         dropout_p: probability of zeroing an attention weight, in [0, 1); active whenever > 0 (a module passes 0 in
             eval).
-        return_lse: also return the log-sum-exp of the scaled and masked scores.
+        return_lse: also return the log-sum-exp of the scaled, capped and masked scores.
         backend: force one backend by name; None selects automatically (see fastlm.info()).
 
     Returns:
@@ -110,7 +116,8 @@ def attention(
         mask = mask if mask is None or mask.dtype in (torch.bool, torch.float32) else mask.to(query.dtype)
     check(query, key, value, mask, key_padding)
     lower, upper = band(causal, window, key.shape[2] - query.shape[2])
-    return banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p, return_lse, backend)
+    softcap = check_softcap(softcap)
+    return banded(query, key, value, mask, key_padding, scale, softcap, lower, upper, dropout_p, return_lse, backend)
 
 
 def band(causal: bool, window: tuple[int | None, int | None] | None, offset: int) -> tuple[int, int]:
@@ -124,7 +131,7 @@ def band(causal: bool, window: tuple[int | None, int | None] | None, offset: int
     return lower, upper
 
 
-def banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p, return_lse, backend):
+def banded(query, key, value, mask, key_padding, scale, softcap, lower, upper, dropout_p, return_lse, backend):
     """Attention of a dense batch within a band."""
     dropout_p = check_probability("dropout_p", dropout_p)
     return_lse = check_flag("return_lse", return_lse)
@@ -142,6 +149,7 @@ def banded(query, key, value, mask, key_padding, scale, lower, upper, dropout_p,
             None,
             seed,
             scale,
+            softcap,
             lower,
             upper,
             dropout_p,

@@ -14,11 +14,11 @@ class Attention(Operator):
     results, outputs, inputs = 2, 2, 4
 
     def save(self, call: spec.Forward, results: Any) -> tuple[Sequence[Tensor | None], tuple]:
-        return (*call[:8], *results), call[8:13]
+        return (*call[:8], *results), call[8:14]
 
     def formula(self, call: spec.Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
         def function(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-            attributes = call.scale, call.lower, call.upper, call.dropout_p
+            attributes = call.scale, call.softcap, call.lower, call.upper, call.dropout_p
             if call.cu_seqlens_q is None:
                 out, lse = reference.attention(query, key, value, mask, call.key_padding, call.seed, *attributes)
             else:

@@ -41,6 +41,7 @@ class Launch(NamedTuple):
     cu_seqlens_k: Tensor | None
     seed: Tensor | None
     scale: float
+    softcap: float  # 0: none
     band: tuple[int, int]  # (lower, upper)
     dropout_p: float
 
@@ -56,7 +57,8 @@ def launch_of(call: Forward | Backward) -> Launch:
         sizes = cu_seqlens_q.shape[0] - 1, heads, num_kv_heads, query_len, key_len, head_dim
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     starts = cu_seqlens_q, cu_seqlens_k
-    return Launch(sizes, call.mask, call.key_padding, *starts, call.seed, call.scale, band, call.dropout_p)
+    numbers = call.scale, call.softcap, band, call.dropout_p
+    return Launch(sizes, call.mask, call.key_padding, *starts, call.seed, *numbers)
 
 
 def as_batch(x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def forward(call: Forward, dense: Callable[[Forward, int], Results]) -> Results:
             call.seed,
         )
         band = call.lower + offset, call.upper + offset
-        one = dense(Forward(*tensors, call.scale, *band, call.dropout_p, call.return_lse, False), index)
+        one = dense(Forward(*tensors, call.scale, call.softcap, *band, call.dropout_p, call.return_lse, False), index)
         out[queries], lse[:, queries] = one[0][0].transpose(0, 1), one[1][0]
     return out, lse
 
@@ -77,7 +77,7 @@ def backward(call: Backward, dense: Callable[[Backward, int], Results]) -> Resul
         inputs = as_batch(query, queries), as_batch(key, keys), as_batch(value, keys)
         saved = None, None, None, None, call.seed, as_batch(out, queries), lse[None, :, queries]
         band = call.lower + offset, call.upper + offset
-        attributes = call.scale, *band, call.dropout_p, call.return_lse, call.needed
+        attributes = call.scale, call.softcap, *band, call.dropout_p, call.return_lse, call.needed
         one = dense(Backward(*upstream, *inputs, *saved, *attributes), index)
         for gradient, part, tokens in zip(gradients, one[:3], (queries, keys, keys), strict=True):
             if gradient is not None and part is not None:

@@ -59,8 +59,16 @@ def repeat_kv_heads(x: Tensor, groups: int) -> Tensor:
     return x.repeat_interleave(groups, 1) if groups > 1 else x
 
 
-def masked_scores(query: Tensor, key: Tensor, mask: Tensor | None, allowed: Tensor | None, scale: float) -> Tensor:
+def capped_scores(query: Tensor, key: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """(scores, their derivative by the scaled products; None = 1)."""
     scores = query @ key.mT * scale
+    if not softcap:
+        return scores, None
+    ratio = torch.tanh(scores / softcap)
+    return softcap * ratio, 1 - ratio * ratio
+
+
+def masked_scores(scores: Tensor, mask: Tensor | None, allowed: Tensor | None) -> Tensor:
     if mask is not None and mask.dtype != torch.bool:
         # An additive −inf masks any score: NaN + −inf would not be −inf.
         scores = torch.where(mask == -torch.inf, -torch.inf, scores + mask)
@@ -88,14 +96,15 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @no_autocast
-def attention(query, key, value, mask, key_padding, seed, scale, lower, upper, dropout_p, first=0):
+def attention(query, key, value, mask, key_padding, seed, scale, softcap, lower, upper, dropout_p, first=0):
     """(output, log-sum-exp) of a dense batch, both widened; `first` is the index of its first sequence for dropout."""
     q, k, v = widen(query, key, value)
     groups = query.shape[1] // key.shape[1]
     k, v = repeat_kv_heads(k, groups), repeat_kv_heads(v, groups)
     wide_mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
     allowed = allowed_scores(query, key, mask, key_padding, lower, upper)
-    weights, lse = softmax(masked_scores(q, k, wide_mask, allowed, scale))
+    scores, _ = capped_scores(q, k, scale, softcap)
+    weights, lse = softmax(masked_scores(scores, wide_mask, allowed))
     if seed is not None:
         keep = kept_weights(seed, weights, dropout_p, first)
         weights = torch.where(keep, weights * (1 / (1 - dropout_p)), 0)
@@ -103,17 +112,17 @@ def attention(query, key, value, mask, key_padding, seed, scale, lower, upper, d
 
 
 @no_autocast
-def packed_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, lower, upper, dropout_p):
+def packed_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, scale, softcap, lower, upper, dropout_p):
     """The same of a packed batch."""
     wide = torch.promote_types(query.dtype, torch.float32)
     outs = [query.new_empty(0, *query.shape[1:], dtype=wide)]
     lses = [query.new_empty(query.shape[1], 0, dtype=wide)]
     tensors = query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, seed
-    call = Forward(*tensors, scale, lower, upper, dropout_p, True, False)
+    call = Forward(*tensors, scale, softcap, lower, upper, dropout_p, True, False)
     for index, queries, keys, offset in packed.sequences(call):
         one = packed.as_batch(query, queries), packed.as_batch(key, keys), packed.as_batch(value, keys)
         band = lower + offset, upper + offset
-        out, lse = attention(*one, None, None, seed, scale, *band, dropout_p, index)
+        out, lse = attention(*one, None, None, seed, scale, softcap, *band, dropout_p, index)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, 1)
@@ -133,7 +142,8 @@ def tokens_first(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @no_autocast
 def forward_dense(call: Forward, first: int = 0):
-    masks, attributes = (call.mask, call.key_padding, call.seed), (call.scale, call.lower, call.upper, call.dropout_p)
+    masks = call.mask, call.key_padding, call.seed
+    attributes = call.scale, call.softcap, call.lower, call.upper, call.dropout_p
     out, lse = attention(call.query, call.key, call.value, *masks, *attributes, first)
     return tokens_first(out, call.query.dtype), lse.contiguous()
 
@@ -149,7 +159,8 @@ def backward_dense(call: Backward, first: int = 0):
     allowed = allowed_scores(query, key, mask, call.key_padding, call.lower, call.upper)
     reachable = reachable_values(q, k, wide_mask, allowed)
     # The softmax is recomputed from the scores: exp(score − lse) would round with the size of the scores.
-    weights, _ = softmax(masked_scores(q, k, wide_mask, allowed, scale))
+    scores, slope = capped_scores(q, k, scale, call.softcap)
+    weights, _ = softmax(masked_scores(scores, wide_mask, allowed))
     g = torch.zeros_like(q) if g is None else g
     dweights = g @ v.mT
     if reachable is not None:  # both may hold a NaN from a masked position
@@ -161,9 +172,12 @@ def backward_dense(call: Backward, first: int = 0):
         dropped = torch.where(keep, weights * factor, 0)
     delta = (weights * dweights).sum(-1, keepdim=True)
     dscores = weights * (dweights - delta if call.dlse is None else dweights - delta + call.dlse[..., None])
+    dproducts = dscores
+    if slope is not None:  # which may be NaN at a masked position
+        dproducts = dscores * (slope if reachable is None else torch.where(reachable, slope, 0))
     transposed = None if reachable is None else reachable.mT
-    dquery = masked_product(dscores, k, reachable) * scale if needs_dquery else None
-    dkey = masked_product(dscores.mT, q, transposed) * scale if needs_dkey else None
+    dquery = masked_product(dproducts, k, reachable) * scale if needs_dquery else None
+    dkey = masked_product(dproducts.mT, q, transposed) * scale if needs_dkey else None
     dvalue = masked_product(dropped.mT, g, transposed) if needs_dvalue else None
     if groups > 1:
         dkey, dvalue = (d if d is None else d.unflatten(1, (-1, groups)).sum(2) for d in (dkey, dvalue))

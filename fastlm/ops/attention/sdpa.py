@@ -86,7 +86,7 @@ def scaled_dot_product_attention(
         query, key, value = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
     check(query, key, value, mask, None, "attn_mask")
     upper = 0 if is_causal else UNLIMITED
-    out = banded(query, key, value, mask, None, scale, -UNLIMITED, upper, dropout_p, False, backend)
+    out = banded(query, key, value, mask, None, scale, 0.0, -UNLIMITED, upper, dropout_p, False, backend)
     if value_dim != head_dim:
         out = out[..., :value_dim]
     if flat:

@@ -26,24 +26,28 @@ class Sizes(NamedTuple):
     dropout: bool
     return_lse: bool
     mask_gradient: bool
+    softcap: bool
 
 
 def sizes(call: "Forward | Backward", mask_gradient: bool) -> Sizes:
     query, key, cu_seqlens_q, lower, upper = call.query, call.key, call.cu_seqlens_q, call.lower, call.upper
-    dropout, return_lse = call.seed is not None, call.return_lse
+    dropout, return_lse, softcap = call.seed is not None, call.return_lse, call.softcap > 0
     if cu_seqlens_q is not None:
         tokens, heads, head_dim = query.shape
         batch, masked = cu_seqlens_q.shape[0] - 1, lower > -UNLIMITED or upper < UNLIMITED
-        return Sizes(batch, heads, tokens, key.shape[0], head_dim, True, masked, dropout, return_lse, mask_gradient)
+        shape = batch, heads, tokens, key.shape[0], head_dim
+        return Sizes(*shape, True, masked, dropout, return_lse, mask_gradient, softcap)
     batch, heads, query_len, head_dim = query.shape
     key_len = key.shape[2]
     masked = call.mask is not None or call.key_padding is not None or lower > 1 - query_len or upper < key_len - 1
-    return Sizes(batch, heads, query_len, key_len, head_dim, False, masked, dropout, return_lse, mask_gradient)
+    shape = batch, heads, query_len, key_len, head_dim
+    return Sizes(*shape, False, masked, dropout, return_lse, mask_gradient, softcap)
 
 
 class Forward(NamedTuple):
     """Results: out like query; lse, the log-sum-exp of the scores of each query, in float32 (float64 for float64).
 
+    The scores are q kᵀ · scale, or softcap · tanh(q kᵀ · scale / softcap), and then masked.
     Query i attends to key j if lower ≤ j − i ≤ upper, mask and key_padding permitting. In a packed batch the band is
     relative to the last query and key of each sequence, and to positions i and j counted from there.
     """
@@ -57,6 +61,7 @@ class Forward(NamedTuple):
     cu_seqlens_k: Tensor | None
     seed: Tensor | None  # of the dropout; None without
     scale: float
+    softcap: float  # 0: none
     lower: int
     upper: int
     dropout_p: float
@@ -100,6 +105,7 @@ class Backward(NamedTuple):
     out: Tensor
     lse: Tensor
     scale: float
+    softcap: float  # 0: none
     lower: int
     upper: int
     dropout_p: float

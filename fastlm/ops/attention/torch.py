@@ -18,6 +18,8 @@ NATIVE_GQA = torch.__version__ >= "2.13"  # its CPU kernel was checked to read g
 
 def refuses(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[str]:
     reasons = [native.OTHER_DROPOUT] if sizes.dropout else []
+    if sizes.softcap:
+        reasons.append("has no cap of the scores")
     if sizes.return_lse:
         reasons.append("has no log-sum-exp of a fully masked row, and no gradient of any")
     if sizes.mask_gradient:

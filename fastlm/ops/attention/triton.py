@@ -21,7 +21,16 @@ def readable(x: Tensor) -> Tensor:
 def attributes(query: Tensor, launch: Launch):
     device = query.device.index
     dropout = dropout_arguments(launch.dropout_p)
-    return launch.sizes, launch.band, launch.scale, *dropout, precision(query), architecture(device), device
+    return (
+        launch.sizes,
+        launch.band,
+        launch.scale,
+        launch.softcap,
+        *dropout,
+        precision(query),
+        architecture(device),
+        device,
+    )
 
 
 def launch_forward(query, key, value, out, lse, launch: Launch) -> None:

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled, cast_for_autocast
-from fastlm.core.errors import check_flag, check_floating, check_like, check_probability, check_tensor, mismatch
+from fastlm.core.errors import (
+    check_flag,
+    check_floating,
+    check_like,
+    check_probability,
+    check_softcap,
+    check_tensor,
+    mismatch,
+)
 from fastlm.ops.attention.api import band, check_scale, check_tensors
 from fastlm.ops.attention.autograd import operator
 from fastlm.ops.attention.spec import Forward
@@ -24,6 +32,7 @@ def attention_varlen(
     causal: bool = ...,
     window: tuple[int | None, int | None] | None = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
     dropout_p: float = ...,
     return_lse: Literal[False] = ...,
     backend: str | None = ...,
@@ -39,6 +48,7 @@ def attention_varlen(
     causal: bool = ...,
     window: tuple[int | None, int | None] | None = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
     dropout_p: float = ...,
     return_lse: Literal[True],
     backend: str | None = ...,
@@ -55,6 +65,7 @@ def attention_varlen(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
@@ -78,9 +89,11 @@ def attention_varlen(
         window: (left, right): a query attends to so many keys before and after its own position, which it always
             includes; None on a side = unlimited.
         scale: of the scores; None = 1 / √head_dim.
+        softcap: positive, or None: the scaled scores s become softcap · tanh(s / softcap) before they are masked (Gemma
+            2).
         dropout_p: probability of zeroing an attention weight, in [0, 1); active whenever > 0 (a module passes 0 in
             eval).
-        return_lse: also return the log-sum-exp of the scaled and masked scores.
+        return_lse: also return the log-sum-exp of the scaled, capped and masked scores.
         backend: force one backend by name; None selects automatically (see fastlm.info()).
 
     Returns:
@@ -112,6 +125,7 @@ def attention_varlen(
             cu_seqlens_k,
             seed,
             scale,
+            check_softcap(softcap),
             lower,
             upper,
             dropout_p,

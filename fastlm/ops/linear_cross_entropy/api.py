@@ -12,7 +12,9 @@ from fastlm.core.errors import (
     check_integer,
     check_like,
     check_number,
+    check_positive,
     check_rows,
+    check_softcap,
     check_tensor,
     check_vector,
     mismatch,
@@ -97,7 +99,7 @@ def linear_cross_entropy(
         token_weight = check_token_weight(token_weight, x, target)
     if type(logit_scale) is not float or not 0 < logit_scale < math.inf:
         logit_scale = check_positive("logit_scale", logit_scale)
-    softcap = 0.0 if softcap is None else check_positive("softcap", softcap)
+    softcap = check_softcap(softcap)
     settings = ignore_index, label_smoothing, logit_scale, softcap
     call = Forward(x, weight, bias, target, None, *settings, False, NO_GRADIENTS)
     return operator.loss(call, token_weight, reduction, backend, originals)
@@ -113,10 +115,3 @@ def check_token_weight(token_weight: Tensor, x: Tensor, target: Tensor) -> Tenso
         raise mismatch("token_weight", f"shape {tuple(target.shape)}, that of target", tuple(token_weight.shape))
     check_memory(("token_weight",), token_weight)
     return token_weight.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def check_positive(argument: str, value: float) -> float:
-    value = check_number(argument, value, "a positive number")
-    if value <= 0:
-        raise mismatch(argument, "a positive number", value)
-    return value

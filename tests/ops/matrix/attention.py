@@ -25,6 +25,11 @@ def everything(backend):
     return lambda q, k, v, mask: fastlm.attention(q, k, v, mask=mask, **options)
 
 
+def capped(backend):
+    options = {"causal": True, "key_padding": PADDING, "softcap": 1.5, "return_lse": True, "backend": backend}
+    return lambda q, k, v, mask: fastlm.attention(q, k, v, mask=mask, **options)
+
+
 def packed(backend):
     return lambda q, k, v: fastlm.attention_varlen(q, k, v, STARTS, STARTS, causal=True, backend=backend)
 
@@ -32,6 +37,10 @@ def packed(backend):
 def packed_everything(backend):
     options = {"window": (3, 2), "dropout_p": 0.2, "return_lse": True, "backend": backend}
     return lambda q, k, v: fastlm.attention_varlen(q, k, v, STARTS, KEY_STARTS, **options)
+
+
+def packed_capped(backend):
+    return lambda q, k, v: fastlm.attention_varlen(q, k, v, STARTS, KEY_STARTS, softcap=1.5, backend=backend)
 
 
 def sdpa(backend):
@@ -57,7 +66,17 @@ CASES = [
         not_cast=(3,),
         smallest=corner,
     ),
+    case(
+        "attention capped",
+        capped,
+        normal_inputs(*DENSE, (1, 4, 9, 9)),
+        WITHOUT_TORCH,
+        fixed=True,
+        not_cast=(3,),
+        smallest=corner,
+    ),
     case("packed attention", packed, tokens, fixed=True),
     case("packed attention all", packed_everything, tokens, WITHOUT_TORCH, dropout=True, fixed=True),
+    case("packed attention capped", packed_capped, tokens, WITHOUT_TORCH, fixed=True),
     case("sdpa", sdpa, dense),
 ]
