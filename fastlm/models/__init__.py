@@ -9,6 +9,7 @@ from fastlm.models.config import BertConfig, GPT2Config
 from fastlm.models.decoder import CausalLM, DecoderModel
 from fastlm.models.decoder_config import (
     DecoderConfig,
+    Gemma2Config,
     Gemma3Config,
     LlamaConfig,
     MistralConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "GPT2Config",
     "GPT2LMHeadModel",
     "GPT2Model",
+    "Gemma2Config",
     "Gemma3Config",
     "LlamaConfig",
     "MistralConfig",

@@ -24,6 +24,7 @@ GELUS = {
 
 MAX_SIZE = 2**31 - 1
 MAX_FLOAT32 = 3.4028234663852886e38
+MIN_FLOAT32 = 1.1754943508222875e-38  # above 0, in full precision
 
 # Keys that every save sets; values read from a file would be outdated.
 SET_ON_SAVE = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
@@ -259,6 +260,12 @@ def check_epsilon(config: Config, key: str) -> None:
     value = getattr(config, key)
     if not is_number(value) or not 0 < value <= MAX_FLOAT32:
         raise mismatch(key, "a finite number > 0", shown(value))
+
+
+def check_softcap(config: Config, key: str) -> None:
+    value = getattr(config, key)
+    if value is not None and (not is_number(value) or not MIN_FLOAT32 <= value <= MAX_FLOAT32):
+        raise mismatch(key, "a finite number > 0 or null", shown(value))
 
 
 def check_flags(config: Config, *keys: str) -> None:

@@ -57,7 +57,8 @@ class DecoderAttention(nn.Module):
         self.query_key_norm = config.query_key_norm
         if self.query_key_norm:
             self.q_norm, self.k_norm = RMSNorm(head_dim, config), RMSNorm(head_dim, config)
-        self.layer, self.window, self.scale = layer, config.window(layer), config.scale()
+        self.layer, self.window = layer, config.window(layer)
+        self.scale, self.softcap = config.scale(), config.score_softcap()
         self.pdrop, self.rotates = config.attention_dropout, config.rotates(layer)
 
     def forward(self, x: Tensor, tables: Tables, key_padding: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -78,6 +79,7 @@ class DecoderAttention(nn.Module):
             # A cache with a window returns the last keys only.
             key_padding=key_padding if key_padding is None else key_padding[:, -key.shape[2] :],
             scale=self.scale,
+            softcap=self.softcap,
             dropout_p=self.pdrop if self.training else 0.0,
         )
         return self.o_proj(merge_heads(context))
@@ -221,8 +223,8 @@ class DecoderModel(DecoderPretrainedModel):
 class CausalLM(DecoderPretrainedModel, LanguageModel):
     """A decoder with the language-modelling head: token ids → logits of the next token at every position.
 
-    The config's class describes the family: LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config or
-    Gemma3Config. from_pretrained takes it from config.json.
+    The config's class describes the family: LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config,
+    Gemma2Config or Gemma3Config. from_pretrained takes it from config.json.
     """
 
     tied: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -235,6 +237,11 @@ class CausalLM(DecoderPretrainedModel, LanguageModel):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, device=device)
         self.initialise(self.lm_head)
         self.tie_weights()
+
+    @property
+    def logit_softcap(self) -> float | None:
+        softcap: float | None = self.config.logit_softcap()
+        return softcap
 
     @property
     def architecture(self) -> str:

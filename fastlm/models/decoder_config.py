@@ -13,6 +13,7 @@ from fastlm.models.config import (
     check_flags,
     check_probabilities,
     check_sizes,
+    check_softcap,
     is_number,
 )
 from fastlm.models.rope import rope_tables
@@ -138,6 +139,14 @@ class DecoderConfig(Config):
         """Of the scores of attention."""
         assert self.head_dim is not None
         return self.head_dim**-0.5
+
+    def score_softcap(self) -> float | None:
+        """The cap of the scores of attention, if they have one."""
+        return None
+
+    def logit_softcap(self) -> float | None:
+        """The cap of the logits, if they have one."""
+        return None
 
     def check_layer_types(self, given: Any) -> None:
         expected = f"{self.num_hidden_layers} of {', '.join(LAYER_TYPES)}"
@@ -314,27 +323,15 @@ class SmolLM3Config(DecoderConfig):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Gemma3Config(DecoderConfig):
-    """The text model of Gemma 3 (2025, arXiv:2503.19786): five sliding layers, with positions of their own, then one
-    that attends to all tokens."""
+class GemmaConfig(DecoderConfig):
+    """What Gemma 2 and 3 have in common: norms of 1 + weight, of outputs too, and scaled embeddings."""
 
-    model_type = "gemma3_text"
-    architecture = "Gemma3ForCausalLM"
-    fixed: ClassVar = Config.fixed | {
-        "mlp_bias": False,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "use_bidirectional_attention": False,
-    }
     aliases: ClassVar = {"hidden_activation": "hidden_act"}
     unit_offset: ClassVar = True
-    query_key_norm: ClassVar = True
     output_norms: ClassVar = True
     scaled_embeddings: ClassVar = True
-    default_theta: ClassVar = 1000000.0
-    PERIOD: ClassVar = 6
+    PERIOD: ClassVar[int]  # of so many layers, the last attends to all tokens
 
-    vocab_size: int = 262208
     hidden_size: int = 2304
     intermediate_size: int = 9216
     num_hidden_layers: int = 26
@@ -342,7 +339,6 @@ class Gemma3Config(DecoderConfig):
     num_key_value_heads: int | None = 4
     head_dim: int | None = 256
     hidden_act: str = "gelu_pytorch_tanh"
-    max_position_embeddings: int = 131072
     sliding_window: int | None = 4096
     query_pre_attn_scalar: float = 256  # scores are divided by its square root
     tie_word_embeddings: bool = True
@@ -361,6 +357,59 @@ class Gemma3Config(DecoderConfig):
     def scale(self) -> float:
         return float(self.query_pre_attn_scalar) ** -0.5
 
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        values["hidden_activation"] = values.pop("hidden_act")
+        return values
+
+
+@dataclasses.dataclass(kw_only=True)
+class Gemma2Config(GemmaConfig):
+    """Gemma 2 (2024, arXiv:2408.00118): sliding layers and layers that attend to all tokens alternate; the scores of
+    attention and the logits are capped."""
+
+    model_type = "gemma2"
+    architecture = "Gemma2ForCausalLM"
+    fixed: ClassVar = Config.fixed | {"mlp_bias": False, "use_bidirectional_attention": False}
+    PERIOD: ClassVar = 2
+
+    vocab_size: int = 256000
+    max_position_embeddings: int = 8192
+    attn_logit_softcapping: float | None = 50.0  # scores and logits are below these in magnitude; None: any
+    final_logit_softcapping: float | None = 30.0
+
+    def __post_init__(self) -> None:
+        check_softcap(self, "attn_logit_softcapping")
+        check_softcap(self, "final_logit_softcapping")
+        super().__post_init__()
+
+    def score_softcap(self) -> float | None:
+        return self.attn_logit_softcapping
+
+    def logit_softcap(self) -> float | None:
+        return self.final_logit_softcapping
+
+
+@dataclasses.dataclass(kw_only=True)
+class Gemma3Config(GemmaConfig):
+    """The text model of Gemma 3 (2025, arXiv:2503.19786): five sliding layers, with positions of their own, then one
+    that attends to all tokens."""
+
+    model_type = "gemma3_text"
+    architecture = "Gemma3ForCausalLM"
+    fixed: ClassVar = Config.fixed | {
+        "mlp_bias": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    }
+    query_key_norm: ClassVar = True
+    default_theta: ClassVar = 1000000.0
+    PERIOD: ClassVar = 6
+
+    vocab_size: int = 262208
+    max_position_embeddings: int = 131072
+
     @classmethod
     def rope_parameters_of(cls, older: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         local = given.pop("rope_local_base_freq", None)
@@ -376,12 +425,8 @@ class Gemma3Config(DecoderConfig):
             "rope_local_base_freq": sliding.get("rope_theta", 10000.0),
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        values["hidden_activation"] = values.pop("hidden_act")
-        return values
-
 
 BY_MODEL_TYPE: dict[str, type[DecoderConfig]] = {
-    c.model_type: c for c in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config, Gemma3Config)
+    c.model_type: c
+    for c in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config, Gemma2Config, Gemma3Config)
 }

@@ -21,6 +21,11 @@ class LanguageModel(PretrainedModel):
     generate = generate
 
     @property
+    def logit_softcap(self) -> float | None:
+        """The cap of the logits: softcap of fastlm.linear_cross_entropy."""
+        return None
+
+    @property
     def base_model(self) -> PretrainedModel:
         """The model without its head."""
         return getattr(self, self.base_model_prefix)
@@ -47,7 +52,7 @@ class LanguageModel(PretrainedModel):
             labels = F.pad(labels[:, 1:], (0, 1), value=inputs.IGNORE_INDEX)
         elif logits_to_keep:
             x = x[:, -logits_to_keep:]
-        loss, logits = loss_and_logits(x, weight, None, labels, self.training)
+        loss, logits = loss_and_logits(x, weight, None, labels, self.training, self.logit_softcap)
         if labels is not None and logits is not None and logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         return HeadOutput(loss, logits, hidden.past_key_values)

@@ -135,15 +135,23 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def loss_and_logits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, training: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    training: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The output projection and its mean cross-entropy over all labels other than -100.
+    """The output projection, capped if softcap is given, and its mean cross-entropy over all labels other than -100.
 
     In training with labels, one operator computes the loss without materialising the logits, which are then None.
     """
     if labels is not None and training:
-        return linear_cross_entropy(x.flatten(0, -2), weight, labels.flatten().long(), bias), None
+        rows = x.flatten(0, -2)
+        return linear_cross_entropy(rows, weight, labels.flatten().long(), bias, softcap=softcap), None
     logits = linear(x, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if labels is None:
         return None, logits
     # At least float32, as in linear_cross_entropy.

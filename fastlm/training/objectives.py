@@ -26,7 +26,10 @@ class NextToken:
         # Not model(labels=…), which shifts the labels and so ignores the last position, the one with the most context.
         hidden = model.base_model(input_ids=inputs)
         return linear_cross_entropy(
-            hidden.last_hidden_state.flatten(0, 1), model.output_weight(hidden), targets.flatten()
+            hidden.last_hidden_state.flatten(0, 1),
+            model.output_weight(hidden),
+            targets.flatten(),
+            softcap=model.logit_softcap,
         )
 
 

@@ -37,6 +37,7 @@ VARIANTS = {
     ),
     "scaled positions": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4.0}}),
     "sliding layers": ("smollm3", {"use_sliding_window": True, "sliding_window": 5}),
+    "no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "positions everywhere": ("smollm3", {"no_rope_layers": [1, 1, 1]}),
 }
 families = pytest.mark.parametrize("family", DECODERS)
@@ -57,12 +58,13 @@ def plain():
 
 
 def left_padded():
-    """Three rows of 17, 12 and 1 real tokens."""
+    """Three rows of 17, 12 and 1 real tokens. Nothing is predicted from padding: eager attention is not 0 there."""
     mask = torch.arange(17) >= torch.tensor([[0], [5], [16]])
     ids = tokens(3, 17)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
-    return inputs, ids.masked_fill(~mask, -100), mask
+    predicted = mask & mask.roll(1, -1)
+    return inputs, ids.masked_fill(~predicted, -100), mask
 
 
 def embeddings():
@@ -213,6 +215,14 @@ SETTINGS = {"hidden_size": 48, "num_attention_heads": 4}
         (
             {"model_type": "gemma3_text", "final_logit_softcapping": 30.0},
             "final_logit_softcapping: expected None, the only supported value, got 30.0",
+        ),
+        (
+            {"model_type": "gemma2", "attn_logit_softcapping": 0},
+            "attn_logit_softcapping: expected a finite number > 0 or null, got 0",
+        ),
+        (
+            {"model_type": "gemma2", "final_logit_softcapping": "30"},
+            "final_logit_softcapping: expected a finite number > 0 or null, got '30'",
         ),
         ({"rms_norm_eps": 0}, "rms_norm_eps: expected a finite number > 0, got 0"),
         ({"rope_scaling": "linear"}, "rope_scaling: expected a JSON object or null, got 'linear'"),

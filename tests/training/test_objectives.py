@@ -60,6 +60,19 @@ def test_next_token_loss_includes_every_position(corpus):
     torch.testing.assert_close(NextToken().loss(model, inputs, targets), expected)
 
 
+def test_next_token_loss_is_that_of_capped_logits():
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    config = fastlm.models.Gemma2Config(**sizes, num_attention_heads=4, final_logit_softcapping=0.5)
+    model = fastlm.models.CausalLM(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(30)
+    inputs, targets = torch.randint(50, (2, 9)), torch.randint(50, (2, 9))
+    logits = model(input_ids=inputs).logits
+    assert 0.4 < logits.abs().max() <= 0.5
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(NextToken().loss(model, inputs, targets), expected)
+
+
 def test_masked_token_model_and_loss(corpus):
     text = corpus(True)
     settings = Settings(objective="masked-token", layers=1, heads=2, width=32, context=16)
