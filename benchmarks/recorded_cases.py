@@ -482,6 +482,31 @@ def linear_cross_entropy_cases() -> Iterator[Case]:
     yield case((5,), 16, 24, reduction="none", label_smoothing=0.1, tiny=True)
 
 
+def linear_log_prob_cases() -> Iterator[Case]:
+    def case(rows: tuple[int, ...], width: int, vocab: int, tiny: bool = False, **options: Any) -> Case:
+        def make(draw: Draw) -> tuple[dict[str, Tensor], Callable[..., Any]]:
+            inputs = {
+                "x": draw(*rows, width),
+                "weight": draw(vocab, width, scale=width**-0.5),
+                "bias": draw(vocab),
+            }
+            target = draw.integers(vocab, *rows)
+            target[draw.chosen(0.2, *rows)] = -100
+            return inputs, lambda backend, x, weight, bias: fastlm.linear_log_prob(
+                x, weight, target, bias, **options, backend=backend
+            )
+
+        parts = [f"{'x'.join(map(str, rows))} of {width}, vocabulary {vocab}"]
+        parts += [f"{name} {value}" for name, value in options.items()]
+        return Case("linear_log_prob", ", ".join(parts), make, tiny)
+
+    for rows, width, vocab in (((2, 20), 48, 500), ((300,), 64, 5003), ((1,), 8, 2), ((0,), 8, 5)):
+        yield case(rows, width, vocab)
+        yield case(rows, width, vocab, temperature=0.7, softcap=3.0)
+    yield case((1100,), 32, 8200)  # several chunks of logits
+    yield case((5,), 16, 24, tiny=True, temperature=2.0)
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention_cases,
     "attention_varlen": attention_varlen_cases,
@@ -491,4 +516,5 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "glu_mlp": glu_mlp_cases,
     "linear": linear_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
+    "linear_log_prob": linear_log_prob_cases,
 }

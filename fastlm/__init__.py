@@ -19,6 +19,7 @@ from fastlm.ops.glu_mlp import glu_mlp
 from fastlm.ops.layernorm_residual import layernorm_residual
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linear_log_prob import linear_log_prob
 from fastlm.ops.rms_norm_residual import rms_norm_residual
 from fastlm.ops.rotary import rotary
 from fastlm.warmup import warmup
@@ -35,6 +36,7 @@ __all__ = [
     "layernorm_residual",
     "linear",
     "linear_cross_entropy",
+    "linear_log_prob",
     "optim",
     "report",
     "restore",

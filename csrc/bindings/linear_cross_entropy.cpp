@@ -41,10 +41,9 @@ static int64_t linear_cross_entropy_forward(const linear_cross_entropy_forward_a
                            false};
     return linear_cross_entropy(
         x.data, x.stride, layout.matrix<const T>(a.weight, width, vocab), a.bias.contiguous_as<const T>(vocab), ce,
-        a.logits.contiguous_as<float>(chunk_rows * vocab), chunk_rows,
-        cross_entropy_gradients<T, G>{a.dx.contiguous_as<T>(rows * width), a.dweight.contiguous_as<G>(vocab * width),
-                                      a.dweight_sum.contiguous_as<float>(vocab * width),
-                                      a.dbias.contiguous_as<G>(vocab)},
+        {a.logits.contiguous_as<float>(chunk_rows * vocab), chunk_rows, a.logit_scale, a.softcap},
+        logit_gradients<T, G>{a.dx.contiguous_as<T>(rows * width), a.dweight.contiguous_as<G>(vocab * width),
+                              a.dweight_sum.contiguous_as<float>(vocab * width), a.dbias.contiguous_as<G>(vocab)},
         rows, width, vocab, a.threads);
   });
 }

@@ -68,6 +68,10 @@ PUBLIC_CALLS = {
         lambda **inputs: fastlm.linear_cross_entropy(target=targets(40, 9), **inputs),
         {"x": floats(9, 24), "weight": floats(40, 24), "bias": floats(40)},
     ),
+    "linear_log_prob": (
+        lambda **inputs: fastlm.linear_log_prob(target=targets(40, 9), **inputs),
+        {"x": floats(9, 24), "weight": floats(40, 24), "bias": floats(40)},
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from fastlm.ops.glu_mlp import bench as glu_mlp
 from fastlm.ops.layernorm_residual import bench as layernorm_residual
 from fastlm.ops.linear import bench as linear
 from fastlm.ops.linear_cross_entropy import bench as linear_cross_entropy
+from fastlm.ops.linear_log_prob import bench as linear_log_prob
 from fastlm.ops.rms_norm_residual import bench as rms_norm_residual
 from fastlm.ops.rotary import bench as rotary
 
@@ -25,6 +26,7 @@ SIZES = {
     linear.problem: {"rows": 48, "width": 64, "out": 192},
     linear.decode_step: {"width": 64},
     linear_cross_entropy.problem: {"rows": 48, "width": 64, "vocab": 90},
+    linear_log_prob.problem: {"rows": 48, "width": 64, "vocab": 90},
     rms_norm_residual.problem: {"rows": 48, "width": 64},
     rms_norm_residual.heads: {"rows": 12, "heads": 3, "width": 16},
     rotary.problem: {"rows": 12, "heads": 4, "kv_heads": 2, "head_dim": 16},

@@ -41,6 +41,7 @@ OPERATORS = {
     "glu_mlp": lambda backend, x: fastlm.glu_mlp(x, wide, wide, wide.t().contiguous(), backend=backend),
     "linear": lambda backend, x: fastlm.linear(x, wide, backend=backend),
     "linear_cross_entropy": lambda backend, x: fastlm.linear_cross_entropy(x, vocabulary, targets, backend=backend),
+    "linear_log_prob": lambda backend, x: fastlm.linear_log_prob(x, vocabulary, targets, backend=backend)[0],
 }
 for name, operator in OPERATORS.items():
     results = {}

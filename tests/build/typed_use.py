@@ -30,6 +30,7 @@ def operators(x: Tensor, weight: Tensor, target: Tensor) -> None:
     assert_type(fastlm.glu_mlp(x, weight, weight, weight, b_down=None, activation="gelu_tanh", recompute=0), Tensor)
     assert_type(fastlm.linear(x, weight, layout="conv1d", backend="torch"), Tensor)
     assert_type(fastlm.linear_cross_entropy(x, weight, target, reduction="sum", label_smoothing=0.1), Tensor)
+    assert_type(fastlm.linear_log_prob(x, weight, target, temperature=0.7, softcap=30.0), tuple[Tensor, Tensor])
     with fastlm.use_backend("reference"):
         fastlm.linear(x, weight)
 

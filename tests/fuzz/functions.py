@@ -149,6 +149,14 @@ def linear_cross_entropy(
     return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
 
 
+def linear_log_prob(x, weight, target, bias, temperature, softcap, ignore_index):
+    logits = F.linear(x, weight, bias)
+    logits = logits if softcap is None else float(softcap) * torch.tanh(logits / float(softcap))
+    log_p, ignored = torch.log_softmax(logits / float(temperature), -1), target == int(ignore_index)
+    log_prob = log_p.gather(-1, target.masked_fill(ignored, 0)[..., None])[..., 0].masked_fill(ignored, 0)
+    return log_prob, -(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1).masked_fill(ignored, 0)
+
+
 def attention_arguments():
     return {
         "query": normal(2, 4, 3, 8),
@@ -246,6 +254,17 @@ OPERATORS = [
             "token_weight": normal(2, 3).abs(),
         },
         linear_cross_entropy,
+    ),
+    Function(
+        "linear_log_prob",
+        fastlm.linear_log_prob,
+        lambda: {
+            "x": normal(2, 3, 6),
+            "weight": normal(8, 6),
+            "target": torch.tensor([[0, 7, -100], [3, 3, 1]]),
+            "bias": normal(8),
+        },
+        linear_log_prob,
     ),
 ]
 

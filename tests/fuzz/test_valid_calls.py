@@ -308,6 +308,33 @@ def linear_cross_entropy(draw: Draw) -> Problem:
     )
 
 
+def linear_log_prob(draw: Draw) -> Problem:
+    rows, width, vocab = (draw.size(n, s) for n, s in ((40, "rows"), (70, "width"), (150, "vocab")))
+    x = draw.tensor(rows, width, label="x") / width**0.5
+    weight, bias = draw.tensor(vocab, width, label="weight"), draw.maybe(vocab, label="bias")
+    temperature, softcap = draw.one_of((1.0, 0.3, 5.0), "temperature"), draw.one_of((None, 2.0), "softcap")
+    target = torch.randint(vocab, (rows,), generator=draw.generator)
+
+    def torch_own(x, weight, bias):
+        logits = F.linear(x, weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        log_p = torch.log_softmax(logits / temperature, -1)
+        return log_p.gather(-1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+    def shuffle():
+        order, words = draw.permutation(width), draw.permutation(vocab)
+        return [x[:, order], weight[words][:, order], None if bias is None else bias[words]]
+
+    options = {"temperature": temperature, "softcap": softcap}
+    return Problem(
+        lambda x, w, b, backend: fastlm.linear_log_prob(x, w, target, b, **options, backend=backend),
+        torch_own,
+        [x, weight, bias],
+        shuffle,
+    )
+
+
 def attention(draw: Draw) -> Problem:
     batch, num_kv_heads, groups = draw.size(2, "batch"), draw.size(2, "num_kv_heads"), draw.size(2, "groups")
     query_len, key_len = draw.size(70, "query_len"), draw.size(90, "key_len")
@@ -320,6 +347,7 @@ def attention(draw: Draw) -> Problem:
     score = (wide_query @ wide_key.mT).abs().max().item() * abs(head_dim**-0.5 if scale is None else scale)
     if score > LARGEST_SCORE:
         query = (query.float() * (LARGEST_SCORE / score)).to(query.dtype)
+    softcap = draw.one_of((None, None, 1.0, 50.0), "softcap")
     causal = draw.one_of((False, True), "causal")
     side = st.none() | st.integers(0, key_len)
     window = draw.data.draw(st.none() | st.tuples(side, side), label="window")
@@ -347,7 +375,6 @@ def attention(draw: Draw) -> Problem:
         # PyTorch's result of a query without keys is undefined: such a query attends to all of them, and counts as 0.
         bias = torch.zeros((), dtype=query.dtype).masked_fill(~(allowed | ~attends), -math.inf)
         if mask is not None and mask.dtype != torch.bool:
-    softcap = draw.one_of((None, None, 1.0, 50.0), "softcap")
             bias = bias + torch.where(mask == -math.inf, 0, mask).to(query.dtype)
         repeated = [x.repeat_interleave(groups, 1) for x in (key, value)]
         if softcap is not None:
@@ -363,6 +390,12 @@ def attention(draw: Draw) -> Problem:
         return [query[:, :, queries][..., order], key[:, :, keys][..., order], value[:, :, values][..., columns]]
 
     options = {"causal": causal, "window": window, "scale": scale, "mask": mask, "key_padding": key_padding}
+    options["softcap"] = softcap
+
+    def ours(*t, backend):
+        capped_by_another = softcap is not None and backend == "torch"  # which has no cap
+        return fastlm.attention(*t, **options, backend=None if capped_by_another else backend)
+
     return Problem(
         ours,
         torch_own,
@@ -390,12 +423,6 @@ def attention_varlen(draw: Draw) -> Problem:
             part = query[q0:q1], *(x[k0:k1].repeat_interleave(groups, 1) for x in (key, value))
             distance = torch.arange(k1 - k0) - torch.arange(q1 - q0)[:, None] - ((k1 - k0) - (q1 - q0))
             allowed = (distance <= 0) if causal else torch.ones_like(distance, dtype=torch.bool)
-    options["softcap"] = softcap
-
-    def ours(*t, backend):
-        capped_by_another = softcap is not None and backend == "torch"  # which has no cap
-        return fastlm.attention(*t, **options, backend=None if capped_by_another else backend)
-
             attends = allowed.any(-1, keepdim=True)
             bias = torch.zeros((), dtype=query.dtype).masked_fill(~(allowed | ~attends), -math.inf)
             out = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part), attn_mask=bias)
@@ -422,6 +449,7 @@ PROBLEMS = [
     layernorm_residual,
     linear,
     linear_cross_entropy,
+    linear_log_prob,
     rms_norm_residual,
 ]
 

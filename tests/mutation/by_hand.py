@@ -76,6 +76,9 @@ CPU = [
     # the gradient of the gate without the other factor, the slope of the cap of logits
     ByHand("csrc/cpu/glu_mlp.h", "$value * $up * $slope", "$value * $slope"),
     ByHand("csrc/cpu/linear_cross_entropy.h", "1 - $t * $t", "1.0f"),
+    # the slope of the cap of scores, the gradient of an entropy
+    ByHand("csrc/cpu/attention_backward.h", "$d * vec::load($slopes + $i, full{})", "$d"),
+    ByHand("csrc/cpu/linear_log_prob.h", "$p * fma($of_entropy, $d, $constant)", "$p * $constant"),
     # AdamW: bias correction, decoupled weight decay
     ByHand("csrc/cpu/adamw.h", "-std::expm1($t * $log_beta)", "-std::expm1(($t + 1) * $log_beta)"),
     ByHand("csrc/cpu/adamw.h", "1 - $lr * $weight_decay", "1.0"),
@@ -84,10 +87,10 @@ CPU = [
 CUDA = [
     ByHand("csrc/cuda/attention.cu", "$sum = $sum * $decay + $part", "$sum = $sum + $part"),
     ByHand("csrc/cuda/attention_tile.cuh", "$j - $i <= $upper", "$j - $i < $upper"),
+    ByHand("csrc/cuda/attention_tile.cuh", "1.f - $t * $t", "1.f"),
     ByHand("csrc/cuda/layernorm_residual.cu", "$ds - $average - $normal * $correlation", "$ds - $average"),
     ByHand(
         "csrc/cuda/linear_cross_entropy.cu",
-    ByHand("csrc/cuda/attention_tile.cuh", "1.f - $t * $t", "1.f"),
         "exponential($z, $max) * $factor - $uniform",
         "exponential($z, $max) * $factor",
     ),
@@ -99,10 +102,10 @@ CUDA = [
 TRITON = [
     ByHand("kernels/attention.py", "$sum * $decay + tl.sum($weights, 1)", "$sum + tl.sum($weights, 1)"),
     ByHand("kernels/attention*.py", "($j - $i <= $upper)", "($j - $i < $upper)"),
+    ByHand("kernels/attention_tiles.py", "1 - $ratio * $ratio", "1 + 0 * $ratio"),
     ByHand("kernels/layernorm_residual.py", "- $normal * $correlation[:, None]", ""),
     ByHand("kernels/linear_cross_entropy.py", "* $factor - $uniform", "* $factor"),
 ]
-    ByHand("kernels/attention_tiles.py", "1 - $ratio * $ratio", "1 + 0 * $ratio"),
 
 PYTHON = [
     # alignment at the bottom right

@@ -77,6 +77,7 @@ def test_one_input_computed_from_another():
         lambda x: fastlm.gelu_mlp(x, x * 2, x[0, :3], x.t() * 3, None),
         lambda x: fastlm.glu_mlp(x, x * 2, x, x.t() * 3, x[0, :3]),
         lambda x: fastlm.linear_cross_entropy(x, x * 2, torch.tensor([0, 2, 1])),
+        lambda x: fastlm.linear_log_prob(x, x * 2, torch.tensor([0, 2, 1])),
         lambda x: fastlm.attention(*(x[None, None] * i for i in (1, 2, 3))),
         lambda x: fastlm.attention_varlen(*(x[:, None] * i for i in (1, 2, 3)), *[torch.tensor([0, 2, 3])] * 2),
     ):
@@ -529,7 +530,8 @@ def test_autocast_on_a_cpu(case, backend, dtype):
         assert_close(got, [d.float() for d in gradients])
 
 
-WITH_WEIGHTS = ("linear", "gelu_mlp", "glu_mlp", "linear_cross_entropy")  # operators whose weights autocast rounds
+# Operators whose weights autocast rounds.
+WITH_WEIGHTS = ("linear", "gelu_mlp", "glu_mlp", "linear_cross_entropy", "linear_log_prob")
 
 
 def call_with_weights(name, x, *weights, backend):
@@ -540,7 +542,10 @@ def call_with_weights(name, x, *weights, backend):
     if name == "glu_mlp":
         w_gate, b_gate, w_up, b_up, w_down, b_down = weights
         return fastlm.glu_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, backend=backend)
-    return fastlm.linear_cross_entropy(x, weights[0], targets(x.shape[1], x.shape[0]), weights[1], backend=backend)
+    target = targets(x.shape[1], x.shape[0])
+    if name == "linear_log_prob":
+        return torch.cat(fastlm.linear_log_prob(x, weights[0], target, weights[1], backend=backend))
+    return fastlm.linear_cross_entropy(x, weights[0], target, weights[1], backend=backend)
 
 
 def inputs_with_weights(name, rows=70):
@@ -549,6 +554,7 @@ def inputs_with_weights(name, rows=70):
         "gelu_mlp": [(40, 24), (40,), (24, 40), (24,)],
         "glu_mlp": [(40, 24), (40,)] * 2 + [(24, 40), (24,)],
         "linear_cross_entropy": [(24, 24), (24,)],
+        "linear_log_prob": [(24, 24), (24,)],
     }[name]
     return [x.requires_grad_() for x in (floats(rows, 24), *(floats(*shape) for shape in shapes))]
 

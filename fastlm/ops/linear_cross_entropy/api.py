@@ -79,17 +79,7 @@ def linear_cross_entropy(
         check_memory(("x", "weight", "bias"), x, weight, bias)
         x, originals, weight, bias = cast_with_originals(x, weight, bias)
     check_rows(x)
-    vocab = check_weight("weight", weight, x.shape[-1], "linear", "the last dimension of x")
-    check_like("weight", weight, x)
-    if target.dtype.is_floating_point:
-        raise mismatch("target", "class indices in int64 (class probabilities are not supported)", target.dtype)
-    if target.dtype != torch.int64 or target.device != x.device:
-        raise mismatch("target", f"torch.int64 on {x.device}", f"{target.dtype} on {target.device}")
-    if target.shape != x.shape[:-1]:
-        raise mismatch("target", f"shape {tuple(x.shape[:-1])}, x's without its last dimension", tuple(target.shape))
-    if bias is not None:
-        check_vector("bias", bias, vocab, "the vocabulary of weight")
-        check_like("bias", bias, x)
+    check_operands(x, weight, target, bias)
     check_choice("reduction", reduction, REDUCTIONS)
     ignore_index = check_integer("ignore_index", ignore_index)
     label_smoothing = check_number("label_smoothing", label_smoothing, "a share in [0, 1]")
@@ -103,6 +93,20 @@ def linear_cross_entropy(
     settings = ignore_index, label_smoothing, logit_scale, softcap
     call = Forward(x, weight, bias, target, None, *settings, False, NO_GRADIENTS)
     return operator.loss(call, token_weight, reduction, backend, originals)
+
+
+def check_operands(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    vocab = check_weight("weight", weight, x.shape[-1], "linear", "the last dimension of x")
+    check_like("weight", weight, x)
+    if target.dtype.is_floating_point:
+        raise mismatch("target", "class indices in int64 (class probabilities are not supported)", target.dtype)
+    if target.dtype != torch.int64 or target.device != x.device:
+        raise mismatch("target", f"torch.int64 on {x.device}", f"{target.dtype} on {target.device}")
+    if target.shape != x.shape[:-1]:
+        raise mismatch("target", f"shape {tuple(x.shape[:-1])}, x's without its last dimension", tuple(target.shape))
+    if bias is not None:
+        check_vector("bias", bias, vocab, "the vocabulary of weight")
+        check_like("bias", bias, x)
 
 
 def check_token_weight(token_weight: Tensor, x: Tensor, target: Tensor) -> Tensor:
