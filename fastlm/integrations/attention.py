@@ -115,6 +115,7 @@ def attention(
     head_mask: Tensor | None = None,
     position_bias: Tensor | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     output_attentions: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -127,19 +128,21 @@ def attention(
         is_causal: for a call without a mask. None: as the module's attribute says.
         position_bias: added to the scaled scores.
         sliding_window: for a call without a mask or with a 2-D one.
+        softcap: of the scaled scores, before they are masked.
 
     Returns:
         (batch, query_len, num_heads, head_dim), and the attention weights if they are asked for, otherwise None.
 
     Raises:
-        fastlm.Unsupported: soft-capped scores, attention sinks, packed sequences given by cu_seq_lens alone.
+        fastlm.Unsupported: attention sinks, packed sequences given by cu_seq_lens alone, a position_bias with softcap.
     """
-    for name, feature in (("softcap", "soft-capped scores"), ("s_aux", "attention sinks")):
-        if others.get(name) is not None:
-            raise Unsupported(
-                f"attn_implementation={NAME!r}: {feature} ({name}) are not supported; "
-                "use another implementation for this model"
-            )
+    if others.get("s_aux") is not None:
+        raise Unsupported(
+            f"attn_implementation={NAME!r}: attention sinks (s_aux) are not supported; "
+            "use another implementation for this model"
+        )
+    if softcap is not None and position_bias is not None:
+        raise Unsupported(f"attn_implementation={NAME!r}: softcap with position_bias is not supported")
     if attention_mask is None and others.get("cu_seq_lens_q") is not None:
         raise Unsupported(
             f"attn_implementation={NAME!r}: cu_seq_lens_q without position_ids is not supported; "
@@ -160,12 +163,24 @@ def attention(
         head_mask,
         position_bias,
         sliding_window,
+        softcap,
         return_weights,
     )
 
 
 def attend(
-    query, key, value, mask, causal, scale, dropout_p, head_mask=None, bias=None, window=None, return_weights=False
+    query,
+    key,
+    value,
+    mask,
+    causal,
+    scale,
+    dropout_p,
+    head_mask=None,
+    bias=None,
+    window=None,
+    softcap=None,
+    return_weights=False,
 ):
     """(batch, query_len, num_heads, value_dim), and the weights or None.
 
@@ -189,7 +204,7 @@ def attend(
     elif bias is not None:
         mask = bias
     if return_weights or transform_reason():
-        return attend_eagerly(query, key, value, mask, key_padding, causal, sides, scale, dropout_p, head_mask)
+        return attend_eagerly(query, key, value, mask, key_padding, causal, sides, scale, softcap, dropout_p, head_mask)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if value_dim != head_dim:
         scale = head_dim**-0.5 if scale is None else scale
@@ -203,18 +218,20 @@ def attend(
         key_padding=key_padding,
         window=sides,
         scale=scale,
+        softcap=softcap,
         dropout_p=dropout_p,
     )
     out = out.transpose(1, 2)
     return (out if value_dim == head_dim else out[..., :value_dim]), None
 
 
-def attend_eagerly(query, key, value, mask, key_padding, causal, sides, scale, dropout_p, head_mask):
+def attend_eagerly(query, key, value, mask, key_padding, causal, sides, scale, softcap, dropout_p, head_mask):
     """Attention by PyTorch operators, as transformers' "eager" computes it, with the weights."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     query_len, key_len = scores.shape[2:]
     hidden = torch.zeros(1, 1, query_len, key_len, dtype=torch.bool, device=scores.device)
     keys, queries = torch.arange(key_len, device=key.device), torch.arange(query_len, device=key.device)

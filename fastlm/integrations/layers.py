@@ -228,11 +228,21 @@ def self_attention(
     if parts.window is not None:
         owner, name = parts.window
         window = owner.get(name)
+    softcap = None if parts.softcap is None else own[parts.softcap]
     if mask is None and window is None and not return_weights:
-        out = fastlm.attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p)
+        out = fastlm.attention(query, key, value, causal=causal, scale=scale, softcap=softcap, dropout_p=dropout_p)
         return out.transpose(1, 2).flatten(2), None
     out, weights = attend(
-        query, key, value, mask, causal, scale, dropout_p, window=window, return_weights=return_weights
+        query,
+        key,
+        value,
+        mask,
+        causal,
+        scale,
+        dropout_p,
+        window=window,
+        softcap=softcap,
+        return_weights=return_weights,
     )
     return out.flatten(2), weights
 

@@ -166,11 +166,7 @@ def attention_reason(module: Any, family: Family) -> str:
     kind = getattr(module, "position_embedding_type", POSITIONS[family.positions])
     if kind != POSITIONS[family.positions]:
         return f"has {kind} positions"
-    return "soft-caps its scores" if soft_caps(module, family) else container_reason(module, family)
-
-
-def soft_caps(attention: Any, family: Family) -> bool:
-    return family.softcap is not None and getattr(attention, family.softcap) is not None
+    return container_reason(module, family)
 
 
 def activation_name(activation: Any) -> str | None:
@@ -249,6 +245,7 @@ class Parts:
         self.causal = next((name for name in family.causal if name in own), None)
         self.is_rotary, self.rotates = family.positions == "rotary", family.rotates
         self.window = None if family.window is None else self.attribute(family.window)
+        self.softcap = family.softcap
 
     def find_reasons(self, family: Family) -> None:
         block, out_owner = self.attention_block, self.out_owner

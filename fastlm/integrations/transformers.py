@@ -20,7 +20,6 @@ from fastlm.integrations.find import encoder_family, head_of, layer_family, norm
 from fastlm.integrations.layers import LayerPatch
 from fastlm.integrations.loss import HeadPatch
 from fastlm.integrations.norms import NormPatch
-from fastlm.integrations.parts import soft_caps
 from fastlm.integrations.patch import Patch, has_foreign_forward, patch_of, put
 from fastlm.integrations.reporting import report
 
@@ -103,16 +102,11 @@ def wraps_patch(module: nn.Module) -> bool:
 
 
 def makes_masks(model: PreTrainedModel) -> bool:
-    """Whether the model makes masks through transformers' attention interface, for layers of a supported family.
-
-    Attention that soft-caps its scores is left to the implementation that the model has.
-    """
+    """Whether the model makes masks through transformers' attention interface, for layers of a supported family."""
     if not type(model)._supports_attention_backend or views.is_view(model.config):
         return False
     contains_model = any(isinstance(module, PreTrainedModel) for module in model.modules() if module is not model)
-    layers = [(module, family) for module in model.modules() if (family := layer_family(module)) is not None]
-    capped = any(soft_caps(layer.get_submodule(family.attention), family) for layer, family in layers)
-    return bool(layers) and not contains_model and not capped
+    return not contains_model and any(layer_family(module) is not None for module in model.modules())
 
 
 def view_config(root: nn.Module, model: PreTrainedModel) -> None:
