@@ -600,7 +600,7 @@ def test_invalid_cu_seqlens_are_a_device_assert(side, wrong, dtype, backend, mon
     needed = True, True, True, False
     with pytest.raises(Exception, match=asserted):
         implementation.backward(
-            Backward(out, None, *inputs, None, None, *starts, None, out, lse, 1.0, -9, 9, 0.0, False, needed)
+            Backward(out, None, *inputs, None, None, *starts, None, out, lse, 1.0, 0.0, -9, 9, 0.0, False, needed)
         )
 
 
