@@ -533,6 +533,12 @@ def test_autocast_on_a_cpu(case, backend, dtype):
 # Operators whose weights autocast rounds.
 WITH_WEIGHTS = ("linear", "gelu_mlp", "glu_mlp", "linear_cross_entropy", "linear_log_prob")
 
+# On the backends that implement them.
+on_backends_with_weights = pytest.mark.parametrize(
+    "name, backend",
+    [(name, backend) for name in WITH_WEIGHTS for backend in ALL if registry.operators()[name].implements(backend)],
+)
+
 
 def call_with_weights(name, x, *weights, backend):
     if name == "linear":
@@ -586,8 +592,7 @@ def test_under_autocast_gradients_of_float32_weights_are_not_rounded(name, rows,
             assert not torch.equal(gradient, gradient.bfloat16().float())
 
 
-@on_every_backend
-@pytest.mark.parametrize("name", WITH_WEIGHTS)
+@on_backends_with_weights
 def test_under_autocast_gradients_can_be_differentiated_down_to_float32_weights(name, backend):
     inputs = inputs_with_weights(name)
     with torch.autocast("cpu", torch.bfloat16):
@@ -618,8 +623,7 @@ def test_under_autocast_differentiable_gradients_are_those_of_rounded_weights(na
     assert all(error(gradient, true) <= 2**-8 for gradient, true in zip(got, expected, strict=True))
 
 
-@on_every_backend
-@pytest.mark.parametrize("name", WITH_WEIGHTS)
+@on_backends_with_weights
 def test_under_autocast_weights_may_change_before_the_backward(name, backend):
     """As with PyTorch's operators, the backward reads the rounded copies."""
     inputs = inputs_with_weights(name)
