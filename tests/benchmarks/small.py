@@ -19,6 +19,7 @@ from fastlm.ops.rotary import bench as rotary
 SIZES = {
     attention.dense: {"tokens": 48, "heads": 4, "head_dim": 16},
     attention.decode: {"tokens": 300, "heads": 2, "head_dim": 16, "batch": 2},
+    attention.windowed: {"tokens": 48, "heads": 4, "head_dim": 16, "window": 10},
     attention.packed: {"tokens": 48, "heads": 4, "head_dim": 16, "repeats": 1},
     gelu_mlp.problem: {"rows": 48, "width": 64},
     glu_mlp.problem: {"rows": 48, "width": 64, "hidden": 150},

@@ -72,6 +72,12 @@ def test_flops_of_causal_attention_are_those_of_the_unmasked_scores():
     assert work_of(problem, "backward").flops == 2.5 * work_of(problem, "forward").flops
 
 
+def test_flops_of_windowed_attention_are_those_of_the_band():
+    problem = small(CASES["attention_window"])
+    pairs = sum(min(query + 1, 10) for query in range(48))
+    assert work_of(problem, "forward").flops == pytest.approx(2 * 2 * 64 * pairs)
+
+
 def test_flops_of_packed_attention_are_those_of_each_sequence():
     assert uneven(1024) == [256, 32, 64, 96, 128, 128, 128, 192] and sum(uneven(48)) == 48
     pairs = sum(length**2 for length in uneven(48))

@@ -44,6 +44,16 @@ def sdpa(causal: bool, dropout_p: float = 0.0, kind: SDPBackend | None = None) -
     return call
 
 
+def band(tokens: int, window: int, device: str) -> Tensor:
+    """Whether a query attends to a key: to the last `window` ones, its own included."""
+    distance = torch.arange(tokens, device=device)[:, None] - torch.arange(tokens, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+def masked(mask: Tensor) -> Function:
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 def flex(mask: Callable[..., Tensor] | None, tokens: int, device: str, compiled: bool = True) -> Function:
     """FlexAttention; mask(batch, head, query, key): whether the query attends to the key."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

@@ -46,6 +46,32 @@ def dense(
     )
 
 
+def windowed(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    heads: int = HEADS,
+    tokens: int = 4 * ROWS,
+    head_dim: int = HEAD_DIM,
+    window: int = ROWS // 2,
+) -> Problem:
+    """Causal, over the last `window` keys; PyTorch's kernel takes that as a mask."""
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tensor:
+        return attention(q, k, v, causal=True, window=(window - 1, None), backend=backend)
+
+    projection = normal(1, tokens, 3, heads, head_dim, dtype=dtype, device=device)
+    outside = max(0, tokens - window)
+    return Problem(
+        f"{heads} heads of {head_dim}, {tokens} tokens, window {window}",
+        ours,
+        {"eager": baselines.masked(baselines.band(tokens, window, device))},
+        inputs=projection.permute(2, 0, 3, 1, 4).unbind(0),
+        upstream=[normal(1, tokens, heads, head_dim, dtype=dtype, device=device).transpose(1, 2)],
+        flop_share=(tokens * (tokens + 1) - outside * (outside + 1)) / (2 * tokens**2),
+    )
+
+
 def decode(
     dtype: torch.dtype,
     device: str = "cpu",
@@ -137,6 +163,7 @@ benchmark = Benchmark(
         variant("512_tokens", tokens=512, batch=2),
         variant("2048_tokens", tokens=2048),
         variant("dropout", tokens=512, batch=2, dropout_p=0.1),
+        Case("attention_window", windowed, default=False),
         variant("small", tokens=2, heads=2, head_dim=8),
     ),
     gpu_cases=(
