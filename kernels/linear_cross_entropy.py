@@ -190,7 +190,8 @@ def linear_cross_entropy(
     the rows, with statistics (2, rows or more) as workspace; or both None.
     """
     rows, vocab = logits.shape
-    block = min(next_power_of_2(vocab), BLOCK)
+    # With label smoothing there is one more partial sum per logit, for which 4096 logits leave no registers.
+    block = min(next_power_of_2(vocab), BLOCK // 2 if label_smoothing else BLOCK)
     row_max, row_sum = (None, None) if factor is None else statistics.unbind()
     arguments = (
         logits,
