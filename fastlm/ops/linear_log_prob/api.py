@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from fastlm.core.autocast import autocast_enabled, cast_for_autocast, cast_with_originals
+from fastlm.core.autocast import autocast_enabled
 from fastlm.core.errors import check_float32, check_integer, check_rows, check_softcap, check_tensor
+from fastlm.ops.linear.api import cast_operands
 from fastlm.ops.linear_cross_entropy.api import check_operands
 from fastlm.ops.linear_log_prob.autograd import operator
 from fastlm.ops.linear_log_prob.spec import Forward
-from fastlm.ops.operator import check_memory
 
 
 def linear_log_prob(
@@ -54,11 +54,7 @@ def linear_log_prob(
         check_tensor("bias", bias)
     originals: tuple = ()
     if autocast_enabled(x):
-        check_memory(("x", "weight", "bias"), x, weight, bias)
-        if x.is_cuda:
-            x, weight, bias = cast_for_autocast(x, weight, bias)
-        else:
-            x, originals, weight, bias = cast_with_originals(x, weight, bias)
+        x, originals, weight, bias = cast_operands(x, weight, bias)
     check_rows(x)
     check_operands(x, weight, target, bias)
     ignore_index = check_integer("ignore_index", ignore_index)
