@@ -28,7 +28,7 @@ def backward(call: Backward):
     n, dtype = out_width(weight, call.layout), weight_grad_dtype(x, call.fp32_grads)
     if x.numel() == 0:
         return new(x, x.shape, needs_dx), zeros(x, weight.shape, needs_dweight, dtype), zeros(x, n, needs_dbias, dtype)
-    dx, dweight, dbias = new_like(x, needs_dx), new_like(weight, needs_dweight, dtype), new(x, n, needs_dbias, dtype)
+    dx, dweight, dbias = new_like(x, needs_dx), new_like(weight, needs_dweight, dtype), new(x, (n,), needs_dbias, dtype)
     kernels.linear_backward(
         dy=rows(call.dy),
         x=rows(x),

@@ -24,8 +24,8 @@ def forward(call: Forward):
     weight = unit_stride_matrix(weight)
     # Chunks of equal size: a small last one would read the whole weight for a few rows.
     chunk = -(-count // -(-count // max(1, LOGITS_BYTES // (4 * vocab))))
-    logits, lse = new(x, (chunk, vocab), dtype=torch.float32), new(x, count, dtype=torch.float32)
-    dweight, dbias = new_like(weight, needs_dweight, dtype), new(x, vocab, needs_dbias, dtype)
+    logits, lse = new(x, (chunk, vocab), dtype=torch.float32), new(x, (count,), dtype=torch.float32)
+    dweight, dbias = new_like(weight, needs_dweight, dtype), new(x, (vocab,), needs_dbias, dtype)
     # The products of several chunks are accumulated in float32.
     accumulates = needs_dweight and dtype != torch.float32 and chunk < count
     wrong = kernels.linear_cross_entropy_forward(

@@ -53,7 +53,7 @@ def backward(call: Backward):
     dx, dweight, dbias = (
         new_like(x, needs_dx),
         new_like(weight, needs_dweight, dtype),
-        new(x, vocab, needs_dbias, dtype),
+        new(x, (vocab,), needs_dbias, dtype),
     )
     # The products of several chunks are accumulated in float32.
     accumulates = needs_dweight and dtype != torch.float32 and given["logits"].shape[0] < x.numel() // x.shape[-1]
