@@ -162,7 +162,8 @@ def glu_mlp_backward_kernel(
         inside = (m < rows)[:, None] & (j < n)[None, :]
         value, slope = activate(tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
         up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dgate_ptr + at, (dactivated * up * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
+        dgate = tl.where(slope == 0, 0.0, dactivated * up * slope)  # also where up is not finite
+        tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
         tl.store(dup_ptr + at, (dactivated * value).to(dup_ptr.dtype.element_ty), mask=inside)
         if activated_ptr is not None:
             tl.store(activated_ptr + at, (value * up).to(activated_ptr.dtype.element_ty), mask=inside)
@@ -207,7 +208,8 @@ def glu_mlp_slope_kernel(
     value, slope = activate(tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
     dactivated = tl.load(dactivated_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dactivated_ptr + at, (dactivated * up * slope).to(dactivated_ptr.dtype.element_ty), mask=inside)
+    dgate = tl.where(slope == 0, 0.0, dactivated * up * slope)  # also where up is not finite
+    tl.store(dactivated_ptr + at, dgate.to(dactivated_ptr.dtype.element_ty), mask=inside)
     tl.store(dup_ptr + at, (dactivated * value).to(dup_ptr.dtype.element_ty), mask=inside)
     if activated_ptr is not None:
         tl.store(activated_ptr + at, (value * up).to(activated_ptr.dtype.element_ty), mask=inside)

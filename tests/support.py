@@ -65,14 +65,14 @@ def leaf(x, dtype):
     return x.detach().to(dtype).clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
 
 
-def outputs_and_gradients(function, inputs, dtype, upstream_dtype=None):
+def outputs_and_gradients(function, inputs, dtype, upstream_dtype=None, upstream_factor=1.0):
     """The results of function(*inputs) and the gradients of its floating-point inputs, all computed in dtype.
 
     A gradient that does not exist is None.
     """
     leaves = [leaf(x, dtype) for x in inputs]
     results = as_tuple(function(*leaves))
-    upstreams = [floats(*y.shape).to(upstream_dtype or dtype).to(y.dtype) for y in results]
+    upstreams = [(floats(*y.shape) * upstream_factor).to(upstream_dtype or dtype).to(y.dtype) for y in results]
     wanted = [x for x in leaves if torch.is_tensor(x) and x.requires_grad]
     return (*(y.detach() for y in results), *torch.autograd.grad(results, wanted, upstreams, allow_unused=True))
 

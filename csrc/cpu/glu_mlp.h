@@ -77,7 +77,8 @@ void glu_mlp_hidden_gradient(const T* dy, int64_t dy_stride, const T* x, int64_t
       const activation_value g = activate(activation, vec::load(gate + at, span));
       const vec u = vec::load(up + at, span);
       if (compute_activated) (g.value * u).store(activated + at, span);
-      (value * u * g.slope).store(dgate + at, span);
+      // ReLU drops what is not finite where its slope is 0, as PyTorch does.
+      zero_where(g.slope == vec::zero(), value * u * g.slope).store(dgate + at, span);
       (value * g.value).store(dup + at, span);
     };
     project_transposed(dy, dy_stride, weights.down, sizes.rows, hidden, sizes.out, threads,

@@ -68,7 +68,7 @@ template <class T> struct glu_gradient_epilogue {
     for (int e = 0; e < 8; ++e) {
       const activation_result g = activate(to_float(hidden.gate[e]), activation);
       const float u = to_float(hidden.up[e]);
-      gradient[e] = c[e] * u * g.slope;
+      gradient[e] = g.slope == 0 ? 0.f : c[e] * u * g.slope;  // also where u is not finite
       activations[e] = g.value * u;
       c[e] *= g.value;
     }

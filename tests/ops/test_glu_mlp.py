@@ -102,6 +102,21 @@ def test_activations_in_their_tails_and_at_zero(activation, backend):
 
 
 @on_every_backend
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_relu_passes_no_gradient_where_its_slope_is_0(recompute, backend):
+    """Also beside an infinite up, as in PyTorch: a zero times infinity would be NaN in every gradient of the row."""
+    x, w_gate, w_up, w_down, b_gate, b_up, b_down = inputs_for((5, 12), 20, 6)
+    b_gate[3], b_up[3] = -1000, torch.inf
+    inputs = x, w_gate, w_up, w_down, b_gate, b_up, b_down
+    options = {"activation": "relu", "recompute": recompute, "backend": backend}
+    ours = outputs_and_gradients(lambda *t: fastlm.glu_mlp(*t, **options), inputs, torch.float32)
+    theirs = outputs_and_gradients(torch_own("relu"), inputs, torch.float32)
+    assert theirs[1].isfinite().all()
+    for a, b in zip(ours[1:4], theirs[1:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@on_every_backend
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_in_the_gate_reaches_the_result(activation, backend):
     one = torch.ones(1, 1)

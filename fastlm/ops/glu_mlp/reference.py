@@ -1,5 +1,6 @@
 """glu_mlp in plain PyTorch: the definition."""
 
+import torch
 from torch import Tensor
 
 from fastlm.backends import reference
@@ -51,7 +52,8 @@ def backward(call: Backward):
     dactivated, dw_down, db_down = gradients(g, activated, w_down, "linear", needs_down)
     dx = dw_gate = dw_up = db_gate = db_up = None
     if call.needs_hidden:
-        dgate, dup = dactivated * up * act.slope(gate), dactivated * value
+        slope, dup = act.slope(gate), dactivated * value
+        dgate = torch.where(slope == 0, 0, dactivated * up * slope)  # also where up is not finite, as ReLU does
         dx, dw_gate, db_gate = gradients(dgate, x, w_gate, "linear", call.needs_gate)
         more, dw_up, db_up = gradients(dup, x, w_up, "linear", call.needs_up)
         dx = dx + more if call.needed[0] else None
