@@ -12,37 +12,11 @@ order, without atomics.
 import triton
 import triton.language as tl
 
-from fastlm.kernels.elementary import tanh
 from fastlm.kernels.launch import launch
+from fastlm.kernels.logits import LOG2E, ROWS_PER_PARTIAL, load_logits, num_partials, slope, transformed
 from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 4096  # logits in registers at a time
-ROWS_PER_PARTIAL = 64
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def transformed(z, logit_scale, softcap, SOFTCAP: tl.constexpr):
-    """A logit of the product, scaled and capped."""
-    z = z.to(tl.float32) * logit_scale
-    if SOFTCAP:
-        z = softcap * tanh(z / softcap)
-    return z
-
-
-@triton.jit
-def load_logits(logits_ptr, column, vocab, logit_scale, softcap, SOFTCAP: tl.constexpr):
-    """Scaled and capped; −inf beyond the vocabulary."""
-    z = transformed(
-        tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")), logit_scale, softcap, SOFTCAP
-    )
-    return tl.where(column < vocab, z, float("-inf")) if SOFTCAP else z
-
-
-@triton.jit
-def slope(z, softcap, SOFTCAP: tl.constexpr):
-    """The derivative of the cap, by its result."""
-    return 1 - (z / softcap) * (z / softcap) if SOFTCAP else 1.0
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -167,17 +141,13 @@ def linear_cross_entropy_columns_kernel(
     tl.store(partials_ptr + tl.cast(partial, tl.int64) * vocab + column, acc, mask=column < vocab)
 
 
-def num_partials(rows):
-    return cdiv(rows, ROWS_PER_PARTIAL)
-
-
 def linear_cross_entropy(
     logits,
     target,
     row_scale,
     loss,
     statistics,
-    factor,
+    partials,
     ignore_index,
     label_smoothing,
     logit_scale,
@@ -192,13 +162,13 @@ def linear_cross_entropy(
     rows, vocab = logits.shape
     # With label smoothing there is one more partial sum per logit, for which 4096 logits leave no registers.
     block = min(next_power_of_2(vocab), BLOCK // 2 if label_smoothing else BLOCK)
-    row_max, row_sum = (None, None) if factor is None else statistics.unbind()
+    row_max, row_sum = (None, None) if partials is None else statistics.unbind()
     arguments = (
         logits,
         logits.stride(0),
         target,
         target.stride(0),
-        row_scale if factor is None else None,
+        row_scale if partials is None else None,
         loss,
         row_max,
         row_sum,
@@ -218,7 +188,7 @@ def linear_cross_entropy(
         device,
         debug=True,
     )
-    if factor is not None:
+    if partials is not None:
         block = min(block, 512)
         arguments = (
             logits,
@@ -228,7 +198,7 @@ def linear_cross_entropy(
             row_scale,
             row_max,
             row_sum,
-            factor,
+            partials,
             rows,
             vocab,
             ignore_index,
