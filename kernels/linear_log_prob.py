@@ -123,8 +123,8 @@ def linear_log_prob_backward_kernel(
             p = tl.exp2(distance * LOG2E) * (1 / row_sum)
             factor = tl.zeros((BLOCK,), tl.float32)  # of p
             if dentropy_ptr is not None:
-                dentropy = tl.load(dentropy_ptr + row)
-                factor -= dentropy * (distance + (tl.load(entropy_ptr + row) - tl.log(row_sum)))
+                below_entropy = tl.load(entropy_ptr + row) - tl.log(row_sum)
+                factor -= tl.load(dentropy_ptr + row) * (distance + below_entropy)
             if dlog_prob_ptr is not None:
                 factor -= tl.load(dlog_prob_ptr + row)
             gradient = tl.where(p == 0, 0.0, p * factor)  # where the distance is −∞ too
