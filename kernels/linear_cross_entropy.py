@@ -74,7 +74,9 @@ def linear_cross_entropy_kernel(
             lane_max = new_max
         row_max = tl.max(lane_max, 0)
         # Relative to row_max: otherwise the loss of an almost certain target is a difference of two large numbers.
-        row_sum = tl.sum(tl.where(lane_max == float("-inf"), 0.0, lane_sum * tl.exp2((lane_max - row_max) * LOG2E)), 0)
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+        # A lane without logits has a sum of 0, one whose only logit is NaN a sum of NaN and the same maximum, −inf.
+        row_sum = tl.sum(lane_sum * tl.exp2((lane_max - shift) * LOG2E), 0)
         loss = (row_max - logit) * (1 - label_smoothing) + tl.log(row_sum)
         if SMOOTH:
             count = tl.cdiv(vocab - tl.arange(0, BLOCK), BLOCK)
