@@ -67,6 +67,34 @@ def test_as_close_to_float64_as_torch(shape, width, vocab, biased, options, dtyp
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("order", ["random", "ascending", "descending"])
+@pytest.mark.parametrize("rows, vocab", [(3, 9000), (130, 1100)])
+def test_wide_and_many_rows(rows, vocab, order, dtype, backend):
+    """The largest logit is found again and again, at once, or once in a while."""
+    bias = floats(vocab)
+    if order != "random":
+        bias = bias.sort(descending=order == "descending").values
+    inputs = floats(rows, 8), floats(vocab, 8) / 9, bias
+    target = targets(vocab, rows, ignored=[2])
+    assert_within_twice_torch(call(target, backend, temperature=0.8), torch_own(target, temperature=0.8), inputs, dtype)
+
+
+@on_every_backend
+def test_logits_at_both_ends_of_float32(backend):
+    """Their difference overflows: the larger one has all the weight."""
+    x, w = torch.ones(2, 1), torch.full((5000, 1), -3e38)
+    w[-1] = 3e38
+    leaf = w.clone().requires_grad_()
+    log_prob, entropy = call(torch.tensor([4999, 5]), backend)(x, leaf)
+    assert log_prob.tolist() == [0.0, -torch.inf] and not entropy.any()
+    upstream = [torch.tensor([1.0, 2.0]), torch.ones(2)]
+    dw = torch.autograd.grad((log_prob, entropy), leaf, upstream)[0][:, 0]
+    expected = torch.zeros(5000).index_put((torch.tensor([5, 4999]),), torch.tensor([2.0, -2.0]))
+    assert torch.equal(dw, expected)
+
+
+@on_every_backend
 @pytest.mark.parametrize("which", [0, 1], ids=["log_prob", "entropy"])
 def test_gradients_of_one_result_only(which, backend):
     target, inputs = targets(40, 9, ignored=[2]), inputs_of((9,), 24, 40)
@@ -146,6 +174,17 @@ def test_logits_of_minus_infinity_have_no_weight(backend):
         assert not ours[8:].any()
     missed, _ = call(torch.full((5,), 9), backend)(*leaves)
     assert (missed == -torch.inf).all()
+
+
+@on_every_backend
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_logit_of_another_token_that_is_not_a_number(value, backend):
+    """NaN, and +∞ as in PyTorch, whose probability is ∞ / ∞."""
+    bias = floats(30).index_fill(0, torch.tensor([7]), value)
+    leaf = floats(3, 8).requires_grad_()
+    results = call(torch.tensor([1, 2, 3]), backend)(leaf, floats(30, 8), bias)
+    gradient = torch.autograd.grad(results, leaf, [floats(3), floats(3)])[0]
+    assert all(x.isnan().all() for x in (*results, gradient))
 
 
 @on_every_backend

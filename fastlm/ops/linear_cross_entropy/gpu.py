@@ -23,7 +23,9 @@ def chunks_of_logits(x: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes
     chunk = max(1, chunk_bytes // (stride * x.element_size()))
     # With multiples of 16 rows the targets and results of every chunk are aligned alike: Triton compiles one kernel.
     chunk = min(rows, chunk // 16 * 16 or chunk)
-    memory = x.new_empty(chunk, stride)
+    # Between the rows there is no NaN: oneDNN, for kernels that are interpreted on a CPU, multiplies what it reads there
+    # by 0.
+    memory = x.new_empty(chunk, stride) if x.is_cuda else x.new_zeros(chunk, stride)
     for begin in range(0, rows, max(1, chunk)):
         at = slice(begin, min(begin + chunk, rows))
         logits = memory[: at.stop - begin, :vocab]
