@@ -212,7 +212,9 @@ def log_prob(dtype, with_bias, softcap):
     inputs = x, w, w[:, 0].contiguous() if with_bias else None, torch.zeros(64, dtype=torch.int64)
     log_prob, *saved = forward("linear_log_prob", "triton", *inputs, -100, 0.7, softcap)
     upstream = log_prob, log_prob if with_bias else None
-    backward("linear_log_prob", "triton", *upstream, *inputs, *saved, -100, 0.7, softcap, False, (True, True, with_bias))
+    backward(
+        "linear_log_prob", "triton", *upstream, *inputs, *saved, -100, 0.7, softcap, False, (True, True, with_bias)
+    )
 
 
 def cases(quick):

@@ -95,7 +95,7 @@ CUDA = [
         "exponential($z, $max) * $factor",
     ),
     # the decay of Σ d·e^d, the gradient of an entropy
-    ByHand("csrc/cuda/linear_log_prob.cu", "$weighted + $distance * $sum", "$weighted"),
+    ByHand("csrc/cuda/linear_log_prob.cu", "weighted_distance($decay, @$weighted + $distance * $sum@)", "$weighted"),
     ByHand("csrc/cuda/linear_log_prob.cu", "$constant - $of_entropy * $distance", "$constant"),
     ByHand("csrc/cuda/philox.cuh", "0xBB67AE85u", "0xBB67AE84u"),
     # a barrier that is gone: the emulator notices the race
@@ -108,7 +108,11 @@ TRITON = [
     ByHand("kernels/attention_tiles.py", "1 - $ratio * $ratio", "1 + 0 * $ratio"),
     ByHand("kernels/layernorm_residual.py", "- $normal * $correlation[:, None]", ""),
     ByHand("kernels/linear_cross_entropy.py", "* $factor - $uniform", "* $factor"),
-    ByHand("kernels/linear_log_prob.py", "$lane_weighted + $distance * $lane_sum", "$lane_weighted"),
+    ByHand(
+        "kernels/linear_log_prob.py",
+        "tl.where($larger, $weighted + $distance * $sum, $distance)",
+        "tl.where($larger, $weighted, $distance)",
+    ),
     ByHand("kernels/linear_log_prob.py", "$dentropy * ($distance + $rest)", "$dentropy * $rest"),
 ]
 

@@ -1,4 +1,4 @@
-"""Chunks of logits on triton and cuda: the vendor's GEMMs around kernels that read logits and replace them by gradients.
+"""Chunks of logits on triton and cuda: the vendor's GEMMs, around kernels that replace logits by their gradient.
 
 linear_log_prob uses them too.
 """
@@ -16,15 +16,16 @@ from fastlm.ops.linear_cross_entropy.torch import add_product
 ROW_ALIGNMENT = 128
 
 
-def chunks_of_logits(x: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+def chunks_of_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int
+) -> Iterator[tuple[slice, Tensor]]:
     """(rows of x, their logits x Wᵀ + bias in the dtype of x). The next chunk overwrites the logits of the last."""
     rows, vocab, alignment = x.shape[0], weight.shape[0], ROW_ALIGNMENT // x.element_size()
     stride = -(-vocab // alignment) * alignment
     chunk = max(1, chunk_bytes // (stride * x.element_size()))
     # With multiples of 16 rows the targets and results of every chunk are aligned alike: Triton compiles one kernel.
     chunk = min(rows, chunk // 16 * 16 or chunk)
-    # Between the rows there is no NaN: oneDNN, for kernels that are interpreted on a CPU, multiplies what it reads there
-    # by 0.
+    # Where kernels are interpreted on a CPU, oneDNN multiplies what lies between the rows by 0: it must not be NaN.
     memory = x.new_empty(chunk, stride) if x.is_cuda else x.new_zeros(chunk, stride)
     for begin in range(0, rows, max(1, chunk)):
         at = slice(begin, min(begin + chunk, rows))
