@@ -66,8 +66,8 @@ def linear_log_prob_forward_kernel(
             larger = z > lane_max
             distance = -tl.abs(z - lane_max) * inverse_temperature
             weight = tl.where(z == float("-inf"), 0.0, tl.exp2(distance * LOG2E))
-            added = weight * tl.where(larger, lane_weighted + distance * lane_sum, distance)
-            added = tl.where(weight == 0, 0.0, added)  # a weight of 0 times −∞ counts as 0
+            moved = lane_weighted + distance * lane_sum
+            added = tl.where(weight == 0, 0.0, weight * tl.where(larger, moved, distance))  # 0 · −∞ counts as 0
             lane_weighted = tl.where(larger, 0.0, lane_weighted) + added
             lane_sum = tl.where(larger, lane_sum * weight + 1, lane_sum + weight)
             lane_max = tl.maximum(lane_max, z)

@@ -108,11 +108,7 @@ TRITON = [
     ByHand("kernels/attention_tiles.py", "1 - $ratio * $ratio", "1 + 0 * $ratio"),
     ByHand("kernels/layernorm_residual.py", "- $normal * $correlation[:, None]", ""),
     ByHand("kernels/linear_cross_entropy.py", "* $factor - $uniform", "* $factor"),
-    ByHand(
-        "kernels/linear_log_prob.py",
-        "tl.where($larger, $weighted + $distance * $sum, $distance)",
-        "tl.where($larger, $weighted, $distance)",
-    ),
+    ByHand("kernels/linear_log_prob.py", "$moved = $weighted + $distance * $sum", "$moved = $weighted"),
     ByHand("kernels/linear_log_prob.py", "$dentropy * ($distance + $rest)", "$dentropy * $rest"),
 ]
 
