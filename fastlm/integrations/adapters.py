@@ -1,7 +1,8 @@
 """Projections with a low-rank adapter of PEFT: y = x Wᵀ + b + s · (x Aᵀ) Bᵀ.
 
 PEFT's own arithmetic writes the product with B, multiplies it by s and adds it: six passes over a tensor as large as y,
-and two more for the gradient. Here the product with B accumulates into y, and s scales the narrow x Aᵀ and its gradient.
+two for its gradient, and four for that of x. Here the product with B accumulates into y, and the product with A into
+the gradient of x: two passes each. s scales the gradient of the narrow x Aᵀ.
 """
 
 import sys
@@ -16,33 +17,52 @@ from fastlm.integrations.parts import projection_reason
 from fastlm.integrations.patch import Patch, is_compiling, observed_reason
 
 
-class LowRankUpdate(torch.autograd.Function):
-    """y += scale · (x aᵀ) bᵀ, in place. y: (…, out), contiguous; x: (…, in); a: (rank, in); b: (out, rank)."""
+class Narrow(torch.autograd.Function):
+    """(x, x aᵀ). x: (…, in); a: (rank, in). The first result is for the product with the weight.
+
+    Its gradient has no other reader, so the gradient through a accumulates into it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        narrow = torch.mm(x.reshape(-1, x.shape[-1]), a.t())
+    def forward(ctx: Any, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, a)
+        return x.view_as(x), torch.mm(x.reshape(-1, x.shape[-1]), a.t())
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None, dnarrow: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        x, a = ctx.saved_tensors
+        needs_dx, needs_da = ctx.needs_input_grad
+        if dnarrow is None:
+            return dx, None
+        da = torch.mm(dnarrow.t(), x.reshape(-1, x.shape[-1])) if needs_da else None
+        if not needs_dx:
+            return None, da
+        if dx is None:
+            return torch.mm(dnarrow, a).view(x.shape), da
+        rows = dx.reshape(-1, x.shape[-1])
+        rows = torch.addmm(rows, dnarrow, a) if torch.is_grad_enabled() else rows.addmm_(dnarrow, a)
+        return rows.view(x.shape), da
+
+
+class Widened(torch.autograd.Function):
+    """y += scale · narrow bᵀ, in place. y: (…, out), contiguous; narrow: (rows, rank); b: (out, rank)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, narrow: Tensor, b: Tensor, scale: float) -> Tensor:
         y.view(-1, y.shape[-1]).addmm_(narrow, b.t(), alpha=scale)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, a, b, narrow)
+        ctx.save_for_backward(narrow, b)
         ctx.scale = scale
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, narrow = ctx.saved_tensors
-        rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():  # create_graph=True: narrow depends on x and a
-            narrow = torch.mm(x_rows, a.t())
-        _, needs_dx, needs_da, needs_db, _ = ctx.needs_input_grad
-        dnarrow = torch.mm(rows, b) * ctx.scale
-        return (
-            dy,
-            torch.mm(dnarrow, a).view(x.shape) if needs_dx else None,
-            torch.mm(dnarrow.t(), x_rows) if needs_da else None,
-            torch.mm(rows.t(), narrow) * ctx.scale if needs_db else None,
-            None,
-        )
+        narrow, b = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dnarrow = torch.mm(rows, b) * ctx.scale if ctx.needs_input_grad[1] else None
+        db = torch.mm(rows.t(), narrow) * ctx.scale if ctx.needs_input_grad[2] else None
+        return dy, dnarrow, db, None
 
 
 def is_adapter(module: Any) -> bool:
@@ -63,11 +83,14 @@ class AdapterPatch(Patch):
         if adapter is None:
             return self.original(*args, **kwargs)
         (x,), (a, b, dropout, scale) = args, adapter
-        base = self.module.base_layer
+        base, dropped = self.module.base_layer, dropout(x)
+        same, narrow = Narrow.apply(dropped, a)
+        if dropped is x and x.requires_grad:
+            x = same
         y = fastlm.linear(x, base.weight, base.bias, layout=self.layout)
         if y._is_view():  # of a product that autograd knows: it would copy what is written in place
             y = y.clone()
-        return LowRankUpdate.apply(y, dropout(x), a, b, scale)
+        return Widened.apply(y, narrow, b, scale)
 
     def plain_adapter(self, x: Tensor) -> tuple[Tensor, Tensor, Any, float] | None:
         """(a, b, dropout, scale) of the only active adapter; None where PEFT computes something else."""

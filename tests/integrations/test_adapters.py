@@ -21,8 +21,8 @@ PROJECTIONS = LAYERS * len(TARGETS)
 @pytest.fixture
 def fused(monkeypatch):
     """A list to which every projection appends that is computed with its adapter."""
-    calls, apply = [], adapters.LowRankUpdate.apply
-    monkeypatch.setattr(adapters.LowRankUpdate, "apply", lambda *a: calls.append(a[0]) or apply(*a))
+    calls, apply = [], adapters.Widened.apply
+    monkeypatch.setattr(adapters.Widened, "apply", lambda *a: calls.append(a[0]) or apply(*a))
     return calls
 
 
@@ -153,14 +153,23 @@ def test_bfloat16_is_as_exact_as_peft(fused):
     assert abs(ours - truth) <= 2 * abs(theirs - truth) + 2**-9 * truth
 
 
-def test_gradients_can_be_differentiated():
-    y, x, a, b = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 4), (2, 3, 5), (2, 5), (4, 2)))
-    leaves = [t.requires_grad_() for t in (y, x, a, b)]
+@pytest.mark.parametrize("needed", [(True, True, True), (False, True, True), (True, False, False), (True, False, True)])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_gradients_can_be_differentiated(needed, dropped):
+    """Those of x, A and B, which are all, some or none trained."""
+    torch.manual_seed(0)
+    w, *rest = (torch.randn(shape, dtype=torch.float64) for shape in ((4, 5), (2, 3, 5), (2, 5), (4, 2)))
+    x, a, b = (t.requires_grad_(need) for t, need in zip(rest, needed, strict=True))
 
-    def function(y, x, a, b):
-        return adapters.LowRankUpdate.apply(y * 1, x, a, b, 0.7)
+    def function(*leaves):
+        given = iter(leaves)
+        x, a, b = (next(given) if need else t for t, need in zip(rest, needed, strict=True))
+        same, narrow = adapters.Narrow.apply(x * 2 if dropped else x, a)
+        y = fastlm.linear(same if x.requires_grad and not dropped else x, w)
+        return adapters.Widened.apply(y, narrow, b, 0.7)
 
-    torch.testing.assert_close(function(*leaves), y + 0.7 * x @ a.t() @ b.t())
+    leaves = [t for t in (x, a, b) if t.requires_grad]
+    torch.testing.assert_close(function(*leaves), x @ w.t() + 0.7 * (x * (1 + dropped)) @ a.t() @ b.t())
     assert torch.autograd.gradcheck(function, leaves) and torch.autograd.gradgradcheck(function, leaves)
 
 
