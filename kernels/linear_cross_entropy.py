@@ -12,37 +12,11 @@ order, without atomics.
 import triton
 import triton.language as tl
 
-from fastlm.kernels.elementary import tanh
 from fastlm.kernels.launch import launch
+from fastlm.kernels.logits import LOG2E, ROWS_PER_PARTIAL, load_logits, num_partials, slope, transformed
 from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 4096  # logits in registers at a time
-ROWS_PER_PARTIAL = 64
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def transformed(z, logit_scale, softcap, SOFTCAP: tl.constexpr):
-    """A logit of the product, scaled and capped."""
-    z = z.to(tl.float32) * logit_scale
-    if SOFTCAP:
-        z = softcap * tanh(z / softcap)
-    return z
-
-
-@triton.jit
-def load_logits(logits_ptr, column, vocab, logit_scale, softcap, SOFTCAP: tl.constexpr):
-    """Scaled and capped; −inf beyond the vocabulary."""
-    z = transformed(
-        tl.load(logits_ptr + column, mask=column < vocab, other=float("-inf")), logit_scale, softcap, SOFTCAP
-    )
-    return tl.where(column < vocab, z, float("-inf")) if SOFTCAP else z
-
-
-@triton.jit
-def slope(z, softcap, SOFTCAP: tl.constexpr):
-    """The derivative of the cap, by its result."""
-    return 1 - (z / softcap) * (z / softcap) if SOFTCAP else 1.0
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -100,7 +74,9 @@ def linear_cross_entropy_kernel(
             lane_max = new_max
         row_max = tl.max(lane_max, 0)
         # Relative to row_max: otherwise the loss of an almost certain target is a difference of two large numbers.
-        row_sum = tl.sum(tl.where(lane_max == float("-inf"), 0.0, lane_sum * tl.exp2((lane_max - row_max) * LOG2E)), 0)
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+        # A lane without logits has a sum of 0, one whose only logit is NaN a sum of NaN and the same maximum, −inf.
+        row_sum = tl.sum(lane_sum * tl.exp2((lane_max - shift) * LOG2E), 0)
         loss = (row_max - logit) * (1 - label_smoothing) + tl.log(row_sum)
         if SMOOTH:
             count = tl.cdiv(vocab - tl.arange(0, BLOCK), BLOCK)
@@ -167,17 +143,13 @@ def linear_cross_entropy_columns_kernel(
     tl.store(partials_ptr + tl.cast(partial, tl.int64) * vocab + column, acc, mask=column < vocab)
 
 
-def num_partials(rows):
-    return cdiv(rows, ROWS_PER_PARTIAL)
-
-
 def linear_cross_entropy(
     logits,
     target,
     row_scale,
     loss,
     statistics,
-    factor,
+    partials,
     ignore_index,
     label_smoothing,
     logit_scale,
@@ -192,13 +164,13 @@ def linear_cross_entropy(
     rows, vocab = logits.shape
     # With label smoothing there is one more partial sum per logit, for which 4096 logits leave no registers.
     block = min(next_power_of_2(vocab), BLOCK // 2 if label_smoothing else BLOCK)
-    row_max, row_sum = (None, None) if factor is None else statistics.unbind()
+    row_max, row_sum = (None, None) if partials is None else statistics.unbind()
     arguments = (
         logits,
         logits.stride(0),
         target,
         target.stride(0),
-        row_scale if factor is None else None,
+        row_scale if partials is None else None,
         loss,
         row_max,
         row_sum,
@@ -218,7 +190,7 @@ def linear_cross_entropy(
         device,
         debug=True,
     )
-    if factor is not None:
+    if partials is not None:
         block = min(block, 512)
         arguments = (
             logits,
@@ -228,7 +200,7 @@ def linear_cross_entropy(
             row_scale,
             row_max,
             row_sum,
-            factor,
+            partials,
             rows,
             vocab,
             ignore_index,

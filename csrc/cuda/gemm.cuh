@@ -24,7 +24,6 @@
 //     replaced by the product of the high parts alone, which is infinite where the operands are.
 #pragma once
 #include <climits>
-#include <initializer_list>
 #include <stdexcept>
 #include "launch.cuh"
 #include "vec.cuh"
@@ -246,29 +245,6 @@ template <class T, bool K_CONTIGUOUS, int WARP> struct gemm_tile {
     }
   }
 };
-
-// Groups of 8 columns in memory, of which `count` exist. vectorized: all groups have 8 columns aligned to 16 bytes.
-inline bool can_vectorize(int64_t columns, std::initializer_list<const void*> pointers) {
-  for (const void* pointer : pointers)
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
-  return columns % 8 == 0;
-}
-template <class T> FASTLM_DEVICE vec<T, 8> load8(const T* from, int count, bool vectorized) {
-  if (vectorized && count > 0) return vec<T, 8>::load(from);
-  vec<T, 8> group;
-#pragma unroll
-  for (int e = 0; e < 8; ++e) group[e] = e < count ? from[e] : from_float<T>(0.0f);
-  return group;
-}
-template <class T> FASTLM_DEVICE void store8(const vec<float, 8>& c, T* to, int count, bool vectorized) {
-  vec<T, 8> group;
-#pragma unroll
-  for (int e = 0; e < 8; ++e) group[e] = from_float<T>(c[e]);
-  if (vectorized) return group.store(to);
-#pragma unroll
-  for (int e = 0; e < 8; ++e)
-    if (e < count) to[e] = group[e];
-}
 
 // The coordinates of a tile in the order of processing: 8 rows of tiles at a time, column by column.
 struct tile_coordinates {

@@ -16,11 +16,9 @@
 //     are then read from the L2 cache or from memory once more.
 #include "linear_cross_entropy.h"
 #include "gemm.cuh"
-#include "reduce.cuh"
+#include "logits.cuh"
 
 namespace fastlm::cuda {
-
-constexpr float LOG2E = 1.4426950408889634f;
 
 // Of `count` logits of a row: the maximum, Σ exp(z − row_max) and, for label smoothing, Σ (z − row_max). The sums are
 // relative to the maximum, because otherwise the loss of an almost certain target, or of large and nearly equal logits,
@@ -29,9 +27,6 @@ struct softmax_partial {
   float row_max = -INFINITY, row_sum = 0.0f, shifted_sum = 0.0f;
   int count = 0;
 };
-
-FASTLM_DEVICE float shift_of(float row_max) { return row_max == -INFINITY ? 0.0f : row_max; }  // −inf − −inf is not 0
-FASTLM_DEVICE float exponential(float z, float shift) { return exp2_fast((z - shift) * LOG2E); }
 
 FASTLM_DEVICE softmax_partial relative_to(float row_max, softmax_partial a) {
   const float shift = shift_of(row_max), moved = a.row_max == -INFINITY ? 0.0f : a.row_max - shift;
@@ -49,29 +44,9 @@ FASTLM_DEVICE float loss_of(softmax_partial row, float at_target, float label_sm
   return label_smoothing > 0.0f ? loss - label_smoothing * (row.shifted_sum / float(row.count)) : loss;
 }
 
-// The target of a row, −1 for an ignored row.
-FASTLM_DEVICE int64_t target_of(const cross_entropy_targets& targets, int64_t row, int vocab) {
-  const int64_t target = targets.target[row * targets.target_stride];
-  if (target == targets.ignore_index) return -1;
-  FASTLM_ASSERT(target >= 0 && target < vocab);  // expected values in [0, vocabulary) or ignore_index
-  return target;
+FASTLM_DEVICE logit_transform transform_of(const cross_entropy_targets& targets) {
+  return {targets.logit_scale, targets.softcap};
 }
-
-// A logit of the product, scaled and capped.
-struct logit_transform {
-  float scale, softcap;
-  explicit FASTLM_DEVICE logit_transform(const cross_entropy_targets& targets)
-      : scale(targets.logit_scale), softcap(targets.softcap) {}
-  FASTLM_DEVICE float operator()(float z) const {
-    z *= scale;
-    return softcap > 0.0f ? softcap * tanh_(z / softcap) : z;
-  }
-  // The derivative of the cap, by its result.
-  FASTLM_DEVICE float slope(float capped) const {
-    const float t = capped / softcap;
-    return softcap > 0.0f ? 1.0f - t * t : 1.0f;
-  }
-};
 
 // Losses without stored logits
 
@@ -95,7 +70,7 @@ template <class T> struct log_sum_exp_epilogue {
   template <int LANES> FASTLM_DEVICE void finish(int row, int column, vec<float, 8>& z, const vec<T, 8>& shift,
                                                  int64_t target_offset, bool inside) const {
     const int count = inside ? vocab - column : 0;
-    const logit_transform transform(targets);
+    const logit_transform transform = transform_of(targets);
     float row_max = -INFINITY, row_sum = 0.0f, sum = 0.0f;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
@@ -193,12 +168,10 @@ void linear_cross_entropy_forward(const linear_cross_entropy_forward_args& args,
 // The gradient of logits
 
 template <class T> struct gradient_args {
-  T* logits;
-  int64_t stride;
+  logit_chunk<T> chunk;
   cross_entropy_targets targets;
   const float* row_scale;
   float *row_max, *row_sum, *dbias_partials;
-  int rows, vocab;
 };
 
 // d(row_scale·loss)/dz of a row is exp(z − row_max)·factor − uniform, minus at_target at the target, times the slope of
@@ -220,16 +193,14 @@ FASTLM_DEVICE row_gradient gradient_of(softmax_partial row, float scale, int64_t
           scale * (1.0f - targets.label_smoothing), int(target)};
 }
 
-constexpr int ROW_THREADS = 512;
-
 // One row per block. With dbias_partials it writes the statistics of its row, and the kernel by columns the gradient.
 template <class T> __global__ void __launch_bounds__(ROW_THREADS)
     linear_cross_entropy_row_kernel(const gradient_args<T> args) {
   FASTLM_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   const int64_t row = blockIdx.x;
-  const int vocab = args.vocab, first = int(threadIdx.x) * 8, stride = int(blockDim.x) * 8;
-  T* logits = args.logits + row * args.stride;
+  const int vocab = args.chunk.vocab, first = int(threadIdx.x) * 8, stride = int(blockDim.x) * 8;
+  T* logits = args.chunk.logits + row * args.chunk.stride;
   const int64_t target = target_of(args.targets, row, vocab);
   if (target < 0) {
     if (threadIdx.x == 0) args.targets.loss[row] = 0.0f;
@@ -238,7 +209,7 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS)
         store8({}, logits + column, vocab - column, column + 8 <= vocab);
     return;
   }
-  const logit_transform transform(args.targets);
+  const logit_transform transform = transform_of(args.targets);
   const float at_target = transform(to_float(logits[target]));
   softmax_partial own;
   for (int column = first; column < vocab; column += stride) {
@@ -275,69 +246,35 @@ template <class T> __global__ void __launch_bounds__(ROW_THREADS)
   }
 }
 
-constexpr int ROWS_PER_PARTIAL = 64, COLUMN_THREADS = 128;
-
-int64_t linear_cross_entropy_num_partials(int64_t rows) { return (rows + ROWS_PER_PARTIAL - 1) / ROWS_PER_PARTIAL; }
-
-// 8 columns per thread and ROWS_PER_PARTIAL rows per block: the gradient, and its sum over these rows.
 template <class T> __global__ void __launch_bounds__(COLUMN_THREADS)
     linear_cross_entropy_column_kernel(const gradient_args<T> args) {
   FASTLM_SHARED(shared);
-  row_gradient* gradients = reinterpret_cast<row_gradient*>(shared);
-  const int vocab = args.vocab, first = int(blockIdx.y) * ROWS_PER_PARTIAL, remaining = args.rows - first,
-            count = remaining < ROWS_PER_PARTIAL ? remaining : ROWS_PER_PARTIAL;
-  for (int i = int(threadIdx.x); i < count; i += COLUMN_THREADS) {
-    const int64_t row = first + i, target = target_of(args.targets, row, vocab);
-    gradients[i].target = -1;
+  gradient_by_columns<row_gradient>(args.chunk, transform_of(args.targets), args.dbias_partials, shared, [&](int row) {
+    const int vocab = args.chunk.vocab;
+    const int64_t target = target_of(args.targets, row, vocab);
+    row_gradient gradient{};
+    gradient.target = -1;
     if (target >= 0)
-      gradients[i] =
-          gradient_of({args.row_max[row], args.row_sum[row]}, args.row_scale[row], target, vocab, args.targets);
-  }
-  __syncthreads();
-  const int column = (int(blockIdx.x) * COLUMN_THREADS + int(threadIdx.x)) * 8;
-  if (column >= vocab) return;
-  const bool vectorized = column + 8 <= vocab;
-  const logit_transform transform(args.targets);
-  vec<float, 8> acc{};
-  for (int i = 0; i < count; ++i) {
-    T* logits = args.logits + (first + i) * args.stride + column;
-    vec<float, 8> d{};
-    if (gradients[i].target >= 0) {
-      const row_gradient gradient = gradients[i];
-      const vec<T, 8> z = load8(static_cast<const T*>(logits), vocab - column, vectorized);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        d[e] = gradient(to_float(z[e]), column + e, transform);
-        acc[e] += d[e];
-      }
-    }
-    store8(d, logits, vocab - column, vectorized);
-  }
-  store8(acc, args.dbias_partials + int64_t(blockIdx.y) * vocab + column, vocab - column, vectorized && vocab % 4 == 0);
+      gradient = gradient_of({args.row_max[row], args.row_sum[row]}, args.row_scale[row], target, vocab, args.targets);
+    return gradient;
+  });
 }
 
 void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_args& args, stream_t stream) {
-  if (args.rows > 1 << 30 || args.vocab > 1 << 30)
-    throw std::runtime_error("linear_cross_entropy: sizes beyond the range of 32 bits");
+  check_sizes("linear_cross_entropy", args.rows, args.vocab);
   with_dtype(args.dtype, [&]<class T>() {
-    const gradient_args<T> kernel_args{static_cast<T*>(args.logits),
-                                       args.logits_stride,
-                                       args.targets,
-                                       args.row_scale,
-                                       args.statistics,
-                                       args.dbias_partials ? args.statistics + args.rows : nullptr,
-                                       args.dbias_partials,
-                                       int(args.rows),
-                                       int(args.vocab)};
-    const int64_t groups = (args.vocab + 7) / 8, padded_groups = (groups + 31) / 32 * 32;
-    const int threads = padded_groups < ROW_THREADS ? int(padded_groups) : ROW_THREADS;  // whole warps
-    FASTLM_LAUNCH(linear_cross_entropy_row_kernel<T>, unsigned(args.rows), threads, 32 * sizeof(float), stream,
-                  kernel_args);
-    if (!args.dbias_partials) return;
-    const dim3 grid(unsigned((groups + COLUMN_THREADS - 1) / COLUMN_THREADS),
-                    unsigned(linear_cross_entropy_num_partials(args.rows)));
-    FASTLM_LAUNCH(linear_cross_entropy_column_kernel<T>, grid, COLUMN_THREADS, ROWS_PER_PARTIAL * sizeof(row_gradient),
+    const gradient_args<T> kernel_args{
+        {static_cast<T*>(args.logits), args.logits_stride, int(args.rows), int(args.vocab)},
+        args.targets,
+        args.row_scale,
+        args.statistics,
+        args.dbias_partials ? args.statistics + args.rows : nullptr,
+        args.dbias_partials};
+    FASTLM_LAUNCH(linear_cross_entropy_row_kernel<T>, unsigned(args.rows), row_threads(args.vocab), 32 * sizeof(float),
                   stream, kernel_args);
+    if (!args.dbias_partials) return;
+    FASTLM_LAUNCH(linear_cross_entropy_column_kernel<T>, column_grid(args.rows, args.vocab), COLUMN_THREADS,
+                  LOGIT_ROWS_PER_PARTIAL * sizeof(row_gradient), stream, kernel_args);
   });
 }
 

@@ -3,12 +3,11 @@
 #pragma once
 #include <cstdint>
 #include "dtype.h"
+#include "logits.h"
 
 namespace fastlm::cuda {
 
-struct cross_entropy_targets {
-  const int64_t* target;  // (rows)
-  int64_t target_stride, ignore_index;
+struct cross_entropy_targets : logit_targets {
   float label_smoothing, logit_scale, softcap;  // softcap: 0 for none
   float* loss;                                  // (rows)
 };
@@ -43,12 +42,10 @@ struct linear_cross_entropy_gradient_args {
   cross_entropy_targets targets;
   const float* row_scale;  // (rows)
   float* statistics;       // (2, rows or more): workspace where dbias_partials are wanted
-  float* dbias_partials;   // (linear_cross_entropy_num_partials(rows), vocab): partial sums of the gradient over the
-                           // rows, before it is rounded; or null
+  float* dbias_partials;   // (logit_partials(rows), vocab): partial sums of the gradient over the rows, before it is
+                           // rounded; or null
   int64_t rows, vocab;
 };
 void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_args& args, stream_t stream);
-
-int64_t linear_cross_entropy_num_partials(int64_t rows);
 
 }  // namespace fastlm::cuda

@@ -1,5 +1,6 @@
 // Numbers as they are stored, their conversions, vectors of up to 16 bytes per access, and elementary functions.
 #pragma once
+#include <initializer_list>
 #include "launch.cuh"
 
 namespace fastlm::cuda {
@@ -46,6 +47,29 @@ template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16
   FASTLM_DEVICE static vec load(const T* from) { return load_vector<vec>(from); }
   FASTLM_DEVICE void store(T* to) const { store_vector(to, *this); }
 };
+
+// Groups of 8 columns in memory, of which `count` exist. vectorized: all groups have 8 columns aligned to 16 bytes.
+inline bool can_vectorize(int64_t columns, std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers)
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+  return columns % 8 == 0;
+}
+template <class T> FASTLM_DEVICE vec<T, 8> load8(const T* from, int count, bool vectorized) {
+  if (vectorized && count > 0) return vec<T, 8>::load(from);
+  vec<T, 8> group;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) group[e] = e < count ? from[e] : from_float<T>(0.0f);
+  return group;
+}
+template <class T> FASTLM_DEVICE void store8(const vec<float, 8>& c, T* to, int count, bool vectorized) {
+  vec<T, 8> group;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) group[e] = from_float<T>(c[e]);
+  if (vectorized) return group.store(to);
+#pragma unroll
+  for (int e = 0; e < 8; ++e)
+    if (e < count) to[e] = group[e];
+}
 
 // Accurate to one or two units in the last place.
 FASTLM_DEVICE float exp_(float x) { return expf(x); }

@@ -15,6 +15,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import fastlm
+from fastlm.integrations.adapters import AdapterPatch, is_adapter
 from fastlm.integrations.attention import NAME, attend
 from fastlm.integrations.capture import captures_attentions, collector
 from fastlm.integrations.families import Family
@@ -170,6 +171,8 @@ def patch_base_layers(projections: Any, parts: Parts, options: dict[str, bool]) 
         base = None if module is None else module._modules.get("base_layer")
         if base is not None and "forward" not in base.__dict__ and not projection_reason(base, parts.layout):
             put(BaseLayerPatch(base, parts.layout, options))
+        if is_adapter(module) and "forward" not in module.__dict__:
+            put(AdapterPatch(module, parts.layout, options))
 
 
 # Attention, shared by both ways to compute a layer

@@ -506,7 +506,9 @@ def block_of(rows):
     x, w = torch.zeros(rows, 64, requires_grad=True), torch.zeros(64, 64, requires_grad=True)
     y, s = fastlm.layernorm_residual(x, x, w[0], w[1], dropout_p=0.1, backend="triton")
     y = fastlm.gelu_mlp(y, w, w[0], w, w[1], backend="triton")
-    fastlm.linear_cross_entropy(y + s, w, torch.zeros(rows, dtype=torch.int64), w[0], backend="triton").backward()
+    target = torch.zeros(rows, dtype=torch.int64)
+    loss = fastlm.linear_cross_entropy(y + s, w, target, w[0], backend="triton")
+    (loss + sum(x.sum() for x in fastlm.linear_log_prob(y + s, w, target, w[0], backend="triton"))).backward()
 
 
 @on_backends("triton")
@@ -523,9 +525,10 @@ def block_of(rows):
 )
 def test_no_length_is_recompiled(run, combines, card, backend, monkeypatch):
     """At odd and even lengths and multiples of 16, every launch of a step is of a kind that the first length had."""
-    launched, cross_entropy = [], implementation_module("linear_cross_entropy", "triton")
+    launched = []
     set_architecture(monkeypatch.setattr, card)
-    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 100 * 64 * 4)  # several chunks with odd numbers of rows
+    for operator in ("linear_cross_entropy", "linear_log_prob"):  # several chunks with odd numbers of rows
+        monkeypatch.setattr(implementation_module(operator, "triton"), "LOGITS_BYTES", 100 * 64 * 4)
     for kernels in kernel_modules():
         monkeypatch.setattr(
             kernels,

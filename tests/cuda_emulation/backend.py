@@ -24,6 +24,8 @@ WRITTEN = {
     "rms_norm_residual_backward": {"dx", "dresidual", "dweight", "partials"},
     "linear_cross_entropy_forward": {"loss", "partials", "shifted_sums", "target_logits"},
     "linear_cross_entropy_gradient": {"logits", "loss", "statistics", "dbias_partials"},
+    "linear_log_prob_forward": {"log_prob", "entropy", "row_max", "row_sum"},
+    "linear_log_prob_backward": {"logits", "dbias_partials"},
 }
 
 

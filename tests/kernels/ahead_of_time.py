@@ -206,6 +206,17 @@ def cross_entropy(dtype, with_bias, softcap):
     forward("linear_cross_entropy", "triton", *inputs, -100, 0.1 * with_bias, 1.0, softcap, False, needed)
 
 
+def log_prob(dtype, with_bias, softcap):
+    """Both gradients, or without a bias that of log_prob alone."""
+    x, w = torch.zeros(64, 16, dtype=dtype), torch.zeros(30528, 16, dtype=dtype)
+    inputs = x, w, w[:, 0].contiguous() if with_bias else None, torch.zeros(64, dtype=torch.int64)
+    log_prob, *saved = forward("linear_log_prob", "triton", *inputs, -100, 0.7, softcap)
+    upstream = log_prob, log_prob if with_bias else None
+    backward(
+        "linear_log_prob", "triton", *upstream, *inputs, *saved, -100, 0.7, softcap, False, (True, True, with_bias)
+    )
+
+
 def cases(quick):
     """(title, call). The quick run leaves out sizes and dtypes only."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 1 if quick else 3]:
@@ -263,6 +274,9 @@ def cases(quick):
             title = f"linear_cross_entropy {short}{' bias' * with_bias}"
             yield title, lambda d=dtype, b=with_bias: cross_entropy(d, b, 0.0)
             yield f"{title} softcap", lambda d=dtype, b=with_bias: cross_entropy(d, b, 30.0)
+        for with_bias, softcap in ((False, 0.0), (True, 30.0)):
+            title = f"linear_log_prob {short}{' bias softcap' * with_bias}"
+            yield title, lambda d=dtype, b=with_bias, s=softcap: log_prob(d, b, s)
 
 
 def chosen(targets, configurations="all", only=("",)):
@@ -287,6 +301,8 @@ def kernels_of(title, target):
     if operator == "attention":
         mask = ["attention_backward_mask_kernel"] if "bias" in title else []
         return ["attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel", *mask]
+    if operator == "linear_log_prob":
+        return ["linear_log_prob_forward_kernel", "linear_log_prob_backward_kernel"]
     if operator in ("layernorm_residual", "rms_norm_residual"):
         return [*(f"{operator}_{which}_kernel" for which in ("forward", "backward")), "residual_norm_reduce_kernel"]
     if operator == "rotary":

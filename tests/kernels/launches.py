@@ -36,6 +36,8 @@ CASES = {  # every kernel, with and without its optional arguments, with the til
     "glu_mlp bfloat16 gelu_tanh recompute 0": "sm_80",  # fused
     "linear_cross_entropy bfloat16": "sm_90",
     "linear_cross_entropy bfloat16 bias softcap": "sm_90",
+    "linear_log_prob bfloat16": "sm_90",
+    "linear_log_prob bfloat16 bias softcap": "sm_90",
 }
 
 
@@ -174,6 +176,9 @@ def ones():
     backward("glu_mlp", "triton", y, *inputs, *saved, "silu", False, (True,) * 7)
     target = torch.zeros(1, dtype=torch.int64)
     forward("linear_cross_entropy", "triton", x, x, w, target, w, -100, 0.1, 1.0, 30.0, False, every)
+    inputs = x, x, w, target
+    _, *saved = forward("linear_log_prob", "triton", *inputs, -100, 0.7, 30.0)
+    backward("linear_log_prob", "triton", w, w, *inputs, *saved, -100, 0.7, 30.0, False, every)
 
 
 def cases():

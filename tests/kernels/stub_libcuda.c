@@ -1,5 +1,6 @@
-// A libcuda.so.1 for machines without a GPU: what Triton's launcher calls of the driver, answered as an H100 would. Nothing is executed: each launch is handed
-// to `on_launch`, and tensors of the CPU pass for tensors of the GPU. Compiled by tests/kernels/launches.py with the cuda.h that Triton brings.
+// A libcuda.so.1 for machines without a GPU: what Triton's launcher calls of the driver, answered as an H100 would.
+// Nothing is executed: each launch is handed to `on_launch`, and tensors of the CPU pass for tensors of the GPU.
+// Compiled by tests/kernels/launches.py with the cuda.h that Triton brings.
 
 #include <cuda.h>
 #include <stdlib.h>
@@ -16,7 +17,9 @@ static char context;
 
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int* version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
-CUresult cuGetErrorString(CUresult error, const char** text) { return *text = "an error of the stub of libcuda", CUDA_SUCCESS; }
+CUresult cuGetErrorString(CUresult error, const char** text) {
+  return *text = "an error of the stub of libcuda", CUDA_SUCCESS;
+}
 CUresult cuDeviceGetCount(int* count) { return *count = 1, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice* device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
 
@@ -34,14 +37,20 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
   return CUDA_SUCCESS;
 }
 
-CUresult cuDevicePrimaryCtxRetain(CUcontext* current, CUdevice device) { return *current = (CUcontext)&context, CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext* current, CUdevice device) {
+  return *current = (CUcontext)&context, CUDA_SUCCESS;
+}
 CUresult cuCtxGetCurrent(CUcontext* current) { return *current = (CUcontext)&context, CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext current) { return CUDA_SUCCESS; }
 CUresult cuCtxGetDevice(CUdevice* device) { return *device = 0, CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t* value, CUlimit limit) { return *value = 1 << 20, CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
-CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) { return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS; }
-CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr pointer) { return *(CUdeviceptr*)value = pointer, CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}
+CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  return *(CUdeviceptr*)value = pointer, CUDA_SUCCESS;
+}
 
 CUresult cuModuleLoadData(CUmodule* module, const void* image) { return *module = (CUmodule)image, CUDA_SUCCESS; }
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
@@ -55,7 +64,8 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-  if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_ERROR_INVALID_VALUE;  // as a driver that is older than the attribute
+  if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
+    return CUDA_ERROR_INVALID_VALUE;  // as a driver that is older than the attribute
   function->most_shared = value;
   return CUDA_SUCCESS;
 }
@@ -73,10 +83,13 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
 
 // What these kernels have no use for, but the launcher is linked against.
 
-CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction function, const CUlaunchConfig* config) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction function, const CUlaunchConfig* config) {
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
 
-CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
-                                const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   return CUDA_ERROR_NOT_SUPPORTED;
 }

@@ -36,6 +36,7 @@ FEW = (
     "gelu_mlp bfloat16 recompute 0",
     "glu_mlp bfloat16 silu recompute 1",
     "linear_cross_entropy bfloat16 bias softcap",
+    "linear_log_prob bfloat16 bias softcap",
 )
 ONLY = FEW if CONFIGURATIONS == "none" and not WANTED else ("",)
 MATRIX = {
@@ -44,7 +45,7 @@ MATRIX = {
     "gfx942": {"mfma"},
     "gfx1100": {"wmma"},
 }
-WITHOUT_PRODUCTS = ("combine", "norm", "rotary", "activate", "slope", "cross_entropy")
+WITHOUT_PRODUCTS = ("combine", "norm", "rotary", "activate", "slope", "cross_entropy", "log_prob")
 # The table is tuned for head dims of 64 and 128 in 16 bits. The others, and float32, whose products have no matrix
 # instruction at full precision, must compile and fit.
 TUNED = ("float16 64", "float16 128")

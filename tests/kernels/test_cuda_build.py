@@ -28,6 +28,8 @@ ASSERTING = (
     "linear_cross_entropy_row_kernel",
     "linear_cross_entropy_column_kernel",
     "linear_cross_entropy_combine_kernel",
+    "linear_log_prob_row_kernel",
+    "linear_log_prob_column_kernel",
     *MATRIX[:3],
 )
 STREAMING = tuple(

@@ -174,19 +174,20 @@ def test_gradients_of_wide_and_of_many_rows(rows, vocab, label_smoothing, dtype,
 def test_sizes_beyond_32_bits_are_refused_before_a_launch(rows, vocab, backend):
     """The tensors are not initialised, and take no memory on a CPU."""
     logits, target = torch.empty(rows, vocab, dtype=torch.bfloat16), torch.zeros((), dtype=torch.int64).expand(rows)
-    loss, row_scale = torch.empty(rows), torch.empty(rows)
+    row = torch.empty(rows)
+    common = {"logits": logits, "target": target, "ignore_index": -100, "softcap": 0.0, "device": 0, "stream": 0}
     with pytest.raises(RuntimeError, match="linear_cross_entropy: sizes beyond the range of 32 bits"):
         cuda.kernels.linear_cross_entropy_gradient(
-            logits=logits,
-            target=target,
-            row_scale=row_scale,
-            loss=loss,
+            **common,
+            row_scale=row,
+            loss=row.clone(),
             statistics=None,
             dbias_partials=None,
-            ignore_index=-100,
             label_smoothing=0.0,
             logit_scale=1.0,
-            softcap=0.0,
-            device=0,
-            stream=0,
         )
+    common |= {"temperature": 1.0, "entropy": row, "row_max": row, "row_sum": row}
+    with pytest.raises(RuntimeError, match="linear_log_prob: sizes beyond the range of 32 bits"):
+        cuda.kernels.linear_log_prob_forward(**common, log_prob=row)
+    with pytest.raises(RuntimeError, match="linear_log_prob: sizes beyond the range of 32 bits"):
+        cuda.kernels.linear_log_prob_backward(**common, dlog_prob=None, dentropy=None, dbias_partials=None)

@@ -193,6 +193,7 @@ def test_a_tensor_on_the_second_gpu_runs_there(backend):
 
 WRONG = {
     "a target": "linear_cross_entropy(x[:, 0], x[0, 0].expand(9, 8), torch.tensor([0, 99])",
+    "a target of linear_log_prob": "linear_log_prob(x[:, 0], x[0, 0].expand(9, 8), torch.tensor([0, 99])",
     "cu_seqlens": "attention_varlen(x, x, x, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 2, 2, 2])",
     "a last start": "attention_varlen(x, x, x, torch.tensor([0, 2]), torch.tensor([0, 1])",
 }

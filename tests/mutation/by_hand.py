@@ -94,6 +94,9 @@ CUDA = [
         "exponential($z, $max) * $factor - $uniform",
         "exponential($z, $max) * $factor",
     ),
+    # the decay of Σ d·e^d, the gradient of an entropy
+    ByHand("csrc/cuda/linear_log_prob.cu", "weighted_distance($decay, @$weighted + $distance * $sum@)", "$weighted"),
+    ByHand("csrc/cuda/linear_log_prob.cu", "$constant - $of_entropy * $distance", "$constant"),
     ByHand("csrc/cuda/philox.cuh", "0xBB67AE85u", "0xBB67AE84u"),
     # a barrier that is gone: the emulator notices the race
     ByHand("csrc/cuda/gemm.cuh", "__syncthreads()", "void()"),
@@ -105,6 +108,8 @@ TRITON = [
     ByHand("kernels/attention_tiles.py", "1 - $ratio * $ratio", "1 + 0 * $ratio"),
     ByHand("kernels/layernorm_residual.py", "- $normal * $correlation[:, None]", ""),
     ByHand("kernels/linear_cross_entropy.py", "* $factor - $uniform", "* $factor"),
+    ByHand("kernels/linear_log_prob.py", "$moved = $weighted + $distance * $sum", "$moved = $weighted"),
+    ByHand("kernels/linear_log_prob.py", "$dentropy * ($distance + $rest)", "$dentropy * $rest"),
 ]
 
 PYTHON = [

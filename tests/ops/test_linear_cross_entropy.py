@@ -135,6 +135,22 @@ def test_no_rows(backend):
 
 
 @on_every_backend
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_logit_of_another_token_that_is_not_finite(value, backend):
+    """The loss of every row is PyTorch's: NaN, or for −∞ that without the token."""
+    bias, target = floats(30).index_fill(0, torch.tensor([7]), value), torch.tensor([1, 2, 3])
+    x, w = floats(3, 8), floats(30, 8)
+    expected = F.cross_entropy(F.linear(x, w, bias), target, reduction="none")
+    for reduction, wanted in (("none", expected), ("sum", expected.sum())):
+        leaf = x.clone().requires_grad_()
+        loss = fastlm.linear_cross_entropy(leaf, w, target, bias, reduction=reduction, backend=backend)
+        without = fastlm.linear_cross_entropy(x, w, target, bias, reduction=reduction, backend=backend)
+        torch.testing.assert_close((loss.detach(), without), (wanted, wanted), equal_nan=True)
+        gradient = torch.autograd.grad(loss.sum(), leaf)[0]
+        assert gradient.isnan().all() if value != -torch.inf else gradient.isfinite().all()
+
+
+@on_every_backend
 def test_confident_and_huge_logits(backend):
     """A probability that underflows float32 still has a finite loss, and one of 1 has loss 0."""
     x, w = torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([[3000.0], [0.0], [-3000.0]])

@@ -12,6 +12,8 @@ from tests.support import (
     floats,
     implementation_module,
     on_backends,
+    on_every_backend,
+    on_every_backend_that_raises,
     outputs_and_gradients,
     targets,
 )
@@ -19,7 +21,6 @@ from tests.support import (
 # (shape of target, width, vocab)
 SHAPES = [((1,), 1, 1), ((5,), 7, 3), ((2, 9), 48, 101), ((37,), 33, 517), ((), 33, 65), ((3, 1, 4), 16, 64)]
 OPTIONS = [{}, {"temperature": 0.7, "softcap": 2.0}, {"temperature": 3.0}]
-on_all = on_backends("reference", "torch", "cpu")
 
 
 def torch_own(target, temperature=1.0, softcap=None, ignore_index=-100):
@@ -53,7 +54,7 @@ def call(target, backend, **options):
     return lambda x, w, b=None: fastlm.linear_log_prob(x, w, target, b, backend=backend, **options)
 
 
-@on_all
+@on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
@@ -65,7 +66,35 @@ def test_as_close_to_float64_as_torch(shape, width, vocab, biased, options, dtyp
     assert_within_twice_torch(call(target, backend, **options), torch_own(target, **options), inputs, dtype)
 
 
-@on_all
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("order", ["random", "ascending", "descending"])
+@pytest.mark.parametrize("rows, vocab", [(3, 9000), (130, 1100)])
+def test_wide_and_many_rows(rows, vocab, order, dtype, backend):
+    """The largest logit is found again and again, at once, or once in a while."""
+    bias = floats(vocab)
+    if order != "random":
+        bias = bias.sort(descending=order == "descending").values
+    inputs = floats(rows, 8), floats(vocab, 8) / 9, bias
+    target = targets(vocab, rows, ignored=[2])
+    assert_within_twice_torch(call(target, backend, temperature=0.8), torch_own(target, temperature=0.8), inputs, dtype)
+
+
+@on_every_backend
+def test_logits_at_both_ends_of_float32(backend):
+    """Their difference overflows: the larger one has all the weight."""
+    x, w = torch.ones(2, 1), torch.full((5000, 1), -3e38)
+    w[-1] = 3e38
+    leaf = w.clone().requires_grad_()
+    log_prob, entropy = call(torch.tensor([4999, 5]), backend)(x, leaf)
+    assert log_prob.tolist() == [0.0, -torch.inf] and not entropy.any()
+    upstream = [torch.tensor([1.0, 2.0]), torch.ones(2)]
+    dw = torch.autograd.grad((log_prob, entropy), leaf, upstream)[0][:, 0]
+    expected = torch.zeros(5000).index_put((torch.tensor([5, 4999]),), torch.tensor([2.0, -2.0]))
+    assert torch.equal(dw, expected)
+
+
+@on_every_backend
 @pytest.mark.parametrize("which", [0, 1], ids=["log_prob", "entropy"])
 def test_gradients_of_one_result_only(which, backend):
     target, inputs = targets(40, 9, ignored=[2]), inputs_of((9,), 24, 40)
@@ -74,7 +103,7 @@ def test_gradients_of_one_result_only(which, backend):
     assert_within_twice_torch(ours, own, inputs, torch.float32)
 
 
-@on_all
+@on_every_backend
 def test_a_certain_token_has_no_gradient(backend):
     """With a vocabulary of one, and where the other tokens have no weight."""
     for vocab in (1, 30):
@@ -86,7 +115,7 @@ def test_a_certain_token_has_no_gradient(backend):
         assert not any(x.any() for x in (*results, *gradients))
 
 
-@on_all
+@on_every_backend
 def test_results_are_float32_and_like_the_target(backend):
     for dtype in DTYPES:
         for result in call(targets(20, 2, 4), backend)(floats(2, 4, 8).to(dtype), floats(20, 8).to(dtype)):
@@ -100,7 +129,7 @@ def test_float64():
     torch.testing.assert_close(ours, own)
 
 
-@on_all
+@on_every_backend
 def test_huge_logits(backend):
     """Their differences count, not their size; a row with all its weight on one token has entropy 0."""
     x, w = torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([[3e30], [0.0], [-3e30]])
@@ -117,7 +146,7 @@ def test_huge_logits(backend):
         assert error(a, b) <= 2**-20
 
 
-@on_all
+@on_every_backend
 def test_small_entropies(backend):
     """Of rows with nearly all the weight on one token."""
     x = torch.tensor([[10.0], [12.0], [15.0], [30.0]])
@@ -128,7 +157,7 @@ def test_small_entropies(backend):
     assert (call(target, backend)(x, w)[1] >= 0).all()
 
 
-@on_all
+@on_every_backend
 def test_logits_of_minus_infinity_have_no_weight(backend):
     """As those of tokens that are not allowed: the results are those without them, and their gradient is 0."""
     x, w, bias, target = floats(5, 8), floats(12, 8), floats(12), torch.tensor([0, 3, 7, 7, 1])
@@ -147,7 +176,18 @@ def test_logits_of_minus_infinity_have_no_weight(backend):
     assert (missed == -torch.inf).all()
 
 
-@on_all
+@on_every_backend
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_logit_of_another_token_that_is_not_a_number(value, backend):
+    """NaN, and +∞ as in PyTorch, whose probability is ∞ / ∞."""
+    bias = floats(30).index_fill(0, torch.tensor([7]), value)
+    leaf = floats(3, 8).requires_grad_()
+    results = call(torch.tensor([1, 2, 3]), backend)(leaf, floats(30, 8), bias)
+    gradient = torch.autograd.grad(results, leaf, [floats(3), floats(3)])[0]
+    assert all(x.isnan().all() for x in (*results, gradient))
+
+
+@on_every_backend
 def test_nan_stays_in_its_row(backend):
     x, w, target = floats(4, 8).requires_grad_(), floats(40, 8), targets(40, 4)
     with torch.no_grad():
@@ -158,7 +198,7 @@ def test_nan_stays_in_its_row(backend):
         assert result[2].isnan().all() and result[[0, 1, 3]].isfinite().all()
 
 
-@on_all
+@on_every_backend
 def test_ignored_rows_have_no_result_and_no_gradient(backend):
     for ignore_index in (-100, 3, 1000):
         target = torch.tensor([3, ignore_index, 5, ignore_index])
@@ -170,7 +210,7 @@ def test_ignored_rows_have_no_result_and_no_gradient(backend):
             assert not result[ignored].any() and result[~ignored].all()
 
 
-@on_all
+@on_every_backend
 def test_no_rows(backend):
     leaves = [torch.empty(0, 6).requires_grad_(), floats(7, 6).requires_grad_(), floats(7).requires_grad_()]
     results = call(torch.empty(0, dtype=torch.int64), backend)(*leaves)
@@ -179,7 +219,7 @@ def test_no_rows(backend):
     assert all(d.shape == x.shape and not d.any() for d, x in zip(gradients, leaves, strict=True))
 
 
-@on_backends("torch", "cpu")
+@on_backends("torch", "cpu", "triton", "cuda")
 def test_results_do_not_depend_on_the_chunk(backend, monkeypatch):
     target, inputs = targets(90, 40, ignored=[3, 17]), inputs_of((40,), 24, 90)
     run = lambda: outputs_and_gradients(call(target, backend, softcap=3.0), inputs, torch.float32)  # noqa: E731
@@ -190,9 +230,9 @@ def test_results_do_not_depend_on_the_chunk(backend, monkeypatch):
             torch.testing.assert_close(a, b)
 
 
-@on_backends("torch", "cpu")  # the reference stores all logits
+@on_backends("torch", "cpu", "triton", "cuda")  # the reference stores all logits
 def test_never_more_than_one_chunk_of_logits(backend, monkeypatch):
-    rows, width, vocab, chunk = 400, 8, 1000, 16
+    rows, width, vocab, chunk = 100, 8, 1000, 16
     small_chunks(monkeypatch, backend, chunk, vocab)
     leaves = [floats(rows, width).bfloat16().requires_grad_(), floats(vocab, width).bfloat16().requires_grad_()]
     target = targets(vocab, rows)
@@ -207,7 +247,7 @@ def test_never_more_than_one_chunk_of_logits(backend, monkeypatch):
     assert largest <= chunk * vocab * 4
 
 
-@on_all
+@on_every_backend
 def test_only_needed_gradients_are_returned(backend):
     target, inputs = targets(9, 6), inputs_of((6,), 10, 9)
     whole = outputs_and_gradients(call(target, backend), inputs, torch.float32)[2:]
@@ -218,16 +258,17 @@ def test_only_needed_gradients_are_returned(backend):
         assert all(x.grad is None for j, x in enumerate(leaves) if i != j)
 
 
-def test_a_frozen_weight_costs_no_product():
+@on_every_backend
+def test_a_frozen_weight_costs_no_product(backend):
     rows, width, vocab = 6, 10, 9
     for frozen, products in ((False, 4), (True, 3)):
         x, w = floats(rows, width).requires_grad_(), floats(vocab, width).requires_grad_(not frozen)
         with FlopCounterMode(display=False) as counted:
-            torch.autograd.backward(call(targets(vocab, rows), "cpu")(x, w), [floats(rows), floats(rows)])
+            torch.autograd.backward(call(targets(vocab, rows), backend)(x, w), [floats(rows), floats(rows)])
         assert counted.get_total_flops() == products * 2 * rows * width * vocab
 
 
-@on_all
+@on_every_backend
 def test_strided_inputs_give_the_same_results(backend):
     x, w, b, target = floats(8, 24), floats(20, 24), floats(20), targets(20, 8)
     for variant in (
@@ -267,7 +308,7 @@ def test_it_is_the_negative_loss_of_linear_cross_entropy():
     torch.testing.assert_close(fastlm.linear_log_prob(x, w, target, b, softcap=3.0)[0], -loss)
 
 
-@on_all
+@on_every_backend_that_raises
 @pytest.mark.parametrize("bad, position", [(7, 0), (-1, 5), (2**40, 3), (-(2**63), 2)])
 def test_a_target_out_of_range_is_named(bad, position, backend):
     target = targets(7, 2, 3, ignored=[1])

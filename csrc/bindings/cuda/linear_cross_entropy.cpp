@@ -9,8 +9,11 @@ static cuda::cross_entropy_targets targets_of(const tensor& target, const tensor
                                               float softcap) {
   const int64_t* const indices = target.as<const int64_t>(1);
   check_size(target, "a size of", rows, target.sizes[0]);
-  return {
-      indices, target.strides[0], ignore_index, label_smoothing, logit_scale, softcap, loss.contiguous_as<float>(rows)};
+  return {{indices, target.strides[0], ignore_index},
+          label_smoothing,
+          logit_scale,
+          softcap,
+          loss.contiguous_as<float>(rows)};
 }
 
 struct linear_cross_entropy_forward_arguments : keyword_arguments {
@@ -81,8 +84,7 @@ static void linear_cross_entropy_gradient(const linear_cross_entropy_gradient_ar
           .targets = targets_of(a.target, a.loss, rows, a.ignore_index, a.label_smoothing, a.logit_scale, a.softcap),
           .row_scale = a.row_scale.contiguous_as<const float>(rows),
           .statistics = a.statistics.as<float>(),
-          .dbias_partials =
-              a.dbias_partials.contiguous_as<float>(cuda::linear_cross_entropy_num_partials(rows) * vocab),
+          .dbias_partials = a.dbias_partials.contiguous_as<float>(cuda::logit_partials(rows) * vocab),
           .rows = rows,
           .vocab = vocab,
       });
@@ -106,7 +108,7 @@ struct linear_cross_entropy_num_partials_arguments : keyword_arguments {
 };
 
 static int64_t linear_cross_entropy_num_partials(const linear_cross_entropy_num_partials_arguments& a) {
-  return cuda::linear_cross_entropy_num_partials(a.rows);
+  return cuda::logit_partials(a.rows);
 }
 FASTLM_BINDING(linear_cross_entropy_num_partials)
 

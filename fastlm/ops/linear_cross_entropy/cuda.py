@@ -11,7 +11,7 @@ from fastlm.backends.contract import Implementation
 from fastlm.backends.gpu import on_device, precision, vector
 from fastlm.core.autocast import no_autocast
 from fastlm.core.layout import as_rows, unit_stride_matrix
-from fastlm.ops.linear_cross_entropy.gpu import losses_and_gradients
+from fastlm.ops.linear_cross_entropy.gpu import gradients_of_product, row_scales, workspace
 from fastlm.ops.linear_cross_entropy.reference import check_targets
 from fastlm.ops.linear_cross_entropy.spec import Forward
 
@@ -26,18 +26,18 @@ def num_partials(rows: int) -> int:
 def forward(call: Forward):
     x, target = call.x, call.target
     check_targets(target, call.weight.shape[0], call.ignore_index)  # on a GPU the kernels assert
-    x_rows, targets = as_rows(x), target.reshape(-1)
+    x_rows, targets, row_scale = as_rows(x), target.reshape(-1), row_scales(call)
     loss = x.new_empty(targets.shape, dtype=torch.float32)
 
-    def gradient(logits, targets, row_scale, losses, statistics, partials):
+    def gradient(rows, logits, partials):
         with on_device(x):
             device, stream = cuda.device_and_stream(x)
             cuda.kernels.linear_cross_entropy_gradient(
                 logits=logits,
-                target=targets,
-                row_scale=row_scale,
-                loss=losses,
-                statistics=statistics,
+                target=targets[rows],
+                row_scale=row_scale[rows],
+                loss=loss[rows],
+                statistics=workspace(logits, partials),
                 dbias_partials=partials,
                 ignore_index=call.ignore_index,
                 label_smoothing=call.label_smoothing,
@@ -49,7 +49,9 @@ def forward(call: Forward):
 
     dx = dweight = dbias = None
     if any(call.needed):
-        dx, dweight, dbias = losses_and_gradients(call, x_rows, targets, loss, LOGITS_BYTES, num_partials, gradient)
+        dx, dweight, dbias = gradients_of_product(
+            x_rows, call.weight, call.bias, call.needed, LOGITS_BYTES, num_partials, gradient
+        )
     else:
         losses(call, x_rows, targets, loss)
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias

@@ -1,6 +1,9 @@
-"""What triton and cuda share: the vendor's GEMMs around a kernel that turns a chunk of logits into its gradient."""
+"""Chunks of logits on triton and cuda: the vendor's GEMMs, around kernels that replace logits by their gradient.
 
-from collections.abc import Callable
+linear_log_prob uses them too.
+"""
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,50 +16,65 @@ from fastlm.ops.linear_cross_entropy.torch import add_product
 ROW_ALIGNMENT = 128
 
 
-def losses_and_gradients(
-    call: Forward,
-    x: Tensor,
-    targets: Tensor,
-    loss: Tensor,
-    chunk_bytes: int,
-    num_partials: Callable[[int], int],
-    gradient: Callable[..., None],
-):
-    """Fill loss (rows,) and return the needed gradients of x (rows, width), weight and bias.
-
-    gradient(logits, targets, row_scale, loss, statistics, partials) overwrites a chunk of logits by its gradient. Where
-    the gradient of the bias is needed it also writes num_partials(rows) partial sums of it, with statistics
-    (2, rows or a few more) as workspace.
-    """
-    weight, bias, needed = call.weight, call.bias, call.needed
-    needs_dx, needs_dweight, needs_dbias = needed
-    row_scale = call.row_scale.reshape(-1).contiguous() if any(needed) and call.row_scale is not None else None
+def chunks_of_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows of x, their logits x Wᵀ + bias in the dtype of x). The next chunk overwrites the logits of the last."""
     rows, vocab, alignment = x.shape[0], weight.shape[0], ROW_ALIGNMENT // x.element_size()
     stride = -(-vocab // alignment) * alignment
+    chunk = max(1, chunk_bytes // (stride * x.element_size()))
+    # With multiples of 16 rows the targets and results of every chunk are aligned alike: Triton compiles one kernel.
+    chunk = min(rows, chunk // 16 * 16 or chunk)
+    # Where kernels are interpreted on a CPU, oneDNN multiplies what lies between the rows by 0: it must not be NaN.
+    memory = x.new_empty(chunk, stride) if x.is_cuda else x.new_zeros(chunk, stride)
+    for begin in range(0, rows, max(1, chunk)):
+        at = slice(begin, min(begin + chunk, rows))
+        logits = memory[: at.stop - begin, :vocab]
+        if bias is None:
+            torch.mm(x[at], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x[at], weight.t(), out=logits)
+        yield at, logits
+
+
+def gradients_of_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needed: tuple[bool, ...],
+    chunk_bytes: int,
+    num_partials: Callable[[int], int],
+    gradient: Callable[[slice, Tensor, Tensor | None], None],
+):
+    """The needed gradients of x (rows, width), weight and bias.
+
+    gradient(rows, logits, partials) overwrites the logits of these rows by their gradient. Where the gradient of the
+    bias is needed it also writes num_partials(count) partial sums of it in float32.
+    """
+    needs_dx, needs_dweight, needs_dbias = needed
+    rows, vocab = x.shape[0], weight.shape[0]
     dx = x.new_empty(x.shape) if needs_dx else None
     dweight = None if rows else torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    dbias = loss.new_zeros(vocab) if needs_dbias else None
-    chunk = max(1, chunk_bytes // (stride * x.element_size()))
-    # With multiples of 16 rows the targets and losses of every chunk are aligned alike: Triton compiles one kernel.
-    chunk = min(rows, chunk // 16 * 16 or chunk)
-    memory = x.new_empty(chunk, stride)
-    for begin in range(0, rows, max(1, chunk)):
-        x_chunk, target, result = (t[begin : begin + chunk] for t in (x, targets, loss))
-        scale = None if row_scale is None else row_scale[begin : begin + chunk]
-        count = x_chunk.shape[0]
-        logits = memory[:count, :vocab]
-        if bias is None:
-            torch.mm(x_chunk, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, x_chunk, weight.t(), out=logits)
-        statistics = partials = None
+    dbias = x.new_zeros(vocab, dtype=torch.float32) if needs_dbias else None
+    for at, logits in chunks_of_logits(x, weight, bias, chunk_bytes):
+        partials = None
         if dbias is not None:
-            statistics, partials = loss.new_empty(2, -(-count // 4) * 4), loss.new_empty(num_partials(count), vocab)
-        gradient(logits, target, scale, result, statistics, partials)
+            partials = dbias.new_empty(num_partials(logits.shape[0]), vocab)
+        gradient(at, logits, partials)
         if dbias is not None:
             dbias += partials.sum(0)
         if dx is not None:
-            torch.mm(logits, weight, out=dx[begin : begin + chunk])
+            torch.mm(logits, weight, out=dx[at])
         if needs_dweight:
-            dweight = add_product(dweight, logits.t(), x_chunk, begin + chunk >= rows)
+            dweight = add_product(dweight, logits.t(), x[at], at.stop == rows)
     return dx, dweight if needs_dweight else None, dbias if dbias is None else dbias.to(x.dtype)
+
+
+def row_scales(call: Forward) -> Tensor | None:
+    """The row_scale of a call as (rows,); None where no gradient is needed."""
+    return call.row_scale.reshape(-1).contiguous() if any(call.needed) and call.row_scale is not None else None
+
+
+def workspace(logits: Tensor, partials: Tensor | None) -> Tensor | None:
+    """(2, rows or a few more) for the statistics of the rows, which the pass by columns for partials reads."""
+    return None if partials is None else partials.new_empty(2, -(-logits.shape[0] // 4) * 4)

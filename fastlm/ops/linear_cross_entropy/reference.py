@@ -42,7 +42,10 @@ def row_losses(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, s
     log_p = torch.log_softmax(logits, -1)
     ignored = target == settings.ignore_index
     picked = log_p.gather(-1, torch.where(ignored, 0, target)[..., None])[..., 0]
-    return torch.where(ignored, 0, -(1 - label_smoothing) * picked - label_smoothing * log_p.mean(-1))
+    losses = -(1 - label_smoothing) * picked
+    if label_smoothing:  # the mean is −∞ where a logit is
+        losses = losses - label_smoothing * log_p.mean(-1)
+    return torch.where(ignored, 0, losses)
 
 
 @no_autocast

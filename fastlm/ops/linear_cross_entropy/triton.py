@@ -8,7 +8,7 @@ from fastlm.backends.gpu import on_device
 from fastlm.core.autocast import no_autocast
 from fastlm.core.layout import as_rows
 from fastlm.kernels import linear_cross_entropy as kernels
-from fastlm.ops.linear_cross_entropy.gpu import losses_and_gradients
+from fastlm.ops.linear_cross_entropy.gpu import gradients_of_product, row_scales, workspace
 from fastlm.ops.linear_cross_entropy.reference import check_targets
 from fastlm.ops.linear_cross_entropy.spec import Forward
 
@@ -19,15 +19,17 @@ LOGITS_BYTES = 64 << 20  # of one chunk
 def forward(call: Forward):
     x, target = call.x, call.target
     check_targets(target, call.weight.shape[0], call.ignore_index)  # on a GPU the kernel asserts
-    loss = x.new_empty(target.numel(), dtype=torch.float32)
+    targets, row_scale = target.reshape(-1), row_scales(call)
+    loss = x.new_empty(targets.shape, dtype=torch.float32)
 
-    def gradient(logits, targets, row_scale, losses, statistics, partials):
-        arguments = logits, targets, row_scale, losses, statistics, partials
+    def gradient(rows, logits, partials):
+        scale = None if row_scale is None else row_scale[rows]
+        arguments = logits, targets[rows], scale, loss[rows], workspace(logits, partials), partials
         with on_device(x):
             kernels.linear_cross_entropy(*arguments, *call.settings, x.device.index)
 
-    dx, dweight, dbias = losses_and_gradients(
-        call, as_rows(x), target.reshape(-1), loss, LOGITS_BYTES, kernels.num_partials, gradient
+    dx, dweight, dbias = gradients_of_product(
+        as_rows(x), call.weight, call.bias, call.needed, LOGITS_BYTES, kernels.num_partials, gradient
     )
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
 

@@ -35,6 +35,12 @@ def problem(
 
 benchmark = Benchmark(
     cases=(Case("linear_log_prob", problem),),
+    gpu_cases=(
+        Case("linear_log_prob", problem, {"rows": 8192}, compiled=True, priority=3),
+        Case("linear_log_prob", problem, {"rows": 1024}, priority=4),
+        Case("linear_log_prob", problem, {"rows": 1024}, dtypes=("float32",), priority=5),
+    ),
     table_cases=(Case("linear_log_prob", problem, {"rows": 32}), Case("linear_log_prob", problem)),
     axes=(({}, ("rows",)),),
+    gpu_axes=(({}, ("rows",)),),
 )

@@ -17,7 +17,6 @@ CASES = [
         f"linear_log_prob{name}",
         functools.partial(call, **options),
         normal_inputs((2, 9, 24), (40, 24), (40,)),
-        ("reference", "torch", "cpu"),
         fixed=True,
         rounds_weights=True,
         wide_result=True,
