@@ -468,12 +468,15 @@ def distance(a: Tensor, truth: Tensor, counted: Tensor, noise: float, underflow:
     """The largest error where `counted`, relative to the largest true value; infinite for a NaN.
 
     It is absolute where the true values are at most `noise`. So many halves of the distance of subnormal numbers are no
-    error. An infinity counts as the first number beyond the largest: what rounds to it may be close to that.
+    error. An infinity counts as the first number beyond the largest: what rounds to it may be close to that. It is no
+    error beside true values that overflow: a sum may overflow before its last term.
     """
     limits = torch.finfo(a.dtype)
     subnormal = underflow * limits.tiny * limits.eps / 2
-    a = torch.where(a.isinf(), a.sign().double() * limits.max * (1 + limits.eps), a.double())
     largest = torch.where(truth.isfinite(), truth, 0).abs().max().item() if truth.numel() else 0.0
+    if largest > limits.max:
+        counted = counted & ~a.isinf()
+    a = torch.where(a.isinf(), a.sign().double() * limits.max * (1 + limits.eps), a.double())
     errors = (
         torch.where((a == truth) | ~counted, 0, (a - truth).abs() - subnormal).clamp(min=0).nan_to_num(nan=math.inf)
     )
