@@ -3,6 +3,10 @@
 #include "dispatch.h"
 #include "../cpu/attention_backward.h"
 
+namespace fastlm {
+FASTLM_ATTENTION()
+}  // namespace fastlm
+
 namespace fastlm::bindings {
 
 // query, key, value and their like are (batch, head, token, dim), or (token, head, dim) where packed sequences follow

@@ -4,6 +4,10 @@
 #include "weights.h"
 #include "../cpu/gelu_mlp.h"
 
+namespace fastlm {
+FASTLM_GELU_MLP()
+}  // namespace fastlm
+
 namespace fastlm::bindings {
 
 struct gelu_mlp_forward_arguments : keyword_arguments {

@@ -4,6 +4,10 @@
 #include "weights.h"
 #include "../cpu/glu_mlp.h"
 
+namespace fastlm {
+FASTLM_GLU_MLP()
+}  // namespace fastlm
+
 namespace fastlm::bindings {
 
 static const weight_layout stored(false);  // as nn.Linear stores weights

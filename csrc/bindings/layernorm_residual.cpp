@@ -3,6 +3,10 @@
 #include "dispatch.h"
 #include "../cpu/layernorm_residual.h"
 
+namespace fastlm {
+FASTLM_LAYERNORM()
+}  // namespace fastlm
+
 namespace fastlm::bindings {
 
 struct layernorm_residual_forward_arguments : keyword_arguments {

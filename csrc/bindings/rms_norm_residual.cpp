@@ -4,6 +4,10 @@
 #include "strided_rows.h"
 #include "../cpu/rms_norm_residual.h"
 
+namespace fastlm {
+FASTLM_RMS_NORM()
+}  // namespace fastlm
+
 namespace fastlm::bindings {
 
 struct rms_norm_residual_forward_arguments : keyword_arguments {

@@ -3,6 +3,10 @@
 #include "dispatch.h"
 #include "../cpu/rotary.h"
 
+namespace fastlm {
+FASTLM_ROTARY()
+}  // namespace fastlm
+
 namespace fastlm::bindings {
 
 struct rotary_arguments : keyword_arguments {

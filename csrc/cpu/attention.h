@@ -282,4 +282,12 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
   });
 }
 
+// The forward is compiled once, with the operator; decoder_layer.h calls it too.
+#define FASTLM_ATTENTION_TYPE(prefix, T)                                                                   \
+  prefix template void attention_forward<T>(heads_view<const T>, heads_view<const T>, heads_view<const T>, \
+                                            heads_view<T>, float*, attention_size, const masking<T>&, int);
+#define FASTLM_ATTENTION(prefix) \
+  FASTLM_ATTENTION_TYPE(prefix, float) FASTLM_ATTENTION_TYPE(prefix, bf16) FASTLM_ATTENTION_TYPE(prefix, fp16)
+FASTLM_ATTENTION(extern)
+
 }  // namespace fastlm

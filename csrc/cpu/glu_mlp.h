@@ -118,4 +118,12 @@ void glu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stri
   weight_gradient(dup, hidden, x, x_stride, out.dw_up, out.db_up, rows, width, hidden, threads);
 }
 
+// The forward is compiled once, with the operator; decoder_layer.h calls it too.
+#define FASTLM_GLU_MLP_TYPE(prefix, T)                                                                            \
+  prefix template void glu_mlp_forward<T>(const T*, int64_t, const glu_mlp_weights<T>&, const T*, T*, T*, T*, T*, \
+                                          const glu_mlp_sizes&, activation_kind, int);
+#define FASTLM_GLU_MLP(prefix) \
+  FASTLM_GLU_MLP_TYPE(prefix, float) FASTLM_GLU_MLP_TYPE(prefix, bf16) FASTLM_GLU_MLP_TYPE(prefix, fp16)
+FASTLM_GLU_MLP(extern)
+
 }  // namespace fastlm

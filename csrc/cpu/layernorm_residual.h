@@ -171,4 +171,13 @@ void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsumme
   }
 }
 
+// The forward is compiled once, with the operator; decoder_layer.h calls it too.
+#define FASTLM_LAYERNORM_TYPE(prefix, T)                                                                        \
+  prefix template void layernorm_residual_forward<T, T>(const T*, int64_t, const T*, int64_t, const float*,     \
+                                                        const float*, T*, T*, float*, float*, norm_size, float, \
+                                                        dropout, int);
+#define FASTLM_LAYERNORM(prefix) \
+  FASTLM_LAYERNORM_TYPE(prefix, float) FASTLM_LAYERNORM_TYPE(prefix, bf16) FASTLM_LAYERNORM_TYPE(prefix, fp16)
+FASTLM_LAYERNORM(extern)
+
 }  // namespace fastlm

@@ -60,4 +60,11 @@ template <class T> void rotate(rotary_heads<T> query, rotary_heads<T> key, rotar
   });
 }
 
+// Compiled once, with the operator; decoder_layer.h calls it too.
+#define FASTLM_ROTARY_TYPE(prefix, T) \
+  prefix template void rotate<T>(rotary_heads<T>, rotary_heads<T>, rotary_table, rotary_size, int);
+#define FASTLM_ROTARY(prefix) \
+  FASTLM_ROTARY_TYPE(prefix, float) FASTLM_ROTARY_TYPE(prefix, bf16) FASTLM_ROTARY_TYPE(prefix, fp16)
+FASTLM_ROTARY(extern)
+
 }  // namespace fastlm

@@ -8,7 +8,7 @@ import collections
 import contextlib
 import contextvars
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from fastlm.backends import isa, table
 from fastlm.backends.contract import Implementation
 from fastlm.backends.registry import BACKENDS, Registered
+from fastlm.backends.rule import Rule
 from fastlm.backends.table import ORDER
 from fastlm.core.errors import Unsupported, mismatch, shown
 
@@ -25,6 +26,7 @@ ORDER_ELSEWHERE = ("torch", "reference")  # MPS, XPU, …
 # A call with sizes seen before costs one dictionary lookup. The bound matters only to a program that repeats no size.
 _selected: dict[tuple, tuple[Implementation[Any, Any], str | None]] = {}
 MAX_SELECTED = 4096
+_parts: dict[tuple, bool] = {}  # the same of is_selected(), on a CPU
 
 # How often auto fell back to a later backend, by operator and backend.
 fallbacks: collections.Counter[str] = collections.Counter()
@@ -113,6 +115,7 @@ def select(
 def forget() -> None:
     """Decide anew from now on: the table, or what is available, has changed."""
     _selected.clear()
+    _parts.clear()
 
 
 def selected_backends() -> list[str]:
@@ -120,14 +123,40 @@ def selected_backends() -> list[str]:
     return sorted({implementation.backend.name for implementation, _ in _selected.values()})
 
 
-def order_of(operator: Registered, device: torch.device, dtype: torch.dtype, sizes: Any) -> tuple[str, ...]:
-    """The device's backend order, the table's choice moved to the front.
+def is_selected(name: str, calls: Iterable[tuple[Registered, Any]], x: Tensor) -> bool:
+    """Whether all parts of one compiled function would run on this backend, given as operators and sizes.
+
+    They are selected as separate calls are, except that the rows for small calls do not apply: these compare the costs
+    of autograd, of which such a function has none.
+    """
+    forced, dtype = requested(None), x.dtype
+    if forced is not None and forced != name:
+        return False
+    for operator, sizes in calls:
+        key = operator.name, dtype, forced, sizes
+        found = _parts.get(key)
+        if found is None:
+            rules = () if forced else table.without_small_calls(x.device)
+            found = order_of(operator, x.device, dtype, sizes, rules)[0] == name
+            found = found and not operator.refusals(name, x.device, dtype, sizes)
+            if len(_parts) >= MAX_SELECTED:
+                _parts.clear()
+            _parts[key] = found
+        if not found:
+            return False
+    return True
+
+
+def order_of(
+    operator: Registered, device: torch.device, dtype: torch.dtype, sizes: Any, rules: Iterable[Rule] | None = None
+) -> tuple[str, ...]:
+    """The device's backend order, the table's choice moved to the front. rules: used instead of the table's.
 
     A row for PyTorch whose operator does not do what the call asks for is skipped: that is no fallback. That a kernel
     module is not built is one.
     """
     order = ORDER.get(device.type, ORDER_ELSEWHERE)
-    for rule in table.rules_of(device):
+    for rule in table.rules_of(device) if rules is None else rules:
         if not rule.matches(operator, dtype, sizes):
             continue
         if rule.first != "torch" or not operator.refusals("torch", device, dtype, sizes):

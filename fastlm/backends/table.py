@@ -115,6 +115,11 @@ def rules_of(device: torch.device) -> tuple[Rule, ...]:
     return ()
 
 
+def without_small_calls(device: torch.device) -> tuple[Rule, ...]:
+    """The same without measured.SMALL_CALLS."""
+    return cpu_rules() if device.type == "cpu" else rules_of(device)
+
+
 def by_backend(rules: tuple[Rule, ...]) -> list[str]:
     """A phrase for each backend that rows select."""
     selected = dict.fromkeys(rule.first for rule in rules)

@@ -67,17 +67,46 @@ class KVCache:
         """
         held, tokens = self.held[layer], new.shape[2]
         buffer = allocated(buffers, layer, new, min(self.capacity, 2 * window + 1))
-        if held + tokens > buffer.shape[2]:
-            kept = buffer[:, :, held - min(held, window) : held]
-            if kept.shape[2] + tokens > buffer.shape[2]:
-                every = torch.cat([kept, new], 2) if held else new
-                last = every[:, :, every.shape[2] - window :].detach()
-                buffer[:, :, :window] = last
-                return every, window
-            held = kept.shape[2]
-            buffer[:, :, :held] = kept.clone()
-        buffer[:, :, held : held + tokens] = new.detach()
-        return buffer[:, :, : held + tokens] if self.length else new, held + tokens
+        slot = make_room(buffer, held, tokens, window)
+        if slot is None:
+            every = torch.cat([buffer[:, :, held - min(held, window) : held], new], 2) if held else new
+            buffer[:, :, :window] = every[:, :, every.shape[2] - window :].detach()
+            return every, window
+        buffer[:, :, slot : slot + tokens] = new.detach()
+        return buffer[:, :, : slot + tokens] if self.length else new, slot + tokens
+
+    def reserve(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        """Makes room for one token of every sequence, after a first call of update and below the capacity.
+
+        Returns:
+            The (batch, heads, slots, head_dim) tensors of keys and values, and the slot to which those of the token are
+            to be written. The slots before it hold the tokens that update would return.
+        """
+        keys, values, window = self.keys[layer], self.values[layer], self.windows[layer]
+        assert keys is not None and values is not None
+        if window is None:
+            return keys, values, self.length
+        held = self.held[layer]
+        slot = make_room(keys, held, 1, window)
+        make_room(values, held, 1, window)
+        assert slot is not None  # the tensors are wider than the window
+        self.held[layer] = slot + 1
+        return keys, values, slot
+
+
+def make_room(buffer: Tensor, held: int, tokens: int, window: int) -> int | None:
+    """The slot of a buffer with `held` tokens from which on so many more are written; None if they do not fit.
+
+    If its end is reached, the last window is moved to the front.
+    """
+    slots = buffer.shape[2]
+    if held + tokens <= slots:
+        return held
+    kept = min(held, window)
+    if kept + tokens > slots:
+        return None
+    buffer[:, :, :kept] = buffer[:, :, held - kept : held].clone()
+    return kept
 
 
 def allocated(buffers: list[Tensor | None], layer: int, new: Tensor, slots: int) -> Tensor:

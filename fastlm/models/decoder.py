@@ -14,12 +14,14 @@ from fastlm.core.errors import check_flag, check_integer, mismatch, wrong_type
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.cache import KVCache
+from fastlm.models.decode_step import decode_step
 from fastlm.models.decoder_config import ACTIVATIONS, DecoderConfig
 from fastlm.models.language_model import LanguageModel
 from fastlm.models.layers import Embedding, FeedForward, Linear, embed_tokens, merge_heads, split_heads
 from fastlm.models.outputs import HeadOutput, ModelOutput
 from fastlm.models.rope import rope_tables
 from fastlm.ops.attention import attention
+from fastlm.ops.decoder_layer import Layer
 from fastlm.ops.glu_mlp import glu_mlp
 from fastlm.ops.rms_norm_residual import rms_norm_residual
 from fastlm.ops.rotary import rotary
@@ -139,6 +141,57 @@ class DecoderLayer(nn.Module):
         x, residual = self.pre_feedforward_layernorm(self.post_attention_layernorm(x)[0], residual)
         return self.post_feedforward_layernorm(self.mlp(x))[0], residual
 
+    def describe(self) -> tuple[int, Layer] | None:
+        """forward() on one token, for fastlm.models.decode_step; None if a part is not as this class makes it."""
+        if not all(type(module) in PARTS for module in self.modules()):
+            return None
+        attention, mlp = self.self_attn, self.mlp
+        before_mlp, output_norms = self.post_attention_layernorm, {}
+        if self.output_norms:
+            before_mlp = self.pre_feedforward_layernorm
+            output_norms = {
+                "attention_output_norm": self.post_attention_layernorm.weight,
+                "mlp_output_norm": self.post_feedforward_layernorm.weight,
+            }
+        if attention.query_key_norm:
+            output_norms |= {"query_norm": attention.q_norm.weight, "key_norm": attention.k_norm.weight}
+        norms = [module for module in self.modules() if isinstance(module, RMSNorm)]
+        if len({(norm.eps, norm.unit_offset) for norm in norms}) > 1:
+            return None
+        found = Layer.of(
+            attention_norm=self.input_layernorm.weight,
+            mlp_norm=before_mlp.weight,
+            **output_norms,
+            query=attention.q_proj.weight,
+            query_bias=attention.q_proj.bias,
+            key=attention.k_proj.weight,
+            key_bias=attention.k_proj.bias,
+            value=attention.v_proj.weight,
+            value_bias=attention.v_proj.bias,
+            output=attention.o_proj.weight,
+            output_bias=attention.o_proj.bias,
+            gate=mlp.gate_proj.weight,
+            gate_bias=mlp.gate_proj.bias,
+            up=mlp.up_proj.weight,
+            up_bias=mlp.up_proj.bias,
+            down=mlp.down_proj.weight,
+            down_bias=mlp.down_proj.bias,
+            conv1d=False,
+            layer_norm=False,
+            unit_offset=self.input_layernorm.unit_offset,
+            eps=self.input_layernorm.eps,
+            activation=mlp.activation,
+            num_heads=attention.num_heads,
+            rotates=attention.rotates,
+            scale=attention.scale,
+            softcap=attention.softcap,
+            window=None if attention.window is None else attention.window[0],
+        )
+        return attention.layer, found
+
+
+PARTS = {DecoderLayer, DecoderAttention, DecoderMLP, RMSNorm, Linear}
+
 
 class DecoderPretrainedModel(PretrainedModel):
     config_class = DecoderConfig
@@ -205,9 +258,14 @@ class DecoderModel(DecoderPretrainedModel):
         if config.scaled_embeddings and inputs_embeds is None:
             x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)  # rounded, as in transformers
         tables = {kind: self.tables(position_ids, kind) for kind in set(config.layer_types)}
-        residual = None
-        for layer, kind in zip(self.layers, config.layer_types, strict=True):
-            x, residual = self.run_layer(layer, x, residual, tables[kind], key_padding, cache)
+        of_layers = [tables[kind] for kind in config.layer_types]
+        stepped = decode_step(self.layers, x, cache, of_layers, key_padding)
+        if stepped is not None:
+            x, residual = stepped
+        else:
+            residual = None
+            for layer, own_tables in zip(self.layers, of_layers, strict=True):
+                x, residual = self.run_layer(layer, x, residual, own_tables, key_padding, cache)
         x, _ = self.norm(x, residual)
         if cache is not None:
             cache.length += tokens

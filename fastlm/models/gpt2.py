@@ -16,6 +16,7 @@ from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.cache import KVCache
 from fastlm.models.config import GELUS, GPT2Config
+from fastlm.models.decode_step import decode_step
 from fastlm.models.language_model import LanguageModel
 from fastlm.models.layers import (
     Conv1D,
@@ -30,6 +31,7 @@ from fastlm.models.layers import (
 )
 from fastlm.models.outputs import HeadOutput, ModelOutput
 from fastlm.ops.attention import attention
+from fastlm.ops.decoder_layer import Layer
 from fastlm.ops.gelu_mlp import gelu_mlp
 
 
@@ -99,6 +101,40 @@ class GPT2Block(nn.Module):
         x, residual = self.ln_2(self.attn(x, key_padding, cache), residual, dropout_p)
         return self.mlp(x), residual
 
+    def describe(self) -> tuple[int, Layer] | None:
+        """forward() on one token, for fastlm.models.decode_step; None if a part is not as this class makes it."""
+        attention, mlp = self.attn, self.mlp
+        if not all(type(module) in PARTS for module in self.modules()) or self.ln_1.eps != self.ln_2.eps:
+            return None
+        found = Layer.of(
+            attention_norm=self.ln_1.weight,
+            attention_norm_bias=self.ln_1.bias,
+            mlp_norm=self.ln_2.weight,
+            mlp_norm_bias=self.ln_2.bias,
+            query=attention.c_attn.weight,
+            query_bias=attention.c_attn.bias,
+            output=attention.c_proj.weight,
+            output_bias=attention.c_proj.bias,
+            up=mlp.c_fc.weight,
+            up_bias=mlp.c_fc.bias,
+            down=mlp.c_proj.weight,
+            down_bias=mlp.c_proj.bias,
+            conv1d=True,
+            layer_norm=True,
+            unit_offset=False,
+            eps=self.ln_1.eps,
+            activation="gelu" if mlp.approximate == "none" else "gelu_tanh",
+            num_heads=attention.num_heads,
+            rotates=False,
+            scale=attention.scale,
+            softcap=None,
+            window=None,
+        )
+        return attention.layer, found
+
+
+PARTS = {GPT2Block, GPT2Attention, GPT2MLP, LayerNorm, Conv1D}
+
 
 class GPT2PretrainedModel(PretrainedModel):
     config_class = GPT2Config
@@ -166,8 +202,12 @@ class GPT2Model(GPT2PretrainedModel):
             inputs.check_ids("token_type_ids", token_type_ids, below=self.config.vocab_size, device=device, shape=shape)
             x = x + self.wte(token_type_ids)
         x, residual = F.dropout(x, self.config.embd_pdrop, self.training), None
-        for block in self.h:
-            x, residual = self.run_layer(block, x, residual, key_padding, cache)
+        stepped = decode_step(self.h, x, cache, [(None, None)] * len(self.h), key_padding)
+        if stepped is not None:
+            x, residual = stepped
+        else:
+            for block in self.h:
+                x, residual = self.run_layer(block, x, residual, key_padding, cache)
         x, _ = self.ln_f(x, residual, self.config.resid_pdrop if self.training else 0.0)
         if cache is not None:
             cache.length += tokens

@@ -1,0 +1,133 @@
+"""Decode steps on a CPU: one call of compiled code per layer (fastlm/ops/decoder_layer).
+
+A step is the forward pass of one token per sequence after those in a KV cache. Its layers run in calls of their own
+where nothing asks for their modules: no gradients, hooks, tracing, autocast or other backend, and modules and
+parameters of the usual types. Otherwise, and in every other forward pass, the modules run, with the same result.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fastlm.backends.cpu import kernels
+from fastlm.core.autocast import autocast_enabled
+from fastlm.core.tracing import needs_custom_op
+from fastlm.models.cache import KVCache
+from fastlm.ops.decoder_layer import Layer, is_selected
+from fastlm.ops.decoder_layer.cpu import decode
+
+Tables = tuple[Tensor | None, Tensor | None]  # cos and sin of the positions, if the layers have any
+
+
+class Steps(NamedTuple):
+    """The layers of a model as compiled code takes them, and what must not have changed since.
+
+    The entry of each of `dicts` at the key is the value; None: there is no such entry. Those of `empty` are empty.
+    """
+
+    layers: list[tuple[int, dict[str, Any]]]  # with the number of the layer in the cache
+    kinds: list[Layer]  # one of each kind, for backend selection
+    dicts: tuple[dict[str, Any], ...]
+    keys: tuple[str, ...]
+    values: tuple[Any, ...]
+    empty: tuple[dict[Any, Any], ...]
+
+    def still_hold(self) -> bool:
+        return kernels.unchanged(self.dicts, self.keys, self.values, self.empty)
+
+
+# Made at the first step with a cache. None: the modules run, until the cache is dropped. Tensors are kept alive.
+steps_of: weakref.WeakKeyDictionary[KVCache, Steps | None] = weakref.WeakKeyDictionary()
+
+
+def decode_step(
+    layers: nn.ModuleList, x: Tensor, cache: KVCache | None, tables: Sequence[Tables], key_padding: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Runs all layers on one new token of every sequence, if they can each run in one call.
+
+    Args:
+        layers: modules with a method describe(), which returns the number of the layer in the cache and a Layer, or
+            None if it cannot be described.
+        x: (batch, tokens, width), the input of the first layer.
+        tables: those of each layer.
+        key_padding: (batch, cached tokens + tokens), bool, False at padding.
+
+    Returns:
+        (x, residual), as the last layer returns them; None: the modules must run.
+    """
+    if cache is None or not takes_one_token(x, cache):
+        return None
+    if cache not in steps_of:
+        steps_of[cache] = describe(layers)
+    steps = steps_of[cache]
+    if steps is None:
+        return None
+    if steps.dicts[0] is not layers._modules or len(steps.layers) != len(layers) or not steps.still_hold():
+        steps_of[cache] = None
+        return None
+    keys = cache.keys[0]
+    assert keys is not None
+    if keys.shape[0] != x.shape[0] or keys.dtype != x.dtype:
+        return None
+    for kind in steps.kinds:
+        key_len = min(cache.length, kind.window) + 1
+        if not is_selected(kind, x, keys.shape[3], key_len, key_padding is not None):
+            return None
+    residual, y, summed = None, torch.empty_like(x), torch.empty_like(x)
+    for (number, layer), own_tables in zip(steps.layers, tables, strict=True):
+        decode(layer, x, residual, y, summed, cache.reserve(number), own_tables, key_padding)
+        x, residual = y, summed
+    assert residual is not None  # there is a layer
+    return x, residual
+
+
+def takes_one_token(x: Tensor, cache: KVCache) -> bool:
+    return (
+        kernels is not None
+        and x.shape[1] == 1
+        and type(cache) is KVCache
+        and 0 < cache.length < cache.capacity
+        and not torch.is_grad_enabled()
+        and not needs_custom_op(x)
+        and x.is_cpu
+        and x.is_contiguous()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not autocast_enabled(x)
+        and not torch_module._has_any_global_hook()
+    )
+
+
+def describe(layers: nn.ModuleList) -> Steps | None:
+    described: list[tuple[int, Layer]] = []
+    entries: list[tuple[dict[str, Any], str, Any]] = []
+    empty: list[dict[Any, Any]] = []
+    for name, layer in layers._modules.items():
+        found = cast(Any, layer).describe()
+        if found is None:
+            return None
+        described.append(found)
+        entries.append((cast(Any, layers._modules), name, layer))
+        for module in layers[int(name)].modules():
+            attributes = vars(module)
+            if module.training or "forward" in attributes or needs_custom_op(*module._parameters.values()):
+                return None
+            entries += [(attributes, key, value) for key, value in attributes.items() if not key.startswith("_")]
+            entries.append((attributes, "forward", None))
+            for mapping in cast(Any, (module._parameters, module._modules)):
+                entries += [(mapping, key, value) for key, value in mapping.items()]
+            empty += [module._forward_hooks, module._forward_pre_hooks]
+    if not described or any(empty):
+        return None
+    kinds = {sizes_and_settings(layer): layer for _, layer in described}
+    keywords = [(number, layer._asdict()) for number, layer in described]
+    dicts, keys, values = zip(*entries, strict=True)
+    return Steps(keywords, list(kinds.values()), dicts, keys, values, tuple(empty))
+
+
+def sizes_and_settings(layer: Layer) -> tuple[Any, ...]:
+    """Layers in which these are equal call the same operators with the same sizes."""
+    return tuple([value.shape if isinstance(value, Tensor) else value for value in layer])
