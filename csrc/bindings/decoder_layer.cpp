@@ -1,4 +1,4 @@
-// decoder_layer: the arguments of csrc/cpu/decoder_layer.h.
+// decoder_layers: the arguments of csrc/cpu/decoder_layer.h.
 #include "arguments.h"
 #include "dispatch.h"
 #include "weights.h"
@@ -6,15 +6,10 @@
 
 namespace fastlm::bindings {
 
-struct decoder_layer_arguments : keyword_arguments {
+// The fields of a Layer of fastlm/ops/decoder_layer/spec.py. Without key and value, query projects all three; without
+// gate, the MLP is a GELU-MLP.
+struct layer_arguments : keyword_arguments {
   using keyword_arguments::keyword_arguments;
-  // Of one call. keys and values are the buffers of the cache, (batch, head, slot, dim).
-  tensor x = keyword("x"), residual = keyword_or_none("residual"), y = keyword("y"), summed = keyword("summed"),
-         keys = keyword("keys"), values = keyword("values");
-  int64_t slot = keyword("slot");
-  tensor cos = keyword_or_none("cos"), sin = keyword_or_none("sin"), key_padding = keyword_or_none("key_padding");
-  int threads = keyword("threads");
-  // Of the layer. Without key and value, query projects all three; without gate, the MLP is a GELU-MLP.
   tensor attention_norm = keyword("attention_norm"), attention_norm_bias = keyword_or_none("attention_norm_bias"),
          mlp_norm = keyword("mlp_norm"), mlp_norm_bias = keyword_or_none("mlp_norm_bias"),
          attention_output_norm = keyword_or_none("attention_output_norm"),
@@ -32,8 +27,16 @@ struct decoder_layer_arguments : keyword_arguments {
   bool rotates = keyword("rotates");
   float scale = keyword("scale"), softcap = keyword("softcap");
   int64_t window = keyword("window");  // keys before its own that a query attends to
+};
 
-  decoder_layer_size size() const {
+// What a layer reads and writes in one call: its entries of slots, (keys, values, slot), and of tables, (cos, sin).
+// keys and values are the buffers of the cache, (batch, head, slot, dim).
+struct layer_state {
+  tensor keys, values;
+  int64_t slot;
+  tensor cos, sin;
+
+  decoder_layer_size size(const tensor& x, int64_t num_heads) const {
     keys.check_rank(4);
     const decoder_layer_size found{x.width ? x.count / x.width : 0, x.width, num_heads, keys.sizes[1], keys.sizes[3]};
     if (keys.sizes[0] != found.batch || found.num_kv_heads < 1 || num_heads < 1 || num_heads % found.num_kv_heads)
@@ -46,17 +49,18 @@ struct decoder_layer_arguments : keyword_arguments {
     return found;
   }
 
-  template <class T> heads_view<T> slots(const tensor& x) const {
+  template <class T> kv_slots<T> cache() const { return {heads<T>(keys), heads<T>(values), slot}; }
+
+  rotary_table rotation(const decoder_layer_size& s) const {
+    return {table(cos, s), table(sin, s), cos.broadcast_stride(0), 0, sin.broadcast_stride(0), 0, cos.width, false};
+  }
+
+ private:
+  template <class T> heads_view<T> heads(const tensor& x) const {
     T* const data = x.as<T>(4);
     if (!std::equal(x.sizes, x.sizes + 4, keys.sizes)) throw_argument_error(x.name, "the shape of keys", x.layout());
     if (x.strides[3] != 1 && x.width != 1) throw_argument_error(x.name, "a contiguous last dimension", x.layout());
     return {data, {x.strides[0], x.strides[1], x.strides[2]}};
-  }
-
-  template <class T>
-  layer_projection<T> projection(const tensor& weight, const tensor& bias, int64_t inputs, int64_t outputs) const {
-    return {weight_layout(conv1d).matrix<const T>(weight, inputs, outputs), bias.contiguous_as<const T>(outputs),
-            outputs};
   }
 
   const float* table(const tensor& given, const decoder_layer_size& s) const {
@@ -67,64 +71,152 @@ struct decoder_layer_arguments : keyword_arguments {
                            given.given() ? given.layout() : "None");
     return data;
   }
+};
 
-  rotary_table rotation(const decoder_layer_size& s) const {
-    return {table(cos, s), table(sin, s), cos.broadcast_stride(0), 0, sin.broadcast_stride(0), 0, cos.width, false};
+// An entry of a tuple that must have so many.
+static argument entry(PyObject* tuple, Py_ssize_t i, Py_ssize_t size, const char* list, const char* name) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != size)
+    throw type_error(std::string(list) + ": expected tuples of " + std::to_string(size) + ", got " + text_of(tuple));
+  return {PyTuple_GET_ITEM(tuple, i), name};
+}
+
+static tensor tensor_or_none(argument given) {
+  tensor none;
+  none.name = given.name;
+  return given.value == Py_None ? none : given;
+}
+
+struct decoder_layers_arguments : keyword_arguments {
+  using keyword_arguments::keyword_arguments;
+  tensor x = keyword("x"), y = keyword("y"), summed = keyword("summed"), key_padding = keyword_or_none("key_padding");
+  int threads = keyword("threads");
+  std::vector<layer_state> states = states_of(keyword("slots").value, keyword("tables").value);
+  std::vector<layer_arguments> layers = layers_of(keyword("names").value, keyword("layers").value);
+
+ private:
+  static void check_list(PyObject* list, const char* name) {
+    if (!PyList_Check(list)) throw type_error(std::string(name) + ": expected a list, got " + Py_TYPE(list)->tp_name);
+  }
+
+  static std::vector<layer_state> states_of(PyObject* slots, PyObject* tables) {
+    check_list(slots, "slots"), check_list(tables, "tables");
+    if (PyList_GET_SIZE(slots) != PyList_GET_SIZE(tables))
+      throw_argument_error("tables", std::to_string(PyList_GET_SIZE(slots)) + " entries, as slots",
+                           std::to_string(PyList_GET_SIZE(tables)));
+    std::vector<layer_state> found;
+    found.reserve(size_t(PyList_GET_SIZE(slots)));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(slots); ++i) {
+      PyObject *const cached = PyList_GET_ITEM(slots, i), *const table = PyList_GET_ITEM(tables, i);
+      found.push_back({entry(cached, 0, 3, "slots", "keys"), entry(cached, 1, 3, "slots", "values"),
+                       entry(cached, 2, 3, "slots", "slot"), tensor_or_none(entry(table, 0, 2, "tables", "cos")),
+                       tensor_or_none(entry(table, 1, 2, "tables", "sin"))});
+    }
+    return found;
+  }
+
+  std::vector<layer_arguments> layers_of(PyObject* names, PyObject* list) const {
+    check_list(list, "layers");
+    if (!PyTuple_Check(names)) throw type_error("names: expected a tuple");
+    if (size_t(PyList_GET_SIZE(list)) != states.size() || states.empty())
+      throw_argument_error("layers", std::to_string(states.size()) + " entries, as slots, and at least one",
+                           std::to_string(PyList_GET_SIZE(list)));
+    std::vector<layer_arguments> found;
+    found.reserve(states.size());
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+      PyObject* const fields = PyList_GET_ITEM(list, i);
+      entry(fields, 0, PyTuple_GET_SIZE(names), "layers", "");
+      found.emplace_back(keyword_values{"a layer", &PyTuple_GET_ITEM(fields, 0), 0, names});
+      found.back().check_all_taken();
+    }
+    return found;
+  }
+};
+
+// One layer, checked; it owns the parameters that are converted.
+template <class T> struct checked_layer {
+  const layer_arguments& a;
+  decoder_layer_size size;
+  int64_t query_width = size.num_heads * size.head_dim, key_width = size.num_kv_heads * size.head_dim;
+  fp32_parameters attention_norm{a.attention_norm, size.width}, attention_norm_bias{a.attention_norm_bias, size.width},
+      mlp_norm{a.mlp_norm, size.width}, mlp_norm_bias{a.mlp_norm_bias, size.width},
+      attention_output_norm{a.attention_output_norm, size.width}, mlp_output_norm{a.mlp_output_norm, size.width},
+      query_norm{a.query_norm, size.head_dim}, key_norm{a.key_norm, size.head_dim};
+
+  layer_projection<T> projection(const tensor& weight, const tensor& bias, int64_t inputs, int64_t outputs) const {
+    return {weight_layout(a.conv1d).matrix<const T>(weight, inputs, outputs), bias.contiguous_as<const T>(outputs),
+            outputs};
+  }
+
+  decoder_layer<T> get() const {
+    const int64_t width = size.width, first_width = a.key.given() ? query_width : query_width + 2 * key_width;
+    a.up.check_rank(2);
+    const int64_t hidden = weight_layout(a.conv1d).outputs(a.up);
+    if (a.key.given() != a.value.given())
+      throw_argument_error("value", "a tensor if key is one, else None", "the other");
+    return {{a.layer_norm, a.unit_offset, a.eps},
+            {attention_norm, attention_norm_bias},
+            {query_norm, nullptr},
+            {key_norm, nullptr},
+            {attention_output_norm, nullptr},
+            {mlp_norm, mlp_norm_bias},
+            {mlp_output_norm, nullptr},
+            projection(a.query, a.query_bias, width, first_width),
+            projection(a.key, a.key_bias, width, key_width),
+            projection(a.value, a.value_bias, width, key_width),
+            projection(a.output, a.output_bias, query_width, width),
+            projection(a.gate, a.gate_bias, width, hidden),
+            projection(a.up, a.up_bias, width, hidden),
+            projection(a.down, a.down_bias, hidden, width),
+            a.activation};
   }
 
   // A query at the last of slot + 1 keys, to which the last entries of key_padding belong.
-  template <class T> masking<T> masks(const decoder_layer_size& s) const {
+  masking<T> masks(const tensor& key_padding, int64_t slot) const {
     constexpr int64_t Unlimited = int64_t(1) << 62;
     const bool* padding = key_padding.as<const bool>(2);
     std::array<int64_t, 2> strides{};
     if (padding) {
-      if (key_padding.sizes[0] != s.batch || key_padding.sizes[1] <= slot)
+      if (key_padding.sizes[0] != size.batch || key_padding.sizes[1] <= slot)
         throw_argument_error("key_padding", "at least " + std::to_string(slot + 1) + " keys of each sequence",
                              key_padding.layout());
       strides = {key_padding.broadcast_stride(0), key_padding.strides[1]};
       padding += (key_padding.sizes[1] - slot - 1) * strides[1];
     }
-    const int64_t lower = window >= Unlimited ? -Unlimited : slot - window;
-    return {nullptr, mask_type::none, {}, padding, strides, lower, slot, scale, softcap, {0, 0}};
+    const int64_t lower = a.window >= Unlimited ? -Unlimited : slot - a.window;
+    return {nullptr, mask_type::none, {}, padding, strides, lower, slot, a.scale, a.softcap, {0, 0}};
   }
 };
 
-static void decoder_layer(const decoder_layer_arguments& a) {
+// All layers are checked before the first of them runs.
+static void decoder_layers(const decoder_layers_arguments& a) {
   dispatch(a.x, [&]<class T>() {
-    const decoder_layer_size s = a.size();
-    const int64_t width = s.width, query_width = s.num_heads * s.head_dim, key_width = s.num_kv_heads * s.head_dim,
-                  first_width = a.key.given() ? query_width : query_width + 2 * key_width;
-    a.up.check_rank(2);
-    const int64_t hidden = weight_layout(a.conv1d).outputs(a.up);
-    if (a.key.given() != a.value.given())
-      throw_argument_error("value", "a tensor if key is one, else None", "the other");
-    const fp32_parameters attention_norm(a.attention_norm, width), attention_norm_bias(a.attention_norm_bias, width),
-        mlp_norm(a.mlp_norm, width), mlp_norm_bias(a.mlp_norm_bias, width),
-        attention_output_norm(a.attention_output_norm, width), mlp_output_norm(a.mlp_output_norm, width),
-        query_norm(a.query_norm, s.head_dim), key_norm(a.key_norm, s.head_dim);
-    const fastlm::decoder_layer<T> layer{{a.layer_norm, a.unit_offset, a.eps},
-                                         {attention_norm, attention_norm_bias},
-                                         {query_norm, nullptr},
-                                         {key_norm, nullptr},
-                                         {attention_output_norm, nullptr},
-                                         {mlp_norm, mlp_norm_bias},
-                                         {mlp_output_norm, nullptr},
-                                         a.projection<T>(a.query, a.query_bias, width, first_width),
-                                         a.projection<T>(a.key, a.key_bias, width, key_width),
-                                         a.projection<T>(a.value, a.value_bias, width, key_width),
-                                         a.projection<T>(a.output, a.output_bias, query_width, width),
-                                         a.projection<T>(a.gate, a.gate_bias, width, hidden),
-                                         a.projection<T>(a.up, a.up_bias, width, hidden),
-                                         a.projection<T>(a.down, a.down_bias, hidden, width),
-                                         a.activation};
-    const int64_t elements = s.batch * width;
-    const rotary_table rotation = a.rotates ? a.rotation(s) : rotary_table{};
-    decode<T>(layer, a.x.contiguous_as<const T>(elements), a.residual.contiguous_as<const T>(elements),
-              a.y.contiguous_as<T>(elements), a.summed.contiguous_as<T>(elements),
-              {a.slots<T>(a.keys), a.slots<T>(a.values), a.slot}, a.rotates ? &rotation : nullptr, a.masks<T>(s), s,
-              a.threads);
+    struct call {
+      decoder_layer<T> layer;
+      decoder_layer_size size;
+      kv_slots<T> cache;
+      rotary_table rotation;
+      masking<T> masks;
+    };
+    std::vector<checked_layer<T>> checked;
+    std::vector<call> calls;
+    checked.reserve(a.layers.size()), calls.reserve(a.layers.size());
+    for (size_t i = 0; i < a.layers.size(); ++i) {
+      const layer_state& state = a.states[i];
+      checked.push_back({a.layers[i], state.size(a.x, a.layers[i].num_heads)});
+      const checked_layer<T>& layer = checked.back();
+      calls.push_back({layer.get(), layer.size, state.cache<T>(),
+                       a.layers[i].rotates ? state.rotation(layer.size) : rotary_table{},
+                       layer.masks(a.key_padding, state.slot)});
+    }
+    const T *x = a.x.contiguous_as<const T>(a.x.count), *residual = nullptr;
+    T *const y = a.y.contiguous_as<T>(a.x.count), *const summed = a.summed.contiguous_as<T>(a.x.count);
+    for (const call& each : calls) {
+      decode<T>(each.layer, x, residual, y, summed, each.cache, each.rotation.cos ? &each.rotation : nullptr,
+                each.masks, each.size, a.threads);
+      x = y, residual = summed;
+    }
   });
 }
-FASTLM_BINDING(decoder_layer)
+FASTLM_BINDING(decoder_layers)
 
 }  // namespace fastlm::bindings

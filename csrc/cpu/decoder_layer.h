@@ -3,12 +3,12 @@
 //   model has that;  k and v appended to the cache;  a = attention(q, cache)·Wo;  s' = s + a,  y = mlp(norm(s'))
 // and a, y normalized before they are added where the model has norms of outputs. Returns y and s'.
 //
-// 2 FLOP per weight and sequence: bound by reading the weights and the cached keys and values. A layer of a small model
-// is read within 100 μs, about as long as Python takes to call the operators one by one; here they follow each other
-// without returning to Python. It computes nothing itself: every step is the kernel of an operator, with the arguments
-// that the modules of fastlm.models would pass, so the bits are the same. One call is one layer and not the whole
-// model, since layers differ (windows, rotation, key heads) and the cache (fastlm/models/cache.py) decides for each of
-// them which slot is next. It is described by tensors that are read anew in each call, so nothing here can be outdated.
+// 2 FLOP per weight and sequence: bound by reading the weights and the cached keys and values. Python takes about as
+// long to call the operators one by one as a small model's weights take to be read, all the more as these evict its own
+// data from the caches between two calls. All layers therefore run in one call. They compute nothing themselves: each
+// step is the kernel of an operator, with the arguments that the modules of fastlm.models pass, so the bits are the
+// same. The cache (fastlm/models/cache.py) decides which slot of each layer is next; the tensors are read anew in every
+// call, so nothing here can be outdated.
 #pragma once
 #include "attention.h"
 #include "gelu_mlp.h"

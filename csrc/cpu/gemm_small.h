@@ -187,9 +187,9 @@ void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands
         Arithmetic::along_k(a.at(r, from), left).store(packed_a + (block * Arithmetic::KC + d) * m + r * L, full{});
       }
 
-  // A part reads at least 64 kB of B. Where B is contiguous along its columns, long pieces of its rows are worth more
-  // than several parts per thread.
-  const int64_t most = std::min<int64_t>(along_k ? 2 * threads : threads, col_vecs);
+  // A part reads at least 64 kB of B. Several parts per thread end at nearly the same time on all of them; where B is
+  // contiguous along its columns, long pieces of its rows are worth more.
+  const int64_t most = std::min<int64_t>(along_k ? 8 * threads : threads, col_vecs);
   const int64_t parts =
       threads == 1 ? 1 : std::clamp<int64_t>(int64_t(Count) * n * k * storage<TB>::Bits / 8 / 65536, 1, most);
   const int64_t group_columns = along_k ? L : MaxSmallMSums / (m * L) * L;

@@ -116,7 +116,7 @@ void amx_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<
   if (along_k) pack<amx_arithmetic>(a, m, k, AmxRows, pairs_of_rows);
   if (along_i) copy_rows<amx_arithmetic>(a, m, k, depth, rows);
 
-  const int64_t most = std::min<int64_t>(along_k ? 2 * threads : threads, col_vecs);
+  const int64_t most = std::min<int64_t>(along_k ? 8 * threads : threads, col_vecs);
   const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(int64_t(Count) * n * k / 32768, 1, most);
   parallel_parts(parts, threads, [=](int64_t part) {
     const amx_tile_config multiplying;

@@ -1,12 +1,11 @@
-"""Decode steps on a CPU: one call of compiled code per layer (fastlm/ops/decoder_layer).
+"""Decode steps on a CPU: all layers in one call of compiled code (fastlm/ops/decoder_layer).
 
-A step is the forward pass of one token per sequence after those in a KV cache. Its layers run in calls of their own
-where nothing asks for their modules: no gradients, hooks, tracing, autocast or other backend, and modules and
+A step is the forward pass of one token per sequence after those in a KV cache. Its layers run in one call where nothing
+asks for their modules: no gradients, hooks, tracing, autocast or other backend, and modules and
 parameters of the usual types. Otherwise, and in every other forward pass, the modules run, with the same result.
 """
 
 import weakref
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,9 +17,7 @@ from fastlm.core.autocast import autocast_enabled
 from fastlm.core.tracing import needs_custom_op
 from fastlm.models.cache import KVCache
 from fastlm.ops.decoder_layer import Layer, is_selected
-from fastlm.ops.decoder_layer.cpu import decode
-
-Tables = tuple[Tensor | None, Tensor | None]  # cos and sin of the positions, if the layers have any
+from fastlm.ops.decoder_layer.cpu import Tables, decode
 
 
 class Steps(NamedTuple):
@@ -29,7 +26,8 @@ class Steps(NamedTuple):
     The entry of each of `dicts` at the key is the value; None: there is no such entry. Those of `empty` are empty.
     """
 
-    layers: list[tuple[int, dict[str, Any]]]  # with the number of the layer in the cache
+    layers: list[Layer]
+    numbers: list[int]  # of the layers in the cache
     kinds: list[Layer]  # one of each kind, for backend selection
     dicts: tuple[dict[str, Any], ...]
     keys: tuple[str, ...]
@@ -45,9 +43,9 @@ steps_of: weakref.WeakKeyDictionary[KVCache, Steps | None] = weakref.WeakKeyDict
 
 
 def decode_step(
-    layers: nn.ModuleList, x: Tensor, cache: KVCache | None, tables: Sequence[Tables], key_padding: Tensor | None
+    layers: nn.ModuleList, x: Tensor, cache: KVCache | None, tables: list[Tables], key_padding: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Runs all layers on one new token of every sequence, if they can each run in one call.
+    """Runs all layers on one new token of every sequence, if they can run in one call.
 
     Args:
         layers: modules with a method describe(), which returns the number of the layer in the cache and a Layer, or
@@ -77,12 +75,8 @@ def decode_step(
         key_len = min(cache.length, kind.window) + 1
         if not is_selected(kind, x, keys.shape[3], key_len, key_padding is not None):
             return None
-    residual, y, summed = None, torch.empty_like(x), torch.empty_like(x)
-    for (number, layer), own_tables in zip(steps.layers, tables, strict=True):
-        decode(layer, x, residual, y, summed, cache.reserve(number), own_tables, key_padding)
-        x, residual = y, summed
-    assert residual is not None  # there is a layer
-    return x, residual
+    slots = [cache.reserve(number) for number in steps.numbers]
+    return decode(steps.layers, x, slots, tables, key_padding)
 
 
 def takes_one_token(x: Tensor, cache: KVCache) -> bool:
@@ -102,14 +96,16 @@ def takes_one_token(x: Tensor, cache: KVCache) -> bool:
 
 
 def describe(layers: nn.ModuleList) -> Steps | None:
-    described: list[tuple[int, Layer]] = []
+    described: list[Layer] = []
+    numbers: list[int] = []
     entries: list[tuple[dict[str, Any], str, Any]] = []
     empty: list[dict[Any, Any]] = []
     for name, layer in layers._modules.items():
         found = cast(Any, layer).describe()
         if found is None:
             return None
-        described.append(found)
+        numbers.append(found[0])
+        described.append(found[1])
         entries.append((cast(Any, layers._modules), name, layer))
         for module in layers[int(name)].modules():
             attributes = vars(module)
@@ -122,10 +118,9 @@ def describe(layers: nn.ModuleList) -> Steps | None:
             empty += [module._forward_hooks, module._forward_pre_hooks]
     if not described or any(empty):
         return None
-    kinds = {sizes_and_settings(layer): layer for _, layer in described}
-    keywords = [(number, layer._asdict()) for number, layer in described]
+    kinds = {sizes_and_settings(layer): layer for layer in described}
     dicts, keys, values = zip(*entries, strict=True)
-    return Steps(keywords, list(kinds.values()), dicts, keys, values, tuple(empty))
+    return Steps(described, numbers, list(kinds.values()), dicts, keys, values, tuple(empty))
 
 
 def sizes_and_settings(layer: Layer) -> tuple[Any, ...]:

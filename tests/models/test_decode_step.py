@@ -1,4 +1,4 @@
-"""Decode steps in one compiled call per layer: the bits of the modules, which run wherever something needs them."""
+"""Decode steps whose layers run in one compiled call: the bits of the modules, which run where something needs them."""
 
 import copy
 import gc
@@ -39,7 +39,7 @@ def layers_of(model):
 
 @pytest.fixture
 def compiled_calls(monkeypatch):
-    """The calls of a layer's compiled function."""
+    """The calls of the layers' compiled function."""
     calls, own = [], decode_step.decode
 
     def spy(*arguments):
@@ -106,7 +106,7 @@ def test_steps_give_the_bits_of_the_modules(name, dtype, compiled_calls):
             torch.set_num_threads(number_of_threads)
             compiled_calls.clear()
             results = logits_of(model, batch, mask)
-            assert len(compiled_calls) == STEPS * len(layers_of(model))
+            assert len(compiled_calls) == STEPS
             compiled_calls.clear()
             assert_equal(results, by_modules(model, batch, mask))
             assert not compiled_calls
@@ -134,10 +134,10 @@ def test_norms_in_float32_under_16_bits():
 def test_generate_runs_steps(name, compiled_calls):
     model, ids = tiny(name), torch.randint(0, 131, (2, PROMPT))
     tokens = model.generate(ids, max_new_tokens=20)
-    assert len(compiled_calls) == 19 * len(layers_of(model))
+    assert len(compiled_calls) == 19
     layers_of(model)[0].register_forward_pre_hook(nothing)
     assert torch.equal(model.generate(ids, max_new_tokens=20), tokens)
-    assert len(compiled_calls) == 19 * len(layers_of(model))
+    assert len(compiled_calls) == 19
 
 
 # What a user may do to a model; the modules run then, or the compiled calls follow.
@@ -353,14 +353,19 @@ def test_freed_weights_are_an_error():
 
 
 def arguments(**changes):
-    """Of a layer of one head of 4 channels and width 8, in float32."""
-    _, layer = layers_of(
-        ours_like(tiny_decoder("llama", hidden_size=8, intermediate_size=6, num_attention_heads=2, head_dim=4))
-    )[0].describe()
-    given = {name: torch.zeros(3, 1, 8) for name in ("x", "residual", "y", "summed")}
-    given |= {name: torch.zeros(3, 2, 5, 4) for name in ("keys", "values")}
-    given |= {"slot": 2, "cos": torch.zeros(1, 1, 4), "sin": torch.zeros(1, 1, 4), "key_padding": None, "threads": 1}
-    return given | layer._asdict() | changes
+    """Of two layers of two heads of 4 channels and width 8, in float32; the changes are those of the second layer."""
+    model = ours_like(tiny_decoder("llama", hidden_size=8, intermediate_size=6, num_attention_heads=2, head_dim=4))
+    layers = [layer.describe()[1] for layer in layers_of(model)[:2]]
+    given = {name: torch.zeros(3, 1, 8) for name in ("x", "y", "summed")}
+    given |= {"key_padding": None, "threads": 1}
+    state = {name: torch.zeros(3, 2, 5, 4) for name in ("keys", "values")}
+    state |= {"slot": 2, "cos": torch.zeros(1, 1, 4), "sin": torch.zeros(1, 1, 4)}
+    states = [state, state | {name: value for name, value in changes.items() if name in state}]
+    layers[1] = layers[1]._replace(**{name: value for name, value in changes.items() if name in layers[1]._fields})
+    given["slots"] = [(each["keys"], each["values"], each["slot"]) for each in states]
+    given["tables"] = [(each["cos"], each["sin"]) for each in states]
+    given |= {"names": layers[0]._fields, "layers": layers}
+    return given | {name: value for name, value in changes.items() if name in given}
 
 
 WRONG = [
@@ -383,19 +388,41 @@ WRONG = [
     ({"mlp_norm": torch.zeros(7)}, "mlp_norm: expected a contiguous tensor of 8 elements, got shape"),
     ({"y": torch.zeros(3, 1, 7)}, "y: expected a contiguous tensor of 24 elements, got shape"),
     ({"num_heads": 0}, "keys: expected a batch of 3 and heads that divide num_heads 0, got shape"),
+    ({"tables": []}, "tables: expected 2 entries, as slots, got 0"),
+    ({"layers": []}, "layers: expected 2 entries, as slots, and at least one, got 0"),
+]
+WRONG_TYPES = [
+    ({"slots": ()}, "slots: expected a list, got tuple"),
+    ({"slots": [(1, 2)], "tables": [(None, None)]}, "slots: expected tuples of 3, got (1, 2)"),
+    ({"layers": [(1, 2), (1, 2)]}, "layers: expected tuples of 32, got (1, 2)"),
+    ({"names": []}, "names: expected a tuple"),
+    ({"slot": 1.5}, "slot: expected an integer, got float"),
+    ({"gate": 1}, "gate: expected a tensor, got int"),
 ]
 
 
 @pytest.mark.parametrize("changes, message", WRONG, ids=[message for _, message in WRONG])
 def test_errors_name_the_argument(changes, message):
+    given = arguments(**changes)
+    for each in (given["y"], given["slots"][0][0]):
+        each.fill_(7)
     with pytest.raises(ValueError) as caught:
-        isa.kernels.decoder_layer(**arguments(**changes))
+        isa.kernels.decoder_layers(**given)
+    assert str(caught.value).startswith(message)
+    assert (given["slots"][0][0] == 7).all()  # nothing has run, though the first layer is right
+
+
+@pytest.mark.parametrize("changes, message", WRONG_TYPES, ids=[message for _, message in WRONG_TYPES])
+def test_wrong_types(changes, message):
+    with pytest.raises(TypeError) as caught:
+        isa.kernels.decoder_layers(**arguments(**changes))
     assert str(caught.value).startswith(message)
 
 
 def test_the_valid_call_of_these():
     given = arguments()
-    isa.kernels.decoder_layer(**given)
+    given["y"].fill_(7)
+    isa.kernels.decoder_layers(**given)
     assert not given["y"].any()
 
 
