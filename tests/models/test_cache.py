@@ -48,3 +48,23 @@ def test_full_cache_and_batch_size_mismatch_are_errors():
         cache.update(0, rows(2), rows(2))
     with pytest.raises(ValueError, match="past_key_values: expected a cache of 5 sequences, as the input, got 2"):
         cache.update(0, rows(1, batch=5), rows(1, batch=5))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 0, 1, 3, 20])
+def test_a_reserved_slot_follows_what_update_returns(window):
+    """Token by token, by update in one cache and by writing to the slots of the other."""
+    cache, other = KVCache(1, 16, [window]), KVCache(1, 16, [window])
+    keys, values = rows(16), rows(16)
+    for each in (cache, other):
+        each.update(0, keys[:, :, :2], values[:, :, :2])
+        each.length = 2
+    for token in range(2, 16):
+        new = slice(token, token + 1)
+        expected = cache.update(0, keys[:, :, new], values[:, :, new])
+        *buffers, slot = other.reserve(0)
+        for buffer, source in zip(buffers, (keys, values), strict=True):
+            buffer[:, :, slot] = source[:, :, token]
+        for buffer, whole in zip(buffers, expected, strict=True):
+            assert torch.equal(buffer[:, :, : slot + 1], whole)
+        cache.length = other.length = token + 1
