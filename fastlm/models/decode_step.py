@@ -6,6 +6,7 @@ parameters of the usual types. Otherwise, and in every other forward pass, the m
 """
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -43,7 +44,7 @@ steps_of: weakref.WeakKeyDictionary[KVCache, Steps | None] = weakref.WeakKeyDict
 
 
 def decode_step(
-    layers: nn.ModuleList, x: Tensor, cache: KVCache | None, tables: list[Tables], key_padding: Tensor | None
+    layers: nn.ModuleList, x: Tensor, cache: KVCache | None, tables: Sequence[Tables], key_padding: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """Runs all layers on one new token of every sequence, if they can run in one call.
 

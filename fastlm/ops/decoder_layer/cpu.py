@@ -1,5 +1,7 @@
 """decoder_layer by the C++ kernel (csrc/cpu/decoder_layer.h)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ Tables = tuple[Tensor | None, Tensor | None]
 
 
 def decode(
-    layers: list[Layer], x: Tensor, slots: list[Slots], tables: list[Tables], key_padding: Tensor | None
+    layers: list[Layer], x: Tensor, slots: list[Slots], tables: Sequence[Tables], key_padding: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Runs layers on one token of every sequence.
 
@@ -34,7 +36,7 @@ def decode(
         key_padding=key_padding,
         threads=cpu.threads(),
         slots=slots,
-        tables=tables,
+        tables=[*tables],
         names=Layer._fields,
         layers=layers,
     )
