@@ -1,8 +1,8 @@
 """Decode steps on a CPU: all layers in one call of compiled code (fastlm/ops/decoder_layer).
 
 A step is the forward pass of one token per sequence after those in a KV cache. Its layers run in one call where nothing
-asks for their modules: no gradients, hooks, tracing, autocast or other backend, and modules and
-parameters of the usual types. Otherwise, and in every other forward pass, the modules run, with the same result.
+asks for their modules: no gradients, hooks, tracing, autocast or other backend, and modules and parameters of the usual
+types. Otherwise, and in every other forward pass, the modules run, with the same result.
 """
 
 import weakref
@@ -82,12 +82,12 @@ def decode_step(
 
 def takes_one_token(x: Tensor, cache: KVCache) -> bool:
     return (
-        kernels is not None
+        not needs_custom_op(x)  # first: what follows would add guards to a compiled graph
+        and kernels is not None
         and x.shape[1] == 1
         and type(cache) is KVCache
         and 0 < cache.length < cache.capacity
         and not torch.is_grad_enabled()
-        and not needs_custom_op(x)
         and x.is_cpu
         and x.is_contiguous()
         and torch._C._functorch.peek_interpreter_stack() is None
