@@ -25,6 +25,7 @@ class Steps(NamedTuple):
     """The layers of a model as compiled code takes them, and what must not have changed since.
 
     The entry of each of `dicts` at the key is the value; None: there is no such entry. Those of `empty` are empty.
+    `forwards` are the methods of the modules' classes.
     """
 
     layers: list[Layer]
@@ -34,9 +35,12 @@ class Steps(NamedTuple):
     keys: tuple[str, ...]
     values: tuple[Any, ...]
     empty: tuple[dict[Any, Any], ...]
+    forwards: dict[Any, Any]
 
     def still_hold(self) -> bool:
-        return kernels.unchanged(self.dicts, self.keys, self.values, self.empty)
+        return all(kind.forward is forward for kind, forward in self.forwards.items()) and kernels.unchanged(
+            self.dicts, self.keys, self.values, self.empty
+        )
 
 
 # Made at the first step with a cache. None: the modules run, until the cache is dropped. Tensors are kept alive.
@@ -96,6 +100,16 @@ def takes_one_token(x: Tensor, cache: KVCache) -> bool:
     )
 
 
+def forwards_of(*kinds: Any) -> dict[Any, Any]:
+    """The forward of each class of modules. A caller may replace it, for all modules of the class."""
+    return {kind: kind.forward for kind in kinds}
+
+
+def is_part(module: nn.Module, parts: dict[Any, Any]) -> bool:
+    """Whether a module is of one of these classes, with the forward that the class was written with."""
+    return parts.get(type(module)) is type(module).forward
+
+
 def describe(layers: nn.ModuleList) -> Steps | None:
     described: list[Layer] = []
     numbers: list[int] = []
@@ -121,7 +135,8 @@ def describe(layers: nn.ModuleList) -> Steps | None:
         return None
     kinds = {sizes_and_settings(layer): layer for layer in described}
     dicts, keys, values = zip(*entries, strict=True)
-    return Steps(described, numbers, list(kinds.values()), dicts, keys, values, tuple(empty))
+    forwards = forwards_of(*{type(module) for layer in layers for module in layer.modules()})
+    return Steps(described, numbers, list(kinds.values()), dicts, keys, values, tuple(empty), forwards)
 
 
 def sizes_and_settings(layer: Layer) -> tuple[Any, ...]:

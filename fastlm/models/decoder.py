@@ -14,7 +14,7 @@ from fastlm.core.errors import check_flag, check_integer, mismatch, wrong_type
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.cache import KVCache
-from fastlm.models.decode_step import decode_step
+from fastlm.models.decode_step import decode_step, forwards_of, is_part
 from fastlm.models.decoder_config import ACTIVATIONS, DecoderConfig
 from fastlm.models.language_model import LanguageModel
 from fastlm.models.layers import Embedding, FeedForward, Linear, embed_tokens, merge_heads, split_heads
@@ -143,7 +143,7 @@ class DecoderLayer(nn.Module):
 
     def describe(self) -> tuple[int, Layer] | None:
         """forward() on one token, for fastlm.models.decode_step; None if a part is not as this class makes it."""
-        if not all(type(module) in PARTS for module in self.modules()):
+        if not all(is_part(module, PARTS) for module in self.modules()):
             return None
         attention, mlp = self.self_attn, self.mlp
         before_mlp, output_norms = self.post_attention_layernorm, {}
@@ -190,7 +190,7 @@ class DecoderLayer(nn.Module):
         return attention.layer, found
 
 
-PARTS = {DecoderLayer, DecoderAttention, DecoderMLP, RMSNorm, Linear}
+PARTS = forwards_of(DecoderLayer, DecoderAttention, DecoderMLP, RMSNorm, Linear)
 
 
 class DecoderPretrainedModel(PretrainedModel):

@@ -16,7 +16,7 @@ from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.cache import KVCache
 from fastlm.models.config import GELUS, GPT2Config
-from fastlm.models.decode_step import decode_step
+from fastlm.models.decode_step import decode_step, forwards_of, is_part
 from fastlm.models.language_model import LanguageModel
 from fastlm.models.layers import (
     Conv1D,
@@ -104,7 +104,7 @@ class GPT2Block(nn.Module):
     def describe(self) -> tuple[int, Layer] | None:
         """forward() on one token, for fastlm.models.decode_step; None if a part is not as this class makes it."""
         attention, mlp = self.attn, self.mlp
-        if not all(type(module) in PARTS for module in self.modules()) or self.ln_1.eps != self.ln_2.eps:
+        if not all(is_part(module, PARTS) for module in self.modules()) or self.ln_1.eps != self.ln_2.eps:
             return None
         found = Layer.of(
             attention_norm=self.ln_1.weight,
@@ -133,7 +133,7 @@ class GPT2Block(nn.Module):
         return attention.layer, found
 
 
-PARTS = {GPT2Block, GPT2Attention, GPT2MLP, LayerNorm, Conv1D}
+PARTS = forwards_of(GPT2Block, GPT2Attention, GPT2MLP, LayerNorm, Conv1D)
 
 
 class GPT2PretrainedModel(PretrainedModel):

@@ -12,6 +12,7 @@ import fastlm
 from fastlm.backends import isa
 from fastlm.models import decode_step
 from fastlm.models.cache import KVCache
+from fastlm.models.decoder import DecoderMLP
 from tests.models.hugging_face import DECODERS, ours_like, tiny_decoder, tiny_gpt2
 from tests.models.test_decoder import VARIANTS
 
@@ -242,6 +243,21 @@ def test_a_changed_model_is_not_computed_as_it_was(change, when):
         results, by_modules(expected, before_step=lambda step, _: change(expected) if step == when else None, steps=6)
     )
     assert change is parametrize or not torch.equal(results[-1], unchanged[-1])
+
+
+@pytest.mark.parametrize("when", [0, 3], ids=["before", "between steps"])
+def test_a_replaced_forward_of_a_class_is_called(when, monkeypatch):
+    own = DecoderMLP.forward
+
+    def change(step, _):
+        if step == when:
+            monkeypatch.setattr(DecoderMLP, "forward", lambda self, x: 2 * own(self, x))
+
+    unchanged = logits_of(tiny(), steps=6)
+    results = logits_of(tiny(), before_step=change, steps=6)
+    monkeypatch.setattr(DecoderMLP, "forward", own)
+    assert_equal(results, by_modules(tiny(), before_step=change, steps=6))
+    assert not torch.equal(results[-1], unchanged[-1])
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
