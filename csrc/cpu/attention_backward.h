@@ -60,10 +60,11 @@ template <class Arithmetic> void add_over_queries(int64_t keys, int64_t queries,
 }
 
 // In place: masked scores, with `scale` still to be applied → weights P (dropped ones zero, kept ones scaled), dP → dS.
-// Queries from `count` on get zeros. Works row by row, as the softmax does.
-template <int Vecs>
+// Queries from `count` on get zeros. Works row by row, as the softmax does. With Sums the sum of each row's P, before
+// dropout, is added to `sums`.
+template <int Vecs, bool Sums = false>
 void score_gradients(float* scores, float scale, float* dweights, const float* keep, const float* lse,
-                     const float* delta, int64_t keys, int64_t count) {
+                     const float* delta, int64_t keys, int64_t count, float* sums = nullptr) {
   constexpr int64_t L = vec::Lanes, Width = Vecs * L;
   alignas(64) float row_lse[Width], row_delta[Width] = {};
   std::fill_n(row_lse, Width, INFINITY);
@@ -84,6 +85,8 @@ void score_gradients(float* scores, float scale, float* dweights, const float* k
     shift[v] = vec::load(row_lse + v * L, full{});
     d[v] = vec::load(row_delta + v * L, full{});
   }
+  vec total[Vecs];
+  for (int v = 0; Sums && v < Vecs; ++v) total[v] = vec::load(sums + v * L, full{});
   auto rows = [&](auto kept) {
     for (int64_t j = 0; j < keys; ++j) {
       float *s = scores + j * Width, *dw = dweights + j * Width;
@@ -93,6 +96,7 @@ void score_gradients(float* scores, float scale, float* dweights, const float* k
       exp_nonpositive(p);
       for (int v = 0; v < Vecs; ++v) {
         vec weight = p[v], dp = vec::load(dw + v * L, full{});
+        if constexpr (Sums) total[v] = total[v] + weight;
         if constexpr (kept) {
           const vec k = vec::load(keep + j * Width + v * L, full{});
           dp = dp * k;
@@ -106,6 +110,7 @@ void score_gradients(float* scores, float scale, float* dweights, const float* k
   };
   if (keep) rows(std::true_type{});
   else rows(std::false_type{});
+  for (int v = 0; Sums && v < Vecs; ++v) total[v].store(sums + v * L, full{});
 }
 
 // In place: dS → dS ∘ slopes; a dS of 0 stays 0 where the slope of a masked score is NaN.
@@ -116,8 +121,8 @@ inline void multiply_slopes(const float* slopes, int64_t count, float* dscores) 
   }
 }
 
-// δ of one panel of queries as Σ_key P·dP. Twice the work of Σ_d dO·O, but without the rounding of a 16-bit O, which
-// would dominate the gradient of a mask: over a row that sums to 0.
+// δ of one panel of queries as Σ_key P·dP / Σ_key P. Twice the work of Σ_d dO·O, but without the rounding of a 16-bit
+// O, which would dominate the gradient of a mask: over a row that sums to 0. ΣP is not 1 where large scores round lse.
 template <class T>
 void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_view<const T> key,
                   heads_view<const T> value, const float* lse, const attention_size& size, const masking<T>& mask,
@@ -126,16 +131,16 @@ void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_vie
   constexpr int64_t L = vec::Lanes;
   const int64_t dim = size.head_dim, depth = packed_depth<arithmetic>(dim), copied = row_major_stride<arithmetic>(dim),
                 kv_head = head / size.group_size();
-  float* k_rows = scratch(KeyBlock * (2 * copied + 3 * QueryPanel) + QueryPanel * (2 * depth + 1));
+  float* k_rows = scratch(KeyBlock * (2 * copied + 3 * QueryPanel) + QueryPanel * (2 * depth + 2));
   float* v_rows = k_rows + KeyBlock * copied;
   float* scores = v_rows + KeyBlock * copied;
   float* dscores = scores + KeyBlock * QueryPanel;
   float* extra = dscores + KeyBlock * QueryPanel;
   float* packed_q = extra + KeyBlock * QueryPanel;
   float* packed_g = packed_q + QueryPanel * depth;
-  float* sums = packed_g + QueryPanel * depth;
+  float *sums = packed_g + QueryPanel * depth, *weight_sums = sums + QueryPanel;
   const float none[QueryPanel] = {};
-  std::fill_n(sums, QueryPanel, 0.0f);
+  std::fill_n(sums, 2 * QueryPanel, 0.0f);
   pack<arithmetic>(operand<T>{query.at(batch, head, from), query.row(), 1}, queries, dim, width, packed_q);
   pack<arithmetic>(operand<T>{dout.at(batch, head, from), dout.row(), 1}, queries, dim, width, packed_g);
   for (int64_t k0 = mask.first_key(from); k0 < mask.end_key(from + queries, size.key_len); k0 += KeyBlock) {
@@ -148,13 +153,14 @@ void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_vie
     const float scale = mask_scores(mask, at, scores, width, extra);
     if (mask.drop.active()) dropout_tile(mask.drop, at, size.num_heads, extra, width);
     const float* keep = mask.drop.active() ? extra : nullptr;
-    with_vecs(width / L,
-              [=](auto vecs) { score_gradients<vecs>(scores, scale, dscores, keep, lse, none, at.keys, queries); });
+    with_vecs(width / L, [=](auto vecs) {
+      score_gradients<vecs, true>(scores, scale, dscores, keep, lse, none, at.keys, queries, weight_sums);
+    });
     for (int64_t j = 0; j < at.keys; ++j)
       for (int64_t i = 0; i < width; i += L)
         (vec::load(sums + i, full{}) + vec::load(dscores + j * width + i, full{})).store(sums + i, full{});
   }
-  std::copy_n(sums, queries, delta);
+  for (int64_t i = 0; i < queries; ++i) delta[i] = weight_sums[i] == 0 ? 0.0f : sums[i] / weight_sums[i];
 }
 
 // δ of one panel of queries as Σ_d dO·O, in the order of the product that computes dP: where a row attends one key, dP

@@ -184,3 +184,19 @@ def test_scores_that_overflow_are_nan_as_in_torch(size, causal, backend):
     assert size < 1e20 or theirs[some_visible].isnan().any()
     assert torch.equal(ours[some_visible].isnan(), theirs[some_visible].isnan())
     torch.testing.assert_close(ours[some_visible], theirs[some_visible], equal_nan=True)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_values_give_the_scores_no_gradient(dtype, backend):
+    """All keys have the same gradient dP then. Beside such scores float32 has no room for the log 2 of two equal keys:
+    their weights, recomputed from the log-sum-exp, do not sum to 1."""
+    query, key = floats(1, 2, 40, 32) * 300, floats(1, 2, 48, 33)[..., 1:] * 8
+    key[:, :, 1::2] = key[:, :, ::2]
+    value = torch.full((1, 2, 48, 32), 1.75)
+    attend = lambda *t: fastlm.attention(*t, scale=1.0, backend=backend)  # noqa: E731
+    out, dquery, dkey, _ = outputs_and_gradients(attend, (query, key, value), dtype)
+    assert (out == 1.75).all()
+    rounding = 2**-20 * 1.75 * 32  # of a dP, a sum over 32 channels
+    assert dquery.abs().max() <= rounding * key.abs().max()
+    assert dkey.abs().max() <= rounding * query.abs().max()
