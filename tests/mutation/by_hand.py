@@ -96,7 +96,6 @@ CUDA = [
     ),
     # the decay of Σ d·e^d, the gradient of an entropy
     ByHand("csrc/cuda/linear_log_prob.cu", "weighted_distance($decay, @$weighted + $distance * $sum@)", "$weighted"),
-    ByHand("csrc/cuda/linear_log_prob.cu", "$constant - $of_entropy * $distance", "$constant"),
     ByHand("csrc/cuda/philox.cuh", "0xBB67AE85u", "0xBB67AE84u"),
     # a barrier that is gone: the emulator notices the race
     ByHand("csrc/cuda/gemm.cuh", "__syncthreads()", "void()"),
@@ -109,7 +108,6 @@ TRITON = [
     ByHand("kernels/layernorm_residual.py", "- $normal * $correlation[:, None]", ""),
     ByHand("kernels/linear_cross_entropy.py", "* $factor - $uniform", "* $factor"),
     ByHand("kernels/linear_log_prob.py", "$moved = $weighted + $distance * $sum", "$moved = $weighted"),
-    ByHand("kernels/linear_log_prob.py", "$dentropy * ($distance + $rest)", "$dentropy * $rest"),
 ]
 
 PYTHON = [
