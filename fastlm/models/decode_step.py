@@ -2,7 +2,7 @@
 
 A step is the forward pass of one token per sequence after those in a KV cache. Its layers run in one call where nothing
 asks for their modules: no gradients, hooks, tracing, autocast or other backend, and modules and parameters of the usual
-types. Otherwise, and in every other forward pass, the modules run, with the same result.
+types. Otherwise, and in every other forward pass, the modules run: on the backend `cpu` with the same bits.
 """
 
 import weakref
