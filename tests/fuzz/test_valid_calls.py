@@ -120,7 +120,7 @@ class Draw:
         self.data = data
         seed = data.draw(st.integers(0, 2**32), label="seed")
         self.generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)  # of upstream gradients
+        torch.manual_seed(seed)  # of near_1()
         self.dtype = self.one_of(DTYPES, "dtype")
 
     def one_of(self, choices: Any, label: str) -> Any:
@@ -484,9 +484,9 @@ def distance(a: Tensor, truth: Tensor, counted: Tensor, noise: float, underflow:
 
 
 def noise_of_float64(inputs: list[Tensor | None]) -> float:
-    """True values that are no larger may be rounding errors of float64, of larger ones that cancel."""
-    largest = [x.double().abs().max().item() for x in inputs if x is not None and x.numel()]
-    return 1e-12 * max(1.0, *largest) ** 2 if largest else 1e-12
+    """True values that are no larger may be a hundred roundings of float64, of products of two inputs that cancel."""
+    largest = max((x.double().abs().max().item() for x in inputs if x is not None and x.numel()), default=0.0)
+    return max(1e-12, 100 * 2**-52 * largest**2)
 
 
 def scaled(inputs: list[Tensor | None]) -> list[Tensor | None]:
