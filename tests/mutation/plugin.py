@@ -62,7 +62,7 @@ def in_child(body, result: Path) -> int:
         os.setpgid(0, 0)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         written = json.dumps(body())
-        partial = result.with_suffix(".partial")
+        partial = result.with_name(f"{result.name}.partial")  # one for each result: several processes write at a time
         partial.write_text(written)
         partial.rename(result)
         status = 0
