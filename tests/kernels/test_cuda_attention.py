@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastlm
-from tests.ops.test_attention import qkv, seen, torch_own
+from tests.ops.attention import qkv, seen, torch_own
 from tests.support import (
     DTYPES,
     assert_same_bits,

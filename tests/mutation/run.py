@@ -53,20 +53,23 @@ def chosen(kind: str, scope: str) -> list[Mutation]:
     return hand + (generated if scope == "all" else sample(generated, PER_FILE[kind]))
 
 
+def operator_of(name: str) -> str:
+    """The longest name of an operator that a file's name begins with; "" if it belongs to none (philox)."""
+    operators = [path.parent.name for path in ROOT.glob("fastlm/ops/*/__init__.py")]
+    return max((operator for operator in operators if name.startswith(operator)), key=len, default="")
+
+
 def test_files(file: str) -> list[str]:
     """The tests of the operator that a file belongs to; for what happens before a backend, those of all operators too.
 
-    A file that belongs to no operator (kernels/philox.py) has the tests that name it, or all.
+    A file that belongs to no operator has the tests that name it, or all.
     """
     path = Path(file)
     name = path.parent.name if path.parts[:2] == ("fastlm", "ops") else path.stem
+    operator = operator_of(name)
     tests = sorted([*ROOT.glob("tests/ops/test_*.py"), *ROOT.glob("tests/optim/test_*.py")])
-    own = []
-    for test in tests:
-        operator = test.stem.removeprefix("test_")
-        if name.startswith(operator) or (path.parts[0] == "fastlm" and operator.startswith(name + "_")):
-            own.append(test)
-    if path.parts[0] == "kernels" and name.startswith("attention"):
+    own = [test for test in tests if operator and operator_of(test.stem.removeprefix("test_")) == operator]
+    if path.parts[0] == "kernels" and operator == "attention":
         own.insert(0, ROOT / "tests/kernels/test_paths.py")  # the branches of the attention kernels
     own = own or [test for test in tests if name in test.read_text()]
     shared = [test for test in tests if test.stem == "test_every_operator" and path.stem in ("api", "autograd")]

@@ -8,7 +8,7 @@ import torch
 
 import fastlm
 from fastlm.backends import isa
-from tests.ops.test_attention import seen, torch_own
+from tests.ops.attention import seen, torch_own
 from tests.support import DTYPES, FLOOR, error, floats, on_backends, on_every_backend, outputs_and_gradients
 
 HEAD_DIMS = [8, 32, 48, 64, 128]  # only that of 64 has a scale by which products are exact

@@ -10,7 +10,7 @@ from fastlm.backends import selection
 from fastlm.core import philox
 from fastlm.ops.attention import gpu
 from fastlm.ops.attention.spec import Backward, Forward
-from tests.ops.test_attention import NON_FINITE, capped_own, seen
+from tests.ops.attention import NON_FINITE, capped_own, seen
 from tests.support import (
     DTYPES,
     SLOW,
