@@ -1,7 +1,8 @@
 """Allocator tuning: keeps freed memory in the process, as every training step allocates the same sizes again.
 
 By default glibc returns large blocks to the system immediately. Allocating them again causes a page fault per 4 kB,
-which took a quarter of a training step on some machines.
+which took a quarter of a training step on some machines. Where Linux grants huge pages on request, the heap is also
+moved to these.
 """
 
 import ctypes
@@ -9,6 +10,8 @@ import dataclasses
 import os
 import sys
 from typing import Any
+
+from fastlm.core import huge_pages
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 MAX_INT = 2**31 - 1  # mallopt takes a C int
@@ -33,17 +36,20 @@ class AllocatorTuning:
 def tune_allocator() -> AllocatorTuning:
     """Configures glibc to keep freed memory in this process, so that the next training step reuses mapped pages.
 
-    Large blocks are then allocated on the heap, and the heap is not trimmed. This applies to all later allocations of
-    the process, including PyTorch's; resident memory stays at its peak. Only fastlm's commands call this function: a
-    library should not change the allocator of a program without being asked.
+    Large blocks are then allocated on the heap, and the heap is not trimmed. Where Linux grants huge pages on request,
+    the heap is extended by the size of the machine's memory, in address space only, and its pages are huge ones. This
+    applies to all later allocations of the process, including PyTorch's: call it before a model is created or loaded.
+    Resident memory stays at its peak. Only fastlm's commands call this function: a library should not change the
+    allocator of a program without being asked.
 
     Nothing is changed, and the result says why, if the environment sets one of glibc's thresholds
     (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_MAX_, MALLOC_TOP_PAD_, GLIBC_TUNABLES), if another
     allocator is in use (jemalloc, tcmalloc, mimalloc, …), or if the C library is not glibc (musl, macOS, Windows).
     """
     global done
-    reason = why_not_tunable()
-    done = AllocatorTuning(False, reason) if reason else apply(ctypes.CDLL(None).mallopt)
+    if done is None or not done.tuned:
+        reason = why_not_tunable()
+        done = AllocatorTuning(False, reason) if reason else tune(ctypes.CDLL(None))
     return done
 
 
@@ -102,6 +108,13 @@ def replaced_malloc(libc: Any) -> str:
     # address (in the PLT) for functions that it calls.
     malloc = library_of(libc, "aligned_alloc")
     return malloc if malloc and malloc != library_of(libc, "gnu_get_libc_version") else ""
+
+
+def tune(libc: Any) -> AllocatorTuning:
+    tuning = apply(libc.mallopt)
+    if tuning.tuned and huge_pages.reserve_heap(libc):
+        return AllocatorTuning(True, f"{tuning.reason}, in huge pages")
+    return tuning
 
 
 def apply(mallopt: Any) -> AllocatorTuning:

@@ -9,6 +9,7 @@ import pytest
 
 import fastlm
 from fastlm import allocator
+from fastlm.core import huge_pages
 
 GLIBC = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 on_glibc = pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
@@ -62,8 +63,32 @@ def test_result_and_info_describe_the_tuning():
     output = process(
         "import fastlm; t = fastlm.tune_allocator(); print(t.tuned, t); print(fastlm.info().allocator)"
     ).splitlines()
-    tuned = "tuned (M_MMAP_THRESHOLD 2147483647, M_TRIM_THRESHOLD -1: freed memory stays mapped)"
+    pages = ", in huge pages" if huge_pages.PAGE and not huge_pages.address_space_is_limited() else ""
+    tuned = f"tuned (M_MMAP_THRESHOLD 2147483647, M_TRIM_THRESHOLD -1: freed memory stays mapped{pages})"
     assert output == [f"True allocator: {tuned}", tuned]
+
+
+ADVISED = """
+import torch, fastlm
+from tests.core.test_huge_pages import advised_bytes
+{}
+first = fastlm.tune_allocator()
+x = torch.empty(16, 1 << 20)  # 64 MB, of which the first may lie below
+print(advised_bytes(x) > 0.9 * x.nbytes, fastlm.tune_allocator() == first)
+"""
+
+
+@on_glibc
+@pytest.mark.skipif(not huge_pages.PAGE, reason="this system uses huge pages always or never")
+@pytest.mark.skipif(huge_pages.address_space_is_limited(), reason="the address space is limited")
+def test_the_heap_is_on_huge_pages():
+    assert process(ADVISED.format("")) == "True True"
+
+
+@on_glibc
+def test_a_limited_address_space_is_left_to_the_process():
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (1 << 40, 1 << 40))"
+    assert process(ADVISED.format(limit)) == "False True"
 
 
 @on_glibc

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from fastlm.cli import app
-from fastlm.commands import demo, display, generate, predict, train
+from fastlm.commands import demo, display, process, train
 from fastlm.device import choose_device
 from fastlm.models import load_model
 from fastlm.training import data, loop
@@ -116,8 +116,8 @@ class CPUGenerator(torch.Generator):
 @pytest.fixture
 def on_meta(monkeypatch):
     """All commands choose the meta device."""
-    for command in (demo, generate, predict, train, loop):
-        monkeypatch.setattr(command, "choose_device", lambda name="auto": torch.device("meta"))
+    for module in (process, loop):
+        monkeypatch.setattr(module, "choose_device", lambda name="auto": torch.device("meta"))
     original = torch.optim.AdamW.__init__
     # The fused implementation has no kernel for meta tensors.
     monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda self, *a, fused=None, **k: original(self, *a, **k))

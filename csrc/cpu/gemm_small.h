@@ -189,9 +189,8 @@ void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands
 
   // A part reads at least 64 kB of B. Several parts per thread end at nearly the same time on all of them; where B is
   // contiguous along its columns, long pieces of its rows are worth more.
-  const int64_t most = std::min<int64_t>(along_k ? 8 * threads : threads, col_vecs);
-  const int64_t parts =
-      threads == 1 ? 1 : std::clamp<int64_t>(int64_t(Count) * n * k * storage<TB>::Bits / 8 / 65536, 1, most);
+  const int64_t most = along_k ? 8 * threads : threads, wanted = int64_t(Count) * n * k * storage<TB>::Bits / 8 / 65536;
+  const int64_t parts = std::min(col_vecs, parts_of_threads(wanted, most, threads));
   const int64_t group_columns = along_k ? L : MaxSmallMSums / (m * L) * L;
   parallel_parts(parts, threads, [=](int64_t part) {
     // Of each product: Lanes columns of all rows, then the next Lanes columns.

@@ -19,60 +19,37 @@ inline void amx_copy_tile(operand<bf16> b, int64_t columns, int64_t k, float* ou
     (j < columns ? amx_arithmetic::along_k(b.at(j, 0), k) : vec::zero()).store(out + j * 16, full{});
 }
 
-// sums[v·AmxTile + r·16 + j] = Σ_k A[r, k]·B[k, 16·v + j] for v < Vecs and `columns` columns of B, which is contiguous
-// in k. a is packed [pair of k][row].
-template <int Vecs> void amx_sums_along_k(int64_t columns, int64_t k, const float* a, operand<bf16> b, float* sums) {
+// sums[r·16 + j] = Σ_k A[r, k]·B[k, j] for up to 16 columns of B, which is contiguous in k. a is packed [pair of
+// k][row]. One tile of columns at a time: its memory is one piece that is read from start to end. With four, which hide
+// the latency of the multiply-adds, 64 places were read at a time, and the product was a fifth slower.
+inline void amx_sums_along_k(int64_t columns, int64_t k, const float* a, operand<bf16> b, float* sums) {
   constexpr int64_t Step = 2 * amx_arithmetic::KStep, Ahead = 8 * Step;
-  alignas(64) float edge[Vecs][AmxTile], transposed[Vecs][AmxTile];
+  alignas(64) float edge[AmxTile], transposed[AmxTile];
   _tile_zero(0);
-  if constexpr (Vecs > 1) _tile_zero(1);
-  if constexpr (Vecs > 2) _tile_zero(2);
-  if constexpr (Vecs > 3) _tile_zero(3);
-  const bool whole_columns = columns >= 16 * Vecs;
   for (int64_t from = 0; from < k; from += Step, a += AmxTile) {
-    const bf16* tile[Vecs];
+    const bf16* tile = b.at(0, from);
     int64_t stride = 2 * b.stride;  // bytes
-    if (whole_columns && from + Step <= k) {
-      for (int v = 0; v < Vecs; ++v) tile[v] = b.at(16 * v, from);
+    if (columns >= 16 && from + Step <= k) {
       // Ahead in these columns, and at their end in the next ones; harmless past the end of B.
-      const operand<bf16> next = from + Ahead < k ? b.from(0, from + Ahead) : b.from(16 * Vecs, from + Ahead - k);
-      for (int64_t j = 0; j < 16 * Vecs; ++j) __builtin_prefetch(next.at(j, 0));
+      const operand<bf16> next = from + Ahead < k ? b.from(0, from + Ahead) : b.from(16, from + Ahead - k);
+      for (int64_t j = 0; j < 16; ++j) __builtin_prefetch(next.at(j, 0));
     } else {
+      amx_copy_tile(b.from(0, from), columns, k - from, edge);
+      tile = reinterpret_cast<const bf16*>(edge);
       stride = 64;
-      for (int v = 0; v < Vecs; ++v) {
-        amx_copy_tile(b.from(16 * v, from), columns - 16 * v, k - from, edge[v]);
-        tile[v] = reinterpret_cast<const bf16*>(edge[v]);
-      }
     }
     __asm__ volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
     _tile_loadd(4, a, 64);
-    _tile_loadd(5, tile[0], stride);
+    _tile_loadd(5, tile, stride);
     _tile_dpbf16ps(0, 5, 4);
-    if constexpr (Vecs > 1) {
-      _tile_loadd(6, tile[1], stride);
-      _tile_dpbf16ps(1, 6, 4);
-    }
-    if constexpr (Vecs > 2) {
-      _tile_loadd(7, tile[2], stride);
-      _tile_dpbf16ps(2, 7, 4);
-    }
-    if constexpr (Vecs > 3) {
-      _tile_loadd(5, tile[3], stride);
-      _tile_dpbf16ps(3, 5, 4);
-    }
   }
-  _tile_stored(0, transposed[0], 64);
-  if constexpr (Vecs > 1) _tile_stored(1, transposed[1], 64);
-  if constexpr (Vecs > 2) _tile_stored(2, transposed[2], 64);
-  if constexpr (Vecs > 3) _tile_stored(3, transposed[3], 64);
-  for (int v = 0; v < Vecs; ++v) {
-    vec w[16];
+  _tile_stored(0, transposed, 64);
+  vec w[16];
 #pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) w[j] = vec::load(transposed[v] + j * 16, full{});
-    transpose(w);
+  for (int j = 0; j < 16; ++j) w[j] = vec::load(transposed + j * 16, full{});
+  transpose(w);
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) w[r].store(sums + v * AmxTile + r * 16, full{});
-  }
+  for (int r = 0; r < 16; ++r) w[r].store(sums + r * 16, full{});
 }
 
 // The same for a B that is contiguous along its columns. a is packed row-major, a_stride apart. The sums of all columns
@@ -116,8 +93,8 @@ void amx_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<
   if (along_k) pack<amx_arithmetic>(a, m, k, AmxRows, pairs_of_rows);
   if (along_i) copy_rows<amx_arithmetic>(a, m, k, depth, rows);
 
-  const int64_t most = std::min<int64_t>(along_k ? 8 * threads : threads, col_vecs);
-  const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(int64_t(Count) * n * k / 32768, 1, most);
+  const int64_t most = along_k ? 8 * threads : threads, wanted = int64_t(Count) * n * k / 32768;
+  const int64_t parts = std::min(col_vecs, parts_of_threads(wanted, most, threads));
   parallel_parts(parts, threads, [=](int64_t part) {
     const amx_tile_config multiplying;
     alignas(64) float sums[Count][AmxColumns * AmxRows];
@@ -130,11 +107,8 @@ void amx_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<
           amx_sums_along_i(columns, k, rows, depth, from, sums[source]);
           continue;
         }
-        int64_t j = 0;
-        for (; j + 48 < columns; j += 64)
-          amx_sums_along_k<4>(columns - j, k, pairs_of_rows, from.from(j, 0), sums[source] + j * AmxRows);
-        for (; j < columns; j += 16)
-          amx_sums_along_k<1>(columns - j, k, pairs_of_rows, from.from(j, 0), sums[source] + j * AmxRows);
+        for (int64_t j = 0; j < columns; j += 16)
+          amx_sums_along_k(columns - j, k, pairs_of_rows, from.from(j, 0), sums[source] + j * AmxRows);
       }
       for (int64_t r = 0; r < m; ++r)
         sweep(columns, [&](int64_t j, auto span) {

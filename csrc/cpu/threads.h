@@ -56,6 +56,13 @@ inline int64_t parts_for(int64_t items, int64_t bytes_per_item) {
   return std::max<int64_t>(1, std::min<int64_t>({items * bytes_per_item / 65536, items, 64}));
 }
 
+// From 1 to `most` parts for work that is split for several threads only. If there is one for each thread, all threads
+// have as many.
+inline int64_t parts_of_threads(int64_t wanted, int64_t most, int threads) {
+  const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(wanted, 1, most);
+  return parts > threads ? parts / threads * threads : parts;
+}
+
 // Calls body(part) once for each part, in any order, on any thread. Each thread starts with a range of its own, which
 // is the same in every call with as many parts, so that data it wrote in one call is in its own cache in the next. Then
 // it takes parts from threads that are late. Bodies must not throw: an exception cannot leave the parallel region.

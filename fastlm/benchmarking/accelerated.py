@@ -126,22 +126,29 @@ MODELS = {"bert": bert, "gpt2": gpt2, "smollm2": smollm2, "qwen3_lora": qwen3_lo
 # 2. In a worker process
 
 
-def prepared(model: nn.Module, library: str, number_of_threads: int, tuned: bool, compiled: bool = False) -> Any:
-    """The model as this process runs it, after setting up the process."""
+def set_up(number_of_threads: int, tuned: bool) -> None:
+    """The process, before it creates a model."""
     torch.set_num_threads(number_of_threads)
     if tuned:
         fastlm.tune_allocator()
+
+
+def prepared(model: nn.Module, library: str, compiled: bool = False) -> Any:
+    """The model as this process runs it."""
     if library == "fastlm":
         fastlm.accelerate(model)
     return torch.compile(model) if compiled else model
 
 
-def encoding_timer(*, dtype: str, checkpoint: str, compiled: bool = False, **how: Any) -> Work:
+def encoding_timer(
+    *, library: str, dtype: str, number_of_threads: int, checkpoint: str, tuned: bool, compiled: bool = False
+) -> Work:
     """All sentences, in the dtype throughout. A compiled model is also frozen: its weights are packed once."""
+    set_up(number_of_threads, tuned)
     model, batches = minilm(checkpoint)
     if compiled:
         torch._inductor.config.freezing = True
-    model = prepared(model.to(DTYPES[dtype]), compiled=compiled, **how)
+    model = prepared(model.to(DTYPES[dtype]), library, compiled)
     growth = resident_growth(0)
 
     @torch.no_grad()  # freezing does not support inference mode
@@ -152,10 +159,20 @@ def encoding_timer(*, dtype: str, checkpoint: str, compiled: bool = False, **how
     return timed(encode), growth
 
 
-def step_timer(*, case: str, dtype: str, sizes: dict[str, Any], **how: Any) -> Work:
+def step_timer(
+    *,
+    library: str,
+    dtype: str,
+    number_of_threads: int,
+    case: str,
+    sizes: dict[str, Any],
+    tuned: bool,
+    compiled: bool = False,
+) -> Work:
     """Forward, backward and PyTorch's fused AdamW; bfloat16 is autocast."""
+    set_up(number_of_threads, tuned)
     model, batch = MODELS[case](**sizes)
-    model = prepared(model, **how)
+    model = prepared(model, library, compiled)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     growth = resident_growth(sum(2 * p.nbytes for p in trained))  # the first step creates the moments
@@ -170,10 +187,20 @@ def step_timer(*, case: str, dtype: str, sizes: dict[str, Any], **how: Any) -> W
     return timed(step), growth
 
 
-def trainer_timer(*, case: str, dtype: str, sizes: dict[str, Any], compiled: bool = False, **how: Any) -> Work:
+def trainer_timer(
+    *,
+    library: str,
+    dtype: str,
+    number_of_threads: int,
+    case: str,
+    sizes: dict[str, Any],
+    tuned: bool,
+    compiled: bool = False,
+) -> Work:
     """A step of transformers' Trainer with its defaults, data loader to AdamW; bfloat16 is autocast."""
+    set_up(number_of_threads, tuned)
     model, batch = MODELS[case](**sizes)
-    model = prepared(model, **how)
+    model = prepared(model, library)
     auto = transformers()
     go: queue.Queue[float] = queue.Queue()
     done: queue.Queue[float | BaseException] = queue.Queue()

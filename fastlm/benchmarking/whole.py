@@ -137,12 +137,12 @@ def step_timer(
 ) -> Work:
     """A training step with clipping and AdamW; the memory counts beyond model and optimizer state."""
     torch.set_num_threads(number_of_threads)
+    if tuned:
+        fastlm.tune_allocator()
     about = Subject(**subject)
     model, loss = plain_model(about) if library != "fastlm" else fastlm_model(about, recompute)
     if compiled:
         model = cast(nn.Module, torch.compile(model))
-    if tuned:
-        fastlm.tune_allocator()
     settings = Settings(batch=about.batch, context=about.context, dtype=dtype, width=about.width, heads=about.heads)
     trainer = Trainer(model, settings, loss, native=library != "fastlm")
     inputs, targets = about.pairs()

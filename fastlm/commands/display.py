@@ -7,9 +7,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastlm.core.errors import mismatch
 from fastlm.training.loop import Report
-from fastlm.training.settings import check_integer
 
 console = Console(highlight=False)
 
@@ -28,14 +26,6 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
     return quantity(torch.get_num_threads(), "thread") if device.type == "cpu" else str(device)
-
-
-def set_threads(threads: int | None) -> None:
-    if threads is not None:
-        check_integer("threads", threads, 1)
-        if threads > 4096:  # starting many more threads fails and ends the process
-            raise mismatch("threads", "at most 4096", threads)
-        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

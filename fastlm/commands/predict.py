@@ -5,16 +5,15 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from fastlm.commands.display import console, set_threads
-from fastlm.device import choose_device
+from fastlm.commands.display import console
+from fastlm.commands.process import set_up
 from fastlm.generation import load_tokenizer
 from fastlm.generation.predict import predict
 from fastlm.models import load_model
 
 
 def run(directory: Path, text: str, *, top: int, temperature: float, device: str, threads: int | None) -> None:
-    chosen = choose_device(device)
-    set_threads(threads)
+    chosen = set_up(device, threads)
     candidates = predict(load_model(directory).to(chosen), load_tokenizer(directory), text, top, temperature)
     several_masks = any(c.place for c in candidates)
     table = Table()

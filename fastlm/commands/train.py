@@ -9,8 +9,8 @@ import torch
 import typer
 
 import fastlm
-from fastlm.commands.display import describe_device, progress_bar, quantity, say, set_threads
-from fastlm.device import choose_device
+from fastlm.commands.display import describe_device, progress_bar, quantity, say
+from fastlm.commands.process import set_up
 from fastlm.generation import load_tokenizer
 from fastlm.training import checkpoint, data
 from fastlm.training.loop import Result, train
@@ -33,10 +33,7 @@ def run(
     device: str,
     threads: int | None,
 ) -> None:
-    chosen = choose_device(device)
-    set_threads(threads)
-    if chosen.type == "cpu":
-        fastlm.tune_allocator()
+    chosen = set_up(device, threads)
     out = checkpoint.prepare(out, overwrite=overwrite)
     corpus = data.load(
         paths,

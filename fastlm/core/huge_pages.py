@@ -1,13 +1,22 @@
-"""Transparent huge pages for large results, which malloc maps from the system on every call."""
+"""Transparent huge pages: for large results, which malloc maps from the system on every call, and for a whole heap.
+
+A page fault then maps 2 MB instead of 4 kB. Memory is also read faster, the more so on virtual machines, where the
+address of a page takes up to 24 accesses to find: a processor remembers those of a few thousand pages.
+"""
 
 import ctypes
+import os
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 MIN_BYTES = 32 << 20  # glibc's default keeps no larger block for reuse; smaller ones mostly come from the heap
 MADV_HUGEPAGE = 14  # sys/mman.h
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+STRICT = "2"  # the system grants no more address space than there is memory
+PIECE = 1 << 30  # bytes; glibc's malloc takes no larger block from the heap than its threshold
 
 
 def huge_page_bytes() -> int:
@@ -37,3 +46,42 @@ def on_huge_pages(x: Tensor) -> Tensor:
         if first < last:
             madvise(first, last - first, MADV_HUGEPAGE)  # advice only: a failure changes nothing
     return x
+
+
+def address_space_is_limited() -> bool:
+    """Whether reserved address space takes something away from the process or from others."""
+    import resource  # not on Windows
+
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    try:
+        return any(limit != resource.RLIM_INFINITY for limit in limits) or OVERCOMMIT.read_text().strip() == STRICT
+    except OSError:
+        return True
+
+
+def reserve_heap(libc: Any) -> bool:
+    """Extends the heap by the size of the machine's memory and advises that part as huge pages; whether it did so.
+
+    Only pages that are written to take memory. glibc must not take large blocks from elsewhere or trim the heap.
+    """
+    if not PAGE or address_space_is_limited():
+        return False
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.sbrk.argtypes, libc.free.argtypes = (
+        [ctypes.c_size_t],
+        [ctypes.c_ssize_t],
+        [ctypes.c_void_p],
+    )
+    pieces: list[int] = []
+    while len(pieces) * PIECE < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        piece = libc.malloc(PIECE)
+        if not piece or piece > libc.sbrk(0):  # there is no room, or it is not in the heap
+            libc.free(piece)
+            break
+        pieces.append(piece)
+    if pieces:
+        first, end = -(-pieces[0] // PAGE) * PAGE, libc.sbrk(0) // PAGE * PAGE
+        madvise(first, end - first, MADV_HUGEPAGE)
+    for piece in reversed(pieces):  # each adjoins the free end of the heap
+        libc.free(piece)
+    return bool(pieces)
