@@ -38,13 +38,13 @@ template <class Arithmetic, class T> struct rhs_registers {
     }
   }
 
-  // B is contiguous in k; `columns` columns with `k` elements each exist.
-  static FASTLM_INLINE void along_k(operand<T> b, int64_t columns, int64_t k, vec (&w)[L]) {
+  // B is contiguous in k; `columns` columns with `k` elements each exist. The lines of `ahead` are prefetched.
+  static FASTLM_INLINE void along_k(operand<T> b, operand<T> ahead, int64_t columns, int64_t k, vec (&w)[L]) {
     const bool whole = columns >= L && k >= Depth * Per;
 #pragma GCC unroll 16
     for (int64_t j = 0; j < L; ++j) {
       const T* column = b.at(j, 0);
-      __builtin_prefetch(storage<T>::at(column, 2048 / storage<T>::Bits), 0, 2);
+      __builtin_prefetch(ahead.at(j, 0));
       w[j] = whole ? lanes(column, Depth * Per) : j < columns ? lanes(column, k) : vec::zero();
     }
     transpose(w);
@@ -149,7 +149,10 @@ template <class Arithmetic, class T> __attribute__((noinline)) void small_m_sums
           });
           continue;
         }
-        registers::along_k(at, columns, k_end - from, w);
+        // 256 bytes ahead in these columns, and at their end in the next ones; harmless past the end of B.
+        constexpr int64_t Ahead = 2048 / storage<T>::Bits;
+        const operand<T> ahead = from + Ahead < k ? b.from(0, from + Ahead) : b.from(L, from + Ahead - k);
+        registers::along_k(at, ahead, columns, k_end - from, w);
         if constexpr (registers::AsPairs) {
           for (int64_t half = 0; half < 2; ++half) {
             vec wide[L];
