@@ -81,6 +81,62 @@ inline void amx_sums_along_i(int64_t columns, int64_t k, const float* a, int64_t
   }
 }
 
+// Flushes denormals to zero, operands and results, as AMX does.
+class flushed_denormals {
+  const unsigned before = _mm_getcsr();
+
+ public:
+  flushed_denormals() { _mm_setcsr(before | 0x8040); }
+  ~flushed_denormals() { _mm_setcsr(before); }
+  flushed_denormals(const flushed_denormals&) = delete;
+  flushed_denormals& operator=(const flushed_denormals&) = delete;
+};
+
+// The same by multiply-adds, in the order of AMX: for so few rows interleaving pairs would take longer than reading B.
+// The bits are the same too, but for the sign of a sum that is flushed to zero. Not inlined, so that no arithmetic
+// moves out of the mode.
+inline constexpr int64_t FmaRows = 4;
+template <int Rows> __attribute__((noinline)) void fma_sums_along_i(int64_t columns, int64_t k, const float* a,
+                                                                    int64_t a_stride, operand<bf16> b, float* sums) {
+  const flushed_denormals mode;
+  const uvec high = uvec::all(0xffff0000u);
+  for (int64_t from = 0; from < k; from += 32) {
+    alignas(64) float x[2][Rows][16];  // of even and of odd k
+    for (int r = 0; r < Rows; ++r) {
+      const uvec pairs = bits_of(vec::load(a + r * a_stride + from / 2, full{}));
+      from_bits(pairs << 16).store(x[0][r], full{});
+      from_bits(pairs & high).store(x[1][r], full{});
+    }
+    const int64_t count = std::min<int64_t>(32, k - from);
+    for (int64_t j = 0; j < columns; j += 32) {
+      vec sum[2][Rows][2] = {};  // of even and of odd k, in even and in odd columns
+      const operand<bf16> next = from + 32 < k ? b.from(j, from + 32) : b.from(j + columns, 0);
+      auto add = [&](int64_t d, vec(&to)[Rows][2], const float (&with)[Rows][16]) {
+        const uvec pairs = bits_of(load_pairs(b.at(j, from + d), columns - j));
+        __builtin_prefetch(next.at(0, d));  // harmless past the end of B
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+          const vec value = vec::all(with[r][d / 2]);
+          to[r][0] = fma(value, from_bits(pairs << 16), to[r][0]);
+          to[r][1] = fma(value, from_bits(pairs & high), to[r][1]);
+        }
+      };
+      for (int64_t d = 0; d < count; d += 2) {
+        add(d, sum[0], x[0]);
+        if (d + 1 < count) add(d + 1, sum[1], x[1]);
+      }
+      for (int r = 0; r < Rows; ++r) {
+        vec halves[2];
+        interleave(sum[0][r][0] + sum[1][r][0], sum[0][r][1] + sum[1][r][1], halves);
+        for (int64_t half = 0; half < (columns - j > 16 ? 2 : 1); ++half) {
+          float* const c = sums + (j / 16 + half) * AmxTile + r * 16;
+          ((from > 0 ? vec::load(c, full{}) : vec::zero()) + halves[half]).store(c, full{});
+        }
+      }
+    }
+  }
+}
+
 // Arguments as of gemm(). m ≤ AmxRows; A is contiguous in k.
 template <class TA, size_t Count, class Epilogue>
 void amx_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<bf16, Count>& b, int threads,
@@ -104,7 +160,9 @@ void amx_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<
       for (size_t source = 0; source < Count; ++source) {
         const operand<bf16> from = b[source].from(column, 0);
         if (from.stride == 1) {
-          amx_sums_along_i(columns, k, rows, depth, from, sums[source]);
+          constexpr decltype(&amx_sums_along_i) By[] = {fma_sums_along_i<1>, fma_sums_along_i<2>, fma_sums_along_i<3>,
+                                                        fma_sums_along_i<4>};
+          (m <= FmaRows ? By[m - 1] : amx_sums_along_i)(columns, k, rows, depth, from, sums[source]);
           continue;
         }
         for (int64_t j = 0; j < columns; j += 16)

@@ -125,6 +125,14 @@ FASTLM_INLINE void transpose(vec (&r)[16]) {
   for (int i = 0; i < 16; ++i) r[i].v = t[i];
 }
 
+// The lanes of a and b in turn: a0 b0 a1 b1 …
+FASTLM_INLINE void interleave(vec a, vec b, vec (&halves)[2]) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  halves[0].v = _mm512_permutex2var_ps(a.v, first, b.v);
+  halves[1].v = _mm512_permutex2var_ps(a.v, second, b.v);
+}
+
 #if defined(__AVX512BF16__)
 // acc + a.low·b.low + a.high·b.high; each lane of a and b is a pair of bf16
 FASTLM_INLINE vec dot_bf16(vec acc, vec a, vec b) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)}; }
