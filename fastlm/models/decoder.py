@@ -19,7 +19,7 @@ from fastlm.models.decoder_config import ACTIVATIONS, DecoderConfig
 from fastlm.models.language_model import LanguageModel
 from fastlm.models.layers import Embedding, FeedForward, Linear, embed_tokens, merge_heads, split_heads
 from fastlm.models.outputs import HeadOutput, ModelOutput
-from fastlm.models.rope import rope_tables
+from fastlm.models.rope import Rope
 from fastlm.ops.attention import attention
 from fastlm.ops.decoder_layer import Layer
 from fastlm.ops.glu_mlp import glu_mlp
@@ -216,6 +216,8 @@ class DecoderModel(DecoderPretrainedModel):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config)
+        assert config.layer_types is not None
+        self.ropes = {kind: Rope(config, kind) for kind in dict.fromkeys(config.layer_types)}
         self.initialise(self)
 
     def forward(
@@ -257,7 +259,7 @@ class DecoderModel(DecoderPretrainedModel):
         x, table = embed_tokens(self.embed_tokens, input_ids, inputs_embeds)
         if config.scaled_embeddings and inputs_embeds is None:
             x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)  # rounded, as in transformers
-        tables = {kind: self.tables(position_ids, kind) for kind in set(config.layer_types)}
+        tables = {kind: self.tables(position_ids, kind) for kind in self.ropes}
         of_layers = [tables[kind] for kind in config.layer_types]
         stepped = decode_step(self.layers, x, cache, of_layers, key_padding)
         if stepped is not None:
@@ -274,7 +276,7 @@ class DecoderModel(DecoderPretrainedModel):
         return output
 
     def tables(self, position_ids: Tensor, layer_type: str) -> Tables:
-        cos, sin = rope_tables(self.config, position_ids, layer_type=layer_type)
+        cos, sin = self.ropes[layer_type].tables(position_ids)
         return (cos.double(), sin.double()) if self.dtype == torch.float64 else (cos, sin)
 
 

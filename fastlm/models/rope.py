@@ -62,7 +62,7 @@ class Settings:
 
     def wavelengths(self, theta: float) -> Tensor:
         """Of each pair of channels, divided by 2π: positions per radian."""
-        return theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
+        return theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim)
 
 
 def default(settings: Settings, positions: Tensor) -> Frequencies:
@@ -108,7 +108,7 @@ def yarn(settings: Settings, positions: Tensor) -> Frequencies:
     if settings.given.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
-    interpolated = ((torch.arange(dim // 2) - first) / (last - first or 0.001)).clamp(0, 1)
+    interpolated = ((torch.arange(dim // 2, device="cpu") - first) / (last - first or 0.001)).clamp(0, 1)
     frequencies, _ = default(settings, positions)
     frequencies = frequencies / factor * interpolated + frequencies * (1 - interpolated)
 
@@ -132,6 +132,24 @@ ROPE_TYPES: dict[str, Callable[[Settings, Tensor], Frequencies]] = {
 }
 
 
+class Rope:
+    """The rotation of one type of layer. Its frequencies are computed once, but those of the type dynamic."""
+
+    def __init__(self, config: Any, layer_type: str | None) -> None:
+        self.settings = Settings(config, layer_type)
+        self.frequencies_of = ROPE_TYPES[self.settings.rope_type]
+        self.fixed = None
+        if self.frequencies_of is not dynamic:
+            self.fixed = self.frequencies_of(self.settings, torch.empty(0, dtype=torch.int64, device="cpu"))
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: (batch or 1, tokens). See rope_tables."""
+        frequencies, scale = self.fixed or self.frequencies_of(self.settings, positions)
+        angles = positions[..., None].float() * frequencies.to(positions.device)
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos() * scale, angles.sin() * scale
+
+
 def rope_tables(config: Any, positions: Tensor, *, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
     """The cosines and sines of rotary positions, for `fastlm.rotary`, as transformers' models compute them.
 
@@ -153,9 +171,4 @@ def rope_tables(config: Any, positions: Tensor, *, layer_type: str | None = None
         raise mismatch("positions", "integers", positions.dtype)
     if positions.dim() not in (1, 2):
         raise mismatch("positions", "shape (tokens,) or (batch, tokens)", tuple(positions.shape))
-    settings = Settings(config, layer_type)
-    frequencies, scale = ROPE_TYPES[settings.rope_type](settings, positions)
-    positions = positions if positions.dim() == 2 else positions[None]
-    angles = positions[..., None].float() * frequencies.to(positions.device)
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos() * scale, angles.sin() * scale
+    return Rope(config, layer_type).tables(positions if positions.dim() == 2 else positions[None])
