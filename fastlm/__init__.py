@@ -14,6 +14,7 @@ from fastlm.backends import Unsupported, isa, use_backend
 from fastlm.info import info
 from fastlm.integrations import accelerate, report, restore
 from fastlm.ops.attention import attention, attention_varlen, scaled_dot_product_attention
+from fastlm.ops.contrastive_loss import contrastive_loss
 from fastlm.ops.gelu_mlp import gelu_mlp
 from fastlm.ops.glu_mlp import glu_mlp
 from fastlm.ops.layernorm_residual import layernorm_residual
@@ -30,6 +31,7 @@ __all__ = [
     "accelerate",
     "attention",
     "attention_varlen",
+    "contrastive_loss",
     "gelu_mlp",
     "glu_mlp",
     "info",

@@ -1,0 +1,6 @@
+"""contrastive_loss by the torch implementation of linear_cross_entropy."""
+
+from fastlm.ops.contrastive_loss.composition import by
+from fastlm.ops.linear_cross_entropy import torch as loss
+
+implementation = by(loss.implementation)
