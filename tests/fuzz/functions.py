@@ -157,6 +157,12 @@ def linear_log_prob(x, weight, target, bias, temperature, softcap, ignore_index)
     return log_prob, -(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1).masked_fill(ignored, 0)
 
 
+def contrastive_loss(queries, documents, temperature, negatives, labels):
+    compared = documents if negatives is None else torch.cat([documents, negatives])
+    similarity = F.normalize(queries, dim=-1) @ F.normalize(compared, dim=-1).t()
+    return F.cross_entropy(similarity / float(temperature), torch.arange(len(queries)) if labels is None else labels)
+
+
 def attention_arguments():
     return {
         "query": normal(2, 4, 3, 8),
@@ -265,6 +271,17 @@ OPERATORS = [
             "bias": normal(8),
         },
         linear_log_prob,
+    ),
+    Function(
+        "contrastive_loss",
+        fastlm.contrastive_loss,
+        lambda: {
+            "queries": normal(4, 6),
+            "documents": normal(6, 4).t(),
+            "negatives": normal(3, 6),
+            "labels": torch.tensor([0, 6, -100, 3]),
+        },
+        contrastive_loss,
     ),
 ]
 

@@ -342,6 +342,34 @@ def linear_log_prob(draw: Draw) -> Problem:
     )
 
 
+def contrastive_loss(draw: Draw) -> Problem:
+    batch, width, count = draw.size(40, "batch"), draw.size(70, "width"), draw.size(30, "negatives", smallest=0)
+    queries, documents = (draw.tensor(batch, width, label=name) for name in ("queries", "documents"))
+    negatives = draw.tensor(count, width, label="negatives") if count else None
+    temperature = draw.one_of((0.05, 1.0, 10.0), "temperature")
+    labels = torch.randint(batch + count, (batch,), generator=draw.generator)
+    labels[1:][torch.rand(batch - 1, generator=draw.generator) < 0.2] = -100  # a mean over no rows is NaN
+
+    def torch_own(queries, documents, negatives):
+        compared = documents if negatives is None else torch.cat([documents, negatives])
+        similarity = F.normalize(queries, dim=-1) @ F.normalize(compared, dim=-1).t()
+        wide = torch.promote_types(similarity.dtype, torch.float32)
+        return F.cross_entropy(similarity.to(wide) / temperature, labels)
+
+    def shuffle():
+        columns = draw.permutation(width)
+        return [x if x is None else x[:, columns] for x in (queries, documents, negatives)]
+
+    return Problem(
+        lambda q, d, n, backend: fastlm.contrastive_loss(
+            q, d, negatives=n, temperature=temperature, labels=labels, backend=backend
+        ),
+        torch_own,
+        [queries, documents, negatives],
+        shuffle,
+    )
+
+
 def attention(draw: Draw) -> Problem:
     batch, num_kv_heads, groups = draw.size(2, "batch"), draw.size(2, "num_kv_heads"), draw.size(2, "groups")
     query_len, key_len = draw.size(70, "query_len"), draw.size(90, "key_len")
@@ -451,6 +479,7 @@ def attention_varlen(draw: Draw) -> Problem:
 PROBLEMS = [
     attention,
     attention_varlen,
+    contrastive_loss,
     gelu_mlp,
     glu_mlp,
     layernorm_residual,

@@ -40,7 +40,9 @@ def forward(loss: Implementation[LossCall, Any], call: Forward) -> Results:
     rows, count = queries.shape[0], documents.shape[0]
     # With multiples of 16 rows every chunk of a GPU is aligned alike.
     chunk = max(16, SIMILARITY_BYTES // (4 * max(1, count)) // 16 * 16)
-    losses, dqueries, ddocuments = [], [], None
+    losses: list[Any] = []
+    dqueries: list[Any] = []
+    ddocuments: Any = None
     for begin in range(0, rows, chunk):
         labels = call.labels[begin : begin + chunk]
         row_scale = query_norms.new_full(labels.shape, call.temperature) if any(call.needed) else None
