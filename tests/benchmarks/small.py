@@ -7,6 +7,7 @@ import torch
 from fastlm.ops.adamw import bench as adamw
 from fastlm.ops.attention import bench as attention
 from fastlm.ops.benchmark import Case, Problem
+from fastlm.ops.contrastive_loss import bench as contrastive_loss
 from fastlm.ops.gelu_mlp import bench as gelu_mlp
 from fastlm.ops.glu_mlp import bench as glu_mlp
 from fastlm.ops.layernorm_residual import bench as layernorm_residual
@@ -21,6 +22,7 @@ SIZES = {
     attention.decode: {"tokens": 300, "heads": 2, "head_dim": 16, "batch": 2},
     attention.windowed: {"tokens": 48, "heads": 4, "head_dim": 16, "window": 10},
     attention.packed: {"tokens": 48, "heads": 4, "head_dim": 16, "repeats": 1},
+    contrastive_loss.problem: {"batch": 48, "width": 64},
     gelu_mlp.problem: {"rows": 48, "width": 64},
     glu_mlp.problem: {"rows": 48, "width": 64, "hidden": 150},
     layernorm_residual.problem: {"rows": 48, "width": 64},
