@@ -99,9 +99,9 @@ def embedder(model: nn.Module) -> Callable[[dict[str, Any]], Tensor]:
 def mini_batches(features: dict[str, Any], size: int) -> list[dict[str, Any]]:
     """Slices of the features of a column; what is no tensor belongs to all of them."""
     tensors = {name: x for name, x in features.items() if isinstance(x, Tensor)}
-    counts = {x.shape[0] if x.dim() > 1 else None for x in tensors.values()}
-    if len(counts) != 1 or None in counts:
+    counts = {x.shape[0] for x in tensors.values()} if all(x.dim() > 1 for x in tensors.values()) else set()
+    if len(counts) != 1:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         raise mismatch("sentence_features", "padded tensors (batch, …), to make mini-batches of", shapes or "none")
-    slices = [slice(begin, begin + size) for begin in range(0, max(1, *counts), size)]
+    slices = [slice(begin, begin + size) for begin in range(0, max(1, counts.pop()), size)]
     return [features | {name: x[rows] for name, x in tensors.items()} for rows in slices]
