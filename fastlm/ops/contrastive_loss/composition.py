@@ -1,10 +1,10 @@
 """contrastive_loss by the kernels of linear_cross_entropy, which every backend has.
 
 The loss is the linear cross-entropy of the normalised queries against a weight of the normalised documents and
-negatives, with 1 / temperature as scale of the logits. Of B queries of width D against M documents it takes three
-products of 2 B M D FLOP, which the kernels do by chunks of rows, and 20 or so passes over the B D and M D embeddings
-for their norms: 5 % of the time at B = M = 4096, D = 384. So the passes are PyTorch's operators on every backend, and
-there is no kernel of this operator's own.
+negatives, with 1 / temperature as scale of the logits. B queries of width D against M documents take three products of
+2 B M D FLOP, which the kernels do by chunks of rows, and some ten passes over the (B + M) D embeddings for their norms.
+At B = M = 4096, D = 384 these are 39 GFLOP and 0.2 GB. So every backend shares the products' kernels, the passes are
+PyTorch's operators, and there is no kernel of this operator's own.
 
 The gradients by the normalised embeddings are computed in the forward, while a chunk of similarities exists. The
 backward takes them through the normalisation, x̂ = x / n with n = max(‖x‖, ε):
@@ -116,7 +116,8 @@ def backward(call: Backward) -> Results:
 
 def through_norm(gradient: Tensor, x: Tensor, norm: Tensor, factor: Tensor) -> Tensor:
     """factor times the gradient of x, from that of x / norm."""
-    direction = x / norm
-    along = (gradient * direction).sum(1, keepdim=True)
-    along = torch.where(norm > EPS, along, 0)  # a smaller norm was replaced by ε, which is a constant
-    return torch.addcmul(gradient, along, direction, value=-1).mul_(factor / norm).to(x.dtype).contiguous()
+    gradient, direction = gradient.to(norm.dtype), x.to(norm.dtype) / norm
+    # A norm that was replaced by ε is a constant.
+    along = torch.where(norm > EPS, (gradient * direction).sum(1, keepdim=True), 0)
+    result = torch.addcmul(gradient, along, direction, value=-1, out=direction).mul_(factor / norm)
+    return result.to(x.dtype).contiguous()
