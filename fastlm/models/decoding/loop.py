@@ -73,7 +73,7 @@ def generate(
         check_tensor("attention_mask", attention_mask)
     check_memory(("input_ids", "attention_mask"), input_ids, attention_mask)
     if seed is not None:
-        check_integer("seed", seed, "an integer in [-2^63, 2^64)", range(-(2**63), 2**64))
+        seed = check_integer("seed", seed, "an integer in [-2^63, 2^64)", range(-(2**63), 2**64))
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise wrong_type("streamer", "an object with put() and end()", streamer)
     cuda_graphs = check_flag("cuda_graphs", cuda_graphs)

@@ -1,5 +1,6 @@
 import threading
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -113,6 +114,7 @@ def test_seed_is_reproducible_and_leaves_the_default_generator_unchanged():
     first = ours.generate(ids, max_new_tokens=20, temperature=1.0, seed=7)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first, ours.generate(ids, max_new_tokens=20, temperature=1.0, seed=7))
+    assert torch.equal(first, ours.generate(ids, max_new_tokens=20, temperature=1.0, seed=numpy.int64(7)))
     assert not torch.equal(first, ours.generate(ids, max_new_tokens=20, temperature=1.0, seed=8))
     free = ours.generate(ids, max_new_tokens=20, temperature=1.0)
     assert not torch.equal(free, ours.generate(ids, max_new_tokens=20, temperature=1.0))
