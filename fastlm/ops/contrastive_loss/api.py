@@ -22,9 +22,9 @@ def contrastive_loss(
     """InfoNCE: each query against all documents and negatives by cosine similarity, without the similarity matrix.
 
     With L2-normalised rows q̂, d̂ of the queries and of [documents; negatives], it is the mean over the queries i of
-    −log softmax(q̂ᵢ · d̂ / temperature) at labels[i]: each query's own document should be more similar to it than the
-    documents of the other queries and the negatives. Similarities exist for one chunk of queries at a time (at most
-    16 MiB), and gradients are computed while they do.
+    −log softmax(q̂ᵢ · d̂ / temperature) at labels[i] (van den Oord et al., 2018, arXiv:1807.03748): each query's own
+    document should be more similar to it than the documents of the other queries and the negatives. Similarities exist
+    for one chunk of queries at a time (16 MiB), and gradients are computed while they do.
 
     Args:
         queries: (batch, width), floating point, any strides. Under autocast queries, documents and negatives are cast
@@ -46,8 +46,6 @@ def contrastive_loss(
         TypeError, ValueError: an argument that does not fit; the message names it. A label out of range is named with
             its value and position (on a GPU it is a device assert).
         fastlm.Unsupported: no backend, or not the forced one, supports this call; the message lists the reasons.
-
-    Source: van den Oord et al., Representation Learning with Contrastive Predictive Coding (2018), equation 4.
     """
     check_tensor("queries", queries)
     check_tensor("documents", documents)
