@@ -78,6 +78,7 @@ def test_one_input_computed_from_another():
         lambda x: fastlm.glu_mlp(x, x * 2, x, x.t() * 3, x[0, :3]),
         lambda x: fastlm.linear_cross_entropy(x, x * 2, torch.tensor([0, 2, 1])),
         lambda x: fastlm.linear_log_prob(x, x * 2, torch.tensor([0, 2, 1])),
+        lambda x: fastlm.contrastive_loss(x, x.sin(), negatives=x[:2] * x[1:], temperature=0.5),
         lambda x: fastlm.attention(*(x[None, None] * i for i in (1, 2, 3))),
         lambda x: fastlm.attention_varlen(*(x[:, None] * i for i in (1, 2, 3)), *[torch.tensor([0, 2, 3])] * 2),
     ):
@@ -405,6 +406,7 @@ def test_strides_of_more_than_two_to_the_31(dtype, backend):
             fastlm.gelu_mlp(x, w, None, w, None, backend=backend),
             fastlm.linear_cross_entropy(x, w, torch.tensor([3, 5]), backend=backend),
             fastlm.linear_cross_entropy(w, x, torch.arange(width) % 2, backend=backend),
+            fastlm.contrastive_loss(x, w[:2], negatives=x, backend=backend),
             fastlm.attention(tokens, tokens, tokens, backend=backend),
             fastlm.attention(heads, heads, heads, backend=backend),
             fastlm.rotary(tokens, tokens, *table, backend=backend)[0],
