@@ -19,12 +19,13 @@ def accelerate(
     layernorm: bool = True,
     mlp: bool = True,
     loss: bool = True,
+    unpad: bool = True,
     strict: bool = True,
 ) -> M:
     """Replace the computation of a Hugging Face model by fastlm's operators, in place.
 
     Supported are Llama, Mistral, Qwen 2 and 3, SmolLM 2 and 3, Gemma 2 and 3, GPT-2, BERT, RoBERTa, XLM-RoBERTa,
-    CamemBERT, ELECTRA and DistilBERT, with any head.
+    CamemBERT, ELECTRA, DistilBERT and ModernBERT, with any head.
 
     Parameters and modules stay the same: state dict, optimizers, `save_pretrained`, `Trainer`, weight tying and
     resizing work as before, and hooks, adapters and sharding may be added before or after. A part that cannot be
@@ -42,6 +43,8 @@ def accelerate(
         mlp: replace the feed-forward block.
         loss: replace the loss of language-model and masked-language-model heads. In training mode with labels, logits
             are None, because the loss is computed without them.
+        unpad: run encoders unpadded. False: padding is computed as transformers does, for those who read hidden states
+            there.
         strict: raise if nothing could be replaced.
 
     Returns:
@@ -56,7 +59,14 @@ def accelerate(
     from fastlm.integrations import transformers
 
     check_module(model)
-    options = {"attention": attention, "layernorm": layernorm, "mlp": mlp, "loss": loss, "strict": strict}
+    options = {
+        "attention": attention,
+        "layernorm": layernorm,
+        "mlp": mlp,
+        "loss": loss,
+        "unpad": unpad,
+        "strict": strict,
+    }
     return transformers.accelerate(model, **{name: check_flag(name, value) for name, value in options.items()})
 
 

@@ -42,7 +42,7 @@ def mask(**arguments: Any) -> Tensor | None:
     custom = arguments.get("mask_function", causal_mask_function) is not causal_mask_function
     if (
         isinstance(kv_offset, Tensor)
-        or (window is not None and kv_length >= window and not (causal and is_view(arguments.get("config"))))
+        or (window is not None and kv_length >= window and not is_view(arguments.get("config")))
         or (causal and window is None and custom)
         or not (bidirectional or (causal and is_aligned_right(arguments, kv_length, kv_offset)))
     ):
@@ -127,7 +127,8 @@ def attention(
         attention_mask: a result of `mask`, or a 4-D mask of the user's.
         is_causal: for a call without a mask. None: as the module's attribute says.
         position_bias: added to the scaled scores.
-        sliding_window: for a call without a mask or with a 2-D one.
+        sliding_window: for a call without a mask or with a 2-D one: the keys up to the query's own, on each side that
+            is not causal.
         softcap: of the scaled scores, before they are masked.
 
     Returns:
@@ -194,7 +195,7 @@ def attend(
         key_padding = key_padding if key_padding.dtype == torch.bool else key_padding != 0
     if mask is None:
         if window is not None and window < key.shape[2]:
-            sides = (window - 1, None) if causal else (window, window)
+            sides = (window - 1, None if causal else window - 1)
     elif mask.dim() == 4:
         causal, mask = False, mask[..., : key.shape[2]]  # the mask of a static cache may be longer
     else:

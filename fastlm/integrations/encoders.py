@@ -1,14 +1,21 @@
-"""Encoders without padding: the class's forward runs on packed hidden states if nothing reads them between layers."""
+"""Encoders without padding: the class's forward runs on packed sequences if nothing reads what is between its modules.
+
+An encoder takes hidden states, or tokens, which it also embeds. Either are packed before its forward, and its result is
+padded again.
+"""
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastlm.integrations.capture import captured_outputs, is_idle
 from fastlm.integrations.families import Family
-from fastlm.integrations.layers import LayerPatch
-from fastlm.integrations.packing import Gather, Scatter, pack_by_mask
-from fastlm.integrations.patch import MASK_ARGUMENTS, Patch, observed_reason, patch_of
+from fastlm.integrations.layers import PACKED_ARGUMENT, WINDOW_MASK, LayerPatch
+from fastlm.integrations.packing import Gather, Packed, Scatter, pack, pack_by_mask
+from fastlm.integrations.patch import MASK_ARGUMENTS, Patch, observed_reason, patch_of, sizes_may_depend_on_values
+
+OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
 class EncoderPatch(Patch):
@@ -17,42 +24,108 @@ class EncoderPatch(Patch):
     def __init__(self, encoder: Any, family: Family, options: dict[str, bool]) -> None:
         super().__init__(encoder, options)
         self.family = family
+        self.takes_tokens = family.encoder_input == "tokens"
+        # In transformers 4 it makes two masks of tokens × tokens, with and without padding.
+        self.makes_masks = WINDOW_MASK in self.names
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.bind(args, kwargs)
-        input_name = self.names[0]
-        hidden_states: Any = arguments.get(input_name)
-        mask_name = next(name for name in self.names if name in MASK_ARGUMENTS)
-        packed = None
-        if not self.padding_reason(hidden_states, arguments):
-            packed = pack_by_mask(arguments.get(mask_name), hidden_states)
-        if packed is None:
+        call = self.packed_tokens(arguments) if self.takes_tokens else self.packed_hidden_states(arguments)
+        if call is None:
             return self.original(*args, **kwargs)
-        rows = Gather.apply(hidden_states.flatten(0, 1), packed.index)
-        result = self.original(**{**arguments, input_name: rows[None], mask_name: packed})
-        padded = Scatter.apply(result[0][0], packed.index, packed.batch * packed.tokens).view(hidden_states.shape)
+        packed, changed = call
+        result = self.original(**{**arguments, **changed})
+        rows = result[0][0]
+        shape = (packed.batch, packed.tokens, rows.shape[1])
+        padded = Scatter.apply(rows, packed.index, packed.batch * packed.tokens).view(shape)
         if isinstance(result, tuple):
             return padded, *result[1:]
         result["last_hidden_state"] = padded
         return result
 
+    def packed_hidden_states(self, arguments: dict) -> tuple[Packed, dict[str, Any]] | None:
+        """How a call is packed, and its arguments that change; None if it runs with padding."""
+        input_name = self.names[0]
+        hidden_states: Any = arguments.get(input_name)
+        mask_name = next(name for name in self.names if name in MASK_ARGUMENTS)
+        if self.padding_reason(hidden_states, arguments):
+            return None
+        packed = pack_by_mask(arguments.get(mask_name), hidden_states)
+        if packed is None:
+            return None
+        rows = Gather.apply(hidden_states.flatten(0, 1), packed.index)
+        return packed, {input_name: rows[None], mask_name: packed}
+
+    def packed_tokens(self, arguments: dict) -> tuple[Packed, dict[str, Any]] | None:
+        """The same of an encoder that takes token ids or their embeddings, and makes masks and tables of positions."""
+        ids, embeds, mask = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        if (ids is None) == (embeds is None):
+            return None
+        x: Any = embeds if ids is None else ids
+        if self.padding_reason(x, arguments) or not sizes_may_depend_on_values(x):
+            return None
+        batch_tokens = x.shape[:2]
+        if mask is None and self.makes_masks:
+            mask = torch.ones(batch_tokens, dtype=torch.bool, device=x.device)
+        if not isinstance(mask, Tensor) or mask.shape != batch_tokens:
+            return None
+        packed = pack(mask != 0, at_end=True, always=self.makes_masks)
+        if packed is None:
+            return None
+        index, positions = packed.index, arguments.get("position_ids")
+        if positions is None:
+            positions = index % packed.tokens
+        else:
+            positions = positions.expand(batch_tokens).flatten()[index]
+        changed: dict[str, Any] = {"position_ids": positions[None]}
+        if embeds is None:
+            changed["input_ids"] = x.flatten()[index][None]
+        else:
+            changed["inputs_embeds"] = Gather.apply(x.flatten(0, 1), index)[None]
+        if self.makes_masks:
+            changed["attention_mask"] = torch.ones(1, 1, dtype=torch.bool, device=x.device)  # not read by the layers
+            changed[PACKED_ARGUMENT] = packed
+        else:
+            changed["attention_mask"] = dict.fromkeys(self.module.config.layer_types, packed)
+        return packed, changed
+
     def layers(self) -> dict[str, nn.Module]:
         return self.module._modules[self.family.layers]._modules
 
-    def padding_reason(self, hidden_states: Any, arguments: dict) -> str:
-        """Why padding cannot be removed: hidden states are read between layers, or a layer is not replaced."""
-        if reason := observed_reason(hidden_states):
+    def padding_reason(self, x: Any, arguments: dict) -> str:
+        """Why padding cannot be removed: hidden states are read between modules, or a layer is not replaced."""
+        if reason := observed_reason(x):
             return reason
-        for name in ("encoder_hidden_states", "past_key_values", "cache", "output_hidden_states", "output_attentions"):
+        for name in ("encoder_hidden_states", "past_key_values", "cache", *OUTPUTS):
             if arguments.get(name) is not None and arguments[name] is not False:
                 return f"{name} is given"
         if any(mask is not None for mask in arguments.get("head_mask") or ()):
             return "head_mask is given"
         if captured_outputs():
             return "hidden states or attentions are captured"
+        if self.takes_tokens and (reason := self.reason_around_layers(arguments)):
+            return reason
         for name, layer in self.layers().items():
             if reason := layer_reason(layer):
                 return f"{self.family.layers}.{name} {reason}"
+        return ""
+
+    def reason_around_layers(self, arguments: dict) -> str:
+        """Why what an encoder computes beside its layers needs padding."""
+        config = self.module.config
+        for name in OUTPUTS:
+            if arguments.get(name) is None and getattr(config, name):
+                return f"the configuration says {name}"
+        for name in (WINDOW_MASK, PACKED_ARGUMENT, "indices", "max_seqlen"):
+            if arguments.get(name) is not None:
+                return f"{name} is given"
+        if self.makes_masks and config._attn_implementation not in ("eager", "sdpa"):
+            return f"attn_implementation is {config._attn_implementation}"
+        for path, child in self.module._modules.items():
+            if path != self.family.layers:
+                for name, module in child.named_modules(prefix=path):
+                    if has_user_hook(module):
+                        return f"has a hook at {name}"
         return ""
 
 

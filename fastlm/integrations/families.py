@@ -36,6 +36,8 @@ class Head(Description):
     second_loss: tuple[str, str] | None = None
     softcap: str | None = None  # attribute of the configuration: where the head soft-caps its logits
     scaled_embedding: str | None = None  # the class of a token embedding that multiplies by its `embed_scale`
+    # With `sparse_prediction`, labels of `sparse_pred_ignore_index` have no loss either.
+    sparse: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Family(Description):
     # Classes
     module: str  # the Python module that defines them
     layer: str  # the class of one layer
-    encoder: str | None  # the class that runs the layers on hidden states, if padding may be removed there
+    encoder: str | None  # the class that runs the layers, if padding may be removed there
     heads: Mapping[str, Head]  # by class
     # What a layer returns, from a version of transformers on: a tensor or a tuple. A tuple has the attentions only if
     # the call asks for them.
@@ -58,7 +60,8 @@ class Family(Description):
     norm: Literal["layer", "rms", "rms_offset"]  # rms_offset multiplies by 1 + weight
     norm_place: Literal["pre", "post"]  # before attention and MLP, or after each residual addition
     layout: Literal["linear", "conv1d"]  # of every projection's weight: (out, in), or (in, out)
-    mlp: Literal["plain", "gated"]  # down(activation(up x)), or down(activation(gate x) · up x)
+    # down(activation(up x)), or down(activation(gate x) · up x); fused_gated: `up` computes gate x, then up x
+    mlp: Literal["plain", "gated", "fused_gated"]
     positions: Literal["learned", "rotary"]  # added to the embeddings: the layers see none; or rotate queries and keys
 
     # Attention
@@ -80,15 +83,20 @@ class Family(Description):
 
     # What some families have
     layers: str = "layer"  # the encoder's list of layers
+    encoder_input: Literal["hidden_states", "tokens"] = "hidden_states"  # tokens: it also embeds them and makes masks
     norm_class: str | None = None  # the class of the norms, in `module`; None: torch.nn.LayerNorm
     head_dim: str | None = None  # attribute of the attention module
     query_norm: str | None = None  # over the head dimension, before the rotation
     key_norm: str | None = None
     rotates: str | None = None  # attribute of the attention module that says whether the layer uses positions
-    window: str | None = None  # attribute of the attention module, or "config." and one of its configuration
+    # Attributes of the attention module, or "config." and one of its configuration. The first that exists has the
+    # number of keys up to the query's own on a side; or, in transformers 4, (left, right) without the query's own.
+    window: tuple[str, ...] = ()
+    rotary: str | None = None  # computes a layer's table of positions where the call of the layer has none
     softcap: str | None = None  # attribute of the attention module: where it soft-caps its scores
     attention_output_norm: str | None = None  # of the output of attention, before the residual addition
     gate: str | None = None
+    hidden_dropout: str | None = None  # before the down projection
     mlp_output_norm: str | None = None
 
     def has_norm(self, kind: type) -> bool:
@@ -253,7 +261,7 @@ def llama_like(prefix: str, name: str, **changes: Any) -> Family:
 
 
 QUERY_KEY_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
-WINDOW = "sliding_window"
+WINDOW = ("sliding_window",)
 
 
 def gemma_like(prefix: str, name: str, **changes: Any) -> Family:
@@ -279,6 +287,38 @@ def gemma_like(prefix: str, name: str, **changes: Any) -> Family:
     )
 
 
+MODERNBERT = Family(
+    module="transformers.models.modernbert.modeling_modernbert",
+    layer="ModernBertEncoderLayer",
+    encoder="ModernBertModel",
+    encoder_input="tokens",
+    layers="layers",
+    heads={"ModernBertForMaskedLM": Head("decoder", uses_loss_function=True, sparse=True)},
+    returns={"4.57": ("hidden_states", "attentions"), "5.1": "hidden_states"},
+    norm="layer",
+    norm_place="pre",  # the first layer has no norm before its attention
+    layout="linear",
+    mlp="fused_gated",
+    positions="rotary",
+    attention="attn",
+    num_heads=None,
+    head_dim="head_dim",
+    causal=("is_causal",),
+    rotary="attn.rotary_emb",
+    window=("sliding_window", "local_attention"),
+    qkv=("attn.Wqkv",),
+    attention_dropout="attn.attention_dropout",
+    out="attn.Wo",
+    out_dropout="attn.out_drop",
+    attention_norm="attn_norm",
+    up="mlp.Wi",
+    activation="mlp.act",
+    hidden_dropout="mlp.drop",
+    down="mlp.Wo",
+    mlp_dropout=None,
+    mlp_norm="mlp_norm",
+)
+
 # By the module that defines the classes.
 FAMILIES = {
     family.module: family
@@ -291,11 +331,12 @@ FAMILIES = {
         bert_like("Electra", "electra", "generator_lm_head"),
         DISTILBERT,
         LLAMA,  # SmolLM and SmolLM 2 are Llamas
-        llama_like("Mistral", "mistral", window="config.sliding_window"),
+        llama_like("Mistral", "mistral", window=("config.sliding_window",)),
         llama_like("Qwen2", "qwen2", window=WINDOW),
         llama_like("Qwen3", "qwen3", window=WINDOW, **QUERY_KEY_NORMS),
         llama_like("SmolLM3", "smollm3", window=WINDOW, rotates="use_rope"),
         gemma_like("Gemma2", "gemma2", softcap="attn_logit_softcapping"),
         gemma_like("Gemma3", "gemma3", **QUERY_KEY_NORMS),
+        MODERNBERT,
     )
 }

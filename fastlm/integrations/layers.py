@@ -24,6 +24,7 @@ from fastlm.integrations.parts import (
     PLAIN_TENSORS,
     Parts,
     containers,
+    dropout_dict,
     parameter_names,
     projection_reason,
 )
@@ -31,6 +32,7 @@ from fastlm.integrations.patch import (
     GLOBAL_HOOKS,
     MASK_ARGUMENTS,
     Patch,
+    descend,
     functorch_stack,
     is_compiling,
     observed_reason,
@@ -46,6 +48,9 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 CACHE_CLASSES = (Cache, EncoderDecoderCache)
 # Gemma 3 of transformers 4 passes both to every layer.
 GEMMA3_TABLES = ("position_embeddings_global", "position_embeddings_local")
+WINDOW_MASK = "sliding_window_mask"
+# What a model of transformers 4 that makes its own masks passes on to its layers.
+PACKED_ARGUMENT = "cu_seqlens"
 
 
 class LayerPatch(Patch):
@@ -68,6 +73,8 @@ class LayerPatch(Patch):
         self.mask_name = next(name for name in self.names if name in MASK_ARGUMENTS)
         self.other_caches = frozenset(CACHE_ARGUMENTS) - {self.cache_name}
         self.rare = self.other_caches | {"head_mask", "cu_seq_lens_q"}
+        # Of transformers 4: the mask of layers with a window, beside the mask of the others.
+        self.window_mask_name = WINDOW_MASK if WINDOW_MASK in self.names else None
         self.is_rotary = family.positions == "rotary"
         self.all_options = options["attention"] and options["layernorm"] and options["mlp"]
         self.new_parts()
@@ -109,6 +116,12 @@ class LayerPatch(Patch):
             function = functools.partial(self, _checkpoint=False, **kwargs)
             return self.module._gradient_checkpointing_func(function, *args)
         x, mask = arguments[self.input_name], arguments.get(self.mask_name)
+        if self.window_mask_name is not None:
+            packed = arguments.get(PACKED_ARGUMENT)
+            if type(packed) is Packed:
+                mask = packed
+            elif window_of(parts) is not None:
+                mask = arguments.get(self.window_mask_name)
         return_weights = bool(arguments.get("output_attentions"))
         if (
             parts.all_replaceable
@@ -138,7 +151,7 @@ class LayerPatch(Patch):
                     return f"{name} is given"
             if not self.other_caches.isdisjoint(arguments):
                 return f"an argument of the name {', '.join(self.other_caches & arguments.keys())}"
-        if self.is_rotary and position_tables(self, arguments) is None:
+        if self.is_rotary and not has_positions(self, arguments):
             return "position_embeddings are missing"
         cache = arguments.get(self.cache_name)
         if cache is not None and not isinstance(cache, CACHE_CLASSES):
@@ -204,15 +217,16 @@ def self_attention(
     scale = scale_of(module, query.shape[-1]) if scale is None else scale
     dropout, key_of_p = parts.attention_dropout
     dropout_p = dropout[key_of_p] if own["training"] else 0.0
-    if type(mask) is Packed:
-        ends = mask.cu_seqlens
-        out = fastlm.attention_varlen(query[0], key[0], value[0], ends, ends, scale=scale, dropout_p=dropout_p)
-        return out.view(1, -1, out.shape[1] * out.shape[2]), None
+    if type(mask) is Packed and not parts.is_rotary:
+        return packed_attention(query[0], key[0], value[0], mask, parts, scale, dropout_p), None
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if parts.is_rotary and (parts.rotates is None or own[parts.rotates]):
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         cos, sin = position_tables(patch, arguments)
         query, key = fastlm.rotary(query, key, cos.to(dtype), sin.to(dtype))
+    if type(mask) is Packed:
+        query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        return packed_attention(query, key, value, mask, parts, scale, dropout_p), None
     cache = arguments.get(patch.cache_name)
     if cache is not None:
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
@@ -227,10 +241,7 @@ def self_attention(
         # are its unused end.
         if implementation(module) != NAME:
             key, value = key[:, :, :tokens], value[:, :, :tokens]
-    window = None
-    if parts.window is not None:
-        owner, name = parts.window
-        window = owner.get(name)
+    window = window_of(parts)
     softcap = None if parts.softcap is None else own[parts.softcap]
     if mask is None and window is None and not return_weights:
         out = fastlm.attention(query, key, value, causal=causal, scale=scale, softcap=softcap, dropout_p=dropout_p)
@@ -250,11 +261,45 @@ def self_attention(
     return out.flatten(2), weights
 
 
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: Packed, parts: Parts, scale: float, dropout_p: float
+) -> Tensor:
+    """query, key, value: (real tokens, heads, head_dim). Returns (1, real tokens, heads · head_dim)."""
+    ends, window = packed.cu_seqlens, window_of(parts)
+    sides = None if window is None else (window - 1, window - 1)
+    out = fastlm.attention_varlen(query, key, value, ends, ends, window=sides, scale=scale, dropout_p=dropout_p)
+    return out.view(1, -1, out.shape[1] * out.shape[2])
+
+
+def window_of(parts: Parts) -> int | None:
+    """The number of keys that a query attends to on a side, with its own. None: all."""
+    if parts.window is None:
+        return None
+    owner, name = parts.window
+    window = owner[name]
+    return window[0] + 1 or None if type(window) is tuple else window  # (-1, -1): all
+
+
+def has_positions(patch: LayerPatch, arguments: dict) -> bool:
+    """Whether there are tables of positions for `position_tables`."""
+    if arguments.get("position_embeddings") is not None or GEMMA3_TABLES[0] in arguments:
+        return True
+    return own_rotary(patch) is not None and arguments.get("position_ids") is not None
+
+
+def own_rotary(patch: LayerPatch) -> Any:
+    """The module that computes a layer's tables, where the layer has one."""
+    path = patch.family.rotary
+    return None if path is None else descend(patch.module, path)
+
+
 def position_tables(patch: LayerPatch, arguments: dict) -> Any:
-    """(cos, sin) of the positions, or None. Gemma 3 of transformers 4 gets two pairs."""
+    """(cos, sin) of the positions. Gemma 3 of transformers 4 gets two pairs, ModernBERT there none."""
     tables = arguments.get("position_embeddings")
     if tables is None and GEMMA3_TABLES[0] in arguments:
         tables = arguments[GEMMA3_TABLES[patch.module.get_submodule(patch.family.attention).is_sliding]]
+    if tables is None:
+        tables = own_rotary(patch)(arguments[patch.input_name], position_ids=arguments["position_ids"])
     return tables
 
 
@@ -286,8 +331,8 @@ def match_dtypes(branch: Tensor, residual: Tensor, pre_norm: bool) -> tuple[Tens
 def fused_layer(patch: LayerPatch, parts: Parts, x: Tensor, mask: Any, arguments: dict) -> Tensor:
     pre_norm, layout, norm = parts.pre_norm, parts.layout, parts.run_norm
     y = x
-    if pre_norm:
-        y, _ = norm(parts.attention_norm_dict, x, None)
+    if parts.input_norm_dict is not None:
+        y, _ = norm(parts.input_norm_dict, x, None)
 
     (batch, tokens, _), shape = x.shape, head_shape(parts)
     projections = parts.qkv_parameters
@@ -316,8 +361,12 @@ def fused_layer(patch: LayerPatch, parts: Parts, x: Tensor, mask: Any, arguments
     if not pre_norm:
         x = y
 
-    gate, up, down = parts.gate_parameters, parts.up_parameters, parts.down_parameters
-    y = parts.run_mlp(y, gate, up, down, parts.activation_name, layout)
+    own = parts.hidden_dropout_dict
+    if own["p"] and own["training"]:
+        y = mlp(y, parts, True)
+    else:
+        gate, up, down = parts.gate_parameters, parts.up_parameters, parts.down_parameters
+        y = parts.run_mlp(y, gate, up, down, parts.activation_name, layout)
     if parts.mlp_output_norm_dict is not None:
         y = norm(parts.mlp_output_norm_dict, y, None)[0]
     own = parts.mlp_dropout_dict
@@ -400,7 +449,7 @@ def shared_arguments(patch: LayerPatch, arguments: dict, module: Any) -> Any:
         for name, value in arguments.items()
         if name not in of_layer and (name in accepted or "**" in accepted)
     }
-    if patch.is_rotary:
+    if patch.is_rotary and own_rotary(patch) is None:
         shared["position_embeddings"] = position_tables(patch, arguments)
     return shared
 
@@ -438,7 +487,8 @@ def apply_or_defer(dropout: Any, branch: Tensor, parts: Parts) -> tuple[Tensor, 
         return branch, 0.0
     if parts.reasons[dropout]:
         return dropout(branch), 0.0
-    return branch, dropout.p if dropout.training else 0.0
+    own = dropout_dict(dropout)
+    return branch, own["p"] if own["training"] else 0.0
 
 
 def add_norm(
@@ -459,7 +509,11 @@ def mlp(x: Tensor, parts: Parts, fused: bool) -> Tensor:
     if not fused:
         return down(hidden_of(x, parts, False))
     projections = [module for module in (parts.gate, parts.up, down) if module is not None]
-    if parts.activation_name is None or not all(is_plain(module, parts) for module in projections):
+    if (
+        parts.activation_name is None
+        or not all(is_plain(module, parts) for module in projections)
+        or drops_hidden(parts)
+    ):
         return project(down, hidden_of(x, parts, True), parts)
     gate = None if parts.gate is None else parts.gate._parameters
     return parts.run_mlp(x, gate, parts.up._parameters, down._parameters, parts.activation_name, parts.layout)
@@ -468,9 +522,20 @@ def mlp(x: Tensor, parts: Parts, fused: bool) -> Tensor:
 def hidden_of(x: Tensor, parts: Parts, fused: bool) -> Tensor:
     """What the down projection of an MLP takes."""
     up = project(parts.up, x, parts) if fused else parts.up(x)
-    if parts.gate is None:
-        return parts.activation(up)
-    return parts.activation(project(parts.gate, x, parts) if fused else parts.gate(x)) * up
+    if parts.is_gate_fused:
+        gate, up = up.chunk(2, -1)
+        hidden = parts.activation(gate) * up
+    elif parts.gate is None:
+        hidden = parts.activation(up)
+    else:
+        hidden = parts.activation(project(parts.gate, x, parts) if fused else parts.gate(x)) * up
+    return hidden if parts.hidden_dropout is None else parts.hidden_dropout(hidden)
+
+
+def drops_hidden(parts: Parts) -> bool:
+    """Whether the dropout before the down projection does anything, or must be called."""
+    dropout, own = parts.hidden_dropout, parts.hidden_dropout_dict
+    return dropout is not None and bool(parts.reasons[dropout] or (own["p"] and own["training"]))
 
 
 def first_two(result: Any) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 
 import fastlm
 from fastlm.integrations.families import Head
@@ -30,6 +30,7 @@ from fastlm.models.layers import SharedTable
 
 # If a smaller share of the rows has a label, gathering these rows takes less time than computing the others.
 GATHER_BELOW = 0.9
+IGNORE_INDEX = -100
 
 
 class ProjectionPatch(Patch):
@@ -89,6 +90,9 @@ class HeadPatch(Patch):
         return_dict = arguments.pop("return_dict", None)
         if head.disables_cache and "use_cache" in self.names:
             arguments["use_cache"] = False
+        if head.sparse and self.module.sparse_prediction:
+            no_loss = labels == self.module.sparse_pred_ignore_index
+            labels = labels.masked_fill(no_loss, settings.get("ignore_index", IGNORE_INDEX))
         output, hidden, weight = self.hidden_states(projection, arguments)
         softcap = None if head.softcap is None else getattr(self.module.config, head.softcap)
         loss = loss_of(
@@ -174,7 +178,7 @@ class HeadPatch(Patch):
         standard = True
         if head.uses_loss_function:
             function = own.get("_loss_function") or LOSS_MAPPING.get(own.get("loss_type"), ForCausalLMLoss)
-            standard = function is ForCausalLMLoss
+            standard = function is (ForCausalLMLoss if head.shifted else ForMaskedLMLoss)
             standard = standard and type(self.module).loss_function is PreTrainedModel.loss_function
         elif head.loss_module is not None:
             standard = is_plain_cross_entropy(own["_modules"].get(head.loss_module))
@@ -193,7 +197,7 @@ def is_plain_cross_entropy(module: Any) -> bool:
     if type(module) is not nn.CrossEntropyLoss:
         return False
     settings = (module.weight, module.ignore_index, module.reduction, module.label_smoothing)
-    return settings == (None, -100, "mean", 0.0)
+    return settings == (None, IGNORE_INDEX, "mean", 0.0)
 
 
 def loss_of(
@@ -204,7 +208,7 @@ def loss_of(
     labels,
     softcap=None,
     num_items_in_batch=None,
-    ignore_index=-100,
+    ignore_index=IGNORE_INDEX,
     shift_labels=None,
 ):
     if head.shifted:

@@ -24,14 +24,21 @@ class Packed:
     tokens: int
 
 
-def pack(padding: Tensor) -> Packed | None:
+def pack(padding: Tensor, *, at_end: bool = False, always: bool = False) -> Packed | None:
     """padding: (batch, tokens), True for real tokens.
 
     None if there is no padding, or if a sequence begins with padding: poolers and classifiers read its first position.
+
+    Args:
+        at_end: None also if real tokens follow padding. Packing would change their distances, which a window needs.
+        always: pack without padding, too.
     """
     batch, tokens = padding.shape
-    real, first_real = torch.stack([padding.sum(), padding[:, :1].sum()]).tolist()
-    if real == batch * tokens or first_real != batch:
+    counts = [padding.sum(), padding[:, :1].sum()]
+    if at_end:
+        counts.append((padding[:, 1:] > padding[:, :-1]).sum())
+    real, first_real, *resumed = torch.stack(counts).tolist()
+    if (real == batch * tokens and not always) or first_real != batch or any(resumed):
         return None
     index = torch.nonzero_static(padding.flatten(), size=real)[:, 0]
     cu_seqlens = F.pad(padding.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))

@@ -96,6 +96,22 @@ def gated_mlp(x: Tensor, gate: dict, up: dict, down: dict, activation: str, layo
     )
 
 
+def fused_gated_mlp(x: Tensor, gate: None, up: dict, down: dict, activation: str, layout: str) -> Tensor:
+    (gate_weight, up_weight), bias = up["weight"].chunk(2), up["bias"]
+    gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+    return fastlm.glu_mlp(
+        x,
+        gate_weight,
+        up_weight,
+        down["weight"],
+        gate_bias,
+        up_bias,
+        down["bias"],
+        activation=activation,
+        recompute=RECOMPUTE,
+    )
+
+
 class Norm(NamedTuple):
     operator: str
     run: Callable
@@ -113,14 +129,11 @@ NORMS = {
     "rms": Norm("rms_norm_residual", rms_norm),
     "rms_offset": Norm("rms_norm_residual", rms_norm_offset),
 }
+GATED_ACTIVATIONS = {name: name for name in ("silu", "gelu", "gelu_tanh", "relu")}, "a plain SiLU, GELU or ReLU"
 MLPS = {
     "plain": MLP("gelu_mlp", plain_mlp, {"gelu": "none", "gelu_tanh": "tanh"}, "a plain GELU"),
-    "gated": MLP(
-        "glu_mlp",
-        gated_mlp,
-        {name: name for name in ("silu", "gelu", "gelu_tanh", "relu")},
-        "a plain SiLU, GELU or ReLU",
-    ),
+    "gated": MLP("glu_mlp", gated_mlp, *GATED_ACTIVATIONS),
+    "fused_gated": MLP("glu_mlp", fused_gated_mlp, *GATED_ACTIVATIONS),
 }
 
 
@@ -149,6 +162,8 @@ def norm_reason(module: Any, family: Family) -> str:
 
 
 def dropout_reason(module: Any) -> str:
+    if type(module) is nn.Identity:  # where a model without dropout has one
+        return call_reason(module)
     if type(module) is not nn.Dropout:
         return f"{IS_A}{type(module).__name__}"
     return "has a probability of 1" if module.p >= 1 else call_reason(module)
@@ -194,6 +209,10 @@ def dict_of(module: Any) -> dict | None:
     return None if module is None else module.__dict__
 
 
+def dropout_dict(module: Any) -> dict:
+    return module.__dict__ if type(module) is nn.Dropout else {"training": False, "p": 0.0}
+
+
 class Parts:
     """The modules of a layer and the reason for each.
 
@@ -232,31 +251,40 @@ class Parts:
             self.find_optional(family.mlp_dropout),
         )
         self.attention_output_norm = self.find_optional(family.attention_output_norm)
+        self.hidden_dropout = self.find_optional(family.hidden_dropout)
         self.mlp_output_norm = self.find_optional(family.mlp_output_norm)
         self.activation = getattr(self.up_owner, family.activation.rpartition(".")[2])  # a module or a function
         if isinstance(self.activation, nn.Module):
             self.find(family.activation)
 
         self.pre_norm = family.norm_place == "pre"
+        self.no_attention_norm = self.pre_norm and type(self.attention_norm) is nn.Identity
         self.middle_norm = self.mlp_norm if self.pre_norm else self.attention_norm  # after the attention's residual
         self.layout, self.num_heads, self.head_dim = family.layout, family.num_heads, family.head_dim
         self.run_norm, self.run_mlp = NORMS[family.norm].run, MLPS[family.mlp].run
+        self.is_gate_fused = family.mlp == "fused_gated"
         own = self.attention.__dict__
         self.causal = next((name for name in family.causal if name in own), None)
         self.is_rotary, self.rotates = family.positions == "rotary", family.rotates
-        self.window = None if family.window is None else self.attribute(family.window)
+        windows = [self.attribute(name) for name in family.window]
+        self.window = next((window for window in windows if window[1] in window[0]), None)
         self.softcap = family.softcap
 
     def find_reasons(self, family: Family) -> None:
         block, out_owner = self.attention_block, self.out_owner
         projections = [module for module in (*self.qkv, self.out, self.gate, self.up, self.down) if module is not None]
-        block_norms = (self.attention_norm, self.mlp_norm, self.attention_output_norm, self.mlp_output_norm)
+        attention_norm = None if self.no_attention_norm else self.attention_norm
+        block_norms = (attention_norm, self.mlp_norm, self.attention_output_norm, self.mlp_output_norm)
         head_norms = [module for module in (self.query_norm, self.key_norm) if module is not None]
         norms = [module for module in block_norms if module is not None] + head_norms
-        dropouts = [module for module in (self.out_dropout, self.mlp_dropout) if module is not None]
+        dropouts = [
+            module for module in (self.out_dropout, self.hidden_dropout, self.mlp_dropout) if module is not None
+        ]
         self.reasons = {module: projection_reason(module, family.layout) for module in projections}
         self.reasons |= {module: norm_reason(module, family) for module in norms}
         self.reasons |= {module: dropout_reason(module) for module in dropouts}
+        if self.no_attention_norm:
+            self.reasons[self.attention_norm] = call_reason(self.attention_norm)
 
         self.attention_reason = attention_reason(self.attention, family)
         for module in head_norms:  # families differ in the layout of what these norms get
@@ -297,14 +325,15 @@ class Parts:
         self.down_parameters = self.down._parameters
         self.gate_parameters = None if self.gate is None else self.gate._parameters
         self.layer_dict, self.attention_dict = self.layer.__dict__, self.attention.__dict__
-        self.attention_norm_dict, self.mlp_norm_dict = self.attention_norm.__dict__, self.mlp_norm.__dict__
+        has_input_norm = self.pre_norm and not self.no_attention_norm
+        self.input_norm_dict = self.attention_norm.__dict__ if has_input_norm else None
+        self.mlp_norm_dict = self.mlp_norm.__dict__
         self.middle_norm_dict = self.middle_norm.__dict__
         self.query_norm_dict, self.key_norm_dict = dict_of(self.query_norm), dict_of(self.key_norm)
         self.attention_output_norm_dict = dict_of(self.attention_output_norm)
         self.mlp_output_norm_dict = dict_of(self.mlp_output_norm)
-        none: dict[str, Any] = {"training": False, "p": 0.0}
-        self.out_dropout_dict = none if self.out_dropout is None else self.out_dropout.__dict__
-        self.mlp_dropout_dict = none if self.mlp_dropout is None else self.mlp_dropout.__dict__
+        self.out_dropout_dict, self.mlp_dropout_dict = dropout_dict(self.out_dropout), dropout_dict(self.mlp_dropout)
+        self.hidden_dropout_dict = dropout_dict(self.hidden_dropout)
 
     def find(self, path: str) -> Any:
         module = self.layer

@@ -93,7 +93,7 @@ def layer_entries(name: str, layer: Any, family: Family) -> list[Entry]:
         return "" if options[option] else f"accelerate(…, {option}=False)"
 
     def add(path: str, operator: str, reason: str, **features: Any) -> None:
-        parameter = parts.attention_norm.weight
+        parameter = parts.mlp_norm.weight
         conv1d = family.layout == "conv1d"
         entries.append(entry(f"{name}.{path}", operator, parameter, reason, conv1d=conv1d, **features))
 
@@ -107,7 +107,7 @@ def layer_entries(name: str, layer: Any, family: Family) -> list[Entry]:
     add(family.out, "linear", excluded("attention") or owner or reasons[parts.out])
     # A container that is called whole also calls a norm inside it.
     norms: tuple[tuple[str | None, Any, str, str], ...] = (
-        (family.attention_norm, parts.attention_norm, parent(family.out), owner),
+        (None if parts.no_attention_norm else family.attention_norm, parts.attention_norm, parent(family.out), owner),
         (family.query_norm, parts.query_norm, family.attention, attention),
         (family.key_norm, parts.key_norm, family.attention, attention),
         (family.attention_output_norm, parts.attention_output_norm, parent(family.out), owner),

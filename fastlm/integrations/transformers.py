@@ -35,6 +35,7 @@ def accelerate(
     layernorm: bool = True,
     mlp: bool = True,
     loss: bool = True,
+    unpad: bool = True,
     strict: bool = True,
 ) -> M:
     if isinstance(model, torch._dynamo.OptimizedModule):
@@ -43,7 +44,7 @@ def accelerate(
             "got the result of torch.compile"
         )
     restore(model)
-    options = {"attention": attention, "layernorm": layernorm, "mlp": mlp, "loss": loss}
+    options = {"attention": attention, "layernorm": layernorm, "mlp": mlp, "loss": loss, "unpad": unpad}
     inside_layers: set[nn.Module] = set()
     for module in list(model.modules()):
         if not has_foreign_forward(module) and module not in inside_layers:
@@ -65,7 +66,7 @@ def accelerate(
 def patch_module(module: Any, options: dict[str, bool]) -> None:
     if (family := layer_family(module)) is not None:
         put(LayerPatch(module, family, options))
-    elif options["attention"] and (family := encoder_family(module)) is not None:
+    elif options["attention"] and options["unpad"] and (family := encoder_family(module)) is not None:
         put(EncoderPatch(module, family, options))
     elif options["loss"] and (head := head_of(module)) is not None:
         patch = HeadPatch(module, head, options)

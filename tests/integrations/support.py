@@ -78,6 +78,20 @@ DECODERS = {
     "Gemma2": GEMMA | {"attn_logit_softcapping": None},
     "Gemma3Text": GEMMA,
 }
+MODERNBERT = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 48,
+    "hidden_size": 36,
+    "num_hidden_layers": 4,  # the first and the last are global, those between have a window
+    "num_attention_heads": 3,
+    "intermediate_size": 80,
+    "local_attention": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
 SETTINGS = {
     "GPT2": GPT2,
     "Bert": BERT | DROPOUTS,
@@ -86,6 +100,7 @@ SETTINGS = {
     "Camembert": BERT | DROPOUTS,
     "Electra": BERT | DROPOUTS | {"embedding_size": 20},
     "DistilBert": DISTILBERT,
+    "ModernBert": MODERNBERT,
     **DECODERS,
 }
 ENCODERS = [family for family in SETTINGS if family != "GPT2" and family not in DECODERS]

@@ -33,15 +33,22 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 TABLES = ("position_embeddings_global", "position_embeddings_local")  # of Gemma 3 in transformers 4
 
 
+missing = object()
+
+
+def value_at(module, path):
+    return functools.reduce(lambda owner, name: getattr(owner, name, missing), path.split("."), module)
+
+
 def parameters_of(layer):
     return inspect.signature(type(layer).forward).parameters
 
 
 def layer_of(family, **changes):
-    """A layer of transformers that is not accelerated, and its description."""
+    """The last layer of a model of transformers that is not accelerated, and its description."""
     description = FAMILIES[HOMES[family]]
     model = tiny(family, **changes)
-    return next(module for module in model.modules() if type(module).__name__ == description.layer), description
+    return [module for module in model.modules() if type(module).__name__ == description.layer][-1], description
 
 
 def test_every_family_has_a_model_in_these_tests():
@@ -58,12 +65,14 @@ def test_classes_and_modules_exist(family):
         assert type(encoder.get_submodule(description.layers)[0]).__name__ == description.layer
     projections = {*description.qkv, description.out, description.gate, description.up, description.down} - {None}
     norms = {value for field, value in vars(description).items() if field.endswith("_norm")} - {None}
-    dropouts = {description.attention_dropout, description.out_dropout, description.mlp_dropout} - {None}
+    dropouts = {description.attention_dropout, description.out_dropout} - {None}
+    dropouts |= {description.hidden_dropout, description.mlp_dropout} - {None}
     norm = getattr(home, description.norm_class) if description.norm_class else nn.LayerNorm
-    if family in DECODERS:
+    if description.positions == "rotary":
         dropouts.remove(description.attention_dropout)
         assert layer.get_submodule(description.attention).attention_dropout == 0
-    for paths, kinds in ((projections, PROJECTIONS[description.layout]), (norms, [norm]), (dropouts, [nn.Dropout])):
+    kinds_of_dropout = [nn.Dropout, nn.Identity]  # the second in ModernBERT without dropout
+    for paths, kinds in ((projections, PROJECTIONS[description.layout]), (norms, [norm]), (dropouts, kinds_of_dropout)):
         for path in paths:
             assert type(layer.get_submodule(path)) in kinds
     # Every module with parameters is described.
@@ -73,13 +82,17 @@ def test_classes_and_modules_exist(family):
     assert callable(getattr(layer.get_submodule(parent(description.activation)), description.activation.split(".")[-1]))
     attention = layer.get_submodule(description.attention)
     if description.num_heads is None:
-        assert getattr(attention, description.head_dim) * 3 == layer.get_submodule(description.qkv[0]).out_features
+        heads = 3 * 3 if len(description.qkv) == 1 else 3
+        assert getattr(attention, description.head_dim) * heads == layer.get_submodule(description.qkv[0]).out_features
     else:
         assert getattr(attention, description.num_heads) == 3
     causal = next((vars(attention)[name] for name in description.causal if name in vars(attention)), False)
     assert causal is (family == "GPT2" or family in DECODERS)
-    for name in (description.rotates, description.window, description.softcap):
-        assert name is None or functools.reduce(getattr, name.split("."), attention) in (None, 5, 1)
+    for name in (description.rotates, description.softcap):
+        assert name is None or getattr(attention, name) in (None, 0, 1)
+    windows = [value_at(attention, name) for name in description.window]
+    assert len([window for window in windows if window is not missing]) == min(1, len(windows))
+    assert set(windows) <= {None, 5, (-1, -1), missing}
 
 
 @pytest.mark.parametrize("family", SETTINGS)
@@ -87,7 +100,7 @@ def test_output_projections_are_where_heads_have_them(family):
     description = FAMILIES[HOMES[family]]
     for name, head in description.heads.items():
         kind = getattr(importlib.import_module(HOMES[family]), name)
-        decoder = {"is_decoder": head.uses_loss_function} if family in ENCODERS and family != "DistilBert" else {}
+        decoder = {"is_decoder": head.shifted} if family in ENCODERS and family != "DistilBert" else {}
         model = kind(config_class(family)(**SETTINGS[family], **decoder))
         projection = model.get_submodule(head.projection)
         assert projection is model.get_output_embeddings()
@@ -99,9 +112,12 @@ def test_layers_return_what_the_table_says_for_this_version(family):
     layer, description = layer_of(family, attn_implementation="eager")
     x, returned = torch.randn(2, 5, 36), description.returned()
     inputs = {"attn_mask": torch.ones(2, 5)} if family == "DistilBert" else {}  # it requires one
-    if family in DECODERS:
-        table = torch.randn(1, 5, layer.get_submodule(description.attention).head_dim)
-        inputs = {name: (table, table) for name in ("position_embeddings", *TABLES) if name in parameters_of(layer)}
+    if description.positions == "rotary":
+        table, names = torch.randn(1, 5, layer.get_submodule(description.attention).head_dim), parameters_of(layer)
+        inputs = {name: (table, table) for name in ("position_embeddings", *TABLES) if name in names}
+        if "sliding_window_mask" in names:  # ModernBERT of transformers 4 needs all of them
+            mask = torch.zeros(2, 1, 5, 5)
+            inputs = {"attention_mask": mask, "sliding_window_mask": mask, "position_ids": torch.arange(5)[None]}
     if returned is None:
         assert layer(x, **inputs).shape == x.shape
         return

@@ -32,7 +32,7 @@ LABELLED = [name for name in HEADS if name in vars(transformers) or hasattr(tran
 
 def head(name, **changes):
     family = next(family for family, home in HOMES.items() if name in FAMILIES[home].heads)
-    if HEADS[name].uses_loss_function and family in ENCODERS:
+    if HEADS[name].shifted and family in ENCODERS:
         changes["is_decoder"] = True
     if name == "GPT2DoubleHeadsModel":
         changes["summary_first_dropout"] = 0.0

@@ -272,7 +272,8 @@ def test_hidden_states_and_attentions(family):
             model(x, attention_mask=mask, output_hidden_states=True, output_attentions=True)
             for model in (accelerated, reference)
         )
-        assert len(actual.attentions) == 2 and len(actual.hidden_states) == 3
+        number = reference.config.num_hidden_layers
+        assert len(actual.attentions) == number and len(actual.hidden_states) == number + 1
         for a, b in zip(
             actual.hidden_states + actual.attentions, expected.hidden_states + expected.attentions, strict=True
         ):
