@@ -16,6 +16,8 @@ from fastlm.integrations.packing import Gather, Packed, Scatter, pack, pack_by_m
 from fastlm.integrations.patch import MASK_ARGUMENTS, Patch, observed_reason, patch_of, sizes_may_depend_on_values
 
 OUTPUTS = ("output_hidden_states", "output_attentions")
+# The hook on token embeddings for checkpointing. It only makes what they return require a gradient.
+REQUIRE_GRADS = ("transformers.modeling_utils", "make_inputs_require_grads")
 
 
 class EncoderPatch(Patch):
@@ -62,7 +64,7 @@ class EncoderPatch(Patch):
         if (ids is None) == (embeds is None):
             return None
         x: Any = embeds if ids is None else ids
-        if self.padding_reason(x, arguments) or not sizes_may_depend_on_values(x):
+        if not sizes_may_depend_on_values(x) or self.padding_reason(x, arguments):
             return None
         batch_tokens = x.shape[:2]
         if mask is None and self.makes_masks:
@@ -145,9 +147,11 @@ def layer_reason(layer: Any) -> str:
 
 
 def has_user_hook(module: Any) -> bool:
-    """Whether a hook may read what goes into or comes out of a module. Those of sharding do not."""
+    """Whether a hook may read what goes into or comes out of a module. Those of sharding and checkpointing do not."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
         for hook in hooks.values():
-            if not is_idle(hook) and not str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
+            home = str(getattr(hook, "__module__", ""))
+            harmless = home.startswith("torch.distributed.") or (home, getattr(hook, "__name__", "")) == REQUIRE_GRADS
+            if not harmless and not is_idle(hook):
                 return True
     return False

@@ -91,7 +91,7 @@ MODERNBERT = {
     "eos_token_id": 2,
     "cls_token_id": 1,
     "sep_token_id": 2,
-}
+} | ({} if V5 else {"reference_compile": False})  # transformers 4 writes it to the configuration at the first call
 SETTINGS = {
     "GPT2": GPT2,
     "Bert": BERT | DROPOUTS,

@@ -134,10 +134,17 @@ def test_dropout_of_post_norm_layers(name):
     assert_same_distribution(tiny("Bert", **{name: 0.5}), {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])})
 
 
+@pytest.mark.parametrize("name", ["attention_dropout", "mlp_dropout"])
+def test_dropout_of_layers_with_a_window(name):
+    assert_same_distribution(tiny("ModernBert", **{name: 0.5}), {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])})
+
+
 def assert_same_distribution(reference, inputs, draws=3000):
     accelerated = accelerated_copy(reference).train()
     for model in (reference.train(), accelerated):  # no dropout of embeddings: only the layers are compared
-        (model.drop if hasattr(model, "drop") else model.embeddings.dropout).eval()
+        model.get_submodule(
+            {"gpt2": "drop", "bert": "embeddings.dropout"}.get(model.config.model_type, "embeddings")
+        ).eval()
     x = ids(1, 6).expand(draws, -1)
     inputs = {key: value.expand(draws, -1) for key, value in inputs.items()}
     with torch.no_grad():
@@ -207,6 +214,21 @@ PLACES = {
         "transformer.layer.0.ffn",
         "transformer.layer.0.ffn.lin2",
         "transformer.layer.0.output_layer_norm",
+    ),
+    "ModernBert": (
+        "layers.0.attn_norm",
+        "layers.1",
+        "layers.1.attn_norm",
+        "layers.1.attn",
+        "layers.1.attn.Wqkv",
+        "layers.1.attn.Wo",
+        "layers.1.attn.out_drop",
+        "layers.1.mlp_norm",
+        "layers.1.mlp",
+        "layers.1.mlp.Wi",
+        "layers.1.mlp.act",
+        "layers.1.mlp.drop",
+        "layers.1.mlp.Wo",
     ),
     "Gemma3Text": (
         "layers.0",
@@ -427,7 +449,7 @@ def test_pruned_projections_are_not_replaced(when):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", ["GPT2", "Bert", "DistilBert", "Qwen2"])
+@pytest.mark.parametrize("family", ["GPT2", "Bert", "DistilBert", "Qwen2", "ModernBert"])
 def test_checkpointing_is_bit_identical(family, reentrant):
     """With dropout, padding, and the loss."""
     dropouts = {
@@ -435,6 +457,7 @@ def test_checkpointing_is_bit_identical(family, reentrant):
         "Bert": {"hidden_dropout_prob": 0.2},
         "DistilBert": {"dropout": 0.2},
         "Qwen2": {"attention_dropout": 0.2},
+        "ModernBert": {"attention_dropout": 0.2},
     }[family]
     model = accelerated_copy(tiny(family, language_head(family), **dropouts)).train()
     x, mask = padded(17, 5, 9)
@@ -442,12 +465,13 @@ def test_checkpointing_is_bit_identical(family, reentrant):
     for on in (False, True):
         if on:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        counted = CallCounter(layers.fastlm, "glu_mlp" if family == "Qwen2" else "gelu_mlp")
+        counted = CallCounter(layers.fastlm, "glu_mlp" if family in ("Qwen2", "ModernBert") else "gelu_mlp")
         model.zero_grad()
         torch.manual_seed(1)
         loss = model(x, attention_mask=mask, labels=x.masked_fill(mask == 0, -100)).loss
         loss.backward()
-        assert len(counted.stop()) == (4 if on else 2)  # two layers, recomputed in the backward pass
+        # Recomputed in the backward pass.
+        assert len(counted.stop()) == model.config.num_hidden_layers * (2 if on else 1)
         found.append((loss.detach(), gradients(model)))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1].keys() == found[1][1].keys() and all(
@@ -476,7 +500,7 @@ def test_a_layer_inside_torch_checkpoint():
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("family", ["GPT2", "Bert", "Qwen3", "Gemma3Text"])
+@pytest.mark.parametrize("family", ["GPT2", "Bert", "Qwen3", "Gemma3Text", "ModernBert"])
 def test_autocast_matches_the_replaced_operators(family):
     reference = tiny(family)
     accelerated = accelerated_copy(reference)
@@ -507,6 +531,7 @@ def test_inference_mode_and_gradient_accumulation():
     [
         pytest.param("GPT2", "LMHeadModel", {"n_layer": 1}, marks=pytest.mark.slow),
         ("Bert", "ForMaskedLM", {"num_hidden_layers": 1}),
+        ("ModernBert", "ForMaskedLM", {"num_hidden_layers": 2}),
         pytest.param(
             "Gemma3Text",
             "ForCausalLM",
@@ -540,6 +565,7 @@ def test_compile_fullgraph_with_dynamic_shapes(family, head, one):
         ("GPT2", "LMHeadModel", {"attention", "linear", "gelu_mlp", "layernorm_residual"}),
         ("Bert", "ForMaskedLM", {"attention", "linear", "gelu_mlp", "layernorm_residual"}),
         ("Qwen3", "ForCausalLM", {"attention", "linear", "glu_mlp", "rms_norm_residual", "rotary"}),
+        ("ModernBert", "ForMaskedLM", {"attention", "linear", "glu_mlp", "layernorm_residual", "rotary"}),
     ],
 )
 def test_export(family, head, operators):

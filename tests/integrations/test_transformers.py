@@ -95,7 +95,7 @@ def test_attention_implementation_may_be_set():
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
-@pytest.mark.parametrize("family", ["GPT2", "Bert", "Qwen3"])
+@pytest.mark.parametrize("family", ["GPT2", "Bert", "Qwen3", "ModernBert"])
 def test_copies_are_accelerated_and_independent(family, copied):
     model = accelerated_copy(tiny(family, language_head(family)))
     x, mask = padded(9, 5, tokens=9)
@@ -113,7 +113,7 @@ def test_copies_are_accelerated_and_independent(family, copied):
     assert base.config is duplicate.config
 
 
-@pytest.mark.parametrize("family", ["Gemma3Text", "Bert"])
+@pytest.mark.parametrize("family", ["Gemma3Text", "Bert", "ModernBert"])
 def test_an_accelerated_model_is_unpickled_by_another_process(family, tmp_path):
     """With padding on the left: a causal model without its mask would attend to it."""
     model, (x, mask) = accelerated_copy(tiny(family)), padded(9, 5, tokens=9)
@@ -366,7 +366,8 @@ def replica_of(model):
 
 
 @pytest.mark.parametrize(
-    ("family", "head"), [("GPT2", "LMHeadModel"), ("Bert", "ForMaskedLM"), ("Llama", "ForCausalLM")]
+    ("family", "head"),
+    [("GPT2", "LMHeadModel"), ("Bert", "ForMaskedLM"), ("Llama", "ForCausalLM"), ("ModernBert", "ForMaskedLM")],
 )
 def test_a_replica_uses_its_own_parameters(family, head):
     reference = tiny(family, head)
