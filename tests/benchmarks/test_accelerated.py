@@ -8,6 +8,21 @@ from tests.models.hugging_face import real
 
 pytest.importorskip("transformers", reason="pip install 'fastlm[test]'")
 pytest.importorskip("peft", reason="pip install 'fastlm[test]'")
+MODERNBERT = {
+    "batch": 3,
+    "tokens": 16,
+    "mean": 10,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "local_attention": 4,
+    "vocab_size": 50,
+} | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+ENCODERS = {
+    "modernbert_passages": MODERNBERT,
+    "modernbert_documents": {name: size for name, size in MODERNBERT.items() if name != "mean"},
+}
 SIZES = {
     "bert": {
         "batch": 3,
@@ -52,6 +67,7 @@ SIZES = {
         "head_dim": 8,
         "vocab_size": 50,
     },
+    "modernbert": MODERNBERT,
 }
 
 
@@ -84,7 +100,7 @@ def test_the_reference_is_in_float64(case):
     with accuracy.KeepFloat64():
         model.eval().double()
         logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
-    if case != "bert":
+    if batch["labels"].dim() == 2:
         logits, labels = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     else:
         labels = batch["labels"]
@@ -101,7 +117,12 @@ def test_other_cases_are_timed(library):
             accelerated.step_timer(case=case, dtype="float32", sizes=SIZES[case], **how)
             for case in SIZES.keys() - {"gpt2"}
         ]
-        works.append(accelerated.encoding_timer(dtype="float32", checkpoint=str(real(accelerated.MINILM)), **how))
+        works += [
+            accelerated.encoding_timer(dtype="float32", subject={"case": case, "sizes": sizes}, **how)
+            for case, sizes in ENCODERS.items()
+        ]
+        subject = {"checkpoint": str(real(accelerated.MINILM))}
+        works.append(accelerated.encoding_timer(dtype="float32", subject=subject, **how))
         assert all(timer() > 0 for timer, _ in works)
 
 
@@ -109,6 +130,19 @@ def test_half_of_the_positions_are_padding():
     _, batches = accelerated.minilm(str(real(accelerated.MINILM)))
     padding = torch.cat([batch["attention_mask"].flatten() for batch in batches]) == 0
     assert sum(len(batch["input_ids"]) for batch in batches) == 256 and 0.4 < padding.double().mean() < 0.6
+
+
+@pytest.mark.parametrize("case", ENCODERS)
+def test_encoders_of_long_texts(case):
+    subject = accelerated.subject_of(case, sizes=ENCODERS[case])
+    assert 0 < accelerated.relative_error(case, "float32", 1, subject) < 2
+    (batch,) = accelerated.encoder(**subject)[1]
+    shape, tokens = accelerated.shape_and_tokens(case, subject)
+    padding = 0 if case.endswith("documents") else 35
+    assert (
+        shape == f"3 texts with ModernBERT, batches of 3, {padding}% padding"
+        and tokens == batch["attention_mask"].sum()
+    )
 
 
 def test_sentences_are_distinct_and_repeatable():
