@@ -40,9 +40,12 @@ class EncoderPatch(Patch):
         rows = result[0][0]
         shape = (packed.batch, packed.tokens, rows.shape[1])
         padded = Scatter.apply(rows, packed.index, packed.batch * packed.tokens).view(shape)
+        pooler = self.module._modules.get("pooler") if self.takes_tokens else None
         if isinstance(result, tuple):
-            return padded, *result[1:]
+            return padded, *(result[1:] if pooler is None else (pooler(padded), *result[2:]))
         result["last_hidden_state"] = padded
+        if pooler is not None:  # it read the first token of the packed batch
+            result["pooler_output"] = pooler(padded)
         return result
 
     def packed_hidden_states(self, arguments: dict) -> tuple[Packed, dict[str, Any]] | None:
@@ -71,7 +74,7 @@ class EncoderPatch(Patch):
             mask = torch.ones(batch_tokens, dtype=torch.bool, device=x.device)
         if not isinstance(mask, Tensor) or mask.shape != batch_tokens:
             return None
-        packed = pack(mask != 0, at_end=True, always=self.makes_masks)
+        packed = pack(mask != 0, at_end=bool(self.family.window), always=self.makes_masks)
         if packed is None:
             return None
         index, positions = packed.index, arguments.get("position_ids")
@@ -79,16 +82,19 @@ class EncoderPatch(Patch):
             positions = index % packed.tokens
         else:
             positions = positions.expand(batch_tokens).flatten()[index]
-        changed: dict[str, Any] = {"position_ids": positions[None]}
+        changed: dict[str, Any] = {"position_ids": positions[None], PACKED_ARGUMENT: packed}
+        if (kinds := arguments.get("token_type_ids")) is not None:
+            changed["token_type_ids"] = kinds.expand(batch_tokens).flatten()[index][None]
         if embeds is None:
             changed["input_ids"] = x.flatten()[index][None]
         else:
             changed["inputs_embeds"] = Gather.apply(x.flatten(0, 1), index)[None]
+        # Layers do not read what is made of this.
+        changed["attention_mask"] = None
         if self.makes_masks:
-            changed["attention_mask"] = torch.ones(1, 1, dtype=torch.bool, device=x.device)  # not read by the layers
-            changed[PACKED_ARGUMENT] = packed
-        else:
-            changed["attention_mask"] = dict.fromkeys(self.module.config.layer_types, packed)
+            changed["attention_mask"] = torch.ones(1, 1, dtype=torch.bool, device=x.device)
+        elif self.family.window:
+            changed["attention_mask"] = dict.fromkeys(self.module.config.layer_types)
         return packed, changed
 
     def layers(self) -> dict[str, nn.Module]:

@@ -5,6 +5,7 @@ needs its operator in NORMS, MLPS or POSITIONS of parts.py.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -102,6 +103,10 @@ class Family(Description):
     def has_norm(self, kind: type) -> bool:
         """Whether a class is that of the family's norms, and not a subclass."""
         return (kind.__module__, kind.__name__) == (self.module, self.norm_class)
+
+    def exists(self) -> bool:
+        """Whether the installed version of transformers has it."""
+        return importlib.util.find_spec(parent(self.module)) is not None
 
     def returned(self, version: str = transformers.__version__) -> tuple[str, ...] | None:
         """The tuple that a layer returns in a version of transformers; None for a tensor."""
@@ -319,6 +324,45 @@ MODERNBERT = Family(
     mlp_norm="mlp_norm",
 )
 
+EUROBERT = llama_like(
+    "EuroBert",
+    "eurobert",
+    encoder="EuroBertModel",
+    encoder_input="tokens",
+    layers="layers",
+    heads={"EuroBertForMaskedLM": Head("lm_head", uses_loss_function=True)},
+    returns={"5.0": "hidden_states"},
+)
+
+GTE = dataclasses.replace(
+    LLAMA,
+    module="transformers.models.gte.modeling_gte",
+    layer="GteLayer",
+    encoder="GteModel",
+    encoder_input="tokens",
+    layers="layers",
+    heads={"GteForMaskedLM": Head("lm_head.decoder")},
+    returns={"5.0": "hidden_states"},
+    norm="layer",
+    norm_class=None,
+    norm_place="post",
+    out_dropout="post_attention_dropout",
+    attention_norm="post_attention_layernorm",
+    hidden_dropout="mlp.dropout",
+    mlp_dropout="post_mlp_dropout",
+    mlp_norm="post_mlp_layernorm",
+)
+
+NOMIC_BERT = dataclasses.replace(
+    GTE,
+    module="transformers.models.nomic_bert.modeling_nomic_bert",
+    layer="NomicBertLayer",
+    encoder="NomicBertModel",
+    heads={"NomicBertForMaskedLM": Head("cls.predictions.decoder")},
+    returns={"5.0": "hidden_states"},
+    hidden_dropout=None,
+)
+
 # By the module that defines the classes.
 FAMILIES = {
     family.module: family
@@ -338,5 +382,9 @@ FAMILIES = {
         gemma_like("Gemma2", "gemma2", softcap="attn_logit_softcapping"),
         gemma_like("Gemma3", "gemma3", **QUERY_KEY_NORMS),
         MODERNBERT,
+        EUROBERT,
+        GTE,
+        NOMIC_BERT,
     )
+    if family.exists()
 }

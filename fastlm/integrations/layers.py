@@ -49,7 +49,7 @@ CACHE_CLASSES = (Cache, EncoderDecoderCache)
 # Gemma 3 of transformers 4 passes both to every layer.
 GEMMA3_TABLES = ("position_embeddings_global", "position_embeddings_local")
 WINDOW_MASK = "sliding_window_mask"
-# What a model of transformers 4 that makes its own masks passes on to its layers.
+# An argument that models which make their own masks pass on to their layers.
 PACKED_ARGUMENT = "cu_seqlens"
 
 
@@ -73,6 +73,7 @@ class LayerPatch(Patch):
         self.mask_name = next(name for name in self.names if name in MASK_ARGUMENTS)
         self.other_caches = frozenset(CACHE_ARGUMENTS) - {self.cache_name}
         self.rare = self.other_caches | {"head_mask", "cu_seq_lens_q"}
+        self.takes_tokens = family.encoder_input == "tokens"
         # Of transformers 4: the mask of layers with a window, beside the mask of the others.
         self.window_mask_name = WINDOW_MASK if WINDOW_MASK in self.names else None
         self.is_rotary = family.positions == "rotary"
@@ -116,11 +117,11 @@ class LayerPatch(Patch):
             function = functools.partial(self, _checkpoint=False, **kwargs)
             return self.module._gradient_checkpointing_func(function, *args)
         x, mask = arguments[self.input_name], arguments.get(self.mask_name)
-        if self.window_mask_name is not None:
+        if self.takes_tokens:
             packed = arguments.get(PACKED_ARGUMENT)
             if type(packed) is Packed:
                 mask = packed
-            elif window_of(parts) is not None:
+            elif self.window_mask_name is not None and window_of(parts) is not None:
                 mask = arguments.get(self.window_mask_name)
         return_weights = bool(arguments.get("output_attentions"))
         if (
@@ -407,10 +408,9 @@ def layer_by_parts(
         if parts.out_owner is not parts.attention and parts.out_owner_reason:
             x = y = parts.out_owner(branch, x)  # projects, adds the residual and normalizes
         else:
-            dropout = None
             if not is_projected:
                 branch = project(parts.out, branch, parts) if options["attention"] else parts.out(branch)
-                dropout = parts.out_dropout
+            dropout = None if is_projected and parts.attention_has_dropout else parts.out_dropout
             if parts.attention_output_norm is not None:
                 branch = normalize(branch, parts.attention_output_norm, parts, options["layernorm"])
             y, residual_sum = add_norm(branch, x, dropout, parts.middle_norm, parts, options["layernorm"])
@@ -420,7 +420,7 @@ def layer_by_parts(
     if not parts.up_owner_reason and not parts.down_owner_reason:
         branch = mlp(y, parts, options["mlp"])
     elif up_owner is down_owner:
-        branch, dropout = up_owner(y), None
+        branch, dropout = up_owner(y), None if parts.mlp_has_dropout else dropout
     else:
         if parts.up_owner_reason:
             hidden = up_owner(y)

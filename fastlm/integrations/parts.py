@@ -250,6 +250,9 @@ class Parts:
             self.find_optional(family.out_dropout),
             self.find_optional(family.mlp_dropout),
         )
+        # Whether these modules drop their own output.
+        self.attention_has_dropout = parent(family.out_dropout or family.out) == parent(family.out)
+        self.mlp_has_dropout = parent(family.mlp_dropout or family.down) == parent(family.down)
         self.attention_output_norm = self.find_optional(family.attention_output_norm)
         self.hidden_dropout = self.find_optional(family.hidden_dropout)
         self.mlp_output_norm = self.find_optional(family.mlp_output_norm)

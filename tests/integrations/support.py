@@ -92,6 +92,12 @@ MODERNBERT = {
     "cls_token_id": 1,
     "sep_token_id": 2,
 } | ({} if V5 else {"reference_compile": False})  # transformers 4 writes it to the configuration at the first call
+# BERT's sizes; transformers 4 does not have them.
+ROTARY_ENCODERS = {
+    "EuroBert": BERT | {"num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "Gte": BERT | DROPOUTS | {"type_vocab_size": 2, "pad_token_id": 0},
+    "NomicBert": BERT | DROPOUTS,
+}
 SETTINGS = {
     "GPT2": GPT2,
     "Bert": BERT | DROPOUTS,
@@ -101,6 +107,7 @@ SETTINGS = {
     "Electra": BERT | DROPOUTS | {"embedding_size": 20},
     "DistilBert": DISTILBERT,
     "ModernBert": MODERNBERT,
+    **{name: settings for name, settings in ROTARY_ENCODERS.items() if hasattr(transformers, f"{name}Config")},
     **DECODERS,
 }
 ENCODERS = [family for family in SETTINGS if family != "GPT2" and family not in DECODERS]
