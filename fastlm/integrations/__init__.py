@@ -25,7 +25,7 @@ def accelerate(
     """Replace the computation of a Hugging Face model by fastlm's operators, in place.
 
     Supported are Llama, Mistral, Qwen 2 and 3, SmolLM 2 and 3, Gemma 2 and 3, GPT-2, BERT, RoBERTa, XLM-RoBERTa,
-    CamemBERT, ELECTRA, DistilBERT and ModernBERT, with any head.
+    CamemBERT, ELECTRA, DistilBERT, ModernBERT, EuroBERT, GTE, Nomic BERT and Jina embeddings v3, with any head.
 
     Parameters and modules stay the same: state dict, optimizers, `save_pretrained`, `Trainer`, weight tying and
     resizing work as before, and hooks, adapters and sharding may be added before or after. A part that cannot be

@@ -363,6 +363,20 @@ NOMIC_BERT = dataclasses.replace(
     hidden_dropout=None,
 )
 
+JINA_EMBEDDINGS_V3 = dataclasses.replace(
+    GTE,
+    module="transformers.models.jina_embeddings_v3.modeling_jina_embeddings_v3",
+    layer="JinaEmbeddingsV3Layer",
+    encoder="JinaEmbeddingsV3Model",
+    heads={"JinaEmbeddingsV3ForMaskedLM": Head("lm_head.decoder")},
+    mlp="plain",
+    gate=None,
+    up="mlp.fc1",
+    activation="mlp.activation_fn",
+    hidden_dropout=None,
+    down="mlp.fc2",
+)
+
 # By the module that defines the classes.
 FAMILIES = {
     family.module: family
@@ -385,6 +399,7 @@ FAMILIES = {
         EUROBERT,
         GTE,
         NOMIC_BERT,
+        JINA_EMBEDDINGS_V3,
     )
     if family.exists()
 }

@@ -97,6 +97,7 @@ ROTARY_ENCODERS = {
     "EuroBert": BERT | {"num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "Gte": BERT | DROPOUTS | {"type_vocab_size": 2, "pad_token_id": 0},
     "NomicBert": BERT | DROPOUTS,
+    "JinaEmbeddingsV3": BERT | DROPOUTS | {"pad_token_id": 0},
 }
 SETTINGS = {
     "GPT2": GPT2,

@@ -49,6 +49,17 @@ def test_heads_on_packed_encoders(family, head):
         torch.testing.assert_close(a[where], b[where], **CLOSE)
 
 
+@pytest.mark.parametrize("family", [family for family in ("Bert", "Gte", "NomicBert") if family in ENCODERS])
+def test_token_types_and_positions_given(family, rows):
+    reference = tiny(family)
+    accelerated = accelerated_copy(reference)
+    x, mask = padded(17, 5, 1)
+    inputs = {"token_type_ids": torch.randint(2, x.shape), "position_ids": torch.randint(40, x.shape)}
+    actual, expected = (model(x, attention_mask=mask, **inputs)[0] for model in (accelerated, reference))
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], **CLOSE)
+    assert rows == [23, 23]
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 def test_without_unpadding(family, rows):
     reference = tiny(family)
