@@ -11,7 +11,7 @@ import fastlm
 from fastlm.integrations import pytest_plugin
 from tests.integrations.support import SETTINGS, V5, VOCAB, ids, language_head, padded, tiny
 
-FAMILIES = ("GPT2", "Bert", "Roberta", "DistilBert", "Electra", "Qwen3")
+FAMILIES = ("GPT2", "Bert", "Roberta", "DistilBert", "Electra", "Qwen3", "ModernBert")
 LAYERS, HEADS, WIDTH = 2, 3, 36
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -30,7 +30,7 @@ def heads_of(family):
 
 
 def class_and_config(family, head, **changes):
-    settings = {**SETTINGS[family], **changes}
+    settings = {**SETTINGS[family], **({"num_hidden_layers": LAYERS} if family == "ModernBert" else {}), **changes}
     return getattr(transformers, f"{family}{head}"), getattr(transformers, f"{family}Config")(**settings)
 
 
