@@ -394,7 +394,8 @@ def bench(
         str,
         typer.Option(
             help=f"For accelerated: comma-separated list of {choices.listed(choices.ACCELERATED)} "
-            "(encoding of sentences; fine-tuning of the others)."
+            "(encoding of sentences, passages and documents; fine-tuning of the others). Default: all of them.",
+            show_default=False,  # the list would be cut off
         ),
     ] = ",".join(choices.ACCELERATED),
     checkpoint: Annotated[Path | None, typer.Option(help="For encoding: directory of a MiniLM checkpoint.")] = None,

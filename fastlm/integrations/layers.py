@@ -244,7 +244,8 @@ def self_attention(
             key, value = key[:, :, :tokens], value[:, :, :tokens]
     window = window_of(parts)
     softcap = None if parts.softcap is None else own[parts.softcap]
-    if mask is None and window is None and not return_weights:
+    bias = arguments.get("position_bias") if parts.is_relative else None
+    if mask is None and window is None and bias is None and not return_weights:
         out = fastlm.attention(query, key, value, causal=causal, scale=scale, softcap=softcap, dropout_p=dropout_p)
         return out.transpose(1, 2).flatten(2), None
     out, weights = attend(
@@ -255,6 +256,7 @@ def self_attention(
         causal,
         scale,
         dropout_p,
+        bias=bias,
         window=window,
         softcap=softcap,
         return_weights=return_weights,

@@ -34,7 +34,11 @@ ACTIVATION_NAMES = {
 # `activation` of glu_mlp by the class. Versions of transformers differ in which of them they have.
 ACTIVATIONS = {getattr(activations, name): own for name, own in ACTIVATION_NAMES.items() if hasattr(activations, name)}
 ACTIVATIONS |= {nn.SiLU: "silu", nn.ReLU: "relu"}
-POSITIONS = {"learned": "absolute", "rotary": "rotary"}  # the first as the attention modules of transformers 4 call it
+POSITIONS = {
+    "learned": "absolute",
+    "rotary": "rotary",
+    "relative": "relative",
+}  # the first as the attention modules of transformers 4 call it
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 Parameter = nn.Parameter
@@ -269,6 +273,7 @@ class Parts:
         own = self.attention.__dict__
         self.causal = next((name for name in family.causal if name in own), None)
         self.is_rotary, self.rotates = family.positions == "rotary", family.rotates
+        self.is_relative = family.positions == "relative"
         windows = [self.attribute(name) for name in family.window]
         self.window = next((window for window in windows if window[1] in window[0]), None)
         self.softcap = family.softcap

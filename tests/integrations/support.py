@@ -107,6 +107,7 @@ SETTINGS = {
     "Camembert": BERT | DROPOUTS,
     "Electra": BERT | DROPOUTS | {"embedding_size": 20},
     "DistilBert": DISTILBERT,
+    "MPNet": BERT | DROPOUTS,
     "ModernBert": MODERNBERT,
     **{name: settings for name, settings in ROTARY_ENCODERS.items() if hasattr(transformers, f"{name}Config")},
     **DECODERS,

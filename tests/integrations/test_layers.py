@@ -224,6 +224,15 @@ PLACES = {
         "transformer.layer.0.ffn.lin2",
         "transformer.layer.0.output_layer_norm",
     ),
+    "MPNet": (
+        "encoder.layer.0",
+        "encoder.layer.0.attention",
+        "encoder.layer.0.attention.attn",
+        "encoder.layer.0.attention.attn.o",
+        "encoder.layer.0.attention.dropout",
+        "encoder.layer.0.attention.LayerNorm",
+        "encoder.layer.0.output",
+    ),
     "ModernBert": (
         "layers.0.attn_norm",
         "layers.1",

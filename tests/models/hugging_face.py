@@ -26,7 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 
 # Half a unit in the last place relative to the size of a tensor: the rounding of the result itself.
 FLOOR = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
-KEY_BIASES = "attention.self.key.bias", "attention.k_lin.bias"
+KEY_BIASES = "attention.self.key.bias", "attention.k_lin.bias", "attention.attn.k.bias"
 # With 6 draws, errors of two equally precise implementations differed by up to 1.7 × over all parameters of ten models.
 DRAWS = 6
 PACKAGES = (
@@ -187,7 +187,7 @@ def errors_of(results, exact):
         if name.endswith(KEY_BIASES):
             # A bias of the keys adds a constant to a row of scores, which softmax cancels: its gradient is 0 except for
             # rounding errors, which are relative to gradients of the size of the query's.
-            size = exact[name.replace("key", "query").replace("k_lin", "q_lin")]
+            size = exact[name.replace("key", "query").replace("k_lin", "q_lin").replace(".k.", ".q.")]
         assert x.shape == expected.shape
         errors[name] = rms(x - expected) / rms(size)
     return errors
