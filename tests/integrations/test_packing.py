@@ -74,6 +74,16 @@ def test_without_unpadding(family, rows):
     assert not any("without padding" in entry.module for entry in fastlm.report(accelerated).entries)
 
 
+@pytest.mark.skipif("Gte" not in ENCODERS, reason="this version of transformers has no GTE")
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_a_pooler_inside_the_encoder_reads_the_first_tokens(as_dict, rows):
+    reference = tiny("Gte", "ForSequenceClassification").gte
+    accelerated, (x, mask) = accelerated_copy(reference), padded(17, 5, 9)
+    actual, expected = (model(x, attention_mask=mask, return_dict=as_dict) for model in (accelerated, reference))
+    assert rows == [31, 31] and len(actual) == len(expected) == 2
+    torch.testing.assert_close(actual[1], expected[1], **CLOSE)
+
+
 def test_masks_with_holes_and_of_every_type(rows):
     reference = tiny("Bert")
     accelerated = accelerated_copy(reference)
