@@ -37,7 +37,7 @@ def tune_allocator() -> AllocatorTuning:
     """Configures glibc to keep freed memory in this process, so that the next training step reuses mapped pages.
 
     Large blocks are then allocated on the heap, and the heap is not trimmed. Where Linux grants huge pages on request,
-    the heap is extended by the size of the machine's memory, in address space only, and its pages are huge ones. This
+    the heap is extended by three quarters of the machine's memory, in address space only, and lies on them there. This
     applies to all later allocations of the process, including PyTorch's: call it before a model is created or loaded.
     Resident memory stays at its peak. Only fastlm's commands call this function: a library should not change the
     allocator of a program without being asked.

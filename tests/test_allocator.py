@@ -86,6 +86,15 @@ def test_the_heap_is_on_huge_pages():
 
 
 @on_glibc
+def test_a_tuned_process_can_fork():
+    """Linux refuses to copy a piece of address space that is larger than its memory."""
+    code = (
+        "import os, fastlm; fastlm.tune_allocator(); pid = os.fork(); pid or os._exit(7); print(os.waitpid(pid, 0)[1])"
+    )
+    assert process(code) == str(7 << 8)
+
+
+@on_glibc
 def test_a_limited_address_space_is_left_to_the_process():
     limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (1 << 40, 1 << 40))"
     assert process(ADVISED.format(limit)) == "False True"

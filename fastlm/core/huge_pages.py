@@ -60,9 +60,10 @@ def address_space_is_limited() -> bool:
 
 
 def reserve_heap(libc: Any) -> bool:
-    """Extends the heap by the size of the machine's memory and advises that part as huge pages; whether it did so.
+    """Extends the heap by three quarters of the machine's memory, advised as huge pages; returns whether it did so.
 
-    Only pages that are written to take memory. glibc must not take large blocks from elsewhere or trim the heap.
+    Only pages that are written to take memory. With more than all of the memory in one piece of address space, Linux
+    would not let the process fork. glibc must not take large blocks from elsewhere or trim the heap.
     """
     if not PAGE or address_space_is_limited():
         return False
@@ -73,7 +74,7 @@ def reserve_heap(libc: Any) -> bool:
         [ctypes.c_void_p],
     )
     pieces: list[int] = []
-    while len(pieces) * PIECE < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    for _ in range(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4 // PIECE):
         piece = libc.malloc(PIECE)
         if not piece or piece > libc.sbrk(0):  # there is no room, or it is not in the heap
             libc.free(piece)
