@@ -562,7 +562,7 @@ def test_inference_mode_and_gradient_accumulation():
     [
         pytest.param("GPT2", "LMHeadModel", {"n_layer": 1}, marks=pytest.mark.slow),
         ("Bert", "ForMaskedLM", {"num_hidden_layers": 1}),
-        ("ModernBert", "ForMaskedLM", {"num_hidden_layers": 2}),
+        pytest.param("ModernBert", "ForMaskedLM", {"num_hidden_layers": 2}, marks=pytest.mark.slow),
         pytest.param(
             "Gemma3Text",
             "ForCausalLM",
