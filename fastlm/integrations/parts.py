@@ -34,11 +34,8 @@ ACTIVATION_NAMES = {
 # `activation` of glu_mlp by the class. Versions of transformers differ in which of them they have.
 ACTIVATIONS = {getattr(activations, name): own for name, own in ACTIVATION_NAMES.items() if hasattr(activations, name)}
 ACTIVATIONS |= {nn.SiLU: "silu", nn.ReLU: "relu"}
-POSITIONS = {
-    "learned": "absolute",
-    "rotary": "rotary",
-    "relative": "relative",
-}  # the first as the attention modules of transformers 4 call it
+# The first as the attention modules of transformers 4 call it.
+POSITIONS = {"learned": "absolute", "rotary": "rotary", "relative": "relative"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 Parameter = nn.Parameter
