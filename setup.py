@@ -336,8 +336,9 @@ rule link
   description = linking $out
 """
     openmp = ["-fopenmp"] if tools.openmp else ["-Wno-unknown-pragmas"]
-    text += module_build("_cpu_features", [ROOT / "csrc/cpu/cpu_features.cpp"], [], [])
-    bindings = sorted((ROOT / "csrc/bindings").glob("*.cpp"))
+    library = ROOT / "csrc/libstdcxx.cpp"
+    text += module_build("_cpu_features", [ROOT / "csrc/cpu/cpu_features.cpp", library], [], [])
+    bindings = [*sorted((ROOT / "csrc/bindings").glob("*.cpp")), library]
     for isa, isa_flags in tools.isas.items():
         name = f"_cpu_{isa}"
         text += module_build(name, bindings, [*isa_flags, *openmp, f"-DFASTLM_MODULE={name}"], tools.openmp_link)

@@ -243,16 +243,6 @@ void provide_openmp() {
 
 }  // namespace
 
-// What the headers of GCC 11 and later refer to and the libraries of manylinux_2_28, for which wheels are, do not have.
-#if defined(__linux__) && defined(__GLIBCXX__)
-extern "C" {
-char __libc_single_threaded = 0;
-}
-namespace std {
-void __throw_bad_array_new_length() { throw bad_array_new_length(); }
-}  // namespace std
-#endif
-
 PYBIND11_MODULE(_cpu_features, m) {
   provide_openmp();
   m.def("isas", [] {
