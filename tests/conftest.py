@@ -35,21 +35,24 @@ if ON_GPU:
     torch.set_default_device("cuda")
 
 
-# Backends that are interpreted or emulated on the CPU, which is slow: one case in so many runs.
+# Backends that are interpreted or emulated on the CPU, which is slow: (n, variable), one case in n runs.
 SAMPLED = {}
 if os.environ.get("TRITON_INTERPRET") == "1":
-    SAMPLED["triton"] = int(os.environ.get("FASTLM_TEST_INTERPRETED", 18))
+    SAMPLED["triton"] = 18, "FASTLM_TEST_INTERPRETED"
 if os.environ.get("FASTLM_CUDA_EMULATION") == "1":
-    SAMPLED["cuda"] = int(os.environ.get("FASTLM_TEST_EMULATED", 3))
+    SAMPLED["cuda"] = 3, "FASTLM_TEST_EMULATED"
 
 
 def pytest_collection_modifyitems(config, items):
     """Marks the tests that run on a GPU. Without one, deselects all but a sample of the interpreted and emulated cases.
 
-    Of each test one case in n runs, and at least one. The sample depends on the test's name only, so it is the same on
-    every run. FASTLM_TEST_INTERPRETED and FASTLM_TEST_EMULATED set n; CI and `make emulated` use a smaller n than the
-    default, and 1 runs all cases. Tests marked `unsampled` always run all cases.
+    Of each file one case in so many runs. FASTLM_TEST_INTERPRETED=n and FASTLM_TEST_EMULATED=n, which CI and `make
+    emulated` set, run one in n of each test, and at least one; 1 runs all. The sample depends on names only, so it is
+    the same on every run. Tests marked `unsampled` always run all cases.
     """
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker("slow")
     backend_of = {item: item.callspec.params.get("backend") for item in items if getattr(item, "callspec", None)}
     if ON_GPU:
         for item, backend in backend_of.items():
@@ -59,11 +62,13 @@ def pytest_collection_modifyitems(config, items):
     cases = collections.defaultdict(list)
     for item, backend in backend_of.items():
         if backend in SAMPLED and not item.get_closest_marker("unsampled"):
-            cases[item.function, backend].append(item)
+            name = item.function.__qualname__ if SAMPLED[backend][1] in os.environ else item.path.stem
+            cases[name, backend, item.path].append(item)
     deselected = set()
-    for (function, backend), items_of_test in cases.items():
-        count = math.ceil(len(items_of_test) / SAMPLED[backend])
-        deselected |= set(items_of_test) - set(random.Random(function.__qualname__).sample(items_of_test, count))
+    for (name, backend, _), items_of_name in cases.items():
+        n, variable = SAMPLED[backend]
+        count = math.ceil(len(items_of_name) / int(os.environ.get(variable, n)))
+        deselected |= set(items_of_name) - set(random.Random(name).sample(items_of_name, count))
     if deselected:
         config.hook.pytest_deselected(items=list(deselected))
         items[:] = [item for item in items if item not in deselected]

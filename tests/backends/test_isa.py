@@ -29,6 +29,7 @@ def run(code, path=PACKAGE.parent, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", USABLE)
 def test_each_module_can_be_selected(name):
     code = """

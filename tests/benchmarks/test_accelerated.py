@@ -81,7 +81,7 @@ def test_steps_are_compared_between_processes():
     assert 0 < row.bytes_held < 1 << 30 and all(0 < b.bytes < 1 << 30 for b in row.baselines.values())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", SIZES)
 def test_a_step_is_compared_with_the_compiled_one_too(case):
     """torch.compile of the model, directly and by the Trainer's argument."""

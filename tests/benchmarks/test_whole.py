@@ -21,9 +21,8 @@ BERT = Subject("BERT", 1, 32, 2, 50, 4, 16, 0.1)
 WORK = {"dtype": "float32", "number_of_threads": 1, "subject": dataclasses.asdict(GPT), "tuned": False}
 
 
-@pytest.mark.parametrize(
-    "subject, dtype", [(GPT, "float32"), pytest.param(BERT, "bfloat16", marks=pytest.mark.slow)], ids=["GPT-2", "BERT"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("subject, dtype", [(GPT, "float32"), (BERT, "bfloat16")], ids=["GPT-2", "BERT"])
 def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
     peaks = {torch.float32: 1e9, torch.bfloat16: 1e8}
     monkeypatch.setattr(whole, "peak", lambda threads, kind: peaks[kind])
@@ -38,6 +37,7 @@ def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
     assert 0 < row.bytes_held < 1 << 30 and all(0 < b.bytes < 1 << 30 for b in row.baselines.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", [False, True])
 def test_a_worker_is_tuned_as_asked_whatever_the_user_set(tuned, monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # must neither tune the untuned worker nor prevent tuning

@@ -140,6 +140,7 @@ def test_a_line_says_why_compute_sanitizer_did_not_run(make, sanitizer, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_the_sanitized_tests_exist(make, sanitizer):
     """Node ids as on a GPU. Each test file of CUDA kernels is represented."""
     make(target="gpu-sanitize")

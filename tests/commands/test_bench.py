@@ -96,7 +96,7 @@ def test_interrupted_bench_keeps_what_was_measured(small_cases, tmp_path, monkey
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bench_training_step_at_several_recompute_levels(small_cases, monkeypatch, tmp_path):
     monkeypatch.setitem(whole.MODELS, "tiny", whole.Subject("GPT-2", 1, 32, 2, 50, 2, 16))
     file = tmp_path / "b.json"

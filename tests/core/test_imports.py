@@ -32,6 +32,7 @@ print(time.process_time() - before, loaded or "triton" not in sys.modules)
     assert float(seconds) <= 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_flop_formulas_are_registered_whenever_the_flop_counter_is_imported(order):
     first, second = "import torch.utils.flop_counter", "import fastlm"

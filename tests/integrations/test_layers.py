@@ -557,17 +557,18 @@ def test_inference_mode_and_gradient_accumulation():
         assert accelerated.eval()(x).logits.is_inference()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "head", "one"),
     [
-        pytest.param("GPT2", "LMHeadModel", {"n_layer": 1}, marks=pytest.mark.slow),
+        pytest.param("GPT2", "LMHeadModel", {"n_layer": 1}, marks=pytest.mark.nightly),
         ("Bert", "ForMaskedLM", {"num_hidden_layers": 1}),
-        pytest.param("ModernBert", "ForMaskedLM", {"num_hidden_layers": 2}, marks=pytest.mark.slow),
+        pytest.param("ModernBert", "ForMaskedLM", {"num_hidden_layers": 2}, marks=pytest.mark.nightly),
         pytest.param(
             "Gemma3Text",
             "ForCausalLM",
             {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
     ],
 )

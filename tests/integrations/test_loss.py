@@ -388,6 +388,7 @@ def smoothed_loss(outputs, labels, num_items_in_batch=None):
     return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"label_smoothing_factor": 0.1}, {"compute_loss_func": smoothed_loss}, {"gradient_checkpointing": True}],

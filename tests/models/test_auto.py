@@ -52,6 +52,7 @@ def test_unsupported_class_is_an_error(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["fastlm.models", "fastlm.generation", "fastlm.generation.predict"])
 def test_imports_in_any_order_without_transformers(first):
     code = f"import {first}, fastlm.models, fastlm.generation, sys; assert 'transformers' not in sys.modules"

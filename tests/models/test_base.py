@@ -246,9 +246,10 @@ SMALL_BERT = {
     "make",
     [
         pytest.param(lambda: ours_like(tiny_gpt2(n_layer=2)), id="GPT-2"),
-        pytest.param(lambda: ours_like(tiny_bert(num_hidden_layers=2)), id="BERT", marks=pytest.mark.slow),
+        pytest.param(lambda: ours_like(tiny_bert(num_hidden_layers=2)), id="BERT", marks=pytest.mark.nightly),
     ],
 )
+@pytest.mark.slow
 def test_compiles_to_a_single_graph(make):
     model = make().train()
     mask = torch.arange(9) < torch.tensor([[9], [4]])

@@ -501,6 +501,7 @@ print(n)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_one_checkpoint_and_the_next_save_no_leftovers(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, timeout=300)
 

@@ -153,6 +153,7 @@ def smollm2(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2):
     """Logits, the loss and its gradients, and greedy text, of transformers with the same weights."""
     theirs, accelerated = (transformers.AutoModelForCausalLM.from_pretrained(smollm2) for _ in range(2))
@@ -173,6 +174,7 @@ def test_smollm2(smollm2):
             assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm(), name
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_smollm2(smollm2):
     theirs, ours = transformers.AutoTokenizer.from_pretrained(smollm2), load_tokenizer(smollm2)
     for text in ("Hello, world!", "naïve — 日本\n\n def f(x):\n\treturn 12345", "<|im_start|>user"):

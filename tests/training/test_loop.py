@@ -217,7 +217,7 @@ def test_side_by_side_trains_as_train_does(trained, small, corpus):
     assert comparison.disagreement == 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_long_training_reaches_the_loss_of_the_baseline(tmp_path):
     """Validation losses on a megabyte of text differ by at most 0.02 (full length: FASTLM_TEST_STEPS=2000)."""
     steps = int(os.environ.get("FASTLM_TEST_STEPS", 200))
