@@ -432,7 +432,7 @@ def test_one_graph_for_all_lengths_under_compile():
 
 
 @on_backends("reference", "cpu", "triton", "cuda")
-def test_trained_under_inductor_with_lengths_that_change(backend):
+def test_compiled_training_with_lengths_that_change(backend):
     def loss(projection, cu):
         return (
             fastlm.attention_varlen(*projection.unbind(1), cu, cu, causal=True, dropout_p=0.2, backend=backend)
