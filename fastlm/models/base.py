@@ -1,6 +1,7 @@
 """The base class of all models: initialisation, weight tying, loading, saving, recomputation."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -13,7 +14,7 @@ from fastlm.core.errors import FLOATING, check_choice, check_path
 from fastlm.models import checkpoint
 from fastlm.models.cache import KVCache
 from fastlm.models.config import Config
-from fastlm.models.layers import RECOMPUTE, Conv1D, FeedForward
+from fastlm.models.layers import RECOMPUTE, Conv1D, FeedForward, RMSNorm
 from fastlm.models.outputs import ModelOutput
 from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 
@@ -63,7 +64,6 @@ class PretrainedModel(nn.Module):
             check_choice("dtype", dtype, FLOATING)
         config = cls.config_class.from_pretrained(directory) if config is None else config
         tensors = checkpoint.read_tensors(Path(directory))
-        tied = cls.tied if config.tie_word_embeddings else {}
         if config.num_hidden_layers > len(tensors) and not initialise:  # building them could take all memory
             expected = f"no more layers than the {len(tensors)} tensors of the weights"
             raise ValueError(f"{directory}: num_hidden_layers: expected {expected}, got {config.num_hidden_layers}")
@@ -73,10 +73,11 @@ class PretrainedModel(nn.Module):
         except RuntimeError as error:  # a size that does not fit into 64 bits
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{directory}: expected sizes in config.json that can be allocated ({reason})") from None
+        tied = model.ties() if config.tie_word_embeddings else {}
         found = checkpoint.select(
             model,
             tensors,
-            prefix=cls.base_model_prefix,
+            prefix=model.prefix(),
             tied=tied,
             may_be_missing=initialise,
             directory=Path(directory),
@@ -103,12 +104,20 @@ class PretrainedModel(nn.Module):
             "architectures": [self.architecture],
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        checkpoint.write(self.state_dict(), settings, tied=self.tied, folder=folder)
+        checkpoint.write(self.state_dict(), settings, tied=self.ties(), folder=folder)
 
     @property
     def architecture(self) -> str:
         """The name of the class in transformers."""
         return type(self).__name__
+
+    def prefix(self) -> str:
+        """The attribute under which a model with a head holds the model without; stored keys may begin with it."""
+        return self.base_model_prefix
+
+    def ties(self) -> Mapping[str, str]:
+        """With config.tie_word_embeddings: the name of a parameter → the name of the one it shares storage with."""
+        return self.tied
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty KV cache for `capacity` tokens of each sequence."""
@@ -117,7 +126,7 @@ class PretrainedModel(nn.Module):
     def tie_weights(self) -> None:
         """Makes every tied parameter the same tensor as the one it is tied to."""
         if self.config.tie_word_embeddings:
-            for name, source in self.tied.items():
+            for name, source in self.ties().items():
                 owner, _, attribute = name.rpartition(".")
                 setattr(self.get_submodule(owner), attribute, self.get_parameter(source))
 
@@ -125,7 +134,7 @@ class PretrainedModel(nn.Module):
     def initialise(self, root: nn.Module) -> None:
         """Initialises the parameters in root as Hugging Face does.
 
-        Matrices: N(0, initializer_range²); biases: 0; LayerNorm: weight 1, bias 0.
+        Matrices: N(0, initializer_range²); biases: 0; norms: a scale of 1, bias 0.
         """
         for module in root.modules():
             if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
@@ -136,7 +145,10 @@ class PretrainedModel(nn.Module):
                 module.weight[module.padding_idx].zero_()
             elif isinstance(module, nn.LayerNorm):
                 module.weight.fill_(1.0)
-                module.bias.zero_()
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(0.0 if module.unit_offset else 1.0)
 
     @property
     def recompute(self) -> int:

@@ -17,31 +17,19 @@ from fastlm.models.cache import KVCache
 from fastlm.models.decode_step import decode_step, forwards_of, is_part
 from fastlm.models.decoder_config import ACTIVATIONS, DecoderConfig
 from fastlm.models.language_model import LanguageModel
-from fastlm.models.layers import Embedding, FeedForward, Linear, embed_tokens, merge_heads, split_heads
+from fastlm.models.layers import Embedding, FeedForward, Linear, RMSNorm, embed_tokens, merge_heads, split_heads
 from fastlm.models.outputs import HeadOutput, ModelOutput
 from fastlm.models.rope import Rope
 from fastlm.ops.attention import attention
 from fastlm.ops.decoder_layer import Layer
 from fastlm.ops.glu_mlp import glu_mlp
-from fastlm.ops.rms_norm_residual import rms_norm_residual
 from fastlm.ops.rotary import rotary
 
 Tables = tuple[Tensor, Tensor]  # cos and sin of the positions
 
 
-class RMSNorm(nn.Module):
-    """Normalises residual + x. Returns the result and the residual sum, the input of the next addition."""
-
-    def __init__(self, width: int, config: DecoderConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps, self.unit_offset = config.rms_norm_eps, config.unit_offset
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return rms_norm_residual(x, residual, self.weight, self.eps, unit_offset=self.unit_offset)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+def norm_of(width: int, config: DecoderConfig) -> RMSNorm:
+    return RMSNorm(width, config.rms_norm_eps, config.unit_offset)
 
 
 class DecoderAttention(nn.Module):
@@ -58,7 +46,7 @@ class DecoderAttention(nn.Module):
         self.o_proj = Linear(self.num_heads * head_dim, width, bias=output_bias)
         self.query_key_norm = config.query_key_norm
         if self.query_key_norm:
-            self.q_norm, self.k_norm = RMSNorm(head_dim, config), RMSNorm(head_dim, config)
+            self.q_norm, self.k_norm = norm_of(head_dim, config), norm_of(head_dim, config)
         self.layer, self.window = layer, config.window(layer)
         self.scale, self.softcap = config.scale(), config.score_softcap()
         self.pdrop, self.rotates = config.attention_dropout, config.rotates(layer)
@@ -117,12 +105,12 @@ class DecoderLayer(nn.Module):
         width = config.hidden_size
         self.self_attn = DecoderAttention(config, layer)
         self.mlp = DecoderMLP(config)
-        self.input_layernorm = RMSNorm(width, config)
-        self.post_attention_layernorm = RMSNorm(width, config)
+        self.input_layernorm = norm_of(width, config)
+        self.post_attention_layernorm = norm_of(width, config)
         self.output_norms = config.output_norms
         if self.output_norms:
-            self.pre_feedforward_layernorm = RMSNorm(width, config)
-            self.post_feedforward_layernorm = RMSNorm(width, config)
+            self.pre_feedforward_layernorm = norm_of(width, config)
+            self.post_feedforward_layernorm = norm_of(width, config)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, tables: Tables, key_padding: Tensor | None, cache: KVCache | None
@@ -200,13 +188,6 @@ class DecoderPretrainedModel(PretrainedModel):
     def new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.config.num_hidden_layers, capacity, self.config.windows())
 
-    @torch.no_grad()
-    def initialise(self, root: nn.Module) -> None:
-        super().initialise(root)
-        for module in root.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.fill_(0.0 if module.unit_offset else 1.0)
-
 
 class DecoderModel(DecoderPretrainedModel):
     """A decoder without a head: token ids → hidden states after the final norm."""
@@ -215,7 +196,7 @@ class DecoderModel(DecoderPretrainedModel):
         super().__init__(config)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config)
+        self.norm = norm_of(config.hidden_size, config)
         assert config.layer_types is not None
         self.ropes = {kind: Rope(config, kind) for kind in dict.fromkeys(config.layer_types)}
         self.initialise(self)

@@ -1,6 +1,7 @@
 """Configurations of the decoders that CausalLM computes: Llama's layer, and how each family's differs from it."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,49 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(kw_only=True)
-class DecoderConfig(Config):
+class RotaryConfig(Config):
+    """Settings of rotary positions, from files of transformers 5 and of earlier versions."""
+
+    # {"rope_type": "default", "rope_theta": 10000.0, …}, or such a dict for each type of layer.
+    rope_parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    default_theta: ClassVar[float] = 10000.0
+
+    def check_rope(self, layer_types: Iterable[str]) -> None:
+        if not isinstance(self.rope_parameters, dict):
+            raise mismatch("rope_parameters", "a JSON object", shown(self.rope_parameters))
+        for kind in sorted(set(layer_types)):
+            given = self.rope_parameters.get(kind, self.rope_parameters)
+            share = given.get("partial_rotary_factor") if isinstance(given, dict) else None
+            if share not in (None, 1):  # which transformers' models of these families ignore, depending on the type
+                raise mismatch("partial_rotary_factor", "1 or null", shown(share))
+            rope_tables(self, torch.zeros(1, dtype=torch.int64, device="cpu"), layer_type=kind)  # checks the settings
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> Any:
+        given = dict(given)
+        older = {key: given.pop(key, None) for key in ("rope_theta", "rope_scaling", "partial_rotary_factor")}
+        if not given.get("rope_parameters"):
+            given["rope_parameters"] = cls.rope_parameters_of(older, given)
+        return super().from_dict(given)
+
+    @classmethod
+    def rope_parameters_of(cls, older: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """rope_parameters of the settings that transformers had before version 5."""
+        scaling = older["rope_scaling"]
+        if not isinstance(scaling, dict | None):
+            raise mismatch("rope_scaling", "a JSON object or null", shown(scaling))
+        scaling = dict(scaling or {})
+        kinds = scaling.pop("rope_type", None), scaling.pop("type", None), "default"
+        found = {"rope_type": next(kind for kind in kinds if kind), "rope_theta": older["rope_theta"], **scaling}
+        found["rope_theta"] = cls.default_theta if found["rope_theta"] is None else found["rope_theta"]
+        if older["partial_rotary_factor"] is not None:
+            found["partial_rotary_factor"] = older["partial_rotary_factor"]
+        return found
+
+
+@dataclasses.dataclass(kw_only=True)
+class DecoderConfig(RotaryConfig):
     """Settings of a decoder with RMSNorm, rotary positions and a gated MLP. The defaults are Llama's.
 
     Class attributes, which describe a family:
@@ -64,15 +107,11 @@ class DecoderConfig(Config):
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float = 0.0
-    # Rotary positions: {"rope_type": "default", "rope_theta": 10000.0, …}, or such a dict for each of LAYER_TYPES.
-    rope_parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     sliding_window: int | None = None  # a query attends to so many tokens, its own included; None: to all before it
     layer_types: list[str] | None = None  # of each layer, one of LAYER_TYPES; None: as the family has them
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-
-    default_theta: ClassVar[float] = 10000.0
 
     def __post_init__(self) -> None:
         check_sizes(
@@ -102,14 +141,7 @@ class DecoderConfig(Config):
         if self.layer_types is None:
             self.layer_types = self.usual_layer_types()
         self.check_layer_types(self.layer_types)
-        if not isinstance(self.rope_parameters, dict):
-            raise mismatch("rope_parameters", "a JSON object", shown(self.rope_parameters))
-        for kind in sorted(set(self.layer_types)):
-            given = self.rope_parameters.get(kind, self.rope_parameters)
-            share = given.get("partial_rotary_factor") if isinstance(given, dict) else None
-            if share not in (None, 1):  # which transformers' models of these families ignore, depending on the type
-                raise mismatch("partial_rotary_factor", "1 or null", shown(share))
-            rope_tables(self, torch.zeros(1, dtype=torch.int64, device="cpu"), layer_type=kind)  # checks the settings
+        self.check_rope(self.layer_types)
         super().__post_init__()
 
     def usual_layer_types(self) -> list[str]:
@@ -172,25 +204,7 @@ class DecoderConfig(Config):
                 got = shown(kind) + did_you_mean(kind, BY_MODEL_TYPE)
                 raise mismatch("model_type", f"one of {', '.join(BY_MODEL_TYPE)}", got)
             return BY_MODEL_TYPE[kind].from_dict(given)
-        given = dict(given)
-        older = {key: given.pop(key, None) for key in ("rope_theta", "rope_scaling", "partial_rotary_factor")}
-        if not given.get("rope_parameters"):
-            given["rope_parameters"] = cls.rope_parameters_of(older, given)
         return super().from_dict(given)
-
-    @classmethod
-    def rope_parameters_of(cls, older: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """rope_parameters of the settings that transformers had before version 5."""
-        scaling = older["rope_scaling"]
-        if not isinstance(scaling, dict | None):
-            raise mismatch("rope_scaling", "a JSON object or null", shown(scaling))
-        scaling = dict(scaling or {})
-        kinds = scaling.pop("rope_type", None), scaling.pop("type", None), "default"
-        found = {"rope_type": next(kind for kind in kinds if kind), "rope_theta": older["rope_theta"], **scaling}
-        found["rope_theta"] = cls.default_theta if found["rope_theta"] is None else found["rope_theta"]
-        if older["partial_rotary_factor"] is not None:
-            found["partial_rotary_factor"] = older["partial_rotary_factor"]
-        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that transformers can also read, version 4 too."""

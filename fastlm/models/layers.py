@@ -8,6 +8,7 @@ from fastlm.core.tracing import needs_custom_op
 from fastlm.ops.layernorm_residual import layernorm_residual
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.rms_norm_residual import rms_norm_residual
 
 RECOMPUTE = 1  # the default level of recomputation; see PretrainedModel.recompute
 
@@ -52,6 +53,23 @@ class LayerNorm(SkipInit, nn.LayerNorm):
         self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         return layernorm_residual(x, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p)
+
+
+class RMSNorm(nn.Module):
+    """Normalises residual + dropout(x). Returns the result and the residual sum, the input of the next addition."""
+
+    def __init__(self, width: int, eps: float, unit_offset: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps, self.unit_offset = eps, unit_offset
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+        return rms_norm_residual(
+            x, residual, self.weight, self.eps, unit_offset=self.unit_offset, dropout_p=dropout_p
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class FeedForward(nn.Module):
