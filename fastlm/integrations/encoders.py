@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fastlm.integrations.capture import captured_outputs, is_idle
 from fastlm.integrations.families import Family
 from fastlm.integrations.layers import PACKED_ARGUMENT, WINDOW_MASK, LayerPatch
-from fastlm.integrations.packing import Gather, Packed, Scatter, pack, pack_by_mask
+from fastlm.integrations.packing import pack, pack_by_mask
 from fastlm.integrations.patch import MASK_ARGUMENTS, Patch, observed_reason, patch_of, sizes_may_depend_on_values
+from fastlm.models.packing import Gather, Packed, Scatter
 
 OUTPUTS = ("output_hidden_states", "output_attentions")
 # The hook on token embeddings for checkpointing. It only makes what they return require a gradient.

@@ -19,7 +19,6 @@ from fastlm.integrations.adapters import AdapterPatch, is_adapter
 from fastlm.integrations.attention import NAME, attend
 from fastlm.integrations.capture import captures_attentions, collector
 from fastlm.integrations.families import Family
-from fastlm.integrations.packing import Packed
 from fastlm.integrations.parts import (
     PLAIN_TENSORS,
     Parts,
@@ -40,6 +39,7 @@ from fastlm.integrations.patch import (
     put,
     tracing_state,
 )
+from fastlm.models.packing import Packed
 
 # Since 5.24 transformers checkpoints in the forward of a layer's class, which the patch replaces. Before, it did so in
 # `__call__`, around the patch.

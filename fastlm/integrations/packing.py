@@ -4,24 +4,12 @@ In between, hidden states are (1, real tokens, width), one sequence after anothe
 the mask. Reading the mask's values is the only synchronization that this costs on a GPU.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastlm.integrations.attention import padding_of
 from fastlm.integrations.patch import sizes_may_depend_on_values
-
-
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """What layers get in place of a mask."""
-
-    cu_seqlens: Tensor  # (batch + 1,), int32: 0, then where each sequence ends
-    index: Tensor  # (real tokens,): the position of each in batch · tokens
-    batch: int
-    tokens: int
+from fastlm.models.packing import Packed, packed
 
 
 def pack(padding: Tensor, *, at_end: bool = False, always: bool = False) -> Packed | None:
@@ -40,39 +28,10 @@ def pack(padding: Tensor, *, at_end: bool = False, always: bool = False) -> Pack
     real, first_real, *resumed = torch.stack(counts).tolist()
     if (real == batch * tokens and not always) or first_real != batch or any(resumed):
         return None
-    index = torch.nonzero_static(padding.flatten(), size=real)[:, 0]
-    cu_seqlens = F.pad(padding.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    return Packed(cu_seqlens, index, batch, tokens)
+    return packed(padding, real)
 
 
 def pack_by_mask(mask: Tensor | None, hidden_states: Tensor) -> Packed | None:
     """None if the mask is not a padding mask, or if sizes may not depend on its values."""
     padding = padding_of(mask) if sizes_may_depend_on_values(hidden_states) else None
     return pack(padding) if padding is not None and padding.shape == hidden_states.shape[:2] else None
-
-
-class Gather(torch.autograd.Function):
-    """Rows of x by an index without repetitions, so that the backward pass does not accumulate."""
-
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return Scatter.apply(dy, ctx.saved_tensors[0], ctx.rows), None
-
-
-class Scatter(torch.autograd.Function):
-    """The inverse of Gather: rows that are not in the index are 0."""
-
-    @staticmethod
-    def forward(ctx, y, index, rows):
-        ctx.save_for_backward(index)
-        return y.new_zeros(rows, y.shape[1]).index_copy_(0, index, y)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return Gather.apply(dx, ctx.saved_tensors[0]), None, None

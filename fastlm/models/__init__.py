@@ -5,7 +5,7 @@ They read and write Hugging Face checkpoints and use the same parameter and argu
 
 from fastlm.models.auto import load_model
 from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
-from fastlm.models.config import BertConfig, GPT2Config
+from fastlm.models.config import GPT2Config
 from fastlm.models.decoder import CausalLM, DecoderModel
 from fastlm.models.decoder_config import (
     DecoderConfig,
@@ -17,6 +17,7 @@ from fastlm.models.decoder_config import (
     Qwen3Config,
     SmolLM3Config,
 )
+from fastlm.models.encoder_config import BertConfig
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
 from fastlm.models.rope import rope_tables
 

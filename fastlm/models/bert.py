@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlm.core.errors import check_flag, check_storage, check_tensor, mismatch
+from fastlm.core.errors import check_flag
 from fastlm.core.tracing import needs_custom_op
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
-from fastlm.models.config import GELUS, BertConfig
+from fastlm.models.classification import check_labels, classify
+from fastlm.models.config import GELUS
+from fastlm.models.encoder_config import BertConfig
 from fastlm.models.layers import (
     Embedding,
     FeedForward,
@@ -277,38 +279,7 @@ class BertForSequenceClassification(BertPretrainedModel):
         - floating point (batch,), with num_labels = 1: regression; mean squared error.
         - floating point (batch, num_labels): independent labels; mean binary cross-entropy.
         """
-        if labels is not None:
-            check_tensor("labels", labels)
-            if labels.is_cpu and not needs_custom_op(labels):
-                check_storage("labels", labels)
+        check_labels(labels)
         hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         x = F.dropout(hidden.pooler_output, self.pdrop, self.training)
-        if labels is None or self.problem_type(labels) == "single_label_classification":
-            if labels is not None:
-                inputs.check_ids(
-                    "labels",
-                    labels,
-                    below=self.config.num_labels,
-                    device=x.device,
-                    shape=(x.shape[0],),
-                    ignore_index=inputs.IGNORE_INDEX,
-                )
-            return HeadOutput(*loss_and_logits(x, self.classifier.weight, self.classifier.bias, labels, self.training))
-        logits = self.classifier(x)
-        logits_fp32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = labels.to(logits.device)
-        if self.problem_type(labels) == "regression":
-            if targets.numel() != logits.numel():
-                expected = tuple(logits.shape[: 1 if self.config.num_labels == 1 else 2])
-                raise mismatch("labels", f"shape {expected}", tuple(labels.shape))
-            return HeadOutput(F.mse_loss(logits_fp32, targets.view_as(logits_fp32).to(logits_fp32.dtype)), logits)
-        if targets.shape != logits.shape:
-            raise mismatch("labels", f"shape {tuple(logits.shape)}", tuple(labels.shape))
-        return HeadOutput(F.binary_cross_entropy_with_logits(logits_fp32, targets.to(logits_fp32.dtype)), logits)
-
-    def problem_type(self, labels: Tensor) -> str:
-        if self.config.problem_type is not None:
-            return self.config.problem_type
-        if self.config.num_labels == 1:
-            return "regression"
-        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        return classify(x, self.classifier, labels, self.config, self.training)

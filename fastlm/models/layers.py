@@ -64,9 +64,7 @@ class RMSNorm(nn.Module):
         self.eps, self.unit_offset = eps, unit_offset
 
     def forward(self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
-        return rms_norm_residual(
-            x, residual, self.weight, self.eps, unit_offset=self.unit_offset, dropout_p=dropout_p
-        )
+        return rms_norm_residual(x, residual, self.weight, self.eps, unit_offset=self.unit_offset, dropout_p=dropout_p)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
