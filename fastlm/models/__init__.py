@@ -1,4 +1,4 @@
-"""GPT-2, BERT, and decoders of today's families on fastlm's operators.
+"""GPT-2, BERT, and decoders and encoders of today's families on fastlm's operators.
 
 They read and write Hugging Face checkpoints and use the same parameter and argument names; transformers is not needed.
 """
@@ -17,7 +17,27 @@ from fastlm.models.decoder_config import (
     Qwen3Config,
     SmolLM3Config,
 )
-from fastlm.models.encoder_config import BertConfig
+from fastlm.models.encoder import (
+    Encoder,
+    EncoderForMaskedLM,
+    EncoderForSequenceClassification,
+    EncoderForTokenClassification,
+    EncoderModel,
+)
+from fastlm.models.encoder_config import (
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    EncoderConfig,
+    EuroBertConfig,
+    Gemma3EncoderConfig,
+    GteConfig,
+    JinaEmbeddingsV3Config,
+    ModernBertConfig,
+    NomicBertConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
 from fastlm.models.rope import rope_tables
 
@@ -29,16 +49,32 @@ __all__ = [
     "CausalLM",
     "DecoderConfig",
     "DecoderModel",
+    "DistilBertConfig",
+    "ElectraConfig",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderForMaskedLM",
+    "EncoderForSequenceClassification",
+    "EncoderForTokenClassification",
+    "EncoderModel",
+    "EuroBertConfig",
     "GPT2Config",
     "GPT2LMHeadModel",
     "GPT2Model",
     "Gemma2Config",
     "Gemma3Config",
+    "Gemma3EncoderConfig",
+    "GteConfig",
+    "JinaEmbeddingsV3Config",
     "LlamaConfig",
     "MistralConfig",
+    "ModernBertConfig",
+    "NomicBertConfig",
     "Qwen2Config",
     "Qwen3Config",
+    "RobertaConfig",
     "SmolLM3Config",
+    "XLMRobertaConfig",
     "load_model",
     "rope_tables",
 ]

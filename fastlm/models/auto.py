@@ -10,6 +10,8 @@ from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, B
 from fastlm.models.config import CONFIG, read_json, stored
 from fastlm.models.decoder import CausalLM
 from fastlm.models.decoder_config import BY_MODEL_TYPE as DECODERS
+from fastlm.models.encoder import EncoderModel, classes_of
+from fastlm.models.encoder_config import BY_MODEL_TYPE as ENCODERS
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
 
 BY_ARCHITECTURE: dict[str, type[PretrainedModel]] = {
@@ -17,9 +19,14 @@ BY_ARCHITECTURE: dict[str, type[PretrainedModel]] = {
 }
 BY_ARCHITECTURE["BertForPreTraining"] = BertForMaskedLM  # the original BERT checkpoints: one more head, not loaded
 BY_ARCHITECTURE |= {config.architecture: CausalLM for config in DECODERS.values()}
+for family in ENCODERS.values():
+    for name, encoder in classes_of(family).items():
+        BY_ARCHITECTURE.setdefault(name, encoder)  # BERT has classes of its own
 # Used when config.json has no `architectures`.
 BY_MODEL_TYPE: dict[str, type[PretrainedModel]] = {"gpt2": GPT2LMHeadModel, "bert": BertForMaskedLM}
 BY_MODEL_TYPE |= dict.fromkeys(DECODERS, CausalLM)
+for model_type in ENCODERS:
+    BY_MODEL_TYPE.setdefault(model_type, EncoderModel)
 
 
 def load_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> PretrainedModel:

@@ -63,7 +63,7 @@ class PretrainedModel(nn.Module):
         if dtype is not None:
             check_choice("dtype", dtype, FLOATING)
         config = cls.config_class.from_pretrained(directory) if config is None else config
-        tensors = checkpoint.read_tensors(Path(directory))
+        tensors = config.renamed(checkpoint.read_tensors(Path(directory)))
         if config.num_hidden_layers > len(tensors) and not initialise:  # building them could take all memory
             expected = f"no more layers than the {len(tensors)} tensors of the weights"
             raise ValueError(f"{directory}: num_hidden_layers: expected {expected}, got {config.num_hidden_layers}")

@@ -6,6 +6,8 @@ import reprlib
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from torch import Tensor
+
 from fastlm.core.errors import check_path, did_you_mean, mismatch, shown, wrong_type
 
 C = TypeVar("C", bound="Config")
@@ -106,6 +108,11 @@ class Config:
             return cls.from_dict(read_json(path))
         except ValueError as error:
             raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def renamed(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file, by the names of parameters, where a family's files have other names."""
+        return tensors
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that transformers can also read."""

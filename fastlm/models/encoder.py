@@ -221,7 +221,7 @@ class Hidden:
         """Of each sequence, the hidden state of its first real token: (batch, width)."""
         x, padding = self.x, self.padding
         if isinstance(padding, Packed):
-            return Gather.apply(x[0], padding.cu_seqlens[:-1])
+            return Gather.apply(x[0], padding.cu_seqlens[:-1].long())
         if padding is None:
             return x[:, 0]
         return x[torch.arange(x.shape[0], device=x.device), padding.int().argmax(1)]
@@ -293,6 +293,15 @@ class Encoder(PretrainedModel):
 
     def prefix(self) -> str:
         return str(self.config.layout.prefix)
+
+    @torch.no_grad()
+    def initialise(self, root: nn.Module) -> None:
+        super().initialise(root)
+        names = {module: name for name, module in self.named_modules()}
+        for module in root.modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and (found := self.config.initial(names[module])):
+                std, bound = found
+                nn.init.trunc_normal_(module.weight, std=std, a=-bound, b=bound)
 
     @property
     def base_model(self) -> "EncoderModel":
@@ -510,13 +519,19 @@ class EncoderWithHead(Encoder):
         place(self, head.output, output)
         if head.bias is not None:
             owner, _, name = head.bias.rpartition(".")
-            self.get_submodule(owner).register_parameter(name, nn.Parameter(torch.zeros(self.num_outputs)))
+            self.get_submodule(owner).register_parameter(name, nn.Parameter(torch.empty(self.num_outputs)))
         for path in (head.dense, head.norm, head.output):
             if path is not None:
                 self.initialise(part(self, path))
         self.activation = HEAD_ACTIVATIONS[setting(head.activation)]
         self.input_pdrop, self.pdrop = setting(head.input_dropout), setting(head.dropout)
         self.tie_weights()
+
+    @torch.no_grad()
+    def initialise(self, root: nn.Module) -> None:
+        super().initialise(root)
+        if self.description.bias is not None:
+            self.get_parameter(self.description.bias).zero_()
 
     @property
     def num_outputs(self) -> int:

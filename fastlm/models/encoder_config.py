@@ -1,8 +1,12 @@
-"""Configurations of the encoders that Encoder computes. A family is a class: its settings, and where its modules are."""
+"""Configurations of the encoders that Encoder computes. A family is a class: settings, and where its modules are."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
+
+from torch import Tensor
 
 from fastlm.core.errors import did_you_mean, mismatch, shown
 from fastlm.models.config import (
@@ -13,6 +17,7 @@ from fastlm.models.config import (
     check_flags,
     check_probabilities,
     check_sizes,
+    is_number,
 )
 from fastlm.models.decoder_config import ACTIVATIONS, LAYER_TYPES, DecoderConfig, Gemma3Config, RotaryConfig
 
@@ -106,12 +111,16 @@ class EncoderConfig(Config):
         family: the beginning of its classes' names in transformers.
         layout: its modules.
         heads: "MaskedLM", "SequenceClassification", "TokenClassification": those that it has.
+        stored_names: patterns in names of published files, and what replaces them. transformers writes such files.
+        fused_weights: names of weights that hold several in these files, after stored_names.
     """
 
     presets: ClassVar = {}
     family: ClassVar[str]
     layout: ClassVar[Layout]
     heads: ClassVar[Mapping[str, Head]] = {}
+    stored_names: ClassVar[Mapping[str, str]] = {}
+    fused_weights: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     num_labels: int = 2  # of a classifier
     problem_type: str | None = None  # None: follows from the labels, see EncoderForSequenceClassification
@@ -155,6 +164,27 @@ class EncoderConfig(Config):
             return None
         side = self.setting(self.layout.window) // 2
         return side, side
+
+    def initial(self, name: str) -> tuple[float, float] | None:
+        """The standard deviation of a module's initial weight, and where its distribution is cut off; None: as in
+        PretrainedModel.initialise."""
+        return None
+
+    @classmethod
+    def renamed(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file, by the names of parameters."""
+        found = {}
+        for name, tensor in tensors.items():
+            for pattern, replacement in cls.stored_names.items():
+                name = re.sub(pattern, replacement, name)
+            for fused, parts in cls.fused_weights.items():
+                if fused in name:
+                    chunks = zip(parts, tensor.chunk(len(parts)), strict=True)
+                    found |= {name.replace(fused, part): chunk for part, chunk in chunks}
+                    break
+            else:
+                found[name] = tensor
+        return found
 
     @property
     def context(self) -> int:
@@ -313,6 +343,8 @@ class XLMRobertaConfig(RobertaConfig):
 
     model_type = "xlm-roberta"
     family: ClassVar = "XLMRoberta"
+
+    vocab_size: int = 30522
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -499,6 +531,8 @@ class ModernBertConfig(RotaryConfig, EncoderConfig):
         check_probabilities(self, "attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout")
         check_epsilon(self, "norm_eps")
         check_pooling(self, "cls", "mean")
+        if not is_number(self.initializer_cutoff_factor) or not 0 < self.initializer_cutoff_factor < math.inf:
+            raise mismatch("initializer_cutoff_factor", "a finite number > 0", shown(self.initializer_cutoff_factor))
         if self.classifier_activation not in HEAD_ACTIVATIONS:
             expected = f"one of {', '.join(HEAD_ACTIVATIONS)}"
             raise mismatch("classifier_activation", expected, shown(self.classifier_activation))
@@ -538,12 +572,18 @@ class ModernBertConfig(RotaryConfig, EncoderConfig):
         assert self.layer_types is not None
         return self.layer_types[layer]
 
+    def initial(self, name: str) -> tuple[float, float]:
+        std = self.initializer_range
+        if name.endswith(("attn.Wo", "mlp.Wo", "head.dense", "decoder")):
+            std /= math.sqrt(2 * self.num_hidden_layers)
+        elif name == "classifier":
+            std = self.hidden_size**-0.5
+        return std, self.initializer_cutoff_factor * std
+
 
 @dataclasses.dataclass(kw_only=True)
-class RotaryBertConfig(RotaryConfig, BertLikeConfig):
+class RotaryBertConfig(BertLikeConfig, RotaryConfig):
     """What BERT's descendants with rotary positions have in common."""
-
-    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_parameters, dict):
@@ -581,6 +621,18 @@ class GteConfig(RotaryBertConfig):
     heads: ClassVar = BERT_HEADS | {
         "MaskedLM": Head(dense="lm_head.dense", norm="lm_head.layer_norm", output="lm_head.decoder")
     }
+    stored_names: ClassVar = {
+        r"^new\.": "",
+        r"encoder\.layer\.": "layers.",
+        r"attention\.o_proj": "self_attn.o_proj",
+        "attn_ln": "post_attention_layernorm",
+        "mlp_ln": "post_mlp_layernorm",
+        r"lm_head\.norm": "lm_head.layer_norm",
+    }
+    fused_weights: ClassVar = {
+        "attention.qkv_proj": GTE.qkv,
+        "mlp.up_gate_proj": ("mlp.up_proj", "mlp.gate_proj"),
+    }
     default_theta: ClassVar = 160000.0
 
     vocab_size: int = 250048
@@ -612,6 +664,17 @@ class NomicBertConfig(RotaryBertConfig):
     heads: ClassVar = BERT_HEADS | {
         "MaskedLM": dataclasses.replace(BERT_HEADS["MaskedLM"], norm="cls.predictions.transform.layer_norm")
     }
+    stored_names: ClassVar = {
+        r"encoder\.layers\.": "layers.",
+        "emb_ln": "embeddings.LayerNorm",
+        r"attn\.out_proj": "self_attn.o_proj",
+        "fc11": "up_proj",
+        "fc12": "gate_proj",
+        "fc2": "down_proj",
+        "norm1": "post_attention_layernorm",
+        "norm2": "post_mlp_layernorm",
+    }
+    fused_weights: ClassVar = {"attn.Wqkv": GTE.qkv}
     default_theta: ClassVar = 1000.0
 
     vocab_size: int = 30528
@@ -644,6 +707,14 @@ class JinaEmbeddingsV3Config(RotaryBertConfig):
         hidden_dropout=0.0,
     )
     heads: ClassVar = ROBERTA_HEADS
+    stored_names: ClassVar = {
+        r"encoder\.layers\.": "layers.",
+        "emb_ln": "embeddings.LayerNorm",
+        r"mixer\.out_proj": "self_attn.o_proj",
+        "norm1": "post_attention_layernorm",
+        "norm2": "post_mlp_layernorm",
+    }
+    fused_weights: ClassVar = {"mixer.Wqkv": GTE.qkv}
     default_theta: ClassVar = 20000.0
 
     vocab_size: int = 250002
@@ -710,6 +781,7 @@ class EuroBertConfig(EncoderConfig, DecoderConfig):
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-5
     classifier_pooling: str = "late"
+    tie_word_embeddings: bool = False
     pad_token_id: int | None = 128001
     bos_token_id: int | None = 128000
     eos_token_id: int | list[int] | None = 128001
@@ -739,6 +811,9 @@ class Gemma3EncoderConfig(EncoderConfig, Gemma3Config):
     )
 
     use_bidirectional_attention: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 1
 
     def layer_type(self, layer: int) -> str:
         assert self.layer_types is not None

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastlm import models
 from fastlm.benchmarking.accuracy import KeepFloat64
+from fastlm.models.encoder import classes_of
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -103,6 +104,44 @@ def tiny_decoder(family, **changes):
     return lively(getattr(transformers, f"{name}ForCausalLM")(config(**{**settings, **own, **changes})))
 
 
+ENCODER_TOKENS = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+# By the beginning of the classes' names in transformers.
+ENCODERS = {
+    "ModernBert": {"local_attention": 8, "cls_token_id": None, "sep_token_id": None, **ENCODER_TOKENS},
+    "Bert": {},
+    "Roberta": {"pad_token_id": 1, "max_position_embeddings": 50},
+    "XLMRoberta": {"pad_token_id": 1, "max_position_embeddings": 50},
+    "DistilBert": {},
+    "Electra": {"embedding_size": 20},
+    "Gte": {"pad_token_id": 0},
+    "NomicBert": {"head_dim": 16},
+    "EuroBert": {"num_key_value_heads": 2, "mask_token_id": 3, **ENCODER_TOKENS},
+    "JinaEmbeddingsV3": {"pad_token_id": 0},
+    "Gemma3Text": {
+        "use_bidirectional_attention": True,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        **ENCODER_TOKENS,
+    },
+}
+
+
+def tiny_encoder(family, suffix="ForMaskedLM", **changes):
+    """A small Hugging Face model without dropout. Skips if the installed transformers lacks its class."""
+    if not hasattr(transformers, f"{family}{suffix}"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}{suffix}")
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+    dropouts = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    if family == "DistilBert":
+        sizes = {"dim": 48, "hidden_dim": 80, "n_layers": 3, "n_heads": 4}
+        dropouts = dict.fromkeys(("dropout", "attention_dropout", "seq_classif_dropout"), 0.0)
+    settings = {"vocab_size": 131, "max_position_embeddings": 48, **sizes, **dropouts, **ENCODERS[family], **changes}
+    return lively(getattr(transformers, f"{family}{suffix}")(getattr(transformers, f"{family}Config")(**settings)))
+
+
 @torch.no_grad()
 def lively(model):
     """Sets weights like those of a trained model: non-zero biases, non-uniform attention."""
@@ -120,6 +159,14 @@ def ours_like(theirs):
     return model.to(theirs.dtype).eval()
 
 
+def encoder_like(theirs):
+    """fastlm's Encoder of the same family and head, settings and weights."""
+    config = models.EncoderConfig.from_dict(theirs.config.to_dict())
+    own = classes_of(type(config))[type(theirs).__name__](config)
+    own.load_state_dict(theirs.state_dict(), strict=True)
+    return own.to(theirs.dtype).eval()
+
+
 def row_losses(logits, labels, shifted):
     """At least in the precision of the logits: Hugging Face's GPT-2 would round float64 to float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -132,7 +179,9 @@ def row_losses(logits, labels, shifted):
 def gradients_of(model, loss):
     model.zero_grad(set_to_none=True)
     loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # A tied parameter by both names: models differ in which one comes first.
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: p.grad for name, p in parameters if p.grad is not None}
 
 
 def theirs_on(model, inputs, labels, where, shifted):
@@ -149,10 +198,13 @@ def ours_on(model, inputs, labels, where):
     return {**logits, "loss": output.loss.detach(), **gradients_of(model, output.loss)}
 
 
-def assert_within_twice_theirs(make, draw, dtype=torch.float32, shifted=False, draws=DRAWS, exact_attention="eager"):
+def assert_within_twice_theirs(
+    make, draw, dtype=torch.float32, shifted=False, draws=DRAWS, exact_attention="eager", convert=None
+):
     """Compares logits and loss in evaluation mode, the fused loss of training mode, and all gradients of both.
 
     make() → Hugging Face's model; draw() → (inputs, labels, mask of the positions whose logits are compared).
+    convert: Hugging Face's model → fastlm's; None: ours_like.
     exact_attention: transformers' implementation in float64. Some families' eager one gives NaN for padding there.
     """
     evaluated, trained = Errors(dtype), Errors(dtype)
@@ -163,7 +215,7 @@ def assert_within_twice_theirs(make, draw, dtype=torch.float32, shifted=False, d
         for module in exact_model.modules():
             if hasattr(module, "reorder_and_upcast_attn"):  # casts to float32, which for float64 loses precision
                 module.reorder_and_upcast_attn = False
-        ours = ours_like(theirs)
+        ours = (convert or ours_like)(theirs)
         inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
         inputs_fp64 = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
         with KeepFloat64():

@@ -45,9 +45,9 @@ def test_bert_for_pre_training(tmp_path):
 
 
 def test_unsupported_class_is_an_error(tmp_path):
-    tiny_bert("BertForTokenClassification").save_pretrained(tmp_path)
+    tiny_bert("BertForQuestionAnswering").save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"config.json: architectures: expected one of GPT2Model, .*, got BertForTokenClassification"
+        ValueError, match=r"config.json: architectures: expected one of GPT2Model, .*, got BertForQuestionAnswering"
     ):
         load_model(tmp_path)
 
