@@ -62,7 +62,9 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(name, module)
 
 
-def part(root: nn.Module, path: str) -> Any:
+def part(root: nn.Module, path: str | None) -> Any:
+    """The module under a path. A family without it does not ask for it."""
+    assert path is not None
     module: Any = root
     for name in path.split("."):
         module = module._modules[name]
@@ -173,19 +175,28 @@ class EncoderLayer(FeedForward):
         if self.hidden_pdrop and self.training:
             dropped: Tensor = down(F.dropout(self.gated(x), self.hidden_pdrop))
             return dropped
-        weights: tuple = part(self, layout.gate).weight, up.weight
-        biases: tuple = part(self, layout.gate).bias, up.bias
         if self.is_gate_fused:
-            weights = up.weight.chunk(2)
-            biases = (None, None) if up.bias is None else up.bias.chunk(2)
+            gate_weight, up_weight = up.weight.chunk(2)
+            gate_bias, up_bias = (None, None) if up.bias is None else up.bias.chunk(2)
+        else:
+            gate = part(self, layout.gate)
+            gate_weight, up_weight, gate_bias, up_bias = gate.weight, up.weight, gate.bias, up.bias
         return glu_mlp(
-            x, *weights, down.weight, *biases, down.bias, activation=self.activation, recompute=self.recompute
+            x,
+            gate_weight,
+            up_weight,
+            down.weight,
+            gate_bias,
+            up_bias,
+            down.bias,
+            activation=self.activation,
+            recompute=self.recompute,
         )
 
     def gated(self, x: Tensor) -> Tensor:
         """What the down projection takes."""
         layout, up = self.layout, part(self, self.layout.up)(x)
-        gate, up = up.chunk(2, -1) if self.is_gate_fused else (part(self, str(layout.gate))(x), up)
+        gate, up = up.chunk(2, -1) if self.is_gate_fused else (part(self, layout.gate)(x), up)
         return FUNCTIONS[self.activation](gate) * up
 
 
@@ -394,7 +405,7 @@ class EncoderModel(Encoder):
         return ModelOutput(hidden.padded(hidden.x), pooled)
 
     def pool(self, hidden: Hidden) -> Tensor:
-        return torch.tanh(part(self, str(self.pooler_path))(hidden.first()))
+        return torch.tanh(part(self, self.pooler_path)(hidden.first()))
 
     def run(
         self,
@@ -460,11 +471,10 @@ class EncoderModel(Encoder):
     def tables(self, rope: Rope, position_ids: Tensor | None, tokens: int, padding: Padding) -> tuple[Tensor, Tensor]:
         if position_ids is None:
             position_ids = torch.arange(tokens, device=self.device)[None]
-        found = rope.tables(position_ids)
+        cos, sin = rope.tables(position_ids)
         if isinstance(padding, Packed):
             index = padding.index % tokens if position_ids.shape[0] == 1 else padding.index
-            found = tuple(table.flatten(0, 1)[index][None] for table in found)
-        cos, sin = found
+            cos, sin = (table.flatten(0, 1)[index][None] for table in (cos, sin))
         return (cos.double(), sin.double()) if self.dtype == torch.float64 else (cos, sin)
 
     def embed(self, x: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, is_scaled: bool) -> Tensor:

@@ -21,6 +21,15 @@ from fastlm.models.config import (
 )
 from fastlm.models.decoder_config import ACTIVATIONS, LAYER_TYPES, DecoderConfig, Gemma3Config, RotaryConfig
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "num_labels",
+)
 # A value, or "config." and the name of the setting that has it.
 Value = Any
 POOLINGS = {"cls": "first", "bos": "first", "mean": "mean", "late": "late"}
@@ -126,9 +135,7 @@ class EncoderConfig(Config):
     problem_type: str | None = None  # None: follows from the labels, see EncoderForSequenceClassification
 
     def __post_init__(self) -> None:
-        sizes = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-        sizes = (*map(self.key, (*sizes, "max_position_embeddings")), "num_labels")
-        check_sizes(self, *sizes)
+        check_sizes(self, *map(self.key, SIZES))
         if self.setting(self.layout.head_dim) is None:
             check_divisible(self, self.key("num_attention_heads"), self.key("hidden_size"))
         self.check_activation()
@@ -173,7 +180,7 @@ class EncoderConfig(Config):
     @classmethod
     def renamed(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file, by the names of parameters."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             for pattern, replacement in cls.stored_names.items():
                 name = re.sub(pattern, replacement, name)
@@ -445,6 +452,16 @@ class DistilBertConfig(EncoderConfig):
         super().__post_init__()
 
 
+MODERNBERT_HEAD = Head(
+    dense="head.dense",
+    dense_bias="config.classifier_bias",
+    activation="config.classifier_activation",
+    norm="head.norm",
+    dropout="config.classifier_dropout",
+    output="classifier",
+)
+
+
 @dataclasses.dataclass(kw_only=True)
 class ModernBertConfig(RotaryConfig, EncoderConfig):
     """ModernBERT (Warner et al., 2024, arXiv:2412.13663): rotary positions of two bases, a gated MLP, and two layers of
@@ -482,18 +499,12 @@ class ModernBertConfig(RotaryConfig, EncoderConfig):
         mlp_dropout=0.0,
         mlp_norm="mlp_norm",
     )
-    BLOCK: ClassVar = {
-        "dense": "head.dense",
-        "dense_bias": "config.classifier_bias",
-        "activation": "config.classifier_activation",
-        "norm": "head.norm",
-    }
     heads: ClassVar = {
-        "MaskedLM": Head(**BLOCK, output="decoder", output_bias="config.decoder_bias"),
-        "SequenceClassification": Head(
-            **BLOCK, dropout="config.classifier_dropout", output="classifier", pooling="config.classifier_pooling"
+        "MaskedLM": dataclasses.replace(
+            MODERNBERT_HEAD, output="decoder", output_bias="config.decoder_bias", dropout=0.0
         ),
-        "TokenClassification": Head(**BLOCK, dropout="config.classifier_dropout", output="classifier"),
+        "SequenceClassification": dataclasses.replace(MODERNBERT_HEAD, pooling="config.classifier_pooling"),
+        "TokenClassification": MODERNBERT_HEAD,
     }
     default_theta: ClassVar = 160000.0
     LOCAL_THETA: ClassVar = 10000.0
