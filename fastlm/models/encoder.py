@@ -11,7 +11,7 @@ the next norm adds and normalises in one pass over memory.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from fastlm.ops.gelu_mlp import gelu_mlp
 from fastlm.ops.glu_mlp import glu_mlp
 from fastlm.ops.rotary import rotary
 
+E = TypeVar("E", bound="Encoder")
 Tables = tuple[Tensor, Tensor] | None  # cos and sin of the positions
 Padding = Packed | Tensor | None  # of a packed batch its sequences, of a padded one the mask
 
@@ -99,8 +100,6 @@ class EncoderLayer(FeedForward):
             (layout.query_norm, self.head_dim),
             (layout.key_norm, self.head_dim),
             (layout.attention_output_norm, width),
-            (layout.mlp_norm, width),
-            (layout.mlp_output_norm, width),
         ):
             if norm is not None:
                 place(self, norm, new_norm(config, size))
@@ -110,6 +109,9 @@ class EncoderLayer(FeedForward):
         up_width = 2 * hidden if self.is_gate_fused else hidden
         place(self, layout.up, Linear(width, up_width, bias=setting(layout.up_bias)))
         place(self, layout.down, Linear(hidden, width, bias=setting(layout.down_bias)))
+        place(self, layout.mlp_norm, new_norm(config, width))
+        if layout.mlp_output_norm is not None:
+            place(self, layout.mlp_output_norm, new_norm(config, width))
 
         self.activation = (GELUS if layout.gate is None else ACTIVATIONS)[setting(layout.activation)]
         scale = setting(layout.scale)
@@ -117,7 +119,9 @@ class EncoderLayer(FeedForward):
         self.attention_pdrop, self.out_pdrop = setting(layout.attention_dropout), setting(layout.out_dropout)
         self.hidden_pdrop, self.mlp_pdrop = setting(layout.hidden_dropout), setting(layout.mlp_dropout)
 
-    def forward(self, x: Tensor, residual: Tensor | None, tables: Tables, padding: Padding) -> tuple[Tensor, Any]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, tables: Tables = None, padding: Padding = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns (x, residual) for the next layer.
 
         Args:
@@ -271,7 +275,7 @@ class Encoder(PretrainedModel):
     suffix: ClassVar[str]  # of the class's name in transformers
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, config: Any = None, **arguments: Any) -> Any:
+    def from_pretrained(cls: type[E], directory: str | Path, *, config: Any = None, **arguments: Any) -> E:
         """Loads the model in a Hugging Face directory, as PretrainedModel.from_pretrained.
 
         Encoder.from_pretrained returns the model with the head that `architectures` in config.json names, or without a
@@ -290,11 +294,11 @@ class Encoder(PretrainedModel):
         if not isinstance(architectures, list | None) or not all(isinstance(x, str) for x in architectures or ()):
             raise ValueError(f"{path}: architectures: expected a list of names, got {architectures!r}")
         if not architectures:
-            return EncoderModel.from_pretrained(directory, config=config, **arguments)
+            return cast(E, EncoderModel.from_pretrained(directory, config=config, **arguments))
         known = classes_of(type(config))
         for name in architectures:
             if name in known:
-                return known[name].from_pretrained(directory, config=config, **arguments)
+                return cast(E, known[name].from_pretrained(directory, config=config, **arguments))
         got = f"{', '.join(architectures)}{did_you_mean(architectures[0], known)}"
         raise ValueError(f"{path}: architectures: expected one of {', '.join(known)}, got {got}")
 
@@ -507,13 +511,15 @@ def positions_after_padding(pad_token_id: int, input_ids: Tensor | None, tokens:
 class EncoderWithHead(Encoder):
     """Holds the model without a head under the name that it has in transformers, and the modules of the head."""
 
+    base_class: ClassVar[type[EncoderModel]] = EncoderModel
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         if self.head_name not in config.heads:
             known = ", ".join(name for name in classes_of(type(config)))
             raise mismatch("config", f"one of a family with this head ({config.family} has {known})", config.family)
         self.description = head = config.heads[str(self.head_name)]
-        self.add_module(config.layout.prefix, EncoderModel(config, add_pooling_layer=head.pooled))
+        self.add_module(config.layout.prefix, self.base_class(config, add_pooling_layer=head.pooled))
         setting, width = config.setting, config.hidden_size
         if head.dense is not None:
             dense_width = setting(head.dense_width)
