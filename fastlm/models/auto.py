@@ -7,6 +7,7 @@ import torch
 from fastlm.core.errors import check_path, did_you_mean
 from fastlm.models.base import PretrainedModel
 from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel
+from fastlm.models.checkpoint import summary
 from fastlm.models.config import CONFIG, read_json, stored
 from fastlm.models.decoder import CausalLM
 from fastlm.models.decoder_config import BY_MODEL_TYPE as DECODERS
@@ -51,7 +52,7 @@ def load_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> Pr
         return supported[0].from_pretrained(directory, dtype=dtype)
     if architectures:
         got = f"{', '.join(architectures)}{did_you_mean(architectures[0], BY_ARCHITECTURE)}"
-        raise ValueError(f"{path}: architectures: expected one of {', '.join(BY_ARCHITECTURE)}, got {got}")
+        raise ValueError(f"{path}: architectures: expected one of {summary([*BY_ARCHITECTURE])}, got {got}")
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
         raise ValueError(

@@ -334,8 +334,18 @@ def bert_config():
 
 
 @functools.cache
+def modernbert_config():
+    sizes = {"vocab_size": 40, "max_position_embeddings": 12, "hidden_size": 8, "num_hidden_layers": 2}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    return models.ModernBertConfig(**sizes, **ids, num_attention_heads=2, intermediate_size=16, local_attention=4)
+
+
+CONFIGS = {"GPT2": gpt2_config, "Bert": bert_config, "Encoder": modernbert_config}
+
+
+@functools.cache
 def model(name):
-    config = gpt2_config() if name.startswith("GPT2") else bert_config()
+    config = next(made for prefix, made in CONFIGS.items() if name.startswith(prefix))()
     return getattr(models, name)(config).eval()
 
 
@@ -344,6 +354,8 @@ def forward(name: str, **labels: Any) -> Function:
         ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
         mask = torch.ones(2, 3, dtype=torch.int64)
         given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros(2, 3, dtype=torch.int64)}
+        if name.startswith("Encoder"):
+            given["token_type_ids"] = None  # ModernBERT has no token types
         return given | {"position_ids": torch.arange(3).expand(2, 3)} | labels
 
     method = getattr(models, name).forward
@@ -355,7 +367,7 @@ def config(config_class: Any) -> Function:
         return config_class.from_dict(config_class(**sizes() | settings).to_dict())
 
     def sizes():
-        base = gpt2_config() if config_class is models.GPT2Config else bert_config()
+        base = next(made() for made in CONFIGS.values() if type(made()) is config_class)
         return {field.name: getattr(base, field.name) for field in dataclasses.fields(config_class)}
 
     return Function(config_class.__name__, call, sizes, signature=config_class.__init__)
@@ -420,11 +432,21 @@ OTHERS = [
     ),
     config(models.GPT2Config),
     config(models.BertConfig),
+    config(models.ModernBertConfig),
     *(
         Function(name, getattr(models, name), lambda config=config: {"config": config()})
         for names, config in (
             (("GPT2Model", "GPT2LMHeadModel"), gpt2_config),
             (("BertModel", "BertForMaskedLM", "BertForSequenceClassification"), bert_config),
+            (
+                (
+                    "EncoderModel",
+                    "EncoderForMaskedLM",
+                    "EncoderForSequenceClassification",
+                    "EncoderForTokenClassification",
+                ),
+                modernbert_config,
+            ),
         )
         for name in names
     ),
@@ -433,6 +455,10 @@ OTHERS = [
     forward("BertModel"),
     forward("BertForMaskedLM", labels=LABELS),
     forward("BertForSequenceClassification", labels=torch.tensor([0, 2])),
+    forward("EncoderModel"),
+    forward("EncoderForMaskedLM", labels=LABELS),
+    forward("EncoderForSequenceClassification", labels=torch.tensor([0, 1])),
+    forward("EncoderForTokenClassification", labels=torch.tensor([[0, 1, -100], [1, 1, 0]])),
 ]
 FUNCTIONS = OPERATORS + OTHERS
 

@@ -155,14 +155,6 @@ def test_dropout_and_checkpointing_of_packed_layers(rows):
     assert rows == [14] * 4
 
 
-def test_gather_and_scatter_gradients():
-    index = torch.tensor([0, 2, 3, 7])
-    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    for function, inputs in ((packing.Gather.apply, (x, index)), (packing.Scatter.apply, (y, index, 8))):
-        assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
-
-
 def test_one_synchronization(monkeypatch):
     """The mask's values are read once, by `tolist`. No operator's output size depends on values."""
     read, operators, tolist = [], [], torch.Tensor.tolist
