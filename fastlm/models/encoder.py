@@ -9,6 +9,7 @@ the next norm adds and normalises in one pass over memory.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -48,6 +49,8 @@ from fastlm.ops.rotary import rotary
 E = TypeVar("E", bound="Encoder")
 Tables = tuple[Tensor, Tensor] | None  # cos and sin of the positions
 Padding = Packed | Tensor | None  # of a packed batch its sequences, of a padded one the mask
+
+NUM_DISTANCES, FURTHEST = 32, 128  # of relative positions
 
 FUNCTIONS = {name: pair.value for name, pair in activation.ACTIVATIONS.items()} | {"tanh": torch.tanh}
 FUNCTIONS["gelu_none"] = FUNCTIONS["gelu"]
@@ -120,7 +123,12 @@ class EncoderLayer(FeedForward):
         self.hidden_pdrop, self.mlp_pdrop = setting(layout.hidden_dropout), setting(layout.mlp_dropout)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, tables: Tables = None, padding: Padding = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        tables: Tables = None,
+        padding: Padding = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (x, residual) for the next layer.
 
@@ -128,17 +136,18 @@ class EncoderLayer(FeedForward):
             x: (batch, tokens, width): the output of the previous layer, of a pre-norm layer not yet added to the
                 residual sum.
             residual: the residual sum of pre-norm layers; None for the first.
+            bias: (1, heads, tokens, tokens), added to the scores.
         """
         layout, training = self.layout, self.training
         out_pdrop, mlp_pdrop = (self.out_pdrop, self.mlp_pdrop) if training else (0.0, 0.0)
         if layout.norm_place == "post":
-            x, _ = part(self, layout.attention_norm)(self.attend(x, tables, padding), x, out_pdrop)
+            x, _ = part(self, layout.attention_norm)(self.attend(x, tables, padding, bias), x, out_pdrop)
             return part(self, layout.mlp_norm)(self.feed_forward(x), x, mlp_pdrop)[0], None
         if self.has_attention_norm:
             x, residual = part(self, layout.attention_norm)(x, residual)
         else:
             residual = x
-        x = self.attend(x, tables, padding)
+        x = self.attend(x, tables, padding, bias)
         if layout.attention_output_norm is not None:
             x = part(self, layout.attention_output_norm)(x)[0]
         x, residual = part(self, layout.mlp_norm)(x, residual, out_pdrop)
@@ -147,7 +156,7 @@ class EncoderLayer(FeedForward):
             x = part(self, layout.mlp_output_norm)(x)[0]
         return x, residual
 
-    def attend(self, x: Tensor, tables: Tables, padding: Padding) -> Tensor:
+    def attend(self, x: Tensor, tables: Tables, padding: Padding, bias: Tensor | None) -> Tensor:
         layout = self.layout
         projected = [part(self, path)(x).unflatten(-1, (-1, self.head_dim)) for path in layout.qkv]
         if len(projected) == 1:
@@ -165,7 +174,7 @@ class EncoderLayer(FeedForward):
             query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
             context = attention_varlen(query, key, value, ends, ends, **options).flatten(1)[None]
         else:
-            context = merge_heads(attention(query, key, value, key_padding=padding, **options))
+            context = merge_heads(attention(query, key, value, mask=bias, key_padding=padding, **options))
         projection: Tensor = part(self, layout.out)(context)
         return projection
 
@@ -367,6 +376,8 @@ class EncoderModel(Encoder):
         self.embedding_projection = layout.embedding_projection if words != width else None
         if self.embedding_projection is not None:
             place(self, self.embedding_projection, Linear(words, width))
+        if layout.relative_bias is not None:
+            place(self, layout.relative_bias, Embedding(NUM_DISTANCES, config.num_attention_heads))
         count = range(config.num_hidden_layers)
         place(self, layout.layers, nn.ModuleList([EncoderLayer(config, layer) for layer in count]))
         if layout.final_norm is not None:
@@ -450,9 +461,12 @@ class EncoderModel(Encoder):
                 inputs_embeds = Gather.apply(inputs_embeds.flatten(0, 1), index)[None]
         x, table = embed_tokens(words, input_ids, inputs_embeds)
         x = self.embed(x, token_type_ids, position_ids, is_scaled=inputs_embeds is None)
+        bias = None
+        if layout.relative_bias is not None:
+            bias = part(self, layout.relative_bias)(distances(tokens, device)).permute(2, 0, 1)[None]
         residual = None
         for layer, kind in zip(part(self, layout.layers), self.kinds, strict=True):
-            x, residual = self.run_layer(layer, x, residual, tables.get(kind), padding)
+            x, residual = self.run_layer(layer, x, residual, tables.get(kind), padding, bias)
         if layout.final_norm is not None:
             x, _ = part(self, layout.final_norm)(x, residual)
         return Hidden(x, padding, table)
@@ -469,6 +483,8 @@ class EncoderModel(Encoder):
             raise mismatch("attention_mask", "at least one real token in every row", got)
         if real == mask.numel():
             return None
+        if self.config.layout.relative_bias is not None:  # packed attention takes none
+            return mask
         # Packing would change the distances across padding between real tokens, which a window needs.
         return mask if self.has_windows and parts > 1 else packed(mask, real)
 
@@ -506,6 +522,21 @@ def positions_after_padding(pad_token_id: int, input_ids: Tensor | None, tokens:
         return torch.arange(pad_token_id + 1, pad_token_id + 1 + tokens, device=device)[None]
     is_real = (input_ids != pad_token_id).long()
     return is_real.cumsum(1) * is_real + pad_token_id
+
+
+def distances(tokens: int, device: torch.device) -> Tensor:
+    """Of each query and key, T5's number of their distance (Raffel et al., 2019, arXiv:1910.10683): (tokens, tokens).
+
+    Keys behind the query have the second half of the numbers. In a half, short distances have one each, and the others
+    share the rest by their logarithm, up to FURTHEST.
+    """
+    positions = torch.arange(tokens, device=device)
+    distance = positions[None] - positions[:, None]
+    half = NUM_DISTANCES // 2
+    exact, size = half // 2, distance.abs()
+    share = torch.log(size.clamp(min=1).float() / exact) / math.log(FURTHEST / exact)
+    far = (exact + (share * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(size < exact, size, far) + half * (distance > 0)
 
 
 class EncoderWithHead(Encoder):

@@ -94,6 +94,7 @@ class Layout:
     head_dim: Value = None  # None: hidden_size / num_attention_heads
     num_kv_heads: Value = "config.num_attention_heads"
     rotary: bool = False
+    relative_bias: str | None = None  # an embedding of distances, which is added to the scores of all layers
     window: Value = None  # of sliding layers: half of it is the number of keys on each side that a query attends to
     scale: Value = None  # scores are divided by its square root; None: head_dim
     attention_dropout: Value = "config.attention_probs_dropout_prob"
@@ -352,6 +353,31 @@ class XLMRobertaConfig(RobertaConfig):
     family: ClassVar = "XLMRoberta"
 
     vocab_size: int = 30522
+
+
+@dataclasses.dataclass(kw_only=True)
+class MPNetConfig(BertLikeConfig):
+    """MPNet (Song et al., 2020, arXiv:2004.09297): RoBERTa with a bias of the scores by distance. It runs with padding,
+    as packed attention takes no bias."""
+
+    model_type = "mpnet"
+    fixed: ClassVar = BertLikeConfig.fixed | {"pad_token_id": 1, "relative_attention_num_buckets": 32}
+    family: ClassVar = "MPNet"
+    layout: ClassVar = dataclasses.replace(
+        ROBERTA,
+        prefix="mpnet",
+        types=None,
+        qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        out="attention.attn.o",
+        attention_norm="attention.LayerNorm",
+        relative_bias="encoder.relative_attention_bias",
+    )
+    heads: ClassVar = ROBERTA_HEADS
+
+    vocab_size: int = 30527
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -863,6 +889,7 @@ BY_MODEL_TYPE: dict[str, type[EncoderConfig]] = {
         BertConfig,
         RobertaConfig,
         XLMRobertaConfig,
+        MPNetConfig,
         DistilBertConfig,
         ElectraConfig,
         ModernBertConfig,

@@ -111,6 +111,7 @@ ENCODERS = {
     "Bert": {},
     "Roberta": {"pad_token_id": 1, "max_position_embeddings": 50},
     "XLMRoberta": {"pad_token_id": 1, "max_position_embeddings": 50},
+    "MPNet": {"max_position_embeddings": 50},
     "DistilBert": {},
     "Electra": {"embedding_size": 20},
     "Gte": {"pad_token_id": 0},

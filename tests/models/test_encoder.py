@@ -142,7 +142,7 @@ def hidden_results(model, inputs, where):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
 def test_hidden_states(family, dtype, mask):
-    if mask is LEFT and family in ("Bert", "Roberta", "XLMRoberta", "JinaEmbeddingsV3"):
+    if mask is LEFT and family in ("Bert", "Roberta", "XLMRoberta", "MPNet", "JinaEmbeddingsV3"):
         pytest.skip("its pooler in transformers reads padding")
     errors = Errors(dtype)
     for _ in range(DRAWS):
@@ -479,6 +479,12 @@ def test_context_of_roberta():
         ours(tokens(1, 49))
 
 
+def test_distances_of_mpnet_in_long_texts():
+    """Up to beyond the distance from which all are one."""
+    theirs, ids = tiny_encoder("MPNet", "Model", max_position_embeddings=402), tokens(1, 400)
+    torch.testing.assert_close(encoder_like(theirs)(ids)[0], theirs(ids)[0], rtol=1e-4, atol=1e-5)
+
+
 SIZES = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
 
 
@@ -486,7 +492,8 @@ SIZES = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
     "settings, message",
     [
         ({"model_type": "modernbart"}, "model_type: expected one of bert, .*, got 'modernbart'; did you mean"),
-        ({"model_type": "mpnet"}, "model_type: expected one of bert, .*, got 'mpnet'"),
+        ({"model_type": "albert"}, "model_type: expected one of bert, .*, got 'albert'"),
+        ({"model_type": "mpnet", "pad_token_id": 0}, "pad_token_id: expected 1, the only supported value, got 0"),
         ({"hidden_activation": "relu6"}, "hidden_activation: expected one of silu, .*, got 'relu6'"),
         ({"hidden_size": 50}, "hidden_size: expected a multiple of num_attention_heads = 4, got 50"),
         ({"layer_types": ["full_attention"]}, "layer_types: expected 2 of full_attention, sliding_attention, got"),
