@@ -53,8 +53,17 @@ VARIANTS = {
         {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu"},
     ),
 }
-families = pytest.mark.parametrize("family", ENCODERS)
-families_with_heads = pytest.mark.parametrize("family", WITH_HEADS)
+# Between them they have every kind of layer and embedding; tests of the others repeat these.
+DISTINCT = ["ModernBert", "Bert", "Gte", "EuroBert", "Gemma3Text"]
+
+
+def mostly_slow(*found, distinct=DISTINCT):
+    """Cases of which only some are in the quick tests."""
+    return [pytest.param(*case, marks=() if case[0] in distinct else pytest.mark.slow) for case in found]
+
+
+families = pytest.mark.parametrize("family", mostly_slow(*((family,) for family in ENCODERS)))
+families_with_heads = pytest.mark.parametrize("family", mostly_slow(*((family,) for family in WITH_HEADS)))
 
 
 def assert_close_to_exact(make, draw, dtype=torch.float32, draws=DRAWS):
@@ -91,8 +100,12 @@ def embeddings(width):
     return lambda: ({"inputs_embeds": torch.randn(2, 17, width)}, tokens(2, 17), ...)
 
 
-@families_with_heads
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "family, dtype",
+    [(family, torch.float32) for family in WITH_HEADS]
+    + mostly_slow(*((family, torch.bfloat16) for family in WITH_HEADS)),
+    ids=str,
+)
 def test_logits_loss_and_gradients(family, dtype):
     assert_close_to_exact(lambda: tiny_encoder(family), masked(RIGHT), dtype)
 
@@ -109,6 +122,7 @@ def test_embeddings(family):
     assert_close_to_exact(lambda: tiny_encoder(family), draw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, changes", VARIANTS.values(), ids=VARIANTS)
 def test_variants(family, changes):
     assert_close_to_exact(lambda: tiny_encoder(family, **changes), masked(RIGHT))
@@ -120,7 +134,7 @@ def types_and_positions():
     return inputs | more, labels, where
 
 
-@pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra", "Gte"])
+@pytest.mark.parametrize("family", mostly_slow(("Bert",), ("Roberta",), ("Electra",), ("Gte",)))
 def test_token_types_and_positions(family):
     assert_close_to_exact(lambda: tiny_encoder(family, type_vocab_size=2), types_and_positions)
 
@@ -140,7 +154,7 @@ def hidden_results(model, inputs, where):
 
 @families
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
+@pytest.mark.parametrize("mask", [RIGHT, pytest.param(LEFT, marks=pytest.mark.slow)], ids=["right", "left"])
 def test_hidden_states(family, dtype, mask):
     if mask is LEFT and family in ("Bert", "Roberta", "XLMRoberta", "MPNet", "JinaEmbeddingsV3"):
         pytest.skip("its pooler in transformers reads padding")
@@ -164,10 +178,11 @@ def classified(model, inputs, labels):
 
 @pytest.mark.parametrize(
     "family, changes",
-    [
+    mostly_slow(
         *((family, {}) for family in WITH_HEADS if family not in POOLINGS),
         *((family, {"classifier_pooling": pooling}) for family, found in POOLINGS.items() for pooling in found),
-    ],
+        distinct=[*DISTINCT, "Roberta", "DistilBert"],
+    ),
     ids=str,
 )
 def test_sequence_classification(family, changes):
@@ -202,7 +217,7 @@ def test_token_classification(family):
 
 
 @pytest.mark.parametrize("suffix", ["Model", "ForSequenceClassification"])
-@pytest.mark.parametrize("family", WITH_HEADS)
+@families_with_heads
 def test_padding_side_changes_nothing(family, suffix):
     """Positions are given, and the first token of a sequence is its first real one."""
     ours, ids = encoder_like(tiny_encoder(family, suffix)), tokens(3, 17)
@@ -254,7 +269,7 @@ def test_what_stands_at_padding_has_no_effect():
         assert torch.equal(first.loss, second.loss)
 
 
-@families
+@pytest.mark.parametrize("family", ENCODERS)
 def test_checkpoints_round_trip(family, tmp_path):
     for suffix in SUFFIXES if family != "Gemma3Text" else ["Model"]:
         theirs, ids = tiny_encoder(family, suffix), tokens(2, 17)
