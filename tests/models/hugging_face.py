@@ -134,6 +134,8 @@ def tiny_encoder(family, suffix="ForMaskedLM", **changes):
     """A small Hugging Face model without dropout. Skips if the installed transformers lacks its class."""
     if not hasattr(transformers, f"{family}{suffix}"):
         pytest.skip(f"transformers {transformers.__version__} has no {family}{suffix}")
+    if family == "Gemma3Text" and transformers.__version__ < "5":
+        pytest.skip("its configuration halves the window once more when it is saved and loaded")
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
     dropouts = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     if family == "DistilBert":
