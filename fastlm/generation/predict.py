@@ -9,8 +9,8 @@ from fastlm.core.errors import check_integer, check_number, mismatch, wrong_type
 from fastlm.generation.tokenizer import Tokenizer
 from fastlm.models.auto import load_model
 from fastlm.models.base import PretrainedModel
-from fastlm.models.bert import BertForMaskedLM
 from fastlm.models.decoding import evaluation_mode
+from fastlm.models.encoder import EncoderForMaskedLM
 from fastlm.models.language_model import LanguageModel
 
 __all__ = ["Candidate", "load_model", "predict"]
@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
 def predict(
     model: PretrainedModel, tokenizer: Tokenizer, text: str, top: int = 10, temperature: float = 1.0
 ) -> list[Candidate]:
-    """The `top` most likely next tokens of a text (GPT-2) or fillings of each of its [MASK] tokens (BERT), sorted.
+    """The `top` most likely next tokens of a text (GPT-2) or fillings of each of its mask tokens (BERT), sorted.
 
     Raises:
         ValueError: the text is empty, longer than the context, or has no [MASK] for a BERT; top < 1;
@@ -40,12 +40,12 @@ def predict(
     if not hasattr(tokenizer, "mask_token_id"):
         raise wrong_type("tokenizer", "a tokenizer", tokenizer)
     causal = isinstance(model, LanguageModel)
-    if not causal and not isinstance(model, BertForMaskedLM):
-        raise mismatch("model", "a GPT2LMHeadModel or a BertForMaskedLM", f"a {type(model).__name__}")
+    if not causal and not isinstance(model, EncoderForMaskedLM):
+        raise mismatch("model", "a model that predicts the next or a masked token", f"a {type(model).__name__}")
     ids = tokenizer.encode(text)
     if not ids:
         raise mismatch("text", "at least one token", repr(text))
-    context = model.config.max_position_embeddings
+    context = model.config.max_position_embeddings if causal else model.config.context
     if len(ids) > context:
         raise mismatch("text", f"at most {context} tokens, the context of the model", len(ids))
     positions = [len(ids) - 1] if causal else [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id]

@@ -5,7 +5,7 @@ from fastlm.generation import Tokenizer, load_tokenizer
 from fastlm.generation.predict import predict
 from fastlm.models import BertForMaskedLM
 from fastlm.training.tokenizers import byte_tokenizer
-from tests.models.hugging_face import ours_like, real, tiny_bert, tiny_gpt2
+from tests.models.hugging_face import encoder_like, ours_like, real, tiny_bert, tiny_encoder, tiny_gpt2
 
 
 def tokenizer_of_bytes(masked):
@@ -24,8 +24,9 @@ def test_next_token():
     assert {row.place for row in rows} == {0}
 
 
-def test_every_mask():
-    model, tokenizer = ours_like(tiny_bert(vocab_size=258)), tokenizer_of_bytes(masked=True)
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "ModernBert"])
+def test_every_mask(family):
+    model, tokenizer = encoder_like(tiny_encoder(family, vocab_size=258)), tokenizer_of_bytes(masked=True)
     rows = predict(model, tokenizer, "ab[MASK]c[MASK]", top=3)
     with torch.no_grad():
         logits = model(torch.tensor([[97, 98, 257, 99, 257]])).logits[0, [2, 4]]
@@ -76,7 +77,7 @@ def test_dropout_is_disabled_and_the_mode_is_restored():
         ),
         (
             lambda gpt, bert: predict(bert.bert, tokenizer_of_bytes(True), "a[MASK]"),
-            "model: expected a GPT2LMHeadModel or a BertForMaskedLM, got a BertModel",
+            "model: expected a model that predicts the next or a masked token, got a BertModel",
         ),
     ],
 )
