@@ -283,6 +283,12 @@ class Encoder(PretrainedModel):
     head_name: ClassVar[str | None]
     suffix: ClassVar[str]  # of the class's name in transformers
 
+    def __init__(self, config: EncoderConfig) -> None:
+        if type(self) is Encoder:
+            names = ", ".join(c.__name__ for c in CLASSES)
+            raise TypeError(f"Encoder: expected one of its subclasses {names}, or Encoder.from_pretrained")
+        super().__init__(config)
+
     @classmethod
     def from_pretrained(cls: type[E], directory: str | Path, *, config: Any = None, **arguments: Any) -> E:
         """Loads the model in a Hugging Face directory, as PretrainedModel.from_pretrained.
@@ -547,8 +553,8 @@ class EncoderWithHead(Encoder):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         if self.head_name not in config.heads:
-            known = ", ".join(name for name in classes_of(type(config)))
-            raise mismatch("config", f"one of a family with this head ({config.family} has {known})", config.family)
+            got = f"{config.family}, which has {', '.join(classes_of(type(config)))}"
+            raise mismatch("config", f"one of a family with {self.suffix}", got)
         self.description = head = config.heads[str(self.head_name)]
         self.add_module(config.layout.prefix, self.base_class(config, add_pooling_layer=head.pooled))
         setting, width = config.setting, config.hidden_size

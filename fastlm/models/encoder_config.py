@@ -494,6 +494,7 @@ class ModernBertConfig(RotaryConfig, EncoderConfig):
     three attend to a window on both sides. The defaults are those of ModernBERT-base."""
 
     model_type = "modernbert"
+    fixed: ClassVar = Config.fixed | {"sparse_pred_ignore_index": -100}
     family: ClassVar = "ModernBert"
     layout: ClassVar = Layout(
         prefix="model",

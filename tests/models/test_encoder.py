@@ -512,6 +512,7 @@ SIZES = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
         ({"hidden_activation": "relu6"}, "hidden_activation: expected one of silu, .*, got 'relu6'"),
         ({"hidden_size": 50}, "hidden_size: expected a multiple of num_attention_heads = 4, got 50"),
         ({"layer_types": ["full_attention"]}, "layer_types: expected 2 of full_attention, sliding_attention, got"),
+        ({"sparse_pred_ignore_index": 0}, "sparse_pred_ignore_index: expected -100, the only supported value, got 0"),
         ({"local_attention": 0}, "local_attention: expected an integer >= 1, got 0"),
         ({"classifier_pooling": "max"}, "classifier_pooling: expected one of cls, mean, got 'max'"),
         ({"classifier_activation": "celu"}, "classifier_activation: expected one of gelu, .*, got 'celu'"),
@@ -547,8 +548,10 @@ def test_heads_that_are_not_supported(tmp_path):
     with pytest.raises(ValueError, match=message):
         Encoder.from_pretrained(tmp_path)
     config = models.Gemma3EncoderConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"config: expected one of a family with this head .*, got Gemma3Text"):
+    with pytest.raises(ValueError, match="config: expected one of a family with ForMaskedLM, got Gemma3Text, which"):
         EncoderForMaskedLM(config)
+    with pytest.raises(TypeError, match=r"Encoder: expected one of its subclasses EncoderModel, .*, or Encoder.from_p"):
+        Encoder(config)
 
 
 def test_hidden_states_of_a_decoder():
