@@ -62,6 +62,7 @@ class PretrainedModel(nn.Module):
         check_path("directory", directory)
         if dtype is not None:
             check_choice("dtype", dtype, FLOATING)
+        model_class: Any = cls.class_for(Path(directory), config)
         config = cls.config_class.from_pretrained(directory) if config is None else config
         tensors = config.renamed(checkpoint.read_tensors(Path(directory)))
         if config.num_hidden_layers > len(tensors) and not initialise:  # building them could take all memory
@@ -69,7 +70,7 @@ class PretrainedModel(nn.Module):
             raise ValueError(f"{directory}: num_hidden_layers: expected {expected}, got {config.num_hidden_layers}")
         try:
             with torch.device("meta"):  # no memory is allocated and no random numbers are drawn
-                model = cls(config, **arguments)
+                model = model_class(config, **arguments)
         except RuntimeError as error:  # a size that does not fit into 64 bits
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{directory}: expected sizes in config.json that can be allocated ({reason})") from None
@@ -86,7 +87,13 @@ class PretrainedModel(nn.Module):
         model.to_empty(device=torch.get_default_device())
         model.tie_weights()  # to_empty() has given tied parameters separate storage
         checkpoint.load_parameters(model, found, tied=tied, initialise=model.initialise)
-        return model.eval()
+        loaded: M = model.eval()
+        return loaded
+
+    @classmethod
+    def class_for(cls, directory: Path, config: Any) -> "type[PretrainedModel]":
+        """The class that from_pretrained makes."""
+        return cls
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors in Hugging Face's format.

@@ -12,13 +12,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlm.core.errors import check_flag, check_path, did_you_mean, mismatch
+from fastlm.core.errors import check_flag, did_you_mean, mismatch
 from fastlm.core.tracing import needs_custom_op
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
@@ -46,7 +46,6 @@ from fastlm.ops.gelu_mlp import gelu_mlp
 from fastlm.ops.glu_mlp import glu_mlp
 from fastlm.ops.rotary import rotary
 
-E = TypeVar("E", bound="Encoder")
 Tables = tuple[Tensor, Tensor] | None  # cos and sin of the positions
 Padding = Packed | Tensor | None  # of a packed batch its sequences, of a padded one the mask
 
@@ -269,8 +268,13 @@ class Hidden:
 
 
 class Encoder(PretrainedModel):
-    """An encoder: bidirectional attention. Encoder.from_pretrained returns one of the subclasses, which differ in their
-    heads: EncoderModel, EncoderForMaskedLM, EncoderForSequenceClassification, EncoderForTokenClassification.
+    """An encoder: bidirectional attention. Its subclasses differ in their heads: EncoderModel, EncoderForMaskedLM,
+    EncoderForSequenceClassification, EncoderForTokenClassification.
+
+    Encoder.from_pretrained(directory) returns the model with the head that `architectures` in config.json names, or
+    without a head if config.json has none; another head is an error that lists those of the family. The subclasses load
+    themselves whatever the file says: EncoderForSequenceClassification.from_pretrained(directory,
+    initialise=("classifier",)) adds a new classifier.
 
     The config's class describes the family, see EncoderConfig; from_pretrained takes it from config.json. Modules and
     parameters have the names that they have in transformers.
@@ -290,30 +294,20 @@ class Encoder(PretrainedModel):
         super().__init__(config)
 
     @classmethod
-    def from_pretrained(cls: type[E], directory: str | Path, *, config: Any = None, **arguments: Any) -> E:
-        """Loads the model in a Hugging Face directory, as PretrainedModel.from_pretrained.
-
-        Encoder.from_pretrained returns the model with the head that `architectures` in config.json names, or without a
-        head if config.json has none. EncoderModel and the other classes load themselves whatever it says:
-        EncoderForSequenceClassification.from_pretrained(directory, initialise=("classifier",)) adds a new classifier.
-
-        Raises:
-            FileNotFoundError, ValueError: as PretrainedModel.from_pretrained, or for a head that is not supported.
-        """
+    def class_for(cls, directory: Path, config: Any) -> type[PretrainedModel]:
         if cls is not Encoder:
-            return super().from_pretrained(directory, config=config, **arguments)
-        check_path("directory", directory)
+            return cls
         path = stored(directory, CONFIG)
         config = EncoderConfig.from_pretrained(directory) if config is None else config
         architectures = read_json(path).get("architectures")
         if not isinstance(architectures, list | None) or not all(isinstance(x, str) for x in architectures or ()):
             raise ValueError(f"{path}: architectures: expected a list of names, got {architectures!r}")
         if not architectures:
-            return cast(E, EncoderModel.from_pretrained(directory, config=config, **arguments))
+            return EncoderModel
         known = classes_of(type(config))
         for name in architectures:
             if name in known:
-                return cast(E, known[name].from_pretrained(directory, config=config, **arguments))
+                return known[name]
         got = f"{', '.join(architectures)}{did_you_mean(architectures[0], known)}"
         raise ValueError(f"{path}: architectures: expected one of {', '.join(known)}, got {got}")
 
@@ -392,6 +386,8 @@ class EncoderModel(Encoder):
         self.pooler_path = layout.pooler if wanted else None
         if self.pooler_path is not None:
             place(self, self.pooler_path, Linear(width, width))
+        elif layout.pooler is not None:
+            self.register_module(layout.pooler.partition(".")[0], None)
         self.kinds = [config.layer_type(layer) for layer in count]
         self.ropes = {kind: Rope(config, kind) for kind in dict.fromkeys(self.kinds)} if layout.rotary else {}
         self.has_windows = any(config.window(layer) is not None for layer in count)
