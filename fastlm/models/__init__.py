@@ -24,11 +24,11 @@ from fastlm.models.encoder import (
     EncoderForTokenClassification,
     EncoderModel,
 )
-from fastlm.models.encoder_config import (
+from fastlm.models.encoder_config import EncoderConfig
+from fastlm.models.encoder_families import (
     BertConfig,
     DistilBertConfig,
     ElectraConfig,
-    EncoderConfig,
     EuroBertConfig,
     Gemma3EncoderConfig,
     GteConfig,

@@ -1,7 +1,7 @@
 """BERT (Devlin et al., 2018, arXiv:1810.04805) by its names in transformers: Encoder with a BertConfig."""
 
 from fastlm.models.encoder import EncoderForMaskedLM, EncoderForSequenceClassification, EncoderModel
-from fastlm.models.encoder_config import BertConfig
+from fastlm.models.encoder_families import BertConfig
 
 
 class BertModel(EncoderModel):
