@@ -4,7 +4,10 @@ In between, hidden states are (1, real tokens, width), one sequence after anothe
 the mask. Reading the mask's values is the only synchronization that this costs on a GPU.
 """
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -76,3 +79,22 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx):
         return Gather.apply(dx, ctx.saved_tensors[0]), None, None
+
+
+# A list to which encoders append how their result is packed, instead of padding it; None: they pad it.
+packed_results: contextvars.ContextVar[list[Packed] | None] = contextvars.ContextVar("packed_results", default=None)
+
+
+@contextlib.contextmanager
+def packed_output() -> Iterator[list[Packed]]:
+    """Encoders whose call runs packed return (1, real tokens, width), for a caller that pools the tokens.
+
+    Yields a list that is empty if the call ran with padding. Poolers and heads on top of the encoder then read packed
+    hidden states, so their results have no meaning.
+    """
+    taken: list[Packed] = []
+    token = packed_results.set(taken)
+    try:
+        yield taken
+    finally:
+        packed_results.reset(token)
