@@ -164,7 +164,7 @@ def test_wrong_options(model, file, tmp_path):
     wanted = f"out: expected a file in a writable directory, got '{missing}'"
     assert failed("encode", "--model", model, file, "--out", missing) == wanted
     assert failed("encode", "--model", tmp_path, file, "--out", tmp_path / "out").startswith(
-        f"{tmp_path}/config.json: no"
+        f"model: {tmp_path}/config.json: no"
     )
     assert failed("encode", "--model", model, file, "--out", tmp_path).startswith("out: expected a file, got the dir")
     assert sorted(os.listdir(tmp_path)) == ["texts.txt"]

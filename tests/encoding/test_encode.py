@@ -281,7 +281,7 @@ def test_the_progress_bar(capsys):
         ({"max_length": 49}, "max_length: expected an integer from 1 to 48, the number of tokens .*, got 49"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch: expected an integer of 1 or more, got 0"),
         ({"model": 3}, "model: expected an encoder or decoder of transformers, a model of .*, got 3"),
-        ({"model": "none"}, "none/config.json: no such file; expected a local directory .*"),
+        ({"model": "none"}, "model: none/config.json: no such file; expected a local directory .*"),
     ],
 )
 def test_wrong_arguments(options, message):

@@ -74,7 +74,7 @@ def test_no_text():
         ({"activation": "relu"}, "activation: expected one of 'sigmoid', 'identity', got 'relu'"),
         ({"model": tiny("Bert")}, "model: expected a model for .* with one label, got BertModel of 2"),
         ({"model": tiny("Bert", HEAD, num_labels=3)}, "model: expected .* one label, got .*Classification of 3"),
-        ({"model": "none"}, "none/config.json: no such file; .*"),
+        ({"model": "none"}, "model: none/config.json: no such file; .*"),
     ],
 )
 def test_wrong_arguments(options, message):

@@ -25,7 +25,10 @@ def load(directory: str | os.PathLike, kind: Any, *, dtype: torch.dtype | None, 
         may_be_missing: the beginning of the names of weights that are not read.
     """
     path = Path(directory)
-    read_json(path / CONFIG)  # its errors are one line
+    try:
+        read_json(path / CONFIG)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"model: {error}") from None
     try:
         with quietly():
             dtype_of = "auto" if dtype is None else dtype

@@ -15,7 +15,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlm.core.errors import did_you_mean, mismatch
+from fastlm.core.errors import did_you_mean, mismatch, shown
 from fastlm.integrations.encoding.pooling import check_pooling
 from fastlm.integrations.encoding.tokens import one_line
 from fastlm.models.config import read_json
@@ -62,7 +62,7 @@ class Settings:
             return "" if name is None else self.prompts.get(name) or ""
         if name not in self.prompts:
             expected = f"one of {', '.join(map(repr, self.prompts))}" if self.prompts else "None, as the model has none"
-            raise mismatch("prompt_name", expected, f"{name!r}{did_you_mean(name, self.prompts)}")
+            raise mismatch("prompt_name", expected, f"{shown(name)}{did_you_mean(name, self.prompts)}")
         return self.prompts[name] or ""
 
 

@@ -124,9 +124,12 @@ def one_line(error: BaseException) -> str:
 
 
 def check_texts(texts: Any) -> list[str]:
-    if isinstance(texts, str | bytes) or not hasattr(type(texts), "__iter__"):
+    try:
+        found = list(texts) if not isinstance(texts, str | bytes) else None
+    except TypeError:  # it is no iterable
+        found = None
+    if found is None:
         raise wrong_type("texts", "an iterable of strings", texts)
-    found = list(texts)
     for i, text in enumerate(found):
         if not isinstance(text, str):
             raise wrong_type(f"texts[{i}]", "a string", text)
