@@ -27,7 +27,7 @@ def load(directory: str | os.PathLike, kind: Any, *, dtype: torch.dtype | None, 
     path = Path(directory)
     try:
         read_json(path / CONFIG)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"model: {error}") from None
     try:
         with quietly():
