@@ -77,10 +77,10 @@ def scorer(
 
 def from_cross_encoder(model: Any, tokenizer: Any) -> tuple[nn.Module, Any, Callable[[Tensor], Tensor]]:
     """(the transformers model, the tokenizer, the activation)."""
-    modules = [type(module).__name__ for module in model.children()]
+    scoring = {type(module).__name__ for module in model.children()} & {"Dense", "LogitScore"}
     prompt = getattr(model, "default_prompt_name", None)
-    if len(modules) > 1 or prompt is not None:
-        got = ", ".join(modules) if prompt is None else f"one with the prompt {prompt!r}"
+    if scoring or prompt is not None:
+        got = f"one with {', '.join(scoring)}" if scoring else f"one with the prompt {prompt!r}"
         raise mismatch("model", "a CrossEncoder of a transformers model alone", got)
     return model.model, model.tokenizer if tokenizer is None else tokenizer, model.activation_fn
 
