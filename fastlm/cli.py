@@ -54,7 +54,7 @@ class OneLineErrors(TyperGroup):
             # The messages of PyTorch's allocators on a CPU and on a GPU.
             if "DefaultCPUAllocator" not in str(error) and "out of memory" not in str(error):
                 raise
-            say_error("out of memory: reduce --batch, --context, --width or --layers")
+            say_error("out of memory: reduce --batch, --context, --width, --layers or --max-tokens-per-batch")
         raise typer.Exit(1)
 
 

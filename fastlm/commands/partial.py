@@ -98,6 +98,8 @@ def opened(out: Path, key: dict[str, Any], shape: tuple[int, int], *, overwrite:
     except BlockingIOError:
         os.close(handle)
         raise ValueError(f"out: expected no other process that writes {str(out)!r}, got one") from None
+    except OSError:
+        pass  # some network file systems have no locks
     try:
         try:
             state = read_state(folder)

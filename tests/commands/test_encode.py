@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 
 import pytest
@@ -123,7 +124,7 @@ def test_parquet(model, tmp_path):
 
 
 def test_parquet_without_pyarrow(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     table = written(tmp_path / "a.parquet", "")
     wanted = "expected an installation with pyarrow (pip install 'fastlm[parquet]'), got one without"
     assert failed("encode", "--model", model, table, "--out", tmp_path / "out") == f"{table}: {wanted}"
@@ -168,6 +169,14 @@ def test_wrong_options(model, file, tmp_path):
     )
     assert failed("encode", "--model", model, file, "--out", tmp_path).startswith("out: expected a file, got the dir")
     assert sorted(os.listdir(tmp_path)) == ["texts.txt"]
+
+
+def test_an_installation_without_transformers(model, file, tmp_path, monkeypatch):
+    for name in ("embed", "pairs"):
+        monkeypatch.setitem(sys.modules, f"fastlm.integrations.encoding.{name}", None)
+    message = "model: expected an installation with transformers (pip install transformers), got one without"
+    assert failed("encode", "--model", model, file, "--out", tmp_path / "out") == message
+    assert failed("rerank", "--model", model, file, "--query", "ab") == message
 
 
 def test_a_text_without_tokens_is_named_by_its_line(tmp_path):
