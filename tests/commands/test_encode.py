@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import fastlm
 from fastlm.commands import partial
+from fastlm.integrations import encoding
 from fastlm.integrations.encoding.forward import Runner
 from tests.commands.support import fastlm_command, process, run
 from tests.encoding.support import WORDS, save, texts, write
@@ -173,6 +174,7 @@ def test_wrong_options(model, file, tmp_path):
 
 def test_an_installation_without_transformers(model, file, tmp_path, monkeypatch):
     for name in ("embed", "pairs"):
+        monkeypatch.delattr(encoding, name, raising=False)
         monkeypatch.setitem(sys.modules, f"fastlm.integrations.encoding.{name}", None)
     message = "model: expected an installation with transformers (pip install transformers), got one without"
     assert failed("encode", "--model", model, file, "--out", tmp_path / "out") == message
