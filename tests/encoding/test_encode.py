@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import fastlm
 from fastlm.benchmarking.sentences import sentences
 from fastlm.integrations import packing
-from fastlm.integrations.encoding import schedule
+from fastlm.integrations.encoding import forward, schedule
 from tests.encoding.support import WORDS, save, texts, tokenizer, write
 from tests.integrations.support import tiny
 from tests.models.hugging_face import real
@@ -132,6 +132,23 @@ def test_16_bits_and_the_mode_of_the_model():
     assert torch.equal(found, fastlm.encode(model, texts(9), tokenizer=tokenizer()))  # without dropout
     assert model.training and model.encoder.layer[1].training and not model.encoder.layer[0].training
     assert_close(found, fastlm.encode(model.float(), texts(9), tokenizer=tokenizer()), 0.05)
+
+
+def test_an_interrupted_call_leaves_the_model_as_it_was(monkeypatch):
+    model = fastlm.accelerate(tiny("Bert")).train()
+
+    def interrupt(self, number):
+        assert not model.training
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forward.tqdm, "update", interrupt)
+    try:
+        fastlm.encode(model, texts(9), tokenizer=tokenizer(), max_tokens_per_batch=20)
+    except KeyboardInterrupt:
+        assert model.training
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastlm-tokenizer")]
+    else:
+        pytest.fail("not interrupted")
 
 
 def test_empty_input_and_iterables():

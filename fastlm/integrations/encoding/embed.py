@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from fastlm.core.errors import check_flag, wrong_type
 from fastlm.integrations.encoding.forward import (
+    Results,
     Runner,
     check_budget,
     check_transformers_model,
@@ -48,8 +49,8 @@ class Embedder:
         lower_case = self.settings.lower_case
         return Tokenizing(self.tokenizer, texts, self.max_length, prompt=self.prompt, lower_case=lower_case)
 
-    def run(self, tokenizing: Tokenizing, budget: int, done: int = 0) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, embeddings) of one batch after another; the first `done` batches are left out."""
+    def run(self, tokenizing: Tokenizing, budget: int, done: int = 0) -> Results:
+        """The embeddings of all batches but the first `done`."""
         runner = Runner(self.model)
         skip = 0 if self.settings.includes_prompt else tokenizing.prompt_tokens()
 

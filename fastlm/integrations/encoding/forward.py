@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from fastlm.integrations.encoding.schedule import Item, batches
 from fastlm.integrations.encoding.tokens import Tokenizing
 from fastlm.integrations.packing import packed_output
 from fastlm.integrations.patch import patch_of
+
+Results = Generator[tuple[list[int], Tensor], None, None]  # (indices, results) of one batch after another
 
 
 class Runner:
@@ -34,8 +36,8 @@ class Runner:
 
     def run(
         self, tokenizing: Tokenizing, budget: int, compute: Callable[[list[Item]], Tensor], done: int = 0
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, results) of one batch after another; the first `done` batches are left out."""
+    ) -> Results:
+        """The results of all batches but the first `done`."""
         planned = batches(tokenizing.sizes(), tokenizing, budget, padded=not unpads(self.model))
         with evaluation_mode(self.model):
             for number, batch in enumerate(planned):
@@ -96,11 +98,11 @@ def describe(result: Tensor) -> str:
     return "NaN" if result.isnan().any() else "infinity"
 
 
-def gather(results: Iterable[tuple[list[int], Tensor]], total: int, unit: str, progress: bool | None) -> Tensor | None:
+def gather(results: Results, total: int, unit: str, progress: bool | None) -> Tensor | None:
     """All results in the order of the texts, under a progress bar; None if there is no text."""
     out = None
     hidden = not (sys.stderr.isatty() if progress is None else check_flag("progress", progress))
-    with tqdm(total=total, unit=unit, disable=hidden, delay=int(progress is None)) as bar:
+    with contextlib.closing(results), tqdm(total=total, unit=unit, disable=hidden, delay=int(progress is None)) as bar:
         for indices, part in results:
             if out is None:
                 out = torch.empty(total, *part.shape[1:])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fastlm.core.errors import check_choice, mismatch, wrong_type
 from fastlm.integrations.encoding.forward import (
+    Results,
     Runner,
     check_budget,
     check_transformers_model,
@@ -37,8 +38,8 @@ class Scorer:
     def tokenizing(self, query: str, texts: list[str]) -> Tokenizing:
         return Tokenizing(self.tokenizer, texts, self.max_length, query=query)
 
-    def run(self, tokenizing: Tokenizing, budget: int) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, scores) of one batch after another."""
+    def run(self, tokenizing: Tokenizing, budget: int) -> Results:
+        """The scores of all batches."""
         runner = Runner(self.model)
 
         def compute(batch: list[Item]) -> Tensor:
