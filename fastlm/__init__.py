@@ -13,6 +13,7 @@ from fastlm.allocator import tune_allocator
 from fastlm.backends import Unsupported, isa, use_backend
 from fastlm.info import info
 from fastlm.integrations import accelerate, report, restore
+from fastlm.integrations.encoding import encode, rerank
 from fastlm.ops.attention import attention, attention_varlen, scaled_dot_product_attention
 from fastlm.ops.contrastive_loss import contrastive_loss
 from fastlm.ops.gelu_mlp import gelu_mlp
@@ -32,6 +33,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "contrastive_loss",
+    "encode",
     "gelu_mlp",
     "glu_mlp",
     "info",
@@ -41,6 +43,7 @@ __all__ = [
     "linear_log_prob",
     "optim",
     "report",
+    "rerank",
     "restore",
     "rms_norm_residual",
     "rotary",

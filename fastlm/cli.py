@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from fastlm.commands import choices
 from fastlm.core import interrupts
+from fastlm.integrations.encoding import MAX_TOKENS_PER_BATCH
 from fastlm.training.settings import Settings
 
 DEFAULT = Settings()
@@ -53,7 +54,7 @@ class OneLineErrors(TyperGroup):
             # The messages of PyTorch's allocators on a CPU and on a GPU.
             if "DefaultCPUAllocator" not in str(error) and "out of memory" not in str(error):
                 raise
-            say_error("out of memory: reduce --batch, --context, --width or --layers")
+            say_error("out of memory: reduce --batch, --context, --width, --layers or --max-tokens-per-batch")
         raise typer.Exit(1)
 
 
@@ -345,6 +346,112 @@ def convert(
     from fastlm.commands import convert
 
     convert.run(file, out=out, overwrite=overwrite)
+
+
+EncoderModel = Annotated[
+    Path, typer.Option(help="Directory with config.json, weights and tokenizer in Hugging Face's format.")
+]
+Field = Annotated[str, typer.Option(help="The field of JSON lines, or the column of Parquet, with the texts.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Number of tokens to which longer texts are truncated; default: the model's.")
+]
+MaxTokensPerBatch = Annotated[int, typer.Option(help="Number of tokens computed at once.", rich_help_panel="Machine")]
+StoredDtype = Annotated[
+    str,
+    typer.Option(metavar="auto|fp32|bf16|fp16", help="Of the weights; auto: as stored.", rich_help_panel="Machine"),
+]
+
+
+@app.command()
+def encode(
+    files: Annotated[
+        list[Path], typer.Argument(help="Texts: .jsonl and .parquet by --field, every other file by lines.")
+    ],
+    model: EncoderModel,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write: one tensor, `embeddings`.")],
+    field: Field = "text",
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mean|cls|last|max|weightedmean|mean_sqrt_len_tokens",
+            help="Default: as modules.json says, otherwise the mean, and the last token of a causal model.",
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Scale embeddings to length 1; default: as modules.json says, otherwise yes.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Put before every text; default: the model's.")] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="The name of one of the model's prompts.")] = None,
+    max_length: MaxLength = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file in --out, and discard results of another model.")
+    ] = False,
+    max_tokens_per_batch: MaxTokensPerBatch = MAX_TOKENS_PER_BATCH,
+    dtype: StoredDtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Write the embeddings of texts, in their order.
+
+    Ctrl-C saves what is computed and exits with code 130; the same command continues.
+    """
+    from fastlm.commands import encode
+
+    encode.run(
+        files,
+        directory=model,
+        out=out,
+        field=field,
+        pooling=pooling,
+        normalize=normalize,
+        prompt=prompt,
+        prompt_name=prompt_name,
+        max_length=max_length,
+        max_tokens_per_batch=max_tokens_per_batch,
+        dtype=dtype,
+        overwrite=overwrite,
+        device=device,
+        threads=threads,
+    )
+
+
+@app.command()
+def rerank(
+    files: Annotated[
+        list[Path], typer.Argument(help="Texts: .jsonl and .parquet by --field, every other file by lines.")
+    ],
+    model: EncoderModel,
+    query: Annotated[str, typer.Option(help="To which the texts are compared.")],
+    field: Field = "text",
+    top: Annotated[int | None, typer.Option(help="Number of texts to print; default: all.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON lines with score, place and text.")] = False,
+    max_length: MaxLength = None,
+    max_tokens_per_batch: MaxTokensPerBatch = MAX_TOKENS_PER_BATCH,
+    dtype: StoredDtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Score texts by their relevance to a query with a cross-encoder, and print them in descending order."""
+    from fastlm.commands import rerank
+
+    rerank.run(
+        files,
+        directory=model,
+        query=query,
+        field=field,
+        top=top,
+        as_json=json,
+        max_length=max_length,
+        max_tokens_per_batch=max_tokens_per_batch,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
 
 
 @app.command()

@@ -85,7 +85,7 @@ def one_thread(request):
 
     Operator tests use all threads.
     """
-    if request.path.parent.name not in ("generation", "integrations", "models"):
+    if request.path.parent.name not in ("encoding", "generation", "integrations", "models"):
         yield
         return
     threads = torch.get_num_threads()

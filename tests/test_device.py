@@ -203,7 +203,10 @@ def test_gpu_out_of_memory_is_a_one_line_error(monkeypatch, text_file):
     monkeypatch.setattr(train, "build", build)
     result = CliRunner().invoke(app, ["train", "--data", str(text_file)])
     assert result.exit_code == 1
-    assert result.stderr == "error: out of memory: reduce --batch, --context, --width or --layers\n"
+    assert (
+        result.stderr
+        == "error: out of memory: reduce --batch, --context, --width, --layers or --max-tokens-per-batch\n"
+    )
 
 
 @pytest.fixture

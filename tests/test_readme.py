@@ -11,6 +11,7 @@ import typer
 import fastlm
 from fastlm import cli
 from fastlm.models import BertConfig, BertForMaskedLM, CausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from tests.encoding import support as encoding
 from tests.snippets import CONTRIBUTING, PAGES, README, ROOT, blocks, commands, prose
 
 TINY_GPT2 = {
@@ -52,6 +53,8 @@ def checkpoints(tmp_path_factory):
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(**TINY_GPT2)).save_pretrained(folder / "path/to/gpt2")
     BertForMaskedLM(BertConfig(**TINY_BERT)).save_pretrained(folder / "path/to/bert")
+    encoding.tokenizer().save_pretrained(folder / "path/to/bert")
+    encoding.save(folder / "path/to/reranker", head="ForSequenceClassification", num_labels=1)
     decoder = LlamaConfig(**TINY_BERT, num_key_value_heads=1)
     CausalLM(decoder).save_pretrained(folder / "path/to/decoder")
     tokenizer = tokenizers.ByteLevelBPETokenizer()

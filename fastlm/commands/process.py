@@ -1,5 +1,8 @@
 """How a command sets up its own process."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 import fastlm
@@ -23,3 +26,12 @@ def set_threads(threads: int | None) -> None:
         if threads > 4096:  # starting many more threads fails and ends the process
             raise mismatch("threads", "at most 4096", threads)
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def needs_transformers() -> Iterator[None]:
+    """Around imports: the error of an installation without transformers."""
+    try:
+        yield
+    except ImportError:
+        raise mismatch("model", "an installation with transformers (pip install transformers)", "one without") from None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlm.integrations.capture import captured_outputs, is_idle
 from fastlm.integrations.families import Family
 from fastlm.integrations.layers import PACKED_ARGUMENT, WINDOW_MASK, LayerPatch
-from fastlm.integrations.packing import pack, pack_by_mask
+from fastlm.integrations.packing import pack, pack_by_mask, packed_results
 from fastlm.integrations.patch import MASK_ARGUMENTS, Patch, observed_reason, patch_of, sizes_may_depend_on_values
 from fastlm.models.packing import Gather, Packed, Scatter
 
@@ -38,6 +38,9 @@ class EncoderPatch(Patch):
             return self.original(*args, **kwargs)
         packed, changed = call
         result = self.original(**{**arguments, **changed})
+        if (taken := packed_results.get()) is not None:
+            taken.append(packed)
+            return result
         rows = result[0][0]
         shape = (packed.batch, packed.tokens, rows.shape[1])
         padded = Scatter.apply(rows, packed.index, packed.batch * packed.tokens).view(shape)

@@ -4,6 +4,10 @@ In between, hidden states are (1, real tokens, width), one sequence after anothe
 the mask. Reading the mask's values is the only synchronization that this costs on a GPU.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -35,3 +39,22 @@ def pack_by_mask(mask: Tensor | None, hidden_states: Tensor) -> Packed | None:
     """None if the mask is not a padding mask, or if sizes may not depend on its values."""
     padding = padding_of(mask) if sizes_may_depend_on_values(hidden_states) else None
     return pack(padding) if padding is not None and padding.shape == hidden_states.shape[:2] else None
+
+
+# A list to which encoders append how their result is packed, instead of padding it; None: they pad it.
+packed_results: contextvars.ContextVar[list[Packed] | None] = contextvars.ContextVar("packed_results", default=None)
+
+
+@contextlib.contextmanager
+def packed_output() -> Iterator[list[Packed]]:
+    """Encoders whose call runs packed return (1, real tokens, width), for a caller that pools the tokens.
+
+    Yields a list that is empty if the call ran with padding. Poolers and heads on top of the encoder then read packed
+    hidden states, so their results have no meaning.
+    """
+    taken: list[Packed] = []
+    token = packed_results.set(taken)
+    try:
+        yield taken
+    finally:
+        packed_results.reset(token)

@@ -35,6 +35,11 @@ def operators(x: Tensor, weight: Tensor, target: Tensor) -> None:
         fastlm.linear(x, weight)
 
 
+def encoders(model: torch.nn.Module, directory: Path) -> None:
+    assert_type(fastlm.encode(model, ["a text"], pooling="cls", normalize=False, max_tokens_per_batch=512), Tensor)
+    assert_type(fastlm.rerank(str(directory), "a query", iter(["a text"]), activation="identity"), Tensor)
+
+
 def training(model: torch.nn.Module) -> None:
     optimizer = fastlm.optim.AdamW(
         model.parameters(), lr=1e-3, max_grad_norm=1.0, master_weights=True, zero_gradients=True

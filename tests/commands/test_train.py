@@ -303,7 +303,10 @@ def test_train_on_a_full_disk(text_file, tmp_path):
 def test_out_of_memory_is_a_one_line_error(text_file, tmp_path):
     result = fastlm_command("train", "--data", text_file, *TINY, "--batch", 2**50, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert result.stderr == "error: out of memory: reduce --batch, --context, --width or --layers\n"
+    assert (
+        result.stderr
+        == "error: out of memory: reduce --batch, --context, --width, --layers or --max-tokens-per-batch\n"
+    )
 
 
 def test_interrupted_training_is_saved(text_file, tmp_path):

@@ -383,6 +383,23 @@ def transformers_model():
 
 
 @functools.cache
+def classifier():
+    import transformers
+
+    sizes = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, intermediate_size=8))
+
+
+@functools.cache
+def words():
+    import tokenizers
+    import transformers
+
+    vocabulary = tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(vocabulary))
+
+
+@functools.cache
 def saved_model() -> Path:
     directory = Path(tempfile.mkdtemp())
     model("GPT2LMHeadModel").save_pretrained(directory)
@@ -413,6 +430,14 @@ OTHERS = [
     Function("accelerate", fastlm.accelerate, lambda: {"model": transformers_model()}),
     Function("report", fastlm.report, lambda: {"model": transformers_model()}),
     Function("restore", fastlm.restore, lambda: {"model": transformers_model()}),
+    Function(
+        "encode", fastlm.encode, lambda: {"model": transformers_model(), "texts": ["a", "b a"], "tokenizer": words()}
+    ),
+    Function(
+        "rerank",
+        fastlm.rerank,
+        lambda: {"model": classifier(), "query": "a", "texts": ["a", "b a"], "tokenizer": words()},
+    ),
     Function(
         "use_backend", use_backend, lambda: {"name": None}, signature=fastlm.use_backend, names={"name": "backend"}
     ),

@@ -1,0 +1,21 @@
+"""transformers on PyTorch, eager."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModel
+
+from benchmarks.peers.common import BATCHES, Embed, in_batches  # noqa: F401
+
+PACKAGE = "torch"
+OPTIONS = "eager, SDPA, inference_mode"
+
+
+def load(directory: Path, threads: int) -> Embed:
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def hidden_states(ids, mask):
+        return model(input_ids=ids, attention_mask=mask)[0]
+
+    return in_batches(directory, hidden_states)

@@ -1,0 +1,37 @@
+"""The process of one peer. Its first line says what it is; then it answers one request per line."""
+
+import importlib
+import importlib.util
+import json
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def main(name: str, directory: str, threads: int) -> None:
+    peer = importlib.import_module(f"benchmarks.peers.{name}")
+    torch.set_num_threads(threads)
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+
+    def answer(content: dict) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    try:
+        embed = peer.load(Path(directory), threads)
+    except Exception as error:  # of a library that is not ours
+        answer({"failed": " ".join(f"{type(error).__name__}: {error}".split())[:200]})
+        return
+    answer({"version": metadata.version(peer.PACKAGE), "options": peer.OPTIONS, "batches": peer.BATCHES})
+    for line in sys.stdin:
+        request = json.loads(line)
+        start = time.perf_counter()
+        result = embed(request["texts"], request["batch"])
+        seconds = time.perf_counter() - start
+        answer({"seconds": seconds, "embeddings": result.tolist() if request["results"] else None})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,121 @@
+"""Running a transformers model on batches: hidden states by text, packed where the model gives them so."""
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from fastlm.core.errors import check_flag, check_integer, wrong_type
+from fastlm.integrations.encoders import EncoderPatch
+from fastlm.integrations.encoding.schedule import Item, batches
+from fastlm.integrations.encoding.tokens import Tokenizing
+from fastlm.integrations.packing import packed_output
+from fastlm.integrations.patch import patch_of
+
+Results = Generator[tuple[list[int], Tensor], None, None]  # (indices, results) of one batch after another
+
+
+class Runner:
+    """Calls a model with the features that its forward takes."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.names = inspect.signature(model.forward).parameters
+        self.options = {"use_cache": False} if "use_cache" in self.names else {}
+        self.device = next(model.parameters()).device
+
+    def __call__(self, features: dict[str, Tensor]) -> Any:
+        moved = {name: x.to(self.device) for name, x in features.items() if name in self.names}
+        return self.model(**moved, **self.options)
+
+    def run(
+        self, tokenizing: Tokenizing, budget: int, compute: Callable[[list[Item]], Tensor], done: int = 0
+    ) -> Results:
+        """The results of all batches but the first `done`."""
+        planned = batches(tokenizing.sizes(), tokenizing, budget, padded=not unpads(self.model))
+        with evaluation_mode(self.model):
+            for number, batch in enumerate(planned):
+                if number < done:
+                    continue
+                indices = [item.number for item in batch]
+                with torch.inference_mode():  # not while the caller has a batch
+                    results = compute(batch).cpu()
+                    check_finite(results, indices, self.model)
+                yield indices, results
+
+    def hidden_states(self, features: dict[str, Tensor], lengths: Sequence[int]) -> Sequence[Tensor]:
+        """The last hidden states of each text, (tokens, width) in float32."""
+        with packed_output() as taken:
+            output = self(features)[0]
+        output = output.float()
+        if taken:  # (1, real tokens, width)
+            return output[0].split(list(lengths))
+        return [output[i, :length] for i, length in enumerate(lengths)]
+
+
+def unpads(model: nn.Module) -> bool:
+    return any(isinstance(patch_of(module), EncoderPatch) for module in model.modules())
+
+
+def check_transformers_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        expected = "an encoder or decoder of transformers, a model of sentence-transformers, or a directory"
+        raise wrong_type("model", expected, model)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_finite(results: Tensor, indices: Sequence[int], model: nn.Module) -> None:
+    """Raise an error that names the weight, or the text, if a result is not finite."""
+    finite = results.isfinite()
+    if finite.all():
+        return
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            kind = "NaN" if parameter.isnan().any() else "infinity"
+            raise ValueError(f"model: expected finite weights, got {kind} in {name}")
+    row = int((~finite.flatten(1).all(1) if finite.dim() > 1 else ~finite).nonzero()[0])
+    raise ValueError(f"texts[{indices[row]}]: expected finite results, got {describe(results[row])} from the model")
+
+
+def describe(result: Tensor) -> str:
+    return "NaN" if result.isnan().any() else "infinity"
+
+
+def gather(results: Results, total: int, unit: str, progress: bool | None) -> Tensor | None:
+    """All results in the order of the texts, under a progress bar; None if there is no text."""
+    out = None
+    hidden = not (sys.stderr.isatty() if progress is None else check_flag("progress", progress))
+    with contextlib.closing(results), tqdm(total=total, unit=unit, disable=hidden, delay=int(progress is None)) as bar:
+        for indices, part in results:
+            if out is None:
+                out = torch.empty(total, *part.shape[1:])
+            out[indices] = part
+            bar.update(len(indices))
+    return out
+
+
+def check_budget(max_tokens_per_batch: Any) -> int:
+    return check_integer("max_tokens_per_batch", max_tokens_per_batch, "an integer of 1 or more", range(1, 2**63))
+
+
+def is_sentence_transformer(model: Any, kind: str) -> bool:
+    """Whether it is of a class of sentence-transformers, which exists only if that is imported."""
+    classes = getattr(sys.modules.get("sentence_transformers"), kind, None)
+    return classes is not None and isinstance(model, classes)

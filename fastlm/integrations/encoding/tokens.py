@@ -1,0 +1,186 @@
+"""Tokenization of texts, or of pairs of a query and a text, by a tokenizer of transformers."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from fastlm.core.errors import check_integer, mismatch, shown, wrong_type
+from fastlm.integrations.encoding.schedule import Item
+
+LARGEST_LENGTH = 2**31 - 1  # tokenizers without a limit have 10^30
+
+
+class Tokenizing:
+    """Tokenizes texts of one run, and counts those that are truncated.
+
+    Args:
+        query: the first of every pair; None: single texts.
+        prompt: is put before every text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        texts: Sequence[str],
+        max_length: int,
+        *,
+        query: str | None = None,
+        prompt: str = "",
+        lower_case: bool = False,
+    ) -> None:
+        self.tokenizer, self.texts, self.max_length = tokenizer, texts, max_length
+        self.query, self.prompt, self.lower_case = query, prompt, lower_case
+        self.truncated = 0
+        if not len(self.encode([""])["input_ids"][0]):
+            # Without special tokens a text may have no token. Texts without words are found before all others are run.
+            self([i for i, text in enumerate(texts) if not text.strip()])
+            self.truncated = 0
+
+    def sizes(self) -> list[int]:
+        """Numbers of characters."""
+        extra = len(self.prompt if self.query is None else self.query)
+        return [extra + len(text) for text in self.texts]
+
+    def __call__(self, indices: Sequence[int]) -> list[Item]:
+        if not indices:
+            return []
+        try:
+            encoded = self.encode([self.texts[i] for i in indices])
+        except Exception as error:  # the library raises many types of error
+            raise self.failed(indices, error) from None
+        self.truncated += self.count_truncated(encoded, indices)
+        names = [name for name in encoded.data if name in ("input_ids", "token_type_ids")]
+        items = [Item(i, {name: encoded[name][k] for name in names}) for k, i in enumerate(indices)]
+        for item in items:
+            if not item.tokens:
+                raise mismatch(f"texts[{item.number}]", "a text of at least one token", shown(self.texts[item.number]))
+        return items
+
+    def encode(self, texts: list[str], truncation: bool = True) -> Any:
+        texts = [self.prompt + text for text in texts]
+        if self.lower_case:
+            texts = [text.lower() for text in texts]
+        given = (texts,) if self.query is None else ([self.query] * len(texts), texts)
+        max_length = self.max_length if truncation else None
+        return self.tokenizer(*given, truncation=truncation, max_length=max_length, return_attention_mask=False)
+
+    def count_truncated(self, encoded: Any, indices: Sequence[int]) -> int:
+        if encoded.encodings is not None:
+            return sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+        # A tokenizer in Python does not say, so the texts that fill the length are tokenized again.
+        full = [i for i, ids in zip(indices, encoded["input_ids"], strict=True) if len(ids) == self.max_length]
+        given = () if self.query is None else (self.query,)
+        return sum(
+            len(self.tokenizer(*given, self.prompt + self.texts[i])["input_ids"]) > self.max_length for i in full
+        )
+
+    def failed(self, indices: Sequence[int], error: Exception) -> ValueError:
+        """The error that names the first text that cannot be tokenized."""
+        for i in indices:
+            try:
+                self.encode([self.texts[i]])
+            except Exception as reason:
+                expected = "a text that the tokenizer can encode"
+                return mismatch(f"texts[{i}]", expected, f"{self.texts[i][:60]!a} ({one_line(reason)})")
+        return ValueError(f"tokenizer: {one_line(error)}")
+
+    def prompt_tokens(self) -> int:
+        """The number of tokens of the prompt, with special tokens before it and not after it."""
+        ids = self.encode([""])["input_ids"][0] if self.prompt else []
+        return len(ids) - bool(ids and ids[-1] in self.tokenizer.all_special_ids)
+
+    def warn(self, noun: str) -> None:
+        if self.truncated:
+            warnings.warn(self.truncated_in_words(noun), stacklevel=4)
+
+    def truncated_in_words(self, noun: str) -> str:
+        """noun: "text" or "pair"."""
+        count, total = f"{self.truncated:,}", f"{len(self.texts):,} {noun}{'s' * (len(self.texts) != 1)}"
+        verb = "has" if self.truncated == 1 else "have"
+        return (
+            f"{count} of {total} {verb} more than {self.max_length:,} tokens; the first {self.max_length:,} were read"
+        )
+
+    def pad(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """The features of a batch, padded at the end, with the mask."""
+        padding = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
+        lengths = torch.tensor([item.tokens for item in items])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        features = {
+            name: pad_sequence([torch.tensor(item.features[name]) for item in items], True, padding[name])
+            for name in items[0].features
+        }
+        return {**features, "attention_mask": mask.long()}
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_texts(texts: Any) -> list[str]:
+    try:
+        found = list(texts) if not isinstance(texts, str | bytes) else None
+    except TypeError:  # it is no iterable
+        found = None
+    if found is None:
+        raise wrong_type("texts", "an iterable of strings", texts)
+    for i, text in enumerate(found):
+        if not isinstance(text, str):
+            raise wrong_type(f"texts[{i}]", "a string", text)
+    return found
+
+
+def find_tokenizer(tokenizer: Any, model: nn.Module) -> Any:
+    """The tokenizer that was given, or that in the directory from which the model was loaded."""
+    if isinstance(tokenizer, str | os.PathLike):
+        return load_tokenizer(tokenizer)
+    if tokenizer is None:
+        directory = getattr(model, "name_or_path", "")
+        if not directory or not Path(directory).is_dir():
+            raise mismatch("tokenizer", "a tokenizer, as the model was not loaded from a directory", "None")
+        return load_tokenizer(directory)
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise wrong_type("tokenizer", "a tokenizer of transformers or a directory", tokenizer)
+    return tokenizer
+
+
+def load_tokenizer(directory: str | os.PathLike) -> Any:
+    from transformers import AutoTokenizer
+
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(
+            f"{directory}: no such directory; expected one with a tokenizer (nothing is downloaded)"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # damaged files raise many types of error
+        raise ValueError(f"{directory}: the tokenizer could not be read ({one_line(error)})") from None
+
+
+def length_limit(model: nn.Module) -> int:
+    """The number of tokens that a model can take."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 0 else LARGEST_LENGTH
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        # RoBERTa and its relatives count positions from the id of padding on.
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            limit = min(limit, table.num_embeddings - table.padding_idx - 1)
+    return limit
+
+
+def check_max_length(max_length: int | None, own: int | None, model: nn.Module, tokenizer: Any) -> int:
+    """The maximal length: as given, as the model's settings say, or what model and tokenizer can take."""
+    limit = length_limit(model)
+    if max_length is None:
+        return min(limit, tokenizer.model_max_length if own is None else own, LARGEST_LENGTH)
+    expected = f"an integer from 1 to {limit}, the number of tokens that the model can take"
+    return check_integer("max_length", max_length, expected, range(1, limit + 1))

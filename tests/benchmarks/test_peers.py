@@ -1,0 +1,66 @@
+"""benchmarks/peers: fastlm.encode beside other libraries, each in a process of its own."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers.texts import PROFILES
+from tests.encoding.support import save
+
+LIBRARIES = ["fastlm_encode", "pytorch", *peers.PEERS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    pooling = {"pooling_mode_mean_tokens": True}
+    described = {"position_embedding_type": "absolute"}  # CTranslate2's converter reads it
+    return save(tmp_path_factory.mktemp("model"), pooling=pooling, after=["Normalize"], **described)
+
+
+def test_the_profiles_have_different_lengths():
+    means = {name: sum(map(len, texts)) / len(texts) for name, (make, n) in PROFILES.items() if (texts := make(n))}
+    assert means["queries"] < 80 < 200 < means["passages"] < 2000 < means["documents"]
+    assert all(len(set(make(number))) == number for make, number in PROFILES.values())
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_library_computes_the_embeddings_of_pytorch(model, name):
+    if name in peers.PEERS and peers.missing(name):
+        pytest.skip("pip install '.[peers]'")
+    texts = ["ab ac ad", "", "ba " * 30]
+    found = []
+    for library in (name, "pytorch"):
+        peer = peers.Peer(library, model, 1)
+        assert peer.described["version"] and peer.described["options"], peer.described
+        found.append(torch.tensor(peer.encode(texts, 2, results=True)["embeddings"]))
+        peer.close()
+        assert peer.process.returncode == 0
+    torch.testing.assert_close(*found, rtol=0, atol=2e-5)
+
+
+def test_a_library_that_fails_says_why(tmp_path):
+    peer = peers.Peer("pytorch", tmp_path, 1)
+    assert "failed" in peer.described
+
+
+@pytest.mark.slow
+def test_the_table_has_a_row_for_each_and_says_how_to_get_a_missing_one(model, tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks.peers", "--model", str(model), "--seconds", "0"]
+    command += ["--profiles", "queries", "--threads", "1", "--json", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert run.returncode == 0, run.stderr
+    result = json.loads(out.read_text())
+    for name in LIBRARIES:
+        if name in peers.PEERS and importlib.util.find_spec(name) is None:
+            assert "pip install '.[peers]'" in result["absent"][name] and "pip install '.[peers]'" in run.stdout
+        elif name not in result["absent"]:
+            rows = [row for row in result["rows"] if row["peer"] == name]
+            assert [row["order"] for row in rows] == ["as they come", "sorted"]
+            assert all(row["difference"] < 1e-4 for row in rows)
