@@ -211,13 +211,19 @@ def define(
     return packet
 
 
+# Operators by name: torch.compile of PyTorch 2.9 finds a global in an autograd.Function, but no object of its closure.
+differentiable: dict[str, Operator] = {}
+
+
 def make_function(operator: Operator) -> type[torch.autograd.Function]:
     """The autograd.Function of an operator: apply(*forward call, selected backend, *original float32 weights)."""
-    fields, inputs, outputs = operator.fields, operator.inputs, operator.outputs
+    name, fields, inputs, outputs = operator.name, operator.fields, operator.inputs, operator.outputs
     Forward, Backward = operator.Forward, operator.Backward
     has_fp32_grads = "fp32_grads" in Backward._fields
+    differentiable[name] = operator
 
     def forward(ctx: Any, *arguments: Any) -> Any:
+        operator = differentiable[name]
         ctx.set_materialize_grads(False)
         call, selected = Forward(*arguments[:fields]), arguments[fields]
         results = operator.forward(call, selected)
@@ -227,8 +233,8 @@ def make_function(operator: Operator) -> type[torch.autograd.Function]:
         return results[0] if outputs == 1 else results[:outputs]
 
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        operator, originals = differentiable[name], ctx.originals
         none: tuple[None, ...] = (None,) * (fields + 1 - inputs)
-        originals = ctx.originals
         if upstream[0] is None and upstream[-1] is None:  # there are one or two outputs
             return (None,) * (fields + 1 + len(originals))
         needed = ctx.needs_input_grad[:inputs]
@@ -245,9 +251,9 @@ def make_function(operator: Operator) -> type[torch.autograd.Function]:
         return *gradients, *none
 
     # The class is made by type(), so that the graph shows the operator's name.
-    name = "".join(part.capitalize() for part in operator.name.split("_"))
+    title = "".join(part.capitalize() for part in operator.name.split("_"))
     return type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        title, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     )
 
 

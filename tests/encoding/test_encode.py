@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import fastlm
 from fastlm.benchmarking.sentences import sentences
-from fastlm.integrations import packing
 from fastlm.integrations.encoding import forward, schedule
+from fastlm.models.packing import Scatter
 from tests.encoding.support import WORDS, save, texts, tokenizer, write
 from tests.integrations.support import tiny
 from tests.models.hugging_face import real
@@ -120,7 +120,7 @@ def test_families(family):
 @pytest.mark.parametrize("family", ["Bert", "DistilBert", "ModernBert"])
 def test_packed_rows_are_pooled_without_padding_them(family, monkeypatch):
     model = fastlm.accelerate(tiny(family))
-    monkeypatch.setattr(packing.Scatter, "forward", None)
+    monkeypatch.setattr(Scatter, "forward", None)
     assert fastlm.encode(model, texts(9), tokenizer=tokenizer()).shape == (9, 36)
 
 

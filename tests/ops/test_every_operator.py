@@ -235,9 +235,11 @@ def test_one_tensor_for_several_inputs_under_compile():
 
 
 def test_export():
+    target = targets(40, 2, 9)
+
     class Layer(torch.nn.Module):
         def forward(self, *leaves):
-            return block(*leaves, targets(40, 2, 9), 0.0, None)
+            return block(*leaves, target, 0.0, None)
 
     leaves = tuple(x.detach() for x in block_leaves())
     program = torch.export.export(Layer(), leaves)

@@ -227,7 +227,7 @@ def check_scale(scale, query):
 
 def check_window(window):
     expected = "(left, right), each None or an integer of 0 or more"
-    if not isinstance(window, tuple | list) or len(window) != 2:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise mismatch("window", expected, shown(window))
     for side in window:
         if side is not None and (not isinstance(side, int) or isinstance(side, bool) or side < 0):

@@ -11,7 +11,7 @@ from fastlm.ops.layernorm_residual.spec import Backward, Forward
 
 def forward(call: Forward):
     x = call.x
-    y, summed = new_like(x), new_like(call.stream, call.makes_sum)
+    y, summed = new_like(x), new_like(call.stream, call.makes_sum())
     mean = x.new_empty(tuple(x.shape[:-1]), dtype=torch.float32)  # PyTorch parses a tuple faster than a torch.Size
     rstd = torch.empty_like(mean)
     if x.numel():

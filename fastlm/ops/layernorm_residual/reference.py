@@ -28,14 +28,14 @@ def layer_norm(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float, 
 def forward(call: Forward):
     x, residual = call.x, call.residual
     summed = x
-    if call.makes_sum:
+    if call.makes_sum():
         (wide,) = widen(dropout(widen(x)[0], call.seed, call.dropout_p))
         summed = (wide if residual is None else widen(residual)[0] + wide).to(call.stream.dtype).contiguous()
     (wide,) = widen(summed)  # the normalisation reads the sum as it is stored
     y = layer_norm(summed, call.weight, call.bias, call.eps, x.dtype).contiguous()
     mean = wide.mean(-1)
     rstd = reciprocal_deviation(wide - mean[..., None], call.eps)[..., 0]
-    return y, summed if call.makes_sum else None, mean, rstd
+    return y, summed if call.makes_sum() else None, mean, rstd
 
 
 @no_autocast

@@ -47,7 +47,7 @@ class LinearCrossEntropy(Operator):
         if torch.is_grad_enabled():
             for tensor in (x, weight, bias, *originals):
                 if tensor is not None and tensor.requires_grad:
-                    arguments = x, weight, bias, target, token_weight, call.settings, reduction, selected
+                    arguments = x, weight, bias, target, token_weight, call.settings(), reduction, selected
                     return LinearCrossEntropyFunction.apply(*arguments, *originals)
         return reduce(self.forward(call, selected)[0], target, token_weight, call.ignore_index, reduction)
 
@@ -76,7 +76,7 @@ def ordered_sum(x: Tensor) -> Tensor:
 
 def total_weight(target: Tensor, token_weight: Tensor | None, ignore_index: int) -> Tensor:
     """What a mean divides by: the weights of the rows that are not ignored, each 1 without token_weight."""
-    counted = target != ignore_index
+    counted = target.ne(ignore_index)  # torch.compile of PyTorch 2.9 takes != for a bool here
     return counted.sum() if token_weight is None else ordered_sum(torch.where(counted, token_weight, 0))
 
 

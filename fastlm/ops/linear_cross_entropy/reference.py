@@ -53,11 +53,11 @@ def forward(call: Forward):
     x, weight, bias, target, row_scale, needed = *call[:5], call.needed
     vocab, ignore_index, label_smoothing = weight.shape[0], call.ignore_index, call.label_smoothing
     check_targets(target, vocab, ignore_index)
-    loss = row_losses(x, weight, bias, target, call.settings).contiguous()
+    loss = row_losses(x, weight, bias, target, call.settings()).contiguous()
     if not any(needed):
         return loss, None, None, None
     wide, w, b = widen(x, weight, bias)
-    logits = transformed(linear(wide, w, b, "linear"), call.settings)
+    logits = transformed(linear(wide, w, b, "linear"), call.settings())
     dlogits = torch.softmax(logits, -1) - label_smoothing / vocab
     ignored = (target == ignore_index)[..., None]
     one_hot = dlogits.new_full((*target.shape, 1), label_smoothing - 1)

@@ -44,7 +44,6 @@ class Forward(NamedTuple):
     fp32_grads: bool
     needed: tuple[bool, ...]  # of x, weight and bias
 
-    @property
     def settings(self) -> Settings:
         return Settings(self.ignore_index, self.label_smoothing, self.logit_scale, self.softcap)
 

@@ -48,7 +48,7 @@ def forward(call: Forward):
             at = slice(begin + first, begin + min(first + block, chunk))
             logits = stored if wide_logits is None else wide_logits[: stored.shape[0]].copy_(stored)
             scale = row_scale[at] if any(needed) else None
-            loss[at] = losses_then_gradients(logits, targets[at], scale, call.settings)
+            loss[at] = losses_then_gradients(logits, targets[at], scale, call.settings())
             if dbias is not None:
                 dbias += logits.sum(0)
             if wide_logits is not None and scale is not None:
@@ -110,7 +110,7 @@ def composite(call: Forward, reduction: str):
     x, weight, bias, target = call[:4]
     if x.dim() != 2 or x.dtype.itemsize < 4 or not 0 < x.shape[0] * weight.nbytes <= LOGITS_BYTES * x.shape[1]:
         return NotImplemented
-    logits = transformed(torch.nn.functional.linear(x, weight, bias), call.settings)
+    logits = transformed(torch.nn.functional.linear(x, weight, bias), call.settings())
     try:
         return torch.nn.functional.cross_entropy(
             logits, target, None, None, call.ignore_index, None, reduction, call.label_smoothing

@@ -26,7 +26,7 @@ def forward(call: Forward):
         scale = None if row_scale is None else row_scale[rows]
         arguments = logits, targets[rows], scale, loss[rows], workspace(logits, partials), partials
         with on_device(x):
-            kernels.linear_cross_entropy(*arguments, *call.settings, x.device.index)
+            kernels.linear_cross_entropy(*arguments, *call.settings(), x.device.index)
 
     dx, dweight, dbias = gradients_of_product(
         as_rows(x), call.weight, call.bias, call.needed, LOGITS_BYTES, kernels.num_partials, gradient

@@ -18,7 +18,7 @@ class LinearLogProb(Operator):
         return (*call[:4], *results[1:]), call[4:]
 
     def formula(self, call: spec.Backward) -> tuple[Callable[..., Any], Sequence[Tensor | None]]:
-        function = functools.partial(reference.linear_log_prob, target=call.target, settings=call.settings)
+        function = functools.partial(reference.linear_log_prob, target=call.target, settings=call.settings())
         return function, (call.x, call.weight, call.bias)
 
 

@@ -15,7 +15,7 @@ LOGITS_BYTES = 64 << 20  # of one chunk
 def arguments(call: Forward | Backward):
     """What both kernels take besides tensors."""
     device, stream = cuda.device_and_stream(call.x)
-    return {**call.settings._asdict(), "device": device, "stream": stream}
+    return {**call.settings()._asdict(), "device": device, "stream": stream}
 
 
 @no_autocast

@@ -41,7 +41,7 @@ def forward(call: Forward):
     logits = capped(linear(*widen(call.x, call.weight, call.bias), "linear"), call.softcap)
     row_max = logits.amax(-1)
     row_sum = ((logits - row_max[..., None]) / call.temperature).exp().sum(-1)
-    results = *of_logits(logits, call.target, call.settings), row_max, row_sum
+    results = *of_logits(logits, call.target, call.settings()), row_max, row_sum
     return tuple(result.contiguous() for result in results)
 
 

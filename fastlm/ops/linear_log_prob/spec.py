@@ -39,7 +39,6 @@ class Forward(NamedTuple):
     temperature: float
     softcap: float
 
-    @property
     def settings(self) -> Settings:
         return Settings(self.ignore_index, self.temperature, self.softcap)
 
@@ -79,7 +78,6 @@ class Backward(NamedTuple):
     fp32_grads: bool
     needed: tuple[bool, ...]
 
-    @property
     def settings(self) -> Settings:
         return Settings(self.ignore_index, self.temperature, self.softcap)
 

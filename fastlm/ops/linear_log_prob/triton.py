@@ -18,7 +18,7 @@ def forward(call: Forward):
 
     def statistics(logits, target, results):
         with on_device(call.x):
-            kernels.linear_log_prob_forward(logits, target, *results.values(), *call.settings, call.x.device.index)
+            kernels.linear_log_prob_forward(logits, target, *results.values(), *call.settings(), call.x.device.index)
 
     return gpu.forward(call, LOGITS_BYTES, statistics)
 
@@ -28,7 +28,7 @@ def backward(call: Backward):
     def gradient(logits, target, given, partials):
         with on_device(call.x):
             kernels.linear_log_prob_backward(
-                logits, target, *given.values(), partials, *call.settings, call.x.device.index
+                logits, target, *given.values(), partials, *call.settings(), call.x.device.index
             )
 
     return gpu.backward(call, LOGITS_BYTES, kernels.num_partials, gradient)

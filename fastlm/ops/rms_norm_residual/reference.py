@@ -34,13 +34,13 @@ def rms_norm(summed: Tensor, weight: Tensor, eps: float, unit_offset: bool, dtyp
 def forward(call: Forward):
     x, residual = call.x, call.residual
     summed = x
-    if call.makes_sum:
+    if call.makes_sum():
         (wide,) = widen(dropout(widen(x)[0], call.seed, call.dropout_p))
         summed = (wide if residual is None else widen(residual)[0] + wide).to(call.stream.dtype).contiguous()
     (wide,) = widen(summed)  # the normalization reads the sum as it is stored
     rstd = reciprocal_root_mean_square(wide, call.eps)
     y = scaled(wide * rstd, call.weight, call.unit_offset, x.dtype).contiguous()
-    return y, summed if call.makes_sum else None, rstd[..., 0].contiguous()
+    return y, summed if call.makes_sum() else None, rstd[..., 0].contiguous()
 
 
 @no_autocast

@@ -32,7 +32,6 @@ class Forward(NamedTuple):
         """The tensor whose dtype the sum has."""
         return self.x if self.residual is None else self.residual
 
-    @property
     def makes_sum(self) -> bool:
         return self.residual is not None or self.seed is not None
 
@@ -42,11 +41,11 @@ class Forward(NamedTuple):
         return x, x.dtype, Sizes(x.numel() // width, width, self.seed is not None)
 
     def present(self) -> tuple[bool, ...]:
-        return True, self.makes_sum, True
+        return True, self.makes_sum(), True
 
     def empty_results(self) -> tuple[Tensor | None, ...]:
         x, statistics = self.x, torch.promote_types(self.x.dtype, torch.float32)
-        summed = x.new_empty(x.shape, dtype=self.stream.dtype) if self.makes_sum else None
+        summed = x.new_empty(x.shape, dtype=self.stream.dtype) if self.makes_sum() else None
         return x.new_empty(x.shape), summed, x.new_empty(x.shape[:-1], dtype=statistics)
 
     def flops(self) -> int:
@@ -55,7 +54,7 @@ class Forward(NamedTuple):
     def bytes(self) -> int:
         """Read x and the residual, write the sum and y."""
         stream = self.x.numel() * self.stream.dtype.itemsize
-        return 2 * self.x.nbytes + (self.residual is not None) * stream + self.makes_sum * stream
+        return 2 * self.x.nbytes + (self.residual is not None) * stream + self.makes_sum() * stream
 
 
 class Backward(NamedTuple):

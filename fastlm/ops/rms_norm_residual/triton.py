@@ -25,7 +25,7 @@ def refuses(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[str]
 
 def forward(call: Forward):
     x = call.x
-    y, summed = new_like(x), new_like(call.stream, call.makes_sum)
+    y, summed = new_like(x), new_like(call.stream, call.makes_sum())
     rstd = x.new_empty(tuple(x.shape[:-1]), dtype=torch.float32)  # PyTorch parses a tuple faster than a torch.Size
     if x.numel():
         width = x.shape[-1]
