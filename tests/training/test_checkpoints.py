@@ -19,6 +19,15 @@ from fastlm.training.settings import Settings
 TINY = Settings(layers=1, heads=2, width=16, context=16, batch=16, steps=30, warmup=3, eval_every=6, checkpoint_every=4)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are too small for more, and other tests may run at the same time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def text_file(text, tmp_path_factory):
     file = tmp_path_factory.mktemp("corpus") / "text.txt"
@@ -73,8 +82,15 @@ def tensors_of(run):
 
 
 @pytest.mark.parametrize("objective", ["next-token", "masked-token"])
-@pytest.mark.parametrize("dtype, dropout", [("fp32", 0.0), ("fp32", 0.2), ("bf16", 0.0), ("bf16", 0.2)])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "dtype, dropout, number",
+    [
+        ("fp32", 0.0, signal.SIGINT),
+        ("fp32", 0.2, signal.SIGTERM),
+        ("bf16", 0.0, signal.SIGTERM),
+        ("bf16", 0.2, signal.SIGINT),
+    ],
+)
 def test_an_interrupted_run_goes_on_bit_for_bit(text_file, tmp_path, objective, dtype, dropout, number):
     corpus = data.load([text_file], tokenizer="char", masked=objective == "masked-token")
     settings = dataclasses.replace(TINY, objective=objective, dtype=dtype, dropout=dropout)
