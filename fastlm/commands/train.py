@@ -68,6 +68,8 @@ def resume(out: Path, *, device: str | None, threads: int | None) -> None:
     checkpoint.check_processes()
     started = Run.read(out)
     checkpoint.check_writable("resume", out)
+    if (now := checkpoint.versions()) != started.versions:
+        say(f"started with {listed(started.versions)}; with {listed(now)}, results may differ by rounding")
     chosen = set_up(device or started.device, threads or started.threads)
     with locked(out):
         saved, damages = newest(out)
@@ -126,6 +128,10 @@ def train_and_save(
     if result.interrupted:
         say(f"to go on: fastlm train --resume {shlex.quote(str(out))}")
     say(f"val loss {result.val_loss:.4f}")
+
+
+def listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
 
 
 def skipped_in_words(files: Sequence[Path]) -> str:

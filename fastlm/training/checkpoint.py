@@ -51,7 +51,8 @@ def check_writable(argument: str, out: Path) -> None:
 
 def saved_in(run: Path) -> list[Path]:
     """The directories of the checkpoints of a run, the oldest first."""
-    return sorted((run / CHECKPOINTS).glob(f"{STEP}*[0-9]"), key=step_of)
+    folders = (run / CHECKPOINTS).glob(f"{STEP}*")
+    return sorted((folder for folder in folders if folder.name.removeprefix(STEP).isdecimal()), key=step_of)
 
 
 def step_of(folder: Path) -> int:

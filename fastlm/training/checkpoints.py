@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlm.core.errors import mismatch
 from fastlm.models.base import PretrainedModel
@@ -117,7 +117,7 @@ class Checkpoints:
         It waits for the previous checkpoint, whose errors it raises.
         """
         self.wait()
-        copies = self.copy({MODEL + name: tensor for name, tensor in model.state_dict().items()} | dict(tensors))
+        copies = self.copy(model, tensors)
         self.written = self.thread.submit(self.write, step, model, copies, metrics)
 
     def check(self) -> None:
@@ -131,11 +131,12 @@ class Checkpoints:
             written, self.written = self.written, None
             written.result()
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def copy(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies in main memory, which the next call overwrites. Tied parameters stay tied."""
+        state = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
         copies: dict[str, Tensor] = {}
         copied: dict[tuple[int, torch.Size], Tensor] = {}
-        for name, tensor in tensors.items():
+        for name, tensor in (state | dict(tensors)).items():
             alias = (tensor.data_ptr(), tensor.shape)
             if alias not in copied:
                 copy = self.copies.get(name)

@@ -210,6 +210,8 @@ def train(
         losses, evaluations, elapsed = tensors[LOSSES].tolist(), list(start.evaluations), start.seconds
         trainer.load_optimizer_state(tensors)
         set_generator_states(generator, trainer.device, tensors)
+    if checkpoints is not None:
+        checkpoints.copy(model, trainer.optimizer_state())  # allocates: otherwise the first save waits for new pages
     started = saved = len(losses)  # steps; the losses of the last ones may not have been read yet
 
     def read() -> None:
@@ -237,8 +239,8 @@ def train(
             return
         tensors = trainer.optimizer_state() | generator_states(generator, trainer.device)
         tensors[LOSSES] = torch.tensor(losses, dtype=torch.float64)
-        assert isinstance(trainer.model, PretrainedModel)
-        checkpoints.save(started, trainer.model, tensors, {"seconds": elapsed, "evaluations": evaluations})
+        assert isinstance(model, PretrainedModel)
+        checkpoints.save(started, model, tensors, {"seconds": elapsed, "evaluations": evaluations})
         saved = started
 
     def is_due(interval: int) -> bool:

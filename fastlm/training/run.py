@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from fastlm.core.errors import mismatch
 from fastlm.models.config import read_json, stored
@@ -25,12 +26,13 @@ class Run:
     training: dict[str, str]  # the SHA-256 of the files by their absolute paths, in the order of the text
     validation: dict[str, str]  # of a separate validation text
     skipped: list[str]
+    versions: dict[str, str]
 
     @classmethod
     def of(cls, settings: Settings, inputs: dict[str, Any], corpus: data.Corpus, device: torch.device) -> "Run":
         training, validation = sums_of(corpus.files), sums_of(corpus.validation_files)
         skipped = [str(file) for file in corpus.skipped]
-        return cls(settings, inputs, str(device), torch.get_num_threads(), training, validation, skipped)
+        return cls(settings, inputs, str(device), torch.get_num_threads(), training, validation, skipped, versions())
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
@@ -47,9 +49,9 @@ class Run:
 
     def write(self, out: Path) -> None:
         with staged(out) as folder:
-            write_json(folder / RUN, {"format": FORMAT, **dataclasses.asdict(self), "versions": versions()})
+            write_json(folder / RUN, {"format": FORMAT, **dataclasses.asdict(self)})
 
-    def corpus(self, tokenizer: Any) -> data.Corpus:
+    def corpus(self, tokenizer: str | Tokenizer) -> data.Corpus:
         """Reads the text again.
 
         Raises:

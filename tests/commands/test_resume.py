@@ -69,6 +69,14 @@ def test_resume_needs_no_other_option(interrupted, whole, tmp_path, monkeypatch)
     assert (moved / "summary.json").read_bytes() == before
 
 
+def test_resume_with_another_version(interrupted):
+    out, _ = interrupted
+    content = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(content | {"versions": {"fastlm": "0.0", "torch": "1.0"}}))
+    output = run("train", "--resume", out)
+    assert re.search("^started with fastlm 0.0, torch 1.0; with fastlm .*, results may differ by round", output)
+
+
 def test_resume_before_the_first_checkpoint(text_file, whole, tmp_path, monkeypatch):
     interrupt(monkeypatch, text_file, *SETTINGS, "--out", tmp_path / "out", at=4)
     assert "resumed after 0 steps of 12\n" in run("train", "--resume", tmp_path / "out")
