@@ -16,7 +16,7 @@ from fastlm.training.models import build
 from fastlm.training.objectives import NextToken
 from fastlm.training.settings import Settings
 
-TINY = Settings(layers=1, heads=2, width=16, context=16, batch=16, steps=30, warmup=3, eval_every=6, checkpoint_every=4)
+TINY = Settings(layers=1, heads=2, width=16, context=16, batch=8, steps=30, warmup=3, eval_every=6, checkpoint_every=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +31,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def text_file(text, tmp_path_factory):
     file = tmp_path_factory.mktemp("corpus") / "text.txt"
-    file.write_text(text[:4000])
+    file.write_text(text[:1000])
     return file
 
 
