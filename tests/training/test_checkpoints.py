@@ -119,7 +119,7 @@ def test_a_signal_ends_an_evaluation(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "evaluate", lambda *a: (evaluate(*a), order.append("evaluated"))[0])
     monkeypatch.setattr(Checkpoints, "write", lambda *a: (write(*a), order.append("saved"))[0])
     train_in(tmp_path, TINY, corpus, report=Interrupt(6, signal.SIGTERM, evaluating=True))
-    assert steps_of(tmp_path)[-1] == 6 and order[-3:] == ["saved", "evaluated", "evaluated"]
+    assert steps_of(tmp_path) == [4, 6] and order == ["saved", "saved", "evaluated", "evaluated"]
     monkeypatch.undo()
     assert train_in(tmp_path, TINY, corpus).evaluations == train(TINY, corpus).evaluations
 
@@ -184,7 +184,18 @@ def failing_write():
         yield
 
 
+class Slow(Interrupt):
+    def on_step(self, step, loss, tokens_per_second):
+        super().on_step(step, loss, tokens_per_second)
+        time.sleep(0.01)
+
+
 def test_an_error_of_the_thread_ends_the_run(corpus, tmp_path):
+    """At once, not when the next checkpoint is due."""
+    settings, report = dataclasses.replace(TINY, checkpoint_every=8), Slow(None)
+    with failing_write(), pytest.raises(OSError, match="No space left on device"):
+        train_in(tmp_path, settings, corpus, report=report)
+    assert steps_of(tmp_path) == [] and report.seen < 16
     with failing_write(), pytest.raises(OSError, match="No space left on device"):
         train_in(tmp_path, TINY, corpus)
     assert steps_of(tmp_path) == [4]
