@@ -100,9 +100,11 @@ def train_and_save(
     source: Path | None,
     start: Saved | None = None,
 ) -> None:
-    """Args:
-    source: the directory that the tokenizer comes from, whose settings are kept.
-    start: the checkpoint that the model comes from.
+    """Trains, and writes the model and summary.json.
+
+    Args:
+        source: the directory that the tokenizer comes from, whose settings are kept.
+        start: the checkpoint that the model comes from.
     """
     settings = run.settings
     tokens = f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation"

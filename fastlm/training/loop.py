@@ -240,7 +240,7 @@ def train(
         tensors = trainer.optimizer_state() | generator_states(generator, trainer.device)
         tensors[LOSSES] = torch.tensor(losses, dtype=torch.float64)
         assert isinstance(model, PretrainedModel)
-        checkpoints.save(started, model, tensors, {"seconds": elapsed, "evaluations": evaluations})
+        checkpoints.save(started, model, tensors, {"seconds": elapsed, "evaluations": list(evaluations)})
         saved = started
 
     def is_due(interval: int) -> bool:

@@ -169,6 +169,14 @@ def test_what_changes_after_a_save_is_not_in_it(corpus, tmp_path, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in saved.items())
 
 
+def test_later_evaluations_are_not_in_a_checkpoint(corpus, tmp_path, monkeypatch):
+    write = Checkpoints.write
+    monkeypatch.setattr(Checkpoints, "write", lambda *a: (time.sleep(0.1), write(*a)))
+    train_in(tmp_path, dataclasses.replace(TINY, steps=12, eval_every=1, keep=3), corpus)
+    evaluated = [[step for step, *_ in checkpoints.Saved.read(folder).evaluations] for folder in saved_in(tmp_path)]
+    assert evaluated == [list(range(1, 5)), list(range(1, 9)), list(range(1, 12))]
+
+
 @contextlib.contextmanager
 def failing_write():
     """Writing fails, as on a full disk, from step 8 on."""
