@@ -130,6 +130,8 @@ def train_and_save(
     if result.interrupted:
         say(f"to go on: fastlm train --resume {shlex.quote(str(out))}")
     say(f"val loss {result.val_loss:.4f}")
+    if result.failure is not None:
+        raise result.failure
 
 
 def listed(versions: dict[str, str]) -> str:

@@ -147,6 +147,7 @@ class Result:
     interrupted: bool
     losses: list[float]  # of every step, before the update
     evaluations: list[Evaluation]
+    failure: OSError | None = None  # why the last checkpoint could not be saved
 
 
 class Report:
@@ -269,9 +270,13 @@ def train(
             if checkpoints is not None:
                 checkpoints.check()
         read()
-        save()
-        if checkpoints is not None:
-            checkpoints.wait()
+        failure: OSError | None = None
+        try:
+            save()
+            if checkpoints is not None:
+                checkpoints.wait()
+        except OSError as error:  # the model alone may still fit on the disk
+            failure = error
     evaluate()
     _, train_loss, val_loss = evaluations[-1]
     return Result(
@@ -283,6 +288,7 @@ def train(
         interrupted=stop.is_set() and started < settings.steps,
         losses=losses,
         evaluations=evaluations,
+        failure=failure,
     )
 
 

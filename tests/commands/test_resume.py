@@ -14,7 +14,7 @@ from fastlm.models import CausalLM, LlamaConfig
 from fastlm.training.checkpoints import Checkpoints, locked, saved_in, sha256
 from tests.commands.support import TEXT, TINY, assert_same_run, fastlm_command, process, run
 
-SETTINGS = [*TINY, "--dropout", 0.1, "--checkpoint-every", 4, "--threads", 1]
+SETTINGS = [*TINY, "--steps", 16, "--dropout", 0.1, "--checkpoint-every", 4, "--threads", 1]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def interrupt(monkeypatch, *arguments, at):
 
 @pytest.fixture
 def interrupted(text_file, tmp_path, monkeypatch):
-    """A run with checkpoints of steps 4 and 8 of 12, and its text."""
+    """A run with checkpoints of steps 4 and 8 of 16, and its text."""
     text = tmp_path / "text.txt"
     shutil.copy(text_file, text)
     interrupt(monkeypatch, text, *SETTINGS, "--out", tmp_path / "out", at=12)
@@ -60,11 +60,11 @@ def assert_error(result, message):
 def test_resume_needs_no_other_option(interrupted, whole, tmp_path, monkeypatch):
     monkeypatch.chdir("/")  # and no other directory
     out, _ = interrupted
-    assert "resumed after 8 steps of 12\n" in run("train", "--resume", out)
+    assert "resumed after 8 steps of 16\n" in run("train", "--resume", out)
     assert_same_weights(out, whole)
     moved = out.rename(tmp_path / "moved")
     before = (moved / "summary.json").read_bytes()
-    assert "resumed after 12 steps of 12\n" in run("train", "--resume", moved)  # it is complete
+    assert "resumed after 16 steps of 16\n" in run("train", "--resume", moved)  # it is complete
     assert_same_weights(moved, whole)
     assert (moved / "summary.json").read_bytes() == before
 
@@ -79,7 +79,7 @@ def test_resume_with_another_version(interrupted):
 
 def test_resume_before_the_first_checkpoint(text_file, whole, tmp_path, monkeypatch):
     interrupt(monkeypatch, text_file, *SETTINGS, "--out", tmp_path / "out", at=4)
-    assert "resumed after 0 steps of 12\n" in run("train", "--resume", tmp_path / "out")
+    assert "resumed after 0 steps of 16\n" in run("train", "--resume", tmp_path / "out")
     assert_same_run(tmp_path / "out", whole)
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(interrupted, whole):
     damaged = out / "checkpoints" / "step-00000008" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
     output = run("train", "--resume", out)
-    assert f"skipped a damaged checkpoint: {damaged}, which has changed\nresumed after 4 steps of 12\n" in output
+    assert f"skipped a damaged checkpoint: {damaged}, which has changed\nresumed after 4 steps of 16\n" in output
     assert_same_weights(out, whole)
     for folder in saved_in(out):  # the damaged one was replaced
         for line in (folder / "SHA256SUMS").read_text().splitlines():
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(interrupted):
     later = shutil.copytree(out / "checkpoints" / "step-00000008", out / "checkpoints" / "step-00000099")
     (later / "training.json").unlink()
     run("train", "--resume", out)
-    assert [folder.name for folder in saved_in(out)] == ["step-00000008", "step-00000012"]
+    assert [folder.name for folder in saved_in(out)] == ["step-00000012", "step-00000016"]
 
 
 def change_format(file):
@@ -195,6 +195,12 @@ def test_a_disk_that_fills_up_does_not_lose_the_run(interrupted, whole):
     assert not list((out / "checkpoints").glob(".*"))
     run("train", "--resume", out)
     assert_same_weights(out, whole)
+
+
+def test_the_model_is_saved_if_the_last_checkpoint_does_not_fit(text_file, whole, tmp_path, monkeypatch):
+    interrupt(monkeypatch, text_file, *SETTINGS, "--out", tmp_path / "out", at=16)
+    assert [folder.name for folder in saved_in(tmp_path / "out")] == ["step-00000008", "step-00000012"]
+    assert_same_run(tmp_path / "out", whole)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
