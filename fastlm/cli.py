@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from fastlm.commands import choices
 from fastlm.core import interrupts
+from fastlm.core.errors import mismatch
 from fastlm.integrations.encoding import MAX_TOKENS_PER_BATCH
 from fastlm.training.settings import Settings
 
@@ -148,6 +149,7 @@ def info(
 
 @app.command()
 def train(
+    ctx: typer.Context,
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -164,6 +166,30 @@ def train(
         "runs/train"
     ),
     overwrite: Overwrite = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with the run in this directory from its newest checkpoint, to the same bits. Its settings and "
+            "files are those that it was started with; of the other options, only --device and --threads are allowed.",
+            rich_help_panel="Checkpoints",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int,
+        typer.Option(
+            help="Number of steps between checkpoints; 0: one at the end or on a signal only.",
+            rich_help_panel="Checkpoints",
+        ),
+    ] = DEFAULT.checkpoint_every,
+    keep: Annotated[
+        int,
+        typer.Option(
+            help="Number of checkpoints to keep, besides that with the lowest validation loss.",
+            rich_help_panel="Checkpoints",
+        ),
+    ] = DEFAULT.keep,
     tokenizer: Annotated[
         str,
         typer.Option(
@@ -261,10 +287,16 @@ def train(
 ) -> None:
     """Train a model on text, from scratch or from --init.
 
-    Ctrl-C stops training, saves the model and exits with code 130.
+    Ctrl-C and SIGTERM stop training and save a checkpoint and the model. --resume goes on from there.
     """
     from fastlm.commands import train
 
+    if resume is not None:
+        given = {x for x in ctx.params if getattr(ctx.get_parameter_source(x), "name", "") == "COMMANDLINE"}
+        if others := sorted(given - {"resume", "device", "threads"}):
+            raise mismatch("resume", "no other option than --device and --threads", others[0])
+        train.resume(resume, device=device if "device" in given else None, threads=threads)
+        return
     settings = Settings(
         objective=objective,
         layers=layers,
@@ -286,6 +318,8 @@ def train(
         dtype=dtype,
         eval_every=eval_every,
         recompute=recompute,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
     )
     train.run(
         [*(data or []), *(paths or [])],
@@ -557,7 +591,6 @@ def bench(
         return
 
     from fastlm.commands import bench
-    from fastlm.core.errors import mismatch
 
     for name, given in (("table", table), ("limit", limit)):
         if given is not None:

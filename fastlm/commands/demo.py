@@ -110,11 +110,11 @@ def train(model: GPT2LMHeadModel, settings: Settings, corpus: data.Corpus, secon
             say()
             say(f"2. Training with fastlm for {seconds:.0f} seconds")
             speed = keep_training(ours, settings, batches, losses, seconds, stop)
-        pairs = [
-            NextToken().pairs(w)
-            for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch, max_tokens=2**14)
-        ]
-        return DemoResult(compared, losses, ours.evaluate(pairs), speed, stop.is_set())
+    pairs = [
+        NextToken().pairs(w)
+        for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch, max_tokens=2**14)
+    ]
+    return DemoResult(compared, losses, ours.evaluate(pairs), speed, stop.is_set())
 
 
 def standard_library() -> list[Path]:

@@ -1,20 +1,23 @@
-"""fastlm train: trains a model on text; writes a checkpoint and summary.json."""
+"""fastlm train: trains a model on text; writes the model, summary.json and checkpoints to go on from."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 
-import fastlm
 from fastlm.commands.display import describe_device, progress_bar, quantity, say
 from fastlm.commands.process import set_up
 from fastlm.generation import load_tokenizer
+from fastlm.models import load_model
+from fastlm.models.base import PretrainedModel
 from fastlm.training import checkpoint, data
+from fastlm.training.checkpoints import Checkpoints, Saved, clear, locked, newest
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load
+from fastlm.training.run import Run
 from fastlm.training.settings import Settings
 
 MAX_NAMED = 5  # skipped files
@@ -45,31 +48,94 @@ def run(
     if corpus.skipped:
         say(skipped_in_words(corpus.skipped))
     data.check_length(corpus, settings.context)
-    model = build(settings, corpus.tokenizer) if init is None else load(init, settings, corpus.tokenizer)
-    model.to(chosen)
-    tokens = f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation"
-    say(f"{tokens}, vocabulary of {corpus.tokenizer.get_vocab_size()}")
-    say(f"{model.num_parameters():,} parameters, {settings.dtype}, {describe_device(model.device)}")
-    with progress_bar(settings.steps) as report:
-        result = train(settings, corpus, model, report=report)
-    if not result.steps:
-        raise KeyboardInterrupt  # no step was completed, so there is nothing to save
     inputs = {
         "data": [str(p) for p in paths],
         "tokenizer": tokenizer if init is None else None,
-        "init": None if init is None else str(init),
+        "init": None if init is None else str(init.absolute()),
         "val_fraction": None if val_file else val_fraction,
+        "val_file": str(val_file) if val_file else None,
     }
-    settings_used = {**inputs, "val_file": str(val_file) if val_file else None, **dataclasses.asdict(settings)}
+    model = new_model(settings, corpus, init).to(chosen)
+    with locked(out):
+        clear(out)  # the checkpoints of an earlier run
+        started = Run.of(settings, inputs, corpus, chosen)
+        started.write(out)
+        train_and_save(out, started, corpus, model, source=init)
+
+
+def resume(out: Path, *, device: str | None, threads: int | None) -> None:
+    """Goes on with the run in a directory. device, threads: None: those that it was started with."""
+    checkpoint.check_processes()
+    started = Run.read(out)
+    checkpoint.check_writable("resume", out)
+    if (now := checkpoint.versions()) != started.versions:
+        say(f"started with {listed(started.versions)}; with {listed(now)}, results may differ by rounding")
+    chosen = set_up(device or started.device, threads or started.threads)
+    with locked(out):
+        saved, damages = newest(out)
+        for damage in damages:
+            say(f"skipped a damaged checkpoint: {damage}")
+        init = started.inputs["init"]
+        source = None if init is None else Path(init) if saved is None else saved.folder
+        corpus = started.corpus(started.inputs["tokenizer"] if source is None else load_tokenizer(source).tokenizer)
+        if saved is None:
+            model = new_model(started.settings, corpus, source)
+        else:
+            model = load_model(saved.folder, dtype=torch.float32)
+            model.recompute = started.settings.recompute
+        say(f"resumed after {quantity(saved.step if saved else 0, 'step')} of {started.settings.steps:,}")
+        train_and_save(out, started, corpus, model.to(chosen), source=source, start=saved)
+
+
+def new_model(settings: Settings, corpus: data.Corpus, init: Path | None) -> PretrainedModel:
+    return build(settings, corpus.tokenizer) if init is None else load(init, settings, corpus.tokenizer)
+
+
+def train_and_save(
+    out: Path,
+    run: Run,
+    corpus: data.Corpus,
+    model: PretrainedModel,
+    *,
+    source: Path | None,
+    start: Saved | None = None,
+) -> None:
+    """Trains, and writes the model and summary.json.
+
+    Args:
+        source: the directory that the tokenizer comes from, whose settings are kept.
+        start: the checkpoint that the model comes from.
+    """
+    settings = run.settings
+    tokens = f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation"
+    say(f"{tokens}, vocabulary of {corpus.tokenizer.get_vocab_size()}")
+    say(f"{model.num_parameters():,} parameters, {settings.dtype}, {describe_device(model.device)}")
+    tokenizer_settings = None if source is None else checkpoint.read_tokenizer_settings(source)
+    with (
+        Checkpoints(
+            out, keep=settings.keep, tokenizer=corpus.tokenizer, tokenizer_settings=tokenizer_settings
+        ) as checkpoints,
+        progress_bar(settings.steps) as report,
+    ):
+        result = train(settings, corpus, model, report=report, checkpoints=checkpoints, start=start)
+    if not result.steps:
+        raise KeyboardInterrupt  # no step was completed, so there is nothing to save
+    settings_used = {**run.inputs, **dataclasses.asdict(settings)}
     settings_used |= {"device": str(model.device), "threads": torch.get_num_threads()}
     with checkpoint.staged(out) as folder:
-        checkpoint.write_model(folder, model, corpus.tokenizer, init)
-        checkpoint.write_json(folder / "summary.json", summary(settings_used, result, corpus))
+        checkpoint.write_model(folder, model, corpus.tokenizer, tokenizer_settings)
+        checkpoint.write_json(folder / "summary.json", summary(settings_used, result, run, corpus))
     ended = "interrupted after" if result.interrupted else "trained for"
     say(f"{ended} {quantity(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved to {out}")
-    say(f"val loss {result.val_loss:.4f}")
     if result.interrupted:
-        raise typer.Exit(130)
+        say(f"to go on: fastlm train --resume {shlex.quote(str(out))}")
+    say(f"val loss {result.val_loss:.4f}")
+    if result.failure is not None:
+        raise result.failure
+
+
+def listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
 
 
 def skipped_in_words(files: Sequence[Path]) -> str:
@@ -78,7 +144,7 @@ def skipped_in_words(files: Sequence[Path]) -> str:
     return f"skipped {quantity(len(files), 'file')}, hidden or binary: {names}{rest}"
 
 
-def summary(settings: dict[str, Any], result: Result, corpus: data.Corpus) -> dict[str, Any]:
+def summary(settings: dict[str, Any], result: Result, run: Run, corpus: data.Corpus) -> dict[str, Any]:
     return {
         "settings": settings,
         "train_loss": result.train_loss,
@@ -88,7 +154,7 @@ def summary(settings: dict[str, Any], result: Result, corpus: data.Corpus) -> di
         "interrupted": result.interrupted,
         "parameters": sum(p.numel() for p in result.model.parameters()),
         "tokens": {"training": len(corpus.train), "validation": len(corpus.validation)},
-        "skipped": [str(file) for file in corpus.skipped],
+        "skipped": run.skipped,
         "evaluations": [{"step": step, "train_loss": a, "val_loss": b} for step, a, b in result.evaluations],
-        "versions": {"fastlm": fastlm.__version__, "torch": torch.__version__},
+        "versions": checkpoint.versions(),
     }

@@ -104,14 +104,17 @@ class PretrainedModel(nn.Module):
         with checkpoint.staged(Path(directory)) as folder:
             self.write_files(folder)
 
-    def write_files(self, folder: Path) -> None:
-        """Writes config.json and model.safetensors into a staging directory, see checkpoint.staged."""
+    def write_files(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes config.json and model.safetensors into a staging directory, see checkpoint.staged.
+
+        state: a copy of state_dict() to write instead of the present one.
+        """
         settings = {
             **self.config.to_dict(),
             "architectures": [self.architecture],
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        checkpoint.write(self.state_dict(), settings, tied=self.ties(), folder=folder)
+        checkpoint.write(self.state_dict() if state is None else state, settings, tied=self.ties(), folder=folder)
 
     @property
     def architecture(self) -> str:

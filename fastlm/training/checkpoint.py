@@ -3,35 +3,60 @@
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
+from fastlm._version import __version__
 from fastlm.core.errors import mismatch
 from fastlm.models import checkpoint
 from fastlm.models.base import PretrainedModel
 from fastlm.models.config import CONFIG, stored
 from fastlm.training.tokenizers import tokenizer_config
 
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+CHECKPOINTS, STEP = "checkpoints", "step-"  # names of the directories of checkpoints, see checkpoints.py
+
 
 def prepare(out: str | Path, *, overwrite: bool = False) -> Path:
-    """Checks, before training starts, that the output directory can be written and has no model yet."""
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # torchrun sets it
-        raise mismatch("WORLD_SIZE", "1, as training on several processes is not supported", repr(processes))
+    """Checks, before training starts, that the output directory can be written and has no model or checkpoint yet."""
+    check_processes()
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a directory or a path for a new one, got the file {str(out)!r}")
-    nearest = next(directory for directory in (out, *out.absolute().parents) if directory.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"out: expected a writable directory, got {str(out)!r} in {str(nearest)!r}")
-    names = (CONFIG, *checkpoint.WEIGHT_FILES)
-    if not overwrite and (found := next((name for name in names if stored(out, name).exists()), None)):
+    check_writable("out", out)
+    names = [name for name in (CONFIG, *checkpoint.WEIGHT_FILES) if stored(out, name).exists()]
+    names += [str(folder.relative_to(out)) for folder in saved_in(out)]
+    if names and not overwrite:
+        options = f"--overwrite replaces it{', --resume continues it' * bool(saved_in(out))}"
         raise FileExistsError(
-            f"out: expected a directory without a model, got {str(out)!r}, which has {found}; --overwrite replaces it"
+            f"out: expected a directory without a model, got {str(out)!r}, which has {names[0]}; {options}"
         )
     return out
+
+
+def check_processes() -> None:
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # torchrun sets it
+        raise mismatch("WORLD_SIZE", "1, as training on several processes is not supported", repr(processes))
+
+
+def check_writable(argument: str, out: Path) -> None:
+    nearest = next(directory for directory in (out, *out.absolute().parents) if directory.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{argument}: expected a writable directory, got {str(out)!r} in {str(nearest)!r}")
+
+
+def saved_in(run: Path) -> list[Path]:
+    """The directories of the checkpoints of a run, the oldest first."""
+    folders = (run / CHECKPOINTS).glob(f"{STEP}*")
+    return sorted((folder for folder in folders if folder.name.removeprefix(STEP).isdecimal()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(STEP))
 
 
 @contextlib.contextmanager
@@ -49,18 +74,35 @@ def one_line(failure: BaseException) -> str:
     return " ".join(reason.split())
 
 
-def write_model(folder: Path, model: PretrainedModel, tokenizer: Tokenizer, init: Path | None = None) -> None:
+def write_model(
+    folder: Path,
+    model: PretrainedModel,
+    tokenizer: Tokenizer,
+    tokenizer_settings: str | None = None,
+    *,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Writes the files that `fastlm generate`, `from_pretrained` and Hugging Face's classes read.
 
-    init: the directory that the tokenizer comes from, whose settings are kept.
+    Args:
+        tokenizer_settings: the contents of tokenizer_config.json; None: those for a tokenizer of this package.
+        state: a copy of the model's state dict, written instead of the present one.
     """
-    model.write_files(folder)
+    model.write_files(folder, state)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    settings = None if init is None else stored(init, "tokenizer_config.json")
-    if settings is not None and settings.is_file():
-        shutil.copyfile(settings, folder / "tokenizer_config.json")
+    if tokenizer_settings is not None:
+        (folder / TOKENIZER_SETTINGS).write_text(tokenizer_settings, encoding="utf-8")
     else:
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.config.max_position_embeddings))
+        write_json(folder / TOKENIZER_SETTINGS, tokenizer_config(tokenizer, model.config.max_position_embeddings))
+
+
+def read_tokenizer_settings(directory: Path) -> str | None:
+    path = stored(directory, TOKENIZER_SETTINGS)
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def versions() -> dict[str, str]:
+    return {"fastlm": __version__, "torch": torch.__version__}
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -26,12 +26,14 @@ NEW_PARAGRAPH = re.compile(r"\n(?=\S)")
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Token ids in the smallest sufficient integer dtype, the tokenizer, and the files that were not read."""
+    """Token ids in the smallest sufficient integer dtype, the tokenizer, and the files that were read or not."""
 
     train: Tensor
     validation: Tensor
     tokenizer: Tokenizer
     skipped: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = ()  # of the text, in this order
+    validation_files: tuple[Path, ...] = ()  # of a separate validation text
 
 
 class Files(NamedTuple):
@@ -44,7 +46,7 @@ def load(
     *,
     tokenizer: str | Tokenizer = "byte",
     val_fraction: float = 0.1,
-    val_file: str | Path | None = None,
+    val_file: str | Path | Sequence[Path] | None = None,
     masked: bool = False,
 ) -> Corpus:
     """Reads files as one text and tokenizes it.
@@ -53,7 +55,7 @@ def load(
         paths: files, directories or glob patterns, concatenated in this order.
         tokenizer: "byte" or "char", or that of a model.
         val_fraction: the last part of the text, kept for validation.
-        val_file: a separate validation text, used instead of val_fraction.
+        val_file: a separate validation text, or the files of one, used instead of val_fraction.
         masked: add the special tokens for masked-token training.
 
     Raises:
@@ -64,7 +66,8 @@ def load(
     if not val_file:
         check_range("val_fraction", val_fraction, 0, 1, open_left=True)
     training = find_files("data", paths)
-    separate = find_files("val_file", [val_file] if val_file else [])
+    val_files = [val_file] if isinstance(val_file, str | Path) else val_file
+    separate = find_files("val_file", val_files if val_file and val_files else [])
     if not training.found:
         raise mismatch("data", "at least one file, directory or pattern", "none")
     text, held_out = read(training.found), read(separate.found)
@@ -79,7 +82,14 @@ def load(
     cut = len(ids) if val_file else round(len(ids) * (1 - val_fraction))
     validation = encode(held_out) if val_file else ids[cut:]
     skipped = (*training.skipped, *separate.skipped)
-    return Corpus(train=ids[:cut], validation=validation, tokenizer=tokenizer_object, skipped=skipped)
+    return Corpus(
+        train=ids[:cut],
+        validation=validation,
+        tokenizer=tokenizer_object,
+        skipped=skipped,
+        files=tuple(training.found),
+        validation_files=tuple(separate.found),
+    )
 
 
 def check_length(corpus: Corpus, context: int) -> None:
@@ -99,7 +109,7 @@ def check_length(corpus: Corpus, context: int) -> None:
 def find_files(argument: str, paths: Iterable[str | Path]) -> Files:
     """Expands directories (recursively) and glob patterns (with `**`) to sorted lists of files.
 
-    Hidden and binary files are skipped unless a path names them.
+    Hidden and binary files are skipped unless a path names them. A file is read once, however often it is named.
     """
     found: list[Path] = []
     skipped: list[Path] = []
@@ -122,7 +132,7 @@ def find_files(argument: str, paths: Iterable[str | Path]) -> Files:
             )
         found += files
         skipped += others
-    return Files(found, skipped)
+    return Files(list({file.absolute(): file for file in found}.values()), skipped)
 
 
 def is_hidden(path: Path) -> bool:

@@ -5,22 +5,26 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastlm.core.errors import mismatch
 from fastlm.device import choose_device
+from fastlm.models.base import PretrainedModel
 from fastlm.optim import AdamW
+from fastlm.training.checkpoints import Checkpoints, Evaluation, Saved
 from fastlm.training.data import Corpus, check_length, random_windows, spread_windows
 from fastlm.training.models import build, objective_of
 from fastlm.training.schedule import learning_rate
 from fastlm.training.settings import Settings
 
+T = TypeVar("T")
 Loss = Callable[[Any, Tensor, Tensor], Tensor]  # (model, inputs, targets) → loss
 
+LOSSES = "losses"  # the name of their tensor in a checkpoint
 READ_INTERVAL = 0.2  # seconds between two reads of the losses on a GPU; a read synchronises
 
 
@@ -54,6 +58,16 @@ class Trainer:
             )
             optimizer.begin()
         self.parameters, self.native = parameters, native
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimiser's state by the names of the parameters."""
+        named, state = self.model.named_parameters(), self.optimizer.state
+        return {f"optimizer.{name}.{key}": value for name, p in named if p in state for key, value in state[p].items()}
+
+    @torch.no_grad()
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, value in self.optimizer_state().items():
+            value.copy_(tensors[name])
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.settings.dtype == "bfloat16":
@@ -111,7 +125,7 @@ class Trainer:
         return losses
 
     @torch.no_grad()
-    def evaluate(self, pairs: list[tuple[Tensor, Tensor]]) -> float:
+    def evaluate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         """The mean loss over all targets of (inputs, targets) pairs."""
         self.model.eval()
         losses, counts = [], []
@@ -132,7 +146,8 @@ class Result:
     steps: int  # fewer than settings.steps if interrupted
     interrupted: bool
     losses: list[float]  # of every step, before the update
-    evaluations: list[tuple[int, float, float]]  # (step, training loss, validation loss)
+    evaluations: list[Evaluation]
+    failure: OSError | None = None  # why the last checkpoint could not be saved
 
 
 class Report:
@@ -153,17 +168,24 @@ def train(
     report: Report | None = None,
     *,
     native: bool = False,
+    checkpoints: Checkpoints | None = None,
+    start: Saved | None = None,
 ) -> Result:
     """Trains a model on a corpus.
 
-    Ctrl-C stops training after the current step; the result is that of the steps until then. A second Ctrl-C raises
-    KeyboardInterrupt.
+    SIGINT (Ctrl-C) and SIGTERM stop training after the current step; the result is that of the steps until then. If
+    there are `checkpoints`, one is saved before the last evaluation. A second signal raises KeyboardInterrupt after it.
+
+    The batch of a step depends on the seed and the number of the step only, not on evaluations or checkpoints. All that
+    the next step depends on is in a checkpoint, so that a run that goes on from it gives the same bits.
 
     Args:
         model: any module, trained on the device it is on; None: a fastlm model for the settings, on a GPU if available.
         loss: (model, inputs, targets) → loss; None: that of settings.objective.
         report: receives progress.
         native: use PyTorch's gradient clipping and AdamW.
+        checkpoints: where fastlm's models are saved, every settings.checkpoint_every steps and at the end.
+        start: the checkpoint to go on from, which `model` was loaded from.
     """
     check_length(corpus, settings.context)
     report = report or Report()
@@ -171,7 +193,6 @@ def train(
     model = model or build(settings, corpus.tokenizer).to(choose_device())
     trainer = Trainer(model, settings, loss or objective.loss, native=native)
     length = settings.context + 1
-    generator = torch.Generator().manual_seed(settings.seed)
     evaluation_pairs = [
         [
             objective.pairs(w, torch.Generator().manual_seed(i))
@@ -179,17 +200,27 @@ def train(
         ]
         for ids in (corpus.train, corpus.validation)
     ]
-    started = 0  # steps; the losses of the last ones may not have been read yet
     losses: list[float] = []
-    evaluations: list[tuple[int, float, float]] = []
-    start = elapsed = 0.0
+    evaluations: list[Evaluation] = []
+    began = elapsed = 0.0
+    trainer.warm_up()
+    generator = torch.Generator().manual_seed(settings.seed)  # for batches
+    torch.manual_seed(settings.seed)  # for dropout
+    if start is not None:
+        tensors = start.tensors()
+        losses, evaluations, elapsed = tensors[LOSSES].tolist(), list(start.evaluations), start.seconds
+        trainer.load_optimizer_state(tensors)
+        set_generator_states(generator, trainer.device, tensors)
+    if checkpoints is not None:
+        checkpoints.copy(model, trainer.optimizer_state())  # allocates: otherwise the first save waits for new pages
+    started = saved = len(losses)  # steps; the losses of the last ones may not have been read yet
 
     def read() -> None:
         nonlocal elapsed
         if not trainer.pending_losses:
             return
         values = trainer.read()
-        elapsed += time.perf_counter() - start
+        elapsed += time.perf_counter() - began
         for loss in values:
             losses.append(loss)
             if loss != loss or loss == float("inf"):
@@ -197,31 +228,56 @@ def train(
                 raise mismatch("lr", expected, settings.lr)
             report.on_step(len(losses), loss, started * settings.tokens_per_step / elapsed)
 
-    def evaluate() -> None:
+    def evaluate(stop: threading.Event | None = None) -> None:
         report.on_evaluation_start()
-        train_loss, val_loss = (trainer.evaluate(pairs) for pairs in evaluation_pairs)
+        train_loss, val_loss = (trainer.evaluate(until(stop, pairs)) for pairs in evaluation_pairs)
         evaluations.append((len(losses), train_loss, val_loss))
         report.on_evaluation_end(len(losses), train_loss, val_loss)
 
-    trainer.warm_up()
-    torch.manual_seed(settings.seed)  # for dropout
+    def save() -> None:
+        nonlocal saved
+        if checkpoints is None or saved == started:
+            return
+        tensors = trainer.optimizer_state() | generator_states(generator, trainer.device)
+        tensors[LOSSES] = torch.tensor(losses, dtype=torch.float64)
+        assert isinstance(model, PretrainedModel)
+        checkpoints.save(started, model, tensors, {"seconds": elapsed, "evaluations": list(evaluations)})
+        saved = started
+
+    def is_due(interval: int) -> bool:
+        return interval > 0 and started % interval == 0 and 0 < started < settings.steps
+
     with stop_requests() as stop:
-        while started < settings.steps and not stop.is_set():
+        while True:
+            if is_due(settings.eval_every) and (not evaluations or evaluations[-1][0] != started):
+                read()
+                with contextlib.suppress(Stopped):
+                    evaluate(stop)
+            if started == settings.steps or stop.is_set():
+                break
+            if is_due(settings.checkpoint_every):
+                read()
+                save()
             if not trainer.pending_losses:
-                start = time.perf_counter()
+                began = time.perf_counter()
             inputs, targets = objective.pairs(
                 random_windows(corpus.train, length, settings.batch, generator), generator
             )
             trainer.begin_step(inputs, targets, scheduled(settings, started))
             started += 1
-            evaluate_now = started % settings.eval_every == 0 and started < settings.steps
-            if trainer.should_read or evaluate_now:
+            if trainer.should_read:
                 read()
-            if evaluate_now and not stop.is_set():
-                evaluate()
+            if checkpoints is not None:
+                checkpoints.check()
         read()
-        interrupted = stop.is_set()
-        evaluate()
+        failure: OSError | None = None
+        try:
+            save()
+            if checkpoints is not None:
+                checkpoints.wait()
+        except OSError as error:  # the model alone may still fit on the disk
+            failure = error
+    evaluate()
     _, train_loss, val_loss = evaluations[-1]
     return Result(
         model=trainer.model,
@@ -229,10 +285,24 @@ def train(
         val_loss=val_loss,
         tokens_per_second=len(losses) * settings.tokens_per_step / elapsed if elapsed else 0.0,
         steps=len(losses),
-        interrupted=interrupted,
+        interrupted=stop.is_set() and started < settings.steps,
         losses=losses,
         evaluations=evaluations,
+        failure=failure,
     )
+
+
+def generator_states(generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    """The states of the generator of the batches and of PyTorch's, from which dropout draws."""
+    states = {"random.batches": generator.get_state(), "random.cpu": torch.get_rng_state()}
+    return states | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_generator_states(generator: torch.Generator, device: torch.device, states: Mapping[str, Tensor]) -> None:
+    generator.set_state(states["random.batches"])
+    torch.set_rng_state(states["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in states:  # not if the run was started on a CPU
+        torch.cuda.set_rng_state(states["random.cuda"], device)
 
 
 def scheduled(settings: Settings, step: int) -> float:
@@ -240,21 +310,37 @@ def scheduled(settings: Settings, step: int) -> float:
     return learning_rate(step, lr=settings.lr, min_lr=settings.min_lr, warmup=settings.warmup, decay_steps=decay_steps)
 
 
+class Stopped(Exception):
+    """An evaluation was ended early."""
+
+
+def until(stop: threading.Event | None, items: Iterable[T]) -> Iterator[T]:
+    """The items; raises Stopped as soon as the event is set."""
+    for item in items:
+        if stop is not None and stop.is_set():
+            raise Stopped
+        yield item
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Yields an event that the first Ctrl-C sets; the second Ctrl-C raises KeyboardInterrupt as usual."""
+    """Yields an event that SIGINT (Ctrl-C) and SIGTERM set. After a second one the block raises KeyboardInterrupt."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield stop
         return
-    previous = signal.getsignal(signal.SIGINT)
+    received = 0
 
-    def handle(number, frame):
+    def handle(number: int, frame: object) -> None:
+        nonlocal received
+        received += 1
         stop.set()
-        signal.signal(signal.SIGINT, previous)
 
-    signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received > 1:
+        raise KeyboardInterrupt

@@ -44,15 +44,18 @@ class Settings:
     dtype: str = "float32"
     eval_every: int = 250  # steps between evaluations
     recompute: int = RECOMPUTE  # see PretrainedModel.recompute
+    checkpoint_every: int = 250  # steps between checkpoints; 0: one at the end only
+    keep: int = 2  # number of checkpoints to keep, besides that with the lowest validation loss
 
     def __post_init__(self):
         check_one_of("objective", self.objective, OBJECTIVES)
         object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))  # the class is frozen
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("recompute", self.recompute, RECOMPUTE_LEVELS)
-        for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every"):
+        for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every", "keep"):
             check_integer(name, getattr(self, name), 1)
-        check_integer("warmup", self.warmup, 0)
+        for name in ("warmup", "checkpoint_every"):
+            check_integer(name, getattr(self, name), 0)
         if self.decay_steps is not None:
             check_integer("decay_steps", self.decay_steps, 1)
         check_seed(self.seed)

@@ -1,5 +1,6 @@
 """Running commands: in this process, or in a new one where signals and exit codes matter."""
 
+import json
 import os
 import subprocess
 import sys
@@ -37,3 +38,11 @@ def process(*arguments, cwd):
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))},
     )
+
+
+def assert_same_run(out, other):
+    """The runs have the same weights and evaluations, bit for bit."""
+    assert (out / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    one, two = (json.loads((run / "summary.json").read_text()) for run in (out, other))
+    assert one.pop("tokens_per_second") > 0 and two.pop("tokens_per_second") > 0
+    assert one == two

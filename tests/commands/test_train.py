@@ -14,7 +14,7 @@ import torch
 
 from fastlm.generation import load_tokenizer
 from fastlm.models import BertForMaskedLM, CausalLM, GPT2LMHeadModel, LlamaConfig, load_model
-from tests.commands.support import TEXT, TINY, fastlm_command, process, run
+from tests.commands.support import TEXT, TINY, assert_same_run, fastlm_command, process, run
 
 
 def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_file):
@@ -48,6 +48,8 @@ def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_fil
         "dtype": "float32",
         "eval_every": 5,
         "recompute": 1,
+        "checkpoint_every": 250,
+        "keep": 2,
         "device": "cpu",
         "threads": 1,
     }
@@ -69,8 +71,8 @@ def test_train_writes_a_model_that_can_be_loaded(trained):
         model.config.n_positions,
         model.config.vocab_size,
     ) == (1, 2, 32, 16, 256)
-    files = ["config.json", "model.safetensors", "summary.json", "tokenizer.json", "tokenizer_config.json"]
-    assert sorted(os.listdir(out)) == files
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(out)) == sorted([*files, "summary.json", "run.json", "checkpoints"])
 
 
 def test_train_options(text_file, tmp_path):
@@ -98,6 +100,8 @@ def test_train_options(text_file, tmp_path):
         "objective": "next-token",
         "eval_every": 2,
         "recompute": 2,
+        "checkpoint_every": 2,
+        "keep": 1,
         "val_file": str(tmp_path / "val.txt"),
         "device": "cpu",
         "threads": 2,
@@ -112,6 +116,8 @@ def test_train_options(text_file, tmp_path):
         "val_fraction": None,
     }
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
+    # At step 2 there was an evaluation.
+    assert sorted(os.listdir(tmp_path / "out" / "checkpoints")) == ["step-00000002", "step-00000004"]
 
 
 def test_train_is_bit_reproducible(trained, text_file, tmp_path):
@@ -205,15 +211,15 @@ def test_an_earlier_model_is_not_overwritten(command, trained, text_file, tmp_pa
     arguments = {"train": ["train", text_file, *TINY], "demo": ["demo", "--seconds", 0.1]}[command]
     out = tmp_path / "out"
     shutil.copytree(trained[0], out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     result = fastlm_command(*arguments, "--out", out)
     assert result.exit_code == 1 and result.stderr == (
         f"error: out: expected a directory without a model, got {str(out)!r}, which has config.json; "
-        "--overwrite replaces it\n"
+        "--overwrite replaces it, --resume continues it\n"
     )
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     run(*arguments, "--out", out, "--overwrite")
-    assert (out / "summary.json").read_bytes() != before["summary.json"]
+    assert (out / "summary.json").read_bytes() != before[out / "summary.json"]
 
 
 def test_train_from_a_model(trained, text_file, tmp_path):
@@ -297,7 +303,9 @@ def test_train_on_a_full_disk(text_file, tmp_path):
     assert re.fullmatch(r"error: out: could not save to '.*out'; no file was written: .*\n", result.stderr), (
         result.stderr
     )
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path / "out" / "checkpoints") == []
+    # A run without a checkpoint is not worth protecting.
+    run("train", "--data", text_file, *TINY, "--out", tmp_path / "out")
 
 
 def test_out_of_memory_is_a_one_line_error(text_file, tmp_path):
@@ -309,21 +317,24 @@ def test_out_of_memory_is_a_one_line_error(text_file, tmp_path):
     )
 
 
-def test_interrupted_training_is_saved(text_file, tmp_path):
-    endless = [*TINY, "--steps", 10**6, "--eval-every", 5]
-    with process("train", "--data", text_file, *endless, "--out", "out", cwd=tmp_path) as running:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_is_saved_and_goes_on(text_file, tmp_path, number):
+    settings = [*TINY, "--threads", 1, "--eval-every", 10, "--dropout", 0.1]
+    run("train", text_file, *settings, "--steps", 150, "--out", tmp_path / "whole")
+    with process("train", text_file, *settings, "--steps", 150, "--out", "out", cwd=tmp_path) as running:
         assert any(line.startswith("step 10:") for line in running.stdout)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         output, errors = running.communicate(timeout=60)
-    assert running.returncode == 130 and errors == ""
+    assert running.returncode == 0 and errors == ""
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["interrupted"] and 10 <= summary["steps"] < 10**6
-    ended, last = output.splitlines()[-2:]
-    assert (
-        ended.startswith(f"interrupted after {summary['steps']} steps")
-        and last == f"val loss {summary['val_loss']:.4f}"
-    )
+    steps = summary["steps"]
+    assert summary["interrupted"] and 10 <= steps < 150
+    ended, command, last = output.splitlines()[-3:]
+    assert ended.startswith(f"interrupted after {steps} steps") and last == f"val loss {summary['val_loss']:.4f}"
+    assert command == "to go on: fastlm train --resume out"
     assert load_model(tmp_path / "out").config.n_layer == 1
+    assert f"resumed after {steps} steps of 150\n" in run("train", "--resume", tmp_path / "out")
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -15,6 +15,8 @@ from fastlm.training.settings import Settings
         ("batch", 1.5, "batch: expected an integer >= 1, got 1.5"),
         ("steps", True, "steps: expected an integer >= 1, got True"),
         ("warmup", -1, "warmup: expected an integer >= 0, got -1"),
+        ("checkpoint_every", -1, "checkpoint_every: expected an integer >= 0, got -1"),
+        ("keep", 0, "keep: expected an integer >= 1, got 0"),
         ("decay_steps", 0, "decay_steps: expected an integer >= 1, got 0"),
         ("heads", 3, "width: expected a multiple of heads = 3, got 128"),
         ("lr", math.nan, "lr: expected a number in (0, inf), got nan"),

@@ -1,0 +1,274 @@
+"""Checkpoints of a run, from which it goes on bit for bit: RUN/checkpoints/step-00000250 and so on.
+
+Each is a directory in Hugging Face's format, to which these files are added:
+
+training.safetensors   the optimiser's state, the loss of every step, the states of the random generators
+training.json          step, evaluations, seconds, versions
+SHA256SUMS             of the other files, in the format of sha256sum
+
+It is written to a directory beside its place, flushed to the disk and renamed, so that a process that is killed leaves
+all of it or nothing. A thread writes from a copy; training waits for the copy only.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from fastlm.core.errors import mismatch
+from fastlm.models.base import PretrainedModel
+from fastlm.models.checkpoint import read_file, writing
+from fastlm.models.config import CONFIG
+from fastlm.training.checkpoint import CHECKPOINTS, STEP, one_line, saved_in, step_of, versions, write_json, write_model
+
+FORMAT = 1  # of a checkpoint and of run.json; a change that older code cannot read needs the next number
+PARTIAL = ".partial-"  # the name of a directory that is not complete begins with it
+TENSORS, METRICS, SUMS = "training.safetensors", "training.json", "SHA256SUMS"
+NEEDED = {CONFIG, "model.safetensors", "tokenizer.json", TENSORS, METRICS}
+MODEL = "model."  # prefix of the model's tensors among those that are copied
+
+Evaluation = tuple[int, float, float]  # step, training loss, validation loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint on the disk."""
+
+    folder: Path
+    step: int
+    seconds: float  # of the training steps
+    evaluations: list[Evaluation]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Saved":
+        """Raises ValueError if it is of another format; KeyError, OSError or ValueError if it is damaged."""
+        content = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        check_format(content, folder / METRICS)
+        evaluations = [tuple(evaluation) for evaluation in content["evaluations"]]
+        return cls(folder, content["step"], content["seconds"], evaluations)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return read_file(self.folder / TENSORS)
+
+    @property
+    def val_loss(self) -> float | None:
+        """The validation loss of its weights, if they were evaluated."""
+        return next((val_loss for step, _, val_loss in self.evaluations if step == self.step), None)
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Creates the directory of the checkpoints of a run. Inside the block, no other process can train the run."""
+    folder = run / CHECKPOINTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as failure:
+        raise OSError(f"out: could not create {str(folder)!r}: {one_line(failure)}") from failure
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise mismatch("out", "a run that no other process trains", repr(str(run))) from None
+        for partial in folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run.
+
+    Args:
+        run: its directory.
+        keep: number of checkpoints to keep; that with the lowest validation loss is kept besides.
+        tokenizer_settings: the contents of tokenizer_config.json; None: those for a tokenizer of this package.
+    """
+
+    def __init__(self, run: Path, *, keep: int, tokenizer: Tokenizer, tokenizer_settings: str | None = None):
+        self.run, self.keep, self.tokenizer, self.tokenizer_settings = run, keep, tokenizer, tokenizer_settings
+        self.copies: dict[str, Tensor] = {}
+        self.thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self.written: concurrent.futures.Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.thread.shutdown()  # a checkpoint that is being written is completed
+
+    def save(self, step: int, model: PretrainedModel, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
+        """Starts to write a checkpoint. The tensors may change as soon as this returns.
+
+        It waits for the previous checkpoint, whose errors it raises.
+        """
+        self.wait()
+        copies = self.copy(model, tensors)
+        self.written = self.thread.submit(self.write, step, model, copies, metrics)
+
+    def check(self) -> None:
+        """Raises the error of a checkpoint that could not be written."""
+        if self.written is not None and self.written.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on the disk; raises its error."""
+        if self.written is not None:
+            written, self.written = self.written, None
+            written.result()
+
+    def copy(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in main memory, which the next call overwrites. Tied parameters stay tied."""
+        state = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
+        copies: dict[str, Tensor] = {}
+        copied: dict[tuple[int, torch.Size], Tensor] = {}
+        for name, tensor in (state | dict(tensors)).items():
+            alias = (tensor.data_ptr(), tensor.shape)
+            if alias not in copied:
+                copy = self.copies.get(name)
+                if copy is None or copy.shape != tensor.shape:
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                copied[alias] = copy.copy_(tensor.detach())
+            copies[name] = copied[alias]
+        self.copies = copies
+        return copies
+
+    def write(self, step: int, model: PretrainedModel, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                expected = f"a learning rate with finite weights and moments (at step {step} {name} is not finite)"
+                raise mismatch("lr", expected, "a larger one")
+        final = self.run / CHECKPOINTS / f"{STEP}{step:08}"
+        folder = final.with_name(PARTIAL + final.name)
+        try:
+            folder.mkdir()
+            state = {name.removeprefix(MODEL): x for name, x in tensors.items() if name.startswith(MODEL)}
+            write_model(folder, model, self.tokenizer, self.tokenizer_settings, state=state)
+            others = {name: tensor for name, tensor in tensors.items() if not name.startswith(MODEL)}
+            with writing(folder / TENSORS) as path:
+                save_file(others, path)
+            write_json(folder / METRICS, {"format": FORMAT, "step": step, **metrics, "versions": versions()})
+            sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
+            (folder / SUMS).write_text(sums, encoding="utf-8")
+            for path in (*folder.iterdir(), folder):
+                flush(path)
+            if final.exists():
+                remove(final)  # a damaged one, from before the run was resumed
+            folder.rename(final)
+            flush(final.parent)
+            self.prune(step)
+        except OSError as failure:
+            raise OSError(f"out: could not save the checkpoint {str(final)!r}: {one_line(failure)}") from failure
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def prune(self, step: int) -> None:
+        """Deletes all but the newest and the best. Those after `step` are damaged: the run was resumed before them."""
+        folders = [folder for folder in saved_in(self.run) if step_of(folder) <= step]
+        kept = set(folders[-self.keep :])
+        losses: dict[Path, float] = {}
+        for folder in folders:
+            with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one is not the best
+                if (val_loss := Saved.read(folder).val_loss) is not None:
+                    losses[folder] = val_loss
+        if losses:
+            kept.add(min(losses, key=lambda folder: losses[folder]))
+        for folder in saved_in(self.run):
+            if folder not in kept:
+                remove(folder)
+
+
+def newest(run: Path) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint that is not damaged, if there is any, and what is wrong with those after it.
+
+    Raises:
+        ValueError: all are damaged, or the newest is of another format.
+    """
+    damages: list[str] = []
+    for folder in reversed(saved_in(run)):
+        if damage := damage_of(folder):
+            damages.append(damage)
+        else:
+            return Saved.read(folder), damages
+    if damages:
+        raise mismatch("resume", "a checkpoint that is not damaged", damages[0])
+    return None, damages
+
+
+def clear(run: Path) -> None:
+    """Deletes all checkpoints."""
+    for folder in saved_in(run):
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint. A process that is killed meanwhile leaves none that looks complete."""
+    partial = folder.with_name(PARTIAL + "old-" + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        if missing := NEEDED - set(sums):
+            return f"{folder / SUMS} without {min(missing)}"
+        return next(
+            (f"{folder / name}, which has changed" for name in sums if sha256(folder / name) != sums[name]), None
+        )
+    except (OSError, ValueError) as failure:
+        return f"{folder} ({one_line(failure)})"
+
+
+def check_format(content: dict[str, Any], path: Path) -> None:
+    if content.get("format") != FORMAT:
+        version = content.get("versions", {}).get("fastlm", "another version")
+        got = f"format {content.get('format')} in {path}, written by fastlm {version}"
+        raise mismatch("resume", f"format {FORMAT}", got)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sums_of(files: Sequence[Path]) -> dict[str, str]:
+    """The SHA-256 of files by their absolute paths."""
+    return {str(file.absolute()): sha256(file) for file in files}
+
+
+def check_unchanged(argument: str, sums: Mapping[str, str]) -> None:
+    for path, digest in sums.items():
+        if not Path(path).is_file():
+            raise mismatch(argument, f"the file {path}, which the run was started with", "none")
+        if sha256(Path(path)) != digest:
+            raise mismatch(argument, f"the file {path} as the run was started with", "a changed one")
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or a directory is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

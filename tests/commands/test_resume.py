@@ -1,0 +1,244 @@
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import tokenizers
+
+from fastlm.models import CausalLM, LlamaConfig
+from fastlm.training.checkpoints import Checkpoints, locked, saved_in, sha256
+from tests.commands.support import TEXT, TINY, assert_same_run, fastlm_command, process, run
+
+SETTINGS = [*TINY, "--steps", 16, "--dropout", 0.1, "--checkpoint-every", 4, "--threads", 1]
+
+
+@pytest.fixture(scope="module")
+def whole(text_file, tmp_path_factory):
+    """A run that nothing has interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run("train", text_file, *SETTINGS, "--out", out)
+    return out
+
+
+def interrupt(monkeypatch, *arguments, at):
+    """Trains until a checkpoint cannot be written; `at`: its step."""
+    write = Checkpoints.write
+
+    def fail(self, step, *rest):
+        if step == at:
+            raise OSError("interrupted")
+        write(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "write", fail)
+        assert fastlm_command("train", *arguments).exit_code == 1
+
+
+@pytest.fixture
+def interrupted(text_file, tmp_path, monkeypatch):
+    """A run with checkpoints of steps 4 and 8 of 16, and its text."""
+    text = tmp_path / "text.txt"
+    shutil.copy(text_file, text)
+    interrupt(monkeypatch, text, *SETTINGS, "--out", tmp_path / "out", at=12)
+    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoints", "run.json"]
+    return tmp_path / "out", text
+
+
+def assert_same_weights(out, other):
+    assert (out / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def assert_error(result, message):
+    assert result.exit_code == 1 and re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+
+
+def test_resume_needs_no_other_option(interrupted, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")  # and no other directory
+    out, _ = interrupted
+    assert "resumed after 8 steps of 16\n" in run("train", "--resume", out)
+    assert_same_weights(out, whole)
+    moved = out.rename(tmp_path / "moved")
+    before = (moved / "summary.json").read_bytes()
+    assert "resumed after 16 steps of 16\n" in run("train", "--resume", moved)  # it is complete
+    assert_same_weights(moved, whole)
+    assert (moved / "summary.json").read_bytes() == before
+
+
+def test_resume_with_another_version(interrupted):
+    out, _ = interrupted
+    content = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(content | {"versions": {"fastlm": "0.0", "torch": "1.0"}}))
+    output = run("train", "--resume", out)
+    assert re.search("^started with fastlm 0.0, torch 1.0; with fastlm .*, results may differ by round", output)
+
+
+def test_resume_before_the_first_checkpoint(text_file, whole, tmp_path, monkeypatch):
+    interrupt(monkeypatch, text_file, *SETTINGS, "--out", tmp_path / "out", at=4)
+    assert "resumed after 0 steps of 16\n" in run("train", "--resume", tmp_path / "out")
+    assert_same_run(tmp_path / "out", whole)
+
+
+def test_resume_with_masked_tokens_and_a_validation_file(text_file, tmp_path, monkeypatch):
+    (tmp_path / "val.txt").write_text(TEXT[:500])
+    given = [text_file, *SETTINGS, "--objective", "masked-token", "--tokenizer", "char", "--dtype", "bf16"]
+    given += ["--val-file", tmp_path / "val.txt", "--recompute", 2]
+    run("train", *given, "--out", tmp_path / "whole")
+    interrupt(monkeypatch, *given, "--out", tmp_path / "out", at=8)
+    run("train", "--resume", tmp_path / "out")
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", [4, 8])
+def test_resume_a_run_that_started_from_a_model(text_file, tmp_path, monkeypatch, at):
+    """Once there is a checkpoint, the model that it started from is not needed."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT], vocab_size=270)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    CausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "llama")
+    tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
+    (tmp_path / "llama" / "tokenizer_config.json").write_text('{"model_max_length": 64}')
+    given = [text_file, "--init", tmp_path / "llama", "--context", 16, "--steps", 12, "--checkpoint-every", 4]
+    run("train", *given, "--threads", 1, "--out", tmp_path / "whole")
+    interrupt(monkeypatch, *given, "--threads", 1, "--out", tmp_path / "out", at=at)
+    if at == 8:
+        shutil.rmtree(tmp_path / "llama")
+    run("train", "--resume", tmp_path / "out")
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named(interrupted, whole):
+    out, _ = interrupted
+    damaged = out / "checkpoints" / "step-00000008" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
+    output = run("train", "--resume", out)
+    assert f"skipped a damaged checkpoint: {damaged}, which has changed\nresumed after 4 steps of 16\n" in output
+    assert_same_weights(out, whole)
+    for folder in saved_in(out):  # the damaged one was replaced
+        for line in (folder / "SHA256SUMS").read_text().splitlines():
+            digest, name = line.split("  ")
+            assert sha256(folder / name) == digest
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(interrupted):
+    out, _ = interrupted
+    later = shutil.copytree(out / "checkpoints" / "step-00000008", out / "checkpoints" / "step-00000099")
+    (later / "training.json").unlink()
+    run("train", "--resume", out)
+    assert [folder.name for folder in saved_in(out)] == ["step-00000012", "step-00000016"]
+
+
+def change_format(file):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "versions": {"fastlm": "9.0"}}))
+
+
+def test_resume_errors(interrupted, tmp_path):
+    out, text = interrupted
+    newest = out / "checkpoints" / "step-00000008"
+    (tmp_path / "empty").mkdir()
+    message = f"resume: expected the directory of a run, with run.json, got '{tmp_path}/empty'"
+    assert_error(fastlm_command("train", "--resume", tmp_path / "empty"), message)
+    message = "resume: expected no other option than --device and --threads, got steps"
+    assert_error(fastlm_command("train", "--resume", out, "--steps", 20), message)
+    with locked(out):
+        message = f"out: expected a run that no other process trains, got '{out}'"
+        assert_error(fastlm_command("train", "--resume", out), message)
+    text.write_text(TEXT.replace("for", "far", 1))
+    message = f"data: expected the file {text} as the run was started with, got a changed one"
+    assert_error(fastlm_command("train", "--resume", out), message)
+    text.unlink()
+    message = f"data: expected the file {text}, which the run was started with, got none"
+    assert_error(fastlm_command("train", "--resume", out), message)
+    change_format(newest / "training.json")
+    sums = (newest / "SHA256SUMS").read_text().splitlines()
+    digest = sha256(newest / "training.json")
+    sums = [f"{digest}  training.json" if line.endswith("training.json") else line for line in sums]
+    (newest / "SHA256SUMS").write_text("\n".join(sums))
+    message = f"resume: expected format 1, got format 2 in {newest}/training.json, written by fastlm 9.0"
+    assert_error(fastlm_command("train", "--resume", out), message)
+    change_format(out / "run.json")
+    message = f"resume: expected format 1, got format 2 in {out}/run.json, written by fastlm 9.0"
+    assert_error(fastlm_command("train", "--resume", out), message)
+    for damage in ('{"format": 1}', '{"format": 1, ', "{}", "[]"):
+        (out / "run.json").write_text(damage)
+        assert_error(fastlm_command("train", "--resume", out), f".*{out}/run.json.*")
+
+
+def test_checkpoints_are_not_overwritten(interrupted, monkeypatch):
+    out, text = interrupted
+    message = (
+        f"out: expected a directory without a model, got '{out}', which has checkpoints/step-00000004; "
+        "--overwrite replaces it, --resume continues it"
+    )
+    assert_error(fastlm_command("train", text, *SETTINGS, "--out", out), message)
+    assert len(saved_in(out)) == 2
+    interrupt(monkeypatch, text, *SETTINGS, "--out", out, "--overwrite", at=4)
+    assert not saved_in(out)  # the new run does not go on from those of the earlier one
+
+
+def test_a_disk_that_fills_up_does_not_lose_the_run(interrupted, whole):
+    out, _ = interrupted
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # write() fails, as on a full disk
+    try:
+        result = fastlm_command("train", "--resume", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_error(result, rf"out: could not save the checkpoint '{out}/checkpoints/step-00000012': .*")
+    assert [folder.name for folder in (out / "checkpoints").iterdir() if "8" in folder.name]
+    assert not list((out / "checkpoints").glob(".*"))
+    run("train", "--resume", out)
+    assert_same_weights(out, whole)
+
+
+def test_the_model_is_saved_if_the_last_checkpoint_does_not_fit(text_file, whole, tmp_path, monkeypatch):
+    interrupt(monkeypatch, text_file, *SETTINGS, "--out", tmp_path / "out", at=16)
+    assert [folder.name for folder in saved_in(tmp_path / "out")] == ["step-00000008", "step-00000012"]
+    assert_same_run(tmp_path / "out", whole)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_cannot_be_written(interrupted):
+    out, _ = interrupted
+    out.chmod(0o500)
+    try:
+        assert_error(fastlm_command("train", "--resume", out), f"resume: expected a writable directory, got '{out}'.*")
+    finally:
+        out.chmod(0o700)
+
+
+def wait_for(running, condition, deadline=120):
+    end = time.monotonic() + deadline
+    while not condition():
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments(text_file, tmp_path):
+    """Half of them while a checkpoint is written, half at any time."""
+    settings = [*TINY, "--dropout", 0.1, "--threads", 1, "--eval-every", 10**6, "--checkpoint-every", 5]
+    given = ["train", text_file, *settings, "--steps", 4000, "--keep", 2]
+    run(*given, "--out", tmp_path / "whole")
+    out, moments, partial = tmp_path / "out", random.Random(0), 0
+    for kill in range(20):
+        command = ["train", "--resume", "out"] if (out / "run.json").is_file() else [*given, "--out", "out"]
+        before = saved_in(out)
+        with process(*command, cwd=tmp_path) as running:
+            wait_for(running, lambda: saved_in(out)[-1:] != before[-1:])  # noqa: B023
+            time.sleep(moments.uniform(0, 0.2))
+            if kill % 2:
+                wait_for(running, lambda: list(out.glob("checkpoints/.partial-step-*")))
+            running.send_signal(signal.SIGKILL)
+        assert running.returncode == -signal.SIGKILL
+        partial += bool(list(out.glob("checkpoints/.partial-step-*")))
+    assert partial >= 3
+    assert "resumed after" in run("train", "--resume", out)
+    assert_same_weights(out, tmp_path / "whole")
