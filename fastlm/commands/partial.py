@@ -5,7 +5,6 @@ after the rows were written. A process that is killed loses what it computed sin
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from typing import Any
 import numpy
 import torch
 from safetensors.torch import save_file
+
+from fastlm.core.locks import locked
 
 STATE, ROWS, COMPLETE = "state.json", "rows.npy", "complete.safetensors"
 
@@ -92,30 +93,24 @@ def opened(out: Path, key: dict[str, Any], shape: tuple[int, int], *, overwrite:
     """
     folder = folder_of(out)
     folder.mkdir(exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"out: expected no other process that writes {str(out)!r}, got one") from None
-    except OSError:
-        pass  # some network file systems have no locks
-    try:
+    with locked(folder, wait=False) as held:
+        if held is False:
+            raise ValueError(f"out: expected no other process that writes {str(out)!r}, got one")
         try:
-            state = read_state(folder)
-            other = None if state is None else difference(state["key"], key)
-            if other is not None:
-                raise ValueError(f"out: {folder}: {other}; --overwrite starts again")
-        except ValueError:
-            if not overwrite:
-                raise
-            (folder / STATE).unlink()
-        yield Partial(folder, key, shape)
-    finally:
-        os.close(handle)
-        with contextlib.suppress(OSError):  # it has results
-            if not (folder / STATE).exists():
-                shutil.rmtree(folder)
+            try:
+                state = read_state(folder)
+                other = None if state is None else difference(state["key"], key)
+                if other is not None:
+                    raise ValueError(f"out: {folder}: {other}; --overwrite starts again")
+            except ValueError:
+                if not overwrite:
+                    raise
+                (folder / STATE).unlink()
+            yield Partial(folder, key, shape)
+        finally:
+            with contextlib.suppress(OSError):  # it has results
+                if not (folder / STATE).exists():
+                    shutil.rmtree(folder)
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from fastlm.generation import load_tokenizer
 from fastlm.models import load_model
 from fastlm.models.base import PretrainedModel
 from fastlm.training import checkpoint, data
-from fastlm.training.checkpoints import Checkpoints, Saved, clear, locked, newest
+from fastlm.training.checkpoints import Checkpoints, Saved, clear, locked_run, newest
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load
 from fastlm.training.run import Run
@@ -56,7 +56,7 @@ def run(
         "val_file": str(val_file) if val_file else None,
     }
     model = new_model(settings, corpus, init).to(chosen)
-    with locked(out):
+    with locked_run(out):
         clear(out)  # the checkpoints of an earlier run
         started = Run.of(settings, inputs, corpus, chosen)
         started.write(out)
@@ -71,7 +71,7 @@ def resume(out: Path, *, device: str | None, threads: int | None) -> None:
     if (now := checkpoint.versions()) != started.versions:
         say(f"started with {listed(started.versions)}; with {listed(now)}, results may differ by rounding")
     chosen = set_up(device or started.device, threads or started.threads)
-    with locked(out):
+    with locked_run(out):
         saved, damages = newest(out)
         for damage in damages:
             say(f"skipped a damaged checkpoint: {damage}")

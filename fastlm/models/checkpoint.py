@@ -4,7 +4,6 @@ Reading accepts the variants that older versions of transformers wrote. Writing 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import pickle
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastlm.core.locks import locked
 from fastlm.models.config import COMMITTED, CONFIG, read_json, stored
 
 # In order of preference.
@@ -237,17 +237,17 @@ def staged(directory: Path) -> Iterator[Path]:
     folder = directory / f"{PARTIAL}{uuid.uuid4().hex}"
     try:
         with contextlib.ExitStack() as open_locks:
-            with lock(directory):
+            with locked(directory, wait=True):
                 recover(directory)
                 folder.mkdir()
-                open_locks.enter_context(lock(folder))
+                open_locks.enter_context(locked(folder, wait=True))
             yield folder
             for file in folder.iterdir():
                 with writing(file), open(file, "rb+") as opened:
                     if (directory / file.name).is_dir():
                         raise IsADirectoryError("it is a directory")
                     os.fsync(opened.fileno())  # a full disk may be reported only here
-            with lock(directory):
+            with locked(directory, wait=True):
                 recover(directory)  # of another process that was killed meanwhile
                 os.rename(folder, directory / COMMITTED)
                 publish(directory)
@@ -258,31 +258,13 @@ def staged(directory: Path) -> Iterator[Path]:
                 directory.rmdir()
 
 
-@contextlib.contextmanager
-def lock(directory: Path) -> Iterator[None]:
-    """Waits for the directory's lock, which ends with the block or the process. Some network file systems have none."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def is_abandoned(folder: Path) -> bool:
     """Whether the process that wrote to a staging directory has ended."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        with locked(folder, wait=False) as held:
+            return held is True
     except OSError:
         return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
 
 
 def recover(directory: Path) -> None:

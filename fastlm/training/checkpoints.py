@@ -13,7 +13,6 @@ all of it or nothing. A thread writes from a copy; training waits for the copy o
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fastlm.core.errors import mismatch
+from fastlm.core.locks import locked
 from fastlm.models.base import PretrainedModel
 from fastlm.models.checkpoint import read_file, writing
 from fastlm.models.config import CONFIG
@@ -69,25 +69,19 @@ class Saved:
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked_run(run: Path) -> Iterator[None]:
     """Creates the directory of the checkpoints of a run. Inside the block, no other process can train the run."""
     folder = run / CHECKPOINTS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
     except OSError as failure:
         raise OSError(f"out: could not create {str(folder)!r}: {one_line(failure)}") from failure
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise mismatch("out", "a run that no other process trains", repr(str(run))) from None
+    with locked(folder, wait=False) as held:
+        if held is False:
+            raise mismatch("out", "a run that no other process trains", repr(str(run)))
         for partial in folder.glob(f"{PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
         yield
-    finally:
-        os.close(handle)
 
 
 class Checkpoints:

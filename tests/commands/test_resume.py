@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from fastlm.models import CausalLM, LlamaConfig
-from fastlm.training.checkpoints import Checkpoints, locked, saved_in, sha256
+from fastlm.training.checkpoints import Checkpoints, locked_run, saved_in, sha256
 from tests.commands.support import TEXT, TINY, assert_same_run, fastlm_command, process, run
 
 SETTINGS = [*TINY, "--steps", 16, "--dropout", 0.1, "--checkpoint-every", 4, "--threads", 1]
@@ -146,7 +146,7 @@ def test_resume_errors(interrupted, tmp_path):
     assert_error(fastlm_command("train", "--resume", tmp_path / "empty"), message)
     message = "resume: expected no other option than --device and --threads, got steps"
     assert_error(fastlm_command("train", "--resume", out, "--steps", 20), message)
-    with locked(out):
+    with locked_run(out):
         message = f"out: expected a run that no other process trains, got '{out}'"
         assert_error(fastlm_command("train", "--resume", out), message)
     text.write_text(TEXT.replace("for", "far", 1))
