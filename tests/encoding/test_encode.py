@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import fastlm
 from fastlm.benchmarking.sentences import sentences
 from fastlm.integrations.encoding import forward, schedule
+from fastlm.models import load_model
 from fastlm.models.packing import Scatter
 from tests.encoding.support import WORDS, save, texts, tokenizer, write
 from tests.integrations.support import tiny
@@ -56,6 +57,20 @@ POOLINGS = {
     "weightedmean": weighted,
     "mean_sqrt_len_tokens": lambda h: h.sum(0) / len(h) ** 0.5,
 }
+
+
+# Models of this package
+
+
+@pytest.mark.parametrize("family", ["Bert", "XLMRoberta", "ModernBert", "DistilBert", "MPNet", "Qwen3", "GPT2"])
+def test_models_of_this_package(family, tmp_path):
+    directory, found = save(tmp_path, family, "ForCausalLM" if family == "Qwen3" else "Model"), texts(30)
+    expected = fastlm.encode(directory, found, max_tokens_per_batch=100)
+    given = load_model(directory)
+    assert_close(fastlm.encode(given, found, tokenizer=directory, max_tokens_per_batch=100), expected)
+    long = " ".join(WORDS[:60])
+    with pytest.warns(UserWarning, match="^1 of 1 text has more than"):
+        assert_close(fastlm.encode(given, [long], tokenizer=directory), fastlm.encode(directory, [long]))
 
 
 # Real weights
@@ -297,7 +312,7 @@ def test_the_progress_bar(capsys):
         ({"max_length": 0}, "max_length: expected an integer from 1 to 48, the number of tokens .*, got 0"),
         ({"max_length": 49}, "max_length: expected an integer from 1 to 48, the number of tokens .*, got 49"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch: expected an integer of 1 or more, got 0"),
-        ({"model": 3}, "model: expected an encoder or decoder of transformers, a model of .*, got 3"),
+        ({"model": 3}, "model: expected an encoder or decoder of transformers or .*, got 3"),
         ({"model": "none"}, "model: none/config.json: no such file; expected a local directory .*"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastlm
+from fastlm.models import Encoder
 from tests.encoding.support import WORDS, save, texts, tokenizer
 from tests.integrations.support import tiny
 
@@ -41,6 +42,13 @@ def test_scores(family, accelerated):
     expected = expected_scores(model, query, found)
     torch.testing.assert_close(scores, expected, rtol=0, atol=ATOL)
     torch.testing.assert_close(fastlm.rerank(given, query, found, **options), expected.sigmoid(), rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("family", ["Bert", "ModernBert"])
+def test_models_of_this_package(family, tmp_path):
+    directory, found = save(tmp_path, family, HEAD, num_labels=1), texts(23)
+    scores = fastlm.rerank(Encoder.from_pretrained(directory), "ab ac", found, tokenizer=directory)
+    torch.testing.assert_close(scores, fastlm.rerank(directory, "ab ac", found), rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("activation", [None, "Identity", "Sigmoid"])

@@ -32,9 +32,10 @@ def encode(
     without gradients; the model's mode is restored.
 
     Args:
-        model: a transformers encoder or decoder, best after `fastlm.accelerate`; a SentenceTransformer; or the
-            directory of either, which is loaded and accelerated. Of a SentenceTransformer and its directory, the
-            modules set pooling, normalisation, prompts and maximal length unless an argument does.
+        model: a transformers encoder or decoder, best after `fastlm.accelerate`; an `Encoder` or decoder of
+            fastlm.models; a SentenceTransformer; or the directory of one, which is loaded and accelerated. Of a
+            SentenceTransformer and its directory, the modules set pooling, normalisation, prompts and maximal length
+            unless an argument does.
         texts: any iterable of strings, which is read to its end first.
         tokenizer: of transformers, or its directory; None: the SentenceTransformer's, or that in the model's directory.
         pooling: "mean", "cls" (the first token), "last", "max", "weightedmean" (weights 1, 2, 3, …) or

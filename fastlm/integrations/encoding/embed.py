@@ -16,7 +16,7 @@ from fastlm.integrations.encoding.forward import (
     Results,
     Runner,
     check_budget,
-    check_transformers_model,
+    check_model,
     gather,
     is_sentence_transformer,
 )
@@ -31,13 +31,15 @@ from fastlm.integrations.encoding.tokens import (
     find_tokenizer,
     load_tokenizer,
 )
+from fastlm.models.base import PretrainedModel
+from fastlm.models.encoder import Encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
     """A model and how it makes an embedding."""
 
-    model: Any  # of transformers, without head
+    model: Any  # of transformers or fastlm.models, without head
     tokenizer: Any
     settings: Settings
     modes: tuple[str, ...]
@@ -105,9 +107,9 @@ def embedder(
         found, own_tokenizer, settings = from_model(model)
     else:
         found, own_tokenizer = model, None
-    check_transformers_model(found)
+    check_model(found)
     used = own_tokenizer if tokenizer is None and own_tokenizer is not None else find_tokenizer(tokenizer, found)
-    base = found.base_model
+    base = getattr(found, "base_model", found)
     if mode is not None:
         modes: tuple[str, ...] = (mode,)
     else:
@@ -136,4 +138,6 @@ def encode(
 
 
 def is_causal(model: nn.Module) -> bool:
+    if isinstance(model, PretrainedModel):
+        return not isinstance(model, Encoder)
     return any(getattr(module, "is_causal", False) is True for module in model.modules())

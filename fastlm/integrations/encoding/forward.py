@@ -1,4 +1,4 @@
-"""Running a transformers model on batches: hidden states by text, packed where the model gives them so."""
+"""Running a model of transformers or fastlm.models on batches: hidden states by text, packed if it gives them so."""
 
 import contextlib
 import inspect
@@ -17,6 +17,8 @@ from fastlm.integrations.encoding.schedule import Item, batches
 from fastlm.integrations.encoding.tokens import Tokenizing
 from fastlm.integrations.packing import packed_output
 from fastlm.integrations.patch import patch_of
+from fastlm.models.base import PretrainedModel
+from fastlm.models.encoder import Encoder
 
 Results = Generator[tuple[list[int], Tensor], None, None]  # (indices, results) of one batch after another
 
@@ -26,13 +28,17 @@ class Runner:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.names = inspect.signature(model.forward).parameters
+        self.names = set(inspect.signature(model.forward).parameters)
+        if isinstance(model, Encoder) and model.base_model.types is None:
+            self.names.discard("token_type_ids")
         self.options = {"use_cache": False} if "use_cache" in self.names else {}
         self.device = next(model.parameters()).device
 
     def __call__(self, features: dict[str, Tensor]) -> Any:
-        moved = {name: x.to(self.device) for name, x in features.items() if name in self.names}
-        return self.model(**moved, **self.options)
+        return self.model(**self.arguments(features), **self.options)
+
+    def arguments(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x.to(self.device) for name, x in features.items() if name in self.names}
 
     def run(
         self, tokenizing: Tokenizing, budget: int, compute: Callable[[list[Item]], Tensor], done: int = 0
@@ -51,6 +57,8 @@ class Runner:
 
     def hidden_states(self, features: dict[str, Tensor], lengths: Sequence[int]) -> Sequence[Tensor]:
         """The last hidden states of each text, (tokens, width) in float32."""
+        if isinstance(self.model, Encoder):
+            return self.model.encode_packed(**self.arguments(features))[0].float().split(list(lengths))
         with packed_output() as taken:
             output = self(features)[0]
         output = output.float()
@@ -60,12 +68,15 @@ class Runner:
 
 
 def unpads(model: nn.Module) -> bool:
+    if isinstance(model, Encoder):
+        return model.config.layout.relative_bias is None
     return any(isinstance(patch_of(module), EncoderPatch) for module in model.modules())
 
 
-def check_transformers_model(model: Any) -> None:
-    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
-        expected = "an encoder or decoder of transformers, a model of sentence-transformers, or a directory"
+def check_model(model: Any) -> None:
+    is_supported = isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder
+    if not is_supported and not isinstance(model, PretrainedModel):
+        expected = "an encoder or decoder of transformers or fastlm.models, a SentenceTransformer, or a directory"
         raise wrong_type("model", expected, model)
 
 

@@ -15,7 +15,7 @@ from fastlm.integrations.encoding.forward import (
     Results,
     Runner,
     check_budget,
-    check_transformers_model,
+    check_model,
     gather,
     is_sentence_transformer,
 )
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, 
 class Scorer:
     """A cross-encoder."""
 
-    model: Any  # of transformers, with a head of one label
+    model: Any  # of transformers or fastlm.models, with a head of one label
     tokenizer: Any
     activation: Callable[[Tensor], Tensor]
     max_length: int
@@ -67,7 +67,7 @@ def scorer(
         tokenizer = Path(model) if tokenizer is None else tokenizer
     elif is_sentence_transformer(model, "CrossEncoder"):
         found, tokenizer, own = from_cross_encoder(model, tokenizer)
-    check_transformers_model(found)
+    check_model(found)
     if found.config.num_labels != 1 or not type(found).__name__.endswith("ForSequenceClassification"):
         got = f"{type(found).__name__} of {found.config.num_labels}"
         raise mismatch("model", "a model for the classification of sequences with one label", got)

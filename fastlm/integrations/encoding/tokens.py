@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastlm.core.errors import check_integer, mismatch, shown, wrong_type
 from fastlm.integrations.encoding.schedule import Item
+from fastlm.models.encoder import Encoder
 
 LARGEST_LENGTH = 2**31 - 1  # tokenizers without a limit have 10^30
 
@@ -167,6 +168,8 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
 
 def length_limit(model: nn.Module) -> int:
     """The number of tokens that a model can take."""
+    if isinstance(model, Encoder):
+        return model.config.context
     limit = getattr(model.config, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 0 else LARGEST_LENGTH
     for module in model.modules():
