@@ -3,7 +3,10 @@
 import dataclasses
 import importlib
 import importlib.util
+import multiprocessing
 import os
+import sys
+import traceback
 
 import pytest
 import torch
@@ -41,6 +44,28 @@ def on_every_backend_that_raises(test):
     on_gpu = os.environ.get("FASTLM_TEST_DEVICE") == "cuda"
     names = [name for name in BACKENDS if not on_gpu or name not in ("triton", "cuda")]
     return pytest.mark.parametrize("backend", names)(test)
+
+
+def run_in_new_process(function, *arguments):
+    """Calls a function of a module in a process of its own.
+
+    For process groups: gloo's destructor holds the GIL while it waits for a thread that may itself need the GIL to
+    finish, so a process that has one ends without destroying it.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=call_and_exit, args=(function, arguments))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def call_and_exit(function, arguments):
+    try:
+        function(*arguments)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def floats(*shape, dtype=torch.float32):

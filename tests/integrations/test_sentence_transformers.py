@@ -14,6 +14,7 @@ from fastlm.benchmarking.memory import peak_of_call
 from fastlm.integrations.sentence_transformers import ContrastiveLoss
 from tests.integrations.support import tiny
 from tests.models.hugging_face import real
+from tests.support import run_in_new_process
 
 losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses", reason="pip install 'fastlm[test]'")
 LENGTHS = {"anchor": (9, 3, 7, 5, 9, 4, 8), "positive": (6, 11, 2, 11, 4, 7, 5), "negative": (4, 9, 12, 3, 8, 12, 6)}
@@ -190,19 +191,22 @@ def test_frozen_parameters():
     assert_equal(gradients(ContrastiveLoss(model, mini_batch_size=2)), gradients(ContrastiveLoss(model)))
 
 
-@pytest.mark.parametrize("mini_batch_size", [None, 3])
-def test_in_data_parallel_training(mini_batch_size, tmp_path):
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo is tested on Linux")
+def test_in_data_parallel_training(tmp_path):
     """The wrapper's forward runs once for each mini-batch, and its gradients are those of the model alone."""
-    expected = gradients(ContrastiveLoss(Embedder(dropout=0.3).train(), mini_batch_size=mini_batch_size))
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
+    run_in_new_process(train_in_parallel, tmp_path / "store")
+
+
+def train_in_parallel(store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    for size in (None, 3):
+        expected = gradients(ContrastiveLoss(Embedder(dropout=0.3).train(), mini_batch_size=size))
         model = Embedder(dropout=0.3).train()
         model.bert.pooler = None
-        loss = ContrastiveLoss(DistributedDataParallel(model, broadcast_buffers=False), mini_batch_size=mini_batch_size)
+        loss = ContrastiveLoss(DistributedDataParallel(model, broadcast_buffers=False), mini_batch_size=size)
         value, found = gradients(loss)
-    finally:
-        dist.destroy_process_group()
-    assert_equal((value, {name.removeprefix("module."): d for name, d in found.items()}), expected)
+        assert_equal((value, {name.removeprefix("module."): d for name, d in found.items()}), expected)
 
 
 def test_inside_matryoshka_loss():

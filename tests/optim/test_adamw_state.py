@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from tests.optim.support import HYPER, close, parameters, steps
-from tests.support import BACKENDS, assert_same_bits, count_forwards, error, floats, on_backends
+from tests.support import (
+    BACKENDS,
+    assert_same_bits,
+    count_forwards,
+    error,
+    floats,
+    on_backends,
+    run_in_new_process,
+)
 
 # State
 
@@ -201,31 +210,34 @@ def test_parameters_on_the_meta_device():
     assert optimizer.state[model.weight]["exp_avg"].is_meta
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo is tested on Linux")
 def test_sharded_parameters(tmp_path):
     """PyTorch's implementation updates FSDP's DTensors, and the norm is that of the whole gradients."""
+    run_in_new_process(update_sharded, tmp_path / "store")
+
+
+def update_sharded(store):
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, plain = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)
-        plain.load_state_dict(model.state_dict())
-        fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-        ours, native = (
-            fastlm.optim.AdamW(model.parameters(), **HYPER, max_grad_norm=0.1),
-            torch.optim.AdamW(plain.parameters(), **HYPER),
-        )
-        x = floats(3, 6)
-        for _ in range(3):
-            for network, optimizer in ((model, ours), (plain, native)):
-                network(x).square().sum().backward()
-                if optimizer is native:
-                    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
-                optimizer.step()
-                optimizer.zero_grad()
-            assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
-        torch.testing.assert_close(model.weight.full_tensor(), plain.weight, rtol=1e-5, atol=1e-6)
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    model, plain = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)
+    plain.load_state_dict(model.state_dict())
+    fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+    ours, native = (
+        fastlm.optim.AdamW(model.parameters(), **HYPER, max_grad_norm=0.1),
+        torch.optim.AdamW(plain.parameters(), **HYPER),
+    )
+    x = floats(3, 6)
+    for _ in range(3):
+        for network, optimizer in ((model, ours), (plain, native)):
+            network(x).square().sum().backward()
+            if optimizer is native:
+                norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    torch.testing.assert_close(model.weight.full_tensor(), plain.weight, rtol=1e-5, atol=1e-6)
 
 
 # Errors
