@@ -131,7 +131,7 @@ class Checkpoints:
         copies: dict[str, Tensor] = {}
         copied: dict[tuple[int, torch.Size], Tensor] = {}
         for name, tensor in (state | dict(tensors)).items():
-            alias = (tensor.data_ptr(), tensor.shape)
+            alias = (tensor.data_ptr() or id(tensor), tensor.shape)  # an empty tensor has no address
             if alias not in copied:
                 copy = self.copies.get(name)
                 if copy is None or copy.shape != tensor.shape:

@@ -41,7 +41,8 @@ def make(tmp_path):
     def run(tests=0, bench=0, cards="90", target="gpu", variables=(), **given):
         log = tmp_path / "log"
         log.write_text("")
-        environment = {k: v for k, v in os.environ.items() if k not in ("FASTLM_CUDA_ARCHS", "MAKEFLAGS", "MAKELEVEL")}
+        of_make = ("ARGS", "MAKEFLAGS", "MAKELEVEL")  # of the one that may have started the tests
+        environment = {k: v for k, v in os.environ.items() if k not in ("FASTLM_CUDA_ARCHS", *of_make)}
         environment |= {
             "LOG": str(log),
             "TESTS": str(tests),

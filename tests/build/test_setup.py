@@ -65,6 +65,7 @@ def tree(tmp_path):
     (root / "fastlm").mkdir()
     shutil.copy(ROOT / "setup.py", root)
     shutil.copy(ROOT / "csrc/cpu/cpu_features.cpp", root / "csrc/cpu")
+    shutil.copy(ROOT / "csrc/libstdcxx.cpp", root / "csrc")
     (root / "csrc/bindings").mkdir()
     (root / "csrc/bindings/module.cpp").write_text(MODULE)
     (root / "csrc/bindings/answer.cpp").write_text(OPERATOR)
@@ -246,7 +247,9 @@ def test_an_operator_is_recompiled_alone_and_dropped_when_it_no_longer_compiles(
     assert report(tree)["modules"] == ["_cpu_baseline"]
     assert answer_of(tree, "_cpu_baseline") == "42"
 
-    assert compiled(first) == {"_cpu_features/cpu_features.o", "_cpu_baseline/answer.o", "_cpu_baseline/module.o"}
+    features, kernels = ("cpu_features", "libstdcxx"), ("answer", "libstdcxx", "module")
+    expected = {*(f"_cpu_features/{name}.o" for name in features), *(f"_cpu_baseline/{name}.o" for name in kernels)}
+    assert compiled(first) == expected
 
     again = build(tree, FASTLM_BUILD_ISAS="baseline")
     assert compiled(again) == set()
