@@ -5,6 +5,7 @@ from pathlib import Path
 from fastlm.commands.display import quantity, say
 from fastlm.models.gguf import convert_gguf
 from fastlm.training import checkpoint
+from fastlm.training.run import forget
 
 
 def run(file: Path, *, out: Path, overwrite: bool) -> None:
@@ -13,4 +14,5 @@ def run(file: Path, *, out: Path, overwrite: bool) -> None:
         config = convert_gguf(file, out)
     except ImportError as error:
         raise ValueError(str(error)) from None
+    forget(out)
     say(f"{config.model_type}, {quantity(config.num_hidden_layers, 'layer')}; saved to {out}")

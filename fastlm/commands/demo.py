@@ -28,6 +28,7 @@ from fastlm.training.curve import draw_losses
 from fastlm.training.loop import Trainer, stop_requests
 from fastlm.training.models import build_gpt2
 from fastlm.training.objectives import NextToken
+from fastlm.training.run import forget
 from fastlm.training.schedule import learning_rate
 from fastlm.training.settings import Settings, check_range
 
@@ -222,6 +223,7 @@ def save(out: Path, model: GPT2LMHeadModel, corpus: data.Corpus, settings: Setti
             },
         }
         checkpoint.write_json(folder / "summary.json", summary)
+    forget(out)
     return "config.json, model.safetensors, tokenizer.json, tokenizer_config.json, summary.json" + (
         ", loss.png" if drawn else " (loss.png needs matplotlib)"
     )

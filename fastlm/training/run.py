@@ -11,7 +11,7 @@ from fastlm.core.errors import mismatch
 from fastlm.models.config import read_json, stored
 from fastlm.training import data
 from fastlm.training.checkpoint import staged, versions, write_json
-from fastlm.training.checkpoints import FORMAT, check_format, check_unchanged, sums_of
+from fastlm.training.checkpoints import FORMAT, check_format, check_unchanged, clear, sums_of
 from fastlm.training.settings import Settings
 
 RUN = "run.json"
@@ -66,3 +66,9 @@ class Run:
             val_file=[Path(path) for path in self.validation],
             masked=self.settings.objective == "masked-token",
         )
+
+
+def forget(directory: Path) -> None:
+    """Deletes what --resume reads, where a model that is no run's has replaced the run's."""
+    (directory / RUN).unlink(missing_ok=True)
+    clear(directory)

@@ -29,6 +29,17 @@ def test_demo(small_demo, tmp_path):
     assert load_tokenizer(tmp_path / "out").encode("def") == list(b"def")
 
 
+def test_the_demo_replaces_a_run(small_demo, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be\n" * 40)
+    small = "--layers 1 --heads 2 --width 16 --context 8 --batch 2 --steps 2".split()
+    run("train", text, *small, "--out", tmp_path / "out")
+    run("demo", "--out", tmp_path / "out", "--seconds", 0.1, "--overwrite")
+    result = fastlm_command("train", "--resume", tmp_path / "out")
+    assert result.exit_code == 1 and "resume: expected the directory of a run" in result.stderr
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("pair_seconds", [1e-9, 1e9], ids=["ends by time", "ends by number"])
 def test_bars_of_the_demo_end_full(small_demo, tmp_path, monkeypatch, pair_seconds):
     shown, show = [], BarReport.show
