@@ -1,6 +1,5 @@
 """The public function: checks and documentation."""
 
-import math
 
 import torch
 from torch import Tensor
@@ -8,11 +7,11 @@ from torch import Tensor
 from fastlm.core.autocast import autocast_enabled, cast_with_originals
 from fastlm.core.errors import (
     check_choice,
+    check_float32,
     check_floating,
     check_integer,
     check_like,
     check_number,
-    check_positive,
     check_rows,
     check_softcap,
     check_tensor,
@@ -87,8 +86,8 @@ def linear_cross_entropy(
         raise mismatch("label_smoothing", "a share in [0, 1]", label_smoothing)
     if token_weight is not None:
         token_weight = check_token_weight(token_weight, x, target)
-    if type(logit_scale) is not float or not 0 < logit_scale < math.inf:
-        logit_scale = check_positive("logit_scale", logit_scale)
+    if type(logit_scale) is not float or logit_scale != 1:
+        logit_scale = check_float32("logit_scale", logit_scale)
     softcap = check_softcap(softcap)
     settings = ignore_index, label_smoothing, logit_scale, softcap
     call = Forward(x, weight, bias, target, None, *settings, False, NO_GRADIENTS)
