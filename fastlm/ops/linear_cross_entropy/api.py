@@ -1,6 +1,5 @@
 """The public function: checks and documentation."""
 
-
 import torch
 from torch import Tensor
 
