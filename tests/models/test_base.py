@@ -12,7 +12,7 @@ from fastlm.models import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    encoder,
+    encoder_layer,
     gpt2,
 )
 from tests.models.hugging_face import ours_like, tiny_bert, tiny_gpt2
@@ -101,7 +101,7 @@ def test_recompute_levels_have_the_same_gradients(make, monkeypatch):
         seen.append(recompute)
         return fastlm.gelu_mlp(*args, recompute=recompute, **settings)
 
-    for module in (gpt2, encoder):
+    for module in (gpt2, encoder_layer):
         monkeypatch.setattr(module, "gelu_mlp", recording_gelu_mlp)
     batch = batch_for(model)
     assert model.recompute == 1
