@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from fastlm.core.errors import mismatch, shown, wrong_type
+from fastlm.core.errors import is_iterable, mismatch, shown, wrong_type
 
 
 def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
@@ -28,7 +28,7 @@ def warmup(model: nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
     first = next(model.parameters())
     devices = [first.device] if first.is_cuda else []
     takes_labels = "labels" in inspect.signature(model.forward).parameters
-    if not isinstance(shapes, Iterable) or isinstance(shapes, str | torch.Tensor):
+    if isinstance(shapes, str | torch.Tensor) or not is_iterable(shapes):
         raise wrong_type("shapes", "(batch, tokens) pairs of positive integers", shapes)
     for shape in shapes:
         if not isinstance(shape, tuple | list) or len(shape) != 2:

@@ -166,6 +166,15 @@ def as_float(argument: str, value: Any, expected: str) -> float:
         raise mismatch(argument, expected, shown(value)) from None
 
 
+def is_iterable(value: object) -> bool:
+    """Whether iter() takes the value, which an array of no dimensions refuses although it has __iter__."""
+    try:
+        iter(value)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    return True
+
+
 def check_path(argument: str, value: Any) -> None:
     if not isinstance(value, str | os.PathLike):
         raise wrong_type(argument, "a path", value)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import reprlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -168,7 +169,7 @@ class GPT2Config(Config):
         check_probabilities(self, "resid_pdrop", "embd_pdrop", "attn_pdrop")
         check_epsilon(self, "layer_norm_epsilon")
         check_flags(self, "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
-        check_gelu(self, "activation_function")
+        check_one_of(self, "activation_function", GELUS)
         super().__post_init__()
 
 
@@ -224,10 +225,10 @@ def check_token_ids(config: Config, *keys: str) -> None:
             raise mismatch(key, "a token id or null", reprlib.repr(value))  # the value may be long
 
 
-def check_gelu(config: Config, key: str) -> None:
+def check_one_of(config: Config, key: str, choices: Collection[str]) -> None:
     value = getattr(config, key)
-    if not isinstance(value, str) or value not in GELUS:
-        raise mismatch(key, f"one of {', '.join(GELUS)}", shown(value) + did_you_mean(value, GELUS))
+    if not isinstance(value, str) or value not in choices:
+        raise mismatch(key, f"one of {', '.join(choices)}", shown(value) + did_you_mean(value, choices))
 
 
 def stored(directory: str | Path, name: str) -> Path:

@@ -181,7 +181,7 @@ class DecoderConfig(RotaryConfig):
         return None
 
     def check_layer_types(self, given: Any) -> None:
-        expected = f"{self.num_hidden_layers} of {', '.join(LAYER_TYPES)}"
+        expected = f"num_hidden_layers = {self.num_hidden_layers} of {', '.join(LAYER_TYPES)}"
         if not isinstance(given, list) or len(given) != self.num_hidden_layers:
             got = f"{len(given)} entries" if isinstance(given, list) else shown(given)
             raise mismatch("layer_types", expected, got)

@@ -12,6 +12,7 @@ from fastlm.models.config import (
     GELUS,
     Config,
     check_divisible,
+    check_one_of,
     check_sizes,
 )
 from fastlm.models.decoder_config import ACTIVATIONS, LAYER_TYPES
@@ -157,9 +158,7 @@ class EncoderConfig(Config):
 
     def check_activation(self) -> None:
         key = self.layout.activation.removeprefix("config.")
-        value, allowed = getattr(self, key), GELUS if self.layout.gate is None else ACTIVATIONS
-        if not isinstance(value, str) or value not in allowed:
-            raise mismatch(key, f"one of {', '.join(allowed)}", shown(value) + did_you_mean(value, allowed))
+        check_one_of(self, key, GELUS if self.layout.gate is None else ACTIVATIONS)
 
     def key(self, name: str) -> str:
         """The key in config.json of a setting that all families have."""

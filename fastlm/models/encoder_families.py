@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 from typing import Any, ClassVar
 
 from fastlm.core.errors import mismatch, shown
@@ -9,6 +10,7 @@ from fastlm.models.config import (
     Config,
     check_epsilon,
     check_flags,
+    check_one_of,
     check_probabilities,
     check_sizes,
     is_number,
@@ -18,14 +20,14 @@ from fastlm.models.encoder_config import HEAD_ACTIVATIONS, EncoderConfig, Head, 
 
 
 def check_pooling(config: Any, *choices: str) -> None:
-    if config.classifier_pooling not in choices:
-        raise mismatch("classifier_pooling", f"one of {', '.join(choices)}", shown(config.classifier_pooling))
+    check_one_of(config, "classifier_pooling", choices)
 
 
 def check_layer_types(config: Any) -> None:
     given, count = config.layer_types, config.num_hidden_layers
     if not isinstance(given, list) or len(given) != count or not all(kind in LAYER_TYPES for kind in given):
-        raise mismatch("layer_types", f"{count} of {', '.join(LAYER_TYPES)}", shown(given))
+        expected = f"num_hidden_layers = {count} of {', '.join(LAYER_TYPES)}"
+        raise mismatch("layer_types", expected, reprlib.repr(given))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -374,9 +376,7 @@ class ModernBertConfig(RotaryConfig, EncoderConfig):
         check_pooling(self, "cls", "mean")
         if not is_number(self.initializer_cutoff_factor) or not 0 < self.initializer_cutoff_factor < math.inf:
             raise mismatch("initializer_cutoff_factor", "a finite number > 0", shown(self.initializer_cutoff_factor))
-        if self.classifier_activation not in HEAD_ACTIVATIONS:
-            expected = f"one of {', '.join(HEAD_ACTIVATIONS)}"
-            raise mismatch("classifier_activation", expected, shown(self.classifier_activation))
+        check_one_of(self, "classifier_activation", HEAD_ACTIVATIONS)
         if self.layer_types is None:
             every = self.global_attn_every_n_layers
             self.layer_types = [LAYER_TYPES[layer % every != 0] for layer in range(self.num_hidden_layers)]

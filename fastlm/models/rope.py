@@ -30,11 +30,18 @@ class Settings:
         if not isinstance(self.rope_type, str) or self.rope_type not in ROPE_TYPES:
             expected = f"one of {', '.join(map(repr, ROPE_TYPES))}"
             raise mismatch("rope_type", expected, shown(self.rope_type) + did_you_mean(self.rope_type, ROPE_TYPES))
-        head_dim = self.of_config("head_dim") or self.whole("hidden_size") // self.whole("num_attention_heads")
+        head_dim = self.of_config("head_dim") or self.head_dim()
         self.dim = int(head_dim * self.number("partial_rotary_factor", 1.0))
         if self.dim < 2 or self.dim % 2:
             raise mismatch("partial_rotary_factor", f"an even part of head_dim {head_dim}, 2 or more", self.dim)
         self.theta = self.number("rope_theta", 10000.0)
+
+    def head_dim(self) -> int:
+        """hidden_size / num_attention_heads, which must be even."""
+        width, heads = self.whole("hidden_size"), self.whole("num_attention_heads")
+        if width // heads % 2:
+            raise mismatch("hidden_size", f"an even number for each of num_attention_heads = {heads}", width)
+        return width // heads
 
     def of_config(self, name: str) -> Any:
         return self.config.get(name) if isinstance(self.config, Mapping) else getattr(self.config, name, None)

@@ -5,7 +5,7 @@ The pass updates weights and moments and can also clip gradients, update master 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
@@ -14,7 +14,16 @@ from torch.optim.optimizer import ParamsT
 
 from fastlm.backends.cpu import check_storages
 from fastlm.backends.selection import check_name, select
-from fastlm.core.errors import check_flag, check_number, check_tensor, mismatch, shown, wrong_type
+from fastlm.core.errors import (
+    check_flag,
+    check_floating,
+    check_number,
+    check_tensor,
+    is_iterable,
+    mismatch,
+    shown,
+    wrong_type,
+)
 from fastlm.core.layout import is_dense, with_strides_of
 from fastlm.core.tracing import PLAIN_TYPES, needs_custom_op
 from fastlm.ops.adamw.spec import AdamWImplementation, Sizes, Update, operator
@@ -23,6 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MASTER = "master_param"
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of every parameter after its first step
 HALVES = (torch.bfloat16, torch.float16)
+NOT_NEGATIVE = "a finite number of 0 or more"
 
 
 @dataclasses.dataclass
@@ -133,12 +143,13 @@ class AdamW(torch.optim.AdamW):
             check_name(backend)
         master_weights = check_flag("master_weights", master_weights)
         zero_gradients = check_flag("zero_gradients", zero_gradients)
-        for name, flag in (("foreach", foreach), ("fused", fused), ("capturable", capturable)):
+        check_flag("capturable", capturable)
+        for name, flag in (("foreach", foreach), ("fused", fused)):
             if flag is not None:
                 check_flag(name, flag)
         check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         check_group({"amsgrad": amsgrad, "maximize": maximize})
-        if isinstance(params, Tensor | str | dict) or not isinstance(params, Iterable):
+        if isinstance(params, Tensor | str | dict) or not is_iterable(params):
             raise wrong_type("params", "tensors, (name, tensor) pairs or groups", params)
         listed: Any = list(params)
         if not listed:
@@ -366,6 +377,7 @@ class AdamW(torch.optim.AdamW):
 
 def moment_dtype(state: dict[str, Any]) -> torch.dtype:
     check_tensor("exp_avg", state["exp_avg"])
+    check_floating("exp_avg", state["exp_avg"])
     return state["exp_avg"].dtype
 
 
@@ -375,9 +387,11 @@ def missing_state(key: str) -> ValueError:
 
 def check_group(group: dict[str, Any]) -> None:
     """Check the settings that a parameter group brings."""
-    for name, below in (("lr", math.inf), ("eps", math.inf), ("weight_decay", math.inf)):
-        if name in group:
-            check_setting(name, group[name], below)
+    if "lr" in group:
+        check_setting("lr", group["lr"], math.inf)
+    for name in ("eps", "weight_decay"):
+        if name in group and check_number(name, group[name], NOT_NEGATIVE) < 0:
+            raise mismatch(name, NOT_NEGATIVE, shown(group[name]))
     if "betas" in group:
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -391,7 +405,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 def check_setting(name: str, value: Any, below: float) -> None:
     """The value, a number or a tensor of one, must be in [0, below)."""
-    expected = "a finite number of 0 or more" if below == math.inf else "two numbers in [0, 1)"
+    expected = NOT_NEGATIVE if below == math.inf else "two numbers in [0, 1)"
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point() or value.is_meta:
             raise wrong_type(name, expected, value)

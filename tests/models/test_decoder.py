@@ -202,8 +202,14 @@ SETTINGS = {"hidden_size": 48, "num_attention_heads": 4}
         ({"hidden_act": "tanh"}, "hidden_act: expected one of silu, .*, got 'tanh'"),
         ({"num_key_value_heads": 3}, "num_attention_heads: expected a multiple of num_key_value_heads = 3, got 4"),
         ({"hidden_size": 50}, "hidden_size: expected a multiple of num_attention_heads = 4, got 50"),
-        ({"layer_types": ["full_attention"]}, "layer_types: expected 32 of full_attention, .*, got 1 entries"),
-        ({"num_hidden_layers": 1, "layer_types": ["chunked"]}, "layer_types: expected 1 of .*, got 'chunked'"),
+        (
+            {"layer_types": ["full_attention"]},
+            "layer_types: expected num_hidden_layers = 32 of full_attention, .*, got 1 entries",
+        ),
+        (
+            {"num_hidden_layers": 1, "layer_types": ["chunked"]},
+            "layer_types: expected num_hidden_layers = 1 of .*, got 'chunked'",
+        ),
         (
             {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
             "sliding_window: expected an integer >= 1, as layer_types has sliding_attention, got null",

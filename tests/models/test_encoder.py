@@ -511,7 +511,10 @@ SIZES = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
         ({"model_type": "mpnet", "pad_token_id": 0}, "pad_token_id: expected 1, the only supported value, got 0"),
         ({"hidden_activation": "relu6"}, "hidden_activation: expected one of silu, .*, got 'relu6'"),
         ({"hidden_size": 50}, "hidden_size: expected a multiple of num_attention_heads = 4, got 50"),
-        ({"layer_types": ["full_attention"]}, "layer_types: expected 2 of full_attention, sliding_attention, got"),
+        (
+            {"layer_types": ["full_attention"]},
+            "layer_types: expected num_hidden_layers = 2 of full_attention, sliding_attention, got",
+        ),
         ({"sparse_pred_ignore_index": 0}, "sparse_pred_ignore_index: expected -100, the only supported value, got 0"),
         ({"local_attention": 0}, "local_attention: expected an integer >= 1, got 0"),
         ({"classifier_pooling": "max"}, "classifier_pooling: expected one of cls, mean, got 'max'"),

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fastlm.ops.operator import check_memory
 CHECK_INTERVAL = 16
 
 
+@runtime_checkable
 class Streamer(Protocol):
     """Receives tokens as they are generated; Hugging Face's streamers have this interface."""
 
@@ -74,7 +75,7 @@ def generate(
     check_memory(("input_ids", "attention_mask"), input_ids, attention_mask)
     if seed is not None:
         seed = check_integer("seed", seed, "an integer in [-2^63, 2^64)", range(-(2**63), 2**64))
-    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+    if not isinstance(streamer, Streamer | None):
         raise wrong_type("streamer", "an object with put() and end()", streamer)
     cuda_graphs = check_flag("cuda_graphs", cuda_graphs)
     eos, pad = token_ids(model, eos_token_id, pad_token_id)
@@ -87,6 +88,8 @@ def generate(
             raise mismatch(
                 "attention_mask", f"shape {tuple(input_ids.shape)}, as input_ids", tuple(attention_mask.shape)
             )
+        if attention_mask.device != input_ids.device:
+            raise mismatch("attention_mask", f"a tensor on {input_ids.device}, as input_ids", attention_mask.device)
         if not attention_mask[:, -1].all():
             raise mismatch("attention_mask", "padding on the left only", "zeros in the last column")
         attention_mask = None if attention_mask.all() else attention_mask.bool()
