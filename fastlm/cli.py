@@ -98,7 +98,7 @@ Temperature = Annotated[
 def fastlm(
     ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False
 ) -> None:
-    """Train and run GPT-2 and BERT faster on CPUs and GPUs.
+    """Train and run transformer models faster on CPUs and GPUs.
 
     Start with [bold]fastlm demo[/bold]. It takes less than three minutes and downloads nothing.
     """
