@@ -34,8 +34,8 @@ def accelerate(
     with the reasons.
 
     With a padding mask, encoders run unpadded: real tokens are gathered before the first layer and scattered after the
-    last, and hidden states at padding are 0. MPNet runs with padding. `encode` of a SentenceTransformer cuts batches by
-    tokens, as `fastlm.encode` does.
+    last, and hidden states at padding are 0. `encode` of a SentenceTransformer cuts batches by tokens, as
+    `fastlm.encode` does.
 
     Args:
         model: a transformers model, or any module that contains one (a PeftModel, a SentenceTransformer, your own).

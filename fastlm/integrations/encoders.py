@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from fastlm.integrations.capture import captured_outputs, is_idle
 from fastlm.integrations.families import Family
@@ -37,7 +38,7 @@ class EncoderPatch(Patch):
         if call is None:
             return self.original(*args, **kwargs)
         packed, changed = call
-        result = self.original(**{**arguments, **changed})
+        result = self.run(packed, {**arguments, **changed})
         if (taken := packed_results.get()) is not None:
             taken.append(packed)
             return result
@@ -51,6 +52,17 @@ class EncoderPatch(Patch):
         if pooler is not None:  # it read the first token of the packed batch
             result["pooler_output"] = pooler(padded)
         return result
+
+    def run(self, packed: Packed, arguments: dict) -> Any:
+        """The class's forward on packed sequences."""
+        if self.family.positions != "relative":
+            return self.original(**arguments)
+        # It makes the bias of the scores for the shape of its hidden states, and it must be that of the padded batch.
+        x = arguments[self.names[0]]
+        bias = self.module.compute_position_bias(x.new_empty(1, packed.tokens, 0))
+        for layer in self.layers().values():
+            x = layer(x, packed, bias)[0]
+        return BaseModelOutput(last_hidden_state=x) if arguments.get("return_dict") else (x,)
 
     def packed_hidden_states(self, arguments: dict) -> tuple[Packed, dict[str, Any]] | None:
         """How a call is packed, and its arguments that change; None if it runs with padding."""

@@ -203,7 +203,7 @@ MPNET = dataclasses.replace(
     BERT,
     module="transformers.models.mpnet.modeling_mpnet",
     layer="MPNetLayer",
-    encoder=None,  # packed attention takes no bias
+    encoder="MPNetEncoder",
     heads={"MPNetForMaskedLM": Head("lm_head.decoder")},
     returns={"4.57": ("hidden_states", "attentions")},
     positions="relative",

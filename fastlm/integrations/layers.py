@@ -39,7 +39,7 @@ from fastlm.integrations.patch import (
     put,
     tracing_state,
 )
-from fastlm.models.packing import Packed
+from fastlm.models.packing import Packed, attention_with_bias
 
 # Since 5.24 transformers checkpoints in the forward of a layer's class, which the patch replaces. Before, it did so in
 # `__call__`, around the patch.
@@ -218,8 +218,9 @@ def self_attention(
     scale = scale_of(module, query.shape[-1]) if scale is None else scale
     dropout, key_of_p = parts.attention_dropout
     dropout_p = dropout[key_of_p] if own["training"] else 0.0
+    bias = arguments.get("position_bias") if parts.is_relative else None
     if type(mask) is Packed and not parts.is_rotary:
-        return packed_attention(query[0], key[0], value[0], mask, parts, scale, dropout_p), None
+        return packed_attention(query[0], key[0], value[0], mask, parts, scale, dropout_p, bias), None
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if parts.is_rotary and (parts.rotates is None or own[parts.rotates]):
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -244,7 +245,6 @@ def self_attention(
             key, value = key[:, :, :tokens], value[:, :, :tokens]
     window = window_of(parts)
     softcap = None if parts.softcap is None else own[parts.softcap]
-    bias = arguments.get("position_bias") if parts.is_relative else None
     if mask is None and window is None and bias is None and not return_weights:
         out = fastlm.attention(query, key, value, causal=causal, scale=scale, softcap=softcap, dropout_p=dropout_p)
         return out.transpose(1, 2).flatten(2), None
@@ -265,12 +265,22 @@ def self_attention(
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, packed: Packed, parts: Parts, scale: float, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Packed,
+    parts: Parts,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """query, key, value: (real tokens, heads, head_dim). Returns (1, real tokens, heads · head_dim)."""
-    ends, window = packed.cu_seqlens, window_of(parts)
-    sides = None if window is None else (window - 1, window - 1)
-    out = fastlm.attention_varlen(query, key, value, ends, ends, window=sides, scale=scale, dropout_p=dropout_p)
+    if bias is not None:
+        out = attention_with_bias(query, key, value, packed, bias, scale, dropout_p)
+    else:
+        ends, window = packed.cu_seqlens, window_of(parts)
+        sides = None if window is None else (window - 1, window - 1)
+        out = fastlm.attention_varlen(query, key, value, ends, ends, window=sides, scale=scale, dropout_p=dropout_p)
     return out.view(1, -1, out.shape[1] * out.shape[2])
 
 

@@ -310,8 +310,6 @@ class EncoderModel(Encoder):
             raise mismatch("attention_mask", "at least one real token in every row", got)
         if real == mask.numel():
             return None
-        if self.config.layout.relative_bias is not None:  # packed attention takes none
-            return mask
         # Packing would change the distances across padding between real tokens, which a window needs.
         return mask if self.has_windows and parts > 1 else packed(mask, real)
 

@@ -162,8 +162,8 @@ class XLMRobertaConfig(RobertaConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class MPNetConfig(BertLikeConfig):
-    """MPNet (Song et al., 2020, arXiv:2004.09297): RoBERTa with a bias of the scores by distance. It runs with padding,
-    as packed attention takes no bias."""
+    """MPNet (Song et al., 2020, arXiv:2004.09297): RoBERTa with a bias of the scores by distance. Without
+    padding, it is only padded for the attention, as packed attention takes no bias."""
 
     model_type = "mpnet"
     fixed: ClassVar = BertLikeConfig.fixed | {"pad_token_id": 1, "relative_attention_num_buckets": 32}

@@ -14,7 +14,7 @@ from fastlm.models.config import GELUS
 from fastlm.models.decoder_config import ACTIVATIONS
 from fastlm.models.encoder_config import EncoderConfig
 from fastlm.models.layers import FeedForward, LayerNorm, Linear, RMSNorm, merge_heads
-from fastlm.models.packing import Packed
+from fastlm.models.packing import Packed, attention_with_bias
 from fastlm.ops import activation
 from fastlm.ops.attention import attention, attention_varlen
 from fastlm.ops.gelu_mlp import gelu_mlp
@@ -140,13 +140,18 @@ class EncoderLayer(FeedForward):
         if tables is not None:
             query, key = rotary(query, key, *tables)
         dropout_p = self.attention_pdrop if self.training else 0.0
-        options: Any = {"window": self.window, "scale": self.scale, "dropout_p": dropout_p}
+        options: Any = {"scale": self.scale, "dropout_p": dropout_p}
         if isinstance(padding, Packed):
             ends = padding.cu_seqlens
             query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-            context = attention_varlen(query, key, value, ends, ends, **options).flatten(1)[None]
+            if bias is None:
+                context = attention_varlen(query, key, value, ends, ends, window=self.window, **options)
+            else:
+                context = attention_with_bias(query, key, value, padding, bias, **options)
+            context = context.flatten(1)[None]
         else:
-            context = merge_heads(attention(query, key, value, mask=bias, key_padding=padding, **options))
+            out = attention(query, key, value, mask=bias, key_padding=padding, window=self.window, **options)
+            context = merge_heads(out)
         projection: Tensor = part(self, layout.out)(context)
         return projection
 

@@ -8,7 +8,6 @@ from fastlm.integrations import packing, reporting
 from tests.integrations.support import ENCODERS, V5, accelerated_copy, assert_close_gradients, ids, padded, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-PACKED = [family for family in ENCODERS if family != "MPNet"]
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def rows(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", ENCODERS)
 def test_only_real_tokens_are_computed(family, rows):
     reference = tiny(family)
     accelerated = accelerated_copy(reference)
@@ -61,7 +60,7 @@ def test_token_types_and_positions_given(family, rows):
     assert rows == [23, 23]
 
 
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", ENCODERS)
 def test_without_unpadding(family, rows):
     reference = tiny(family)
     accelerated = accelerated_copy(reference, unpad=False)
@@ -176,7 +175,7 @@ def test_one_synchronization(monkeypatch):
     } & set(operators)
 
 
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", ENCODERS)
 def test_the_report_selects_the_backend_by_head_dim(family, monkeypatch):
     """Not by the model's width, which may exceed the largest head_dim of a backend."""
     asked, decide = [], reporting.decide

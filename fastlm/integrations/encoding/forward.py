@@ -68,9 +68,7 @@ class Runner:
 
 
 def unpads(model: nn.Module) -> bool:
-    if isinstance(model, Encoder):
-        return model.config.layout.relative_bias is None
-    return any(isinstance(patch_of(module), EncoderPatch) for module in model.modules())
+    return isinstance(model, Encoder) or any(isinstance(patch_of(module), EncoderPatch) for module in model.modules())
 
 
 def check_model(model: Any) -> None:
