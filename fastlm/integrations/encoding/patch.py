@@ -100,7 +100,8 @@ class EncodePatch:
         if show_progress_bar is None:
             level = logging.getLogger(type(model).__module__).getEffectiveLevel()
             show_progress_bar = level in (logging.INFO, logging.DEBUG)
-        model.eval()  # as the method does
+        if any(module.training for module in model.modules()):
+            model.eval()  # as the method does
         budget = min(batch_size * described.max_length, MAX_TOKENS_PER_BATCH)
         run = described.run(described.tokenizing(texts), budget)
         out = gather(run, len(texts), "text", bool(show_progress_bar))
