@@ -163,9 +163,10 @@ def attention_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     Returns:
         Like query, with the layout that split_heads returns.
     """
-    rows = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (batch · tokens, heads, head_dim)
-    context = attention_varlen(*rows, cu_seqlens, cu_seqlens, **options)
-    return context.unflatten(0, (query.shape[0], -1)).transpose(1, 2)
+    batch = query.shape[0]
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (rows, heads, head_dim)
+    context: Tensor = attention_varlen(query, key, value, cu_seqlens, cu_seqlens, **options)
+    return context.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def loss_and_logits(

@@ -11,7 +11,7 @@ from fastlm.core.errors import mismatch
 from fastlm.models.config import read_json, stored
 from fastlm.training import data
 from fastlm.training.checkpoint import staged, versions, write_json
-from fastlm.training.checkpoints import FORMAT, check_format, check_unchanged, clear, sums_of
+from fastlm.training.checkpoints import FORMAT, check_format, check_unchanged, clear
 from fastlm.training.settings import Settings
 
 RUN = "run.json"
@@ -30,7 +30,10 @@ class Run:
 
     @classmethod
     def of(cls, settings: Settings, inputs: dict[str, Any], corpus: data.Corpus, device: torch.device) -> "Run":
-        training, validation = sums_of(corpus.files), sums_of(corpus.validation_files)
+        training, validation = (
+            {str(file.absolute()): corpus.sums[str(file.absolute())] for file in files}
+            for files in (corpus.files, corpus.validation_files)
+        )
         skipped = [str(file) for file in corpus.skipped]
         return cls(settings, inputs, str(device), torch.get_num_threads(), training, validation, skipped, versions())
 
@@ -51,8 +54,14 @@ class Run:
         with staged(out) as folder:
             write_json(folder / RUN, {"format": FORMAT, **dataclasses.asdict(self)})
 
-    def corpus(self, tokenizer: str | Tokenizer) -> data.Corpus:
-        """Reads the text again.
+    def corpus(
+        self, tokenizer: str | Tokenizer, *, end_of_text: int | None = None, cache: Path | None = None, **options: Any
+    ) -> data.Corpus:
+        """The text again, from the cache if it is there.
+
+        Args:
+            cache: that of the run, which is used unless it was started with another.
+            options: others of data.load.
 
         Raises:
             ValueError: a file is missing or has changed.
@@ -65,6 +74,12 @@ class Run:
             val_fraction=self.inputs["val_fraction"] or 0.0,
             val_file=[Path(path) for path in self.validation],
             masked=self.settings.objective == "masked-token",
+            field=self.inputs["field"],
+            documents=self.settings.documents,
+            end_of_text=end_of_text,
+            cache=Path(self.inputs["cache"]) if self.inputs["cache"] else cache,
+            sums=self.training | self.validation,
+            **options,
         )
 
 
