@@ -363,6 +363,45 @@ def train(
     )
 
 
+tokenizer_app = typer.Typer(cls=OneLineErrors, rich_markup_mode="rich")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@tokenizer_app.callback(invoke_without_command=True)
+def tokenizer_group(ctx: typer.Context) -> None:
+    """Train a tokenizer."""
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+@tokenizer_app.command("train")
+def train_tokenizer(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", help="The text, as for `fastlm train`.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for tokenizer.json and tokenizer_config.json.")],
+    kind: Annotated[
+        str,
+        typer.Option(metavar="bpe|wordpiece", help="bpe: byte-level BPE, as GPT-2's; wordpiece: as BERT's."),
+    ] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens, special ones included.")] = 8192,
+    lowercase: Annotated[
+        bool, typer.Option("--lowercase", help="With wordpiece: lowercase the text and remove accents.")
+    ] = False,
+    field: Field = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer in --out, if any.")] = False,
+) -> None:
+    """Train a tokenizer on text.
+
+    `fastlm train --tokenizer DIR` and transformers' AutoTokenizer read it.
+    """
+    from fastlm.commands import tokenizer
+
+    tokenizer.run(
+        paths, kind=kind, vocab_size=vocab_size, lowercase=lowercase, field=field, out=out, overwrite=overwrite
+    )
+
+
 @app.command()
 def generate(
     model: Model,

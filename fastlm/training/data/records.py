@@ -67,7 +67,7 @@ def parquet(file: Path, field: str) -> Iterator[Record]:
                 for text in batch.column(0).to_pylist():
                     number += 1
                     yield row(text, file, number, field, size * number // total)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: damaged or not a Parquet file ({error})") from None
 
 
@@ -82,7 +82,7 @@ def arrow(file: Path, field: str) -> Iterator[Record]:
                 for text in batch.column(field).to_pylist():
                     number += 1
                     yield row(text, file, number, field, min(source.tell(), size))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: damaged or not an Arrow file ({error})") from None
 
 
