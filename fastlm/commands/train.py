@@ -20,7 +20,7 @@ from fastlm.training import checkpoint, data
 from fastlm.training.checkpoints import Checkpoints, Saved, clear, locked_run, newest
 from fastlm.training.data.shards import keep_only
 from fastlm.training.loop import Result, train
-from fastlm.training.models import build, load
+from fastlm.training.models import build, load, objective_of
 from fastlm.training.run import Run
 from fastlm.training.settings import TOKENIZERS, Settings
 from fastlm.training.tokenizers import end_of_text_id
@@ -55,6 +55,10 @@ def run(
     chosen = set_up(device, threads)
     out = checkpoint.prepare(out, overwrite=overwrite)
     tokenizer, source = tokenizer_of(given.tokenizer) if init is None else tokenizer_in(init)
+    loaded: PretrainedModel | None = None
+    if isinstance(tokenizer, Tokenizer):  # what does not fit is an error before the text is tokenized
+        loaded = None if init is None else load(init, settings, tokenizer)
+        objective_of(settings, tokenizer)
     corpus = load_text(
         data.load,
         given.paths,
@@ -80,7 +84,7 @@ def run(
         "field": given.field,
         "cache": None if given.cache is None else str(given.cache.absolute()),
     }
-    model = new_model(settings, corpus, init).to(chosen)
+    model = (loaded or build(settings, corpus.tokenizer, end_of_text=corpus.end_of_text)).to(chosen)
     with locked_run(out):
         clear(out)  # the checkpoints of an earlier run
         if given.cache is None and corpus.folder is not None:
@@ -108,8 +112,11 @@ def resume(out: Path, *, device: str | None, threads: int | None) -> None:
         else:  # a checkpoint has it too
             tokenizer, source = tokenizer_of(init or name) if saved is None else tokenizer_in(saved.folder)
         corpus = load_text(started.corpus, tokenizer, end_of_text=end_of_text_of(tokenizer, source), cache=out / TOKENS)
-        if saved is None:
-            model = new_model(started.settings, corpus, None if init is None else Path(init))
+        model: PretrainedModel
+        if saved is None and init is None:
+            model = build(started.settings, corpus.tokenizer, end_of_text=corpus.end_of_text)
+        elif saved is None:
+            model = load(Path(init), started.settings, corpus.tokenizer)
         else:
             model = load_model(saved.folder, dtype=torch.float32)
             model.recompute = started.settings.recompute
@@ -150,12 +157,6 @@ def end_of_text_of(tokenizer: str | Tokenizer, source: Path | None) -> int | Non
 def settings_of(source: Path | None) -> str | None:
     """The contents of the tokenizer_config.json of a tokenizer."""
     return checkpoint.read_tokenizer_settings(source) if source is not None and source.is_dir() else None
-
-
-def new_model(settings: Settings, corpus: data.Corpus, init: Path | None) -> PretrainedModel:
-    if init is None:
-        return build(settings, corpus.tokenizer, end_of_text=corpus.end_of_text)
-    return load(init, settings, corpus.tokenizer)
 
 
 def train_and_save(

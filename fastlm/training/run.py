@@ -12,7 +12,7 @@ from fastlm.models.config import read_json, stored
 from fastlm.training import data
 from fastlm.training.checkpoint import staged, versions, write_json
 from fastlm.training.checkpoints import FORMAT, check_format, check_unchanged, clear
-from fastlm.training.settings import Settings
+from fastlm.training.settings import TOKENIZERS, Settings
 
 RUN = "run.json"
 
@@ -26,6 +26,7 @@ class Run:
     training: dict[str, str]  # the SHA-256 of the files by their absolute paths, in the order of the text
     validation: dict[str, str]  # of a separate validation text
     skipped: list[str]
+    tokenizer: str | None  # the SHA-256 of one that came from a file
     versions: dict[str, str]
 
     @classmethod
@@ -35,7 +36,9 @@ class Run:
             for files in (corpus.files, corpus.validation_files)
         )
         skipped = [str(file) for file in corpus.skipped]
-        return cls(settings, inputs, str(device), torch.get_num_threads(), training, validation, skipped, versions())
+        tokenizer = None if inputs["tokenizer"] in TOKENIZERS else data.digest_of(corpus.tokenizer)
+        threads = torch.get_num_threads()
+        return cls(settings, inputs, str(device), threads, training, validation, skipped, tokenizer, versions())
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
@@ -66,6 +69,8 @@ class Run:
         Raises:
             ValueError: a file is missing or has changed.
         """
+        if isinstance(tokenizer, Tokenizer) and data.digest_of(tokenizer) != self.tokenizer:
+            raise mismatch("tokenizer", "the one that the run was started with", "a changed one")
         check_unchanged("data", self.training)
         check_unchanged("val_file", self.validation)
         return data.load(

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from fastlm.core.errors import mismatch
 from fastlm.training.checkpoint import TOKENIZER_SETTINGS, staged, write_json
 from fastlm.training.data.records import is_records, records
-from fastlm.training.data.sources import Files, find_files
+from fastlm.training.data.sources import Files, text_files
 from fastlm.training.data.texts import characters, paragraphs
 from fastlm.training.settings import check_integer, check_one_of
 from fastlm.training.tokenizers import tokenizer_config
@@ -47,11 +47,7 @@ def train_tokenizer(
     check_integer("vocab_size", vocab_size, BYTES + 1 if kind == "bpe" else len(BERT_TOKENS) + 1)
     if lowercase and kind != "wordpiece":
         raise mismatch("lowercase", "False unless kind is wordpiece", lowercase)
-    files = find_files("data", paths)
-    if not files.found:
-        raise mismatch("data", "at least one file, directory or pattern", "none")
-    if not any(file.stat().st_size for file in files.found):
-        raise mismatch("data", "a text that is not empty", f"{len(files.found)} empty files")
+    files = text_files("data", paths)
     if kind == "bpe":
         tokenizer, trainer = byte_level_bpe(vocab_size, show_progress)
     else:

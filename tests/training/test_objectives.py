@@ -7,6 +7,7 @@ from fastlm.training.data.order import draws
 from fastlm.training.models import build, objective_of
 from fastlm.training.objectives import IGNORED, MaskedToken, NextToken
 from fastlm.training.settings import Settings
+from fastlm.training.tokenizers import byte_tokenizer
 
 
 def drawn(windows, seed=0):
@@ -44,6 +45,39 @@ def test_masked_token_is_reproducible_and_predicts_at_least_one_position():
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[1], other[1])
     assert (first[1] != IGNORED).any(1).all()
+
+
+def test_whole_words():
+    """All tokens of a word are chosen or none, as often as tokens are without."""
+    text = "the unbelievable naïve readers re-read 2024 " * 200
+    tokenizer = byte_tokenizer(masked=True)
+    settings = Settings(objective="masked-token", whole_words=True, layers=1, heads=1, width=8, context=500)
+    objective = objective_of(settings, tokenizer)
+    ids = torch.tensor(tokenizer.encode(text).ids)
+    windows = ids[: len(ids) // 501 * 501].view(-1, 501)
+    inputs, targets = objective.pairs(windows, drawn(windows))
+    chosen = targets != IGNORED
+    letters = (windows >= 128) | torch.tensor([chr(i).isalnum() for i in range(256)])[windows]
+    inside = letters[:, 1:-1] & letters[:, :-2]
+    assert (chosen[:, 1:] == chosen[:, :-1])[inside].all() and not chosen.all(1).any()
+    assert 0.1 < chosen.float().mean() < 0.2
+    assert 0.75 < (inputs == objective.mask_token)[chosen].float().mean() < 0.85  # of each token by itself
+    positions = torch.arange(501).expand_as(windows) % 3  # documents of three tokens
+    packed, targets = objective.pairs(windows, drawn(windows), positions)
+    chosen = targets != IGNORED
+    begins = positions[:, 1:-1] == 0
+    assert packed.shape == (len(windows), 2, 500) and torch.equal(packed[:, 1], positions[:, :-1])
+    assert (chosen[:, 1:] == chosen[:, :-1])[inside & ~begins].all()
+    assert not (chosen[:, 1:] == chosen[:, :-1])[inside & begins].all()
+
+
+def test_masks_of_a_real_vocabulary():
+    """Special tokens, whatever their ids, do not replace others."""
+    objective = MaskedToken(20, mask_token=4, special=range(5))
+    windows = torch.full((300, 65), 7)
+    inputs, targets = objective.pairs(windows, drawn(windows))
+    replaced = inputs[(inputs != 7) & (inputs != 4)]
+    assert set(replaced.tolist()) == {5, 6, *range(8, 20)} and (targets[inputs != 7] == 7).all()
 
 
 @pytest.fixture

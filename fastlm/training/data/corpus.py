@@ -18,7 +18,7 @@ from fastlm.training.checkpoints import sha256
 from fastlm.training.data.encode import ByteEncoder, CharEncoder, Encoder, TokenizerEncoder, alphabet_of
 from fastlm.training.data.records import is_records, records
 from fastlm.training.data.shards import TOKENIZER, key_of, prepared, read_parts
-from fastlm.training.data.sources import find_files
+from fastlm.training.data.sources import find_files, text_files
 from fastlm.training.data.texts import characters
 from fastlm.training.data.tokenize import TRAINING, VALIDATION, Plan, Progress, write_parts
 from fastlm.training.data.tokens import Tokens
@@ -88,15 +88,10 @@ def load(
     check_one_of("documents", documents, DOCUMENTS)
     if not val_file:
         check_range("val_fraction", val_fraction, 0, 1, open_left=True)
-    training = find_files("data", paths)
+    training = text_files("data", paths)
     val_files = [val_file] if isinstance(val_file, str | Path) else val_file
     separate = find_files("val_file", val_files if val_file and val_files else [])
-    if not training.found:
-        raise mismatch("data", "at least one file, directory or pattern", "none")
     files = [*training.found, *separate.found]
-    if not any(file.stat().st_size for file in files):
-        got = f"{len(files)} empty file{'s' * (len(files) != 1)}, the first is {files[0]}"
-        raise mismatch("data", "a text that is not empty", got)
     has_records = any(map(is_records, files))
     by_content = not val_file and (documents == "packed" or has_records)
     before = states_of(files)

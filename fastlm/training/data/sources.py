@@ -18,6 +18,18 @@ class Files(NamedTuple):
     skipped: list[Path]  # hidden and binary files that no path names
 
 
+def text_files(argument: str, paths: Iterable[str | Path]) -> Files:
+    """find_files, of a text that must not be empty."""
+    files = find_files(argument, paths)
+    if not files.found:
+        raise mismatch(argument, "at least one file, directory or pattern", "none")
+    if not any(file.stat().st_size for file in files.found):
+        count = len(files.found)
+        got = f"{count} empty file{'s' * (count != 1)}, the first is {files.found[0]}"
+        raise mismatch(argument, "a text that is not empty", got)
+    return files
+
+
 def find_files(argument: str, paths: Iterable[str | Path]) -> Files:
     """Expands directories (recursively) and glob patterns (with `**`) to sorted lists of files.
 
