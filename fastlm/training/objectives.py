@@ -78,11 +78,11 @@ class MaskedToken:
         """Inputs and targets of (batch, tokens + 1) windows.
 
         Args:
-            draws: (3, batch, tokens), random integers of 32 bits.
+            draws: (batch, 3, tokens), random integers of 32 bits.
             positions: like windows: the positions of the tokens in their documents; None: in one stream.
         """
         inputs = windows[:, :-1].contiguous()
-        choice, corruption, replacement = draws
+        choice, corruption, replacement = draws.unbind(1)
         if self.words is not None:
             choice = choice.gather(1, self.word_begins(inputs, positions))
         chosen = choice < int(CHOSEN * 2**32)

@@ -23,7 +23,7 @@ from fastlm.training.data.records import is_records
 from fastlm.training.data.shards import PartWriter
 
 BATCH = 2**20  # bytes or characters that are encoded at once
-ALONE = 2**25  # bytes of text up to which starting other processes takes longer than encoding here
+ALONE = 2**23  # bytes of text up to which starting other processes takes longer than encoding here
 TRAINING, VALIDATION = "training", "validation"
 
 Progress = Callable[[int, int], None]  # (bytes that are encoded, of so many)
