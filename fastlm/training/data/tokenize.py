@@ -6,6 +6,7 @@ order. Memory does not grow with the text.
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from fastlm.core.errors import mismatch
 from fastlm.training.data.documents import Chunk, chunks_of, is_held_out
 from fastlm.training.data.encode import Encoded, Encoder, TokenizerEncoder
 from fastlm.training.data.records import is_records
@@ -124,6 +126,9 @@ def encoded(encoder: Encoder, batches: Iterable[Batch], processes: int) -> Itera
             while waiting:
                 first, future = waiting.popleft()
                 yield first, future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            expected = "as many processes as there is memory for"
+            raise mismatch("threads", expected, f"{processes}, of which one was killed") from None
         finally:
             pool.shutdown(cancel_futures=True)
 

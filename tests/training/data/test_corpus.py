@@ -129,3 +129,13 @@ def test_ids_of_a_tokenizer_are_those_of_the_whole_text(monkeypatch, tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"a\xff")
     with pytest.raises(ValueError, match=r"data: expected UTF-8 text for the tokenizer, got .*, invalid at byte 1"):
         data.load([tmp_path / "binary.txt"], tokenizer=own._tokenizer)
+
+
+def test_texts_without_paragraphs_are_cut_between_words(monkeypatch):
+    monkeypatch.setattr(texts, "CHUNK", 10)
+    words = "word " * 100
+    parts = list(texts.paragraphs([words[i : i + 7] for i in range(0, 500, 7)]))
+    assert "".join(parts) == words and max(map(len, parts)) <= 16 * 10 + 7
+    assert all(part.startswith(" word") and part.endswith("word") for part in parts[1:-1])
+    lines = list(texts.paragraphs(["x" * 1000]))
+    assert "".join(lines) == "x" * 1000 and max(map(len, lines)) <= 16 * 10
