@@ -25,6 +25,7 @@ from fastlm.training.run import Run
 from fastlm.training.settings import TOKENIZERS, Settings
 from fastlm.training.tokenizers import end_of_text_id
 
+DEFAULT_TOKENIZER = "byte"
 TOKENS = "tokens"  # the directory in that of a run
 FILE = "tokenizer.json"
 MAX_NAMED = 5  # skipped files
@@ -54,6 +55,8 @@ def run(
 ) -> None:
     chosen = set_up(device, threads)
     out = checkpoint.prepare(out, overwrite=overwrite)
+    if init is not None and given.tokenizer != DEFAULT_TOKENIZER:
+        raise mismatch("tokenizer", "no value with a model to start from, which has its own", repr(given.tokenizer))
     tokenizer, source = tokenizer_of(given.tokenizer) if init is None else tokenizer_in(init)
     loaded: PretrainedModel | None = None
     if isinstance(tokenizer, Tokenizer):  # what does not fit is an error before the text is tokenized

@@ -274,6 +274,10 @@ def test_train_from_a_decoder(decoder, text_file, tmp_path):
     "arguments, message",
     [
         (["--layers", 2], "layers: expected no value with a model to start from, which has its own, got 2"),
+        (
+            ["--tokenizer", "char"],
+            "tokenizer: expected no value with a model to start from, which has its own, got 'char'",
+        ),
         (["--context", 65], "context: expected at most 64, the context of the model in .*, got 65"),
         (
             ["--objective", "masked-token"],

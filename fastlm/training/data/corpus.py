@@ -16,11 +16,11 @@ from fastlm._version import __version__
 from fastlm.core.errors import mismatch
 from fastlm.training.checkpoints import sha256
 from fastlm.training.data.encode import ByteEncoder, CharEncoder, Encoder, TokenizerEncoder, alphabet_of
+from fastlm.training.data.pipeline import TRAINING, VALIDATION, Plan, Progress, write_parts
 from fastlm.training.data.records import is_records, records
 from fastlm.training.data.shards import TOKENIZER, key_of, prepared, read_parts
 from fastlm.training.data.sources import find_files, text_files
 from fastlm.training.data.texts import characters
-from fastlm.training.data.tokenize import TRAINING, VALIDATION, Plan, Progress, write_parts
 from fastlm.training.data.tokens import Tokens
 from fastlm.training.settings import DOCUMENTS, TOKENIZERS, check_one_of, check_range
 
@@ -106,7 +106,6 @@ def load(
         progress=progress,
         processes=torch.get_num_threads(),
     )
-
     tail = 0.0 if val_file or by_content else val_fraction
 
     def write(folder: Path) -> dict[str, Any]:
@@ -116,7 +115,8 @@ def load(
         parts = write_parts(folder, encoder, plan._replace(record_end=ending.tolist()))
         if changed := [file for file, state in states_of(files).items() if state != before[file]]:
             raise mismatch("data", "files that do not change while they are read", changed[0])
-        check_lengths(*split({name: part["tokens"] for name, part in parts.items()}, tail), context)
+        chosen = "" if not by_content else documents_in_words(parts)
+        check_lengths(*split({name: part["tokens"] for name, part in parts.items()}, tail), context, chosen)
         return {
             "parts": parts,
             "tokenizer_sha256": sha256(folder / TOKENIZER),
@@ -168,17 +168,20 @@ def check_length(corpus: Corpus, context: int) -> None:
     check_lengths(len(corpus.train), len(corpus.validation), context)
 
 
-def check_lengths(train: int, validation: int, context: int) -> None:
-    for argument, count, part in (
-        ("data", train, "training"),
-        ("val_fraction or val_file", validation, "validation"),
+def check_lengths(train: int, validation: int, context: int, chosen: str = "") -> None:
+    """chosen: more about the tokens for validation, for the message."""
+    for argument, count, part, more in (
+        ("data", train, "training", ""),
+        ("val_fraction or val_file", validation, "validation", chosen),
     ):
         if context and count < context + 1:
-            raise mismatch(
-                argument,
-                f"at least {context + 1} tokens for {part} (one context of {context} and the next token)",
-                count,
-            )
+            expected = f"at least {context + 1} tokens for {part} (one context of {context} and the next token)"
+            raise mismatch(argument, expected, f"{count}{more}")
+
+
+def documents_in_words(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    chosen, others = parts[VALIDATION]["documents"], parts[TRAINING]["documents"]
+    return f" in {chosen} of {chosen + others} documents, which are chosen by their content"
 
 
 def encoder_for(tokenizer: str | Tokenizer, files: Sequence[Path], field: str, masked: bool) -> Encoder:

@@ -11,12 +11,12 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from fastlm.core.errors import mismatch
+from fastlm.training.data.encode_worker import encode_texts
 from fastlm.training.data.texts import byte_chunks, characters, paragraphs
+from fastlm.training.data.workers import Encoded, outside_vocabulary
 from fastlm.training.tokenizers import byte_tokenizer, char_tokenizer, vocabulary_size
 
 CODE_POINTS = 0x110000  # of Unicode
-Encoded = tuple[np.ndarray, list[int]]  # the ids of several texts, one after another, and the number of each
 
 
 class Encoder(Protocol):
@@ -104,13 +104,6 @@ class TokenizerEncoder:
 
     def encode(self, chunks: Sequence[str]) -> Encoded:
         try:
-            found = self.tokenizer.encode_batch_fast(list(chunks), add_special_tokens=False)
+            return encode_texts(self.tokenizer, chunks, self.dtype)
         except Exception as error:  # the library raises plain Exception for a character outside the vocabulary
-            raise mismatch("data", "characters of the tokenizer's vocabulary", f"others ({error})") from None
-        lengths = [len(one) for one in found]
-        ids = np.empty(sum(lengths), dtype=self.dtype)
-        end = 0
-        for one, length in zip(found, lengths, strict=True):
-            ids[end : end + length] = one.ids
-            end += length
-        return ids, lengths
+            raise outside_vocabulary(error) from None

@@ -108,6 +108,10 @@ def test_validation_file_shares_the_vocabulary(tmp_path):
             lambda f: data.check_length(data.load([f / "a.txt"]), 8),
             r"val_fraction or val_file: expected at least 9 tokens for validation \(.*\), got 4",
         ),
+        (
+            lambda f: data.load([f / "a.txt"], documents="packed", context=8),
+            r"expected at least 9 tokens for validation \(.*\), got 0 in 0 of 1 documents, which are chosen by their",
+        ),
     ],
 )
 def test_errors(tmp_path, call, message):

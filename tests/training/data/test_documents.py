@@ -13,7 +13,7 @@ import torch
 
 from fastlm.training import data
 from fastlm.training.batches import evaluation_batches, training_batch
-from fastlm.training.data import tokenize
+from fastlm.training.data import pipeline, workers
 from fastlm.training.loop import train
 from fastlm.training.models import build, objective_of
 from fastlm.training.objectives import IGNORED, NextToken
@@ -145,15 +145,14 @@ def test_training_on_packed_documents(tmp_path):
     assert again.losses == train(dataclasses.replace(settings, steps=3), corpus).losses
 
 
-@pytest.mark.slow
 def test_other_processes_give_the_same_ids(tmp_path, monkeypatch):
     rng = random.Random(0)
     file = json_lines(tmp_path / "a.jsonl", [" ".join(rng.choices(WORDS, k=9)) for _ in range(200)])
     (tmp_path / "b.txt").write_text("\n".join(rng.choices(WORDS, k=2000)))
     paths, options = [file, tmp_path / "b.txt"], {"tokenizer": bpe("<|endoftext|>"), "end_of_text": 0}
     expected, seen = data.load(paths, **options), []
-    monkeypatch.setattr(tokenize, "ALONE", 0)
-    monkeypatch.setattr(tokenize, "BATCH", 3000)
+    monkeypatch.setattr(pipeline, "ALONE", 0)
+    monkeypatch.setattr(pipeline, "BATCH", 3000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     corpus = data.load(paths, **options, progress=lambda done, total: seen.append((done, total)))
     for part, other in ((corpus.train, expected.train), (corpus.validation, expected.validation)):
@@ -167,6 +166,29 @@ def test_a_character_outside_the_vocabulary(tmp_path):
     (tmp_path / "a.txt").write_text("b")
     with pytest.raises(ValueError, match="data: expected characters of the tokenizer's vocabulary, got others"):
         data.load([tmp_path / "a.txt"], tokenizer=vocabulary)
+
+
+def test_errors_of_other_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    (tmp_path / "a.txt").write_text("b")
+    with pytest.raises(ValueError, match=r"data: expected characters of the tokenizer's vocabulary, got others \(.*\)"):
+        data.load([tmp_path / "a.txt"], tokenizer=vocabulary)
+    started, start = [], workers.start
+    monkeypatch.setattr(workers, "start", lambda: started.append(start()) or started[-1])
+    encode = workers.Workers.encode
+
+    def encode_in_a_killed_process(self, contents):
+        started[0].kill()
+        started[0].wait()
+        return encode(self, contents)
+
+    monkeypatch.setattr(workers.Workers, "encode", encode_in_a_killed_process)
+    message = "threads: expected as many processes as there is memory for, got 2, of which one was killed"
+    with pytest.raises(ValueError, match=message):
+        data.load([tmp_path / "a.txt"], tokenizer=bpe())
+    assert all(process.poll() is not None for process in started)
 
 
 MEMORY = """

@@ -6,26 +6,20 @@ order. Memory does not grow with the text.
 
 import collections
 import concurrent.futures
-import concurrent.futures.process
-import contextlib
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from fastlm.core.errors import mismatch
 from fastlm.training.data.documents import Chunk, chunks_of, is_held_out
-from fastlm.training.data.encode import Encoded, Encoder, TokenizerEncoder
+from fastlm.training.data.encode import Encoder
 from fastlm.training.data.records import is_records
 from fastlm.training.data.shards import PartWriter
+from fastlm.training.data.workers import Encoded, Workers
 
 BATCH = 2**20  # bytes or characters that are encoded at once
-ALONE = 2**23  # bytes of text up to which starting other processes takes longer than encoding here
+ALONE = 2**22  # bytes of text up to which starting other processes takes longer than encoding here
 TRAINING, VALIDATION = "training", "validation"
 
 Progress = Callable[[int, int], None]  # (bytes that are encoded, of so many)
@@ -112,37 +106,12 @@ def encoded(encoder: Encoder, batches: Iterable[Batch], processes: int) -> Itera
         for batch in batches:
             yield batch, encoder.encode(batch.contents)
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may deadlock
-    with concurrent.futures.ProcessPoolExecutor(
-        processes, context, start_worker, (encoder.tokenizer.to_str(),)
-    ) as pool:
+    with Workers(encoder.tokenizer, encoder.dtype, processes) as workers:
         waiting: collections.deque[tuple[Batch, concurrent.futures.Future[Encoded]]] = collections.deque()
-        try:
-            for batch in batches:
-                waiting.append((batch, pool.submit(encode_there, batch.contents)))
-                if len(waiting) >= 2 * processes:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
+        for batch in batches:
+            waiting.append((batch, workers.submit(batch.contents)))
+            if len(waiting) >= 2 * processes:
                 first, future = waiting.popleft()
                 yield first, future.result()
-        except concurrent.futures.process.BrokenProcessPool:
-            expected = "as many processes as there is memory for"
-            raise mismatch("threads", expected, f"{processes}, of which one was killed") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-encoder_here: TokenizerEncoder  # of a worker process
-
-
-def start_worker(tokenizer: str) -> None:
-    global encoder_here
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that started this one
-    encoder_here = TokenizerEncoder(Tokenizer.from_str(tokenizer))
-
-
-def encode_there(contents: Sequence[str]) -> Encoded:
-    return encoder_here.encode(contents)
+        for first, future in waiting:
+            yield first, future.result()
