@@ -465,7 +465,7 @@ StoredDtype = Annotated[
 @app.command()
 def encode(
     files: Annotated[
-        list[Path], typer.Argument(help="Texts: .jsonl and .parquet by --field, every other file by lines.")
+        list[Path], typer.Argument(help="Texts: .jsonl, .parquet and .arrow by --field, every other file by lines.")
     ],
     model: EncoderModel,
     out: Annotated[Path, typer.Option(help="The safetensors file to write: one tensor, `embeddings`.")],
@@ -523,7 +523,7 @@ def encode(
 @app.command()
 def rerank(
     files: Annotated[
-        list[Path], typer.Argument(help="Texts: .jsonl and .parquet by --field, every other file by lines.")
+        list[Path], typer.Argument(help="Texts: .jsonl, .parquet and .arrow by --field, every other file by lines.")
     ],
     model: EncoderModel,
     query: Annotated[str, typer.Option(help="To which the texts are compared.")],

@@ -137,12 +137,12 @@ def test_training_on_packed_documents(tmp_path):
     texts = [" ".join(rng.choices(["alpha", "bravo", "gamma", "delta"], k=6)) for _ in range(1500)]
     corpus = data.load([json_lines(tmp_path / "a.jsonl", texts)], tokenizer="char", documents="packed")
     settings = Settings(
-        layers=2, heads=2, width=32, context=48, batch=8, steps=150, lr=3e-3, min_lr=3e-4, warmup=10, documents="packed"
+        layers=1, heads=2, width=32, context=48, batch=8, steps=40, lr=1e-2, min_lr=1e-3, warmup=5, documents="packed"
     )
     result = train(settings, corpus)
-    assert result.val_loss < 0.5  # the entropy is log(4) / 6 = 0.23; that of a single character is more than 2
-    again = train(dataclasses.replace(settings, steps=3), corpus)
-    assert again.losses == train(dataclasses.replace(settings, steps=3), corpus).losses
+    assert result.val_loss < 1.5 < 2.4 < result.losses[0]  # 2.46 is the entropy of a character
+    again = train(dataclasses.replace(settings, decay_steps=40, steps=5), corpus)
+    assert again.losses == result.losses[:5]
 
 
 def test_other_processes_give_the_same_ids(tmp_path, monkeypatch):
