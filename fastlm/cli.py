@@ -88,6 +88,9 @@ Model = Annotated[
         help="Directory with config.json, weights and tokenizer: from `fastlm train`, or in Hugging Face's format."
     ),
 ]
+Field = Annotated[
+    str, typer.Option(help="The field of JSON lines, or the column of Parquet and Arrow, with the texts.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model in --out, if there is one.")]
 Temperature = Annotated[
     float, typer.Option(help="Values below 1 sharpen the distribution, above 1 flatten it; 0: greedy decoding.")
@@ -154,7 +157,8 @@ def train(
         list[Path] | None,
         typer.Argument(
             metavar="PATH",
-            help="Files, directories or glob patterns, read in this order as one text.",
+            help="Files, directories or glob patterns, read in this order. Of .jsonl, .parquet and .arrow files and of "
+            "folders that `datasets` saved, every record is a document; every other file is one.",
             show_default=False,
         ),
     ] = None,
@@ -193,9 +197,30 @@ def train(
     tokenizer: Annotated[
         str,
         typer.Option(
-            metavar="byte|char", help="byte: 256 tokens, for any file; char: one token per character of a UTF-8 text."
+            metavar="byte|char|PATH",
+            help="byte: 256 tokens, for any file; char: one token per character of a UTF-8 text; or a tokenizer.json, "
+            "or a directory with one: from `fastlm tokenizer train`, or in Hugging Face's format.",
         ),
     ] = "byte",
+    field: Field = "text",
+    documents: Annotated[
+        str,
+        typer.Option(
+            metavar="stream|packed",
+            help="stream: documents are one text; packed: attention does not cross their boundaries.",
+        ),
+    ] = DEFAULT.documents,
+    whole_words: Annotated[
+        bool, typer.Option("--whole-words", help="With masked-token: mask all tokens of a word, or none.")
+    ] = DEFAULT.whole_words,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Directory for token ids, to use them for several runs; default: `tokens` in that of the run.",
+            show_default=False,
+        ),
+    ] = None,
     init: Annotated[
         Path | None,
         typer.Option(
@@ -212,7 +237,11 @@ def train(
         ),
     ] = DEFAULT.objective,
     val_fraction: Annotated[
-        float, typer.Option(help="Fraction at the end of the text that is used for validation.")
+        float,
+        typer.Option(
+            help="Fraction for validation: the end of the text, or with records or --documents packed that fraction of "
+            "the documents, by a hash of their content."
+        ),
     ] = 0.1,
     val_file: Annotated[
         Path | None, typer.Option(help="A separate text for validation, used instead of --val-fraction.")
@@ -299,6 +328,8 @@ def train(
         return
     settings = Settings(
         objective=objective,
+        documents=documents,
+        whole_words=whole_words,
         layers=layers,
         heads=heads,
         width=width,
@@ -322,16 +353,52 @@ def train(
         keep=keep,
     )
     train.run(
-        [*(data or []), *(paths or [])],
+        train.Data([*(data or []), *(paths or [])], tokenizer, field, val_fraction, val_file, cache),
         settings,
-        tokenizer=tokenizer,
         init=init,
-        val_fraction=val_fraction,
-        val_file=val_file,
         out=out,
         overwrite=overwrite,
         device=device,
         threads=threads,
+    )
+
+
+tokenizer_app = typer.Typer(cls=OneLineErrors, rich_markup_mode="rich")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@tokenizer_app.callback(invoke_without_command=True)
+def tokenizer_group(ctx: typer.Context) -> None:
+    """Train a tokenizer."""
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+@tokenizer_app.command("train")
+def train_tokenizer(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", help="The text, as for `fastlm train`.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for tokenizer.json and tokenizer_config.json.")],
+    kind: Annotated[
+        str,
+        typer.Option(metavar="bpe|wordpiece", help="bpe: byte-level BPE, as GPT-2's; wordpiece: as BERT's."),
+    ] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens, special ones included.")] = 8192,
+    lowercase: Annotated[
+        bool, typer.Option("--lowercase", help="With wordpiece: lowercase the text and remove accents.")
+    ] = False,
+    field: Field = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer in --out, if any.")] = False,
+) -> None:
+    """Train a tokenizer on text.
+
+    `fastlm train --tokenizer DIR` and transformers' AutoTokenizer read it.
+    """
+    from fastlm.commands import tokenizer
+
+    tokenizer.run(
+        paths, kind=kind, vocab_size=vocab_size, lowercase=lowercase, field=field, out=out, overwrite=overwrite
     )
 
 
@@ -385,7 +452,6 @@ def convert(
 EncoderModel = Annotated[
     Path, typer.Option(help="Directory with config.json, weights and tokenizer in Hugging Face's format.")
 ]
-Field = Annotated[str, typer.Option(help="The field of JSON lines, or the column of Parquet, with the texts.")]
 MaxLength = Annotated[
     int | None, typer.Option(help="Number of tokens to which longer texts are truncated; default: the model's.")
 ]
@@ -399,7 +465,7 @@ StoredDtype = Annotated[
 @app.command()
 def encode(
     files: Annotated[
-        list[Path], typer.Argument(help="Texts: .jsonl and .parquet by --field, every other file by lines.")
+        list[Path], typer.Argument(help="Texts: .jsonl, .parquet and .arrow by --field, every other file by lines.")
     ],
     model: EncoderModel,
     out: Annotated[Path, typer.Option(help="The safetensors file to write: one tensor, `embeddings`.")],
@@ -457,7 +523,7 @@ def encode(
 @app.command()
 def rerank(
     files: Annotated[
-        list[Path], typer.Argument(help="Texts: .jsonl and .parquet by --field, every other file by lines.")
+        list[Path], typer.Argument(help="Texts: .jsonl, .parquet and .arrow by --field, every other file by lines.")
     ],
     model: EncoderModel,
     query: Annotated[str, typer.Option(help="To which the texts are compared.")],

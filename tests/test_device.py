@@ -198,12 +198,12 @@ def test_warm_up_changes_no_state(on_meta, corpus):
     assert not trainer.pending_losses and all(p.grad is None for p in trainer.parameters)
 
 
-def test_gpu_out_of_memory_is_a_one_line_error(monkeypatch, text_file):
-    def build(*arguments):
+def test_gpu_out_of_memory_is_a_one_line_error(monkeypatch, text_file, tmp_path):
+    def build(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(train, "build", build)
-    result = CliRunner().invoke(app, ["train", "--data", str(text_file)])
+    result = CliRunner().invoke(app, ["train", "--data", str(text_file), "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert (
         result.stderr

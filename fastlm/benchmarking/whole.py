@@ -22,6 +22,7 @@ from fastlm.models.language_model import LanguageModel
 from fastlm.models.layers import RECOMPUTE
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.baseline_bert import PlainBert
+from fastlm.training.data.order import draws
 from fastlm.training.loop import Loss, Trainer
 from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
@@ -86,7 +87,7 @@ class Subject:
         """(inputs, targets)."""
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocabulary, (self.batch, self.context + 1), generator=generator)
-        return self.objective().pairs(tokens, generator)
+        return self.objective().pairs(tokens, draws(0, 0, range(self.batch), self.context))
 
     def flops(self) -> float:
         """The least that a step takes.

@@ -4,6 +4,7 @@ It compares fastlm with plain PyTorch, trains, generates a sample and saves the 
 """
 
 import dataclasses
+import itertools
 import sysconfig
 import threading
 import time
@@ -24,6 +25,7 @@ from fastlm.generation import Tokenizer
 from fastlm.models import GPT2LMHeadModel
 from fastlm.training import checkpoint, data
 from fastlm.training.baseline import PlainGPT2
+from fastlm.training.batches import evaluation_batches, training_batch
 from fastlm.training.curve import draw_losses
 from fastlm.training.loop import Trainer, stop_requests
 from fastlm.training.models import build_gpt2
@@ -111,10 +113,7 @@ def train(model: GPT2LMHeadModel, settings: Settings, corpus: data.Corpus, secon
             say()
             say(f"2. Training with fastlm for {seconds:.0f} seconds")
             speed = keep_training(ours, settings, batches, losses, seconds, stop)
-    pairs = [
-        NextToken().pairs(w)
-        for w in data.spread_windows(corpus.validation, settings.context + 1, settings.batch, max_tokens=2**14)
-    ]
+    pairs = evaluation_batches(corpus.validation, settings, NextToken(), max_tokens=2**14)
     return DemoResult(compared, losses, ours.evaluate(pairs), speed, stop.is_set())
 
 
@@ -133,10 +132,8 @@ def standard_library() -> list[Path]:
 
 
 def training_batches(settings: Settings, corpus: data.Corpus) -> Batches:
-    generator = torch.Generator().manual_seed(settings.seed)
-    while True:
-        windows = data.random_windows(corpus.train, settings.context + 1, settings.batch, generator)
-        yield NextToken().pairs(windows, generator)
+    for step in itertools.count():
+        yield training_batch(corpus.train, settings, NextToken(), step)
 
 
 def compare(ours: Trainer, settings: Settings, batches: Batches, stop: threading.Event) -> Comparison:

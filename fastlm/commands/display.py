@@ -1,11 +1,20 @@
 """Output of the commands: plain lines, and a progress bar with loss, tokens/s and remaining time."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from fastlm.training.loop import Report
 
@@ -26,6 +35,27 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
     return quantity(torch.get_num_threads(), "thread") if device.type == "cpu" else str(device)
+
+
+@contextlib.contextmanager
+def byte_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that is shown as soon as there is progress, and removed at the end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("remaining"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task: list[TaskID] = []
+
+        def show(done: int, total: int) -> None:
+            task[:] = task or [progress.add_task(name, total=total)]
+            progress.update(task[0], completed=done)
+
+        yield show
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
-"""Reads the texts of `fastlm encode` and `fastlm rerank`: lines, a field of JSON lines, a column of Parquet."""
+"""Reads the texts of `fastlm encode` and `fastlm rerank`: lines, or a field of records."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from fastlm.core.errors import did_you_mean, mismatch, shown
+from fastlm.core.errors import mismatch
+from fastlm.training.data.records import is_records, records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +25,13 @@ def read(files: Sequence[Path], field: str) -> Texts:
     starts = []
     for file in files:
         starts.append((file, len(texts)))
-        texts += READERS.get(file.suffix.lower(), lines)(file, field)
+        texts += [record.text for record in records(file, field)] if is_records(file) else lines(file)
     if not texts:
         raise mismatch("files", "at least one text", f"none in {', '.join(map(str, files))}")
     return Texts(texts, starts)
 
 
-def lines(file: Path, field: str) -> list[str]:
+def lines(file: Path) -> list[str]:
     data = file.read_bytes()
     try:
         content = data.decode("utf-8-sig")
@@ -42,55 +42,3 @@ def lines(file: Path, field: str) -> list[str]:
     if not found[-1]:
         found.pop()
     return [line.removesuffix("\r") for line in found]
-
-
-def json_lines(file: Path, field: str) -> list[str]:
-    found = []
-    for number, line in enumerate(lines(file, field), 1):
-        place = f"{file}:{number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise mismatch(place, "a JSON object", f"invalid JSON ({error})") from None
-        if not isinstance(entry, dict):
-            raise mismatch(place, "a JSON object", shown(entry))
-        if field not in entry:
-            raise no_field(place, field, list(entry))
-        if not isinstance(entry[field], str):
-            raise mismatch(place, f"a string in the field {field!r}", shown(entry[field]))
-        found.append(entry[field])
-    return found
-
-
-def parquet(file: Path, field: str) -> list[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        expected = "an installation with pyarrow (pip install 'fastlm[parquet]')"
-        raise mismatch(str(file), expected, "one without") from None
-    with open(file, "rb"):  # its errors are one line
-        pass
-    try:
-        names = parquet.read_schema(file).names
-        if field not in names:
-            raise no_field(str(file), field, names)
-        found = parquet.read_table(file, columns=[field]).column(0).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file}: damaged or not a Parquet file ({error})") from None
-    for number, text in enumerate(found, 1):
-        if not isinstance(text, str):
-            raise mismatch(f"{file}:{number}", f"a string in the column {field!r}", shown(text))
-    return found
-
-
-def no_field(place: str, field: str, names: list[str]) -> ValueError:
-    near = did_you_mean(field, names)
-    return mismatch(place, f"the field {field!r} (--field names another)", f"{', '.join(names[:20]) or 'none'}{near}")
-
-
-READERS: dict[str, Callable[[Path, str], list[str]]] = {
-    ".jsonl": json_lines,
-    ".ndjson": json_lines,
-    ".parquet": parquet,
-}

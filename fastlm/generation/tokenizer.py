@@ -70,6 +70,19 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     return Tokenizer(read(directory, options), mask)
 
 
+def load_tokenizer_file(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a file of the format of tokenizer.json.
+
+    Raises:
+        ValueError: the file is damaged; the message is one line that names it.
+    """
+    try:
+        found = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path}: the tokenizer could not be read ({error})") from None
+    return Tokenizer(found).tokenizer
+
+
 def read(directory: Path, options: dict) -> tokenizers.Tokenizer:
     tokenizer_json, vocab_json, merges, word_pieces = (
         stored(directory, name) for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")

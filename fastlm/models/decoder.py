@@ -5,7 +5,7 @@ Residual additions are fused into the norms: each sub-block returns its output a
 the next norm adds and normalises in one pass over memory.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,18 @@ from fastlm.models.cache import KVCache
 from fastlm.models.decode_step import decode_step, forwards_of, is_part
 from fastlm.models.decoder_config import ACTIVATIONS, DecoderConfig
 from fastlm.models.language_model import LanguageModel
-from fastlm.models.layers import Embedding, FeedForward, Linear, RMSNorm, embed_tokens, merge_heads, split_heads
+from fastlm.models.layers import (
+    Embedding,
+    FeedForward,
+    Linear,
+    RMSNorm,
+    attention_packed,
+    embed_tokens,
+    merge_heads,
+    split_heads,
+)
 from fastlm.models.outputs import HeadOutput, ModelOutput
+from fastlm.models.packing import check_alone, check_cu_seqlens, positions_of
 from fastlm.models.rope import Rope
 from fastlm.ops.attention import attention
 from fastlm.ops.decoder_layer import Layer
@@ -51,7 +61,14 @@ class DecoderAttention(nn.Module):
         self.scale, self.softcap = config.scale(), config.score_softcap()
         self.pdrop, self.rotates = config.attention_dropout, config.rotates(layer)
 
-    def forward(self, x: Tensor, tables: Tables, key_padding: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        tables: Tables,
+        key_padding: Tensor | None,
+        cache: KVCache | None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         query = split_heads(self.q_proj(x), self.num_heads)
         key, value = (split_heads(project(x), self.num_kv_heads) for project in (self.k_proj, self.v_proj))
         if self.query_key_norm:
@@ -60,18 +77,19 @@ class DecoderAttention(nn.Module):
             query, key = rotary(query, key, *tables)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
-        context = attention(
-            query,
-            key,
-            value,
-            causal=True,
-            window=self.window,
+        options: dict[str, Any] = {
+            "causal": True,
+            "window": self.window,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "dropout_p": self.pdrop if self.training else 0.0,
+        }
+        if cu_seqlens is not None:
+            context = attention_packed(query, key, value, cu_seqlens, **options)
+        else:
             # A cache with a window returns the last keys only.
-            key_padding=key_padding if key_padding is None else key_padding[:, -key.shape[2] :],
-            scale=self.scale,
-            softcap=self.softcap,
-            dropout_p=self.pdrop if self.training else 0.0,
-        )
+            key_padding = key_padding if key_padding is None else key_padding[:, -key.shape[2] :]
+            context = attention(query, key, value, key_padding=key_padding, **options)
         return self.o_proj(merge_heads(context))
 
 
@@ -113,7 +131,13 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm = norm_of(width, config)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, tables: Tables, key_padding: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        tables: Tables,
+        key_padding: Tensor | None,
+        cache: KVCache | None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns (x, residual) for the next layer.
 
@@ -122,7 +146,7 @@ class DecoderLayer(nn.Module):
             residual: the residual sum; None for the first layer.
         """
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, tables, key_padding, cache)
+        x = self.self_attn(x, tables, key_padding, cache, cu_seqlens)
         if not self.output_norms:
             x, residual = self.post_attention_layernorm(x, residual)
             return self.mlp(x), residual
@@ -209,6 +233,7 @@ class DecoderModel(DecoderPretrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> ModelOutput:
         """The arguments have Hugging Face's names and meaning.
 
@@ -218,6 +243,9 @@ class DecoderModel(DecoderPretrainedModel):
             attention_mask: (batch, cached tokens + tokens), 0 at padding.
             position_ids: (batch, tokens); None: positions continue from the length of the cache, padding included.
             use_cache: allocate a cache with the capacity of the context.
+            cu_seqlens: (sequences + 1,), int32 or int64: 0, then where each of the packed sequences ends in
+                batch · tokens; each row begins with a new one. Attention does not cross the boundaries, and
+                position_ids count from them if they are None. Excludes padding and the cache.
         """
         config, weight = self.config, self.embed_tokens.weight
         if past_key_values is not None and not isinstance(past_key_values, KVCache):
@@ -226,6 +254,10 @@ class DecoderModel(DecoderPretrainedModel):
         past = past_key_values.length if past_key_values is not None else 0
         context = config.max_position_embeddings
         batch, tokens = inputs.check_tokens(input_ids, inputs_embeds, weight, past, context)
+        if cu_seqlens is not None:
+            check_alone(past_key_values=past_key_values, attention_mask=attention_mask, use_cache=use_cache)
+            cu_seqlens = check_cu_seqlens(cu_seqlens, batch, tokens, weight.device)
+            position_ids = positions_of(cu_seqlens, batch, tokens) if position_ids is None else position_ids
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=weight.device)[None]
         else:
@@ -248,7 +280,7 @@ class DecoderModel(DecoderPretrainedModel):
         else:
             residual = None
             for layer, own_tables in zip(self.layers, of_layers, strict=True):
-                x, residual = self.run_layer(layer, x, residual, own_tables, key_padding, cache)
+                x, residual = self.run_layer(layer, x, residual, own_tables, key_padding, cache, cu_seqlens)
         x, _ = self.norm(x, residual)
         if cache is not None:
             cache.length += tokens
@@ -298,6 +330,7 @@ class CausalLM(DecoderPretrainedModel, LanguageModel):
         labels: Tensor | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
+        cu_seqlens: Tensor | None = None,
     ) -> HeadOutput:
         """The arguments of DecoderModel, and:
 
@@ -307,8 +340,10 @@ class CausalLM(DecoderPretrainedModel, LanguageModel):
         logits_to_keep: compute the logits of this many last positions only; 0: of all.
         """
         logits_to_keep = check_integer("logits_to_keep", logits_to_keep, "an integer of 0 or more", range(2**63))
-        hidden = self.model(input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache)
-        return self.project(hidden, self.output_weight(hidden), labels, logits_to_keep)
+        hidden = self.model(
+            input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache, cu_seqlens
+        )
+        return self.project(hidden, self.output_weight(hidden), labels, logits_to_keep, cu_seqlens)
 
     def output_weight(self, hidden: ModelOutput) -> Tensor:
         return self.output_projection(self.lm_head.weight, self.model.embed_tokens, hidden)

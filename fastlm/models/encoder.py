@@ -31,7 +31,7 @@ from fastlm.models.layers import (
     loss_and_logits,
 )
 from fastlm.models.outputs import HeadOutput, ModelOutput
-from fastlm.models.packing import Gather, Packed, Scatter, packed
+from fastlm.models.packing import Gather, Packed, Scatter, check_alone, check_cu_seqlens, packed, positions_of
 from fastlm.models.rope import Rope
 
 NUM_DISTANCES, FURTHEST = 32, 128  # of relative positions
@@ -229,6 +229,7 @@ class EncoderModel(Encoder):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> ModelOutput:
         """The arguments have Hugging Face's names and meaning.
 
@@ -237,12 +238,15 @@ class EncoderModel(Encoder):
             attention_mask: (batch, tokens), 0 at padding. Every row has a real token.
             token_type_ids: (batch, tokens), of families with token types; None: all 0.
             position_ids: (batch, tokens); None: as the family counts them.
+            cu_seqlens: (sequences + 1,), int32 or int64: 0, then where each of the packed sequences ends in
+                batch · tokens; each row begins with a new one. Attention does not cross the boundaries, and positions
+                count from them. Excludes attention_mask.
 
         Returns:
             An output with last_hidden_state (batch, tokens, hidden_size), 0 at padding; and pooler_output, if the
             model has a pooler.
         """
-        hidden = self.run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        hidden = self.run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seqlens)
         pooled = None if self.pooler_path is None else self.pool(hidden)
         return ModelOutput(hidden.padded(hidden.x), pooled)
 
@@ -256,6 +260,7 @@ class EncoderModel(Encoder):
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
+        cu_seqlens: Tensor | None = None,
     ) -> Hidden:
         config, layout = self.config, self.config.layout
         words = part(self, layout.words)
@@ -266,6 +271,14 @@ class EncoderModel(Encoder):
                 raise mismatch("token_type_ids", f"None, as {config.model_type} has no token types", "a tensor")
             below = config.type_vocab_size
             inputs.check_ids("token_type_ids", token_type_ids, below=below, device=device, shape=(batch, tokens))
+        if cu_seqlens is not None:
+            check_alone(attention_mask=attention_mask)
+            if layout.relative_bias is not None:
+                raise mismatch("cu_seqlens", f"None, as {config.model_type} has relative positions", "a tensor")
+            cu_seqlens = check_cu_seqlens(cu_seqlens, batch, tokens, device)
+            if position_ids is None:
+                first = config.pad_token_id + 1 if layout.positions_after_padding else 0
+                position_ids = positions_of(cu_seqlens, batch, tokens) + first
         if position_ids is not None:
             below = config.max_position_embeddings
             inputs.check_ids("position_ids", position_ids, below=below, device=device, shape=(batch, tokens))
@@ -273,6 +286,8 @@ class EncoderModel(Encoder):
             position_ids = positions_after_padding(config.pad_token_id, input_ids, tokens, device)
         mask = inputs.key_padding_mask(attention_mask, batch, tokens, device)
         padding = self.pack(mask, input_ids if inputs_embeds is None else inputs_embeds)
+        if cu_seqlens is not None:
+            padding = Packed(cu_seqlens, torch.arange(batch * tokens, device=device), batch, tokens)
 
         tables = {kind: self.tables(rope, position_ids, tokens, padding) for kind, rope in self.ropes.items()}
         if isinstance(padding, Packed):
@@ -438,6 +453,7 @@ class TokenHead(EncoderWithHead):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> HeadOutput:
         """The arguments of EncoderModel, and labels: (batch, tokens), or -100 where there is none. Labels at padding
         are ignored.
@@ -447,7 +463,7 @@ class TokenHead(EncoderWithHead):
             with labels it is computed without materialising the logits, which are then None, and the head runs on the
             labelled tokens only.
         """
-        hidden = self.base_model.run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        hidden = self.base_model.run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seqlens)
         x = hidden.x
         if labels is not None:
             padding = hidden.padding

@@ -24,12 +24,14 @@ from fastlm.models.layers import (
     FeedForward,
     LayerNorm,
     Linear,
+    attention_packed,
     embed,
     embed_tokens,
     merge_heads,
     split_heads,
 )
 from fastlm.models.outputs import HeadOutput, ModelOutput
+from fastlm.models.packing import check_alone, check_cu_seqlens, positions_of
 from fastlm.ops.attention import attention
 from fastlm.ops.decoder_layer import Layer
 from fastlm.ops.gelu_mlp import gelu_mlp
@@ -45,12 +47,19 @@ class GPT2Attention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x: Tensor, key_padding: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, key_padding: Tensor | None, cache: KVCache | None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (3, -1)).unbind(-2)  # views: attention takes strided inputs
         query, key, value = (split_heads(part, self.num_heads) for part in qkv)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
         dropout_p = self.pdrop if self.training else 0.0
+        if cu_seqlens is not None:
+            context = attention_packed(
+                query, key, value, cu_seqlens, causal=True, scale=self.scale, dropout_p=dropout_p
+            )
+            return self.c_proj(merge_heads(context))
         context = attention(
             query, key, value, causal=True, key_padding=key_padding, scale=self.scale, dropout_p=dropout_p
         )
@@ -88,7 +97,12 @@ class GPT2Block(nn.Module):
         self.pdrop = config.resid_pdrop
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, key_padding: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        key_padding: Tensor | None = None,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns (x, residual) for the next block.
 
@@ -98,7 +112,7 @@ class GPT2Block(nn.Module):
         """
         dropout_p = self.pdrop if self.training else 0.0
         x, residual = self.ln_1(x, residual, dropout_p if residual is not None else 0.0)
-        x, residual = self.ln_2(self.attn(x, key_padding, cache), residual, dropout_p)
+        x, residual = self.ln_2(self.attn(x, key_padding, cache, cu_seqlens), residual, dropout_p)
         return self.mlp(x), residual
 
     def describe(self) -> tuple[int, Layer] | None:
@@ -170,6 +184,7 @@ class GPT2Model(GPT2PretrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> ModelOutput:
         """The arguments have Hugging Face's names and meaning.
 
@@ -180,6 +195,9 @@ class GPT2Model(GPT2PretrainedModel):
             token_type_ids: (batch, tokens), embedded with the token embedding.
             position_ids: (batch, tokens); None: positions continue from the length of the cache, padding included.
             use_cache: allocate a cache with the capacity of the context.
+            cu_seqlens: (sequences + 1,), int32 or int64: 0, then where each of the packed sequences ends in
+                batch · tokens; each row begins with a new one. Attention does not cross the boundaries, and
+                position_ids count from them if they are None. Excludes padding and the cache.
         """
         if past_key_values is not None and not isinstance(past_key_values, KVCache):
             raise wrong_type("past_key_values", "a KVCache", past_key_values)
@@ -187,6 +205,10 @@ class GPT2Model(GPT2PretrainedModel):
         past = past_key_values.length if past_key_values is not None else 0
         batch, tokens = inputs.check_tokens(input_ids, inputs_embeds, self.wte.weight, past, self.config.n_positions)
         device, shape = self.wte.weight.device, (batch, tokens)
+        if cu_seqlens is not None:
+            check_alone(past_key_values=past_key_values, attention_mask=attention_mask, use_cache=use_cache)
+            cu_seqlens = check_cu_seqlens(cu_seqlens, batch, tokens, device)
+            position_ids = positions_of(cu_seqlens, batch, tokens) if position_ids is None else position_ids
         if position_ids is not None:
             inputs.check_ids("position_ids", position_ids, below=self.config.n_positions, device=device, shape=shape)
         key_padding = inputs.key_padding_mask(attention_mask, batch, past + tokens, device)
@@ -207,7 +229,7 @@ class GPT2Model(GPT2PretrainedModel):
             x, residual = stepped
         else:
             for block in self.h:
-                x, residual = self.run_layer(block, x, residual, key_padding, cache)
+                x, residual = self.run_layer(block, x, residual, key_padding, cache, cu_seqlens)
         x, _ = self.ln_f(x, residual, self.config.resid_pdrop if self.training else 0.0)
         if cache is not None:
             cache.length += tokens
@@ -241,6 +263,7 @@ class GPT2LMHeadModel(GPT2PretrainedModel, LanguageModel):
         labels: Tensor | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
+        cu_seqlens: Tensor | None = None,
     ) -> HeadOutput:
         """The arguments of GPT2Model, and:
 
@@ -251,9 +274,16 @@ class GPT2LMHeadModel(GPT2PretrainedModel, LanguageModel):
         """
         logits_to_keep = check_integer("logits_to_keep", logits_to_keep, "an integer of 0 or more", range(2**63))
         hidden = self.transformer(
-            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache
+            input_ids,
+            past_key_values,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            use_cache,
+            cu_seqlens,
         )
-        return self.project(hidden, self.output_weight(hidden), labels, logits_to_keep)
+        return self.project(hidden, self.output_weight(hidden), labels, logits_to_keep, cu_seqlens)
 
     def output_weight(self, hidden: ModelOutput) -> Tensor:
         return self.output_projection(self.lm_head.weight, self.transformer.wte, hidden)

@@ -8,6 +8,7 @@ from fastlm.models.base import PretrainedModel
 from fastlm.models.decoding import generate
 from fastlm.models.layers import loss_and_logits
 from fastlm.models.outputs import HeadOutput, ModelOutput
+from fastlm.models.packing import positions_of
 
 
 class LanguageModel(PretrainedModel):
@@ -37,8 +38,18 @@ class LanguageModel(PretrainedModel):
         """
         raise NotImplementedError
 
-    def project(self, hidden: ModelOutput, weight: Tensor, labels: Tensor | None, logits_to_keep: int) -> HeadOutput:
-        """Logits of the next tokens, or their loss: the logits at position i are compared with label i + 1."""
+    def project(
+        self,
+        hidden: ModelOutput,
+        weight: Tensor,
+        labels: Tensor | None,
+        logits_to_keep: int,
+        cu_seqlens: Tensor | None = None,
+    ) -> HeadOutput:
+        """Logits of the next tokens, or their loss: the logits at position i are compared with label i + 1.
+
+        With packed sequences the last token of each predicts nothing.
+        """
         x = hidden.last_hidden_state
         if labels is not None:
             inputs.check_ids(
@@ -49,6 +60,8 @@ class LanguageModel(PretrainedModel):
                 shape=tuple(x.shape[:2]),
                 ignore_index=inputs.IGNORE_INDEX,
             )
+            if cu_seqlens is not None:
+                labels = labels.masked_fill(positions_of(cu_seqlens, *labels.shape) == 0, inputs.IGNORE_INDEX)
             labels = F.pad(labels[:, 1:], (0, 1), value=inputs.IGNORE_INDEX)
         elif logits_to_keep:
             x = x[:, -logits_to_keep:]

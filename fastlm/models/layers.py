@@ -1,10 +1,13 @@
 """Layers shared by all models. Parameters have Hugging Face's names and shapes; fastlm's operators compute."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlm.core.tracing import needs_custom_op
+from fastlm.ops.attention import attention_varlen
 from fastlm.ops.layernorm_residual import layernorm_residual
 from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
@@ -148,6 +151,22 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """The inverse of split_heads. A view if x has the layout that split_heads returns."""
     return x.transpose(1, 2).flatten(2)
+
+
+def attention_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
+    """fastlm.attention within each sequence of packed rows.
+
+    Args:
+        query, key, value: (batch, heads, tokens, head_dim), as split_heads returns them.
+        cu_seqlens: (sequences + 1,), int32: where the sequences end in batch · tokens.
+
+    Returns:
+        Like query, with the layout that split_heads returns.
+    """
+    batch = query.shape[0]
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (rows, heads, head_dim)
+    context: Tensor = attention_varlen(query, key, value, cu_seqlens, cu_seqlens, **options)
+    return context.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def loss_and_logits(

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fastlm.models.checkpoint import read_file, writing
 from fastlm.models.config import CONFIG
 from fastlm.training.checkpoint import CHECKPOINTS, STEP, one_line, saved_in, step_of, versions, write_json, write_model
 
-FORMAT = 1  # of a checkpoint and of run.json; a change that older code cannot read needs the next number
+FORMAT = 2  # of a checkpoint and of run.json; a change that older code cannot read needs the next number
 PARTIAL = ".partial-"  # the name of a directory that is not complete begins with it
 TENSORS, METRICS, SUMS = "training.safetensors", "training.json", "SHA256SUMS"
 NEEDED = {CONFIG, "model.safetensors", "tokenizer.json", TENSORS, METRICS}
@@ -244,11 +244,6 @@ def sha256(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def sums_of(files: Sequence[Path]) -> dict[str, str]:
-    """The SHA-256 of files by their absolute paths."""
-    return {str(file.absolute()): sha256(file) for file in files}
 
 
 def check_unchanged(argument: str, sums: Mapping[str, str]) -> None:

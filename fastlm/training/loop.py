@@ -15,8 +15,9 @@ from fastlm.core.errors import mismatch
 from fastlm.device import choose_device
 from fastlm.models.base import PretrainedModel
 from fastlm.optim import AdamW
+from fastlm.training.batches import evaluation_batches, training_batch
 from fastlm.training.checkpoints import Checkpoints, Evaluation, Saved
-from fastlm.training.data import Corpus, check_length, random_windows, spread_windows
+from fastlm.training.data import Corpus, check_length
 from fastlm.training.models import build, objective_of
 from fastlm.training.schedule import learning_rate
 from fastlm.training.settings import Settings
@@ -176,8 +177,8 @@ def train(
     SIGINT (Ctrl-C) and SIGTERM stop training after the current step; the result is that of the steps until then. If
     there are `checkpoints`, one is saved before the last evaluation. A second signal raises KeyboardInterrupt after it.
 
-    The batch of a step depends on the seed and the number of the step only, not on evaluations or checkpoints. All that
-    the next step depends on is in a checkpoint, so that a run that goes on from it gives the same bits.
+    The batch of a step is a function of the seed and the number of the step (data/order.py). All else that the next
+    step depends on is in a checkpoint, so that a run that goes on from it gives the same bits.
 
     Args:
         model: any module, trained on the device it is on; None: a fastlm model for the settings, on a GPU if available.
@@ -192,25 +193,19 @@ def train(
     objective = objective_of(settings, corpus.tokenizer)
     model = model or build(settings, corpus.tokenizer).to(choose_device())
     trainer = Trainer(model, settings, loss or objective.loss, native=native)
-    length = settings.context + 1
     evaluation_pairs = [
-        [
-            objective.pairs(w, torch.Generator().manual_seed(i))
-            for i, w in enumerate(spread_windows(ids, length, settings.batch))
-        ]
-        for ids in (corpus.train, corpus.validation)
+        list(evaluation_batches(tokens, settings, objective)) for tokens in (corpus.train, corpus.validation)
     ]
     losses: list[float] = []
     evaluations: list[Evaluation] = []
     began = elapsed = 0.0
     trainer.warm_up()
-    generator = torch.Generator().manual_seed(settings.seed)  # for batches
     torch.manual_seed(settings.seed)  # for dropout
     if start is not None:
         tensors = start.tensors()
         losses, evaluations, elapsed = tensors[LOSSES].tolist(), list(start.evaluations), start.seconds
         trainer.load_optimizer_state(tensors)
-        set_generator_states(generator, trainer.device, tensors)
+        set_generator_states(trainer.device, tensors)
     if checkpoints is not None:
         checkpoints.copy(model, trainer.optimizer_state())  # allocates: otherwise the first save waits for new pages
     started = saved = len(losses)  # steps; the losses of the last ones may not have been read yet
@@ -238,7 +233,7 @@ def train(
         nonlocal saved
         if checkpoints is None or saved == started:
             return
-        tensors = trainer.optimizer_state() | generator_states(generator, trainer.device)
+        tensors = trainer.optimizer_state() | generator_states(trainer.device)
         tensors[LOSSES] = torch.tensor(losses, dtype=torch.float64)
         assert isinstance(model, PretrainedModel)
         checkpoints.save(started, model, tensors, {"seconds": elapsed, "evaluations": list(evaluations)})
@@ -260,9 +255,7 @@ def train(
                 save()
             if not trainer.pending_losses:
                 began = time.perf_counter()
-            inputs, targets = objective.pairs(
-                random_windows(corpus.train, length, settings.batch, generator), generator
-            )
+            inputs, targets = training_batch(corpus.train, settings, objective, started)
             trainer.begin_step(inputs, targets, scheduled(settings, started))
             started += 1
             if trainer.should_read:
@@ -292,14 +285,13 @@ def train(
     )
 
 
-def generator_states(generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
-    """The states of the generator of the batches and of PyTorch's, from which dropout draws."""
-    states = {"random.batches": generator.get_state(), "random.cpu": torch.get_rng_state()}
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of PyTorch's generators, from which dropout draws."""
+    states = {"random.cpu": torch.get_rng_state()}
     return states | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_generator_states(generator: torch.Generator, device: torch.device, states: Mapping[str, Tensor]) -> None:
-    generator.set_state(states["random.batches"])
+def set_generator_states(device: torch.device, states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["random.cpu"])
     if device.type == "cuda" and "random.cuda" in states:  # not if the run was started on a CPU
         torch.cuda.set_rng_state(states["random.cuda"], device)

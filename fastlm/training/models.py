@@ -12,18 +12,26 @@ from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMod
 from fastlm.models.language_model import LanguageModel
 from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
-from fastlm.training.tokenizers import MASK, PAD
+from fastlm.training.tokenizers import (
+    MASK,
+    MASKS,
+    PAD,
+    PADS,
+    id_of,
+    special_ids,
+    vocabulary_size,
+    word_table,
+)
 
 
 def objective_of(settings: Settings, tokenizer: Tokenizer) -> NextToken | MaskedToken:
     if settings.objective == "next-token":
         return NextToken()
-    pad, mask = tokenizer.token_to_id(PAD), tokenizer.token_to_id(MASK)
+    pad, mask = id_of(tokenizer, PADS), id_of(tokenizer, MASKS)
     if pad is None or mask is None:
         raise mismatch("tokenizer", f"a tokenizer with {PAD} and {MASK} for masked-token training", "one without")
-    return MaskedToken(
-        vocabulary=pad, mask_token=mask
-    )  # special tokens have the last ids, and pad is the first of them
+    words = word_table(tokenizer) if settings.whole_words else None
+    return MaskedToken(vocabulary_size(tokenizer), mask, special_ids(tokenizer), words)
 
 
 def load(directory: Path, settings: Settings, tokenizer: Tokenizer) -> LanguageModel:
@@ -43,26 +51,35 @@ def load(directory: Path, settings: Settings, tokenizer: Tokenizer) -> LanguageM
     if settings.context > model.config.max_position_embeddings:
         expected = f"at most {model.config.max_position_embeddings}, the context of the model in {directory}"
         raise mismatch("context", expected, settings.context)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
+    if (size := vocabulary_size(tokenizer)) > model.config.vocab_size:
         expected = f"a tokenizer of at most {model.config.vocab_size} tokens, the model's vocabulary"
-        raise mismatch("init", expected, f"{tokenizer.get_vocab_size()} in {directory}")
+        raise mismatch("init", expected, f"{size} in {directory}")
     model.recompute = settings.recompute
     return model
 
 
-def build(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel | BertForMaskedLM:
+def build(
+    settings: Settings, tokenizer: Tokenizer, *, end_of_text: int | None = None
+) -> GPT2LMHeadModel | BertForMaskedLM:
     """A GPT-2 for next-token training or a BERT for masked-token training, on the CPU.
 
     Initial weights depend on settings.seed only, so they are the same on every device.
+
+    Args:
+        end_of_text: the id after which GPT-2 generates no more, if there is one.
     """
-    model = (build_gpt2 if settings.objective == "next-token" else build_bert)(settings, tokenizer)
+    model: GPT2LMHeadModel | BertForMaskedLM
+    if settings.objective == "next-token":
+        model = build_gpt2(settings, tokenizer, end_of_text)
+    else:
+        model = build_bert(settings, tokenizer)
     model.recompute = settings.recompute
     return model
 
 
-def build_gpt2(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel:
+def build_gpt2(settings: Settings, tokenizer: Tokenizer, end_of_text: int | None = None) -> GPT2LMHeadModel:
     config = GPT2Config(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocabulary_size(tokenizer),
         n_positions=settings.context,
         n_embd=settings.width,
         n_layer=settings.layers,
@@ -71,7 +88,7 @@ def build_gpt2(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel:
         embd_pdrop=settings.dropout,
         attn_pdrop=settings.dropout,
         bos_token_id=None,
-        eos_token_id=None,
+        eos_token_id=end_of_text,
     )
     with seeded(settings.seed):
         return GPT2LMHeadModel(config)
@@ -79,7 +96,7 @@ def build_gpt2(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel:
 
 def build_bert(settings: Settings, tokenizer: Tokenizer) -> BertForMaskedLM:
     config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocabulary_size(tokenizer),
         max_position_embeddings=settings.context,
         hidden_size=settings.width,
         num_hidden_layers=settings.layers,
@@ -87,7 +104,7 @@ def build_bert(settings: Settings, tokenizer: Tokenizer) -> BertForMaskedLM:
         intermediate_size=4 * settings.width,
         hidden_dropout_prob=settings.dropout,
         attention_probs_dropout_prob=settings.dropout,
-        pad_token_id=tokenizer.token_to_id(PAD),
+        pad_token_id=id_of(tokenizer, PADS),
     )
     with seeded(settings.seed):
         return BertForMaskedLM(config)

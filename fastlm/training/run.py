@@ -11,8 +11,8 @@ from fastlm.core.errors import mismatch
 from fastlm.models.config import read_json, stored
 from fastlm.training import data
 from fastlm.training.checkpoint import staged, versions, write_json
-from fastlm.training.checkpoints import FORMAT, check_format, check_unchanged, clear, sums_of
-from fastlm.training.settings import Settings
+from fastlm.training.checkpoints import FORMAT, check_format, check_unchanged, clear
+from fastlm.training.settings import TOKENIZERS, Settings
 
 RUN = "run.json"
 
@@ -26,13 +26,19 @@ class Run:
     training: dict[str, str]  # the SHA-256 of the files by their absolute paths, in the order of the text
     validation: dict[str, str]  # of a separate validation text
     skipped: list[str]
+    tokenizer: str | None  # the SHA-256 of one that came from a file
     versions: dict[str, str]
 
     @classmethod
     def of(cls, settings: Settings, inputs: dict[str, Any], corpus: data.Corpus, device: torch.device) -> "Run":
-        training, validation = sums_of(corpus.files), sums_of(corpus.validation_files)
+        training, validation = (
+            {str(file.absolute()): corpus.sums[str(file.absolute())] for file in files}
+            for files in (corpus.files, corpus.validation_files)
+        )
         skipped = [str(file) for file in corpus.skipped]
-        return cls(settings, inputs, str(device), torch.get_num_threads(), training, validation, skipped, versions())
+        tokenizer = None if inputs["tokenizer"] in TOKENIZERS else data.digest_of(corpus.tokenizer)
+        threads = torch.get_num_threads()
+        return cls(settings, inputs, str(device), threads, training, validation, skipped, tokenizer, versions())
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
@@ -51,12 +57,20 @@ class Run:
         with staged(out) as folder:
             write_json(folder / RUN, {"format": FORMAT, **dataclasses.asdict(self)})
 
-    def corpus(self, tokenizer: str | Tokenizer) -> data.Corpus:
-        """Reads the text again.
+    def corpus(
+        self, tokenizer: str | Tokenizer, *, end_of_text: int | None = None, cache: Path | None = None, **options: Any
+    ) -> data.Corpus:
+        """The text again, from the cache if it is there.
+
+        Args:
+            cache: that of the run, which is used unless it was started with another.
+            options: others of data.load.
 
         Raises:
             ValueError: a file is missing or has changed.
         """
+        if isinstance(tokenizer, Tokenizer) and data.digest_of(tokenizer) != self.tokenizer:
+            raise mismatch("tokenizer", "the one that the run was started with", "a changed one")
         check_unchanged("data", self.training)
         check_unchanged("val_file", self.validation)
         return data.load(
@@ -65,6 +79,12 @@ class Run:
             val_fraction=self.inputs["val_fraction"] or 0.0,
             val_file=[Path(path) for path in self.validation],
             masked=self.settings.objective == "masked-token",
+            field=self.inputs["field"],
+            documents=self.settings.documents,
+            end_of_text=end_of_text,
+            cache=Path(self.inputs["cache"]) if self.inputs["cache"] else cache,
+            sums=self.training | self.validation,
+            **options,
         )
 
 

@@ -9,6 +9,7 @@ from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 
 OBJECTIVES = ("next-token", "masked-token")
 TOKENIZERS = ("byte", "char")
+DOCUMENTS = ("stream", "packed")
 DTYPES = ("float32", "bfloat16")
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -25,6 +26,8 @@ class Settings:
     """
 
     objective: str = "next-token"
+    documents: str = "stream"  # "packed": attention does not cross the boundaries of documents
+    whole_words: bool = False  # masked-token training masks all tokens of a word or none
     layers: int = 4
     heads: int = 4
     width: int = 128
@@ -49,6 +52,9 @@ class Settings:
 
     def __post_init__(self):
         check_one_of("objective", self.objective, OBJECTIVES)
+        check_one_of("documents", self.documents, DOCUMENTS)
+        if self.whole_words and self.objective != "masked-token":
+            raise mismatch("whole_words", "False unless objective is masked-token", self.whole_words)
         object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))  # the class is frozen
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("recompute", self.recompute, RECOMPUTE_LEVELS)

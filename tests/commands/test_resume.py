@@ -45,7 +45,7 @@ def interrupted(text_file, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     shutil.copy(text_file, text)
     interrupt(monkeypatch, text, *SETTINGS, "--out", tmp_path / "out", at=12)
-    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoints", "run.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoints", "run.json", "tokens"]
     return tmp_path / "out", text
 
 
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(interrupted):
 
 
 def change_format(file):
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "versions": {"fastlm": "9.0"}}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 9, "versions": {"fastlm": "9.0"}}))
 
 
 def test_resume_errors(interrupted, tmp_path):
@@ -160,12 +160,12 @@ def test_resume_errors(interrupted, tmp_path):
     digest = sha256(newest / "training.json")
     sums = [f"{digest}  training.json" if line.endswith("training.json") else line for line in sums]
     (newest / "SHA256SUMS").write_text("\n".join(sums))
-    message = f"resume: expected format 1, got format 2 in {newest}/training.json, written by fastlm 9.0"
+    message = f"resume: expected format 2, got format 9 in {newest}/training.json, written by fastlm 9.0"
     assert_error(fastlm_command("train", "--resume", out), message)
     change_format(out / "run.json")
-    message = f"resume: expected format 1, got format 2 in {out}/run.json, written by fastlm 9.0"
+    message = f"resume: expected format 2, got format 9 in {out}/run.json, written by fastlm 9.0"
     assert_error(fastlm_command("train", "--resume", out), message)
-    for damage in ('{"format": 1}', '{"format": 1, ', "{}", "[]"):
+    for damage in ('{"format": 2}', '{"format": 2, ', "{}", "[]"):
         (out / "run.json").write_text(damage)
         assert_error(fastlm_command("train", "--resume", out), f".*{out}/run.json.*")
 

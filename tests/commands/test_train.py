@@ -28,7 +28,11 @@ def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_fil
         "init": None,
         "val_fraction": 0.1,
         "val_file": None,
+        "field": "text",
+        "cache": None,
         "objective": "next-token",
+        "documents": "stream",
+        "whole_words": False,
         "layers": 1,
         "heads": 2,
         "width": 32,
@@ -72,7 +76,7 @@ def test_train_writes_a_model_that_can_be_loaded(trained):
         model.config.vocab_size,
     ) == (1, 2, 32, 16, 256)
     files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert sorted(os.listdir(out)) == sorted([*files, "summary.json", "run.json", "checkpoints"])
+    assert sorted(os.listdir(out)) == sorted([*files, "summary.json", "run.json", "checkpoints", "tokens"])
 
 
 def test_train_options(text_file, tmp_path):
@@ -98,6 +102,9 @@ def test_train_options(text_file, tmp_path):
         "seed": 7,
         "dtype": "bf16",
         "objective": "next-token",
+        "documents": "packed",
+        "field": "body",
+        "cache": str(tmp_path / "cache"),
         "eval_every": 2,
         "recompute": 2,
         "checkpoint_every": 2,
@@ -114,6 +121,7 @@ def test_train_options(text_file, tmp_path):
         "data": [str(text_file), str(tmp_path / "more.txt")],
         "init": None,
         "val_fraction": None,
+        "whole_words": False,
     }
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
     # At step 2 there was an evaluation.
@@ -155,7 +163,10 @@ def test_train_with_masked_tokens(trained_bert):
             ["--data", "text.txt", "--objective", "guess"],
             "objective: expected one of next-token, masked-token, got 'guess'",
         ),
-        (["--data", "text.txt", "--tokenizer", "bpe"], "tokenizer: expected one of byte, char, got 'bpe'"),
+        (
+            ["--data", "text.txt", "--tokenizer", "bpe"],
+            "tokenizer: expected byte, char, a tokenizer.json or a directory with one, got 'bpe'",
+        ),
         (["--data", "text.txt", "--threads", "0"], "threads: expected an integer >= 1, got 0"),
         (
             ["--data", "text.txt", "--out", "text.txt"],
@@ -263,6 +274,10 @@ def test_train_from_a_decoder(decoder, text_file, tmp_path):
     "arguments, message",
     [
         (["--layers", 2], "layers: expected no value with a model to start from, which has its own, got 2"),
+        (
+            ["--tokenizer", "char"],
+            "tokenizer: expected no value with a model to start from, which has its own, got 'char'",
+        ),
         (["--context", 65], "context: expected at most 64, the context of the model in .*, got 65"),
         (
             ["--objective", "masked-token"],

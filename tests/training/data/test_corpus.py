@@ -1,11 +1,10 @@
-import subprocess
-import sys
-
+import numpy as np
 import pytest
 import tokenizers
 import torch
 
 from fastlm.training import data
+from fastlm.training.data import texts
 
 
 def write(folder, **texts):
@@ -27,7 +26,7 @@ def test_order_of_files_directories_and_patterns(tmp_path):
     assert names(tmp_path / "b.txt", tmp_path / "a.txt") == ["b.txt", "a.txt"]
     assert names(tmp_path / "*.txt") == ["a.txt", "b.txt"]
     assert names(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "c.txt", "d.txt"]
-    assert text_of(data.load([tmp_path / "sub", tmp_path / "a.txt"], val_fraction=0.01).train) == "CDA"
+    assert text_of(data.load([tmp_path / "sub", tmp_path / "a.txt"], val_fraction=0.01).train[:]) == "CDA"
 
 
 def test_hidden_and_binary_files_are_skipped_unless_named(tmp_path):
@@ -49,55 +48,35 @@ def test_files_below_a_named_hidden_directory(tmp_path):
 def test_ids_equal_those_of_the_tokenizer(tmp_path, tokenizer):
     text = "zwölf Boxkämpfer\r\n\tjagen € 😀 " * 5
     corpus = data.load([write(tmp_path, a_txt=text)], tokenizer=tokenizer, val_fraction=0.25)
-    ids = torch.cat([corpus.train, corpus.validation]).tolist()
+    ids = torch.cat([corpus.train[:], corpus.validation[:]]).tolist()
     assert ids == corpus.tokenizer.encode(text).ids
     assert len(corpus.validation) == round(0.25 * len(ids))
-    assert corpus.train.dtype == torch.uint8
+    assert corpus.train.dtype == np.uint8
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 64])
 def test_chunks_end_anywhere_in_a_character(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(texts, "CHUNK", chunk)
     text = "zwölf Boxkämpfer\r\n\tjagen € 😀"
     corpus = data.load([write(tmp_path, a_txt=text)], tokenizer="char", val_fraction=0.25)
-    assert torch.cat([corpus.train, corpus.validation]).tolist() == corpus.tokenizer.encode(text).ids
+    assert torch.cat([corpus.train[:], corpus.validation[:]]).tolist() == corpus.tokenizer.encode(text).ids
     for wrong, place in ((b"ab\xffcd", 2), ("abc€".encode()[:-1], 3), (b"\x80", 0)):
         with pytest.raises(ValueError, match=f"a.txt, invalid at byte {place}$"):
             data.load([write(tmp_path, a_txt=wrong)], tokenizer="char")
-
-
-MEMORY = """
-import resource, sys
-from fastlm.training import data
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
-corpus = data.load([sys.argv[1]], tokenizer="char")
-print(peak() - before, corpus.train.nbytes + corpus.validation.nbytes)
-"""
-
-
-def test_memory_of_encoding_characters(tmp_path):
-    """The peak is less than four times the text and the ids. Texts of one emoji and ASCII are the worst for Python."""
-    line = "a line of a text that is otherwise ASCII\n"
-    text = line * (30_000_000 // len(line)) + "😀"
-    file = write(tmp_path, a_txt=text) / "a.txt"
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(file)], capture_output=True, text=True, check=True)
-    used, ids = map(int, done.stdout.split())
-    assert used < 4 * len(text) + ids
 
 
 def test_vocabulary_of_more_than_256_characters(tmp_path):
     text = "".join(chr(0x4E00 + i) for i in range(300))
     corpus = data.load([write(tmp_path, a_txt=text)], tokenizer="char")
     assert corpus.tokenizer.get_vocab_size() == 300
-    assert corpus.train.tolist() == list(range(270))
+    assert corpus.train[:].tolist() == list(range(270))
 
 
 def test_validation_file_shares_the_vocabulary(tmp_path):
     write(tmp_path, a_txt="abab", b_txt="cb")
     corpus = data.load([tmp_path / "a.txt"], tokenizer="char", val_file=tmp_path / "b.txt")
-    assert corpus.train.tolist() == [0, 1, 0, 1]
-    assert corpus.validation.tolist() == [2, 1]
+    assert corpus.train[:].tolist() == [0, 1, 0, 1]
+    assert corpus.validation[:].tolist() == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +108,10 @@ def test_validation_file_shares_the_vocabulary(tmp_path):
             lambda f: data.check_length(data.load([f / "a.txt"]), 8),
             r"val_fraction or val_file: expected at least 9 tokens for validation \(.*\), got 4",
         ),
+        (
+            lambda f: data.load([f / "a.txt"], documents="packed", context=8),
+            r"expected at least 9 tokens for validation \(.*\), got 0 in 0 of 1 documents, which are chosen by their",
+        ),
     ],
 )
 def test_errors(tmp_path, call, message):
@@ -137,46 +120,26 @@ def test_errors(tmp_path, call, message):
         call(tmp_path)
 
 
-def test_random_windows():
-    ids = torch.arange(10, dtype=torch.uint8)
-    draw = lambda: data.random_windows(ids, 4, 200, torch.Generator().manual_seed(3))  # noqa: E731
-    first = draw()
-    assert first.shape == (200, 4) and first.dtype == torch.int64
-    assert torch.equal(first, first[:, :1] + torch.arange(4))
-    assert first[:, 0].unique().tolist() == list(range(7))
-    assert torch.equal(first, draw())
-
-
-def test_spread_windows_cover_short_texts():
-    ids = torch.arange(41)
-    batches = list(data.spread_windows(ids, 11, batch=3))
-    assert [len(b) for b in batches] == [3, 1]
-    predicted = torch.cat(batches)[:, 1:].flatten()  # the first token of a window is not predicted
-    assert predicted.tolist() == list(range(1, 41))
-
-
-def test_spread_windows_are_evenly_spaced_in_long_texts():
-    starts = torch.cat(list(data.spread_windows(torch.arange(100_000), 11, batch=8, max_tokens=100)))[:, 0]
-    assert len(starts) == 10
-    assert starts[0] == 0 and starts[-1] == 100_000 - 11
-    assert starts.diff().max() - starts.diff().min() <= 1
-
-
-def test_single_window():
-    (only,) = data.spread_windows(torch.arange(5), 5, batch=4)
-    assert only.tolist() == [[0, 1, 2, 3, 4]]
-
-
 def test_ids_of_a_tokenizer_are_those_of_the_whole_text(monkeypatch, tmp_path):
     """Although long texts are encoded in parts."""
     text = "".join(f"def f{i}(x):\n    # naïve\n\n    return x\n\n\n" for i in range(40))
     (tmp_path / "text.txt").write_text(text)
     own = tokenizers.ByteLevelBPETokenizer()
     own.train_from_iterator([text], vocab_size=300)
-    monkeypatch.setattr(data, "CHUNK", 50)
+    monkeypatch.setattr(texts, "CHUNK", 50)
     corpus = data.load([tmp_path / "text.txt"], tokenizer=own._tokenizer, val_fraction=0.1)
-    assert len(list(data.paragraphs(text))) > 10 and "".join(data.paragraphs(text)) == text
-    assert [*corpus.train.tolist(), *corpus.validation.tolist()] == own.encode(text).ids
+    assert len(list(texts.paragraphs([text]))) > 10 and "".join(texts.paragraphs([text])) == text
+    assert [*corpus.train[:].tolist(), *corpus.validation[:].tolist()] == own.encode(text).ids
     (tmp_path / "binary.txt").write_bytes(b"a\xff")
     with pytest.raises(ValueError, match=r"data: expected UTF-8 text for the tokenizer, got .*, invalid at byte 1"):
         data.load([tmp_path / "binary.txt"], tokenizer=own._tokenizer)
+
+
+def test_texts_without_paragraphs_are_cut_between_words(monkeypatch):
+    monkeypatch.setattr(texts, "CHUNK", 10)
+    words = "word " * 100
+    parts = list(texts.paragraphs([words[i : i + 7] for i in range(0, 500, 7)]))
+    assert "".join(parts) == words and max(map(len, parts)) <= 16 * 10 + 7
+    assert all(part.startswith(" word") and part.endswith("word") for part in parts[1:-1])
+    lines = list(texts.paragraphs(["x" * 1000]))
+    assert "".join(lines) == "x" * 1000 and max(map(len, lines)) <= 16 * 10
