@@ -11,13 +11,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastlm.commands import choices
+from fastlm.commands import choices, options
 from fastlm.core import interrupts
 from fastlm.core.errors import mismatch
 from fastlm.integrations.encoding import MAX_TOKENS_PER_BATCH
+from fastlm.models.layers import RECOMPUTE
 from fastlm.training.settings import Settings
-
-DEFAULT = Settings()
 
 
 class OneLineErrors(TyperGroup):
@@ -148,6 +147,7 @@ def info(
 
 
 @app.command()
+@options.with_settings
 def train(
     ctx: typer.Context,
     paths: Annotated[
@@ -176,20 +176,6 @@ def train(
             show_default=False,
         ),
     ] = None,
-    checkpoint_every: Annotated[
-        int,
-        typer.Option(
-            help="Number of steps between checkpoints; 0: one at the end or on a signal only.",
-            rich_help_panel="Checkpoints",
-        ),
-    ] = DEFAULT.checkpoint_every,
-    keep: Annotated[
-        int,
-        typer.Option(
-            help="Number of checkpoints to keep, besides that with the lowest validation loss.",
-            rich_help_panel="Checkpoints",
-        ),
-    ] = DEFAULT.keep,
     tokenizer: Annotated[
         str,
         typer.Option(
@@ -205,85 +191,15 @@ def train(
             show_default=False,
         ),
     ] = None,
-    objective: Annotated[
-        str,
-        typer.Option(
-            metavar="next-token|masked-token", help="next-token: trains a GPT-2; masked-token: trains a BERT."
-        ),
-    ] = DEFAULT.objective,
     val_fraction: Annotated[
         float, typer.Option(help="Fraction at the end of the text that is used for validation.")
     ] = 0.1,
     val_file: Annotated[
         Path | None, typer.Option(help="A separate text for validation, used instead of --val-fraction.")
     ] = None,
-    eval_every: Annotated[int, typer.Option(help="Number of steps between evaluations.")] = DEFAULT.eval_every,
-    layers: Annotated[int, typer.Option(help="Number of layers.", rich_help_panel="Model")] = DEFAULT.layers,
-    heads: Annotated[
-        int, typer.Option(help="Number of attention heads per layer.", rich_help_panel="Model")
-    ] = DEFAULT.heads,
-    width: Annotated[
-        int, typer.Option(help="Hidden size; a multiple of --heads.", rich_help_panel="Model")
-    ] = DEFAULT.width,
-    context: Annotated[
-        int, typer.Option(help="Maximum number of tokens of a sequence.", rich_help_panel="Model")
-    ] = DEFAULT.context,
-    dropout: Annotated[
-        float, typer.Option(help="Dropout probability, in [0, 1).", rich_help_panel="Model")
-    ] = DEFAULT.dropout,
-    batch: Annotated[
-        int, typer.Option(help="Number of sequences per step.", rich_help_panel="Optimiser")
-    ] = DEFAULT.batch,
-    steps: Annotated[int, typer.Option(help="Number of training steps.", rich_help_panel="Optimiser")] = DEFAULT.steps,
-    lr: Annotated[
-        float, typer.Option(help="Maximum learning rate, reached after --warmup steps.", rich_help_panel="Optimiser")
-    ] = DEFAULT.lr,
-    min_lr: Annotated[
-        float, typer.Option(help="Learning rate from step --decay-steps on.", rich_help_panel="Optimiser")
-    ] = DEFAULT.min_lr,
-    warmup: Annotated[
-        int, typer.Option(help="Number of steps of linear warm-up.", rich_help_panel="Optimiser")
-    ] = DEFAULT.warmup,
-    decay_steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Step at which the cosine schedule reaches --min-lr; default: the last step.",
-            rich_help_panel="Optimiser",
-        ),
-    ] = None,
-    beta1: Annotated[
-        float, typer.Option(help="AdamW's decay rate of the first moment.", rich_help_panel="Optimiser")
-    ] = DEFAULT.beta1,
-    beta2: Annotated[
-        float, typer.Option(help="AdamW's decay rate of the second moment.", rich_help_panel="Optimiser")
-    ] = DEFAULT.beta2,
-    weight_decay: Annotated[
-        float, typer.Option(help="AdamW's weight decay, applied to matrices only.", rich_help_panel="Optimiser")
-    ] = DEFAULT.weight_decay,
-    grad_clip: Annotated[
-        float, typer.Option(help="Maximum global gradient norm; 0: no clipping.", rich_help_panel="Optimiser")
-    ] = DEFAULT.grad_clip,
-    seed: Annotated[
-        int, typer.Option(help="Random seed of weights, batches and dropout.", rich_help_panel="Optimiser")
-    ] = DEFAULT.seed,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="fp32|bf16",
-            help="bf16: bfloat16 activations and matrix products; weights and optimiser state stay float32.",
-            rich_help_panel="Machine",
-        ),
-    ] = DEFAULT.dtype,
-    recompute: Annotated[
-        int,
-        typer.Option(
-            metavar="0|1|2",
-            help="What backward recomputes to save memory: 0 nothing, 1 the GELU, 2 also the product before it.",
-            rich_help_panel="Machine",
-        ),
-    ] = DEFAULT.recompute,
     device: Device = "auto",
     threads: Threads = None,
+    **settings: Any,
 ) -> None:
     """Train a model on text, from scratch or from --init.
 
@@ -292,38 +208,14 @@ def train(
     from fastlm.commands import train
 
     if resume is not None:
-        given = {x for x in ctx.params if getattr(ctx.get_parameter_source(x), "name", "") == "COMMANDLINE"}
+        given = options.given(ctx)
         if others := sorted(given - {"resume", "device", "threads"}):
             raise mismatch("resume", "no other option than --device and --threads", others[0])
         train.resume(resume, device=device if "device" in given else None, threads=threads)
         return
-    settings = Settings(
-        objective=objective,
-        layers=layers,
-        heads=heads,
-        width=width,
-        context=context,
-        batch=batch,
-        steps=steps,
-        lr=lr,
-        min_lr=min_lr,
-        warmup=warmup,
-        decay_steps=decay_steps,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        grad_clip=grad_clip,
-        dropout=dropout,
-        seed=seed,
-        dtype=dtype,
-        eval_every=eval_every,
-        recompute=recompute,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-    )
     train.run(
         [*(data or []), *(paths or [])],
-        settings,
+        Settings(**settings),
         tokenizer=tokenizer,
         init=init,
         val_fraction=val_fraction,
@@ -530,7 +422,7 @@ def bench(
     ] = "gpt2",
     recompute: Annotated[
         str, typer.Option(help="For training_step: comma-separated list of recomputation levels 0, 1, 2.")
-    ] = str(DEFAULT.recompute),
+    ] = str(RECOMPUTE),
     case: Annotated[
         str,
         typer.Option(
@@ -620,7 +512,7 @@ def bench(
 def profile(
     model: Annotated[str, typer.Option(help=f"One of {choices.listed(choices.MODELS)}.")] = "gpt2",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (also fp32, bf16).")] = "float32",
-    recompute: Annotated[int, typer.Option(help="Recomputation level 0, 1 or 2.")] = DEFAULT.recompute,
+    recompute: Annotated[int, typer.Option(help="Recomputation level 0, 1 or 2.")] = RECOMPUTE,
     steps: Annotated[int, typer.Option(help="Number of profiled training steps, after one warm-up step.")] = 3,
     json: Annotated[Path | None, typer.Option(help="Write the whole profile to this file.")] = None,
     threads: Threads = None,

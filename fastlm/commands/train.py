@@ -1,26 +1,32 @@
 """fastlm train: trains a model on text; writes the model, summary.json and checkpoints to go on from."""
 
+import contextlib
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastlm.commands.display import describe_device, progress_bar, quantity, say
 from fastlm.commands.process import set_up
-from fastlm.generation import load_tokenizer
+from fastlm.core.errors import mismatch
+from fastlm.generation import Tokenizer, load_tokenizer
 from fastlm.models import load_model
 from fastlm.models.base import PretrainedModel
-from fastlm.training import checkpoint, data
+from fastlm.models.language_model import LanguageModel
+from fastlm.training import checkpoint, data, metrics
 from fastlm.training.checkpoints import Checkpoints, Saved, clear, locked_run, newest
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load
+from fastlm.training.report import Report, Reports
 from fastlm.training.run import Run
 from fastlm.training.settings import Settings
 
 MAX_NAMED = 5  # skipped files
+SAMPLE_TOKENS = 100
 
 
 def run(
@@ -58,6 +64,7 @@ def run(
     model = new_model(settings, corpus, init).to(chosen)
     with locked_run(out):
         clear(out)  # the checkpoints of an earlier run
+        metrics.clear(out)
         started = Run.of(settings, inputs, corpus, chosen)
         started.write(out)
         train_and_save(out, started, corpus, model, source=init)
@@ -111,13 +118,17 @@ def train_and_save(
     say(f"{tokens}, vocabulary of {corpus.tokenizer.get_vocab_size()}")
     say(f"{model.num_parameters():,} parameters, {settings.dtype}, {describe_device(model.device)}")
     tokenizer_settings = None if source is None else checkpoint.read_tokenizer_settings(source)
-    with (
-        Checkpoints(
-            out, keep=settings.keep, tokenizer=corpus.tokenizer, tokenizer_settings=tokenizer_settings
-        ) as checkpoints,
-        progress_bar(settings.steps) as report,
-    ):
-        result = train(settings, corpus, model, report=report, checkpoints=checkpoints, start=start)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(out, keep=settings.keep, tokenizer=corpus.tokenizer, tokenizer_settings=tokenizer_settings)
+        )
+        size = start.report.get(metrics.SIZE, 0) if start else 0
+        reports: list[Report] = [stack.enter_context(metrics.JSONLines(out, size))]
+        if settings.tensorboard:
+            reports.append(stack.enter_context(metrics.TensorBoard(out, start.step if start else 0)))
+        reports.append(stack.enter_context(progress_bar(settings.steps)))
+        report, sample = Reports(reports), sampler(settings, corpus, model)
+        result = train(settings, corpus, model, report=report, checkpoints=checkpoints, start=start, sample=sample)
     if not result.steps:
         raise KeyboardInterrupt  # no step was completed, so there is nothing to save
     settings_used = {**run.inputs, **dataclasses.asdict(settings)}
@@ -125,13 +136,37 @@ def train_and_save(
     with checkpoint.staged(out) as folder:
         checkpoint.write_model(folder, model, corpus.tokenizer, tokenizer_settings)
         checkpoint.write_json(folder / "summary.json", summary(settings_used, result, run, corpus))
-    ended = "interrupted after" if result.interrupted else "trained for"
+    ended = (
+        "interrupted after" if result.interrupted else "stopped early after" if result.stopped_early else "trained for"
+    )
+    if result.skipped:
+        say(f"skipped {quantity(len(result.skipped), 'step')}; {metrics.FILE} has the reasons")
     say(f"{ended} {quantity(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved to {out}")
     if result.interrupted:
         say(f"to go on: fastlm train --resume {shlex.quote(str(out))}")
     say(f"val loss {result.val_loss:.4f}")
     if result.failure is not None:
         raise result.failure
+
+
+def sampler(settings: Settings, corpus: data.Corpus, model: PretrainedModel) -> Callable[[nn.Module], str] | None:
+    """What continues the prompt; the same text for the same weights."""
+    if not settings.sample_every:
+        return None
+    assert isinstance(model, LanguageModel)
+    tokenizer = Tokenizer(corpus.tokenizer)
+    ids = tokenizer.encode(settings.prompt)
+    if not ids:
+        raise mismatch("prompt", "at least one token", repr(settings.prompt))
+    prompt = torch.tensor([ids], device=model.device)
+
+    def sample(model: nn.Module) -> str:
+        generated = model.generate(  # type: ignore[operator]
+            prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, eos_token_id=(), seed=settings.seed
+        )
+        return tokenizer.decode(generated[0].tolist())
+
+    return sample
 
 
 def listed(versions: dict[str, str]) -> str:
@@ -152,6 +187,9 @@ def summary(settings: dict[str, Any], result: Result, run: Run, corpus: data.Cor
         "tokens_per_second": result.tokens_per_second,
         "steps": result.steps,
         "interrupted": result.interrupted,
+        "stopped_early": result.stopped_early,
+        "skipped_steps": result.skipped,
+        "overflows": len(result.overflows),
         "parameters": sum(p.numel() for p in result.model.parameters()),
         "tokens": {"training": len(corpus.train), "validation": len(corpus.validation)},
         "skipped": run.skipped,

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from fastlm.core.errors import mismatch
 from fastlm.models.config import read_json, stored
-from fastlm.training import data
+from fastlm.training import data, metrics
 from fastlm.training.checkpoint import staged, versions, write_json
 from fastlm.training.checkpoints import FORMAT, check_format, check_unchanged, clear, sums_of
 from fastlm.training.settings import Settings
@@ -72,3 +72,4 @@ def forget(directory: Path) -> None:
     """Deletes what --resume reads, where a model that is no run's has replaced the run's."""
     (directory / RUN).unlink(missing_ok=True)
     clear(directory)
+    metrics.clear(directory)

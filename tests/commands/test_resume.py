@@ -45,8 +45,14 @@ def interrupted(text_file, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     shutil.copy(text_file, text)
     interrupt(monkeypatch, text, *SETTINGS, "--out", tmp_path / "out", at=12)
-    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoints", "run.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoints", "metrics.jsonl", "run.json"]
     return tmp_path / "out", text
+
+
+def metrics_of(out):
+    """Without what depends on the time."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in records]
 
 
 def assert_same_weights(out, other):
@@ -60,8 +66,11 @@ def assert_error(result, message):
 def test_resume_needs_no_other_option(interrupted, whole, tmp_path, monkeypatch):
     monkeypatch.chdir("/")  # and no other directory
     out, _ = interrupted
+    assert metrics_of(out)[-1]["step"] > 8  # of steps that are run again
     assert "resumed after 8 steps of 16\n" in run("train", "--resume", out)
     assert_same_weights(out, whole)
+    assert metrics_of(out) == metrics_of(whole)
+    assert [x["step"] for x in metrics_of(out) if "loss" in x] == list(range(1, 17))
     moved = out.rename(tmp_path / "moved")
     before = (moved / "summary.json").read_bytes()
     assert "resumed after 16 steps of 16\n" in run("train", "--resume", moved)  # it is complete
@@ -135,7 +144,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(interrupted):
 
 
 def change_format(file):
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "versions": {"fastlm": "9.0"}}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 3, "versions": {"fastlm": "9.0"}}))
 
 
 def test_resume_errors(interrupted, tmp_path):
@@ -160,12 +169,12 @@ def test_resume_errors(interrupted, tmp_path):
     digest = sha256(newest / "training.json")
     sums = [f"{digest}  training.json" if line.endswith("training.json") else line for line in sums]
     (newest / "SHA256SUMS").write_text("\n".join(sums))
-    message = f"resume: expected format 1, got format 2 in {newest}/training.json, written by fastlm 9.0"
+    message = f"resume: expected format 2, got format 3 in {newest}/training.json, written by fastlm 9.0"
     assert_error(fastlm_command("train", "--resume", out), message)
     change_format(out / "run.json")
-    message = f"resume: expected format 1, got format 2 in {out}/run.json, written by fastlm 9.0"
+    message = f"resume: expected format 2, got format 3 in {out}/run.json, written by fastlm 9.0"
     assert_error(fastlm_command("train", "--resume", out), message)
-    for damage in ('{"format": 1}', '{"format": 1, ', "{}", "[]"):
+    for damage in ('{"format": 2}', '{"format": 2, ', "{}", "[]"):
         (out / "run.json").write_text(damage)
         assert_error(fastlm_command("train", "--resume", out), f".*{out}/run.json.*")
 

@@ -47,6 +47,16 @@ def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_fil
         "seed": 0,
         "dtype": "float32",
         "eval_every": 5,
+        "micro_batch": None,
+        "schedule": "cosine",
+        "decay_fraction": 0.2,
+        "max_skipped": 10,
+        "skip_spikes": 0.0,
+        "ema": 0.0,
+        "patience": 0,
+        "sample_every": 0,
+        "prompt": "\n",
+        "tensorboard": False,
         "recompute": 1,
         "checkpoint_every": 250,
         "keep": 2,
@@ -72,7 +82,7 @@ def test_train_writes_a_model_that_can_be_loaded(trained):
         model.config.vocab_size,
     ) == (1, 2, 32, 16, 256)
     files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert sorted(os.listdir(out)) == sorted([*files, "summary.json", "run.json", "checkpoints"])
+    assert sorted(os.listdir(out)) == sorted([*files, "summary.json", "run.json", "metrics.jsonl", "checkpoints"])
 
 
 def test_train_options(text_file, tmp_path):
@@ -99,6 +109,15 @@ def test_train_options(text_file, tmp_path):
         "dtype": "bf16",
         "objective": "next-token",
         "eval_every": 2,
+        "micro_batch": 2,
+        "schedule": "wsd",
+        "decay_fraction": 0.5,
+        "max_skipped": 5,
+        "skip_spikes": 9.5,
+        "ema": 0.5,
+        "patience": 7,
+        "sample_every": 2,
+        "prompt": "for",
         "recompute": 2,
         "checkpoint_every": 2,
         "keep": 1,
@@ -107,13 +126,16 @@ def test_train_options(text_file, tmp_path):
         "threads": 2,
     }
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
-    run("train", "--data", text_file, tmp_path / "more.txt", *flags, "--out", tmp_path / "out")
+    flags.append("--tensorboard")
+    output = run("train", "--data", text_file, tmp_path / "more.txt", *flags, "--out", tmp_path / "out")
+    assert "step 2: sample " in output and list((tmp_path / "out" / "tensorboard").iterdir())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["settings"] == given | {
         "dtype": "bfloat16",
         "data": [str(text_file), str(tmp_path / "more.txt")],
         "init": None,
         "val_fraction": None,
+        "tensorboard": True,
     }
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
     # At step 2 there was an evaluation.
