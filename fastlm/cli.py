@@ -16,7 +16,7 @@ from fastlm.core import interrupts
 from fastlm.core.errors import mismatch
 from fastlm.integrations.encoding import MAX_TOKENS_PER_BATCH
 from fastlm.models.layers import RECOMPUTE
-from fastlm.training.settings import Settings
+from fastlm.training.config import PRESETS, resolve
 
 
 class OneLineErrors(TyperGroup):
@@ -176,6 +176,23 @@ def train(
             show_default=False,
         ),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Settings of a known model, which --config and other options override: {choices.listed(PRESETS)}.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Settings in TOML, such as RUN/config.toml, which other options override. The keys are the names of "
+            "the options, with underscores, and data.",
+            show_default=False,
+        ),
+    ] = None,
     tokenizer: Annotated[
         str,
         typer.Option(
@@ -213,13 +230,12 @@ def train(
             raise mismatch("resume", "no other option than --device and --threads", others[0])
         train.resume(resume, device=device if "device" in given else None, threads=threads)
         return
+    inputs = {"tokenizer": tokenizer, "init": init, "val_fraction": val_fraction, "val_file": val_file}
+    values = options.chosen(ctx, settings | inputs)
+    if paths or data:
+        values["data"] = [*(data or []), *(paths or [])]
     train.run(
-        [*(data or []), *(paths or [])],
-        Settings(**settings),
-        tokenizer=tokenizer,
-        init=init,
-        val_fraction=val_fraction,
-        val_file=val_file,
+        *resolve(preset, config, values, inputs | {"data": []}),
         out=out,
         overwrite=overwrite,
         device=device,

@@ -30,18 +30,12 @@ SAMPLE_TOKENS = 100
 
 
 def run(
-    paths: list[Path],
-    settings: Settings,
-    *,
-    tokenizer: str,
-    init: Path | None,
-    val_fraction: float,
-    val_file: Path | None,
-    out: Path,
-    overwrite: bool,
-    device: str,
-    threads: int | None,
+    settings: Settings, sources: dict[str, Any], *, out: Path, overwrite: bool, device: str, threads: int | None
 ) -> None:
+    """sources: data, tokenizer, init, val_fraction and val_file, as fastlm.training.config.resolve returns them."""
+    tokenizer, val_fraction = sources["tokenizer"], sources["val_fraction"]
+    paths = [Path(path) for path in sources["data"]]
+    init, val_file = (None if sources[name] is None else Path(sources[name]) for name in ("init", "val_file"))
     chosen = set_up(device, threads)
     out = checkpoint.prepare(out, overwrite=overwrite)
     corpus = data.load(

@@ -1,18 +1,30 @@
 """The model and the objective for settings and a tokenizer: a new model, or one to start from."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from fastlm.core.errors import mismatch
-from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, load_model
+from fastlm.models import (
+    BertConfig,
+    BertForMaskedLM,
+    CausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    load_model,
+)
 from fastlm.models.language_model import LanguageModel
 from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
 from fastlm.training.tokenizers import MASK, PAD
+
+# They are those of the model where there is one to start from.
+MODEL_SETTINGS = ("architecture", "layers", "heads", "kv_heads", "width", "mlp_width", "dropout")
 
 
 def objective_of(settings: Settings, tokenizer: Tokenizer) -> NextToken | MaskedToken:
@@ -34,7 +46,7 @@ def load(directory: Path, settings: Settings, tokenizer: Tokenizer) -> LanguageM
     """
     if settings.objective != "next-token":
         raise mismatch("objective", "next-token with a model to start from", repr(settings.objective))
-    for name in ("layers", "heads", "width", "dropout"):
+    for name in MODEL_SETTINGS:
         if (given := getattr(settings, name)) != getattr(Settings(), name):
             raise mismatch(name, "no value with a model to start from, which has its own", given)
     model = load_model(directory, dtype=torch.float32)
@@ -50,12 +62,13 @@ def load(directory: Path, settings: Settings, tokenizer: Tokenizer) -> LanguageM
     return model
 
 
-def build(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel | BertForMaskedLM:
-    """A GPT-2 for next-token training or a BERT for masked-token training, on the CPU.
+def build(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel | BertForMaskedLM | CausalLM:
+    """A GPT-2 or a Llama for next-token training or a BERT for masked-token training, on the CPU.
 
     Initial weights depend on settings.seed only, so they are the same on every device.
     """
-    model = (build_gpt2 if settings.objective == "next-token" else build_bert)(settings, tokenizer)
+    architecture = settings.architecture or ("gpt2" if settings.objective == "next-token" else "bert")
+    model: GPT2LMHeadModel | BertForMaskedLM | CausalLM = BUILDERS[architecture](settings, tokenizer)
     model.recompute = settings.recompute
     return model
 
@@ -67,6 +80,7 @@ def build_gpt2(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel:
         n_embd=settings.width,
         n_layer=settings.layers,
         n_head=settings.heads,
+        n_inner=settings.mlp_width,
         resid_pdrop=settings.dropout,
         embd_pdrop=settings.dropout,
         attn_pdrop=settings.dropout,
@@ -84,13 +98,39 @@ def build_bert(settings: Settings, tokenizer: Tokenizer) -> BertForMaskedLM:
         hidden_size=settings.width,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
-        intermediate_size=4 * settings.width,
+        intermediate_size=settings.mlp_width or 4 * settings.width,
         hidden_dropout_prob=settings.dropout,
         attention_probs_dropout_prob=settings.dropout,
         pad_token_id=tokenizer.token_to_id(PAD),
     )
     with seeded(settings.seed):
         return BertForMaskedLM(config)
+
+
+def build_llama(settings: Settings, tokenizer: Tokenizer) -> CausalLM:
+    """With tied embeddings, as small models have them. The MLP is wide in multiples of 64 if its width is not given."""
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=settings.context,
+        hidden_size=settings.width,
+        intermediate_size=settings.mlp_width or 64 * round(8 / 3 * settings.width / 64 + 0.5),
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        attention_dropout=settings.dropout,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with seeded(settings.seed):
+        return CausalLM(config)
+
+
+BUILDERS: dict[str, Callable[[Settings, Tokenizer], Any]] = {
+    "gpt2": build_gpt2,
+    "llama": build_llama,
+    "bert": build_bert,
+}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from fastlm.core.errors import mismatch
 from fastlm.models.config import read_json, stored
-from fastlm.training import data, metrics
+from fastlm.training import config, data, metrics
 from fastlm.training.checkpoint import staged, versions, write_json
 from fastlm.training.checkpoints import FORMAT, check_format, check_unchanged, clear, sums_of
 from fastlm.training.settings import Settings
@@ -48,8 +48,10 @@ class Run:
             raise mismatch("resume", f"the settings of a run in {path}", f"a damaged file ({failure})") from None
 
     def write(self, out: Path) -> None:
+        """Writes run.json and config.toml, from which the same run can be started with other settings."""
         with staged(out) as folder:
             write_json(folder / RUN, {"format": FORMAT, **dataclasses.asdict(self)})
+            config.write(folder / config.CONFIG, self.inputs | dataclasses.asdict(self.settings))
 
     def corpus(self, tokenizer: str | Tokenizer) -> data.Corpus:
         """Reads the text again.

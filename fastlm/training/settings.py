@@ -10,6 +10,7 @@ from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 from fastlm.training.schedule import SCHEDULES
 
 OBJECTIVES = ("next-token", "masked-token")
+ARCHITECTURES = {"gpt2": "next-token", "llama": "next-token", "bert": "masked-token"}  # and their objectives
 TOKENIZERS = ("byte", "char")
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -35,9 +36,22 @@ class Settings:
     objective: str = option(
         "next-token", "next-token: trains a GPT-2; masked-token: trains a BERT.", None, "next-token|masked-token"
     )
+    architecture: str | None = option(
+        None,
+        "gpt2 or llama (today's decoders: RMSNorm, rotary positions, gated MLP) for next-token, bert for "
+        "masked-token. Default: gpt2 or bert, by --objective.",
+        MODEL,
+        "|".join(ARCHITECTURES),
+    )
     layers: int = option(4, "Number of layers.", MODEL)
     heads: int = option(4, "Number of attention heads per layer.", MODEL)
+    kv_heads: int | None = option(
+        None, "Number of heads of keys and values of a llama; a divisor of --heads. Default: --heads.", MODEL
+    )
     width: int = option(128, "Hidden size; a multiple of --heads.", MODEL)
+    mlp_width: int | None = option(
+        None, "Hidden size of the MLP. Default: 4 × --width, for a llama 8/3 × --width.", MODEL
+    )
     context: int = option(64, "Maximum number of tokens of a sequence.", MODEL)
     batch: int = option(12, "Number of sequences per step.", OPTIMISER)
     micro_batch: int | None = option(
@@ -111,7 +125,7 @@ class Settings:
             check_integer(name, getattr(self, name), 1)
         for name in ("warmup", "checkpoint_every", "patience", "sample_every"):
             check_integer(name, getattr(self, name), 0)
-        for name in ("decay_steps", "micro_batch"):
+        for name in ("decay_steps", "micro_batch", "kv_heads", "mlp_width"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
         if self.micro_batch is not None and self.micro_batch > self.batch:
@@ -119,6 +133,7 @@ class Settings:
         check_seed(self.seed)
         if self.width % self.heads:
             raise mismatch("width", f"a multiple of heads = {self.heads}", self.width)
+        self.check_architecture()
         check_range("lr", self.lr, 0, math.inf, open_left=True)
         check_range("min_lr", self.min_lr, 0, self.lr, closed_right=True)
         check_range("decay_fraction", self.decay_fraction, 0, 1, open_left=True, closed_right=True)
@@ -131,6 +146,17 @@ class Settings:
         check_range("dropout", self.dropout, 0, 1)
         if self.sample_every and self.objective != "next-token":
             raise mismatch("sample_every", f"0 with objective {self.objective}", self.sample_every)
+
+    def check_architecture(self) -> None:
+        if self.architecture is not None:
+            check_one_of("architecture", self.architecture, tuple(ARCHITECTURES))
+            if (objective := ARCHITECTURES[self.architecture]) != self.objective:
+                raise mismatch("objective", f"{objective} for a {self.architecture}", repr(self.objective))
+        if self.kv_heads is not None:
+            if self.architecture != "llama":
+                raise mismatch("kv_heads", "no value without --architecture llama", self.kv_heads)
+            if self.heads % self.kv_heads:
+                raise mismatch("kv_heads", f"a divisor of heads = {self.heads}", self.kv_heads)
 
     @property
     def tokens_per_step(self) -> int:

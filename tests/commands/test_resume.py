@@ -45,7 +45,7 @@ def interrupted(text_file, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     shutil.copy(text_file, text)
     interrupt(monkeypatch, text, *SETTINGS, "--out", tmp_path / "out", at=12)
-    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoints", "metrics.jsonl", "run.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoints", "config.toml", "metrics.jsonl", "run.json"]
     return tmp_path / "out", text
 
 

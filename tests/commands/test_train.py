@@ -47,6 +47,9 @@ def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_fil
         "seed": 0,
         "dtype": "float32",
         "eval_every": 5,
+        "architecture": None,
+        "kv_heads": None,
+        "mlp_width": None,
         "micro_batch": None,
         "schedule": "cosine",
         "decay_fraction": 0.2,
@@ -82,7 +85,9 @@ def test_train_writes_a_model_that_can_be_loaded(trained):
         model.config.vocab_size,
     ) == (1, 2, 32, 16, 256)
     files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert sorted(os.listdir(out)) == sorted([*files, "summary.json", "run.json", "metrics.jsonl", "checkpoints"])
+    assert sorted(os.listdir(out)) == sorted(
+        [*files, "summary.json", "run.json", "config.toml", "metrics.jsonl", "checkpoints"]
+    )
 
 
 def test_train_options(text_file, tmp_path):
@@ -109,6 +114,8 @@ def test_train_options(text_file, tmp_path):
         "dtype": "bf16",
         "objective": "next-token",
         "eval_every": 2,
+        "architecture": "gpt2",
+        "mlp_width": 48,
         "micro_batch": 2,
         "schedule": "wsd",
         "decay_fraction": 0.5,
@@ -136,10 +143,29 @@ def test_train_options(text_file, tmp_path):
         "init": None,
         "val_fraction": None,
         "tensorboard": True,
+        "kv_heads": None,
     }
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
     # At step 2 there was an evaluation.
     assert sorted(os.listdir(tmp_path / "out" / "checkpoints")) == ["step-00000002", "step-00000004"]
+
+
+def test_a_run_is_repeated_from_its_config(trained, tmp_path):
+    out, _ = trained
+    run("train", "--config", out / "config.toml", "--out", tmp_path / "again", "--threads", 1)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "config.toml").read_bytes() == (out / "config.toml").read_bytes()
+    run("train", "--config", out / "config.toml", "--steps", 1, "--out", tmp_path / "short")
+    assert json.loads((tmp_path / "short" / "summary.json").read_text())["steps"] == 1
+
+
+def test_train_a_llama(text_file, tmp_path):
+    out, sizes = tmp_path / "out", ["--architecture", "llama", "--kv-heads", 1, "--mlp-width", 40]
+    run("train", text_file, *TINY, *sizes, "--tokenizer", "char", "--steps", 60, "--lr", 1e-2, "--out", out)
+    model = load_model(out)
+    assert isinstance(model, CausalLM) and model.config.num_key_value_heads == 1
+    losses = [e["val_loss"] for e in json.loads((out / "summary.json").read_text())["evaluations"]]
+    assert losses[-1] < 1.5 < losses[0]
 
 
 def test_train_is_bit_reproducible(trained, text_file, tmp_path):

@@ -24,8 +24,11 @@ from fastlm.training.settings import Settings
         (
             "schedule",
             "sqrt",
-            "schedule: expected one of cosine, linear, constant, wsd, got 'cosin'; did you mean 'cosine'?",
+            "schedule: expected one of cosine, linear, constant, wsd, got 'sqrt'",
         ),
+        ("architecture", "lama", "architecture: expected one of gpt2, llama, bert, got 'lama'; did you mean 'llama'?"),
+        ("architecture", "bert", "objective: expected masked-token for a bert, got 'next-token'"),
+        ("kv_heads", 2, "kv_heads: expected no value without --architecture llama, got 2"),
         ("decay_fraction", 0.0, "decay_fraction: expected a number in (0, 1], got 0.0"),
         ("micro_batch", 13, "micro_batch: expected at most batch = 12, got 13"),
         ("max_skipped", 0, "max_skipped: expected an integer >= 1, got 0"),
