@@ -193,6 +193,13 @@ def train(
             show_default=False,
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Measure some steps, print parameters, memory and time of the run on this machine, and write nothing.",
+        ),
+    ] = False,
     tokenizer: Annotated[
         str,
         typer.Option(
@@ -238,6 +245,7 @@ def train(
         *resolve(preset, config, values, inputs | {"data": []}),
         out=out,
         overwrite=overwrite,
+        dry_run=dry_run,
         device=device,
         threads=threads,
     )

@@ -19,6 +19,7 @@ from fastlm.models.base import PretrainedModel
 from fastlm.models.language_model import LanguageModel
 from fastlm.training import checkpoint, data, metrics
 from fastlm.training.checkpoints import Checkpoints, Saved, clear, locked_run, newest
+from fastlm.training.estimate import estimate
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load
 from fastlm.training.report import Report, Reports
@@ -30,7 +31,14 @@ SAMPLE_TOKENS = 100
 
 
 def run(
-    settings: Settings, sources: dict[str, Any], *, out: Path, overwrite: bool, device: str, threads: int | None
+    settings: Settings,
+    sources: dict[str, Any],
+    *,
+    out: Path,
+    overwrite: bool,
+    dry_run: bool,
+    device: str,
+    threads: int | None,
 ) -> None:
     """sources: data, tokenizer, init, val_fraction and val_file, as fastlm.training.config.resolve returns them."""
     tokenizer, val_fraction = sources["tokenizer"], sources["val_fraction"]
@@ -55,6 +63,9 @@ def run(
         "val_fraction": None if val_file else val_fraction,
         "val_file": str(val_file) if val_file else None,
     }
+    if dry_run:
+        show_estimate(settings, corpus, init, chosen)
+        return
     model = new_model(settings, corpus, init).to(chosen)
     with locked_run(out):
         clear(out)  # the checkpoints of an earlier run
@@ -141,6 +152,26 @@ def train_and_save(
     say(f"val loss {result.val_loss:.4f}")
     if result.failure is not None:
         raise result.failure
+
+
+def show_estimate(settings: Settings, corpus: data.Corpus, init: Path | None, device: torch.device) -> None:
+    if init is not None:  # it is measured as it is
+        found = estimate(settings, corpus, lambda _: new_model(settings, corpus, init), device)
+    else:
+        found = estimate(settings, corpus, lambda some: build(some, corpus.tokenizer), device)
+    say(f"{found.parameters:,} parameters, {settings.dtype}, {describe_device(device)}")
+    how = "measured" if found.measured else "estimated from one and two layers, as the model does not fit"
+    say(f"memory: {found.memory / 2**30:.2f} GiB of {found.available / 2**30:.1f} GiB available, {how}")
+    speed = settings.tokens_per_step / found.seconds
+    say(f"time per step: {duration(found.seconds)}, {speed:,.0f} tokens/s")
+    say(f"time for {quantity(settings.steps, 'step')}: {duration(settings.steps * found.seconds)} without evaluations")
+
+
+def duration(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.3g} seconds"
 
 
 def sampler(settings: Settings, corpus: data.Corpus, model: PretrainedModel) -> Callable[[nn.Module], str] | None:

@@ -120,7 +120,7 @@ def resolve(
     Raises:
         ValueError, FileNotFoundError: the message names the argument or the key of the file.
     """
-    content = {} if file is None else read(file)
+    content: dict[str, Any] = {} if file is None else read(file)
     named = content.pop("preset", None)
     preset = preset or named
     if preset is not None:
@@ -137,7 +137,9 @@ def read(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"config: could not read {str(file)!r}: {failure.strerror}") from None
     except ValueError as failure:  # not TOML, or not UTF-8
         raise mismatch("config", f"TOML in {file}", failure) from None
-    kinds = {field.name: kind_of(field) for field in dataclasses.fields(Settings)} | INPUTS | {"preset": str}
+    kinds: dict[str, Any] = (
+        {field.name: kind_of(field) for field in dataclasses.fields(Settings)} | INPUTS | {"preset": str}
+    )
     for name, value in content.items():
         if name not in kinds:
             raise mismatch("config", f"keys of settings in {file}", f"{name!r}{did_you_mean(name, kinds)}")
