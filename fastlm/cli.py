@@ -251,6 +251,29 @@ def train(
     )
 
 
+@app.command("eval")
+def evaluate(
+    model: Model,
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", help="Texts: files, directories or glob patterns; each file is one.")
+    ],
+    context: Annotated[
+        int | None, typer.Option(help="Number of tokens of a window; default: the model's context.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Number of tokens between two windows; default: half of the context.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the masked tokens.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Score a model on texts: loss, perplexity and bits per byte, or the accuracy of masked tokens."""
+    from fastlm.commands import evaluate
+
+    evaluate.run(model, paths, context=context, stride=stride, seed=seed, json=json, device=device, threads=threads)
+
+
 @app.command()
 def generate(
     model: Model,
