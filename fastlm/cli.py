@@ -251,6 +251,20 @@ def train(
     )
 
 
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Directories that `fastlm train` wrote.")],
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="The file to write: .png, .svg or .html. May be given several times. Default: runs.png."),
+    ] = None,
+) -> None:
+    """Plot loss, learning rate, gradient norm and throughput of training runs."""
+    from fastlm.commands import plot
+
+    plot.run(runs, out=out or [Path("runs.png")])
+
+
 @app.command("eval")
 def evaluate(
     model: Model,

@@ -40,3 +40,9 @@ def test_errors(trained, tmp_path, name, arguments, message):
     (tmp_path / "text.txt").write_text(TEXT)
     result = fastlm_command("eval", "--model", trained[0], tmp_path / name, *arguments)
     assert result.exit_code == 1 and re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+
+
+def test_plot(trained, tmp_path):
+    output = run("plot", trained[0], "--out", tmp_path / "run.png", "--out", tmp_path / "run.html")
+    assert output == f"1 run plotted in {tmp_path / 'run.png'}\n1 run plotted in {tmp_path / 'run.html'}\n"
+    assert (tmp_path / "run.png").stat().st_size > 10_000
