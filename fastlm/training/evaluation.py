@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from fastlm.core.errors import mismatch
 from fastlm.models.encoder import EncoderForMaskedLM
 from fastlm.models.language_model import LanguageModel
+from fastlm.training.models import ordinary_tokens
 from fastlm.training.objectives import IGNORED, MaskedToken, NextToken
 from fastlm.training.settings import check_integer
-from fastlm.training.tokenizers import PAD
 
 TOKENS_AT_ONCE = 4096  # of a forward pass
 
@@ -159,9 +159,8 @@ def score_masked(
     before, after = special_tokens(tokenizer)
     if (body := context - len(before) - len(after)) < 1:
         raise mismatch("context", f"more than the {len(before) + len(after)} special tokens", context)
-    pad, vocabulary = tokenizer.token_to_id(PAD), tokenizer.get_vocab_size()
-    ordinary = pad if pad is not None and mask_token > pad >= vocabulary - 2 else vocabulary
-    objective, generator = MaskedToken(ordinary, mask_token), torch.Generator().manual_seed(seed)
+    objective = MaskedToken(ordinary_tokens(tokenizer, mask_token), mask_token)
+    generator = torch.Generator().manual_seed(seed)
     score = MaskedScore()
 
     def windows() -> Iterator[Window]:

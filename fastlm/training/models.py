@@ -18,11 +18,13 @@ from fastlm.models import (
     LlamaConfig,
     load_model,
 )
+from fastlm.models.encoder import EncoderForMaskedLM
 from fastlm.models.language_model import LanguageModel
 from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
 from fastlm.training.tokenizers import MASK, PAD
 
+MASKS = (MASK, "<mask>")  # BERT's, RoBERTa's
 # They are those of the model where there is one to start from.
 MODEL_SETTINGS = ("architecture", "layers", "heads", "kv_heads", "width", "mlp_width", "dropout")
 
@@ -30,31 +32,43 @@ MODEL_SETTINGS = ("architecture", "layers", "heads", "kv_heads", "width", "mlp_w
 def objective_of(settings: Settings, tokenizer: Tokenizer) -> NextToken | MaskedToken:
     if settings.objective == "next-token":
         return NextToken()
-    pad, mask = tokenizer.token_to_id(PAD), tokenizer.token_to_id(MASK)
-    if pad is None or mask is None:
-        raise mismatch("tokenizer", f"a tokenizer with {PAD} and {MASK} for masked-token training", "one without")
-    return MaskedToken(
-        vocabulary=pad, mask_token=mask
-    )  # special tokens have the last ids, and pad is the first of them
+    mask = next((found for name in MASKS if (found := tokenizer.token_to_id(name)) is not None), None)
+    if mask is None:
+        raise mismatch("tokenizer", f"a tokenizer with {' or '.join(MASKS)} for masked-token training", "one without")
+    return MaskedToken(ordinary_tokens(tokenizer, mask), mask)
 
 
-def load(directory: Path, settings: Settings, tokenizer: Tokenizer) -> LanguageModel:
-    """The language model in a directory, in float32, to be trained further on the CPU.
+def ordinary_tokens(tokenizer: Tokenizer, mask: int) -> int:
+    """The number of tokens from which replacements are drawn.
+
+    The tokenizers of this package have their special tokens last, first of them the padding. In others they are
+    anywhere, and BERT's own training draws from the whole vocabulary.
+    """
+    size: int = tokenizer.get_vocab_size()
+    pad = tokenizer.token_to_id(PAD)
+    return pad if pad == size - 2 and mask == size - 1 else size
+
+
+def load(directory: Path, settings: Settings, tokenizer: Tokenizer) -> LanguageModel | EncoderForMaskedLM:
+    """The model in a directory, in float32, to be trained further on the CPU.
 
     Raises:
         ValueError: a setting does not fit it; the message names it.
     """
-    if settings.objective != "next-token":
-        raise mismatch("objective", "next-token with a model to start from", repr(settings.objective))
     for name in MODEL_SETTINGS:
         if (given := getattr(settings, name)) != getattr(Settings(), name):
             raise mismatch(name, "no value with a model to start from, which has its own", given)
     model = load_model(directory, dtype=torch.float32)
-    if not isinstance(model, LanguageModel):
-        raise mismatch("init", "a model that predicts the next token", f"a {type(model).__name__} in {directory}")
-    if settings.context > model.config.max_position_embeddings:
-        expected = f"at most {model.config.max_position_embeddings}, the context of the model in {directory}"
-        raise mismatch("context", expected, settings.context)
+    if not isinstance(model, LanguageModel | EncoderForMaskedLM):
+        expected = "a model that predicts the next or a masked token"
+        raise mismatch("init", expected, f"a {type(model).__name__} in {directory}")
+    causal = isinstance(model, LanguageModel)
+    if causal != (settings.objective == "next-token"):
+        expected = f"{'next' if causal else 'masked'}-token for the {type(model).__name__} in {directory}"
+        raise mismatch("objective", expected, repr(settings.objective))
+    context = model.config.max_position_embeddings if causal else model.config.context
+    if settings.context > context:
+        raise mismatch("context", f"at most {context}, the context of the model in {directory}", settings.context)
     if tokenizer.get_vocab_size() > model.config.vocab_size:
         expected = f"a tokenizer of at most {model.config.vocab_size} tokens, the model's vocabulary"
         raise mismatch("init", expected, f"{tokenizer.get_vocab_size()} in {directory}")

@@ -13,7 +13,16 @@ import tokenizers
 import torch
 
 from fastlm.generation import load_tokenizer
-from fastlm.models import BertForMaskedLM, CausalLM, GPT2LMHeadModel, LlamaConfig, load_model
+from fastlm.models import (
+    BertConfig,
+    BertForMaskedLM,
+    CausalLM,
+    EncoderForMaskedLM,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    RobertaConfig,
+    load_model,
+)
 from tests.commands.support import TEXT, TINY, assert_same_run, fastlm_command, process, run
 
 
@@ -314,7 +323,7 @@ def test_train_from_a_decoder(decoder, text_file, tmp_path):
         (["--context", 65], "context: expected at most 64, the context of the model in .*, got 65"),
         (
             ["--objective", "masked-token"],
-            "objective: expected next-token with a model to start from, got 'masked-token'",
+            "objective: expected next-token for the CausalLM in .*, got 'masked-token'",
         ),
     ],
 )
@@ -323,9 +332,41 @@ def test_settings_that_do_not_fit_the_model_to_start_from(arguments, message, de
     assert result.exit_code == 1 and re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
 
 
-def test_train_from_an_encoder_is_refused(trained_bert, text_file, tmp_path):
+@pytest.mark.parametrize("family, mask", [("BERT", "[MASK]"), ("RoBERTa", "<mask>")])
+def test_train_from_an_encoder(text_file, tmp_path, family, mask):
+    """With its own tokenizer, whose special tokens come first."""
+    vocabulary = ["[PAD]", "[UNK]", mask, *sorted(set(TEXT) - {" ", "\n"})]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Whitespace(), tokenizers.pre_tokenizers.Split("", "isolated")]
+    )
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 18, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = {"BERT": BertConfig, "RoBERTa": RobertaConfig}[family](**sizes)
+    EncoderForMaskedLM(config).save_pretrained(tmp_path / "init")
+    tokenizer.save(str(tmp_path / "init" / "tokenizer.json"))
+    (tmp_path / "init" / "tokenizer_config.json").write_text(json.dumps({"mask_token": mask}))
+    arguments = ["--objective", "masked-token", "--context", 16, "--batch", 8, "--steps", 120, "--lr", 1e-2]
+    run("train", text_file, "--init", tmp_path / "init", *arguments, "--warmup", 5, "--out", tmp_path / "out")
+    before, after = (
+        json.loads(run_json(tmp_path, "eval", "--model", folder, text_file, "--context", 16))["loss"]
+        for folder in (tmp_path / "init", tmp_path / "out")
+    )
+    assert after < 0.8 * before and load_model(tmp_path / "out").config.model_type == config.model_type
+
+
+def run_json(folder, *arguments):
+    run(*arguments, "--json", folder / "result.json")
+    return (folder / "result.json").read_text()
+
+
+def test_the_objective_is_that_of_the_model_to_start_from(trained_bert, text_file, tmp_path):
     result = fastlm_command("train", text_file, "--init", trained_bert[0], "--context", 16, "--out", tmp_path / "out")
-    assert "init: expected a model that predicts the next token, got a BertForMaskedLM in" in result.stderr
+    expected = "objective: expected masked-token for the BertForMaskedLM in .*, got 'next-token'"
+    assert re.search(expected, result.stderr)
 
 
 @pytest.mark.parametrize("command", ["train", "demo"])
