@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,17 @@ from fastlm.commands.process import set_up
 from fastlm.core.errors import mismatch
 from fastlm.generation import Tokenizer, load_tokenizer
 from fastlm.models import load_model
-from fastlm.models.base import PretrainedModel
-from fastlm.models.language_model import LanguageModel
+from fastlm.models.config import CONFIG, stored
 from fastlm.training import checkpoint, data, metrics
-from fastlm.training.checkpoints import Checkpoints, Saved, clear, locked_run, newest
+from fastlm.training.checkpoints import (
+    Checkpoints,
+    Saved,
+    check_unchanged,
+    clear,
+    locked_run,
+    newest,
+    sums_of,
+)
 from fastlm.training.estimate import estimate
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load
@@ -26,6 +33,7 @@ from fastlm.training.report import Report, Reports
 from fastlm.training.run import Run
 from fastlm.training.settings import Settings
 
+ADAPTER = "adapter"  # the directory in that of a run with the adapters in PEFT's format
 MAX_NAMED = 5  # skipped files
 SAMPLE_TOKENS = 100
 
@@ -62,8 +70,11 @@ def run(
         "init": None if init is None else str(init.absolute()),
         "val_fraction": None if val_file else val_fraction,
         "val_file": str(val_file) if val_file else None,
+        "init_sha256": weights_of(init) if init is not None and settings.lora else {},
     }
     if dry_run:
+        if settings.lora:
+            raise mismatch("dry_run", "a run without --lora", f"lora {settings.lora}")
         show_estimate(settings, corpus, init, chosen)
         return
     model = new_model(settings, corpus, init).to(chosen)
@@ -90,7 +101,12 @@ def resume(out: Path, *, device: str | None, threads: int | None) -> None:
         init = started.inputs["init"]
         source = None if init is None else Path(init) if saved is None else saved.folder
         corpus = started.corpus(started.inputs["tokenizer"] if source is None else load_tokenizer(source).tokenizer)
-        if saved is None:
+        if started.settings.lora:
+            check_unchanged("init", started.inputs["init_sha256"])
+            model = new_model(started.settings, corpus, Path(init))
+            if saved is not None:
+                model.load_training_state(saved.tensors())
+        elif saved is None:
             model = new_model(started.settings, corpus, source)
         else:
             model = load_model(saved.folder, dtype=torch.float32)
@@ -99,15 +115,45 @@ def resume(out: Path, *, device: str | None, threads: int | None) -> None:
         train_and_save(out, started, corpus, model.to(chosen), source=source, start=saved)
 
 
-def new_model(settings: Settings, corpus: data.Corpus, init: Path | None) -> PretrainedModel:
-    return build(settings, corpus.tokenizer) if init is None else load(init, settings, corpus.tokenizer)
+def new_model(settings: Settings, corpus: data.Corpus, init: Path | None) -> Any:
+    """A PretrainedModel, or a LoraModel."""
+    if init is None:
+        if settings.lora:
+            raise mismatch("lora", "0 without --init, the model that adapters are added to", settings.lora)
+        return build(settings, corpus.tokenizer)
+    model = load(init, settings, corpus.tokenizer)
+    if not settings.lora:
+        return model
+    del model  # it was checked
+    with needs_peft():
+        import transformers
+
+        from fastlm.integrations.lora import LoraModel
+    transformers.utils.logging.disable_progress_bar()  # for the few seconds of loading
+    alpha = 2 * settings.lora if settings.lora_alpha is None else settings.lora_alpha
+    return LoraModel(init, rank=settings.lora, alpha=alpha, dropout=settings.dropout, seed=settings.seed)
+
+
+@contextlib.contextmanager
+def needs_peft() -> Iterator[None]:
+    """Around imports: the error of an installation without PEFT or transformers."""
+    try:
+        yield
+    except ImportError:
+        raise mismatch("lora", "an installation with PEFT (pip install peft)", "one without") from None
+
+
+def weights_of(directory: Path) -> dict[str, str]:
+    """The SHA-256 of the files of a model by their paths."""
+    directory = stored(directory, CONFIG).parent
+    return sums_of([file for end in (CONFIG, "*.safetensors", "*.bin") for file in sorted(directory.glob(end))])
 
 
 def train_and_save(
     out: Path,
     run: Run,
     corpus: data.Corpus,
-    model: PretrainedModel,
+    model: Any,
     *,
     source: Path | None,
     start: Saved | None = None,
@@ -121,7 +167,9 @@ def train_and_save(
     settings = run.settings
     tokens = f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation"
     say(f"{tokens}, vocabulary of {corpus.tokenizer.get_vocab_size()}")
-    say(f"{model.num_parameters():,} parameters, {settings.dtype}, {describe_device(model.device)}")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = f" ({trainable:,} of them in adapters, which are trained)" if settings.lora else ""
+    say(f"{model.num_parameters():,} parameters{adapters}, {settings.dtype}, {describe_device(model.device)}")
     tokenizer_settings = None if source is None else checkpoint.read_tokenizer_settings(source)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -133,17 +181,28 @@ def train_and_save(
             reports.append(stack.enter_context(metrics.TensorBoard(out, start.step if start else 0)))
         reports.append(stack.enter_context(progress_bar(settings.steps)))
         report, sample = Reports(reports), sampler(settings, corpus, model)
-        result = train(settings, corpus, model, report=report, checkpoints=checkpoints, start=start, sample=sample)
+        result = train(
+            settings,
+            corpus,
+            model,
+            loss=model.loss if settings.lora else None,
+            report=report,
+            checkpoints=checkpoints,
+            start=start,
+            sample=sample,
+        )
     if not result.steps:
         raise KeyboardInterrupt  # no step was completed, so there is nothing to save
-    settings_used = {**run.inputs, **dataclasses.asdict(settings)}
+    settings_used = {**run.given(), **dataclasses.asdict(settings)}
     settings_used |= {"device": str(model.device), "threads": torch.get_num_threads()}
     with checkpoint.staged(out) as folder:
         checkpoint.write_model(folder, model, corpus.tokenizer, tokenizer_settings)
-        checkpoint.write_json(folder / "summary.json", summary(settings_used, result, run, corpus))
-    ended = (
-        "interrupted after" if result.interrupted else "stopped early after" if result.stopped_early else "trained for"
-    )
+        content = summary(settings_used, result, run, corpus, model.num_parameters())
+        checkpoint.write_json(folder / "summary.json", content)
+    early = "stopped early after" if result.stopped_early else "trained for"
+    ended = "interrupted after" if result.interrupted else early
+    if settings.lora:
+        model.save_adapter(out / ADAPTER)
     if result.skipped:
         say(f"skipped {quantity(len(result.skipped), 'step')}; {metrics.FILE} has the reasons")
     say(f"{ended} {quantity(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved to {out}")
@@ -174,11 +233,10 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
-def sampler(settings: Settings, corpus: data.Corpus, model: PretrainedModel) -> Callable[[nn.Module], str] | None:
+def sampler(settings: Settings, corpus: data.Corpus, model: Any) -> Callable[[nn.Module], str] | None:
     """What continues the prompt; the same text for the same weights."""
     if not settings.sample_every:
         return None
-    assert isinstance(model, LanguageModel)
     tokenizer = Tokenizer(corpus.tokenizer)
     ids = tokenizer.encode(settings.prompt)
     if not ids:
@@ -204,7 +262,7 @@ def skipped_in_words(files: Sequence[Path]) -> str:
     return f"skipped {quantity(len(files), 'file')}, hidden or binary: {names}{rest}"
 
 
-def summary(settings: dict[str, Any], result: Result, run: Run, corpus: data.Corpus) -> dict[str, Any]:
+def summary(settings: dict[str, Any], result: Result, run: Run, corpus: data.Corpus, parameters: int) -> dict[str, Any]:
     return {
         "settings": settings,
         "train_loss": result.train_loss,
@@ -215,7 +273,7 @@ def summary(settings: dict[str, Any], result: Result, run: Run, corpus: data.Cor
         "stopped_early": result.stopped_early,
         "skipped_steps": result.skipped,
         "overflows": len(result.overflows),
-        "parameters": sum(p.numel() for p in result.model.parameters()),
+        "parameters": parameters,
         "tokens": {"training": len(corpus.train), "validation": len(corpus.validation)},
         "skipped": run.skipped,
         "evaluations": [{"step": step, "train_loss": a, "val_loss": b} for step, a, b in result.evaluations],

@@ -24,14 +24,23 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlm.core.errors import mismatch
 from fastlm.core.locks import locked
-from fastlm.models.base import PretrainedModel
 from fastlm.models.checkpoint import read_file, writing
 from fastlm.models.config import CONFIG
-from fastlm.training.checkpoint import CHECKPOINTS, STEP, one_line, saved_in, step_of, versions, write_json, write_model
+from fastlm.training.checkpoint import (
+    CHECKPOINTS,
+    STEP,
+    Trained,
+    one_line,
+    saved_in,
+    step_of,
+    versions,
+    write_json,
+    write_model,
+)
 
 FORMAT = 2  # of a checkpoint and of run.json; a change that older code cannot read needs the next number
 PARTIAL = ".partial-"  # the name of a directory that is not complete begins with it
@@ -107,7 +116,7 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.thread.shutdown()  # a checkpoint that is being written is completed
 
-    def save(self, step: int, model: PretrainedModel, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
+    def save(self, step: int, model: Trained, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
         """Starts to write a checkpoint. The tensors may change as soon as this returns.
 
         It waits for the previous checkpoint, whose errors it raises.
@@ -127,7 +136,7 @@ class Checkpoints:
             written, self.written = self.written, None
             written.result()
 
-    def copy(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def copy(self, model: Trained, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies in main memory, which the next call overwrites. Tied parameters stay tied."""
         state = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
         copies: dict[str, Tensor] = {}
@@ -143,7 +152,7 @@ class Checkpoints:
         self.copies = copies
         return copies
 
-    def write(self, step: int, model: PretrainedModel, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
+    def write(self, step: int, model: Trained, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
         for name, tensor in tensors.items():
             if name != LOSSES and tensor.is_floating_point() and not tensor.isfinite().all():
                 expected = f"a learning rate with finite weights and moments (at step {step} {name} is not finite)"

@@ -5,13 +5,14 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fastlm.device import choose_device
-from fastlm.models.base import PretrainedModel
 from fastlm.training.average import Average
+from fastlm.training.checkpoint import Trained
 from fastlm.training.checkpoints import LOSSES, Checkpoints, Evaluation, Saved
 from fastlm.training.data import Corpus, check_length, random_windows, spread_windows
 from fastlm.training.guard import Guard
@@ -66,7 +67,8 @@ def train(
         loss: (model, inputs, targets) → mean loss of the targets; None: that of settings.objective.
         report: receives progress.
         native: use PyTorch's gradient clipping and AdamW.
-        checkpoints: where fastlm's models are saved, every settings.checkpoint_every steps and at the end.
+        checkpoints: where the model is saved, which has to be a Trained; its training_state(), if it has one, is
+            saved too. Every settings.checkpoint_every steps and at the end.
         start: the checkpoint to go on from, which `model` was loaded from.
         sample: the text that a model generates, every settings.sample_every steps; it draws from no generator that
             training uses.
@@ -110,10 +112,11 @@ def train(
 
     def state() -> dict[str, Tensor]:
         """What is not in the model that is evaluated."""
-        return trainer.state() | guard.state() | (average.state() if average is not None else {})
+        own: dict[str, Tensor] = getattr(model, "training_state", dict)()
+        return trainer.state() | guard.state() | (average.state() if average is not None else {}) | own
 
     if checkpoints is not None:
-        checkpoints.copy(model, state())  # allocates: otherwise the first save waits for new pages
+        checkpoints.copy(cast(Trained, model), state())  # allocates: otherwise the first save waits for new pages
     started = saved = len(losses)  # steps; the losses of the last ones may not have been read yet
 
     def read() -> None:
@@ -146,10 +149,9 @@ def train(
             return
         tensors = generator_states(generator, trainer.device)
         tensors |= {LOSSES: torch.tensor(losses, dtype=torch.float64), SAMPLED: torch.tensor(sampled)}
-        assert isinstance(model, PretrainedModel)
         metrics = {"seconds": elapsed, "evaluations": list(evaluations), "report": report.on_save()}
         with evaluated_model():
-            checkpoints.save(started, model, state() | tensors, metrics)
+            checkpoints.save(started, cast(Trained, model), state() | tensors, metrics)
         saved = started
 
     def is_due(interval: int) -> bool:

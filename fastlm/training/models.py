@@ -55,7 +55,7 @@ def load(directory: Path, settings: Settings, tokenizer: Tokenizer) -> LanguageM
     Raises:
         ValueError: a setting does not fit it; the message names it.
     """
-    for name in MODEL_SETTINGS:
+    for name in MODEL_SETTINGS[: -1 if settings.lora else None]:  # dropout is of the adapters
         if (given := getattr(settings, name)) != getattr(Settings(), name):
             raise mismatch(name, "no value with a model to start from, which has its own", given)
     model = load_model(directory, dtype=torch.float32)

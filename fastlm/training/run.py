@@ -51,7 +51,11 @@ class Run:
         """Writes run.json and config.toml, from which the same run can be started with other settings."""
         with staged(out) as folder:
             write_json(folder / RUN, {"format": FORMAT, **dataclasses.asdict(self)})
-            config.write(folder / config.CONFIG, self.inputs | dataclasses.asdict(self.settings))
+            config.write(folder / config.CONFIG, self.given() | dataclasses.asdict(self.settings))
+
+    def given(self) -> dict[str, Any]:
+        """The inputs that a config file may have."""
+        return {name: value for name, value in self.inputs.items() if name in config.INPUTS}
 
     def corpus(self, tokenizer: str | Tokenizer) -> data.Corpus:
         """Reads the text again.

@@ -53,6 +53,10 @@ class Settings:
         None, "Hidden size of the MLP. Default: 4 × --width, for a llama 8/3 × --width.", MODEL
     )
     context: int = option(64, "Maximum number of tokens of a sequence.", MODEL)
+    lora: int = option(
+        0, "Rank of low-rank adapters (LoRA) that are trained instead of the weights of --init; 0: none.", MODEL
+    )
+    lora_alpha: int | None = option(None, "Factor of the adapters, divided by their rank. Default: 2 × --lora.", MODEL)
     batch: int = option(12, "Number of sequences per step.", OPTIMISER)
     micro_batch: int | None = option(
         None, "Number of sequences that run at once; their gradients add up to the step's. Default: --batch.", OPTIMISER
@@ -123,7 +127,7 @@ class Settings:
         check_one_of("recompute", self.recompute, RECOMPUTE_LEVELS)
         for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every", "keep", "max_skipped"):
             check_integer(name, getattr(self, name), 1)
-        for name in ("warmup", "checkpoint_every", "patience", "sample_every"):
+        for name in ("warmup", "checkpoint_every", "patience", "sample_every", "lora"):
             check_integer(name, getattr(self, name), 0)
         for name in ("decay_steps", "micro_batch", "kv_heads", "mlp_width"):
             if getattr(self, name) is not None:
@@ -141,6 +145,10 @@ class Settings:
         check_range("beta2", self.beta2, 0, 1)
         check_range("weight_decay", self.weight_decay, 0, math.inf)
         check_range("grad_clip", self.grad_clip, 0, math.inf)
+        if self.lora_alpha is not None:
+            if not self.lora:
+                raise mismatch("lora_alpha", "no value without --lora", self.lora_alpha)
+            check_integer("lora_alpha", self.lora_alpha, 1)
         check_range("skip_spikes", self.skip_spikes, 0, math.inf)
         check_range("ema", self.ema, 0, 1)
         check_range("dropout", self.dropout, 0, 1)

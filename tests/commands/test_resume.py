@@ -122,6 +122,29 @@ def test_resume_a_run_that_started_from_a_model(text_file, tmp_path, monkeypatch
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("at", [4, 12])
+def test_resume_a_run_with_adapters(text_file, tmp_path, monkeypatch, at):
+    """Before the first checkpoint and after two. The model to start from is read again and has to be the same."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT], vocab_size=270)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    CausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "llama")
+    tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
+    given = [text_file, "--init", tmp_path / "llama", "--context", 16, "--steps", 14, "--checkpoint-every", 4]
+    given += ["--lora", 4, "--dropout", 0.1, "--ema", 0.9, "--threads", 1]
+    run("train", *given, "--out", tmp_path / "whole")
+    interrupt(monkeypatch, *given, "--out", tmp_path / "out", at=at)
+    weights = tmp_path / "llama" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"\0")
+    message = f"init: expected the file {weights} as the run was started with, got a changed one"
+    assert_error(fastlm_command("train", "--resume", tmp_path / "out"), message)
+    weights.write_bytes(content)
+    run("train", "--resume", tmp_path / "out")
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "whole")
+
+
 def test_a_damaged_checkpoint_is_skipped_and_named(interrupted, whole):
     out, _ = interrupted
     damaged = out / "checkpoints" / "step-00000008" / "model.safetensors"

@@ -58,6 +58,8 @@ def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_fil
         "eval_every": 5,
         "architecture": None,
         "kv_heads": None,
+        "lora": 0,
+        "lora_alpha": None,
         "mlp_width": None,
         "micro_batch": None,
         "schedule": "cosine",
@@ -153,6 +155,8 @@ def test_train_options(text_file, tmp_path):
         "val_fraction": None,
         "tensorboard": True,
         "kv_heads": None,
+        "lora": 0,
+        "lora_alpha": None,
     }
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
     # At step 2 there was an evaluation.
@@ -320,6 +324,9 @@ def test_train_from_a_decoder(decoder, text_file, tmp_path):
     "arguments, message",
     [
         (["--layers", 2], "layers: expected no value with a model to start from, which has its own, got 2"),
+        (["--lora", -1], "lora: expected an integer >= 0, got -1"),
+        (["--lora-alpha", 8], "lora_alpha: expected no value without --lora, got 8"),
+        (["--lora", 8, "--dry-run"], "dry_run: expected a run without --lora, got lora 8"),
         (["--context", 65], "context: expected at most 64, the context of the model in .*, got 65"),
         (
             ["--objective", "masked-token"],
@@ -330,6 +337,28 @@ def test_train_from_a_decoder(decoder, text_file, tmp_path):
 def test_settings_that_do_not_fit_the_model_to_start_from(arguments, message, decoder, text_file, tmp_path):
     result = fastlm_command("train", text_file, "--init", decoder, *arguments, "--out", tmp_path / "out")
     assert result.exit_code == 1 and re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+
+
+def test_train_adapters(decoder, text_file, tmp_path):
+    """The weights of the model to start from stay as they are; the run has the merged model and the adapters."""
+    before = (decoder / "model.safetensors").read_bytes()
+    arguments = ["--lora", 8, "--context", 32, "--batch", 4, "--steps", 60, "--lr", 3e-2, "--warmup", 5]
+    arguments += ["--sample-every", 30, "--prompt", "for line", "--ema", 0.9]
+    output = run("train", text_file, "--init", decoder, *arguments, "--out", tmp_path / "out", "--threads", 1)
+    assert "of them in adapters, which are trained" in output and "step 30: sample " in output
+    assert (decoder / "model.safetensors").read_bytes() == before
+    val_loss = json.loads((tmp_path / "out" / "summary.json").read_text())["val_loss"]
+    assert val_loss < 5.4  # log 270 is 5.6; the embeddings are random and stay so
+    (tmp_path / "val.txt").write_text(TEXT[round(0.9 * len(TEXT)) :])
+    windows = ["--context", 32, "--stride", 32]
+    scores = json.loads(run_json(tmp_path, "eval", "--model", tmp_path / "out", tmp_path / "val.txt", *windows))
+    assert scores["loss"] == pytest.approx(val_loss, abs=0.02)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "out" / "adapter"))
+
+
+def test_adapters_need_a_model_to_start_from(text_file, tmp_path):
+    result = fastlm_command("train", text_file, *TINY, "--lora", 8, "--out", tmp_path / "out")
+    assert result.stderr == "error: lora: expected 0 without --init, the model that adapters are added to, got 8\n"
 
 
 @pytest.mark.parametrize("family, mask", [("BERT", "[MASK]"), ("RoBERTa", "<mask>")])
