@@ -11,13 +11,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastlm.commands import choices
+from fastlm.commands import choices, options
 from fastlm.core import interrupts
 from fastlm.core.errors import mismatch
 from fastlm.integrations.encoding import MAX_TOKENS_PER_BATCH
-from fastlm.training.settings import Settings
-
-DEFAULT = Settings()
+from fastlm.models.layers import RECOMPUTE
+from fastlm.training.config import PRESETS, resolve
 
 
 class OneLineErrors(TyperGroup):
@@ -151,6 +150,7 @@ def info(
 
 
 @app.command()
+@options.with_settings
 def train(
     ctx: typer.Context,
     paths: Annotated[
@@ -180,20 +180,30 @@ def train(
             show_default=False,
         ),
     ] = None,
-    checkpoint_every: Annotated[
-        int,
+    preset: Annotated[
+        str | None,
         typer.Option(
-            help="Number of steps between checkpoints; 0: one at the end or on a signal only.",
-            rich_help_panel="Checkpoints",
+            metavar="NAME",
+            help=f"Settings of a known model, which --config and other options override: {choices.listed(PRESETS)}.",
+            show_default=False,
         ),
-    ] = DEFAULT.checkpoint_every,
-    keep: Annotated[
-        int,
+    ] = None,
+    config: Annotated[
+        Path | None,
         typer.Option(
-            help="Number of checkpoints to keep, besides that with the lowest validation loss.",
-            rich_help_panel="Checkpoints",
+            metavar="FILE",
+            help="Settings in TOML, such as RUN/config.toml, which other options override. The keys are the names of "
+            "the options, with underscores, and data.",
+            show_default=False,
         ),
-    ] = DEFAULT.keep,
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Measure some steps, print parameters, memory and time of the run on this machine, and write nothing.",
+        ),
+    ] = False,
     tokenizer: Annotated[
         str,
         typer.Option(
@@ -203,16 +213,6 @@ def train(
         ),
     ] = "byte",
     field: Field = "text",
-    documents: Annotated[
-        str,
-        typer.Option(
-            metavar="stream|packed",
-            help="stream: documents are one text; packed: attention does not cross their boundaries.",
-        ),
-    ] = DEFAULT.documents,
-    whole_words: Annotated[
-        bool, typer.Option("--whole-words", help="With masked-token: mask all tokens of a word, or none.")
-    ] = DEFAULT.whole_words,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -230,12 +230,6 @@ def train(
             show_default=False,
         ),
     ] = None,
-    objective: Annotated[
-        str,
-        typer.Option(
-            metavar="next-token|masked-token", help="next-token: trains a GPT-2; masked-token: trains a BERT."
-        ),
-    ] = DEFAULT.objective,
     val_fraction: Annotated[
         float,
         typer.Option(
@@ -246,73 +240,9 @@ def train(
     val_file: Annotated[
         Path | None, typer.Option(help="A separate text for validation, used instead of --val-fraction.")
     ] = None,
-    eval_every: Annotated[int, typer.Option(help="Number of steps between evaluations.")] = DEFAULT.eval_every,
-    layers: Annotated[int, typer.Option(help="Number of layers.", rich_help_panel="Model")] = DEFAULT.layers,
-    heads: Annotated[
-        int, typer.Option(help="Number of attention heads per layer.", rich_help_panel="Model")
-    ] = DEFAULT.heads,
-    width: Annotated[
-        int, typer.Option(help="Hidden size; a multiple of --heads.", rich_help_panel="Model")
-    ] = DEFAULT.width,
-    context: Annotated[
-        int, typer.Option(help="Maximum number of tokens of a sequence.", rich_help_panel="Model")
-    ] = DEFAULT.context,
-    dropout: Annotated[
-        float, typer.Option(help="Dropout probability, in [0, 1).", rich_help_panel="Model")
-    ] = DEFAULT.dropout,
-    batch: Annotated[
-        int, typer.Option(help="Number of sequences per step.", rich_help_panel="Optimiser")
-    ] = DEFAULT.batch,
-    steps: Annotated[int, typer.Option(help="Number of training steps.", rich_help_panel="Optimiser")] = DEFAULT.steps,
-    lr: Annotated[
-        float, typer.Option(help="Maximum learning rate, reached after --warmup steps.", rich_help_panel="Optimiser")
-    ] = DEFAULT.lr,
-    min_lr: Annotated[
-        float, typer.Option(help="Learning rate from step --decay-steps on.", rich_help_panel="Optimiser")
-    ] = DEFAULT.min_lr,
-    warmup: Annotated[
-        int, typer.Option(help="Number of steps of linear warm-up.", rich_help_panel="Optimiser")
-    ] = DEFAULT.warmup,
-    decay_steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Step at which the cosine schedule reaches --min-lr; default: the last step.",
-            rich_help_panel="Optimiser",
-        ),
-    ] = None,
-    beta1: Annotated[
-        float, typer.Option(help="AdamW's decay rate of the first moment.", rich_help_panel="Optimiser")
-    ] = DEFAULT.beta1,
-    beta2: Annotated[
-        float, typer.Option(help="AdamW's decay rate of the second moment.", rich_help_panel="Optimiser")
-    ] = DEFAULT.beta2,
-    weight_decay: Annotated[
-        float, typer.Option(help="AdamW's weight decay, applied to matrices only.", rich_help_panel="Optimiser")
-    ] = DEFAULT.weight_decay,
-    grad_clip: Annotated[
-        float, typer.Option(help="Maximum global gradient norm; 0: no clipping.", rich_help_panel="Optimiser")
-    ] = DEFAULT.grad_clip,
-    seed: Annotated[
-        int, typer.Option(help="Random seed of weights, batches and dropout.", rich_help_panel="Optimiser")
-    ] = DEFAULT.seed,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="fp32|bf16",
-            help="bf16: bfloat16 activations and matrix products; weights and optimiser state stay float32.",
-            rich_help_panel="Machine",
-        ),
-    ] = DEFAULT.dtype,
-    recompute: Annotated[
-        int,
-        typer.Option(
-            metavar="0|1|2",
-            help="What backward recomputes to save memory: 0 nothing, 1 the GELU, 2 also the product before it.",
-            rich_help_panel="Machine",
-        ),
-    ] = DEFAULT.recompute,
     device: Device = "auto",
     threads: Threads = None,
+    **settings: Any,
 ) -> None:
     """Train a model on text, from scratch or from --init.
 
@@ -321,43 +251,27 @@ def train(
     from fastlm.commands import train
 
     if resume is not None:
-        given = {x for x in ctx.params if getattr(ctx.get_parameter_source(x), "name", "") == "COMMANDLINE"}
+        given = options.given(ctx)
         if others := sorted(given - {"resume", "device", "threads"}):
             raise mismatch("resume", "no other option than --device and --threads", others[0])
         train.resume(resume, device=device if "device" in given else None, threads=threads)
         return
-    settings = Settings(
-        objective=objective,
-        documents=documents,
-        whole_words=whole_words,
-        layers=layers,
-        heads=heads,
-        width=width,
-        context=context,
-        batch=batch,
-        steps=steps,
-        lr=lr,
-        min_lr=min_lr,
-        warmup=warmup,
-        decay_steps=decay_steps,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        grad_clip=grad_clip,
-        dropout=dropout,
-        seed=seed,
-        dtype=dtype,
-        eval_every=eval_every,
-        recompute=recompute,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-    )
+    inputs = {
+        "tokenizer": tokenizer,
+        "field": field,
+        "init": init,
+        "val_fraction": val_fraction,
+        "val_file": val_file,
+        "cache": cache,
+    }
+    values = options.chosen(ctx, settings | inputs)
+    if paths or data:
+        values["data"] = [*(data or []), *(paths or [])]
     train.run(
-        train.Data([*(data or []), *(paths or [])], tokenizer, field, val_fraction, val_file, cache),
-        settings,
-        init=init,
+        *resolve(preset, config, values, inputs | {"data": []}),
         out=out,
         overwrite=overwrite,
+        dry_run=dry_run,
         device=device,
         threads=threads,
     )
@@ -399,6 +313,46 @@ def train_tokenizer(
 
     tokenizer.run(
         paths, kind=kind, vocab_size=vocab_size, lowercase=lowercase, field=field, out=out, overwrite=overwrite
+    )
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Directories that `fastlm train` wrote.")],
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="The file to write: .png, .svg or .html. May be given several times. Default: runs.png."),
+    ] = None,
+) -> None:
+    """Plot loss, learning rate, gradient norm and throughput of training runs."""
+    from fastlm.commands import plot
+
+    plot.run(runs, out=out or [Path("runs.png")])
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", help="Texts, as for `fastlm train`; each file or record is one.")
+    ],
+    field: Field = "text",
+    context: Annotated[
+        int | None, typer.Option(help="Number of tokens of a window; default: the model's context.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Number of tokens between two windows; default: half of the context.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the masked tokens.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Score a model on texts: loss, perplexity and bits per byte, or the accuracy of masked tokens."""
+    from fastlm.commands import evaluate
+
+    evaluate.run(
+        model, paths, field=field, context=context, stride=stride, seed=seed, json=json, device=device, threads=threads
     )
 
 
@@ -596,7 +550,7 @@ def bench(
     ] = "gpt2",
     recompute: Annotated[
         str, typer.Option(help="For training_step: comma-separated list of recomputation levels 0, 1, 2.")
-    ] = str(DEFAULT.recompute),
+    ] = str(RECOMPUTE),
     case: Annotated[
         str,
         typer.Option(
@@ -686,7 +640,7 @@ def bench(
 def profile(
     model: Annotated[str, typer.Option(help=f"One of {choices.listed(choices.MODELS)}.")] = "gpt2",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (also fp32, bf16).")] = "float32",
-    recompute: Annotated[int, typer.Option(help="Recomputation level 0, 1 or 2.")] = DEFAULT.recompute,
+    recompute: Annotated[int, typer.Option(help="Recomputation level 0, 1 or 2.")] = RECOMPUTE,
     steps: Annotated[int, typer.Option(help="Number of profiled training steps, after one warm-up step.")] = 3,
     json: Annotated[Path | None, typer.Option(help="Write the whole profile to this file.")] = None,
     threads: Threads = None,

@@ -7,6 +7,7 @@ errors. Tests that need a real GPU are in kernels/test_gpu.py.
 import dataclasses
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from fastlm.cli import app
 from fastlm.commands import demo, display, process, train
 from fastlm.device import choose_device
 from fastlm.models import load_model
-from fastlm.training import data, loop
+from fastlm.training import data, loop, report
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.baseline_bert import PlainBert
-from fastlm.training.loop import Trainer
 from fastlm.training.models import build
 from fastlm.training.objectives import NextToken
 from fastlm.training.settings import Settings
+from fastlm.training.trainer import READ_INTERVAL, Trainer
 
 TINY = "--layers 1 --heads 2 --width 32 --context 16 --batch 4 --steps 7 --eval-every 3 --warmup 2 --threads 1".split()
 TEXT = "for line in lines:\n    print(line, 'naïve')\n" * 60
@@ -195,7 +196,7 @@ def test_warm_up_changes_no_state(on_meta, corpus):
     trainer.warm_up()
     assert {"fastlm.attention_forward", "fastlm.attention_backward"} <= on_meta.ran
     assert "aten._foreach_mul" not in on_meta.ran  # the optimiser's
-    assert not trainer.pending_losses and all(p.grad is None for p in trainer.parameters)
+    assert not trainer.pending and all(p.grad is None for p in trainer.parameters)
 
 
 def test_gpu_out_of_memory_is_a_one_line_error(monkeypatch, text_file, tmp_path):
@@ -230,12 +231,12 @@ def test_autocast_of_the_device(monkeypatch, corpus):
 def test_losses_are_read_together_on_a_gpu(monkeypatch, corpus):
     """All losses are reported, in order, and before an evaluation."""
 
-    class RecordingReport(loop.Report):
+    class RecordingReport(report.Report):
         def __init__(self):
             self.events = []
 
-        def on_step(self, step, loss, tokens_per_second):
-            self.events.append((step, loss))
+        def on_step(self, step):
+            self.events.append((step.step, step.loss))
 
         def on_evaluation_end(self, step, train_loss, val_loss):
             self.events.append((step, train_loss, val_loss))
@@ -243,7 +244,7 @@ def test_losses_are_read_together_on_a_gpu(monkeypatch, corpus):
     each, together, reads = RecordingReport(), RecordingReport(), []
     expected = loop.train(SMALL, corpus, report=each)
     read = Trainer.read
-    monkeypatch.setattr(Trainer, "read", lambda self: reads.append(len(self.pending_losses)) or read(self))
+    monkeypatch.setattr(Trainer, "read", lambda self: reads.append(len(self.pending)) or read(self))
     monkeypatch.setattr(Trainer, "should_read", False)
     result = loop.train(SMALL, corpus, report=together)
     assert reads == [5, 5, 2]
@@ -254,7 +255,7 @@ def test_read_interval(corpus, monkeypatch):
     trainer = Trainer(build(SMALL, corpus.tokenizer), SMALL, lambda *batch: None)
     assert trainer.should_read
     trainer.device = torch.device("cuda", 0)
-    monkeypatch.setattr(loop.time, "monotonic", lambda: trainer.last_read + 0.5 * loop.READ_INTERVAL)
+    monkeypatch.setattr(time, "monotonic", lambda: trainer.last_read + 0.5 * READ_INTERVAL)
     assert not trainer.should_read
-    monkeypatch.setattr(loop.time, "monotonic", lambda: trainer.last_read + 2 * loop.READ_INTERVAL)
+    monkeypatch.setattr(time, "monotonic", lambda: trainer.last_read + 2 * READ_INTERVAL)
     assert trainer.should_read

@@ -14,8 +14,8 @@ import fastlm
 from fastlm.backends import cpu
 from fastlm.benchmarking.whole import Subject
 from fastlm.models.layers import RECOMPUTE
-from fastlm.training.loop import Trainer
 from fastlm.training.settings import Settings
+from fastlm.training.trainer import Trainer
 
 FASTLM, PYTORCH = "fastlm", "PyTorch"
 STEP, MARK = "training step", "fastlm kernel "

@@ -23,9 +23,9 @@ from fastlm.models.layers import RECOMPUTE
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.baseline_bert import PlainBert
 from fastlm.training.data.order import draws
-from fastlm.training.loop import Loss, Trainer
 from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
+from fastlm.training.trainer import Loss, Trainer
 
 SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
 PROMPT, NEW_TOKENS = 64, 64

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from fastlm.benchmarking.measure import Ratio
-from fastlm.training.loop import Trainer
+from fastlm.training.trainer import Trainer
 
 
 @dataclasses.dataclass

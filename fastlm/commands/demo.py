@@ -27,12 +27,13 @@ from fastlm.training import checkpoint, data
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.batches import evaluation_batches, training_batch
 from fastlm.training.curve import draw_losses
-from fastlm.training.loop import Trainer, stop_requests
 from fastlm.training.models import build_gpt2
 from fastlm.training.objectives import NextToken
 from fastlm.training.run import forget
 from fastlm.training.schedule import learning_rate
 from fastlm.training.settings import Settings, check_range
+from fastlm.training.stopping import stop_requests
+from fastlm.training.trainer import Trainer
 
 # In the same time on two cores, models of width 192 and 256 had a higher loss and generated worse samples.
 SETTINGS = Settings(layers=4, heads=4, width=128, context=256, batch=6, lr=3e-3, min_lr=1e-4, beta2=0.99)
@@ -176,9 +177,9 @@ def keep_training(
 
     def read() -> None:
         nonlocal speed
-        if not ours.pending_losses:
+        if not ours.pending:
             return
-        losses.extend(ours.read())
+        losses.extend(outcome.loss for outcome in ours.read())
         speed = (len(losses) - first) * settings.tokens_per_step / (time.perf_counter() - start)
         bar.show(min(time.perf_counter() - start, seconds), f"step {len(losses)}", losses[-1], f"{speed:,.0f}")
 

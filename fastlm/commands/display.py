@@ -16,7 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from fastlm.training.loop import Report
+from fastlm.training.report import Report, Step
 
 console = Console(highlight=False)
 
@@ -79,8 +79,10 @@ class BarReport(Report):
         self.progress, self.name = progress, name
         self.task = progress.add_task(name, total=total, position="", loss="–", speed="–")
 
-    def on_step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        self.show(step, f"step {step}", loss, f"{tokens_per_second:,.0f}")
+    def on_step(self, step: Step) -> None:
+        self.show(step.step, f"step {step.step}", step.loss, f"{step.mean_tokens_per_second:,.0f}")
+        if step.skipped:
+            self.say(f"step {step.step}: skipped, as {step.skipped}")
 
     def show(self, completed: float, position: str, loss: float, speed: str) -> None:
         self.progress.update(self.task, completed=completed, position=position, loss=f"{loss:.3f}", speed=speed)
@@ -90,6 +92,10 @@ class BarReport(Report):
 
     def on_evaluation_end(self, step: int, train_loss: float, val_loss: float) -> None:
         self.progress.update(self.task, description=self.name)
-        self.progress.console.print(
-            f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}", markup=False, soft_wrap=True
-        )
+        self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+
+    def on_sample(self, step: int, text: str) -> None:
+        self.say(f"step {step}: sample {text!r}")
+
+    def say(self, line: str) -> None:
+        self.progress.console.print(line, markup=False, soft_wrap=True)

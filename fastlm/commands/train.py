@@ -1,96 +1,105 @@
 """fastlm train: trains a model on text; writes the model, summary.json and checkpoints to go on from."""
 
+import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
-from fastlm.commands.display import byte_bar, describe_device, progress_bar, quantity, say
+from fastlm import generation
+from fastlm.commands.corpus import end_of_text_of, load_text, settings_of, tokenizer_in, tokenizer_of
+from fastlm.commands.display import describe_device, progress_bar, quantity, say
 from fastlm.commands.process import set_up
-from fastlm.core.errors import did_you_mean, mismatch
-from fastlm.generation import load_tokenizer
-from fastlm.generation.tokenizer import load_tokenizer_file
+from fastlm.core.errors import mismatch
 from fastlm.models import load_model
-from fastlm.models.base import PretrainedModel
-from fastlm.training import checkpoint, data
-from fastlm.training.checkpoints import Checkpoints, Saved, clear, locked_run, newest
+from fastlm.models.config import CONFIG, stored
+from fastlm.training import checkpoint, data, metrics
+from fastlm.training.checkpoints import Checkpoints, Saved, check_unchanged, clear, locked_run, newest
+from fastlm.training.data.corpus import sums_of
 from fastlm.training.data.shards import keep_only
+from fastlm.training.estimate import estimate
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load, objective_of
+from fastlm.training.report import Report, Reports
 from fastlm.training.run import Run
 from fastlm.training.settings import TOKENIZERS, Settings
-from fastlm.training.tokenizers import end_of_text_id
 
 DEFAULT_TOKENIZER = "byte"
 TOKENS = "tokens"  # the directory in that of a run
-FILE = "tokenizer.json"
+ADAPTER = "adapter"  # the directory in that of a run with the adapters in PEFT's format
 MAX_NAMED = 5  # skipped files
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The options about the text."""
-
-    paths: list[Path]
-    tokenizer: str
-    field: str
-    val_fraction: float
-    val_file: Path | None
-    cache: Path | None
+SAMPLE_TOKENS = 100
 
 
 def run(
-    given: Data,
     settings: Settings,
+    sources: dict[str, Any],
     *,
-    init: Path | None,
     out: Path,
     overwrite: bool,
+    dry_run: bool,
     device: str,
     threads: int | None,
 ) -> None:
+    """sources: the inputs that are no settings, as fastlm.training.config.resolve returns them."""
+    named, val_fraction = sources["tokenizer"], sources["val_fraction"]
+    paths = [Path(path) for path in sources["data"]]
+    init, val_file, cache = (
+        None if sources[name] is None else Path(sources[name]) for name in ("init", "val_file", "cache")
+    )
     chosen = set_up(device, threads)
     out = checkpoint.prepare(out, overwrite=overwrite)
-    if init is not None and given.tokenizer != DEFAULT_TOKENIZER:
-        raise mismatch("tokenizer", "no value with a model to start from, which has its own", repr(given.tokenizer))
-    tokenizer, source = tokenizer_of(given.tokenizer) if init is None else tokenizer_in(init)
-    loaded: PretrainedModel | None = None
+    if init is not None and named != DEFAULT_TOKENIZER:
+        raise mismatch("tokenizer", "no value with a model to start from, which has its own", repr(named))
+    if dry_run and settings.lora:
+        raise mismatch("dry_run", "a run without --lora", f"lora {settings.lora}")
+    tokenizer, source = tokenizer_of(named) if init is None else tokenizer_in(init)
+    loaded = None
     if isinstance(tokenizer, Tokenizer):  # what does not fit is an error before the text is tokenized
         loaded = None if init is None else load(init, settings, tokenizer)
         objective_of(settings, tokenizer)
-    corpus = load_text(
-        data.load,
-        given.paths,
-        tokenizer=tokenizer,
-        end_of_text=end_of_text_of(tokenizer, source),
-        val_fraction=given.val_fraction,
-        val_file=given.val_file,
-        masked=settings.objective == "masked-token",
-        field=given.field,
-        documents=settings.documents,
-        context=settings.context,
-        cache=given.cache or out / TOKENS,
-    )
-    if corpus.skipped:
-        say(skipped_in_words(corpus.skipped))
-    data.check_length(corpus, settings.context)
+    with contextlib.ExitStack() as stack:
+        tokens = Path(stack.enter_context(tempfile.TemporaryDirectory())) if dry_run else out / TOKENS
+        corpus = load_text(
+            data.load,
+            paths,
+            tokenizer=tokenizer,
+            end_of_text=end_of_text_of(tokenizer, source),
+            val_fraction=val_fraction,
+            val_file=val_file,
+            masked=settings.objective == "masked-token",
+            field=sources["field"],
+            documents=settings.documents,
+            context=settings.context,
+            cache=cache or tokens,
+        )
+        if corpus.skipped:
+            say(skipped_in_words(corpus.skipped))
+        data.check_length(corpus, settings.context)
+        if dry_run:
+            show_estimate(settings, corpus, loaded, chosen)
+            return
     inputs = {
-        "data": [str(p) for p in given.paths],
-        "tokenizer": None if init else given.tokenizer if source is None else str(source.absolute()),
+        "data": [str(p) for p in paths],
+        "tokenizer": None if init else named if source is None else str(source.absolute()),
+        "field": sources["field"],
         "init": None if init is None else str(init.absolute()),
-        "val_fraction": None if given.val_file else given.val_fraction,
-        "val_file": str(given.val_file) if given.val_file else None,
-        "field": given.field,
-        "cache": None if given.cache is None else str(given.cache.absolute()),
+        "val_fraction": None if val_file else val_fraction,
+        "val_file": str(val_file) if val_file else None,
+        "cache": None if cache is None else str(cache.absolute()),
+        "init_sha256": weights_of(init) if init is not None and settings.lora else {},
     }
-    model = (loaded or build(settings, corpus.tokenizer, end_of_text=corpus.end_of_text)).to(chosen)
+    model = new_model(settings, corpus, init, loaded).to(chosen)
     with locked_run(out):
         clear(out)  # the checkpoints of an earlier run
-        if given.cache is None and corpus.folder is not None:
+        metrics.clear(out)
+        if cache is None and corpus.folder is not None:
             keep_only(out / TOKENS, corpus.folder)
         started = Run.of(settings, inputs, corpus, chosen)
         started.write(out)
@@ -109,17 +118,18 @@ def resume(out: Path, *, device: str | None, threads: int | None) -> None:
         saved, damages = newest(out)
         for damage in damages:
             say(f"skipped a damaged checkpoint: {damage}")
-        init, name = started.inputs["init"], started.inputs["tokenizer"]
-        if name in TOKENIZERS:
-            tokenizer, source = tokenizer_of(name)
+        init, named = started.inputs["init"], started.inputs["tokenizer"]
+        if named in TOKENIZERS:
+            tokenizer, source = tokenizer_of(named)
         else:  # a checkpoint has it too
-            tokenizer, source = tokenizer_of(init or name) if saved is None else tokenizer_in(saved.folder)
+            tokenizer, source = tokenizer_of(init or named) if saved is None else tokenizer_in(saved.folder)
         corpus = load_text(started.corpus, tokenizer, end_of_text=end_of_text_of(tokenizer, source), cache=out / TOKENS)
-        model: PretrainedModel
-        if saved is None and init is None:
-            model = build(started.settings, corpus.tokenizer, end_of_text=corpus.end_of_text)
-        elif saved is None:
-            model = load(Path(init), started.settings, corpus.tokenizer)
+        if saved is None or started.settings.lora:
+            if started.settings.lora:
+                check_unchanged("init", started.inputs["init_sha256"])
+            model = new_model(started.settings, corpus, None if init is None else Path(init))
+            if saved is not None:
+                model.load_training_state(saved.tensors())
         else:
             model = load_model(saved.folder, dtype=torch.float32)
             model.recompute = started.settings.recompute
@@ -127,46 +137,45 @@ def resume(out: Path, *, device: str | None, threads: int | None) -> None:
         train_and_save(out, started, corpus, model.to(chosen), source=source, start=saved)
 
 
-def load_text(load: Callable[..., data.Corpus], *arguments: Any, **options: Any) -> data.Corpus:
-    """Calls data.load, or a method of its arguments, with a progress bar."""
-    with byte_bar("tokenizing") as progress:
-        corpus = load(*arguments, progress=progress, **options)
-    for damage in corpus.damages:
-        say(f"tokenized again: {damage}")
-    return corpus
+def new_model(settings: Settings, corpus: data.Corpus, init: Path | None, loaded: Any = None) -> Any:
+    """A PretrainedModel, or a LoraModel. loaded: the model in `init`, if it was read."""
+    if init is None:
+        if settings.lora:
+            raise mismatch("lora", "0 without --init, the model that adapters are added to", settings.lora)
+        return build(settings, corpus.tokenizer, end_of_text=corpus.end_of_text)
+    model = load(init, settings, corpus.tokenizer) if loaded is None else loaded
+    if not settings.lora:
+        return model
+    del model, loaded  # it was checked
+    with needs_peft():
+        import transformers
+
+        from fastlm.integrations.lora import LoraModel
+    transformers.utils.logging.disable_progress_bar()  # for the few seconds of loading
+    alpha = 2 * settings.lora if settings.lora_alpha is None else settings.lora_alpha
+    return LoraModel(init, rank=settings.lora, alpha=alpha, dropout=settings.dropout, seed=settings.seed)
 
 
-def tokenizer_of(name: str) -> tuple[str | Tokenizer, Path | None]:
-    """A tokenizer by its name or path, and the directory or file that it comes from."""
-    if name in TOKENIZERS:
-        return name, None
-    path = Path(name)
-    if path.is_dir():
-        return tokenizer_in(path)
-    if path.is_file():
-        return (tokenizer_in(path.parent)[0], path.parent) if path.name == FILE else (load_tokenizer_file(path), path)
-    expected = f"{', '.join(TOKENIZERS)}, a {FILE} or a directory with one"
-    raise mismatch("tokenizer", expected, f"{name!r}{did_you_mean(name, TOKENIZERS)}")
+@contextlib.contextmanager
+def needs_peft() -> Iterator[None]:
+    """Around imports: the error of an installation without PEFT or transformers."""
+    try:
+        yield
+    except ImportError:
+        raise mismatch("lora", "an installation with PEFT (pip install peft)", "one without") from None
 
 
-def tokenizer_in(directory: Path) -> tuple[Tokenizer, Path]:
-    return load_tokenizer(directory).tokenizer, directory
-
-
-def end_of_text_of(tokenizer: str | Tokenizer, source: Path | None) -> int | None:
-    return end_of_text_id(tokenizer, settings_of(source)) if isinstance(tokenizer, Tokenizer) else None
-
-
-def settings_of(source: Path | None) -> str | None:
-    """The contents of the tokenizer_config.json of a tokenizer."""
-    return checkpoint.read_tokenizer_settings(source) if source is not None and source.is_dir() else None
+def weights_of(directory: Path) -> dict[str, str]:
+    """The SHA-256 of the files of a model by their paths."""
+    directory = stored(directory, CONFIG).parent
+    return sums_of([file for end in (CONFIG, "*.safetensors", "*.bin") for file in sorted(directory.glob(end))])
 
 
 def train_and_save(
     out: Path,
     run: Run,
     corpus: data.Corpus,
-    model: PretrainedModel,
+    model: Any,
     *,
     source: Path | None,
     start: Saved | None = None,
@@ -180,29 +189,90 @@ def train_and_save(
     settings = run.settings
     tokens = f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation"
     say(f"{tokens}, vocabulary of {corpus.tokenizer.get_vocab_size()}")
-    say(f"{model.num_parameters():,} parameters, {settings.dtype}, {describe_device(model.device)}")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = f" ({trainable:,} of them in adapters, which are trained)" if settings.lora else ""
+    say(f"{model.num_parameters():,} parameters{adapters}, {settings.dtype}, {describe_device(model.device)}")
     tokenizer_settings = settings_of(source)
-    with (
-        Checkpoints(
-            out, keep=settings.keep, tokenizer=corpus.tokenizer, tokenizer_settings=tokenizer_settings
-        ) as checkpoints,
-        progress_bar(settings.steps) as report,
-    ):
-        result = train(settings, corpus, model, report=report, checkpoints=checkpoints, start=start)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(out, keep=settings.keep, tokenizer=corpus.tokenizer, tokenizer_settings=tokenizer_settings)
+        )
+        size = start.report.get(metrics.SIZE, 0) if start else 0
+        reports: list[Report] = [stack.enter_context(metrics.JSONLines(out, size))]
+        if settings.tensorboard:
+            reports.append(stack.enter_context(metrics.TensorBoard(out, start.step if start else 0)))
+        reports.append(stack.enter_context(progress_bar(settings.steps)))
+        report, sample = Reports(reports), sampler(settings, corpus, model)
+        result = train(
+            settings,
+            corpus,
+            model,
+            loss=model.loss if settings.lora else None,
+            report=report,
+            checkpoints=checkpoints,
+            start=start,
+            sample=sample,
+        )
     if not result.steps:
         raise KeyboardInterrupt  # no step was completed, so there is nothing to save
-    settings_used = {**run.inputs, **dataclasses.asdict(settings)}
+    settings_used = {**run.given(), **dataclasses.asdict(settings)}
     settings_used |= {"device": str(model.device), "threads": torch.get_num_threads()}
     with checkpoint.staged(out) as folder:
         checkpoint.write_model(folder, model, corpus.tokenizer, tokenizer_settings)
-        checkpoint.write_json(folder / "summary.json", summary(settings_used, result, run, corpus))
-    ended = "interrupted after" if result.interrupted else "trained for"
+        content = summary(settings_used, result, run, corpus, model.num_parameters())
+        checkpoint.write_json(folder / "summary.json", content)
+    early = "stopped early after" if result.stopped_early else "trained for"
+    ended = "interrupted after" if result.interrupted else early
+    if settings.lora:
+        model.save_adapter(out / ADAPTER)
+    if result.skipped:
+        say(f"skipped {quantity(len(result.skipped), 'step')}; {metrics.FILE} has the reasons")
     say(f"{ended} {quantity(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved to {out}")
     if result.interrupted:
         say(f"to go on: fastlm train --resume {shlex.quote(str(out))}")
     say(f"val loss {result.val_loss:.4f}")
     if result.failure is not None:
         raise result.failure
+
+
+def show_estimate(settings: Settings, corpus: data.Corpus, loaded: Any, device: torch.device) -> None:
+    """loaded: the model to start from, which is measured as it is; None: a new one."""
+    if loaded is not None:
+        found = estimate(settings, corpus, lambda _: loaded, device)
+    else:
+        found = estimate(settings, corpus, lambda some: build(some, corpus.tokenizer), device)
+    say(f"{found.parameters:,} parameters, {settings.dtype}, {describe_device(device)}")
+    how = "measured" if found.measured else "estimated from one and two layers, as the model does not fit"
+    say(f"memory: {found.memory / 2**30:.2f} GiB of {found.available / 2**30:.1f} GiB available, {how}")
+    speed = settings.tokens_per_step / found.seconds
+    say(f"time per step: {duration(found.seconds)}, {speed:,.0f} tokens/s")
+    say(f"time for {quantity(settings.steps, 'step')}: {duration(settings.steps * found.seconds)} without evaluations")
+
+
+def duration(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.3g} seconds"
+
+
+def sampler(settings: Settings, corpus: data.Corpus, model: Any) -> Callable[[nn.Module], str] | None:
+    """What continues the prompt; the same text for the same weights."""
+    if not settings.sample_every:
+        return None
+    tokenizer = generation.Tokenizer(corpus.tokenizer)
+    ids = tokenizer.encode(settings.prompt)
+    if not ids:
+        raise mismatch("prompt", "at least one token", repr(settings.prompt))
+    prompt = torch.tensor([ids], device=model.device)
+
+    def sample(model: nn.Module) -> str:
+        generated = model.generate(  # type: ignore[operator]
+            prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, eos_token_id=(), seed=settings.seed
+        )
+        return tokenizer.decode(generated[0].tolist())
+
+    return sample
 
 
 def listed(versions: dict[str, str]) -> str:
@@ -215,7 +285,7 @@ def skipped_in_words(files: Sequence[Path]) -> str:
     return f"skipped {quantity(len(files), 'file')}, hidden or binary: {names}{rest}"
 
 
-def summary(settings: dict[str, Any], result: Result, run: Run, corpus: data.Corpus) -> dict[str, Any]:
+def summary(settings: dict[str, Any], result: Result, run: Run, corpus: data.Corpus, parameters: int) -> dict[str, Any]:
     return {
         "settings": settings,
         "train_loss": result.train_loss,
@@ -223,7 +293,10 @@ def summary(settings: dict[str, Any], result: Result, run: Run, corpus: data.Cor
         "tokens_per_second": result.tokens_per_second,
         "steps": result.steps,
         "interrupted": result.interrupted,
-        "parameters": sum(p.numel() for p in result.model.parameters()),
+        "stopped_early": result.stopped_early,
+        "skipped_steps": result.skipped,
+        "overflows": len(result.overflows),
+        "parameters": parameters,
         "tokens": {"training": len(corpus.train), "validation": len(corpus.validation)},
         "skipped": run.skipped,
         "evaluations": [{"step": step, "train_loss": a, "val_loss": b} for step, a, b in result.evaluations],

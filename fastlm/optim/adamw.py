@@ -64,8 +64,13 @@ class Batch:
                     raise mismatch(name, expected, tuple(x.shape))
             check_storages(names, tensors)
 
-    def update(self, factor: float | Tensor, zero_gradients: bool) -> None:
+    def update(self, factor: float | Tensor, zero_gradients: bool, found_inf: Tensor | None) -> None:
         group = self.group
+        if found_inf is not None and not self.implementation.takes_found_inf:
+            if found_inf.item():
+                self.skip(zero_gradients)
+                return
+            found_inf = None
         beta1, beta2 = group["betas"]
         self.implementation.forward(
             Update(
@@ -83,8 +88,13 @@ class Batch:
                 weight_decay=float(group["weight_decay"]),
                 factor=-factor if group["maximize"] else factor,
                 zero_gradients=zero_gradients,
+                found_inf=found_inf,
             )
         )
+
+    def skip(self, zero_gradients: bool) -> None:
+        if zero_gradients:
+            torch._foreach_zero_(self.gradients)
 
 
 class AdamW(torch.optim.AdamW):
@@ -101,13 +111,16 @@ class AdamW(torch.optim.AdamW):
             per group.
         max_grad_norm: clip the 2-norm of all gradients together to this, as torch.nn.utils.clip_grad_norm_ does, but
             without writing the gradients: they are read once more, and scaled during the update. None: no clipping. The
-            norm before clipping is then in `grad_norm`, a 0-d tensor. Only gradients of this process count: where
-            parameters are sharded without DTensor, clip as the sharding library says.
+            norm before clipping is then in `grad_norm`, a 0-d tensor; infinity computes it without clipping. Only
+            gradients of this process count: where parameters are sharded without DTensor, clip as the sharding
+            library says.
         master_weights: keep a float32 copy of every bfloat16 and float16 parameter, as state["master_param"], and
             float32 moments; the parameter is rounded from it in the same pass. Without it small updates are lost in 16
             bits. Elements of a parameter that were changed since the last step replace the master's.
+        skip_nonfinite: with max_grad_norm, a step whose gradient norm is not finite changes neither parameters nor
+            state, as a step that GradScaler skips. `grad_norm` tells; on a GPU nothing waits for it.
         zero_gradients: set gradients to zero in the same pass, instead of a zero_grad() after it; they are zeroed too
-            when GradScaler skips a step.
+            when a step is skipped.
         backend: force one (see fastlm.use_backend); None selects automatically.
         foreach, fused, capturable: accepted so that a call of torch.optim.AdamW need not change. They have no effect.
 
@@ -129,20 +142,25 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: float | None = None,
         master_weights: bool = False,
         zero_gradients: bool = False,
+        skip_nonfinite: bool = False,
         backend: str | None = None,
         foreach: bool | None = None,
         capturable: bool = False,
         fused: bool | None = None,
     ) -> None:
         if max_grad_norm is not None:
-            expected = "a finite number above 0, or None"
-            max_grad_norm = check_number("max_grad_norm", max_grad_norm, expected)
+            expected = "a number above 0, or None"
+            if max_grad_norm != math.inf:
+                max_grad_norm = check_number("max_grad_norm", max_grad_norm, expected)
             if not max_grad_norm > 0:
                 raise mismatch("max_grad_norm", expected, max_grad_norm)
         if backend is not None:
             check_name(backend)
         master_weights = check_flag("master_weights", master_weights)
         zero_gradients = check_flag("zero_gradients", zero_gradients)
+        skip_nonfinite = check_flag("skip_nonfinite", skip_nonfinite)
+        if skip_nonfinite and max_grad_norm is None:
+            raise mismatch("skip_nonfinite", "False without max_grad_norm, which computes the norm", True)
         check_flag("capturable", capturable)
         for name, flag in (("foreach", foreach), ("fused", fused)):
             if flag is not None:
@@ -167,7 +185,7 @@ class AdamW(torch.optim.AdamW):
             fused=fused,
         )
         self.max_grad_norm, self.master_weights = max_grad_norm, master_weights
-        self.zero_gradients, self.backend = zero_gradients, backend
+        self.zero_gradients, self.skip_nonfinite, self.backend = zero_gradients, skip_nonfinite, backend
         self.grad_norm: Tensor | None = None
         # GradScaler then passes grad_scale and found_inf instead of unscaling the gradients in a pass of its own.
         self._step_supports_amp_scaling = True
@@ -177,6 +195,7 @@ class AdamW(torch.optim.AdamW):
             "max_grad_norm",
             "master_weights",
             "zero_gradients",
+            "skip_nonfinite",
             "backend",
             "grad_norm",
             "_step_supports_amp_scaling",
@@ -226,16 +245,32 @@ class AdamW(torch.optim.AdamW):
             if batch.plain:
                 batch.check()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item():
-            if self.zero_gradients:
-                for batch in batches:
-                    torch._foreach_zero_(batch.gradients)
-            return
-        factor: float | Tensor = 1.0 if scale is None else 1 / scale.item()
+        if found_inf is not None and found_inf.is_cpu:
+            if found_inf.item():
+                self._skip(batches, math.inf)
+                return
+            found_inf = None
+        factor: float | Tensor = 1.0
+        if scale is not None:
+            factor = 1 / scale.item() if scale.is_cpu else 1 / scale
         if self.max_grad_norm is not None:
             factor = factor * self._clip_factor(batches, factor)
+        if self.skip_nonfinite and self.grad_norm is not None and batches:
+            if self.grad_norm.is_cpu:
+                if not self.grad_norm.isfinite():
+                    self._skip(batches, self.grad_norm.item())
+                    return
+            else:  # on the device, without synchronising
+                not_finite = (~self.grad_norm.isfinite()).float()
+                found_inf = not_finite if found_inf is None else torch.maximum(not_finite, found_inf)
         for batch in batches:
-            batch.update(factor, self.zero_gradients)
+            batch.update(factor, self.zero_gradients, found_inf)
+
+    def _skip(self, batches: list[Batch], norm: float) -> None:
+        if self.max_grad_norm is not None:
+            self.grad_norm = torch.tensor(norm, dtype=torch.float32, device="cpu")
+        for batch in batches:
+            batch.skip(self.zero_gradients)
 
     def _batches(self) -> Iterator[Batch]:
         """The parameters to update. Missing state is created, in the dtype and layout that an update takes."""

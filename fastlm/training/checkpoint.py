@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -13,12 +14,21 @@ from torch import Tensor
 from fastlm._version import __version__
 from fastlm.core.errors import mismatch
 from fastlm.models import checkpoint
-from fastlm.models.base import PretrainedModel
 from fastlm.models.config import CONFIG, stored
 from fastlm.training.tokenizers import tokenizer_config
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 CHECKPOINTS, STEP = "checkpoints", "step-"  # names of the directories of checkpoints, see checkpoints.py
+
+
+class Trained(Protocol):
+    """What a checkpoint needs of a model. A PretrainedModel is one."""
+
+    config: Any
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def write_files(self, folder: Path, state: dict[str, Tensor] | None = None) -> None: ...
 
 
 def prepare(out: str | Path, *, overwrite: bool = False) -> Path:
@@ -76,7 +86,7 @@ def one_line(failure: BaseException) -> str:
 
 def write_model(
     folder: Path,
-    model: PretrainedModel,
+    model: Trained,
     tokenizer: Tokenizer,
     tokenizer_settings: str | None = None,
     *,

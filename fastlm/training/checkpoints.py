@@ -2,7 +2,7 @@
 
 Each is a directory in Hugging Face's format, to which these files are added:
 
-training.safetensors   the optimiser's state, the loss of every step, the states of the random generators
+training.safetensors   the states of the optimiser and the random generators, the loss of every step, skipped steps
 training.json          step, evaluations, seconds, versions
 SHA256SUMS             of the other files, in the format of sha256sum
 
@@ -24,19 +24,29 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlm.core.errors import mismatch
 from fastlm.core.locks import locked
-from fastlm.models.base import PretrainedModel
 from fastlm.models.checkpoint import read_file, writing
 from fastlm.models.config import CONFIG
-from fastlm.training.checkpoint import CHECKPOINTS, STEP, one_line, saved_in, step_of, versions, write_json, write_model
+from fastlm.training.checkpoint import (
+    CHECKPOINTS,
+    STEP,
+    Trained,
+    one_line,
+    saved_in,
+    step_of,
+    versions,
+    write_json,
+    write_model,
+)
 
 FORMAT = 2  # of a checkpoint and of run.json; a change that older code cannot read needs the next number
 PARTIAL = ".partial-"  # the name of a directory that is not complete begins with it
 TENSORS, METRICS, SUMS = "training.safetensors", "training.json", "SHA256SUMS"
 NEEDED = {CONFIG, "model.safetensors", "tokenizer.json", TENSORS, METRICS}
+LOSSES = "losses"  # the name of their tensor; a skipped step may have one that is not finite
 MODEL = "model."  # prefix of the model's tensors among those that are copied
 
 Evaluation = tuple[int, float, float]  # step, training loss, validation loss
@@ -50,6 +60,7 @@ class Saved:
     step: int
     seconds: float  # of the training steps
     evaluations: list[Evaluation]
+    report: dict[str, Any]  # of Report.on_save
 
     @classmethod
     def read(cls, folder: Path) -> "Saved":
@@ -57,7 +68,7 @@ class Saved:
         content = json.loads((folder / METRICS).read_text(encoding="utf-8"))
         check_format(content, folder / METRICS)
         evaluations = [tuple(evaluation) for evaluation in content["evaluations"]]
-        return cls(folder, content["step"], content["seconds"], evaluations)
+        return cls(folder, content["step"], content["seconds"], evaluations, content.get("report", {}))
 
     def tensors(self) -> dict[str, Tensor]:
         return read_file(self.folder / TENSORS)
@@ -105,7 +116,7 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.thread.shutdown()  # a checkpoint that is being written is completed
 
-    def save(self, step: int, model: PretrainedModel, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
+    def save(self, step: int, model: Trained, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
         """Starts to write a checkpoint. The tensors may change as soon as this returns.
 
         It waits for the previous checkpoint, whose errors it raises.
@@ -125,7 +136,7 @@ class Checkpoints:
             written, self.written = self.written, None
             written.result()
 
-    def copy(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def copy(self, model: Trained, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies in main memory, which the next call overwrites. Tied parameters stay tied."""
         state = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
         copies: dict[str, Tensor] = {}
@@ -141,9 +152,9 @@ class Checkpoints:
         self.copies = copies
         return copies
 
-    def write(self, step: int, model: PretrainedModel, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
+    def write(self, step: int, model: Trained, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if name != LOSSES and tensor.is_floating_point() and not tensor.isfinite().all():
                 expected = f"a learning rate with finite weights and moments (at step {step} {name} is not finite)"
                 raise mismatch("lr", expected, "a larger one")
         final = self.run / CHECKPOINTS / f"{STEP}{step:08}"

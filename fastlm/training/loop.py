@@ -2,163 +2,45 @@
 
 import contextlib
 import dataclasses
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from fastlm.core.errors import mismatch
 from fastlm.device import choose_device
-from fastlm.models.base import PretrainedModel
-from fastlm.optim import AdamW
+from fastlm.training.average import Average
 from fastlm.training.batches import evaluation_batches, training_batch
-from fastlm.training.checkpoints import Checkpoints, Evaluation, Saved
+from fastlm.training.checkpoint import Trained
+from fastlm.training.checkpoints import LOSSES, Checkpoints, Evaluation, Saved
 from fastlm.training.data import Corpus, check_length
+from fastlm.training.guard import Guard
 from fastlm.training.models import build, objective_of
+from fastlm.training.report import Report, Step
 from fastlm.training.schedule import learning_rate
 from fastlm.training.settings import Settings
+from fastlm.training.stopping import Stopped, stop_requests, until
+from fastlm.training.trainer import Loss, Trainer
 
-T = TypeVar("T")
-Loss = Callable[[Any, Tensor, Tensor], Tensor]  # (model, inputs, targets) → loss
-
-LOSSES = "losses"  # the name of their tensor in a checkpoint
-READ_INTERVAL = 0.2  # seconds between two reads of the losses on a GPU; a read synchronises
-
-
-class Trainer:
-    """A model with its optimiser; runs training steps on the model's device.
-
-    The caller provides batches and learning rates.
-
-    Args:
-        loss: (model, inputs, targets) → loss.
-        native: use PyTorch's gradient clipping and fused AdamW, for the baseline.
-    """
-
-    def __init__(self, model: nn.Module, settings: Settings, loss: Loss, *, native: bool = False):
-        self.model, self.settings, self.loss = model, settings, loss
-        self.device = next(model.parameters()).device
-        self.pending_losses: list[Tensor] = []  # of the steps since the last read
-        self.last_read = time.monotonic()
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},  # biases and norms are not decayed
-        ]
-        self.optimizer: torch.optim.Optimizer
-        betas = (settings.beta1, settings.beta2)
-        if native:
-            self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True)
-        else:
-            self.optimizer = optimizer = AdamW(
-                groups, lr=settings.lr, betas=betas, max_grad_norm=settings.grad_clip or None
-            )
-            optimizer.begin()
-        self.parameters, self.native = parameters, native
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimiser's state by the names of the parameters."""
-        named, state = self.model.named_parameters(), self.optimizer.state
-        return {f"optimizer.{name}.{key}": value for name, p in named if p in state for key, value in state[p].items()}
-
-    @torch.no_grad()
-    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, value in self.optimizer_state().items():
-            value.copy_(tensors[name])
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        if self.settings.dtype == "bfloat16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
-
-    def to_device(self, *batch: Tensor) -> list[Tensor]:
-        """Copies a batch to the model's device; to a GPU from pinned memory, asynchronously."""
-        if self.device.type == "cuda":
-            batch = tuple(x.pin_memory() if x.is_cpu else x for x in batch)
-        return [x.to(self.device, non_blocking=True) for x in batch]
-
-    def warm_up(self) -> None:
-        """On a GPU, runs forward and backward once so that all kernels are compiled before timing starts.
-
-        Weights and gradients do not change.
-        """
-        if self.device.type == "cpu":
-            return
-        tokens = torch.zeros((self.settings.batch, self.settings.context), dtype=torch.int64, device=self.device)
-        with self.autocast():
-            loss = self.loss(self.model.train(), tokens, tokens)
-        torch.autograd.grad(loss, self.parameters, allow_unused=True)
-
-    def step(self, inputs: Tensor, targets: Tensor, lr: float) -> float:
-        """One optimiser step; waits for it and returns the loss before the update."""
-        self.begin_step(inputs, targets, lr)
-        return self.read()[-1]
-
-    def begin_step(self, inputs: Tensor, targets: Tensor, lr: float) -> None:
-        """One optimiser step, without waiting for a GPU; read() returns its loss."""
-        if not self.model.training:  # train() visits every module
-            self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        inputs, targets = self.to_device(inputs, targets)
-        with self.autocast():
-            loss = self.loss(self.model, inputs, targets)
-        loss.backward()
-        if self.native and self.settings.grad_clip:
-            nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.pending_losses.append(loss.detach())
-
-    @property
-    def should_read(self) -> bool:
-        """Whether to read losses now: on a CPU after every step; on a GPU a few times a second, to keep it busy."""
-        return self.device.type != "cuda" or time.monotonic() - self.last_read >= READ_INTERVAL
-
-    def read(self) -> list[float]:
-        """Waits for all steps; returns the losses of those since the last read."""
-        losses = torch.stack(self.pending_losses).tolist() if self.pending_losses else []
-        self.pending_losses, self.last_read = [], time.monotonic()
-        return losses
-
-    @torch.no_grad()
-    def evaluate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-        """The mean loss over all targets of (inputs, targets) pairs."""
-        self.model.eval()
-        losses, counts = [], []
-        for inputs, targets in pairs:
-            counts.append(int((targets >= 0).sum()))
-            inputs, targets = self.to_device(inputs, targets)
-            with self.autocast():
-                losses.append(self.loss(self.model, inputs, targets))
-        return sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True)) / sum(counts)
+SAMPLED = "sampled"  # the name of the step of the last sample in a checkpoint
 
 
 @dataclasses.dataclass
 class Result:
-    model: nn.Module
+    model: nn.Module  # with settings.ema, with the averaged weights
     train_loss: float
     val_loss: float
     tokens_per_second: float  # of the training steps, without evaluation
-    steps: int  # fewer than settings.steps if interrupted
+    steps: int  # fewer than settings.steps if interrupted or stopped early
     interrupted: bool
     losses: list[float]  # of every step, before the update
     evaluations: list[Evaluation]
+    skipped: list[int]  # the steps whose loss or gradient was not learned from
+    overflows: list[int]  # the steps in float16 that lowered the scale of the gradients
+    stopped_early: bool
     failure: OSError | None = None  # why the last checkpoint could not be saved
-
-
-class Report:
-    """Callbacks of the training loop; a progress bar overrides them."""
-
-    def on_step(self, step: int, loss: float, tokens_per_second: float) -> None: ...
-
-    def on_evaluation_start(self) -> None: ...
-
-    def on_evaluation_end(self, step: int, train_loss: float, val_loss: float) -> None: ...
 
 
 def train(
@@ -171,6 +53,7 @@ def train(
     native: bool = False,
     checkpoints: Checkpoints | None = None,
     start: Saved | None = None,
+    sample: Callable[[nn.Module], str] | None = None,
 ) -> Result:
     """Trains a model on a corpus.
 
@@ -182,50 +65,76 @@ def train(
 
     Args:
         model: any module, trained on the device it is on; None: a fastlm model for the settings, on a GPU if available.
-        loss: (model, inputs, targets) → loss; None: that of settings.objective.
+        loss: (model, inputs, targets) → mean loss of the targets; None: that of settings.objective.
         report: receives progress.
         native: use PyTorch's gradient clipping and AdamW.
-        checkpoints: where fastlm's models are saved, every settings.checkpoint_every steps and at the end.
+        checkpoints: where the model is saved, which has to be a Trained; its training_state(), if it has one, is
+            saved too. Every settings.checkpoint_every steps and at the end.
         start: the checkpoint to go on from, which `model` was loaded from.
+        sample: the text that a model generates, every settings.sample_every steps; it draws from no generator that
+            training uses.
+
+    Raises:
+        ValueError: settings.max_skipped steps in a row were skipped.
     """
     check_length(corpus, settings.context)
     report = report or Report()
     objective = objective_of(settings, corpus.tokenizer)
     model = model or build(settings, corpus.tokenizer).to(choose_device())
-    trainer = Trainer(model, settings, loss or objective.loss, native=native)
+    trainer, guard = Trainer(model, settings, loss or objective.loss, native=native), Guard(settings)
+    average = Average(model, settings.ema) if settings.ema else None
     evaluation_pairs = [
         list(evaluation_batches(tokens, settings, objective)) for tokens in (corpus.train, corpus.validation)
     ]
     losses: list[float] = []
     evaluations: list[Evaluation] = []
     began = elapsed = 0.0
+    sampled = 0  # the step of the last sample
     trainer.warm_up()
     torch.manual_seed(settings.seed)  # for dropout
     if start is not None:
         tensors = start.tensors()
         losses, evaluations, elapsed = tensors[LOSSES].tolist(), list(start.evaluations), start.seconds
-        trainer.load_optimizer_state(tensors)
+        sampled = int(tensors[SAMPLED])
+        trainer.load_state(tensors)
+        guard.load_state(tensors, losses)
+        if average is not None:
+            average.load_state(tensors)
         set_generator_states(trainer.device, tensors)
+
+    def evaluated_model() -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if average is None else average.applied()
+
+    def state() -> dict[str, Tensor]:
+        """What is not in the model that is evaluated."""
+        own: dict[str, Tensor] = getattr(model, "training_state", dict)()
+        return trainer.state() | guard.state() | (average.state() if average is not None else {}) | own
+
     if checkpoints is not None:
-        checkpoints.copy(model, trainer.optimizer_state())  # allocates: otherwise the first save waits for new pages
+        checkpoints.copy(cast(Trained, model), state())  # allocates: otherwise the first save waits for new pages
     started = saved = len(losses)  # steps; the losses of the last ones may not have been read yet
 
     def read() -> None:
         nonlocal elapsed
-        if not trainer.pending_losses:
+        if not trainer.pending:
             return
-        values = trainer.read()
-        elapsed += time.perf_counter() - began
-        for loss in values:
-            losses.append(loss)
-            if loss != loss or loss == float("inf"):
-                expected = f"a learning rate with a finite loss (at step {len(losses)} it is {loss}; use a smaller one)"
-                raise mismatch("lr", expected, settings.lr)
-            report.on_step(len(losses), loss, started * settings.tokens_per_step / elapsed)
+        outcomes = trainer.read()
+        seconds = time.perf_counter() - began
+        elapsed += seconds
+        speed = len(outcomes) * settings.tokens_per_step / seconds
+        for outcome in outcomes:
+            losses.append(outcome.loss)
+            mean = started * settings.tokens_per_step / elapsed
+            lr, reason = scheduled(settings, len(losses) - 1), "" if outcome.overflow else outcome.skipped
+            report.on_step(
+                Step(len(losses), outcome.loss, lr, outcome.grad_norm, speed, mean, reason, outcome.overflow)
+            )
+            guard.record(len(losses), outcome)
 
     def evaluate(stop: threading.Event | None = None) -> None:
         report.on_evaluation_start()
-        train_loss, val_loss = (trainer.evaluate(until(stop, pairs)) for pairs in evaluation_pairs)
+        with evaluated_model():
+            train_loss, val_loss = (trainer.evaluate(until(stop, pairs)) for pairs in evaluation_pairs)
         evaluations.append((len(losses), train_loss, val_loss))
         report.on_evaluation_end(len(losses), train_loss, val_loss)
 
@@ -233,10 +142,11 @@ def train(
         nonlocal saved
         if checkpoints is None or saved == started:
             return
-        tensors = trainer.optimizer_state() | generator_states(trainer.device)
-        tensors[LOSSES] = torch.tensor(losses, dtype=torch.float64)
-        assert isinstance(model, PretrainedModel)
-        checkpoints.save(started, model, tensors, {"seconds": elapsed, "evaluations": list(evaluations)})
+        tensors = generator_states(trainer.device)
+        tensors |= {LOSSES: torch.tensor(losses, dtype=torch.float64), SAMPLED: torch.tensor(sampled)}
+        metrics = {"seconds": elapsed, "evaluations": list(evaluations), "report": report.on_save()}
+        with evaluated_model():
+            checkpoints.save(started, cast(Trained, model), state() | tensors, metrics)
         saved = started
 
     def is_due(interval: int) -> bool:
@@ -248,15 +158,24 @@ def train(
                 read()
                 with contextlib.suppress(Stopped):
                     evaluate(stop)
-            if started == settings.steps or stop.is_set():
+            stopped_early = has_stalled(evaluations, settings.patience)
+            if started == settings.steps or stop.is_set() or stopped_early:
                 break
+            if sample is not None and is_due(settings.sample_every) and sampled != started:
+                read()
+                with evaluated_model():
+                    report.on_sample(started, sample(model))
+                sampled = started
             if is_due(settings.checkpoint_every):
                 read()
                 save()
-            if not trainer.pending_losses:
+            if not trainer.pending:
                 began = time.perf_counter()
             inputs, targets = training_batch(corpus.train, settings, objective, started)
+            trainer.max_loss = guard.max_loss
             trainer.begin_step(inputs, targets, scheduled(settings, started))
+            if average is not None:
+                average.update()
             started += 1
             if trainer.should_read:
                 read()
@@ -270,7 +189,10 @@ def train(
                 checkpoints.wait()
         except OSError as error:  # the model alone may still fit on the disk
             failure = error
-    evaluate()
+    if not evaluations or evaluations[-1][0] != started:
+        evaluate()
+    if average is not None:
+        average.swap()
     _, train_loss, val_loss = evaluations[-1]
     return Result(
         model=trainer.model,
@@ -281,8 +203,20 @@ def train(
         interrupted=stop.is_set() and started < settings.steps,
         losses=losses,
         evaluations=evaluations,
+        skipped=guard.skipped,
+        overflows=guard.overflows,
+        stopped_early=stopped_early,
         failure=failure,
     )
+
+
+def has_stalled(evaluations: Sequence[Evaluation], patience: int) -> bool:
+    """Whether none of the last `patience` evaluations has a lower validation loss than those before; 0: never."""
+    if not patience or len(evaluations) <= patience:
+        return False
+    val_losses = [val_loss for _, _, val_loss in evaluations]
+    lowest = min(val_losses[:-patience])
+    return not any(val_loss < lowest for val_loss in val_losses[-patience:])
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
@@ -298,41 +232,13 @@ def set_generator_states(device: torch.device, states: Mapping[str, Tensor]) -> 
 
 
 def scheduled(settings: Settings, step: int) -> float:
-    decay_steps = settings.steps if settings.decay_steps is None else settings.decay_steps
-    return learning_rate(step, lr=settings.lr, min_lr=settings.min_lr, warmup=settings.warmup, decay_steps=decay_steps)
-
-
-class Stopped(Exception):
-    """An evaluation was ended early."""
-
-
-def until(stop: threading.Event | None, items: Iterable[T]) -> Iterator[T]:
-    """The items; raises Stopped as soon as the event is set."""
-    for item in items:
-        if stop is not None and stop.is_set():
-            raise Stopped
-        yield item
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """Yields an event that SIGINT (Ctrl-C) and SIGTERM set. After a second one the block raises KeyboardInterrupt."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
-        yield stop
-        return
-    received = 0
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal received
-        received += 1
-        stop.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if received > 1:
-        raise KeyboardInterrupt
+    """The learning rate of step 0, 1, …"""
+    return learning_rate(
+        step,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        warmup=settings.warmup,
+        decay_steps=settings.steps if settings.decay_steps is None else settings.decay_steps,
+        schedule=settings.schedule,
+        decay_fraction=settings.decay_fraction,
+    )

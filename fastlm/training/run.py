@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from fastlm.core.errors import mismatch
 from fastlm.models.config import read_json, stored
-from fastlm.training import data
+from fastlm.training import config, data, metrics
 from fastlm.training.checkpoint import staged, versions, write_json
 from fastlm.training.checkpoints import FORMAT, check_format, check_unchanged, clear
 from fastlm.training.settings import TOKENIZERS, Settings
@@ -54,8 +54,14 @@ class Run:
             raise mismatch("resume", f"the settings of a run in {path}", f"a damaged file ({failure})") from None
 
     def write(self, out: Path) -> None:
+        """Writes run.json and config.toml, from which the same run can be started with other settings."""
         with staged(out) as folder:
             write_json(folder / RUN, {"format": FORMAT, **dataclasses.asdict(self)})
+            config.write(folder / config.CONFIG, self.given() | dataclasses.asdict(self.settings))
+
+    def given(self) -> dict[str, Any]:
+        """The inputs that a config file may have."""
+        return {name: value for name, value in self.inputs.items() if name in config.INPUTS}
 
     def corpus(
         self, tokenizer: str | Tokenizer, *, end_of_text: int | None = None, cache: Path | None = None, **options: Any
@@ -92,3 +98,4 @@ def forget(directory: Path) -> None:
     """Deletes what --resume reads, where a model that is no run's has replaced the run's."""
     (directory / RUN).unlink(missing_ok=True)
     clear(directory)
+    metrics.clear(directory)

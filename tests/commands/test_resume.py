@@ -45,8 +45,15 @@ def interrupted(text_file, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     shutil.copy(text_file, text)
     interrupt(monkeypatch, text, *SETTINGS, "--out", tmp_path / "out", at=12)
-    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoints", "run.json", "tokens"]
+    written = ["checkpoints", "config.toml", "metrics.jsonl", "run.json", "tokens"]
+    assert sorted(os.listdir(tmp_path / "out")) == written
     return tmp_path / "out", text
+
+
+def metrics_of(out):
+    """Without what depends on the time."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in records]
 
 
 def assert_same_weights(out, other):
@@ -60,8 +67,11 @@ def assert_error(result, message):
 def test_resume_needs_no_other_option(interrupted, whole, tmp_path, monkeypatch):
     monkeypatch.chdir("/")  # and no other directory
     out, _ = interrupted
+    assert metrics_of(out)[-1]["step"] > 8  # of steps that are run again
     assert "resumed after 8 steps of 16\n" in run("train", "--resume", out)
     assert_same_weights(out, whole)
+    assert metrics_of(out) == metrics_of(whole)
+    assert [x["step"] for x in metrics_of(out) if "loss" in x] == list(range(1, 17))
     moved = out.rename(tmp_path / "moved")
     before = (moved / "summary.json").read_bytes()
     assert "resumed after 16 steps of 16\n" in run("train", "--resume", moved)  # it is complete
@@ -111,6 +121,29 @@ def test_resume_a_run_that_started_from_a_model(text_file, tmp_path, monkeypatch
     assert_same_run(tmp_path / "out", tmp_path / "whole")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("at", [4, 12])
+def test_resume_a_run_with_adapters(text_file, tmp_path, monkeypatch, at):
+    """Before the first checkpoint and after two. The model to start from is read again and has to be the same."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT], vocab_size=270)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    CausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "llama")
+    tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
+    given = [text_file, "--init", tmp_path / "llama", "--context", 16, "--steps", 14, "--checkpoint-every", 4]
+    given += ["--lora", 4, "--dropout", 0.1, "--ema", 0.9, "--threads", 1]
+    run("train", *given, "--out", tmp_path / "whole")
+    interrupt(monkeypatch, *given, "--out", tmp_path / "out", at=at)
+    weights = tmp_path / "llama" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"\0")
+    message = f"init: expected the file {weights} as the run was started with, got a changed one"
+    assert_error(fastlm_command("train", "--resume", tmp_path / "out"), message)
+    weights.write_bytes(content)
+    run("train", "--resume", tmp_path / "out")
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "whole")
 
 
 def test_a_damaged_checkpoint_is_skipped_and_named(interrupted, whole):

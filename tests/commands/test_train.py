@@ -13,7 +13,16 @@ import tokenizers
 import torch
 
 from fastlm.generation import load_tokenizer
-from fastlm.models import BertForMaskedLM, CausalLM, GPT2LMHeadModel, LlamaConfig, load_model
+from fastlm.models import (
+    BertConfig,
+    BertForMaskedLM,
+    CausalLM,
+    EncoderForMaskedLM,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    RobertaConfig,
+    load_model,
+)
 from tests.commands.support import TEXT, TINY, assert_same_run, fastlm_command, process, run
 
 
@@ -51,6 +60,21 @@ def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_fil
         "seed": 0,
         "dtype": "float32",
         "eval_every": 5,
+        "architecture": None,
+        "kv_heads": None,
+        "lora": 0,
+        "lora_alpha": None,
+        "mlp_width": None,
+        "micro_batch": None,
+        "schedule": "cosine",
+        "decay_fraction": 0.2,
+        "max_skipped": 10,
+        "skip_spikes": 0.0,
+        "ema": 0.0,
+        "patience": 0,
+        "sample_every": 0,
+        "prompt": "\n",
+        "tensorboard": False,
         "recompute": 1,
         "checkpoint_every": 250,
         "keep": 2,
@@ -76,7 +100,9 @@ def test_train_writes_a_model_that_can_be_loaded(trained):
         model.config.vocab_size,
     ) == (1, 2, 32, 16, 256)
     files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert sorted(os.listdir(out)) == sorted([*files, "summary.json", "run.json", "checkpoints", "tokens"])
+    assert sorted(os.listdir(out)) == sorted(
+        [*files, "summary.json", "run.json", "config.toml", "metrics.jsonl", "checkpoints", "tokens"]
+    )
 
 
 def test_train_options(text_file, tmp_path):
@@ -106,6 +132,17 @@ def test_train_options(text_file, tmp_path):
         "field": "body",
         "cache": str(tmp_path / "cache"),
         "eval_every": 2,
+        "architecture": "gpt2",
+        "mlp_width": 48,
+        "micro_batch": 2,
+        "schedule": "wsd",
+        "decay_fraction": 0.5,
+        "max_skipped": 5,
+        "skip_spikes": 9.5,
+        "ema": 0.5,
+        "patience": 7,
+        "sample_every": 2,
+        "prompt": "for",
         "recompute": 2,
         "checkpoint_every": 2,
         "keep": 1,
@@ -114,7 +151,9 @@ def test_train_options(text_file, tmp_path):
         "threads": 2,
     }
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
-    run("train", "--data", text_file, tmp_path / "more.txt", *flags, "--out", tmp_path / "out")
+    flags.append("--tensorboard")
+    output = run("train", "--data", text_file, tmp_path / "more.txt", *flags, "--out", tmp_path / "out")
+    assert "step 2: sample " in output and list((tmp_path / "out" / "tensorboard").iterdir())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["settings"] == given | {
         "dtype": "bfloat16",
@@ -122,10 +161,32 @@ def test_train_options(text_file, tmp_path):
         "init": None,
         "val_fraction": None,
         "whole_words": False,
+        "tensorboard": True,
+        "kv_heads": None,
+        "lora": 0,
+        "lora_alpha": None,
     }
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
     # At step 2 there was an evaluation.
     assert sorted(os.listdir(tmp_path / "out" / "checkpoints")) == ["step-00000002", "step-00000004"]
+
+
+def test_a_run_is_repeated_from_its_config(trained, tmp_path):
+    out, _ = trained
+    run("train", "--config", out / "config.toml", "--out", tmp_path / "again", "--threads", 1)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "config.toml").read_bytes() == (out / "config.toml").read_bytes()
+    run("train", "--config", out / "config.toml", "--steps", 1, "--out", tmp_path / "short")
+    assert json.loads((tmp_path / "short" / "summary.json").read_text())["steps"] == 1
+
+
+def test_train_a_llama(text_file, tmp_path):
+    out, sizes = tmp_path / "out", ["--architecture", "llama", "--kv-heads", 1, "--mlp-width", 40]
+    run("train", text_file, *TINY, *sizes, "--tokenizer", "char", "--steps", 60, "--lr", 1e-2, "--out", out)
+    model = load_model(out)
+    assert isinstance(model, CausalLM) and model.config.num_key_value_heads == 1
+    losses = [e["val_loss"] for e in json.loads((out / "summary.json").read_text())["evaluations"]]
+    assert losses[-1] < 1.5 < losses[0]
 
 
 def test_train_is_bit_reproducible(trained, text_file, tmp_path):
@@ -278,10 +339,13 @@ def test_train_from_a_decoder(decoder, text_file, tmp_path):
             ["--tokenizer", "char"],
             "tokenizer: expected no value with a model to start from, which has its own, got 'char'",
         ),
+        (["--lora", -1], "lora: expected an integer >= 0, got -1"),
+        (["--lora-alpha", 8], "lora_alpha: expected no value without --lora, got 8"),
+        (["--lora", 8, "--dry-run"], "dry_run: expected a run without --lora, got lora 8"),
         (["--context", 65], "context: expected at most 64, the context of the model in .*, got 65"),
         (
             ["--objective", "masked-token"],
-            "objective: expected next-token with a model to start from, got 'masked-token'",
+            "objective: expected next-token for the CausalLM in .*, got 'masked-token'",
         ),
     ],
 )
@@ -290,9 +354,63 @@ def test_settings_that_do_not_fit_the_model_to_start_from(arguments, message, de
     assert result.exit_code == 1 and re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
 
 
-def test_train_from_an_encoder_is_refused(trained_bert, text_file, tmp_path):
+def test_train_adapters(decoder, text_file, tmp_path):
+    """The weights of the model to start from stay as they are; the run has the merged model and the adapters."""
+    before = (decoder / "model.safetensors").read_bytes()
+    arguments = ["--lora", 8, "--context", 32, "--batch", 4, "--steps", 60, "--lr", 3e-2, "--warmup", 5]
+    arguments += ["--sample-every", 30, "--prompt", "for line", "--ema", 0.9]
+    output = run("train", text_file, "--init", decoder, *arguments, "--out", tmp_path / "out", "--threads", 1)
+    assert "of them in adapters, which are trained" in output and "step 30: sample " in output
+    assert (decoder / "model.safetensors").read_bytes() == before
+    val_loss = json.loads((tmp_path / "out" / "summary.json").read_text())["val_loss"]
+    assert val_loss < 5.4  # log 270 is 5.6; the embeddings are random and stay so
+    (tmp_path / "val.txt").write_text(TEXT[round(0.9 * len(TEXT)) :])
+    windows = ["--context", 32, "--stride", 32]
+    scores = json.loads(run_json(tmp_path, "eval", "--model", tmp_path / "out", tmp_path / "val.txt", *windows))
+    assert scores["loss"] == pytest.approx(val_loss, abs=0.02)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "out" / "adapter"))
+
+
+def test_adapters_need_a_model_to_start_from(text_file, tmp_path):
+    result = fastlm_command("train", text_file, *TINY, "--lora", 8, "--out", tmp_path / "out")
+    assert result.stderr == "error: lora: expected 0 without --init, the model that adapters are added to, got 8\n"
+
+
+@pytest.mark.parametrize("family, mask", [("BERT", "[MASK]"), ("RoBERTa", "<mask>")])
+def test_train_from_an_encoder(text_file, tmp_path, family, mask):
+    """With its own tokenizer, whose special tokens come first."""
+    vocabulary = ["[PAD]", "[UNK]", mask, *sorted(set(TEXT) - {" ", "\n"})]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Whitespace(), tokenizers.pre_tokenizers.Split("", "isolated")]
+    )
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 18, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = {"BERT": BertConfig, "RoBERTa": RobertaConfig}[family](**sizes)
+    EncoderForMaskedLM(config).save_pretrained(tmp_path / "init")
+    tokenizer.save(str(tmp_path / "init" / "tokenizer.json"))
+    (tmp_path / "init" / "tokenizer_config.json").write_text(json.dumps({"mask_token": mask}))
+    arguments = ["--objective", "masked-token", "--context", 16, "--batch", 8, "--steps", 120, "--lr", 1e-2]
+    run("train", text_file, "--init", tmp_path / "init", *arguments, "--warmup", 5, "--out", tmp_path / "out")
+    before, after = (
+        json.loads(run_json(tmp_path, "eval", "--model", folder, text_file, "--context", 16))["loss"]
+        for folder in (tmp_path / "init", tmp_path / "out")
+    )
+    assert after < 0.8 * before and load_model(tmp_path / "out").config.model_type == config.model_type
+
+
+def run_json(folder, *arguments):
+    run(*arguments, "--json", folder / "result.json")
+    return (folder / "result.json").read_text()
+
+
+def test_the_objective_is_that_of_the_model_to_start_from(trained_bert, text_file, tmp_path):
     result = fastlm_command("train", text_file, "--init", trained_bert[0], "--context", 16, "--out", tmp_path / "out")
-    assert "init: expected a model that predicts the next token, got a BertForMaskedLM in" in result.stderr
+    expected = "objective: expected masked-token for the BertForMaskedLM in .*, got 'next-token'"
+    assert re.search(expected, result.stderr)
 
 
 @pytest.mark.parametrize("command", ["train", "demo"])

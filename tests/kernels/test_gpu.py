@@ -16,9 +16,9 @@ import fastlm
 from fastlm.backends import registry
 from fastlm.models import GPT2Config, GPT2LMHeadModel
 from fastlm.models.decoding import graphs
-from fastlm.training.loop import Trainer
 from fastlm.training.objectives import NextToken
 from fastlm.training.settings import Settings
+from fastlm.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -409,3 +409,56 @@ def test_same_bits_on_every_thread_count(backend):
             assert_same_bits(run(threads), once)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("max_grad_norm", [0.5, math.inf])
+@on_backends("reference", "torch", "cpu")
+def test_skip_nonfinite(backend, max_grad_norm, value):
+    """A step with a gradient that is not finite changes nothing; the others are those of an optimiser without it."""
+    own, theirs = parameters(), parameters()
+    options = {"max_grad_norm": max_grad_norm, "zero_gradients": True, "backend": backend}
+    ours = fastlm.optim.AdamW(own, **HYPER, **options, skip_nonfinite=True)
+    plain = fastlm.optim.AdamW(theirs, **HYPER, **options)
+    for i in range(4):
+        for p, q, gradient in zip(own, theirs, gradients(SHAPES, i), strict=True):
+            p.grad, q.grad = gradient.clone(), gradient.clone()
+        if i == 2:
+            own[0].grad.view(-1)[1] = value
+        ours.step()
+        assert ours.grad_norm.isfinite() == (i != 2) and not any(p.grad.any() for p in own)
+        if i != 2:
+            plain.step()
+            assert ours.grad_norm == plain.grad_norm
+    assert_same_bits(own, theirs)
+    for p, q in zip(own, theirs, strict=True):
+        assert_same_bits([ours.state[p][k] for k in ours.state[p]], [plain.state[q][k] for k in plain.state[q]])
+
+
+@pytest.mark.parametrize("layout", ["dense", "transposed"])
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_found_inf_on_the_device(found, layout):
+    """PyTorch's implementation takes the flag as a tensor, so that nothing waits for a GPU."""
+    p, gradient = torch.nn.Parameter(floats(6, 5)), floats(6, 5)
+    if layout == "transposed":
+        p, gradient = torch.nn.Parameter(floats(5, 6).t()), floats(5, 6).t()
+    optimizer = fastlm.optim.AdamW([p], **HYPER, backend="torch", zero_gradients=True)
+    p.grad = gradient
+    optimizer.begin()
+    before = p.detach().clone()
+    (batch,) = optimizer._batches()
+    with torch.no_grad():
+        batch.update(1.0, True, torch.tensor(found))
+    assert torch.equal(p, before) == (found == 1.0) and not p.grad.any()
+    assert optimizer.state[p]["step"] == 1.0 - found and optimizer.state[p]["exp_avg"].any() == (found == 0.0)
+
+
+def test_infinity_computes_the_norm_without_clipping():
+    own, theirs = parameters(), parameters()
+    ours, plain = fastlm.optim.AdamW(own, **HYPER, max_grad_norm=math.inf), fastlm.optim.AdamW(theirs, **HYPER)
+    steps(ours, 2)
+    steps(plain, 2)
+    assert_same_bits(own, theirs)
+    assert ours.grad_norm.item() == pytest.approx(torch.nn.utils.get_total_norm([p.grad for p in own]).item())
+    with pytest.raises(ValueError, match="skip_nonfinite: expected False without max_grad_norm"):
+        fastlm.optim.AdamW(own, skip_nonfinite=True)

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from fastlm.models import load_model
-from fastlm.training import checkpoints, data
+from fastlm.training import checkpoints, data, guard
 from fastlm.training.checkpoints import Checkpoints, damage_of, newest, saved_in
-from fastlm.training.loop import Report, Trainer, train
+from fastlm.training.loop import train
 from fastlm.training.models import build
 from fastlm.training.objectives import NextToken
+from fastlm.training.report import Report
 from fastlm.training.settings import Settings
+from fastlm.training.trainer import Trainer
 
 TINY = Settings(layers=1, heads=2, width=16, context=16, batch=8, steps=30, warmup=3, eval_every=6, checkpoint_every=4)
 
@@ -46,8 +48,8 @@ class Interrupt(Report):
     def __init__(self, step, *numbers, evaluating=False):
         self.step, self.numbers, self.evaluating, self.seen = step, list(numbers), evaluating, 0
 
-    def on_step(self, step, loss, tokens_per_second):
-        self.seen = step
+    def on_step(self, step):
+        self.seen = step.step
         if not self.evaluating:
             self.signal()
 
@@ -102,6 +104,43 @@ def test_an_interrupted_run_goes_on_bit_for_bit(text_file, tmp_path, objective, 
     assert not second.interrupted and second.losses == whole.losses and second.evaluations == whole.evaluations
     expected = whole.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in second.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": "wsd", "micro_batch": 3, "dropout": 0.1},
+        {"dtype": "fp16", "dropout": 0.1},
+        {"ema": 0.9},
+        {"skip_spikes": 0.01, "max_skipped": 30, "lr": 1e-9, "min_lr": 0.0},
+        {"ema": 0.9, "patience": 2, "lr": 1e-9, "min_lr": 0.0},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_all_state_of_a_run_is_in_a_checkpoint(corpus, tmp_path, changes, monkeypatch):
+    monkeypatch.setattr(guard, "FEWEST", 5)
+    settings, nan = dataclasses.replace(TINY, eval_every=3, **changes), (3, 12, 14, 21)
+    parts = 3 if settings.micro_batch else 1  # the loss is called for each
+    at = [parts * step for step in nan]
+    whole = train(settings, corpus, loss=Diverging(*at))
+    first = train_in(tmp_path, settings, corpus, report=Interrupt(13, signal.SIGINT), loss=Diverging(*at))
+    second = train_in(tmp_path, settings, corpus, loss=Diverging(*at, before=13 * parts))
+    assert whole.stopped_early == (settings.patience > 0) and set(whole.skipped) & set(nan)
+    assert first.steps == min(13, whole.steps) and second.evaluations == whole.evaluations
+    assert (second.skipped, second.overflows, second.steps) == (whole.skipped, whole.overflows, whole.steps)
+    torch.testing.assert_close(second.losses, whole.losses, rtol=0, atol=0, equal_nan=True)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in second.model.state_dict().items())
+    if settings.skip_spikes:
+        assert len(whole.skipped) > len(nan)
+
+
+def test_a_checkpoint_has_the_averaged_weights(corpus, tmp_path):
+    """As they are what was evaluated."""
+    result = train_in(tmp_path, dataclasses.replace(TINY, ema=0.9), corpus)
+    (*_, folder) = saved_in(tmp_path)
+    averaged = load_model(folder).parameters()
+    assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), averaged, strict=True))
 
 
 def test_a_second_signal_leaves_the_checkpoint(corpus, tmp_path):
@@ -193,8 +232,8 @@ def failing_write():
 
 
 class Slow(Interrupt):
-    def on_step(self, step, loss, tokens_per_second):
-        super().on_step(step, loss, tokens_per_second)
+    def on_step(self, step):
+        super().on_step(step)
         time.sleep(0.01)
 
 
@@ -211,28 +250,40 @@ def test_an_error_of_the_thread_ends_the_run(corpus, tmp_path):
 
 
 class Diverging:
-    """The loss of a step, or its gradient only, is NaN."""
+    """The loss of steps, or its gradient only, is NaN."""
 
-    def __init__(self, at, *, gradient_only):
-        self.at, self.gradient_only, self.steps = at, gradient_only, 0
+    def __init__(self, *steps, gradient_only=False, before=0):
+        self.at, self.gradient_only, self.steps = steps, gradient_only, before
 
     def __call__(self, model, inputs, targets):
         loss = NextToken().loss(model, inputs, targets)
         self.steps += model.training
-        if self.steps != self.at or not model.training:
+        if self.steps not in self.at or not model.training:
             return loss
         bias = model.transformer.ln_f.bias
         return loss + (0 * bias.sum()).sqrt() if self.gradient_only else loss * torch.nan
 
 
 @pytest.mark.parametrize("gradient_only", [False, True])
-def test_divergence_leaves_the_checkpoint_before_it(corpus, tmp_path, gradient_only):
-    """NaN weights are not saved: at step 8 the loss is still finite, but not its gradient."""
-    settings = dataclasses.replace(TINY, grad_clip=0.0)
-    with pytest.raises(ValueError, match=r"lr: expected a learning rate with .*finite.*at step [89] "):
-        train_in(tmp_path, settings, corpus, loss=Diverging(8 + (not gradient_only), gradient_only=gradient_only))
-    assert steps_of(tmp_path)[-1] == (4 if gradient_only else 8)
+def test_divergence_ends_the_run_and_leaves_the_checkpoint_before_it(corpus, tmp_path, gradient_only):
+    settings, report = dataclasses.replace(TINY, grad_clip=0.0, max_skipped=3), Interrupt(None)
+    with pytest.raises(ValueError, match=r"lr: expected a learning rate with finite .* of step 11, its .* is nan"):
+        diverging = Diverging(*range(9, 40), gradient_only=gradient_only)
+        train_in(tmp_path, settings, corpus, loss=diverging, report=report)
+    assert steps_of(tmp_path)[-1] == 8 and report.seen == 11
     assert train_in(tmp_path, settings, corpus).losses == train(settings, corpus).losses
+
+
+def test_weights_that_are_not_finite_are_not_saved(corpus, tmp_path):
+    model = build(TINY, corpus.tokenizer)
+    (tmp_path / "checkpoints").mkdir()
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"at step 1 model.transformer.wte.weight is not finite"):
+        with Checkpoints(tmp_path, keep=2, tokenizer=corpus.tokenizer) as writer:
+            writer.save(1, model, {"losses": torch.tensor([torch.nan])}, {"seconds": 1.0, "evaluations": []})
+            writer.wait()
+    assert steps_of(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json", "SHA256SUMS"])

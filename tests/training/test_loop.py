@@ -14,19 +14,22 @@ from fastlm.commands.comparison import side_by_side
 from fastlm.training import data
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.batches import training_batch
-from fastlm.training.loop import Report, Trainer, scheduled, stop_requests, train
+from fastlm.training.loop import has_stalled, scheduled, train
 from fastlm.training.models import build, build_gpt2
 from fastlm.training.objectives import NextToken
+from fastlm.training.report import Report
 from fastlm.training.settings import Settings
+from fastlm.training.stopping import stop_requests
+from fastlm.training.trainer import Trainer
 
 
 class RecordingReport(Report):
     def __init__(self):
         self.steps, self.evaluations = [], []
 
-    def on_step(self, step, loss, tokens_per_second):
-        assert tokens_per_second > 0
-        self.steps.append((step, loss))
+    def on_step(self, step):
+        assert step.tokens_per_second > 0 and step.mean_tokens_per_second > 0
+        self.steps.append((step.step, step.loss))
 
     def on_evaluation_end(self, step, train_loss, val_loss):
         self.evaluations.append((step, train_loss, val_loss))
@@ -159,14 +162,74 @@ def test_schedule(small):
 def test_diverging_loss_is_an_error(small, corpus):
     with pytest.raises(
         ValueError,
-        match=r"lr: expected a learning rate with a finite loss \(at step \d+ it is (nan|inf); .*\), got 1e\+30",
+        match=r"lr: expected a learning rate with finite losses and gradients \(10 steps in a row were skipped; "
+        r"of step \d+, its loss is (nan|inf); use a smaller one, .*\), got 1e\+30",
     ):
         train(dataclasses.replace(small, lr=1e30, grad_clip=0.0), corpus)
 
 
+def test_a_skipped_step_is_reported_and_the_run_goes_on(small, corpus):
+    """The loss of step 4 is not finite."""
+    settings, seen = dataclasses.replace(small, steps=8), []
+
+    def loss(model, inputs, targets):
+        loss = NextToken().loss(model, inputs, targets)
+        seen.append(model.training)
+        return loss * math.inf if model.training and sum(seen) == 4 else loss
+
+    class Steps(Report):
+        steps = ()
+
+        def on_step(self, step):
+            self.steps = (*self.steps, step)
+
+    report = Steps()
+    result = train(settings, corpus, loss=loss, report=report)
+    assert result.skipped == [4] and result.steps == 8 and math.isfinite(result.val_loss)
+    assert [step.skipped for step in report.steps] == [*[""] * 3, "its loss is inf", *[""] * 4]
+    assert all(step.grad_norm > 0 for step in report.steps if not step.skipped)
+    assert [step.lr for step in report.steps] == [scheduled(settings, i) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "val_losses, stalled",
+    [
+        ([], False),
+        ([3.0, 2.0, 2.0], False),  # one of two evaluations
+        ([3.0, 2.0, 2.0, 2.5], True),
+        ([3.0, 2.0, 2.1, 1.9], False),
+        ([3.0, math.nan, math.nan], True),
+    ],
+)
+def test_has_stalled(val_losses, stalled):
+    evaluations = [(i, 0.0, val_loss) for i, val_loss in enumerate(val_losses)]
+    assert has_stalled(evaluations, 2) == stalled and not has_stalled(evaluations, 0)
+
+
+def test_early_stopping(small, corpus):
+    settings = dataclasses.replace(small, lr=1e-12, min_lr=0.0, eval_every=2, patience=3)
+    result = train(settings, corpus)
+    best = min(result.evaluations, key=lambda evaluation: evaluation[2])[0]
+    assert result.stopped_early and not result.interrupted
+    assert result.steps == result.evaluations[-1][0] == best + 6 < 60
+
+
+def test_samples_do_not_change_training(trained, small, corpus):
+    class Samples(Report):
+        samples = ()
+
+        def on_sample(self, step, text):
+            self.samples = (*self.samples, (step, text))
+
+    report, settings = Samples(), dataclasses.replace(small, steps=30, sample_every=10)
+    result = train(settings, corpus, report=report, sample=lambda model: f"{len(list(model.parameters()))} parameters")
+    assert [step for step, _ in report.samples] == [10, 20]
+    assert result.losses[:10] == trained[0].losses[:10]
+
+
 class InterruptingReport(Report):
-    def on_step(self, step, loss, tokens_per_second):
-        if step == 7:
+    def on_step(self, step):
+        if step.step == 7:
             os.kill(os.getpid(), signal.SIGINT)
 
 

@@ -126,6 +126,6 @@ def test_masked_token_model_and_loss(corpus):
 def test_masked_token_needs_special_tokens(corpus):
     with pytest.raises(
         ValueError,
-        match=r"tokenizer: expected a tokenizer with \[PAD\] and \[MASK\] for masked-token training, got one without",
+        match=r"tokenizer: expected a tokenizer with \[MASK\] or <mask> for masked-token training, got one without",
     ):
         objective_of(Settings(objective="masked-token"), corpus(False).tokenizer)

@@ -9,7 +9,11 @@ from fastlm.training.settings import Settings
     "name, value, message",
     [
         ("objective", "sentiment", "objective: expected one of next-token, masked-token, got 'sentiment'"),
-        ("dtype", "float16", "dtype: expected one of float32, bfloat16, got 'float16'; did you mean 'bfloat16'?"),
+        (
+            "dtype",
+            "float61",
+            "dtype: expected one of float32, bfloat16, float16, got 'float61'; did you mean 'float16'?",
+        ),
         ("recompute", 3, "recompute: expected one of 0, 1, 2, got 3"),
         ("layers", 0, "layers: expected an integer >= 1, got 0"),
         ("batch", 1.5, "batch: expected an integer >= 1, got 1.5"),
@@ -17,6 +21,20 @@ from fastlm.training.settings import Settings
         ("warmup", -1, "warmup: expected an integer >= 0, got -1"),
         ("checkpoint_every", -1, "checkpoint_every: expected an integer >= 0, got -1"),
         ("keep", 0, "keep: expected an integer >= 1, got 0"),
+        (
+            "schedule",
+            "sqrt",
+            "schedule: expected one of cosine, linear, constant, wsd, got 'sqrt'",
+        ),
+        ("architecture", "lama", "architecture: expected one of gpt2, llama, bert, got 'lama'; did you mean 'llama'?"),
+        ("architecture", "bert", "objective: expected masked-token for a bert, got 'next-token'"),
+        ("kv_heads", 2, "kv_heads: expected no value without --architecture llama, got 2"),
+        ("decay_fraction", 0.0, "decay_fraction: expected a number in (0, 1], got 0.0"),
+        ("micro_batch", 13, "micro_batch: expected at most batch = 12, got 13"),
+        ("max_skipped", 0, "max_skipped: expected an integer >= 1, got 0"),
+        ("skip_spikes", -1.0, "skip_spikes: expected a number in [0, inf), got -1.0"),
+        ("ema", 1.0, "ema: expected a number in [0, 1), got 1.0"),
+        ("patience", -1, "patience: expected an integer >= 0, got -1"),
         ("decay_steps", 0, "decay_steps: expected an integer >= 1, got 0"),
         ("heads", 3, "width: expected a multiple of heads = 3, got 128"),
         ("lr", math.nan, "lr: expected a number in (0, inf), got nan"),
@@ -40,6 +58,8 @@ def test_inclusive_bounds():
     Settings(min_lr=1e-3, dropout=0.0, weight_decay=0.0, grad_clip=0.0, beta1=0.0, warmup=0)
 
 
-@pytest.mark.parametrize("short, full", [("bf16", "bfloat16"), ("fp32", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    "short, full", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("bfloat16", "bfloat16")]
+)
 def test_short_dtype_names(short, full):
     assert Settings(dtype=short).dtype == full

@@ -39,6 +39,7 @@ class Update(NamedTuple):
     weight_decay: float
     factor: float | Tensor
     zero_gradients: bool
+    found_inf: Tensor | None = None  # on the parameters' device: if it is not 0, only zero_gradients has an effect
 
     def empty_results(self) -> Results:
         return ()
@@ -57,6 +58,7 @@ class Update(NamedTuple):
 class AdamWImplementation(Implementation[Update, Update]):
     # The sum of the squares of all elements of tensors of one dtype, in float64 or a 0-d tensor: for gradient clipping.
     sum_of_squares: Callable[[Sequence[Tensor]], float | Tensor] = dataclasses.field(kw_only=True)
+    takes_found_inf: bool = False  # else the caller reads it, which waits for the device
 
 
 operator = Registered("adamw", __package__ or "", Sizes)

@@ -14,13 +14,21 @@ from fastlm.ops.adamw.spec import AdamWImplementation, Update
 
 def forward(call: Update):
     targets, masters = call.masters or call.parameters, call.masters
+    moments = [*call.exp_avgs, *call.exp_avg_sqs, *call.max_exp_avg_sqs]
+    fused = fusable([*targets, *moments, *call.gradients], call.steps)
+    found_inf = call.found_inf
+    if found_inf is not None and not fused:  # only the fused kernels take it
+        if not (found_inf == 0).item():
+            if call.zero_gradients:
+                torch._foreach_zero_(call.gradients)
+            return ()
+        found_inf = None
     if masters:  # a parameter changed by others replaces its master
         for p, master in zip(call.parameters, masters, strict=True):
             master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
     scaled = [gradient.to(target.dtype) for gradient, target in zip(call.gradients, targets, strict=True)]
     if not (isinstance(call.factor, float) and call.factor == 1.0):
         scaled = list(torch._foreach_mul(scaled, call.factor))
-    moments = [*call.exp_avgs, *call.exp_avg_sqs, *call.max_exp_avg_sqs]
     functional_adamw(
         targets,
         scaled,
@@ -28,7 +36,8 @@ def forward(call: Update):
         call.exp_avg_sqs,
         call.max_exp_avg_sqs,
         call.steps,
-        fused=fusable(targets, scaled, moments, call.steps) or None,
+        fused=fused or None,
+        found_inf=found_inf,
         has_complex=any(p.is_complex() for p in targets),
         amsgrad=bool(call.max_exp_avg_sqs),
         beta1=call.beta1,
@@ -46,19 +55,14 @@ def forward(call: Update):
     return ()
 
 
-def fusable(
-    targets: Sequence[Tensor], gradients: Sequence[Tensor], moments: Sequence[Tensor], steps: Sequence[Tensor]
-) -> bool:
+def fusable(tensors: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
     """Whether PyTorch's fused kernels can be used: they walk flat memory, and on a CPU they do not check strides."""
-    first = targets[0]
+    first = tensors[0]
     if first.device.type not in ("cpu", "cuda", "xpu") or not first.is_floating_point():
         return False
     if steps[0].device != first.device:
         return False
-    return all(
-        (type(x) in PLAIN_TYPES or isinstance(x, FakeTensor)) and x.is_contiguous()
-        for x in (*targets, *gradients, *moments)
-    )
+    return all((type(x) in PLAIN_TYPES or isinstance(x, FakeTensor)) and x.is_contiguous() for x in tensors)
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
@@ -68,4 +72,4 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([s.full_tensor() if hasattr(s, "full_tensor") else s for s in squares]).sum()
 
 
-implementation = AdamWImplementation(native.backend, forward, sum_of_squares=sum_of_squares)
+implementation = AdamWImplementation(native.backend, forward, sum_of_squares=sum_of_squares, takes_found_inf=True)

@@ -1,0 +1,155 @@
+"""Fine-tuning with low-rank adapters (LoRA, Hu et al., 2021, arXiv:2106.09685) of PEFT on an accelerated model.
+
+The weights of the model do not change; the trainable parameters are those of the adapters. What is written is the
+model with the adapters merged into its weights, which every reader of Hugging Face's format loads.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fastlm
+from fastlm.core.errors import mismatch
+from fastlm.models import load_model
+from fastlm.models.encoder import EncoderForMaskedLM
+from fastlm.models.language_model import LanguageModel
+
+ADAPTER = "adapter."  # prefix of the adapters' tensors in a checkpoint of a run
+
+
+class LoraModel(nn.Module):
+    """A model of transformers with adapters on all projections of its layers, and what a trainer needs of a model.
+
+    Args:
+        directory: of the model, in Hugging Face's format.
+        rank: of the adapters.
+        alpha: their product with the input is multiplied by alpha / rank.
+        dropout: on the input of the adapters.
+        seed: of their initial weights.
+
+    Raises:
+        ValueError: the model is not one that predicts the next or a masked token.
+    """
+
+    def __init__(self, directory: Path, *, rank: int, alpha: int, dropout: float, seed: int):
+        super().__init__()
+        own = load_model(directory, dtype=torch.float32)
+        if not isinstance(own, LanguageModel | EncoderForMaskedLM):
+            expected = "a model that predicts the next or a masked token"
+            raise mismatch("init", expected, f"a {type(own).__name__} in {directory}")
+        self.causal = isinstance(own, LanguageModel)
+        kind = transformers.AutoModelForCausalLM if self.causal else transformers.AutoModelForMaskedLM
+        base = kind.from_pretrained(str(directory), dtype=torch.float32)
+        weights = dict(base.named_parameters(remove_duplicate=False))
+        if differing := sorted(set(own.state_dict()) ^ {name for name in weights if name in base.state_dict()}):
+            expected = "a model whose parameters have the same names in fastlm and transformers"
+            raise mismatch("lora", expected, f"{type(own).__name__} with {differing[0]}")
+        with torch.no_grad():
+            for name, p in own.named_parameters():
+                p.data = weights[name].data  # one copy in memory
+        self.transposed = base.config.model_type == "gpt2"  # its projections are Conv1D
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules="all-linear",
+            fan_in_fan_out=self.transposed,
+            task_type="CAUSAL_LM" if self.causal else None,
+            base_model_name_or_path=str(directory),
+        )
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            self.adapted = fastlm.accelerate(peft.get_peft_model(base, config))
+        self.base = [base]  # not a submodule: it is one of self.adapted
+        self.own = [own]
+        self.config = own.config
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.adapted(*arguments, **options)
+
+    def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+        """(model, inputs, targets) → mean loss of the targets, as the objectives of training."""
+        shifted = {"shift_labels": targets} if self.causal else {}
+        found: Tensor = self(input_ids=inputs, labels=targets, **shifted).loss
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.own[0].parameters()) + sum(p.numel() for p in self.adapters().values())
+
+    def adapters(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.adapted.named_parameters() if p.requires_grad}
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Of the adapters: all that training changes."""
+        return {name: p.detach() for name, p in self.adapters().items()}
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a checkpoint of a run has besides the merged model."""
+        return {ADAPTER + name: value for name, value in self.state_dict().items()}
+
+    @torch.no_grad()
+    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, p in self.adapters().items():
+            p.copy_(tensors[ADAPTER + name])
+
+    @torch.no_grad()
+    def merged(self, adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of the model with adapters in its weights."""
+        own = self.own[0]
+        weights = dict(self.base[0].named_parameters(remove_duplicate=False))
+        # transformers' names have base_layer where there is an adapter.
+        state = {name: weights[base_name(name, weights)].detach() for name in own.state_dict()}
+        for name, layer in self.adapted.named_modules():
+            if not isinstance(layer, peft.tuners.lora.LoraLayer) or not layer.lora_A:
+                continue
+            a, b = (adapters[f"{name}.lora_{x}.default.weight"].float() for x in "AB")
+            delta = layer.scaling["default"] * (b @ a)
+            target = name.removeprefix("base_model.model.") + ".weight"
+            weight = state[target]
+            state[target] = weight + (delta.t() if self.transposed else delta).to(weight.device)
+        return state
+
+    def write_files(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes the model with the adapters merged, as PretrainedModel.write_files. state: a copy of state_dict()."""
+        self.own[0].write_files(folder, self.merged(self.state_dict() if state is None else state))
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapters alone in PEFT's format."""
+        self.adapted.save_pretrained(str(folder))
+
+    def generate(
+        self, input_ids: Tensor, *, max_new_tokens: int, temperature: float, eos_token_id: Any, seed: int
+    ) -> Tensor:
+        """As LanguageModel.generate."""
+        training = self.training
+        devices = [input_ids.device] if input_ids.is_cuda else []
+        try:
+            self.eval()
+            with torch.random.fork_rng(devices=devices), torch.no_grad():
+                torch.manual_seed(seed)
+                found: Tensor = self.adapted.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=True,
+                    temperature=temperature,
+                    eos_token_id=list(eos_token_id) or None,
+                    pad_token_id=0,
+                )
+        finally:
+            self.train(training)
+        return found
+
+
+def base_name(name: str, weights: Mapping[str, Any]) -> str:
+    owner, _, attribute = name.rpartition(".")
+    return name if name in weights else f"{owner}.base_layer.{attribute}"

@@ -1,0 +1,235 @@
+"""A model with its optimiser: training steps and evaluations on the batches of the caller."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlm.optim import AdamW
+from fastlm.training.settings import Settings
+
+Loss = Callable[[Any, Tensor, Tensor], Tensor]  # (model, inputs, targets) → mean loss of the targets
+
+READ_INTERVAL = 0.2  # seconds between two reads of the losses on a GPU; a read synchronises
+FOUND_INF = "found_inf"  # where AdamW, as PyTorch's, finds the flag of a step that is to be skipped
+SCALER = "scaler"  # the name of the gradient scaler's state in a checkpoint
+
+
+class Outcome(NamedTuple):
+    """Of a step."""
+
+    loss: float  # before the update
+    grad_norm: float  # before clipping; NaN if it was not computed
+    skipped: str = ""  # why weights and optimiser state were left as they were
+    overflow: bool = False  # skipped because a gradient in float16 overflowed, for which the scale was lowered
+
+
+class Trainer:
+    """A model with its optimiser; runs training steps on the model's device.
+
+    The caller provides batches and learning rates. A step whose loss or gradient norm is not finite, or whose loss is
+    above max_loss, changes neither the weights nor the optimiser's state.
+
+    Args:
+        loss: (model, inputs, targets) → mean loss of the targets that are not negative.
+        native: use PyTorch's gradient clipping and fused AdamW, for the baseline; no step is skipped.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, loss: Loss, *, native: bool = False):
+        self.model, self.settings, self.loss = model, settings, loss
+        self.device = next(model.parameters()).device
+        self.max_loss = math.inf
+        self.pending: list[tuple[Tensor, Tensor | None, float, bool]] = []  # steps since the last read
+        self.last_read = time.monotonic()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},  # biases and norms are not decayed
+        ]
+        self.optimizer: torch.optim.Optimizer
+        betas = (settings.beta1, settings.beta2)
+        if native:
+            self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True)
+        else:
+            clip = settings.grad_clip or math.inf
+            self.optimizer = optimizer = AdamW(
+                groups, lr=settings.lr, betas=betas, max_grad_norm=clip, skip_nonfinite=True
+            )
+            optimizer.begin()
+        self.scaler = torch.amp.GradScaler(self.device.type) if settings.dtype == "float16" else None
+        self.parameters, self.native = parameters, native
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimiser's state by the names of the parameters, and the gradient scaler's."""
+        named, state = self.model.named_parameters(), self.optimizer.state
+        tensors = {f"optimizer.{name}.{key}": x for name, p in named if p in state for key, x in state[p].items()}
+        if self.scaler is not None:
+            scaler = self.scaler.state_dict()
+            tensors[SCALER] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, value in self.state().items():
+            if name != SCALER:
+                value.copy_(tensors[name])
+        if self.scaler is not None:
+            scale, tracker = tensors[SCALER].tolist()
+            own = self.scaler.state_dict()
+            self.scaler.load_state_dict(own | {"scale": scale, "_growth_tracker": int(tracker)})
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.settings.dtype != "float32":
+            return torch.autocast(self.device.type, dtype=getattr(torch, self.settings.dtype))
+        return contextlib.nullcontext()
+
+    def to_device(self, *batch: Tensor) -> list[Tensor]:
+        """Copies a batch to the model's device; to a GPU from pinned memory, asynchronously."""
+        if self.device.type == "cuda":
+            batch = tuple(x.pin_memory() if x.is_cpu else x for x in batch)
+        return [x.to(self.device, non_blocking=True) for x in batch]
+
+    def warm_up(self) -> None:
+        """On a GPU, runs forward and backward once so that all kernels are compiled before timing starts.
+
+        Weights and gradients do not change.
+        """
+        if self.device.type == "cpu":
+            return
+        tokens = torch.zeros((self.settings.at_once, self.settings.context), dtype=torch.int64, device=self.device)
+        with self.autocast():
+            loss = self.loss(self.model.train(), tokens, tokens)
+        torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+    def step(self, inputs: Tensor, targets: Tensor, lr: float) -> float:
+        """One optimiser step; waits for it and returns the loss before the update."""
+        self.begin_step(inputs, targets, lr)
+        return self.read()[-1].loss
+
+    def begin_step(self, inputs: Tensor, targets: Tensor, lr: float) -> None:
+        """One optimiser step, without waiting for a GPU; read() returns its outcome."""
+        if not self.model.training:  # train() visits every module
+            self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self.accumulate(inputs, targets)
+        norm, overflow = self.update(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.pending.append((loss, norm, self.max_loss, overflow))
+
+    def accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Adds up the gradients of the micro-batches; returns the mean loss of all targets.
+
+        Micro-batches are weighted by their numbers of targets, so that loss and gradients are those of the whole batch.
+        """
+        total: Tensor | None = None
+        for some_inputs, some_targets, weight in self.micro_batches(inputs, targets):
+            with self.autocast():
+                loss = self.loss(self.model, *self.to_device(some_inputs, some_targets))
+            if weight != 1:
+                loss = loss * weight
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """(inputs, targets, share of the targets) of at most settings.at_once sequences."""
+        if len(inputs) <= self.settings.at_once:
+            yield inputs, targets, 1.0
+            return
+        whole = count_of(targets)
+        for some in zip(inputs.split(self.settings.at_once), targets.split(self.settings.at_once), strict=True):
+            if count := count_of(some[1]):
+                yield *some, count / whole
+
+    def update(self, loss: Tensor) -> tuple[Tensor | None, bool]:
+        """Updates the weights unless the step is to be skipped; returns the gradient norm and Outcome.overflow."""
+        optimizer, scaler = self.optimizer, self.scaler
+        if self.native:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            clip = self.settings.grad_clip
+            norm = nn.utils.clip_grad_norm_(self.parameters, clip) if clip else None
+            self.step_optimizer()
+            return norm, False
+        assert isinstance(optimizer, AdamW)
+        if loss.is_cpu:
+            if self.refusal(loss.item()):
+                return None, False
+        elif scaler is None:  # the optimiser skips the step on the device, where the loss is
+            setattr(optimizer, FOUND_INF, (~(loss.isfinite() & (loss <= self.max_loss))).float())
+        elif self.refusal(loss.item()):  # the scaler has to know
+            return None, False
+        before = scaler.get_scale() if scaler is not None else 1.0
+        try:
+            self.step_optimizer()
+        finally:
+            if scaler is None and hasattr(optimizer, FOUND_INF):
+                delattr(optimizer, FOUND_INF)
+        # A scale of 1 cannot be what made a gradient overflow.
+        return optimizer.grad_norm, scaler is not None and scaler.get_scale() < before and before > 1
+
+    def step_optimizer(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def refusal(self, loss: float, norm: float = 0.0, max_loss: float | None = None) -> str:
+        """Why a step with this loss and gradient norm is skipped, or ""."""
+        max_loss = self.max_loss if max_loss is None else max_loss
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        if loss > max_loss:
+            return f"its loss {loss:.4g} is above {max_loss:.4g}"
+        return "" if math.isfinite(norm) else f"its gradient norm is {norm}"
+
+    @property
+    def should_read(self) -> bool:
+        """Whether to read losses now: on a GPU a few times a second, to keep it busy; else after every step.
+
+        The largest accepted loss depends on the losses before.
+        """
+        return (
+            self.device.type != "cuda"
+            or self.settings.skip_spikes > 0
+            or time.monotonic() - self.last_read >= READ_INTERVAL
+        )
+
+    def read(self) -> list[Outcome]:
+        """Waits for all steps; returns the outcomes of those since the last read."""
+        pending, self.pending, self.last_read = self.pending, [], time.monotonic()
+        if not pending:
+            return []
+        losses = torch.stack([loss for loss, *_ in pending]).tolist()
+        known = [norm for _, norm, *_ in pending if norm is not None]
+        norms = iter(torch.stack(known).tolist() if known else [])
+        outcomes = []
+        for loss, (_, norm_tensor, max_loss, overflow) in zip(losses, pending, strict=True):
+            norm = math.nan if norm_tensor is None else next(norms)
+            refusal = "" if self.native else self.refusal(loss, 0.0 if norm_tensor is None else norm, max_loss)
+            outcomes.append(Outcome(loss, norm, refusal, overflow))
+        return outcomes
+
+    @torch.no_grad()
+    def evaluate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """The mean loss over all targets of (inputs, targets) pairs."""
+        self.model.eval()
+        losses, counts = [], []
+        for pair in pairs:
+            for inputs, targets, _ in self.micro_batches(*pair):
+                counts.append(count_of(targets))
+                with self.autocast():
+                    losses.append(self.loss(self.model, *self.to_device(inputs, targets)))
+        return sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True)) / sum(counts)
+
+
+def count_of(targets: Tensor) -> int:
+    """Number of positions that are predicted."""
+    return int((targets >= 0).sum())
