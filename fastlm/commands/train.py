@@ -230,6 +230,10 @@ def train_and_save(
     say(f"{ended} {quantity(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved to {out}")
     if result.interrupted:
         say(f"to go on: fastlm train --resume {shlex.quote(str(out))}")
+    if result.stopped_early:
+        step, _, lowest = min(result.evaluations, key=lambda evaluation: evaluation[2])
+        folder = out / checkpoint.CHECKPOINTS / f"{checkpoint.STEP}{step:08}"
+        say(f"lowest val loss {lowest:.4f} after step {step}" + (f", in {folder}" if folder.is_dir() else ""))
     say(f"val loss {result.val_loss:.4f}")
     if result.failure is not None:
         raise result.failure

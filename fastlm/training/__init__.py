@@ -1,1 +1,1 @@
-"""Training: corpora to batches (data, objectives), the training loop (loop), and saving (checkpoint)."""
+"""Training: corpora to batches (data, objectives), steps (trainer), the loop over them (loop), saving (checkpoint)."""

@@ -112,10 +112,14 @@ def measure(settings: Settings, corpus: Corpus, model: PretrainedModel) -> tuple
     average = Average(model, settings.ema) if settings.ema else None
     copies = [x.detach().clone() for x in (*model.parameters(), *trainer.state().values())]  # of a checkpoint
     copies += [x.clone() for x in average.values] if average else []
-    data = batches(settings, corpus, settings.at_once)
+    count, rest = divmod(settings.batch, settings.at_once)
+    data, last = batches(settings, corpus, settings.at_once), batches(settings, corpus, rest)
 
     def micro_batch() -> Tensor:
         return trainer.accumulate(*next(data))
+
+    def last_micro_batch() -> Tensor:  # of fewer sequences
+        return trainer.accumulate(*next(last))
 
     def update() -> None:
         trainer.update(torch.zeros(()))
@@ -124,8 +128,7 @@ def measure(settings: Settings, corpus: Corpus, model: PretrainedModel) -> tuple
 
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0  # so that the weights stay finite
-    count = settings.batch / settings.at_once
-    if count == 1:  # as the loop runs it
+    if settings.batch == settings.at_once:  # as the loop runs it
 
         def step() -> None:
             trainer.step(*next(data), lr=0.0)
@@ -135,6 +138,8 @@ def measure(settings: Settings, corpus: Corpus, model: PretrainedModel) -> tuple
         seconds = timed(step, trainer.device)
     else:
         seconds = count * timed(micro_batch, trainer.device) + timed(update, trainer.device)
+        if rest:
+            seconds += timed(last_micro_batch, trainer.device)
     del copies
     return seconds, peak_memory(trainer.device)
 

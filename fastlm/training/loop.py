@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -214,7 +215,7 @@ def has_stalled(evaluations: Sequence[Evaluation], patience: int) -> bool:
     """Whether none of the last `patience` evaluations has a lower validation loss than those before; 0: never."""
     if not patience or len(evaluations) <= patience:
         return False
-    val_losses = [val_loss for _, _, val_loss in evaluations]
+    val_losses = [math.inf if math.isnan(val_loss) else val_loss for _, _, val_loss in evaluations]
     lowest = min(val_losses[:-patience])
     return not any(val_loss < lowest for val_loss in val_losses[-patience:])
 

@@ -29,11 +29,11 @@ def option(default: Any, text: str, panel: str | None = None, metavar: str | Non
 class Settings:
     """The defaults are those of nanoGPT for a small character-level model on a CPU.
 
-    With dtype "bfloat16" (or "bf16") the operators run under autocast: activations and matrix products are bfloat16;
-    parameters, gradients, optimiser state, statistics and the loss are float32. Parameters in bfloat16 with float32
-    master weights in the optimiser would save the cast of the weights (12 bytes per parameter and step, about 2 % of a
-    step), but would also round the residual stream and the weights of the norms to 8 bits. Checkpoints are float32 with
-    either dtype.
+    With dtype "bfloat16" (or "bf16"; likewise float16) the operators run under autocast: activations and matrix
+    products are bfloat16; parameters, gradients, optimiser state, statistics and the loss are float32. Parameters in
+    bfloat16 with float32 master weights in the optimiser would save the cast of the weights (12 bytes per parameter and
+    step, about 2 % of a step), but would also round the residual stream and the weights of the norms to 8 bits.
+    Checkpoints are float32 with either dtype.
     """
 
     objective: str = option(

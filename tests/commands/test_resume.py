@@ -275,3 +275,4 @@ def test_killed_at_twenty_moments(text_file, tmp_path):
     assert partial >= 3
     assert "resumed after" in run("train", "--resume", out)
     assert_same_weights(out, tmp_path / "whole")
+    assert metrics_of(out) == metrics_of(tmp_path / "whole")

@@ -180,6 +180,17 @@ def test_a_run_is_repeated_from_its_config(trained, tmp_path):
     assert json.loads((tmp_path / "short" / "summary.json").read_text())["steps"] == 1
 
 
+def test_early_stopping(text_file, tmp_path):
+    arguments = ["--steps", 50, "--lr", 1e-9, "--min-lr", 0, "--eval-every", 2, "--checkpoint-every", 2]
+    output = run("train", text_file, *TINY, *arguments, "--patience", 2, "--out", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    best = min(summary["evaluations"], key=lambda evaluation: evaluation["val_loss"])
+    assert summary["stopped_early"] and not summary["interrupted"] and summary["steps"] == best["step"] + 4
+    folder = tmp_path / "out" / "checkpoints" / f"step-{best['step']:08}"
+    assert f"lowest val loss {best['val_loss']:.4f} after step {best['step']}, in {folder}\n" in output
+    assert f"stopped early after {summary['steps']} steps" in output and load_model(folder)
+
+
 def test_train_a_llama(text_file, tmp_path):
     out, sizes = tmp_path / "out", ["--architecture", "llama", "--kv-heads", 1, "--mlp-width", 40]
     run("train", text_file, *TINY, *sizes, "--tokenizer", "char", "--steps", 60, "--lr", 1e-2, "--out", out)

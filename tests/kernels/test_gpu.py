@@ -256,7 +256,12 @@ def trained(folder, *options):
 # float32 rounds by 2^-24, which twelve steps amplify to some millionths. bfloat16 rounds by 2^-9.
 @pytest.mark.parametrize(
     "objective, dtype, apart",
-    [("next-token", "fp32", 1e-4), ("masked-token", "fp32", 1e-4), ("next-token", "bf16", 0.05)],
+    [
+        ("next-token", "fp32", 1e-4),
+        ("masked-token", "fp32", 1e-4),
+        ("next-token", "bf16", 0.05),
+        ("next-token", "fp16", 0.05),
+    ],
 )
 def test_train_takes_the_gpu_and_reaches_the_loss_of_the_cpu(tmp_path, objective, dtype, apart):
     options = ["--objective", objective, "--dtype", dtype]
@@ -294,6 +299,30 @@ def test_a_step_of_the_trainer_does_not_synchronise(dtype):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(trainer.read()) == 3
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "spike"])
+def test_a_skipped_step_changes_nothing(kind):
+    """The decision is made on the GPU."""
+    trainer = Trainer(gpt2(), Settings(), NextToken().loss)
+    inputs, targets = NextToken().pairs(torch.randint(301, (2, 129), device="cpu"))
+    trainer.step(inputs, targets, 1e-3)
+    before = [x.clone() for x in (*trainer.parameters, *trainer.state().values())]
+    p = trainer.parameters[-1]
+    plain = trainer.loss
+
+    def loss(*batch):
+        loss = plain(*batch)
+        # The gradient of a root at 0 is not finite.
+        return {"loss": loss * float("inf"), "gradient": loss + (0 * p.sum()).sqrt(), "spike": loss}[kind]
+
+    trainer.loss = loss
+    trainer.max_loss = 0.5 if kind == "spike" else float("inf")
+    trainer.begin_step(inputs, targets, 1e-3)
+    (outcome,) = trainer.read()
+    assert outcome.skipped
+    after = (*trainer.parameters, *trainer.state().values())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("way", [("cpu", "cuda"), ("cuda", "cpu")], ids="-".join)

@@ -199,6 +199,7 @@ def test_a_skipped_step_is_reported_and_the_run_goes_on(small, corpus):
         ([3.0, 2.0, 2.0, 2.5], True),
         ([3.0, 2.0, 2.1, 1.9], False),
         ([3.0, math.nan, math.nan], True),
+        ([math.nan, 3.0, 2.0], False),
     ],
 )
 def test_has_stalled(val_losses, stalled):
