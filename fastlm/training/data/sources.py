@@ -62,11 +62,11 @@ def find_files(argument: str, paths: Iterable[str | Path]) -> Files:
 
 def candidates(argument: str, matches: Iterable[Path], *, below: Path | None) -> list[Path]:
     """The files among the matches, or below a directory; for each saved data set its Arrow files."""
-    every = sorted(below.rglob("*")) if below is not None else list(matches)
-    folders = [folder for folder in ([below] if below is not None else []) + every if folder.is_dir()]
+    every = list(matches) if below is None else [below, *sorted(below.rglob("*"))]
+    folders = [path for path in every if path.is_dir()]
     saved = {folder: saved_dataset(argument, folder) for folder in folders if is_dataset(argument, folder)}
     files: list[Path] = []
-    for path in ([below] if below is not None else []) + every:
+    for path in every:
         if path in saved:
             files += saved[path]
         elif path.is_file() and not any(folder in saved for folder in path.parents):

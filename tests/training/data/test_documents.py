@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 import torch
 
+from fastlm.models import CausalLM, LlamaConfig
 from fastlm.training import data
 from fastlm.training.batches import evaluation_batches, training_batch
 from fastlm.training.data import pipeline, workers
@@ -112,14 +113,19 @@ def test_batches_of_packed_documents(tmp_path):
     assert torch.equal(same, inputs[:, 0])
 
 
-@pytest.mark.parametrize("objective", ["next-token", "masked-token"])
-def test_loss_of_packed_documents_is_that_of_each_alone(tmp_path, objective):
-    masked = objective == "masked-token"
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama"])
+def test_loss_of_packed_documents_is_that_of_each_alone(tmp_path, kind):
+    masked = kind == "bert"
+    objective = "masked-token" if masked else "next-token"
     corpus = data.load([json_lines(tmp_path / "a.jsonl", WORDS)], documents="packed", masked=masked)
     settings = Settings(
         layers=2, heads=2, width=32, context=64, batch=3, documents="packed", objective=objective, whole_words=masked
     )
-    model = build(settings, corpus.tokenizer).double().eval()
+    model = build(settings, corpus.tokenizer)
+    if kind == "llama":
+        sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        model = CausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model = model.double().eval()
     task = objective_of(settings, corpus.tokenizer)
     for inputs, targets in list(evaluation_batches(corpus.validation, settings, task))[:2]:
         total, count = 0.0, 0
@@ -193,6 +199,7 @@ def test_errors_of_other_processes(tmp_path, monkeypatch):
 
 MEMORY = """
 import pathlib, resource, sys
+from fastlm.models import CausalLM, LlamaConfig
 from fastlm.training import data
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 data.load([sys.argv[1] + "/small.txt"], tokenizer=sys.argv[2])
