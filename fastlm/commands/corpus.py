@@ -18,8 +18,8 @@ FILE = "tokenizer.json"
 
 
 def load_text(load: Callable[..., data.Corpus], *arguments: Any, **options: Any) -> data.Corpus:
-    """Calls data.load, or a method of its arguments, with a progress bar."""
-    with byte_bar("tokenizing") as progress:
+    """Calls data.load, or another function with its options, with a progress bar."""
+    with byte_bar() as progress:
         corpus = load(*arguments, progress=progress, **options)
     for damage in corpus.damages:
         say(f"tokenized again: {damage}")

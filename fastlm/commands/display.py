@@ -38,7 +38,7 @@ def describe_device(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def byte_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+def byte_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar that is shown as soon as there is progress, and removed at the end."""
     columns = (
         TextColumn("{task.description}"),
@@ -48,12 +48,13 @@ def byte_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("remaining"),
         TimeRemainingColumn(),
     )
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task: list[TaskID] = []
 
-        def show(done: int, total: int) -> None:
-            task[:] = task or [progress.add_task(name, total=total)]
-            progress.update(task[0], completed=done)
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done)
 
         yield show
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -249,11 +249,13 @@ def check_format(content: dict[str, Any], path: Path) -> None:
         raise mismatch("resume", f"format {FORMAT}", got)
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, read: Callable[[int], None] = lambda count: None) -> str:
+    """The SHA-256 of a file. read: is called with the number of bytes of each part that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
+            read(len(chunk))
     return digest.hexdigest()
 
 

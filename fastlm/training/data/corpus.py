@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def load(
     context: int = 0,
     cache: Path | None = None,
     sums: Mapping[str, str] | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Corpus:
     """Reads files and tokenizes them.
 
@@ -78,7 +79,7 @@ def load(
         context: check that both parts have so many tokens, and the next one.
         cache: where token ids are kept for the next time; None: they are deleted at the end of the process.
         sums: the SHA-256 of the files by their absolute paths, if they were computed just now.
-        progress: is called with the number of bytes that are encoded, and of all.
+        progress: is called with the stage, reading or tokenizing, and the number of bytes that are done, and of all.
 
     Raises:
         ValueError, FileNotFoundError: an argument is invalid; the message names it.
@@ -95,7 +96,7 @@ def load(
     has_records = any(map(is_records, files))
     by_content = not val_file and (documents == "packed" or has_records)
     before = states_of(files)
-    digests = sums_of(files) if sums is None else dict(sums)
+    digests = sums_of(files, progress) if sums is None else dict(sums)
     plan = Plan(
         files={TRAINING: training.found} | ({VALIDATION: separate.found} if val_file else {}),
         sums=digests,
@@ -207,11 +208,19 @@ def states_of(files: Sequence[Path]) -> dict[Path, tuple[int, int]]:
     return {file: (status.st_size, status.st_mtime_ns) for file in files for status in (file.stat(),)}
 
 
-def sums_of(files: Sequence[Path]) -> dict[str, str]:
+def sums_of(files: Sequence[Path], progress: Progress) -> dict[str, str]:
     """The SHA-256 of files by their absolute paths."""
+    total, done, lock = sum(file.stat().st_size for file in files), 0, threading.Lock()
+
+    def count(read: int) -> None:
+        nonlocal done
+        with lock:
+            done += read
+            progress("reading", min(done, total), total)
+
     with concurrent.futures.ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        digests = threads.map(sha256, files)
-    return {str(file.absolute()): digest for file, digest in zip(files, digests, strict=True)}
+        digests = threads.map(lambda file: sha256(file, count), files)
+        return {str(file.absolute()): digest for file, digest in zip(files, digests, strict=True)}
 
 
 def digest_of(tokenizer: Tokenizer) -> str:

@@ -22,7 +22,7 @@ BATCH = 2**20  # bytes or characters that are encoded at once
 ALONE = 2**22  # bytes of text up to which starting other processes takes longer than encoding here
 TRAINING, VALIDATION = "training", "validation"
 
-Progress = Callable[[int, int], None]  # (bytes that are encoded, of so many)
+Progress = Callable[[str, int, int], None]  # ("reading" or "tokenizing", bytes that are done, of so many)
 
 
 class Plan(NamedTuple):
@@ -53,7 +53,7 @@ def write_parts(folder: Path, encoder: Encoder, plan: Plan) -> dict[str, Any]:
     processes = plan.processes if encoder.parallel and total > ALONE else 1
     for batch, (ids, lengths) in encoded(encoder, batches(encoder, plan), processes):
         write(writers, batch, ids, lengths)
-        plan.progress(min(batch.read, total), total)
+        plan.progress("tokenizing", min(batch.read, total), total)
     return {name: writer.close() for name, writer in writers.items()}
 
 

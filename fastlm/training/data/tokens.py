@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
     """The ids begin … end − 1 of a text.
 
