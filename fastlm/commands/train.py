@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlm.commands.display import describe_device, progress_bar, quantity, say
+from fastlm.benchmarking.machine import peak
+from fastlm.commands.display import describe_device, has_room, progress_bar, quantity, say
 from fastlm.commands.process import set_up
 from fastlm.core.errors import mismatch
 from fastlm.generation import Tokenizer, load_tokenizer
@@ -27,6 +28,7 @@ from fastlm.training.checkpoints import (
     sums_of,
 )
 from fastlm.training.estimate import estimate
+from fastlm.training.flops import flops_of_step
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load
 from fastlm.training.report import Report, Reports
@@ -179,7 +181,8 @@ def train_and_save(
         reports: list[Report] = [stack.enter_context(metrics.JSONLines(out, size))]
         if settings.tensorboard:
             reports.append(stack.enter_context(metrics.TensorBoard(out, start.step if start else 0)))
-        reports.append(stack.enter_context(progress_bar(settings.steps)))
+        speed = peak_speed(settings, model) if has_room() else None
+        reports.append(stack.enter_context(progress_bar(settings.steps, peak=speed, device=model.device)))
         report, sample = Reports(reports), sampler(settings, corpus, model)
         result = train(
             settings,
@@ -254,6 +257,14 @@ def sampler(settings: Settings, corpus: data.Corpus, model: Any) -> Callable[[nn
         return tokenizer.decode(generated[0].tolist())
 
     return sample
+
+
+def peak_speed(settings: Settings, model: Any) -> float | None:
+    """Tokens/s at the peak of this machine's arithmetic; None where it is not known."""
+    if model.device.type != "cpu" or settings.lora or settings.dtype == "float16":
+        return None
+    flops = peak(torch.get_num_threads(), getattr(torch, settings.dtype))
+    return settings.tokens_per_step * flops / flops_of_step(model, settings)
 
 
 def listed(versions: dict[str, str]) -> str:
