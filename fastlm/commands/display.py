@@ -16,6 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from fastlm.training.estimate import memory_in_use
 from fastlm.training.report import Report, Step
 
 console = Console(highlight=False)
@@ -35,6 +36,13 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
     return quantity(torch.get_num_threads(), "thread") if device.type == "cpu" else str(device)
+
+
+WIDE = 100  # characters of a terminal in which the bar also shows the share of the peak and the memory
+
+
+def has_room() -> bool:
+    return console.is_terminal and console.width >= WIDE
 
 
 @contextlib.contextmanager
@@ -60,28 +68,49 @@ def byte_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextlib.contextmanager
-def progress_bar(total: float, name: str = "training") -> Iterator["BarReport"]:
+def progress_bar(
+    total: float, name: str = "training", peak: float | None = None, device: torch.device | None = None
+) -> Iterator["BarReport"]:
+    """A bar with loss, tokens/s and time.
+
+    Args:
+        peak: tokens/s at the machine's peak of arithmetic.
+        device: whose memory is shown in a wide terminal.
+    """
+    wide = [TextColumn("{task.fields[machine]}")] if has_room() and device is not None else []
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[position]}"),
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[speed]} tokens/s"),
+        *wide,
         TimeElapsedColumn(),
         TextColumn("remaining"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )
     with Progress(*columns, console=console) as progress:
-        yield BarReport(progress, total, name)
+        yield BarReport(progress, total, name, peak, device)
 
 
 class BarReport(Report):
-    def __init__(self, progress: Progress, total: float, name: str):
-        self.progress, self.name = progress, name
-        self.task = progress.add_task(name, total=total, position="", loss="–", speed="–")
+    def __init__(
+        self,
+        progress: Progress,
+        total: float,
+        name: str,
+        peak: float | None = None,
+        device: torch.device | None = None,
+    ):
+        self.progress, self.name, self.peak, self.device = progress, name, peak, device
+        self.task = progress.add_task(name, total=total, position="", loss="–", speed="–", machine="")
 
     def on_step(self, step: Step) -> None:
         self.show(step.step, f"step {step.step}", step.loss, f"{step.mean_tokens_per_second:,.0f}")
+        if self.device is not None:
+            share = "" if self.peak is None else f"{100 * step.mean_tokens_per_second / self.peak:.0f} % of peak, "
+            memory = f"{memory_in_use(self.device) / 2**30:.1f} GiB"
+            self.progress.update(self.task, machine=share + memory)
         if step.skipped:
             self.say(f"step {step.step}: skipped, as {step.skipped}")
 

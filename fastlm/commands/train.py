@@ -13,17 +13,18 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from fastlm import generation
+from fastlm.benchmarking.machine import peak
 from fastlm.commands.corpus import end_of_text_of, load_text, settings_of, tokenizer_in, tokenizer_of
-from fastlm.commands.display import describe_device, progress_bar, quantity, say
+from fastlm.commands.display import describe_device, has_room, progress_bar, quantity, say
 from fastlm.commands.process import set_up
 from fastlm.core.errors import mismatch
 from fastlm.models import load_model
 from fastlm.models.config import CONFIG, stored
 from fastlm.training import checkpoint, data, metrics
-from fastlm.training.checkpoints import Checkpoints, Saved, check_unchanged, clear, locked_run, newest
-from fastlm.training.data.corpus import sums_of
+from fastlm.training.checkpoints import Checkpoints, Saved, check_unchanged, clear, locked_run, newest, sha256
 from fastlm.training.data.shards import keep_only
 from fastlm.training.estimate import estimate
+from fastlm.training.flops import flops_of_step
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load, objective_of
 from fastlm.training.report import Report, Reports
@@ -168,7 +169,8 @@ def needs_peft() -> Iterator[None]:
 def weights_of(directory: Path) -> dict[str, str]:
     """The SHA-256 of the files of a model by their paths."""
     directory = stored(directory, CONFIG).parent
-    return sums_of([file for end in (CONFIG, "*.safetensors", "*.bin") for file in sorted(directory.glob(end))])
+    files = [file for end in (CONFIG, "*.safetensors", "*.bin") for file in sorted(directory.glob(end))]
+    return {str(file.absolute()): sha256(file) for file in files}
 
 
 def train_and_save(
@@ -201,7 +203,8 @@ def train_and_save(
         reports: list[Report] = [stack.enter_context(metrics.JSONLines(out, size))]
         if settings.tensorboard:
             reports.append(stack.enter_context(metrics.TensorBoard(out, start.step if start else 0)))
-        reports.append(stack.enter_context(progress_bar(settings.steps)))
+        speed = peak_speed(settings, model) if has_room() else None
+        reports.append(stack.enter_context(progress_bar(settings.steps, peak=speed, device=model.device)))
         report, sample = Reports(reports), sampler(settings, corpus, model)
         result = train(
             settings,
@@ -277,6 +280,14 @@ def sampler(settings: Settings, corpus: data.Corpus, model: Any) -> Callable[[nn
         return tokenizer.decode(generated[0].tolist())
 
     return sample
+
+
+def peak_speed(settings: Settings, model: Any) -> float | None:
+    """Tokens/s at the peak of this machine's arithmetic; None where it is not known."""
+    if model.device.type != "cpu" or settings.lora or settings.dtype == "float16":
+        return None
+    flops = peak(torch.get_num_threads(), getattr(torch, settings.dtype))
+    return settings.tokens_per_step * flops / flops_of_step(model, settings)
 
 
 def listed(versions: dict[str, str]) -> str:

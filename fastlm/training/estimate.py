@@ -173,6 +173,11 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that this process has now; on a GPU, its tensors."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
+
+
 def resident() -> int:
     """Bytes of memory that this process has now; 0 where the system does not tell."""
     file = Path("/proc/self/statm")

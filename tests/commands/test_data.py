@@ -133,7 +133,7 @@ def test_several_runs_with_one_cache(text_file, tmp_path, monkeypatch, written):
         (["--tokenizer", "a.json"], r"a.json: the tokenizer could not be read \(.*\)"),
         (
             ["--tokenizer", "bpe", "--objective", "masked-token"],
-            r"tokenizer: expected a tokenizer with \[PAD\] and \[MASK\] for masked-token training, got one without",
+            r"tokenizer: expected a tokenizer with \[MASK\] or <mask> for masked-token training, got one without",
         ),
     ],
 )

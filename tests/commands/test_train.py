@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -9,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import rich.console
 import tokenizers
 import torch
 
+from fastlm.commands import display
 from fastlm.generation import load_tokenizer
 from fastlm.models import (
     BertConfig,
@@ -492,3 +495,10 @@ def test_interrupted_while_modules_are_imported(text_file, tmp_path, library):
         running.send_signal(signal.SIGINT)
         output, errors = running.communicate(timeout=60)
     assert (running.returncode, output, errors) == (130, "", "interrupted\n")
+
+
+def test_the_bar_in_a_wide_terminal(text_file, tmp_path, monkeypatch):
+    wide = rich.console.Console(force_terminal=True, width=160, file=io.StringIO(), highlight=False)
+    monkeypatch.setattr(display, "console", wide)
+    run("train", text_file, *TINY, "--out", tmp_path / "out")
+    assert re.search(r"tokens/s [^\n]*\d+ % of peak, \d+\.\d GiB", wide.file.getvalue())
