@@ -56,6 +56,8 @@ def run(
     init, val_file = (None if sources[name] is None else Path(sources[name]) for name in ("init", "val_file"))
     chosen = set_up(device, threads)
     out = checkpoint.prepare(out, overwrite=overwrite)
+    if settings.tensorboard:
+        metrics.summary_writer()  # raises if it is not installed
     corpus = data.load(
         paths,
         tokenizer=tokenizer if init is None else load_tokenizer(init).tokenizer,
