@@ -56,6 +56,8 @@ def run(
     )
     chosen = set_up(device, threads)
     out = checkpoint.prepare(out, overwrite=overwrite)
+    if settings.tensorboard:
+        metrics.summary_writer()  # raises if it is not installed
     if init is not None and named != DEFAULT_TOKENIZER:
         raise mismatch("tokenizer", "no value with a model to start from, which has its own", repr(named))
     if dry_run and settings.lora:

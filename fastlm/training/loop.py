@@ -206,7 +206,7 @@ def train(
         evaluations=evaluations,
         skipped=guard.skipped,
         overflows=guard.overflows,
-        stopped_early=stopped_early,
+        stopped_early=stopped_early and started < settings.steps,
         failure=failure,
     )
 

@@ -502,3 +502,10 @@ def test_the_bar_in_a_wide_terminal(text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(display, "console", wide)
     run("train", text_file, *TINY, "--out", tmp_path / "out")
     assert re.search(r"tokens/s [^\n]*\d+ % of peak, \d+\.\d GiB", wide.file.getvalue())
+
+
+def test_a_missing_package_is_an_error_before_anything_is_written(text_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = fastlm_command("train", text_file, *TINY, "--tensorboard", "--out", tmp_path / "out")
+    expected = 'error: tensorboard: expected an installation with tensorboard (pip install "fastlm[tensorboard]"), got '
+    assert result.exit_code == 1 and result.stderr.startswith(expected) and not (tmp_path / "out").exists()
