@@ -210,6 +210,7 @@ def train(
             metavar="byte|char|PATH",
             help="byte: 256 tokens, for any file; char: one token per character of a UTF-8 text; or a tokenizer.json, "
             "or a directory with one: from `fastlm tokenizer train`, or in Hugging Face's format.",
+            rich_help_panel="Data",
         ),
     ] = "byte",
     field: Field = "text",
@@ -218,6 +219,7 @@ def train(
         typer.Option(
             metavar="DIR",
             help="Directory for token ids, to use them for several runs; default: `tokens` in that of the run.",
+            rich_help_panel="Data",
             show_default=False,
         ),
     ] = None,
@@ -234,11 +236,13 @@ def train(
         float,
         typer.Option(
             help="Fraction for validation: the end of the text, or with records or --documents packed that fraction of "
-            "the documents, by a hash of their content."
+            "the documents, by a hash of their content.",
+            rich_help_panel="Data",
         ),
     ] = 0.1,
     val_file: Annotated[
-        Path | None, typer.Option(help="A separate text for validation, used instead of --val-fraction.")
+        Path | None,
+        typer.Option(help="A separate text for validation, used instead of --val-fraction.", rich_help_panel="Data"),
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
