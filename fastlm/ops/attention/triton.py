@@ -35,6 +35,10 @@ def attributes(query: Tensor, launch: Launch):
 
 def launch_forward(query, key, value, out, lse, launch: Launch) -> None:
     _, heads, num_kv_heads, query_len, key_len, _ = launch.sizes
+
+    def new(shape: tuple[int, ...]) -> Tensor:
+        return query.new_empty(shape, dtype=torch.float32)
+
     tensors, masks = (query, key, value, out, lse), (launch.mask, launch.key_padding)
     with on_device(query):
         if launch.cu_seqlens_q is None and decode_kernels.serves(heads, num_kv_heads, query_len, key_len):
@@ -43,11 +47,11 @@ def launch_forward(query, key, value, out, lse, launch: Launch) -> None:
                 *masks,
                 launch.seed,
                 *attributes(query, launch),
-                lambda shape: torch.empty(shape, dtype=torch.float32, device=query.device),
+                new,
             )
         else:
             starts = launch.cu_seqlens_q, launch.cu_seqlens_k
-            kernels.attention_forward(*tensors, *masks, *starts, launch.seed, *attributes(query, launch))
+            kernels.attention_forward(*tensors, *masks, *starts, launch.seed, *attributes(query, launch), new)
 
 
 def launch_backward(
@@ -76,7 +80,7 @@ def launch_backward(
             exact,
             architecture_name,
             device,
-            torch.empty_like(lse),
+            lambda shape: query.new_empty(shape, dtype=torch.float32),
         )
 
 
