@@ -1,5 +1,7 @@
 """attention by the Triton kernels (kernels/attention*.py)."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from fastlm.kernels import attention as kernels
 from fastlm.kernels import attention_backward as backward_kernels
 from fastlm.kernels import attention_decode as decode_kernels
 from fastlm.ops.attention.gpu import Launch, make_implementation
+from fastlm.ops.attention.gpu import refuses as too_large
+from fastlm.ops.attention.spec import Sizes
 
 
 def readable(x: Tensor) -> Tensor:
@@ -84,4 +88,13 @@ def launch_backward(
         )
 
 
-implementation = make_implementation(triton.backend, launch_forward, launch_backward, readable)
+def refuses(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[str]:
+    reasons = too_large(sizes, device, dtype)
+    if device.type == "cuda" and not triton.missing():
+        reasons += triton.race_refusals(torch.cuda.current_device() if device.index is None else device.index)
+    return reasons
+
+
+implementation = dataclasses.replace(
+    make_implementation(triton.backend, launch_forward, launch_backward, readable), refuses=refuses
+)
