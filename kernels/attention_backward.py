@@ -63,10 +63,8 @@ def attention_backward(
         block_of(head_dim),
         query_starts is not None or band[0] > 1 - query_len,
     )
-    kind, masked_at_all = (
-        mask_kind(mask),
-        mask is not None or key_padding is not None or seed is not None or query_starts is not None,
-    )
+    kind = mask_kind(mask)
+    masked_at_all = bool(softcap) or left or any(x is not None for x in (mask, key_padding, seed))
     masks = mask, *strides(mask, 4), key_padding, *strides(key_padding, 2)
     each = batch if query_starts is None else 1
     inputs = q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3)

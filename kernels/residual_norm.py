@@ -10,7 +10,8 @@ from fastlm.kernels.launch import launch
 from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 ELEMENTS_PER_PROGRAM = 4096  # of a tile, where rows are narrow
-MAX_PARTIALS = 512  # partial sums of a parameter gradient: about two waves on a large GPU
+MAX_PARTIALS = 1024  # partial sums of a parameter gradient
+PROGRAMS_PER_PROCESSOR = 4  # of backward: a whole number of waves on every GPU, since 4, 2 or 1 of them run at a time
 REDUCE_BLOCK = 32  # partial sums that the second kernel adds at a time, for as many columns
 
 
@@ -42,10 +43,14 @@ def tile(width, dropout):
     return rows, block, min(max(rows * block // 1024, 1), 16)
 
 
-def partition(rows, width, dropout):
-    """(programs, tiles per program) of backward, from the sizes alone."""
+def partition(rows, width, dropout, num_processors):
+    """(programs, tiles per program) of backward, from the sizes and the GPU alone; num_processors: None without one.
+
+    Programs have equal numbers of tiles, the last one excepted.
+    """
+    most = MAX_PARTIALS if num_processors is None else min(PROGRAMS_PER_PROCESSOR * num_processors, MAX_PARTIALS)
     tiles = cdiv(rows, tile(width, dropout)[0])
-    tiles_per_program = cdiv(tiles, MAX_PARTIALS)
+    tiles_per_program = cdiv(tiles, most)
     return cdiv(tiles, tiles_per_program), tiles_per_program
 
 

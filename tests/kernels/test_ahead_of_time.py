@@ -8,8 +8,8 @@ With another Triton in PYTHONPATH it is that which compiles.
 
 By default a few configurations are compiled for one architecture. FASTLM_TEST_TARGETS=all (or names) compiles the most
 common ones for all eight (or those), FASTLM_TEST_CONFIGURATIONS=all every configuration: both together are about 1300
-compilations. FASTLM_TEST_CONFIGURATIONS=3/20 takes one in twenty of the less common ones, FASTLM_TEST_CASES those with one of these
-parts, separated by commas, in their title. ahead_of_time.py has the launches.
+compilations. FASTLM_TEST_CONFIGURATIONS=3/20 takes one in twenty of the less common ones, FASTLM_TEST_CASES=… those
+with one of these parts, separated by commas, in their title. ahead_of_time.py has the launches.
 """
 
 import json
