@@ -53,13 +53,17 @@ HOPPER = SMALL | {  # a warpgroup multiplies tiles of at least 64 queries
     ("key masked", 2, 64): (32, 128, 8, 2),
     ("query", 2, 128): (128, 64, 8, 2),
     ("query exact", 2, 128): (128, 32, 8, 2),
+    ("key masked", 2, 128): (16, 128, 8, 2),
 }
 BLACKWELL = HOPPER | {
     ("key masked", 2, 64): (32, 128, 8, 1),
+    ("key", 2, 128): (32, 32, 4, 2),
+    ("key masked", 2, 128): (32, 32, 4, 2),
     ("forward", 2, 64): (128, 64, 8, 3),
     ("forward masked", 2, 128): (64, 64, 8, 2),
 }
-SM_120 = SMALL | {  # with the register allocation of ptxas for sm_120, this row of SMALL spills
+SM_120 = SMALL | {  # with the register allocation of ptxas for sm_120, these rows of SMALL spill
+    ("query exact", 2, 128): (128, 16, 8, 2),
     ("key", 2, 128): (32, 32, 4, 2),
 }
 # AMD: 64 KiB, and loads are prefetched into registers

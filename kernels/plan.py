@@ -21,12 +21,20 @@ def layout(x):
 
 
 def addresses_of(tensors):
-    """(addresses, 0 for None; what launches depend on in these: 0, or the alignments if one is below 16 bytes)."""
+    """(addresses, 0 for None; what launches depend on in these).
+
+    That is which are below an alignment of 16 bytes, and which are equal: with other equal ones another plan is needed.
+    """
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    aligned = equal = None
     for address in addresses:
         if address & 15:
-            return addresses, tuple([address & 15 for address in addresses])
-    return addresses, 0
+            aligned = tuple([address & 15 for address in addresses])
+            break
+    given = len(addresses) - addresses.count(0)
+    if len(set(addresses)) < given + (given < len(addresses)):
+        equal = tuple([addresses.index(address) for address in addresses])
+    return addresses, (aligned, equal)
 
 
 class Plan:
@@ -93,8 +101,9 @@ class Plans(dict):
     def record(self, key, tensors, workspace, device, compute):
         """compute(), which launches kernels for these tensors, for its results and for parts of the workspace.
 
-        The launches become a plan if each of their tensors has the address of exactly one of these. The plan takes the
-        addresses of `tensors`, then of the results, then of the workspace.
+        The launches become a plan if each of their tensors has the address of one of these. The plan takes the
+        addresses of `tensors`, then of the results, then of the workspace. The key tells which inputs are at the same
+        address.
         """
         if launcher.INTERPRETED:
             return compute()
@@ -122,7 +131,7 @@ def planned(launch, places):
         if hasattr(value, "data_ptr"):
             address = value.data_ptr()
             same = [(index, offset) for other, index, offset in places if other == address]
-            if len(same) != 1:
+            if not same:
                 return None
             values[at] = 0
             found.append((at, *same[0]))
