@@ -63,7 +63,7 @@ BLACKWELL = HOPPER | {
     ("forward masked", 2, 128): (64, 64, 8, 2),
 }
 SM_120 = SMALL | {  # with the register allocation of ptxas for sm_120, these rows of SMALL spill
-    ("query exact", 2, 128): (128, 16, 8, 2),
+    ("query masked", 2, 128): (128, 16, 8, 2),
     ("key", 2, 128): (32, 32, 4, 2),
 }
 # AMD: 64 KiB, and loads are prefetched into registers

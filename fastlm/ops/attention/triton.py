@@ -93,12 +93,8 @@ def refuses(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[str]
 
 def without_plan(new: New) -> Implementation[Forward, Backward]:
     """new(shape): uninitialised float32 memory for a launch."""
-    return make_implementation(
-        triton.backend,
-        functools.partial(launch_forward, new=new),
-        functools.partial(launch_backward, new=new),
-        readable,
-    )
+    launches = (functools.partial(launch, new=new) for launch in (launch_forward, launch_backward))
+    return make_implementation(triton.backend, *launches, readable)
 
 
 forwards, backwards = Plans(), Plans()
@@ -127,10 +123,11 @@ def backward(call: Backward) -> Results:
     plan = backwards.find(key)
     if plan is None:
         workspace = Workspace(query)
-        implementation = without_plan(workspace.part)
+        computed = without_plan(workspace.part).backward
+        assert computed is not None
         if needed != (True, True, True, False) or call.dout is None:  # with more than launches, or other results
-            return implementation.backward(call)
-        return backwards.record(key, tensors, workspace, device, lambda: implementation.backward(call))
+            return computed(call)
+        return backwards.record(key, tensors, workspace, device, lambda: computed(call))
     results = call.empty_results()
     workspace = query.new_empty(plan.workspace, dtype=torch.float32)
     with on_device(query):
