@@ -239,6 +239,7 @@ def test_an_unknown_instruction_set_is_an_error(tree):
     )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_no_module_for_the_cpu(tree):
     done = build(tree, FASTLM_BUILD_ISAS="none")
