@@ -98,18 +98,22 @@ def find_tile(starts_ptr, num_sequences, slot, TILE: tl.constexpr):
     """(sequence, tile within it) of tile number `slot` of a packed batch; (num_sequences, …) beyond the last tile.
 
     The host does not know the lengths: without synchronising it launches one program for each possible tile,
-    tokens // TILE + num_sequences.
+    tokens // TILE + num_sequences. Each adds the tiles of 128 sequences at a time.
     """
-    batch = slot * 0
-    tile = slot
-    tiles = tile * 0
-    if batch < num_sequences:
-        tiles = tl.cdiv(tl.load(starts_ptr + 1) - tl.load(starts_ptr), TILE).to(tl.int32)
-    while (batch < num_sequences) & (tile >= tiles):
-        tile -= tiles
-        batch += 1
-        if batch < num_sequences:
-            tiles = tl.cdiv(tl.load(starts_ptr + batch + 1) - tl.load(starts_ptr + batch), TILE).to(tl.int32)
+    BLOCK: tl.constexpr = 128
+    first, before = slot * 0, slot * 0  # sequences and tiles of the blocks before
+    batch, tile = first + num_sequences, slot
+    while (first < num_sequences) & (batch == num_sequences):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < num_sequences
+        lengths = tl.load(starts_ptr + at + 1, mask=inside, other=0) - tl.load(starts_ptr + at, mask=inside, other=0)
+        ends = before + tl.cumsum(tl.cdiv(lengths, TILE).to(tl.int32), 0)
+        passed = first + tl.sum((ends <= slot).to(tl.int32), 0)
+        if passed < tl.minimum(first + BLOCK, num_sequences):
+            batch = passed
+            tile = slot - tl.max(tl.where(ends <= slot, ends, before), 0)
+        before = tl.max(ends, 0)
+        first += BLOCK
     return batch, tile
 
 
