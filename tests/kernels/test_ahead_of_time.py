@@ -147,11 +147,13 @@ def test_it_compiles_and_fits(target, title, kernel, compiled):
     assert entry["read_late"] == 0, (
         "one element in 16 bits is read where other threads may have overwritten it: no barrier is in between"
     )
-    if not (title.startswith("attention") and refused_for_races(target)):
-        assert entry["unfenced"] == 0, "a matrix product may read what an asynchronous copy has not written yet"
-    # A repair recomputes few tiles, in the cases that have a NaN or an infinity at all.
+    if title.startswith("attention") and refused_for_races(target):
+        return  # it runs nowhere
+    assert entry["unfenced"] == 0, "a matrix product may read what an asynchronous copy has not written yet"
+    if kernel.endswith("repair"):
+        return  # it recomputes the tiles that have a NaN or an infinity
     tuned = any(tuned in title for tuned in TUNED) or not title.startswith("attention")
-    if target.startswith("sm_") and tuned and SPILLS.get(title) != kernel and not kernel.endswith("repair"):
+    if target.startswith("sm_") and tuned and SPILLS.get(title) != kernel:
         tiles = f"in tiles of {entry['constants']}, {entry['warps']} warps"
         products = not any(word in kernel for word in WITHOUT_PRODUCTS)
         spills = entry["spills_in_loops"] if products else entry["spilled"]
