@@ -22,7 +22,7 @@ CARDS := import torch; cuda = torch.cuda; count = 0 if torch.version.hip else cu
 # Most of the time of the tests on a GPU goes into compiling kernels: several at a time, where pytest-xdist is.
 SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
-.PHONY: demo test bench docs gpu gpu-sanitize models lint format emulated sanitize sanitize-threads wheels wheel
+.PHONY: demo test bench docs gpu gpu-build gpu-test gpu-bench gpu-sanitize models lint format emulated sanitize sanitize-threads wheels wheel
 .PHONY: wheel-arm nightly clean
 
 # Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch; then generates
@@ -45,33 +45,52 @@ docs: .venv/with-docs
 	  > /dev/null; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
-# On a GPU, with the PyTorch and Triton that are installed there and no network: the tests of the kernels, beside them
-# some of the tests in NVIDIA's compute-sanitizer, then the measurements, into OUT. The CUDA kernels take part where
-# they are usable; `fastlm info` in OUT says why not, if they are not. They are compiled for the GPUs of this machine,
-# or for every GPU where nvcc does not know these. A test that fails makes the target fail after the measurements.
+# On a GPU, with the PyTorch and Triton that are installed there and no network, into OUT. `make gpu-test`: the tests of
+# the kernels, beside them some of the tests in NVIDIA's compute-sanitizer. `make gpu-bench`: the measurements. Each takes
+# 500 seconds at most, for machines that limit a command to ten minutes; `make gpu` is both. The CUDA kernels take part
+# where they are usable; `fastlm info` in OUT says why not, if they are not. They are compiled for the GPUs of this
+# machine, or for every GPU where nvcc does not know these; modules for the CPU are not compiled. Tests that are stopped
+# by their time limit still write their report.
 HERE := PYTHONPATH="$(CURDIR)"
 # ",cuda" where the CUDA kernels are usable.
 USABLE := import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")
 PLOT := import matplotlib; print("--plot $(OUT)/bench.png")
+# Seconds of the tests and of the measurements.
+TEST_LIMIT ?= 380
+BENCH_LIMIT ?= 440
 gpu:
+	@status=0; $(MAKE) --no-print-directory gpu-test || status=1; $(MAKE) --no-print-directory gpu-bench || status=1; \
+	  exit $$status
+
+gpu-build:
 	mkdir -p $(OUT)
-	rm -f $(OUT)/failed
-	FASTLM_CUDA_ARCHS="$${FASTLM_CUDA_ARCHS:-$$($(PYTHON) -c '$(CARDS)' 2> /dev/null)}" \
-	  $(PYTHON) setup.py -q build_ext --inplace || $(PYTHON) setup.py -q build_ext --inplace \
+	export FASTLM_BUILD_ISAS=none \
+	  FASTLM_CUDA_ARCHS="$${FASTLM_CUDA_ARCHS:-$$($(PYTHON) -c '$(CARDS)' 2> /dev/null)}"; \
+	  timeout 100 $(PYTHON) setup.py -q build_ext --inplace \
+	  || FASTLM_CUDA_ARCHS= timeout 100 $(PYTHON) setup.py -q build_ext --inplace \
 	  || echo "nothing compiled: the Triton kernels need nothing"
 	$(HERE) $(PYTHON) -m fastlm.cli info | tee $(OUT)/info.txt
+
+gpu-test: gpu-build
+	rm -f $(OUT)/failed
 	{ $(SANITIZED) > $(OUT)/sanitizer.txt 2>&1 || echo "compute-sanitizer: exit status $$?" >> $(OUT)/failed; } & \
 	{ $(HERE) FASTLM_TEST_DEVICE=cuda FASTLM_TEST_BACKENDS=triton$$($(HERE) $(PYTHON) -c '$(USABLE)') \
-	  timeout 310 $(PYTHON) -m pytest -q -p no:cacheprovider $$($(PYTHON) -c '$(SEVERAL)' 2> /dev/null) \
+	  timeout -s INT -k 20 $(TEST_LIMIT) $(PYTHON) -m pytest -q -p no:cacheprovider \
+	  $$($(PYTHON) -c '$(SEVERAL)' 2> /dev/null) \
 	  -m gpu tests/kernels tests/ops --junitxml=$(OUT)/tests.xml $(ARGS) \
 	  || echo "the tests: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/tests.txt; wait
 	@grep ^compute-sanitizer $(OUT)/sanitizer.txt || cat $(OUT)/sanitizer.txt
-	{ $(HERE) timeout -k 20 220 $(PYTHON) -m fastlm.cli bench --gpu --limit 190 --table $(OUT)/table.json \
+	@! cat $(OUT)/failed 2> /dev/null
+
+gpu-bench: gpu-build
+	rm -f $(OUT)/failed
+	{ $(HERE) timeout -k 20 $$(($(BENCH_LIMIT) + 30)) $(PYTHON) -m fastlm.cli bench --gpu --limit $(BENCH_LIMIT) \
+	  --table $(OUT)/table.json \
 	  --json $(OUT)/bench.json --markdown $(OUT)/bench.md $$($(PYTHON) -c '$(PLOT)' 2> /dev/null) \
 	  || echo "the measurements: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/bench.txt
 	@! cat $(OUT)/failed 2> /dev/null
 
-# That part of `make gpu` by itself, on what is built:
+# That part of `make gpu-test` by itself, on what is built:
 # make gpu-sanitize LIMIT=3000 TOOLS="memcheck racecheck synccheck initcheck"
 gpu-sanitize:
 	mkdir -p $(OUT)

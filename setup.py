@@ -149,7 +149,9 @@ def find_toolchain() -> Toolchain:
     macros = macros_of(command)
     isas = X86_ISAS if "__x86_64__" in macros else {"baseline": []}
     isas = {isa: flags for isa, flags in isas.items() if compiles(command, "int main() {}", *flags)}
-    if wanted := os.environ.get("FASTLM_BUILD_ISAS"):
+    if (wanted := os.environ.get("FASTLM_BUILD_ISAS")) == "none":  # for machines whose GPU is to be used
+        isas = {}
+    elif wanted:
         if unknown := set(wanted.split(",")) - set(isas):
             raise CompileError(
                 f"FASTLM_BUILD_ISAS: expected names out of {','.join(isas)}, got {','.join(sorted(unknown))}"
@@ -428,6 +430,8 @@ class BuildModules(build_ext):
             names = [file.name.removesuffix(SUFFIX) for file in built]
             if missing := [f"_cpu_{name}" for name in ("features", *tools.isas) if f"_cpu_{name}" not in names]:
                 report["reason"] = f"{', '.join(missing)} did not compile: {first_error(log)}"
+            if not tools.isas:
+                report["reason"] = "FASTLM_BUILD_ISAS=none, as `make gpu` sets it"
             if "_cpu_features" in names:  # without it no module is used: it reports which ones this CPU can run
                 report["modules"] = [name for name in names if name.startswith("_cpu_") and name != "_cpu_features"]
             if cuda:

@@ -13,21 +13,24 @@ import triton
 import triton.language as tl
 
 from fastlm.kernels.attention_tiles import (
+    FLAGS,
     LOG2E,
     Config,
     Dropout,
+    Heads,
     Masking,
-    Rows,
     Scaling,
     any_not_finite,
     cap_scores,
+    check_tile,
+    flags_of,
+    keys_of,
     load_tile,
     locate,
     mask_scores,
     multiply_rounded,
-    opaque_zero,
+    multiply_visible,
     query_tile_of,
-    recompute_rows,
     rows_of,
     store_tile,
     tiles_of_keys,
@@ -44,7 +47,7 @@ def accumulate_tiles(
     row_max,
     row_sum,
     q,
-    first,
+    i,
     begin,
     end,
     query_len,
@@ -54,11 +57,17 @@ def accumulate_tiles(
     masking,
     dropout,
     config: tl.constexpr,
-    EDGE: tl.constexpr,
+    START: tl.constexpr,
+    STOP: tl.constexpr,
+    REPAIR: tl.constexpr,
 ):
-    """(Σ weights · v, running maximum, Σ weights) after tiles begin … end of the keys."""
-    i = first + tl.arange(0, config.TILE_M)
+    """(Σ weights · v, running maximum, Σ weights) after tiles begin … end of the keys. The mask of query i is read if
+    i < query_len, which may be a column. REPAIR: masked values that are not finite are left out.
+    """
+    EDGE: tl.constexpr = START or STOP
     scale = 1.0 if config.CAPPED else scaling.scale
+    if EDGE:
+        first_key, end_key = keys_of(i, masking.lower, masking.upper, k_rows.length)
     for tile in range(begin, end):
         key = tile * config.TILE_N
         k = load_tile(k_rows, key, config.TILE_N, config, not EDGE)
@@ -68,9 +77,21 @@ def accumulate_tiles(
         elif config.MASK != 2:
             scores = multiply_rounded(scores, scale)
         if EDGE:
-            j = key + tl.arange(0, config.TILE_N)
-            scores, _ = mask_scores(
-                scores, i[:, None], j[None, :], query_len, k_rows.length, scale, masking, config.MASK
+            j = key + tl.arange(0, config.TILE_N)[None, :]
+            scores, visible = mask_scores(
+                scores,
+                j,
+                first_key[:, None],
+                end_key[:, None],
+                i[:, None],
+                j,
+                (i[:, None] < query_len) & (j < k_rows.length),
+                k_rows.length,
+                scale,
+                masking,
+                config.MASK,
+                START,
+                STOP,
             )
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # no visible key yet
@@ -84,9 +105,97 @@ def accumulate_tiles(
             )
             weights = tl.where(keep, weights, 0.0)
         v = load_tile(v_rows, key, config.TILE_N, config, not EDGE)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=config.PRECISION)
+        if REPAIR:
+            acc = multiply_visible(weights, v, visible, acc, config.PRECISION, False)
+        else:
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=config.PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
+
+
+@triton.jit
+def forward_tile(
+    batch,
+    head,
+    first,
+    q,
+    k,
+    v,
+    out,
+    lse_ptr,
+    lse_strides,
+    masking,
+    mask_strides,
+    starts,
+    dropout,
+    scaling,
+    num_heads,
+    kv_head,
+    query_len,
+    key_len,
+    config: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
+    REPAIR: tl.constexpr,
+):
+    """Fills out and lse of the queries of one head from `first` on; 1 if a result is not finite, otherwise 0."""
+    q_begin, query_len, k_begin, key_len, lower, upper = locate(
+        starts[0], starts[1], batch, query_len, key_len, masking.lower, masking.upper
+    )
+    q_rows = rows_of(q, batch, head, q_begin, query_len)
+    k_rows = rows_of(k, batch, kv_head, k_begin, key_len)
+    v_rows = rows_of(v, batch, kv_head, k_begin, key_len)
+    out_rows = rows_of(out, batch, head, q_begin, query_len)
+    lse_ptr += tl.cast(batch, tl.int64) * lse_strides[0] + tl.cast(head, tl.int64) * lse_strides[1] + q_begin
+    mask_ptr, padding_ptr = masking.ptr, masking.padding_ptr
+    if config.MASK != 0:
+        mask_ptr += tl.cast(batch, tl.int64) * mask_strides[0] + tl.cast(head, tl.int64) * mask_strides[1]
+    if padding_ptr is not None:
+        padding_ptr += tl.cast(batch, tl.int64) * mask_strides[2]
+    masking = Masking(
+        lower, upper, mask_ptr, masking.query_stride, masking.key_stride, padding_ptr, masking.padding_stride
+    )
+    dropout = Dropout(dropout.seed, batch * num_heads + head, dropout.threshold, dropout.keep_scale)
+
+    q_tile = load_tile(q_rows, first, config.TILE_M, config, False)
+    acc = tl.zeros((config.TILE_M, config.BLOCK_D), tl.float32)
+    row_max = tl.full((config.TILE_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((config.TILE_M,), tl.float32)
+    last = tl.minimum(first + config.TILE_M, query_len) - 1
+    begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, config.TILE_N)
+    i = first + tl.arange(0, config.TILE_M)
+    inputs = query_len, scaling, k_rows, v_rows, masking, dropout
+    if REPAIR or config.MASK != 0 or masking.padding_ptr is not None:
+        acc, row_max, row_sum = accumulate_tiles(
+            acc, row_max, row_sum, q_tile, i, begin, end, *inputs, config, HAS_LOWER, True, REPAIR
+        )
+    else:
+        if HAS_LOWER:
+            acc, row_max, row_sum = accumulate_tiles(
+                acc, row_max, row_sum, q_tile, i, begin, inner, *inputs, config, True, True, False
+            )
+        acc, row_max, row_sum = accumulate_tiles(
+            acc,
+            row_max,
+            row_sum,
+            q_tile,
+            i,
+            inner if HAS_LOWER else begin,
+            outer,
+            *inputs,
+            config,
+            False,
+            False,
+            False,
+        )
+        acc, row_max, row_sum = accumulate_tiles(
+            acc, row_max, row_sum, q_tile, i, outer, end, *inputs, config, False, True, False
+        )
+    fully_masked = row_sum == 0
+    results = acc * (dropout.keep_scale / tl.where(fully_masked, 1.0, row_sum))[:, None]
+    store_tile(out_rows, first, results, config.TILE_M, config)
+    lse = tl.where(fully_masked, float("-inf"), row_max + tl.log(tl.where(fully_masked, 1.0, row_sum)))
+    tl.store(lse_ptr + i, lse, mask=i < query_len)
+    return any_not_finite(acc)
 
 
 @triton.jit(
@@ -100,6 +209,7 @@ def accumulate_tiles(
         "threshold",
         "lse_batch_stride",
         "lse_head_stride",
+        "programs",
     ]
 )
 def attention_forward_kernel(
@@ -145,6 +255,8 @@ def attention_forward_kernel(
     softcap,
     threshold,
     keep_scale,
+    flags_ptr,
+    programs,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -152,82 +264,54 @@ def attention_forward_kernel(
     MASK: tl.constexpr,
     HAS_LOWER: tl.constexpr,
     PRECISION: tl.constexpr,
+    REPAIR: tl.constexpr,
 ):
-    """MASK: 0 none, 1 bool, 2 additive. HAS_LOWER: the band has a lower edge. PRECISION: of float32 products."""
-    batch, head, tile = query_tile_of(
-        query_starts_ptr, key_starts_ptr, num_sequences, num_heads, query_len, key_len, tiles, TILE_M
-    )
-    if query_starts_ptr is not None:
-        if batch >= num_sequences:
-            return
-    first = tile * TILE_M
-    q_begin, query_len, k_begin, key_len, lower, upper = locate(
-        query_starts_ptr, key_starts_ptr, batch, query_len, key_len, lower, upper
-    )
-    kv_head = head // heads_per_kv_head
-    batch_head = batch * num_heads + head
-    q_rows = rows_of(q_ptr, q_batch_stride, q_head_stride, q_stride, batch, head, q_begin, query_len)
-    k_rows = rows_of(k_ptr, k_batch_stride, k_head_stride, k_stride, batch, kv_head, k_begin, key_len)
-    v_rows = rows_of(v_ptr, v_batch_stride, v_head_stride, v_stride, batch, kv_head, k_begin, key_len)
-    out_rows = rows_of(out_ptr, out_batch_stride, out_head_stride, out_stride, batch, head, q_begin, query_len)
-    at = tl.cast(batch, tl.int64), tl.cast(head, tl.int64)
-    lse_ptr += at[0] * lse_batch_stride + at[1] * lse_head_stride + q_begin
-    if MASK != 0:
-        mask_ptr += at[0] * mask_batch_stride + at[1] * mask_head_stride
-    if key_padding_ptr is not None:
-        key_padding_ptr += at[0] * key_padding_batch_stride
+    """MASK: 0 none, 1 bool, 2 additive. HAS_LOWER: the band has a lower edge. PRECISION: of float32 products.
+
+    flags: one number for each program of the first launch. REPAIR: see attention_tiles.py.
+    """
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     config: tl.constexpr = Config(
         HEAD_DIM, BLOCK_D, TILE_M, TILE_N, MASK, seed_ptr is not None, softcap is not None, PRECISION
     )
-    masking = Masking(lower, upper, mask_ptr, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride)
-    dropout = Dropout(seed, batch_head, threshold, keep_scale)
-
-    q = load_tile(q_rows, first, TILE_M, config, False)
-    acc = tl.zeros((TILE_M, BLOCK_D), tl.float32)
-    row_max = tl.full((TILE_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((TILE_M,), tl.float32)
-    last = tl.minimum(first + TILE_M, query_len) - 1
-    begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, TILE_N)
-    inputs = Scaling(scale, softcap), k_rows, v_rows, masking, dropout
-    if MASK != 0 or key_padding_ptr is not None:
-        acc, row_max, row_sum = accumulate_tiles(
-            acc, row_max, row_sum, q, first, begin, end, query_len, *inputs, config, True
-        )
+    starts = query_starts_ptr, key_starts_ptr
+    tensors = (
+        Heads(q_ptr, q_batch_stride, q_head_stride, q_stride),
+        Heads(k_ptr, k_batch_stride, k_head_stride, k_stride),
+        Heads(v_ptr, v_batch_stride, v_head_stride, v_stride),
+        Heads(out_ptr, out_batch_stride, out_head_stride, out_stride),
+        lse_ptr,
+        (lse_batch_stride, lse_head_stride),
+        Masking(lower, upper, mask_ptr, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride),
+        (mask_batch_stride, mask_head_stride, key_padding_batch_stride),
+        starts,
+        Dropout(seed, 0, threshold, keep_scale),
+        Scaling(scale, softcap),
+        num_heads,
+    )
+    if REPAIR:
+        first, any_flagged = flags_of(flags_ptr, programs)
+        if any_flagged:
+            for slot in range(first, tl.minimum(first + FLAGS, programs)):
+                if tl.load(flags_ptr + slot) > 0:
+                    batch, head, tile = query_tile_of(slot, *starts, num_sequences, num_heads, tiles, TILE_M)
+                    kv_head = head // heads_per_kv_head
+                    forward_tile(
+                        batch, head, tile * TILE_M, *tensors, kv_head, query_len, key_len, config, HAS_LOWER, True
+                    )
     else:
-        if HAS_LOWER:
-            acc, row_max, row_sum = accumulate_tiles(
-                acc, row_max, row_sum, q, first, begin, inner, query_len, *inputs, config, True
-            )
-        acc, row_max, row_sum = accumulate_tiles(
-            acc, row_max, row_sum, q, first, inner if HAS_LOWER else begin, outer, query_len, *inputs, config, False
+        slot = tl.program_id(0)
+        batch, head, tile = query_tile_of(slot, *starts, num_sequences, num_heads, tiles, TILE_M)
+        if query_starts_ptr is not None:
+            check_tile(slot, batch, *starts, num_sequences, query_len, key_len, tiles)
+            if batch >= num_sequences:
+                tl.store(flags_ptr + slot, 0.0)
+                return
+        kv_head = head // heads_per_kv_head
+        found = forward_tile(
+            batch, head, tile * TILE_M, *tensors, kv_head, query_len, key_len, config, HAS_LOWER, False
         )
-        acc, row_max, row_sum = accumulate_tiles(
-            acc, row_max, row_sum, q, first, outer, end, query_len, *inputs, config, True
-        )
-    found = any_not_finite(acc)
-    if found > 0:
-        zero = opaque_zero(found)
-        q = load_tile(Rows(q_rows.ptr, q_stride + zero, query_len), first + zero, TILE_M, config, False)
-        acc, row_max, row_sum = recompute_rows(
-            q,
-            first + zero + tl.arange(0, TILE_M),
-            begin * TILE_N + zero,
-            tl.minimum(end * TILE_N, key_len),
-            query_len + zero,
-            Scaling(scale, softcap),
-            Rows(k_rows.ptr, k_stride + zero, key_len),
-            Rows(v_rows.ptr, v_stride + zero, key_len),
-            masking,
-            dropout,
-            config,
-        )
-    fully_masked = row_sum == 0
-    out = acc * (keep_scale / tl.where(fully_masked, 1.0, row_sum))[:, None]
-    store_tile(out_rows, first, out, TILE_M, config)
-    lse = tl.where(fully_masked, float("-inf"), row_max + tl.log(tl.where(fully_masked, 1.0, row_sum)))
-    i = first + tl.arange(0, TILE_M)
-    tl.store(lse_ptr + i, lse, mask=i < query_len)
+        tl.store(flags_ptr + slot, found.to(tl.float32))
 
 
 def strides(x, rank):
@@ -269,13 +353,14 @@ def attention_forward(
     precision,
     architecture,
     device,
+    new,
 ):
     """q, out: (batch, num_heads, query_len, head_dim) with unit last stride; if packed (1, num_heads, tokens,
     head_dim).
 
     sizes: (batch, num_heads, num_kv_heads, query_len, key_len, head_dim); if packed, batch is the number of sequences
     and the lengths are the total numbers of tokens. band: (lower, upper), of 32 bits. lse: (batch or 1, num_heads,
-    tokens). softcap: 0 for none.
+    tokens). softcap: 0 for none. new(shape): an uninitialised float32 tensor.
     """
     batch, num_heads, num_kv_heads, query_len, key_len, head_dim = sizes
     block_d = block_of(head_dim)
@@ -317,16 +402,18 @@ def attention_forward(
         threshold,
         keep_scale,
     )
-    constants = (
-        head_dim,
-        block_d,
-        tile_m,
-        tile_n,
-        mask_kind(mask),
-        query_starts is not None or band[0] > 1 - query_len,
-        precision,
-    )
+    constants = mask_kind(mask), query_starts is not None or band[0] > 1 - query_len, precision
     programs = tiles * num_heads * (batch if query_starts is None else 1)
-    launch(
-        attention_forward_kernel, programs, arguments, constants, warps, stages, device, debug=query_starts is not None
-    )
+    flags = new((programs,))
+    settings = programs, (*arguments, flags, programs), (head_dim, block_d, tile_m), tile_n, constants, warps, stages
+    launch_and_repair(attention_forward_kernel, *settings, device, query_starts is not None)
+
+
+def launch_and_repair(
+    kernel, programs, arguments, sizes, tile, constants, warps, stages, device, debug=False, key_pass=False
+):
+    """Both launches of a kernel, see attention_tiles.py. tile: of the loop, in TILE_N, or in TILE_M if key_pass."""
+    order = (lambda n: (*sizes[:2], n, sizes[2])) if key_pass else (lambda n: (*sizes, n))
+    launch(kernel, programs, arguments, (*order(tile), *constants, False), warps, stages, device, debug=debug)
+    few = cdiv(programs, FLAGS.value)
+    launch(kernel, few, arguments, (*order(min(tile, 32)), *constants, True), warps, 1, device)

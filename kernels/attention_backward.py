@@ -14,7 +14,7 @@ those of the weights and dscores. delta is therefore Σ weights · dweights of f
 over the keys, and the factors are multiplied in two parts: five more products.
 """
 
-from fastlm.kernels.attention import block_of, mask_kind, strides
+from fastlm.kernels.attention import block_of, launch_and_repair, mask_kind, strides
 from fastlm.kernels.attention_backward_key import attention_backward_key_kernel
 from fastlm.kernels.attention_backward_mask import attention_backward_mask_kernel
 from fastlm.kernels.attention_backward_query import attention_backward_query_kernel
@@ -50,9 +50,9 @@ def attention_backward(
     exact,
     architecture,
     device,
-    delta,
+    new,
 ):
-    """As attention_forward; dlse and delta have the layout of lse. dk is None if neither dk nor dv is wanted.
+    """As attention_forward; dlse has the layout of lse. dk is None if neither dk nor dv is wanted.
 
     dmask is contiguous in float32, or None; its mask has a column for each key. exact: if q has 16 bits and the
     gradient of the mask is wanted.
@@ -63,14 +63,13 @@ def attention_backward(
         block_of(head_dim),
         query_starts is not None or band[0] > 1 - query_len,
     )
-    kind, masked_at_all = (
-        mask_kind(mask),
-        mask is not None or key_padding is not None or seed is not None or query_starts is not None,
-    )
+    kind = mask_kind(mask)
+    masked_at_all = bool(softcap) or left or any(x is not None for x in (mask, key_padding, seed))
     masks = mask, *strides(mask, 4), key_padding, *strides(key_padding, 2)
     each = batch if query_starts is None else 1
     inputs = q, *strides(q, 3), k, *strides(k, 3), v, *strides(v, 3)
     numbers = *band, scale, softcap or None, threshold, keep_scale
+    delta = new(tuple(lse.shape))
 
     tile_m, tile_n, warps, stages = attention_tile(
         architecture, "query", q.dtype.itemsize, block_d, masked_at_all, exact
@@ -100,17 +99,10 @@ def attention_backward(
         tiles,
         *numbers,
     )
-    constants = head_dim, block_d, tile_m, tile_n, kind, left, precision, exact
-    launch(
-        attention_backward_query_kernel,
-        tiles * each * num_heads,
-        arguments,
-        constants,
-        warps,
-        stages,
-        device,
-        debug=query_starts is not None,
-    )
+    programs = tiles * each * num_heads
+    arguments += new((programs,)), programs
+    settings = programs, arguments, (head_dim, block_d, tile_m), tile_n, (kind, left, precision, exact), warps, stages
+    launch_and_repair(attention_backward_query_kernel, *settings, device, query_starts is not None)
 
     if dk is not None:
         tile_m, tile_n, warps, stages = attention_tile(
@@ -140,8 +132,11 @@ def attention_backward(
             tiles,
             *numbers,
         )
-        constants = head_dim, block_d, tile_m, tile_n, kind, left, precision, exact
-        launch(attention_backward_key_kernel, tiles * each * num_kv_heads, arguments, constants, warps, stages, device)
+        programs = tiles * each * num_kv_heads
+        arguments += new((programs,)), programs
+        constants = kind, left, precision, exact
+        settings = programs, arguments, (head_dim, block_d, tile_n), tile_m, constants, warps, stages
+        launch_and_repair(attention_backward_key_kernel, *settings, device, key_pass=True)
 
     if dmask is not None:
         tile_m, tile_n, warps, stages = attention_tile(architecture, "mask", q.dtype.itemsize, block_d)

@@ -9,6 +9,7 @@ from fastlm.kernels.attention_tiles import (
     Rows,
     Scaling,
     cap_scores,
+    keys_of,
     load_tile,
     mask_scores,
     weights_of,
@@ -123,8 +124,21 @@ def attention_backward_mask_kernel(
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 if config.CAPPED:
                     scores, _ = cap_scores(scores, Scaling(scale, softcap))
+                first_key, end_key = keys_of(i, lower, upper, key_len)
                 scores, visible = mask_scores(
-                    scores, i[:, None], j[None, :], query_len, key_len, remaining_scale, masking, config.MASK
+                    scores,
+                    j[None, :],
+                    first_key[:, None],
+                    end_key[:, None],
+                    i[:, None],
+                    j[None, :],
+                    (i[:, None] < query_len) & (j[None, :] < key_len),
+                    key_len,
+                    remaining_scale,
+                    masking,
+                    config.MASK,
+                    True,
+                    True,
                 )
                 dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
                 if config.DROPOUT:

@@ -19,10 +19,11 @@ from fastlm.kernels.attention_tiles import (
     Scaling,
     any_not_finite,
     cap_scores,
+    keys_of,
     load_tile,
     mask_scores,
     multiply_rounded,
-    recompute_rows,
+    multiply_visible,
 )
 from fastlm.kernels.configs import attention_tile
 from fastlm.kernels.launch import launch
@@ -36,21 +37,38 @@ MAX_SPLITS = 128
 
 
 @triton.jit
-def accumulate_split(q, i, begin, end, query_len, scaling, k_rows, v_rows, masking, dropout, config: tl.constexpr):
-    """(Σ weights · v, row_max, row_sum) of keys begin … end."""
+def accumulate_split(
+    q, i, begin, end, query_len, scaling, k_rows, v_rows, masking, dropout, config: tl.constexpr, REPAIR: tl.constexpr
+):
+    """(Σ weights · v, row_max, row_sum) of keys begin … end. REPAIR: see multiply_visible."""
+    first_key, end_key = keys_of(i, masking.lower, masking.upper, k_rows.length)
     acc = tl.zeros((config.TILE_M, config.BLOCK_D), tl.float32)
     row_max = tl.full((config.TILE_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((config.TILE_M,), tl.float32)
     scale = 1.0 if config.CAPPED else scaling.scale
     for key in range(begin, end, config.TILE_N):
-        j = key + tl.arange(0, config.TILE_N)
+        j = key + tl.arange(0, config.TILE_N)[None, :]
         k = load_tile(k_rows, key, config.TILE_N, config, False)
         scores = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
         if config.CAPPED:
             scores, _ = cap_scores(scores, scaling)
         elif config.MASK != 2:
             scores = multiply_rounded(scores, scale)
-        scores, _ = mask_scores(scores, i[:, None], j[None, :], query_len, k_rows.length, scale, masking, config.MASK)
+        scores, visible = mask_scores(
+            scores,
+            j,
+            first_key[:, None],
+            end_key[:, None],
+            i[:, None],
+            j,
+            (i[:, None] < query_len) & (j < k_rows.length),
+            k_rows.length,
+            scale,
+            masking,
+            config.MASK,
+            True,
+            True,
+        )
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2((scores - safe_max[:, None]) * LOG2E)
@@ -63,7 +81,10 @@ def accumulate_split(q, i, begin, end, query_len, scaling, k_rows, v_rows, maski
             )
             weights = tl.where(keep, weights, 0.0)
         v = load_tile(v_rows, key, config.TILE_N, config, False)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=config.PRECISION)
+        if REPAIR:
+            acc = multiply_visible(weights, v, visible, acc, config.PRECISION, False)
+        else:
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=config.PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
 
@@ -154,9 +175,9 @@ def attention_decode_kernel(
         Masking(lower, upper, mask_at, mask_query_stride, mask_key_stride, key_padding_ptr, key_padding_stride),
         Dropout(seed, batch_head, threshold, keep_scale),
     )
-    acc, row_max, row_sum = accumulate_split(q, i, begin, end, query_lens, *inputs, config)
+    acc, row_max, row_sum = accumulate_split(q, i, begin, end, query_lens, *inputs, config, False)
     if any_not_finite(acc) > 0:
-        acc, row_max, row_sum = recompute_rows(q, i, begin, end, query_lens, *inputs, config)
+        acc, row_max, row_sum = accumulate_split(q, i, begin, end, query_lens, *inputs, config, True)
     acc *= keep_scale
     query = (at[0] * num_kv_heads * heads_per_kv_head + head) * query_len + i
     place = query * num_splits + split

@@ -2,11 +2,13 @@
 and the masking of scores.
 
 A kernel iterates over the visible tiles only. Edge tiles compare positions: those that the band (lower ≤ j − i ≤ upper)
-or the end of the keys cuts, and every tile if there is a mask or key padding.
+or the end of the keys cuts, and every tile if there is a mask or key padding. They compare with the ends that can cut
+them, START and STOP.
 
-A matrix product adds 0 · NaN for a value whose weight is 0. A tile of results that are not finite is therefore
-recomputed one key or query at a time, without the masked ones. This is slow, but happens only if there is a NaN or an
-infinity.
+A matrix product adds 0 · NaN for a value whose weight is 0. A kernel therefore flags the tiles of its results that are
+not finite. A second launch of the same kernel, with REPAIR, reads the flags and recomputes these tiles by
+multiply_visible; without a NaN or an infinity it has nothing to do. Inside the first launch the recomputation would
+take registers, and Triton before 3.8 does not compile it for sm_100.
 """
 
 from typing import NamedTuple
@@ -15,9 +17,18 @@ import triton
 import triton.language as tl
 
 from fastlm.kernels.elementary import tanh
-from fastlm.kernels.philox import kept_each
 
 LOG2E = tl.constexpr(1.4426950408889634)
+FLAGS = tl.constexpr(16)  # that a program of the second launch reads
+
+
+class Heads(NamedTuple):
+    """q, k, v, out or a gradient: (batch, heads, tokens, head_dim). The elements of a row are adjacent."""
+
+    ptr: tl.tensor
+    batch_stride: tl.tensor
+    head_stride: tl.tensor
+    stride: tl.tensor
 
 
 class Rows(NamedTuple):
@@ -87,18 +98,22 @@ def find_tile(starts_ptr, num_sequences, slot, TILE: tl.constexpr):
     """(sequence, tile within it) of tile number `slot` of a packed batch; (num_sequences, …) beyond the last tile.
 
     The host does not know the lengths: without synchronising it launches one program for each possible tile,
-    tokens // TILE + num_sequences.
+    tokens // TILE + num_sequences. Each adds the tiles of 128 sequences at a time.
     """
-    batch = slot * 0
-    tile = slot
-    tiles = tile * 0
-    if batch < num_sequences:
-        tiles = tl.cdiv(tl.load(starts_ptr + 1) - tl.load(starts_ptr), TILE).to(tl.int32)
-    while (batch < num_sequences) & (tile >= tiles):
-        tile -= tiles
-        batch += 1
-        if batch < num_sequences:
-            tiles = tl.cdiv(tl.load(starts_ptr + batch + 1) - tl.load(starts_ptr + batch), TILE).to(tl.int32)
+    BLOCK: tl.constexpr = 128
+    first, before = slot * 0, slot * 0  # sequences and tiles of the blocks before
+    batch, tile = first + num_sequences, slot
+    while (first < num_sequences) & (batch == num_sequences):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < num_sequences
+        lengths = tl.load(starts_ptr + at + 1, mask=inside, other=0) - tl.load(starts_ptr + at, mask=inside, other=0)
+        ends = before + tl.cumsum(tl.cdiv(lengths, TILE).to(tl.int32), 0)
+        passed = first + tl.sum((ends <= slot).to(tl.int32), 0)
+        if passed < tl.minimum(first + BLOCK, num_sequences):
+            batch = passed
+            tile = slot - tl.max(tl.where(ends <= slot, ends, before), 0)
+        before = tl.max(ends, 0)
+        first += BLOCK
     return batch, tile
 
 
@@ -134,29 +149,34 @@ def check_starts(starts_ptr, num_sequences, num_tokens):
 
 
 @triton.jit
-def query_tile_of(
-    query_starts_ptr, key_starts_ptr, num_sequences, num_heads, query_len, key_len, tiles, TILE_M: tl.constexpr
-):
-    """(sequence, head, tile of queries) of this program; the sequence is num_sequences where there is nothing to do.
+def query_tile_of(slot, query_starts_ptr, key_starts_ptr, num_sequences, num_heads, tiles, TILE_M: tl.constexpr):
+    """(sequence, head, tile of queries) of a program; the sequence is num_sequences where there is nothing to do.
 
     In a dense batch the last tile of a head is launched first: with a causal mask it has the most keys. In a packed
-    batch query_len and key_len are the total numbers of tokens, and one program of each head checks the boundaries.
+    batch the first program of each head is for check_tile().
     """
-    pid = tl.program_id(0)
-    head = pid // tiles
+    head = slot // tiles
     if query_starts_ptr is None:
-        batch, head, tile = head // num_heads, head % num_heads, tiles - 1 - pid % tiles
+        batch, head, tile = head // num_heads, head % num_heads, tiles - 1 - slot % tiles
     else:
-        batch, tile = num_sequences, pid * 0
-        if pid % tiles == 0:
-            check_starts(query_starts_ptr, num_sequences, query_len)
-            check_starts(key_starts_ptr, num_sequences, key_len)
-        else:
-            batch, tile = find_tile(query_starts_ptr, num_sequences, pid % tiles - 1, TILE_M)
-            if batch < num_sequences:
-                check_sequence(query_starts_ptr, batch, query_len)
-                check_sequence(key_starts_ptr, batch, key_len)
+        batch, tile = num_sequences, slot * 0
+        if slot % tiles > 0:
+            batch, tile = find_tile(query_starts_ptr, num_sequences, slot % tiles - 1, TILE_M)
     return batch, head, tile
+
+
+@triton.jit
+def check_tile(slot, batch, query_starts_ptr, key_starts_ptr, num_sequences, query_len, key_len, tiles):
+    """Asserts that the sequence is inside the tensors; the first program of a head checks all boundaries.
+
+    query_len and key_len are the total numbers of tokens.
+    """
+    if slot % tiles == 0:
+        check_starts(query_starts_ptr, num_sequences, query_len)
+        check_starts(key_starts_ptr, num_sequences, key_len)
+    elif batch < num_sequences:
+        check_sequence(query_starts_ptr, batch, query_len)
+        check_sequence(key_starts_ptr, batch, key_len)
 
 
 @triton.jit
@@ -173,10 +193,10 @@ def locate(query_starts_ptr, key_starts_ptr, batch, query_len, key_len, lower, u
 
 
 @triton.jit
-def rows_of(ptr, batch_stride, head_stride, stride, batch, head, begin, length):
+def rows_of(x, batch, head, begin, length):
     """The rows of one head of one sequence."""
-    ptr += tl.cast(batch, tl.int64) * batch_stride + tl.cast(head, tl.int64) * head_stride + begin * stride
-    return Rows(ptr, stride, length)
+    offset = tl.cast(batch, tl.int64) * x.batch_stride + tl.cast(head, tl.int64) * x.head_stride
+    return Rows(x.ptr + offset + begin * x.stride, x.stride, length)
 
 
 @triton.jit
@@ -233,19 +253,50 @@ def tiles_of_queries(first, last, lower, upper, query_len, TILE_M: tl.constexpr)
 
 
 @triton.jit
-def mask_scores(scores, i, j, query_len, key_len, scale, masking, MASK: tl.constexpr):
-    """(scores, −inf where not visible; visibility). The positions i and j broadcast against each other in either order.
+def keys_of(i, lower, upper, key_len):
+    """(first, end) of the keys in the band of each query."""
+    return i + lower, tl.minimum(i + upper + 1, key_len)
 
-    With an additive mask (MASK 2) scores become scale · scores + mask; an additive −inf masks any score.
+
+@triton.jit
+def queries_of(j, lower, upper, query_len):
+    """(first, end) of the queries in whose band each key is."""
+    return j - upper, tl.minimum(j - lower + 1, query_len)
+
+
+@triton.jit
+def mask_scores(
+    scores,
+    at,
+    first,
+    end,
+    i,
+    j,
+    inside,
+    key_len,
+    scale,
+    masking,
+    MASK: tl.constexpr,
+    START: tl.constexpr,
+    STOP: tl.constexpr,
+):
+    """(scores, −inf where not visible; visibility). All positions broadcast against each other.
+
+    Visible are first ≤ at, compared if START, and at < end, if STOP. The mask is read where `inside`. With an additive
+    mask (MASK 2) scores become scale · scores + mask; an additive −inf masks any score.
     """
-    inside = (i < query_len) & (j < key_len)
-    visible = (j - i >= masking.lower) & (j - i <= masking.upper) & inside
+    if START:
+        visible = at >= first
+        if STOP:
+            visible = visible & (at < end)
+    else:
+        visible = at < end
     if MASK != 0:
-        at = masking.ptr + i.to(tl.int64) * masking.query_stride + j.to(tl.int64) * masking.key_stride
+        at_mask = masking.ptr + i.to(tl.int64) * masking.query_stride + j.to(tl.int64) * masking.key_stride
         if MASK == 1:
-            visible = visible & (tl.load(at, mask=inside, other=0) != 0)
+            visible = visible & (tl.load(at_mask, mask=inside, other=0) != 0)
         else:
-            bias = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            bias = tl.load(at_mask, mask=inside, other=float("-inf")).to(tl.float32)
             visible = visible & (bias != float("-inf"))
             scores = tl.fma(scores, scale, bias)
     if masking.padding_ptr is not None:
@@ -270,62 +321,15 @@ def cap_scores(scores, scaling):
 @triton.jit
 def any_not_finite(x):
     """1 if an element is not finite, otherwise 0."""
-    return tl.max(tl.max(tl.where(x - x == 0, 0, 1), 1), 0)
+    return tl.max(tl.where(x - x == 0, 0, 1))
 
 
 @triton.jit
-def opaque_zero(found):
-    """found − 1, which is 0 but unknown to the compiler.
-
-    What the recomputation derives from it cannot be hoisted before the first computation and kept in registers.
-    """
-    return tl.multiple_of(found - 1, 16)
-
-
-@triton.jit
-def load_row(rows, row, config: tl.constexpr):
-    """(BLOCK_D,) one row in float32."""
-    channel = tl.arange(0, config.BLOCK_D)
-    at = rows.ptr + tl.cast(row, tl.int64) * rows.stride + channel
-    return tl.load(at, mask=channel < config.HEAD_DIM, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def to_vectors(scores, visible):
-    """(ROWS, 1) as vectors, by a reduction over one element: a reshape changes the layout in Triton before 3.9."""
-    return tl.sum(scores, 1), tl.max(visible.to(tl.int32), 1) > 0
-
-
-@triton.jit
-def recompute_rows(q, i, begin, end, query_len, scaling, k, v, masking, dropout, config: tl.constexpr):
-    """The forward pass of queries i and keys begin … end without matrix products, which adds visible keys only."""
-    acc = tl.zeros((config.TILE_M, config.BLOCK_D), tl.float32)
-    row_max = tl.full((config.TILE_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((config.TILE_M,), tl.float32)
-    scale = 1.0 if config.CAPPED else scaling.scale
-    for key in range(begin, end):
-        if config.DROPOUT:
-            keep = kept_each(dropout.seed, i, key, dropout.batch_head, dropout.threshold)
-        k_row = load_row(k, key, config)
-        v_row = load_row(v, key, config)
-        j = key + tl.arange(0, 1)
-        scores = tl.sum(q.to(tl.float32) * k_row[None, :], 1)[:, None]
-        if config.CAPPED:
-            scores, _ = cap_scores(scores, scaling)
-        elif config.MASK != 2:
-            scores = multiply_rounded(scores, scale)
-        scores, visible = mask_scores(scores, i[:, None], j[None, :], query_len, k.length, scale, masking, config.MASK)
-        scores, visible = to_vectors(scores, visible)
-        new_max = tl.maximum(row_max, scores)
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2((scores - safe_max) * LOG2E)
-        rescale = tl.exp2((row_max - safe_max) * LOG2E)
-        row_sum = row_sum * rescale + weights
-        if config.DROPOUT:
-            weights = tl.where(keep, weights, 0.0)
-        acc = acc * rescale[:, None] + tl.where(visible[:, None], weights[:, None] * v_row[None, :], 0.0)
-        row_max = new_max
-    return acc, row_max, row_sum
+def flags_of(flags_ptr, programs):
+    """(first program, whether any is flagged) of the programs of the first launch that one of the second repairs."""
+    first = tl.program_id(0) * FLAGS
+    at = first + tl.arange(0, FLAGS)
+    return first, tl.max(tl.load(flags_ptr + at, mask=at < programs, other=0.0), 0) > 0
 
 
 @triton.jit
@@ -347,3 +351,20 @@ def multiply(x, y, acc, PRECISION: tl.constexpr, EXACT: tl.constexpr):
     if EXACT:
         acc = tl.dot((x - rounded.to(tl.float32)).to(y.dtype), y, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def multiply_visible(x, y, visible, acc, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """As multiply, where an element of x multiplies a row of y only if it is visible; elsewhere x is 0.
+
+    Infinities and NaNs of y are multiplied apart: a sum of products is infinite if all of those that are not finite
+    are infinities of the same sign.
+    """
+    finite = y - y == 0
+    acc = multiply(x, tl.where(finite, y, 0.0), acc, PRECISION, EXACT)
+    signs = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(y.dtype)
+    infinities = tl.where(y == float("inf"), 1.0, tl.where(y == float("-inf"), -1.0, 0.0)).to(y.dtype)
+    count = tl.dot(visible.to(y.dtype), tl.where(finite, 0.0, 1.0).to(y.dtype), input_precision=PRECISION)
+    total = tl.dot(signs, infinities, input_precision=PRECISION)
+    one_sign = tl.where(total == count, float("inf"), tl.where(total == -count, float("-inf"), float("nan")))
+    return acc + tl.where(count == 0, 0.0, one_sign)

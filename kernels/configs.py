@@ -1,5 +1,8 @@
 """Launch configurations by architecture: tiles, warps, stages.
 
+With 8 warps a tile of 64 rows or fewer would be multiplied twice by mma.sync, whose warps take 16 rows each; spilled
+registers cost little outside of the loops of products. Tests look at both.
+
 They are looked up by sizes alone, never by timing, so results do not depend on it. Shared memory limits the tiles:
 227 KiB per program on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, sm_89 and sm_120, 64 on gfx942 and gfx1100. Tests
 compile every row for every architecture that uses it.
@@ -8,31 +11,28 @@ compile every row for every architecture that uses it.
 # (kernel, bytes per element, largest width of a head's tile) → (tile_m, tile_n, warps, stages), of queries and keys
 SMALL = {  # fits into 99 KiB
     ("forward", 2, 64): (128, 32, 8, 3),
-    ("forward", 2, 128): (64, 64, 8, 2),
+    ("forward", 2, 128): (128, 32, 8, 3),
     ("forward", 2, 256): (64, 32, 8, 2),
     ("forward", 4, 64): (64, 32, 8, 2),
     ("forward", 4, 128): (32, 32, 8, 2),
     ("forward", 4, 256): (16, 16, 8, 2),
-    ("query", 2, 64): (64, 64, 8, 2),
-    ("query masked", 2, 64): (64, 32, 8, 2),
-    ("query masked", 2, 128): (32, 32, 8, 2),
-    ("query exact", 2, 128): (32, 32, 8, 1),
-    ("query", 2, 128): (64, 32, 8, 2),
+    ("query", 2, 64): (128, 64, 8, 2),
+    ("query masked", 2, 64): (128, 32, 8, 2),
+    ("query", 2, 128): (128, 32, 8, 2),
     ("query", 2, 256): (32, 32, 8, 1),
     ("query", 4, 64): (32, 32, 8, 2),
     ("query", 4, 128): (32, 16, 8, 1),
     ("query", 4, 256): (16, 16, 8, 1),
-    ("key", 2, 64): (32, 32, 4, 2),
-    ("key masked", 2, 64): (32, 32, 8, 2),
-    ("key exact", 2, 64): (32, 32, 8, 2),
-    ("key", 2, 128): (32, 32, 8, 2),
-    ("key exact", 2, 128): (32, 32, 8, 2),
+    ("key", 2, 64): (32, 128, 8, 2),
+    ("key masked", 2, 64): (32, 32, 4, 2),
+    ("key", 2, 128): (32, 128, 8, 2),
+    ("key masked", 2, 128): (32, 32, 4, 2),
     ("key", 2, 256): (16, 32, 8, 1),
     ("key", 4, 64): (32, 32, 8, 2),
     ("key", 4, 128): (16, 32, 8, 1),
     ("key", 4, 256): (16, 16, 8, 1),
-    ("mask", 2, 64): (64, 32, 8, 1),
-    ("mask", 2, 128): (32, 32, 4, 1),
+    ("mask", 2, 64): (64, 32, 4, 1),
+    ("mask", 2, 128): (64, 32, 4, 1),
     ("mask", 2, 256): (16, 32, 4, 1),
     ("mask", 4, 64): (32, 32, 4, 1),
     ("mask", 4, 128): (16, 32, 4, 1),
@@ -44,36 +44,48 @@ SMALL = {  # fits into 99 KiB
     ("decode", 4, 128): (16, 32, 4, 2),
     ("decode", 4, 256): (16, 16, 4, 2),
 }
-LARGE = SMALL | {  # sm_80
-    ("forward", 2, 128): (128, 32, 8, 3),
-}
-HOPPER = LARGE | {  # a warpgroup multiplies tiles of at least 64 queries
+HOPPER = SMALL | {  # a warpgroup multiplies tiles of at least 64 queries
     ("forward", 2, 64): (128, 128, 8, 3),
     ("forward", 2, 128): (128, 64, 8, 3),
-    ("query", 2, 64): (128, 64, 8, 2),
+    ("forward masked", 2, 64): (128, 64, 8, 2),
     ("query masked", 2, 64): (128, 64, 8, 2),
     ("query exact", 2, 64): (128, 32, 8, 2),
-    ("key", 2, 64): (32, 128, 8, 2),
-    ("forward masked", 2, 64): (128, 64, 8, 2),
-    ("query", 2, 128): (64, 64, 8, 2),
-    ("query masked", 2, 128): (64, 32, 8, 2),
-    ("key masked", 2, 128): (32, 32, 8, 1),
+    ("key masked", 2, 64): (32, 128, 8, 2),
+    ("query", 2, 128): (128, 64, 8, 2),
+    ("query exact", 2, 128): (128, 32, 8, 2),
+    ("key masked", 2, 128): (16, 128, 8, 2),
 }
 BLACKWELL = HOPPER | {
+    ("key masked", 2, 64): (32, 128, 8, 1),
+    ("key", 2, 128): (32, 32, 4, 2),
+    ("key masked", 2, 128): (32, 32, 4, 2),
     ("forward", 2, 64): (128, 64, 8, 3),
     ("forward masked", 2, 128): (64, 64, 8, 2),
 }
 SM_120 = SMALL | {  # with the register allocation of ptxas for sm_120, these rows of SMALL spill
-    ("query masked", 2, 128): (32, 16, 8, 2),
-    ("query exact", 2, 64): (64, 32, 8, 1),
+    ("query masked", 2, 128): (128, 16, 8, 2),
+    ("key", 2, 128): (32, 32, 4, 2),
 }
 # AMD: 64 KiB, and loads are prefetched into registers
-ONE_STAGE = {at: (m, n, warps, 1) for at, (m, n, warps, stages) in SMALL.items()}
+AMD = SMALL | {
+    ("forward", 2, 128): (64, 64, 8, 2),
+    ("query", 2, 64): (64, 64, 8, 2),
+    ("query masked", 2, 64): (64, 32, 8, 2),
+    ("query", 2, 128): (64, 32, 8, 2),
+    ("query masked", 2, 128): (32, 32, 8, 2),
+    ("query exact", 2, 128): (32, 32, 8, 1),
+    ("key", 2, 64): (32, 32, 4, 2),
+    ("key masked", 2, 64): (32, 32, 8, 2),
+    ("key", 2, 128): (32, 32, 8, 2),
+    ("key masked", 2, 128): (32, 32, 8, 2),
+    ("mask", 2, 128): (32, 32, 4, 1),
+}
+ONE_STAGE = {at: (m, n, warps, 1) for at, (m, n, warps, stages) in AMD.items()}
 # Small, so that small tests have several tiles, and not square, so that mixed-up dimensions show.
 NOT_SQUARE = {"forward": (64, 32), "query": (32, 64), "key": (32, 64), "mask": (64, 32), "decode": (16, 32)}
 INTERPRETER = {at: (*NOT_SQUARE[at[0]], 1, 1) for at in SMALL if at[0] in NOT_SQUARE}
 
-ATTENTION = {"sm_80": LARGE, "sm_90": HOPPER, "sm_100": BLACKWELL, "sm_120": SM_120, "interpreter": INTERPRETER}
+ATTENTION = {"sm_90": HOPPER, "sm_100": BLACKWELL, "sm_120": SM_120, "interpreter": INTERPRETER}
 
 
 def table_of(architecture: str) -> dict[tuple[str, int, int], tuple[int, int, int, int]]:
@@ -86,8 +98,8 @@ def attention_tile(
 ) -> tuple[int, int, int, int]:
     """(tile_m, tile_n, warps, stages).
 
-    masked: with a mask, key padding, dropout or packed sequences, which need registers. exact: EXACT of
-    attention_backward.py.
+    masked: with a mask, key padding, dropout, packed sequences or, backward, a softcap or a window, which need
+    registers. exact: EXACT of attention_backward.py.
     """
     table, block = table_of(architecture), max(block, 64)
     names = (f"{which} exact",) * exact + (f"{which} masked",) * masked

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fastlm.kernels.launch import launch
-from fastlm.kernels.mlp_tiles import columns, gelu, num_programs, product, tile_coordinates
+from fastlm.kernels.mlp_tiles import gelu, num_programs, product, tile_coordinates
 from fastlm.kernels.sizes import cdiv
 
 BLOCK = 1024  # elements of a program of the pointwise kernels
@@ -96,16 +96,10 @@ def gelu_mlp_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["elements"])
-def gelu_mlp_activate_kernel(
-    hidden_ptr, bias_ptr, activated_ptr, elements, n, TANH: tl.constexpr, BLOCK: tl.constexpr, WIDE_ROWS: tl.constexpr
-):
-    """After the vendor's product: hidden += bias in place, activated = gelu(hidden), which may be hidden itself."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    at = first + tl.arange(0, BLOCK)
+def gelu_mlp_activate_kernel(hidden_ptr, activated_ptr, elements, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    """After the vendor's product: activated = gelu(hidden), which may be hidden itself."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     hidden = tl.load(hidden_ptr + at, mask=at < elements, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        hidden += tl.load(bias_ptr + columns(first, n, BLOCK, WIDE_ROWS), mask=at < elements, other=0.0).to(tl.float32)
-        tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask=at < elements)
     activated, _ = gelu(hidden, TANH)
     tl.store(activated_ptr + at, activated.to(activated_ptr.dtype.element_ty), mask=at < elements)
 
@@ -153,17 +147,10 @@ def gelu_mlp_backward(dy, w, w_strides, hidden, dhidden, activated, n, tanh, pre
     )
 
 
-def gelu_mlp_activate(hidden, bias, activated, tanh, device):
-    elements, n = hidden.numel(), hidden.shape[-1]
-    launch(
-        gelu_mlp_activate_kernel,
-        cdiv(elements, BLOCK),
-        (hidden, bias, activated, elements, n),
-        (tanh, BLOCK, n >= BLOCK),
-        4,
-        1,
-        device,
-    )
+def gelu_mlp_activate(hidden, activated, tanh, device):
+    elements = hidden.numel()
+    arguments, constants = (hidden, activated, elements), (tanh, BLOCK)
+    launch(gelu_mlp_activate_kernel, cdiv(elements, BLOCK), arguments, constants, 4, 1, device)
 
 
 def gelu_mlp_slope(dactivated, hidden, activated, tanh, device):

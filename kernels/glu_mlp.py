@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastlm.kernels.launch import launch
-from fastlm.kernels.mlp_tiles import activate, columns, num_programs, product, tile_coordinates
+from fastlm.kernels.mlp_tiles import activate, num_programs, product, tile_coordinates
 from fastlm.kernels.sizes import cdiv
 
 BLOCK = 1024  # elements of a program of the pointwise kernels
@@ -170,30 +170,12 @@ def glu_mlp_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["elements"])
-def glu_mlp_activate_kernel(
-    gate_ptr,
-    up_ptr,
-    b_gate_ptr,
-    b_up_ptr,
-    activated_ptr,
-    elements,
-    n,
-    ACTIVATION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDE_ROWS: tl.constexpr,
-):
-    """After the vendor's products: the biases are added in place, activated = act(gate) · up, which may be gate."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    at = first + tl.arange(0, BLOCK)
+def glu_mlp_activate_kernel(gate_ptr, up_ptr, activated_ptr, elements, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """After the vendor's products: activated = act(gate) · up, which may be gate."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if b_gate_ptr is not None:
-        gate += tl.load(b_gate_ptr + columns(first, n, BLOCK, WIDE_ROWS), mask=inside, other=0.0).to(tl.float32)
-        tl.store(gate_ptr + at, gate.to(gate_ptr.dtype.element_ty), mask=inside)
-    if b_up_ptr is not None:
-        up += tl.load(b_up_ptr + columns(first, n, BLOCK, WIDE_ROWS), mask=inside, other=0.0).to(tl.float32)
-        tl.store(up_ptr + at, up.to(up_ptr.dtype.element_ty), mask=inside)
     value, _ = activate(gate, ACTIVATION)
     tl.store(activated_ptr + at, (value * up).to(activated_ptr.dtype.element_ty), mask=inside)
 
@@ -236,17 +218,10 @@ def glu_mlp_backward(dy, w, w_strides, gate, up, dgate, dup, activated, n, **set
     launch_by_tiles(glu_mlp_backward_kernel, dy, arguments, n, **settings)
 
 
-def glu_mlp_activate(gate, up, b_gate, b_up, activated, activation, device):
-    elements, n = gate.numel(), gate.shape[-1]
-    launch(
-        glu_mlp_activate_kernel,
-        cdiv(elements, BLOCK),
-        (gate, up, b_gate, b_up, activated, elements, n),
-        (activation, BLOCK, n >= BLOCK),
-        4,
-        1,
-        device,
-    )
+def glu_mlp_activate(gate, up, activated, activation, device):
+    elements = gate.numel()
+    arguments, constants = (gate, up, activated, elements), (activation, BLOCK)
+    launch(glu_mlp_activate_kernel, cdiv(elements, BLOCK), arguments, constants, 4, 1, device)
 
 
 def glu_mlp_slope(dactivated, gate, up, dup, activated, activation, device):

@@ -8,6 +8,7 @@ launched directly, unless a profiler has registered launch hooks with Triton.
 """
 
 import functools
+import threading
 
 import torch
 import triton
@@ -17,6 +18,7 @@ HIP = torch.version.hip is not None
 NUMBERS = frozenset((int, float, type(None)))
 compiled: dict[tuple, object] = {}  # by the kinds of the arguments
 repeated: dict[tuple, tuple] = {}  # by scalars and the dtypes and alignments of tensors: how to launch it
+recording = threading.local()  # launches: what plan.py records in this thread, or None
 MAX_ENTRIES = 4096  # of each: a program that never repeats a launch must not grow without bound
 
 
@@ -47,6 +49,13 @@ def launch_by_triton(kernel, programs, arguments, constants, warps, stages, debu
     return kernel[(programs,)](
         *arguments, *constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **options
     )
+
+
+def record(*launch):
+    """Adds (binary, programs, arguments, constants) to what this thread records, if it does."""
+    recorded = getattr(recording, "launches", None)
+    if recorded is not None:
+        recorded.append(launch)
 
 
 def launch(kernel, programs, arguments, constants, warps, stages, device, debug=False):
@@ -82,12 +91,15 @@ def launch(kernel, programs, arguments, constants, warps, stages, device, debug=
         if binary is None:
             if len(compiled) >= MAX_ENTRIES:
                 compiled.clear()
-            compiled[key] = launch_by_triton(kernel, programs, arguments, constants, warps, stages, debug)
+            binary = launch_by_triton(kernel, programs, arguments, constants, warps, stages, debug)
+            compiled[key] = binary
+            record(binary, programs, arguments, constants)
             return
         if len(repeated) >= MAX_ENTRIES:
             repeated.clear()
         ready = repeated[same] = binary, binary.run, binary.function, binary.packed_metadata
     binary, run, function, metadata = ready
+    record(binary, programs, arguments, constants)
     if has_launch_hooks():
         binary[(programs, 1, 1)](*arguments, *constants)
     else:

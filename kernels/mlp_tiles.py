@@ -84,20 +84,6 @@ def product(
     return acc
 
 
-@triton.jit
-def columns(first, n, BLOCK: tl.constexpr, WIDE_ROWS: tl.constexpr):
-    """The columns of the elements from `first` on in rows of n.
-
-    It takes one 64-bit division for all, because a GPU needs a hundred instructions for it. WIDE_ROWS: n is BLOCK at
-    least, so the elements are in two rows at most.
-    """
-    column = (first % n).to(tl.int32) + tl.arange(0, BLOCK)
-    if WIDE_ROWS:
-        return tl.where(column < n, column, column - n)
-    else:
-        return column % n
-
-
 def fused_tile(architecture, itemsize):
     """(tile_m, tile_n, tile_k, warps, stages), or None to use the vendor's product and a pointwise kernel."""
     return MLP.get((architecture, itemsize))

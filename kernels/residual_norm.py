@@ -10,20 +10,24 @@ from fastlm.kernels.launch import launch
 from fastlm.kernels.sizes import cdiv, next_power_of_2
 
 ELEMENTS_PER_PROGRAM = 4096  # of a tile, where rows are narrow
-MAX_PARTIALS = 512  # partial sums of a parameter gradient: about two waves on a large GPU
-REDUCE_BLOCK = 32  # partial sums that the second kernel adds at a time, for as many columns
+MAX_PARTIALS = 1024  # partial sums of a parameter gradient
+PROGRAMS_PER_PROCESSOR = 4  # of backward: a whole number of waves on every GPU, since 4, 2 or 1 of them run at a time
+REDUCE_BLOCK = 32  # columns of a program of the second kernel
+REDUCE_ROWS = 128  # partial sums that it adds at a time: so many loads are under way, by 8 warps
 
 
 @triton.jit(do_not_specialize=["partials"])
-def residual_norm_reduce_kernel(partials_ptr, dweight_ptr, dbias_ptr, partials, width, REDUCE_BLOCK: tl.constexpr):
+def residual_norm_reduce_kernel(
+    partials_ptr, dweight_ptr, dbias_ptr, partials, width, REDUCE_BLOCK: tl.constexpr, REDUCE_ROWS: tl.constexpr
+):
     """Reduces the partial sums of REDUCE_BLOCK columns: of dweight in the first half of the programs, then of dbias."""
     tiles = tl.cdiv(width, REDUCE_BLOCK)
     pid = tl.program_id(0)
     which = pid // tiles  # without dweight the partial sums of dbias come first
     column = pid % tiles * REDUCE_BLOCK + tl.arange(0, REDUCE_BLOCK)
-    acc = tl.zeros((REDUCE_BLOCK, REDUCE_BLOCK), tl.float32)
-    for first in range(0, partials, REDUCE_BLOCK):
-        partial = first + tl.arange(0, REDUCE_BLOCK)
+    acc = tl.zeros((REDUCE_ROWS, REDUCE_BLOCK), tl.float32)
+    for first in range(0, partials, REDUCE_ROWS):
+        partial = first + tl.arange(0, REDUCE_ROWS)
         at = (which * partials + partial).to(tl.int64)[:, None] * width + column[None, :]
         acc += tl.load(partials_ptr + at, mask=(partial < partials)[:, None] & (column < width)[None, :], other=0.0)
     result = tl.sum(acc, 0)
@@ -42,10 +46,14 @@ def tile(width, dropout):
     return rows, block, min(max(rows * block // 1024, 1), 16)
 
 
-def partition(rows, width, dropout):
-    """(programs, tiles per program) of backward, from the sizes alone."""
+def partition(rows, width, dropout, num_processors):
+    """(programs, tiles per program) of backward, from the sizes and the GPU alone; num_processors: None without one.
+
+    Programs have equal numbers of tiles, the last one excepted.
+    """
+    most = MAX_PARTIALS if num_processors is None else min(PROGRAMS_PER_PROCESSOR * num_processors, MAX_PARTIALS)
     tiles = cdiv(rows, tile(width, dropout)[0])
-    tiles_per_program = cdiv(tiles, MAX_PARTIALS)
+    tiles_per_program = cdiv(tiles, most)
     return cdiv(tiles, tiles_per_program), tiles_per_program
 
 
@@ -56,8 +64,8 @@ def reduce_partials(partials, dweight, dbias, programs, width, device):
         residual_norm_reduce_kernel,
         gradients * cdiv(width, REDUCE_BLOCK),
         (partials, dweight, dbias, programs, width),
-        (REDUCE_BLOCK,),
-        4,
+        (REDUCE_BLOCK, REDUCE_ROWS),
+        8,
         1,
         device,
     )

@@ -164,4 +164,12 @@ def count_forwards(monkeypatch, operator):
 def small_chunks(monkeypatch, backend, size):
     """Set the bytes of a chunk of logits of cross-entropy, so that a small test has several chunks."""
     if backend != "reference":
-        monkeypatch.setattr(implementation_module("linear_cross_entropy", backend), "LOGITS_BYTES", size)
+        set_logits_bytes(monkeypatch, implementation_module("linear_cross_entropy", backend), size)
+
+
+def set_logits_bytes(monkeypatch, module, size):
+    """Of a chunk, in the module of an implementation; on a GPU it follows from the memory of the card."""
+    if hasattr(module, "LOGITS_BYTES"):
+        monkeypatch.setattr(module, "LOGITS_BYTES", size)
+    else:
+        monkeypatch.setattr(module, "logits_bytes", lambda index: size)

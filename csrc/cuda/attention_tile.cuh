@@ -75,6 +75,20 @@ template <class T, int D, int Rows, int Threads>
 FASTLM_DEVICE void load_tokens(unsigned char* tile, const TokensView& view, int64_t offset, int first, int length,
                                int head_dim) {
   const T* data = static_cast<const T*>(view.data) + offset;
+  constexpr int Chunks = D * int(sizeof(T)) / 16, Each = 16 / int(sizeof(T)), Apart = Threads / Chunks;
+  // The chunk of a thread is then the same in all its rows, and one addition makes the address of the next row.
+  if constexpr (Apart % 8 == 0 && Rows % Apart == 0) {
+    if (view.aligned) {
+      const int chunk = int(threadIdx.x) % Chunks, row = int(threadIdx.x) / Chunks;
+      const int rows = chunk * Each < head_dim ? length - first - row : 0;
+      unsigned char* to = tile + chunk_at<T, D>(row, chunk);
+      const T* source = data + int64_t(first + row) * view.token_stride + chunk * Each;
+#pragma unroll
+      for (int i = 0; i < Rows / Apart; ++i, source += Apart * view.token_stride)
+        cp_async_16(to + i * Apart * Chunks * 16, source, i * Apart < rows);
+      return;
+    }
+  }
   load_rows<T, D, Rows, Threads>(tile, view, head_dim, [&](int row) -> const T* {
     return first + row < length ? data + int64_t(first + row) * view.token_stride : nullptr;
   });

@@ -72,6 +72,34 @@ def gpu_refusals(index: int) -> list[str]:
     return reasons
 
 
+def unfenced(architecture: str, version: str) -> str:
+    """Why attention's matrix products may read stale copies on an architecture, or "".
+
+    Matrix instructions of sm_90 to sm_110 read shared memory through another proxy than asynchronous copies write it.
+    Before version 3.7.1 Triton leaves out the fence between the two (triton-lang/triton#9610), in 3.8 still in one
+    kernel for tcgen05.mma.
+    """
+    if architecture[:4] not in ("sm_9", "sm_1") or architecture.startswith("sm_12"):
+        return ""
+    parts = tuple(int(part) for part in version.split("+")[0].split(".")[:3])
+    if parts >= (3, 7, 1) and (parts[:2] != (3, 8) or architecture.startswith("sm_9")):
+        return ""
+    needed = "3.7.1 or later" if architecture.startswith("sm_9") else "3.7.1, 3.9 or later"
+    return (
+        f"needs Triton {needed} on {architecture}, not {version}, which leaves out a fence between a copy and a matrix "
+        "product; a newer PyTorch brings it"
+    )
+
+
+@functools.cache
+def race_refusals(index: int) -> list[str]:
+    """`unfenced` of a GPU and the installed Triton."""
+    import triton
+
+    reason = "" if torch.version.hip else unfenced(architecture(index), triton.__version__)
+    return [reason] if reason else []
+
+
 class Triton:
     name = "triton"
     description = "Triton kernels for NVIDIA and AMD GPUs"

@@ -1,5 +1,6 @@
 """The backend triton: where it is selected, its messages, and its launches, all without a GPU."""
 
+import re
 import subprocess
 import sys
 import types
@@ -17,7 +18,7 @@ from fastlm.ops.attention.spec import Sizes as AttentionSizes
 from fastlm.ops.layernorm_residual.spec import Sizes
 from fastlm.ops.linear.spec import Sizes as LinearSizes
 from tests.kernels.support import kernel_modules, set_architecture
-from tests.support import floats, implementation_module, on_backends
+from tests.support import floats, implementation_module, on_backends, set_logits_bytes
 
 CUDA = torch.device("cuda", 0)
 OPERATORS = registry.operators()
@@ -43,7 +44,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # without a table of the user
 
     def forget():
-        for cached in (backend.gpu_refusals, backend.architecture):
+        for cached in (backend.gpu_refusals, backend.architecture, backend.race_refusals):
             cached.cache_clear()
         table.forget()
         selection.forget()
@@ -224,6 +225,32 @@ def test_an_unsupported_gpu_is_named_and_the_next_backend_selected(gpu, changed,
     others = "torch could, but another was forced; reference could, but another was forced"
     call = "layernorm_residual on cuda:0 in torch.bfloat16 with backend='triton'"
     assert str(raised.value) == f"{call}: cpu {cpu}; triton {reason}; cuda {cuda}; {others}"
+
+
+@pytest.mark.parametrize(
+    "version, capability, refused",
+    [
+        ("3.6.0", (8, 6), False),
+        ("3.6.0", (9, 0), True),
+        ("3.7.0", (10, 0), True),
+        ("3.6.0", (12, 0), False),
+        ("3.7.1+git1", (9, 0), False),
+        ("3.7.1", (10, 3), False),
+        ("3.8.0", (9, 0), False),
+        ("3.8.0", (10, 0), True),
+        ("3.9.0", (10, 0), False),
+        ("3.10.0", (10, 0), False),
+    ],
+)
+def test_attention_is_refused_where_triton_leaves_out_a_fence(gpu, version, capability, refused, monkeypatch):
+    monkeypatch.setattr("triton.__version__", version)
+    gpu.capability = capability
+    reasons = ATTENTION.refusals("triton", CUDA, torch.bfloat16, AttentionSizes(*[1] * len(AttentionSizes._fields)))
+    assert bool(reasons) == refused
+    for reason in reasons:
+        message = rf"needs Triton 3\.7\.1.* or later on sm_\d+, not {re.escape(version)}, which leaves out a fence .*"
+        assert re.fullmatch(message, reason)
+    assert not LAYERNORM.refusals("triton", CUDA, torch.bfloat16, Sizes(40, 768, False))
 
 
 def test_tensors_on_other_devices(gpu):
@@ -528,7 +555,7 @@ def test_no_length_is_recompiled(run, combines, card, backend, monkeypatch):
     launched = []
     set_architecture(monkeypatch.setattr, card)
     for operator in ("linear_cross_entropy", "linear_log_prob"):  # several chunks with odd numbers of rows
-        monkeypatch.setattr(implementation_module(operator, "triton"), "LOGITS_BYTES", 100 * 64 * 4)
+        set_logits_bytes(monkeypatch, implementation_module(operator, "triton"), 100 * 64 * 4)
     for kernels in kernel_modules():
         monkeypatch.setattr(
             kernels,

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,17 @@ ROOT = Path(__file__).parents[2]
 PYTHON = """#!/bin/sh
 case "$*" in
   *get_device_capability*) echo "$FAKE_CARDS" ;;
-  setup.py*) echo "archs $FASTLM_CUDA_ARCHS" >> "$LOG"; case "$FASTLM_CUDA_ARCHS" in 75) exit 1 ;; esac ;;
+  setup.py*) echo "archs $FASTLM_CUDA_ARCHS without $FASTLM_BUILD_ISAS" >> "$LOG"
+    case "$FASTLM_CUDA_ARCHS" in 75) exit 1 ;; esac ;;
   *xdist*) test -z "$XDIST" || echo "-n $XDIST"; test -n "$XDIST" ;;
-  *"-m pytest"*) echo "$*" > "$LOG.pytest"; echo "tests on $FASTLM_TEST_BACKENDS" >> "$LOG"; exit "$TESTS" ;;
+  *"-m pytest"*) trap 'touch "$LOG.interrupted"; exit 2' INT; test -z "$SLEEPS" || { sleep "$SLEEPS" & wait; };
+    echo "$*" > "$LOG.pytest"; echo "tests on $FASTLM_TEST_BACKENDS" >> "$LOG"; exit "$TESTS" ;;
   *" bench --gpu"*) echo "measurements" >> "$LOG"; exit "$BENCH" ;;
   *'print(*'*) echo "$REFUSES" ;;
   *backends*) echo ",cuda" ;;
 esac
 """
+BUILT = "archs 90 without none"
 SANITIZER = """#!/bin/sh
 printf '%s\\n' "$@" > "$LOG.$2"
 exit "$FINDS"
@@ -51,6 +55,7 @@ def make(tmp_path):
             "FINDS": "0",
             "REFUSES": "",
             "XDIST": "",
+            "SLEEPS": "",
         }
         environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **given}
         command = ["make", "-C", str(ROOT), target, f"PYTHON={python}", f"OUT={tmp_path / 'out'}", *variables]
@@ -63,11 +68,30 @@ def make(tmp_path):
 @pytest.mark.parametrize("tests, bench", [(0, 0), (1, 0), (0, 3), (124, 1)])
 def test_a_failure_fails_the_target_but_later_steps_still_run(tests, bench, make):
     done, log = make(tests, bench)
-    assert log == ["archs 90", "tests on triton,cuda", "measurements"]
+    assert log == [BUILT, "tests on triton,cuda", BUILT, "measurements"]
     assert (done.returncode == 0) == (tests == bench == 0), done.stderr
     lines = done.stdout.splitlines()
     assert (f"the tests: exit status {tests}" in lines) == bool(tests)
     assert (f"the measurements: exit status {bench}" in lines) == bool(bench)
+
+
+def test_tests_and_measurements_are_targets_of_their_own(make, tmp_path):
+    """Each for a command of ten minutes, with at most eight files of results together."""
+    done, log = make(target="gpu-test")
+    assert done.returncode == 0 and log == [BUILT, "tests on triton,cuda"]
+    done, log = make(target="gpu-bench", bench=3)
+    assert done.returncode != 0 and log == [BUILT, "measurements"]
+    listing = subprocess.run(["make", "-C", str(ROOT), "-n", "gpu-test", "gpu-bench"], capture_output=True, text=True)
+    limits = [int(n) for n in re.findall(r"timeout (?:-s INT )?(?:-k 20 )?(\d+)", listing.stdout)]
+    bench = re.search(r"--limit (\d+)", listing.stdout)
+    assert limits == [100, 100, 380] and int(bench[1]) == 440
+
+
+def test_tests_that_run_out_of_time_still_report(make, tmp_path):
+    """pytest is interrupted, which it ends by writing its report."""
+    done, _ = make(target="gpu-test", SLEEPS="30", variables=["TEST_LIMIT=1"])
+    assert done.returncode != 0 and "the tests: exit status 124" in done.stdout
+    assert (tmp_path / "log.interrupted").exists()
 
 
 @pytest.mark.parametrize("xdist", ["", "7"])
@@ -88,10 +112,13 @@ def test_an_earlier_failure_does_not_fail_the_next_run(make):
 
 
 def test_kernels_are_built_for_the_installed_gpus(make):
-    assert make(cards="80,90")[1][0] == "archs 80,90"
-    assert make(cards="75")[1][:2] == ["archs 75", "archs "]  # unsupported: built for all
-    assert make(cards="")[1][0] == "archs "  # an AMD GPU, or none
-    assert make(cards="90", FASTLM_CUDA_ARCHS="86")[1][0] == "archs 86"  # set by the user
+    def archs(**given):
+        return [line.removesuffix(" without none") for line in make(target="gpu-build", **given)[1]]
+
+    assert archs(cards="80,90") == ["archs 80,90"]
+    assert archs(cards="75") == ["archs 75", "archs "]  # unsupported: built for all
+    assert archs(cards="") == ["archs "]  # an AMD GPU, or none
+    assert archs(cards="90", FASTLM_CUDA_ARCHS="86") == ["archs 86"]  # set by the user
 
 
 @pytest.fixture
@@ -107,13 +134,18 @@ def sanitizer(tmp_path):
 @pytest.mark.parametrize("finds", [0, 99])
 def test_findings_of_compute_sanitizer_fail_the_target(finds, make, sanitizer):
     done, log = make(FINDS=str(finds))
-    assert log == ["archs 90", "tests on triton,cuda", "measurements"]
+    assert log == [BUILT, "tests on triton,cuda", BUILT, "measurements"]
     assert (done.returncode == 0) == (finds == 0), done.stderr
     for tool in ("memcheck", "racecheck"):
         assert f"compute-sanitizer {tool}: {'exit status 99' if finds else 'nothing found'}" in done.stdout
         assert sanitizer(tool)[:4] == ["--tool", tool, "--error-exitcode", "99"]
     assert ("compute-sanitizer: exit status 1" in done.stdout.splitlines()) == bool(finds)
     assert sanitizer("synccheck") is None
+
+
+def test_a_sanitizer_out_of_time_fails_nothing(make):
+    done, _ = make(target="gpu-test", FINDS="124")
+    assert done.returncode == 0 and "compute-sanitizer memcheck: out of time after 150 s" in done.stdout
 
 
 def test_compute_sanitizer_alone(make, sanitizer):

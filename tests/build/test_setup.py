@@ -241,6 +241,15 @@ def test_an_unknown_instruction_set_is_an_error(tree):
 
 @pytest.mark.slow
 @needs_compiler
+def test_no_module_for_the_cpu(tree):
+    done = build(tree, FASTLM_BUILD_ISAS="none")
+    assert done.returncode == 0 and report(tree)["modules"] == [], done.stderr
+    assert "FASTLM_BUILD_ISAS=none" in report(tree)["reason"]
+    assert not list((tree / "fastlm").glob("_cpu_baseline*.so"))
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_an_operator_is_recompiled_alone_and_dropped_when_it_no_longer_compiles(tree):
     first = build(tree, FASTLM_BUILD_ISAS="baseline")
     assert first.returncode == 0 and report(tree)["reason"] == "", first.stdout + first.stderr

@@ -9,9 +9,7 @@ import argparse
 import json
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastlm.kernels import configs
+from tests.kernels import machine_code
 from tests.kernels.support import backward, forward, kernel_modules, set_architecture
 
 TYPES = {
@@ -91,25 +90,27 @@ def compiled(launch, name):
     return triton.compile(source, target=TARGETS[name], options=options)
 
 
-def resources(binary, name):
-    """(bytes spilled, registers, matrix instructions)."""
+def resources(binary, name, warps):
+    """What the compiled code takes and does: see machine_code.py. spilled: bytes."""
     if name.startswith("gfx"):
         text = binary.asm["amdgcn"]
-        spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1))
-        return (
-            spilled,
-            int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
-            sorted(set(re.findall(r"v_(mfma|wmma)_f32\w*?(?:bf16|f16|f32)", text))),
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(binary.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run(
-            [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
-    stack, registers = int(re.search(r"STACK:(\d+)", usage).group(1)), int(re.search(r"REG:(\d+)", usage).group(1))
-    return stack, registers, sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", binary.asm["ptx"])))
+        return {
+            "spilled": 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text).group(1)),
+            "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
+            "matrix": sorted(set(re.findall(r"v_(mfma|wmma)_f32\w*?(?:bf16|f16|f32)", text))),
+            "spills_in_loops": 0,
+            "unfenced": 0,
+            "repeated": 1.0,
+        }
+    spilled, registers = machine_code.usage(binary)
+    return {
+        "spilled": spilled,
+        "registers": registers,
+        "matrix": sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", binary.asm["ptx"]))),
+        "spills_in_loops": machine_code.spills_in_product_loops(binary) if spilled else 0,
+        "unfenced": machine_code.unfenced_products(binary.asm["ptx"]),
+        "repeated": machine_code.repeated_products(binary, warps),
+    }
 
 
 # The launches of each operator
@@ -300,7 +301,8 @@ def kernels_of(title, target):
         return ["attention_decode_kernel", "attention_decode_combine_kernel"]
     if operator == "attention":
         mask = ["attention_backward_mask_kernel"] if "bias" in title else []
-        return ["attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel", *mask]
+        each = [f"attention_{name}_kernel" for name in ("forward", "backward_query", "backward_key")]
+        return [f"{kernel}{launch}" for kernel in each for launch in ("", " repair")] + mask
     if operator == "linear_log_prob":
         return ["linear_log_prob_forward_kernel", "linear_log_prob_backward_kernel"]
     if operator in ("layernorm_residual", "rms_norm_residual"):
@@ -313,12 +315,18 @@ def kernels_of(title, target):
     return ["linear_cross_entropy_kernel", *(["linear_cross_entropy_columns_kernel"] if "bias" in title else [])]
 
 
+def name_of(launch):
+    """The kernel's; the second launch of one that has two is called a repair."""
+    kernel, constants = launch[0].fn, launch[1]
+    return f"{kernel.__name__} repair" if kernel.arg_names[-1] == "REPAIR" and constants[-1] else kernel.__name__
+
+
 def report(index):
     name, title, launch = work[index]
     entry = {
         "target": name,
         "case": title,
-        "kernel": launch[0].fn.__name__,
+        "kernel": name_of(launch),
         "constants": list(map(str, launch[1])),
         "warps": launch[2],
         "stages": launch[3],
@@ -329,20 +337,14 @@ def report(index):
         while failure.__cause__ is not None:
             failure = failure.__cause__
         return entry | {"error": f"{type(failure).__name__}: {' '.join(str(failure)[-300:].split())}"}
-    spilled, registers, matrix = resources(binary, name)
     divisions = re.findall(r"arith\.(?:div|rem)[us]i .*tensor<\S*i64>", binary.asm["ttir"])
     # Loads of a single element after the reductions, such as a logit: another thread may have overwritten it by then.
     _, _, reduced = binary.asm["ttir"].partition('"tt.reduce"')
     return (
         entry
         | {"wide_divisions": len(divisions), "read_late": len(re.findall(r"tt\.load .*: !tt\.ptr<b?f16>", reduced))}
-        | {
-            "shared": binary.metadata.shared,
-            "limit": SHARED[name] << 10,
-            "spilled": spilled,
-            "registers": registers,
-            "matrix": matrix,
-        }
+        | {"shared": binary.metadata.shared, "limit": SHARED[name] << 10}
+        | resources(binary, name, launch[2])
     )
 
 

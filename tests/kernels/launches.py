@@ -4,7 +4,8 @@ It needs a process of its own, with FOLDER, which holds the stub (stub_libcuda.c
 TRITON_LIBCUDA_PATH. The backend is called with CPU tensors as if they were on an H100, and each launch is made four
 times: through kernels/launch.py with other values of the same kinds, through it with its own values, which is a direct
 launch, a second time with the same values, and through Triton. OUT.json gets what the driver received each time, and
-what it should have received.
+what it should have received. Then whole calls are made twice: the second time they are launched by a plan
+(kernels/plan.py).
 """
 
 import ctypes
@@ -238,7 +239,49 @@ def main():
     for title, card, call in cases():  # noqa: B007
         set_architecture(setattr, card)
         call()
-    out.write_text(json.dumps(made))
+    out.write_text(json.dumps({"launches": made, "repeated": repeated_calls()}))
+
+
+def repeated_calls():
+    """Calls that are made twice, the second time by a plan: what the driver received, and the addresses of results."""
+    from fastlm.kernels import launch
+    from tests.kernels import ahead_of_time
+    from tests.kernels.support import kernel_modules, set_architecture
+
+    made, unplanned = [], []
+
+    def counted(*launched, **options):
+        unplanned.append(launched[0].__name__)
+        launch.launch(*launched, **options)
+
+    def twice(function):
+        def both(operator, backend, *arguments):
+            runs, kept = [], []
+            for _ in range(2):
+                begin, counts = len(driven), len(unplanned)
+                results = function(operator, backend, *arguments)
+                kept.append(results)  # so that the next are elsewhere
+                runs.append(
+                    {
+                        "driven": driven[begin:],
+                        "unplanned": unplanned[counts:],
+                        "results": [None if result is None else result.data_ptr() for result in results],
+                    }
+                )
+            made.append({"case": title, "operator": operator, "runs": runs})
+            return results
+
+        return both
+
+    for module in kernel_modules():
+        module.launch = counted
+    ahead_of_time.forward, ahead_of_time.backward = twice(ahead_of_time.forward), twice(ahead_of_time.backward)
+    calls = dict(ahead_of_time.cases(False))
+    for title, card in CASES.items():
+        if title.split()[0] in ("attention", "layernorm_residual", "rms_norm_residual"):
+            set_architecture(setattr, card)
+            calls[title]()
+    return made
 
 
 if __name__ == "__main__":

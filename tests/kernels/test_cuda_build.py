@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -84,8 +84,8 @@ def cuobjdump():
 
 @pytest.fixture(scope="module")
 def instructions(built, cuobjdump):
-    """(architecture, kernel's mangled name) → the mnemonics in it."""
-    found, at = defaultdict(set), None
+    """(architecture, kernel's mangled name) → the mnemonics in it, and how often each is there."""
+    found, at = defaultdict(Counter), None
     arch = "?"
     for line in cuobjdump("-sass", str(built / MODULE)).splitlines():
         if named := re.match(r"\s*arch = (sm_\d+)", line):
@@ -93,7 +93,7 @@ def instructions(built, cuobjdump):
         elif named := re.match(r"\s*Function : (\S+)", line):
             at = found[arch, named[1]]
         elif at is not None and (code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", line)):
-            at.add(code[1])
+            at[code[1]] += 1
     return found
 
 
@@ -155,6 +155,15 @@ def test_operands_are_loaded_by_asynchronous_copies_and_ldmatrix(kernel, built, 
             assert loads == {"LDSM.16.M88.4", *(["LDSM.16.MT88.4"] if transposes else [])}, (
                 f"{name} on sm_{arch}: {loads}"
             )
+
+
+def test_tiles_of_attention_are_copied_without_loops(built, instructions):
+    """At head dims of 64 and 128 in 16 bits: an address is computed once, and all copies of a tile follow."""
+    for (arch, name), mnemonics in instructions.items():
+        copies = re.search(r"attention_forward_kernelINS0_4(?:bf|fp)16ELi(64|128)E", name)
+        if copies:
+            count = sum(n for code, n in mnemonics.items() if code.startswith("LDGSTS."))
+            assert count >= int(copies[1]) // 16 * 4, f"{name} on {arch}: {count}"
 
 
 @pytest.mark.parametrize("kernel", ASSERTING)

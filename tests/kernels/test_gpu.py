@@ -232,6 +232,37 @@ def test_no_length_recompiles():
     assert kernels() <= before + 2  # the strides of a single token are another kind
 
 
+def needs_memory(gib):
+    if torch.cuda.mem_get_info()[0] < gib << 30:
+        pytest.skip(f"needs {gib} GiB of free memory")
+
+
+def test_layernorm_of_more_than_4_gib():
+    needs_memory(12)
+    rows, width = 2**20 + 3, 2064  # offsets beyond 32 bits, of elements and of bytes
+    x = torch.randn(1, width, device="cuda", dtype=torch.bfloat16).expand(rows, width).clone()
+    x[-1] = torch.randn(width, device="cuda", dtype=torch.bfloat16)
+    weight, bias = torch.randn(2, width, device="cuda", dtype=torch.bfloat16)
+    y, _ = fastlm.layernorm_residual(x, None, weight, bias, backend="triton")
+    assert x.numel() > 2**31
+    assert torch.equal(y[:-1].amin(0), y[0]) and torch.equal(y[:-1].amax(0), y[0])
+    for row in (0, rows - 1):
+        expected = torch.nn.functional.layer_norm(x[row].float(), (width,), weight.float(), bias.float())
+        torch.testing.assert_close(y[row].float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_attention_of_more_than_4_gib():
+    needs_memory(24)
+    batch, heads, tokens, head_dim = 2**16 + 3, 4, 130, 64
+    small = torch.randn(3, 1, heads, tokens, head_dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (x.expand(batch, heads, tokens, head_dim).contiguous() for x in small)
+    assert q.numel() > 2**31
+    out = fastlm.attention(q, k, v, causal=True, backend="triton")
+    assert torch.equal(out.amin(0), out[0]) and torch.equal(out.amax(0), out[0])
+    expected = torch.nn.functional.scaled_dot_product_attention(*small.float(), is_causal=True)
+    torch.testing.assert_close(out[-1:].float(), expected, atol=2e-2, rtol=2e-2)
+
+
 # The commands, in processes of their own, because here new tensors are on the GPU.
 
 

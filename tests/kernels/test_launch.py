@@ -32,7 +32,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def launches(tmp_path_factory):
+def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("libcuda")
     nvidia = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia"
     stub = [
@@ -61,6 +61,11 @@ def launches(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def launches(recorded):
+    return recorded["launches"]
 
 
 def named(launch):
@@ -96,3 +101,27 @@ def test_direct_launches_are_like_tritons(launches):
             f"{named(launch)}: the same values show nothing"
         )
     assert ways[0] <= 2, ways  # kinds that another case has launched already
+
+
+def test_a_second_call_is_launched_by_a_plan(recorded):
+    """Without the work of kernels/launch.py, with the same arguments, and with the addresses of its own results."""
+    planned = 0
+    for call in recorded["repeated"]:
+        first, second = call["runs"]
+        if second["unplanned"]:  # of a mask's gradient more than the launches is to be done
+            assert "bias" in call["case"] and second["unplanned"] == first["unplanned"], call["case"]
+            continue
+        planned += 1
+        assert first["unplanned"] and len(first["driven"]) == len(second["driven"]) == len(first["unplanned"])
+        moved = dict(zip(first["results"], second["results"], strict=True))
+        workspace = {}
+        for one, other in zip(first["driven"], second["driven"], strict=True):
+            for what in ("kernel", "grid", "block", "shared", "attributes"):
+                assert one[what] == other[what], f"{call['case']}: {what}"
+            for a, b in zip(one["parameters"], other["parameters"], strict=True):
+                if a in moved:
+                    assert b == moved[a], call["case"]
+                elif a != b:
+                    assert min(a, b) > 2**32 and workspace.setdefault(a, b) == b, call["case"]
+        assert len(set(workspace.values())) == len(workspace)
+    assert planned == 13

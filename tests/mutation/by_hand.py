@@ -103,7 +103,7 @@ CUDA = [
 
 TRITON = [
     ByHand("kernels/attention.py", "$sum * $decay + tl.sum($weights, 1)", "$sum + tl.sum($weights, 1)"),
-    ByHand("kernels/attention*.py", "($j - $i <= $upper)", "($j - $i < $upper)"),
+    ByHand("kernels/attention*.py", "tl.minimum($i + $upper + 1, $len)", "tl.minimum($i + $upper, $len)"),
     ByHand("kernels/attention_tiles.py", "1 - $ratio * $ratio", "1 + 0 * $ratio"),
     ByHand("kernels/layernorm_residual.py", "- $normal * $correlation[:, None]", ""),
     ByHand("kernels/linear_cross_entropy.py", "* $factor - $uniform", "* $factor"),

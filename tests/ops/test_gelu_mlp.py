@@ -3,12 +3,14 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
+from tests.kernels.support import forward, set_architecture
 from tests.support import (
     DTYPES,
     assert_same_bits,
     assert_within_twice_torch,
     error,
     floats,
+    on_backends,
     on_every_backend,
     outputs_and_gradients,
 )
@@ -109,6 +111,16 @@ def test_saved_tensors(recompute, kept, backend):
         fastlm.gelu_mlp(*leaves, recompute=recompute, backend=backend)
     hidden = [t for t in saved if t.shape == (10, 30)]
     assert len(hidden) == kept and all(t.dtype == torch.bfloat16 for t in hidden)
+
+
+@pytest.mark.unsampled
+@on_backends("triton")
+def test_the_input_of_the_gelu_is_the_vendors_product(backend, monkeypatch):
+    """Where no product is fused the bias is added by the product: hidden is rounded once and not written again."""
+    set_architecture(monkeypatch.setattr, "sm_90")
+    inputs = [t.bfloat16() for t in inputs_for((67, 33), 70, 17, "linear")]
+    _, hidden, _ = forward("gelu_mlp", backend, *inputs, "none", "linear", 0)
+    assert_same_bits((hidden,), (F.linear(*inputs[:3]),))
 
 
 @on_every_backend

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from tests.kernels.support import forward
+from tests.kernels.support import forward, set_architecture
 from tests.support import (
     DTYPES,
     assert_same_bits,
@@ -49,6 +49,17 @@ def torch_own(activation):
         return F.linear(ACTIVATIONS[activation](gate) * up, w_down, b_down)
 
     return mlp
+
+
+@pytest.mark.unsampled
+@on_backends("triton")
+def test_gate_and_up_are_the_vendors_products(backend, monkeypatch):
+    """Where no product is fused the biases are added by the products: gate and up are not written again."""
+    set_architecture(monkeypatch.setattr, "sm_90")
+    x, w_gate, w_up, w_down, b_gate, b_up, b_down = (t.bfloat16() for t in inputs_for((67, 33), 70, 17))
+    inputs = x, w_gate, w_up, w_down, b_gate, b_up, b_down
+    _, gate, up, _ = forward("glu_mlp", backend, *inputs, "silu", 1)
+    assert_same_bits((gate, up), (F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)))
 
 
 @on_every_backend

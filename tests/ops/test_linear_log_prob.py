@@ -15,6 +15,7 @@ from tests.support import (
     on_every_backend,
     on_every_backend_that_raises,
     outputs_and_gradients,
+    set_logits_bytes,
     targets,
 )
 
@@ -43,7 +44,7 @@ def small_chunks(monkeypatch, backend, rows, vocab):
     """Chunks of so many rows. Backend torch counts what it derives from the logits too."""
     if backend != "reference":
         module = implementation_module("linear_log_prob", backend)
-        monkeypatch.setattr(module, "LOGITS_BYTES", rows * 4 * vocab * getattr(module, "COPIES", 1))
+        set_logits_bytes(monkeypatch, module, rows * 4 * vocab * getattr(module, "COPIES", 1))
 
 
 def inputs_of(shape, width, vocab, biased=True):

@@ -1,16 +1,25 @@
 """attention by the Triton kernels (kernels/attention*.py)."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastlm.backends import triton
+from fastlm.backends.contract import Implementation, Results
 from fastlm.backends.gpu import dropout_arguments, on_device, precision
 from fastlm.backends.triton import architecture
 from fastlm.core.layout import contiguous_last
 from fastlm.kernels import attention as kernels
 from fastlm.kernels import attention_backward as backward_kernels
 from fastlm.kernels import attention_decode as decode_kernels
+from fastlm.kernels.plan import Plans, Workspace, addresses_of, layout
 from fastlm.ops.attention.gpu import Launch, make_implementation
+from fastlm.ops.attention.gpu import refuses as too_large
+from fastlm.ops.attention.spec import Backward, Forward, Sizes
+
+New = Callable[[tuple[int, ...]], Tensor]
 
 
 def readable(x: Tensor) -> Tensor:
@@ -33,25 +42,20 @@ def attributes(query: Tensor, launch: Launch):
     )
 
 
-def launch_forward(query, key, value, out, lse, launch: Launch) -> None:
+def launch_forward(query, key, value, out, lse, launch: Launch, new: New) -> None:
     _, heads, num_kv_heads, query_len, key_len, _ = launch.sizes
     tensors, masks = (query, key, value, out, lse), (launch.mask, launch.key_padding)
+    settings = *attributes(query, launch), new
     with on_device(query):
         if launch.cu_seqlens_q is None and decode_kernels.serves(heads, num_kv_heads, query_len, key_len):
-            decode_kernels.attention_decode(
-                *tensors,
-                *masks,
-                launch.seed,
-                *attributes(query, launch),
-                lambda shape: torch.empty(shape, dtype=torch.float32, device=query.device),
-            )
+            decode_kernels.attention_decode(*tensors, *masks, launch.seed, *settings)
         else:
             starts = launch.cu_seqlens_q, launch.cu_seqlens_k
-            kernels.attention_forward(*tensors, *masks, *starts, launch.seed, *attributes(query, launch))
+            kernels.attention_forward(*tensors, *masks, *starts, launch.seed, *settings)
 
 
 def launch_backward(
-    dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dmask, exact: bool, launch: Launch
+    dout, dlse, query, key, value, out, lse, dquery, dkey, dvalue, dmask, exact: bool, launch: Launch, new: New
 ) -> None:
     with on_device(query):
         *settings, architecture_name, device = attributes(query, launch)
@@ -76,8 +80,59 @@ def launch_backward(
             exact,
             architecture_name,
             device,
-            torch.empty_like(lse),
+            new,
         )
 
 
-implementation = make_implementation(triton.backend, launch_forward, launch_backward, readable)
+def refuses(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[str]:
+    reasons = too_large(sizes, device, dtype)
+    if device.type == "cuda" and not triton.missing():
+        reasons += triton.race_refusals(torch.cuda.current_device() if device.index is None else device.index)
+    return reasons
+
+
+def without_plan(new: New) -> Implementation[Forward, Backward]:
+    """new(shape): uninitialised float32 memory for a launch."""
+    launches = (functools.partial(launch, new=new) for launch in (launch_forward, launch_backward))
+    return make_implementation(triton.backend, *launches, readable)
+
+
+forwards, backwards = Plans(), Plans()
+
+
+def forward(call: Forward) -> Results:
+    query, tensors = call.query, call[:8]
+    device, (addresses, alignments) = query.device.index, addresses_of(tensors)
+    key = device, architecture(device), precision(query), alignments, *map(layout, tensors), call[8:13]
+    plan = forwards.find(key)
+    if plan is None:
+        workspace = Workspace(query)
+        implementation = without_plan(workspace.part)
+        return forwards.record(key, tensors, workspace, device, lambda: implementation.forward(call))
+    results = call.empty_results()
+    workspace = query.new_empty(plan.workspace, dtype=torch.float32)
+    with on_device(query):
+        plan.launch([*addresses, *[x.data_ptr() for x in results], workspace.data_ptr()])
+    return results
+
+
+def backward(call: Backward) -> Results:
+    query, needed, tensors = call.query, tuple(call.needed), call[:12]
+    device, (addresses, alignments) = query.device.index, addresses_of(tensors)
+    key = device, architecture(device), precision(query), alignments, *map(layout, tensors), call[12:17], needed
+    plan = backwards.find(key)
+    if plan is None:
+        workspace = Workspace(query)
+        computed = without_plan(workspace.part).backward
+        assert computed is not None
+        if needed != (True, True, True, False) or call.dout is None:  # with more than launches, or other results
+            return computed(call)
+        return backwards.record(key, tensors, workspace, device, lambda: computed(call))
+    results = call.empty_results()
+    workspace = query.new_empty(plan.workspace, dtype=torch.float32)
+    with on_device(query):
+        plan.launch([*addresses, *[0 if x is None else x.data_ptr() for x in results], workspace.data_ptr()])
+    return results
+
+
+implementation = Implementation(triton.backend, forward, backward, refuses)

@@ -40,10 +40,10 @@ def forward(call: Forward):
                 num_processors(device),
             )
     else:
-        hidden = linear(x, w1, None, layout)
+        hidden = linear(x, w1, call.b1, layout)
         activated = torch.empty_like(hidden) if saves_hidden else hidden
         with on_device(x):
-            kernels.gelu_mlp_activate(hidden, vector(b1), activated, call.tanh, device)
+            kernels.gelu_mlp_activate(hidden, activated, call.tanh, device)
     y = linear(activated, call.w2, call.b2, layout)
     return y, hidden if saves_hidden else None, activated if call.recompute < 1 else None
 
@@ -85,7 +85,7 @@ def backward(call: Backward):
             kernels.gelu_mlp_slope(dhidden, hidden, written, call.tanh, device)
     elif recomputes:
         with on_device(x):
-            kernels.gelu_mlp_activate(hidden, None, activated, call.tanh, device)
+            kernels.gelu_mlp_activate(hidden, activated, call.tanh, device)
     lhs = hidden if activated is None else activated  # not read where the gradient of w2 is not needed
     _, dw2, db2 = gradients(dy, lhs, w2, layout, (False, *needed[3:]))
     dx = dw1 = db1 = None

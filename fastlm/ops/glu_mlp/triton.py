@@ -42,10 +42,10 @@ def hidden_and_activated(call: Forward | Backward, wants_hidden: bool) -> tuple[
         with on_device(x):
             kernels.glu_mlp_forward(as_rows(x), *weights, b_gate, b_up, gate, up, activated, shape[-1], **settings)
         return gate, up, activated
-    gate, up = linear(x, w_gate, None, "linear"), linear(x, w_up, None, "linear")
+    gate, up = linear(x, w_gate, call.b_gate, "linear"), linear(x, w_up, call.b_up, "linear")
     activated = torch.empty_like(gate) if wants_hidden else gate
     with on_device(x):
-        kernels.glu_mlp_activate(gate, up, b_gate, b_up, activated, call.activation, x.device.index)
+        kernels.glu_mlp_activate(gate, up, activated, call.activation, x.device.index)
     return gate, up, activated
 
 
@@ -85,7 +85,7 @@ def backward(call: Backward):
             kernels.glu_mlp_slope(dgate, gate, up, dup, written, call.activation, device)
     elif recomputes:
         with on_device(x):
-            kernels.glu_mlp_activate(gate, up, None, None, activated, call.activation, device)
+            kernels.glu_mlp_activate(gate, up, activated, call.activation, device)
     lhs = gate if activated is None else activated  # not read where the gradient of w_down is not needed
     _, dw_down, db_down = gradients(dy, lhs, w_down, "linear", (False, needs_activated, call.needed[6]))
     dx = dw_gate = dw_up = db_gate = db_up = None

@@ -1,13 +1,17 @@
 """layernorm_residual by the Triton kernel (kernels/layernorm_residual.py)."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from fastlm.backends import triton
 from fastlm.backends.contract import Implementation
-from fastlm.backends.gpu import dropout_arguments, new_like, on_device, vector
+from fastlm.backends.gpu import dropout_arguments, new_like, num_processors, on_device, vector
 from fastlm.core.layout import rows_and_stride
 from fastlm.kernels import layernorm_residual as kernels
 from fastlm.kernels import residual_norm
+from fastlm.kernels.plan import Plans, addresses_of, layout
 from fastlm.ops.layernorm_residual.spec import Backward, Forward, Sizes
 
 MAX_WIDTH = 16384  # a program holds a row in registers
@@ -19,70 +23,87 @@ def refuses(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[str]
     return []
 
 
+forwards, backwards = Plans(), Plans()
+
+
 def forward(call: Forward):
-    x = call.x
+    x, residual, weight, bias, seed, eps, dropout_p = call
     y, summed = new_like(x), new_like(call.stream, call.makes_sum())
     mean = x.new_empty(tuple(x.shape[:-1]), dtype=torch.float32)  # PyTorch parses a tuple faster than a torch.Size
     rstd = torch.empty_like(mean)
-    if x.numel():
+    if x.numel() == 0:
+        return y, summed, mean, rstd
+    inputs, device = call[:5], x.device.index
+    key = device, addresses_of(inputs)[1], *map(layout, inputs), eps, dropout_p
+
+    def compute(new: Callable[..., Tensor]) -> None:
         width = x.shape[-1]
-        with on_device(x):
-            kernels.layernorm_residual_forward(
-                *rows_and_stride(x),
-                *rows_and_stride(call.residual),
-                vector(call.weight),
-                vector(call.bias),
-                y,
-                summed,
-                mean,
-                rstd,
-                call.seed,
-                x.numel() // width,
-                width,
-                call.eps,
-                *dropout_arguments(call.dropout_p),
-                x.device.index,
-            )
+        kernels.layernorm_residual_forward(
+            *rows_and_stride(x),
+            *rows_and_stride(residual),
+            vector(weight),
+            vector(bias),
+            y,
+            summed,
+            mean,
+            rstd,
+            seed,
+            x.numel() // width,
+            width,
+            eps,
+            *dropout_arguments(dropout_p),
+            device,
+        )
+
+    with on_device(x):
+        forwards.launch(key, x, (*inputs, y, summed, mean, rstd), compute)
     return y, summed, mean, rstd
 
 
 def backward(call: Backward):
-    dy, summed, weight, seed = call.dy, call.summed, call.weight, call.seed
-    needs_dx, needs_dresidual, needs_dweight, needs_dbias = call.needed
-    width = weight.shape[0]
-    dx, dresidual = new_like(summed, needs_dx, call.x_dtype), new_like(summed, needs_dresidual)
+    dy, dsummed, summed, weight, mean, rstd, seed, _, dropout_p, x_dtype, needed = call
+    needs_dx, needs_dresidual, needs_dweight, needs_dbias = needed
+    dx, dresidual = new_like(summed, needs_dx, x_dtype), new_like(summed, needs_dresidual)
     dweight, dbias = new_like(weight, needs_dweight), new_like(weight, needs_dbias)
-    if summed.numel() == 0 or dy is None:
+    if summed.numel() == 0:
+        return dx, dresidual, *(d if d is None else d.zero_() for d in (dweight, dbias))
+    if dy is None:
         dweight, dbias = (d if d is None else d.zero_() for d in (dweight, dbias))
-    if summed.numel():
-        rows, device = summed.numel() // width, summed.device.index
-        reduces = dy is not None and (needs_dweight or needs_dbias)
-        programs, tiles_per_program = residual_norm.partition(rows, width, seed is not None)
+    device = summed.device.index
+    inputs = call[:7]
+    key = device, addresses_of(inputs)[1], *map(layout, inputs), dropout_p, x_dtype, tuple(needed)
+
+    def compute(new: Callable[..., Tensor]) -> None:
+        width = weight.shape[0]
+        rows = summed.numel() // width
+        programs, tiles_per_program = residual_norm.partition(rows, width, seed is not None, num_processors(device))
         partials = None
-        if reduces:
-            partials = summed.new_empty((needs_dweight + needs_dbias, programs, width), dtype=torch.float32)
-        with on_device(summed):
-            kernels.layernorm_residual_backward(
-                *rows_and_stride(dy),
-                *rows_and_stride(call.dsummed),
-                *rows_and_stride(summed),
-                vector(weight),
-                call.mean,
-                call.rstd,
-                dx,
-                dresidual,
-                partials[0] if reduces and needs_dweight else None,
-                partials[-1] if reduces and needs_dbias else None,
-                seed,
-                rows,
-                width,
-                programs,
-                tiles_per_program,
-                *dropout_arguments(call.dropout_p),
-                device,
-            )
-            if reduces:
-                residual_norm.reduce_partials(partials, dweight, dbias, programs, width, device)
+        if dy is not None and (needs_dweight or needs_dbias):
+            partials = new((needs_dweight + needs_dbias, programs, width))
+        kernels.layernorm_residual_backward(
+            *rows_and_stride(dy),
+            *rows_and_stride(dsummed),
+            *rows_and_stride(summed),
+            vector(weight),
+            mean,
+            rstd,
+            dx,
+            dresidual,
+            partials[0] if partials is not None and needs_dweight else None,
+            partials[-1] if partials is not None and needs_dbias else None,
+            seed,
+            rows,
+            width,
+            programs,
+            tiles_per_program,
+            *dropout_arguments(dropout_p),
+            device,
+        )
+        if partials is not None:
+            residual_norm.reduce_partials(partials, dweight, dbias, programs, width, device)
+
+    with on_device(summed):
+        backwards.launch(key, summed, (*inputs, dx, dresidual, dweight, dbias), compute)
     return dx, dresidual, dweight, dbias
 
 

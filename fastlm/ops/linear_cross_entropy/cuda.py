@@ -11,11 +11,9 @@ from fastlm.backends.contract import Implementation
 from fastlm.backends.gpu import on_device, precision, vector
 from fastlm.core.autocast import no_autocast
 from fastlm.core.layout import as_rows, unit_stride_matrix
-from fastlm.ops.linear_cross_entropy.gpu import gradients_of_product, row_scales, workspace
+from fastlm.ops.linear_cross_entropy.gpu import gradients_of_product, logits_bytes, row_scales, workspace
 from fastlm.ops.linear_cross_entropy.reference import check_targets
 from fastlm.ops.linear_cross_entropy.spec import Forward
-
-LOGITS_BYTES = 64 << 20  # of one chunk
 
 
 def num_partials(rows: int) -> int:
@@ -50,7 +48,7 @@ def forward(call: Forward):
     dx = dweight = dbias = None
     if any(call.needed):
         dx, dweight, dbias = gradients_of_product(
-            x_rows, call.weight, call.bias, call.needed, LOGITS_BYTES, num_partials, gradient
+            x_rows, call.weight, call.bias, call.needed, logits_bytes(x.device.index), num_partials, gradient
         )
     else:
         losses(call, x_rows, targets, loss)
@@ -61,7 +59,7 @@ def losses(call: Forward, x: Tensor, targets: Tensor, loss: Tensor) -> None:
     """Fill loss (rows,) by chunks of rows."""
     weight, bias, rows = unit_stride_matrix(call.weight), vector(call.bias), x.shape[0]
     num_splits = cuda.kernels.linear_cross_entropy_num_splits(dtype=x.dtype, vocab=weight.shape[0])
-    chunk = min(rows, max(1, LOGITS_BYTES // (num_splits * 3 * 4)))
+    chunk = min(rows, max(1, logits_bytes(x.device.index) // (num_splits * 3 * 4)))
     for begin in range(0, rows, max(1, chunk)):
         x_chunk, target, result = (t[begin : begin + chunk] for t in (x, targets, loss))
         count = x_chunk.shape[0]

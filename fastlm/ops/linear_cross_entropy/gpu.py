@@ -3,17 +3,66 @@
 linear_log_prob uses them too.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from fastlm.ops.linear_cross_entropy import torch as native
 from fastlm.ops.linear_cross_entropy.spec import Forward
-from fastlm.ops.linear_cross_entropy.torch import add_product
 
 # Rows of logits are aligned to this many bytes whatever the vocabulary (50257 is odd): vector loads and the vendor's
 # GEMM want it.
 ROW_ALIGNMENT = 128
+
+
+def chunk_of(rows: int, most: int) -> int:
+    """The rows of a chunk of at most so many: chunks of one size, in multiples of 256, whole tiles of a product.
+
+    With multiples of 16 rows the targets and results of every chunk are aligned alike: Triton compiles one kernel.
+    """
+    if rows <= most:
+        return rows
+    unit = 256 if most >= 256 else 16 if most >= 16 else 1
+    chunks = -(-rows // (max(1, most) // unit * unit))
+    return -(-rows // (chunks * unit)) * unit
+
+
+@functools.cache
+def logits_bytes(index: int | None) -> int:
+    """The memory of a chunk of logits: a 64th of that of the GPU, from 64 to 512 MiB; 64 MiB on a CPU.
+
+    With small chunks the additions to the gradient of the weight would take longer than the products.
+    """
+    if index is None:
+        return 64 << 20
+    return max(64 << 20, min(torch.cuda.get_device_properties(index).total_memory // 64, 512 << 20))
+
+
+@functools.cache
+def accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the vendor's product of 16-bit matrices adds to a float32 matrix, which depends on PyTorch's version."""
+    if device.type != "cuda":
+        return False
+    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, last: bool) -> Tensor:
+    """total + a @ b. 16-bit products of several chunks are accumulated in float32, by the vendor's product itself if
+    possible, and rounded after the last.
+    """
+    if (total is None and last) or a.dtype == torch.float32 or not accumulates_in_float32(a.device, a.dtype):
+        return native.add_product(total, a, b, last)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    total = torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return total.to(a.dtype) if last else total
 
 
 def chunks_of_logits(
@@ -22,9 +71,7 @@ def chunks_of_logits(
     """(rows of x, their logits x Wᵀ + bias in the dtype of x). The next chunk overwrites the logits of the last."""
     rows, vocab, alignment = x.shape[0], weight.shape[0], ROW_ALIGNMENT // x.element_size()
     stride = -(-vocab // alignment) * alignment
-    chunk = max(1, chunk_bytes // (stride * x.element_size()))
-    # With multiples of 16 rows the targets and results of every chunk are aligned alike: Triton compiles one kernel.
-    chunk = min(rows, chunk // 16 * 16 or chunk)
+    chunk = chunk_of(rows, chunk_bytes // (stride * x.element_size()))
     # Where kernels are interpreted on a CPU, oneDNN multiplies what lies between the rows by 0: it must not be NaN.
     memory = x.new_empty(chunk, stride) if x.is_cuda else x.new_zeros(chunk, stride)
     for begin in range(0, rows, max(1, chunk)):

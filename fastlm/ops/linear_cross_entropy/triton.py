@@ -8,11 +8,9 @@ from fastlm.backends.gpu import on_device
 from fastlm.core.autocast import no_autocast
 from fastlm.core.layout import as_rows
 from fastlm.kernels import linear_cross_entropy as kernels
-from fastlm.ops.linear_cross_entropy.gpu import gradients_of_product, row_scales, workspace
+from fastlm.ops.linear_cross_entropy.gpu import gradients_of_product, logits_bytes, row_scales, workspace
 from fastlm.ops.linear_cross_entropy.reference import check_targets
 from fastlm.ops.linear_cross_entropy.spec import Forward
-
-LOGITS_BYTES = 64 << 20  # of one chunk
 
 
 @no_autocast
@@ -29,7 +27,7 @@ def forward(call: Forward):
             kernels.linear_cross_entropy(*arguments, *call.settings(), x.device.index)
 
     dx, dweight, dbias = gradients_of_product(
-        as_rows(x), call.weight, call.bias, call.needed, LOGITS_BYTES, kernels.num_partials, gradient
+        as_rows(x), call.weight, call.bias, call.needed, logits_bytes(x.device.index), kernels.num_partials, gradient
     )
     return loss.view(target.shape), dx if dx is None else dx.view(x.shape), dweight, dbias
 

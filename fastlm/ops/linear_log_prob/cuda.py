@@ -5,11 +5,10 @@ from fastlm.backends.contract import Implementation
 from fastlm.backends.gpu import on_device
 from fastlm.core.autocast import no_autocast
 from fastlm.ops.linear_cross_entropy.cuda import num_partials
+from fastlm.ops.linear_cross_entropy.gpu import logits_bytes
 from fastlm.ops.linear_cross_entropy.reference import check_targets
 from fastlm.ops.linear_log_prob import gpu
 from fastlm.ops.linear_log_prob.spec import Backward, Forward
-
-LOGITS_BYTES = 64 << 20  # of one chunk
 
 
 def arguments(call: Forward | Backward):
@@ -26,7 +25,7 @@ def forward(call: Forward):
         with on_device(call.x):
             cuda.kernels.linear_log_prob_forward(logits=logits, target=target, **results, **arguments(call))
 
-    return gpu.forward(call, LOGITS_BYTES, statistics)
+    return gpu.forward(call, logits_bytes(call.x.device.index), statistics)
 
 
 @no_autocast
@@ -37,7 +36,7 @@ def backward(call: Backward):
                 logits=logits, target=target, **given, dbias_partials=partials, **arguments(call)
             )
 
-    return gpu.backward(call, LOGITS_BYTES, num_partials, gradient)
+    return gpu.backward(call, logits_bytes(call.x.device.index), num_partials, gradient)
 
 
 implementation = Implementation(cuda.backend, forward, backward)

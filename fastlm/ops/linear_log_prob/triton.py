@@ -5,11 +5,10 @@ from fastlm.backends.contract import Implementation
 from fastlm.backends.gpu import on_device
 from fastlm.core.autocast import no_autocast
 from fastlm.kernels import linear_log_prob as kernels
+from fastlm.ops.linear_cross_entropy.gpu import logits_bytes
 from fastlm.ops.linear_cross_entropy.reference import check_targets
 from fastlm.ops.linear_log_prob import gpu
 from fastlm.ops.linear_log_prob.spec import Backward, Forward
-
-LOGITS_BYTES = 64 << 20  # of one chunk
 
 
 @no_autocast
@@ -20,7 +19,7 @@ def forward(call: Forward):
         with on_device(call.x):
             kernels.linear_log_prob_forward(logits, target, *results.values(), *call.settings(), call.x.device.index)
 
-    return gpu.forward(call, LOGITS_BYTES, statistics)
+    return gpu.forward(call, logits_bytes(call.x.device.index), statistics)
 
 
 @no_autocast
@@ -31,7 +30,7 @@ def backward(call: Backward):
                 logits, target, *given.values(), partials, *call.settings(), call.x.device.index
             )
 
-    return gpu.backward(call, LOGITS_BYTES, kernels.num_partials, gradient)
+    return gpu.backward(call, logits_bytes(call.x.device.index), kernels.num_partials, gradient)
 
 
 implementation = Implementation(triton.backend, forward, backward)

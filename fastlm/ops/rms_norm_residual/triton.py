@@ -1,13 +1,17 @@
 """rms_norm_residual by the Triton kernel (kernels/rms_norm_residual.py)."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from fastlm.backends import triton
 from fastlm.backends.contract import Implementation
-from fastlm.backends.gpu import dropout_arguments, new_like, on_device, vector
+from fastlm.backends.gpu import dropout_arguments, new_like, num_processors, on_device, vector
 from fastlm.core.layout import row_strides
 from fastlm.kernels import residual_norm
 from fastlm.kernels import rms_norm_residual as kernels
+from fastlm.kernels.plan import Plans, addresses_of, layout
 from fastlm.ops.rms_norm_residual.spec import Backward, Forward, Sizes
 
 MAX_WIDTH = 16384  # a program holds a row in registers
@@ -23,66 +27,83 @@ def refuses(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[str]
     return reasons
 
 
+forwards, backwards = Plans(), Plans()
+
+
 def forward(call: Forward):
-    x = call.x
+    x, residual, weight, seed, eps, dropout_p, unit_offset = call
     y, summed = new_like(x), new_like(call.stream, call.makes_sum())
     rstd = x.new_empty(tuple(x.shape[:-1]), dtype=torch.float32)  # PyTorch parses a tuple faster than a torch.Size
-    if x.numel():
+    if x.numel() == 0:
+        return y, summed, rstd
+    inputs, device = call[:4], x.device.index
+    key = device, addresses_of(inputs)[1], *map(layout, inputs), eps, dropout_p, unit_offset
+
+    def compute(new: Callable[..., Tensor]) -> None:
         width = x.shape[-1]
-        sizes, rows = row_strides(x, call.residual)
-        with on_device(x):
-            kernels.rms_norm_residual_forward(
-                *rows,
-                vector(call.weight),
-                y,
-                summed,
-                rstd,
-                call.seed,
-                x.numel() // width,
-                width,
-                sizes,
-                call.eps,
-                *dropout_arguments(call.dropout_p),
-                call.unit_offset,
-                x.device.index,
-            )
+        sizes, rows = row_strides(x, residual)
+        kernels.rms_norm_residual_forward(
+            *rows,
+            vector(weight),
+            y,
+            summed,
+            rstd,
+            seed,
+            x.numel() // width,
+            width,
+            sizes,
+            eps,
+            *dropout_arguments(dropout_p),
+            unit_offset,
+            device,
+        )
+
+    with on_device(x):
+        forwards.launch(key, x, (*inputs, y, summed, rstd), compute)
     return y, summed, rstd
 
 
 def backward(call: Backward):
-    dy, summed, weight, seed = call.dy, call.summed, call.weight, call.seed
-    needs_dx, needs_dresidual, needs_dweight = call.needed
-    width = weight.shape[0]
-    dx, dresidual = new_like(summed, needs_dx, call.x_dtype), new_like(summed, needs_dresidual)
+    dy, dsummed, summed, weight, rstd, seed, _, dropout_p, unit_offset, x_dtype, needed = call
+    needs_dx, needs_dresidual, needs_dweight = needed
+    dx, dresidual = new_like(summed, needs_dx, x_dtype), new_like(summed, needs_dresidual)
     dweight = new_like(weight, needs_dweight)
     if needs_dweight and (summed.numel() == 0 or dy is None):
         dweight.zero_()
-    if summed.numel():
-        rows, device = summed.numel() // width, summed.device.index
-        reduces = dy is not None and needs_dweight
-        programs, tiles_per_program = residual_norm.partition(rows, width, seed is not None)
-        partials = summed.new_empty((1, programs, width), dtype=torch.float32) if reduces else None
-        sizes, strided = row_strides(dy, call.dsummed, summed)
-        with on_device(summed):
-            kernels.rms_norm_residual_backward(
-                *strided,
-                vector(weight),
-                call.rstd,
-                dx,
-                dresidual,
-                partials,
-                seed,
-                rows,
-                width,
-                sizes,
-                programs,
-                tiles_per_program,
-                *dropout_arguments(call.dropout_p),
-                call.unit_offset,
-                device,
-            )
-            if reduces:
-                residual_norm.reduce_partials(partials, dweight, None, programs, width, device)
+    if summed.numel() == 0:
+        return dx, dresidual, dweight
+    device = summed.device.index
+    inputs = call[:6]
+    key = device, addresses_of(inputs)[1], *map(layout, inputs), dropout_p, unit_offset, x_dtype, tuple(needed)
+
+    def compute(new: Callable[..., Tensor]) -> None:
+        width = weight.shape[0]
+        rows = summed.numel() // width
+        programs, tiles_per_program = residual_norm.partition(rows, width, seed is not None, num_processors(device))
+        partials = new((1, programs, width)) if dy is not None and needs_dweight else None
+        sizes, strided = row_strides(dy, dsummed, summed)
+        kernels.rms_norm_residual_backward(
+            *strided,
+            vector(weight),
+            rstd,
+            dx,
+            dresidual,
+            partials,
+            seed,
+            rows,
+            width,
+            sizes,
+            programs,
+            tiles_per_program,
+            *dropout_arguments(dropout_p),
+            unit_offset,
+            device,
+        )
+        if partials is not None:
+            residual_norm.reduce_partials(partials, dweight, None, programs, width, device)
+
+    with on_device(summed):
+        backwards.launch(key, summed, (*inputs, dx, dresidual, dweight), compute)
     return dx, dresidual, dweight
 
 
