@@ -22,8 +22,8 @@ CARDS := import torch; cuda = torch.cuda; count = 0 if torch.version.hip else cu
 # Most of the time of the tests on a GPU goes into compiling kernels: several at a time, where pytest-xdist is.
 SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
-.PHONY: demo test bench docs gpu gpu-build gpu-test gpu-bench gpu-sanitize models lint format emulated sanitize sanitize-threads wheels wheel
-.PHONY: wheel-arm nightly clean
+.PHONY: demo test bench docs gpu gpu-build gpu-test gpu-bench gpu-sanitize models lint format emulated sanitize
+.PHONY: sanitize-threads wheels wheel wheel-arm nightly clean
 
 # Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch; then generates
 # text with it.
@@ -46,11 +46,11 @@ docs: .venv/with-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 # On a GPU, with the PyTorch and Triton that are installed there and no network, into OUT. `make gpu-test`: the tests of
-# the kernels, beside them some of the tests in NVIDIA's compute-sanitizer. `make gpu-bench`: the measurements. Each takes
-# 500 seconds at most, for machines that limit a command to ten minutes; `make gpu` is both. The CUDA kernels take part
-# where they are usable; `fastlm info` in OUT says why not, if they are not. They are compiled for the GPUs of this
-# machine, or for every GPU where nvcc does not know these; modules for the CPU are not compiled. Tests that are stopped
-# by their time limit still write their report.
+# the kernels, beside them some of the tests in NVIDIA's compute-sanitizer. `make gpu-bench`: the measurements. Both are
+# for machines that limit a command to ten minutes; `make gpu` is one after the other. The CUDA kernels take part where
+# they are usable; `fastlm info` in OUT says why not, if they are not. They are compiled for the GPUs of this machine,
+# or for every GPU where nvcc does not know these; modules for the CPU are not compiled. Tests that are stopped by their
+# time limit still write their report.
 HERE := PYTHONPATH="$(CURDIR)"
 # ",cuda" where the CUDA kernels are usable.
 USABLE := import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")
