@@ -59,6 +59,9 @@ def assert_as_close_as_torch(inputs, dtype, size, scale, backend, bias=0.0):
         largest = 16 * inputs[0].shape[-1] * size if i in (1, 2) else truth.abs().max().item()
         floor = FLOOR[dtype] * largest + min(of_scores, 1.0) * truth.abs().max().item()
         worst, allowed = ((x.double() - truth).abs().max().item() for x in (a, b))
+        # PyTorch's gradients are not finite where the products of its forward and backward pass round differently.
+        if backend == "torch" and not math.isfinite(allowed):
+            continue
         close = math.isfinite(worst) and (math.isnan(allowed) or worst <= 2 * allowed + floor)
         assert close, f"result {i}: {worst:.2e} against torch's {allowed:.2e}"
 
