@@ -89,7 +89,7 @@ def test_tests_and_measurements_are_targets_of_their_own(make, tmp_path):
 
 def test_tests_that_run_out_of_time_still_report(make, tmp_path):
     """pytest is interrupted, which it ends by writing its report."""
-    done, _ = make(target="gpu-test", SLEEPS="30", variables=["TEST_LIMIT=1"])
+    done, _ = make(target="gpu-test", SLEEPS="4", variables=["TEST_LIMIT=1"])
     assert done.returncode != 0 and "the tests: exit status 124" in done.stdout
     assert (tmp_path / "log.interrupted").exists()
 
