@@ -31,6 +31,7 @@ namespace fastlm::cuda {
 #define FASTLM_CONSTANT const __grid_constant__
 
 constexpr float Log2e = 1.4426950408889634f;
+constexpr float LargestFloat = 3.402823466e38f;
 constexpr int WidestHead = 256;
 
 FASTLM_DEVICE int divide_up(int x, int y) { return (x + y - 1) / y; }
@@ -134,6 +135,9 @@ FASTLM_DEVICE void multiply(float (&c)[4], const Lhs<T>& a, uint32_t b0, uint32_
         mma_tf32(sum, a.low, high);
         mma_tf32(sum, a.high, low);
       }
+      // Of low parts, either infinity may come out beside that of the high parts, whose sign is right.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = fminf(fmaxf(sum[i], -LargestFloat), LargestFloat);
       mma_tf32(sum, a.high, high);
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[i] += sum[i];
