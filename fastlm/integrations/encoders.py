@@ -61,7 +61,7 @@ class EncoderPatch(Patch):
         x = arguments[self.names[0]]
         bias = self.module.compute_position_bias(x.new_empty(1, packed.tokens, 0))
         for layer in self.layers().values():
-            x = layer(x, packed, bias)[0]
+            x = layer(x, attention_mask=packed, position_bias=bias)[0]
         return BaseModelOutput(last_hidden_state=x) if arguments.get("return_dict") else (x,)
 
     def packed_hidden_states(self, arguments: dict) -> tuple[Packed, dict[str, Any]] | None:

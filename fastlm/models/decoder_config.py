@@ -218,7 +218,10 @@ class DecoderConfig(RotaryConfig):
     def older_rope_parameters(self) -> dict[str, Any]:
         scaling = dict(self.rope_parameters)
         theta = scaling.pop("rope_theta", self.default_theta)
-        return {"rope_theta": theta, "rope_scaling": None if scaling.get("rope_type") == "default" else scaling}
+        return {
+            "rope_theta": theta,
+            "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
+        }
 
 
 @dataclasses.dataclass(kw_only=True)
