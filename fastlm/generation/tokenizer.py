@@ -1,6 +1,7 @@
 """Loads the tokenizer in a model's directory with the `tokenizers` library."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -76,18 +77,28 @@ def load_tokenizer_file(path: Path) -> tokenizers.Tokenizer:
     Raises:
         ValueError: the file is damaged; the message is one line that names it.
     """
-    try:
+    with naming(path):
         found = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path}: the tokenizer could not be read ({error})") from None
     return Tokenizer(found).tokenizer
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Around reading a tokenizer: the error of a damaged file is one line that names it."""
+    try:
+        yield
+    except BaseException as error:
+        # The library raises plain Exception, and for some files a panic of Rust's, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{path}: the tokenizer could not be read ({error})") from None
 
 
 def read(directory: Path, options: dict) -> tokenizers.Tokenizer:
     tokenizer_json, vocab_json, merges, word_pieces = (
         stored(directory, name) for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
     )
-    try:
+    with naming(directory):
         if tokenizer_json.is_file():
             return tokenizers.Tokenizer.from_file(str(tokenizer_json))
         if vocab_json.is_file() and merges.is_file():
@@ -103,8 +114,6 @@ def read(directory: Path, options: dict) -> tokenizers.Tokenizer:
                 strip_accents=options.get("strip_accents"),
                 handle_chinese_chars=options.get("tokenize_chinese_chars", True) is not False,
             )._tokenizer
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{directory}: the tokenizer could not be read ({error})") from None
     raise FileNotFoundError(f"{directory}: expected a tokenizer ({FILES}), found none")
 
 

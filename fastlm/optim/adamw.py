@@ -111,7 +111,7 @@ class AdamW(torch.optim.AdamW):
             per group.
         max_grad_norm: clip the 2-norm of all gradients together to this, as torch.nn.utils.clip_grad_norm_ does, but
             without writing the gradients: they are read once more, and scaled during the update. None: no clipping. The
-            norm before clipping is then in `grad_norm`, a 0-d tensor; infinity computes it without clipping. Only
+            norm before clipping is then in `grad_norm`, a 0-d tensor; the largest number clips nothing. Only
             gradients of this process count: where parameters are sharded without DTensor, clip as the sharding
             library says.
         master_weights: keep a float32 copy of every bfloat16 and float16 parameter, as state["master_param"], and
@@ -149,9 +149,8 @@ class AdamW(torch.optim.AdamW):
         fused: bool | None = None,
     ) -> None:
         if max_grad_norm is not None:
-            expected = "a number above 0, or None"
-            if max_grad_norm != math.inf:
-                max_grad_norm = check_number("max_grad_norm", max_grad_norm, expected)
+            expected = "a finite number above 0, or None"
+            max_grad_norm = check_number("max_grad_norm", max_grad_norm, expected)
             if not max_grad_norm > 0:
                 raise mismatch("max_grad_norm", expected, max_grad_norm)
         if backend is not None:

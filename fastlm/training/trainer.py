@@ -55,7 +55,7 @@ class Trainer:
         if native:
             self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True)
         else:
-            clip = settings.grad_clip or math.inf
+            clip = settings.grad_clip or torch.finfo(torch.float32).max
             self.optimizer = optimizer = AdamW(
                 groups, lr=settings.lr, betas=betas, max_grad_norm=clip, skip_nonfinite=True
             )

@@ -310,8 +310,8 @@ def test_a_gradient_of_another_size_is_refused(backend):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"max_grad_norm": 0}, "max_grad_norm: expected a number above 0, or None, got 0"),
-        ({"max_grad_norm": math.nan}, "max_grad_norm: expected a number above 0, or None, got nan"),
+        ({"max_grad_norm": 0}, "max_grad_norm: expected a finite number above 0, or None, got 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm: expected a finite number above 0, or None, got nan"),
         ({"lr": -1.0}, "lr: expected a finite number of 0 or more, got -1.0"),
         ({"betas": (1.0, 0.9)}, r"betas: expected two numbers in \[0, 1\), got 1.0"),
     ],
