@@ -109,3 +109,11 @@ def test_errors_name_the_directory(tmp_path):
     with pytest.raises(ValueError, match="the tokenizer could not be read") as error:
         load_tokenizer(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
+
+
+def test_a_panic_of_the_library_is_an_error(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": null}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(ValueError, match="the tokenizer could not be read") as error:
+        load_tokenizer(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
