@@ -99,6 +99,7 @@ def run(
         "init_sha256": weights_of(init) if init is not None and settings.lora else {},
     }
     model = new_model(settings, corpus, init, loaded).to(chosen)
+    del loaded  # with adapters, it is not the model that is trained
     with locked_run(out):
         clear(out)  # the checkpoints of an earlier run
         metrics.clear(out)
