@@ -23,7 +23,7 @@ from fastlm.models.config import CONFIG, stored
 from fastlm.training import checkpoint, data, metrics
 from fastlm.training.checkpoints import Checkpoints, Saved, check_unchanged, clear, locked_run, newest, sha256
 from fastlm.training.data.shards import keep_only
-from fastlm.training.estimate import estimate
+from fastlm.training.estimate import estimate, estimate_of
 from fastlm.training.flops import flops_of_step
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load, objective_of
@@ -60,8 +60,6 @@ def run(
         metrics.summary_writer()  # raises if it is not installed
     if init is not None and named != DEFAULT_TOKENIZER:
         raise mismatch("tokenizer", "no value with a model to start from, which has its own", repr(named))
-    if dry_run and settings.lora:
-        raise mismatch("dry_run", "a run without --lora", f"lora {settings.lora}")
     tokenizer, source = tokenizer_of(named) if init is None else tokenizer_in(init)
     loaded = None
     if isinstance(tokenizer, Tokenizer):  # what does not fit is an error before the text is tokenized
@@ -86,7 +84,7 @@ def run(
             say(skipped_in_words(corpus.skipped))
         data.check_length(corpus, settings.context)
         if dry_run:
-            show_estimate(settings, corpus, loaded, chosen)
+            show_estimate(settings, corpus, init, loaded, chosen)
             return
     inputs = {
         "data": [str(p) for p in paths],
@@ -245,12 +243,18 @@ def train_and_save(
         raise result.failure
 
 
-def show_estimate(settings: Settings, corpus: data.Corpus, loaded: Any, device: torch.device) -> None:
-    """loaded: the model to start from, which is measured as it is; None: a new one."""
-    if loaded is not None:
-        found = estimate(settings, corpus, lambda _: loaded, device)
-    else:
+def show_estimate(
+    settings: Settings, corpus: data.Corpus, init: Path | None, loaded: Any, device: torch.device
+) -> None:
+    """init, loaded: as in new_model. A model to start from is measured as it is."""
+    if init is None and not settings.lora:
         found = estimate(settings, corpus, lambda some: build(some, corpus.tokenizer), device)
+    else:
+        model = new_model(settings, corpus, init, loaded)
+        loss = model.loss if settings.lora else objective_of(settings, corpus.tokenizer).loss
+        merged = model.merged(model.state_dict()) if settings.lora else {}  # as in memory while a checkpoint is written
+        found = estimate_of(settings, corpus, model, loss, device)
+        del merged
     say(f"{found.parameters:,} parameters, {settings.dtype}, {describe_device(device)}")
     how = "measured" if found.measured else "estimated from one and two layers, as the model does not fit"
     say(f"memory: {found.memory / 2**30:.2f} GiB of {found.available / 2**30:.1f} GiB available, {how}")

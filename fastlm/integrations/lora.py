@@ -73,9 +73,14 @@ class LoraModel(nn.Module):
         return self.adapted(*arguments, **options)
 
     def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        """(model, inputs, targets) → mean loss of the targets, as the objectives of training."""
-        shifted = {"shift_labels": targets} if self.causal else {}
-        found: Tensor = self(input_ids=inputs, labels=targets, **shifted).loss
+        """(model, inputs, targets) → mean loss of the targets, as the objectives of training.
+
+        Causal models separate packed documents by the positions of their tokens.
+        """
+        options = {"shift_labels": targets, "use_cache": False} if self.causal else {}
+        if inputs.dim() == 3:  # tokens and positions; transformers reads packing from these where there is no cache
+            inputs, options["position_ids"] = inputs.unbind(1)
+        found: Tensor = self(input_ids=inputs, labels=targets, **options).loss
         return found
 
     @property

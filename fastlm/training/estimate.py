@@ -23,7 +23,7 @@ from fastlm.training.batches import training_batch
 from fastlm.training.data import Corpus
 from fastlm.training.models import objective_of
 from fastlm.training.settings import Settings
-from fastlm.training.trainer import Trainer
+from fastlm.training.trainer import Loss, Trainer
 
 SECONDS = 4.0  # of the measurement of a part of a step
 LONG = 15.0  # seconds of a first repetition that is not repeated
@@ -44,10 +44,10 @@ class Estimate:
 
 
 def estimate(settings: Settings, corpus: Corpus, make: Build, device: torch.device) -> Estimate:
-    """Measures parts of a step.
+    """Measures parts of a step of a new model.
 
     Args:
-        make: a model for settings that may have fewer layers, on the device.
+        make: a model for settings that may have fewer layers.
     """
     with torch.device("meta"):
         parameters = make_on(make, settings, torch.device("meta")).num_parameters()
@@ -57,6 +57,12 @@ def estimate(settings: Settings, corpus: Corpus, make: Build, device: torch.devi
         return Estimate(parameters, seconds, peak, available, measured=True)
     one, two = (measure(few(settings, n), corpus, make(few(settings, n)).to(device))[0] for n in (1, 2))
     return Estimate(parameters, linear(one, two, settings.layers), memory, available, measured=False)
+
+
+def estimate_of(settings: Settings, corpus: Corpus, model: Any, loss: Loss, device: torch.device) -> Estimate:
+    """Measures parts of a step of a model that is in memory. loss: as that of a Trainer."""
+    seconds, peak = measure(settings, corpus, model.to(device), loss)
+    return Estimate(model.num_parameters(), seconds, peak, available_memory(device), measured=True)
 
 
 def make_on(make: Build, settings: Settings, device: torch.device) -> PretrainedModel:
@@ -106,11 +112,12 @@ def saved_bytes(settings: Settings, corpus: Corpus, model: PretrainedModel) -> i
     return total
 
 
-def measure(settings: Settings, corpus: Corpus, model: PretrainedModel) -> tuple[float, int]:
-    """(seconds of a step, bytes of memory at the peak)"""
-    trainer = Trainer(model.train(), settings, objective_of(settings, corpus.tokenizer).loss)
+def measure(settings: Settings, corpus: Corpus, model: Any, loss: Loss | None = None) -> tuple[float, int]:
+    """(seconds of a step, bytes of memory at the peak). loss: None: that of the objective."""
+    trainer = Trainer(model.train(), settings, loss or objective_of(settings, corpus.tokenizer).loss)
     average = Average(model, settings.ema) if settings.ema else None
-    copies = [x.detach().clone() for x in (*model.parameters(), *trainer.state().values())]  # of a checkpoint
+    trained = [p for p in model.parameters() if p.requires_grad]
+    copies = [x.detach().clone() for x in (*trained, *trainer.state().values())]  # of a checkpoint
     copies += [x.clone() for x in average.values] if average else []
     count, rest = divmod(settings.batch, settings.at_once)
     data, last = batches(settings, corpus, settings.at_once), batches(settings, corpus, rest)

@@ -132,8 +132,8 @@ class Settings:
     def __post_init__(self):
         check_one_of("objective", self.objective, OBJECTIVES)
         check_one_of("documents", self.documents, DOCUMENTS)
-        if self.lora and self.documents == "packed":
-            raise mismatch("documents", "stream with lora", self.documents)
+        if self.lora and self.documents == "packed" and self.objective == "masked-token":
+            raise mismatch("documents", "stream with lora and objective masked-token", self.documents)
         if self.whole_words and self.objective != "masked-token":
             raise mismatch("whole_words", "False unless objective is masked-token", self.whole_words)
         object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))  # the class is frozen

@@ -355,7 +355,6 @@ def test_train_from_a_decoder(decoder, text_file, tmp_path):
         ),
         (["--lora", -1], "lora: expected an integer >= 0, got -1"),
         (["--lora-alpha", 8], "lora_alpha: expected no value without --lora, got 8"),
-        (["--lora", 8, "--dry-run"], "dry_run: expected a run without --lora, got lora 8"),
         (["--context", 65], "context: expected at most 64, the context of the model in .*, got 65"),
         (
             ["--objective", "masked-token"],
@@ -383,6 +382,15 @@ def test_train_adapters(decoder, text_file, tmp_path):
     scores = json.loads(run_json(tmp_path, "eval", "--model", tmp_path / "out", tmp_path / "val.txt", *windows))
     assert scores["loss"] == pytest.approx(val_loss, abs=0.02)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "out" / "adapter"))
+
+
+def test_adapters_on_packed_documents_and_their_estimate(decoder, text_file, tmp_path):
+    arguments = ["train", text_file, "--init", decoder, "--lora", 8, "--context", 32, "--batch", 4, "--steps", 2]
+    arguments += ["--documents", "packed", "--val-file", text_file, "--out", tmp_path / "out", "--threads", 1]
+    output = run(*arguments, "--dry-run")
+    assert re.search(r"[\d,]+ parameters, float32, 1 thread\nmemory: [\d.]+ GiB of [\d.]+ GiB available, measured", output)
+    assert not (tmp_path / "out").exists()
+    assert "trained for 2 steps" in run(*arguments)
 
 
 def test_adapters_need_a_model_to_start_from(text_file, tmp_path):

@@ -72,6 +72,19 @@ def test_loss_and_gradients(directory):
     assert all(".lora_" in name for name in adapters)
 
 
+@pytest.mark.parametrize("directory", ["gpt2", "llama"], indirect=True)
+def test_packed_documents(directory):
+    """Attention does not cross their boundaries: the loss is that of each document by itself."""
+    model = adapted(directory).train()
+    tokens, targets = torch.randint(50, (2, 2, 9))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], range(9)])
+    loss = model.loss(model, torch.stack((tokens, positions), 1), targets)
+    documents = [(tokens[:1, 0:3], targets[:1, 0:3]), (tokens[:1, 3:7], targets[:1, 3:7])]
+    documents += [(tokens[:1, 7:], targets[:1, 7:]), (tokens[1:], targets[1:])]
+    expected = sum(model.loss(model, *some).item() * some[0].numel() for some in documents) / tokens.numel()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_state(directory):
     model, other = adapted(directory), adapted(directory, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), adapted(directory).parameters(), strict=True))
