@@ -70,3 +70,15 @@ class ResidualNorm(Operator):
         dx = dropout(ds, call.seed, call.dropout_p).to(call.x_dtype) if needs_dx or same else None
         dresidual = dx if same else ds
         return dx if needs_dx else None, dresidual if needs_dresidual else None, *gradients
+
+
+def show_overflow(y: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """NaN in the rows whose sum of squares overflows: PyTorch's rstd is 0 there, which makes y the bias.
+
+    Args:
+        rstd: like y with a last dimension of 1.
+    """
+    if rstd.is_cpu and rstd.all():  # elsewhere the question would synchronise
+        return y, rstd
+    hidden = rstd == 0
+    return y.masked_fill(hidden, torch.nan), rstd.masked_fill(hidden, torch.nan)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import fastlm
 from tests.support import (
+    BACKENDS,
     DTYPES,
     assert_same_bits,
     assert_within_twice_torch,
@@ -196,7 +197,7 @@ def test_rows_of_equal_elements_are_the_bias(value, width, backend):
     assert torch.equal(y, b.expand(3, width))
 
 
-@on_backends("reference", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [16, 45, 9000])
 @pytest.mark.parametrize("size", [1e17, 1e20, 1e38])

@@ -6,6 +6,7 @@ import torch
 import fastlm
 from fastlm.core import layout
 from tests.support import (
+    BACKENDS,
     DTYPES,
     assert_same_bits,
     assert_within_twice_torch,
@@ -221,7 +222,7 @@ def test_rows_of_zeros_and_nan_rows(backend):
     assert not y[1].any() and y[2].isnan().all() and y[[0, 3]].isfinite().all()
 
 
-@on_backends("reference", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [16, 45, 9000])
 @pytest.mark.parametrize("size", [1e17, 1e20, 1e38])

@@ -6,6 +6,7 @@ from fastlm.backends import torch as native
 from fastlm.backends.contract import Implementation
 from fastlm.core.autocast import no_autocast
 from fastlm.ops.layernorm_residual.spec import Backward, Forward, Sizes
+from fastlm.ops.residual_norm import show_overflow
 
 aten = torch.ops.aten
 
@@ -25,6 +26,7 @@ def forward(call: Forward):
     summed = None if residual is None else torch.add(residual, x).contiguous()
     w, b = float32_weight(call.weight, x.dtype), float32_weight(call.bias, x.dtype)
     y, mean, rstd = torch.native_layer_norm(x if summed is None else summed, w.shape, w, b, call.eps)
+    y, rstd = show_overflow(y, rstd)
     return y.to(x.dtype).contiguous(), summed, mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
@@ -51,13 +53,13 @@ def backward(call: Backward):
 
 
 def composite(call: Forward):
-    """In one dtype, in which PyTorch rounds nothing between its operators."""
+    """In one dtype, in which PyTorch rounds nothing between its operators, and where no sum of squares overflows."""
     x, residual, weight = call.x, call.residual, call.weight
-    if x.dtype != weight.dtype or x.dtype.itemsize < 4:
+    if x.dtype != weight.dtype or x.dtype.itemsize < 4 or not x.is_cpu:
         return NotImplemented
     summed = None if residual is None else torch.add(residual, x).contiguous()
-    normalised = torch.layer_norm(x if summed is None else summed, weight.shape, weight, call.bias, call.eps)
-    return normalised.contiguous(), summed
+    y, _, rstd = torch.native_layer_norm(x if summed is None else summed, weight.shape, weight, call.bias, call.eps)
+    return (y.contiguous(), summed) if rstd.all() else NotImplemented
 
 
 implementation = Implementation(native.backend, forward, backward, refuses, composite)
