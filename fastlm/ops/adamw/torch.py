@@ -15,7 +15,7 @@ from fastlm.ops.adamw.spec import AdamWImplementation, Update
 def forward(call: Update):
     targets, masters = call.masters or call.parameters, call.masters
     moments = [*call.exp_avgs, *call.exp_avg_sqs, *call.max_exp_avg_sqs]
-    fused = fusable([*targets, *moments, *call.gradients], call.steps)
+    fused = fusable([*targets, *moments], call.steps) and are_plain(call.gradients)
     found_inf = call.found_inf
     if found_inf is not None and not fused:  # only the fused kernels take it
         if not (found_inf == 0).item():
@@ -27,6 +27,8 @@ def forward(call: Update):
         for p, master in zip(call.parameters, masters, strict=True):
             master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
     scaled = [gradient.to(target.dtype) for gradient, target in zip(call.gradients, targets, strict=True)]
+    if fused:  # the other kernels compute in the dtype of the parameters, where float16 has no such small eps
+        scaled = [gradient.contiguous() for gradient in scaled]
     if not (isinstance(call.factor, float) and call.factor == 1.0):
         scaled = list(torch._foreach_mul(scaled, call.factor))
     functional_adamw(
@@ -62,7 +64,11 @@ def fusable(tensors: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
         return False
     if steps[0].device != first.device:
         return False
-    return all((type(x) in PLAIN_TYPES or isinstance(x, FakeTensor)) and x.is_contiguous() for x in tensors)
+    return are_plain(tensors) and all(x.is_contiguous() for x in tensors)
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    return all(type(x) in PLAIN_TYPES or isinstance(x, FakeTensor) for x in tensors)
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
