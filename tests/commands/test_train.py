@@ -388,7 +388,9 @@ def test_adapters_on_packed_documents_and_their_estimate(decoder, text_file, tmp
     arguments = ["train", text_file, "--init", decoder, "--lora", 8, "--context", 32, "--batch", 4, "--steps", 2]
     arguments += ["--documents", "packed", "--val-file", text_file, "--out", tmp_path / "out", "--threads", 1]
     output = run(*arguments, "--dry-run")
-    assert re.search(r"[\d,]+ parameters, float32, 1 thread\nmemory: [\d.]+ GiB of [\d.]+ GiB available, measured", output)
+    assert re.search(
+        r"[\d,]+ parameters, float32, 1 thread\nmemory: [\d.]+ GiB of [\d.]+ GiB available, measured", output
+    )
     assert not (tmp_path / "out").exists()
     assert "trained for 2 steps" in run(*arguments)
 
