@@ -165,6 +165,7 @@ benchmark = Benchmark(
         variant("dropout", tokens=512, batch=2, dropout_p=0.1),
         Case("attention_window", windowed, default=False),
         variant("small", tokens=2, heads=2, head_dim=8),
+        Case("attention_varlen_small", packed, {"tokens": 32, "heads": 2, "head_dim": 8}, default=False),
     ),
     gpu_cases=(
         on_gpu(16, 1024, compiled=True, priority=0),

@@ -35,7 +35,7 @@ def case(name: str = "contrastive_loss", **options) -> Case:
 benchmark = Benchmark(
     cases=(
         case(),
-        case("contrastive_loss_small", sizes={"batch": 32}, default=False),
+        case("contrastive_loss_small", sizes={"batch": 2, "width": 16}, default=False),
         case("contrastive_loss_large", sizes={"batch": 4096}, default=False),
     ),
     gpu_cases=(

@@ -34,7 +34,10 @@ def problem(
 
 
 benchmark = Benchmark(
-    cases=(Case("linear_log_prob", problem),),
+    cases=(
+        Case("linear_log_prob", problem),
+        Case("linear_log_prob_small", problem, {"rows": 2, "width": 16, "vocab": 16}, default=False),
+    ),
     gpu_cases=(
         Case("linear_log_prob", problem, {"rows": 8192}, compiled=True, priority=3),
         Case("linear_log_prob", problem, {"rows": 1024}, priority=4),
