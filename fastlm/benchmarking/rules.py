@@ -74,8 +74,9 @@ def points(rows: Sequence[Measured], order: Sequence[str]) -> list[Point]:
             own = {name: Ratio(r["median"], r["low"], r["high"]) for name, r in row.backends.items()}
             ratios.setdefault(row.direction, {})[row.backend] = own
         measured = {row.backend for row in group}.union(*(row.backends for row in group))
-        first = winner(list(ratios.values()), [name for name in order if name in measured])
-        found.append(Point(group[0].operator, group[0].dtype, group[0].sizes, first))
+        if ordered := [name for name in order if name in measured]:
+            first = winner(list(ratios.values()), ordered)
+            found.append(Point(group[0].operator, group[0].dtype, group[0].sizes, first))
     return found
 
 
