@@ -257,7 +257,8 @@ def train(
     if resume is not None:
         given = options.given(ctx)
         if others := sorted(given - {"resume", "device", "threads"}):
-            raise mismatch("resume", "no other option than --device and --threads", others[0])
+            name = "PATH" if others[0] == "paths" else f"--{others[0].replace('_', '-')}"
+            raise mismatch("resume", "no other option than --device and --threads", name)
         train.resume(resume, device=device if "device" in given else None, threads=threads)
         return
     inputs = {
@@ -662,6 +663,8 @@ def main() -> None:
     except KeyboardInterrupt:  # outside a command
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        interrupts.ignore()
 
 
 if __name__ == "__main__":
