@@ -534,6 +534,7 @@ def predict(
 
 @app.command()
 def bench(
+    ctx: typer.Context,
     operators: Annotated[
         str,
         typer.Option(
@@ -612,6 +613,7 @@ def bench(
     if gpu:
         from fastlm.commands import bench_gpu
 
+        options.refuse_others(ctx, "--gpu", {"gpu", "json", "markdown", "plot", "table", "limit"})
         bench_gpu.run(bench_gpu.Files(json, markdown, plot, table), limit)
         return
 
@@ -623,6 +625,7 @@ def bench(
 
     files = bench.Files(json, markdown, plot)
     if source is not None:
+        options.refuse_others(ctx, "--from, which measures nothing", {"source", "json", "markdown", "plot"})
         bench.show(source, files)
         return
     bench.run(
@@ -638,6 +641,7 @@ def bench(
         compiled=compiled,
         seconds=seconds,
         files=files,
+        given=options.given(ctx),
     )
 
 

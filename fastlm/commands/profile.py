@@ -10,9 +10,9 @@ from rich.table import Table
 from fastlm.benchmarking.profile import FASTLM, PYTORCH, Profile, profile_step
 from fastlm.benchmarking.whole import MODELS
 from fastlm.commands import choices
-from fastlm.commands.bench import check_target
 from fastlm.commands.display import console, quantity, say
 from fastlm.commands.process import set_threads
+from fastlm.commands.targets import check_target
 from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
 from fastlm.training.settings import DTYPES, SHORT_DTYPES, check_integer, check_one_of
 

@@ -45,12 +45,24 @@ def test_an_earlier_run_is_shown(tmp_path, capsys):
     assert "| `linear` | float32 | 2 | 2.00 [1.90–2.10] |" in table.read_text() and "fastlm bench" in table.read_text()
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"rows": [{}], "machine": {}}', '{"rows": []}'])
-def test_other_files_are_refused(tmp_path, text):
-    file = tmp_path / "other.json"
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "no JSON: .*"),
+        ("[]", "no JSON object"),
+        ('{"rows": [{}], "machine": {}}', "rows with other fields"),
+        ('{"rows": [3], "machine": {}}', "rows with other fields"),
+        ('{"machine": {}}', "without 'rows'"),
+        ('{"rows": []}', "without 'machine'"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, text, reason):
+    file, expected = tmp_path / "other.json", "^from: expected a file written by `fastlm bench --json`, got "
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"^from: expected a file written by `fastlm bench --json`, got .*other\.json"):
+    with pytest.raises(ValueError, match=rf"{expected}'.*other\.json' \({reason}\)$"):
         saved.read("from", file)
+    with pytest.raises(ValueError, match=rf"{expected}'.*' \(Is a directory\)$"):
+        saved.read("from", tmp_path)
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.name)

@@ -158,6 +158,10 @@ def test_files_that_cannot_be_read(model, tmp_path, name, content, message):
 
 def test_wrong_options(model, file, tmp_path):
     command = ("encode", "--model", model, file, "--out", tmp_path / "out")
+    for wrong, words in ((tmp_path / "nofile", "which does not exist"), (tmp_path, "a directory")):
+        message = f"files: expected a file, got '{wrong}', {words}"
+        assert failed("encode", "--model", model, file, wrong, "--out", tmp_path / "out") == message
+        assert failed("rerank", "--model", model, file, wrong, "--query", "ab") == message
     assert failed(*command, "--dtype", "int8") == "dtype: expected one of 'auto', 'fp32', 'bf16', 'fp16', got 'int8'"
     assert failed(*command, "--pooling", "maen").endswith("got 'maen'; did you mean 'mean'?")
     assert failed(*command, "--prompt-name", "q") == "prompt_name: expected None, as the model has none, got 'q'"
