@@ -417,7 +417,11 @@ MaxLength = Annotated[
 MaxTokensPerBatch = Annotated[int, typer.Option(help="Number of tokens computed at once.", rich_help_panel="Machine")]
 StoredDtype = Annotated[
     str,
-    typer.Option(metavar="auto|fp32|bf16|fp16", help="Of the weights; auto: as stored.", rich_help_panel="Machine"),
+    typer.Option(
+        metavar="auto|float32|bfloat16|float16",
+        help="Of the weights (also fp32, bf16, fp16); auto: as stored.",
+        rich_help_panel="Machine",
+    ),
 ]
 
 
@@ -648,7 +652,7 @@ def bench(
 @app.command()
 def profile(
     model: Annotated[str, typer.Option(help=f"One of {choices.listed(choices.MODELS)}.")] = "gpt2",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (also fp32, bf16).")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (also fp32, bf16, fp16).")] = "float32",
     recompute: Annotated[int, typer.Option(help="Recomputation level 0, 1 or 2.")] = RECOMPUTE,
     steps: Annotated[int, typer.Option(help="Number of profiled training steps, after one warm-up step.")] = 3,
     json: Annotated[Path | None, typer.Option(help="Write the whole profile to this file.")] = None,

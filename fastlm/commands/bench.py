@@ -20,7 +20,7 @@ from fastlm.commands.display import console, say
 from fastlm.commands.targets import check_target
 from fastlm.core.errors import did_you_mean, mismatch
 from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
-from fastlm.training.settings import SHORT_DTYPES, check_range
+from fastlm.training.settings import check_range, short_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """given: the names of the arguments that the user has set."""
     chosen = parse_names("operators", operators, choices.BENCHMARKS)
-    dtype_names = parse_names("dtypes", dtypes, tuple(DTYPES), SHORT_DTYPES)
+    dtype_names = parse_names("dtypes", dtypes, tuple(DTYPES), short_names(DTYPES))
     chosen_directions = parse_names("directions", directions_given, choices.DIRECTIONS)
     chosen_models = parse_names("model", models, choices.MODELS)
     levels = [int(level) for level in parse_names("recompute", recompute, tuple(map(str, RECOMPUTE_LEVELS)))]
@@ -191,12 +191,12 @@ def measure(
 
 def parse_names(argument: str, text: str, allowed: tuple[str, ...], short: Mapping[str, str] = {}) -> list[str]:
     """short: other names of some of them."""
-    given = (name.strip() for name in text.split(","))
+    given, also = (name.strip() for name in text.split(",")), f" (also {', '.join(short)})" if short else ""
     names = list(dict.fromkeys(short.get(name, name) for name in given))
     for name in names:
         if name not in allowed:
-            expected = f"a comma-separated list of {choices.listed(allowed)}"
-            raise mismatch(argument, expected, f"{name!r}{did_you_mean(name, allowed)}")
+            expected = f"a comma-separated list of {choices.listed(allowed)}{also}"
+            raise mismatch(argument, expected, f"{name!r}{did_you_mean(name, (*allowed, *short))}")
     return names
 
 

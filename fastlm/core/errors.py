@@ -32,8 +32,9 @@ def mismatch(argument: str, expected: str, got: object) -> ValueError:
 
 def did_you_mean(value: object, choices: Iterable[object]) -> str:
     """The end of a message about a value that is none of the choices: names the closest one, if any is close."""
-    found = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    by_lower = {str(choice).lower(): str(choice) for choice in choices}
+    found = difflib.get_close_matches(str(value).lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
 class WrongType(TypeError, ValueError):

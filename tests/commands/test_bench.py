@@ -122,7 +122,11 @@ def test_bench_training_step_at_several_recompute_levels(small_cases, monkeypatc
             "case: expected a comma-separated list of encoding, bert, gpt2, .*, modernbert_documents, got 'falcon'",
         ),
         (["--operators", "accelerated"], r"checkpoint: expected the folder of a sentence encoder .*, got None"),
-        (["--dtypes", "int8"], "dtypes: expected a comma-separated list of float32, bfloat16, got 'int8'"),
+        (
+            ["--dtypes", "int8"],
+            "dtypes: expected a comma-separated list of float32, bfloat16 \\(also fp32, bf16\\), got 'int8'",
+        ),
+        (["--dtypes", "bf61"], "dtypes: expected a comma-separated list of .*, got 'bf61'; did you mean 'bf16'\\?"),
         (["--operators", "atention"], "operators: .*, got 'atention'; did you mean 'attention'\\?"),
         (["--plot", "b.foo"], r"plot: expected a file name that ends in one of .*\.png, .*\.svg.*, got 'b.foo'"),
         (["--threads", "1,x"], "threads: expected a comma-separated list of integers from 1 to 4096, got 'x'"),

@@ -162,7 +162,8 @@ def test_wrong_options(model, file, tmp_path):
         message = f"files: expected a file, got '{wrong}', {words}"
         assert failed("encode", "--model", model, file, wrong, "--out", tmp_path / "out") == message
         assert failed("rerank", "--model", model, file, wrong, "--query", "ab") == message
-    assert failed(*command, "--dtype", "int8") == "dtype: expected one of 'auto', 'fp32', 'bf16', 'fp16', got 'int8'"
+    message = "dtype: expected one of auto, float32, bfloat16, float16 (also fp32, bf16, fp16), got 'int8'"
+    assert failed(*command, "--dtype", "int8") == message
     assert failed(*command, "--pooling", "maen").endswith("got 'maen'; did you mean 'mean'?")
     assert failed(*command, "--prompt-name", "q") == "prompt_name: expected None, as the model has none, got 'q'"
     assert failed(*command, "--max-tokens-per-batch", 0).startswith("max_tokens_per_batch: expected an integer of 1")
