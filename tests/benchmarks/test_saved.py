@@ -10,6 +10,7 @@ from fastlm.benchmarking.compare import Baseline, Row
 from fastlm.benchmarking.machine import Work
 from fastlm.benchmarking.measure import Ratio
 from fastlm.commands import bench
+from tests.benchmarks.test_report import check_picture
 
 RESULTS = sorted((Path(__file__).parents[2] / "docs" / "results").glob("*.json"))
 MACHINE = {"cpu": "A CPU", "isa": "avx2", "fastlm": "0.1", "torch": "2", "command": "fastlm bench", "peaks": {}}
@@ -71,4 +72,5 @@ def test_committed_results_can_be_shown(tmp_path, file):
     rows, machine = saved.read("from", file)
     plots.draw(tmp_path / "plot.png", rows, machine)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    check_picture(plots.figure_of(rows, machine))
     assert report.markdown(rows, machine) == file.with_suffix(".md").read_text()
