@@ -144,7 +144,7 @@ def test_parquet_without_pyarrow(model, tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": 3}', "FILE:1: expected a string in the field 'text', got 3"),
         ("a.jsonl", b'["text"]', "FILE:1: expected a JSON object, got list"),
         ("a.jsonl", b'{"text": "ab"}\n{"te', "FILE:2: expected a JSON object, got invalid JSON .*"),
-        ("a.txt", None, ".*No such file or directory: 'FILE'"),
+        ("a.txt", None, "files: expected a file, got 'FILE', which does not exist"),
     ],
 )
 def test_files_that_cannot_be_read(model, tmp_path, name, content, message):
