@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fastlm
-from fastlm.commands import partial
+from fastlm.commands import encode, partial
 from fastlm.integrations import encoding
 from fastlm.integrations.encoding.forward import Runner
 from tests.commands.support import fastlm_command, process, run
@@ -154,6 +154,12 @@ def test_files_that_cannot_be_read(model, tmp_path, name, content, message):
     found = failed("encode", "--model", model, path, "--out", tmp_path / "out").replace(str(path), "FILE")
     assert re.fullmatch(message.replace("?", r"\?"), found), found
     assert not (tmp_path / "out").exists() and not partial.folder_of(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_a_dtype_has_two_names(names):
+    assert [encode.dtype_of(name) for name in names] == [getattr(torch, names[1])] * 2
+    assert encode.dtype_of("auto") is None
 
 
 def test_wrong_options(model, file, tmp_path):
