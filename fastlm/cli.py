@@ -257,7 +257,8 @@ def train(
     if resume is not None:
         given = options.given(ctx)
         if others := sorted(given - {"resume", "device", "threads"}):
-            raise mismatch("resume", "no other option than --device and --threads", others[0])
+            name = "PATH" if others[0] == "paths" else f"--{others[0].replace('_', '-')}"
+            raise mismatch("resume", "no other option than --device and --threads", name)
         train.resume(resume, device=device if "device" in given else None, threads=threads)
         return
     inputs = {
@@ -416,7 +417,11 @@ MaxLength = Annotated[
 MaxTokensPerBatch = Annotated[int, typer.Option(help="Number of tokens computed at once.", rich_help_panel="Machine")]
 StoredDtype = Annotated[
     str,
-    typer.Option(metavar="auto|fp32|bf16|fp16", help="Of the weights; auto: as stored.", rich_help_panel="Machine"),
+    typer.Option(
+        metavar="auto|float32|bfloat16|float16",
+        help="Of the weights (also fp32, bf16, fp16); auto: as stored.",
+        rich_help_panel="Machine",
+    ),
 ]
 
 
@@ -533,6 +538,7 @@ def predict(
 
 @app.command()
 def bench(
+    ctx: typer.Context,
     operators: Annotated[
         str,
         typer.Option(
@@ -611,6 +617,7 @@ def bench(
     if gpu:
         from fastlm.commands import bench_gpu
 
+        options.refuse_others(ctx, "--gpu", {"gpu", "json", "markdown", "plot", "table", "limit"})
         bench_gpu.run(bench_gpu.Files(json, markdown, plot, table), limit)
         return
 
@@ -622,6 +629,7 @@ def bench(
 
     files = bench.Files(json, markdown, plot)
     if source is not None:
+        options.refuse_others(ctx, "--from, which measures nothing", {"source", "json", "markdown", "plot"})
         bench.show(source, files)
         return
     bench.run(
@@ -637,13 +645,14 @@ def bench(
         compiled=compiled,
         seconds=seconds,
         files=files,
+        given=options.given(ctx),
     )
 
 
 @app.command()
 def profile(
     model: Annotated[str, typer.Option(help=f"One of {choices.listed(choices.MODELS)}.")] = "gpt2",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (also fp32, bf16).")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (also fp32, bf16, fp16).")] = "float32",
     recompute: Annotated[int, typer.Option(help="Recomputation level 0, 1 or 2.")] = RECOMPUTE,
     steps: Annotated[int, typer.Option(help="Number of profiled training steps, after one warm-up step.")] = 3,
     json: Annotated[Path | None, typer.Option(help="Write the whole profile to this file.")] = None,
@@ -662,6 +671,8 @@ def main() -> None:
     except KeyboardInterrupt:  # outside a command
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        interrupts.ignore()
 
 
 if __name__ == "__main__":

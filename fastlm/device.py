@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import did_you_mean, mismatch
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -17,7 +17,8 @@ def choose_device(name: str = "auto") -> torch.device:
     """
     found = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,3}))?", name)
     if found is None:
-        raise mismatch("device", "auto, cpu, cuda or cuda:N", repr(name))
+        meant = did_you_mean("cuda" if "gpu" in name.lower() else name, ("auto", "cpu", "cuda"))
+        raise mismatch("device", "auto, cpu, cuda or cuda:N", f"{name!r}{meant}")
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")

@@ -21,7 +21,8 @@ class Info:
     isa: str | None  # of the compiled module in use
     isas: list[str]  # that this machine can run, the widest first
     bfloat16: str  # the arithmetic by which the module multiplies it
-    table: str  # what backend selection prefers on this CPU
+    forced: list[str]  # the backend and the module that are forced for every call, and by what
+    table: str  # what backend selection prefers on this CPU; "" if a backend is forced
     gpus: list[str]  # the same for each GPU model here
     threads: int
     openmp: bool  # whether the module was built with it
@@ -42,7 +43,8 @@ class Info:
             f"fastlm {self.version}, PyTorch {self.torch_version}",
             f"CPU: {self.cpu or 'unknown'}; can run {', '.join(self.isas) or 'no module that was built'}",
             f"compiled module: {module}",
-            *([f"backend order: {self.table}"] if self.isa else []),
+            *(f"forced: {line}" for line in self.forced),
+            *([f"backend order: {self.table}"] if self.isa and self.table else []),
             *(f"GPU: {line}" for line in self.gpus),
             f"CUDA module: {self.cuda}",
             f"allocator: {self.allocator}",
@@ -65,7 +67,7 @@ class Info:
 def info() -> Info:
     """Which backends are available and why others are not, the ISA and threads in use, fallbacks and copies so far."""
     features = isa.features()
-    operators = registry.operators()
+    operators, forced = registry.operators(), selection.forced_summary()
     return Info(
         version=__version__,
         torch_version=torch.__version__,
@@ -73,7 +75,8 @@ def info() -> Info:
         isa=isa.name,
         isas=isa.usable(),
         bfloat16=isa.BFLOAT16.get(isa.name or "", "multiply-adds in float32"),
-        table=table.cpu_summary(),
+        forced=[line for line in (forced, isa.forced_summary()) if line],
+        table="" if forced else table.cpu_summary(),
         gpus=table.gpu_summaries(),
         threads=torch.get_num_threads(),
         openmp=isa.report().get("openmp", False),

@@ -55,8 +55,9 @@ def test_choose_device(monkeypatch, name, number, expected):
 @pytest.mark.parametrize(
     "name, number, message",
     [
-        ("gpu", 1, "device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
-        ("cuda:", 1, "device: expected auto, cpu, cuda or cuda:N, got 'cuda:'"),
+        ("gpu", 1, "device: expected auto, cpu, cuda or cuda:N, got 'gpu'; did you mean 'cuda'\\?"),
+        ("cdua", 1, "device: expected auto, cpu, cuda or cuda:N, got 'cdua'; did you mean 'cuda'\\?"),
+        ("cuda:", 1, "device: expected auto, cpu, cuda or cuda:N, got 'cuda:'; did you mean 'cuda'\\?"),
         (
             "cuda",
             0,

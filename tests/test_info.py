@@ -1,9 +1,10 @@
 import dataclasses
 
+import pytest
 import torch
 
 import fastlm
-from fastlm.backends import isa
+from fastlm.backends import isa, selection
 
 
 def test_the_fields():
@@ -15,6 +16,7 @@ def test_the_fields():
         "isa",
         "isas",
         "bfloat16",
+        "forced",
         "table",
         "gpus",
         "threads",
@@ -61,6 +63,7 @@ EXAMPLE = {
     "isa": "avx2",
     "isas": ["avx2", "baseline"],
     "bfloat16": "multiply-adds in float32",
+    "forced": [],
     "table": "some rows",
     "gpus": ["Card: some rows", "Other: none"],
     "threads": 4,
@@ -94,6 +97,30 @@ def test_the_report():
         "  linear: torch instead of cpu: 3",
         "copies: none",
     ]
+
+
+@pytest.mark.parametrize(
+    "environment, module, line",
+    [
+        ("torch", "", "backend torch (FASTLM_BACKEND=torch)"),
+        (
+            "tritn",
+            "",
+            "FASTLM_BACKEND: expected one of cpu, triton, cuda, torch, reference, got 'tritn'; did you mean 'triton'? "
+            "(every call is this error)",
+        ),
+        (None, "avx2", "compiled module avx2 (FASTLM_ISA=avx2)"),
+    ],
+)
+def test_what_is_forced_is_reported(monkeypatch, environment, module, line):
+    """With a forced backend, the order of the others does not matter."""
+    monkeypatch.setattr(selection, "from_environment", environment)
+    monkeypatch.setattr(isa, "forced", module)
+    lines = str(fastlm.info()).splitlines()
+    assert f"forced: {line}" in lines
+    assert any(line.startswith("backend order: ") for line in lines) == (not environment and isa.kernels is not None)
+    with fastlm.use_backend("reference"):
+        assert "forced: backend reference (use_backend('reference'))" in str(fastlm.info())
 
 
 def test_the_report_without_openmp_and_without_a_module():

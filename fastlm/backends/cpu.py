@@ -39,6 +39,8 @@ class Cpu:
     description = "C++ kernels for the CPU's instruction set"
 
     def unavailable(self) -> list[str]:
+        if isa.wrong_isa:
+            return [f"is not loaded: {isa.wrong_isa}"]
         return [] if kernels else [f"is not compiled here: {isa.missing}"]
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -17,6 +17,9 @@ ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
 BFLOAT16 = {"amx": "AMX tiles", "avx512_bf16": "AVX-512 BF16 dot products"}
 
 
+forced = os.environ.get("FASTLM_ISA") or None  # read once, at import
+
+
 def report() -> dict:
     """What setup.py recorded: the modules, OpenMP or not, the compiler, and the reason if there is no module."""
     path = pathlib.Path(__file__).parent.parent / "_build.json"
@@ -53,7 +56,7 @@ def find() -> tuple[ModuleType | None, str | None, str]:
     Raises:
         ValueError: FASTLM_ISA forces an ISA that cannot be used.
     """
-    here, forced = usable(), os.environ.get("FASTLM_ISA")
+    here = usable()
     if forced and forced not in ISAS:
         raise ValueError(f"FASTLM_ISA: expected one of {', '.join(ISAS)}, got {forced!r}")
     if forced and here and forced not in here:
@@ -81,6 +84,13 @@ def find_or_report() -> tuple[ModuleType | None, str | None, str, str]:
         return *find(), ""
     except ValueError as error:
         return None, None, str(error), str(error)
+
+
+def forced_summary() -> str:
+    """For fastlm.info(): the module that is forced; "" if none is."""
+    if wrong_isa:
+        return f"{wrong_isa} (every call is this error)"
+    return f"compiled module {forced} (FASTLM_ISA={forced})" if forced else ""
 
 
 if sys.platform == "linux":

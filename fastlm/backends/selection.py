@@ -19,7 +19,7 @@ from fastlm.backends.contract import Implementation
 from fastlm.backends.registry import BACKENDS, Registered
 from fastlm.backends.rule import Rule
 from fastlm.backends.table import ORDER
-from fastlm.core.errors import Unsupported, mismatch, shown
+from fastlm.core.errors import Unsupported, did_you_mean, mismatch, shown
 
 ORDER_ELSEWHERE = ("torch", "reference")  # MPS, XPU, …
 
@@ -45,7 +45,7 @@ from_environment = os.environ.get("FASTLM_BACKEND") or None  # read once, at imp
 
 def check_name(name: str, argument: str = "backend") -> None:
     if not isinstance(name, str) or name not in BACKENDS:
-        raise mismatch(argument, f"one of {', '.join(BACKENDS)}", shown(name))
+        raise mismatch(argument, f"one of {', '.join(BACKENDS)}", f"{shown(name)}{did_you_mean(name, BACKENDS)}")
 
 
 @contextlib.contextmanager
@@ -80,6 +80,23 @@ def requested(backend: str | None) -> str | None:
         check_name(from_environment, "FASTLM_BACKEND")
         return from_environment
     return name
+
+
+def source_of(forced: str) -> str:
+    """What forces a backend, as the user writes it. Another source of the same name leaves it forced."""
+    name = traced.name if torch.compiler.is_compiling() else in_context.get()
+    if name == forced:
+        return f"use_backend({forced!r})"
+    return f"FASTLM_BACKEND={forced}" if name is None and from_environment == forced else f"backend={forced!r}"
+
+
+def forced_summary() -> str:
+    """For fastlm.info(): the backend that is forced for every call, and by what; "" if none is."""
+    try:
+        name = requested(None)
+    except ValueError as error:
+        return f"{error} (every call is this error)"
+    return "" if name is None else f"backend {name} ({source_of(name)})"
 
 
 def refuse_transforms(operator: Registered) -> None:
@@ -175,6 +192,6 @@ def decide(
         if not operator.refusals(name, device, dtype, sizes):
             return name, None if name == order[0] else f"{operator.name}: {name} instead of {order[0]}"
     reasons = {name: operator.refusals(name, device, dtype, sizes) for name in BACKENDS}
-    listed = "; ".join(f"{name} {', '.join(why) or 'could, but another was forced'}" for name, why in reasons.items())
-    forced_words = f" with backend={forced!r}" if forced else ""
+    listed = "; ".join(f"{name} {', '.join(why) or 'is available, but not selected'}" for name, why in reasons.items())
+    forced_words = f" with {source_of(forced)}" if forced else ""
     raise Unsupported(f"{operator.name} on {device} in {dtype}{forced_words}: {listed}")

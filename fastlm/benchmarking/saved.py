@@ -12,11 +12,24 @@ from fastlm.core.errors import mismatch
 
 def read(argument: str, file: Path) -> tuple[list[Row], dict[str, Any]]:
     """(rows, the machine and the versions)."""
+
+    def other(reason: object) -> ValueError:
+        return mismatch(argument, "a file written by `fastlm bench --json`", f"{str(file)!r} ({reason})")
+
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise other(error.strerror) from None
+    except ValueError as error:  # also of bytes that are not UTF-8
+        raise other(f"no JSON: {error}") from None
+    if not isinstance(stored, dict):
+        raise other("no JSON object")
+    if missing := [name for name in ("rows", "machine") if name not in stored]:
+        raise other(f"without {missing[0]!r}")
+    try:
         return [row_of(row) for row in stored["rows"]], stored["machine"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise mismatch(argument, "a file written by `fastlm bench --json`", f"{file} ({error!r})") from None
+    except (KeyError, TypeError, AttributeError):
+        raise other("rows with other fields") from None
 
 
 def row_of(stored: dict[str, Any]) -> Row:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from fastlm.benchmarking import accelerated, growth, plots, report, saved, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.commands import choices
 from fastlm.commands.display import console, say
+from fastlm.commands.targets import check_target
 from fastlm.core.errors import did_you_mean, mismatch
 from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
-from fastlm.training.settings import SHORT_DTYPES, check_range
+from fastlm.training.settings import check_range, short_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +70,16 @@ def run(
     compiled: bool,
     seconds: float,
     files: Files,
+    given: Collection[str] = (),
 ) -> None:
+    """given: the names of the arguments that the user has set."""
     chosen = parse_names("operators", operators, choices.BENCHMARKS)
-    dtype_names = parse_names("dtypes", dtypes, tuple(DTYPES), SHORT_DTYPES)
+    dtype_names = parse_names("dtypes", dtypes, tuple(DTYPES), short_names(DTYPES))
     chosen_directions = parse_names("directions", directions_given, choices.DIRECTIONS)
     chosen_models = parse_names("model", models, choices.MODELS)
     levels = [int(level) for level in parse_names("recompute", recompute, tuple(map(str, RECOMPUTE_LEVELS)))]
     cases = parse_names("case", accelerated_cases, choices.ACCELERATED)
+    check_used(given, chosen, cases)
     if "accelerated" in chosen:
         accelerated.check_checkpoint(cases, checkpoint)
     thread_counts = [parse_count("threads", n) for n in threads.split(",")]
@@ -130,6 +134,22 @@ def run(
         raise typer.Exit(130)
 
 
+def check_used(given: Collection[str], chosen: list[str], cases: list[str]) -> None:
+    """An option that none of the chosen benchmarks reads is an error."""
+    encoding = "accelerated" in chosen and "encoding" in cases
+    needs = {  # option → (whether it is read, what reads it)
+        "directions": (any(name in choices.CASES for name in chosen), "an operator among --operators"),
+        "model": ("training_step" in chosen, "--operators training_step"),
+        "recompute": ("training_step" in chosen, "--operators training_step"),
+        "case": ("accelerated" in chosen, "--operators accelerated"),
+        "checkpoint": (encoding, "--operators accelerated --case encoding"),
+        "compile": (set(chosen) != {"generation"}, "another benchmark than generation"),
+    }
+    for name, (used, by) in needs.items():
+        if not used and ("compiled" if name == "compile" else name) in given:
+            raise mismatch(name, f"this option together with {by}", f"--operators {','.join(chosen)}")
+
+
 def introduce(described: dict[str, Any]) -> None:
     say(f"{described['cpu']}, fastlm {described['fastlm']} ({described['isa']}), PyTorch {described['torch']}")
     for line in report.peaks_in_words(described):
@@ -171,12 +191,12 @@ def measure(
 
 def parse_names(argument: str, text: str, allowed: tuple[str, ...], short: Mapping[str, str] = {}) -> list[str]:
     """short: other names of some of them."""
-    given = (name.strip() for name in text.split(","))
+    given, also = (name.strip() for name in text.split(",")), f" (also {', '.join(short)})" if short else ""
     names = list(dict.fromkeys(short.get(name, name) for name in given))
     for name in names:
         if name not in allowed:
-            expected = f"a comma-separated list of {choices.listed(allowed)}"
-            raise mismatch(argument, expected, f"{name!r}{did_you_mean(name, allowed)}")
+            expected = f"a comma-separated list of {choices.listed(allowed)}{also}"
+            raise mismatch(argument, expected, f"{name!r}{did_you_mean(name, (*allowed, *short))}")
     return names
 
 
@@ -184,21 +204,3 @@ def parse_count(argument: str, text: str) -> int:
     if not text.strip().isdecimal() or not 1 <= int(text) <= 4096:
         raise mismatch(argument, "a comma-separated list of integers from 1 to 4096", repr(text))
     return int(text)
-
-
-def check_target(argument: str, file: Path | None) -> None:
-    """Checks, before the measurements, that an output file can be written."""
-    if file is None:
-        return
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise mismatch(argument, "a file name in an existing directory", repr(str(file)))
-    if argument == "plot":
-        try:
-            from matplotlib.backend_bases import FigureCanvasBase
-        except ImportError:
-            raise mismatch(
-                "plot", "an installation with matplotlib (pip install 'fastlm[plot]')", "one without"
-            ) from None
-        formats = sorted(FigureCanvasBase.get_supported_filetypes())
-        if file.suffix[1:].lower() not in formats:
-            raise mismatch("plot", f"a file name that ends in one of .{', .'.join(formats)}", repr(str(file)))

@@ -23,8 +23,8 @@ from fastlm.benchmarking.gpu import plan, report
 from fastlm.benchmarking.gpu.generation import generation
 from fastlm.benchmarking.gpu.timing import Row, peaks
 from fastlm.benchmarking.gpu.training import training_step
-from fastlm.commands.bench import check_target
 from fastlm.commands.display import console, say
+from fastlm.commands.targets import check_target
 from fastlm.core.errors import mismatch
 from fastlm.training.settings import check_range
 

@@ -17,9 +17,9 @@ from fastlm.backends import isa
 from fastlm.commands import partial, texts
 from fastlm.commands.display import console, describe_device, quantity, say
 from fastlm.commands.process import needs_transformers, set_up
-from fastlm.core.errors import check_choice
+from fastlm.training import settings
 
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = ("auto", *settings.DTYPES)
 SAVE_EVERY = 1.0  # seconds: what a killed process loses
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
 
@@ -117,8 +117,9 @@ def compute(batches: Any, results: partial.Partial, total: int) -> None:
 
 
 def dtype_of(name: str) -> torch.dtype | None:
-    check_choice("dtype", name, tuple(DTYPES))
-    return DTYPES[name]
+    """None: as stored."""
+    name = settings.check_dtype("dtype", name, DTYPES)
+    return None if name == "auto" else getattr(torch, name)
 
 
 def digest(strings: Sequence[str]) -> str:

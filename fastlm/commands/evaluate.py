@@ -8,6 +8,7 @@ import torch
 
 from fastlm.commands.display import quantity, say
 from fastlm.commands.process import set_up
+from fastlm.commands.targets import check_target
 from fastlm.core.errors import mismatch
 from fastlm.generation import load_tokenizer
 from fastlm.models import load_model
@@ -33,6 +34,7 @@ def run(
     threads: int | None,
 ) -> None:
     check_seed(seed)
+    check_target("json", json)
     chosen = set_up(device, threads)
     files = data.find_files("data", paths).found
     model, tokenizer = load_model(directory).to(chosen), load_tokenizer(directory)

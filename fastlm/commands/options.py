@@ -2,11 +2,13 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fastlm.core.errors import mismatch, shown
 from fastlm.training.settings import Settings
 
 
@@ -30,6 +32,15 @@ def parameter(field: dataclasses.Field) -> inspect.Parameter:
 def given(ctx: typer.Context) -> set[str]:
     """The names of the parameters that the command line gives a value."""
     return {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+
+
+def refuse_others(ctx: typer.Context, option: str, allowed: Collection[str]) -> None:
+    """The command line must have none of the options that do nothing beside this one."""
+    for parameter in ctx.command.params:
+        if parameter.name in given(ctx) - {*allowed}:
+            value = ctx.params[parameter.name]
+            got = shown(str(value) if isinstance(value, Path) else value)
+            raise mismatch(parameter.opts[0].lstrip("-"), f"no value with {option}", got)
 
 
 def chosen(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastlm.core.locks import locked
+from fastlm.training.checkpoint import is_writable
 
 STATE, ROWS, COMPLETE = "state.json", "rows.npy", "complete.safetensors"
 
@@ -79,7 +80,7 @@ def check(out: Path, *, overwrite: bool) -> None:
     """Checks, before the model is loaded, that the output can be written."""
     if out.is_dir():
         raise IsADirectoryError(f"out: expected a file, got the directory {str(out)!r}")
-    if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+    if not is_writable(out.absolute().parent):
         raise PermissionError(f"out: expected a file in a writable directory, got {str(out)!r}")
     if out.exists() and not overwrite:
         raise FileExistsError(f"out: expected a new file, got {str(out)!r}, which exists; --overwrite replaces it")

@@ -10,19 +10,18 @@ from rich.table import Table
 from fastlm.benchmarking.profile import FASTLM, PYTORCH, Profile, profile_step
 from fastlm.benchmarking.whole import MODELS
 from fastlm.commands import choices
-from fastlm.commands.bench import check_target
 from fastlm.commands.display import console, quantity, say
 from fastlm.commands.process import set_threads
+from fastlm.commands.targets import check_target
 from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
-from fastlm.training.settings import DTYPES, SHORT_DTYPES, check_integer, check_one_of
+from fastlm.training.settings import DTYPES, check_dtype, check_integer, check_one_of
 
 MAX_ROWS = 10  # of PyTorch's operators, of which there are many short ones
 
 
 def run(*, model: str, dtype: str, recompute: int, steps: int, threads: int | None, json_file: Path | None) -> None:
     check_one_of("model", model, choices.MODELS)
-    dtype = SHORT_DTYPES.get(dtype, dtype)
-    check_one_of("dtype", dtype, DTYPES)
+    dtype = check_dtype("dtype", dtype, DTYPES)
     check_one_of("recompute", recompute, RECOMPUTE_LEVELS)
     check_integer("steps", steps, 1)
     check_target("json", json_file)

@@ -48,7 +48,7 @@ def continue_text(
     seed: int,
 ) -> None:
     """Generates and prints a continuation."""
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt, "prompt")
     if not ids:
         raise mismatch("prompt", "at least one token", repr(prompt))
     context = model.config.max_position_embeddings

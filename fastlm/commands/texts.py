@@ -24,6 +24,11 @@ def read(files: Sequence[Path], field: str) -> Texts:
     texts: list[str] = []
     starts = []
     for file in files:
+        if not file.exists() or file.is_dir():
+            raise mismatch(
+                "files", "a file", f"{str(file)!r}, {'a directory' if file.is_dir() else 'which does not exist'}"
+            )
+    for file in files:
         starts.append((file, len(texts)))
         texts += [record.text for record in records(file, field)] if is_records(file) else lines(file)
     if not texts:

@@ -17,6 +17,7 @@ from fastlm.benchmarking.machine import peak
 from fastlm.commands.corpus import end_of_text_of, load_text, settings_of, tokenizer_in, tokenizer_of
 from fastlm.commands.display import describe_device, has_room, progress_bar, quantity, say
 from fastlm.commands.process import set_up
+from fastlm.core import interrupts
 from fastlm.core.errors import mismatch
 from fastlm.models import load_model
 from fastlm.models.config import CONFIG, stored
@@ -55,7 +56,10 @@ def run(
         None if sources[name] is None else Path(sources[name]) for name in ("init", "val_file", "cache")
     )
     chosen = set_up(device, threads)
-    out = checkpoint.prepare(out, overwrite=overwrite)
+    if dry_run:  # nothing is written
+        checkpoint.check_processes()
+    else:
+        out = checkpoint.prepare(out, overwrite=overwrite, can_resume=True)
     if settings.tensorboard:
         metrics.summary_writer()  # raises if it is not installed
     if init is not None and named != DEFAULT_TOKENIZER:
@@ -65,6 +69,7 @@ def run(
     if isinstance(tokenizer, Tokenizer):  # what does not fit is an error before the text is tokenized
         loaded = None if init is None else load(init, settings, tokenizer)
         objective_of(settings, tokenizer)
+        prompt_of(settings, tokenizer)
     with contextlib.ExitStack() as stack:
         tokens = Path(stack.enter_context(tempfile.TemporaryDirectory())) if dry_run else out / TOKENS
         corpus = load_text(
@@ -83,6 +88,7 @@ def run(
         if corpus.skipped:
             say(skipped_in_words(corpus.skipped))
         data.check_length(corpus, settings.context)
+        prompt_of(settings, corpus.tokenizer)
         if dry_run:
             show_estimate(settings, corpus, init, loaded, chosen)
             return
@@ -105,7 +111,8 @@ def run(
             keep_only(out / TOKENS, corpus.folder)
         started = Run.of(settings, inputs, corpus, chosen)
         started.write(out)
-        train_and_save(out, started, corpus, model, source=source)
+        with how_to_go_on(out):
+            train_and_save(out, started, corpus, model, source=source)
 
 
 def resume(out: Path, *, device: str | None, threads: int | None) -> None:
@@ -136,7 +143,23 @@ def resume(out: Path, *, device: str | None, threads: int | None) -> None:
             model = load_model(saved.folder, dtype=torch.float32)
             model.recompute = started.settings.recompute
         say(f"resumed after {quantity(saved.step if saved else 0, 'step')} of {started.settings.steps:,}")
-        train_and_save(out, started, corpus, model.to(chosen), source=source, start=saved)
+        with how_to_go_on(out):
+            train_and_save(out, started, corpus, model.to(chosen), source=source, start=saved)
+
+
+@contextlib.contextmanager
+def how_to_go_on(out: Path) -> Iterator[None]:
+    """After Ctrl-C: prints the command that goes on from the last checkpoint, if there is one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint.saved_in(out):
+            say_how_to_go_on(out)
+        raise
+
+
+def say_how_to_go_on(out: Path) -> None:
+    say(f"to go on: fastlm train --resume {shlex.quote(str(out))}")
 
 
 def new_model(settings: Settings, corpus: data.Corpus, init: Path | None, loaded: Any = None) -> Any:
@@ -229,11 +252,12 @@ def train_and_save(
     ended = "interrupted after" if result.interrupted else early
     if settings.lora:
         model.save_adapter(out / ADAPTER)
+    interrupts.ignore()
     if result.skipped:
         say(f"skipped {quantity(len(result.skipped), 'step')}; {metrics.FILE} has the reasons")
     say(f"{ended} {quantity(result.steps, 'step')} at {result.tokens_per_second:,.0f} tokens/s; saved to {out}")
     if result.interrupted:
-        say(f"to go on: fastlm train --resume {shlex.quote(str(out))}")
+        say_how_to_go_on(out)
     if result.stopped_early:
         step, _, lowest = min(result.evaluations, key=lambda evaluation: evaluation[2])
         folder = out / checkpoint.CHECKPOINTS / f"{checkpoint.STEP}{step:08}"
@@ -270,15 +294,22 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
+def prompt_of(settings: Settings, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of the prompt of the samples; [] without samples."""
+    if not settings.sample_every:
+        return []
+    ids = generation.Tokenizer(tokenizer).encode(settings.prompt, "prompt")
+    if not ids:
+        raise mismatch("prompt", "at least one token", repr(settings.prompt))
+    return ids
+
+
 def sampler(settings: Settings, corpus: data.Corpus, model: Any) -> Callable[[nn.Module], str] | None:
     """What continues the prompt; the same text for the same weights."""
     if not settings.sample_every:
         return None
     tokenizer = generation.Tokenizer(corpus.tokenizer)
-    ids = tokenizer.encode(settings.prompt)
-    if not ids:
-        raise mismatch("prompt", "at least one token", repr(settings.prompt))
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([prompt_of(settings, corpus.tokenizer)], device=model.device)
 
     def sample(model: nn.Module) -> str:
         generated = model.generate(  # type: ignore[operator]

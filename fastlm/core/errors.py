@@ -32,8 +32,9 @@ def mismatch(argument: str, expected: str, got: object) -> ValueError:
 
 def did_you_mean(value: object, choices: Iterable[object]) -> str:
     """The end of a message about a value that is none of the choices: names the closest one, if any is close."""
-    found = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    by_lower = {str(choice).lower(): str(choice) for choice in choices}
+    found = difflib.get_close_matches(str(value).lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
 class WrongType(TypeError, ValueError):
@@ -46,7 +47,7 @@ def wrong_type(argument: str, expected: str, got: object) -> WrongType:
 
 
 def shown(value: object) -> str:
-    """A value in an error message: scalars and texts themselves, of other objects the type."""
+    """A value in an error message: scalars, texts and short tuples of them themselves, of other objects the type."""
     if value is None or isinstance(value, bool | float | complex | torch.dtype):
         return repr(value)
     if isinstance(value, str):
@@ -56,6 +57,8 @@ def shown(value: object) -> str:
     if type(value) in TENSORS and isinstance(value, Tensor):
         gradient = " that requires a gradient" if value.requires_grad else ""
         return f"a {value.dtype} tensor of {value.dim()} dimensions{gradient}"
+    if type(value) is tuple and len(value) <= 4 and not any(isinstance(item, tuple) for item in value):
+        return f"({', '.join(map(shown, value))}{',' * (len(value) == 1)})"
     return type(value).__name__
 
 

@@ -28,6 +28,15 @@ def stop_quietly() -> None:
         signal.signal(signal.SIGINT, stop)
 
 
+def ignore() -> None:
+    """For the rest of the command: all is saved.
+
+    While Python shuts down, Ctrl-C would end the process by the signal, as if it had failed.
+    """
+    if is_command() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def raise_again() -> None:
     if signal.getsignal(signal.SIGINT) is stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -31,12 +31,15 @@ class Tokenizer:
         self.mask_token = mask_token if self.mask_token_id is not None else None
         self.vocab_size: int = tokenizer.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, including the special tokens that the model expects around a text ([CLS] … [SEP])."""
+    def encode(self, text: str, argument: str = "text") -> list[int]:
+        """Token ids, including the special tokens that the model expects around a text ([CLS] … [SEP]).
+
+        argument: the name of the text in the error about characters that the vocabulary does not have.
+        """
         try:
             return list(self.tokenizer.encode(text).ids)
-        except Exception as error:  # the library raises plain Exception for a character outside the vocabulary
-            raise mismatch("text", "characters of the tokenizer's vocabulary", f"{text[:40]!r} ({error})") from None
+        except Exception:  # the library raises plain Exception for a character outside the vocabulary
+            raise mismatch(argument, "characters of the tokenizer's vocabulary", repr(text[:40])) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, without special tokens."""

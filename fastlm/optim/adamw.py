@@ -21,18 +21,22 @@ from fastlm.core.errors import (
     check_tensor,
     is_iterable,
     mismatch,
-    shown,
     wrong_type,
 )
 from fastlm.core.layout import is_dense, with_strides_of
 from fastlm.core.tracing import PLAIN_TYPES, needs_custom_op
 from fastlm.ops.adamw.spec import AdamWImplementation, Sizes, Update, operator
+from fastlm.optim.checks import (
+    MASTER,
+    MOMENTS,
+    STATE,
+    check_group,
+    check_is_state_dict,
+    check_state_dict,
+    missing_state,
+)
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-MASTER = "master_param"
-STATE = ("step", "exp_avg", "exp_avg_sq")  # of every parameter after its first step
 HALVES = (torch.bfloat16, torch.float16)
-NOT_NEGATIVE = "a finite number of 0 or more"
 
 
 @dataclasses.dataclass
@@ -385,10 +389,19 @@ class AdamW(torch.optim.AdamW):
 
         With master_weights, float32 moments and master weights stay float32, where PyTorch casts all state to the dtype
         of its parameter. A state dict without master weights starts them from the parameters.
+
+        Raises:
+            ValueError: before anything is changed, if the state dict does not fit the parameters; it names the key.
         """
+        check_is_state_dict(state_dict)
         seen: list[dict[str, Any]] = []
+
+        def check(_: Any, final: dict[str, Any]) -> None:
+            check_state_dict(self.param_groups, final)
+            seen.append(final)
+
         # The last hook sees the state dict as the user's own hooks leave it.
-        last = self.register_load_state_dict_pre_hook(lambda _, final: seen.append(final))
+        last = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -413,40 +426,6 @@ def moment_dtype(state: dict[str, Any]) -> torch.dtype:
     check_tensor("exp_avg", state["exp_avg"])
     check_floating("exp_avg", state["exp_avg"])
     return state["exp_avg"].dtype
-
-
-def missing_state(key: str) -> ValueError:
-    return mismatch(key, "a tensor in the state of every parameter, or no state at all", "none")
-
-
-def check_group(group: dict[str, Any]) -> None:
-    """Check the settings that a parameter group brings."""
-    if "lr" in group:
-        check_setting("lr", group["lr"], math.inf)
-    for name in ("eps", "weight_decay"):
-        if name in group and check_number(name, group[name], NOT_NEGATIVE) < 0:
-            raise mismatch(name, NOT_NEGATIVE, shown(group[name]))
-    if "betas" in group:
-        betas = group["betas"]
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise wrong_type("betas", "two numbers in [0, 1)", betas)
-        for beta in betas:
-            check_setting("betas", beta, 1.0)
-    for name in ("amsgrad", "maximize"):
-        if name in group:
-            check_flag(name, group[name])
-
-
-def check_setting(name: str, value: Any, below: float) -> None:
-    """The value, a number or a tensor of one, must be in [0, below)."""
-    expected = NOT_NEGATIVE if below == math.inf else "two numbers in [0, 1)"
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point() or value.is_meta:
-            raise wrong_type(name, expected, value)
-        value = value.item()
-    number = check_number(name, value, expected)
-    if not 0 <= number < below:
-        raise mismatch(name, expected, shown(value))
 
 
 def step_device(p: Tensor) -> torch.device:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,8 +32,11 @@ class Trained(Protocol):
     def write_files(self, folder: Path, state: dict[str, Tensor] | None = None) -> None: ...
 
 
-def prepare(out: str | Path, *, overwrite: bool = False) -> Path:
-    """Checks, before training starts, that the output directory can be written and has no model or checkpoint yet."""
+def prepare(out: str | Path, *, overwrite: bool = False, can_resume: bool = False) -> Path:
+    """Checks, before training starts, that the output directory can be written and has no model or checkpoint yet.
+
+    can_resume: whether the command has --resume.
+    """
     check_processes()
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -41,7 +45,7 @@ def prepare(out: str | Path, *, overwrite: bool = False) -> Path:
     names = [name for name in (CONFIG, *checkpoint.WEIGHT_FILES) if stored(out, name).exists()]
     names += [str(folder.relative_to(out)) for folder in saved_in(out)]
     if names and not overwrite:
-        options = f"--overwrite replaces it{', --resume continues it' * bool(saved_in(out))}"
+        options = f"--overwrite replaces it{', --resume continues it' * (can_resume and bool(saved_in(out)))}"
         raise FileExistsError(
             f"out: expected a directory without a model, got {str(out)!r}, which has {names[0]}; {options}"
         )
@@ -55,8 +59,17 @@ def check_processes() -> None:
 
 def check_writable(argument: str, out: Path) -> None:
     nearest = next(directory for directory in (out, *out.absolute().parents) if directory.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    if not is_writable(nearest):
         raise PermissionError(f"{argument}: expected a writable directory, got {str(out)!r} in {str(nearest)!r}")
+
+
+def is_writable(directory: Path) -> bool:
+    """Found by trying: for root, os.access() is true of file systems such as /proc too."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".fastlm-", dir=directory))
+    except OSError:
+        return False
+    return True
 
 
 def saved_in(run: Path) -> list[Path]:

@@ -27,6 +27,8 @@ def draw_losses(
         from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ImportError:
         return False
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)
@@ -44,6 +46,7 @@ def draw_losses(
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#238b45", marker="o", linewidth=1.2, label="validation")
     axes.set(xlabel="step", ylabel=f"loss ({unit})", xlim=(0, len(losses) + 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -96,6 +96,8 @@ def draw(runs: Sequence[Curves]) -> Any:
         from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ImportError:
         raise mismatch("out", 'an installation with matplotlib (pip install "fastlm[plot]")', "one without") from None
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(12, 8), dpi=120, layout="constrained")
     panels: tuple[tuple[str, Callable[[Curves], list[float]], str], ...] = (
         ("loss (nats per token)", lambda run: run.loss, "linear"),
@@ -115,6 +117,7 @@ def draw(runs: Sequence[Curves]) -> Any:
             if label.startswith("loss") and run.evaluations:
                 axes.plot(*zip(*run.evaluations, strict=True), color=color, marker="o", markersize=4, linestyle=":")
         axes.set(xlabel="step", ylabel=label, yscale=scale)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     first = figure.axes[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 from fastlm.core.errors import did_you_mean, mismatch
@@ -106,10 +107,10 @@ class Settings:
     seed: int = option(0, "Random seed of weights, batches and dropout.", OPTIMISER)
     dtype: str = option(
         "float32",
-        "bf16, fp16: activations and matrix products in 16 bits, for fp16 with a gradient scaler; weights and "
-        "optimiser state stay float32.",
+        "bfloat16, float16 (also bf16, fp16): activations and matrix products in 16 bits, for float16 with a gradient "
+        "scaler; weights and optimiser state stay float32.",
         MACHINE,
-        "fp32|bf16|fp16",
+        "|".join(DTYPES),
     )
     eval_every: int = option(250, "Number of steps between evaluations.", WATCHING)
     patience: int = option(
@@ -136,8 +137,7 @@ class Settings:
             raise mismatch("documents", "stream with lora and objective masked-token", self.documents)
         if self.whole_words and self.objective != "masked-token":
             raise mismatch("whole_words", "False unless objective is masked-token", self.whole_words)
-        object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))  # the class is frozen
-        check_one_of("dtype", self.dtype, DTYPES)
+        object.__setattr__(self, "dtype", check_dtype("dtype", self.dtype, DTYPES))  # the class is frozen
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_one_of("recompute", self.recompute, RECOMPUTE_LEVELS)
         for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every", "keep", "max_skipped"):
@@ -195,6 +195,20 @@ def check_one_of(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         expected = f"one of {', '.join(map(str, allowed))}"
         raise mismatch(name, expected, f"{value!r}{did_you_mean(value, allowed)}")
+
+
+def short_names(allowed: Collection[str]) -> dict[str, str]:
+    return {short: name for short, name in SHORT_DTYPES.items() if name in allowed}
+
+
+def check_dtype(argument: str, value: str, allowed: tuple[str, ...]) -> str:
+    """The long name of a dtype, which may be given by either."""
+    short = short_names(allowed)
+    name = short.get(value, value)
+    if name not in allowed:
+        expected = f"one of {', '.join(allowed)} (also {', '.join(short)})"
+        raise mismatch(argument, expected, f"{value!r}{did_you_mean(value, (*allowed, *short))}")
+    return name
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:

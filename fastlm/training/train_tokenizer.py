@@ -34,7 +34,7 @@ def train_tokenizer(
     Args:
         paths, field: as for fastlm.training.data.load.
         kind: "bpe" or "wordpiece".
-        vocab_size: number of tokens; fewer if the text has no more pairs to merge.
+        vocab_size: number of tokens; fewer if the text has no more pairs to merge. All characters must have a place.
         lowercase: of WordPiece: as bert-base-uncased, which also removes accents.
 
     Returns:
@@ -53,6 +53,10 @@ def train_tokenizer(
     else:
         tokenizer, trainer = word_piece(vocab_size, lowercase, show_progress)
     tokenizer.train_from_iterator(texts_of(files.found, field), trainer)
+    if (smallest := tokenizer.get_vocab_size()) > vocab_size:  # the library's trainer keeps every character
+        counted = "special tokens, and characters at the start of words and after it"
+        expected = f"an integer >= {smallest} for this text ({counted})"
+        raise mismatch("vocab_size", expected, vocab_size)
     if kind == "wordpiece":
         ids = [(token, tokenizer.token_to_id(token)) for token in (CLS, SEP)]
         tokenizer.post_processor = processors.TemplateProcessing(

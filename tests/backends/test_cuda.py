@@ -108,10 +108,10 @@ def test_a_gpu_needs_code_or_ptx(card, archs, capability, reason):
         with pytest.raises(fastlm.Unsupported) as raised:
             selection.decide(linear, CUDA, torch.float16, "cuda", sizes)
         cpu, triton = (", ".join(linear.refusals(name, CUDA, torch.float16, sizes)) for name in ("cpu", "triton"))
-        others = "torch could, but another was forced; reference could, but another was forced"
+        others = "torch is available, but not selected; reference is available, but not selected"
         assert str(raised.value) == (
             f"linear on cuda:0 in torch.float16 with backend='cuda': cpu {cpu}; "
-            f"triton {triton or 'could, but another was forced'}; cuda {reason}; {others}"
+            f"triton {triton or 'is available, but not selected'}; cuda {reason}; {others}"
         )
 
 

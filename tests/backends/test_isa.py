@@ -64,12 +64,14 @@ def test_modules_with_a_slow_bf16_dot_product_come_later():
 
 
 def first_call(path=PACKAGE.parent, **environment):
-    """What the import and the first call print on stderr, and the report's line about the compiled module."""
+    """What the import and the first call print on stderr, and what the report says of the compiled module."""
     code = """
 import sys
 import fastlm
 import torch
-print(next(line for line in str(fastlm.info()).splitlines() if line.startswith("compiled module")))
+for line in str(fastlm.info()).splitlines():
+    if line.startswith(("compiled module", "forced", "  cpu")):
+        print(line)
 print("imported", file=sys.stderr)
 try:
     fastlm.linear(torch.ones(2, 3), torch.ones(2, 3), backend="torch")
@@ -82,7 +84,13 @@ except ValueError as error:
 
 def test_an_isa_that_does_not_exist_is_an_error():
     message = "FASTLM_ISA: expected one of amx, avx512_bf16, avx512, avx2, baseline, got 'sse9'"
-    assert first_call(FASTLM_ISA="sse9") == (["imported", message], f"compiled module: none ({message})")
+    errors, report = first_call(FASTLM_ISA="sse9")
+    assert errors == ["imported", message]
+    assert report.splitlines() == [
+        f"compiled module: none ({message})",
+        f"forced: {message} (every call is this error)",
+        f"  cpu        is not loaded: {message}",
+    ]
 
 
 def test_an_isa_that_does_not_exist_is_one_line_of_a_command():

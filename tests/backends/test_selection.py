@@ -71,7 +71,7 @@ def test_the_environment_variable_forces_a_backend():
         text=True,
     )
     done = run("cuda", code.format("fastlm.linear(x, x)"))
-    assert "Unsupported: linear on cpu in torch.float32 with backend='cuda'" in done.stderr
+    assert "Unsupported: linear on cpu in torch.float32 with FASTLM_BACKEND=cuda: " in done.stderr
     done = run("gpu", code.format("fastlm.linear(x, x)"))
     assert "ValueError: FASTLM_BACKEND: expected one of cpu, triton, cuda, torch, reference, got 'gpu'" in done.stderr
 
@@ -116,11 +116,32 @@ def test_backend_names_are_checked():
             pass
 
 
+def test_the_closest_name_is_suggested():
+    for name, closest in (("cdua", "cuda"), ("CPU", "cpu"), ("tritn", "triton")):
+        with pytest.raises(ValueError, match=f"got '{name}'; did you mean '{closest}'\\?$"):
+            fastlm.linear(X, W, backend=name)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_error_names_what_forced_the_backend(monkeypatch, compiled):
+    def message(**options):
+        call = lambda: fastlm.linear(X.double(), W.double(), **options)  # noqa: E731
+        with pytest.raises(fastlm.Unsupported) as raised:
+            torch.compile(call, backend="eager")() if compiled else call()
+        return str(raised.value)
+
+    monkeypatch.setattr(selection, "from_environment", "cuda")
+    assert message().startswith("linear on cpu in torch.float64 with FASTLM_BACKEND=cuda: ")
+    with fastlm.use_backend("triton"):
+        assert message().startswith("linear on cpu in torch.float64 with use_backend('triton'): ")
+        assert message(backend="cuda").startswith("linear on cpu in torch.float64 with backend='cuda': ")
+
+
 def test_an_error_lists_every_backend_with_its_reasons():
     message = (
         r"linear on cpu in torch.float64 with backend='cpu': "
         r"cpu (computes in torch.float32, torch.bfloat16, torch.float16, not torch.float64|is not compiled.*); "
-        r"triton .*; cuda .*; torch could, but another was forced; reference could, but another was forced"
+        r"triton .*; cuda .*; torch is available, but not selected; reference is available, but not selected"
     )
     with pytest.raises(fastlm.Unsupported, match=message):
         fastlm.linear(X.double(), W.double(), backend="cpu")

@@ -222,7 +222,7 @@ def test_an_unsupported_gpu_is_named_and_the_next_backend_selected(gpu, changed,
     cpu, cuda = (
         ", ".join(LAYERNORM.refusals(name, CUDA, torch.bfloat16, Sizes(40, 768, False))) for name in ("cpu", "cuda")
     )
-    others = "torch could, but another was forced; reference could, but another was forced"
+    others = "torch is available, but not selected; reference is available, but not selected"
     call = "layernorm_residual on cuda:0 in torch.bfloat16 with backend='triton'"
     assert str(raised.value) == f"{call}: cpu {cpu}; triton {reason}; cuda {cuda}; {others}"
 

@@ -118,11 +118,26 @@ def test_the_picture_is_drawn_for_any_rows(tmp_path, rows):
     check_picture(plots.figure_of(rows, DESCRIBED))
 
 
+def test_an_operator_has_one_name_in_a_picture():
+    pytest.importorskip("matplotlib")
+    rows = [dataclasses.replace(row, operator="attention_varlen") for row in OPERATORS]
+    figure = plots.figure_of(rows, DESCRIBED)
+    names = {
+        tick.get_text().partition(",")[0]
+        for axes in figure.axes
+        if axes.get_title() in ("speedup", "peak memory")
+        for tick in axes.get_yticklabels()
+    }
+    assert names == {"attention_varlen"} and figure.axes[-1].get_title() == "peak memory"
+
+
 def check_picture(figure):
-    """Every panel has data, and no legend covers any."""
+    """Every panel has data, no legend covers any, and the text after a bar does not touch the frame."""
     figure.draw_without_rendering()
     for axes in figure.axes:
         assert axes.has_data()
+        for text in axes.texts:
+            assert text.get_window_extent().x1 + 4 < axes.bbox.x1, text
         if legend := axes.get_legend():
             place = legend.get_window_extent()
             assert legend.get_texts() and not any(place.overlaps(other.bbox) for other in figure.axes)

@@ -10,6 +10,7 @@ from fastlm.benchmarking.compare import Baseline, Row
 from fastlm.benchmarking.machine import Work
 from fastlm.benchmarking.measure import Ratio
 from fastlm.commands import bench
+from tests.benchmarks.test_report import check_picture
 
 RESULTS = sorted((Path(__file__).parents[2] / "docs" / "results").glob("*.json"))
 MACHINE = {"cpu": "A CPU", "isa": "avx2", "fastlm": "0.1", "torch": "2", "command": "fastlm bench", "peaks": {}}
@@ -45,12 +46,24 @@ def test_an_earlier_run_is_shown(tmp_path, capsys):
     assert "| `linear` | float32 | 2 | 2.00 [1.90–2.10] |" in table.read_text() and "fastlm bench" in table.read_text()
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"rows": [{}], "machine": {}}', '{"rows": []}'])
-def test_other_files_are_refused(tmp_path, text):
-    file = tmp_path / "other.json"
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "no JSON: .*"),
+        ("[]", "no JSON object"),
+        ('{"rows": [{}], "machine": {}}', "rows with other fields"),
+        ('{"rows": [3], "machine": {}}', "rows with other fields"),
+        ('{"machine": {}}', "without 'rows'"),
+        ('{"rows": []}', "without 'machine'"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, text, reason):
+    file, expected = tmp_path / "other.json", "^from: expected a file written by `fastlm bench --json`, got "
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"^from: expected a file written by `fastlm bench --json`, got .*other\.json"):
+    with pytest.raises(ValueError, match=rf"{expected}'.*other\.json' \({reason}\)$"):
         saved.read("from", file)
+    with pytest.raises(ValueError, match=rf"{expected}'.*' \(Is a directory\)$"):
+        saved.read("from", tmp_path)
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.name)
@@ -59,4 +72,5 @@ def test_committed_results_can_be_shown(tmp_path, file):
     rows, machine = saved.read("from", file)
     plots.draw(tmp_path / "plot.png", rows, machine)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    check_picture(plots.figure_of(rows, machine))
     assert report.markdown(rows, machine) == file.with_suffix(".md").read_text()

@@ -122,13 +122,56 @@ def test_bench_training_step_at_several_recompute_levels(small_cases, monkeypatc
             "case: expected a comma-separated list of encoding, bert, gpt2, .*, modernbert_documents, got 'falcon'",
         ),
         (["--operators", "accelerated"], r"checkpoint: expected the folder of a sentence encoder .*, got None"),
-        (["--dtypes", "int8"], "dtypes: expected a comma-separated list of float32, bfloat16, got 'int8'"),
+        (
+            ["--dtypes", "int8"],
+            "dtypes: expected a comma-separated list of float32, bfloat16 \\(also fp32, bf16\\), got 'int8'",
+        ),
+        (["--dtypes", "bf61"], "dtypes: expected a comma-separated list of .*, got 'bf61'; did you mean 'bf16'\\?"),
         (["--operators", "atention"], "operators: .*, got 'atention'; did you mean 'attention'\\?"),
         (["--plot", "b.foo"], r"plot: expected a file name that ends in one of .*\.png, .*\.svg.*, got 'b.foo'"),
         (["--threads", "1,x"], "threads: expected a comma-separated list of integers from 1 to 4096, got 'x'"),
         (["--directions", "up"], "directions: expected a comma-separated list of forward, backward, .*, got 'up'"),
         (["--seconds", "0"], r"seconds: expected a number in \(0, 3600\), got 0.0"),
         (["--gpu"], r"gpu: expected a GPU that PyTorch can use, got none \(.*\)"),
+        (
+            ["--operators", "rotary", "--model", "bert"],
+            "model: expected this option together with --operators training_step, got --operators rotary",
+        ),
+        (
+            ["--operators", "rotary,growth", "--recompute", "2"],
+            "recompute: expected this option together with --operators training_step, got --operators rotary,growth",
+        ),
+        (
+            ["--operators", "rotary", "--case", "bert"],
+            "case: expected this option together with --operators accelerated, got --operators rotary",
+        ),
+        (
+            ["--operators", "accelerated", "--case", "bert", "--checkpoint", "nodir"],
+            "checkpoint: expected this option together with --operators accelerated --case encoding, got .*accelerated",
+        ),
+        (
+            ["--operators", "growth", "--directions", "forward"],
+            "directions: expected this option together with an operator among --operators, got --operators growth",
+        ),
+        (
+            ["--operators", "generation", "--compile"],
+            "compile: expected this option together with another benchmark than generation, got .* generation",
+        ),
+        (
+            ["--from", "b.json", "--operators", "adamw", "--threads", "x"],
+            "operators: expected no value with --from, which measures nothing, got 'adamw'",
+        ),
+        (
+            ["--from", "b.json", "--checkpoint", "nodir"],
+            "checkpoint: expected no value with --from, which measures nothing, got 'nodir'",
+        ),
+        (["--gpu", "--threads", "1"], "threads: expected no value with --gpu, got '1'"),
+        (["--gpu", "--from", "b.json"], "from: expected no value with --gpu, got 'b.json'"),
+        (
+            ["--from", "nofile"],
+            r"from: expected a file written by `fastlm bench --json`, got 'nofile' \(No such file or directory\)",
+        ),
+        (["--json", "/proc/b.json"], r"json: expected a file that can be written, got '/proc/b.json' \(.*\)"),
         (["--json", "/nowhere/b.json"], "json: expected a file name in an existing directory, got '/nowhere/b.json'"),
     ],
 )

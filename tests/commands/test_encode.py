@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import fastlm
 from fastlm.benchmarking.machine import threads
-from fastlm.commands import partial
+from fastlm.commands import encode, partial
 from fastlm.integrations import encoding
 from fastlm.integrations.encoding.forward import Runner
 from tests.commands.support import fastlm_command, process, run
@@ -145,7 +145,7 @@ def test_parquet_without_pyarrow(model, tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": 3}', "FILE:1: expected a string in the field 'text', got 3"),
         ("a.jsonl", b'["text"]', "FILE:1: expected a JSON object, got list"),
         ("a.jsonl", b'{"text": "ab"}\n{"te', "FILE:2: expected a JSON object, got invalid JSON .*"),
-        ("a.txt", None, ".*No such file or directory: 'FILE'"),
+        ("a.txt", None, "files: expected a file, got 'FILE', which does not exist"),
     ],
 )
 def test_files_that_cannot_be_read(model, tmp_path, name, content, message):
@@ -157,9 +157,20 @@ def test_files_that_cannot_be_read(model, tmp_path, name, content, message):
     assert not (tmp_path / "out").exists() and not partial.folder_of(tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("names", [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_a_dtype_has_two_names(names):
+    assert [encode.dtype_of(name) for name in names] == [getattr(torch, names[1])] * 2
+    assert encode.dtype_of("auto") is None
+
+
 def test_wrong_options(model, file, tmp_path):
     command = ("encode", "--model", model, file, "--out", tmp_path / "out")
-    assert failed(*command, "--dtype", "int8") == "dtype: expected one of 'auto', 'fp32', 'bf16', 'fp16', got 'int8'"
+    for wrong, words in ((tmp_path / "nofile", "which does not exist"), (tmp_path, "a directory")):
+        message = f"files: expected a file, got '{wrong}', {words}"
+        assert failed("encode", "--model", model, file, wrong, "--out", tmp_path / "out") == message
+        assert failed("rerank", "--model", model, file, wrong, "--query", "ab") == message
+    message = "dtype: expected one of auto, float32, bfloat16, float16 (also fp32, bf16, fp16), got 'int8'"
+    assert failed(*command, "--dtype", "int8") == message
     assert failed(*command, "--pooling", "maen").endswith("got 'maen'; did you mean 'mean'?")
     assert failed(*command, "--prompt-name", "q") == "prompt_name: expected None, as the model has none, got 'q'"
     assert failed(*command, "--max-tokens-per-batch", 0).startswith("max_tokens_per_batch: expected an integer of 1")

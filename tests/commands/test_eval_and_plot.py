@@ -43,6 +43,16 @@ def test_errors(trained, tmp_path, name, arguments, message):
     assert result.exit_code == 1 and re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments, name",
+    [(["eval", "text.txt", "--model", "nomodel", "--json"], "json"), (["plot", "norun", "--out"], "out")],
+)
+def test_a_file_that_cannot_be_written_is_an_error_before_anything_is_read(arguments, name):
+    result = fastlm_command(*arguments, "nodir/x.png")
+    message = f"error: {name}: expected a file name in an existing directory, got 'nodir/x.png'\n"
+    assert result.exit_code == 1 and result.stderr == message
+
+
 def test_plot(trained, tmp_path):
     output = run("plot", trained[0], "--out", tmp_path / "run.png", "--out", tmp_path / "run.html")
     assert output == f"1 run plotted in {tmp_path / 'run.png'}\n1 run plotted in {tmp_path / 'run.html'}\n"

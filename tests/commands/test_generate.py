@@ -7,7 +7,7 @@ import torch
 
 from fastlm.generation import load_tokenizer
 from fastlm.models import load_model
-from tests.commands.support import fastlm_command, run
+from tests.commands.support import TINY, fastlm_command, run
 
 
 def test_generate_prints_the_generated_text(trained):
@@ -74,6 +74,13 @@ def test_generate_errors(trained, arguments, message):
     result = fastlm_command("generate", "--model", trained[0], *arguments)
     assert result.exit_code == 1
     assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+
+
+def test_a_prompt_outside_the_vocabulary_is_named(trained, text_file, tmp_path):
+    out = tmp_path / "char"
+    run("train", text_file, *TINY, "--steps", 1, "--tokenizer", "char", "--out", out)
+    result = fastlm_command("generate", "--model", out, "--prompt", "Ω")
+    assert result.stderr == "error: prompt: expected characters of the tokenizer's vocabulary, got 'Ω'\n"
 
 
 def test_missing_model_and_wrong_kind_of_model(trained_bert, tmp_path):

@@ -5,12 +5,15 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 
 import pytest
 import tokenizers
 
+from fastlm import cli
 from fastlm.models import CausalLM, LlamaConfig
+from fastlm.training import loop
 from fastlm.training.checkpoints import Checkpoints, locked_run, saved_in, sha256
 from tests.commands.support import TEXT, TINY, assert_same_run, fastlm_command, process, run
 
@@ -177,8 +180,9 @@ def test_resume_errors(interrupted, tmp_path):
     (tmp_path / "empty").mkdir()
     message = f"resume: expected the directory of a run, with run.json, got '{tmp_path}/empty'"
     assert_error(fastlm_command("train", "--resume", tmp_path / "empty"), message)
-    message = "resume: expected no other option than --device and --threads, got steps"
-    assert_error(fastlm_command("train", "--resume", out, "--steps", 20), message)
+    message = "resume: expected no other option than --device and --threads, got "
+    assert_error(fastlm_command("train", "--resume", out, "--eval-every", 20), message + "--eval-every")
+    assert_error(fastlm_command("train", "--resume", out, text), message + "PATH")
     with locked_run(out):
         message = f"out: expected a run that no other process trains, got '{out}'"
         assert_error(fastlm_command("train", "--resume", out), message)
@@ -244,6 +248,44 @@ def test_a_directory_that_cannot_be_written(interrupted):
         assert_error(fastlm_command("train", "--resume", out), f"resume: expected a writable directory, got '{out}'.*")
     finally:
         out.chmod(0o700)
+
+
+@pytest.mark.parametrize("at, hint", [(6, "to go on: fastlm train --resume {out}\n"), (1, "")])
+def test_a_second_interrupt_prints_the_command_that_goes_on(text_file, whole, tmp_path, monkeypatch, at, hint):
+    """The second signal comes before the step has ended; the first step of a run has no checkpoint."""
+    out, calls, training_batch = tmp_path / "out", [], loop.training_batch
+
+    def interrupting(*arguments):
+        calls.append(arguments)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            if at == 1:
+                raise KeyboardInterrupt
+        return training_batch(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "training_batch", interrupting)
+        result = fastlm_command("train", text_file, *SETTINGS, "--out", out)
+    assert result.exit_code == 130 and result.stderr == "interrupted\n"
+    assert result.stdout.endswith(hint.format(out=out)) and ("to go on" in result.stdout) == bool(hint)
+    run("train", "--resume", out)
+    assert_same_weights(out, whole)
+
+
+def test_ctrl_c_is_ignored_once_everything_is_saved(text_file, tmp_path, monkeypatch):
+    """While Python shuts down, it would end the process by the signal."""
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["fastlm", "--version"])
+    try:
+        run("train", text_file, *TINY, "--steps", 1, "--out", tmp_path / "out")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.signal(signal.SIGINT, before)
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(running, condition, deadline=120):

@@ -14,7 +14,7 @@ import rich.console
 import tokenizers
 import torch
 
-from fastlm.commands import display
+from fastlm.commands import display, train
 from fastlm.generation import load_tokenizer
 from fastlm.models import (
     BertConfig,
@@ -269,6 +269,23 @@ def test_train_errors_are_one_line_and_write_nothing(tmp_path, monkeypatch, argu
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_a_prompt_outside_the_vocabulary_is_an_error_before_the_run_starts(text_file, tmp_path):
+    arguments = ["train", text_file, *TINY, "--tokenizer", "char", "--sample-every", 5, "--prompt", "Ω"]
+    result = fastlm_command(*arguments, "--out", tmp_path / "out")
+    message = "error: prompt: expected characters of the tokenizer's vocabulary, got 'Ω'\n"
+    assert result.exit_code == 1 and result.stderr == message
+    assert not (tmp_path / "out" / "run.json").exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_dry_run_beside_an_earlier_run(trained, text_file, monkeypatch):
+    """It writes nothing, so that it need not be told where."""
+    out, _ = trained
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(train, "show_estimate", lambda *arguments: print("the estimate"))
+    assert run("train", text_file, *TINY, "--dry-run", "--out", out) == "the estimate\n"
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_train_takes_files_without_an_option(trained, text_file, tmp_path):
     (tmp_path / "more.txt").write_text("more")
     run("train", text_file, tmp_path / "more.txt", *TINY, "--out", tmp_path / "out", "--threads", 1)
@@ -295,13 +312,12 @@ def test_train_names_the_files_that_it_skips(text_file, tmp_path):
 @pytest.mark.parametrize("command", ["train", "demo"])
 def test_an_earlier_model_is_not_overwritten(command, trained, text_file, tmp_path, small_demo):
     arguments = {"train": ["train", text_file, *TINY], "demo": ["demo", "--seconds", 0.1]}[command]
-    out = tmp_path / "out"
+    out, options = tmp_path / "out", "--overwrite replaces it" + ", --resume continues it" * (command == "train")
     shutil.copytree(trained[0], out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     result = fastlm_command(*arguments, "--out", out)
     assert result.exit_code == 1 and result.stderr == (
-        f"error: out: expected a directory without a model, got {str(out)!r}, which has config.json; "
-        "--overwrite replaces it, --resume continues it\n"
+        f"error: out: expected a directory without a model, got {str(out)!r}, which has config.json; {options}\n"
     )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     run(*arguments, "--out", out, "--overwrite")

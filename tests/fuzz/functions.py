@@ -313,6 +313,29 @@ def adamw_state(
     optimizer.step()
 
 
+def adamw_load(step: Tensor | float, exp_avg: Tensor, exp_avg_sq: Tensor, master_param: Tensor) -> None:
+    """A step after loading a state dict with this state."""
+    load_and_step(adamw_state_dict({"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master_param": master_param}, step))
+
+
+def load_and_step(state_dict: dict) -> None:
+    parameter = torch.nn.Parameter(normal(3, 4).bfloat16())
+    optimizer = fastlm.optim.AdamW([parameter], master_weights=True)
+    optimizer.load_state_dict(state_dict)
+    parameter.grad = normal(3, 4).bfloat16()
+    optimizer.step()
+
+
+def adamw_state_dict(tensors: dict[str, Any], step: Any) -> dict[str, Any]:
+    groups = fastlm.optim.AdamW([torch.nn.Parameter(normal(3, 4))]).state_dict()["param_groups"]
+    return {"state": {0: {**tensors, "step": step}}, "param_groups": groups}
+
+
+def adamw_state_dict_argument():
+    tensors = adamw_state_arguments()
+    return {"state_dict": adamw_state_dict(tensors, tensors.pop("step"))}
+
+
 def adamw_state_arguments():
     moments = {name: normal(3, 4).abs() for name in ("exp_avg", "exp_avg_sq", "master_param")}
     return {"step": torch.tensor(2.0)} | moments
@@ -427,6 +450,8 @@ OTHERS = [
         "AdamW", adamw, lambda: {"params": [torch.nn.Parameter(normal(3, 4))]}, signature=fastlm.optim.AdamW.__init__
     ),
     Function("AdamW.state", adamw_state, adamw_state_arguments),
+    Function("AdamW.load_state_dict", load_and_step, adamw_state_dict_argument),
+    Function("AdamW.load_state_dict of a state", adamw_load, adamw_state_arguments),
     Function("accelerate", fastlm.accelerate, lambda: {"model": transformers_model()}),
     Function("report", fastlm.report, lambda: {"model": transformers_model()}),
     Function("restore", fastlm.restore, lambda: {"model": transformers_model()}),

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -295,6 +296,64 @@ def test_state_of_another_size_is_refused(backend, key, value, message):
     optimizer.state[own[0]][key] = value
     with pytest.raises(ValueError, match=message):
         steps(optimizer, 1)
+
+
+BETAS = r"betas: expected two numbers in \[0, 1\), got \(0.9,\)"
+STATE_DICT = 'a dict with the keys "state" and "param_groups"'
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"exp_avg_sq": "x"}, "exp_avg_sq: expected a tensor, got 'x'"),
+        ({"exp_avg": None}, "exp_avg: expected a tensor, got None"),
+        (
+            {"exp_avg": torch.zeros(5, 4, dtype=torch.int64)},
+            "exp_avg: expected a floating-point tensor, got torch.int64",
+        ),
+        ({"exp_avg": torch.zeros(4)}, r"exp_avg: expected shape \(5, 4\), as its parameter, got \(4,\)"),
+        (
+            {"exp_avg": torch.zeros(5, 4, device="meta")},
+            "exp_avg: expected a tensor with storage, got one on the meta .*",
+        ),
+        ({"step": "x"}, "step: expected a finite number of 0 or more, got 'x'"),
+        ({"step": -1}, "step: expected a finite number of 0 or more, got -1"),
+        ({"step": torch.ones(1)}, r"step: expected shape \(\), got \(1,\)"),
+        ({"step": torch.tensor(True)}, "step: expected a number, got a torch.bool tensor of 0 dimensions"),
+        ("step", "step: expected a tensor in the state of every parameter, or no state at all, got none"),
+        ("exp_avg", "exp_avg: expected a tensor in the state of every parameter, or no state at all, got none"),
+        (lambda saved: saved["state"].update({0: 3}), "state: expected a dict for every parameter, got 3"),
+        (lambda saved: saved["param_groups"].clear(), "param_groups: expected 1, as the optimiser has, got 0"),
+        (
+            lambda saved: saved["param_groups"][0].pop("lr") and None,
+            r"param_groups\[0\]\['lr'\]: expected a value, got none",
+        ),
+        (lambda saved: saved["param_groups"][0].update(betas=(0.9,)), BETAS),
+        (
+            lambda saved: saved["param_groups"][0]["params"].append(1),
+            r"param_groups\[0\]\['params'\]: expected 1 parameters, got 2",
+        ),
+        (lambda saved: {}, f"state_dict: expected {STATE_DICT}, got one without 'state'"),
+        (lambda saved: 3, f"state_dict: expected {STATE_DICT}, got 3"),
+        (lambda saved: {"state": [], "param_groups": []}, r"state_dict\['state'\]: expected a dict, got list"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused_before_any_change(change, message):
+    own = parameters([(5, 4)])
+    optimizer = fastlm.optim.AdamW(own)
+    steps(optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    saved: Any = copy.deepcopy(before)
+    if isinstance(change, dict):
+        saved["state"][0] |= change
+    elif isinstance(change, str):
+        del saved["state"][0][change]
+    else:
+        replaced = change(saved)
+        saved = saved if replaced is None else replaced
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        optimizer.load_state_dict(saved)
+    assert str(optimizer.state_dict()) == str(before)
 
 
 @on_backends("reference", "torch", "cpu")

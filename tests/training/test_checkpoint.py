@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import resource
+import sys
 
 import pytest
 import torch
@@ -118,6 +119,11 @@ def test_interrupted_save_leaves_no_files(tmp_path):
     [
         ("file", r"out: expected a directory or a path for a new one, got the file '.*file'"),
         ("file/x", r"out: expected a writable directory, got '.*file/x'"),
+        pytest.param(
+            "/proc/x",
+            r"out: expected a writable directory, got '/proc/x' in '/proc'",
+            marks=pytest.mark.skipif(not sys.platform.startswith("linux"), reason="has no /proc"),
+        ),
     ],
 )
 def test_prepare_rejects_invalid_directories(tmp_path, out, message):

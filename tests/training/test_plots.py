@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import sys
@@ -6,8 +7,10 @@ import xml.etree.ElementTree
 import pytest
 
 from fastlm.training.metrics import FILE, JSONLines
-from fastlm.training.plots import Curves, write
+from fastlm.training.plots import Curves, draw, write
 from fastlm.training.report import Step
+
+COLUMNS = ("steps", "loss", "lr", "grad_norm", "tokens_per_second")
 
 
 @pytest.fixture
@@ -35,6 +38,13 @@ def test_reading(runs):
     assert curves.steps == [1, 2, 3, 4, 5] and curves.evaluations == [(2, 2.25), (5, 2.75)]
     assert curves.loss[:2] == curves.grad_norm[:2] == [3.0, 1.5] and math.isnan(curves.loss[2])
     assert (curves.lr[0], curves.tokens_per_second[4], curves.skipped) == (2e-3, 5000.0, 1)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_steps_are_whole_numbers(runs, steps):
+    curves = dataclasses.replace(Curves.read(runs[0]), **{key: list(range(1, steps + 1)) for key in COLUMNS})
+    for axes in draw([curves]).axes:
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
 @pytest.mark.parametrize("ending, begin", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("html", b"<!doctype html>")])

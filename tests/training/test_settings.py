@@ -12,7 +12,14 @@ from fastlm.training.settings import Settings
         (
             "dtype",
             "float61",
-            "dtype: expected one of float32, bfloat16, float16, got 'float61'; did you mean 'float16'?",
+            "dtype: expected one of float32, bfloat16, float16 (also fp32, bf16, fp16), got 'float61'; did you mean "
+            "'float16'?",
+        ),
+        (
+            "dtype",
+            "bf61",
+            "dtype: expected one of float32, bfloat16, float16 (also fp32, bf16, fp16), got 'bf61'; did you mean "
+            "'bf16'?",
         ),
         ("recompute", 3, "recompute: expected one of 0, 1, 2, got 3"),
         ("layers", 0, "layers: expected an integer >= 1, got 0"),

@@ -49,12 +49,22 @@ def test_the_vocabulary_is_that_of_the_library(text):
     assert train_tokenizer([records], vocab_size=320, field="body")[0].get_vocab() == own.get_vocab()
 
 
+def test_the_smallest_vocabulary(text):
+    """The error of a smaller one names its size."""
+    assert train_tokenizer([text], kind="wordpiece", vocab_size=56)[0].get_vocab_size() == 56
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"kind": "bep"}, "kind: expected one of bpe, wordpiece, got 'bep'; did you mean 'bpe'?"),
         ({"vocab_size": 256}, "vocab_size: expected an integer >= 257, got 256"),
         ({"kind": "wordpiece", "vocab_size": 5}, "vocab_size: expected an integer >= 6, got 5"),
+        (
+            {"kind": "wordpiece", "vocab_size": 55},
+            "vocab_size: expected an integer >= 56 for this text (special tokens, and characters at the start of words "
+            "and after it), got 55",
+        ),
         ({"lowercase": True}, "lowercase: expected False unless kind is wordpiece, got True"),
         ({"paths": []}, "data: expected at least one file, directory or pattern, got none"),
         ({"paths": ["empty.txt"]}, "data: expected a text that is not empty, got 1 empty file, the first is empty.txt"),

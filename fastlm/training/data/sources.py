@@ -34,7 +34,7 @@ def find_files(argument: str, paths: Iterable[str | Path]) -> Files:
     """Expands directories (recursively) and glob patterns (with `**`) to sorted lists of files.
 
     Of a folder that `datasets` has saved, these are its Arrow files in their own order. Hidden and binary files are
-    skipped unless a path names them. A file is read once, however often it is named.
+    skipped unless a path names them. A file is read once, however often and by whichever path it is named.
     """
     found: list[Path] = []
     skipped: list[Path] = []
@@ -57,7 +57,10 @@ def find_files(argument: str, paths: Iterable[str | Path]) -> Files:
             )
         found += files
         skipped += others
-    return Files(list({file.absolute(): file for file in found}.values()), skipped)
+    once: dict[Path, Path] = {}
+    for file in found:
+        once.setdefault(file.resolve(), file)
+    return Files(list(once.values()), skipped)
 
 
 def candidates(argument: str, matches: Iterable[Path], *, below: Path | None) -> list[Path]:

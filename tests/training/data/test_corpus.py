@@ -79,6 +79,16 @@ def test_validation_file_shares_the_vocabulary(tmp_path):
     assert corpus.validation[:].tolist() == [2, 1]
 
 
+def test_a_file_is_read_once_by_whichever_path_it_is_named(tmp_path):
+    write(tmp_path, a_txt="ab", b_txt="cd")
+    (tmp_path / "link.txt").symlink_to("b.txt")
+    (tmp_path / "folder").mkdir()
+    paths = [tmp_path / "link.txt", tmp_path / "a.txt", tmp_path / "folder" / ".." / "a.txt", tmp_path]
+    corpus = data.load(paths, val_fraction=0.5)
+    assert bytes(corpus.train[:].tolist() + corpus.validation[:].tolist()) == b"cdab"
+    assert corpus.files == (tmp_path / "link.txt", tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
