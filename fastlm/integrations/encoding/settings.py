@@ -5,6 +5,7 @@ The directory is read without sentence-transformers: modules.json lists its modu
 
 import dataclasses
 import functools
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -99,9 +100,9 @@ def from_model(model: Any) -> tuple[nn.Module, Any, Settings]:
 def kinds_of_modules() -> dict[type, str]:
     """The kind of each class of modules that is supported. A class derived from one may compute something else."""
     try:
-        from sentence_transformers.sentence_transformer import modules  # since version 5.4
-    except ImportError:
-        from sentence_transformers import models as modules
+        modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")  # since version 5.4
+    except ModuleNotFoundError:
+        modules = importlib.import_module("sentence_transformers.models")
     return {getattr(modules, kind): kind for kind in ("Transformer", "Pooling", *FOLLOWING)}
 
 
