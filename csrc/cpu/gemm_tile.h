@@ -13,8 +13,8 @@ inline constexpr int MR = 8;  // 32 vector registers
 inline constexpr int MR = 4;  // 16 vector registers
 #endif
 inline constexpr int NRVecs = 3;
-// A small tile is too short to hide a cache miss at its end. Its accumulators of earlier k blocks and the lines that its
-// epilogue writes are therefore prefetched at its start.
+// A small tile is too short to hide a cache miss at its end. Its accumulators of earlier k blocks and the lines that
+// its epilogue writes are therefore prefetched at its start.
 inline constexpr bool SmallTiles = MR == 4;
 // Rows of A that are packed together: whole registers, one tile or two.
 inline constexpr int64_t PanelRows = MR > vec::Lanes ? MR : vec::Lanes;
