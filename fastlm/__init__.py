@@ -12,8 +12,8 @@ from fastlm._version import __version__
 from fastlm.allocator import tune_allocator
 from fastlm.backends import Unsupported, isa, use_backend
 from fastlm.info import info
-from fastlm.integrations import accelerate, report, restore
-from fastlm.integrations.encoding import encode, rerank
+from fastlm.integrations.api import accelerate, report, restore
+from fastlm.integrations.encoding.api import encode, rerank
 from fastlm.ops.attention import attention, attention_varlen, scaled_dot_product_attention
 from fastlm.ops.contrastive_loss import contrastive_loss
 from fastlm.ops.gelu_mlp import gelu_mlp

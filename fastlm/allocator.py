@@ -62,7 +62,7 @@ def summary() -> str:
         return f"tuned ({done.reason})"
     if reason := why_not_tunable():
         return f"not tuned ({reason})"
-    return "glibc's defaults; fastlm.tune_allocator() makes training faster (fastlm train and fastlm demo call it)"
+    return "glibc's defaults; fastlm.tune_allocator() makes training faster (the commands that compute call it)"
 
 
 def why_not_tunable() -> str:

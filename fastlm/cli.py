@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from fastlm.commands import choices, options
 from fastlm.core import interrupts
 from fastlm.core.errors import mismatch
-from fastlm.integrations.encoding import MAX_TOKENS_PER_BATCH
+from fastlm.integrations.encoding.schedule import MAX_TOKENS_PER_BATCH
 from fastlm.models.layers import RECOMPUTE
 from fastlm.training.config import PRESETS, resolve
 

@@ -20,6 +20,7 @@ def prose(page: Path) -> str:
 
 def commands(page: Path, word: str) -> list[str]:
     """The lines of a page's shell blocks that run a command, without environment variables and comments."""
-    lines = (line.split(" #")[0].strip() for block in blocks(page, "sh", "") for line in block.splitlines())
+    whole = (re.sub(r" *\\\n *", " ", block) for block in blocks(page, "sh", ""))
+    lines = (line.split(" #")[0].strip() for block in whole for line in block.splitlines())
     stripped = (re.sub(r"^([A-Z_0-9]+=\S+ +)*", "", line) for line in lines)
     return sorted({line for line in stripped if line.split()[:1] == [word]})

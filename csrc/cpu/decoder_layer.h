@@ -7,8 +7,8 @@
 // long to call the operators one by one as a small model's weights take to be read, all the more as these evict its own
 // data from the caches between two calls. All layers therefore run in one call. They compute nothing themselves: each
 // step is the kernel of an operator, with the arguments that the modules of fastlm.models pass, so the bits are the
-// same. The cache (fastlm/models/cache.py) decides which slot of each layer is next; the tensors are read anew in every
-// call, so nothing here can be outdated.
+// same. The cache (fastlm/models/cache.py) decides which slot of each layer is next; every call reads the tensors
+// again, so nothing here can be outdated.
 #pragma once
 #include "attention.h"
 #include "gelu_mlp.h"

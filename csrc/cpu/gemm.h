@@ -4,9 +4,9 @@
 // C is cut into blocks of at most MC × NC, which threads compute independently. The rows of A in a block are packed
 // once and stay in the L2 cache. B is packed in panels of KC lanes of k × NRVecs vectors of columns, which fit in L1,
 // and all rows of A are multiplied by each panel; meanwhile the next panel of B is prefetched. With 8 lanes a panel may
-// end within a cache line of C; then two adjacent panels form a group. Packing (gemm_pack.h) takes 1–3 % of the time of
-// the tiles (gemm_tile.h). The epilogue receives each finished vector of C once, while it is in the cache, so that a
-// bias, an activation or an accumulation costs no pass over memory.
+// end within a cache line of C; then two adjacent panels form a group. gemm_pack.h packs, gemm_tile.h multiplies. The
+// epilogue receives each finished vector of C once, while it is in the cache, so that a bias, an activation or an
+// accumulation costs no pass over memory.
 //
 // Several matrices B of the same shape may be multiplied by one A. Their products are computed group of panels by group
 // of panels, and the epilogue receives the same vector of all of them at once.

@@ -19,7 +19,7 @@ namespace fastlm {
 // A square of B in registers: w[d] holds Lanes columns of the k in lane d, zero where B ends.
 template <class Arithmetic, class T> struct rhs_registers {
   static constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
-  // bf16 that is contiguous in k and is to be widened is transposed as pairs, in half the time: the square then has
+  // bf16 that is contiguous in k and is to be widened is transposed as pairs: the square then has
   // twice the depth.
   static constexpr bool AsPairs = std::is_same_v<T, bf16> && Per == 1;
   static constexpr int64_t Depth = AsPairs ? 2 * L : L;
@@ -114,7 +114,7 @@ template <class Arithmetic> struct small_m_depth {
 
 inline constexpr int64_t MaxSmallMElements = 1 << 18;  // elements of A: packed, they stay in the L2 cache
 inline constexpr int64_t SmallK = 64;
-// Accumulators that are group_columns at a time, 32 kB. With fewer, short pieces of each row of B would be read, which
+// Accumulators that are group_columns at a time, 32 kB. With fewer, short parts of each row of B would be read, which
 // hardware prefetchers do not follow.
 inline constexpr int64_t MaxSmallMSums = 8192;
 
@@ -191,7 +191,7 @@ void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands
       }
 
   // A part reads at least 64 kB of B. Several parts per thread end at nearly the same time on all of them; where B is
-  // contiguous along its columns, long pieces of its rows are worth more.
+  // contiguous along its columns, long parts of its rows are worth more.
   const int64_t most = along_k ? 8 * threads : threads, wanted = int64_t(Count) * n * k * storage<TB>::Bits / 8 / 65536;
   const int64_t parts = std::min(col_vecs, parts_of_threads(wanted, most, threads));
   const int64_t group_columns = along_k ? L : MaxSmallMSums / (m * L) * L;

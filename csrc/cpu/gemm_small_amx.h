@@ -20,8 +20,8 @@ inline void amx_copy_tile(operand<bf16> b, int64_t columns, int64_t k, float* ou
 }
 
 // sums[r·16 + j] = Σ_k A[r, k]·B[k, j] for up to 16 columns of B, which is contiguous in k. a is packed [pair of
-// k][row]. One tile of columns at a time: its memory is one piece that is read from start to end. With four, which hide
-// the latency of the multiply-adds, 64 places were read at a time, and the product was a fifth slower.
+// k][row]. One tile of columns at a time: its memory is contiguous and read from start to end. Four would hide the
+// latency of the multiply-adds, but read 64 places at a time.
 inline void amx_sums_along_k(int64_t columns, int64_t k, const float* a, operand<bf16> b, float* sums) {
   constexpr int64_t Step = 2 * amx_arithmetic::KStep, Ahead = 8 * Step;
   alignas(64) float edge[AmxTile], transposed[AmxTile];
@@ -53,7 +53,7 @@ inline void amx_sums_along_k(int64_t columns, int64_t k, const float* a, operand
 }
 
 // The same for a B that is contiguous along its columns. a is packed row-major, a_stride apart. The sums of all columns
-// are updated for 32 k at a time, so that long pieces of the rows of B are read.
+// are updated for 32 k at a time, so that long parts of the rows of B are read.
 inline void amx_sums_along_i(int64_t columns, int64_t k, const float* a, int64_t a_stride, operand<bf16> b,
                              float* sums) {
   alignas(64) float pairs[2][AmxTile];

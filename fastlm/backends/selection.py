@@ -130,7 +130,7 @@ def select(
 
 
 def forget() -> None:
-    """Decide anew from now on: the table, or what is available, has changed."""
+    """Forget the decisions made: the table, or what is available, has changed."""
     _selected.clear()
     _parts.clear()
 

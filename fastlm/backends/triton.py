@@ -1,6 +1,6 @@
 """The backend `triton`: the Triton kernels (kernels/), for NVIDIA and AMD GPUs.
 
-Under TRITON_INTERPRET=1 they run on CPU tensors, which is how they are tested without a GPU.
+TRITON_INTERPRET=1, a setting of Triton itself, makes every kernel run on CPU tensors in its interpreter.
 """
 
 import functools

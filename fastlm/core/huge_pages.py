@@ -16,7 +16,7 @@ MADV_HUGEPAGE = 14  # sys/mman.h
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 STRICT = "2"  # the system grants no more address space than there is memory
-PIECE = 1 << 30  # bytes; glibc's malloc takes no larger block from the heap than its threshold
+CHUNK = 1 << 30  # bytes; glibc's malloc takes no larger block from the heap than its threshold
 
 
 def huge_page_bytes() -> int:
@@ -62,7 +62,7 @@ def address_space_is_limited() -> bool:
 def reserve_heap(libc: Any) -> bool:
     """Extends the heap by three quarters of the machine's memory, advised as huge pages; returns whether it did so.
 
-    Only pages that are written to take memory. With more than all of the memory in one piece of address space, Linux
+    Only pages that are written to take memory. With more than all of the memory in one range of address space, Linux
     would not let the process fork. glibc must not take large blocks from elsewhere or trim the heap.
     """
     if not PAGE or address_space_is_limited():
@@ -73,16 +73,16 @@ def reserve_heap(libc: Any) -> bool:
         [ctypes.c_ssize_t],
         [ctypes.c_void_p],
     )
-    pieces: list[int] = []
-    for _ in range(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4 // PIECE):
-        piece = libc.malloc(PIECE)
-        if not piece or piece > libc.sbrk(0):  # there is no room, or it is not in the heap
-            libc.free(piece)
+    chunks: list[int] = []
+    for _ in range(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4 // CHUNK):
+        chunk = libc.malloc(CHUNK)
+        if not chunk or chunk > libc.sbrk(0):  # there is no room, or it is not in the heap
+            libc.free(chunk)
             break
-        pieces.append(piece)
-    if pieces:
-        first, end = -(-pieces[0] // PAGE) * PAGE, libc.sbrk(0) // PAGE * PAGE
+        chunks.append(chunk)
+    if chunks:
+        first, end = -(-chunks[0] // PAGE) * PAGE, libc.sbrk(0) // PAGE * PAGE
         madvise(first, end - first, MADV_HUGEPAGE)
-    for piece in reversed(pieces):  # each adjoins the free end of the heap
-        libc.free(piece)
-    return bool(pieces)
+    for chunk in reversed(chunks):  # each adjoins the free end of the heap
+        libc.free(chunk)
+    return bool(chunks)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastlm
 from fastlm.core.autocast import autocast_enabled
 from fastlm.integrations.parts import projection_reason
 from fastlm.integrations.patch import Patch, is_compiling, observed_reason
+from fastlm.ops.linear import linear
 
 
 class Narrow(torch.autograd.Function):
@@ -87,7 +87,7 @@ class AdapterPatch(Patch):
         same, narrow = Narrow.apply(dropped, a)
         if dropped is x and x.requires_grad:
             x = same
-        y = fastlm.linear(x, base.weight, base.bias, layout=self.layout)
+        y = linear(x, base.weight, base.bias, layout=self.layout)
         if y._is_view():  # of a product that autograd knows: it would copy what is written in place
             y = y.clone()
         return Widened.apply(y, narrow, b, scale)

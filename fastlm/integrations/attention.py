@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-import fastlm
 from fastlm.backends import Unsupported
 from fastlm.core.errors import mismatch
 from fastlm.integrations.capture import captures_attentions
 from fastlm.integrations.patch import sizes_may_depend_on_values, transform_reason
+from fastlm.ops.attention import attention as attention_operator
 
 NAME = "fastlm"
 CAUSAL = torch.uint8  # the dtype of a 2-D mask of causal attention
@@ -210,7 +210,7 @@ def attend(
     if value_dim != head_dim:
         scale = head_dim**-0.5 if scale is None else scale
         query, key, value = (F.pad(x, (0, max(head_dim, value_dim) - x.shape[-1])) for x in (query, key, value))
-    out = fastlm.attention(
+    out = attention_operator(
         query,
         key,
         value,

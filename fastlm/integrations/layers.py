@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import fastlm
 from fastlm.integrations.adapters import AdapterPatch, is_adapter
 from fastlm.integrations.attention import NAME, attend
 from fastlm.integrations.capture import captures_attentions, collector
@@ -40,6 +39,9 @@ from fastlm.integrations.patch import (
     tracing_state,
 )
 from fastlm.models.packing import Packed, attention_with_bias
+from fastlm.ops.attention import attention, attention_varlen
+from fastlm.ops.linear import linear
+from fastlm.ops.rotary import rotary
 
 # Since 5.24 transformers checkpoints in the forward of a layer's class, which the patch replaces. Before, it did so in
 # `__call__`, around the patch.
@@ -174,7 +176,7 @@ class BaseLayerPatch(Patch):
         module = self.module
         if kwargs or len(args) != 1 or observed_reason(args[0]) or projection_reason(module, self.layout):
             return self.original(*args, **kwargs)
-        return fastlm.linear(args[0], module.weight, module.bias, layout=self.layout)
+        return linear(args[0], module.weight, module.bias, layout=self.layout)
 
 
 def patch_base_layers(projections: Any, parts: Parts, options: dict[str, bool]) -> None:
@@ -192,10 +194,10 @@ def patch_base_layers(projections: Any, parts: Parts, options: dict[str, bool]) 
 # Attention, shared by both ways to compute a layer
 
 
-def scale_of(attention: Any, head_dim: int) -> float:
+def scale_of(module: Any, head_dim: int) -> float:
     """The scale of an attention module of transformers 4, which has no attribute `scaling`."""
-    scale = head_dim**-0.5 if getattr(attention, "scale_attn_weights", True) else 1.0
-    return scale / (attention.layer_idx + 1) if getattr(attention, "scale_attn_by_inverse_layer_idx", False) else scale
+    scale = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    return scale / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scale
 
 
 def self_attention(
@@ -225,7 +227,7 @@ def self_attention(
     if parts.is_rotary and (parts.rotates is None or own[parts.rotates]):
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         cos, sin = position_tables(patch, arguments)
-        query, key = fastlm.rotary(query, key, cos.to(dtype), sin.to(dtype))
+        query, key = rotary(query, key, cos.to(dtype), sin.to(dtype))
     if type(mask) is Packed:
         query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
         return packed_attention(query, key, value, mask, parts, scale, dropout_p), None
@@ -246,7 +248,7 @@ def self_attention(
     window = window_of(parts)
     softcap = None if parts.softcap is None else own[parts.softcap]
     if mask is None and window is None and bias is None and not return_weights:
-        out = fastlm.attention(query, key, value, causal=causal, scale=scale, softcap=softcap, dropout_p=dropout_p)
+        out = attention(query, key, value, causal=causal, scale=scale, softcap=softcap, dropout_p=dropout_p)
         return out.transpose(1, 2).flatten(2), None
     out, weights = attend(
         query,
@@ -280,7 +282,7 @@ def packed_attention(
     else:
         ends, window = packed.cu_seqlens, window_of(parts)
         sides = None if window is None else (window - 1, window - 1)
-        out = fastlm.attention_varlen(query, key, value, ends, ends, window=sides, scale=scale, dropout_p=dropout_p)
+        out = attention_varlen(query, key, value, ends, ends, window=sides, scale=scale, dropout_p=dropout_p)
     return out.view(1, -1, out.shape[1] * out.shape[2])
 
 
@@ -351,18 +353,18 @@ def fused_layer(patch: LayerPatch, parts: Parts, x: Tensor, mask: Any, arguments
     projections = parts.qkv_parameters
     if len(projections) == 1:
         own = projections[0]
-        y = fastlm.linear(y, own["weight"], own["bias"], layout=layout)
+        y = linear(y, own["weight"], own["bias"], layout=layout)
         query, key, value = y.view(batch, tokens, 3, *shape).unbind(2)
     else:
         q, k, v = projections
-        query = fastlm.linear(y, q["weight"], q["bias"], layout=layout).view(batch, tokens, *shape)
-        key = fastlm.linear(y, k["weight"], k["bias"], layout=layout).view(batch, tokens, *shape)
-        value = fastlm.linear(y, v["weight"], v["bias"], layout=layout).view(batch, tokens, *shape)
+        query = linear(y, q["weight"], q["bias"], layout=layout).view(batch, tokens, *shape)
+        key = linear(y, k["weight"], k["bias"], layout=layout).view(batch, tokens, *shape)
+        value = linear(y, v["weight"], v["bias"], layout=layout).view(batch, tokens, *shape)
     if parts.query_norm_dict is not None:
         query, key = norm(parts.query_norm_dict, query, None)[0], norm(parts.key_norm_dict, key, None)[0]
     y, _ = self_attention(patch, parts, query, key, value, mask, arguments, False)
     own = parts.out_parameters
-    y = fastlm.linear(y, own["weight"], own["bias"], layout=layout)
+    y = linear(y, own["weight"], own["bias"], layout=layout)
     if parts.attention_output_norm_dict is not None:
         y = norm(parts.attention_output_norm_dict, y, None)[0]
 
@@ -470,7 +472,7 @@ def project(module: Any, x: Tensor, parts: Parts) -> Tensor:
     if not is_plain(module, parts):
         return module(x)
     own = module._parameters
-    return fastlm.linear(x, own["weight"], own["bias"], layout=parts.layout)
+    return linear(x, own["weight"], own["bias"], layout=parts.layout)
 
 
 def is_plain(module: Any, parts: Parts) -> bool:

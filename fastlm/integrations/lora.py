@@ -13,8 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import fastlm
 from fastlm.core.errors import mismatch
+from fastlm.integrations.api import accelerate
 from fastlm.models import load_model
 from fastlm.models.encoder import EncoderForMaskedLM
 from fastlm.models.language_model import LanguageModel
@@ -64,7 +64,7 @@ class LoraModel(nn.Module):
         )
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
-            self.adapted = fastlm.accelerate(peft.get_peft_model(base, config))
+            self.adapted = accelerate(peft.get_peft_model(base, config))
         self.base = [base]  # not a submodule: it is one of self.adapted
         self.own = [own]
         self.config = own.config

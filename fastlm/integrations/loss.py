@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 
-import fastlm
 from fastlm.integrations.families import Head
 from fastlm.integrations.parts import projection_reason
 from fastlm.integrations.patch import (
@@ -27,6 +26,7 @@ from fastlm.integrations.patch import (
     sizes_may_depend_on_values,
 )
 from fastlm.models.layers import SharedTable
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 
 # If a smaller share of the rows has a label, gathering these rows takes less time than computing the others.
 GATHER_BELOW = 0.9
@@ -226,6 +226,6 @@ def cross_entropy(hidden, weight, bias, labels, ignore_index, reduction, softcap
         labelled = (target != ignore_index).nonzero()[:, 0]
         if labelled.shape[0] < GATHER_BELOW * target.shape[0]:
             x, target = x.index_select(0, labelled), target[labelled]
-    return fastlm.linear_cross_entropy(
+    return linear_cross_entropy(
         x, weight, target, bias, ignore_index=ignore_index, reduction=reduction, softcap=softcap
     )

@@ -11,10 +11,13 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
-import fastlm
 from fastlm.integrations.families import Family, parent
 from fastlm.integrations.patch import call_reason
 from fastlm.models.layers import RECOMPUTE
+from fastlm.ops.gelu_mlp import gelu_mlp
+from fastlm.ops.glu_mlp import glu_mlp
+from fastlm.ops.layernorm_residual import layernorm_residual
+from fastlm.ops.rms_norm_residual import rms_norm_residual
 
 # The last two take a parameter's place while a graph is traced.
 PLAIN_TENSORS = frozenset((nn.Parameter, Tensor, FakeTensor, FunctionalTensor))
@@ -57,21 +60,21 @@ containers: dict[type, Container] = {}
 
 def layer_norm(norm: dict, x: Tensor, residual: Tensor | None, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
     own = norm["_parameters"]
-    return fastlm.layernorm_residual(x, residual, own["weight"], own["bias"], norm["eps"], dropout_p=dropout_p)
+    return layernorm_residual(x, residual, own["weight"], own["bias"], norm["eps"], dropout_p=dropout_p)
 
 
 def rms_norm(norm: dict, x: Tensor, residual: Tensor | None, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
     weight = norm["_parameters"]["weight"]
-    return fastlm.rms_norm_residual(x, residual, weight, norm["variance_epsilon"], dropout_p=dropout_p)
+    return rms_norm_residual(x, residual, weight, norm["variance_epsilon"], dropout_p=dropout_p)
 
 
 def rms_norm_offset(norm: dict, x: Tensor, residual: Tensor | None, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
     weight = norm["_parameters"]["weight"]
-    return fastlm.rms_norm_residual(x, residual, weight, norm["eps"], unit_offset=True, dropout_p=dropout_p)
+    return rms_norm_residual(x, residual, weight, norm["eps"], unit_offset=True, dropout_p=dropout_p)
 
 
 def plain_mlp(x: Tensor, gate: None, up: dict, down: dict, approximate: str, layout: str) -> Tensor:
-    return fastlm.gelu_mlp(
+    return gelu_mlp(
         x,
         up["weight"],
         up["bias"],
@@ -84,7 +87,7 @@ def plain_mlp(x: Tensor, gate: None, up: dict, down: dict, approximate: str, lay
 
 
 def gated_mlp(x: Tensor, gate: dict, up: dict, down: dict, activation: str, layout: str) -> Tensor:
-    return fastlm.glu_mlp(
+    return glu_mlp(
         x,
         gate["weight"],
         up["weight"],
@@ -100,7 +103,7 @@ def gated_mlp(x: Tensor, gate: dict, up: dict, down: dict, activation: str, layo
 def fused_gated_mlp(x: Tensor, gate: None, up: dict, down: dict, activation: str, layout: str) -> Tensor:
     (gate_weight, up_weight), bias = up["weight"].chunk(2), up["bias"]
     gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
-    return fastlm.glu_mlp(
+    return glu_mlp(
         x,
         gate_weight,
         up_weight,

@@ -17,7 +17,7 @@ def accelerate_after_construction() -> None:
     """Models of supported families are accelerated at the end of `__init__`, before their weights are loaded."""
     import transformers
 
-    from fastlm.integrations.transformers import accelerate
+    from fastlm.integrations.api import accelerate
 
     post_init = transformers.PreTrainedModel.post_init
 

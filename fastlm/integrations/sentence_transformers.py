@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fastlm.core.errors import check_float32, check_integer, mismatch
-from fastlm.integrations import check_module
+from fastlm.integrations.api import check_module
 from fastlm.ops.contrastive_loss import contrastive_loss
 
 __all__ = ["ContrastiveLoss"]

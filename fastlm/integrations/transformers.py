@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, __version__
 from fastlm.integrations import attention as interface
 from fastlm.integrations import views
 from fastlm.integrations.encoders import EncoderPatch
-from fastlm.integrations.encoding.patch import put_encode, remove_encode
 from fastlm.integrations.families import FAMILIES
 from fastlm.integrations.find import encoder_family, head_of, layer_family, norm_family
 from fastlm.integrations.layers import LayerPatch
@@ -54,7 +53,6 @@ def accelerate(
             inside_layers.update(module.modules())
         if attention and isinstance(module, PreTrainedModel) and makes_masks(module):
             view_config(model, module)
-        put_encode(module)
     if strict and not (found := report(model)).replaced:
         reasons = "; ".join(f"{entry.module}: {entry.reason}" for entry in found.left_alone[:5])
         layers = ", ".join(sorted({family.layer for family in FAMILIES.values()}))
@@ -88,7 +86,6 @@ def restore(model: M) -> M:
     for module in model.modules():
         if (patch := patch_of(module)) is not None:
             patch.detach()
-        remove_encode(module)
         if views.is_view(config := module.__dict__.get("config")):
             module.__dict__["config"] = views.original(config)
     return model

@@ -305,11 +305,7 @@ class CausalLM(DecoderPretrainedModel, LanguageModel):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.model = DecoderModel(config)
-        # A tied weight is replaced by the embedding's, so none is allocated.
-        device = "meta" if config.tie_word_embeddings else None
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, device=device)
-        self.initialise(self.lm_head)
-        self.tie_weights()
+        self.add_head()
 
     @property
     def logit_softcap(self) -> float | None:

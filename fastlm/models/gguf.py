@@ -134,7 +134,7 @@ def read_tensors(reader: Any) -> dict[str, Tensor]:
     architecture = field(reader, "general.architecture")
     interleaved = ARCHITECTURES[architecture][1]
     heads = int(field(reader, f"{architecture}.attention.head_count"))
-    kv_heads = int(field(reader, f"{architecture}.attention.head_count_kv", heads))
+    num_kv_heads = int(field(reader, f"{architecture}.attention.head_count_kv", heads))
     found = {}
     for tensor in reader.tensors:
         stem, _, kind = tensor.name.rpartition(".")
@@ -149,7 +149,7 @@ def read_tensors(reader: Any) -> dict[str, Tensor]:
         except NotImplementedError:
             raise mismatch(tensor.name, "a type of weights that gguf can widen", tensor.tensor_type.name) from None
         if interleaved and stem in ("attn_q", "attn_k"):
-            values = rotated_by_halves(values, heads if stem == "attn_q" else kv_heads)
+            values = rotated_by_halves(values, heads if stem == "attn_q" else num_kv_heads)
         found[f"{layer}{NAMES[stem]}.{kind}"] = values.contiguous()
     return found
 

@@ -23,7 +23,6 @@ from fastlm.models.layers import (
     Embedding,
     FeedForward,
     LayerNorm,
-    Linear,
     attention_packed,
     embed,
     embed_tokens,
@@ -246,11 +245,7 @@ class GPT2LMHeadModel(GPT2PretrainedModel, LanguageModel):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
         self.transformer = GPT2Model(config)
-        # A tied weight is replaced by the embedding's, so none is allocated.
-        device = "meta" if config.tie_word_embeddings else None
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False, device=device)
-        self.initialise(self.lm_head)
-        self.tie_weights()
+        self.add_head()
 
     def forward(
         self,

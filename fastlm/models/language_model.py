@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.decoding import generate
-from fastlm.models.layers import loss_and_logits
+from fastlm.models.layers import Linear, loss_and_logits
 from fastlm.models.outputs import HeadOutput, ModelOutput
 from fastlm.models.packing import positions_of
 
@@ -30,6 +30,14 @@ class LanguageModel(PretrainedModel):
     def base_model(self) -> PretrainedModel:
         """The model without its head."""
         return getattr(self, self.base_model_prefix)
+
+    def add_head(self) -> None:
+        """lm_head, the output projection. A tied weight is replaced by the embedding's, so none is allocated."""
+        config = self.config
+        device = "meta" if config.tie_word_embeddings else None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, device=device)
+        self.initialise(self.lm_head)
+        self.tie_weights()
 
     def output_weight(self, hidden: ModelOutput) -> Tensor:
         """The weight of the output projection to use with `hidden`, an output of base_model.

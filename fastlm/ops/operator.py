@@ -38,7 +38,7 @@ class Operator(Registered):
 
     Class attributes:
         Forward: the forward call; its first `inputs` fields are the tensors that can get a gradient, in the order in
-            which backward returns them. Besides the Call protocol it has present(), which results exist.
+            which backward returns them. Besides the Call protocol it has results_present(), which results exist.
         Backward: the backward call: the gradients of the outputs, the saved tensors, attributes, and last `needed`, a
             bool for each input. An operator with fp32_grads has that field before `needed`. None: the operator brings
             an autograd.Function of its own.
@@ -134,7 +134,7 @@ class Operator(Registered):
             return selected.forward(call)
         results = self.forward_op(*without_fp32_grads(call), selected)
         results = (results,) if isinstance(results, Tensor) else results
-        return tuple([result if there else None for result, there in zip(results, call.present(), strict=True)])
+        return tuple([result if there else None for result, there in zip(results, call.results_present(), strict=True)])
 
     def backward(self, call: Any, selected: Implementation[Any, Any] | str | None) -> Results:
         """The gradients of the inputs."""

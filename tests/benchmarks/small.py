@@ -32,7 +32,7 @@ SIZES = {
     linear_log_prob.problem: {"rows": 48, "width": 64, "vocab": 90},
     rms_norm_residual.problem: {"rows": 48, "width": 64},
     rms_norm_residual.heads: {"rows": 12, "heads": 3, "width": 16},
-    rotary.problem: {"rows": 12, "heads": 4, "kv_heads": 2, "head_dim": 16},
+    rotary.problem: {"rows": 12, "heads": 4, "num_kv_heads": 2, "head_dim": 16},
     adamw.problem: {"shapes": ((30, 20), 7)},
 }
 

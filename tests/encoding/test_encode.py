@@ -376,6 +376,14 @@ def test_directories_that_cannot_be_read(tmp_path):
     assert message().startswith("DIR: the tokenizer could not be read (")
 
 
+def test_a_pooling_of_another_class_is_refused(tmp_path):
+    save(tmp_path, pooling={"pooling_mode_mean_tokens": True})
+    model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    model[1].__class__ = type("Pooling", (type(model[1]),), {})  # it may compute something else
+    with pytest.raises(ValueError, match=r"^model: expected a Transformer, a Pooling and any of .*, got a Sentence"):
+        fastlm.encode(model, ["ab"])
+
+
 def test_a_directory_with_nothing_to_accelerate(tmp_path):
     import transformers
 

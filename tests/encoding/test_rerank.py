@@ -70,6 +70,16 @@ def test_directories_and_cross_encoders(tmp_path, activation):
     torch.testing.assert_close(scores, expected, rtol=0, atol=ATOL)
 
 
+def test_a_cross_encoder_with_more_than_a_transformers_model(tmp_path):
+    save(tmp_path, head=HEAD, num_labels=1)
+    model = sentence_transformers.CrossEncoder(str(tmp_path), device="cpu")
+    if not isinstance(model, torch.nn.Sequential):
+        pytest.skip("before version 5.4 there is nothing else in it")
+    model.append(torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"^model: expected a CrossEncoder .* alone, got one with Identity$"):
+        fastlm.rerank(model, "ab", ["ab"])
+
+
 def test_no_text():
     assert fastlm.rerank(reranker(), "ab", [], tokenizer=tokenizer()).shape == (0,)
 
@@ -82,6 +92,7 @@ def test_no_text():
         ({"activation": "relu"}, "activation: expected one of 'sigmoid', 'identity', got 'relu'"),
         ({"model": tiny("Bert")}, "model: expected a model for .* with one label, got BertModel of 2"),
         ({"model": tiny("Bert", HEAD, num_labels=3)}, "model: expected .* one label, got .*Classification of 3"),
+        ({"model": tiny("Bert", num_labels=1)}, r"model: expected results of shape \(1, 1\) .*, got .* from BertModel"),
         ({"model": "none"}, "model: none/config.json: no such file; .*"),
     ],
 )

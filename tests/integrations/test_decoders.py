@@ -68,10 +68,8 @@ def test_windows_are_passed_to_the_attention(family, monkeypatch):
     """No mask of tokens × tokens is made for a window, with and without padding."""
     model, (x, mask) = accelerated_copy(tiny(family)), mixed_padding()
     calls, function = [], fastlm.attention
-    for module in (attention, layers):
-        monkeypatch.setattr(
-            module.fastlm, "attention", lambda *a, **named: calls.append(named) or function(*a, **named)
-        )
+    for module, name in ((attention, "attention_operator"), (layers, "attention")):
+        monkeypatch.setattr(module, name, lambda *a, **named: calls.append(named) or function(*a, **named))
     for padding in (None, mask):
         model(x, attention_mask=padding)
     assert len(calls) == 4 and all(call.get("mask") is None for call in calls)

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlm
+from fastlm.integrations import parts
 from tests.integrations.support import padded, tiny
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is tested on Linux")
@@ -44,15 +45,15 @@ def run(rank, port, kind, results):
             for layer in layers:
                 fully_shard(layer, mesh=mesh)
             wrapped = fully_shard(model, mesh=mesh)
-        calls, function = [], fastlm.gelu_mlp
-        fastlm.gelu_mlp = lambda *args, calls=calls, function=function, **kwargs: (
+        calls, function = [], parts.gelu_mlp
+        parts.gelu_mlp = lambda *args, calls=calls, function=function, **kwargs: (
             calls.append(1),
             function(*args, **kwargs),
         )[1]
         for _ in range(2):
             wrapped.zero_grad()
             wrapped(**shard(x, mask, slice(2 * rank, 2 * rank + 2))).loss.backward()
-        fastlm.gelu_mlp = function
+        parts.gelu_mlp = function
         found = {
             name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
             for name, p in model.named_parameters()

@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fastlm
-from fastlm.integrations import layers
+from fastlm.integrations import parts
 from tests.integrations.support import (
     DECODERS,
     ENCODERS,
@@ -496,7 +496,7 @@ def test_checkpointing_is_bit_identical(family, reentrant):
     for on in (False, True):
         if on:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        counted = CallCounter(layers.fastlm, "glu_mlp" if family in ("Qwen2", "ModernBert") else "gelu_mlp")
+        counted = CallCounter(parts, "glu_mlp" if family in ("Qwen2", "ModernBert") else "gelu_mlp")
         model.zero_grad()
         torch.manual_seed(1)
         loss = model(x, attention_mask=mask, labels=x.masked_fill(mask == 0, -100)).loss

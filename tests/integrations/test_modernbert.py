@@ -35,8 +35,9 @@ def windows(monkeypatch):
             calls.append(named.get("window"))
             return function(*args, **named)
 
-        for module in (attention, layers):
-            monkeypatch.setattr(module.fastlm, name, recorded)
+        monkeypatch.setattr(layers, name, recorded)
+        if name == "attention":
+            monkeypatch.setattr(attention, "attention_operator", recorded)
     return seen
 
 

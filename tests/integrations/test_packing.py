@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.integrations import packing, reporting
+from fastlm.integrations import packing, parts, reporting
 from tests.integrations.support import ENCODERS, V5, accelerated_copy, assert_close_gradients, ids, padded, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -15,13 +15,13 @@ def rows(monkeypatch):
     """The number of rows of each feed-forward block's input."""
     seen = []
     for name in ("gelu_mlp", "glu_mlp"):
-        function = getattr(fastlm, name)
+        function = getattr(parts, name)
 
         def counted(x, *args, function=function, **kwargs):
             seen.append(x.shape[:-1].numel())
             return function(x, *args, **kwargs)
 
-        monkeypatch.setattr(fastlm, name, counted)
+        monkeypatch.setattr(parts, name, counted)
     return seen
 
 

@@ -1,8 +1,10 @@
 import pytest
 
 from fastlm.benchmarking.whole import Subject
+from fastlm.models import ElectraConfig, EncoderForMaskedLM
 from fastlm.training.flops import flops_of_step
 from fastlm.training.models import build
+from fastlm.training.objectives import CHOSEN
 from fastlm.training.settings import Settings
 from fastlm.training.tokenizers import byte_tokenizer
 
@@ -23,3 +25,20 @@ def test_a_llama():
     products = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 40 * 32 + 256 * 32
     found = flops_of_step(build(settings, byte_tokenizer(masked=False)), settings)
     assert found == 3 * (6 * products + 3.5 * 4 * 2 * 32)
+
+
+def test_an_encoder_with_an_embedding_projection():
+    """ELECTRA widens embeddings for every token. Its head narrows predicted ones and multiplies them by the table."""
+    config = ElectraConfig(
+        vocab_size=300,
+        embedding_size=16,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        max_position_embeddings=8,
+    )
+    settings = Settings(objective="masked-token", context=4, batch=1)
+    products = 16 * 32 + 2 * (4 * 32 * 32 + 2 * 64 * 32) + CHOSEN * (32 * 16 + 300 * 16)
+    found = flops_of_step(EncoderForMaskedLM(config), settings)
+    assert found == pytest.approx(4 * (6 * products + 3.5 * 4 * 2 * 4 * 32), rel=1e-12)

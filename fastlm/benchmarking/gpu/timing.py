@@ -22,8 +22,6 @@ from fastlm.ops.benchmark import Case, Function
 Call = Callable[[], object]
 ROUNDS, LEAST, BUDGET = 12, 0.01, 2.0  # as interleaved() takes them
 TOO_SLOW = 20  # PyTorch's operator is not timed if it is so many times slower than our kernels
-# The backends that may take part. On a CPU, where only the code is tested, the emulated CUDA kernels may.
-BACKENDS = {"cuda": table.ORDER["cuda"][:-1], "cpu": ("cpu", "cuda", "torch")}
 
 
 @dataclasses.dataclass
@@ -96,9 +94,9 @@ def rows(
 
 
 def supporting(operator: Registered, device: str, dtype: torch.dtype, sizes: Any) -> list[str]:
-    """The backends that support a call, in the usual order."""
+    """The backends but the reference that support a call, in the usual order."""
     on = torch.device(device)
-    return [name for name in BACKENDS[device] if not operator.refusals(name, on, dtype, sizes)]
+    return [name for name in table.ORDER[device][:-1] if not operator.refusals(name, on, dtype, sizes)]
 
 
 def whole_backends(device: str, dtype: torch.dtype) -> list[str]:

@@ -64,8 +64,8 @@ class Embedder:
 
     def finish(self, embeddings: Tensor) -> Tensor:
         """What follows the pooling."""
-        for name, function in self.settings.after:
-            if name != "Normalize" or self.normalize is not False:
+        for kind, function in self.settings.after:
+            if kind != "Normalize" or self.normalize is not False:
                 embeddings = function(embeddings)
         embeddings = embeddings[:, : self.settings.width]
         return F.normalize(embeddings, dim=-1) if self.normalize else embeddings

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-import fastlm.integrations
 from fastlm.core.errors import mismatch
 from fastlm.integrations.encoding.tokens import one_line
+from fastlm.integrations.transformers import accelerate
 from fastlm.models.config import CONFIG, read_json
 
 
@@ -39,7 +39,7 @@ def load(directory: str | os.PathLike, kind: Any, *, dtype: torch.dtype | None, 
         raise ValueError(f"{directory}: the model could not be read ({one_line(error)})") from None
     if missing := [name for name in read["missing_keys"] if not name.startswith(may_be_missing)]:
         raise mismatch(str(directory), f"all weights of a {type(model).__name__}", f"none for {sorted(missing)[0]}")
-    return fastlm.integrations.accelerate(model.eval())
+    return accelerate(model.eval())
 
 
 @contextlib.contextmanager

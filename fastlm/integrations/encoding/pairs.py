@@ -43,7 +43,11 @@ class Scorer:
         runner = Runner(self.model)
 
         def compute(batch: list[Item]) -> Tensor:
-            return self.activation(runner(tokenizing.pad(batch))[0].float())[:, 0]
+            logits = runner(tokenizing.pad(batch))[0].float()
+            if logits.shape != (len(batch), 1):
+                expected = f"results of shape {(len(batch), 1)} for {len(batch)} pairs"
+                raise mismatch("model", expected, f"{tuple(logits.shape)} from {type(self.model).__name__}")
+            return self.activation(logits)[:, 0]
 
         return runner.run(tokenizing, budget, compute)
 
@@ -68,7 +72,7 @@ def scorer(
     elif is_sentence_transformer(model, "CrossEncoder"):
         found, tokenizer, own = from_cross_encoder(model, tokenizer)
     check_model(found)
-    if found.config.num_labels != 1 or not type(found).__name__.endswith("ForSequenceClassification"):
+    if found.config.num_labels != 1:
         got = f"{type(found).__name__} of {found.config.num_labels}"
         raise mismatch("model", "a model for the classification of sequences with one label", got)
     used = find_tokenizer(tokenizer, found)
@@ -78,10 +82,11 @@ def scorer(
 
 def from_cross_encoder(model: Any, tokenizer: Any) -> tuple[nn.Module, Any, Callable[[Tensor], Tensor]]:
     """(the transformers model, the tokenizer, the activation)."""
-    scoring = {type(module).__name__ for module in model.children()} & {"Dense", "LogitScore"}
+    # Since version 5.4 it is a Sequential, whose first module holds the transformers model.
+    following = [type(module).__name__ for module in list(model)[1:]] if isinstance(model, nn.Sequential) else []
     prompt = getattr(model, "default_prompt_name", None)
-    if scoring or prompt is not None:
-        got = f"one with {', '.join(scoring)}" if scoring else f"one with the prompt {prompt!r}"
+    if following or prompt is not None:
+        got = f"one with {', '.join(following)}" if following else f"one with the prompt {prompt!r}"
         raise mismatch("model", "a CrossEncoder of a transformers model alone", got)
     return model.model, model.tokenizer if tokenizer is None else tokenizer, model.activation_fn
 

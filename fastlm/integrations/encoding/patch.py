@@ -10,9 +10,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastlm.integrations.encoding import MAX_TOKENS_PER_BATCH
 from fastlm.integrations.encoding.embed import embedder
 from fastlm.integrations.encoding.forward import gather, is_sentence_transformer
+from fastlm.integrations.encoding.schedule import MAX_TOKENS_PER_BATCH
 from fastlm.integrations.patch import call_reason
 
 NAME = "encode"

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 A = TypeVar("A")
 B = TypeVar("B")
 
+MAX_TOKENS_PER_BATCH = 4096  # the default budget
 CHARACTERS_PER_TOKEN = 4  # about, in English: only decides how much is tokenized at once
 CHUNK_BATCHES = 2  # tokenized at once
 LOOK_AHEAD = 2  # chunks

@@ -5,6 +5,7 @@ The directory is read without sentence-transformers: modules.json lists its modu
 
 import dataclasses
 import functools
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ POOLING_KEYS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "last",
 }
-# Modules that may follow the pooling.
+# Kinds of modules that may follow the pooling, by the names of their classes in sentence-transformers.
 FOLLOWING = ("Normalize", "Dense", "LayerNorm", "Dropout")
 ACTIVATIONS = {kind.__name__: kind for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)}
 SENTENCE = "sentence_embedding"
@@ -47,7 +48,7 @@ class Settings:
 
     modes: tuple[str, ...] | None = None  # of pooling
     includes_prompt: bool = True  # in the pooling
-    after: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()  # what follows the pooling: (class, function)
+    after: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()  # what follows the pooling: (its kind, function)
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
     default_prompt: str | None = None  # name
     max_length: int | None = None
@@ -72,9 +73,11 @@ class Settings:
 def from_model(model: Any) -> tuple[nn.Module, Any, Settings]:
     """(the transformers model, its tokenizer, settings) of a SentenceTransformer."""
     modules = list(model)
-    names = [type(module).__name__ for module in modules]
-    if names[:2] != ["Transformer", "Pooling"] or not set(names[2:]) <= set(FOLLOWING):
-        raise mismatch("model", expected_modules(), f"a SentenceTransformer of {', '.join(names)}")
+    kinds = kinds_of_modules()
+    found = [kinds.get(type(module)) for module in modules]
+    if found[:2] != ["Transformer", "Pooling"] or not set(found[2:]) <= set(FOLLOWING):
+        names = ", ".join(type(module).__name__ for module in modules)
+        raise mismatch("model", expected_modules(), f"a SentenceTransformer of {names}")
     transformer, pooling, *following = modules
     if "message" in getattr(transformer, "modality_config", {}):
         raise mismatch("model", "a model of plain texts", "one that takes messages; call its own encode")
@@ -84,7 +87,7 @@ def from_model(model: Any) -> tuple[nn.Module, Any, Settings]:
     settings = Settings(
         modes,
         includes_prompt,
-        tuple((type(module).__name__, functools.partial(run_module, module)) for module in following),
+        tuple((kinds[type(module)], functools.partial(run_module, module)) for module in following),
         model.prompts,
         model.default_prompt_name,
         transformer.max_seq_length,
@@ -92,6 +95,15 @@ def from_model(model: Any) -> tuple[nn.Module, Any, Settings]:
         model.truncate_dim,
     )
     return transformer.auto_model, transformer.tokenizer, settings
+
+
+def kinds_of_modules() -> dict[type, str]:
+    """The kind of each class of modules that is supported. A class derived from one may compute something else."""
+    try:
+        modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")  # since version 5.4
+    except ModuleNotFoundError:
+        modules = importlib.import_module("sentence_transformers.models")
+    return {getattr(modules, kind): kind for kind in ("Transformer", "Pooling", *FOLLOWING)}
 
 
 def run_module(module: nn.Module, x: Tensor) -> Tensor:

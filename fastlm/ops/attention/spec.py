@@ -71,7 +71,7 @@ class Forward(NamedTuple):
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         return self.query, self.query.dtype, sizes(self, self.mask_gradient)
 
-    def present(self) -> tuple[bool, ...]:
+    def results_present(self) -> tuple[bool, ...]:
         return True, True
 
     def empty_results(self) -> tuple[Tensor | None, ...]:

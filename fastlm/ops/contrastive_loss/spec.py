@@ -37,7 +37,7 @@ class Forward(NamedTuple):
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         return self.queries, self.queries.dtype, sizes(self.queries, self.documents, self.negatives)
 
-    def present(self) -> tuple[bool, ...]:
+    def results_present(self) -> tuple[bool, ...]:
         return True, True, True, *self.needed
 
     def empty_results(self) -> tuple[Tensor | None, ...]:

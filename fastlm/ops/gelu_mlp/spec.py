@@ -53,7 +53,7 @@ class Forward(NamedTuple):
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         return self.x, self.x.dtype, sizes(self.x, self.w1, self.w2, self.layout)
 
-    def present(self) -> tuple[bool, ...]:
+    def results_present(self) -> tuple[bool, ...]:
         return True, self.recompute < 2, self.recompute < 1
 
     def empty_results(self) -> tuple[Tensor | None, ...]:

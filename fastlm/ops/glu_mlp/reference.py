@@ -35,7 +35,7 @@ def forward(call: Forward):
     y = linear(activated, w_down, b_down, "linear")
     # What is saved is saved in x's dtype, as every backend does.
     results = narrow(call.x.dtype, y, gate, up, activated)
-    return tuple(result if there else None for result, there in zip(results, call.present(), strict=True))
+    return tuple(result if there else None for result, there in zip(results, call.results_present(), strict=True))
 
 
 @no_autocast

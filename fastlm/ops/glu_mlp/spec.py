@@ -41,12 +41,12 @@ class Forward(NamedTuple):
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         return self.x, self.x.dtype, sizes(self.x, self.w_gate, self.w_down)
 
-    def present(self) -> tuple[bool, ...]:
+    def results_present(self) -> tuple[bool, ...]:
         return True, self.recompute < 2, self.recompute < 2, self.recompute < 1
 
     def empty_results(self) -> tuple[Tensor | None, ...]:
         x = self.x
-        hidden = (x.new_empty(self.hidden_shape) if there else None for there in self.present()[1:])
+        hidden = (x.new_empty(self.hidden_shape) if there else None for there in self.results_present()[1:])
         return x.new_empty(*x.shape[:-1], self.w_down.shape[0]), *hidden
 
     def flops(self) -> int:
@@ -57,7 +57,8 @@ class Forward(NamedTuple):
         """Read x and the weights, write y, and write what is saved."""
         hidden = math.prod(self.hidden_shape) * self.x.dtype.itemsize
         y = math.prod(self.x.shape[:-1]) * self.w_down.shape[0] * self.x.dtype.itemsize
-        return self.x.nbytes + 2 * self.w_gate.nbytes + self.w_down.nbytes + y + sum(self.present()[1:]) * hidden
+        saved = sum(self.results_present()[1:]) * hidden
+        return self.x.nbytes + 2 * self.w_gate.nbytes + self.w_down.nbytes + y + saved
 
 
 class Backward(NamedTuple):

@@ -30,7 +30,8 @@ def forward(call: Forward):
     gate, up = gate_and_up(call)
     activated = ACTIVATIONS[call.activation].value(gate).mul_(up)
     y = linear(activated, call.w_down, call.b_down, "linear")
-    return y, *(t if there else None for t, there in zip((gate, up, activated), call.present()[1:], strict=True))
+    saved = zip((gate, up, activated), call.results_present()[1:], strict=True)
+    return y, *(t if there else None for t, there in saved)
 
 
 @no_autocast

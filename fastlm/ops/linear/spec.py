@@ -44,7 +44,7 @@ class Forward(NamedTuple):
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         return self.x, self.x.dtype, sizes(self.x, self.weight, self.layout)
 
-    def present(self) -> tuple[bool, ...]:
+    def results_present(self) -> tuple[bool, ...]:
         return (True,)
 
     def empty_results(self) -> tuple[Tensor | None, ...]:

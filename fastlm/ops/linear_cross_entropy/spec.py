@@ -51,7 +51,7 @@ class Forward(NamedTuple):
         width = self.x.shape[-1]
         return self.x, self.x.dtype, Sizes(self.x.numel() // width, width, self.weight.shape[0])
 
-    def present(self) -> tuple[bool, ...]:
+    def results_present(self) -> tuple[bool, ...]:
         return True, *self.needed
 
     def empty_results(self) -> tuple[Tensor | None, ...]:

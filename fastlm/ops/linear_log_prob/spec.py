@@ -45,7 +45,7 @@ class Forward(NamedTuple):
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         return self.x, self.x.dtype, sizes(self.x, self.weight)
 
-    def present(self) -> tuple[bool, ...]:
+    def results_present(self) -> tuple[bool, ...]:
         return True, True, True, True
 
     def empty_results(self) -> tuple[Tensor | None, ...]:

@@ -40,7 +40,7 @@ class Forward(NamedTuple):
         width = x.shape[-1]
         return x, x.dtype, Sizes(x.numel() // width, width, self.seed is not None)
 
-    def present(self) -> tuple[bool, ...]:
+    def results_present(self) -> tuple[bool, ...]:
         return True, self.makes_sum(), True
 
     def empty_results(self) -> tuple[Tensor | None, ...]:

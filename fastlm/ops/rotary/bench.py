@@ -18,7 +18,7 @@ def problem(
     *,
     rows: int = ROWS,
     heads: int = HEADS,
-    kv_heads: int = HEADS // 3,
+    num_kv_heads: int = HEADS // 3,
     head_dim: int = 64,
 ) -> Problem:
     """One sequence; queries and keys are views of projections."""
@@ -33,11 +33,11 @@ def problem(
         return tuple(eager_rotation(x.transpose(1, 2), *rounded) for x in (query, key))
 
     return Problem(
-        f"{rows} × ({heads} + {kv_heads}) × {head_dim}",
+        f"{rows} × ({heads} + {num_kv_heads}) × {head_dim}",
         ours,
         {"eager": eager},
-        inputs=[normal(1, rows, n, head_dim, dtype=dtype, device=device) for n in (heads, kv_heads)],
-        upstream=[normal(1, n, rows, head_dim, dtype=dtype, device=device) for n in (heads, kv_heads)],
+        inputs=[normal(1, rows, n, head_dim, dtype=dtype, device=device) for n in (heads, num_kv_heads)],
+        upstream=[normal(1, n, rows, head_dim, dtype=dtype, device=device) for n in (heads, num_kv_heads)],
     )
 
 

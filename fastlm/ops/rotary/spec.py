@@ -28,7 +28,7 @@ class Forward(NamedTuple):
     def subject(self) -> tuple[Tensor, torch.dtype, Sizes]:
         return self.query, self.query.dtype, Sizes(*self.query.shape)
 
-    def present(self) -> tuple[bool, ...]:
+    def results_present(self) -> tuple[bool, ...]:
         return True, True
 
     def empty_results(self) -> tuple[Tensor | None, ...]:
