@@ -45,7 +45,7 @@ benchmark = Benchmark(
     cases=(
         Case("rotary", problem),
         Case("rotary_decode", problem, {"rows": 1}, default=False),
-        Case("rotary_small", problem, {"rows": 2, "heads": 1, "kv_heads": 1, "head_dim": 16}, default=False),
+        Case("rotary_small", problem, {"rows": 2, "heads": 1, "num_kv_heads": 1, "head_dim": 16}, default=False),
     ),
     gpu_cases=(Case("rotary", problem, {"rows": 4096}), Case("rotary", problem, {"rows": 128})),
     table_cases=(Case("rotary", problem, {"rows": 16}), Case("rotary", problem)),
