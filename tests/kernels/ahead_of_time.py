@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import fastlm.backends.triton  # noqa: F401 (finds fastlm.kernels in a checkout)
 from fastlm.kernels import configs
 from tests.kernels import machine_code
 from tests.kernels.support import backward, forward, kernel_modules, set_architecture

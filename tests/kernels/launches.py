@@ -196,6 +196,7 @@ def cases():
 def main():
     out, folder = map(Path, sys.argv[1:])
     drive(folder)
+    import fastlm.backends.triton  # noqa: F401 (finds fastlm.kernels in a checkout)
     from fastlm.kernels import launch
     from tests.kernels.support import kernel_modules, set_architecture
 
@@ -278,7 +279,7 @@ def repeated_calls():
     ahead_of_time.forward, ahead_of_time.backward = twice(ahead_of_time.forward), twice(ahead_of_time.backward)
     calls = dict(ahead_of_time.cases(False))
     for title, card in CASES.items():
-        if title.split()[0] in ("attention", "layernorm_residual", "rms_norm_residual"):
+        if title.split()[0] in ("attention", "layernorm_residual", "rms_norm_residual", "rotary"):
             set_architecture(setattr, card)
             calls[title]()
     return made
