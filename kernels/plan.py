@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 import fastlm.kernels.launch as launcher
+from fastlm.kernels.copies import Moved, TensorDescriptor
 
 New = Callable[[tuple[int, ...]], torch.Tensor]
 MAX_PLANS = 1024  # of an operator and direction
@@ -58,10 +59,12 @@ class Plan:
     def launch(self, addresses):
         """addresses: of each tensor of the call, of its results, and of the workspace."""
         stream = launcher.current_stream()(self.device)
-        for run, programs, function, metadata, arguments, places in self.launches:
+        for run, programs, function, metadata, arguments, places, copies in self.launches:
             arguments = arguments.copy()
             for at, index, offset in places:
                 arguments[at] = addresses[index] + offset
+            for at, index, offset in copies:
+                arguments[at] = Moved(arguments[at], addresses[index] + offset)
             run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
 
@@ -150,13 +153,20 @@ class Plans(dict):
 def planned(launch, places):
     """A launch of a plan, or None if it has another tensor. places: (address, index, offset)."""
     binary, programs, arguments, constants = launch
-    values, found = [*arguments, *constants], []
+    values, found, copies = [*arguments, *constants], [], []
     for at, value in enumerate(values):
-        if hasattr(value, "data_ptr"):
-            address = value.data_ptr()
-            same = [(index, offset) for other, index, offset in places if other == address]
-            if not same:
-                return None
+        descriptor = isinstance(value, TensorDescriptor)
+        tensor = value.base if descriptor else value
+        if not hasattr(tensor, "data_ptr"):
+            continue
+        address = tensor.data_ptr()
+        same = [(index, offset) for other, index, offset in places if other == address]
+        if not same:
+            return None
+        if descriptor:
+            values[at] = Moved(value, 0)  # the plan keeps no tensor
+            copies.append((at, *same[0]))
+        else:
             values[at] = 0
             found.append((at, *same[0]))
-    return binary.run, programs, binary.function, binary.packed_metadata, values, found
+    return binary.run, programs, binary.function, binary.packed_metadata, values, found, copies
