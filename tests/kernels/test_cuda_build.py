@@ -202,7 +202,9 @@ def test_backward_copies_the_next_row_while_it_computes(kernel, built, instructi
     for arch in archs(built):
         for (on, name), mnemonics in instructions.items():
             if on == f"sm_{arch}" and kernel in name:
-                copies = sum(n for code, n in mnemonics.items() if code.startswith("LDGSTS.E.BYPASS.") and ".128" in code)
+                copies = sum(
+                    n for code, n in mnemonics.items() if code.startswith("LDGSTS.E.BYPASS.") and ".128" in code
+                )
                 assert copies >= 24, f"{name} on {arch}: {copies}"
 
 

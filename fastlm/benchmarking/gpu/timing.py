@@ -165,7 +165,7 @@ def copies(problem: Problem, cache: int) -> list[Problem]:
         def of(x: Tensor) -> Tensor:
             storage = copied[x.untyped_storage().data_ptr()]
             empty = torch.empty(0, dtype=x.dtype, device=x.device)
-            return empty.set_(storage, x.storage_offset(), x.shape, x.stride())  # type: ignore[arg-type]
+            return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
 
         return dataclasses.replace(problem, inputs=[*map(of, problem.inputs)], upstream=[*map(of, problem.upstream)])
 
