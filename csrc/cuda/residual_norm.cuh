@@ -147,8 +147,8 @@ FASTLM_DEVICE void combine_partials(const row_team& team, const float (&values)[
   }
 }
 
-// Reduces the partial sums of dweight (blockIdx.y = 0) or dbias: each of 32 warps adds every 32nd one for 32 columns, so
-// that all loads are under way at once, and the first warp adds the results of all warps.
+// Reduces the partial sums of dweight (blockIdx.y = 0) or dbias: each of 32 warps adds every 32nd one for 32 columns,
+// with all loads under way at once, and the first warp adds the results of all warps.
 template <class W> __global__ void residual_norm_reduce_kernel(const float* partials, W* dweight, W* dbias, int count,
                                                                int width, int padded_width) {
   FASTLM_SHARED(shared);
