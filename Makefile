@@ -66,8 +66,8 @@ gpu-build:
 	mkdir -p $(OUT)
 	export FASTLM_BUILD_ISAS=none \
 	  FASTLM_CUDA_ARCHS="$${FASTLM_CUDA_ARCHS:-$$($(PYTHON) -c '$(CARDS)' 2> /dev/null)}"; \
-	  timeout 100 $(PYTHON) setup.py -q build_ext --inplace \
-	  || FASTLM_CUDA_ARCHS= timeout 100 $(PYTHON) setup.py -q build_ext --inplace \
+	  timeout 100 $(PYTHON) setup.py in-place \
+	  || FASTLM_CUDA_ARCHS= timeout 100 $(PYTHON) setup.py in-place \
 	  || echo "nothing compiled: the Triton kernels need nothing"
 	$(HERE) $(PYTHON) -m fastlm.cli info | tee $(OUT)/info.txt
 

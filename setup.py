@@ -28,7 +28,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import Extension, find_namespace_packages, setup
+from setuptools import Distribution, Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -488,12 +488,27 @@ class BuildModules(build_ext):
         return {}  # in an editable install `run` puts the modules beside the Python files
 
 
-if __name__ == "__main__":
+def build_in_place() -> None:
+    """Compiles the modules to beside the Python files, with setuptools of any version.
+
+    Does not read pyproject.toml, whose form is newer than what is installed on many machines with a GPU.
+    """
+    command = BuildModules(Distribution({"name": "fastlm", "ext_modules": [EXTENSION]}))
+    command.inplace = True
+    command.ensure_finalized()
+    command.run()
+
+
+# One extension stands for all modules: it makes the wheel platform-specific and runs build_ext.
+EXTENSION = Extension("fastlm._cpu_features", ["csrc/cpu/cpu_features.cpp"])
+
+if __name__ == "__main__" and sys.argv[1:] == ["in-place"]:
+    build_in_place()
+elif __name__ == "__main__":
     setup(
         # kernels/ is installed as fastlm.kernels; a top-level package `kernels` would shadow another library.
         packages=[*find_namespace_packages(include=["fastlm", "fastlm.*"]), "fastlm.kernels"],
         package_dir={"fastlm.kernels": "kernels"},
-        # One extension stands for all modules: it makes the wheel platform-specific and runs build_ext.
-        ext_modules=[Extension("fastlm._cpu_features", ["csrc/cpu/cpu_features.cpp"])],
+        ext_modules=[EXTENSION],
         cmdclass={"build_ext": BuildModules},
     )

@@ -146,12 +146,16 @@ def attention(
 ) -> Knob:
     """A pass of attention as the table names it: forward, query, key, mask or decode.
 
-    "… masked": with dropout; "… exact": with a mask that needs a gradient.
+    "… masked": with dropout; "… exact": with a mask that needs a gradient. Where bulk copies load the tiles, their row
+    is tuned.
     """
     name, _, kind = which.partition(" ")
     configs, run = module("configs"), implementation("attention")
     architecture, block = backend.architecture(index_of(device)), max(64, module("attention").block_of(head_dim))
     present = configs.attention_tile(architecture, name, dtype.itemsize, block, kind == "masked", kind == "exact")
+    copies = None if kind else configs.copies_tile(architecture, name, dtype.itemsize, block)
+    if copies:
+        which, present = f"{name} copies", copies
     table = configs.ATTENTION[architecture] = dict(configs.table_of(architecture))
 
     def set_tile(value: Value) -> None:

@@ -23,6 +23,7 @@ from fastlm.kernels.attention_tiles import (
     any_not_finite,
     cap_scores,
     check_tile,
+    copy_or_load_tile,
     flags_of,
     keys_of,
     load_tile,
@@ -35,7 +36,8 @@ from fastlm.kernels.attention_tiles import (
     store_tile,
     tiles_of_keys,
 )
-from fastlm.kernels.configs import attention_tile
+from fastlm.kernels.configs import attention_tile, copies_tile
+from fastlm.kernels.copies import TensorDescriptor, of_heads
 from fastlm.kernels.launch import launch
 from fastlm.kernels.philox import kept
 from fastlm.kernels.sizes import cdiv, next_power_of_2
@@ -56,6 +58,9 @@ def accumulate_tiles(
     v_rows,
     masking,
     dropout,
+    copies,
+    batch,
+    kv_head,
     config: tl.constexpr,
     START: tl.constexpr,
     STOP: tl.constexpr,
@@ -70,7 +75,7 @@ def accumulate_tiles(
         first_key, end_key = keys_of(i, masking.lower, masking.upper, k_rows.length)
     for tile in range(begin, end):
         key = tile * config.TILE_N
-        k = load_tile(k_rows, key, config.TILE_N, config, not EDGE)
+        k = copy_or_load_tile(copies[0], batch, kv_head, k_rows, key, config.TILE_N, config, not EDGE)
         scores = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
         if config.CAPPED:
             scores, _ = cap_scores(scores, scaling)
@@ -104,7 +109,7 @@ def accumulate_tiles(
                 dropout.seed, i, key, dropout.batch_head, dropout.threshold, config.TILE_M, config.TILE_N, False
             )
             weights = tl.where(keep, weights, 0.0)
-        v = load_tile(v_rows, key, config.TILE_N, config, not EDGE)
+        v = copy_or_load_tile(copies[1], batch, kv_head, v_rows, key, config.TILE_N, config, not EDGE)
         if REPAIR:
             acc = multiply_visible(weights, v, visible, acc, config.PRECISION, False)
         else:
@@ -130,6 +135,7 @@ def forward_tile(
     dropout,
     scaling,
     num_heads,
+    copies,
     kv_head,
     query_len,
     key_len,
@@ -163,7 +169,7 @@ def forward_tile(
     last = tl.minimum(first + config.TILE_M, query_len) - 1
     begin, inner, outer, end = tiles_of_keys(first, last, lower, upper, key_len, config.TILE_N)
     i = first + tl.arange(0, config.TILE_M)
-    inputs = query_len, scaling, k_rows, v_rows, masking, dropout
+    inputs = query_len, scaling, k_rows, v_rows, masking, dropout, copies, batch, kv_head
     if REPAIR or config.MASK != 0 or masking.padding_ptr is not None:
         acc, row_max, row_sum = accumulate_tiles(
             acc, row_max, row_sum, q_tile, i, begin, end, *inputs, config, HAS_LOWER, True, REPAIR
@@ -257,6 +263,8 @@ def attention_forward_kernel(
     keep_scale,
     flags_ptr,
     programs,
+    k_copies,
+    v_copies,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -268,7 +276,8 @@ def attention_forward_kernel(
 ):
     """MASK: 0 none, 1 bool, 2 additive. HAS_LOWER: the band has a lower edge. PRECISION: of float32 products.
 
-    flags: one number for each program of the first launch. REPAIR: see attention_tiles.py.
+    flags: one number for each program of the first launch. REPAIR: see attention_tiles.py. k_copies, v_copies: tensor
+    descriptors for the tiles of the loop, or None.
     """
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     config: tl.constexpr = Config(
@@ -288,6 +297,7 @@ def attention_forward_kernel(
         Dropout(seed, 0, threshold, keep_scale),
         Scaling(scale, softcap),
         num_heads,
+        (k_copies, v_copies),
     )
     if REPAIR:
         first, any_flagged = flags_of(flags_ptr, programs)
@@ -364,13 +374,10 @@ def attention_forward(
     """
     batch, num_heads, num_kv_heads, query_len, key_len, head_dim = sizes
     block_d = block_of(head_dim)
-    tile_m, tile_n, warps, stages = attention_tile(
-        architecture,
-        "forward",
-        q.dtype.itemsize,
-        block_d,
-        mask is not None or key_padding is not None or seed is not None or query_starts is not None,
-    )
+    masked = mask is not None or key_padding is not None or seed is not None or query_starts is not None
+    own_tile = attention_tile(architecture, "forward", q.dtype.itemsize, block_d, masked)
+    tile, copies = with_copies("forward", architecture, block_d, masked, k, v)
+    tile_m, tile_n, warps, stages = tile or own_tile
     tiles = cdiv(query_len, tile_m) if query_starts is None else query_len // tile_m + batch + 1
     arguments = (
         q,
@@ -405,8 +412,19 @@ def attention_forward(
     constants = mask_kind(mask), query_starts is not None or band[0] > 1 - query_len, precision
     programs = tiles * num_heads * (batch if query_starts is None else 1)
     flags = new((programs,))
-    settings = programs, (*arguments, flags, programs), (head_dim, block_d, tile_m), tile_n, constants, warps, stages
+    arguments = *arguments, flags, programs, *copies
+    settings = programs, arguments, (head_dim, block_d, tile_m), tile_n, constants, warps, stages
     launch_and_repair(attention_forward_kernel, *settings, device, query_starts is not None)
+
+
+def with_copies(which, architecture, block_d, masked, k, v):
+    """(tile, descriptors of k and v) if bulk copies load the tiles of the loop, otherwise (None, Nones)."""
+    tile = None if masked else copies_tile(architecture, which, k.dtype.itemsize, block_d)
+    if tile is not None:
+        copies = [of_heads(x, strides(x, 3), tile[1], block_d) for x in (k, v)]
+        if None not in copies:
+            return tile, copies
+    return None, (None, None)
 
 
 def launch_and_repair(
@@ -416,4 +434,5 @@ def launch_and_repair(
     order = (lambda n: (*sizes[:2], n, sizes[2])) if key_pass else (lambda n: (*sizes, n))
     launch(kernel, programs, arguments, (*order(tile), *constants, False), warps, stages, device, debug=debug)
     few = cdiv(programs, FLAGS.value)
+    arguments = tuple([None if isinstance(argument, TensorDescriptor) else argument for argument in arguments])
     launch(kernel, few, arguments, (*order(min(tile, 32)), *constants, True), warps, 1, device)

@@ -14,7 +14,7 @@ those of the weights and dscores. delta is therefore Σ weights · dweights of f
 over the keys, and the factors are multiplied in two parts: five more products.
 """
 
-from fastlm.kernels.attention import block_of, launch_and_repair, mask_kind, strides
+from fastlm.kernels.attention import block_of, launch_and_repair, mask_kind, strides, with_copies
 from fastlm.kernels.attention_backward_key import attention_backward_key_kernel
 from fastlm.kernels.attention_backward_mask import attention_backward_mask_kernel
 from fastlm.kernels.attention_backward_query import attention_backward_query_kernel
@@ -63,7 +63,7 @@ def attention_backward(
         block_of(head_dim),
         query_starts is not None or band[0] > 1 - query_len,
     )
-    kind = mask_kind(mask)
+    kind, packed = mask_kind(mask), query_starts is not None
     masked_at_all = bool(softcap) or left or any(x is not None for x in (mask, key_padding, seed))
     masks = mask, *strides(mask, 4), key_padding, *strides(key_padding, 2)
     each = batch if query_starts is None else 1
@@ -71,9 +71,9 @@ def attention_backward(
     numbers = *band, scale, softcap or None, threshold, keep_scale
     delta = new(tuple(lse.shape))
 
-    tile_m, tile_n, warps, stages = attention_tile(
-        architecture, "query", q.dtype.itemsize, block_d, masked_at_all, exact
-    )
+    own_tile = attention_tile(architecture, "query", q.dtype.itemsize, block_d, masked_at_all, exact)
+    tile, copies = with_copies("query", architecture, block_d, masked_at_all or exact or packed, k, v)
+    tile_m, tile_n, warps, stages = tile or own_tile
     tiles = cdiv(query_len, tile_m) if query_starts is None else query_len // tile_m + batch + 1
     arguments = (
         *inputs,
@@ -100,7 +100,7 @@ def attention_backward(
         *numbers,
     )
     programs = tiles * each * num_heads
-    arguments += new((programs,)), programs
+    arguments += new((programs,)), programs, *copies
     settings = programs, arguments, (head_dim, block_d, tile_m), tile_n, (kind, left, precision, exact), warps, stages
     launch_and_repair(attention_backward_query_kernel, *settings, device, query_starts is not None)
 

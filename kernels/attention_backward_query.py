@@ -15,6 +15,7 @@ from fastlm.kernels.attention_tiles import (
     any_not_finite,
     cap_scores,
     check_tile,
+    copy_or_load_tile,
     flags_of,
     keys_of,
     load_tile,
@@ -44,6 +45,9 @@ def query_tile(
     v_rows,
     masking,
     dropout,
+    copies,
+    batch,
+    kv_head,
     config: tl.constexpr,
     START: tl.constexpr,
     STOP: tl.constexpr,
@@ -54,8 +58,8 @@ def query_tile(
     """
     EDGE: tl.constexpr = START or STOP
     scale = 1.0 if config.CAPPED else scaling.scale
-    k = load_tile(k_rows, key, config.TILE_N, config, not EDGE)
-    v = load_tile(v_rows, key, config.TILE_N, config, not EDGE)
+    k = copy_or_load_tile(copies[0], batch, kv_head, k_rows, key, config.TILE_N, config, not EDGE)
+    v = copy_or_load_tile(copies[1], batch, kv_head, v_rows, key, config.TILE_N, config, not EDGE)
     scores = tl.dot(q, tl.trans(k), input_precision=config.PRECISION)
     dweights = tl.dot(dout, tl.trans(v), input_precision=config.PRECISION)
     slope = 1.0
@@ -103,6 +107,9 @@ def exact_delta(
     v_rows,
     masking,
     dropout,
+    copies,
+    batch,
+    kv_head,
     config: tl.constexpr,
     HAS_LOWER: tl.constexpr,
 ):
@@ -121,6 +128,9 @@ def exact_delta(
             v_rows,
             masking,
             dropout,
+            copies,
+            batch,
+            kv_head,
             config,
             HAS_LOWER,
             True,
@@ -145,6 +155,9 @@ def query_gradient_tiles(
     v_rows,
     masking,
     dropout,
+    copies,
+    batch,
+    kv_head,
     config: tl.constexpr,
     EXACT: tl.constexpr,
     START: tl.constexpr,
@@ -165,6 +178,9 @@ def query_gradient_tiles(
             v_rows,
             masking,
             dropout,
+            copies,
+            batch,
+            kv_head,
             config,
             START,
             STOP,
@@ -202,6 +218,7 @@ def query_gradient_tile(
     dropout,
     scaling,
     num_heads,
+    copies,
     kv_head,
     query_len,
     key_len,
@@ -226,7 +243,7 @@ def query_gradient_tile(
         lower, upper, mask_ptr, masking.query_stride, masking.key_stride, padding_ptr, masking.padding_stride
     )
     dropout = Dropout(dropout.seed, batch * num_heads + head, dropout.threshold, dropout.keep_scale)
-    inputs = query_len, scaling, k_rows, v_rows, masking, dropout
+    inputs = query_len, scaling, k_rows, v_rows, masking, dropout, copies, batch, kv_head
 
     dout_tile = load_tile(rows_of(dout, batch, head, q_begin, query_len), first, config.TILE_M, config, False)
     q_tile = load_tile(rows_of(q, batch, head, q_begin, query_len), first, config.TILE_M, config, False)
@@ -328,6 +345,8 @@ def attention_backward_query_kernel(
     keep_scale,
     flags_ptr,
     programs,
+    k_copies,
+    v_copies,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -340,7 +359,8 @@ def attention_backward_query_kernel(
 ):
     """dq and delta of one tile of queries. lse, dlse and delta have the same layout.
 
-    flags: one number for each program of the first launch. REPAIR: see attention_tiles.py.
+    flags: one number for each program of the first launch. REPAIR: see attention_tiles.py. k_copies, v_copies: tensor
+    descriptors for the tiles of the loop, or None.
     """
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     config: tl.constexpr = Config(
@@ -364,6 +384,7 @@ def attention_backward_query_kernel(
         Dropout(seed, 0, threshold, keep_scale),
         Scaling(scale, softcap),
         num_heads,
+        (k_copies, v_copies),
     )
     if REPAIR:
         first, any_flagged = flags_of(flags_ptr, programs)

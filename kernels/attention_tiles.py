@@ -215,6 +215,18 @@ def load_tile(rows, first, TILE: tl.constexpr, config: tl.constexpr, ALL_ROWS: t
 
 
 @triton.jit
+def copy_or_load_tile(
+    copies, batch, head, rows, first, TILE: tl.constexpr, config: tl.constexpr, ALL_ROWS: tl.constexpr
+):
+    """load_tile(), by the tensor descriptor of all heads if there is one (copies.py)."""
+    if copies is not None:
+        tile = copies.load([batch, head, first, 0]).reshape([TILE, config.BLOCK_D])
+    else:
+        tile = load_tile(rows, first, TILE, config, ALL_ROWS)
+    return tile
+
+
+@triton.jit
 def store_tile(rows, first, x, TILE: tl.constexpr, config: tl.constexpr):
     row = tl.arange(0, TILE)
     channel = tl.arange(0, config.BLOCK_D)

@@ -8,7 +8,8 @@ They are looked up by sizes alone, never by timing, so results do not depend on 
 compile every row for every architecture that uses it.
 """
 
-# (kernel, bytes per element, largest width of a head's tile) → (tile_m, tile_n, warps, stages), of queries and keys
+# (kernel, bytes per element, largest width of a head's tile) → (tile_m, tile_n, warps, stages), of queries and keys.
+# "… copies": where bulk copies load the keys and values (copies.py).
 SMALL = {  # fits into 99 KiB
     ("forward", 2, 64): (128, 32, 8, 3),
     ("forward", 2, 128): (128, 32, 8, 3),
@@ -47,6 +48,10 @@ SMALL = {  # fits into 99 KiB
 HOPPER = SMALL | {  # a warpgroup multiplies tiles of at least 64 queries
     ("forward", 2, 64): (128, 128, 8, 3),
     ("forward", 2, 128): (128, 64, 8, 3),
+    ("forward copies", 2, 64): (128, 128, 8, 3),
+    ("forward copies", 2, 128): (128, 128, 8, 2),
+    ("query copies", 2, 64): (128, 64, 8, 2),
+    ("query copies", 2, 128): (128, 128, 8, 2),
     ("forward masked", 2, 64): (128, 64, 8, 2),
     ("query masked", 2, 64): (128, 64, 8, 2),
     ("query exact", 2, 64): (128, 32, 8, 2),
@@ -56,6 +61,7 @@ HOPPER = SMALL | {  # a warpgroup multiplies tiles of at least 64 queries
     ("key masked", 2, 128): (16, 128, 8, 2),
 }
 BLACKWELL = HOPPER | {
+    ("query copies", 2, 128): (128, 64, 8, 2),
     ("key masked", 2, 64): (32, 128, 8, 1),
     ("key", 2, 128): (32, 32, 4, 2),
     ("key masked", 2, 128): (32, 32, 4, 2),
@@ -107,6 +113,15 @@ def attention_tile(
         next((table[name, itemsize, block] for name in names if (name, itemsize, block) in table), None)
         or table[which, itemsize, block]
     )
+
+
+def copies_tile(architecture: str, which: str, itemsize: int, block: int) -> tuple[int, int, int, int] | None:
+    """(tile_m, tile_n, warps, stages) where bulk copies load the tiles of the loop (copies.py); None where they do not.
+
+    Without masks, which need the registers, and packed sequences, behind whose ends are others.
+    """
+    table, at = table_of(architecture), (f"{which} copies", itemsize, max(block, 64))
+    return table[at] if at in table else None
 
 
 # gelu_mlp and glu_mlp: (architecture, bytes per element) → (tile_m, tile_n, tile_k, warps, stages) of the fused

@@ -13,6 +13,9 @@ import threading
 import torch
 import triton
 
+from fastlm.kernels.copies import TensorDescriptor
+from fastlm.kernels.copies import key as key_of_copies
+
 INTERPRETED = triton.knobs.runtime.interpret  # @triton.jit reads it when the kernels are imported
 HIP = torch.version.hip is not None
 NUMBERS = frozenset((int, float, type(None)))
@@ -28,6 +31,8 @@ def kind(argument):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     if argument is None or isinstance(argument, float):
         return argument is None
+    if isinstance(argument, TensorDescriptor):
+        return key_of_copies(argument)
     if HIP:
         return argument.dtype, argument.data_ptr() % 16 == 0, argument.untyped_storage().nbytes() < 2**31
     return argument.dtype, argument.data_ptr() % 16 == 0
@@ -80,6 +85,8 @@ def launch(kernel, programs, arguments, constants, warps, stages, device, debug=
         *[
             a
             if type(a) in NUMBERS
+            else key_of_copies(a)
+            if type(a) is TensorDescriptor
             else (a.dtype, a.untyped_storage().nbytes() < 2**31 if HIP else 0, a.data_ptr() & 15)
             for a in arguments
         ],

@@ -1,24 +1,30 @@
 """The launches of a call, made again for a call of the same kind.
 
 What an implementation derives from shapes, strides, dtypes, alignments and settings is the same for every such call.
-A plan holds the finished arguments of all its launches; only addresses are filled in.
+A plan holds the finished arguments of all its launches and the layouts of the results; only the results are allocated,
+and addresses filled in. Each result is an allocation of its own: parts of a common one would take PyTorch as long to
+make, and would keep each other in memory.
 """
+
+from collections.abc import Callable
 
 import torch
 
 import fastlm.kernels.launch as launcher
+from fastlm.kernels.copies import Moved, TensorDescriptor
 
+New = Callable[[tuple[int, ...]], torch.Tensor]
 MAX_PLANS = 1024  # of an operator and direction
 variant = None  # of the launch configurations: benchmarks/tune_triton.py changes them
 
 
-def layout(x):
-    """What launches depend on in a tensor besides its alignment; None for None."""
-    if x is None:
-        return None
+def layouts(tensors):
+    """What launches depend on in tensors besides their addresses; None for None."""
     if launcher.HIP:
-        return x.shape, x.stride(), x.dtype, x.untyped_storage().nbytes() < 2**31
-    return x.shape, x.stride(), x.dtype
+        return [
+            x if x is None else (x.shape, x.stride(), x.dtype, x.untyped_storage().nbytes() < 2**31) for x in tensors
+        ]
+    return [x if x is None else (x.shape, x.stride(), x.dtype) for x in tensors]
 
 
 def addresses_of(tensors):
@@ -35,24 +41,30 @@ def addresses_of(tensors):
     given = len(addresses) - addresses.count(0)
     if len(set(addresses)) < given + (given < len(addresses)):
         equal = tuple([addresses.index(address) for address in addresses])
-    return addresses, (aligned, equal)
+    return addresses, aligned, equal
 
 
 class Plan:
-    """Launches, whose tensors are given by their addresses. workspace: the float32 elements that they need besides."""
+    """Launches, whose tensors are given by their addresses.
 
-    __slots__ = "device", "launches", "workspace"
+    results: of each result its shape, its strides and its dtype, the latter None for that of the tensor `like` of the
+    call; None for a result that is None. workspace: the float32 elements that the launches need besides.
+    """
 
-    def __init__(self, launches, device, workspace):
-        self.launches, self.device, self.workspace = launches, device, workspace
+    __slots__ = "device", "launches", "results", "workspace"
+
+    def __init__(self, launches, device, results, workspace):
+        self.launches, self.device, self.results, self.workspace = launches, device, results, workspace
 
     def launch(self, addresses):
-        """addresses: of each tensor in the order of record(), and of the workspace."""
+        """addresses: of each tensor of the call, of its results, and of the workspace."""
         stream = launcher.current_stream()(self.device)
-        for run, programs, function, metadata, arguments, places in self.launches:
+        for run, programs, function, metadata, arguments, places, copies in self.launches:
             arguments = arguments.copy()
             for at, index, offset in places:
                 arguments[at] = addresses[index] + offset
+            for at, index, offset in copies:
+                arguments[at] = Moved(arguments[at], addresses[index] + offset)
             run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
 
@@ -78,62 +90,83 @@ class Workspace:
 class Plans(dict):
     """Plans by what their launches depend on: the layouts of all tensors, and the settings."""
 
-    def find(self, key):
-        """The plan, or None: then the call computes it, in record(). A profiler's hooks need Triton's own launches."""
-        plan = self.get((variant, key))
-        return plan if plan is None or not launcher.has_launch_hooks() else None
+    def call(self, like, tensors, settings, compute):
+        """The results of compute(new), whose kernels run on the device of `like`, the current one; by a plan from the
+        second time on.
 
-    def launch(self, key, like, tensors, compute):
-        """compute(new) on the device of `like`, where all results are among the tensors; or its launches by the plan.
-
-        new(shape): uninitialised float32 memory for the launches.
+        compute allocates the results and launches kernels, and does nothing else on the device. Its kernels read
+        `tensors`, write the results, and use what new(shape) returns, uninitialised float32 memory. `settings` are all
+        the rest that it depends on.
         """
-        plan = self.find(key)
-        if plan is None:
-            workspace = Workspace(like)
-            self.record(key, tensors, workspace, like.device.index, lambda: compute(workspace.part) or ())
-            return
-        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        device = like.device.index
+        addresses, aligned, equal = addresses_of(tensors)
+        key = variant, device, aligned, equal, *layouts(tensors), *settings
+        plan = self.get(key)
+        if plan is None or launcher.has_launch_hooks():  # a profiler's hooks need Triton's own launches
+            return self.record(key, like, tensors, compute)
+        results, new = [], like.new_empty_strided
+        for result in plan.results:
+            if result is None:
+                results.append(None)
+                addresses.append(0)
+            else:
+                shape, strides, dtype = result  # fewer arguments cost PyTorch less time to parse
+                made = new(shape, strides) if dtype is None else new(shape, strides, dtype=dtype)
+                results.append(made)
+                addresses.append(made.data_ptr())
         if plan.workspace:
             workspace = like.new_empty(plan.workspace, dtype=torch.float32)
             addresses.append(workspace.data_ptr())
         plan.launch(addresses)
+        return tuple(results)
 
-    def record(self, key, tensors, workspace, device, compute):
-        """compute(), which launches kernels for these tensors, for its results and for parts of the workspace.
+    def record(self, key, like, tensors, compute):
+        """compute(), whose launches become a plan if each of their tensors has the address of one that is known.
 
-        The launches become a plan if each of their tensors has the address of one of these. The plan takes the
-        addresses of `tensors`, then of the results, then of the workspace. The key tells which inputs are at the same
-        address.
+        The plan takes the addresses of `tensors`, then of the results, then of the workspace. The key tells which
+        inputs are at the same address.
         """
+        workspace = Workspace(like)
         if launcher.INTERPRETED:
-            return compute()
+            return compute(workspace.part)
         launcher.recording.launches = recorded = []
         try:
-            results = compute()
+            results = compute(workspace.part)
         finally:
             launcher.recording.launches = None
         named = *tensors, *results
         places = [(x.data_ptr(), index, 0) for index, x in enumerate(named) if x is not None]
         places += [(x.data_ptr(), len(named), offset) for x, offset in workspace.parts]
         launches = [planned(launch, places) for launch in recorded]
-        if launches and None not in launches:
+        own = {id(x) for x in tensors if x is not None}
+        if launches and None not in launches and not any(id(result) in own for result in results):
             if len(self) >= MAX_PLANS:
                 self.clear()
-            self[variant, key] = Plan(launches, device, workspace.size)
+            made = [
+                None if x is None else (tuple(x.shape), x.stride(), None if x.dtype == like.dtype else x.dtype)
+                for x in results
+            ]
+            self[key] = Plan(launches, like.device.index, made, workspace.size)
         return results
 
 
 def planned(launch, places):
     """A launch of a plan, or None if it has another tensor. places: (address, index, offset)."""
     binary, programs, arguments, constants = launch
-    values, found = [*arguments, *constants], []
+    values, found, copies = [*arguments, *constants], [], []
     for at, value in enumerate(values):
-        if hasattr(value, "data_ptr"):
-            address = value.data_ptr()
-            same = [(index, offset) for other, index, offset in places if other == address]
-            if not same:
-                return None
+        descriptor = isinstance(value, TensorDescriptor)
+        tensor = value.base if descriptor else value
+        if not hasattr(tensor, "data_ptr"):
+            continue
+        address = tensor.data_ptr()
+        same = [(index, offset) for other, index, offset in places if other == address]
+        if not same:
+            return None
+        if descriptor:
+            values[at] = Moved(value, 0)  # the plan keeps no tensor
+            copies.append((at, *same[0]))
+        else:
             values[at] = 0
             found.append((at, *same[0]))
-    return binary.run, programs, binary.function, binary.packed_metadata, values, found
+    return binary.run, programs, binary.function, binary.packed_metadata, values, found, copies

@@ -10,10 +10,11 @@
 //   - A row is held in registers, 32 columns per thread, by a team of 8 to 256 threads, so x and residual are read once
 //     up to a width of 8192. Accesses are vectors of 8 columns, 16 bytes in 16 bits. With dropout the four vectors of a
 //     thread are 16 columns apart, so each Philox call gives four of its columns.
-//   - Backward: up to 264 blocks (two per multiprocessor of an H100) process several rows each and keep their partial
-//     sums of dw and db in registers; a second kernel reduces them in a fixed order, without atomics. The partial sums
-//     are up to 264 · width · 8 bytes, written and read, mostly in the L2 cache.
-//   - Backward loads ds together with dy and s, before the two sums over the row.
+//   - Backward: two blocks per multiprocessor process several rows each and keep their partial sums of dw and db in
+//     registers; a second kernel reduces them in a fixed order, without atomics. The partial sums are up to
+//     2 · multiprocessors · width · 8 bytes, written and read, mostly in the L2 cache.
+//   - Backward copies dy, s and ds of the next row to shared memory while it computes, each thread its own columns. In
+//     registers they would not fit beside the partial sums.
 //   - Wider rows, and rows that are not aligned for vectors, have generic kernels that process a column at a time and
 //     read it again in each pass. Separate kernels keep these branches out of the ones above.
 #include "layernorm_residual.h"
@@ -138,30 +139,44 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 2)
 
 // ds = rstd·(g − mean(g) − n·mean(g·n)) + dsummed,  n = (s − mean)·rstd,  g = dy·w;  dresidual = ds,  dx = dropout(ds);
 // dw = Σ_rows dy·n,  db = Σ_rows dy
-template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM)
+template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 1)
     layernorm_residual_backward_kernel(const backward_args<T, R> args) {
   FASTLM_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
   const row_team team(args.team, args.drop.active());
   const int width = args.width;
   float dweight[VECTORS][VECTOR] = {}, dbias[VECTORS][VECTOR] = {};
+  const row_slots<T> dy_slots{shared + sums_bytes(2)};
+  const row_slots<R> s_slots{dy_slots.base + blockDim.x * row_slots<T>::bytes_per_thread},
+      dsummed_slots{s_slots.base + blockDim.x * row_slots<R>::bytes_per_thread};
+  const auto row_of = [&](int step) {
+    return (int64_t(blockIdx.x) * args.rows_per_team + step) * team.teams + team.index;
+  };
+  const auto exists = [&](int step) { return step < args.rows_per_team && row_of(step) < args.rows; };
+  const auto prefetch = [&](int step) {
+    if (!args.dy || !exists(step)) return;
+    const int64_t row = row_of(step);
+    dy_slots.prefetch(args.dy + row * args.dy_stride, team, width);
+    s_slots.prefetch(args.summed + row * args.summed_stride, team, width);
+    cp_async_commit();
+  };
+  const auto prefetch_dsummed = [&](int step) {
+    if (!args.dsummed || !exists(step)) return;
+    const int64_t row = row_of(step);
+    dsummed_slots.prefetch(args.dsummed + row * args.dsummed_stride, team, width);
+    cp_async_commit();
+  };
+  prefetch(0), prefetch_dsummed(0);
 #pragma unroll 1
   for (int step = 0; step < args.rows_per_team; ++step) {
-    const int64_t row = (int64_t(blockIdx.x) * args.rows_per_team + step) * team.teams + team.index;
+    const int64_t row = row_of(step);
     const int end = row < args.rows ? width : 0;
-    vec<T, VECTOR> dy[VECTORS];
-    vec<R, VECTOR> s[VECTORS], dsummed[VECTORS];
-#pragma unroll
-    for (int c = 0; c < VECTORS; ++c) {
-      const int column = team.column(c);
-      dy[c] = {}, s[c] = {}, dsummed[c] = {};
-      if (column < end && args.dy) {
-        dy[c] = vec<T, VECTOR>::load(args.dy + row * args.dy_stride + column);
-        s[c] = vec<R, VECTOR>::load(args.summed + row * args.summed_stride + column);
-      }
-      if (column < end && args.dsummed)
-        dsummed[c] = vec<R, VECTOR>::load(args.dsummed + row * args.dsummed_stride + column);
-    }
+    vec<T, VECTOR> dy[VECTORS] = {};
+    vec<R, VECTOR> s[VECTORS] = {};
+    cp_async_wait<0>();
+    if (end > 0 && args.dy) dy_slots.take(dy), s_slots.take(s);
+    __syncwarp();  // orders the reads before the copies that overwrite what they read
+    prefetch(step + 1);
     float ds[VECTORS][VECTOR] = {};
     if (args.dy) {
       const float mean = row < args.rows ? args.mean[row] : 0.0f, rstd = row < args.rows ? args.rstd[row] : 0.0f;
@@ -188,6 +203,10 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM)
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) ds[c][i] = rstd * (ds[c][i] - mean_g - n[c][i] * mean_gn);
     }
+    vec<R, VECTOR> dsummed[VECTORS] = {};  // read here, where fewer registers are in use
+    if (end > 0 && args.dsummed) dsummed_slots.take(dsummed);
+    __syncwarp();
+    prefetch_dsummed(step + 1);
 #pragma unroll
     for (int c = 0; c < VECTORS; ++c) {
       vec<R, VECTOR> out;
@@ -208,6 +227,7 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM)
       if (team.column(c) < end) out.store(args.dx + row * width + team.column(c));
     }
   }
+  __syncthreads();  // other teams may still read what they have copied
   if (args.dweight)
     combine_partials(team, dweight, sums, args.dweight + int64_t(blockIdx.x) * args.padded_width, width);
   if (args.dbias) combine_partials(team, dbias, sums, args.dbias + int64_t(blockIdx.x) * args.padded_width, width);
@@ -340,7 +360,7 @@ void layernorm_residual_forward(const layernorm_residual_forward_args& args, str
   });
 }
 
-int64_t layernorm_residual_max_partials() { return MAX_PARTIALS; }
+int64_t layernorm_residual_max_partials() { return max_partials(); }
 
 void layernorm_residual_backward(const layernorm_residual_backward_args& args, stream_t stream) {
   if (args.rows == 0) return;
@@ -376,7 +396,8 @@ void layernorm_residual_backward(const layernorm_residual_backward_args& args, s
         partition.threads > partition.team ? size_t(partition.team) * COLUMNS_PER_THREAD * sizeof(float) : 0;
     if (in_registers)
       FASTLM_LAUNCH((layernorm_residual_backward_kernel<T, R>), unsigned(partition.partials), partition.threads,
-                    std::max(partition.shared_bytes(2), sums), stream, kernel_args);
+                    std::max(partition.shared_bytes(2) + slot_bytes<T, R>(partition.threads), sums), stream,
+                    kernel_args);
     else
       FASTLM_LAUNCH((layernorm_residual_backward_generic_kernel<T, R>), unsigned(partition.partials), partition.threads,
                     partition.shared_bytes(2), stream, kernel_args);

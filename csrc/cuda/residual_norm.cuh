@@ -14,8 +14,10 @@ namespace fastlm::cuda {
 // Columns per vector access, vector accesses per thread.
 constexpr int VECTOR = 8, VECTORS = 4, COLUMNS_PER_THREAD = VECTOR * VECTORS;
 constexpr int MAX_TEAM = 256, MAX_REGISTER_WIDTH = MAX_TEAM * COLUMNS_PER_THREAD, MIN_THREADS = 128;
-constexpr int MAX_PARTIALS = 264;
-constexpr int REDUCE_COLUMNS = WarpSize, REDUCE_WARPS = 8;
+constexpr int REDUCE_COLUMNS = WarpSize, REDUCE_WARPS = 32;
+
+// Rows of partial sums of a parameter gradient, so many as blocks of backward run at a time: one wave.
+inline int max_partials() { return std::min(2 * multiprocessors(), 1024); }
 
 // The threads that share a row. A block has `teams` of them. Columns are assigned to threads in vectors.
 struct row_team {
@@ -88,6 +90,44 @@ FASTLM_DEVICE void apply_dropout(float (&values)[VECTORS][VECTOR], const dropout
     for (int i = 0; i < VECTOR; ++i) values[c][i] = keeps >> (c * VECTOR + i) & 1 ? values[c][i] * drop.scale : 0.0f;
 }
 
+// Bytes of the space of row_team::sum for N numbers, a multiple of 16.
+FASTLM_DEVICE int sums_bytes(int numbers) { return int(blockDim.x) / WarpSize * numbers * int(sizeof(float)); }
+
+// The columns of a thread in its next row, copied to shared memory while it computes the present one. A thread reads
+// only what it has copied itself. prefetch() is followed by cp_async_wait<0>() and take().
+template <class X> struct row_slots {
+  static constexpr int PIECES = VECTOR * sizeof(X) / 16, PER_VECTOR = 16 / sizeof(X);
+  static constexpr size_t bytes_per_thread = VECTORS * PIECES * 16;
+
+  unsigned char* base;
+
+  FASTLM_DEVICE X* slot(int c, int piece) const {
+    return reinterpret_cast<X*>(base + (size_t(c * PIECES + piece) * blockDim.x + threadIdx.x) * 16);
+  }
+  FASTLM_DEVICE void prefetch(const X* row, const row_team& team, int end) const {
+#pragma unroll
+    for (int c = 0; c < VECTORS; ++c)
+#pragma unroll
+      for (int piece = 0; piece < PIECES; ++piece)
+        cp_async_16(slot(c, piece), row + team.column(c) + piece * PER_VECTOR, team.column(c) < end);
+  }
+  FASTLM_DEVICE void take(vec<X, VECTOR> (&out)[VECTORS]) const {
+#pragma unroll
+    for (int c = 0; c < VECTORS; ++c)
+#pragma unroll
+      for (int piece = 0; piece < PIECES; ++piece) {
+        const auto part = vec<X, PER_VECTOR>::load(slot(c, piece));
+#pragma unroll
+        for (int i = 0; i < PER_VECTOR; ++i) out[c][piece * PER_VECTOR + i] = part[i];
+      }
+  }
+};
+
+// Bytes of shared memory of dy, s and ds: 16 to 96 KiB.
+template <class T, class R> constexpr size_t slot_bytes(int threads) {
+  return size_t(threads) * (row_slots<T>::bytes_per_thread + 2 * row_slots<R>::bytes_per_thread);
+}
+
 // The teams of a block add their partial sums in shared memory, one after the other; the last writes the result.
 FASTLM_DEVICE void combine_partials(const row_team& team, const float (&values)[VECTORS][VECTOR], float* sums,
                                     float* partial, int width) {
@@ -107,8 +147,8 @@ FASTLM_DEVICE void combine_partials(const row_team& team, const float (&values)[
   }
 }
 
-// Reduces the partial sums of dweight (blockIdx.y = 0) or dbias: each warp adds every eighth one for 32 columns, and
-// the first warp adds the results of all warps.
+// Reduces the partial sums of dweight (blockIdx.y = 0) or dbias: each of 32 warps adds every 32nd one for 32 columns,
+// with all loads under way at once, and the first warp adds the results of all warps.
 template <class W> __global__ void residual_norm_reduce_kernel(const float* partials, W* dweight, W* dbias, int count,
                                                                int width, int padded_width) {
   FASTLM_SHARED(shared);
@@ -142,7 +182,8 @@ struct row_partition {
          team < MAX_TEAM && team * (in_registers ? COLUMNS_PER_THREAD : VECTORS) < width; team *= 2) {}
     threads = in_registers ? std::max(team, MIN_THREADS) : team;
     blocks = (rows + threads / team - 1) / (threads / team);
-    rows_per_team = int((blocks + MAX_PARTIALS - 1) / MAX_PARTIALS);
+    const int most = max_partials();
+    rows_per_team = int((blocks + most - 1) / most);
     partials = int((blocks + rows_per_team - 1) / rows_per_team);
     padded_width = int((width + VECTOR - 1) / VECTOR * VECTOR);
   }

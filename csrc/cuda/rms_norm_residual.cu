@@ -134,32 +134,44 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 2)
 }
 
 // ds = rstd·(g − n·mean(g·n)) + dsummed,  n = s·rstd,  g = dy·w;  dresidual = ds,  dx = dropout(ds);  dw = Σ_rows dy·n
-template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM)
+template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM, 1)
     rms_norm_residual_backward_kernel(const rms_norm_backward_args<T, R> args) {
   FASTLM_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
   const row_team team(args.team, args.drop.active());
   const int width = args.width;
   float dweight[VECTORS][VECTOR] = {};
+  const row_slots<T> dy_slots{shared + sums_bytes(1)};
+  const row_slots<R> s_slots{dy_slots.base + blockDim.x * row_slots<T>::bytes_per_thread},
+      dsummed_slots{s_slots.base + blockDim.x * row_slots<R>::bytes_per_thread};
+  const auto row_of = [&](int step) {
+    return (int64_t(blockIdx.x) * args.rows_per_team + step) * team.teams + team.index;
+  };
+  const auto exists = [&](int step) { return step < args.rows_per_team && row_of(step) < args.rows; };
+  const auto prefetch = [&](int step) {
+    if (!args.dy || !exists(step)) return;
+    const int64_t row = row_of(step);
+    dy_slots.prefetch(args.dy + rms_norm_row_offset(args.dy_layout, row), team, width);
+    s_slots.prefetch(args.summed + rms_norm_row_offset(args.summed_layout, row), team, width);
+    cp_async_commit();
+  };
+  const auto prefetch_dsummed = [&](int step) {
+    if (!args.dsummed || !exists(step)) return;
+    const int64_t row = row_of(step);
+    dsummed_slots.prefetch(args.dsummed + rms_norm_row_offset(args.dsummed_layout, row), team, width);
+    cp_async_commit();
+  };
+  prefetch(0), prefetch_dsummed(0);
 #pragma unroll 1
   for (int step = 0; step < args.rows_per_team; ++step) {
-    const int64_t row = (int64_t(blockIdx.x) * args.rows_per_team + step) * team.teams + team.index;
+    const int64_t row = row_of(step);
     const int end = row < args.rows ? width : 0;
-    const int64_t dy_row = rms_norm_row_offset(args.dy_layout, row),
-                  s_row = rms_norm_row_offset(args.summed_layout, row),
-                  dsummed_row = rms_norm_row_offset(args.dsummed_layout, row);
-    vec<T, VECTOR> dy[VECTORS];
-    vec<R, VECTOR> s[VECTORS], dsummed[VECTORS];
-#pragma unroll
-    for (int c = 0; c < VECTORS; ++c) {
-      const int column = team.column(c);
-      dy[c] = {}, s[c] = {}, dsummed[c] = {};
-      if (column < end && args.dy) {
-        dy[c] = vec<T, VECTOR>::load(args.dy + dy_row + column);
-        s[c] = vec<R, VECTOR>::load(args.summed + s_row + column);
-      }
-      if (column < end && args.dsummed) dsummed[c] = vec<R, VECTOR>::load(args.dsummed + dsummed_row + column);
-    }
+    vec<T, VECTOR> dy[VECTORS] = {};
+    vec<R, VECTOR> s[VECTORS] = {};
+    cp_async_wait<0>();
+    if (end > 0 && args.dy) dy_slots.take(dy), s_slots.take(s);
+    __syncwarp();  // orders the reads before the copies that overwrite what they read
+    prefetch(step + 1);
     float ds[VECTORS][VECTOR] = {};
     if (args.dy) {
       const float rstd = row < args.rows ? args.rstd[row] : 0.0f;
@@ -184,6 +196,10 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM)
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) ds[c][i] = rstd * (ds[c][i] - n[c][i] * mean_gn);
     }
+    vec<R, VECTOR> dsummed[VECTORS] = {};  // read here, where fewer registers are in use
+    if (end > 0 && args.dsummed) dsummed_slots.take(dsummed);
+    __syncwarp();
+    prefetch_dsummed(step + 1);
 #pragma unroll
     for (int c = 0; c < VECTORS; ++c) {
       vec<R, VECTOR> out;
@@ -204,6 +220,7 @@ template <class T, class R> __global__ void __launch_bounds__(MAX_TEAM)
       if (team.column(c) < end) out.store(args.dx + row * width + team.column(c));
     }
   }
+  __syncthreads();  // other teams may still read what they have copied
   if (args.dweight)
     combine_partials(team, dweight, sums, args.dweight + int64_t(blockIdx.x) * args.padded_width, width);
 }
@@ -324,7 +341,7 @@ void rms_norm_residual_forward(const rms_norm_residual_forward_args& args, strea
   });
 }
 
-int64_t rms_norm_residual_max_partials() { return MAX_PARTIALS; }
+int64_t rms_norm_residual_max_partials() { return max_partials(); }
 
 void rms_norm_residual_backward(const rms_norm_residual_backward_args& args, stream_t stream) {
   if (args.rows == 0) return;
@@ -356,7 +373,8 @@ void rms_norm_residual_backward(const rms_norm_residual_backward_args& args, str
         partition.threads > partition.team ? size_t(partition.team) * COLUMNS_PER_THREAD * sizeof(float) : 0;
     if (in_registers)
       FASTLM_LAUNCH((rms_norm_residual_backward_kernel<T, R>), unsigned(partition.partials), partition.threads,
-                    std::max(partition.shared_bytes(1), sums), stream, kernel_args);
+                    std::max(partition.shared_bytes(1) + slot_bytes<T, R>(partition.threads), sums), stream,
+                    kernel_args);
     else
       FASTLM_LAUNCH((rms_norm_residual_backward_generic_kernel<T, R>), unsigned(partition.partials), partition.threads,
                     partition.shared_bytes(1), stream, kernel_args);

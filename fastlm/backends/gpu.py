@@ -6,6 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
+UNCHANGED = contextlib.nullcontext()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -13,7 +14,7 @@ def on_device(x: Tensor):
     """A context in which x's device is current: kernels launch on the current device and its current stream."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return UNCHANGED
 
 
 def new_like(x: Tensor, wanted: bool = True, dtype: torch.dtype | None = None):

@@ -93,8 +93,14 @@ def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
             now.attempt(f"generation, batch {batch}", functools.partial(generation, device, batch)) for batch in (1, 8)
         )
         first, then = plan.planned()
-        for found in itertools.chain(now.measure(device, first), step, *texts, now.measure(device, then)):
-            rows.append(found)
+        # Last, as compiling takes minutes.
+        compiled = (
+            now.measure(device, first, compiled=True),
+            now.attempt("training step, compiled", functools.partial(training_step, device, compiled=True)),
+            now.measure(device, then, compiled=True),
+        )
+        for found in itertools.chain(now.measure(device, first), step, *texts, now.measure(device, then), *compiled):
+            found.join(rows)
             case = f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.backend}"
             say(f"{case}: {found.seconds * 1e6:,.1f} µs")
             files.write(rows, described, now)

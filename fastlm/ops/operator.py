@@ -65,6 +65,8 @@ class Operator(Registered):
                 f"fastlm::{name}_backward", self, self.Backward, self.inputs, lambda i: i.backward
             )
             self.function = make_function(self)
+            # Without what Function.apply does in Python for torch.func transforms, which select() refuses.
+            self.apply = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
 
     # What an operator says itself
 
@@ -125,7 +127,8 @@ class Operator(Registered):
         if torch.is_grad_enabled():
             for tensor in (*tensors[: self.inputs], *originals):
                 if tensor is not None and tensor.requires_grad:
-                    return self.function.apply(*call, selected, *originals)
+                    apply = self.apply if isinstance(selected, Implementation) else self.function.apply
+                    return apply(*call, selected, *originals)
         results = self.forward(self.without_saving(call), selected)
         return results[0] if self.outputs == 1 else results[: self.outputs]
 

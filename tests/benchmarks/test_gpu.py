@@ -41,7 +41,7 @@ SMALL = [(shrunk(case, compiled=False), "float32") for case in CASES]
 
 
 def small_step(device="cpu", **options):
-    return training_step(device, 2, 16, SIZES, compiled=False, **{"rounds": 2, "least": 0, **options})
+    return training_step(device, 2, 16, SIZES, **{"rounds": 2, "least": 0, **options})
 
 
 def small_generation(device="cpu", batch=2, **options):
@@ -322,7 +322,9 @@ def test_too_slow(seconds, expected, monkeypatch):
 @pytest.fixture
 def small_plan(monkeypatch):
     monkeypatch.setattr(plan, "planned", lambda: (SMALL[:1], [LAYERNORM, GELU_MLP]))
-    monkeypatch.setattr(bench_gpu, "training_step", small_step)
+    monkeypatch.setattr(
+        bench_gpu, "training_step", lambda device, compiled=False: iter(() if compiled else small_step())
+    )
     monkeypatch.setattr(bench_gpu, "generation", small_generation)
     monkeypatch.setattr(bench_gpu, "peaks", lambda device, dtypes: timing.peaks(device, (torch.float32,), 64, 1 << 16))
     monkeypatch.setattr(timing, "interleaved_calls", functools.partial(timing.interleaved_calls, **QUICK))
@@ -357,7 +359,7 @@ def test_sigterm_keeps_what_was_measured(small_plan, monkeypatch, tmp_path, caps
     pytest.importorskip("matplotlib")
     before = signal.getsignal(signal.SIGTERM)
 
-    def step(device):
+    def step(device, compiled=False):
         yield from small_step()
         os.kill(os.getpid(), signal.SIGTERM)
         yield from small_step()
@@ -372,9 +374,10 @@ def test_sigterm_keeps_what_was_measured(small_plan, monkeypatch, tmp_path, caps
 
 
 def test_a_failure_is_in_the_files_and_the_exit_status(small_plan, monkeypatch, tmp_path, capsys):
-    def step(device):
-        yield from small_step()
-        raise RuntimeError("no compiler")
+    def step(device, compiled=False):
+        if not compiled:
+            yield from small_step()
+            raise RuntimeError("no compiler")
 
     monkeypatch.setattr(bench_gpu, "training_step", step)
     with pytest.raises(bench_gpu.typer.Exit) as raised:
@@ -394,6 +397,58 @@ def test_a_step_that_fails_leaves_the_others(monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
     found = []
     with pytest.raises(RuntimeError, match="compiled: no compiler"):
-        for row in training_step("cpu", 2, 16, SIZES, rounds=2, least=0):
+        for row in training_step("cpu", 2, 16, SIZES, compiled=True, rounds=2, least=0):
             found.append(row)
-    assert "auto" in {row.backend for row in found} and all(set(row.baselines) == {"eager"} for row in found)
+    assert "auto" in {row.backend for row in found} and not any(row.baselines for row in found)
+
+
+def test_compiled_baselines_come_last_and_join_their_rows(small_plan, monkeypatch, tmp_path, capsys):
+    """Compiling takes minutes: everything else is measured by then."""
+    order = []
+
+    def compile(function, **options):
+        if isinstance(function, torch.nn.Module):
+            function.register_forward_pre_hook(lambda *_: order.append("compiled"))
+            return function
+        return lambda *inputs: order.append("compiled") or function(*inputs)
+
+    def say(line):
+        order.append(line.split(" ")[0])
+
+    def step(device, compiled=False):
+        return small_step(compiled=compiled)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(bench_gpu, "say", say)
+    monkeypatch.setattr(bench_gpu, "training_step", step)
+    case = dataclasses.replace(LAYERNORM[0], compiled=True)
+    monkeypatch.setattr(plan, "planned", lambda: (SMALL[:1], [(case, "float32"), GELU_MLP]))
+    bench_gpu.run(bench_gpu.Files(json=tmp_path / "b.json"), device="cpu")
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert order.index("gelu_mlp") < order.index("compiled")
+    for row in rows:
+        expected = {"layernorm_residual": True, "training_step": True}.get(row["operator"], False)
+        assert ("compiled" in row["baselines"]) == expected and len(row["baselines"]) > expected
+    keys = [(row["operator"], row["shape"], row["direction"], row["backend"]) for row in rows]
+    assert len(keys) == len({*keys})
+
+
+def test_calls_rotate_through_copies_of_their_operands():
+    """Together more than the cache holds, with the layout that they had."""
+    whole = torch.arange(60.0).view(4, 15)
+    seen = []
+
+    def ours(*inputs, backend=None):
+        seen.append([x.data_ptr() for x in inputs])
+        assert [x.stride() for x in inputs] == [(15, 1), (15, 1), (1, 3)]
+        assert inputs[1].data_ptr() - inputs[0].data_ptr() == 5 * 4 and torch.equal(inputs[0], whole[:, :5])
+        return inputs[0] * 2
+
+    inputs = [whole[:, :5], whole[:, 5:10], torch.ones(2, 3).t()]
+    problem = Problem("", ours, {}, inputs, [torch.ones(4, 5)])
+    size = 60 * 4 + 6 * 4 + 20 * 4
+    assert [len(timing.copies(problem, cache)) for cache in (0, size // 2, size, 10**9)] == [1, 1, 2, 64]
+    call = timing.rotating(timing.copies(problem, size), ours, "forward")
+    for _ in range(4):
+        call()
+    assert seen[0] == seen[2] and seen[1] == seen[3] and not {*seen[0]} & {*seen[1]}

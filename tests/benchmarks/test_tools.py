@@ -131,3 +131,14 @@ def test_two_checkouts_are_compared():
     assert done.stdout.count(f"{ROOT}/fastlm/__init__.py") == 2
     assert len(re.findall(r"^linear +small (forward|both) +float32 +1 ", done.stdout, re.MULTILINE)) >= 2
     assert "2 rows, " in done.stdout and " 0 failed" in done.stdout
+
+
+@pytest.mark.slow
+def test_host_time_without_a_gpu():
+    pytest.importorskip("triton")
+    command = [sys.executable, ROOT / "benchmarks" / "host_time.py", "--rounds", "1", "--calls", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {"attention", "decode", "rotary", "linear_log_prob"} < {line.split()[0] for line in lines}
+    assert all(re.search(r"forward +[0-9.]+ µs", line) for line in lines)

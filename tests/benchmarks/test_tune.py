@@ -192,9 +192,17 @@ def test_every_pass_in_16_bits_is_searched_once_and_the_commonest_first(configs,
         which
         for table in configs.ATTENTION.values()
         for which, itemsize, block in table
-        if itemsize == 2 and block == 64
+        if itemsize == 2 and block == 64 and not which.endswith(" copies")
     }
     assert {(which, 2, 64) for which in passes} <= {*found}
+
+
+def test_where_bulk_copies_load_the_tiles_their_row_is_searched(configs, monkeypatch):
+    row = {("forward copies", 2, 64): (64, 32, 1, 1)}
+    monkeypatch.setitem(configs.ATTENTION, "interpreter", configs.INTERPRETER | row)
+    monkeypatch.setattr(tune.backend, "architecture", lambda index: "interpreter")
+    knob = tune.attention("forward", torch.bfloat16, 16, "cpu", batch=1, heads=1, tokens=32)
+    assert (knob.name, knob.value) == (str(("forward copies", 2, 64)), (64, 32, 1, 1))
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -76,7 +76,7 @@ def test_a_failure_fails_the_target_but_later_steps_still_run(tests, bench, make
 
 
 def test_tests_and_measurements_are_targets_of_their_own(make, tmp_path):
-    """Each for a command of ten minutes, with at most eight files of results together."""
+    """Each for a command of ten minutes, with at most eight files of results."""
     done, log = make(target="gpu-test")
     assert done.returncode == 0 and log == [BUILT, "tests on triton,cuda"]
     done, log = make(target="gpu-bench", bench=3)
@@ -85,6 +85,11 @@ def test_tests_and_measurements_are_targets_of_their_own(make, tmp_path):
     limits = [int(n) for n in re.findall(r"timeout (?:-s INT )?(?:-k 20 )?(\d+)", listing.stdout)]
     bench = re.search(r"--limit (\d+)", listing.stdout)
     assert limits == [100, 100, 380] and int(bench[1]) == 440
+    for target in ("gpu-test", "gpu-bench"):
+        listing = subprocess.run(["make", "-C", str(ROOT), "-n", target, "OUT=OUT"], capture_output=True, text=True)
+        sanitizers = ["OUT/sanitizer-memcheck.txt", "OUT/sanitizer-racecheck.txt"] * (target == "gpu-test")
+        table = ["OUT/table.txt"] * (target == "gpu-bench")  # beside table.json
+        assert len({*re.findall(r"OUT/[a-z.]+", listing.stdout), *sanitizers, *table}) <= 8
 
 
 def test_tests_that_run_out_of_time_still_report(make, tmp_path):

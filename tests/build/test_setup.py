@@ -250,6 +250,18 @@ def test_no_module_for_the_cpu(tree):
 
 @pytest.mark.slow
 @needs_compiler
+def test_a_build_in_place_reads_no_pyproject(tree):
+    """As `make gpu-build` builds, with setuptools that is older than the form of that file."""
+    (tree / "pyproject.toml").write_text("[project]\nname = 1\n")
+    environment = {**os.environ, "FASTLM_BUILD_ISAS": "none"}
+    assert build(tree, **environment).returncode != 0
+    command = [sys.executable, "setup.py", "in-place"]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "FASTLM_BUILD_ISAS=none" in report(tree)["reason"], done.stderr
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_an_operator_is_recompiled_alone_and_dropped_when_it_no_longer_compiles(tree):
     first = build(tree, FASTLM_BUILD_ISAS="baseline")
     assert first.returncode == 0 and report(tree)["reason"] == "", first.stdout + first.stderr

@@ -16,7 +16,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+import fastlm.backends.triton  # noqa: F401 (finds fastlm.kernels in a checkout)
 from fastlm.kernels import configs
 from tests.kernels import machine_code
 from tests.kernels.support import backward, forward, kernel_modules, set_architecture
@@ -44,6 +46,7 @@ SHARED = {
     "gfx942": 64,
     "gfx1100": 64,
 }  # KiB of one program
+OTHERS = "window", "bool padding", "dropout", "causal softcap", "causal, shared keys"
 launches: list[tuple] = []
 work: list[tuple] = []  # (target, case, launch) to compile
 
@@ -68,6 +71,9 @@ def source_of(kernel, arguments, constants):
             signature[parameter.name], constexprs[at] = "constexpr", value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
@@ -122,6 +128,8 @@ def attention(dtype, head_dim, masked="", lengths=(512, 512), num_kv_heads=2, wi
         torch.empty(batch, n, h, head_dim, dtype=dtype).transpose(1, 2)
         for n, h in zip((*lengths, lengths[1]), (heads, num_kv_heads, num_kv_heads), strict=True)
     )
+    if "shared keys" in masked:  # no strides for bulk copies
+        key, value = (x[:1].expand(batch, -1, -1, -1) for x in (key, value))
     mask = padding = seed = None
     lower, upper = -(2**62), lengths[1] - lengths[0]
     if "window" in masked:
@@ -230,7 +238,7 @@ def cases(quick):
             )
         if dtype == torch.bfloat16:
             everything = "bias dropout", "bias dropout softcap"
-            for masked in everything if quick else ("window", "bool padding", "dropout", "causal softcap", *everything):
+            for masked in everything if quick else (*OTHERS, *everything):
                 for head_dim in (64,) if quick else (64, 128, 256) if "bias" in masked else (64, 128):
                     yield (
                         f"attention {short} {head_dim} {masked}",

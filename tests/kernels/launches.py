@@ -9,6 +9,7 @@ what it should have received. Then whole calls are made twice: the second time t
 """
 
 import ctypes
+import dataclasses
 import itertools
 import json
 import re
@@ -19,9 +20,11 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 STREAM = 0x1230  # the current stream
 CASES = {  # every kernel, with and without its optional arguments, with the tiles of a GPU: small tiles compile faster
+    "attention bfloat16 64 causal": "sm_90",  # bulk copies
     "attention bfloat16 64 bias dropout": "sm_86",
     "attention bfloat16 64 bias dropout softcap": "sm_86",
     "attention bfloat16 64 bool padding": "sm_90",
@@ -81,18 +84,22 @@ def on_launch(function, config, parameters):
 def parameter_sizes(ptx):
     """The sizes of the kernel parameters in bytes."""
     header = re.search(r"\.entry \w+\((.*?)\n\)", ptx, re.DOTALL).group(1)
-    return [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+) ", header)]
+    found = re.findall(r"\.param (?:\.align \d+ )?\.[a-z](\d+) [^\n\[]*(?:\[(\d+)\])?", header)
+    return [int(bits) // 8 * int(count or 1) for bits, count in found]
 
 
-def drive(folder):
-    """Replaces the driver by the stub, and makes PyTorch report one H100."""
+def drive(folder, count=True):
+    """Replaces the driver by the stub, and makes PyTorch report one H100. count: record what it receives."""
     stub = ctypes.CDLL(str(folder / "libcuda.so.1"))
-    ctypes.c_void_p.in_dll(stub, "on_launch").value = ctypes.cast(on_launch, ctypes.c_void_p).value
+    if count:
+        ctypes.c_void_p.in_dll(stub, "on_launch").value = ctypes.cast(on_launch, ctypes.c_void_p).value
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda index=None: (9, 0)
     torch.cuda.current_stream = lambda index=None: types.SimpleNamespace(cuda_stream=STREAM)
     torch._C._cuda_getCurrentRawStream = lambda index: STREAM  # Triton prefers this function of a PyTorch for CUDA
+    if not count:
+        return
 
     load = triton.compiler.CompiledKernel._init_handles
     run = triton.JITFunction.run
@@ -113,6 +120,8 @@ def drive(folder):
 
 def another(value):
     """Another value of the same kind in the sense of launch.kind."""
+    if isinstance(value, TensorDescriptor):
+        return dataclasses.replace(value, base=another(value.base))
     if isinstance(value, torch.Tensor):
         offset = value.data_ptr() % 16 // value.itemsize  # the same distance from a multiple of 16 bytes
         extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
@@ -130,6 +139,8 @@ def parameters_of(kernel, arguments):
             continue
         if isinstance(value, float):
             given.append(struct.unpack("I", struct.pack("f", value))[0])
+        elif isinstance(value, TensorDescriptor):
+            given += [value.base.data_ptr(), *value.shape, *value.strides]
         elif isinstance(value, int):
             given.append(value % 2 ** (32 if -(2**31) <= value < 2**31 else 64))
         else:
@@ -196,6 +207,7 @@ def cases():
 def main():
     out, folder = map(Path, sys.argv[1:])
     drive(folder)
+    import fastlm.backends.triton  # noqa: F401 (finds fastlm.kernels in a checkout)
     from fastlm.kernels import launch
     from tests.kernels.support import kernel_modules, set_architecture
 
@@ -278,7 +290,7 @@ def repeated_calls():
     ahead_of_time.forward, ahead_of_time.backward = twice(ahead_of_time.forward), twice(ahead_of_time.backward)
     calls = dict(ahead_of_time.cases(False))
     for title, card in CASES.items():
-        if title.split()[0] in ("attention", "layernorm_residual", "rms_norm_residual"):
+        if title.split()[0] in ("attention", "layernorm_residual", "rms_norm_residual", "rotary"):
             set_architecture(setattr, card)
             calls[title]()
     return made

@@ -3,7 +3,7 @@
 import importlib
 from pathlib import Path
 
-import fastlm  # noqa: F401 (registers the operators)
+import fastlm.backends.triton  # noqa: F401 (registers the operators, and finds fastlm.kernels in a checkout)
 from fastlm.backends import registry
 
 KERNELS = Path(__file__).parents[2] / "kernels"

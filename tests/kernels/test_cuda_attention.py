@@ -192,3 +192,21 @@ def test_the_same_bits_every_time(head_dim, backend):
     first = outputs_and_gradients(call, inputs, torch.bfloat16)
     for _ in range(3):
         assert_same_bits(outputs_and_gradients(call, inputs, torch.bfloat16), first)
+
+
+@only_cuda
+@pytest.mark.parametrize("sequences", [31, 32, 33, 100])
+def test_many_short_sequences(sequences, backend):
+    """A warp looks for its tile among 32 at a time. Some are empty, some have several tiles."""
+    lengths = [(7 * i) % 5 + (70 if i % 29 == 28 else 0) for i in range(sequences)]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = (floats(sum(lengths), 2, 8) for _ in range(3))
+
+    def run(name):
+        def function(*t):
+            return fastlm.attention_varlen(*t, starts, starts, causal=True, backend=name)
+
+        return outputs_and_gradients(function, (q, k, v), torch.float32)
+
+    for ours, expected in zip(run(backend), run("reference"), strict=True):
+        assert error(ours, expected.double()) <= 2**-18

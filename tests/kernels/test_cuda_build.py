@@ -196,6 +196,18 @@ def test_streams_are_read_and_written_by_16_bytes(kernel, built, instructions):
                 assert any(code.startswith(access) for code in mnemonics), f"{access}: {name} on sm_{arch}"
 
 
+@pytest.mark.parametrize("kernel", [name for name in STREAMING if "backward" in name])
+def test_backward_copies_the_next_row_while_it_computes(kernel, built, instructions):
+    """dy, s and ds: 12 copies or more of 16 bytes, for the first row and for the next."""
+    for arch in archs(built):
+        for (on, name), mnemonics in instructions.items():
+            if on == f"sm_{arch}" and kernel in name:
+                copies = sum(
+                    n for code, n in mnemonics.items() if code.startswith("LDGSTS.E.BYPASS.") and ".128" in code
+                )
+                assert copies >= 24, f"{name} on {arch}: {copies}"
+
+
 def test_the_spill_check_read_the_log_of_every_kernel(built, setup):  # noqa: F811
     """The build fails on spills. This checks that there was a log for each source and architecture."""
     folder = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"

@@ -37,7 +37,7 @@ def test_teams_of_every_size(rows, width, dtype, backend):
 @only_cuda
 @pytest.mark.parametrize("rows, width", [(9000, 8), (2200, 24), (600, 7), (300, 4104)])
 def test_several_rows_per_team(rows, width, backend):
-    """More rows than 264 blocks have teams: each team processes several, and the last block fewer."""
+    """More rows than two blocks per multiprocessor have teams: each processes several, and the last block fewer."""
     assert_within_twice_torch(
         lambda *t: fastlm.layernorm_residual(*t, backend=backend), torch_own, inputs_of(rows, width), torch.float32
     )

@@ -124,4 +124,4 @@ def test_a_second_call_is_launched_by_a_plan(recorded):
                 elif a != b:
                     assert min(a, b) > 2**32 and workspace.setdefault(a, b) == b, call["case"]
         assert len(set(workspace.values())) == len(workspace)
-    assert planned == 13
+    assert planned == 17

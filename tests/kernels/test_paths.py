@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import fastlm
 from fastlm.backends import triton as triton_backend
 from fastlm.ops.attention import cuda as cuda_attention
+from tests.ops.attention import qkv
 from tests.support import assert_same_bits, assert_within_twice_torch, error, floats, on_backends, outputs_and_gradients
 
 only_triton = on_backends("triton")
@@ -68,6 +69,43 @@ def test_a_bias_in_pointwise_kernels_with_rows_of_any_width(n, backend, configs,
     x, w, b, eye = floats(7, 3), torch.zeros(n, 3), torch.arange(n) + 10.0, torch.eye(n)  # gelu(10) is 10
     out = fastlm.gelu_mlp(x, w, b, eye, None, backend=backend)
     assert torch.equal(out, b.expand(7, n))
+
+
+@only_triton
+@pytest.mark.parametrize(
+    "settings", [{}, {"causal": True}, {"window": (9, 4)}, {"causal": True, "softcap": 5.0}], ids=str
+)
+@pytest.mark.parametrize(
+    "shape, copied",
+    [((1, 2, 1, 40, 70, 64), True), ((1, 2, 1, 33, 5, 40), True), ((1, 2, 2, 9, 40, 20), False)],
+    ids=str,
+)
+def test_bulk_copies_give_the_same_bits(shape, copied, settings, backend, configs, architecture, monkeypatch):
+    """Tiles that cross the end of the keys and of the head; strides that are no multiples of 16 bytes use loads."""
+    from fastlm.kernels import attention, plan
+
+    made, of_heads = [], attention.of_heads
+
+    def spy(*arguments):
+        made.append(of_heads(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(attention, "of_heads", spy)
+    table = configs.table_of(architecture)
+    inputs = qkv(*shape)
+    results = []
+    for copies in (False, True):
+        monkeypatch.setattr(plan, "variant", object())
+        for which in ("forward", "query"):
+            at = f"{which} copies", 2, 64
+            monkeypatch.delitem(table, at, raising=False)
+            if copies:
+                monkeypatch.setitem(table, at, configs.attention_tile(architecture, which, 2, 64, which != "forward"))
+        results.append(
+            outputs_and_gradients(lambda *t: fastlm.attention(*t, **settings, backend=backend), inputs, torch.bfloat16)
+        )
+    assert_same_bits(*results)
+    assert made and (None not in made) == copied
 
 
 @only_triton

@@ -51,13 +51,17 @@ class Run:
         except Exception as error:  # of a kernel or a compiler, or out of memory
             self.failed.append(f"{what}: {' '.join(str(error).split())[:1000] or type(error).__name__}")
 
-    def measure(self, device: str, pairs: Sequence[Planned], **options: float | bool) -> Iterator[Row]:
-        """options: as for timing.compare()."""
+    def measure(
+        self, device: str, pairs: Sequence[Planned], compiled: bool = False, **options: float | bool
+    ) -> Iterator[Row]:
+        """options: as for timing.compare(). compiled: the cases with such baselines, and no others."""
         for case, dtype in pairs:
+            if compiled and not case.compiled:
+                continue
 
             def rows(case: Case = case, dtype: str = dtype) -> Iterator[Row]:
-                return compare(case, getattr(torch, dtype), device, **options)  # type: ignore[arg-type]
+                return compare(case, getattr(torch, dtype), device, compiled=compiled, **options)  # type: ignore[arg-type]
 
-            yield from self.attempt(f"{case}, {dtype}", rows)
+            yield from self.attempt(f"{case}, {dtype}{', compiled' * compiled}", rows)
             if device == "cuda":
                 torch.cuda.empty_cache()

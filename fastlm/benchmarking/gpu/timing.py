@@ -1,26 +1,31 @@
 """Cases timed on a GPU: every backend that supports a case and every baseline, interleaved.
 
-A case gives a row for each backend with kernels of its own, all from the same timings. Peaks are measured at the start:
-a large copy within the GPU's memory (bytes read plus bytes written) and large matrix products.
+A case gives a row for each backend with kernels of its own, all from the same timings. Calls rotate through copies of
+their operands, together more than the L2 cache holds, so that no call finds its operands there because the call before
+left them. Peaks are measured at the start: a large copy within the GPU's memory (bytes read plus bytes written) and
+large matrix products.
 """
 
 import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastlm.backends import registry, selection, table
 from fastlm.backends.registry import Registered
 from fastlm.benchmarking.machine import Work
 from fastlm.benchmarking.measure import Ratio, Timer, interleaved, timed
 from fastlm.benchmarking.operators import parts, selection_inputs, work_of
-from fastlm.ops.benchmark import Case, Function
+from fastlm.ops.benchmark import Case, Function, Problem
 
 Call = Callable[[], object]
 ROUNDS, LEAST, BUDGET = 12, 0.01, 2.0  # as interleaved() takes them
+MAX_COPIES = 64  # of the operands of a small call, which are in the L2 cache in practice too
 TOO_SLOW = 20  # PyTorch's operator is not timed if it is so many times slower than our kernels
 
 
@@ -39,6 +44,19 @@ class Row:
     flops: float | None = None
     bytes: float | None = None
     peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # memory of each step
+
+    def join(self, rows: "list[Row]") -> None:
+        """Adds this row, or its baselines to the row of the same call, whose other baselines were timed earlier."""
+
+        def call(row: Row) -> tuple[str, ...]:
+            return row.operator, row.shape, row.dtype, row.direction, row.backend
+
+        for row in rows:
+            if call(row) == call(self):
+                row.baselines |= self.baselines
+                row.peak_bytes |= {name: taken for name, taken in self.peak_bytes.items() if name not in row.peak_bytes}
+                return
+        rows.append(self)
 
 
 def timer_of(call: Call, device: str) -> Timer:
@@ -128,8 +146,46 @@ def too_slow(call: Call, ours: Sequence[Call], device: str) -> bool:
     return timer_of(call, device)(1) > max(0.05, TOO_SLOW * fastest)
 
 
-def compare(case: Case, dtype: torch.dtype, device: str, baselines: bool = True, **options: Any) -> Iterator[Row]:
-    """A row for each direction and backend.
+def l2_bytes(device: str) -> int:
+    """Of the L2 cache of a GPU; 0 on a CPU, where only the code is tested."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
+
+
+def copies(problem: Problem, cache: int) -> list[Problem]:
+    """The problem and copies of it, whose operands together have at least twice the bytes of the cache."""
+    operands = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in (*problem.inputs, *problem.upstream)}
+    size = sum(storage.nbytes() for storage in operands.values())
+    count = min(-(-2 * cache // max(size, 1)), MAX_COPIES)
+
+    def copy() -> Problem:
+        copied = {address: storage.clone() for address, storage in operands.items()}  # layouts remain as they are
+
+        def of(x: Tensor) -> Tensor:
+            storage = copied[x.untyped_storage().data_ptr()]
+            empty = torch.empty(0, dtype=x.dtype, device=x.device)
+            return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
+
+        return dataclasses.replace(problem, inputs=[*map(of, problem.inputs)], upstream=[*map(of, problem.upstream)])
+
+    return [problem, *(copy() for _ in range(count - 1))]
+
+
+def rotating(problems: Sequence[Problem], function: Function, direction: str) -> Call:
+    """A call of the function on the operands of the next problem each time."""
+    runs = itertools.cycle([parts(problem, function, direction)[1] for problem in problems])
+    return lambda: next(runs)(None)
+
+
+def compare(
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    baselines: bool = True,
+    compiled: bool = False,
+    cache: int | None = None,
+    **options: Any,
+) -> Iterator[Row]:
+    """A row for each direction and backend. compiled: against the baselines that torch.compile makes, and no others.
 
     Raises:
         RuntimeError: after the rows, if a backend that supports the case failed.
@@ -139,17 +195,18 @@ def compare(case: Case, dtype: torch.dtype, device: str, baselines: bool = True,
     backends = supporting(operator, device, dtype, sizes)
     auto, _ = selection.decide(operator, torch.device(device), dtype, None, sizes)
     functions: dict[str, Function] = {name: functools.partial(problem.ours, backend=name) for name in backends}
-    if baselines:
+    if compiled:
+        functions |= problem.compiled_baselines()
+    elif baselines:
         functions |= problem.baselines
-        functions |= problem.compiled_baselines() if case.compiled else {}
+    problems = copies(problem, l2_bytes(device) if cache is None else cache)
     failed = []
     for direction in ("forward", "forward+backward"):
         if direction not in case.directions:
             continue
         calls: dict[str, Call] = {}
         for name, function in functions.items():
-            run = parts(problem, function, direction)[1]
-            call, ours = functools.partial(run, None), name in backends and name != "torch"
+            call, ours = rotating(problems, function, direction), name in backends and name != "torch"
             why = error_text(call)
             if ours and why:
                 failed.append(f"{direction} by {name}: {why}")

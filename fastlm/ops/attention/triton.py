@@ -1,7 +1,6 @@
 """attention by the Triton kernels (kernels/attention*.py)."""
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,12 +13,10 @@ from fastlm.core.layout import contiguous_last
 from fastlm.kernels import attention as kernels
 from fastlm.kernels import attention_backward as backward_kernels
 from fastlm.kernels import attention_decode as decode_kernels
-from fastlm.kernels.plan import Plans, Workspace, addresses_of, layout
+from fastlm.kernels.plan import New, Plans, Workspace
 from fastlm.ops.attention.gpu import Launch, make_implementation
 from fastlm.ops.attention.gpu import refuses as too_large
 from fastlm.ops.attention.spec import Backward, Forward, Sizes
-
-New = Callable[[tuple[int, ...]], Tensor]
 
 
 def readable(x: Tensor) -> Tensor:
@@ -101,38 +98,25 @@ forwards, backwards = Plans(), Plans()
 
 
 def forward(call: Forward) -> Results:
-    query, tensors = call.query, call[:8]
-    device, (addresses, alignments) = query.device.index, addresses_of(tensors)
-    key = device, architecture(device), precision(query), alignments, *map(layout, tensors), call[8:13]
-    plan = forwards.find(key)
-    if plan is None:
-        workspace = Workspace(query)
-        implementation = without_plan(workspace.part)
-        return forwards.record(key, tensors, workspace, device, lambda: implementation.forward(call))
-    results = call.empty_results()
-    workspace = query.new_empty(plan.workspace, dtype=torch.float32)
+    query = call.query
+    settings = architecture(query.device.index), precision(query), *call[8:13]
     with on_device(query):
-        plan.launch([*addresses, *[x.data_ptr() for x in results], workspace.data_ptr()])
-    return results
+        return forwards.call(query, call[:8], settings, lambda new: without_plan(new).forward(call))
 
 
 def backward(call: Backward) -> Results:
-    query, needed, tensors = call.query, tuple(call.needed), call[:12]
-    device, (addresses, alignments) = query.device.index, addresses_of(tensors)
-    key = device, architecture(device), precision(query), alignments, *map(layout, tensors), call[12:17], needed
-    plan = backwards.find(key)
-    if plan is None:
-        workspace = Workspace(query)
-        computed = without_plan(workspace.part).backward
+    query, needed = call.query, tuple(call.needed)
+
+    def compute(new: New) -> Results:
+        computed = without_plan(new).backward
         assert computed is not None
-        if needed != (True, True, True, False) or call.dout is None:  # with more than launches, or other results
-            return computed(call)
-        return backwards.record(key, tensors, workspace, device, lambda: computed(call))
-    results = call.empty_results()
-    workspace = query.new_empty(plan.workspace, dtype=torch.float32)
+        return computed(call)
+
+    if needed != (True, True, True, False) or call.dout is None:  # with more than launches, or other results
+        return compute(Workspace(query).part)
+    settings = architecture(query.device.index), precision(query), *call[12:17]
     with on_device(query):
-        plan.launch([*addresses, *[0 if x is None else x.data_ptr() for x in results], workspace.data_ptr()])
-    return results
+        return backwards.call(query, call[:12], settings, compute)
 
 
 implementation = Implementation(triton.backend, forward, backward, refuses)

@@ -43,12 +43,12 @@ def backward(call: Backward):
     if summed.numel() == 0 or dy is None:
         dweight, dbias = (d if d is None else d.zero_() for d in (dweight, dbias))
     if summed.numel():
-        partials = None
-        if dy is not None and (needs_dweight or needs_dbias):
-            padded_width = -(-weight.shape[0] // 8) * 8
-            shape = needs_dweight + needs_dbias, cuda.kernels.layernorm_residual_max_partials(), padded_width
-            partials = torch.empty(shape, dtype=torch.float32, device=summed.device)
-        with on_device(summed):
+        with on_device(summed):  # whose multiprocessors count
+            partials = None
+            if dy is not None and (needs_dweight or needs_dbias):
+                padded_width = -(-weight.shape[0] // 8) * 8
+                shape = needs_dweight + needs_dbias, cuda.kernels.layernorm_residual_max_partials(), padded_width
+                partials = torch.empty(shape, dtype=torch.float32, device=summed.device)
             device, stream = cuda.device_and_stream(summed)
             cuda.kernels.layernorm_residual_backward(
                 dy=rows(dy),

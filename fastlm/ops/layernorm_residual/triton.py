@@ -1,9 +1,6 @@
 """layernorm_residual by the Triton kernel (kernels/layernorm_residual.py)."""
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 from fastlm.backends import triton
 from fastlm.backends.contract import Implementation
@@ -11,7 +8,7 @@ from fastlm.backends.gpu import dropout_arguments, new_like, num_processors, on_
 from fastlm.core.layout import rows_and_stride
 from fastlm.kernels import layernorm_residual as kernels
 from fastlm.kernels import residual_norm
-from fastlm.kernels.plan import Plans, addresses_of, layout
+from fastlm.kernels.plan import New, Plans, Workspace
 from fastlm.ops.layernorm_residual.spec import Backward, Forward, Sizes
 
 MAX_WIDTH = 16384  # a program holds a row in registers
@@ -28,53 +25,47 @@ forwards, backwards = Plans(), Plans()
 
 def forward(call: Forward):
     x, residual, weight, bias, seed, eps, dropout_p = call
-    y, summed = new_like(x), new_like(call.stream, call.makes_sum())
-    mean = x.new_empty(tuple(x.shape[:-1]), dtype=torch.float32)  # PyTorch parses a tuple faster than a torch.Size
-    rstd = torch.empty_like(mean)
-    if x.numel() == 0:
-        return y, summed, mean, rstd
-    inputs, device = call[:5], x.device.index
-    key = device, addresses_of(inputs)[1], *map(layout, inputs), eps, dropout_p
 
-    def compute(new: Callable[..., Tensor]) -> None:
+    def compute(new: New):
         width = x.shape[-1]
-        kernels.layernorm_residual_forward(
-            *rows_and_stride(x),
-            *rows_and_stride(residual),
-            vector(weight),
-            vector(bias),
-            y,
-            summed,
-            mean,
-            rstd,
-            seed,
-            x.numel() // width,
-            width,
-            eps,
-            *dropout_arguments(dropout_p),
-            device,
-        )
+        y, summed = new_like(x), new_like(call.stream, call.makes_sum())
+        mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        rstd = torch.empty_like(mean)
+        if x.numel():
+            kernels.layernorm_residual_forward(
+                *rows_and_stride(x),
+                *rows_and_stride(residual),
+                vector(weight),
+                vector(bias),
+                y,
+                summed,
+                mean,
+                rstd,
+                seed,
+                x.numel() // width,
+                width,
+                eps,
+                *dropout_arguments(dropout_p),
+                x.device.index,
+            )
+        return y, summed, mean, rstd
 
     with on_device(x):
-        forwards.launch(key, x, (*inputs, y, summed, mean, rstd), compute)
-    return y, summed, mean, rstd
+        return forwards.call(x, call[:5], (eps, dropout_p), compute)
 
 
 def backward(call: Backward):
     dy, dsummed, summed, weight, mean, rstd, seed, _, dropout_p, x_dtype, needed = call
     needs_dx, needs_dresidual, needs_dweight, needs_dbias = needed
-    dx, dresidual = new_like(summed, needs_dx, x_dtype), new_like(summed, needs_dresidual)
-    dweight, dbias = new_like(weight, needs_dweight), new_like(weight, needs_dbias)
-    if summed.numel() == 0:
-        return dx, dresidual, *(d if d is None else d.zero_() for d in (dweight, dbias))
-    if dy is None:
-        dweight, dbias = (d if d is None else d.zero_() for d in (dweight, dbias))
-    device = summed.device.index
-    inputs = call[:7]
-    key = device, addresses_of(inputs)[1], *map(layout, inputs), dropout_p, x_dtype, tuple(needed)
 
-    def compute(new: Callable[..., Tensor]) -> None:
-        width = weight.shape[0]
+    def compute(new: New):
+        dx, dresidual = new_like(summed, needs_dx, x_dtype), new_like(summed, needs_dresidual)
+        dweight, dbias = new_like(weight, needs_dweight), new_like(weight, needs_dbias)
+        if dy is None or summed.numel() == 0:
+            dweight, dbias = (d if d is None else d.zero_() for d in (dweight, dbias))
+        if summed.numel() == 0:
+            return dx, dresidual, dweight, dbias
+        width, device = weight.shape[0], summed.device.index
         rows = summed.numel() // width
         programs, tiles_per_program = residual_norm.partition(rows, width, seed is not None, num_processors(device))
         partials = None
@@ -101,10 +92,12 @@ def backward(call: Backward):
         )
         if partials is not None:
             residual_norm.reduce_partials(partials, dweight, dbias, programs, width, device)
+        return dx, dresidual, dweight, dbias
 
     with on_device(summed):
-        backwards.launch(key, summed, (*inputs, dx, dresidual, dweight, dbias), compute)
-    return dx, dresidual, dweight, dbias
+        if dy is None:  # zeros are no launch of ours
+            return compute(Workspace(summed).part)
+        return backwards.call(summed, call[:7], (dropout_p, x_dtype, *needed), compute)
 
 
 implementation = Implementation(triton.backend, forward, backward, refuses)

@@ -10,7 +10,7 @@ from fastlm.ops.linear.spec import Backward, Forward
 
 
 def flat_rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: str) -> Tensor:

@@ -41,11 +41,11 @@ def backward(call: Backward):
     if needs_dweight and (summed.numel() == 0 or dy is None):
         dweight.zero_()
     if summed.numel():
-        partials = None
-        if dy is not None and needs_dweight:
-            shape = cuda.kernels.rms_norm_residual_max_partials(), -(-weight.shape[0] // 8) * 8
-            partials = torch.empty(shape, dtype=torch.float32, device=summed.device)
-        with on_device(summed):
+        with on_device(summed):  # whose multiprocessors count
+            partials = None
+            if dy is not None and needs_dweight:
+                shape = cuda.kernels.rms_norm_residual_max_partials(), -(-weight.shape[0] // 8) * 8
+                partials = torch.empty(shape, dtype=torch.float32, device=summed.device)
             device, stream = cuda.device_and_stream(summed)
             cuda.kernels.rms_norm_residual_backward(
                 dy=strided_rows(dy),

@@ -1,9 +1,6 @@
 """rms_norm_residual by the Triton kernel (kernels/rms_norm_residual.py)."""
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 from fastlm.backends import triton
 from fastlm.backends.contract import Implementation
@@ -11,7 +8,7 @@ from fastlm.backends.gpu import dropout_arguments, new_like, num_processors, on_
 from fastlm.core.layout import row_strides
 from fastlm.kernels import residual_norm
 from fastlm.kernels import rms_norm_residual as kernels
-from fastlm.kernels.plan import Plans, addresses_of, layout
+from fastlm.kernels.plan import New, Plans, Workspace
 from fastlm.ops.rms_norm_residual.spec import Backward, Forward, Sizes
 
 MAX_WIDTH = 16384  # a program holds a row in registers
@@ -32,52 +29,46 @@ forwards, backwards = Plans(), Plans()
 
 def forward(call: Forward):
     x, residual, weight, seed, eps, dropout_p, unit_offset = call
-    y, summed = new_like(x), new_like(call.stream, call.makes_sum())
-    rstd = x.new_empty(tuple(x.shape[:-1]), dtype=torch.float32)  # PyTorch parses a tuple faster than a torch.Size
-    if x.numel() == 0:
-        return y, summed, rstd
-    inputs, device = call[:4], x.device.index
-    key = device, addresses_of(inputs)[1], *map(layout, inputs), eps, dropout_p, unit_offset
 
-    def compute(new: Callable[..., Tensor]) -> None:
-        width = x.shape[-1]
-        sizes, rows = row_strides(x, residual)
-        kernels.rms_norm_residual_forward(
-            *rows,
-            vector(weight),
-            y,
-            summed,
-            rstd,
-            seed,
-            x.numel() // width,
-            width,
-            sizes,
-            eps,
-            *dropout_arguments(dropout_p),
-            unit_offset,
-            device,
-        )
+    def compute(new: New):
+        y, summed = new_like(x), new_like(call.stream, call.makes_sum())
+        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        if x.numel():
+            width = x.shape[-1]
+            sizes, rows = row_strides(x, residual)
+            kernels.rms_norm_residual_forward(
+                *rows,
+                vector(weight),
+                y,
+                summed,
+                rstd,
+                seed,
+                x.numel() // width,
+                width,
+                sizes,
+                eps,
+                *dropout_arguments(dropout_p),
+                unit_offset,
+                x.device.index,
+            )
+        return y, summed, rstd
 
     with on_device(x):
-        forwards.launch(key, x, (*inputs, y, summed, rstd), compute)
-    return y, summed, rstd
+        return forwards.call(x, call[:4], (eps, dropout_p, unit_offset), compute)
 
 
 def backward(call: Backward):
     dy, dsummed, summed, weight, rstd, seed, _, dropout_p, unit_offset, x_dtype, needed = call
     needs_dx, needs_dresidual, needs_dweight = needed
-    dx, dresidual = new_like(summed, needs_dx, x_dtype), new_like(summed, needs_dresidual)
-    dweight = new_like(weight, needs_dweight)
-    if needs_dweight and (summed.numel() == 0 or dy is None):
-        dweight.zero_()
-    if summed.numel() == 0:
-        return dx, dresidual, dweight
-    device = summed.device.index
-    inputs = call[:6]
-    key = device, addresses_of(inputs)[1], *map(layout, inputs), dropout_p, unit_offset, x_dtype, tuple(needed)
 
-    def compute(new: Callable[..., Tensor]) -> None:
-        width = weight.shape[0]
+    def compute(new: New):
+        dx, dresidual = new_like(summed, needs_dx, x_dtype), new_like(summed, needs_dresidual)
+        dweight = new_like(weight, needs_dweight)
+        if needs_dweight and (summed.numel() == 0 or dy is None):
+            dweight.zero_()
+        if summed.numel() == 0:
+            return dx, dresidual, dweight
+        width, device = weight.shape[0], summed.device.index
         rows = summed.numel() // width
         programs, tiles_per_program = residual_norm.partition(rows, width, seed is not None, num_processors(device))
         partials = new((1, programs, width)) if dy is not None and needs_dweight else None
@@ -101,10 +92,12 @@ def backward(call: Backward):
         )
         if partials is not None:
             residual_norm.reduce_partials(partials, dweight, None, programs, width, device)
+        return dx, dresidual, dweight
 
     with on_device(summed):
-        backwards.launch(key, summed, (*inputs, dx, dresidual, dweight), compute)
-    return dx, dresidual, dweight
+        if dy is None:  # zeros are no launch of ours
+            return compute(Workspace(summed).part)
+        return backwards.call(summed, call[:6], (dropout_p, unit_offset, x_dtype, *needed), compute)
 
 
 implementation = Implementation(triton.backend, forward, backward, refuses)

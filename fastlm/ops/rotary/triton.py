@@ -8,6 +8,7 @@ from fastlm.backends.contract import Implementation
 from fastlm.backends.gpu import new_like, on_device
 from fastlm.core.layout import contiguous_last
 from fastlm.kernels import rotary as kernels
+from fastlm.kernels.plan import New, Plans
 from fastlm.ops.rotary.spec import Backward, Forward, Sizes
 
 MAX_ROWS = 2**31 - 2**16  # indices of rows have 32 bits, the last tile included
@@ -30,20 +31,35 @@ def rotate(x: Tensor | None, cos: Tensor, sin: Tensor, inverse: bool):
     if out.numel():
         cos, sin = contiguous_last(cos), contiguous_last(sin)
         strides = [(0 if t.shape[0] == 1 else t.stride(0), t.stride(1)) for t in (cos, sin)]
-        with on_device(x):
-            kernels.rotary(x, x.stride()[:3], cos, strides[0], sin, strides[1], out, inverse, x.device.index)
+        kernels.rotary(x, x.stride()[:3], cos, strides[0], sin, strides[1], out, inverse, x.device.index)
     return out
 
 
+forwards, backwards = Plans(), Plans()
+
+
 def forward(call: Forward):
-    return tuple(rotate(x, call.cos, call.sin, False) for x in (call.query, call.key))
+    query = call.query
+
+    def compute(new: New):
+        return tuple(rotate(x, call.cos, call.sin, False) for x in (query, call.key))
+
+    with on_device(query):
+        return forwards.call(query, call[:4], (), compute)
 
 
 def backward(call: Backward):
-    return tuple(
-        rotate(x if need else None, call.cos, call.sin, True)
-        for x, need in zip((call.dquery, call.dkey), call.needed, strict=True)
-    )
+    cos, sin = call.cos, call.sin
+    given = [x if need else None for x, need in zip((call.dquery, call.dkey), call.needed, strict=True)]
+    like = given[1] if given[0] is None else given[0]
+    if like is None:
+        return None, None
+
+    def compute(new: New):
+        return tuple(rotate(x, cos, sin, True) for x in given)
+
+    with on_device(like):
+        return backwards.call(like, (*given, cos, sin), (), compute)
 
 
 implementation = Implementation(triton.backend, forward, backward, refuses)
