@@ -33,7 +33,6 @@ class Trained(Protocol):
 
 def prepare(out: str | Path, *, overwrite: bool = False) -> Path:
     """Checks, before training starts, that the output directory can be written and has no model or checkpoint yet."""
-    check_processes()
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a directory or a path for a new one, got the file {str(out)!r}")
@@ -46,11 +45,6 @@ def prepare(out: str | Path, *, overwrite: bool = False) -> Path:
             f"out: expected a directory without a model, got {str(out)!r}, which has {names[0]}; {options}"
         )
     return out
-
-
-def check_processes() -> None:
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # torchrun sets it
-        raise mismatch("WORLD_SIZE", "1, as training on several processes is not supported", repr(processes))
 
 
 def check_writable(argument: str, out: Path) -> None:
