@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fastlm._version import __version__
-from fastlm.core.errors import mismatch
 from fastlm.models import checkpoint
 from fastlm.models.config import CONFIG, stored
 from fastlm.training.tokenizers import tokenizer_config

@@ -206,11 +206,14 @@ class Checkpoints:
 
                 shard_files.write(folder, others, self.group)
             with self.together():
+                own = {file.name: sha256(file) for file in folder.glob(shard_files_of(self.group.rank))}
+            sums = {name: digest for some in self.group.written(own) for name, digest in some.items()}
+            with self.together():
                 if first:
                     if self.group.size == 1:
                         with writing(folder / TENSORS) as path:
                             save_file(others, path)
-                    self.complete(folder, final)
+                    self.complete(folder, final, sums)
                     self.prune(step)
         except OSError as failure:
             raise OSError(f"out: could not save the checkpoint {str(final)!r}: {one_line(failure)}") from failure
@@ -232,10 +235,10 @@ class Checkpoints:
         if failures:
             raise failures[0]
 
-    def complete(self, folder: Path, final: Path) -> None:
-        """Adds the checksums, flushes the files to the disk and renames the directory."""
-        sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
-        (folder / SUMS).write_text(sums, encoding="utf-8")
+    def complete(self, folder: Path, final: Path, sums: Mapping[str, str]) -> None:
+        """Adds the checksums, flushes the files to the disk and renames the directory. sums: those that are known."""
+        digests = {file.name: sums.get(file.name) or sha256(file) for file in sorted(folder.iterdir())}
+        (folder / SUMS).write_text("".join(f"{x}  {name}\n" for name, x in digests.items()), encoding="utf-8")
         for path in (*folder.iterdir(), folder):
             flush(path)
         if final.exists():
@@ -329,7 +332,12 @@ def check_unchanged(argument: str, sums: Mapping[str, str]) -> None:
             raise mismatch(argument, f"the file {path} as the run was started with", "a changed one")
 
 
-def with_place_of(tensor: Tensor, copy: Tensor) -> Tensor:
+def shard_files_of(rank: int) -> str:
+    """The pattern of the names that torch.distributed.checkpoint gives the files of a process."""
+    return f"__{rank}_*.distcp"
+
+
+def with_place_of(tensor: Any, copy: Tensor) -> Tensor:
     """The copy of a part of a tensor, with its place in the tensor if this process has a part only."""
     if not is_sharded(tensor):
         return copy

@@ -81,6 +81,11 @@ class Group:
             dist.all_gather_object(values, value, group=self.writing)
         return values
 
+    def meet(self) -> None:
+        """Waits for all processes, however long it takes."""
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1, device="cpu"), group=self.patient)
+
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
         """Runs the block in the first process, then in the others, which find what it has left on the disk.
@@ -105,7 +110,7 @@ class Group:
             if not succeeded.item():
                 raise Ended
             yield
-        dist.all_reduce(succeeded, group=self.patient)
+        self.meet()
 
 
 def timeout() -> datetime.timedelta:
@@ -127,9 +132,18 @@ def in_environment(name: str, default: int) -> int:
     return int(value)
 
 
+def process_count() -> int:
+    """The number of processes that torchrun, or who sets the same variables, has started."""
+    return in_environment("WORLD_SIZE", 1)
+
+
 def is_several() -> bool:
-    """Whether torchrun, or who sets the same variables, has started this process as one of several."""
-    return in_environment("WORLD_SIZE", 1) > 1
+    return process_count() > 1
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started the processes again, after one of them failed."""
+    return is_several() and in_environment("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def join(device: torch.device) -> Group:

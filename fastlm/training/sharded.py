@@ -30,7 +30,7 @@ class Sharded(Whole):
         mesh = init_device_mesh(self.device.type, (group.size,))
         for layer in layers_of(model):
             fully_shard(layer, mesh=mesh)
-        self.objective = fully_shard(Objective(model, loss), mesh=mesh)
+        self.objective: Any = fully_shard(Objective(model, loss), mesh=mesh)
         self.model, self.loss_function = model, loss
         self.dtensors: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # They share memory with the parameters of the model.

@@ -269,8 +269,8 @@ class Trainer:
         finally:
             self.parallel.end_evaluation()
         own = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True))
-        total, count = self.group.total(own, sum(counts))
-        return total / count
+        total, number = self.group.total(own, sum(counts))
+        return total / number
 
 
 class ShardedScaler(torch.amp.GradScaler):
