@@ -55,10 +55,10 @@ def run(
         resume(out, device=device, threads=threads)
         return
     with set_up_several(device, threads) as (group, chosen), contextlib.ExitStack() as stack:
-        check_parallel(settings.parallel, group, batch=settings.batch, lora=settings.lora)
-        if dry_run and group.size > 1:
-            raise mismatch("dry_run", "one process", group.size)
         with group.first():
+            check_parallel(settings.parallel, group, batch=settings.batch, lora=settings.lora)
+            if dry_run and group.size > 1:
+                raise mismatch("dry_run", "one process", group.size)
             prepared = prepare(settings, sources, out, overwrite, dry_run, group, chosen)
             if prepared is None:
                 return
@@ -146,12 +146,12 @@ def resume(out: Path, *, device: str | None, threads: int | None, parallel: str 
     device = device or (started.device.partition(":")[0] if is_several() else started.device)
     threads = threads or (started.threads if same else None)
     with set_up_several(device, threads) as (group, chosen), contextlib.ExitStack() as stack:
-        check_parallel(settings.parallel, group, batch=settings.batch, lora=settings.lora)
         if (now := checkpoint.versions()) != started.versions:
             say(f"started with {listed(started.versions)}; with {listed(now)}, results may differ by rounding")
         saved: Saved | None = None
         damages: list[str] = []
         with group.first():
+            check_parallel(settings.parallel, group, batch=settings.batch, lora=settings.lora)
             if group.rank == 0:
                 stack.enter_context(locked_run(out))
                 saved, damages = newest(out)

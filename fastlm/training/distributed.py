@@ -191,5 +191,5 @@ def lost_process(error: BaseException) -> str | None:
     words = " ".join(str(error).split())
     known = "gloo", "NCCL", "onnection", "imed out", "timeout", "ProcessGroup"
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in words for word in known)):
-        return words.rpartition("] ")[2] or words
+        return (words.rpartition("] ")[2] or words).partition(". ")[0]
     return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -65,11 +66,13 @@ def empty(like: Tensor | None, size: torch.Size, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No notes of the library on stderr."""
+    """No notes of the library on stderr, such as that one process alone reads the files."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)

@@ -427,18 +427,6 @@ def test_the_objective_is_that_of_the_model_to_start_from(trained_bert, text_fil
     assert re.search(expected, result.stderr)
 
 
-@pytest.mark.parametrize("command", ["train", "demo"])
-def test_several_processes_are_refused(command, text_file, tmp_path, monkeypatch):
-    """As torchrun starts them: each would train the same model and write it into the same directory."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = {"train": ["train", text_file, *TINY], "demo": ["demo"]}[command]
-    result = fastlm_command(*arguments, "--out", tmp_path / "out")
-    assert result.exit_code == 1 and result.stderr == (
-        "error: WORLD_SIZE: expected 1, as training on several processes is not supported, got '2'\n"
-    )
-    assert not os.listdir(tmp_path)
-
-
 def test_train_on_a_full_disk(text_file, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # write() fails, as on a full disk

@@ -1,0 +1,141 @@
+"""What the processes of tests/training/test_distributed.py run: python -m tests.training.distributed_cases FOLDER JOB…
+
+Every process group has a timeout, uses the loopback interface only, and is not destroyed: gloo's destructor holds the
+GIL while it waits for a thread that may itself need the GIL.
+"""
+
+import dataclasses
+import datetime
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fastlm.models import load_model
+from fastlm.training import data
+from fastlm.training.checkpoints import Checkpoints, newest
+from fastlm.training.distributed import Group
+from fastlm.training.loop import train
+from fastlm.training.models import build
+from fastlm.training.objectives import NextToken
+from fastlm.training.report import Report
+from fastlm.training.settings import Settings
+
+# A batch of 7 is not divisible by the number of processes, nor are the widths.
+TINY = Settings(layers=2, heads=1, width=18, context=16, batch=7, steps=10, warmup=2, eval_every=4, lr=3e-3)
+CASES = {
+    "next-token": TINY,
+    "masked-token": dataclasses.replace(TINY, objective="masked-token", micro_batch=2, ema=0.9),
+    "packed": dataclasses.replace(TINY, architecture="llama", documents="packed", micro_batch=1),
+    "float16": dataclasses.replace(TINY, dtype="fp16", grad_clip=0.0),
+}
+KINDS = ("ddp", "fsdp")
+CHAIN = dataclasses.replace(TINY, steps=20, ema=0.9, skip_spikes=8.0, checkpoint_every=3)
+STOPS = {1: 5, 2: 10, 4: 15}  # the step after which so many processes are interrupted
+
+
+def corpus_of(folder, settings):
+    masked = settings.objective == "masked-token"
+    return data.load(
+        [folder / "text.jsonl"], tokenizer="char", masked=masked, documents=settings.documents, val_fraction=0.3
+    )
+
+
+class NotLearnedFrom:
+    """The loss of the third step is NaN in the last process only, and the gradient of the fifth."""
+
+    def __init__(self, group):
+        self.last, self.steps, self.loss = group.rank == group.size - 1, -(group.size > 1), NextToken().loss
+
+    def __call__(self, model, inputs, targets):
+        loss = self.loss(model, inputs, targets)
+        self.steps += model.training  # the first pass of several processes is not a step
+        if model.training and self.last and self.steps == 3:
+            return loss * torch.nan
+        if model.training and self.last and self.steps == 5:
+            return loss + (0 * model.transformer.ln_f.bias.sum()).sqrt()
+        return loss
+
+
+class Interrupt(Report):
+    """Sends SIGTERM to this process after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, step):
+        if step.step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def outcome(result):
+    weights = dict(result.model.state_dict()) if result.state is None else result.state
+    return {
+        "losses": result.losses,
+        "evaluations": result.evaluations,
+        "skipped": result.skipped,
+        "overflows": result.overflows,
+        "interrupted": result.interrupted,
+        "weights": {name: x.clone() for name, x in weights.items()},
+    }
+
+
+def compared(folder, name, kind="ddp", dtype=None):
+    """Trains a case from the start."""
+    settings = dataclasses.replace(CASES[name], parallel=kind)
+    corpus = corpus_of(folder, settings)
+    model = build(settings, corpus.tokenizer)
+    return outcome(train(settings, corpus, model if dtype is None else model.to(dtype)))
+
+
+def skipping(folder, kind="ddp"):
+    settings = dataclasses.replace(TINY, parallel=kind)
+    group = Group.current()
+    return outcome(train(settings, corpus_of(folder, settings), loss=NotLearnedFrom(group), group=group))
+
+
+def chained(folder, kind="ddp", stop=None):
+    """Goes on with the run in the folder until it is interrupted, in the first process only."""
+    settings, run = dataclasses.replace(CHAIN, parallel=kind), folder / "run"
+    group = Group.current()
+    with group.first():
+        start, _ = newest(run)
+    corpus = corpus_of(folder, settings)
+    model = build(settings, corpus.tokenizer) if start is None else load_model(start.folder, dtype=torch.float32)
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    sharded = kind == "fsdp" and group.size > 1
+    writer = Checkpoints(run, keep=2, tokenizer=corpus.tokenizer, group=group if sharded else None)
+    with writer:
+        checkpoints = writer if sharded or group.rank == 0 else None
+        report = Interrupt(stop)
+        return outcome(train(settings, corpus, model, report=report, checkpoints=checkpoints, start=start, group=group))
+
+
+def run_job(folder, job):
+    """A job is the name of a case or of a function above, and its arguments, separated by commas."""
+    name, *arguments = job.split(",")
+    if name == "chained":
+        return chained(folder, arguments[0], int(arguments[1]))
+    if name == "skipping":
+        return skipping(folder, *arguments)
+    return compared(folder, name, *arguments)
+
+
+def main():
+    folder, jobs = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    for job in jobs:
+        found = run_job(folder, job)
+        if dist.get_rank() == 0:
+            torch.save(found, folder / f"{job}-{dist.get_world_size()}.pt")
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
