@@ -23,7 +23,7 @@ from fastlm.models.config import CONFIG, stored
 from fastlm.training import checkpoint, data, metrics
 from fastlm.training.checkpoints import Checkpoints, Saved, check_unchanged, clear, locked_run, newest, sha256
 from fastlm.training.data.shards import keep_only
-from fastlm.training.distributed import Group, is_restarted, is_several, process_count
+from fastlm.training.distributed import Group, is_several, process_count, restarts
 from fastlm.training.estimate import estimate
 from fastlm.training.flops import flops_of_step
 from fastlm.training.loop import Result, train
@@ -51,7 +51,7 @@ def run(
     threads: int | None,
 ) -> None:
     """sources: the inputs that are no settings, as fastlm.training.config.resolve returns them."""
-    if is_restarted() and Run.is_of(out, settings, sources["data"]):
+    if restarts() and Run.is_of(out, settings, sources["data"]):
         resume(out, device=device, threads=threads)
         return
     with set_up_several(device, threads) as (group, chosen), contextlib.ExitStack() as stack:

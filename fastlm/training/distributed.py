@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from fastlm.core.errors import Ended, mismatch
 
@@ -141,9 +142,9 @@ def is_several() -> bool:
     return process_count() > 1
 
 
-def is_restarted() -> bool:
-    """Whether torchrun has started the processes again, after one of them failed."""
-    return is_several() and in_environment("TORCHELASTIC_RESTART_COUNT", 0) > 0
+def restarts() -> int:
+    """How often torchrun has started the processes again, after one of them failed."""
+    return in_environment("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def join(device: torch.device) -> Group:
@@ -157,7 +158,10 @@ def join(device: torch.device) -> Group:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group(backend, timeout=timeout())
+            store, rank, size = next(rendezvous("env://", timeout=timeout()))
+            # After a restart torchrun's store may have the addresses of the processes before.
+            store = dist.PrefixStore(f"restart {restarts()}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout())
         except (ValueError, RuntimeError) as failure:
             expected = "the variables that torchrun sets, and processes that answer"
             raise mismatch("WORLD_SIZE", expected, str(failure).partition("\n")[0]) from None
