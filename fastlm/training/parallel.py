@@ -113,6 +113,21 @@ def parallel(model: nn.Module, loss: Loss, group: Group, kind: str) -> Whole:
     return Sharded(model, loss, group)
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model: the members of its outermost lists of modules."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                found.extend(child)
+            else:
+                visit(child)
+
+    visit(model)
+    return found
+
+
 def is_sharded(x: Tensor) -> bool:
     """Whether it is a DTensor, whose class takes long to import."""
     return hasattr(x, "to_local")

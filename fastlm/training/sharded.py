@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from fastlm.training.distributed import Group
-from fastlm.training.parallel import Loss, Objective, Whole, is_sharded
+from fastlm.training.parallel import Loss, Objective, Whole, is_sharded, layers_of
 
 
 class Sharded(Whole):
@@ -84,21 +84,6 @@ class Sharded(Whole):
             yield self.copied
         finally:
             self.copied = without_data(self.copied)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model: the members of its outermost lists of modules."""
-    found: list[nn.Module] = []
-
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList):
-                found.extend(child)
-            else:
-                visit(child)
-
-    visit(model)
-    return found
 
 
 def without_data(model: nn.Module) -> nn.Module:

@@ -4,10 +4,13 @@ Every process group has a timeout, uses the loopback interface only, and is not 
 GIL while it waits for a thread that may itself need the GIL.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import os
 import signal
+import socket
+import struct
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import torch.distributed as dist
 
 from fastlm.models import load_model
 from fastlm.training import data
+from fastlm.training.batches import training_batch
 from fastlm.training.checkpoints import Checkpoints, newest
 from fastlm.training.distributed import Group
 from fastlm.training.loop import train
@@ -23,6 +27,7 @@ from fastlm.training.models import build
 from fastlm.training.objectives import NextToken
 from fastlm.training.report import Report
 from fastlm.training.settings import Settings
+from fastlm.training.trainer import Trainer
 
 # A batch of 7 is not divisible by the number of processes, nor are the widths.
 TINY = Settings(layers=2, heads=1, width=18, context=16, batch=7, steps=10, warmup=2, eval_every=4, lr=3e-3)
@@ -34,6 +39,7 @@ CASES = {
 }
 KINDS = ("ddp", "fsdp")
 CHAIN = dataclasses.replace(TINY, steps=20, ema=0.9, skip_spikes=8.0, checkpoint_every=3)
+WIRE = dataclasses.replace(TINY, width=66, batch=8)  # no parameter but the embedding of positions is divisible by 4
 STOPS = {1: 5, 2: 10, 4: 15}  # the step after which so many processes are interrupted
 
 
@@ -114,11 +120,44 @@ def chained(folder, kind="ddp", stop=None):
         return outcome(train(settings, corpus, model, report=report, checkpoints=checkpoints, start=start, group=group))
 
 
+def sent_bytes():
+    """By all TCP connections of this process: tcpi_bytes_sent of Linux's struct tcp_info."""
+    total = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(descriptor))) as connection:
+                    if connection.family != socket.AF_UNIX:
+                        information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                        total += struct.unpack_from("Q", information, 200)[0]
+    return total
+
+
+def bytes_per_step(folder, kind="ddp", micro_batch="8", steps=3):
+    """What the first process sends in a step, on average."""
+    settings, group = dataclasses.replace(WIRE, parallel=kind, micro_batch=int(micro_batch)), Group.current()
+    corpus = corpus_of(folder, settings)
+    trainer = Trainer(build(settings, corpus.tokenizer), settings, NextToken().loss, group=group)
+    trainer.warm_up()
+    before = 0
+    for step in range(steps + 1):
+        group.meet()
+        if step == 1:
+            before = sent_bytes()
+        share = training_batch(corpus.train, settings, NextToken(), step, group.share(settings.batch))
+        trainer.begin_step(*share, settings.lr, settings.tokens_per_step)
+        trainer.read()
+    group.meet()
+    return (sent_bytes() - before) / steps
+
+
 def run_job(folder, job):
     """A job is the name of a case or of a function above, and its arguments, separated by commas."""
     name, *arguments = job.split(",")
     if name == "chained":
         return chained(folder, arguments[0], int(arguments[1]))
+    if name == "bytes":
+        return bytes_per_step(folder, *arguments)
     if name == "skipping":
         return skipping(folder, *arguments)
     return compared(folder, name, *arguments)

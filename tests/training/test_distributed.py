@@ -13,6 +13,8 @@ import sys
 import pytest
 import torch
 
+from fastlm.training import scale
+from fastlm.training.models import build
 from tests.training import distributed_cases as cases
 from tests.training.processes import run
 
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo between pr
 ROUNDING = {"float16": 2e-3}
 TWO = ["next-token,ddp", "next-token,fsdp", "masked-token,fsdp", "packed,ddp", "float16,fsdp", "skipping,fsdp"]
 FOUR = ["next-token,ddp", "masked-token,fsdp"]
+BYTES = {2: ["bytes,ddp", "bytes,fsdp", "bytes,fsdp,1"], 4: ["bytes,ddp", "bytes,fsdp"]}
 ALL = [f"{name},{kind}" for name in cases.CASES for kind in cases.KINDS]
 
 
@@ -46,13 +49,13 @@ def folder(text, tmp_path_factory):
 def two(folder):
     """Runs in two processes, and the second part of a run that one process has begun."""
     assert cases.chained(folder, stop=cases.STOPS[1])["interrupted"]
-    run_in(2, folder, *TWO, f"chained,ddp,{cases.STOPS[2]}")
+    run_in(2, folder, *TWO, *BYTES[2], f"chained,ddp,{cases.STOPS[2]}")
     return folder
 
 
 @pytest.fixture(scope="module")
 def four(two):
-    run_in(4, two, *FOUR, f"chained,fsdp,{cases.STOPS[4]}")
+    run_in(4, two, *FOUR, *BYTES[4], f"chained,fsdp,{cases.STOPS[4]}")
     return two
 
 
@@ -125,3 +128,16 @@ def test_a_run_goes_on_with_another_number_of_processes(four, tmp_path):
     assert distance(last["weights"], whole["weights"]) <= 1e-4 * distance(
         whole["weights"], {name: torch.zeros_like(x) for name, x in whole["weights"].items()}
     )
+
+
+@pytest.mark.parametrize("count, job", [(count, job) for count, jobs in BYTES.items() for job in jobs])
+def test_bytes_on_the_wire_are_those_of_the_model(four, count, job):
+    """What gloo sends is at most 3 % more: headers, and the numbers that the processes agree on."""
+    _, kind, *micro_batch = job.split(",")
+    shapes = scale.shapes_of(build(cases.WIRE, cases.corpus_of(four, cases.WIRE).tokenizer))
+    if kind == "ddp":
+        expected = scale.ddp(*shapes, count).sent
+    else:
+        passes = 8 // count if micro_batch else 1
+        expected = scale.fsdp(*shapes, count, passes, gloo=True).sent
+    assert expected <= torch.load(four / f"{job}-{count}.pt") <= 1.03 * expected
