@@ -58,9 +58,9 @@ def finished(running, seconds=SECONDS):
     ]
 
 
-def run(count, *command, cwd, **variables):
+def run(count, *command, cwd, seconds=SECONDS, **variables):
     """Runs the command to its end in all processes."""
     with started(count, *command, cwd=cwd, **variables) as running:
-        results = finished(running)
+        results = finished(running, seconds)
     assert all(code == 0 for code, *_ in results), "\n".join(f"{code}\n{out}\n{err}" for code, out, err in results)
     return results
