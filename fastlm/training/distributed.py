@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from fastlm.core.errors import Ended, mismatch
 
@@ -157,6 +156,8 @@ def join(device: torch.device) -> Group:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
+
         try:
             store, rank, size = next(rendezvous("env://", timeout=timeout()))
             # After a restart torchrun's store may have the addresses of the processes before.

@@ -41,6 +41,9 @@ class Whole:
         """Around forward and backward pass of a micro-batch; with the last one the processes add up gradients."""
         return contextlib.nullcontext()
 
+    def find_unused(self, run: Callable[[], None]) -> None:
+        """Before the first step. run: a forward and a backward pass."""
+
     def collect_gradients(self) -> None:
         """The gradients become those of `parameters`."""
 
@@ -85,10 +88,7 @@ class Replicated(Whole):
     def __init__(self, model: nn.Module, loss: Loss, group: Group):
         super().__init__(model, loss)
         self.group, self.factor = group, group.size  # DDP divides by the number of processes
-        # Buffers are constants; the option that says so has another name since PyTorch 2.13.
-        names = inspect.signature(DistributedDataParallel).parameters
-        buffers: Any = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-        self.objective = DistributedDataParallel(Objective(model, loss), gradient_as_bucket_view=True, **buffers)
+        self.objective = replicated(Objective(model, loss))
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         found: Tensor = self.objective(inputs, targets)
@@ -97,9 +97,24 @@ class Replicated(Whole):
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self.objective.no_sync()
 
+    def find_unused(self, run: Callable[[], None]) -> None:
+        with self.objective.no_sync():
+            run()
+        if any(p.grad is None for p in self.parameters.values()):  # DDP would wait for it in every step
+            self.objective = replicated(self.objective.module, find_unused_parameters=True)
+        for p in self.parameters.values():
+            p.grad = None
+
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[nn.Module | None]:
         yield self.model if self.group.rank == 0 else None
+
+
+def replicated(objective: nn.Module, **options: Any) -> DistributedDataParallel:
+    # Buffers are constants; the option that says so has another name since PyTorch 2.13.
+    names = inspect.signature(DistributedDataParallel).parameters
+    options["forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"] = False
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, **options)
 
 
 def parallel(model: nn.Module, loss: Loss, group: Group, kind: str) -> Whole:

@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -27,7 +28,8 @@ class Sharded(Whole):
         self.group, self.factor = group, group.size  # FSDP divides by the number of processes
         self.device = next(model.parameters()).device
         self.copied = without_data(model)
-        mesh = init_device_mesh(self.device.type, (group.size,))
+        mesh = mesh_of(self.device.type, group.size)
+        mesh_of("cpu", group.size)  # of the copies for checkpoints, made in all processes at the same time
         for layer in layers_of(model):
             fully_shard(layer, mesh=mesh)
         self.objective: Any = fully_shard(Objective(model, loss), mesh=mesh)
@@ -95,9 +97,12 @@ def without_data(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+@functools.cache
+def mesh_of(device: str, size: int) -> DeviceMesh:
+    return init_device_mesh(device, (size,))
+
+
 def sharded_like(p: DTensor, local: Tensor) -> DTensor:
     """The tensor of which each process has such a part as of p, on the CPU or on the device of p."""
-    mesh = p.device_mesh
-    if local.device.type != mesh.device_type:
-        mesh = init_device_mesh(local.device.type, (mesh.size(),))
+    mesh = mesh_of(local.device.type, p.device_mesh.size())
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())

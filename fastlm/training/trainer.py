@@ -123,8 +123,15 @@ class Trainer:
         count = min(self.settings.at_once, self.group.largest_share(self.settings.batch))
         tokens = torch.zeros((count, self.settings.context), dtype=torch.int64, device=self.device)
         self.model.train()
-        with self.parallel.accumulating(True), self.autocast():
-            self.parallel.loss(tokens, tokens).backward()
+
+        def run() -> None:
+            with self.autocast():
+                loss = self.parallel.loss(tokens, tokens)
+            loss.backward()
+
+        self.parallel.find_unused(run)
+        with self.parallel.accumulating(True):
+            run()
         self.clear_gradients()
 
     def step(self, inputs: Tensor, targets: Tensor, lr: float) -> float:

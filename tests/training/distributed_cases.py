@@ -53,17 +53,25 @@ def corpus_of(folder, settings):
 class NotLearnedFrom:
     """The loss of the third step is NaN in the last process only, and the gradient of the fifth."""
 
-    def __init__(self, group):
-        self.last, self.steps, self.loss = group.rank == group.size - 1, -(group.size > 1), NextToken().loss
+    def __init__(self, group, passes):
+        self.last, self.steps, self.loss = group.rank == group.size - 1, -passes, NextToken().loss
 
     def __call__(self, model, inputs, targets):
         loss = self.loss(model, inputs, targets)
-        self.steps += model.training  # the first pass of several processes is not a step
+        self.steps += model.training
         if model.training and self.last and self.steps == 3:
             return loss * torch.nan
         if model.training and self.last and self.steps == 5:
             return loss + (0 * model.transformer.ln_f.bias.sum()).sqrt()
         return loss
+
+
+class Norms(Report):
+    def __init__(self):
+        self.norms = []
+
+    def on_step(self, step):
+        self.norms.append(step.grad_norm)
 
 
 class Interrupt(Report):
@@ -94,13 +102,63 @@ def compared(folder, name, kind="ddp", dtype=None):
     settings = dataclasses.replace(CASES[name], parallel=kind)
     corpus = corpus_of(folder, settings)
     model = build(settings, corpus.tokenizer)
-    return outcome(train(settings, corpus, model if dtype is None else model.to(dtype)))
+    report = Norms()
+    found = train(settings, corpus, model if dtype is None else model.to(dtype), report=report)
+    return outcome(found) | {"norms": report.norms}
 
 
 def skipping(folder, kind="ddp"):
     settings = dataclasses.replace(TINY, parallel=kind)
     group = Group.current()
-    return outcome(train(settings, corpus_of(folder, settings), loss=NotLearnedFrom(group), group=group))
+    passes = 0 if group.size == 1 else 1 if kind == "fsdp" else 2  # before the first step
+    return outcome(train(settings, corpus_of(folder, settings), loss=NotLearnedFrom(group, passes), group=group))
+
+
+class WithUnused(torch.nn.Module):
+    """A model of which a parameter has no part in the loss."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.unused = model, torch.nn.Linear(3, 3)
+
+    def loss(self, model, inputs, targets):
+        return NextToken().loss(self.model, inputs, targets)
+
+
+def unused(folder, kind="ddp"):
+    settings = dataclasses.replace(TINY, parallel=kind, dropout=0.1, micro_batch=2)
+    corpus = corpus_of(folder, settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = WithUnused(build(settings, corpus.tokenizer))
+    return outcome(train(settings, corpus, model, loss=model.loss))
+
+
+def accelerated(folder, kind="ddp"):
+    """A model of transformers."""
+    import transformers
+
+    import fastlm
+
+    settings = dataclasses.replace(TINY, parallel=kind)
+    corpus = corpus_of(folder, settings)
+    sizes = {
+        "n_embd": 18,
+        "n_layer": 2,
+        "n_head": 1,
+        "n_positions": 16,
+        "vocab_size": corpus.tokenizer.get_vocab_size(),
+    }
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **off))
+    fastlm.accelerate(model)
+
+    def loss(model, inputs, targets):
+        return model(input_ids=inputs, labels=targets, shift_labels=targets).loss
+
+    return outcome(train(settings, corpus, model, loss=loss))
 
 
 def chained(folder, kind="ddp", stop=None):
@@ -158,8 +216,8 @@ def run_job(folder, job):
         return chained(folder, arguments[0], int(arguments[1]))
     if name == "bytes":
         return bytes_per_step(folder, *arguments)
-    if name == "skipping":
-        return skipping(folder, *arguments)
+    if name in ("skipping", "unused", "accelerated"):
+        return globals()[name](folder, *arguments)
     return compared(folder, name, *arguments)
 
 

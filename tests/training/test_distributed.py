@@ -79,6 +79,7 @@ def assert_same_run(folder, job, count):
     rounding = ROUNDING.get(name, 100 * torch.finfo(torch.float32).eps)
     assert len(found["losses"]) == 10
     assert found["losses"] == pytest.approx(expected["losses"], rel=rounding)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=10 * rounding)  # of differences of small numbers
     assert found["overflows"] == expected["overflows"]
     for ours, theirs in zip(found["evaluations"], expected["evaluations"], strict=True):
         assert ours == pytest.approx(theirs, rel=rounding)
@@ -103,6 +104,21 @@ def test_any_number_of_processes_trains_as_one(folder, count):
     run_in(count, folder, *ALL)
     for job in ALL:
         assert_same_run(folder, job, count)
+
+
+@pytest.mark.slow
+def test_other_models(folder):
+    """Models of transformers, accelerated, and one with a parameter that has no gradient."""
+    pytest.importorskip("transformers", reason="pip install 'fastlm[test]'")
+    jobs = [f"{name},{kind}" for name in ("accelerated", "unused") for kind in cases.KINDS]
+    run_in(2, folder, *jobs)
+    for job in jobs:
+        name, _ = job.split(",")
+        found, expected = torch.load(folder / f"{job}-2.pt"), cases.run_job(folder, name)
+        if name == "unused":  # with dropout, which each process draws
+            assert max(found["losses"]) < 5 and found["losses"][0] == pytest.approx(expected["losses"][0], rel=0.05)
+        else:
+            assert found["losses"] == pytest.approx(expected["losses"], rel=100 * torch.finfo(torch.float32).eps)
 
 
 def test_all_processes_skip_what_is_not_finite_in_one(two):
