@@ -16,6 +16,7 @@ from fastlm import generation
 from fastlm.benchmarking.machine import peak
 from fastlm.commands.corpus import end_of_text_of, load_text, settings_of, tokenizer_in, tokenizer_of
 from fastlm.commands.display import describe_device, has_room, progress_bar, quantity, say
+from fastlm.commands.dry_run import show_estimate
 from fastlm.commands.process import set_up_several
 from fastlm.core.errors import mismatch
 from fastlm.models import load_model
@@ -24,7 +25,6 @@ from fastlm.training import checkpoint, data, metrics
 from fastlm.training.checkpoints import Checkpoints, Saved, check_unchanged, clear, locked_run, newest, sha256
 from fastlm.training.data.shards import keep_only
 from fastlm.training.distributed import Group, is_several, process_count, restarts
-from fastlm.training.estimate import estimate
 from fastlm.training.flops import flops_of_step
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load, objective_of
@@ -293,27 +293,6 @@ def train_and_save(
     say(f"val loss {result.val_loss:.4f}")
     if result.failure is not None:
         raise result.failure
-
-
-def show_estimate(settings: Settings, corpus: data.Corpus, loaded: Any, device: torch.device) -> None:
-    """loaded: the model to start from, which is measured as it is; None: a new one."""
-    if loaded is not None:
-        found = estimate(settings, corpus, lambda _: loaded, device)
-    else:
-        found = estimate(settings, corpus, lambda some: build(some, corpus.tokenizer), device)
-    say(f"{found.parameters:,} parameters, {settings.dtype}, {describe_device(device)}")
-    how = "measured" if found.measured else "estimated from one and two layers, as the model does not fit"
-    say(f"memory: {found.memory / 2**30:.2f} GiB of {found.available / 2**30:.1f} GiB available, {how}")
-    speed = settings.tokens_per_step / found.seconds
-    say(f"time per step: {duration(found.seconds)}, {speed:,.0f} tokens/s")
-    say(f"time for {quantity(settings.steps, 'step')}: {duration(settings.steps * found.seconds)} without evaluations")
-
-
-def duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:.3g} seconds"
 
 
 def sampler(settings: Settings, corpus: data.Corpus, model: Any) -> Callable[[nn.Module], str] | None:

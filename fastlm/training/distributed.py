@@ -14,7 +14,7 @@ from fastlm.core.errors import Ended, mismatch
 
 TIMEOUT = "FASTLM_TIMEOUT"  # the variable with the seconds after which a process that does not answer ends the run
 SECONDS = 600.0  # without it
-PATIENCE = datetime.timedelta(days=7)  # for the first process to tokenize the text
+PATIENCE = datetime.timedelta(days=1)  # for the first process to tokenize the text or to write the model
 
 
 class Group:

@@ -1,15 +1,20 @@
 """fastlm train in two processes over gloo: signals, killed processes, torchrun."""
 
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import tokenizers
+import torch
 
+from fastlm.models import CausalLM, LlamaConfig, load_model
 from fastlm.training.checkpoints import saved_in
 from tests.commands.support import TEXT, TINY, fastlm_command
 from tests.training import processes
@@ -122,6 +127,57 @@ def children(parent):
         if int(fields[1]) == parent and b"fastlm.cli" in command:
             found.append(int(folder.name))
     return found
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_ends_the_run(given, tmp_path):
+    out = tmp_path / "out"
+    command = [*given, "--out", out]
+    with processes.started(2, *command, cwd=tmp_path, FASTLM_TIMEOUT="3") as running:
+        wait_for(lambda: saved_in(out), running)
+        running[1].send_signal(signal.SIGSTOP)
+        code, _, errors = processes.finished(running[:1], 30)[0]
+    assert code == 1 and re.fullmatch(LOST.replace("20", "3"), errors), errors
+
+
+@pytest.mark.slow
+def test_adapters(tmp_path):
+    """In two processes; --resume in one."""
+    pytest.importorskip("peft", reason="pip install 'fastlm[test]'")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT], vocab_size=270)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    CausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "llama")
+    tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    given = ["train", "text.txt", "--init", "llama", "--context", 16, "--steps", 10, "--batch", 4, "--lora", 4]
+    given = ["-m", "fastlm.cli", *given, "--checkpoint-every", 4, "--warmup", 2]
+    processes.run(1, *given, "--out", "one", cwd=tmp_path)
+    processes.run(2, *given, "--out", "two", cwd=tmp_path)
+    losses = []
+    for out in ("one", "two"):
+        records = map(json.loads, (tmp_path / out / "metrics.jsonl").read_text().splitlines())
+        losses.append([record["loss"] for record in records if "loss" in record])
+    assert len(losses[0]) == 10 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000010")
+    output = processes.run(1, "-m", "fastlm.cli", "train", "--resume", "two", cwd=tmp_path)[0][1]
+    assert "resumed after 8 steps of 10\n" in output
+    with processes.started(2, *given, "--parallel", "fsdp", "--out", "three", cwd=tmp_path) as running:
+        results = processes.finished(running)
+    assert [errors for *_, errors in results] == ["error: parallel: expected ddp with lora, got fsdp\n", ""]
+
+
+@pytest.mark.slow
+def test_resume_with_another_way_to_divide_the_model(given, whole, tmp_path):
+    out = tmp_path / "out"
+    disturbed(out, [*given, "--parallel", "fsdp", "--out", out], signal.SIGTERM, rank=0)
+    assert (saved_in(out)[-1] / ".metadata").is_file()
+    results = processes.run(2, "-m", "fastlm.cli", "train", "--resume", out, "--parallel", "ddp", cwd=tmp_path)
+    assert "processes (ddp)\n" in results[0][1]
+    assert (saved_in(out)[-1] / "training.safetensors").is_file()
+    found, expected = load_model(out).state_dict(), load_model(whole).state_dict()
+    for name, x in found.items():  # 120 steps of lr 1e-3 with the same dropout
+        torch.testing.assert_close(x, expected[name], rtol=0, atol=2e-3)
 
 
 @pytest.mark.slow

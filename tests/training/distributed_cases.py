@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
 
 from fastlm.models import load_model
 from fastlm.training import data
@@ -114,6 +115,24 @@ def skipping(folder, kind="ddp"):
     return outcome(train(settings, corpus_of(folder, settings), loss=NotLearnedFrom(group, passes), group=group))
 
 
+def failing(folder, kind="fsdp"):
+    """The last process cannot write its part of the second checkpoint."""
+    write = FileSystemWriter.write_data
+
+    def fail(self, *rest):
+        if str(self.path).endswith("6") and dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return write(self, *rest)
+
+    FileSystemWriter.write_data = fail
+    try:
+        chained(folder, kind, None, "failing")
+    except OSError as error:
+        return str(error)
+    finally:
+        FileSystemWriter.write_data = write
+
+
 class WithUnused(torch.nn.Module):
     """A model of which a parameter has no part in the loss."""
 
@@ -161,9 +180,9 @@ def accelerated(folder, kind="ddp"):
     return outcome(train(settings, corpus, model, loss=loss))
 
 
-def chained(folder, kind="ddp", stop=None):
+def chained(folder, kind="ddp", stop=None, name="run"):
     """Goes on with the run in the folder until it is interrupted, in the first process only."""
-    settings, run = dataclasses.replace(CHAIN, parallel=kind), folder / "run"
+    settings, run = dataclasses.replace(CHAIN, parallel=kind), folder / name
     group = Group.current()
     with group.first():
         start, _ = newest(run)
@@ -213,10 +232,10 @@ def run_job(folder, job):
     """A job is the name of a case or of a function above, and its arguments, separated by commas."""
     name, *arguments = job.split(",")
     if name == "chained":
-        return chained(folder, arguments[0], int(arguments[1]))
+        return chained(folder, arguments[0], int(arguments[1]), *arguments[2:])
     if name == "bytes":
         return bytes_per_step(folder, *arguments)
-    if name in ("skipping", "unused", "accelerated"):
+    if name in ("skipping", "failing", "unused", "accelerated"):
         return globals()[name](folder, *arguments)
     return compared(folder, name, *arguments)
 

@@ -121,6 +121,25 @@ def test_other_models(folder):
             assert found["losses"] == pytest.approx(expected["losses"], rel=100 * torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_four_processes_go_on_to_the_same_bits(folder, kind):
+    """The order of sums is the same after a restart."""
+    run_in(4, folder, f"chained,{kind},0,whole", f"chained,{kind},7,parts")
+    run_in(4, folder, f"chained,{kind},0,parts")
+    found, expected = (torch.load(folder / f"chained,{kind},0,{name}-4.pt") for name in ("parts", "whole"))
+    assert found["losses"] == expected["losses"] and found["evaluations"] == expected["evaluations"]
+    assert all(torch.equal(x, expected["weights"][name]) for name, x in found["weights"].items())
+
+
+@pytest.mark.slow
+def test_all_processes_report_a_checkpoint_that_one_could_not_write(folder):
+    run_in(2, folder, "failing")
+    error = torch.load(folder / "failing-2.pt")
+    assert error.startswith("out: could not save the checkpoint") and error.endswith("No space left on device")
+    assert [path.name for path in (folder / "failing" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
 def test_all_processes_skip_what_is_not_finite_in_one(two):
     found, expected = torch.load(two / "skipping,fsdp-2.pt"), cases.skipping(two)
     assert found["skipped"] == expected["skipped"] == [3, 5]
