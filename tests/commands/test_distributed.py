@@ -20,7 +20,7 @@ from tests.commands.support import TEXT, TINY, fastlm_command
 from tests.training import processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is tested on Linux")
-SETTINGS = [*TINY, "--steps", 120, "--dropout", 0.1, "--checkpoint-every", 10, "--eval-every", 10**6, "--batch", 3]
+SETTINGS = [*TINY, "--steps", 80, "--dropout", 0.1, "--checkpoint-every", 10, "--eval-every", 10**6, "--batch", 3]
 LOST = r"error: process \d of 2: another process has ended, or has not answered for 20 seconds \([^\n]*\)\n"
 
 
@@ -78,9 +78,9 @@ def test_killed_and_stopped_runs_go_on_to_the_same_bits(given, whole, tmp_path):
     results = disturbed(out, go_on(given, out), signal.SIGTERM, rank=1, moment=0.05)
     assert [code for code, *_ in results] == [0, 0] and results[0][2] == results[1][2] == "", results
     steps = int(re.search(r"interrupted after (\d+) steps", results[0][1])[1])
-    assert saved_in(out)[-1].name == f"step-{steps:08}" and steps < 120
+    assert saved_in(out)[-1].name == f"step-{steps:08}" and steps < 80
     results = processes.run(2, *go_on(given, out), cwd=tmp_path)
-    assert f"resumed after {steps} steps of 120\n" in results[0][1]
+    assert f"resumed after {steps} steps of 80\n" in results[0][1]
     assert weights_of(out) == weights_of(whole)
 
 
@@ -111,7 +111,7 @@ def test_torchrun_restarts_a_run_from_its_newest_checkpoint(given, whole, tmp_pa
         os.kill(max(children(running[0].pid)), signal.SIGKILL)
         ((code, output, errors),) = processes.finished(running, 90)
     assert code == 0, errors
-    assert re.search(r"resumed after \d+0 steps of 120\n", output)
+    assert re.search(r"resumed after \d+0 steps of 80\n", output)
     assert weights_of(out) == weights_of(whole)
 
 
@@ -176,7 +176,7 @@ def test_resume_with_another_way_to_divide_the_model(given, whole, tmp_path):
     assert "processes (ddp)\n" in results[0][1]
     assert (saved_in(out)[-1] / "training.safetensors").is_file()
     found, expected = load_model(out).state_dict(), load_model(whole).state_dict()
-    for name, x in found.items():  # 120 steps of lr 1e-3 with the same dropout
+    for name, x in found.items():  # 80 steps of lr 1e-3 with the same dropout
         torch.testing.assert_close(x, expected[name], rtol=0, atol=2e-3)
 
 

@@ -35,7 +35,7 @@ TINY = Settings(layers=2, heads=1, width=18, context=16, batch=7, steps=10, warm
 CASES = {
     "next-token": TINY,
     "masked-token": dataclasses.replace(TINY, objective="masked-token", micro_batch=2, ema=0.9),
-    "packed": dataclasses.replace(TINY, architecture="llama", documents="packed", micro_batch=1),
+    "packed": dataclasses.replace(TINY, architecture="llama", documents="packed", micro_batch=2),
     "float16": dataclasses.replace(TINY, dtype="fp16", grad_clip=0.0),
 }
 KINDS = ("ddp", "fsdp")
