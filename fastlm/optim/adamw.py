@@ -162,6 +162,11 @@ class AdamW(torch.optim.AdamW):
         skip_nonfinite = check_flag("skip_nonfinite", skip_nonfinite)
         if skip_nonfinite and max_grad_norm is None:
             raise mismatch("skip_nonfinite", "False without max_grad_norm, which computes the norm", True)
+        if sum_squares is not None:
+            if not callable(sum_squares):
+                raise wrong_type("sum_squares", "a function or None", sum_squares)
+            if max_grad_norm is None:
+                raise mismatch("sum_squares", "None without max_grad_norm, which computes the norm", "a function")
         check_flag("capturable", capturable)
         for name, flag in (("foreach", foreach), ("fused", fused)):
             if flag is not None:
