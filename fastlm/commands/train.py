@@ -71,7 +71,7 @@ def run(
             if started.inputs["cache"] is None and corpus.folder is not None:
                 keep_only(out / TOKENS, corpus.folder)
             started.write(out)
-        train_and_save(out, started, corpus, model, source=source, group=group)
+        train_and_save(out, started, corpus, model, chosen, source=source, group=group)
 
 
 def prepare(
@@ -133,7 +133,7 @@ def prepare(
         "init_sha256": weights_of(init) if init is not None and settings.lora else {},
     }
     started = Run.of(settings, inputs, corpus, chosen, group.size)
-    return started, corpus, new_model(settings, corpus, init, loaded).to(chosen), source
+    return started, corpus, new_model(settings, corpus, init, loaded), source
 
 
 def resume(out: Path, *, device: str | None, threads: int | None, parallel: str | None = None) -> None:
@@ -177,7 +177,7 @@ def resume(out: Path, *, device: str | None, threads: int | None, parallel: str 
             model = load_model(saved.folder, dtype=torch.float32)
             model.recompute = settings.recompute
         say(f"resumed after {quantity(saved.step if saved else 0, 'step')} of {settings.steps:,}")
-        train_and_save(out, started, corpus, model.to(chosen), source=source, group=group, start=saved)
+        train_and_save(out, started, corpus, model, chosen, source=source, group=group, start=saved)
 
 
 def new_model(settings: Settings, corpus: data.Corpus, init: Path | None, loaded: Any = None) -> Any:
@@ -220,6 +220,7 @@ def train_and_save(
     run: Run,
     corpus: data.Corpus,
     model: Any,
+    device: torch.device,
     *,
     source: Path | None,
     group: Group,
@@ -232,16 +233,18 @@ def train_and_save(
         start: the checkpoint that the model comes from.
     """
     settings = run.settings
+    sharded = group.size > 1 and settings.parallel == "fsdp"
+    if not sharded:  # a model that is sharded may not fit on a device before
+        model = model.to(device)
     tokens = f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation"
     say(f"{tokens}, vocabulary of {corpus.tokenizer.get_vocab_size()}")
     parameters = model.num_parameters()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapters = f" ({trainable:,} of them in adapters, which are trained)" if settings.lora else ""
-    say(f"{parameters:,} parameters{adapters}, {settings.dtype}, {describe_devices(model.device, group, settings)}")
+    say(f"{parameters:,} parameters{adapters}, {settings.dtype}, {describe_devices(device, group, settings)}")
     tokenizer_settings = settings_of(source)
     with contextlib.ExitStack() as stack:
         checkpoints = None
-        sharded = group.size > 1 and settings.parallel == "fsdp"
         if group.rank == 0 or sharded:
             options: dict[str, Any] = {"tokenizer_settings": tokenizer_settings, "group": group if sharded else None}
             checkpoints = stack.enter_context(
@@ -253,9 +256,9 @@ def train_and_save(
             reports.append(stack.enter_context(metrics.JSONLines(out, size)))
             if settings.tensorboard:
                 reports.append(stack.enter_context(metrics.TensorBoard(out, start.step if start else 0)))
-            speed = peak_speed(settings, model, group.size) if has_room() else None
-            reports.append(stack.enter_context(progress_bar(settings.steps, peak=speed, device=model.device)))
-        report, sample = Reports(reports), sampler(settings, corpus, model)
+            speed = peak_speed(settings, model, device, group.size) if has_room() else None
+            reports.append(stack.enter_context(progress_bar(settings.steps, peak=speed, device=device)))
+        report, sample = Reports(reports), sampler(settings, corpus)
         result = train(
             settings,
             corpus,
@@ -266,13 +269,14 @@ def train_and_save(
             start=start,
             sample=sample,
             group=group,
+            device=device,
         )
     if not result.steps:
         raise KeyboardInterrupt  # no step was completed, so there is nothing to save
     if group.rank:
         return
     settings_used = {**run.given(), **dataclasses.asdict(settings)}
-    settings_used |= {"device": str(model.device), "threads": torch.get_num_threads(), "processes": group.size}
+    settings_used |= {"device": str(device), "threads": torch.get_num_threads(), "processes": group.size}
     with checkpoint.staged(out) as folder:
         checkpoint.write_model(folder, model, corpus.tokenizer, tokenizer_settings, state=result.state)
         content = summary(settings_used, result, run, corpus, parameters)
@@ -295,7 +299,7 @@ def train_and_save(
         raise result.failure
 
 
-def sampler(settings: Settings, corpus: data.Corpus, model: Any) -> Callable[[nn.Module], str] | None:
+def sampler(settings: Settings, corpus: data.Corpus) -> Callable[[nn.Module], str] | None:
     """What continues the prompt; the same text for the same weights."""
     if not settings.sample_every:
         return None
@@ -303,20 +307,20 @@ def sampler(settings: Settings, corpus: data.Corpus, model: Any) -> Callable[[nn
     ids = tokenizer.encode(settings.prompt)
     if not ids:
         raise mismatch("prompt", "at least one token", repr(settings.prompt))
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([ids])
 
-    def sample(model: nn.Module) -> str:
-        generated = model.generate(  # type: ignore[operator]
-            prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, eos_token_id=(), seed=settings.seed
+    def sample(model: Any) -> str:
+        generated = model.generate(
+            prompt.to(model.device), max_new_tokens=SAMPLE_TOKENS, temperature=0.8, eos_token_id=(), seed=settings.seed
         )
         return tokenizer.decode(generated[0].tolist())
 
     return sample
 
 
-def peak_speed(settings: Settings, model: Any, processes: int) -> float | None:
+def peak_speed(settings: Settings, model: Any, device: torch.device, processes: int) -> float | None:
     """Tokens/s at the peak of this machine's arithmetic; None where it is not known."""
-    if model.device.type != "cpu" or settings.lora or settings.dtype == "float16":
+    if device.type != "cpu" or settings.lora or settings.dtype == "float16":
         return None
     flops = peak(torch.get_num_threads(), getattr(torch, settings.dtype))
     return processes * settings.tokens_per_step * flops / flops_of_step(model, settings)

@@ -59,6 +59,7 @@ def train(
     start: Saved | None = None,
     sample: Callable[[nn.Module], str] | None = None,
     group: Group | None = None,
+    device: torch.device | None = None,
 ) -> Result:
     """Trains a model on a corpus.
 
@@ -85,6 +86,7 @@ def train(
         sample: the text that a model generates, every settings.sample_every steps; it draws from no generator that
             training uses.
         group: the processes; None: those of PyTorch's process group, if it is initialised.
+        device: where a model is trained whose parts (settings.parallel "fsdp") alone fit there; None: where it is.
 
     Raises:
         ValueError: settings.max_skipped steps in a row were skipped.
@@ -95,7 +97,7 @@ def train(
     report = Report() if report is None or group.rank else report
     objective = objective_of(settings, corpus.tokenizer)
     model = model or build(settings, corpus.tokenizer).to(choose_device())
-    trainer = Trainer(model, settings, loss or objective.loss, native=native, group=group)
+    trainer = Trainer(model, settings, loss or objective.loss, native=native, group=group, device=device)
     guard = Guard(settings)
     average = Average(trainer.parallel, settings.ema) if settings.ema else None
     evaluation_pairs = [

@@ -117,7 +117,7 @@ def replicated(objective: nn.Module, **options: Any) -> DistributedDataParallel:
     return DistributedDataParallel(objective, gradient_as_bucket_view=True, **options)
 
 
-def parallel(model: nn.Module, loss: Loss, group: Group, kind: str) -> Whole:
+def parallel(model: nn.Module, loss: Loss, group: Group, kind: str, device: torch.device | None = None) -> Whole:
     """kind: "ddp" or "fsdp", of several processes."""
     if group.size == 1:
         return Whole(model, loss)
@@ -125,7 +125,7 @@ def parallel(model: nn.Module, loss: Loss, group: Group, kind: str) -> Whole:
         return Replicated(model, loss, group)
     from fastlm.training.sharded import Sharded  # takes as long to import as the rest of this package
 
-    return Sharded(model, loss, group)
+    return Sharded(model, loss, group, device or next(model.parameters()).device)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

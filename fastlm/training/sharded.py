@@ -19,14 +19,15 @@ from fastlm.training.parallel import Loss, Objective, Whole, is_sharded, layers_
 class Sharded(Whole):
     """Each process has a part of every parameter and of its state, cut along the first dimension.
 
-    The parameters of a layer are gathered for its forward and again for its backward pass.
+    The parameters of a layer are gathered for its forward and again for its backward pass. The model may be on the CPU:
+    each layer is cut before the next one is copied to the device.
     """
 
     sharded = True
 
-    def __init__(self, model: nn.Module, loss: Loss, group: Group):
+    def __init__(self, model: nn.Module, loss: Loss, group: Group, device: torch.device):
         self.group, self.factor = group, group.size  # FSDP divides by the number of processes
-        self.device = next(model.parameters()).device
+        self.device = device
         self.copied = without_data(model)
         mesh = mesh_of(self.device.type, group.size)
         mesh_of("cpu", group.size)  # of the copies for checkpoints, made in all processes at the same time

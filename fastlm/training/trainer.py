@@ -39,13 +39,21 @@ class Trainer:
         loss: (model, inputs, targets) → mean loss of the targets that are not negative.
         native: use PyTorch's gradient clipping and fused AdamW, for the baseline; no step is skipped.
         group: the processes that train the model; None: this one alone.
+        device: of the parts of a sharded model; None: that of the model.
     """
 
     def __init__(
-        self, model: nn.Module, settings: Settings, loss: Loss, *, native: bool = False, group: Group | None = None
+        self,
+        model: nn.Module,
+        settings: Settings,
+        loss: Loss,
+        *,
+        native: bool = False,
+        group: Group | None = None,
+        device: torch.device | None = None,
     ):
         self.group = group = group or Group()
-        self.parallel: Whole = parallel(model, loss, group, settings.parallel)
+        self.parallel: Whole = parallel(model, loss, group, settings.parallel, device)
         self.model, self.settings = model, settings
         self.device = next(model.parameters()).device
         self.max_loss = math.inf
