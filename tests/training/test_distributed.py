@@ -133,6 +133,18 @@ def test_four_processes_go_on_to_the_same_bits(folder, kind):
 
 
 @pytest.mark.slow
+def test_parts_are_cut_again_for_another_number_of_processes(folder):
+    stops = {2: 5, 3: 10, 4: 15}
+    for count, stop in stops.items():
+        run_in(count, folder, f"chained,fsdp,{stop},cut")
+    run_in(2, folder, "chained,fsdp,0,cut")
+    found = torch.load(folder / "chained,fsdp,0,cut-2.pt")
+    expected = cases.chained(folder, name="uncut")
+    rounding = 200 * torch.finfo(torch.float32).eps  # 20 steps
+    assert found["losses"] == pytest.approx(expected["losses"], rel=rounding)
+
+
+@pytest.mark.slow
 def test_all_processes_report_a_checkpoint_that_one_could_not_write(folder):
     run_in(2, folder, "failing")
     error = torch.load(folder / "failing-2.pt")
