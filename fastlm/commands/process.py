@@ -38,7 +38,7 @@ def set_up_several(device: str, threads: int | None) -> Iterator[tuple[Group, to
     several = distributed.is_several()
     if several and ":" in device:
         raise mismatch("device", "auto, cpu or cuda with several processes, each of which has its own GPU", device)
-    chosen = distributed.local_device(set_up(device, threads or distributed.local_threads()))
+    chosen = distributed.local_device(set_up(device, distributed.local_threads() if threads is None else threads))
     group = distributed.join(chosen)
     console.quiet = group.rank > 0
     try:

@@ -144,7 +144,8 @@ def resume(out: Path, *, device: str | None, threads: int | None, parallel: str 
         started = dataclasses.replace(started, settings=dataclasses.replace(started.settings, parallel=parallel))
     settings, same = started.settings, started.processes == process_count()
     device = device or (started.device.partition(":")[0] if is_several() else started.device)
-    threads = threads or (started.threads if same else None)
+    if threads is None and same:
+        threads = started.threads
     with set_up_several(device, threads) as (group, chosen), contextlib.ExitStack() as stack:
         if (now := checkpoint.versions()) != started.versions:
             say(f"started with {listed(started.versions)}; with {listed(now)}, results may differ by rounding")

@@ -83,6 +83,8 @@ def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_fil
         "keep": 2,
         "device": "cpu",
         "threads": 1,
+        "processes": 1,
+        "parallel": "ddp",
     }
     assert summary["steps"] == 12 and not summary["interrupted"] and summary["tokens_per_second"] > 0
     assert 0 < summary["train_loss"] < 6 and [e["step"] for e in summary["evaluations"]] == [5, 10, 12]
@@ -151,6 +153,7 @@ def test_train_options(text_file, tmp_path):
         "keep": 1,
         "val_file": str(tmp_path / "val.txt"),
         "device": "cpu",
+        "parallel": "fsdp",
         "threads": 2,
     }
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -167,6 +170,7 @@ def test_train_options(text_file, tmp_path):
         "tensorboard": True,
         "kv_heads": None,
         "lora": 0,
+        "processes": 1,
         "lora_alpha": None,
     }
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
