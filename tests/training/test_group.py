@@ -5,7 +5,9 @@ import torch
 
 from fastlm.training import distributed
 from fastlm.training.batches import filled, share_of
+from fastlm.training.data.order import dropout_seed
 from fastlm.training.distributed import Group
+from fastlm.training.parallel import check_parallel
 
 
 class Member(Group):
@@ -84,3 +86,16 @@ def test_only_errors_of_connections_are_those_of_other_processes():
     lost = RuntimeError("[/gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1. This may be a bug.")
     assert distributed.lost_process(lost) == "Connection closed by peer [127.0.0.1]:1"
     assert distributed.lost_process(RuntimeError("shapes do not match")) is None
+
+
+def test_dropout_differs_between_steps_and_processes():
+    seeds = {dropout_seed(seed, step, rank) for seed in range(3) for step in range(5) for rank in range(4)}
+    assert len(seeds) == 60 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_what_does_not_fit_the_processes_is_an_error():
+    check_parallel("fsdp", Group(), batch=1, lora=4)  # one process does not divide the model
+    with pytest.raises(ValueError, match="batch: expected at least 4, the number of processes, got 3"):
+        check_parallel("ddp", Member(0, 4), batch=3)
+    with pytest.raises(ValueError, match="parallel: expected ddp with lora, got fsdp"):
+        check_parallel("fsdp", Member(0, 4), batch=4, lora=4)
