@@ -33,7 +33,8 @@ class OneLineErrors(TyperGroup):
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except Exception as error:
             if not hasattr(error, "format_message"):  # not an error of the parser (click), in any of its versions
-                leave_group(1, error)
+                if standalone:
+                    leave_group(1, error)
                 raise
             say_error(error.format_message())
             code = getattr(error, "exit_code", 2)
