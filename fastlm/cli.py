@@ -3,8 +3,10 @@
 The commands are implemented in fastlm/commands/, each imported when it is called.
 """
 
+import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ from typer.core import TyperGroup
 
 from fastlm.commands import choices, options
 from fastlm.core import interrupts
-from fastlm.core.errors import mismatch
+from fastlm.core.errors import Ended, mismatch
 from fastlm.integrations.encoding.schedule import MAX_TOKENS_PER_BATCH
 from fastlm.models.layers import RECOMPUTE
 from fastlm.training.config import PRESETS, resolve
@@ -31,12 +33,16 @@ class OneLineErrors(TyperGroup):
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except Exception as error:
             if not hasattr(error, "format_message"):  # not an error of the parser (click), in any of its versions
+                if standalone:
+                    leave_group(1, error)
                 raise
             say_error(error.format_message())
             code = getattr(error, "exit_code", 2)
         if not standalone:
             return code
-        sys.exit(code if isinstance(code, int) else 0)
+        code = code if isinstance(code, int) else 0
+        leave_group(code)
+        sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:
         from fastlm.backends import Unsupported
@@ -48,6 +54,8 @@ class OneLineErrors(TyperGroup):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
+        except Ended:
+            pass
         except (ValueError, OSError, Unsupported) as error:
             say_error(str(error))
         except RuntimeError as error:
@@ -56,6 +64,21 @@ class OneLineErrors(TyperGroup):
                 raise
             say_error("out of memory: reduce --batch, --context, --width, --layers or --max-tokens-per-batch")
         raise typer.Exit(1)
+
+
+def leave_group(code: int, error: Exception | None = None) -> None:
+    """Ends the process if it is one of several, after it has printed the error.
+
+    Its process group is not destroyed: gloo's destructor holds the GIL while it waits for a thread that may need it.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if error is not None:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def say_error(message: str) -> None:
@@ -175,7 +198,8 @@ def train(
         typer.Option(
             metavar="RUN",
             help="Go on with the run in this directory from its newest checkpoint, to the same bits. Its settings and "
-            "files are those that it was started with; of the other options, only --device and --threads are allowed.",
+            "files are those that it was started with; of the other options, only --device, --threads and --parallel "
+            "are allowed.",
             rich_help_panel="Checkpoints",
             show_default=False,
         ),
@@ -256,10 +280,15 @@ def train(
 
     if resume is not None:
         given = options.given(ctx)
-        if others := sorted(given - {"resume", "device", "threads"}):
+        if others := sorted(given - {"resume", "device", "threads", "parallel"}):
             name = "PATH" if others[0] == "paths" else f"--{others[0].replace('_', '-')}"
-            raise mismatch("resume", "no other option than --device and --threads", name)
-        train.resume(resume, device=device if "device" in given else None, threads=threads)
+            raise mismatch("resume", "no other option than --device, --threads and --parallel", name)
+        train.resume(
+            resume,
+            device=device if "device" in given else None,
+            threads=threads,
+            parallel=settings["parallel"] if "parallel" in given else None,
+        )
         return
     inputs = {
         "tokenizer": tokenizer,

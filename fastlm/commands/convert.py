@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from fastlm.commands.display import quantity, say
+from fastlm.commands.process import check_alone
 from fastlm.models.gguf import convert_gguf
 from fastlm.training import checkpoint
 from fastlm.training.run import forget
 
 
 def run(file: Path, *, out: Path, overwrite: bool) -> None:
+    check_alone()
     out = checkpoint.prepare(out, overwrite=overwrite)
     try:
         config = convert_gguf(file, out)

@@ -18,7 +18,7 @@ from torch import Tensor
 import fastlm
 from fastlm.commands.comparison import Comparison, side_by_side
 from fastlm.commands.display import describe_device, progress_bar, quantity, say
-from fastlm.commands.process import set_up
+from fastlm.commands.process import check_alone, set_up
 from fastlm.commands.streaming import continue_text
 from fastlm.core.errors import mismatch
 from fastlm.generation import Tokenizer
@@ -61,6 +61,7 @@ class DemoResult:
 def run(*, out: Path, overwrite: bool, seconds: float, seed: int, device: str, threads: int | None) -> None:
     check_range("seconds", seconds, 0, 3600, open_left=True)
     settings, chosen = dataclasses.replace(SETTINGS, seed=seed), set_up(device, threads)
+    check_alone()
     out = checkpoint.prepare(out, overwrite=overwrite)
     files = standard_library()
     corpus = data.load(files, tokenizer="byte", val_fraction=0.05)

@@ -16,7 +16,8 @@ from fastlm import generation
 from fastlm.benchmarking.machine import peak
 from fastlm.commands.corpus import end_of_text_of, load_text, settings_of, tokenizer_in, tokenizer_of
 from fastlm.commands.display import describe_device, has_room, progress_bar, quantity, say
-from fastlm.commands.process import set_up
+from fastlm.commands.dry_run import show_estimate
+from fastlm.commands.process import set_up_several
 from fastlm.core import interrupts
 from fastlm.core.errors import mismatch
 from fastlm.models import load_model
@@ -24,10 +25,11 @@ from fastlm.models.config import CONFIG, stored
 from fastlm.training import checkpoint, data, metrics
 from fastlm.training.checkpoints import Checkpoints, Saved, check_unchanged, clear, locked_run, newest, sha256
 from fastlm.training.data.shards import keep_only
-from fastlm.training.estimate import estimate, estimate_of
+from fastlm.training.distributed import Group, is_several, process_count, restarts
 from fastlm.training.flops import flops_of_step
 from fastlm.training.loop import Result, train
 from fastlm.training.models import build, load, objective_of
+from fastlm.training.parallel import check_parallel
 from fastlm.training.report import Report, Reports
 from fastlm.training.run import Run
 from fastlm.training.settings import TOKENIZERS, Settings
@@ -50,15 +52,46 @@ def run(
     threads: int | None,
 ) -> None:
     """sources: the inputs that are no settings, as fastlm.training.config.resolve returns them."""
+    if restarts() and Run.is_of(out, settings, sources["data"]):
+        resume(out, device=device, threads=threads)
+        return
+    with set_up_several(device, threads) as (group, chosen), contextlib.ExitStack() as stack:
+        with group.first():
+            check_parallel(settings.parallel, group, batch=settings.batch, lora=settings.lora)
+            if dry_run and group.size > 1:
+                raise mismatch("dry_run", "one process", group.size)
+            prepared = prepare(settings, sources, out, overwrite, dry_run, group, chosen)
+            if prepared is None:
+                return
+            started, corpus, model, source = prepared
+            if group.rank == 0:
+                stack.enter_context(locked_run(out))
+        if group.rank == 0:
+            clear(out)  # the checkpoints of an earlier run
+            metrics.clear(out)
+            if started.inputs["cache"] is None and corpus.folder is not None:
+                keep_only(out / TOKENS, corpus.folder)
+            started.write(out)
+        with how_to_go_on(out):
+            train_and_save(out, started, corpus, model, chosen, source=source, group=group)
+
+
+def prepare(
+    settings: Settings,
+    sources: dict[str, Any],
+    out: Path,
+    overwrite: bool,
+    dry_run: bool,
+    group: Group,
+    chosen: torch.device,
+) -> tuple[Run, data.Corpus, Any, Path | None] | None:
+    """Everything before training: checks, text and model, and where the tokenizer comes from; None for a dry run."""
     named, val_fraction = sources["tokenizer"], sources["val_fraction"]
     paths = [Path(path) for path in sources["data"]]
     init, val_file, cache = (
         None if sources[name] is None else Path(sources[name]) for name in ("init", "val_file", "cache")
     )
-    chosen = set_up(device, threads)
-    if dry_run:  # nothing is written
-        checkpoint.check_processes()
-    else:
+    if not dry_run:  # nothing is written
         out = checkpoint.prepare(out, overwrite=overwrite, can_resume=True)
     if settings.tensorboard:
         metrics.summary_writer()  # raises if it is not installed
@@ -90,8 +123,9 @@ def run(
         data.check_length(corpus, settings.context)
         prompt_of(settings, corpus.tokenizer)
         if dry_run:
-            show_estimate(settings, corpus, init, loaded, chosen)
-            return
+            given = new_model(settings, corpus, init, loaded) if init is not None or settings.lora else None
+            show_estimate(settings, corpus, given, chosen)
+            return None
     inputs = {
         "data": [str(p) for p in paths],
         "tokenizer": None if init else named if source is None else str(source.absolute()),
@@ -102,49 +136,54 @@ def run(
         "cache": None if cache is None else str(cache.absolute()),
         "init_sha256": weights_of(init) if init is not None and settings.lora else {},
     }
-    model = new_model(settings, corpus, init, loaded).to(chosen)
-    del loaded  # with adapters, it is not the model that is trained
-    with locked_run(out):
-        clear(out)  # the checkpoints of an earlier run
-        metrics.clear(out)
-        if cache is None and corpus.folder is not None:
-            keep_only(out / TOKENS, corpus.folder)
-        started = Run.of(settings, inputs, corpus, chosen)
-        started.write(out)
-        with how_to_go_on(out):
-            train_and_save(out, started, corpus, model, source=source)
+    started = Run.of(settings, inputs, corpus, chosen, group.size)
+    return started, corpus, new_model(settings, corpus, init, loaded), source
 
 
-def resume(out: Path, *, device: str | None, threads: int | None) -> None:
-    """Goes on with the run in a directory. device, threads: None: those that it was started with."""
-    checkpoint.check_processes()
+def resume(out: Path, *, device: str | None, threads: int | None, parallel: str | None = None) -> None:
+    """Goes on with the run in a directory. device, threads, parallel: None: those that it was started with."""
     started = Run.read(out)
     checkpoint.check_writable("resume", out)
-    if (now := checkpoint.versions()) != started.versions:
-        say(f"started with {listed(started.versions)}; with {listed(now)}, results may differ by rounding")
-    chosen = set_up(device or started.device, threads or started.threads)
-    with locked_run(out):
-        saved, damages = newest(out)
+    if parallel is not None:
+        started = dataclasses.replace(started, settings=dataclasses.replace(started.settings, parallel=parallel))
+    settings, same = started.settings, started.processes == process_count()
+    device = device or (started.device.partition(":")[0] if is_several() else started.device)
+    if threads is None and same:
+        threads = started.threads
+    with set_up_several(device, threads) as (group, chosen), contextlib.ExitStack() as stack:
+        if (now := checkpoint.versions()) != started.versions:
+            say(f"started with {listed(started.versions)}; with {listed(now)}, results may differ by rounding")
+        saved: Saved | None = None
+        damages: list[str] = []
+        with group.first():
+            check_parallel(settings.parallel, group, batch=settings.batch, lora=settings.lora)
+            if group.rank == 0:
+                stack.enter_context(locked_run(out))
+                saved, damages = newest(out)
         for damage in damages:
             say(f"skipped a damaged checkpoint: {damage}")
+        saved = group.sent(saved)
         init, named = started.inputs["init"], started.inputs["tokenizer"]
         if named in TOKENIZERS:
             tokenizer, source = tokenizer_of(named)
         else:  # a checkpoint has it too
             tokenizer, source = tokenizer_of(init or named) if saved is None else tokenizer_in(saved.folder)
-        corpus = load_text(started.corpus, tokenizer, end_of_text=end_of_text_of(tokenizer, source), cache=out / TOKENS)
-        if saved is None or started.settings.lora:
-            if started.settings.lora:
+        with group.first():
+            corpus = load_text(
+                started.corpus, tokenizer, end_of_text=end_of_text_of(tokenizer, source), cache=out / TOKENS
+            )
+        if saved is None or settings.lora:
+            if settings.lora:
                 check_unchanged("init", started.inputs["init_sha256"])
-            model = new_model(started.settings, corpus, None if init is None else Path(init))
+            model = new_model(settings, corpus, None if init is None else Path(init))
             if saved is not None:
                 model.load_training_state(saved.tensors())
         else:
             model = load_model(saved.folder, dtype=torch.float32)
-            model.recompute = started.settings.recompute
-        say(f"resumed after {quantity(saved.step if saved else 0, 'step')} of {started.settings.steps:,}")
+            model.recompute = settings.recompute
+        say(f"resumed after {quantity(saved.step if saved else 0, 'step')} of {settings.steps:,}")
         with how_to_go_on(out):
-            train_and_save(out, started, corpus, model.to(chosen), source=source, start=saved)
+            train_and_save(out, started, corpus, model, chosen, source=source, group=group, start=saved)
 
 
 @contextlib.contextmanager
@@ -202,34 +241,45 @@ def train_and_save(
     run: Run,
     corpus: data.Corpus,
     model: Any,
+    device: torch.device,
     *,
     source: Path | None,
+    group: Group,
     start: Saved | None = None,
 ) -> None:
-    """Trains, and writes the model and summary.json.
+    """Trains; the first process writes the model and summary.json.
 
     Args:
         source: the directory or file that the tokenizer comes from, whose settings are kept; None: byte or char.
         start: the checkpoint that the model comes from.
     """
     settings = run.settings
+    sharded = group.size > 1 and settings.parallel == "fsdp"
+    if not sharded:  # a model that is sharded may not fit on a device before
+        model = model.to(device)
     tokens = f"{len(corpus.train):,} tokens for training, {len(corpus.validation):,} for validation"
     say(f"{tokens}, vocabulary of {corpus.tokenizer.get_vocab_size()}")
+    parameters = model.num_parameters()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapters = f" ({trainable:,} of them in adapters, which are trained)" if settings.lora else ""
-    say(f"{model.num_parameters():,} parameters{adapters}, {settings.dtype}, {describe_device(model.device)}")
+    say(f"{parameters:,} parameters{adapters}, {settings.dtype}, {describe_devices(device, group, settings)}")
     tokenizer_settings = settings_of(source)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            Checkpoints(out, keep=settings.keep, tokenizer=corpus.tokenizer, tokenizer_settings=tokenizer_settings)
-        )
-        size = start.report.get(metrics.SIZE, 0) if start else 0
-        reports: list[Report] = [stack.enter_context(metrics.JSONLines(out, size))]
-        if settings.tensorboard:
-            reports.append(stack.enter_context(metrics.TensorBoard(out, start.step if start else 0)))
-        speed = peak_speed(settings, model) if has_room() else None
-        reports.append(stack.enter_context(progress_bar(settings.steps, peak=speed, device=model.device)))
-        report, sample = Reports(reports), sampler(settings, corpus, model)
+        checkpoints = None
+        if group.rank == 0 or sharded:
+            options: dict[str, Any] = {"tokenizer_settings": tokenizer_settings, "group": group if sharded else None}
+            checkpoints = stack.enter_context(
+                Checkpoints(out, keep=settings.keep, tokenizer=corpus.tokenizer, **options)
+            )
+        reports: list[Report] = []
+        if group.rank == 0:
+            size = start.report.get(metrics.SIZE, 0) if start else 0
+            reports.append(stack.enter_context(metrics.JSONLines(out, size)))
+            if settings.tensorboard:
+                reports.append(stack.enter_context(metrics.TensorBoard(out, start.step if start else 0)))
+            speed = peak_speed(settings, model, device, group.size) if has_room() else None
+            reports.append(stack.enter_context(progress_bar(settings.steps, peak=speed, device=device)))
+        report, sample = Reports(reports), sampler(settings, corpus)
         result = train(
             settings,
             corpus,
@@ -239,14 +289,18 @@ def train_and_save(
             checkpoints=checkpoints,
             start=start,
             sample=sample,
+            group=group,
+            device=device,
         )
     if not result.steps:
         raise KeyboardInterrupt  # no step was completed, so there is nothing to save
+    if group.rank:
+        return
     settings_used = {**run.given(), **dataclasses.asdict(settings)}
-    settings_used |= {"device": str(model.device), "threads": torch.get_num_threads()}
+    settings_used |= {"device": str(device), "threads": torch.get_num_threads(), "processes": group.size}
     with checkpoint.staged(out) as folder:
-        checkpoint.write_model(folder, model, corpus.tokenizer, tokenizer_settings)
-        content = summary(settings_used, result, run, corpus, model.num_parameters())
+        checkpoint.write_model(folder, model, corpus.tokenizer, tokenizer_settings, state=result.state)
+        content = summary(settings_used, result, run, corpus, parameters)
         checkpoint.write_json(folder / "summary.json", content)
     early = "stopped early after" if result.stopped_early else "trained for"
     ended = "interrupted after" if result.interrupted else early
@@ -267,33 +321,6 @@ def train_and_save(
         raise result.failure
 
 
-def show_estimate(
-    settings: Settings, corpus: data.Corpus, init: Path | None, loaded: Any, device: torch.device
-) -> None:
-    """init, loaded: as in new_model. A model to start from is measured as it is."""
-    if init is None and not settings.lora:
-        found = estimate(settings, corpus, lambda some: build(some, corpus.tokenizer), device)
-    else:
-        model = new_model(settings, corpus, init, loaded)
-        loss = model.loss if settings.lora else objective_of(settings, corpus.tokenizer).loss
-        merged = model.merged(model.state_dict()) if settings.lora else {}  # as in memory while a checkpoint is written
-        found = estimate_of(settings, corpus, model, loss, device)
-        del merged
-    say(f"{found.parameters:,} parameters, {settings.dtype}, {describe_device(device)}")
-    how = "measured" if found.measured else "estimated from one and two layers, as the model does not fit"
-    say(f"memory: {found.memory / 2**30:.2f} GiB of {found.available / 2**30:.1f} GiB available, {how}")
-    speed = settings.tokens_per_step / found.seconds
-    say(f"time per step: {duration(found.seconds)}, {speed:,.0f} tokens/s")
-    say(f"time for {quantity(settings.steps, 'step')}: {duration(settings.steps * found.seconds)} without evaluations")
-
-
-def duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:.3g} seconds"
-
-
 def prompt_of(settings: Settings, tokenizer: Tokenizer) -> list[int]:
     """The token ids of the prompt of the samples; [] without samples."""
     if not settings.sample_every:
@@ -304,28 +331,33 @@ def prompt_of(settings: Settings, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def sampler(settings: Settings, corpus: data.Corpus, model: Any) -> Callable[[nn.Module], str] | None:
+def sampler(settings: Settings, corpus: data.Corpus) -> Callable[[nn.Module], str] | None:
     """What continues the prompt; the same text for the same weights."""
     if not settings.sample_every:
         return None
     tokenizer = generation.Tokenizer(corpus.tokenizer)
-    prompt = torch.tensor([prompt_of(settings, corpus.tokenizer)], device=model.device)
+    prompt = torch.tensor([prompt_of(settings, corpus.tokenizer)])
 
-    def sample(model: nn.Module) -> str:
-        generated = model.generate(  # type: ignore[operator]
-            prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, eos_token_id=(), seed=settings.seed
+    def sample(model: Any) -> str:
+        generated = model.generate(
+            prompt.to(model.device), max_new_tokens=SAMPLE_TOKENS, temperature=0.8, eos_token_id=(), seed=settings.seed
         )
         return tokenizer.decode(generated[0].tolist())
 
     return sample
 
 
-def peak_speed(settings: Settings, model: Any) -> float | None:
+def peak_speed(settings: Settings, model: Any, device: torch.device, processes: int) -> float | None:
     """Tokens/s at the peak of this machine's arithmetic; None where it is not known."""
-    if model.device.type != "cpu" or settings.lora or settings.dtype == "float16":
+    if device.type != "cpu" or settings.lora or settings.dtype == "float16":
         return None
     flops = peak(torch.get_num_threads(), getattr(torch, settings.dtype))
-    return settings.tokens_per_step * flops / flops_of_step(model, settings)
+    return processes * settings.tokens_per_step * flops / flops_of_step(model, settings)
+
+
+def describe_devices(device: torch.device, group: Group, settings: Settings) -> str:
+    several = f" in each of {group.size} processes ({settings.parallel})" if group.size > 1 else ""
+    return describe_device(device) + several
 
 
 def listed(versions: dict[str, str]) -> str:

@@ -204,3 +204,7 @@ def check_integer(argument: str, value: Any, expected: str = "a 64-bit integer",
     if value not in allowed:
         raise mismatch(argument, expected, shown(value))
     return value
+
+
+class Ended(Exception):
+    """Another process of the run has raised an error and reported it; this one ends without a message."""

@@ -116,8 +116,7 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: clip the 2-norm of all gradients together to this, as torch.nn.utils.clip_grad_norm_ does, but
             without writing the gradients: they are read once more, and scaled during the update. None: no clipping. The
             norm before clipping is then in `grad_norm`, a 0-d tensor; the largest number clips nothing. Only
-            gradients of this process count: where parameters are sharded without DTensor, clip as the sharding
-            library says.
+            gradients of this process count, unless there are sum_squares.
         master_weights: keep a float32 copy of every bfloat16 and float16 parameter, as state["master_param"], and
             float32 moments; the parameter is rounded from it in the same pass. Without it small updates are lost in 16
             bits. Elements of a parameter that were changed since the last step replace the master's.
@@ -125,6 +124,8 @@ class AdamW(torch.optim.AdamW):
             state, as a step that GradScaler skips. `grad_norm` tells; on a GPU nothing waits for it.
         zero_gradients: set gradients to zero in the same pass, instead of a zero_grad() after it; they are zeroed too
             when a step is skipped.
+        sum_squares: with max_grad_norm, for parameters of which each process has a part: maps the sum of squares of
+            the gradients of this process, a number or a 0-d tensor, to that of all processes.
         backend: force one (see fastlm.use_backend); None selects automatically.
         foreach, fused, capturable: accepted so that a call of torch.optim.AdamW need not change. They have no effect.
 
@@ -147,6 +148,7 @@ class AdamW(torch.optim.AdamW):
         master_weights: bool = False,
         zero_gradients: bool = False,
         skip_nonfinite: bool = False,
+        sum_squares: Callable[[float | Tensor], float | Tensor] | None = None,
         backend: str | None = None,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -164,6 +166,11 @@ class AdamW(torch.optim.AdamW):
         skip_nonfinite = check_flag("skip_nonfinite", skip_nonfinite)
         if skip_nonfinite and max_grad_norm is None:
             raise mismatch("skip_nonfinite", "False without max_grad_norm, which computes the norm", True)
+        if sum_squares is not None:
+            if not callable(sum_squares):
+                raise wrong_type("sum_squares", "a function or None", sum_squares)
+            if max_grad_norm is None:
+                raise mismatch("sum_squares", "None without max_grad_norm, which computes the norm", "a function")
         check_flag("capturable", capturable)
         for name, flag in (("foreach", foreach), ("fused", fused)):
             if flag is not None:
@@ -189,6 +196,7 @@ class AdamW(torch.optim.AdamW):
         )
         self.max_grad_norm, self.master_weights = max_grad_norm, master_weights
         self.zero_gradients, self.skip_nonfinite, self.backend = zero_gradients, skip_nonfinite, backend
+        self.sum_squares = sum_squares
         self.grad_norm: Tensor | None = None
         # GradScaler then passes grad_scale and found_inf instead of unscaling the gradients in a pass of its own.
         self._step_supports_amp_scaling = True
@@ -199,6 +207,7 @@ class AdamW(torch.optim.AdamW):
             "master_weights",
             "zero_gradients",
             "skip_nonfinite",
+            "sum_squares",
             "backend",
             "grad_norm",
             "_step_supports_amp_scaling",
@@ -354,13 +363,19 @@ class AdamW(torch.optim.AdamW):
         squares = [implementation.sum_of_squares(gradients) for implementation, gradients in kinds.values()]
         device = next((s.device for s in squares if isinstance(s, Tensor) and not s.is_cpu), None)
         if device is None:
-            norm = math.sqrt(sum(float(s) for s in squares)) * abs(float(factor))
+            total = sum(float(s) for s in squares)
+            if self.sum_squares is not None:
+                total = float(self.sum_squares(total))
+            norm = math.sqrt(total) * abs(float(factor))
             self.grad_norm = torch.tensor(norm, dtype=torch.float32, device="cpu")
             coefficient = self.max_grad_norm / (norm + 1e-6)
             return 1.0 if coefficient > 1 else coefficient  # NaN stays NaN: it must not pass for a small norm
         # On the device, without synchronising.
         on_device = [torch.as_tensor(s, dtype=torch.float32).to(device) for s in squares]
-        norms = torch.stack(on_device).sum().sqrt() * factor
+        sum_of_all = torch.stack(on_device).sum()
+        if self.sum_squares is not None:
+            sum_of_all = torch.as_tensor(self.sum_squares(sum_of_all), dtype=torch.float32, device=device)
+        norms = sum_of_all.sqrt() * factor
         self.grad_norm = norms
         return (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
 

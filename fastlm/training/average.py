@@ -4,7 +4,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastlm.training.parallel import fill
+from fastlm.training.whole import Whole
 
 UPDATES, WEIGHTS = "average.updates", "weights."  # the names of their tensors in a checkpoint
 
@@ -16,8 +19,8 @@ class Average:
     are soon forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, model: Whole, decay: float):
+        self.model, self.named = model, model.parameters
         self.parameters: list[Tensor] = list(self.named.values())
         self.decay, self.updates = decay, 0
         self.values = [p.detach().clone() for p in self.parameters]  # the weights while the average is in the model
@@ -47,7 +50,8 @@ class Average:
 
     def state(self) -> dict[str, Tensor]:
         """While the average is in the model: what is not in the model."""
-        weights = {WEIGHTS + name: value for name, value in zip(self.named, self.values, strict=True)}
+        values = zip(self.named, self.values, strict=True)
+        weights = {WEIGHTS + name: self.model.stored(name, value) for name, value in values}
         return weights | {UPDATES: torch.tensor(self.updates)}
 
     @torch.no_grad()
@@ -56,4 +60,4 @@ class Average:
         self.updates = int(tensors[UPDATES])
         for value, (name, p) in zip(self.values, self.named.items(), strict=True):
             value.copy_(p)
-            p.copy_(tensors[WEIGHTS + name])
+            fill(self.model.stored(name, p), tensors[WEIGHTS + name])

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastlm.training.data import Tokens
 from fastlm.training.data.order import draws, starts
-from fastlm.training.objectives import MaskedToken, NextToken
+from fastlm.training.distributed import Group
+from fastlm.training.objectives import IGNORED, MaskedToken, NextToken
 from fastlm.training.settings import Settings
 
 # Maximum number of tokens of an evaluation: the standard error is about 0.01 nats.
@@ -42,6 +43,26 @@ def evaluation_batches(
     batch, context = settings.batch, settings.context
     for i, begins in enumerate(spread(len(tokens), context, max_tokens).split(batch)):
         yield pair(tokens, settings, objective, begins, EVALUATION_SEED, i, range(len(begins)))
+
+
+def share_of(group: Group, pair: Pair) -> Pair:
+    """The sequences of a batch that are those of this process."""
+    inputs, targets = pair
+    places = group.share(len(inputs))
+    if not places:
+        return inputs[:1], torch.full_like(targets[:1], IGNORED)
+    return filled(group, len(inputs), (inputs[places.start : places.stop], targets[places.start : places.stop]))
+
+
+def filled(group: Group, count: int, share: Pair) -> Pair:
+    """The share of this process of a batch of `count` sequences, filled up to the size of the largest share.
+
+    A copy without targets fills it up. All processes run the same passes then, which FSDP needs.
+    """
+    inputs, targets = share
+    if len(inputs) == group.largest_share(count):
+        return share
+    return torch.cat([inputs, inputs[-1:]]), torch.cat([targets, torch.full_like(targets[-1:], IGNORED)])
 
 
 def spread(tokens: int, context: int, max_tokens: int) -> Tensor:

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fastlm._version import __version__
-from fastlm.core.errors import mismatch
 from fastlm.models import checkpoint
 from fastlm.models.config import CONFIG, stored
 from fastlm.training.tokenizers import tokenizer_config
@@ -37,7 +36,6 @@ def prepare(out: str | Path, *, overwrite: bool = False, can_resume: bool = Fals
 
     can_resume: whether the command has --resume.
     """
-    check_processes()
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a directory or a path for a new one, got the file {str(out)!r}")
@@ -50,11 +48,6 @@ def prepare(out: str | Path, *, overwrite: bool = False, can_resume: bool = Fals
             f"out: expected a directory without a model, got {str(out)!r}, which has {names[0]}; {options}"
         )
     return out
-
-
-def check_processes() -> None:
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # torchrun sets it
-        raise mismatch("WORLD_SIZE", "1, as training on several processes is not supported", repr(processes))
 
 
 def check_writable(argument: str, out: Path) -> None:

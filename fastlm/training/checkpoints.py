@@ -6,6 +6,9 @@ training.safetensors   the states of the optimiser and the random generators, th
 training.json          step, evaluations, seconds, versions
 SHA256SUMS             of the other files, in the format of sha256sum
 
+A run whose processes have parts of the parameters has files of torch.distributed.checkpoint (.metadata and a .distcp
+file of each process) instead of training.safetensors.
+
 It is written to a directory beside its place, flushed to the disk and renamed, so that a process that is killed leaves
 all of it or nothing. A thread writes from a copy; training waits for the copy only.
 """
@@ -41,11 +44,14 @@ from fastlm.training.checkpoint import (
     write_json,
     write_model,
 )
+from fastlm.training.distributed import Group
+from fastlm.training.whole import is_sharded, local_of
 
-FORMAT = 2  # of a checkpoint and of run.json; a change that older code cannot read needs the next number
+FORMAT = 3  # of a checkpoint and of run.json; a change that older code cannot read needs the next number
 PARTIAL = ".partial-"  # the name of a directory that is not complete begins with it
 TENSORS, METRICS, SUMS = "training.safetensors", "training.json", "SHA256SUMS"
-NEEDED = {CONFIG, "model.safetensors", "tokenizer.json", TENSORS, METRICS}
+INDEX = ".metadata"  # of the files of torch.distributed.checkpoint
+NEEDED = {CONFIG, "model.safetensors", "tokenizer.json", METRICS}
 LOSSES = "losses"  # the name of their tensor; a skipped step may have one that is not finite
 MODEL = "model."  # prefix of the model's tensors among those that are copied
 
@@ -70,7 +76,12 @@ class Saved:
         evaluations = [tuple(evaluation) for evaluation in content["evaluations"]]
         return cls(folder, content["step"], content["seconds"], evaluations, content.get("report", {}))
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, wanted: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """wanted: names and tensors of which this process wants its part only, if they are sharded."""
+        if (self.folder / INDEX).exists():
+            from fastlm.training import shard_files  # takes long to import
+
+            return shard_files.read(self.folder, wanted or {})
         return read_file(self.folder / TENSORS)
 
     @property
@@ -102,10 +113,20 @@ class Checkpoints:
         run: its directory.
         keep: number of checkpoints to keep; that with the lowest validation loss is kept besides.
         tokenizer_settings: the contents of tokenizer_config.json; None: those for a tokenizer of this package.
+        group: the processes that each write their part of a sharded model; None: this one alone.
     """
 
-    def __init__(self, run: Path, *, keep: int, tokenizer: Tokenizer, tokenizer_settings: str | None = None):
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep: int,
+        tokenizer: Tokenizer,
+        tokenizer_settings: str | None = None,
+        group: Group | None = None,
+    ):
         self.run, self.keep, self.tokenizer, self.tokenizer_settings = run, keep, tokenizer, tokenizer_settings
+        self.group = group or Group()
         self.copies: dict[str, Tensor] = {}
         self.thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self.written: concurrent.futures.Future[None] | None = None
@@ -116,13 +137,23 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.thread.shutdown()  # a checkpoint that is being written is completed
 
-    def save(self, step: int, model: Trained, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: Trained,
+        tensors: Mapping[str, Tensor],
+        metrics: dict[str, Any],
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Starts to write a checkpoint. The tensors may change as soon as this returns.
 
         It waits for the previous checkpoint, whose errors it raises.
+
+        Args:
+            state: the state dict of the whole model, in the first process, if `model` is sharded.
         """
         self.wait()
-        copies = self.copy(model, tensors)
+        copies = self.copy(model, tensors, state)
         self.written = self.thread.submit(self.write, step, model, copies, metrics)
 
     def check(self) -> None:
@@ -136,50 +167,84 @@ class Checkpoints:
             written, self.written = self.written, None
             written.result()
 
-    def copy(self, model: Trained, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def copy(
+        self, model: Trained, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Copies in main memory, which the next call overwrites. Tied parameters stay tied."""
-        state = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
+        state = {MODEL + name: x for name, x in (model.state_dict() if state is None else state).items()}
         copies: dict[str, Tensor] = {}
         copied: dict[tuple[int, torch.Size], Tensor] = {}
         for name, tensor in (state | dict(tensors)).items():
-            alias = (tensor.data_ptr() or id(tensor), tensor.shape)  # an empty tensor has no address
+            local = local_of(tensor)
+            alias = (local.data_ptr() or id(tensor), tensor.shape)  # an empty tensor has no address
             if alias not in copied:
-                copy = self.copies.get(name)
-                if copy is None or copy.shape != tensor.shape:
-                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                copied[alias] = copy.copy_(tensor.detach())
+                copy = local_of(self.copies[name]) if name in self.copies else None
+                if copy is None or copy.shape != local.shape:
+                    copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                copy.copy_(local.detach())
+                copied[alias] = with_place_of(tensor, copy)
             copies[name] = copied[alias]
         self.copies = copies
         return copies
 
     def write(self, step: int, model: Trained, tensors: Mapping[str, Tensor], metrics: dict[str, Any]) -> None:
-        for name, tensor in tensors.items():
-            if name != LOSSES and tensor.is_floating_point() and not tensor.isfinite().all():
-                expected = f"a learning rate with finite weights and moments (at step {step} {name} is not finite)"
-                raise mismatch("lr", expected, "a larger one")
+        """In the directory beside its place the first process writes the model, and each its part of the rest."""
         final = self.run / CHECKPOINTS / f"{STEP}{step:08}"
         folder = final.with_name(PARTIAL + final.name)
+        others = {name: tensor for name, tensor in tensors.items() if not name.startswith(MODEL)}
+        first = self.group.rank == 0
         try:
-            folder.mkdir()
-            state = {name.removeprefix(MODEL): x for name, x in tensors.items() if name.startswith(MODEL)}
-            write_model(folder, model, self.tokenizer, self.tokenizer_settings, state=state)
-            others = {name: tensor for name, tensor in tensors.items() if not name.startswith(MODEL)}
-            with writing(folder / TENSORS) as path:
-                save_file(others, path)
-            write_json(folder / METRICS, {"format": FORMAT, "step": step, **metrics, "versions": versions()})
-            sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
-            (folder / SUMS).write_text(sums, encoding="utf-8")
-            for path in (*folder.iterdir(), folder):
-                flush(path)
-            if final.exists():
-                remove(final)  # a damaged one, from before the run was resumed
-            folder.rename(final)
-            flush(final.parent)
-            self.prune(step)
+            with self.together():
+                check_finite(tensors, step)
+                if first:
+                    folder.mkdir()
+                    state = {name.removeprefix(MODEL): x for name, x in tensors.items() if name.startswith(MODEL)}
+                    write_model(folder, model, self.tokenizer, self.tokenizer_settings, state=state)
+                    write_json(folder / METRICS, {"format": FORMAT, "step": step, **metrics, "versions": versions()})
+            if self.group.size > 1:
+                from fastlm.training import shard_files
+
+                shard_files.write(folder, others, self.group)
+            with self.together():
+                own = {file.name: sha256(file) for file in folder.glob(shard_files_of(self.group.rank))}
+            sums = {name: digest for some in self.group.written(own) for name, digest in some.items()}
+            with self.together():
+                if first:
+                    if self.group.size == 1:
+                        with writing(folder / TENSORS) as path:
+                            save_file(others, path)
+                    self.complete(folder, final, sums)
+                    self.prune(step)
         except OSError as failure:
             raise OSError(f"out: could not save the checkpoint {str(final)!r}: {one_line(failure)}") from failure
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if first:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """All processes leave the block; if one raises an error, the others raise it, too."""
+        failure: Exception | None = None
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            failure = error
+        failures = [error for error in self.group.written(failure) if error is not None]
+        if failure is not None:
+            raise failure
+        if failures:
+            raise failures[0]
+
+    def complete(self, folder: Path, final: Path, sums: Mapping[str, str]) -> None:
+        """Adds the checksums, flushes the files to the disk and renames the directory. sums: those that are known."""
+        digests = {file.name: sums.get(file.name) or sha256(file) for file in sorted(folder.iterdir())}
+        (folder / SUMS).write_text("".join(f"{x}  {name}\n" for name, x in digests.items()), encoding="utf-8")
+        for path in (*folder.iterdir(), folder):
+            flush(path)
+        if final.exists():
+            remove(final)  # a damaged one, from before the run was resumed
+        folder.rename(final)
+        flush(final.parent)
 
     def prune(self, step: int) -> None:
         """Deletes all but the newest and the best. Those after `step` are damaged: the run was resumed before them."""
@@ -233,7 +298,7 @@ def damage_of(folder: Path) -> str | None:
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        if missing := NEEDED - set(sums):
+        if missing := (NEEDED | {INDEX if INDEX in sums else TENSORS}) - set(sums):
             return f"{folder / SUMS} without {min(missing)}"
         return next(
             (f"{folder / name}, which has changed" for name in sums if sha256(folder / name) != sums[name]), None
@@ -265,6 +330,27 @@ def check_unchanged(argument: str, sums: Mapping[str, str]) -> None:
             raise mismatch(argument, f"the file {path}, which the run was started with", "none")
         if sha256(Path(path)) != digest:
             raise mismatch(argument, f"the file {path} as the run was started with", "a changed one")
+
+
+def shard_files_of(rank: int) -> str:
+    """The pattern of the names that torch.distributed.checkpoint gives the files of a process."""
+    return f"__{rank}_*.distcp"
+
+
+def with_place_of(tensor: Any, copy: Tensor) -> Tensor:
+    """The copy of a part of a tensor, with its place in the tensor if this process has a part only."""
+    if not is_sharded(tensor):
+        return copy
+    from fastlm.training.sharded import sharded_like
+
+    return sharded_like(tensor, copy)
+
+
+def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    for name, tensor in tensors.items():
+        if name != LOSSES and tensor.is_floating_point() and not local_of(tensor).isfinite().all():
+            expected = f"a learning rate with finite weights and moments (at step {step} {name} is not finite)"
+            raise mismatch("lr", expected, "a larger one")
 
 
 def flush(path: Path) -> None:

@@ -106,7 +106,7 @@ def saved_bytes(settings: Settings, corpus: Corpus, model: PretrainedModel) -> i
     trainer = Trainer(model.train(), settings, objective_of(settings, corpus.tokenizer).loss)
     inputs, targets = trainer.to_device(*next(batches(settings, corpus, settings.at_once)))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), trainer.autocast():
-        loss = trainer.loss(model, inputs, targets)
+        loss = trainer.parallel.loss(inputs, targets)
         total = sum(sizes.values())
     del loss
     return total
@@ -115,7 +115,7 @@ def saved_bytes(settings: Settings, corpus: Corpus, model: PretrainedModel) -> i
 def measure(settings: Settings, corpus: Corpus, model: Any, loss: Loss | None = None) -> tuple[float, int]:
     """(seconds of a step, bytes of memory at the peak). loss: None: that of the objective."""
     trainer = Trainer(model.train(), settings, loss or objective_of(settings, corpus.tokenizer).loss)
-    average = Average(model, settings.ema) if settings.ema else None
+    average = Average(trainer.parallel, settings.ema) if settings.ema else None
     trained = [p for p in model.parameters() if p.requires_grad]
     copies = [x.detach().clone() for x in (*trained, *trainer.state().values())]  # of a checkpoint
     copies += [x.clone() for x in average.values] if average else []

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import math
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -13,17 +12,21 @@ from torch import Tensor, nn
 
 from fastlm.device import choose_device
 from fastlm.training.average import Average
-from fastlm.training.batches import evaluation_batches, training_batch
+from fastlm.training.batches import evaluation_batches, filled, share_of, training_batch
 from fastlm.training.checkpoint import Trained
 from fastlm.training.checkpoints import LOSSES, Checkpoints, Evaluation, Saved
 from fastlm.training.data import Corpus, check_length
+from fastlm.training.data.order import dropout_seed
+from fastlm.training.distributed import Group
 from fastlm.training.guard import Guard
 from fastlm.training.models import build, objective_of
+from fastlm.training.parallel import check_parallel
 from fastlm.training.report import Report, Step
 from fastlm.training.schedule import learning_rate
 from fastlm.training.settings import Settings
 from fastlm.training.stopping import Stopped, stop_requests, until
-from fastlm.training.trainer import Loss, Trainer
+from fastlm.training.trainer import Trainer, count_of
+from fastlm.training.whole import Loss
 
 SAMPLED = "sampled"  # the name of the step of the last sample in a checkpoint
 
@@ -31,6 +34,7 @@ SAMPLED = "sampled"  # the name of the step of the last sample in a checkpoint
 @dataclasses.dataclass
 class Result:
     model: nn.Module  # with settings.ema, with the averaged weights
+    state: dict[str, Tensor] | None  # of a sharded model, the state dict of all of it in the first process
     train_loss: float
     val_loss: float
     tokens_per_second: float  # of the training steps, without evaluation
@@ -55,53 +59,57 @@ def train(
     checkpoints: Checkpoints | None = None,
     start: Saved | None = None,
     sample: Callable[[nn.Module], str] | None = None,
+    group: Group | None = None,
+    device: torch.device | None = None,
 ) -> Result:
     """Trains a model on a corpus.
 
-    SIGINT (Ctrl-C) and SIGTERM stop training after the current step; the result is that of the steps until then. If
-    there are `checkpoints`, one is saved before the last evaluation. A second signal raises KeyboardInterrupt after it.
+    Each process of a process group of PyTorch calls it with the same arguments, and a model with the same weights on
+    its device. They divide each batch, and the result is that of one process up to rounding.
 
-    The batch of a step is a function of the seed and the number of the step (data/order.py). All else that the next
-    step depends on is in a checkpoint, so that a run that goes on from it gives the same bits.
+    SIGINT (Ctrl-C) and SIGTERM stop training after the current step, those of one process in all; the result is that
+    of the steps until then. If there are `checkpoints`, one is saved before the last evaluation. A second signal raises
+    KeyboardInterrupt after it.
+
+    The batch of a step is a function of the seed and the number of the step (data/order.py), and so is the dropout of
+    each process. All else that the next step depends on is in a checkpoint, so that a run that goes on from it gives
+    the same bits.
 
     Args:
         model: any module, trained on the device it is on; None: a fastlm model for the settings, on a GPU if available.
         loss: (model, inputs, targets) → mean loss of the targets; None: that of settings.objective.
-        report: receives progress.
+        report: receives progress, in the first process.
         native: use PyTorch's gradient clipping and AdamW.
         checkpoints: where the model is saved, which has to be a Trained; its training_state(), if it has one, is
-            saved too. Every settings.checkpoint_every steps and at the end.
+            saved too. Every settings.checkpoint_every steps and at the end. Of several processes the first one has
+            them, or with settings.parallel "fsdp" all.
         start: the checkpoint to go on from, which `model` was loaded from.
         sample: the text that a model generates, every settings.sample_every steps; it draws from no generator that
             training uses.
+        group: the processes; None: those of PyTorch's process group, if it is initialised.
+        device: where a model is trained whose parts (settings.parallel "fsdp") alone fit there; None: where it is.
 
     Raises:
         ValueError: settings.max_skipped steps in a row were skipped.
     """
     check_length(corpus, settings.context)
-    report = report or Report()
+    group = group or Group.current()
+    check_parallel(settings.parallel, group, batch=settings.batch)
+    report = Report() if report is None or group.rank else report
     objective = objective_of(settings, corpus.tokenizer)
     model = model or build(settings, corpus.tokenizer).to(choose_device())
-    trainer, guard = Trainer(model, settings, loss or objective.loss, native=native), Guard(settings)
-    average = Average(model, settings.ema) if settings.ema else None
+    trainer = Trainer(model, settings, loss or objective.loss, native=native, group=group, device=device)
+    guard = Guard(settings)
+    average = Average(trainer.parallel, settings.ema) if settings.ema else None
     evaluation_pairs = [
-        list(evaluation_batches(tokens, settings, objective)) for tokens in (corpus.train, corpus.validation)
+        [share_of(group, pair) for pair in evaluation_batches(tokens, settings, objective)]
+        for tokens in (corpus.train, corpus.validation)
     ]
     losses: list[float] = []
     evaluations: list[Evaluation] = []
     began = elapsed = 0.0
     sampled = 0  # the step of the last sample
     trainer.warm_up()
-    torch.manual_seed(settings.seed)  # for dropout
-    if start is not None:
-        tensors = start.tensors()
-        losses, evaluations, elapsed = tensors[LOSSES].tolist(), list(start.evaluations), start.seconds
-        sampled = int(tensors[SAMPLED])
-        trainer.load_state(tensors)
-        guard.load_state(tensors, losses)
-        if average is not None:
-            average.load_state(tensors)
-        set_generator_states(trainer.device, tensors)
 
     def evaluated_model() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if average is None else average.applied()
@@ -111,8 +119,17 @@ def train(
         own: dict[str, Tensor] = getattr(model, "training_state", dict)()
         return trainer.state() | guard.state() | (average.state() if average is not None else {}) | own
 
+    if start is not None:
+        tensors = start.tensors(state())
+        losses, evaluations, elapsed = tensors[LOSSES].tolist(), list(start.evaluations), start.seconds
+        sampled = int(tensors[SAMPLED])
+        trainer.load_state(tensors)
+        guard.load_state(tensors, losses)
+        if average is not None:
+            average.load_state(tensors)
     if checkpoints is not None:
-        checkpoints.copy(cast(Trained, model), state())  # allocates: otherwise the first save waits for new pages
+        # Allocates memory: otherwise the first save waits for new pages.
+        checkpoints.copy(cast(Trained, model), state(), trainer.parallel.whole_state())
     started = saved = len(losses)  # steps; the losses of the last ones may not have been read yet
 
     def read() -> None:
@@ -132,10 +149,10 @@ def train(
             )
             guard.record(len(losses), outcome)
 
-    def evaluate(stop: threading.Event | None = None) -> None:
+    def evaluate(stopping: Callable[[], bool] | None = None) -> None:
         report.on_evaluation_start()
         with evaluated_model():
-            train_loss, val_loss = (trainer.evaluate(until(stop, pairs)) for pairs in evaluation_pairs)
+            train_loss, val_loss = (trainer.evaluate(until(stopping, pairs)) for pairs in evaluation_pairs)
         evaluations.append((len(losses), train_loss, val_loss))
         report.on_evaluation_end(len(losses), train_loss, val_loss)
 
@@ -143,42 +160,50 @@ def train(
         nonlocal saved
         if checkpoints is None or saved == started:
             return
-        tensors = generator_states(trainer.device)
-        tensors |= {LOSSES: torch.tensor(losses, dtype=torch.float64), SAMPLED: torch.tensor(sampled)}
+        tensors = {LOSSES: torch.tensor(losses, dtype=torch.float64), SAMPLED: torch.tensor(sampled)}
         metrics = {"seconds": elapsed, "evaluations": list(evaluations), "report": report.on_save()}
         with evaluated_model():
-            checkpoints.save(started, cast(Trained, model), state() | tensors, metrics)
+            whole = trainer.parallel.whole_state()
+            checkpoints.save(started, cast(Trained, model), state() | tensors, metrics, whole)
         saved = started
 
     def is_due(interval: int) -> bool:
         return interval > 0 and started % interval == 0 and 0 < started < settings.steps
 
+    interrupted = False
     with stop_requests() as stop:
         while True:
             if is_due(settings.eval_every) and (not evaluations or evaluations[-1][0] != started):
                 read()
                 with contextlib.suppress(Stopped):
-                    evaluate(stop)
+                    evaluate(lambda: group.any(stop.is_set()))
             stopped_early = has_stalled(evaluations, settings.patience)
-            if started == settings.steps or stop.is_set() or stopped_early:
+            if started == settings.steps or stopped_early:
                 break
+            begin = time.perf_counter()
+            share = training_batch(corpus.train, settings, objective, started, group.share(settings.batch))
+            count, interrupted, reading = agreed(group, count_of(share[1]), stop.is_set(), trainer.should_read)
+            if interrupted:
+                break
+            spent = time.perf_counter() - begin
             if sample is not None and is_due(settings.sample_every) and sampled != started:
                 read()
-                with evaluated_model():
-                    report.on_sample(started, sample(model))
+                with evaluated_model(), trainer.parallel.whole_model() as whole_model:
+                    if whole_model is not None:
+                        report.on_sample(started, sample(whole_model))
                 sampled = started
             if is_due(settings.checkpoint_every):
                 read()
                 save()
             if not trainer.pending:
-                began = time.perf_counter()
-            inputs, targets = training_batch(corpus.train, settings, objective, started)
+                began = time.perf_counter() - spent
+            torch.manual_seed(dropout_seed(settings.seed, started, group.rank))
             trainer.max_loss = guard.max_loss
-            trainer.begin_step(inputs, targets, scheduled(settings, started))
+            trainer.begin_step(*filled(group, settings.batch, share), scheduled(settings, started), count)
             if average is not None:
                 average.update()
             started += 1
-            if trainer.should_read:
+            if reading:
                 read()
             if checkpoints is not None:
                 checkpoints.check()
@@ -197,11 +222,12 @@ def train(
     _, train_loss, val_loss = evaluations[-1]
     return Result(
         model=trainer.model,
+        state=trainer.parallel.whole_state(),
         train_loss=train_loss,
         val_loss=val_loss,
         tokens_per_second=len(losses) * settings.tokens_per_step / elapsed if elapsed else 0.0,
         steps=len(losses),
-        interrupted=stop.is_set() and started < settings.steps,
+        interrupted=interrupted,
         losses=losses,
         evaluations=evaluations,
         skipped=guard.skipped,
@@ -220,16 +246,10 @@ def has_stalled(evaluations: Sequence[Evaluation], patience: int) -> bool:
     return not any(val_loss < lowest for val_loss in val_losses[-patience:])
 
 
-def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of PyTorch's generators, from which dropout draws."""
-    states = {"random.cpu": torch.get_rng_state()}
-    return states | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_generator_states(device: torch.device, states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["random.cpu"])
-    if device.type == "cuda" and "random.cuda" in states:  # not if the run was started on a CPU
-        torch.cuda.set_rng_state(states["random.cuda"], device)
+def agreed(group: Group, targets: int, stop: bool, reading: bool) -> tuple[int, bool, bool]:
+    """For a step: number of targets of all processes, whether one is to stop, whether one is to read the losses."""
+    total, stops, reads = group.total(targets, stop, reading)
+    return int(total), stops > 0, reads > 0
 
 
 def scheduled(settings: Settings, step: int) -> float:

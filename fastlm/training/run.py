@@ -1,6 +1,7 @@
 """run.json: what a run was started with, from which `fastlm train --resume` goes on without any other option."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ class Run:
     settings: Settings
     inputs: dict[str, Any]  # the arguments that are not settings, as given: data, tokenizer, init, …
     device: str
-    threads: int
+    threads: int  # of each process
+    processes: int
     training: dict[str, str]  # the SHA-256 of the files by their absolute paths, in the order of the text
     validation: dict[str, str]  # of a separate validation text
     skipped: list[str]
@@ -30,7 +32,9 @@ class Run:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, settings: Settings, inputs: dict[str, Any], corpus: data.Corpus, device: torch.device) -> "Run":
+    def of(
+        cls, settings: Settings, inputs: dict[str, Any], corpus: data.Corpus, device: torch.device, processes: int = 1
+    ) -> "Run":
         training, validation = (
             {str(file.absolute()): corpus.sums[str(file.absolute())] for file in files}
             for files in (corpus.files, corpus.validation_files)
@@ -38,7 +42,8 @@ class Run:
         skipped = [str(file) for file in corpus.skipped]
         tokenizer = None if inputs["tokenizer"] in TOKENIZERS else data.digest_of(corpus.tokenizer)
         threads = torch.get_num_threads()
-        return cls(settings, inputs, str(device), threads, training, validation, skipped, tokenizer, versions())
+        files = training, validation, skipped
+        return cls(settings, inputs, str(device), threads, processes, *files, tokenizer, versions())
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
@@ -52,6 +57,14 @@ class Run:
             return cls(**{**fields, "settings": Settings(**fields["settings"])})
         except (KeyError, TypeError) as failure:
             raise mismatch("resume", f"the settings of a run in {path}", f"a damaged file ({failure})") from None
+
+    @classmethod
+    def is_of(cls, directory: Path, settings: Settings, paths: Sequence[Any]) -> bool:
+        """Whether the run in a directory, if there is one, was started with these settings and data."""
+        if not stored(directory, RUN).is_file():
+            return False
+        found = cls.read(directory)
+        return (found.settings, found.inputs["data"]) == (settings, [str(path) for path in paths])
 
     def write(self, out: Path) -> None:
         """Writes run.json and config.toml, from which the same run can be started with other settings."""

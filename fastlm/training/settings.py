@@ -14,6 +14,7 @@ OBJECTIVES = ("next-token", "masked-token")
 ARCHITECTURES = {"gpt2": "next-token", "llama": "next-token", "bert": "masked-token"}  # and their objectives
 TOKENIZERS = ("byte", "char")
 DOCUMENTS = ("stream", "packed")
+PARALLEL = ("ddp", "fsdp")
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Panels of the options.
@@ -112,6 +113,12 @@ class Settings:
         MACHINE,
         "|".join(DTYPES),
     )
+    parallel: str = option(
+        "ddp",
+        "On several processes (torchrun): ddp, each has the model; fsdp, each has a part of every parameter.",
+        MACHINE,
+        "|".join(PARALLEL),
+    )
     eval_every: int = option(250, "Number of steps between evaluations.", WATCHING)
     patience: int = option(
         0, "Stop after this number of evaluations in a row without a lower validation loss; 0: never.", WATCHING
@@ -138,6 +145,7 @@ class Settings:
         if self.whole_words and self.objective != "masked-token":
             raise mismatch("whole_words", "False unless objective is masked-token", self.whole_words)
         object.__setattr__(self, "dtype", check_dtype("dtype", self.dtype, DTYPES))  # the class is frozen
+        check_one_of("parallel", self.parallel, PARALLEL)
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_one_of("recompute", self.recompute, RECOMPUTE_LEVELS)
         for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every", "keep", "max_skipped"):

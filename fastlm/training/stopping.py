@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,10 +13,10 @@ class Stopped(Exception):
     """An evaluation was ended early."""
 
 
-def until(stop: threading.Event | None, items: Iterable[T]) -> Iterator[T]:
-    """The items; raises Stopped as soon as the event is set."""
+def until(stopping: Callable[[], bool] | None, items: Iterable[T]) -> Iterator[T]:
+    """The items; raises Stopped as soon as `stopping` returns True."""
     for item in items:
-        if stop is not None and stop.is_set():
+        if stopping is not None and stopping():
             raise Stopped
         yield item
 

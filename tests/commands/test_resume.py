@@ -180,7 +180,7 @@ def test_resume_errors(interrupted, tmp_path):
     (tmp_path / "empty").mkdir()
     message = f"resume: expected the directory of a run, with run.json, got '{tmp_path}/empty'"
     assert_error(fastlm_command("train", "--resume", tmp_path / "empty"), message)
-    message = "resume: expected no other option than --device and --threads, got "
+    message = "resume: expected no other option than --device, --threads and --parallel, got "
     assert_error(fastlm_command("train", "--resume", out, "--eval-every", 20), message + "--eval-every")
     assert_error(fastlm_command("train", "--resume", out, text), message + "PATH")
     with locked_run(out):
@@ -197,12 +197,12 @@ def test_resume_errors(interrupted, tmp_path):
     digest = sha256(newest / "training.json")
     sums = [f"{digest}  training.json" if line.endswith("training.json") else line for line in sums]
     (newest / "SHA256SUMS").write_text("\n".join(sums))
-    message = f"resume: expected format 2, got format 9 in {newest}/training.json, written by fastlm 9.0"
+    message = f"resume: expected format 3, got format 9 in {newest}/training.json, written by fastlm 9.0"
     assert_error(fastlm_command("train", "--resume", out), message)
     change_format(out / "run.json")
-    message = f"resume: expected format 2, got format 9 in {out}/run.json, written by fastlm 9.0"
+    message = f"resume: expected format 3, got format 9 in {out}/run.json, written by fastlm 9.0"
     assert_error(fastlm_command("train", "--resume", out), message)
-    for damage in ('{"format": 2}', '{"format": 2, ', "{}", "[]"):
+    for damage in ('{"format": 3}', '{"format": 3, ', "{}", "[]"):
         (out / "run.json").write_text(damage)
         assert_error(fastlm_command("train", "--resume", out), f".*{out}/run.json.*")
 

@@ -83,6 +83,8 @@ def test_train_prints_the_validation_loss_and_writes_a_summary(trained, text_fil
         "keep": 2,
         "device": "cpu",
         "threads": 1,
+        "processes": 1,
+        "parallel": "ddp",
     }
     assert summary["steps"] == 12 and not summary["interrupted"] and summary["tokens_per_second"] > 0
     assert 0 < summary["train_loss"] < 6 and [e["step"] for e in summary["evaluations"]] == [5, 10, 12]
@@ -151,6 +153,7 @@ def test_train_options(text_file, tmp_path):
         "keep": 1,
         "val_file": str(tmp_path / "val.txt"),
         "device": "cpu",
+        "parallel": "fsdp",
         "threads": 2,
     }
     flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -167,6 +170,7 @@ def test_train_options(text_file, tmp_path):
         "tensorboard": True,
         "kv_heads": None,
         "lora": 0,
+        "processes": 1,
         "lora_alpha": None,
     }
     assert load_model(tmp_path / "out").config.resid_pdrop == 0.1
@@ -451,18 +455,6 @@ def test_the_objective_is_that_of_the_model_to_start_from(trained_bert, text_fil
     result = fastlm_command("train", text_file, "--init", trained_bert[0], "--context", 16, "--out", tmp_path / "out")
     expected = "objective: expected masked-token for the BertForMaskedLM in .*, got 'next-token'"
     assert re.search(expected, result.stderr)
-
-
-@pytest.mark.parametrize("command", ["train", "demo"])
-def test_several_processes_are_refused(command, text_file, tmp_path, monkeypatch):
-    """As torchrun starts them: each would train the same model and write it into the same directory."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = {"train": ["train", text_file, *TINY], "demo": ["demo"]}[command]
-    result = fastlm_command(*arguments, "--out", tmp_path / "out")
-    assert result.exit_code == 1 and result.stderr == (
-        "error: WORLD_SIZE: expected 1, as training on several processes is not supported, got '2'\n"
-    )
-    assert not os.listdir(tmp_path)
 
 
 def test_train_on_a_full_disk(text_file, tmp_path):

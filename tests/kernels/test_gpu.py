@@ -340,14 +340,14 @@ def test_a_skipped_step_changes_nothing(kind):
     trainer.step(inputs, targets, 1e-3)
     before = [x.clone() for x in (*trainer.parameters, *trainer.state().values())]
     p = trainer.parameters[-1]
-    plain = trainer.loss
+    plain = trainer.parallel.loss_function
 
     def loss(*batch):
         loss = plain(*batch)
         # The gradient of a root at 0 is not finite.
         return {"loss": loss * float("inf"), "gradient": loss + (0 * p.sum()).sqrt(), "spike": loss}[kind]
 
-    trainer.loss = loss
+    trainer.parallel.loss_function = loss
     trainer.max_loss = 0.5 if kind == "spike" else float("inf")
     trainer.begin_step(inputs, targets, 1e-3)
     (outcome,) = trainer.read()

@@ -464,3 +464,29 @@ def test_the_largest_number_computes_the_norm_without_clipping():
     assert ours.grad_norm.item() == pytest.approx(torch.nn.utils.get_total_norm([p.grad for p in own]).item())
     with pytest.raises(ValueError, match="skip_nonfinite: expected False without max_grad_norm"):
         fastlm.optim.AdamW(own, skip_nonfinite=True)
+
+
+@on_backends("reference", "torch", "cpu")
+def test_sum_squares(backend):
+    """Two processes with a part of the parameters each clip by the norm of all gradients."""
+    whole = parameters()
+    parts = same_start(whole, torch.float32)
+    for i, (p, q) in enumerate(zip(whole, parts, strict=True)):
+        p.grad = gradients([p.shape], i)[0]
+        q.grad = p.grad.clone()
+    squares = [sum(p.grad.double().square().sum().item() for p in some) for some in (parts[:2], parts[2:])]
+    fastlm.optim.AdamW(whole, **HYPER, max_grad_norm=0.5, backend=backend).step()
+    for some, others in ((parts[:2], squares[1]), (parts[2:], squares[0])):
+        options = {"max_grad_norm": 0.5, "sum_squares": lambda x, others=others: x + others, "backend": backend}
+        optimizer = fastlm.optim.AdamW(some, **HYPER, **options)
+        optimizer.step()
+        assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(sum(squares)), rel=1e-6)
+    for p, q in zip(whole, parts, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_sum_squares_needs_a_norm():
+    with pytest.raises(ValueError, match="sum_squares: expected None without max_grad_norm"):
+        fastlm.optim.AdamW(parameters(), sum_squares=lambda x: x)
+    with pytest.raises(ValueError, match="sum_squares: expected a function or None, got 3"):
+        fastlm.optim.AdamW(parameters(), max_grad_norm=1.0, sum_squares=3)

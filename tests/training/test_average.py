@@ -4,11 +4,12 @@ import torch
 
 from fastlm.training.average import Average
 from fastlm.training.loop import train
+from fastlm.training.whole import Whole
 
 
 def test_formula():
     model = torch.nn.Linear(3, 2)
-    average, expected = Average(model, 0.6), model.weight.detach().clone()
+    average, expected = Average(Whole(model, None), 0.6), model.weight.detach().clone()
     for n in range(8):
         with torch.no_grad():
             model.weight += 1

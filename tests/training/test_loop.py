@@ -124,7 +124,9 @@ def test_bfloat16_loss_curve_equals_that_of_the_baseline(small, corpus):
 def test_bfloat16_accumulates_in_float32(small, corpus):
     trainer = Trainer(build(small, corpus.tokenizer), dataclasses.replace(small, dtype="bf16"), NextToken().loss)
     seen = []
-    trainer.loss = lambda model, inputs, targets: seen.append(NextToken().loss(model, inputs, targets)) or seen[0]
+    trainer.parallel.loss_function = lambda model, inputs, targets: (
+        seen.append(NextToken().loss(model, inputs, targets)) or seen[0]
+    )
     hidden = []
     trainer.model.transformer.h[0].mlp.register_forward_hook(lambda module, arguments, result: hidden.append(result))
     trainer.step(*training_batch(corpus.train, small, NextToken(), 0), lr=0.01)

@@ -74,14 +74,14 @@ def test_float16(problem):
 
 def spoiled(trainer, kind):
     """The loss or only its gradient is not finite."""
-    loss_of = trainer.loss
+    loss_of = trainer.parallel.loss_function
 
     def loss(model, inputs, targets):
         loss = loss_of(model, inputs, targets)
         p = trainer.parameters[-1]
         return {"loss": loss * math.inf, "gradient": loss + (0 * p.sum()).sqrt(), "spike": loss}[kind]
 
-    trainer.loss = loss
+    trainer.parallel.loss_function = loss
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

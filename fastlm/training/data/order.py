@@ -106,3 +106,9 @@ def draws(seed: int, step: int, places: range, count: int) -> Tensor:
     numbers = generator.random_raw(len(places) * per_place * 4) >> np.uint64(32)
     by_place = numbers.astype(np.int64).reshape(len(places), per_place * 4)[:, : 3 * count]
     return torch.from_numpy(by_place.reshape(len(places), 3, count))
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of the dropout of a step in a process, of 63 bits."""
+    digest = hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
