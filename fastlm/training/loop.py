@@ -97,7 +97,7 @@ def train(
     check_parallel(settings.parallel, group, batch=settings.batch)
     report = Report() if report is None or group.rank else report
     objective = objective_of(settings, corpus.tokenizer)
-    model = model or build(settings, corpus.tokenizer).to(choose_device())
+    model = build(settings, corpus.tokenizer).to(choose_device()) if model is None else model
     trainer = Trainer(model, settings, loss or objective.loss, native=native, group=group, device=device)
     guard = Guard(settings)
     average = Average(trainer.parallel, settings.ema) if settings.ema else None
