@@ -52,20 +52,9 @@ def main(
         for seed in range(runs):
             for name in seconds if seed % 2 == 0 else reversed(seconds):
                 out = Path(folder, f"{name}-{seed}")
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.char_recipe",
-                    "worker",
-                    name,
-                    text,
-                    out,
-                    seed,
-                    steps,
-                    threads,
-                ]
+                command = ["benchmarks.char_recipe", "worker", name, text, out, seed, steps, threads]
                 if name == "fastlm":
-                    command = [sys.executable, "-m", "fastlm.cli", "train", text, "--preset", PRESET, "--out", out]
+                    command = ["fastlm.cli", "train", text, "--preset", PRESET, "--out", out]
                     command += ["--val-fraction", VALIDATION, "--seed", seed, "--steps", steps, "--threads", threads]
                 environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}  # compiled anew
                 began = time.perf_counter()
@@ -77,10 +66,8 @@ def main(
         for name in PLAIN:
             difference = max(abs(a - b) for a, b in zip(losses["fastlm"], losses[name], strict=True))
             share = statistics.median(a / b for a, b in zip(seconds["fastlm"], seconds[name], strict=True))
-            speedup = Ratio.of(seconds["fastlm"], seconds[name])
-            print(
-                f"{name}: fastlm takes {share:.2f} of its time (speedup {speedup}); val losses within {difference:.4f}"
-            )
+            speedup = f"speedup {Ratio.of(seconds['fastlm'], seconds[name])}"
+            print(f"{name}: fastlm takes {share:.2f} of its time ({speedup}); val losses within {difference:.4f}")
 
 
 def worker(name: str, text: Path, out: Path, seed: int, steps: int, threads: int) -> None:
