@@ -132,7 +132,7 @@ def draw_memory(axes: Any, rows: Sequence[Row]) -> None:
     axes.axvline(1, color=BASELINE, linewidth=1.2)
     axes.set_yticks(places, [f"{label(row).partition(',')[0]}, {row.dtype}" for row in shown], fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.45, y=0.01)
+    axes.margins(x=0.55, y=0.01)
     axes.set(title="peak memory", xlabel="relative to PyTorch eager (line: equal)")
     axes.grid(axis="x", alpha=0.3)
 
