@@ -46,6 +46,16 @@ def on_every_backend_that_raises(test):
     return pytest.mark.parametrize("backend", names)(test)
 
 
+def check_drawn(path):
+    """The PNG can be read and more than a frame is on it."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        colors = image.convert("RGB").getcolors(1 << 24)
+    drawn = sum(count for count, color in colors if color != (255, 255, 255))
+    assert len(colors) > 2 and drawn > 0.01 * sum(count for count, _ in colors)
+
+
 def run_in_new_process(function, *arguments):
     """Calls a function of a module in a process of its own.
 
