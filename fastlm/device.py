@@ -34,3 +34,18 @@ def choose_device(name: str = "auto") -> torch.device:
             "device", f"a GPU from cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0, the only GPU", repr(name)
         )
     return torch.device(name)
+
+
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Seeds the default generator of a CPU or GPU.
+
+    torch.manual_seed, which seeds those of all devices, takes up to a third of a millisecond: it formats a stack trace
+    for each kind of device that the process does not use.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    elif device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)

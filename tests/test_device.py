@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.commands import demo, display, process, train
-from fastlm.device import choose_device
+from fastlm.device import choose_device, seed_generator
 from fastlm.models import load_model
 from fastlm.training import data, loop, report
 from fastlm.training.baseline import PlainGPT2
@@ -34,6 +34,13 @@ TEXT = "for line in lines:\n    print(line, 'naïve')\n" * 60
 def simulate_gpus(monkeypatch, number):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+
+
+def test_a_seeded_generator_draws_as_after_manual_seed():
+    torch.manual_seed(7)
+    expected = torch.randn(5)
+    seed_generator(torch.device("cpu"), 7)
+    assert torch.equal(torch.randn(5), expected)
 
 
 @pytest.mark.parametrize(

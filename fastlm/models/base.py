@@ -148,7 +148,7 @@ class PretrainedModel(nn.Module):
         """
         for module in root.modules():
             if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
-                module.weight.normal_(0.0, self.config.initializer_range)
+                draw_normal(module.weight, self.config.initializer_range)
             if isinstance(module, (nn.Linear, Conv1D)) and module.bias is not None:
                 module.bias.zero_()
             elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -227,3 +227,13 @@ class PretrainedModel(nn.Module):
     def num_parameters(self) -> int:
         """Number of trainable values; tied parameters count once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def draw_normal(weight: Tensor, std: float, bound: float | None = None) -> None:
+    """N(0, std²), truncated at ±bound. On the meta device PyTorch would import its compiler for it, for a second."""
+    if weight.is_meta:
+        return
+    if bound is None:
+        weight.normal_(0.0, std)
+    else:
+        nn.init.trunc_normal_(weight, std=std, a=-bound, b=bound)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fastlm.core.errors import check_flag, did_you_mean, mismatch
 from fastlm.core.tracing import needs_custom_op
 from fastlm.models import inputs
-from fastlm.models.base import PretrainedModel
+from fastlm.models.base import PretrainedModel, draw_normal
 from fastlm.models.classification import check_labels, classify
 from fastlm.models.config import CONFIG, read_json, stored
 from fastlm.models.encoder_config import HEAD_ACTIVATIONS, POOLINGS, EncoderConfig
@@ -149,8 +149,7 @@ class Encoder(PretrainedModel):
         names = {module: name for name, module in self.named_modules()}
         for module in root.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and (found := self.config.initial(names[module])):
-                std, bound = found
-                nn.init.trunc_normal_(module.weight, std=std, a=-bound, b=bound)
+                draw_normal(module.weight, *found)
 
     @property
     def base_model(self) -> "EncoderModel":

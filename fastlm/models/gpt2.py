@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastlm.core.errors import check_flag, check_integer, mismatch, wrong_type
 from fastlm.models import inputs
-from fastlm.models.base import PretrainedModel
+from fastlm.models.base import PretrainedModel, draw_normal
 from fastlm.models.cache import KVCache
 from fastlm.models.config import GELUS, GPT2Config
 from fastlm.models.decode_step import decode_step, forwards_of, is_part
@@ -160,7 +160,7 @@ class GPT2PretrainedModel(PretrainedModel):
         std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
         for module in root.modules():
             if isinstance(module, (GPT2Attention, GPT2MLP)):
-                module.c_proj.weight.normal_(0.0, std)
+                draw_normal(module.c_proj.weight, std)
 
 
 class GPT2Model(GPT2PretrainedModel):

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastlm.device import choose_device
+from fastlm.device import choose_device, seed_generator
 from fastlm.training.average import Average
 from fastlm.training.batches import evaluation_batches, filled, share_of, training_batch
 from fastlm.training.checkpoint import Trained
@@ -197,7 +197,7 @@ def train(
                 save()
             if not trainer.pending:
                 began = time.perf_counter() - spent
-            torch.manual_seed(dropout_seed(settings.seed, started, group.rank))
+            seed_generator(trainer.device, dropout_seed(settings.seed, started, group.rank))
             trainer.max_loss = guard.max_loss
             trainer.begin_step(*filled(group, settings.batch, share), scheduled(settings, started), count)
             if average is not None:

@@ -57,3 +57,19 @@ def test_unsupported_class_is_an_error(tmp_path):
 def test_imports_in_any_order_without_transformers(first):
     code = f"import {first}, fastlm.models, fastlm.generation, sys; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_making_and_loading_models_does_not_import_the_compiler(tmp_path):
+    """It takes a second. PyTorch imports it for random numbers on the meta device, for example."""
+    code = f"""
+import sys
+from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, load_model
+GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)).save_pretrained({str(tmp_path / "gpt2")!r})
+sizes = {{"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}}
+BertForMaskedLM(BertConfig(**sizes)).save_pretrained({str(tmp_path / "bert")!r})
+for name in ("gpt2", "bert"):
+    load_model({str(tmp_path)!r} + "/" + name)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

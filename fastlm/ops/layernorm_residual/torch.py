@@ -59,7 +59,9 @@ def composite(call: Forward):
         return NotImplemented
     summed = None if residual is None else torch.add(residual, x).contiguous()
     y, _, rstd = torch.native_layer_norm(x if summed is None else summed, weight.shape, weight, call.bias, call.eps)
-    return (y.contiguous(), summed) if rstd.all() else NotImplemented
+    # Its smallest value takes less than half the time of all().
+    overflows = x.numel() > 0 and rstd.min().item() == 0
+    return NotImplemented if overflows else (y.contiguous(), summed)
 
 
 implementation = Implementation(native.backend, forward, backward, refuses, composite)
