@@ -49,9 +49,10 @@ class Peer:
         line = self.process.stdout.readline()
         return json.loads(line) if line else {"failed": f"ended with exit code {self.process.wait()}"}
 
-    def encode(self, texts: list[str], batch: int, results: bool = False) -> dict[str, Any]:
+    def encode(self, calls: list[list[str]], batch: int, results: bool = False) -> dict[str, Any]:
+        """calls: the texts of each call of the library."""
         assert self.process.stdin
-        self.process.stdin.write(json.dumps({"texts": texts, "batch": batch, "results": results}) + "\n")
+        self.process.stdin.write(json.dumps({"calls": calls, "batch": batch, "results": results}) + "\n")
         self.process.stdin.flush()
         answer = self.read()
         if "failed" in answer:
@@ -111,8 +112,11 @@ def main(
         for profile in chosen:
             make, number = PROFILES[profile]
             texts = make(number)
-            for order, given in (("as they come", texts), ("sorted", sorted(texts, key=len, reverse=True))):
-                rows += compare(running, profile, order, given, seconds)
+            orders = {"as they come": [texts], "sorted": [sorted(texts, key=len, reverse=True)]}
+            if profile == "queries":
+                orders["one at a time"] = [[text] for text in texts]
+            for order, calls in orders.items():
+                rows += compare(running, profile, order, calls, seconds)
     finally:
         for peer in running:
             peer.close()
@@ -127,24 +131,24 @@ def main(
         json_file.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def compare(running: list[Peer], profile: str, order: str, texts: list[str], seconds: float) -> list[Row]:
+def compare(running: list[Peer], profile: str, order: str, calls: list[list[str]], seconds: float) -> list[Row]:
     results, batches = {}, {}
     for peer in running:
-        results[peer.name] = torch.tensor(peer.encode(texts, peer.described["batches"][-1], results=True)["embeddings"])
-        taken = {batch: peer.encode(texts, batch)["seconds"] for batch in peer.described["batches"]}
+        results[peer.name] = torch.tensor(peer.encode(calls, peer.described["batches"][-1], results=True)["embeddings"])
+        taken = {batch: peer.encode(calls, batch)["seconds"] for batch in peer.described["batches"]}
         batches[peer.name] = min(taken, key=lambda batch: taken[batch])
-    timers = {peer.name: timer(peer, texts, batches[peer.name]) for peer in running}
+    timers = {peer.name: timer(peer, calls, batches[peer.name]) for peer in running}
     found = interleaved(timers, 30, budget=seconds)
     rows = []
     for name, taken in found.items():
-        rate = len(texts) / statistics.median(taken)
+        rate = sum(map(len, calls)) / statistics.median(taken)
         difference = (results[name] - results[BASELINE]).abs().max().item()
         rows.append(Row(profile, order, name, batches[name], rate, Ratio.of(found[OURS], taken), difference))
     return rows
 
 
-def timer(peer: Peer, texts: list[str], batch: int) -> Any:
-    return lambda n=1: sum(peer.encode(texts, batch)["seconds"] for _ in range(n)) / n
+def timer(peer: Peer, calls: list[list[str]], batch: int) -> Any:
+    return lambda n=1: sum(peer.encode(calls, batch)["seconds"] for _ in range(n)) / n
 
 
 def show(rows: list[Row], absent: dict[str, str]) -> None:

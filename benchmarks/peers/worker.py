@@ -28,9 +28,9 @@ def main(name: str, directory: str, threads: int) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         start = time.perf_counter()
-        result = embed(request["texts"], request["batch"])
+        found = [embed(texts, request["batch"]) for texts in request["calls"]]
         seconds = time.perf_counter() - start
-        answer({"seconds": seconds, "embeddings": result.tolist() if request["results"] else None})
+        answer({"seconds": seconds, "embeddings": torch.cat(found).tolist() if request["results"] else None})
 
 
 if __name__ == "__main__":

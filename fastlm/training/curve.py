@@ -55,13 +55,23 @@ def draw_losses(
 
 
 def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
-    """Moving average over `share` of the curve. The window shrinks towards both ends and stays centred, so that it
-    introduces no delay.
+    """Moving average over `share` of the curve, centred, so that it introduces no delay.
+
+    Towards the start, where a loss falls steeply, the window shrinks. Where it would reach beyond the end, the value is
+    that of the line through the last values.
     """
-    max_radius = max(0, round(share * len(values) / 2))
+    count = len(values)
+    max_radius = max(0, round(share * count / 2))
     cumulative = list(itertools.accumulate(values, initial=0.0))
     out = []
-    for i in range(len(values)):
-        radius = min(max_radius, i, len(values) - 1 - i)
-        out.append((cumulative[i + radius + 1] - cumulative[i - radius]) / (2 * radius + 1))
+    for i in range(count):
+        radius = min(max_radius, i)
+        if i + radius < count:
+            out.append((cumulative[i + radius + 1] - cumulative[i - radius]) / (2 * radius + 1))
+    if len(out) < count:
+        last = values[count - min(count, 2 * max_radius + 1) :]
+        mean, middle = sum(last) / len(last), (len(last) - 1) / 2
+        slope = sum((x - middle) * y for x, y in enumerate(last)) / sum((x - middle) ** 2 for x in range(len(last)))
+        first = count - len(last)
+        out += [mean + slope * (i - first - middle) for i in range(len(out), count)]
     return out
