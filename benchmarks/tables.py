@@ -18,7 +18,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results" / "tables"
 FORMATS = {
-    "text": "{}",
+    "text": "{}",  # or any value
     "code": "`{}`",
     "speedup": "{:.2f} [{:.2f}–{:.2f}]",  # median and quartiles
     "ratio": "{:.2f}",
