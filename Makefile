@@ -37,12 +37,13 @@ test: .venv/with-test .models/complete
 bench: .venv/with-test
 	$(BIN)/fastlm bench $(ARGS)
 
-# The documentation site, into site/, with the tables and charts of docs/results. A broken link or an unknown name is an
-# error.
+# The documentation site, into site/, with the tables and charts of docs/results and docs/results/tables. A broken link
+# or an unknown name is an error.
 docs: .venv/with-docs
 	set -e; for file in $(wildcard docs/results/*.json); do name=$$(basename "$$file" .json); \
 	  $(BIN)/fastlm bench --from "$$file" --markdown "docs/results/$$name.md" --plot "docs/images/$$name.png" \
 	  > /dev/null; done
+	$(BIN)/python -m benchmarks.tables
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 # On a GPU, with the PyTorch and Triton that are installed there and no network, into OUT. `make gpu-test`: the tests of

@@ -19,18 +19,18 @@ from fastlm.benchmarking import accelerated
 from fastlm.benchmarking.machine import threads
 from fastlm.benchmarking.measure import interleaved, timed
 from fastlm.benchmarking.worker import Worker
+from fastlm.integrations.bench import CASES, MINILM, sizes_of
 
 
 @in_both_dtypes
-@pytest.mark.parametrize("case", accelerated.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_accelerated(benchmark, case, dtype):
     models, number_of_threads = os.environ.get("FASTLM_TEST_MODELS"), torch.get_num_threads()
     if case == "encoding" and models is None:
         pytest.skip("FASTLM_TEST_MODELS is not set")
-    checkpoint = Path(models) / accelerated.MINILM if models else None
-    subject = accelerated.subject_of(case, checkpoint)
+    checkpoint = Path(models) / MINILM if models else None
     arguments = {"library": "fastlm", "tuned": True, "dtype": dtype, "number_of_threads": number_of_threads}
-    with Worker(accelerated.timer_of(case), arguments | subject) as work:
+    with Worker("accelerated.work", {**arguments, "case": case, "sizes": sizes_of(case, checkpoint)}) as work:
         work()
         benchmark.pedantic(work, rounds=3)
     describe(

@@ -9,8 +9,9 @@ import dataclasses
 import pytest
 
 from benchmarks.support import COMPILED, describe, in_both_dtypes, on_one_thread_and_two
-from fastlm.benchmarking.whole import MODELS, compare_steps
+from fastlm.benchmarking.whole import compare_steps
 from fastlm.benchmarking.worker import Worker
+from fastlm.training.bench import MODELS
 
 
 @in_both_dtypes

@@ -10,7 +10,8 @@ import torch
 from benchmarks.support import describe, in_both_dtypes, on_one_thread_and_two
 from fastlm.benchmarking.compare import DTYPES
 from fastlm.benchmarking.machine import threads
-from fastlm.benchmarking.whole import GENERATORS, NEW_TOKENS, PROMPT, compare_generation, generator
+from fastlm.benchmarking.whole import NEW_TOKENS, PROMPT, compare_generation
+from fastlm.models.bench import GENERATORS, generator
 
 
 @in_both_dtypes

@@ -15,8 +15,8 @@ import fastlm
 from benchmarks.support import on_one_thread_and_two
 from fastlm.benchmarking.machine import threads
 from fastlm.benchmarking.measure import Ratio, interleaved, timed
-from fastlm.benchmarking.whole import GENERATORS
 from fastlm.models import CausalLM, LlamaConfig
+from fastlm.models.bench import GENERATORS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG = LlamaConfig(**{**GENERATORS["smollm2"], "num_hidden_layers": 8, "vocab_size": 8192})

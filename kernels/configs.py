@@ -87,11 +87,8 @@ AMD = SMALL | {
     ("mask", 2, 128): (32, 32, 4, 1),
 }
 ONE_STAGE = {at: (m, n, warps, 1) for at, (m, n, warps, stages) in AMD.items()}
-# Small, so that small tests have several tiles, and not square, so that mixed-up dimensions show.
-NOT_SQUARE = {"forward": (64, 32), "query": (32, 64), "key": (32, 64), "mask": (64, 32), "decode": (16, 32)}
-INTERPRETER = {at: (*NOT_SQUARE[at[0]], 1, 1) for at in SMALL if at[0] in NOT_SQUARE}
 
-ATTENTION = {"sm_90": HOPPER, "sm_100": BLACKWELL, "sm_120": SM_120, "interpreter": INTERPRETER}
+ATTENTION = {"sm_90": HOPPER, "sm_100": BLACKWELL, "sm_120": SM_120}
 
 
 def table_of(architecture: str) -> dict[tuple[str, int, int], tuple[int, int, int, int]]:
@@ -133,6 +130,4 @@ MLP = {
     ("sm_86", 2): (128, 64, 32, 8, 3),
     ("sm_89", 2): (128, 64, 32, 8, 3),
     ("sm_120", 2): (64, 128, 32, 8, 3),
-    ("interpreter", 2): (64, 32, 32, 1, 1),
-    ("interpreter", 4): (64, 32, 32, 1, 1),
 }

@@ -16,7 +16,6 @@ import triton
 from fastlm.kernels.copies import TensorDescriptor
 from fastlm.kernels.copies import key as key_of_copies
 
-INTERPRETED = triton.knobs.runtime.interpret  # @triton.jit reads it when the kernels are imported
 HIP = torch.version.hip is not None
 NUMBERS = frozenset((int, float, type(None)))
 compiled: dict[tuple, object] = {}  # by the kinds of the arguments
@@ -49,7 +48,7 @@ def has_launch_hooks():
 
 
 def launch_by_triton(kernel, programs, arguments, constants, warps, stages, debug):
-    """Compiles the kernel if necessary, launches it and returns what was compiled (None from the interpreter)."""
+    """Compiles the kernel if necessary, launches it and returns what was compiled, if anything was."""
     options = {"debug": True, "sanitize_overflow": False} if debug else {}
     return kernel[(programs,)](
         *arguments, *constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **options
@@ -69,9 +68,6 @@ def launch(kernel, programs, arguments, constants, warps, stages, device, debug=
     debug: compile device_assert in. Floating-point contraction is on: otherwise a multiply-add takes two instructions.
     """
     if programs == 0:
-        return
-    if INTERPRETED:
-        launch_by_triton(kernel, programs, arguments, constants, warps, stages, debug)
         return
     known = (
         id(kernel),
@@ -99,8 +95,9 @@ def launch(kernel, programs, arguments, constants, warps, stages, device, debug=
             if len(compiled) >= MAX_ENTRIES:
                 compiled.clear()
             binary = launch_by_triton(kernel, programs, arguments, constants, warps, stages, debug)
-            compiled[key] = binary
-            record(binary, programs, arguments, constants)
+            if binary is not None:
+                compiled[key] = binary
+                record(binary, programs, arguments, constants)
             return
         if len(repeated) >= MAX_ENTRIES:
             repeated.clear()

@@ -127,8 +127,6 @@ class Plans(dict):
         inputs are at the same address.
         """
         workspace = Workspace(like)
-        if launcher.INTERPRETED:
-            return compute(workspace.part)
         launcher.recording.launches = recorded = []
         try:
             results = compute(workspace.part)

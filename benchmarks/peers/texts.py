@@ -4,7 +4,7 @@ import random
 import re
 from pydoc_data.topics import topics
 
-from fastlm.benchmarking.sentences import sentences
+from fastlm.integrations.bench import sentences
 
 
 def queries(number: int) -> list[str]:

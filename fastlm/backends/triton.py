@@ -1,11 +1,7 @@
-"""The backend `triton`: the Triton kernels (kernels/), for NVIDIA and AMD GPUs.
-
-TRITON_INTERPRET=1, a setting of Triton itself, makes every kernel run on CPU tensors in its interpreter.
-"""
+"""The backend `triton`: the Triton kernels (kernels/), for NVIDIA and AMD GPUs."""
 
 import functools
 import importlib.util
-import os
 import pathlib
 import sys
 
@@ -13,11 +9,19 @@ import torch
 
 from fastlm.backends.gpu import DTYPES
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # What PyTorch 2.10 brings. Triton 3.5 does not compile the gradients of packed attention, whose asynchronous copies are
 # of less than 4 bytes.
 MIN_VERSION = (3, 6)
 MIN_SHARED_MEMORY = 64 << 10  # bytes of a program: no tile of the tables takes less
+
+device_type = "cuda"  # of the tensors that the kernels accept
+
+
+def accept(other: str) -> None:
+    """Launch the kernels on tensors of another device type, with the configurations of that name."""
+    global device_type
+    device_type = other
+    architecture.cache_clear()
 
 
 def find_kernels_in_checkout() -> None:
@@ -48,9 +52,9 @@ def missing() -> str:
 
 @functools.cache
 def architecture(index: int | None) -> str:
-    """sm_80, gfx942, … of a GPU; "interpreter" for None, the CPU."""
+    """sm_80, gfx942, … of a GPU; the device type for None, a device without an index."""
     if index is None:
-        return "interpreter"
+        return device_type
     if torch.version.hip:
         return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
@@ -107,19 +111,15 @@ class Triton:
     def unavailable(self) -> list[str]:
         if missing():
             return [missing()]
-        if INTERPRETED or torch.cuda.is_available():
+        if device_type != "cuda" or torch.cuda.is_available():
             return []
         return ["finds no GPU (torch.cuda.is_available() is false)"]
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons = []
-        if INTERPRETED:
-            if device.type != "cpu":
-                without = "without that variable it supports GPUs"
-                reasons.append(f"supports CPU tensors under TRITON_INTERPRET=1, not {device} ({without})")
-        elif device.type != "cuda":
+        if device.type != device_type:
             reasons.append(f"supports CUDA and ROCm tensors, not {device} (.to('cuda') moves them)")
-        else:
+        elif device.type == "cuda":
             reasons += gpu_refusals(torch.cuda.current_device() if device.index is None else device.index)
         if dtype not in DTYPES:
             reasons.append(f"computes in {', '.join(map(str, DTYPES))}, not {dtype}")

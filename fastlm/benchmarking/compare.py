@@ -1,4 +1,4 @@
-"""One row of the results: a case in one dtype, number of threads and direction; fastlm and PyTorch interleaved."""
+"""One row of the results, and the rows of a CPU: a case in one dtype, number of threads and direction."""
 
 import dataclasses
 import statistics
@@ -29,9 +29,9 @@ class Row:
     operator: str  # the case's name; or training_step, generation, …
     shape: str
     dtype: str
-    threads: int
+    threads: int  # 1 for a GPU
     direction: str  # forward, backward, forward+backward, step; or the variant of a whole step
-    backend: str  # that our call ran on
+    backend: str  # that our call ran on; "auto" for a model on a GPU, of which each call selects its own
     seconds: float  # ours, median
     baselines: dict[str, Baseline]
     share: float | None = None  # of the machine's peak, measured in the same rounds
@@ -41,24 +41,36 @@ class Row:
     tokens: int | None = None  # per call, of a whole step or generation
     recompute: int | None = None  # the level, of a training step
     error: float | None = None  # against float64, relative to eager's
+    # Where backends are compared with each other: the others, whether automatic selection takes this one, and the sizes
+    # that it sees.
+    backends: dict[str, Baseline] = dataclasses.field(default_factory=dict)
+    auto: bool = False
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
-    def best_baseline(self) -> str:
-        return min(self.baselines, key=lambda name: self.baselines[name].seconds)
+    def best_baseline(self) -> str | None:
+        return min(self.baselines, key=lambda name: self.baselines[name].seconds, default=None)
+
+    @property
+    def speedup(self) -> Ratio:
+        """Over the fastest baseline; there must be one."""
+        return min(self.baselines.values(), key=lambda baseline: baseline.seconds).ratio
 
     def as_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "best_baseline": self.best_baseline}
 
 
 def baselines_of(
-    seconds: Mapping[str, Sequence[float]], peaks: Mapping[str, int | None], but: Sequence[str] = ()
+    seconds: Mapping[str, Sequence[float]],
+    peaks: Mapping[str, int | None],
+    but: Sequence[str] = (),
+    ours: str = "fastlm",
 ) -> dict[str, Baseline]:
-    """Of interleaved timings: everything except fastlm's and `but`."""
-    ours = seconds["fastlm"]
+    """Of interleaved timings: everything except ours and `but`."""
     return {
-        name: Baseline(statistics.median(taken), Ratio.of(ours, taken), peaks.get(name))
+        name: Baseline(statistics.median(taken), Ratio.of(seconds[ours], taken), peaks.get(name))
         for name, taken in seconds.items()
-        if name != "fastlm" and name not in but
+        if name != ours and name not in but
     }
 
 

@@ -15,7 +15,7 @@ from fastlm.backends import registry, selection
 from fastlm.backends.registry import Registered
 from fastlm.benchmarking.machine import Work
 from fastlm.benchmarking.measure import Timer, timed
-from fastlm.ops.benchmark import Benchmark, Case, Function, Problem
+from fastlm.ops.benchmark import Axes, Benchmark, Case, Function, Problem
 
 
 def benchmarks() -> dict[str, Benchmark]:
@@ -26,6 +26,12 @@ def benchmarks() -> dict[str, Benchmark]:
         if importlib.util.find_spec(module):
             found[name] = importlib.import_module(module).benchmark
     return found
+
+
+def axes(device: str) -> dict[str, Axes]:
+    """Of the rows of the selection table for a kind of device, by operator."""
+    found = {name: one.gpu_axes if device == "cuda" else one.axes for name, one in benchmarks().items()}
+    return {name: own for name, own in found.items() if own}
 
 
 def cases() -> dict[str, Case]:

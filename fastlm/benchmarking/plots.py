@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlm.benchmarking import growth
 from fastlm.benchmarking.compare import Row
+from fastlm.benchmarking.report import gpu_share
+from fastlm.training import bench as growth
 
 OURS, BASELINE = "#08519c", "#d94801"
 COLORS = {"float32": OURS, "bfloat16": "#238b45"}
@@ -14,8 +15,8 @@ OTHER_BASELINES = ("#fdae6b", "#636363", "#bdbdbd")
 PALETTE = 256  # colours of a PNG, which has less than half the size then
 
 
-def draw(path: Path, rows: Sequence[Row], described: dict[str, Any]) -> None:
-    figure_of(rows, described).savefig(path)
+def draw(path: Path, figure: Any) -> None:
+    figure.savefig(path)
     if path.suffix.lower() == ".png":
         from PIL import Image  # which matplotlib needs
 
@@ -40,15 +41,37 @@ def figure_of(rows: Sequence[Row], described: dict[str, Any]) -> Any:
     figure = Figure(figsize=(13, sum(heights)), dpi=110, layout="constrained")
     panels = figure.subplot_mosaic(mosaic, width_ratios=(3, 2) if others else (1, 1), height_ratios=heights)
     if others:
-        draw_speedups(panels["speedup"], others)
+        names = [f"{label(row)}, {row.dtype}, {threads_of(row)}" for row in others]
+        draw_speedups(panels["speedup"], others, names, "baseline of PyTorch")
     if "roofline" in panels:
         draw_roofline(panels["roofline"], others, described)
     if "memory" in panels:
         draw_memory(panels["memory"], others)
     for name in series:
         draw_growth(panels[name], name, [row for row in growing if growth.series_of(row.direction) == name])
-    figure.suptitle(f"{described['cpu']}, fastlm {described['fastlm']}, PyTorch {described['torch']}", fontsize=11)
+    entitle(figure, described["cpu"], described)
     return figure
+
+
+def figure_of_gpu(rows: Sequence[Row], described: dict[str, Any]) -> Any:
+    """The speedup over the best baseline, and the share of the peak; one row with baselines at least."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.baselines]
+    shares = [100 * (gpu_share(row, described["peaks"]) or 0) for row in rows]
+    figure = Figure(figsize=(13, max(4, 1.5 + 0.3 * len(rows))), dpi=110, layout="constrained")
+    left, *right = figure.subplots(1, 2 if any(shares) else 1, sharey=True, squeeze=False)[0]
+    names = [f"{row.operator} {row.direction}, {row.dtype}, {row.backend}\n{row.shape}" for row in rows]
+    draw_speedups(left, rows, names, "PyTorch and flash-attn")
+    for panel in right:
+        panel.barh(range(len(rows)), shares, color=COLORS["bfloat16"])
+        panel.set(title="share of peak", xlabel="% of what memory and matrix units allow")
+    entitle(figure, described["card"], described)
+    return figure
+
+
+def entitle(figure: Any, machine: str, described: dict[str, Any]) -> None:
+    figure.suptitle(f"{machine}, fastlm {described['fastlm']}, PyTorch {described['torch']}", fontsize=11)
 
 
 def has_flops(row: Row) -> bool:
@@ -65,9 +88,9 @@ def label(row: Row) -> str:
     return f"{row.operator}, {row.direction}" if row.tokens is None else f"{row.operator}: {row.shape}"
 
 
-def draw_speedups(axes: Any, rows: Sequence[Row]) -> None:
+def draw_speedups(axes: Any, rows: Sequence[Row], names: Sequence[str], baselines: str) -> None:
     """The speedup over the best baseline, with its quartiles."""
-    ratios = [row.baselines[row.best_baseline].ratio for row in rows]
+    ratios = [row.speedup for row in rows]
     places = range(len(rows))
     spread = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
     colors = [COLORS.get(row.dtype, OURS) for row in rows]
@@ -75,10 +98,10 @@ def draw_speedups(axes: Any, rows: Sequence[Row]) -> None:
     for place, ratio in zip(places, ratios, strict=True):
         write(axes, ratio.high, place, f"{ratio.median:.2f}")
     axes.axvline(1, color=BASELINE, linewidth=1.2)
-    axes.set_yticks(places, [f"{label(row)}, {row.dtype}, {threads_of(row)}" for row in rows], fontsize=7)
+    axes.set_yticks(places, names, fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.16, y=0.01)  # on the right, for the text after the longest bar
-    axes.set(title="speedup", xlabel="speedup over the fastest baseline of PyTorch (line: equal)")
+    axes.set(title="speedup", xlabel=f"speedup over the fastest {baselines} (line: equal)")
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -121,7 +144,8 @@ def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> 
         roof = [left * bandwidth / 1e9, top / 1e9, top / 1e9]
         axes.plot([left, knee, right], roof, color=color, linewidth=1, label=f"limit, {dtype}")
         ours = [(i, flops / row.seconds / 1e9) for row, i, flops in own]
-        baselines = [(i, flops / row.baselines[row.best_baseline].seconds / 1e9) for row, i, flops in own]
+        fastest = [(i, min(b.seconds for b in row.baselines.values()), flops) for row, i, flops in own]
+        baselines = [(i, flops / seconds / 1e9) for i, seconds, flops in fastest]
         axes.scatter(*zip(*ours, strict=True), color=color, s=18, label=f"fastlm, {dtype}")
         style = {"edgecolor": color, "facecolor": "none", "s": 18}
         axes.scatter(*zip(*baselines, strict=True), **style, label=f"PyTorch, {dtype}")
@@ -154,15 +178,18 @@ def draw_growth(axes: Any, series: str, rows: Sequence[Row]) -> None:
     axes.set_yscale("log", base=2)
     kinds = dict.fromkeys((row.dtype, row.threads) for row in rows)
     for (dtype, threads), style in zip(kinds, ("-", "--", ":", "-."), strict=False):
-        own = sorted((row for row in rows if (row.dtype, row.threads) == (dtype, threads)), key=growth.size_of)
-        sizes = [growth.size_of(row) for row in own]
+        own = sorted(
+            (row for row in rows if (row.dtype, row.threads) == (dtype, threads)),
+            key=lambda row: growth.size_of(row.direction),
+        )
+        sizes = [growth.size_of(row.direction) for row in own]
         kind = f"{dtype}, {threads} thread{'s' * (threads > 1)}"
         times = [row.seconds / (row.tokens or 1) * 1e6 for row in own]
         axes.plot(sizes, times, style, marker="o", markersize=4, color=OURS, label=f"fastlm, {kind}")
         for name, color in zip(own[0].baselines, (BASELINE, *OTHER_BASELINES), strict=False):
             times = [row.baselines[name].seconds / (row.tokens or 1) * 1e6 for row in own]
             axes.plot(sizes, times, style, marker="o", markersize=3, color=color, linewidth=1, label=f"{name}, {kind}")
-    sizes = sorted({growth.size_of(row) for row in rows})
+    sizes = sorted({growth.size_of(row.direction) for row in rows})
     axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(ScalarFormatter())

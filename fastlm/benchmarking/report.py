@@ -1,15 +1,14 @@
-"""Rows as tables on the screen, as JSON and as Markdown."""
+"""Rows as JSON and as Markdown."""
 
+import importlib.util
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 import fastlm
-from fastlm.benchmarking.compare import DTYPES, Row
+from fastlm.benchmarking.compare import DTYPES, Baseline, Row
 from fastlm.benchmarking.machine import peak, product, read_bandwidth
 from fastlm.ops.benchmark import DIRECTIONS
 
@@ -49,86 +48,8 @@ def peaks_in_words(described: dict[str, Any]) -> list[str]:
     return lines
 
 
-def seconds_in_words(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
-
-
 def percent(share: float | None, missing: str = "–") -> str:
     return missing if share is None else f"{share:.0%}"
-
-
-# The screen: column → minimum width
-OPERATOR_COLUMNS = {
-    "dtype": 8,
-    "threads": 7,
-    "direction": 8,
-    "fastlm": 6,
-    "baseline": 8,
-    "speedup": 16,
-    "peak": 4,
-    "by": 3,
-}
-RIGHT = ("threads", "level", "fastlm", "peak", "memory")
-
-
-def columns_of(row: Row) -> dict[str, int]:
-    """The columns of the table that a row is in."""
-    if row.tokens is None:
-        return OPERATOR_COLUMNS
-    columns = {"dtype": 8, "threads": 7}
-    if row.operator == "growth":
-        columns["size"] = 12
-    elif row.recompute is not None:
-        columns["level"] = 5
-    columns |= {"fastlm": 7, "baseline": 8, "speedup": 16}
-    if row.share is not None:
-        columns["peak"] = 4
-    return columns | ({"memory": 6} if row.bytes_held else {"by": 3})
-
-
-def screen_tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """One per operator, with a line per baseline; at most 80 columns wide."""
-    for operator, shape in dict.fromkeys((row.operator, row.shape) for row in rows):
-        own = [row for row in rows if (row.operator, row.shape) == (operator, shape)]
-        columns = columns_of(own[0])
-        table = Table(
-            title=f"{operator}: {shape}",
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )
-        if "by" not in columns:
-            table.caption, table.caption_justify = f"by {', '.join(sorted({row.backend for row in own}))}", "left"
-        for column, width in columns.items():
-            table.add_column(column, min_width=width, justify="right" if column in RIGHT else "left")
-        for row in own:
-            for line in screen_lines(row):
-                table.add_row(*(line.get(column, "") for column in columns))
-        yield table
-
-
-def screen_lines(row: Row) -> Iterator[dict[str, str]]:
-    for i, (name, baseline) in enumerate(row.baselines.items()):
-        line = {"baseline": name, "speedup": str(baseline.ratio)}
-        if row.bytes_held and baseline.bytes:
-            line["memory"] = f"{row.bytes_held / baseline.bytes:.2f}"
-        if i == 0:
-            line |= {
-                "dtype": row.dtype,
-                "threads": str(row.threads),
-                "direction": row.direction.replace("forward+backward", "both"),
-                "size": row.direction,
-                "level": str(row.recompute),
-                "fastlm": seconds_in_words(row.seconds) if row.tokens is None else f"{row.tokens / row.seconds:,.0f}/s",
-                "peak": percent(row.share, ""),
-                "by": row.backend,
-            }
-        yield line
 
 
 # Markdown
@@ -152,14 +73,21 @@ def markdown(rows: Sequence[Row], described: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def grid(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """A table of Markdown."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return [*lines, *(f"| {' | '.join(map(str, cells))} |" for cells in rows)]
+
+
 def operator_table(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
-    lines = [
-        "| operator | dtype | threads | forward | backward | forward + backward "
-        "| share of peak, forward / backward | memory | error | backend |",
-        "|" + "---|" * 10,
-    ]
+    directions, shares = ("forward", "backward", "forward + backward"), "share of peak, forward / backward"
+    columns = ("operator", "dtype", "threads", *directions, shares, "memory", "error", "backend")
+    return grid(columns, operator_cells(rows))
+
+
+def operator_cells(rows: Sequence[Row]) -> Iterator[Sequence[object]]:
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row.operator, row.dtype, row.threads), {})[row.direction] = row
@@ -174,32 +102,25 @@ def operator_table(rows: Sequence[Row]) -> list[str]:
         whole = by.get("forward+backward")
         error = f"{whole.error:.2f}" if whole and whole.error is not None else "–"
         backends = ", ".join(sorted({row.backend for row in by.values()}))
-        cells = [f"`{operator}`", dtype, threads, *speedups, shares, relative_memory(whole), error, backends]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+        yield f"`{operator}`", dtype, threads, *speedups, shares, relative_memory(whole), error, backends
 
 
 def whole_table(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
     names = list(dict.fromkeys(name for row in rows for name in row.baselines))
     variable = "size" if first.operator == "growth" else "recompute"
-    speedups = " | ".join(f"speedup over {name}" for name in names)
-    lines = [
-        "",
-        f"{first.operator.replace('_', ' ')}: {first.shape}",
-        "",
-        f"| dtype | threads | {variable} | fastlm | share of peak | {speedups} | memory | relative to eager |",
-        "|" + "---|" * (7 + len(names)),
-    ]
-    for row in rows:
+    speedups = [f"speedup over {name}" for name in names]
+    columns = ("dtype", "threads", variable, "fastlm", "share of peak", *speedups, "memory", "relative to eager")
+
+    def cells(row: Row) -> list[object]:
         assert row.tokens is not None
         varies = row.direction if variable == "size" else "–" if row.recompute is None else row.recompute
         ratios = [str(row.baselines[name].ratio) if name in row.baselines else "–" for name in names]
         megabytes = f"{row.bytes_held / 1e6:,.0f} MB" if row.bytes_held else "–"
         speed = f"{row.tokens / row.seconds:,.1f} tokens/s"
-        cells = [row.dtype, row.threads, varies, speed, percent(row.share), *ratios, megabytes, relative_memory(row)]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+        return [row.dtype, row.threads, varies, speed, percent(row.share), *ratios, megabytes, relative_memory(row)]
+
+    return ["", f"{first.operator.replace('_', ' ')}: {first.shape}", "", *grid(columns, map(cells, rows))]
 
 
 def relative_memory(row: Row | None) -> str:
@@ -208,9 +129,68 @@ def relative_memory(row: Row | None) -> str:
 
 
 def speedup_over_best(row: Row) -> str:
-    name = row.best_baseline
-    return f"{row.baselines[name].ratio}" + (f" ({name})" if name != "eager" else "")
+    return f"{row.speedup}" + (f" ({row.best_baseline})" if row.best_baseline != "eager" else "")
 
 
 def as_json(rows: Sequence[Row], described: dict[str, Any]) -> dict[str, Any]:
     return {"machine": described, "rows": [row.as_dict() for row in rows]}
+
+
+# Of a GPU
+
+
+def gpu(device: str, measured: dict[str, float]) -> dict[str, Any]:
+    """The card, the versions, and the peaks that the shares refer to."""
+    triton = __import__("triton").__version__ if importlib.util.find_spec("triton") else None
+    card = torch.cuda.get_device_name() if device == "cuda" else device
+    return {"card": card, "fastlm": fastlm.__version__, "torch": torch.__version__, "triton": triton, "peaks": measured}
+
+
+def gpu_share(row: Row, measured: dict[str, float]) -> float | None:
+    """The time that memory and matrix units need at least, over the time taken."""
+    rate = measured.get(f"{row.dtype}_product_flops_per_second")
+    if row.work is None or rate is None:
+        return None
+    return max(row.work.flops / rate, row.work.bytes / measured["copy_bytes_per_second"]) / row.seconds
+
+
+def ratios(others: Mapping[str, Baseline]) -> str:
+    return "; ".join(f"{name} {other.ratio}" for name, other in others.items())
+
+
+def gpu_markdown(
+    rows: Sequence[Row], described: dict[str, Any], failed: Sequence[str] = (), left_out: Sequence[str] = ()
+) -> str:
+    """A line for each backend of a case."""
+    peaks = described["peaks"]
+    rates = {name: rate for name, rate in peaks.items() if name.endswith("flops_per_second")}
+    products = ", ".join(f"{rate / 1e12:,.0f} TFLOP/s in {name.split('_')[0]}" for name, rate in rates.items())
+    measures = ("time", "TFLOP/s", "share of peak", "speedup over baselines", "speedup over other backends")
+
+    def cells() -> Iterator[Sequence[object]]:
+        for row in rows:
+            rate = f"{row.work.flops / row.seconds / 1e12:.1f}" if row.work else "–"
+            backend, time = f"{row.backend}{'*' if row.auto else ''}", f"{row.seconds * 1e6:,.1f} µs"
+            share, others = percent(gpu_share(row, peaks)), (ratios(row.baselines), ratios(row.backends))
+            yield f"`{row.operator}`", row.shape, row.dtype, row.direction, backend, time, rate, share, *others
+            if own := row.bytes_held:
+                takes = {name: other.bytes for name, other in (row.backends | row.baselines).items()}
+                words = ", ".join(
+                    f"{name} {taken / 2**30:.2f} GiB ({own / max(taken, 1):.0%})"
+                    for name, taken in {row.backend: own, **takes}.items()
+                    if taken is not None
+                )
+                yield "", "peak memory of the step (this row's, relative to it)", *[""] * 6, words, ""
+
+    lines = [
+        f"{described['card']}, fastlm {described['fastlm']}, PyTorch {described['torch']}, "
+        f"Triton {described['triton']}. Copy {peaks['copy_bytes_per_second'] / 1e9:,.0f} GB/s (read plus written); "
+        f"matrix product: {products}. Speedups: median [quartiles] of interleaved pairs; torch: PyTorch's operators "
+        "behind fastlm's functions. *: selected automatically.",
+        "",
+        *grid(("operator", "shape", "dtype", "direction", "backend", *measures), cells()),
+    ]
+    for title, what in (("Failed", failed), ("Left out, as the time ran out", left_out)):
+        if what:
+            lines += ["", f"{title}:", "", *(f"- {line}" for line in what)]
+    return "\n".join(lines) + "\n"

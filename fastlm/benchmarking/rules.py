@@ -6,19 +6,15 @@ decides, by their ratio.
 """
 
 import dataclasses
-import json
 import math
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
-from fastlm.backends import selection, table
+from fastlm.backends import table
 from fastlm.backends.rule import Rule
+from fastlm.benchmarking.compare import Row
 from fastlm.benchmarking.measure import Ratio
 from fastlm.ops.benchmark import Axes, Range
 
-LINE_LENGTH = 120
 CLEARLY = 0.97  # a speedup below this is clearly slower
 REACH = 8  # how far a size measured alone reaches, as a factor in both directions
 
@@ -33,17 +29,6 @@ class Point:
     dtype: str
     sizes: Mapping[str, int]
     first: str | None
-
-
-class Measured(Protocol):
-    """A measurement of one backend in one direction, with the others in the same rounds."""
-
-    operator: str
-    dtype: str
-    direction: str
-    backend: str
-    sizes: dict[str, int]
-    backends: dict[str, dict[str, float]]  # speedup over each other backend: median, low, high
 
 
 def winner(ratios: Sequence[Mapping[str, Mapping[str, Ratio]]], order: Sequence[str]) -> str | None:
@@ -63,15 +48,15 @@ def winner(ratios: Sequence[Mapping[str, Mapping[str, Ratio]]], order: Sequence[
     return None if best == order[0] else best
 
 
-def points(rows: Sequence[Measured], order: Sequence[str]) -> list[Point]:
-    groups: dict[tuple, list[Measured]] = {}
+def points(rows: Sequence[Row], order: Sequence[str]) -> list[Point]:
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row.operator, row.dtype, *sorted(row.sizes.items())), []).append(row)
     found = []
     for group in groups.values():
         ratios: dict[str, dict[str, dict[str, Ratio]]] = {}
         for row in group:
-            own = {name: Ratio(r["median"], r["low"], r["high"]) for name, r in row.backends.items()}
+            own = {name: other.ratio for name, other in row.backends.items()}
             ratios.setdefault(row.direction, {})[row.backend] = own
         measured = {row.backend for row in group}.union(*(row.backends for row in group))
         if ordered := [name for name in order if name in measured]:
@@ -80,9 +65,9 @@ def points(rows: Sequence[Measured], order: Sequence[str]) -> list[Point]:
     return found
 
 
-def of_gpu(rows: Sequence[Measured], axes: Mapping[str, Axes]) -> list[Rule]:
-    """The rows for a GPU; measurements of other things than the operators in axes are skipped."""
-    return derive(points([row for row in rows if row.operator in axes], table.ORDER["cuda"]), axes)
+def rules_of(rows: Sequence[Row], axes: Mapping[str, Axes], device: str) -> list[Rule]:
+    """The rows of the table for a CPU or a GPU; measurements of other things than the operators in axes are skipped."""
+    return derive(points([row for row in rows if row.operator in axes], table.ORDER[device]), axes)
 
 
 def derive(found: Sequence[Point], axes: Mapping[str, Axes]) -> list[Rule]:
@@ -150,52 +135,3 @@ def intersection(box: Box, where: Box) -> dict[str, Range]:
         ]
         both[name] = max(lows, default=None), min(highs, default=None)
     return both
-
-
-# Files
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Atomically: a reader finds the old file or the new one."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def as_json(tables: Mapping[str, Sequence[Rule]]) -> str:
-    """{CPU or GPU: rows}, the format of the user's table."""
-    rows = {model: [dataclasses.asdict(rule) for rule in found] for model, found in tables.items()}
-    return json.dumps(rows, indent=1) + "\n"
-
-
-def as_python(model: str, found: Sequence[Rule], comment: str) -> str:
-    """An entry of fastlm/backends/measured.py."""
-
-    def line(rule: Rule) -> str:
-        where = ", ".join(f"{json.dumps(name)}: ({low}, {high})" for name, (low, high) in rule.where.items())
-        operator, dtype, first = (json.dumps(text) for text in (rule.operator, rule.dtype, rule.first))
-        arguments = operator, dtype, f"{{{where}}}", first
-        one_line = f"        Rule({', '.join(arguments)}),\n"
-        if len(one_line) <= LINE_LENGTH:
-            return one_line
-        lines = "".join(f"            {argument},\n" for argument in arguments)
-        return f"        Rule(\n{lines}        ),\n"
-
-    name = json.dumps(model, ensure_ascii=False)
-    rows = f"(\n{''.join(map(line, found))}    )" if found else "()"
-    return f"    # {comment}\n    {name}: {rows},\n"
-
-
-def save(tables: Mapping[str, Sequence[Rule]]) -> None:
-    """Adds the rows to the user's table. They take effect in this process, too."""
-    path = table.user_table()
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        kept = {}
-    kept = kept if isinstance(kept, dict) else {}
-    kept |= json.loads(as_json(tables))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(kept, indent=1) + "\n")
-    table.forget()
-    selection.forget()

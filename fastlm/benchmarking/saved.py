@@ -34,10 +34,11 @@ def read(argument: str, file: Path) -> tuple[list[Row], dict[str, Any]]:
 
 def row_of(stored: dict[str, Any]) -> Row:
     fields = {name: value for name, value in stored.items() if name != "best_baseline"}
-    fields["baselines"] = {
-        name: Baseline(**{**baseline, "ratio": Ratio(**baseline["ratio"])})
-        for name, baseline in stored["baselines"].items()
-    }
+    for others in {"baselines", "backends"} & {*stored, "baselines"}:
+        fields[others] = {
+            name: Baseline(**{**baseline, "ratio": Ratio(**baseline["ratio"])})
+            for name, baseline in stored[others].items()
+        }
     if fields.get("work") is not None:
         fields["work"] = Work(**fields["work"])
     return Row(**fields)

@@ -13,13 +13,17 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fastlm
-from fastlm.benchmarking import accelerated, growth, plots, report, saved, whole
+from fastlm.benchmarking import accelerated, plots, report, saved, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
 from fastlm.commands import choices
+from fastlm.commands.bench_screen import screen_tables
 from fastlm.commands.display import console, say
 from fastlm.commands.targets import check_target
 from fastlm.core.errors import did_you_mean, mismatch
+from fastlm.integrations.bench import check_checkpoint
+from fastlm.models.bench import GENERATORS
 from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
+from fastlm.training.bench import MODELS, POINTS
 from fastlm.training.settings import check_range, short_names
 
 
@@ -41,7 +45,7 @@ class Files:
         if self.markdown:
             self.markdown.write_text(report.markdown(rows, described), encoding="utf-8")
         if self.plot:
-            plots.draw(self.plot, rows, described)
+            plots.draw(self.plot, plots.figure_of(rows, described))
 
 
 def show(source: Path, files: Files) -> None:
@@ -51,7 +55,7 @@ def show(source: Path, files: Files) -> None:
     if not rows:
         raise mismatch("from", "a file with at least one row", source)
     introduce(described)
-    for table in report.screen_tables(rows):
+    for table in screen_tables(rows):
         console.print(table)
     files.write(rows, described)
 
@@ -81,7 +85,7 @@ def run(
     cases = parse_names("case", accelerated_cases, choices.ACCELERATED)
     check_used(given, chosen, cases)
     if "accelerated" in chosen:
-        accelerated.check_checkpoint(cases, checkpoint)
+        check_checkpoint(cases, checkpoint)
     thread_counts = [parse_count("threads", n) for n in threads.split(",")]
     check_range("seconds", seconds, 0, 3600, open_left=True)
     files.check()
@@ -126,7 +130,7 @@ def run(
     if {*choices.WHOLE_RUNS} & {*chosen}:
         say("memory: use of a step beyond model and optimiser state, relative to the baseline's")
         say("level: of recomputation; tuned: PyTorch with fastlm.tune_allocator(), which fastlm always has here")
-    for table in report.screen_tables(rows):
+    for table in screen_tables(rows):
         console.print(table)
     files.write(rows, described)
     if len(rows) < len(plan):
@@ -160,8 +164,8 @@ def variants_of(name: str, chosen_directions: list[str], models: list[str], case
     """What to measure of a benchmark: directions of an operator, models of a training step, sizes that grow, …"""
     if case := choices.CASES.get(name):
         return [d for d in case.directions if d in chosen_directions or d not in choices.DIRECTIONS]
-    others = {"training_step": models, "growth": [*growth.POINTS], "accelerated": cases}
-    return {**others, "generation": [*whole.GENERATORS]}.get(name, [""])
+    others = {"training_step": models, "growth": [*POINTS], "accelerated": cases}
+    return {**others, "generation": [*GENERATORS]}.get(name, [""])
 
 
 def measure(
@@ -178,10 +182,10 @@ def measure(
         return compare(case, dtype, n, variant, compiled=compiled, budget=seconds)
     if level is not None:
         return whole.compare_steps(
-            dtype, n, subject=whole.MODELS[variant], recompute=level, compiled=compiled, budget=20 * seconds
+            dtype, n, subject=MODELS[variant], recompute=level, compiled=compiled, budget=20 * seconds
         )
     if name == "growth":
-        return growth.compare_growth(variant, dtype, n, compiled=compiled, budget=5 * seconds)
+        return whole.compare_growth(variant, dtype, n, compiled=compiled, budget=5 * seconds)
     if name == "accelerated":
         return accelerated.compare_accelerated(
             variant, dtype, n, checkpoint=checkpoint, compiled=compiled, budget=20 * seconds

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import typer
 
-from fastlm.benchmarking import rules
-from fastlm.benchmarking.gpu import plan, report
-from fastlm.benchmarking.gpu.generation import generation
-from fastlm.benchmarking.gpu.timing import Row, peaks
-from fastlm.benchmarking.gpu.training import training_step
+from fastlm.backends import table_files
+from fastlm.benchmarking import operators, plots, report, rules
+from fastlm.benchmarking.compare import Row
+from fastlm.benchmarking.gpu import plan
+from fastlm.benchmarking.gpu.models import generation, training_step
+from fastlm.benchmarking.gpu.timing import join, peaks
 from fastlm.commands.display import console, say
 from fastlm.commands.targets import check_target
 from fastlm.core.errors import mismatch
@@ -59,20 +60,15 @@ class Files:
 
     def write(self, rows: list[Row], described: dict[str, Any], run: plan.Run) -> None:
         if self.json:
-            content = {
-                "machine": described,
-                "rows": [dataclasses.asdict(one) for one in rows],
-                "failed": run.failed,
-                "left_out": run.left_out,
-            }
-            rules.write(self.json, json.dumps(content | {"stopped": run.stopped}, indent=1) + "\n")
+            ended = {"failed": run.failed, "left_out": run.left_out, "stopped": run.stopped}
+            table_files.write(self.json, json.dumps(report.as_json(rows, described) | ended, indent=1) + "\n")
         if self.markdown:
-            rules.write(self.markdown, report.markdown(rows, described, run.failed, run.left_out))
+            table_files.write(self.markdown, report.gpu_markdown(rows, described, run.failed, run.left_out))
         if self.table:
-            found = rules.of_gpu(rows, plan.axes())
+            card, found = described["card"], rules.rules_of(rows, operators.axes("cuda"), "cuda")
             measured_with = f"fastlm {described['fastlm']}, PyTorch {described['torch']}, Triton {described['triton']}"
-            rules.write(self.table, rules.as_json({described["card"]: found}))
-            rules.write(self.table.with_suffix(".txt"), rules.as_python(described["card"], found, measured_with))
+            table_files.write(self.table, table_files.as_json({card: found}))
+            table_files.write(self.table.with_suffix(".txt"), table_files.as_python(card, found, measured_with))
 
 
 def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
@@ -85,7 +81,7 @@ def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
         check_range("limit", limit, 0, 86400, open_left=True)
     now = plan.Run(float("inf") if limit is None else limit)
     rows: list[Row] = []
-    described = report.describe(device, {})
+    described = report.gpu(device, {})
     with stoppable(now):
         described["peaks"] = peaks(device, plan.DTYPES)
         step = now.attempt("training step", functools.partial(training_step, device))
@@ -100,15 +96,15 @@ def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
             now.measure(device, then, compiled=True),
         )
         for found in itertools.chain(now.measure(device, first), step, *texts, now.measure(device, then), *compiled):
-            found.join(rows)
+            join(found, rows)
             case = f"{found.operator} {found.shape}, {found.dtype}, {found.direction}, {found.backend}"
             say(f"{case}: {found.seconds * 1e6:,.1f} µs")
             files.write(rows, described, now)
     if described["peaks"]:
         files.write(rows, described, now)
-        console.print(report.markdown(rows, described, now.failed, now.left_out), markup=False)
-    if files.plot and rows:
-        report.draw(files.plot, rows, described)
+        console.print(report.gpu_markdown(rows, described, now.failed, now.left_out), markup=False)
+    if files.plot and any(row.baselines for row in rows):
+        plots.draw(files.plot, plots.figure_of_gpu(rows, described))
     if now.stopped:
         print(f"stopped; the files contain the {len(rows)} rows measured so far", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGTERM)

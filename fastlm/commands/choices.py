@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
-from fastlm.benchmarking import accelerated, operators, whole
+from fastlm.benchmarking import operators
+from fastlm.integrations.bench import CASES as ACCELERATED_CASES
 from fastlm.ops import benchmark
+from fastlm.training import bench
 
 CASES = operators.cases()
 DEFAULT_CASES = tuple(name for name, case in CASES.items() if case.default)
@@ -11,8 +13,8 @@ DEFAULT_CASES = tuple(name for name, case in CASES.items() if case.default)
 WHOLE_RUNS = ("training_step", "growth", "accelerated")
 BENCHMARKS = (*CASES, "generation", *WHOLE_RUNS)
 DIRECTIONS = benchmark.DIRECTIONS
-MODELS = tuple(whole.MODELS)
-ACCELERATED = tuple(accelerated.CASES)
+MODELS = tuple(bench.MODELS)
+ACCELERATED = tuple(ACCELERATED_CASES)
 
 
 def listed(names: Iterable[object]) -> str:

@@ -7,13 +7,13 @@ import torch
 from rich import box
 from rich.table import Table
 
-from fastlm.benchmarking.profile import FASTLM, PYTORCH, Profile, profile_step
-from fastlm.benchmarking.whole import MODELS
 from fastlm.commands import choices
 from fastlm.commands.display import console, quantity, say
 from fastlm.commands.process import set_threads
 from fastlm.commands.targets import check_target
 from fastlm.ops.gelu_mlp.spec import RECOMPUTE_LEVELS
+from fastlm.training.bench import MODELS
+from fastlm.training.profile import FASTLM, PYTORCH, Profile, profile_step
 from fastlm.training.settings import DTYPES, check_dtype, check_integer, check_one_of
 
 MAX_ROWS = 10  # of PyTorch's operators, of which there are many short ones

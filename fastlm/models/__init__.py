@@ -29,18 +29,20 @@ from fastlm.models.encoder_families import (
     BertConfig,
     DistilBertConfig,
     ElectraConfig,
-    EuroBertConfig,
-    Gemma3EncoderConfig,
-    GteConfig,
-    JinaEmbeddingsV3Config,
-    ModernBertConfig,
     MPNetConfig,
-    NomicBertConfig,
     RobertaConfig,
     XLMRobertaConfig,
 )
 from fastlm.models.gpt2 import GPT2LMHeadModel, GPT2Model
 from fastlm.models.rope import rope_tables
+from fastlm.models.rotary_encoder_families import (
+    EuroBertConfig,
+    Gemma3EncoderConfig,
+    GteConfig,
+    JinaEmbeddingsV3Config,
+    ModernBertConfig,
+    NomicBertConfig,
+)
 
 __all__ = [
     "BertConfig",

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+import fastlm.models.encoder_families
+import fastlm.models.rotary_encoder_families  # noqa: F401 (both register their families)
 from fastlm.core.errors import check_path, did_you_mean
 from fastlm.models.base import PretrainedModel
 from fastlm.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel

@@ -1,4 +1,4 @@
-"""Encoders: ModernBERT, BERT and the families of encoder_families.py.
+"""Encoders: ModernBERT, BERT and the families of encoder_families.py and rotary_encoder_families.py.
 
 With a padding mask they run unpadded: real tokens are gathered before the embedding, (1, real tokens, width), and what
 is returned for each token is scattered at the end. Under torch.compile and export, where no size may depend on the

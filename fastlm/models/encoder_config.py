@@ -1,4 +1,7 @@
-"""A family of encoders: its settings, and where its modules are. encoder_families.py has the families."""
+"""A family of encoders: its settings, and where its modules are.
+
+encoder_families.py and rotary_encoder_families.py have the families.
+"""
 
 import dataclasses
 import re
@@ -171,7 +174,7 @@ class EncoderConfig(Config):
         return value
 
     def layer_type(self, layer: int) -> str:
-        return LAYER_TYPES[0]
+        return LAYER_TYPES[0] if self.layout.window is None else self.setting("config.layer_types")[layer]
 
     def window(self, layer: int) -> tuple[int | None, int | None] | None:
         """The argument `window` of fastlm.attention."""

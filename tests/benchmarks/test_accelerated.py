@@ -3,8 +3,8 @@ import torch
 
 from fastlm.benchmarking import accelerated, accuracy
 from fastlm.benchmarking.machine import threads
-from fastlm.benchmarking.sentences import sentences
 from fastlm.integrations import parts
+from fastlm.integrations.bench import CASES, MINILM, minilm, sentences
 from tests.models.hugging_face import real
 
 pytest.importorskip("transformers", reason="pip install 'fastlm[test]'")
@@ -97,7 +97,7 @@ def test_the_reference_is_in_float64(case):
     """Its loss and gradients are computed without any rounding to float32."""
     true, original, ours = accelerated.stepped(case, "float32", SIZES[case])
     assert true.keys() == original.keys() == ours.keys() and all(x.dtype == torch.float64 for x in true.values())
-    model, batch = getattr(accelerated, case)(**{**SIZES[case], **accelerated.SMALL[case]})
+    model, (batch,) = CASES[case].make(**{**SIZES[case], **CASES[case].small})
     with accuracy.KeepFloat64():
         model.eval().double()
         logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
@@ -114,36 +114,37 @@ def test_the_reference_is_in_float64(case):
 def test_other_cases_are_timed(library):
     how = {"library": library, "number_of_threads": 1, "tuned": False}
     with threads(1):
-        works = [
-            accelerated.step_timer(case=case, dtype="float32", sizes=SIZES[case], **how)
-            for case in SIZES.keys() - {"gpt2"}
-        ]
-        works += [
-            accelerated.encoding_timer(dtype="float32", subject={"case": case, "sizes": sizes}, **how)
-            for case, sizes in ENCODERS.items()
-        ]
-        subject = {"checkpoint": str(real(accelerated.MINILM))}
-        works.append(accelerated.encoding_timer(dtype="float32", subject=subject, **how))
-        assert all(timer() > 0 for timer, _ in works)
+        cases = {**SIZES, **ENCODERS, "encoding": {"checkpoint": str(real(MINILM))}}
+        for case in cases.keys() - {"gpt2"}:
+            timer, _ = accelerated.work(case=case, dtype="float32", sizes=cases[case], **how)
+            assert timer() > 0
 
 
 def test_half_of_the_positions_are_padding():
-    _, batches = accelerated.minilm(str(real(accelerated.MINILM)))
+    _, batches = minilm(str(real(MINILM)))
     padding = torch.cat([batch["attention_mask"].flatten() for batch in batches]) == 0
     assert sum(len(batch["input_ids"]) for batch in batches) == 256 and 0.4 < padding.double().mean() < 0.6
 
 
 @pytest.mark.parametrize("case", ENCODERS)
 def test_encoders_of_long_texts(case):
-    subject = accelerated.subject_of(case, sizes=ENCODERS[case])
-    assert 0 < accelerated.relative_error(case, "float32", 1, subject) < 2
-    (batch,) = accelerated.encoder(**subject)[1]
-    shape, tokens = accelerated.shape_and_tokens(case, subject)
+    assert 0 < accelerated.relative_error(case, "float32", 1, ENCODERS[case]) < 2
+    (batch,) = CASES[case].make(**ENCODERS[case])[1]
+    shape, tokens = CASES[case].described(**ENCODERS[case])
     padding = 0 if case.endswith("documents") else 35
     assert (
         shape == f"3 texts with ModernBERT, batches of 3, {padding}% padding"
         and tokens == batch["attention_mask"].sum()
     )
+
+
+def test_steps_are_described():
+    assert CASES["bert"].described(**SIZES["bert"]) == (
+        "BERT, 3 sequences of 10 tokens on average in 16 positions, dropout 0.1, 0 million parameters",
+        31,
+    )
+    shape, tokens = CASES["smollm2"].described(**SIZES["smollm2"])
+    assert shape == "SmolLM 2, 2 sequences of 16 tokens, 0 million parameters" and tokens == 32
 
 
 def test_sentences_are_distinct_and_repeatable():
@@ -159,11 +160,10 @@ def test_more_than_twice_the_error_is_refused(monkeypatch):
 
 
 def test_a_wrong_result_has_a_large_error(monkeypatch):
-    subject = accelerated.subject_of("bert", sizes=SIZES["bert"])
-    assert accelerated.relative_error("bert", "float32", 1, subject) < 2
+    assert accelerated.relative_error("bert", "float32", 1, SIZES["bert"]) < 2
     function = parts.gelu_mlp
     monkeypatch.setattr(parts, "gelu_mlp", lambda *args, **kwargs: 1.001 * function(*args, **kwargs))
-    assert accelerated.relative_error("bert", "float32", 1, subject) > 10
+    assert accelerated.relative_error("bert", "float32", 1, SIZES["bert"]) > 10
 
 
 def test_a_missing_checkpoint_is_an_error():

@@ -13,18 +13,22 @@ import torch
 import fastlm
 from fastlm.backends import registry, selection, table
 from fastlm.backends.rule import Rule
-from fastlm.benchmarking.gpu import plan, report, timing
-from fastlm.benchmarking.gpu.generation import generation
-from fastlm.benchmarking.gpu.training import training_step
+from fastlm.benchmarking import plots, report
+from fastlm.benchmarking.compare import Baseline
+from fastlm.benchmarking.gpu import plan, timing
+from fastlm.benchmarking.gpu.models import generation, training_step
+from fastlm.benchmarking.measure import Ratio
 from fastlm.benchmarking.operators import benchmarks, work_of
 from fastlm.commands import bench_gpu
 from fastlm.ops.attention import baselines
 from fastlm.ops.attention import bench as attention
 from fastlm.ops.benchmark import Problem
+from fastlm.training.bench import Subject
 from tests.benchmarks.small import shrunk, small
 from tests.support import check_drawn, error
 
 SIZES = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 31, "n_positions": 16}
+GPT = Subject("GPT-2", 1, 16, 2, 31, 2, 16)
 QUICK = {"rounds": 3, "least": 0}
 LENGTHS = [16, 2, 4, 6, 8, 8, 8, 12]
 
@@ -41,7 +45,7 @@ SMALL = [(shrunk(case, compiled=False), "float32") for case in CASES]
 
 
 def small_step(device="cpu", **options):
-    return training_step(device, 2, 16, SIZES, **{"rounds": 2, "least": 0, **options})
+    return training_step(device, GPT, **{"rounds": 2, "least": 0, **options})
 
 
 def small_generation(device="cpu", batch=2, **options):
@@ -217,18 +221,19 @@ def test_rows_as_files(tmp_path):
     assert all("torch" in row.backends and "torch" not in row.baselines and row.baselines for row in on_cpu)
     for row in on_cpu:
         assert tuple(row.sizes) == registry.operators()[row.operator].size_names
-    described = report.describe("cpu", timing.peaks("cpu", (torch.float32,), 64, 1 << 16))
+    described = report.gpu("cpu", timing.peaks("cpu", (torch.float32,), 64, 1 << 16))
     step = next(row for row in rows if row.operator == "training_step")
-    step.peak_bytes = {"auto": 1 << 30, "eager": 2 << 30}
-    text = report.markdown(rows, described, ["attention: out of memory"], ["gelu_mlp"])
+    eager = Baseline(1e-3, Ratio(1.0, 0.9, 1.1), 2 << 30)
+    rows[rows.index(step)] = step = dataclasses.replace(step, bytes_held=1 << 30, baselines={"eager": eager})
+    text = report.gpu_markdown(rows, described, ["attention: out of memory"], ["gelu_mlp"])
     assert "auto 1.00 GiB (100%), eager 2.00 GiB (50%)" in text and text.count("| `") == len(rows)
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     assert text.endswith("\nFailed:\n\n- attention: out of memory\n\nLeft out, as the time ran out:\n\n- gelu_mlp\n")
-    assert all((report.share(row, described["peaks"]) or 0) > 0 for row in rows if row.operator != "training_step")
-    assert report.share(step, described["peaks"]) is None
-    report.draw(tmp_path / "bench.png", rows, described)
+    assert all((report.gpu_share(row, described["peaks"]) or 0) > 0 for row in rows if row.operator != "training_step")
+    assert report.gpu_share(step, described["peaks"]) is None
+    plots.draw(tmp_path / "bench.png", plots.figure_of_gpu(rows, described))
     check_drawn(tmp_path / "bench.png")
-    assert json.dumps([described, [dataclasses.asdict(row) for row in rows]])
+    assert json.dumps([described, [row.as_dict() for row in rows]])
 
 
 def test_all_generations_give_the_same_tokens(monkeypatch):
@@ -246,7 +251,10 @@ def test_all_generations_give_the_same_tokens(monkeypatch):
     assert {*row.baselines} == {"step by step", "eager"} and row.auto
     assert all(torch.equal(tokens, outcomes[0][1]) and tokens.shape == (2, 11) for _, tokens in outcomes)
     parameters = sum(p.numel() for p in fastlm.models.GPT2LMHeadModel(fastlm.models.GPT2Config(**SIZES)).parameters())
-    assert (row.flops, row.bytes) == (2 * parameters * 2 * 11, 2 * (5 * parameters + 2 * 16 * 2 * (6 + 7 + 8 + 9 + 10)))
+    assert (row.work.flops, row.work.bytes) == (
+        2 * parameters * 2 * 11,
+        2 * (5 * parameters + 2 * 16 * 2 * (6 + 7 + 8 + 9 + 10)),
+    )
 
 
 @pytest.mark.parametrize("first", ["torch", "cpu"])
@@ -397,7 +405,7 @@ def test_a_step_that_fails_leaves_the_others(monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
     found = []
     with pytest.raises(RuntimeError, match="compiled: no compiler"):
-        for row in training_step("cpu", 2, 16, SIZES, compiled=True, rounds=2, least=0):
+        for row in training_step("cpu", GPT, compiled=True, rounds=2, least=0):
             found.append(row)
     assert "auto" in {row.backend for row in found} and not any(row.baselines for row in found)
 

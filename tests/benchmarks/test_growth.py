@@ -1,9 +1,11 @@
 import pytest
 
-from fastlm.benchmarking import growth, plots, report
+from fastlm.benchmarking import plots, report, whole
 from fastlm.benchmarking.compare import Baseline, Row
 from fastlm.benchmarking.measure import Ratio
-from fastlm.benchmarking.whole import Subject
+from fastlm.commands.bench_screen import screen_tables
+from fastlm.training import bench as growth
+from fastlm.training.bench import Subject
 from tests.benchmarks.test_report import DESCRIBED, OPERATORS, check_picture
 from tests.support import check_drawn
 
@@ -62,14 +64,14 @@ def test_only_the_size_differs_along_a_series(series):
 @pytest.mark.slow
 def test_a_point_is_a_training_step_of_its_model(monkeypatch):
     monkeypatch.setitem(growth.POINTS, "context 128", Subject("GPT-2", 1, 32, 2, 50, 2, 16))
-    found = growth.compare_growth("context 128", "float32", 1, rounds=5, budget=1.0)
+    found = whole.compare_growth("context 128", "float32", 1, rounds=5, budget=1.0)
     assert (found.operator, found.direction, found.tokens, found.shape) == (
         "growth",
         "context 128",
         32,
         growth.SHAPES["context"],
     )
-    assert growth.series_of(found.direction) == "context" and growth.size_of(found) == 128
+    assert growth.series_of(found.direction) == "context" and growth.size_of(found.direction) == 128
     assert list(found.baselines) == ["eager", "eager tuned"] and found.seconds > 0
 
 
@@ -77,7 +79,7 @@ def test_every_size_has_its_line():
     text = report.markdown(ROWS, DESCRIBED)
     assert "| dtype | threads | size | fastlm |" in text
     assert all(f"| {point} |" in text for point in growth.POINTS)
-    titles = [table.title for table in report.screen_tables(ROWS)]
+    titles = [table.title for table in screen_tables(ROWS)]
     assert titles == [f"growth: {shape}" for shape in growth.SHAPES.values()]
 
 
@@ -88,6 +90,6 @@ def test_every_size_has_its_line():
 )
 def test_the_curves_are_drawn(tmp_path, rows):
     pytest.importorskip("matplotlib")
-    plots.draw(tmp_path / "all.png", rows, DESCRIBED)
+    plots.draw(tmp_path / "all.png", plots.figure_of(rows, DESCRIBED))
     check_drawn(tmp_path / "all.png")
     check_picture(plots.figure_of(rows, DESCRIBED))

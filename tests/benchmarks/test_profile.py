@@ -3,8 +3,8 @@ import torch
 
 import fastlm
 from fastlm.backends import cpu
-from fastlm.benchmarking.profile import FASTLM, PYTORCH, profile_step
-from fastlm.benchmarking.whole import Subject
+from fastlm.training.bench import Subject
+from fastlm.training.profile import FASTLM, PYTORCH, profile_step
 
 GPT = Subject("GPT-2", 2, 32, 2, 50, 2, 16)
 

@@ -7,6 +7,7 @@ from fastlm.benchmarking import plots, report
 from fastlm.benchmarking.compare import Baseline, Row
 from fastlm.benchmarking.machine import Work
 from fastlm.benchmarking.measure import Ratio
+from fastlm.commands.bench_screen import screen_tables, seconds_in_words
 from tests.support import check_drawn
 
 DESCRIBED = {
@@ -91,7 +92,7 @@ def test_the_fastest_baseline_is_reported():
 
 def test_the_screen_fits_80_columns_and_shows_every_baseline():
     console = Console(width=80, record=True, file=open("/dev/null", "w"))
-    for table in report.screen_tables([*OPERATORS, STEP]):
+    for table in screen_tables([*OPERATORS, STEP]):
         console.print(table)
     text = console.export_text()
     assert "…" not in text
@@ -104,7 +105,7 @@ def test_the_screen_fits_80_columns_and_shows_every_baseline():
 
 @pytest.mark.parametrize("seconds, words", [(1.5, "1.5 s"), (0.0123, "12.3 ms"), (4.5e-5, "45 µs")])
 def test_seconds_in_words(seconds, words):
-    assert report.seconds_in_words(seconds) == words
+    assert seconds_in_words(seconds) == words
 
 
 BARE = dataclasses.replace(OPERATORS[0], work=None, bytes_held=None)
@@ -114,7 +115,7 @@ PICTURES = {"all": [*OPERATORS, STEP], "steps": [STEP], "one": OPERATORS[:1], "w
 @pytest.mark.parametrize("rows", PICTURES.values(), ids=PICTURES)
 def test_the_picture_is_drawn_for_any_rows(tmp_path, rows):
     pytest.importorskip("matplotlib")
-    plots.draw(tmp_path / "plot.png", rows, DESCRIBED)
+    plots.draw(tmp_path / "plot.png", plots.figure_of(rows, DESCRIBED))
     check_drawn(tmp_path / "plot.png")
     check_picture(plots.figure_of(rows, DESCRIBED))
 

@@ -6,34 +6,28 @@ import json
 import pytest
 import torch
 
-from fastlm.backends import registry, table
+from fastlm.backends import registry, table, table_files
 from fastlm.backends.rule import Rule
 from fastlm.benchmarking import rules
-from fastlm.benchmarking.gpu import plan
+from fastlm.benchmarking.compare import Baseline, Row
 from fastlm.benchmarking.measure import Ratio
-from fastlm.benchmarking.operators import benchmarks
+from fastlm.benchmarking.operators import axes, benchmarks
 from fastlm.benchmarking.rules import Point
 
 SLOWER, FASTER, EQUAL = Ratio(0.8, 0.7, 0.9), Ratio(1.2, 1.1, 1.3), Ratio(0.99, 0.9, 1.05)
 ORDER = ("triton", "cuda", "torch")
-GPU_AXES = plan.axes()
+GPU_AXES = axes("cuda")
 
 
-@dataclasses.dataclass
-class Row:
-    operator: str
-    sizes: dict
-    backend: str
-    backends: dict
-    direction: str = "forward+backward"
-    dtype: str = "bfloat16"
+def row(operator, sizes, backend, backends, direction="forward+backward", dtype="bfloat16"):
+    return Row(operator, "", dtype, 1, direction, backend, 1e-3, {}, backends=backends, sizes=sizes)
 
 
 DENSE = {"packed": (0, 0)}
 
 
 def against(**ratios):
-    return {name: dataclasses.asdict(ratio) for name, ratio in ratios.items()}
+    return {name: Baseline(1e-3, ratio) for name, ratio in ratios.items()}
 
 
 def inverse(ratio):
@@ -44,8 +38,8 @@ def layernorm(rows, width, cuda, torch, cuda_to_torch=EQUAL, **more):
     """Triton's ratio to each of the other two, and that of CUDA C++ to PyTorch."""
     sizes = {"rows": rows, "width": width, "dropout": False}
     return [
-        Row("layernorm_residual", sizes, "triton", against(cuda=cuda, torch=torch), **more),
-        Row("layernorm_residual", sizes, "cuda", against(triton=inverse(cuda), torch=cuda_to_torch), **more),
+        row("layernorm_residual", sizes, "triton", against(cuda=cuda, torch=torch), **more),
+        row("layernorm_residual", sizes, "cuda", against(triton=inverse(cuda), torch=cuda_to_torch), **more),
     ]
 
 
@@ -190,9 +184,9 @@ def test_rows_of_measurements_become_rules():
         *layernorm(4096, 768, SLOWER, FASTER, FASTER),
         *layernorm(4096, 768, FASTER, FASTER, direction="forward"),  # the two directions disagree
         *layernorm(16384, 768, SLOWER, FASTER, FASTER, dtype="float32"),
-        Row("training_step", {}, "auto", {}),
+        row("training_step", {}, "auto", {}),
     ]
-    assert rules.of_gpu(rows, GPU_AXES) == [
+    assert rules.rules_of(rows, GPU_AXES, "cuda") == [
         Rule("layernorm_residual", "bfloat16", {"rows": (None, 181), "width": (96, 6144)}),
         Rule("layernorm_residual", "float32", {"rows": (2048, 131072), "width": (96, 6144)}, "cuda"),
     ]
@@ -204,24 +198,24 @@ def test_every_rule_can_be_read_back(monkeypatch, tmp_path):
     found = rules.derive([attention(1, 1024, "cuda"), attention(1024, 1024, "torch", masked=False)], GPU_AXES) + [
         Rule("linear", "float16")
     ]
-    rules.save({"Some card": found, "another": []})
+    table_files.save({"Some card": found, "another": []})
     try:
         assert (
             table.gpu_rules("Some card") == tuple(found)
             and table.gpu_rules("another") == ()
             and table.gpu_rules("a third") is None
         )
-        rules.save({"a third": found[:1]})
+        table_files.save({"a third": found[:1]})
         assert list(json.loads(table.user_table().read_text())) == ["Some card", "another", "a third"]
         assert [file.name for file in table.user_table().parent.iterdir()] == ["table.json"]
     finally:
         table.forget()
-    source = rules.as_python("Some card", found, "PyTorch 2.13") + rules.as_python("another", [], "none")
+    source = table_files.as_python("Some card", found, "PyTorch 2.13") + table_files.as_python("another", [], "none")
     assert eval(f"{{{source}}}", {"Rule": Rule}) == {"Some card": tuple(found), "another": ()}
     assert "    # PyTorch 2.13\n" in source and all(len(line) <= 120 for line in source.splitlines())
 
 
 def test_the_axes_are_sizes():
     for name, benchmark in benchmarks().items():
-        for box, axes in (*benchmark.axes, *benchmark.gpu_axes):
-            assert {*box, *axes} <= {*registry.operators()[name].size_names}
+        for box, names in (*benchmark.axes, *benchmark.gpu_axes):
+            assert {*box, *names} <= {*registry.operators()[name].size_names}

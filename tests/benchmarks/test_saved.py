@@ -70,7 +70,7 @@ def test_other_files_are_refused(tmp_path, text, reason):
 def test_committed_results_can_be_shown(tmp_path, file):
     pytest.importorskip("matplotlib")
     rows, machine = saved.read("from", file)
-    plots.draw(tmp_path / "plot.png", rows, machine)
+    plots.draw(tmp_path / "plot.png", plots.figure_of(rows, machine))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     check_picture(plots.figure_of(rows, machine))
     assert report.markdown(rows, machine) == file.with_suffix(".md").read_text()

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.backends import selection
+from fastlm.backends import selection, table_files
 from fastlm.backends import table as selection_table
 from fastlm.backends.rule import DTYPES, Rule
 from fastlm.benchmarking import rules, table
+from fastlm.benchmarking.compare import Baseline, Row
 from fastlm.benchmarking.machine import threads
 from fastlm.benchmarking.measure import Ratio
-from fastlm.benchmarking.operators import backends_of, benchmarks
-from fastlm.benchmarking.table import Verdict
+from fastlm.benchmarking.operators import axes, backends_of, benchmarks
 from tests.benchmarks.small import shrunk
 
 SLOWER, FASTER = Ratio(0.8, 0.7, 0.9), Ratio(1.2, 1.1, 1.3)
@@ -29,29 +29,30 @@ def own_cache(tmp_path, monkeypatch):
     selection.forget()
 
 
-def verdict(operator, dtype, rows, ratio):
+def measured(operator, dtype, rows, ratio):
     sizes = {"rows": rows} if operator != "attention" else {"query_len": rows, "packed": False}
-    return Verdict(operator, dtype, f"{rows} rows", sizes, ratio)
+    others = {"torch": Baseline(1.0, ratio)}
+    return Row(operator, "", dtype, 2, "forward+backward", "cpu", 1.0, {}, backends=others, sizes=sizes)
 
 
 def test_torch_is_faster_only_beyond_the_spread():
-    assert verdict("linear", "float32", 32, SLOWER).torch_is_faster
-    assert not verdict("linear", "float32", 32, Ratio(0.9, 0.85, 0.98)).torch_is_faster
-    assert not verdict("linear", "float32", 32, FASTER).torch_is_faster
+    assert table.torch_is_faster(measured("linear", "float32", 32, SLOWER))
+    assert not table.torch_is_faster(measured("linear", "float32", 32, Ratio(0.9, 0.85, 0.98)))
+    assert not table.torch_is_faster(measured("linear", "float32", 32, FASTER))
 
 
 def test_rules_cover_the_side_on_which_torch_is_faster():
-    verdicts = [
-        verdict("linear", "float32", 32, SLOWER),
-        verdict("linear", "float32", 1024, FASTER),
-        verdict("linear", "bfloat16", 32, SLOWER),
-        verdict("linear", "bfloat16", 1024, SLOWER),
-        verdict("attention", "float32", 32, FASTER),
-        verdict("attention", "float32", 1024, SLOWER),
-        verdict("gelu_mlp", "float32", 32, FASTER),
-        verdict("gelu_mlp", "float32", 1024, FASTER),
+    rows = [
+        measured("linear", "float32", 32, SLOWER),
+        measured("linear", "float32", 1024, FASTER),
+        measured("linear", "bfloat16", 32, SLOWER),
+        measured("linear", "bfloat16", 1024, SLOWER),
+        measured("attention", "float32", 32, FASTER),
+        measured("attention", "float32", 1024, SLOWER),
+        measured("gelu_mlp", "float32", 32, FASTER),
+        measured("gelu_mlp", "float32", 1024, FASTER),
     ]
-    assert table.rules_of(verdicts) == [
+    assert rules.rules_of(rows, axes("cpu"), "cpu") == [
         Rule("linear", "float32", {"rows": (None, 181)}),
         Rule("linear", "bfloat16", {}),
         Rule("attention", "float32", {"packed": (0, 0), "query_len": (182, None)}),
@@ -64,9 +65,9 @@ def test_saved_rules_take_effect_at_once(own_cache):
     own_cache.parent.mkdir(parents=True)
     own_cache.write_text(json.dumps({"another": [{"operator": "linear", "dtype": "float32"}]}))
     key = selection_table.cpu_key()
-    rules.save({key: []})
+    table_files.save({key: []})
     assert backends_of(call) == "cpu"
-    rules.save({key: [Rule("linear", "float32", {"rows": (None, 181)})]})
+    table_files.save({key: [Rule("linear", "float32", {"rows": (None, 181)})]})
     assert backends_of(call) == "torch"
     assert backends_of(lambda: fastlm.linear(torch.randn(200, 512), weight)) == "cpu"
     assert set(json.loads(own_cache.read_text())) == {"another", key}
@@ -86,15 +87,15 @@ def small_cases(monkeypatch):
 def test_every_operator_is_measured_on_both_backends(own_cache, small_cases, monkeypatch):
     monkeypatch.setattr(table, "TOO_SLOW", float("inf"))
     with threads(1):
-        verdicts = list(table.measure(budget=0.0))
+        rows = list(table.measure(budget=0.0))
     expected = [
         (name, dtype) for name, benchmark in small_cases.items() for _ in benchmark.table_cases for dtype in DTYPES
     ]
-    assert [(v.operator, v.dtype) for v in verdicts] == expected
-    assert {v.operator for v in verdicts} == {*small_cases} - {"adamw"}
-    assert all(0 < v.ratio.low <= v.ratio.high for v in verdicts)
+    assert [(row.operator, row.dtype) for row in rows] == expected
+    assert {row.operator for row in rows} == {*small_cases} - {"adamw"}
+    assert all(0 < ratio.low <= ratio.high for ratio in (row.backends["torch"].ratio for row in rows))
     assert selection.requested(None) is None  # nothing stays forced
-    table.rules_of(verdicts)  # every axis is among the sizes
+    rules.rules_of(rows, axes("cpu"), "cpu")  # every axis is among the sizes
 
 
 def test_the_sizes_of_table_cases_ascend():
@@ -116,6 +117,6 @@ def test_what_takes_pytorch_minutes_is_not_measured(small_cases, monkeypatch):
 
     monkeypatch.setattr(table, "timer", slow)
     monkeypatch.setattr(table, "benchmarks", lambda: {"linear": small_cases["linear"]})
-    found = [(v.dtype, v.ratio.median, v.torch_is_faster) for v in table.measure()]
+    found = [(row.dtype, row.backends["torch"].ratio.median, table.torch_is_faster(row)) for row in table.measure()]
     assert found == [(dtype, 100.0, False) for dtype in DTYPES]
     assert calls == ["cpu", "torch"] * 3

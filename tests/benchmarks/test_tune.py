@@ -156,7 +156,7 @@ def test_tiles_are_neighbours_of_valid_sizes():
 def test_gelu_mlp_may_use_the_vendors_product(configs, made_up):
     watch, of = made_up
     of[0] = lambda value: 1.0 if value is None else 2.0
-    at = "interpreter", 4
+    at = "cpu", 4
     knob = watch(tune.gelu_mlp(FP32, "cpu", 20, 16))
     knob.others = lambda best: [None, (32, 32, 32, 1, 1)]
     found = search(knob)
@@ -198,9 +198,11 @@ def test_every_pass_in_16_bits_is_searched_once_and_the_commonest_first(configs,
 
 
 def test_where_bulk_copies_load_the_tiles_their_row_is_searched(configs, monkeypatch):
+    from tests.kernels import interpreter  # which needs Triton, as the fixture does
+
     row = {("forward copies", 2, 64): (64, 32, 1, 1)}
-    monkeypatch.setitem(configs.ATTENTION, "interpreter", configs.INTERPRETER | row)
-    monkeypatch.setattr(tune.backend, "architecture", lambda index: "interpreter")
+    monkeypatch.setitem(configs.ATTENTION, "cpu", interpreter.TILES | row)
+    monkeypatch.setattr(tune.backend, "architecture", lambda index: "cpu")
     knob = tune.attention("forward", torch.bfloat16, 16, "cpu", batch=1, heads=1, tokens=32)
     assert (knob.name, knob.value) == (str(("forward copies", 2, 64)), (64, 32, 1, 1))
 

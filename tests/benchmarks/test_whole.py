@@ -10,10 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastlm import allocator
 from fastlm.benchmarking import whole
 from fastlm.benchmarking.machine import Probe
-from fastlm.benchmarking.whole import MODELS, Subject
 from fastlm.benchmarking.worker import Worker
+from fastlm.models import bench as models
+from fastlm.training import bench
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.baseline_bert import PlainBert
+from fastlm.training.bench import MODELS, Subject
 
 SIZES = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 50, "n_positions": 32}
 GPT = Subject("GPT-2", 1, 32, 2, 50, 2, 16)
@@ -53,9 +55,9 @@ def test_a_worker_is_tuned_as_asked_whatever_the_user_set(tuned, monkeypatch):
 
 @pytest.mark.parametrize("library", ["fastlm", "torch"])
 def test_a_step_recomputes_at_the_given_level(library, monkeypatch):
-    trainers, create = [], whole.Trainer
+    trainers, create = [], bench.Trainer
     monkeypatch.setattr(
-        whole, "Trainer", lambda *args, **settings: (trainers.append(create(*args, **settings)), trainers[-1])[1]
+        bench, "Trainer", lambda *args, **settings: (trainers.append(create(*args, **settings)), trainers[-1])[1]
     )
     expected = []
     monkeypatch.setattr(whole, "resident_growth", lambda bytes: expected.append(bytes))
@@ -178,15 +180,15 @@ def test_generation_is_compared(name, sizes):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_weights_that_a_token_reads(tied):
     """Both norms of a layer and the last, its projections, and the output projection; not the embedding."""
-    model = whole.generator("smollm2", torch.float32, LLAMA | {"tie_word_embeddings": tied})
+    model = models.generator("smollm2", torch.float32, LLAMA | {"tie_word_embeddings": tied})
     layer = 2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
-    assert whole.bytes_per_token(model) == 4 * (layer + 32 + 50 * 32)
+    assert models.bytes_per_token(model) == 4 * (layer + 32 + 50 * 32)
 
 
 def test_the_baseline_generates_the_same_tokens():
-    model, tokens = whole.generator("smollm2", torch.float32, LLAMA), torch.arange(5)[None]
+    model, tokens = models.generator("smollm2", torch.float32, LLAMA), torch.arange(5)[None]
     ours = model.generate(tokens, max_new_tokens=8, eos_token_id=())
-    assert torch.equal(whole.baseline_generate("smollm2", model)(tokens, 8), ours)
+    assert torch.equal(bench.baseline_generate("smollm2", model)(tokens, 8), ours)
 
 
 def test_every_model_can_be_chosen_by_name():

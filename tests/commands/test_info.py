@@ -11,8 +11,8 @@ from fastlm.backends import isa, selection, table
 from fastlm.backends.rule import Rule
 from fastlm.benchmarking import report
 from fastlm.benchmarking import table as measured_table
+from fastlm.benchmarking.compare import Baseline, Row
 from fastlm.benchmarking.gpu import plan
-from fastlm.benchmarking.gpu.timing import Row
 from fastlm.benchmarking.measure import Ratio
 from tests.benchmarks.test_report import DESCRIBED
 from tests.commands.support import fastlm_command, run
@@ -25,11 +25,14 @@ def test_info():
 def test_info_measure(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(report, "machine", lambda threads, dtypes: DESCRIBED)
-    verdicts = [
-        measured_table.Verdict("linear", "float32", "32 × 8 → 8", {"rows": 32}, Ratio(0.8, 0.7, 0.9)),
-        measured_table.Verdict("linear", "float32", "1024 × 8 → 8", {"rows": 1024}, Ratio(1.2, 1.1, 1.3)),
-    ]
-    monkeypatch.setattr(measured_table, "measure", lambda: iter(verdicts))
+
+    def measured(rows, *ratio):
+        others, sizes = {"torch": Baseline(1.0, Ratio(*ratio))}, {"rows": rows}
+        case = ("linear", f"{rows} × 8 → 8", "float32", 2, "forward+backward", "cpu")
+        return Row(*case, 1.0, {}, backends=others, sizes=sizes)
+
+    rows = [measured(32, 0.8, 0.7, 0.9), measured(1024, 1.2, 1.1, 1.3)]
+    monkeypatch.setattr(measured_table, "measure", lambda: iter(rows))
     table.forget()
     try:
         output = run("info", "--measure")
@@ -72,9 +75,10 @@ def test_info_measures_each_gpu_model(two_gpus, monkeypatch):
         assert device == "cuda" and pairs == [*first, *then] and not baselines
         run.failed.append("gelu_mlp: out of memory")
         run.left_out.append("attention")
-        slower = {} if two_gpus[-1] == 2 else {"cuda": {"seconds": 1e-6, "median": 0.8, "low": 0.7, "high": 0.9}}
+        slower = {} if two_gpus[-1] == 2 else {"cuda": Baseline(1e-6, Ratio(0.8, 0.7, 0.9))}
         sizes = {"rows": 64, "width": 64, "dropout": False}
-        yield Row("layernorm_residual", "64 × 64", "bfloat16", "forward", "triton", True, 2e-6, {}, slower, sizes)
+        case = ("layernorm_residual", "64 × 64", "bfloat16", 1, "forward", "triton")
+        yield Row(*case, 2e-6, {}, backends=slower, auto=True, sizes=sizes)
 
     monkeypatch.setattr(plan.Run, "measure", measure)
     monkeypatch.setattr(isa, "kernels", None)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import fastlm
-from fastlm.benchmarking.sentences import sentences
+from fastlm.integrations.bench import sentences
 from fastlm.integrations.encoding import forward, schedule
 from fastlm.models import load_model
 from fastlm.models.packing import Scatter

@@ -1,4 +1,4 @@
-"""Corrections to Triton's interpreter, so that kernels compute under TRITON_INTERPRET=1 what they compute on a GPU.
+"""Makes fastlm's triton backend run on the CPU, in Triton's interpreter (TRITON_INTERPRET=1), and corrects that.
 
 The interpreter of Triton 3.6 to 3.9 stores bfloat16 as integers. It truncates float32 to bfloat16, where GPUs round to
 nearest even, and its matrix product multiplies the integers. Triton 3.6 converts a scalar to an index in a way that
@@ -9,6 +9,13 @@ checked.
 import numpy as np
 import torch
 from triton.runtime import interpreter
+
+from fastlm.backends import triton as backend
+from fastlm.kernels import configs
+
+# Small, so that small tests have several tiles, and not square, so that mixed-up dimensions show.
+NOT_SQUARE = {"forward": (64, 32), "query": (32, 64), "key": (32, 64), "mask": (64, 32), "decode": (16, 32)}
+TILES = {at: (*NOT_SQUARE[at[0]], 1, 1) for at in configs.SMALL if at[0] in NOT_SQUARE}
 
 tl = interpreter.tl
 Builder, Handle, Executor = interpreter.InterpreterBuilder, interpreter.TensorHandle, interpreter.GridExecutor
@@ -41,6 +48,13 @@ def call(self, *arguments, debug=False, **options):
     return original_call(self, *arguments, **options)
 
 
-def install() -> None:
+def correct() -> None:
     Builder.cast_impl, Builder.create_dot = cast_impl, create_dot
     interpreter._patch_lang_tensor, Executor.__call__ = patch_lang_tensor, call
+
+
+def install() -> None:
+    correct()
+    configs.ATTENTION["cpu"] = TILES
+    configs.MLP |= {("cpu", itemsize): (64, 32, 32, 1, 1) for itemsize in (2, 4)}
+    backend.accept("cpu")

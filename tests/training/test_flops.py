@@ -1,7 +1,7 @@
 import pytest
 
-from fastlm.benchmarking.whole import Subject
 from fastlm.models import ElectraConfig, EncoderForMaskedLM
+from fastlm.training.bench import Subject
 from fastlm.training.flops import flops_of_step
 from fastlm.training.models import build
 from fastlm.training.objectives import CHOSEN

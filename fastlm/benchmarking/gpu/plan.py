@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from fastlm.benchmarking.gpu.timing import Row, compare
+from fastlm.benchmarking.compare import Row
+from fastlm.benchmarking.gpu.timing import compare
 from fastlm.benchmarking.operators import benchmarks
-from fastlm.ops.benchmark import Axes, Case
+from fastlm.ops.benchmark import Case
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)  # whose peaks are measured
 
@@ -21,10 +22,6 @@ def planned() -> tuple[list[Planned], list[Planned]]:
     pairs = [(case, dtype) for case in sorted(cases, key=lambda case: case.priority) for dtype in case.dtypes]
     first = [pair for pair in pairs if pair[0].priority == 0]
     return first, pairs[len(first) :]
-
-
-def axes() -> dict[str, Axes]:
-    return {name: benchmark.gpu_axes for name, benchmark in benchmarks().items() if benchmark.gpu_axes}
 
 
 @dataclasses.dataclass

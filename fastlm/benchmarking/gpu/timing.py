@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastlm.backends import registry, selection, table
 from fastlm.backends.registry import Registered
-from fastlm.benchmarking.machine import Work
-from fastlm.benchmarking.measure import Ratio, Timer, interleaved, timed
+from fastlm.benchmarking.compare import Row, baselines_of
+from fastlm.benchmarking.measure import Timer, interleaved, timed
 from fastlm.benchmarking.operators import parts, selection_inputs, work_of
 from fastlm.ops.benchmark import Case, Function, Problem
 
@@ -29,34 +29,17 @@ MAX_COPIES = 64  # of the operands of a small call, which are in the L2 cache in
 TOO_SLOW = 20  # PyTorch's operator is not timed if it is so many times slower than our kernels
 
 
-@dataclasses.dataclass
-class Row:
-    operator: str
-    shape: str
-    dtype: str
-    direction: str
-    backend: str  # auto: of a whole step, what each call selects
-    auto: bool  # whether automatic selection selects it
-    seconds: float
-    baselines: dict[str, dict[str, float]]  # seconds, and the speedup over it: median, low and high quartile
-    backends: dict[str, dict[str, float]]  # the other backends, likewise
-    sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # as backend selection sees them
-    flops: float | None = None
-    bytes: float | None = None
-    peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # memory of each step
+def join(row: Row, rows: list[Row]) -> None:
+    """Adds a row, or its baselines to the row of the same call, whose other baselines were timed earlier."""
 
-    def join(self, rows: "list[Row]") -> None:
-        """Adds this row, or its baselines to the row of the same call, whose other baselines were timed earlier."""
+    def call(row: Row) -> tuple[str, ...]:
+        return row.operator, row.shape, row.dtype, row.direction, row.backend
 
-        def call(row: Row) -> tuple[str, ...]:
-            return row.operator, row.shape, row.dtype, row.direction, row.backend
-
-        for row in rows:
-            if call(row) == call(self):
-                row.baselines |= self.baselines
-                row.peak_bytes |= {name: taken for name, taken in self.peak_bytes.items() if name not in row.peak_bytes}
-                return
-        rows.append(self)
+    for earlier in rows:
+        if call(earlier) == call(row):
+            earlier.baselines.update(row.baselines)
+            return
+    rows.append(row)
 
 
 def timer_of(call: Call, device: str) -> Timer:
@@ -84,31 +67,33 @@ def interleaved_calls(
 
 
 def rows(
-    calls: Mapping[str, Call], backends: Sequence[str], auto: str, device: str, work: Work, **options: Any
-) -> Iterator[dict[str, Any]]:
-    """Times the calls; yields the arguments of a Row per backend, of torch only if it is selected automatically."""
+    calls: Mapping[str, Call],
+    backends: Sequence[str],
+    auto: str,
+    device: str,
+    described: Mapping[str, Any],
+    memory: Mapping[str, int] = {},
+    **options: Any,
+) -> Iterator[Row]:
+    """Times the calls; a row per backend, of torch only if it is selected automatically.
+
+    Args:
+        described: the other arguments of the rows.
+        memory: the peak of each call.
+    """
     seconds = interleaved_calls(calls, device, **options)
-
-    def against(ours: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
-        found = {}
-        for name in names:
-            if name in seconds and name != ours:
-                ratio = dataclasses.asdict(Ratio.of(seconds[ours], seconds[name]))
-                found[name] = {"seconds": statistics.median(seconds[name]), **ratio}
-        return found
-
-    baselines = [name for name in calls if name not in backends]
     for ours in backends:
         if ours in seconds and (ours != "torch" or ours == auto):
-            yield {
-                "backend": ours,
-                "auto": ours == auto,
-                "seconds": statistics.median(seconds[ours]),
-                "baselines": against(ours, baselines),
-                "backends": against(ours, backends),
-                "flops": work.flops,
-                "bytes": work.bytes,
-            }
+            yield Row(
+                threads=1,
+                backend=ours,
+                auto=ours == auto,
+                seconds=statistics.median(seconds[ours]),
+                baselines=baselines_of(seconds, memory, but=backends, ours=ours),
+                backends=baselines_of(seconds, memory, but=[name for name in calls if name not in backends], ours=ours),
+                bytes_held=memory.get(ours),
+                **described,
+            )
 
 
 def supporting(operator: Registered, device: str, dtype: torch.dtype, sizes: Any) -> list[str]:
@@ -212,9 +197,15 @@ def compare(
                 failed.append(f"{direction} by {name}: {why}")
             elif not why and not (name == "torch" and too_slow(call, list(calls.values()), device)):
                 calls[name] = call
-        for found in rows(calls, backends, auto, device, work_of(problem, direction), **options):
-            name = str(dtype).removeprefix("torch.")
-            yield Row(operator.name, problem.shape, name, direction, sizes=sizes._asdict(), **found)
+        described = {
+            "operator": operator.name,
+            "shape": problem.shape,
+            "dtype": str(dtype).removeprefix("torch."),
+            "direction": direction,
+            "sizes": sizes._asdict(),
+            "work": work_of(problem, direction),
+        }
+        yield from rows(calls, backends, auto, device, described, **options)
     if failed:
         raise RuntimeError("; ".join(failed))
 

@@ -72,7 +72,7 @@ def chunks_of_logits(
     rows, vocab, alignment = x.shape[0], weight.shape[0], ROW_ALIGNMENT // x.element_size()
     stride = -(-vocab // alignment) * alignment
     chunk = chunk_of(rows, chunk_bytes // (stride * x.element_size()))
-    # On a CPU (TRITON_INTERPRET=1) oneDNN multiplies what lies between the rows by 0: it must not be NaN.
+    # On a CPU oneDNN multiplies what lies between the rows by 0: it must not be NaN.
     memory = x.new_empty(chunk, stride) if x.is_cuda else x.new_zeros(chunk, stride)
     for begin in range(0, rows, max(1, chunk)):
         at = slice(begin, min(begin + chunk, rows))

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-import fastlm
+from fastlm.allocator import tune_allocator
 from fastlm.backends import cpu
-from fastlm.benchmarking.whole import Subject
 from fastlm.models.layers import RECOMPUTE
-from fastlm.training.settings import Settings
-from fastlm.training.trainer import Trainer
+from fastlm.training.bench import Subject, fastlm_model, trainer_of
 
 FASTLM, PYTORCH = "fastlm", "PyTorch"
 STEP, MARK = "training step", "fastlm kernel "
@@ -64,13 +62,8 @@ def marked_kernels() -> Iterator[None]:
 
 def profile_step(subject: Subject, dtype: str, *, recompute: int = RECOMPUTE, steps: int = 3) -> Profile:
     """`steps` training steps on the CPU, after one to warm up, with the tuned allocator."""
-    fastlm.tune_allocator()
-    model = subject.model()
-    model.recompute = recompute
-    settings = Settings(
-        batch=subject.batch, context=subject.context, dtype=dtype, width=subject.width, heads=subject.heads
-    )
-    trainer = Trainer(model, settings, subject.objective().loss)
+    tune_allocator()
+    trainer = trainer_of(subject, *fastlm_model(subject, recompute), dtype)
     inputs, targets = subject.pairs()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints a line on stderr
     with marked_kernels():
