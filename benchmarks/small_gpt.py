@@ -23,7 +23,7 @@ SIZES = ["--layers", 6, "--heads", 6, "--width", 384, "--context", 256, "--batch
 SETTINGS = ["--lr", 1e-3, "--warmup", 200, "--eval-every", 500]
 VOCABULARY = 8192
 HELD_OUT = 16  # one file of so many
-PROMPT = "def read_lines(path):\n"
+PROMPT = "def read_lines(path):"
 
 
 def main(
@@ -50,7 +50,7 @@ def main(
     packed = 8 * len(lzma.compress(whole, preset=9)) / len(whole)
     bits = json.loads((out / "eval.json").read_text())["bits_per_byte"]
     print(f"{minutes:.1f} minutes, {dtype}; {bits:.3f} bits per byte of {len(whole):,} bytes, xz -9 {packed:.3f}")
-    command("generate", "--model", model, "--prompt", PROMPT, "--temperature", 0.7, "--max-new-tokens", 200)
+    command("generate", "--model", model, "--prompt", PROMPT, "--temperature", 0.7, "--max-new-tokens", 100, "--seed", 0)
 
 
 def source() -> dict[str, bytes]:
