@@ -50,7 +50,9 @@ def main(
     packed = 8 * len(lzma.compress(whole, preset=9)) / len(whole)
     bits = json.loads((out / "eval.json").read_text())["bits_per_byte"]
     print(f"{minutes:.1f} minutes, {dtype}; {bits:.3f} bits per byte of {len(whole):,} bytes, xz -9 {packed:.3f}")
-    command("generate", "--model", model, "--prompt", PROMPT, "--temperature", 0.7, "--max-new-tokens", 100, "--seed", 0)
+    command(
+        "generate", "--model", model, "--prompt", PROMPT, "--temperature", 0.7, "--max-new-tokens", 100, "--seed", 0
+    )
 
 
 def source() -> dict[str, bytes]:
