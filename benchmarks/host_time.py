@@ -178,6 +178,8 @@ def main() -> None:
         without_products()
     torch.set_num_threads(1)
     for name, (forward, both, eager) in cases().items():
+        if name == "linear" and options.without_products:  # nothing but a product
+            continue
         if options.words and not any(word in name for word in options.words):
             continue
         times = [f"{least(call, options.rounds, options.calls):6.1f}" if call else "     –" for call in (forward, both)]
