@@ -143,7 +143,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
 
 # Without what Function.apply does in Python for torch.func transforms, which select() refuses.
-directly = super(torch.autograd.Function, LinearCrossEntropyFunction).apply  # type: ignore[misc]
+directly = super(torch.autograd.Function, LinearCrossEntropyFunction).apply
 
 
 def inputs_needed(ctx: Any) -> tuple[bool, ...]:
