@@ -32,7 +32,7 @@ def on_this_cpu() -> None:
     two_layers = training.SMALL | {"n_layer": 2}
     step = functools.partial(training.training_step, batch=2, context=128, sizes=two_layers)
     bench_gpu.training_step = step
-    bench_gpu.generation = functools.partial(generation.generation, sizes=two_layers)
+    bench_gpu.generation = functools.partial(generation.generation, new_tokens=16, sizes=two_layers)
     bench_gpu.peaks = lambda device, dtypes: timing.peaks(device, dtypes, size=128, copied=1 << 24)
     timing.l2_bytes = lambda device: 50 << 20
     bench_gpu.run = functools.partial(bench_gpu.run, device="cpu")
