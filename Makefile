@@ -22,8 +22,8 @@ CARDS := import torch; cuda = torch.cuda; count = 0 if torch.version.hip else cu
 # Most of the time of the tests on a GPU goes into compiling kernels: several at a time, where pytest-xdist is.
 SEVERAL := import xdist; print("-n logical --maxprocesses 8 --dist worksteal")
 
-.PHONY: demo test bench docs gpu gpu-build gpu-test gpu-bench gpu-sanitize models lint format emulated sanitize
-.PHONY: sanitize-threads wheels wheel wheel-arm nightly clean
+.PHONY: demo test bench docs gpu gpu-build gpu-test gpu-bench gpu-rehearsal gpu-sanitize models lint format emulated
+.PHONY: sanitize sanitize-threads wheels wheel wheel-arm nightly clean
 
 # Trains a small GPT on the source of Python's standard library, beside the same model in plain PyTorch; then generates
 # text with it.
@@ -51,14 +51,17 @@ docs: .venv/with-docs
 # for machines that limit a command to ten minutes; `make gpu` is one after the other. The CUDA kernels take part where
 # they are usable; `fastlm info` in OUT says why not, if they are not. They are compiled for the GPUs of this machine,
 # or for every GPU where nvcc does not know these; modules for the CPU are not compiled. Tests that are stopped by their
-# time limit still write their report.
+# time limit still write their report, and each test has a line in tests.txt as soon as it is over.
 HERE := PYTHONPATH="$(CURDIR)"
 # ",cuda" where the CUDA kernels are usable.
 USABLE := import fastlm; print("" if fastlm.info().backends["cuda"] else ",cuda")
 PLOT := import matplotlib; print("--plot $(OUT)/bench.png")
-# Seconds of the tests and of the measurements.
-TEST_LIMIT ?= 380
+# Seconds from the start of a target until its tests are interrupted, and until no measurement starts.
+TEST_LIMIT ?= 470
 BENCH_LIMIT ?= 440
+BEGAN := $(shell date +%s)
+BUILT = $(eval BUILT := $(shell expr $$(date +%s) - $(BEGAN)))$(BUILT)
+LEFT = $(shell expr $(1) - $(BUILT))
 gpu:
 	@status=0; $(MAKE) --no-print-directory gpu-test || status=1; $(MAKE) --no-print-directory gpu-bench || status=1; \
 	  exit $$status
@@ -68,7 +71,7 @@ gpu-build:
 	export FASTLM_BUILD_ISAS=none \
 	  FASTLM_CUDA_ARCHS="$${FASTLM_CUDA_ARCHS:-$$($(PYTHON) -c '$(CARDS)' 2> /dev/null)}"; \
 	  timeout 100 $(PYTHON) setup.py in-place \
-	  || FASTLM_CUDA_ARCHS= timeout 100 $(PYTHON) setup.py in-place \
+	  || { test $$? != 124 && FASTLM_CUDA_ARCHS= timeout 100 $(PYTHON) setup.py in-place; } \
 	  || echo "nothing compiled: the Triton kernels need nothing"
 	$(HERE) $(PYTHON) -m fastlm.cli info | tee $(OUT)/info.txt
 
@@ -76,7 +79,7 @@ gpu-test: gpu-build
 	rm -f $(OUT)/failed
 	{ $(SANITIZED) > $(OUT)/sanitizer.txt 2>&1 || echo "compute-sanitizer: exit status $$?" >> $(OUT)/failed; } & \
 	{ $(HERE) FASTLM_TEST_DEVICE=cuda FASTLM_TEST_BACKENDS=triton$$($(HERE) $(PYTHON) -c '$(USABLE)') \
-	  timeout -s INT -k 20 $(TEST_LIMIT) $(PYTHON) -m pytest -q -p no:cacheprovider \
+	  timeout -s INT -k 20 $(call LEFT,$(TEST_LIMIT)) $(PYTHON) -m pytest -v -p no:cacheprovider \
 	  $$($(PYTHON) -c '$(SEVERAL)' 2> /dev/null) \
 	  -m gpu tests/kernels tests/ops --junitxml=$(OUT)/tests.xml $(ARGS) \
 	  || echo "the tests: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/tests.txt; wait
@@ -85,11 +88,16 @@ gpu-test: gpu-build
 
 gpu-bench: gpu-build
 	rm -f $(OUT)/failed
-	{ $(HERE) timeout -k 20 $$(($(BENCH_LIMIT) + 30)) $(PYTHON) -m fastlm.cli bench --gpu --limit $(BENCH_LIMIT) \
+	{ $(HERE) timeout -k 20 $(call LEFT,30 + $(BENCH_LIMIT)) $(PYTHON) -m fastlm.cli bench --gpu \
+	  --limit $(call LEFT,$(BENCH_LIMIT)) \
 	  --table $(OUT)/table.json \
 	  --json $(OUT)/bench.json --markdown $(OUT)/bench.md $$($(PYTHON) -c '$(PLOT)' 2> /dev/null) \
 	  || echo "the measurements: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/bench.txt
 	@! cat $(OUT)/failed 2> /dev/null
+
+# Both without a GPU, on a stub of the driver; prints the seconds of each step. ARGS=gpu-bench runs one.
+gpu-rehearsal: .venv/with-test
+	$(BIN)/python -m tests.kernels.rehearsal $(ARGS)
 
 # That part of `make gpu-test` by itself, on what is built:
 # make gpu-sanitize LIMIT=3000 TOOLS="memcheck racecheck synccheck initcheck"

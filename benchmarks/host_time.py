@@ -43,6 +43,27 @@ def without_launches(architecture: str) -> None:
     triton_backend.Triton.refuses = lambda self, device, dtype: []  # type: ignore[method-assign]
 
 
+def without_products() -> None:
+    """Makes PyTorch's matrix products return at once what an earlier one returned, or nothing that is computed."""
+    earlier: dict[tuple, torch.Tensor] = {}
+
+    def result(like: torch.Tensor, *shape: int) -> torch.Tensor:
+        key = *shape, like.dtype
+        return earlier[key] if key in earlier else earlier.setdefault(key, like.new_zeros(shape))
+
+    def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        return result(a, a.shape[0], b.shape[1]) if out is None else out
+
+    def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        return mm(a, b, out=out)
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return result(x, *x.shape[:-1], weight.shape[0])
+
+    torch.mm, torch.addmm, F.linear = mm, addmm, linear  # type: ignore[assignment]
+    torch.Tensor.addmm_ = lambda self, a, b: self  # type: ignore[assignment, method-assign]
+
+
 def least(call: Call, rounds: int, calls: int) -> float:
     """Microseconds of CPU time."""
     for _ in range(20):
@@ -105,12 +126,16 @@ def cases() -> dict[str, tuple[Call, Call | None, Call | None]]:
         None,
         lambda: F.scaled_dot_product_attention(one.detach(), keys.detach(), values.detach()),
     )
-    cos, sin = torch.randn(1, 4, 64), torch.randn(1, 4, 64)
+    cos, sin, square = torch.randn(1, 4, 64), torch.randn(1, 4, 64), normal(width, width)
 
     def rotate() -> torch.Tensor:
         return fastlm.rotary(q, k, cos, sin, **triton)[0]
 
     made["rotary"] = (*of(rotate, [q], normal(1, 2, 4, 64, grad=False)), None)
+    made["linear"] = (
+        *of(lambda: fastlm.linear(x, square, weight, **triton), [x, square, weight], normal(rows, width, grad=False)),
+        lambda: F.linear(x.detach(), square.detach(), weight.detach()),
+    )
     w1, b1, w2, b2 = normal(128, width), normal(128), normal(width, 128), normal(width)
     made["gelu_mlp"] = (
         *of(lambda: fastlm.gelu_mlp(x, w1, b1, w2, b2, **triton), [x, w1, b1, w2, b2], normal(rows, width, grad=False)),
@@ -143,13 +168,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*", help="measure the operators with one of these in their name")
     parser.add_argument("--architecture", default="sm_90", help="whose launches are made")
+    parser.add_argument("--without-products", action="store_true", help="PyTorch's matrix products do nothing either")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--calls", type=int, default=100)
     parser.add_argument("--profile", action="store_true", help="print where the time of forward + backward goes")
     options = parser.parse_args()
     without_launches(options.architecture)
+    if options.without_products:
+        without_products()
     torch.set_num_threads(1)
     for name, (forward, both, eager) in cases().items():
+        if name == "linear" and options.without_products:  # nothing but a product
+            continue
         if options.words and not any(word in name for word in options.words):
             continue
         times = [f"{least(call, options.rounds, options.calls):6.1f}" if call else "     –" for call in (forward, both)]

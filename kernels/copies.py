@@ -5,7 +5,14 @@ zeros, where loads keep addresses and masks in registers. A descriptor is a kern
 encodes from an address, sizes and strides.
 """
 
+import copy
+import inspect
+import sys
+
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+MAX_ADDRESSES = 1024  # of a descriptor
 
 
 def of_heads(x, strides, tile, block):
@@ -48,3 +55,42 @@ class Moved:
 
     def __init__(self, descriptor, address):
         self.__dict__ = descriptor.__dict__ | {"base": Address(address)}
+
+
+class Descriptors(dict):
+    """By address: the same descriptor there, as a launch takes it, which keeps no tensor.
+
+    encode: what a launch takes instead of a descriptor; None for the descriptor itself. The addresses of a model's
+    tensors repeat from step to step, and encoding takes some microseconds.
+    """
+
+    def __init__(self, descriptor, encode):
+        super().__init__()
+        self.descriptor, self.encode = Moved(descriptor, 0), encode
+
+    def __missing__(self, address):
+        if len(self) >= MAX_ADDRESSES:
+            self.clear()
+        made = Moved(self.descriptor, address)
+        self[address] = made = self.encode(made) if self.encode else made
+        return made
+
+
+def encoding(binary):
+    """(what launches a compiled kernel with encoded descriptors, an iterator over the encoders of its descriptors).
+
+    Triton's launcher encodes each descriptor at each launch, and passes on what it is encoded to, its sizes and its
+    strides. Where it is not made as in Triton 3.7.1 to 3.9 this is (binary.run, nothing).
+    """
+    try:
+        kinds = binary.metadata.tensordesc_meta or ()
+        direct = copy.copy(binary.run)
+        make = sys.modules[type(direct).__module__].make_tensordesc_arg
+        direct.launch, direct.kernel_signature  # noqa: B018 (raises if one is missing)
+        direct.launch = triton.runtime.driver.active.utils.launch
+    except AttributeError:
+        return binary.run, iter(())
+    rest = [None] * (len(inspect.signature(make).parameters) - 2)  # of which tiles depend in no version
+    if not kinds or None in kinds:  # none, or the kernel takes the parts of a descriptor
+        return binary.run, iter(())
+    return direct, iter([lambda descriptor, kind=kind: make(descriptor, kind, *rest)[0] for kind in kinds])

@@ -11,37 +11,37 @@ from collections.abc import Callable
 import torch
 
 import fastlm.kernels.launch as launcher
-from fastlm.kernels.copies import Moved, TensorDescriptor
+from fastlm.kernels.copies import Descriptors, TensorDescriptor, encoding
 
 New = Callable[[tuple[int, ...]], torch.Tensor]
 MAX_PLANS = 1024  # of an operator and direction
 variant = None  # of the launch configurations: benchmarks/tune_triton.py changes them
 
 
-def layouts(tensors):
-    """What launches depend on in tensors besides their addresses; None for None."""
-    if launcher.HIP:
-        return [
-            x if x is None else (x.shape, x.stride(), x.dtype, x.untyped_storage().nbytes() < 2**31) for x in tensors
-        ]
-    return [x if x is None else (x.shape, x.stride(), x.dtype) for x in tensors]
+def described(tensors):
+    """(their addresses, 0 for None; what launches depend on in them besides).
 
-
-def addresses_of(tensors):
-    """(addresses, 0 for None; what launches depend on in these).
-
-    That is which are below an alignment of 16 bytes, and which are equal: with other equal ones another plan is needed.
+    That is layouts, which addresses are below an alignment of 16 bytes, and which are equal: with other equal ones
+    another plan is needed.
     """
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    aligned = equal = None
-    for address in addresses:
-        if address & 15:
-            aligned = tuple([address & 15 for address in addresses])
-            break
+    addresses, found, low = [], [], 0
+    for x in tensors:
+        if x is None:
+            addresses.append(0)
+            found.append(None)
+        else:
+            address = x.data_ptr()
+            addresses.append(address)
+            low |= address
+            found += x.shape, x.stride(), x.dtype
+            if launcher.HIP:
+                found.append(x.untyped_storage().nbytes() < 2**31)
+    if low & 15:
+        found.append(tuple([address & 15 for address in addresses]))
     given = len(addresses) - addresses.count(0)
-    if len(set(addresses)) < given + (given < len(addresses)):
-        equal = tuple([addresses.index(address) for address in addresses])
-    return addresses, aligned, equal
+    if len({*addresses}) < given + (given < len(addresses)):
+        found += "equal", *[addresses.index(address) for address in addresses]
+    return addresses, found
 
 
 class Plan:
@@ -63,8 +63,8 @@ class Plan:
             arguments = arguments.copy()
             for at, index, offset in places:
                 arguments[at] = addresses[index] + offset
-            for at, index, offset in copies:
-                arguments[at] = Moved(arguments[at], addresses[index] + offset)
+            for at, index, offset, descriptors in copies:
+                arguments[at] = descriptors[addresses[index] + offset]
             run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
 
@@ -99,8 +99,8 @@ class Plans(dict):
         the rest that it depends on.
         """
         device = like.device.index
-        addresses, aligned, equal = addresses_of(tensors)
-        key = variant, device, aligned, equal, *layouts(tensors), *settings
+        addresses, kinds = described(tensors)
+        key = variant, device, *settings, *kinds
         plan = self.get(key)
         if plan is None or launcher.has_launch_hooks():  # a profiler's hooks need Triton's own launches
             return self.record(key, like, tensors, compute)
@@ -151,20 +151,22 @@ class Plans(dict):
 def planned(launch, places):
     """A launch of a plan, or None if it has another tensor. places: (address, index, offset)."""
     binary, programs, arguments, constants = launch
-    values, found, copies = [*arguments, *constants], [], []
-    for at, value in enumerate(values):
+    run, encoders = encoding(binary)
+    values, found, copies = [], [], []
+    for value in (*arguments, *constants):
         descriptor = isinstance(value, TensorDescriptor)
         tensor = value.base if descriptor else value
         if not hasattr(tensor, "data_ptr"):
+            values.append(value)
             continue
         address = tensor.data_ptr()
         same = [(index, offset) for other, index, offset in places if other == address]
         if not same:
             return None
         if descriptor:
-            values[at] = Moved(value, 0)  # the plan keeps no tensor
-            copies.append((at, *same[0]))
+            copies.append((len(values), *same[0], Descriptors(value, next(encoders, None))))
+            values += [0, *value.shape, *value.strides] if run is not binary.run else [0]
         else:
-            values[at] = 0
-            found.append((at, *same[0]))
-    return binary.run, programs, binary.function, binary.packed_metadata, values, found, copies
+            found.append((len(values), *same[0]))
+            values.append(0)
+    return run, programs, binary.function, binary.packed_metadata, values, found, copies

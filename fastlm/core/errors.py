@@ -75,8 +75,12 @@ def check_storage(argument: str, x: Tensor) -> None:
     if x.numel() == 0:
         return
     given = x.untyped_storage().nbytes()
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    needed = (x.storage_offset() + last + 1) * x.itemsize
+    if x.is_contiguous():
+        extent = x.numel()
+    else:
+        strides = x.stride()
+        extent = sum(map(operator.mul, x.shape, strides)) - sum(strides) + 1
+    needed = (x.storage_offset() + extent) * x.itemsize
     if given == 0:
         raise mismatch(argument, "a tensor with storage", "one whose storage was freed")
     if given < needed:
@@ -185,6 +189,8 @@ def check_path(argument: str, value: Any) -> None:
 
 def check_probability(argument: str, p: Any) -> float:
     """The value as a float in [0, 1)."""
+    if type(p) is float and 0 <= p < 1:
+        return p
     expected = "a probability in [0, 1)"
     p = check_number(argument, p, expected)
     if not 0 <= p < 1:

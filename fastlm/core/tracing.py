@@ -11,7 +11,7 @@ def needs_custom_op(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for tensor in tensors:
-        if type(tensor) not in PLAIN_TYPES or (tensor is not None and tensor.is_meta):
+        if tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_meta):
             return True
     return False
 

@@ -14,12 +14,13 @@ ROOT = Path(__file__).parents[2]
 PYTHON = """#!/bin/sh
 case "$*" in
   *get_device_capability*) echo "$FAKE_CARDS" ;;
-  setup.py*) echo "archs $FASTLM_CUDA_ARCHS without $FASTLM_BUILD_ISAS" >> "$LOG"
-    case "$FASTLM_CUDA_ARCHS" in 75) exit 1 ;; esac ;;
+  setup.py*) echo "archs $FASTLM_CUDA_ARCHS without $FASTLM_BUILD_ISAS" >> "$LOG"; sleep "$BUILDS"
+    case "$FASTLM_CUDA_ARCHS" in 75) exit 1 ;; 76) exit 124 ;; esac ;;
   *xdist*) test -z "$XDIST" || echo "-n $XDIST"; test -n "$XDIST" ;;
-  *"-m pytest"*) trap 'touch "$LOG.interrupted"; exit 2' INT; test -z "$SLEEPS" || { sleep "$SLEEPS" & wait; };
+  *"-m pytest"*) test -z "$REAL" || exec "$REAL" -m pytest -v $WORKERS --junitxml="$LOG.xml" "$TESTED";
+    trap 'touch "$LOG.interrupted"; exit 2' INT; test -z "$SLEEPS" || { sleep "$SLEEPS" & wait; };
     echo "$*" > "$LOG.pytest"; echo "tests on $FASTLM_TEST_BACKENDS" >> "$LOG"; exit "$TESTS" ;;
-  *" bench --gpu"*) echo "measurements" >> "$LOG"; exit "$BENCH" ;;
+  *" bench --gpu"*) echo "$*" > "$LOG.bench"; echo "measurements" >> "$LOG"; exit "$BENCH" ;;
   *'print(*'*) echo "$REFUSES" ;;
   *backends*) echo ",cuda" ;;
 esac
@@ -27,6 +28,7 @@ esac
 BUILT = "archs 90 without none"
 SANITIZER = """#!/bin/sh
 printf '%s\\n' "$@" > "$LOG.$2"
+test -z "$STUCK" || exec sleep "$STUCK"
 exit "$FINDS"
 """
 
@@ -53,9 +55,12 @@ def make(tmp_path):
             "BENCH": str(bench),
             "FAKE_CARDS": cards,
             "FINDS": "0",
+            "STUCK": "",
             "REFUSES": "",
             "XDIST": "",
             "SLEEPS": "",
+            "BUILDS": "0",
+            "REAL": "",
         }
         environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **given}
         command = ["make", "-C", str(ROOT), target, f"PYTHON={python}", f"OUT={tmp_path / 'out'}", *variables]
@@ -84,7 +89,7 @@ def test_tests_and_measurements_are_targets_of_their_own(make, tmp_path):
     listing = subprocess.run(["make", "-C", str(ROOT), "-n", "gpu-test", "gpu-bench"], capture_output=True, text=True)
     limits = [int(n) for n in re.findall(r"timeout (?:-s INT )?(?:-k 20 )?(\d+)", listing.stdout)]
     bench = re.search(r"--limit (\d+)", listing.stdout)
-    assert limits == [100, 100, 380] and int(bench[1]) == 440
+    assert limits == [100, 100, 470, 470] and int(bench[1]) == 440
     for target in ("gpu-test", "gpu-bench"):
         listing = subprocess.run(["make", "-C", str(ROOT), "-n", target, "OUT=OUT"], capture_output=True, text=True)
         sanitizers = ["OUT/sanitizer-memcheck.txt", "OUT/sanitizer-racecheck.txt"] * (target == "gpu-test")
@@ -92,11 +97,45 @@ def test_tests_and_measurements_are_targets_of_their_own(make, tmp_path):
         assert len({*re.findall(r"OUT/[a-z.]+", listing.stdout), *sanitizers, *table}) <= 8
 
 
+def test_the_limits_include_the_time_of_the_build(make, tmp_path):
+    make(target="gpu-bench", BUILDS="1.1")
+    limit = re.search(r"--limit (\d+)", (tmp_path / "log.bench").read_text())
+    assert int(limit[1]) in (437, 438, 439)
+
+
 def test_tests_that_run_out_of_time_still_report(make, tmp_path):
     """pytest is interrupted, which it ends by writing its report."""
-    done, _ = make(target="gpu-test", SLEEPS="4", variables=["TEST_LIMIT=1"])
+    done, _ = make(target="gpu-test", SLEEPS="1.5", variables=["TEST_LIMIT=1"])
     assert done.returncode != 0 and "the tests: exit status 124" in done.stdout
     assert (tmp_path / "log.interrupted").exists()
+
+
+HANGS = """
+import os, signal, time
+import pytest
+
+def test_quick():
+    pass
+
+@pytest.mark.parametrize("i", range(2))
+def test_hangs(i):
+    if "PYTEST_XDIST_WORKER" in os.environ:  # as in a call of the driver, which no signal interrupts
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["", "-n 2 --dist worksteal"])
+def test_interrupted_tests_leave_a_report(workers, make, tmp_path):
+    """pytest itself writes it, even if its workers hang; and each test has a line as soon as it is over."""
+    (tmp_path / "test_it.py").write_text(HANGS)
+    given = {"REAL": sys.executable, "TESTED": str(tmp_path / "test_it.py"), "WORKERS": workers}
+    done, _ = make(target="gpu-test", variables=["TEST_LIMIT=6"], **given)
+    assert done.returncode != 0 and "the tests: exit status 124" in done.stdout, done.stdout + done.stderr
+    assert 'name="test_quick"' in (tmp_path / "log.xml").read_text()
+    lines = (tmp_path / "out" / "tests.txt").read_text().splitlines()
+    assert [line for line in lines if "test_quick" in line and "PASSED" in line]
 
 
 @pytest.mark.parametrize("xdist", ["", "7"])
@@ -122,6 +161,7 @@ def test_kernels_are_built_for_the_installed_gpus(make):
 
     assert archs(cards="80,90") == ["archs 80,90"]
     assert archs(cards="75") == ["archs 75", "archs "]  # unsupported: built for all
+    assert archs(cards="76") == ["archs 76"]  # out of time, which all would be too
     assert archs(cards="") == ["archs "]  # an AMD GPU, or none
     assert archs(cards="90", FASTLM_CUDA_ARCHS="86") == ["archs 86"]  # set by the user
 
@@ -149,8 +189,13 @@ def test_findings_of_compute_sanitizer_fail_the_target(finds, make, sanitizer):
 
 
 def test_a_sanitizer_out_of_time_fails_nothing(make):
+    """The tests beside it go on, and the next tool has its turn."""
+    done, log = make(target="gpu-test", STUCK="60", variables=["LIMIT=1", "TOOLS=memcheck"])
+    assert done.returncode == 0 and "compute-sanitizer memcheck: out of time after 1 s" in done.stdout
+    assert log == [BUILT, "tests on triton,cuda"]
     done, _ = make(target="gpu-test", FINDS="124")
-    assert done.returncode == 0 and "compute-sanitizer memcheck: out of time after 150 s" in done.stdout
+    for tool in ("memcheck", "racecheck"):
+        assert done.returncode == 0 and f"compute-sanitizer {tool}: out of time after 150 s" in done.stdout
 
 
 def test_compute_sanitizer_alone(make, sanitizer):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm.backends import isa
+from fastlm.backends import cpu, isa
 from tests.fuzz import functions, values
 
 X, W = torch.ones(3, 4), torch.ones(5, 4)
@@ -175,6 +175,27 @@ def refuse_short_storages(backends=("torch", "reference")):
                     continue
                 with pytest.raises(ValueError, match=f"^{key}: {STORAGE}"):
                     optimizer.step()
+
+
+@pytest.mark.skipif(not isa.kernels, reason=f"not compiled: {isa.missing}")
+def test_without_a_compiled_module_storages_are_checked_alike():
+    """Of tensors that fill their storage to its end, and of those for which it is short."""
+
+    def message(check):
+        try:
+            check()
+        except ValueError as error:
+            return str(error)
+
+    outcomes = []
+    for base in (torch.arange(24.0).view(2, 3, 4), torch.ones(5), torch.ones(()), torch.ones(2, 0, 3)):
+        views = [base, base.contiguous().transpose(0, -1) if base.dim() else base, base[1:] if base.dim() else base]
+        for x in (*views, *(short(x.clone()) for x in views if x.numel() for short in SHORT.values())):
+            python = message(lambda x=x: cpu.check_each_storage(("x", "none"), (x, None)))
+            compiled = message(lambda x=x: isa.kernels.check_storage(("x", "none"), (x, None)))
+            assert python == compiled, (x.shape, x.stride(), x.storage_offset())
+            outcomes.append(python is None)
+    assert 5 < sum(outcomes) < len(outcomes) - 20
 
 
 def test_a_tensor_whose_memory_does_not_hold_its_elements_is_named():

@@ -5,7 +5,7 @@ TRITON_LIBCUDA_PATH. The backend is called with CPU tensors as if they were on a
 times: through kernels/launch.py with other values of the same kinds, through it with its own values, which is a direct
 launch, a second time with the same values, and through Triton. OUT.json gets what the driver received each time, and
 what it should have received. Then whole calls are made twice: the second time they are launched by a plan
-(kernels/plan.py).
+(kernels/plan.py); and one with bulk copies on two sets of inputs in turn.
 """
 
 import ctypes
@@ -251,7 +251,8 @@ def main():
     for title, card, call in cases():  # noqa: B007
         set_architecture(setattr, card)
         call()
-    out.write_text(json.dumps({"launches": made, "repeated": repeated_calls()}))
+    repeated = repeated_calls()
+    out.write_text(json.dumps({"launches": made, "repeated": repeated, "moved": moved_calls(folder)}))
 
 
 def repeated_calls():
@@ -293,6 +294,21 @@ def repeated_calls():
         if title.split()[0] in ("attention", "layernorm_residual", "rms_norm_residual", "rotary"):
             set_architecture(setattr, card)
             calls[title]()
+    return made
+
+
+def moved_calls(folder):
+    """attention by bulk copies on two sets of inputs in turn: what the driver received and encoded."""
+    from tests.kernels.support import forward, set_architecture
+
+    set_architecture(setattr, "sm_90")
+    encoded, made = ctypes.c_int.in_dll(ctypes.CDLL(str(folder / "libcuda.so.1")), "encoded"), []
+    inputs = [[torch.zeros(1, 4, 256, 64, dtype=torch.bfloat16) for _ in range(3)] for _ in range(2)]
+    for which in (0, 0, 1, 0, 1):
+        begin, before = len(driven), encoded.value
+        forward("attention", "triton", *inputs[which], *[None] * 5, 0.125, 0.0, -(2**62), 0, 0.0, False, False)
+        copied = [x.data_ptr() for x in inputs[which][1:]]
+        made.append({"copied": copied, "driven": driven[begin:], "encoded": encoded.value - before})
     return made
 
 

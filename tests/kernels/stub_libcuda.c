@@ -87,11 +87,14 @@ CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction function, const 
   return CUDA_ERROR_NOT_SUPPORTED;
 }
 
+int encoded = 0;  // descriptors so far
+
 // A descriptor of bulk copies: the address, for the test to find it.
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  ++encoded;
   *map = (CUtensorMap){{(cuuint64_t)address}};
   return CUDA_SUCCESS;
 }

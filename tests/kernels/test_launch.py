@@ -5,7 +5,6 @@ the arguments. The driver must receive the same.
 """
 
 import collections
-import importlib.util
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.stub_driver import compile_stub
 from tests.kernels.support import kernel_modules
 from tests.support import WITH_TRITON
 
@@ -34,25 +34,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("libcuda")
-    nvidia = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia"
-    stub = [
-        "gcc",
-        "-shared",
-        "-fPIC",
-        f"-I{nvidia / 'include'}",
-        "-Wl,-soname,libcuda.so.1",
-        str(HERE / "stub_libcuda.c"),
-        "-o",
-        str(folder / "libcuda.so.1"),
-    ]
-    subprocess.run(stub, check=True)
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_LIBCUDA_PATH": str(folder),
-        "LD_LIBRARY_PATH": str(folder),
-        "TRITON_CACHE_DIR": str(folder / "cache"),  # a launcher linked with the stub must not be used on a GPU later
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path]),
-    }
+    environment = os.environ | compile_stub(folder)
     done = subprocess.run(
         [sys.executable, str(HERE / "launches.py"), str(folder / "out.json"), str(folder)],
         env=environment,
@@ -125,3 +107,13 @@ def test_a_second_call_is_launched_by_a_plan(recorded):
                     assert min(a, b) > 2**32 and workspace.setdefault(a, b) == b, call["case"]
         assert len(set(workspace.values())) == len(workspace)
     assert planned == 17
+
+
+def test_descriptors_are_encoded_once_for_each_address(recorded):
+    """By the plan, which the second call uses first; each launch receives those of its own tensors."""
+    calls = recorded["moved"]
+    assert [call["encoded"] for call in calls] == [2, 2, 2, 0, 0]
+    for call in calls:
+        first, repair = call["driven"]
+        for address in call["copied"]:  # as a pointer, and as a descriptor, which the repair has none of
+            assert first["parameters"].count(address) == 2 and repair["parameters"].count(address) == 1

@@ -13,7 +13,15 @@ import fastlm
 from fastlm.backends import triton as triton_backend
 from fastlm.ops.attention import cuda as cuda_attention
 from tests.ops.attention import qkv
-from tests.support import assert_same_bits, assert_within_twice_torch, error, floats, on_backends, outputs_and_gradients
+from tests.support import (
+    WITH_TRITON,
+    assert_same_bits,
+    assert_within_twice_torch,
+    error,
+    floats,
+    on_backends,
+    outputs_and_gradients,
+)
 
 only_triton = on_backends("triton")
 on_gpus = on_backends("triton", "cuda")
@@ -59,8 +67,23 @@ def test_the_vendors_product_and_a_pointwise_kernel(
 
 
 @only_triton
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_the_vendors_product_adds_the_bias(layout, backend, configs, architecture, monkeypatch):
+    """Its sum is rounded once, and the pointwise kernel reads it and writes the activation alone."""
+    from tests.kernels.support import forward
+
+    monkeypatch.delitem(configs.MLP, (architecture, 2), raising=False)
+    x, w1, b1, w2 = (floats(*shape).bfloat16() for shape in ((70, 40), (90, 40), (90,), (30, 90)))
+    expected = F.linear(x, w1, b1)
+    given = (w1, w2) if layout == "linear" else (w1.t().contiguous(), w2.t().contiguous())
+    _, hidden, _ = forward("gelu_mlp", backend, x, given[0], b1, given[1], None, "none", layout, 0)
+    exact = F.linear(x.double(), w1.double(), b1.double())
+    assert error(hidden, exact) <= error(expected, exact)
+
+
+@only_triton
 @pytest.mark.parametrize("n", [1, 12, 15, 16, 17, 40])
-def test_a_bias_in_pointwise_kernels_with_rows_of_any_width(n, backend, configs, architecture, monkeypatch):
+def test_pointwise_kernels_of_rows_of_any_width(n, backend, configs, architecture, monkeypatch):
     """Rows narrower than a program, as wide, and wider."""
     from fastlm.kernels import gelu_mlp
 
@@ -106,6 +129,23 @@ def test_bulk_copies_give_the_same_bits(shape, copied, settings, backend, config
         )
     assert_same_bits(*results)
     assert made and (None not in made) == copied
+
+
+@pytest.mark.skipif(not WITH_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("processors", [82, 108, 132, 304])
+@pytest.mark.parametrize("rows, width", [(65536, 768), (65536, 1600), (2**20, 256)])
+def test_the_norms_backward_fills_its_waves(rows, width, processors):
+    """One, two or four programs run on a multiprocessor at a time: the last wave is not much smaller than the others.
+
+    264 programs would be 1.2 waves of an A100, which runs 216.
+    """
+    from fastlm.kernels import residual_norm
+
+    tiles = -(-rows // residual_norm.tile(width, False)[0])
+    programs, tiles_per_program = residual_norm.partition(rows, width, False, processors)
+    assert (programs - 1) * tiles_per_program < tiles <= programs * tiles_per_program
+    for at_a_time in (processors, 2 * processors, 4 * processors):
+        assert programs / (-(-programs // at_a_time) * at_a_time) > 0.8
 
 
 @only_triton

@@ -20,6 +20,7 @@ from tests.ops.cases import CASES, case_named, float64_leaves, on_every_case
 from tests.support import BACKENDS as ALL
 from tests.support import (
     EMULATED,
+    INTERPRETED,
     as_tuple,
     assert_same_bits,
     error,
@@ -385,29 +386,31 @@ def reserved(size):
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
 
 
+@pytest.mark.parametrize("rows, apart", [(2, 2**31 + 64), (4, 2**30)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@on_backends("torch", "cpu", *(["cuda"] if EMULATED else []))  # memory of a GPU cannot be reserved like that
-def test_strides_of_more_than_two_to_the_31(dtype, backend):
-    """Rows 2³¹ elements apart, in memory that is reserved and used only where the rows are."""
-    apart, width = 2**31 + 64, 40
-    memory = torch.frombuffer(reserved((apart + width) * dtype.itemsize), dtype=dtype)
-    x = memory.as_strided((2, width), (apart, 1))
-    x.copy_(floats(2, width))
-    w, table = floats(width, width).to(dtype), [floats(1, 2, width)] * 2
+# Memory of a GPU cannot be reserved like that.
+@on_backends("torch", "cpu", *(["triton"] if INTERPRETED else []), *(["cuda"] if EMULATED else []))
+def test_offsets_of_more_than_two_to_the_31(rows, apart, dtype, backend):
+    """Strides of 64 bits, and of 32 whose multiples have 64, in memory that is reserved and used where the rows are."""
+    width = 40
+    memory = torch.frombuffer(reserved(((rows - 1) * apart + width) * dtype.itemsize), dtype=dtype)
+    x = memory.as_strided((rows, width), (apart, 1))
+    x.copy_(floats(rows, width))
+    w, table = floats(width, width).to(dtype), [floats(1, rows, width)] * 2
 
     def results(x):
         x = x.requires_grad_()
-        heads = x.view(2, 1, 1, width)
-        tokens = x.view(1, 1, 2, width)
+        heads = x.view(rows, 1, 1, width)
+        tokens = x.view(1, 1, rows, width)
         ys = (
             fastlm.linear(x, w, backend=backend),
             fastlm.linear(w, x, backend=backend),
             fastlm.layernorm_residual(x, x, w[0], backend=backend)[0],
             fastlm.rms_norm_residual(x, x, w[0], backend=backend)[0],
             fastlm.gelu_mlp(x, w, None, w, None, backend=backend),
-            fastlm.linear_cross_entropy(x, w, torch.tensor([3, 5]), backend=backend),
-            fastlm.linear_cross_entropy(w, x, torch.arange(width) % 2, backend=backend),
-            fastlm.contrastive_loss(x, w[:2], negatives=x, backend=backend),
+            fastlm.linear_cross_entropy(x, w, torch.arange(rows) + 3, backend=backend),
+            fastlm.linear_cross_entropy(w, x, torch.arange(width) % rows, backend=backend),
+            fastlm.contrastive_loss(x, w[:rows], negatives=x, backend=backend),
             fastlm.attention(tokens, tokens, tokens, backend=backend),
             fastlm.attention(heads, heads, heads, backend=backend),
             fastlm.rotary(tokens, tokens, *table, backend=backend)[0],

@@ -41,7 +41,8 @@ def sizes(call: "Forward | Backward", mask_gradient: bool) -> Sizes:
     key_len = key.shape[2]
     masked = call.mask is not None or call.key_padding is not None or lower > 1 - query_len or upper < key_len - 1
     shape = batch, heads, query_len, key_len, head_dim
-    return Sizes(*shape, False, masked, dropout, return_lse, mask_gradient, softcap)
+    # In less than two thirds of the time of a call of Sizes.
+    return Sizes._make((*shape, False, masked, dropout, return_lse, mask_gradient, softcap))
 
 
 class Forward(NamedTuple):

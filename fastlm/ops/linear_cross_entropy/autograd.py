@@ -48,7 +48,8 @@ class LinearCrossEntropy(Operator):
             for tensor in (x, weight, bias, *originals):
                 if tensor is not None and tensor.requires_grad:
                     arguments = x, weight, bias, target, token_weight, call.settings(), reduction, selected
-                    return LinearCrossEntropyFunction.apply(*arguments, *originals)
+                    apply = directly if isinstance(selected, Implementation) else LinearCrossEntropyFunction.apply
+                    return apply(*arguments, *originals)
         return reduce(self.forward(call, selected)[0], target, token_weight, call.ignore_index, reduction)
 
     def compute(
@@ -139,6 +140,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         if originals:
             return gradients[0], None, None, *none, *gradients[1:]
         return *gradients, *none
+
+
+# Without what Function.apply does in Python for torch.func transforms, which select() refuses.
+directly = super(torch.autograd.Function, LinearCrossEntropyFunction).apply
 
 
 def inputs_needed(ctx: Any) -> tuple[bool, ...]:

