@@ -124,7 +124,7 @@ def prepare(
         prompt_of(settings, corpus.tokenizer)
         if dry_run:
             given = new_model(settings, corpus, init, loaded) if init is not None or settings.lora else None
-            show_estimate(settings, corpus, given, chosen)
+            show_estimate(settings, corpus, given, chosen, out)
             return None
     inputs = {
         "data": [str(p) for p in paths],
