@@ -144,10 +144,11 @@ class PretrainedModel(nn.Module):
     def initialise(self, root: nn.Module) -> None:
         """Initialises the parameters in root as Hugging Face does.
 
-        Matrices: N(0, initializer_range²); biases: 0; norms: a scale of 1, bias 0.
+        Matrices: N(0, initializer_range²); biases: 0; norms: a scale of 1, bias 0. Matrices on the meta device are
+        left alone: for their random numbers PyTorch would import its compiler, which takes seconds.
         """
         for module in root.modules():
-            if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+            if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) and not module.weight.is_meta:
                 module.weight.normal_(0.0, self.config.initializer_range)
             if isinstance(module, (nn.Linear, Conv1D)) and module.bias is not None:
                 module.bias.zero_()

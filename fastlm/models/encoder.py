@@ -148,7 +148,9 @@ class Encoder(PretrainedModel):
         super().initialise(root)
         names = {module: name for name, module in self.named_modules()}
         for module in root.modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and (found := self.config.initial(names[module])):
+            if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
+                continue
+            if found := self.config.initial(names[module]):
                 std, bound = found
                 nn.init.trunc_normal_(module.weight, std=std, a=-bound, b=bound)
 

@@ -159,7 +159,7 @@ class GPT2PretrainedModel(PretrainedModel):
         # 2 · n_layer projections are added to the residual stream; this scale keeps its variance independent of depth.
         std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
         for module in root.modules():
-            if isinstance(module, (GPT2Attention, GPT2MLP)):
+            if isinstance(module, (GPT2Attention, GPT2MLP)) and not module.c_proj.weight.is_meta:
                 module.c_proj.weight.normal_(0.0, std)
 
 
