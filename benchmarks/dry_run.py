@@ -20,7 +20,7 @@ import typer
 
 from benchmarks.small_gpt import command, source
 
-BYTES = 400_000  # of text
+BYTES = 120_000  # of text
 VOCABULARY = 4096
 UNITS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
 SMALL = "--layers 6 --heads 6 --width 384 --context 256 --batch 8".split()
