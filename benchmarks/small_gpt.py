@@ -75,8 +75,9 @@ def is_utf8(text: bytes) -> bool:
     return True
 
 
-def command(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "fastlm.cli", *map(str, arguments)], check=True)
+def command(*arguments: object, quiet: bool = False) -> None:
+    output = subprocess.DEVNULL if quiet else None
+    subprocess.run([sys.executable, "-m", "fastlm.cli", *map(str, arguments)], check=True, stdout=output)
 
 
 if __name__ == "__main__":

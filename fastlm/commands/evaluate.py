@@ -17,6 +17,7 @@ from fastlm.models.language_model import LanguageModel
 from fastlm.training import data
 from fastlm.training.checkpoint import write_json
 from fastlm.training.data.records import is_records, records
+from fastlm.training.data.texts import characters
 from fastlm.training.evaluation import score_causal, score_masked
 from fastlm.training.settings import check_seed
 
@@ -67,13 +68,10 @@ def run(
         write_json(json, found | {"settings": about})
 
 
-def texts(files: list[Path], field: str) -> Iterator[str]:
-    """Every file, or every record of one."""
+def texts(files: list[Path], field: str) -> Iterator[str | Iterator[str]]:
+    """Every file in parts, or every record of one."""
     for file in files:
         if is_records(file):
             yield from (record.text for record in records(file, field))
-            continue
-        try:
-            yield file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as wrong:
-            raise mismatch("data", "UTF-8 text", f"{file}, invalid at byte {wrong.start}") from None
+        else:
+            yield characters(file, "UTF-8 text")

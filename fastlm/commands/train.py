@@ -28,11 +28,11 @@ from fastlm.training.data.shards import keep_only
 from fastlm.training.distributed import Group, is_several, process_count, restarts
 from fastlm.training.flops import flops_of_step
 from fastlm.training.loop import Result, train
-from fastlm.training.models import build, load, objective_of
+from fastlm.training.models import build, load, objective_of, set_recompute
 from fastlm.training.parallel import check_parallel
 from fastlm.training.report import Report, Reports
 from fastlm.training.run import Run
-from fastlm.training.settings import TOKENIZERS, Settings
+from fastlm.training.settings import TOKENIZERS, WHOLE_LAYERS, Settings
 
 DEFAULT_TOKENIZER = "byte"
 TOKENS = "tokens"  # the directory in that of a run
@@ -57,7 +57,7 @@ def run(
         return
     with set_up_several(device, threads) as (group, chosen), contextlib.ExitStack() as stack:
         with group.first():
-            check_parallel(settings.parallel, group, batch=settings.batch, lora=settings.lora)
+            check_parallel(group, batch=settings.batch)
             if dry_run and group.size > 1:
                 raise mismatch("dry_run", "one process", group.size)
             prepared = prepare(settings, sources, out, overwrite, dry_run, group, chosen)
@@ -124,7 +124,7 @@ def prepare(
         prompt_of(settings, corpus.tokenizer)
         if dry_run:
             given = new_model(settings, corpus, init, loaded) if init is not None or settings.lora else None
-            show_estimate(settings, corpus, given, chosen)
+            show_estimate(settings, corpus, given, chosen, out)
             return None
     inputs = {
         "data": [str(p) for p in paths],
@@ -156,7 +156,7 @@ def resume(out: Path, *, device: str | None, threads: int | None, parallel: str 
         saved: Saved | None = None
         damages: list[str] = []
         with group.first():
-            check_parallel(settings.parallel, group, batch=settings.batch, lora=settings.lora)
+            check_parallel(group, batch=settings.batch)
             if group.rank == 0:
                 stack.enter_context(locked_run(out))
                 saved, damages = newest(out)
@@ -180,7 +180,7 @@ def resume(out: Path, *, device: str | None, threads: int | None, parallel: str 
                 model.load_training_state(saved.tensors())
         else:
             model = load_model(saved.folder, dtype=torch.float32)
-            model.recompute = settings.recompute
+            set_recompute(model, settings.recompute)
         say(f"resumed after {quantity(saved.step if saved else 0, 'step')} of {settings.steps:,}")
         with how_to_go_on(out):
             train_and_save(out, started, corpus, model, chosen, source=source, group=group, start=saved)
@@ -217,7 +217,10 @@ def new_model(settings: Settings, corpus: data.Corpus, init: Path | None, loaded
         from fastlm.integrations.lora import LoraModel
     transformers.utils.logging.disable_progress_bar()  # for the few seconds of loading
     alpha = 2 * settings.lora if settings.lora_alpha is None else settings.lora_alpha
-    return LoraModel(init, rank=settings.lora, alpha=alpha, dropout=settings.dropout, seed=settings.seed)
+    model = LoraModel(init, rank=settings.lora, alpha=alpha, dropout=settings.dropout, seed=settings.seed)
+    if settings.recompute == WHOLE_LAYERS:
+        model.gradient_checkpointing_enable()
+    return model
 
 
 @contextlib.contextmanager
@@ -305,7 +308,7 @@ def train_and_save(
     early = "stopped early after" if result.stopped_early else "trained for"
     ended = "interrupted after" if result.interrupted else early
     if settings.lora:
-        model.save_adapter(out / ADAPTER)
+        model.save_adapter(out / ADAPTER, result.state)
     interrupts.ignore()
     if result.skipped:
         say(f"skipped {quantity(len(result.skipped), 'step')}; {metrics.FILE} has the reasons")

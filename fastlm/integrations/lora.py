@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastlm.core.copies import copied_with, without_data
 from fastlm.core.errors import mismatch
 from fastlm.integrations.api import accelerate
 from fastlm.models import load_model
@@ -65,8 +66,7 @@ class LoraModel(nn.Module):
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             self.adapted = accelerate(peft.get_peft_model(base, config))
-        self.base = [base]  # not a submodule: it is one of self.adapted
-        self.own = [own]
+        self.own = [own]  # not a submodule: its weights are those of self.adapted
         self.config = own.config
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
@@ -86,6 +86,13 @@ class LoraModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def gradient_checkpointing_enable(self) -> None:
+        """As PretrainedModel.gradient_checkpointing_enable."""
+        adapted: Any = self.adapted
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the newer name first
+        enable = next(getattr(adapted, name) for name in names if hasattr(adapted, name))
+        enable({"use_reentrant": False})
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.own[0].parameters()) + sum(p.numel() for p in self.adapters().values())
@@ -109,27 +116,37 @@ class LoraModel(nn.Module):
     @torch.no_grad()
     def merged(self, adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of the model with adapters in its weights."""
-        own = self.own[0]
-        weights = dict(self.base[0].named_parameters(remove_duplicate=False))
-        # transformers' names have base_layer where there is an adapter.
-        state = {name: weights[base_name(name, weights)].detach() for name in own.state_dict()}
+        state: dict[str, Tensor] = dict(self.own[0].state_dict())
         for name, layer in self.adapted.named_modules():
             if not isinstance(layer, peft.tuners.lora.LoraLayer) or not layer.lora_A:
                 continue
-            a, b = (adapters[f"{name}.lora_{x}.default.weight"].float() for x in "AB")
-            delta = layer.scaling["default"] * (b @ a)
             target = name.removeprefix("base_model.model.") + ".weight"
             weight = state[target]
-            state[target] = weight + (delta.t() if self.transposed else delta).to(weight.device)
+            a, b = (adapters[f"{name}.lora_{x}.default.weight"].to(weight.device, torch.float32) for x in "AB")
+            delta = layer.scaling["default"] * (b @ a)
+            state[target] = weight + (delta.t() if self.transposed else delta)
         return state
+
+    def merged_model(self, adapters: Mapping[str, Tensor], device: torch.device) -> LanguageModel | EncoderForMaskedLM:
+        """The model of fastlm with adapters in its weights, on a device."""
+        state = self.merged(adapters)
+        model: LanguageModel | EncoderForMaskedLM = copied_with(self.own[0], lambda name, p: state[name].to(device))
+        return model.to(device)
+
+    def forget_base(self) -> None:
+        """Frees the weights without the adapters, as far as `adapted` does not have them. They cannot be merged then.
+
+        For the processes that have parts of them and do not write the model.
+        """
+        self.own[0] = without_data(self.own[0])
 
     def write_files(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """Writes the model with the adapters merged, as PretrainedModel.write_files. state: a copy of state_dict()."""
         self.own[0].write_files(folder, self.merged(self.state_dict() if state is None else state))
 
-    def save_adapter(self, folder: Path) -> None:
-        """Writes the adapters alone in PEFT's format."""
-        self.adapted.save_pretrained(str(folder))
+    def save_adapter(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes the adapters alone in PEFT's format. state: as for write_files."""
+        self.adapted.save_pretrained(str(folder), state_dict=self.state_dict() if state is None else state)
 
     def generate(
         self, input_ids: Tensor, *, max_new_tokens: int, temperature: float, eos_token_id: Any, seed: int
@@ -153,8 +170,3 @@ class LoraModel(nn.Module):
         finally:
             self.train(training)
         return found
-
-
-def base_name(name: str, weights: Mapping[str, Any]) -> str:
-    owner, _, attribute = name.rpartition(".")
-    return name if name in weights else f"{owner}.base_layer.{attribute}"

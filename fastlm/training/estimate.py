@@ -1,4 +1,4 @@
-"""What a run takes on this machine, from a few steps of it: `fastlm train --dry-run`.
+"""What the parts of a run take on this machine, from a few steps of it: `fastlm train --dry-run`.
 
 A model that fits into memory is measured as a whole. Of a larger one, models of one and two layers are: time and memory
 are linear in the number of layers.
@@ -7,6 +7,7 @@ are linear in the number of layers.
 import dataclasses
 import itertools
 import os
+import re
 import statistics
 import sys
 import time
@@ -18,33 +19,53 @@ import torch
 from torch import Tensor
 
 from fastlm.models.base import PretrainedModel
+from fastlm.models.layers import RECOMPUTE
 from fastlm.training.average import Average
-from fastlm.training.batches import training_batch
+from fastlm.training.batches import evaluation_batches, training_batch
 from fastlm.training.data import Corpus
 from fastlm.training.models import objective_of
-from fastlm.training.settings import Settings
+from fastlm.training.settings import WHOLE_LAYERS, Settings
 from fastlm.training.trainer import Loss, Trainer
 
 SECONDS = 4.0  # of the measurement of a part of a step
+EVALUATING = 1.0  # seconds of that of an evaluation
 LONG = 15.0  # seconds of a first repetition that is not repeated
 SPARE = 0.85  # fraction of the available memory that a measured model may take
-BYTES = 4 * 4 + 3 * 4  # per parameter: weight, gradient, two moments; the copy of which a checkpoint is written
-AVERAGE_BYTES = 2 * 4  # the averaged weight, and its copy
+# Bytes per parameter.
+TRAINED = 4 * 4  # weight, gradient, two moments
+AVERAGED = 4
+STORED = 3 * 4  # weight and moments, in a checkpoint and in the copy that it is written from
 
 Build = Callable[[Settings], PretrainedModel]
 
 
 @dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Of the parts of a run."""
+
+    start: float  # of what the first step needs, the model itself excepted
+    step: float
+    evaluation: float  # of the losses of training and validation text
+    copy: float  # of what a checkpoint is written from
+
+    def extended(self, two: "Seconds", layers: int) -> "Seconds":
+        """Those of a model with more layers; self, two: of one and of two layers."""
+        ones, twos = dataclasses.astuple(self), dataclasses.astuple(two)
+        return Seconds(*(linear(a, b, layers) for a, b in zip(ones, twos, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     parameters: int
-    seconds: float  # per step
+    seconds: Seconds
     memory: int  # bytes at the peak
     available: int  # bytes
+    stored: int  # bytes of a checkpoint
     measured: bool  # the whole model; otherwise one and two of its layers
 
 
 def estimate(settings: Settings, corpus: Corpus, make: Build, device: torch.device) -> Estimate:
-    """Measures parts of a step of a new model.
+    """Measures parts of a run of a new model.
 
     Args:
         make: a model for settings that may have fewer layers.
@@ -53,16 +74,20 @@ def estimate(settings: Settings, corpus: Corpus, make: Build, device: torch.devi
         parameters = make_on(make, settings, torch.device("meta")).num_parameters()
     memory, available = needed(settings, corpus, make, device, parameters), available_memory(device)
     if settings.layers <= 2 or memory <= SPARE * available:
-        seconds, peak = measure(settings, corpus, make(settings).to(device))
-        return Estimate(parameters, seconds, peak, available, measured=True)
+        return estimate_of(settings, corpus, make(settings), device)
     one, two = (measure(few(settings, n), corpus, make(few(settings, n)).to(device))[0] for n in (1, 2))
-    return Estimate(parameters, linear(one, two, settings.layers), memory, available, measured=False)
+    stored = parameters * stored_per_parameter(settings)
+    return Estimate(parameters, one.extended(two, settings.layers), memory, available, stored, measured=False)
 
 
-def estimate_of(settings: Settings, corpus: Corpus, model: Any, loss: Loss, device: torch.device) -> Estimate:
-    """Measures parts of a step of a model that is in memory. loss: as that of a Trainer."""
-    seconds, peak = measure(settings, corpus, model.to(device), loss)
-    return Estimate(model.num_parameters(), seconds, peak, available_memory(device), measured=True)
+def estimate_of(
+    settings: Settings, corpus: Corpus, model: Any, device: torch.device, loss: Loss | None = None
+) -> Estimate:
+    """Measures parts of a run of a model that is in memory. loss: as that of `measure`."""
+    seconds, stored = measure(settings, corpus, model.to(device), loss)
+    return Estimate(
+        model.num_parameters(), seconds, peak_memory(device), available_memory(device), stored, measured=True
+    )
 
 
 def make_on(make: Build, settings: Settings, device: torch.device) -> PretrainedModel:
@@ -81,9 +106,19 @@ def linear(one: float, two: float, layers: int) -> float:
 
 def needed(settings: Settings, corpus: Corpus, make: Build, device: torch.device, parameters: int) -> int:
     """The memory at the peak: weights and what belongs to them, and what the forward pass saves."""
-    one, two = (saved_bytes(few(settings, n), corpus, make(few(settings, n)).to(device)) for n in (1, 2))
-    per_parameter = BYTES + AVERAGE_BYTES * bool(settings.ema)
-    return int(resident() + parameters * per_parameter + linear(one, two, settings.layers))
+    if settings.recompute == WHOLE_LAYERS:  # of one layer at a time, and the input and the residual sum of each
+        one = saved_bytes(dataclasses.replace(few(settings, 1), recompute=RECOMPUTE), corpus, make, device)
+        two = one + 2 * settings.at_once * settings.context * settings.width * 4
+    else:
+        one, two = (saved_bytes(few(settings, n), corpus, make, device) for n in (1, 2))
+    per_parameter = TRAINED + AVERAGED * bool(settings.ema)
+    if device.type == "cpu":
+        per_parameter += stored_per_parameter(settings)
+    return int(memory_in_use(device) + parameters * per_parameter + linear(one, two, settings.layers))
+
+
+def stored_per_parameter(settings: Settings) -> int:
+    return STORED + AVERAGED * bool(settings.ema)
 
 
 def batches(settings: Settings, corpus: Corpus, sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -92,8 +127,9 @@ def batches(settings: Settings, corpus: Corpus, sequences: int) -> Iterator[tupl
         yield training_batch(corpus.train, settings, objective, step, places)
 
 
-def saved_bytes(settings: Settings, corpus: Corpus, model: PretrainedModel) -> int:
+def saved_bytes(settings: Settings, corpus: Corpus, make: Build, device: torch.device) -> int:
     """Bytes of the tensors that a forward pass saves for the backward pass, without parameters."""
+    model = make(settings).to(device)
     sizes: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -112,13 +148,16 @@ def saved_bytes(settings: Settings, corpus: Corpus, model: PretrainedModel) -> i
     return total
 
 
-def measure(settings: Settings, corpus: Corpus, model: Any, loss: Loss | None = None) -> tuple[float, int]:
-    """(seconds of a step, bytes of memory at the peak). loss: None: that of the objective."""
-    trainer = Trainer(model.train(), settings, loss or objective_of(settings, corpus.tokenizer).loss)
+def measure(settings: Settings, corpus: Corpus, model: Any, loss: Loss | None = None) -> tuple[Seconds, int]:
+    """(seconds, bytes of a checkpoint). loss: None: that of the objective."""
+    began = time.perf_counter()
+    objective = objective_of(settings, corpus.tokenizer)
+    trainer = Trainer(model.train(), settings, loss or objective.loss)
     average = Average(trainer.parallel, settings.ema) if settings.ema else None
+    pairs = [list(evaluation_batches(tokens, settings, objective)) for tokens in (corpus.train, corpus.validation)]
     trained = [p for p in model.parameters() if p.requires_grad]
-    copies = [x.detach().clone() for x in (*trained, *trainer.state().values())]  # of a checkpoint
-    copies += [x.clone() for x in average.values] if average else []
+    state = [*trained, *trainer.state().values(), *(average.values if average else ())]
+    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda) for x in state]
     count, rest = divmod(settings.batch, settings.at_once)
     data, last = batches(settings, corpus, settings.at_once), batches(settings, corpus, rest)
 
@@ -133,6 +172,15 @@ def measure(settings: Settings, corpus: Corpus, model: Any, loss: Loss | None = 
         if average is not None:
             average.update()
 
+    def evaluation() -> float:  # of a part
+        return trainer.evaluate(pairs[0][:1])
+
+    def copy() -> None:
+        for x, value in zip(copies, state, strict=True):
+            x.copy_(value.detach())
+
+    copy()  # as the loop does
+    start = time.perf_counter() - began
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0  # so that the weights stay finite
     if settings.batch == settings.at_once:  # as the loop runs it
@@ -147,12 +195,18 @@ def measure(settings: Settings, corpus: Corpus, model: Any, loss: Loss | None = 
         seconds = count * timed(micro_batch, trainer.device) + timed(update, trainer.device)
         if rest:
             seconds += timed(last_micro_batch, trainer.device)
-    del copies
-    return seconds, peak_memory(trainer.device)
+    parts = sum(len(inputs) for some in pairs for inputs, _ in some) / len(pairs[0][0][0])
+    evaluating = parts * timed(evaluation, trainer.device, EVALUATING)
+    copying = timed(copy, trainer.device, EVALUATING)
+    return Seconds(start, seconds, evaluating, copying), sum(x.nbytes for x in copies)
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """The median number of seconds of a call, without the first one, which allocates memory, unless that is long."""
+def timed(call: Callable[[], Any], device: torch.device, total: float | None = None) -> float:
+    """The median number of seconds of a call, without the first one, which allocates memory, unless that is long.
+
+    total: seconds of all calls; None: SECONDS.
+    """
+    total = SECONDS if total is None else total
 
     def seconds() -> float:
         began = time.perf_counter()
@@ -165,7 +219,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     if first > LONG:
         return first
     times: list[float] = []
-    while not times or sum(times) < SECONDS:
+    while not times or sum(times) < total:
         times.append(seconds())
     return statistics.median(times)
 
@@ -174,6 +228,9 @@ def peak_memory(device: torch.device) -> int:
     """Of this process, in bytes; on a GPU, of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists() and (line := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(line[1]) * 1024  # ru_maxrss may be that of the process that started this one
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,12 +15,14 @@ from fastlm.core.errors import mismatch
 from fastlm.models.encoder import EncoderForMaskedLM
 from fastlm.models.language_model import LanguageModel
 from fastlm.training.data.order import draws
+from fastlm.training.data.streams import Piece, token_ids
 from fastlm.training.objectives import IGNORED, MaskedToken, NextToken
 from fastlm.training.settings import check_integer
 from fastlm.training.tokenizers import special_ids, vocabulary_size
 
 TOKENS_AT_ONCE = 4096  # of a forward pass
 
+Text = str | Iterable[str]  # as a whole or in parts, of which one at a time is in memory
 Window = tuple[Tensor, Tensor]  # inputs and targets of a sequence, (tokens,)
 Progress = Callable[[int], None]  # called with the number of tokens that a forward pass read
 
@@ -87,7 +89,7 @@ class MaskedScore:
 def score_causal(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    texts: Iterable[str],
+    texts: Iterable[Text],
     *,
     context: int | None = None,
     stride: int | None = None,
@@ -108,11 +110,20 @@ def score_causal(
     score, vocabulary = CausalScore(), model.config.vocab_size
 
     def windows() -> Iterator[Window]:
+        def counted(parts: Iterable[str]) -> Iterator[str]:
+            for part in parts:
+                score.bytes += len(part.encode())
+                yield part
+
+        def with_first(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+            if (first := next(pieces, None)) is not None:
+                score.first_nats += math.log(vocabulary)
+                yield first
+                yield from pieces
+
         for text in texts:
-            score.bytes += len(text.encode())
-            ids = encoded(tokenizer, text, vocabulary)
-            score.first_nats += math.log(vocabulary) * bool(len(ids))
-            yield from sliding_windows(ids, context, stride)
+            pieces = encoded(tokenizer, counted(parts_of(text)), vocabulary)
+            yield from sliding_windows(with_first(pieces), context, stride)
 
     with evaluating(model):
         for inputs, targets in batched(windows(), max(1, TOKENS_AT_ONCE // context)):
@@ -126,15 +137,22 @@ def score_causal(
     return score
 
 
-def sliding_windows(ids: Tensor, context: int, stride: int) -> Iterator[Window]:
-    """Every token but the first is a target once."""
-    last = max(0, len(ids) - 1 - context)  # the start of the last window, so that it is a whole one
-    done = 0  # number of targets so far
-    while done < len(ids) - 1:
-        start = min(last, 0 if done == 0 else done + stride - context)
-        targets = ids[start + 1 : start + 1 + context].clone()
+def sliding_windows(pieces: Iterable[Tensor], context: int, stride: int) -> Iterator[Window]:
+    """Every token but the first is a target once. pieces: the ids of a text; those of one window are kept."""
+    rest, ids, begin = iter(pieces), torch.empty(0, dtype=torch.int64), 0  # begin: of ids in the text
+    start = done = 0  # done: number of targets so far
+    while True:
+        ids, begin = ids[start - begin :], start
+        start = 0 if done == 0 else done + stride - context
+        while begin + len(ids) <= start + context and (piece := next(rest, None)) is not None:
+            ids = torch.cat([ids, piece])
+        length = begin + len(ids)  # of the text, if it ends in this window
+        start = max(0, min(start, length - 1 - context))  # so that the last window is a whole one
+        targets = ids[start + 1 - begin :][:context].clone()
+        if start + len(targets) <= done:
+            return
         targets[: done - start] = IGNORED
-        yield ids[start : start + context][: len(targets)], targets
+        yield ids[start - begin :][: len(targets)], targets
         done = start + len(targets)
 
 
@@ -143,7 +161,7 @@ def score_masked(
     model: EncoderForMaskedLM,
     tokenizer: Tokenizer,
     mask_token: int | None,
-    texts: Iterable[str],
+    texts: Iterable[Text],
     *,
     context: int | None = None,
     seed: int = 0,
@@ -166,7 +184,7 @@ def score_masked(
     def windows() -> Iterator[Window]:
         number = 0
         for text in texts:
-            for ids in encoded(tokenizer, text, model.config.vocab_size).split(body):
+            for ids in cut(encoded(tokenizer, parts_of(text), model.config.vocab_size), body):
                 random = draws(seed, number, range(1), len(ids))
                 number += 1
                 inputs, targets = (x[0] for x in objective.pairs(F.pad(ids, (0, 1))[None], random))
@@ -194,15 +212,34 @@ def check_at_most(name: str, value: int, largest: int, what: str) -> None:
         raise mismatch(name, f"at most {largest}, {what}", value)
 
 
-def encoded(tokenizer: Tokenizer, text: str, vocabulary: int) -> Tensor:
-    """Token ids without special tokens."""
-    try:
-        ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
-    except Exception as error:  # the library raises plain Exception for a character outside the vocabulary
-        raise mismatch("data", "characters of the tokenizer's vocabulary", f"{text[:40]!r} ({error})") from None
-    if len(ids) and int(ids.max()) >= vocabulary:
-        raise mismatch("tokenizer", f"ids below {vocabulary}, the vocabulary of the model", int(ids.max()))
-    return ids
+def parts_of(text: Text) -> Iterable[str]:
+    return [text] if isinstance(text, str) else text
+
+
+def encoded(tokenizer: Tokenizer, parts: Iterable[str], vocabulary: int) -> Iterator[Tensor]:
+    """Token ids of a text without special tokens, in pieces that are not empty."""
+
+    def encode(text: str) -> Piece:
+        try:
+            found = tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception for a character outside the vocabulary
+            raise mismatch("data", "characters of the tokenizer's vocabulary", f"{text[:40]!r} ({error})") from None
+        return Piece(found.ids, found.offsets)
+
+    for ids in token_ids(encode, parts):
+        if ids and max(ids) >= vocabulary:
+            raise mismatch("tokenizer", f"ids below {vocabulary}, the vocabulary of the model", max(ids))
+        if ids:
+            yield torch.tensor(ids, dtype=torch.int64)
+
+
+def cut(pieces: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The ids of a text, `size` at a time; of an empty text once none."""
+    left = torch.empty(0, dtype=torch.int64)
+    for piece in pieces:
+        *whole, left = torch.cat([left, piece]).split(size)
+        yield from whole
+    yield left
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -94,7 +94,7 @@ def train(
     """
     check_length(corpus, settings.context)
     group = group or Group.current()
-    check_parallel(settings.parallel, group, batch=settings.batch)
+    check_parallel(group, batch=settings.batch)
     report = Report() if report is None or group.rank else report
     objective = objective_of(settings, corpus.tokenizer)
     model = build(settings, corpus.tokenizer).to(choose_device()) if model is None else model

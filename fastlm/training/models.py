@@ -21,7 +21,7 @@ from fastlm.models import (
 from fastlm.models.encoder import EncoderForMaskedLM
 from fastlm.models.language_model import LanguageModel
 from fastlm.training.objectives import MaskedToken, NextToken
-from fastlm.training.settings import Settings
+from fastlm.training.settings import WHOLE_LAYERS, Settings
 from fastlm.training.tokenizers import (
     MASKS,
     PADS,
@@ -68,7 +68,7 @@ def load(directory: Path, settings: Settings, tokenizer: Tokenizer) -> LanguageM
     if (size := vocabulary_size(tokenizer)) > model.config.vocab_size:
         expected = f"a tokenizer of at most {model.config.vocab_size} tokens, the model's vocabulary"
         raise mismatch("init", expected, f"{size} in {directory}")
-    model.recompute = settings.recompute
+    set_recompute(model, settings.recompute)
     return model
 
 
@@ -84,8 +84,16 @@ def build(
     """
     architecture = settings.architecture or ("gpt2" if settings.objective == "next-token" else "bert")
     model: GPT2LMHeadModel | BertForMaskedLM | CausalLM = BUILDERS[architecture](settings, tokenizer, end_of_text)
-    model.recompute = settings.recompute
+    set_recompute(model, settings.recompute)
     return model
+
+
+def set_recompute(model: Any, level: int) -> None:
+    """level: settings.recompute."""
+    if level == WHOLE_LAYERS:
+        model.gradient_checkpointing_enable()
+    else:
+        model.recompute = level
 
 
 def build_gpt2(settings: Settings, tokenizer: Tokenizer, end_of_text: int | None = None) -> GPT2LMHeadModel:

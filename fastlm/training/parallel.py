@@ -75,8 +75,6 @@ def fill(x: Any, value: Tensor) -> None:
     local.copy_(local_of(value))
 
 
-def check_parallel(kind: str, group: Group, *, batch: int, lora: int = 0) -> None:
+def check_parallel(group: Group, *, batch: int) -> None:
     if batch < group.size:
         raise mismatch("batch", f"at least {group.size}, the number of processes", batch)
-    if lora and kind == "fsdp" and group.size > 1:
-        raise mismatch("parallel", "ddp with lora", kind)

@@ -16,6 +16,8 @@ TOKENIZERS = ("byte", "char")
 DOCUMENTS = ("stream", "packed")
 PARALLEL = ("ddp", "fsdp")
 DTYPES = ("float32", "bfloat16", "float16")
+WHOLE_LAYERS = 3  # of recompute
+RECOMPUTED = (*RECOMPUTE_LEVELS, WHOLE_LAYERS)
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Panels of the options.
 DATA, MODEL, OPTIMISER = "Data", "Model", "Optimiser"
@@ -128,9 +130,10 @@ class Settings:
     prompt: str = option("\n", "The text that the samples continue.", WATCHING, "TEXT")
     recompute: int = option(
         RECOMPUTE,
-        "What backward recomputes to save memory: 0 nothing, 1 the GELU, 2 also the product before it.",
+        "What backward recomputes to save memory: 0 nothing, 1 the GELU, 2 also the product before it, 3 the layers. "
+        "With --lora 1 or 3.",
         MACHINE,
-        "0|1|2",
+        "|".join(map(str, RECOMPUTED)),
     )
     checkpoint_every: int = option(
         250, "Number of steps between checkpoints; 0: one at the end or on a signal only.", CHECKPOINTS
@@ -147,7 +150,9 @@ class Settings:
         object.__setattr__(self, "dtype", check_dtype("dtype", self.dtype, DTYPES))  # the class is frozen
         check_one_of("parallel", self.parallel, PARALLEL)
         check_one_of("schedule", self.schedule, SCHEDULES)
-        check_one_of("recompute", self.recompute, RECOMPUTE_LEVELS)
+        check_one_of("recompute", self.recompute, RECOMPUTED)
+        if self.lora and self.recompute not in (RECOMPUTE, WHOLE_LAYERS):
+            raise mismatch("recompute", f"{RECOMPUTE} or {WHOLE_LAYERS} with lora", self.recompute)
         for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every", "keep", "max_skipped"):
             check_integer(name, getattr(self, name), 1)
         for name in ("warmup", "checkpoint_every", "patience", "sample_every", "lora"):

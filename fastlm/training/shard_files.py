@@ -1,20 +1,46 @@
-"""Files of torch.distributed.checkpoint, which any number of processes reads: each writes its part of the tensors."""
+"""Files of torch.distributed.checkpoint (DCP): each process writes its part of the tensors, any number of them reads.
+
+Their index is a pickle. DCP would run the code in it; here it is read by an unpickler that knows the classes of the
+index and no other.
+"""
 
 import contextlib
+import enum
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from fastlm.core.errors import mismatch
 from fastlm.training.distributed import Group
 from fastlm.training.sharded import sharded_like
+
+INDEX = ".metadata"
+# What an index consists of, besides dtypes and paths.
+INDEX_CLASSES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},  # a layout by its name
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}  # a checkpoint is read on any system
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], group: Group) -> None:
@@ -40,12 +66,12 @@ def read(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors in main memory; of those that are sharded in `wanted`, the part of this process.
 
     Raises:
-        ValueError: the files are damaged.
+        ValueError: the files are damaged, or the index has anything but the places of tensors.
     """
-    reader = dcp.FileSystemReader(folder)
+    reader = Reader(folder)
+    stored = reader.read_metadata().state_dict_metadata
     try:
-        stored = reader.read_metadata().state_dict_metadata
-        tensors = {
+        tensors = {  # tensors alone: DCP would run the code in any other entry
             name: empty(wanted.get(name), x.size, x.properties.dtype)
             for name, x in stored.items()
             if isinstance(x, TensorStorageMetadata)
@@ -55,6 +81,58 @@ def read(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     except Exception as failure:  # damaged files raise many types of error
         raise mismatch("resume", f"a checkpoint in {folder}", f"damaged files ({failure})") from None
     return tensors
+
+
+class Reader(dcp.FileSystemReader):
+    """DCP's, with an index that is read without running code."""
+
+    def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
+        index = read_index(Path(self.path))
+        index.storage_meta = index.storage_meta or StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
+
+
+def read_index(folder: Path) -> Metadata:
+    """Raises ValueError, with the name of the file, if it is damaged or has any other object than an index has."""
+    path = folder / INDEX
+    try:
+        with path.open("rb") as file:
+            index = IndexUnpickler(file).load()
+        if not isinstance(index, Metadata):
+            raise Refused(type(index).__qualname__)
+        for place in index.storage_data.values():
+            if PurePath(place.relative_path).name != place.relative_path:
+                raise Refused(f"file {place.relative_path!r}")
+    except Refused as refused:
+        expected = f"in {path} the places of tensors and nothing else, as code in a checkpoint is never run"
+        raise mismatch("resume", expected, f"the {refused}") from None
+    except Exception as failure:  # damaged pickles raise many types of error
+        raise mismatch("resume", f"a checkpoint in {folder}", f"a damaged file {path} ({failure})") from None
+    return index
+
+
+class Refused(Exception):
+    """What an index should not have."""
+
+
+class IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local") and name in PATHS:
+            return PATHS[name]
+        if (module, name) == ("builtins", "getattr"):  # as some versions of Python pickle a member of an Enum
+            return member
+        if name in INDEX_CLASSES.get(module, ()) or (
+            module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise Refused(f"Python object {module}.{name}")
+
+
+def member(kind: Any, name: str) -> Any:
+    if not isinstance(kind, enum.EnumMeta):
+        raise Refused(f"attribute {name}")
+    return kind[name]
 
 
 def empty(like: Tensor | None, size: torch.Size, dtype: torch.dtype) -> Tensor:

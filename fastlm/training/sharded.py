@@ -1,10 +1,9 @@
 """A model of which each process has a part (FSDP2)."""
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from fastlm.core.copies import without_data
 from fastlm.training.distributed import Group
 from fastlm.training.whole import Loss, Objective, Whole, is_sharded, layers_of
 
@@ -21,6 +21,9 @@ class Sharded(Whole):
 
     The parameters of a layer are gathered for its forward and again for its backward pass. The model may be on the CPU:
     each layer is cut before the next one is copied to the device.
+
+    A model of which a part only is in its state dict (LoraModel) has merged_model(), which makes the whole model from
+    it, and forget_base(), which frees what merged_model() and write_files() need.
     """
 
     sharded = True
@@ -28,7 +31,11 @@ class Sharded(Whole):
     def __init__(self, model: nn.Module, loss: Loss, group: Group, device: torch.device):
         self.group, self.factor = group, group.size  # FSDP divides by the number of processes
         self.device = device
-        self.copied = without_data(model)
+        self.merged_model: Any = getattr(model, "merged_model", None)
+        if self.merged_model is None:
+            self.copied = without_data(model)
+        elif group.rank:
+            cast(Any, model).forget_base()
         mesh = mesh_of(self.device.type, group.size)
         mesh_of("cpu", group.size)  # of the copies for checkpoints, made in all processes at the same time
         for layer in layers_of(model):
@@ -82,20 +89,14 @@ class Sharded(Whole):
         if self.group.rank:
             yield None
             return
+        if self.merged_model is not None:
+            yield self.merged_model(state, self.device)
+            return
         self.copied.load_state_dict({name: x.to(self.device) for name, x in state.items()}, assign=True)
         try:
             yield self.copied
         finally:
             self.copied = without_data(self.copied)
-
-
-def without_data(model: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters have no memory."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in model.parameters()
-    }
-    return copy.deepcopy(model, memo)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file
 
 from fastlm.models import CausalLM, LlamaConfig, load_model
 from fastlm.training.checkpoints import saved_in
@@ -162,9 +163,17 @@ def test_adapters(tmp_path):
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000010")
     output = processes.run(1, "-m", "fastlm.cli", "train", "--resume", "two", cwd=tmp_path)[0][1]
     assert "resumed after 8 steps of 10\n" in output
-    with processes.started(2, *given, "--parallel", "fsdp", "--out", "three", cwd=tmp_path) as running:
-        results = processes.finished(running)
-    assert [errors for *_, errors in results] == ["error: parallel: expected ddp with lora, got fsdp\n", ""]
+    sampled = [*given, "--parallel", "fsdp", "--sample-every", 5, "--out", "three"]
+    assert "step 5: sample " in processes.run(2, *sampled, cwd=tmp_path)[0][1]
+    one, three = (load_model(tmp_path / out).state_dict() for out in ("one", "three"))
+    for name, x in three.items():
+        torch.testing.assert_close(x, one[name], rtol=0, atol=1e-4)
+    one, three = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("one", "three"))
+    for name, x in three.items():
+        torch.testing.assert_close(x, one[name], rtol=0, atol=1e-4)
+    shutil.rmtree(tmp_path / "three" / "checkpoints" / "step-00000010")
+    output = processes.run(1, "-m", "fastlm.cli", "train", "--resume", "three", cwd=tmp_path)[0][1]
+    assert "resumed after 8 steps of 10\n" in output
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from fastlm.models import (
     RobertaConfig,
     load_model,
 )
+from fastlm.training import estimate
 from tests.commands.support import TEXT, TINY, assert_same_run, fastlm_command, process, run
 
 
@@ -404,12 +405,18 @@ def test_train_adapters(decoder, text_file, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "out" / "adapter"))
 
 
-def test_adapters_on_packed_documents_and_their_estimate(decoder, text_file, tmp_path):
+def test_adapters_on_packed_documents_and_their_estimate(decoder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "SECONDS", 0.01)
+    monkeypatch.setattr(estimate, "EVALUATING", 0.01)
     arguments = ["train", text_file, "--init", decoder, "--lora", 8, "--context", 32, "--batch", 4, "--steps", 2]
     arguments += ["--documents", "packed", "--val-file", text_file, "--out", tmp_path / "out", "--threads", 1]
+    arguments += ["--recompute", 3]
     output = run(*arguments, "--dry-run")
     assert re.search(
-        r"[\d,]+ parameters, float32, 1 thread\nmemory: [\d.]+ GiB of [\d.]+ GiB available, measured", output
+        r"[\d,]+ parameters, float32, 1 thread\nmemory: [\d.]+ GiB of [\d.]+ GiB available, measured\n"
+        r"time per step: \S+ seconds, [\d,]+ tokens/s\ntime of the run: \S+ \w+ \(start \S+ \w+, 2 steps \S+ seconds, "
+        r"1 evaluation \S+ seconds, 1 checkpoint \S+ seconds\)\n$",
+        output,
     )
     assert not (tmp_path / "out").exists()
     assert "trained for 2 steps" in run(*arguments)

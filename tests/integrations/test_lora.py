@@ -85,6 +85,37 @@ def test_packed_documents(directory):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_gradient_checkpointing(directory):
+    """The same loss and gradients, with the dropout of the adapters."""
+    inputs, targets = torch.randint(50, (2, 3, 9))
+    results = []
+    for enabled in (False, True):
+        model = adapted(directory, dropout=0.2).train()
+        if enabled:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(1)
+        loss = model.loss(model, inputs, targets)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.adapters().values())])
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.adapted.modules())
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_merged_models(directory):
+    """With the weights of the adapters that are given; without them once they were forgotten."""
+    model, x = adapted(directory), torch.randint(50, (3, 9))
+    with torch.no_grad():
+        for p in model.adapters().values():
+            p.normal_(0, 0.2)
+        found = model.merged_model(model.state_dict(), torch.device("cpu"))
+        torch.testing.assert_close(found(x).logits, model.eval()(input_ids=x).logits, rtol=1e-4, atol=1e-5)
+        count = model.num_parameters()
+        model.forget_base()
+        assert model.num_parameters() == count and all(p.is_meta for p in model.own[0].parameters())
+        torch.testing.assert_close(found(x).logits, model(input_ids=x).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_state(directory):
     model, other = adapted(directory), adapted(directory, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), adapted(directory).parameters(), strict=True))

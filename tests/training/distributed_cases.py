@@ -29,12 +29,13 @@ from fastlm.training.objectives import NextToken
 from fastlm.training.report import Report
 from fastlm.training.settings import Settings
 from fastlm.training.trainer import Trainer
+from fastlm.training.whole import is_sharded
 
 # A batch of 7 is not divisible by the number of processes, nor are the widths.
 TINY = Settings(layers=2, heads=1, width=18, context=16, batch=7, steps=10, warmup=2, eval_every=4, lr=3e-3)
 CASES = {
     "next-token": TINY,
-    "masked-token": dataclasses.replace(TINY, objective="masked-token", micro_batch=2, ema=0.9),
+    "masked-token": dataclasses.replace(TINY, objective="masked-token", micro_batch=2, ema=0.9, recompute=3),
     "packed": dataclasses.replace(TINY, architecture="llama", documents="packed", micro_batch=2),
     "float16": dataclasses.replace(TINY, dtype="fp16", grad_clip=0.0),
 }
@@ -180,21 +181,54 @@ def accelerated(folder, kind="ddp"):
     return outcome(train(settings, corpus, model, loss=loss))
 
 
+def with_adapters(folder, settings):
+    from fastlm.integrations.lora import LoraModel
+
+    with Group.current().first():
+        if not (folder / "base").exists():
+            build(settings, corpus_of(folder, settings).tokenizer).save_pretrained(folder / "base")
+    return LoraModel(folder / "base", rank=3, alpha=6, dropout=0.0, seed=0)
+
+
+def adapted(folder, kind="ddp"):
+    """With low-rank adapters. The weights that they are added to are sharded as well; one process has them whole."""
+    settings, group = dataclasses.replace(TINY, parallel=kind, sample_every=4), Group.current()
+    model, samples = with_adapters(folder, settings), []
+
+    def sample(whole):
+        samples.append(whole(torch.arange(8)[None]).logits[0, -1].detach())
+        return ""
+
+    found = train(settings, corpus_of(folder, settings), model, loss=model.loss, sample=sample)
+    sharded = kind == "fsdp" and group.size > 1
+    assert all(is_sharded(p) == sharded for p in model.parameters())
+    assert all(p.is_meta == (sharded and group.rank > 0) for p in model.own[0].parameters())
+    assert bool(samples) == (group.rank == 0)
+    return outcome(found) | {"samples": samples}
+
+
 def chained(folder, kind="ddp", stop=None, name="run"):
     """Goes on with the run in the folder until it is interrupted, in the first process only."""
     settings, run = dataclasses.replace(CHAIN, parallel=kind), folder / name
     group = Group.current()
     with group.first():
         start, _ = newest(run)
-    corpus = corpus_of(folder, settings)
-    model = build(settings, corpus.tokenizer) if start is None else load_model(start.folder, dtype=torch.float32)
+    corpus, loss = corpus_of(folder, settings), None
+    if name.startswith("adapters"):
+        model = with_adapters(folder, settings)
+        loss = model.loss
+        if start is not None:
+            model.load_training_state(start.tensors())
+    else:
+        model = build(settings, corpus.tokenizer) if start is None else load_model(start.folder, dtype=torch.float32)
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     sharded = kind == "fsdp" and group.size > 1
     writer = Checkpoints(run, keep=2, tokenizer=corpus.tokenizer, group=group if sharded else None)
     with writer:
         checkpoints = writer if sharded or group.rank == 0 else None
         report = Interrupt(stop)
-        return outcome(train(settings, corpus, model, report=report, checkpoints=checkpoints, start=start, group=group))
+        options = {"report": report, "checkpoints": checkpoints, "start": start, "group": group}
+        return outcome(train(settings, corpus, model, loss, **options))
 
 
 def sent_bytes():
@@ -235,7 +269,7 @@ def run_job(folder, job):
         return chained(folder, arguments[0], int(arguments[1]), *arguments[2:])
     if name == "bytes":
         return bytes_per_step(folder, *arguments)
-    if name in ("skipping", "failing", "unused", "accelerated"):
+    if name in ("skipping", "failing", "unused", "accelerated", "adapted"):
         return globals()[name](folder, *arguments)
     return compared(folder, name, *arguments)
 

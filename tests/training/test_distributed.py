@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastlm.training import scale
 from fastlm.training.models import build
@@ -142,6 +143,38 @@ def test_parts_are_cut_again_for_another_number_of_processes(folder):
     expected = cases.chained(folder, name="uncut")
     rounding = 200 * torch.finfo(torch.float32).eps  # 20 steps
     assert found["losses"] == pytest.approx(expected["losses"], rel=rounding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_adapters(folder, count):
+    pytest.importorskip("peft", reason="pip install 'fastlm[test]'")
+    jobs = [f"adapted,{kind}" for kind in cases.KINDS]
+    expected = cases.adapted(folder)
+    run_in(count, folder, *jobs)
+    rounding = 100 * torch.finfo(torch.float32).eps
+    for job in jobs:
+        found = torch.load(folder / f"{job}-{count}.pt")
+        assert found["losses"] == pytest.approx(expected["losses"], rel=rounding)
+        assert set(found["weights"]) == set(expected["weights"])
+        assert len(found["samples"]) == 2
+        for ours, theirs in zip(found["samples"], expected["samples"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_go_on_with_another_number_of_processes(folder):
+    """The checkpoints have the merged model."""
+    pytest.importorskip("peft", reason="pip install 'fastlm[test]'")
+    run_in(2, folder, "chained,fsdp,5,adapters")
+    run_in(3, folder, "chained,fsdp,10,adapters")
+    found, expected = cases.chained(folder, name="adapters"), cases.chained(folder, name="adapters-whole")
+    assert found["losses"] == pytest.approx(expected["losses"], rel=200 * torch.finfo(torch.float32).eps)
+    for name in ("step-00000018", "step-00000020"):
+        merged = load_file(folder / "adapters" / "checkpoints" / name / "model.safetensors")
+        whole = load_file(folder / "adapters-whole" / "checkpoints" / name / "model.safetensors")
+        base = load_file(folder / "base" / "model.safetensors")
+        assert distance(merged, whole) <= 1e-4 * distance(base, whole)
 
 
 @pytest.mark.slow

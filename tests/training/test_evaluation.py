@@ -28,9 +28,10 @@ def model():
 
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 8, 9, 10, 16, 17, 30])
 @pytest.mark.parametrize("context, stride", [(8, 8), (8, 3), (8, 1), (1, 1)])
-def test_every_token_is_predicted_once(length, context, stride):
+@pytest.mark.parametrize("piece", [3, 100])
+def test_every_token_is_predicted_once(length, context, stride, piece):
     ids, seen = torch.arange(length), []
-    for inputs, targets in sliding_windows(ids, context, stride):
+    for inputs, targets in sliding_windows(ids.split(piece), context, stride):
         assert len(inputs) == len(targets) == min(context, length - 1)
         predicted = targets != IGNORED
         assert torch.equal(targets[predicted], inputs[predicted] + 1)
@@ -65,6 +66,32 @@ def test_causal_against_logits(model, stride):
     assert score.loss == pytest.approx(nats / tokens, rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert score.bits_per_byte == pytest.approx((nats + 3 * math.log(256)) / math.log(2) / size, rel=1e-5)
+
+
+def test_windows_keep_the_ids_of_one():
+    """Whatever the length of the text."""
+    read = 0
+
+    def pieces():
+        nonlocal read
+        for piece in torch.arange(1000).split(10):
+            read += len(piece)
+            yield piece
+
+    for inputs, _ in sliding_windows(pieces(), 8, 4):
+        assert read - int(inputs[0]) <= 8 + 4 + 10
+        assert inputs.untyped_storage().nbytes() <= 8 * (8 + 8 + 10)
+
+
+def test_texts_in_parts(model):
+    """The same bits as of the text as a whole."""
+    tokenizer, text = byte_tokenizer(masked=False), "".join(TEXTS * 5)
+    assert score_causal(model, tokenizer, [iter(text[i : i + 7] for i in range(0, len(text), 7)), iter(())]) == (
+        score_causal(model, tokenizer, [text, ""])
+    )
+    tokenizer = byte_tokenizer(masked=True)
+    mask = tokenizer.token_to_id(MASK)
+    assert score_masked(bert(258), tokenizer, mask, [iter(text)]) == score_masked(bert(258), tokenizer, mask, [text])
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,6 @@ def test_dropout_differs_between_steps_and_processes():
 
 
 def test_what_does_not_fit_the_processes_is_an_error():
-    check_parallel("fsdp", Group(), batch=1, lora=4)  # one process does not divide the model
+    check_parallel(Group(), batch=1)
     with pytest.raises(ValueError, match="batch: expected at least 4, the number of processes, got 3"):
-        check_parallel("ddp", Member(0, 4), batch=3)
-    with pytest.raises(ValueError, match="parallel: expected ddp with lora, got fsdp"):
-        check_parallel("fsdp", Member(0, 4), batch=4, lora=4)
+        check_parallel(Member(0, 4), batch=3)

@@ -77,6 +77,21 @@ def test_results_depend_on_the_settings(trained, small, corpus, change):
     assert losses == train(settings, corpus).losses
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
+def test_recomputation_keeps_the_bits(small, text, tmp_path, architecture):
+    (tmp_path / "text.txt").write_text(text[:2000])
+    masked = architecture == "bert"
+    objective = "masked-token" if masked else "next-token"
+    changes = {"architecture": architecture, "objective": objective, "steps": 2, "width": 32, "dropout": 0.1}
+    settings = dataclasses.replace(small, **changes)
+    corpus = data.load([tmp_path / "text.txt"], tokenizer="char", masked=masked)
+    losses = train(settings, corpus).losses
+    for level in (0, 2, 3):
+        model = build(dataclasses.replace(settings, recompute=level), corpus.tokenizer)
+        assert model.gradient_checkpointing == (level == 3)
+        assert train(settings, corpus, model).losses == losses
+
+
 def test_loss_equals_that_of_the_baseline(trained, small, corpus):
     result, _ = trained
     plain = train(small, corpus, PlainGPT2.like(build(small, corpus.tokenizer)), PlainGPT2.loss, native=True)

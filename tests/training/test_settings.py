@@ -21,7 +21,7 @@ from fastlm.training.settings import Settings
             "dtype: expected one of float32, bfloat16, float16 (also fp32, bf16, fp16), got 'bf61'; did you mean "
             "'bf16'?",
         ),
-        ("recompute", 3, "recompute: expected one of 0, 1, 2, got 3"),
+        ("recompute", 4, "recompute: expected one of 0, 1, 2, 3, got 4"),
         ("layers", 0, "layers: expected an integer >= 1, got 0"),
         ("batch", 1.5, "batch: expected an integer >= 1, got 1.5"),
         ("steps", True, "steps: expected an integer >= 1, got True"),
@@ -59,6 +59,12 @@ def test_errors(name, value, message):
     with pytest.raises(ValueError) as error:
         Settings(**{name: value})
     assert str(error.value) == message
+
+
+def test_adapters_recompute_layers_only():
+    Settings(lora=4, recompute=3)
+    with pytest.raises(ValueError, match="recompute: expected 1 or 3 with lora, got 2"):
+        Settings(lora=4, recompute=2)
 
 
 def test_inclusive_bounds():

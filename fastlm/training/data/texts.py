@@ -8,9 +8,10 @@ from pathlib import Path
 from fastlm.core.errors import mismatch
 
 CHUNK = 2**20  # bytes of a file, or characters of a text, that are encoded at a time
-LONGEST = 16  # chunks, after which a text without paragraphs is cut between words, or else anywhere
-NEW_PARAGRAPH = re.compile(r"\n(?=\S)")
-NEW_WORD = re.compile(r"(?<=\S)(?= )")
+LONG = 2  # chunks, after which a text without such lines is cut between words
+LONGEST = 16  # chunks, after which one without words is cut anywhere
+NEW_LINE = re.compile(r"(?<=\S)\n(?=\S)")
+NEW_WORD = re.compile(r"(?<=\S)(?= \S)")
 
 
 def byte_chunks(file: Path) -> Iterator[bytes]:
@@ -39,17 +40,17 @@ def characters(file: Path, expected: str) -> Iterator[str]:
 
 
 def paragraphs(parts: Iterable[str]) -> Iterator[str]:
-    """A text, given in parts, as parts of about CHUNK characters that begin with a line that is not indented.
+    """A text, given in parts, as parts of about CHUNK characters that begin with a line.
 
-    No token is cut, as tokenizers do not join a line break with such a line. The ids of a text as a whole would take
-    many times its size.
+    It is not indented, and no empty line is before it: tokenizers join line breaks and spaces with each other and with
+    punctuation before them, so that no token is cut here. The ids of a text as a whole would take many times its size.
     """
     text = ""
     for part in parts:
         text += part
         while len(text) > CHUNK:
-            found = NEW_PARAGRAPH.search(text, CHUNK)
-            if found is None and len(text) > LONGEST * CHUNK:
+            found = NEW_LINE.search(text, CHUNK)
+            if found is None and len(text) > LONG * CHUNK:
                 found = NEW_WORD.search(text, CHUNK)
             if found is None and len(text) <= LONGEST * CHUNK:
                 break
