@@ -36,14 +36,16 @@ def main(
     threads: int = 2,
     case: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(CASES)}.")] = None,
 ) -> None:
-    print(f"{'':18}{'memory: estimated':>20}{'run':>11}{'ratio':>7}{'time: estimated':>20}{'run':>10}{'ratio':>7}")
-    with tempfile.TemporaryDirectory() as name:
-        os.chdir(name)
+    if unknown := set(case or ()) - set(CASES):
+        raise typer.BadParameter(f"case: expected some of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
         text = b"\n".join(source().values())[:BYTES]
         Path("text.txt").write_text(text.decode(errors="ignore"), encoding="utf-8")
         command("tokenizer", "train", "text.txt", "--vocab-size", VOCABULARY, "--out", "bpe", quiet=True)
         if case is None or "llama, lora" in case:  # the model that adapters are added to
             command("train", "text.txt", *CASES["llama"], "--steps", 1, "--out", "llama", quiet=True)
+        print(f"{'':18}{'memory: estimated':>20}{'run':>11}{'ratio':>7}{'time: estimated':>20}{'run':>10}{'ratio':>7}")
         for name in case or CASES:
             compare(name, ["train", "text.txt", *CASES[name], "--threads", threads, "--out", "run", "--overwrite"])
 

@@ -22,6 +22,7 @@ from fastlm.core import interrupts
 from fastlm.core.errors import mismatch
 from fastlm.models import load_model
 from fastlm.models.config import CONFIG, stored
+from fastlm.models.layers import RECOMPUTE
 from fastlm.training import checkpoint, data, metrics
 from fastlm.training.checkpoints import Checkpoints, Saved, check_unchanged, clear, locked_run, newest, sha256
 from fastlm.training.data.shards import keep_only
@@ -91,6 +92,8 @@ def prepare(
     init, val_file, cache = (
         None if sources[name] is None else Path(sources[name]) for name in ("init", "val_file", "cache")
     )
+    if settings.lora and settings.recompute not in (RECOMPUTE, WHOLE_LAYERS):
+        raise mismatch("recompute", f"{RECOMPUTE} or {WHOLE_LAYERS} with lora", settings.recompute)
     if not dry_run:  # nothing is written
         out = checkpoint.prepare(out, overwrite=overwrite, can_resume=True)
     if settings.tensorboard:
@@ -124,6 +127,7 @@ def prepare(
         prompt_of(settings, corpus.tokenizer)
         if dry_run:
             given = new_model(settings, corpus, init, loaded) if init is not None or settings.lora else None
+            loaded = None  # with lora `given` has weights of its own
             show_estimate(settings, corpus, given, chosen, out)
             return None
     inputs = {

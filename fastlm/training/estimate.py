@@ -28,7 +28,7 @@ from fastlm.training.settings import WHOLE_LAYERS, Settings
 from fastlm.training.trainer import Loss, Trainer
 
 SECONDS = 4.0  # of the measurement of a part of a step
-EVALUATING = 1.0  # seconds of that of an evaluation
+SHORT = 1.0  # seconds of the measurement of an evaluation, and of a copy
 LONG = 15.0  # seconds of a first repetition that is not repeated
 SPARE = 0.85  # fraction of the available memory that a measured model may take
 # Bytes per parameter.
@@ -196,8 +196,8 @@ def measure(settings: Settings, corpus: Corpus, model: Any, loss: Loss | None = 
         if rest:
             seconds += timed(last_micro_batch, trainer.device)
     parts = sum(len(inputs) for some in pairs for inputs, _ in some) / len(pairs[0][0][0])
-    evaluating = parts * timed(evaluation, trainer.device, EVALUATING)
-    copying = timed(copy, trainer.device, EVALUATING)
+    evaluating = parts * timed(evaluation, trainer.device, SHORT)
+    copying = timed(copy, trainer.device, SHORT)
     return Seconds(start, seconds, evaluating, copying), sum(x.nbytes for x in copies)
 
 

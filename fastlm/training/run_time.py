@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastlm.training.checkpoints import flush, sha256
@@ -76,7 +77,7 @@ def disk_at(folder: Path, stored: int) -> Disk:
             flush(file)
             flush(file.parent)
             return Disk((time.perf_counter() - began) / len(content), (time.thread_time() - busy) / len(content))
-    except OSError:
+    except (OSError, SafetensorError):
         return Disk(0.0, 0.0)
 
 

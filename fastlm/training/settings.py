@@ -151,8 +151,6 @@ class Settings:
         check_one_of("parallel", self.parallel, PARALLEL)
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_one_of("recompute", self.recompute, RECOMPUTED)
-        if self.lora and self.recompute not in (RECOMPUTE, WHOLE_LAYERS):
-            raise mismatch("recompute", f"{RECOMPUTE} or {WHOLE_LAYERS} with lora", self.recompute)
         for name in ("layers", "heads", "width", "context", "batch", "steps", "eval_every", "keep", "max_skipped"):
             check_integer(name, getattr(self, name), 1)
         for name in ("warmup", "checkpoint_every", "patience", "sample_every", "lora"):

@@ -11,12 +11,21 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.tensor import DTensor
 
 from fastlm.core.errors import mismatch
@@ -39,6 +48,16 @@ INDEX_CLASSES = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
+}
+STATEFUL = {  # those whose objects have attributes that are set from the pickle
+    _StorageInfo,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
 }
 PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}  # a checkpoint is read on any system
 
@@ -69,7 +88,7 @@ def read(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: the files are damaged, or the index has anything but the places of tensors.
     """
     reader = Reader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    stored = reader.index.state_dict_metadata
     try:
         tensors = {  # tensors alone: DCP would run the code in any other entry
             name: empty(wanted.get(name), x.size, x.properties.dtype)
@@ -84,13 +103,16 @@ def read(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Reader(dcp.FileSystemReader):
-    """DCP's, with an index that is read without running code."""
+    """DCP's, with an index that is read once, without running code."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.index = read_index(folder)
 
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
-        index = read_index(Path(self.path))
-        index.storage_meta = index.storage_meta or StorageMeta()
-        index.storage_meta.load_id = self.load_id
-        return index
+        self.index.storage_meta = self.index.storage_meta or StorageMeta()
+        self.index.storage_meta.load_id = self.load_id
+        return self.index
 
 
 def read_index(folder: Path) -> Metadata:
@@ -102,7 +124,7 @@ def read_index(folder: Path) -> Metadata:
         if not isinstance(index, Metadata):
             raise Refused(type(index).__qualname__)
         for place in index.storage_data.values():
-            if PurePath(place.relative_path).name != place.relative_path:
+            if PurePath(place.relative_path).name != place.relative_path or place.relative_path in ("", ".."):
                 raise Refused(f"file {place.relative_path!r}")
     except Refused as refused:
         expected = f"in {path} the places of tensors and nothing else, as code in a checkpoint is never run"
@@ -116,7 +138,21 @@ class Refused(Exception):
     """What an index should not have."""
 
 
-class IndexUnpickler(pickle.Unpickler):
+Unpickler: Any = pickle._Unpickler  # its opcodes can be refused one by one
+
+
+class IndexUnpickler(Unpickler):
+    """In Python, as the unpickler in C sets attributes of any object, of the classes themselves too."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        if type(self.stack[-2]) not in STATEFUL:
+            raise Refused(f"state of an object of type {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if module in ("pathlib", "pathlib._local") and name in PATHS:
             return PATHS[name]

@@ -407,7 +407,7 @@ def test_train_adapters(decoder, text_file, tmp_path):
 
 def test_adapters_on_packed_documents_and_their_estimate(decoder, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "SECONDS", 0.01)
-    monkeypatch.setattr(estimate, "EVALUATING", 0.01)
+    monkeypatch.setattr(estimate, "SHORT", 0.01)
     arguments = ["train", text_file, "--init", decoder, "--lora", 8, "--context", 32, "--batch", 4, "--steps", 2]
     arguments += ["--documents", "packed", "--val-file", text_file, "--out", tmp_path / "out", "--threads", 1]
     arguments += ["--recompute", 3]
@@ -420,6 +420,13 @@ def test_adapters_on_packed_documents_and_their_estimate(decoder, text_file, tmp
     )
     assert not (tmp_path / "out").exists()
     assert "trained for 2 steps" in run(*arguments)
+
+
+def test_adapters_recompute_whole_layers_or_as_usual(decoder, text_file, tmp_path):
+    arguments = ["train", text_file, "--init", decoder, "--lora", 8, "--recompute", 2, "--out", tmp_path / "out"]
+    result = fastlm_command(*arguments)
+    message = "error: recompute: expected 1 or 3 with lora, got 2\n"
+    assert result.exit_code == 1 and result.stderr == message and not (tmp_path / "out").exists()
 
 
 def test_adapters_need_a_model_to_start_from(text_file, tmp_path):

@@ -28,7 +28,7 @@ def estimated(settings, corpus):
 
 def test_a_model_that_fits_is_measured(corpus, monkeypatch):
     monkeypatch.setattr(estimate, "SECONDS", 0.01)
-    monkeypatch.setattr(estimate, "EVALUATING", 0.01)
+    monkeypatch.setattr(estimate, "SHORT", 0.01)
     found = estimated(SETTINGS, corpus)
     assert found.parameters == build(SETTINGS, corpus.tokenizer).num_parameters()
     assert found.measured and min(dataclasses.astuple(found.seconds)) > 0

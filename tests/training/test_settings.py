@@ -61,12 +61,6 @@ def test_errors(name, value, message):
     assert str(error.value) == message
 
 
-def test_adapters_recompute_layers_only():
-    Settings(lora=4, recompute=3)
-    with pytest.raises(ValueError, match="recompute: expected 1 or 3 with lora, got 2"):
-        Settings(lora=4, recompute=2)
-
-
 def test_inclusive_bounds():
     Settings(min_lr=1e-3, dropout=0.0, weight_decay=0.0, grad_clip=0.0, beta1=0.0, warmup=0)
 

@@ -1,3 +1,4 @@
+import importlib
 import os
 import pickle
 from pathlib import Path
@@ -62,6 +63,16 @@ def test_code_in_the_index_is_not_run(folder, tmp_path, place):
     expected += "checkpoint is never run, got the Python object "
     assert message.startswith(expected) and message != expected
     assert not created.exists()
+
+
+@pytest.mark.parametrize("place", ["torch.Size", "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"])
+def test_attributes_of_classes_are_not_set(folder, place):
+    module, _, name = place.rpartition(".")
+    # GLOBAL class, MARK None {"changed": 1} TUPLE, BUILD: a state for the slots of the class itself
+    content = b"\x80\x04c" + f"{module}\n{name}\n".encode() + b"(N}\x8c\x07changedK\x01st" + b"b."
+    message = refusal(folder, content)
+    assert "the state of an object of type " in message
+    assert not hasattr(getattr(importlib.import_module(module), name), "changed")
 
 
 def test_an_index_of_other_files_is_an_error(folder, tmp_path):

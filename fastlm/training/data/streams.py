@@ -71,7 +71,7 @@ def token_ids(encode: Callable[[str], Piece], parts: Iterable[str]) -> Iterator[
         first, tokens = piece.tokens(cut, size - END)
         second, others = following.tokens(0, OVERLAP - END)
         if (run := common_run(tokens, others)) is None:
-            size += PIECE
+            size *= 2
             piece = encode(text.first(size))
             continue
         yield piece.ids[done : first + run[0]]

@@ -10,7 +10,8 @@ from fastlm.core.errors import mismatch
 CHUNK = 2**20  # bytes of a file, or characters of a text, that are encoded at a time
 LONG = 2  # chunks, after which a text without such lines is cut between words
 LONGEST = 16  # chunks, after which one without words is cut anywhere
-NEW_LINE = re.compile(r"(?<=\S)\n(?=\S)")
+NEW_LINE = re.compile(r"(?<=\S)\n(?=[^\s/])")
+NEW_PARAGRAPH = re.compile(r"\n(?=\S)")
 NEW_WORD = re.compile(r"(?<=\S)(?= \S)")
 
 
@@ -42,8 +43,9 @@ def characters(file: Path, expected: str) -> Iterator[str]:
 def paragraphs(parts: Iterable[str]) -> Iterator[str]:
     """A text, given in parts, as parts of about CHUNK characters that begin with a line.
 
-    It is not indented, and no empty line is before it: tokenizers join line breaks and spaces with each other and with
-    punctuation before them, so that no token is cut here. The ids of a text as a whole would take many times its size.
+    It is not indented, and no empty line is before it: tokenizers join line breaks and spaces with each other, with
+    punctuation before them and some with slashes after them, so that no token is cut here. The ids of a text as a whole
+    would take many times its size.
     """
     text = ""
     for part in parts:
@@ -51,7 +53,7 @@ def paragraphs(parts: Iterable[str]) -> Iterator[str]:
         while len(text) > CHUNK:
             found = NEW_LINE.search(text, CHUNK)
             if found is None and len(text) > LONG * CHUNK:
-                found = NEW_WORD.search(text, CHUNK)
+                found = NEW_WORD.search(text, CHUNK) or NEW_PARAGRAPH.search(text, CHUNK)
             if found is None and len(text) <= LONGEST * CHUNK:
                 break
             end = CHUNK if found is None else found.end()

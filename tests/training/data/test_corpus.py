@@ -151,5 +151,8 @@ def test_texts_without_paragraphs_are_cut_between_words(monkeypatch):
     parts = list(texts.paragraphs([words[i : i + 7] for i in range(0, 500, 7)]))
     assert "".join(parts) == words and max(map(len, parts)) <= 16 * 10 + 7
     assert all(part.startswith(" word") and part.endswith("word") for part in parts[1:-1])
+    without_spaces = "文字文字文字。\n\n" * 60  # an empty line before each line
+    parts = list(texts.paragraphs([without_spaces[i : i + 7] for i in range(0, 600, 7)]))
+    assert "".join(parts) == without_spaces[:602] and all(part.startswith("文") for part in parts[1:-1])
     lines = list(texts.paragraphs(["x" * 1000]))
     assert "".join(lines) == "x" * 1000 and max(map(len, lines)) <= 16 * 10
