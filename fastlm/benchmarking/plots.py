@@ -183,7 +183,7 @@ def draw_growth(axes: Any, series: str, rows: Sequence[Row]) -> None:
             key=lambda row: growth.size_of(row.direction),
         )
         sizes = [growth.size_of(row.direction) for row in own]
-        kind = f"{dtype}, {threads} thread{'s' * (threads > 1)}"
+        kind = f"{dtype}, {threads_of(own[0])}"
         times = [row.seconds / (row.tokens or 1) * 1e6 for row in own]
         axes.plot(sizes, times, style, marker="o", markersize=4, color=OURS, label=f"fastlm, {kind}")
         for name, color in zip(own[0].baselines, (BASELINE, *OTHER_BASELINES), strict=False):
