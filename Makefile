@@ -61,7 +61,8 @@ TEST_LIMIT ?= 470
 BENCH_LIMIT ?= 440
 BEGAN := $(shell date +%s)
 BUILT = $(eval BUILT := $(shell expr $$(date +%s) - $(BEGAN)))$(BUILT)
-LEFT = $(shell expr $(1) - $(BUILT))
+# At least 1: for `timeout` 0 is no limit.
+LEFT = $(shell left=$$(( $(1) - $(BUILT) )); echo $$(( left > 1 ? left : 1 )))
 gpu:
 	@status=0; $(MAKE) --no-print-directory gpu-test || status=1; $(MAKE) --no-print-directory gpu-bench || status=1; \
 	  exit $$status

@@ -44,7 +44,7 @@ def without_launches(architecture: str) -> None:
 
 
 def without_products() -> None:
-    """Makes PyTorch's matrix products return at once what an earlier one returned, or nothing that is computed."""
+    """Makes PyTorch's matrix products return at once a tensor of zeros, the same for each shape and dtype."""
     earlier: dict[tuple, torch.Tensor] = {}
 
     def result(like: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -16,6 +16,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastlm.benchmarking.report import grid
+
 FOLDER = Path(__file__).parents[1] / "docs" / "results" / "tables"
 FORMATS = {
     "text": "{}",  # or any value
@@ -41,10 +43,9 @@ def cell(kind: str, value: Any) -> str:
     return FORMATS[kind].format(*value) if isinstance(value, list) else FORMATS[kind].format(value)
 
 
-def grid(columns: dict[str, str], rows: list[list[Any]]) -> list[str]:
-    lines = [list(columns), ["---"] * len(columns)]
-    lines += [[cell(kind, value) for kind, value in zip(columns.values(), row, strict=True)] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def formatted(columns: dict[str, str], rows: list[list[Any]]) -> list[str]:
+    cells = ([cell(kind, value) for kind, value in zip(columns.values(), row, strict=True)] for row in rows)
+    return grid([*columns], cells)
 
 
 def section(name: str, table: Table) -> list[str]:
@@ -53,7 +54,7 @@ def section(name: str, table: Table) -> list[str]:
     return [
         f"<!-- --8<-- [start:{name}] -->",
         *["```", *table["commands"], "```", ""],
-        *grid(table["columns"], table["rows"]),
+        *formatted(table["columns"], table["rows"]),
         *["", f"{table['note']} {origin}" if "note" in table else origin, ""],
         f"<!-- --8<-- [end:{name}] -->",
         "",
@@ -78,7 +79,7 @@ def summary(files: list[dict[str, Any]]) -> str:
             values = [found.get(name) for name in SUMMARY]
             medians = [value[0] if isinstance(value, list) else value for value in values]
             rows.append([cpu, wanted["model"], *medians])
-    return "\n".join(grid(columns, rows)) + "\n"
+    return "\n".join(formatted(columns, rows)) + "\n"
 
 
 def written() -> dict[Path, str]:

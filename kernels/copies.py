@@ -12,7 +12,7 @@ import sys
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-MAX_ADDRESSES = 1024  # of a descriptor
+MAX_ADDRESSES = 128  # of a descriptor
 
 
 def of_heads(x, strides, tile, block):
@@ -82,8 +82,10 @@ def encoding(binary):
     Triton's launcher encodes each descriptor at each launch, and passes on what it is encoded to, its sizes and its
     strides. Where it is not made as in Triton 3.7.1 to 3.9 this is (binary.run, nothing).
     """
+    kinds = getattr(binary.metadata, "tensordesc_meta", None)
+    if not kinds or None in kinds:  # no descriptor, or the kernel takes the parts of one
+        return binary.run, iter(())
     try:
-        kinds = binary.metadata.tensordesc_meta or ()
         direct = copy.copy(binary.run)
         make = sys.modules[type(direct).__module__].make_tensordesc_arg
         direct.launch, direct.kernel_signature  # noqa: B018 (raises if one is missing)
@@ -91,6 +93,4 @@ def encoding(binary):
     except AttributeError:
         return binary.run, iter(())
     rest = [None] * (len(inspect.signature(make).parameters) - 2)  # of which tiles depend in no version
-    if not kinds or None in kinds:  # none, or the kernel takes the parts of a descriptor
-        return binary.run, iter(())
     return direct, iter([lambda descriptor, kind=kind: make(descriptor, kind, *rest)[0] for kind in kinds])

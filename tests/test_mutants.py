@@ -2,8 +2,8 @@
 
 Some twenty mutants are written by hand (tests/mutation/by_hand.py), the others are generated from the sources: a
 dropped term, a flipped comparison, a shifted edge, a swapped minimum and maximum, a negated condition.
-FASTLM_TEST_MUTANTS=hand takes those by hand, sample (the default) a fixed sample of the generated ones too, all takes
-all of them. `python -m tests.mutation.run --help` selects.
+FASTLM_TEST_MUTANTS=hand takes those by hand and a few picked ones, sample (the default) a fixed sample of the generated
+ones too, all takes all of them. `python -m tests.mutation.run --help` selects.
 """
 
 import importlib.util
@@ -39,11 +39,13 @@ needs_compiler = pytest.mark.skipif(
     ],
 )
 def test_mutants_are_noticed(kind, tmp_path):
-    """All of those by hand, and of the generated ones all but the few that change no result and that no rule covers."""
+    """All of those by hand and the picked ones, and of the other generated ones all but the few that change no result
+    and that no rule covers.
+    """
     outcomes = run.run(kind, tmp_path, scope=SCOPE)
     unnoticed = run.unnoticed(outcomes)
     print(f"{len(unnoticed)} of {len(outcomes)} mutants were not noticed", *unnoticed, sep="\n")
-    assert not run.unnoticed([(m, outcome) for m, outcome in outcomes if m.kind == "by hand"]), "\n".join(unnoticed)
+    assert not run.unnoticed([(m, outcome) for m, outcome in outcomes if run.fixed(m)]), "\n".join(unnoticed)
     assert len(unnoticed) <= math.ceil(UNNOTICED * len(outcomes)), "\n".join(unnoticed)
 
 
@@ -56,6 +58,17 @@ def test_every_kernel_has_mutants():
                 file = str(path.relative_to(run.ROOT))
                 assert file in with_mutants or run.rules.of_file(file), f"{file} has no mutant"
     assert 15 <= sum(map(len, run.BY_HAND.values())) <= 25
+
+
+def test_picked_mutants_are_those_that_were_meant():
+    hand, sampled, every = (run.chosen("cpu", scope) for scope in ("hand", "sample", "all"))
+    picked = {m.key: m for m in hand if m.kind != "by hand"}
+    for key, source in run.by_hand.PICKED.items():
+        begin = picked[key].edits[0][0]
+        found = (run.ROOT / picked[key].file).read_text()[begin:]
+        assert found.startswith(source), f"{key} is now at {found[:60]!r}: by_hand.PICKED needs another key"
+    assert len(picked) == len(run.by_hand.PICKED) and {*hand} < {*sampled} < {*every}
+    assert all(len({*mutations}) == len(mutations) for mutations in (hand, sampled, every))
 
 
 def test_a_rename_breaks_none(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import pathlib
 import sys
 
@@ -13,6 +14,8 @@ from fastlm.backends.gpu import DTYPES
 # of less than 4 bytes.
 MIN_VERSION = (3, 6)
 MIN_SHARED_MEMORY = 64 << 10  # bytes of a program: no tile of the tables takes less
+
+INTERPRETED = ("1", "true", "yes", "on", "y")  # what Triton takes for yes in TRITON_INTERPRET
 
 device_type = "cuda"  # of the tensors that the kernels accept
 
@@ -111,14 +114,19 @@ class Triton:
     def unavailable(self) -> list[str]:
         if missing():
             return [missing()]
-        if device_type != "cuda" or torch.cuda.is_available():
+        if device_type != "cuda":
             return []
-        return ["finds no GPU (torch.cuda.is_available() is false)"]
+        if not torch.cuda.is_available():
+            return ["finds no GPU (torch.cuda.is_available() is false)"]
+        if os.environ.get("TRITON_INTERPRET", "").lower() in INTERPRETED:
+            return ["does not run in Triton's interpreter (unset TRITON_INTERPRET)"]
+        return []
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons = []
         if device.type != device_type:
-            reasons.append(f"supports CUDA and ROCm tensors, not {device} (.to('cuda') moves them)")
+            supported = "CUDA and ROCm" if device_type == "cuda" else device_type.upper()
+            reasons.append(f"supports {supported} tensors, not {device} (.to('{device_type}') moves them)")
         elif device.type == "cuda":
             reasons += gpu_refusals(torch.cuda.current_device() if device.index is None else device.index)
         if dtype not in DTYPES:

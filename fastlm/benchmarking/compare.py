@@ -29,7 +29,7 @@ class Row:
     operator: str  # the case's name; or training_step, generation, …
     shape: str
     dtype: str
-    threads: int  # 1 for a GPU
+    threads: int | None  # None for a GPU
     direction: str  # forward, backward, forward+backward, step; or the variant of a whole step
     backend: str  # that our call ran on; "auto" for a model on a GPU, of which each call selects its own
     seconds: float  # ours, median

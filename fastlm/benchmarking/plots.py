@@ -42,7 +42,7 @@ def figure_of(rows: Sequence[Row], described: dict[str, Any]) -> Any:
     panels = figure.subplot_mosaic(mosaic, width_ratios=(3, 2) if others else (1, 1), height_ratios=heights)
     if others:
         names = [f"{label(row)}, {row.dtype}, {threads_of(row)}" for row in others]
-        draw_speedups(panels["speedup"], others, names, "baseline of PyTorch")
+        draw_speedups(panels["speedup"], others, names, "the fastest baseline of PyTorch")
     if "roofline" in panels:
         draw_roofline(panels["roofline"], others, described)
     if "memory" in panels:
@@ -62,7 +62,7 @@ def figure_of_gpu(rows: Sequence[Row], described: dict[str, Any]) -> Any:
     figure = Figure(figsize=(13, max(4, 1.5 + 0.3 * len(rows))), dpi=110, layout="constrained")
     left, *right = figure.subplots(1, 2 if any(shares) else 1, sharey=True, squeeze=False)[0]
     names = [f"{row.operator} {row.direction}, {row.dtype}, {row.backend}\n{row.shape}" for row in rows]
-    draw_speedups(left, rows, names, "PyTorch and flash-attn")
+    draw_speedups(left, rows, names, "the fastest of PyTorch and flash-attn")
     for panel in right:
         panel.barh(range(len(rows)), shares, color=COLORS["bfloat16"])
         panel.set(title="share of peak", xlabel="% of what memory and matrix units allow")
@@ -88,7 +88,7 @@ def label(row: Row) -> str:
     return f"{row.operator}, {row.direction}" if row.tokens is None else f"{row.operator}: {row.shape}"
 
 
-def draw_speedups(axes: Any, rows: Sequence[Row], names: Sequence[str], baselines: str) -> None:
+def draw_speedups(axes: Any, rows: Sequence[Row], names: Sequence[str], baseline: str) -> None:
     """The speedup over the best baseline, with its quartiles."""
     ratios = [row.speedup for row in rows]
     places = range(len(rows))
@@ -101,7 +101,7 @@ def draw_speedups(axes: Any, rows: Sequence[Row], names: Sequence[str], baseline
     axes.set_yticks(places, names, fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.16, y=0.01)  # on the right, for the text after the longest bar
-    axes.set(title="speedup", xlabel=f"speedup over the fastest {baselines} (line: equal)")
+    axes.set(title="speedup", xlabel=f"speedup over {baseline} (line: equal)")
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -113,7 +113,7 @@ def write(axes: Any, x: float, y: float, text: str) -> None:
 
 
 def threads_of(row: Row) -> str:
-    return f"{row.threads} thread{'s' * (row.threads > 1)}"
+    return f"{row.threads} thread{'s' * (row.threads != 1)}"
 
 
 def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> 
     measured = [(row, row.work) for row in rows if row.work and row.work.flops]
     if not measured:
         return
-    threads = max(row.threads for row, _ in measured)
+    threads = max(row.threads or 0 for row, _ in measured)
     peaks = described["peaks"][str(threads)]
     bandwidth = peaks["read_bytes_per_second"]
     shown = [(row, work.flops / work.bytes, work.flops) for row, work in measured if row.threads == threads]
@@ -154,7 +154,7 @@ def draw_roofline(axes: Any, rows: Sequence[Row], described: dict[str, Any]) -> 
 
 def draw_memory(axes: Any, rows: Sequence[Row]) -> None:
     """Peak memory relative to PyTorch eager's, at the highest number of threads."""
-    threads = max(row.threads for row in rows if has_memory(row))
+    threads = max(row.threads or 0 for row in rows if has_memory(row))
     shown = [row for row in rows if has_memory(row) and row.threads == threads]
     places = range(len(shown))
     shares = [(row.bytes_held or 0) / (row.baselines["eager"].bytes or 1) for row in shown]
@@ -183,7 +183,7 @@ def draw_growth(axes: Any, series: str, rows: Sequence[Row]) -> None:
             key=lambda row: growth.size_of(row.direction),
         )
         sizes = [growth.size_of(row.direction) for row in own]
-        kind = f"{dtype}, {threads} thread{'s' * (threads > 1)}"
+        kind = f"{dtype}, {threads_of(own[0])}"
         times = [row.seconds / (row.tokens or 1) * 1e6 for row in own]
         axes.plot(sizes, times, style, marker="o", markersize=4, color=OURS, label=f"fastlm, {kind}")
         for name, color in zip(own[0].baselines, (BASELINE, *OTHER_BASELINES), strict=False):

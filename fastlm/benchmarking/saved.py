@@ -10,8 +10,8 @@ from fastlm.benchmarking.measure import Ratio
 from fastlm.core.errors import mismatch
 
 
-def read(argument: str, file: Path) -> tuple[list[Row], dict[str, Any]]:
-    """(rows, the machine and the versions)."""
+def read(argument: str, file: Path) -> tuple[list[Row], dict[str, Any], dict[str, list[str]]]:
+    """(rows, the machine and the versions, what failed and what was left out on a GPU)."""
 
     def other(reason: object) -> ValueError:
         return mismatch(argument, "a file written by `fastlm bench --json`", f"{str(file)!r} ({reason})")
@@ -27,7 +27,10 @@ def read(argument: str, file: Path) -> tuple[list[Row], dict[str, Any]]:
     if missing := [name for name in ("rows", "machine") if name not in stored]:
         raise other(f"without {missing[0]!r}")
     try:
-        return [row_of(row) for row in stored["rows"]], stored["machine"]
+        rows, described = [row_of(row) for row in stored["rows"]], stored["machine"]
+        if not {"cpu", "card"} & {*described}:
+            raise other("machine without a name")
+        return rows, described, {name: list(stored.get(name, [])) for name in ("failed", "left_out")}
     except (KeyError, TypeError, AttributeError):
         raise other("rows with other fields") from None
 

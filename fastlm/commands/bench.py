@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import fastlm
 from fastlm.benchmarking import accelerated, plots, report, saved, whole
 from fastlm.benchmarking.compare import DTYPES, Row, compare
-from fastlm.commands import choices
+from fastlm.commands import bench_gpu, choices
 from fastlm.commands.bench_screen import screen_tables
 from fastlm.commands.display import console, say
 from fastlm.commands.targets import check_target
@@ -51,13 +51,27 @@ class Files:
 def show(source: Path, files: Files) -> None:
     """The tables and files of an earlier run, from its JSON file."""
     files.check()
-    rows, described = saved.read("from", source)
+    rows, described, ended = saved.read("from", source)
     if not rows:
         raise mismatch("from", "a file with at least one row", source)
+    if "card" in described:
+        show_gpu(rows, described, ended, files)
+        return
     introduce(described)
     for table in screen_tables(rows):
         console.print(table)
     files.write(rows, described)
+
+
+def show_gpu(rows: list[Row], described: dict[str, Any], ended: dict[str, list[str]], files: Files) -> None:
+    text = report.gpu_markdown(rows, described, **ended)
+    console.print(text, markup=False)
+    if files.json:
+        files.json.write_text(json.dumps(report.as_json(rows, described) | ended, indent=1) + "\n", encoding="utf-8")
+    if files.markdown:
+        files.markdown.write_text(text, encoding="utf-8")
+    if files.plot:
+        bench_gpu.draw(files.plot, rows, described)
 
 
 def run(

@@ -71,6 +71,13 @@ class Files:
             table_files.write(self.table.with_suffix(".txt"), table_files.as_python(card, found, measured_with))
 
 
+def draw(file: Path, rows: list[Row], described: dict[str, Any]) -> None:
+    if any(row.baselines for row in rows):
+        plots.draw(file, plots.figure_of_gpu(rows, described))
+    else:
+        say(f"no plot: no baseline was measured, so {file} was not written")
+
+
 def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
     """limit: number of seconds after which no case is started."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -103,8 +110,8 @@ def run(files: Files, limit: float | None = None, device: str = "cuda") -> None:
     if described["peaks"]:
         files.write(rows, described, now)
         console.print(report.gpu_markdown(rows, described, now.failed, now.left_out), markup=False)
-    if files.plot and any(row.baselines for row in rows):
-        plots.draw(files.plot, plots.figure_of_gpu(rows, described))
+    if files.plot:
+        draw(files.plot, rows, described)
     if now.stopped:
         print(f"stopped; the files contain the {len(rows)} rows measured so far", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGTERM)

@@ -147,7 +147,7 @@ class Case:
     def described(self, **sizes: Any) -> tuple[str, int]:
         """(the shape for tables, the number of tokens without padding)."""
         model, batches = self.make(**sizes)
-        number, tokens = (sum(batch["input_ids"].shape[i] for batch in batches) for i in (0, 1))
+        number, tokens = sum(len(batch["input_ids"]) for batch in batches), batches[0]["input_ids"].shape[1]
         positions = sum(batch["input_ids"].numel() for batch in batches)
         real = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
         numbers = {"number": number, "tokens": tokens, "mean": real / number, "padding": 1 - real / positions}

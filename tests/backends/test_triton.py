@@ -31,6 +31,7 @@ def gpu(monkeypatch, tmp_path):
     card = types.SimpleNamespace(name="Card", capability=(9, 0), shared=227 << 10)
     monkeypatch.setattr(backend, "device_type", "cuda")
     monkeypatch.setattr(backend, "missing", lambda: "")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -314,6 +315,20 @@ def test_without_a_gpu_and_without_the_interpreter():
     assert any(reason in done.stderr for reason in reasons)
 
 
+def test_the_interpreter_is_refused_on_a_gpu(gpu, monkeypatch):
+    """It rounds and multiplies bfloat16 in another way."""
+    for value, refused in (("1", True), ("True", True), ("0", False), ("", False)):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        expected = ["does not run in Triton's interpreter (unset TRITON_INTERPRET)"] if refused else []
+        assert registry.unavailable("triton") == fastlm.info().backends["triton"] == expected
+        assert decided()[0] == ("torch" if refused else "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(fastlm.Unsupported, match=r"triton does not run in .* \(unset TRITON_INTERPRET\);"):
+        decided(forced="triton")
+    monkeypatch.setattr(backend, "device_type", "cpu")  # as accept("cpu") makes it
+    assert registry.unavailable("triton") == []
+
+
 def test_a_fallback_is_counted(gpu):
     gpu.capability = (7, 0)
     what = "layernorm_residual: torch instead of triton"
@@ -328,7 +343,7 @@ def test_the_interpreter_is_used_on_a_cpu_only_if_forced(backend):
     x, sizes = floats(4, 8), LinearSizes(4, 8, 8, False)
     assert selection.decide(LINEAR, x.device, x.dtype, None, sizes)[0] != "triton"
     assert selection.decide(LINEAR, x.device, x.dtype, "triton", sizes)[0] == "triton"
-    with pytest.raises(fastlm.Unsupported, match=r"triton supports .* tensors, not cuda:0 "):
+    with pytest.raises(fastlm.Unsupported, match=r"triton supports CPU tensors, not cuda:0 \(\.to\('cpu'\) "):
         selection.decide(LINEAR, CUDA, x.dtype, "triton", sizes)
 
 

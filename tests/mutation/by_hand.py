@@ -74,6 +74,19 @@ TRITON = [
     ByHand("kernels/attention*.py", "tl.minimum($i + $upper + 1, $len)", "tl.minimum($i + $upper, $len)"),
 ]
 
+# Generated mutations that run with those by hand: the key, and the source from where the mutation begins. A key counts
+# the mutations of its kind in a function, so it stands for another one if the function changes before it.
+PICKED = {
+    "adamw.h:4:drop term:3": "h.lr * h.weight_decay",  # the decoupled weight decay
+    "attention_backward.h:3:drop term:15": "d[v]",  # the gradient of the softmax
+    "attention_mask.h:8:flip comparison:8": "vec::all(last)",  # the lower edge of the mask
+    "linear_cross_entropy.h:0:drop term:20": "uniform",  # label smoothing
+    "linear_cross_entropy.h:0:flip comparison:2": "ce.ignore_index",
+    "residual_norm.h:4:drop term:1": "part * stride",  # the partial sums of all parts
+    "rms_norm_residual.h:3:drop term:18": "n * share",  # the gradient of the root mean square
+    "sequences.h:3:drop term:4": "queries",  # alignment at the last query and key
+}
+
 PYTHON = [
     # alignment at the bottom right
     ByHand("fastlm/ops/attention/api.py", "$offset if causal", "0 if causal"),

@@ -45,12 +45,21 @@ def proposed(kind: str) -> list[Mutation]:
 
 
 def chosen(kind: str, scope: str) -> list[Mutation]:
-    """scope: "hand" for those by hand, "sample" for a fixed sample of the generated ones too, "all" for all of them."""
+    """scope: "hand" for those by hand and the picked ones, "sample" for a fixed sample of the generated ones too, "all"
+    for all of them.
+    """
     hand = [m for ordinal, wanted in enumerate(BY_HAND[kind]) for m in by_hand.found(ROOT, wanted, ordinal)]
-    if scope == "hand":
-        return hand
     generated = proposed(kind)
-    return hand + (generated if scope == "all" else sample(generated, PER_FILE[kind]))
+    if scope == "all":
+        return hand + generated
+    picked = [m for m in generated if fixed(m)]
+    sampled = sample(generated, PER_FILE[kind]) if scope == "sample" else []
+    return hand + picked + [m for m in sampled if not fixed(m)]
+
+
+def fixed(m: Mutation) -> bool:
+    """Whether it runs in every scope, and must be noticed."""
+    return m.kind == "by hand" or (m.file.startswith("csrc/cpu/") and m.key in by_hand.PICKED)
 
 
 def operator_of(name: str) -> str:
@@ -86,7 +95,7 @@ def run_compiled(
     module = str(next((tree / "fastlm").glob(pattern)))
     plan, out = folder / f"{kind}.plan.json", folder / f"{kind}.json"
     limits = {"seconds": seconds, "workers": WORKERS, "ignore_failing": ignore_failing}
-    thorough = [number for number, m in numbered.items() if m.kind == "by hand"]  # all of the tests that execute them
+    thorough = [number for number, m in numbered.items() if fixed(m)]  # all of the tests that execute them
     plan.write_text(json.dumps({"module": module, "mutants": list(numbered), "thorough": thorough, **limits}))
     environment = os.environ | {
         "FASTLM_MUTATION_PLAN": str(plan),

@@ -85,7 +85,7 @@ def rows(
     for ours in backends:
         if ours in seconds and (ours != "torch" or ours == auto):
             yield Row(
-                threads=1,
+                threads=None,
                 backend=ours,
                 auto=ours == auto,
                 seconds=statistics.median(seconds[ours]),

@@ -7,9 +7,15 @@ import dataclasses
 import functools
 import time
 
+from fastlm.backends import table
+from fastlm.benchmarking.gpu import models, plan, timing
+from fastlm.commands import bench_gpu
+from fastlm.models.bench import GENERATORS
 from tests.kernels.rehearsal.stand_in import note, processor_time
 
 MOST = {"rows": 64, "batch": 16, "tokens": 128, "repeats": 1}
+STEP = dataclasses.replace(models.STEP, layers=2, batch=2, context=128)
+TWO_LAYERS = GENERATORS["gpt2"] | {"n_layer": 2}
 
 
 def smaller(case):
@@ -21,18 +27,12 @@ def smaller(case):
 
 def on_this_cpu() -> None:
     """Changes the command, in this process: tensors on the CPU, whose backends are those of a GPU."""
-    from fastlm.backends import table
-    from fastlm.benchmarking.gpu import generation, plan, timing, training
-    from fastlm.commands import bench_gpu
-
     table.ORDER["cpu"] = table.ORDER["cuda"]
     table.rules_of = lambda device: ()
     planned, attempt = plan.planned, plan.Run.attempt
     plan.planned = lambda: tuple([(smaller(case), dtype) for case, dtype in pairs] for pairs in planned())
-    two_layers = training.SMALL | {"n_layer": 2}
-    step = functools.partial(training.training_step, batch=2, context=128, sizes=two_layers)
-    bench_gpu.training_step = step
-    bench_gpu.generation = functools.partial(generation.generation, new_tokens=16, sizes=two_layers)
+    bench_gpu.training_step = functools.partial(models.training_step, subject=STEP)
+    bench_gpu.generation = functools.partial(models.generation, new_tokens=16, sizes=TWO_LAYERS)
     bench_gpu.peaks = lambda device, dtypes: timing.peaks(device, dtypes, size=128, copied=1 << 24)
     timing.l2_bytes = lambda device: 50 << 20
     bench_gpu.run = functools.partial(bench_gpu.run, device="cpu")

@@ -47,10 +47,11 @@ def run(arguments: list[str]) -> None:
             os.environ.pop("FASTLM_TEST_DEVICE", None)  # there is none
         else:
             from tests.kernels import stub_driver
-            from tests.kernels.rehearsal import measurements
 
             stub_driver.pretend()
             if "bench" in rest:
+                from tests.kernels.rehearsal import measurements
+
                 measurements.on_this_cpu()
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
