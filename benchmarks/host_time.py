@@ -32,7 +32,7 @@ def without_launches(architecture: str) -> None:
     def nothing(*arguments: object) -> None:
         pass
 
-    binary = types.SimpleNamespace(run=nothing, function=0, packed_metadata=())
+    binary = types.SimpleNamespace(run=nothing, function=0, packed_metadata=(), metadata=types.SimpleNamespace())
     launch.launch_by_triton = lambda *arguments: binary
     launch.current_stream = lambda: lambda device: 0
     for operator in ("linear_cross_entropy", "linear_log_prob"):  # on a GPU the kernel checks the targets

@@ -48,7 +48,8 @@ def make(tmp_path):
         log = tmp_path / "log"
         log.write_text("")
         of_make = ("ARGS", "MAKEFLAGS", "MAKELEVEL")  # of the one that may have started the tests
-        environment = {k: v for k, v in os.environ.items() if k not in ("FASTLM_CUDA_ARCHS", *of_make)}
+        of_xdist = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")  # this process may be a worker
+        environment = {k: v for k, v in os.environ.items() if k not in ("FASTLM_CUDA_ARCHS", *of_make, *of_xdist)}
         environment |= {
             "LOG": str(log),
             "TESTS": str(tests),
@@ -134,7 +135,7 @@ def test_interrupted_tests_leave_a_report(workers, make, tmp_path):
     """pytest itself writes it, even if its workers hang; and each test has a line as soon as it is over."""
     (tmp_path / "test_it.py").write_text(HANGS)
     given = {"REAL": sys.executable, "TESTED": str(tmp_path / "test_it.py"), "WORKERS": workers}
-    done, _ = make(target="gpu-test", variables=["TEST_LIMIT=6"], **given)
+    done, _ = make(target="gpu-test", variables=["TEST_LIMIT=15"], **given)
     assert done.returncode != 0 and "the tests: exit status 124" in done.stdout, done.stdout + done.stderr
     assert 'name="test_quick"' in (tmp_path / "log.xml").read_text()
     lines = (tmp_path / "out" / "tests.txt").read_text().splitlines()
