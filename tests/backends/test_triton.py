@@ -29,6 +29,9 @@ LAYERNORM, LINEAR, ATTENTION = (OPERATORS[name] for name in ("layernorm_residual
 def gpu(monkeypatch, tmp_path):
     """A GPU, as far as backend selection asks for one."""
     card = types.SimpleNamespace(name="Card", capability=(9, 0), shared=227 << 10)
+    for operator in registry.operators().values():
+        if operator.implements("triton"):
+            operator.implementation("triton")  # imports kernels, which are interpreted if the variable is set then
     monkeypatch.setattr(backend, "device_type", "cuda")
     monkeypatch.setattr(backend, "missing", lambda: "")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
