@@ -10,8 +10,6 @@ random weights. The modules are read in pretraining, without their names.
 import collections
 import json
 import shutil
-import subprocess
-import sys
 import sysconfig
 import zlib
 from pathlib import Path
@@ -23,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import fastlm
+from benchmarks.small_gpt import command
 from fastlm.models import BertForSequenceClassification
 from fastlm.models.bert import BertConfig
 from fastlm.training.schedule import learning_rate
@@ -63,10 +62,6 @@ def main(
     accuracies = {name: classify(model, training, pretrained=name == "pretrained") for name in ("pretrained", "random")}
     print(f"module of a line, {MODULES} modules: {100 * accuracies['pretrained']:.1f} % of lines")
     print(f"with random weights before fine-tuning {100 * accuracies['random']:.1f} %")
-
-
-def command(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "fastlm.cli", *map(str, arguments)], check=True)
 
 
 def checksum(text: str) -> int:

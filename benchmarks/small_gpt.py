@@ -3,8 +3,7 @@
     python -m benchmarks.small_gpt --out RUN --threads 2
 
 It prints bits per byte of files that neither the tokenizer nor the model has read, beside those of `xz -9` on the same
-bytes, and writes the curve of the loss to RUN/loss.png. The default number of steps takes half an hour on two cores of
-a Zen 5.
+bytes, and writes the curve of the loss to RUN/loss.png. The default number of steps reads 14 million tokens.
 """
 
 import json

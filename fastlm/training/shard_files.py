@@ -33,23 +33,7 @@ from fastlm.training.distributed import Group
 from fastlm.training.sharded import sharded_like
 
 INDEX = ".metadata"
-# What an index consists of, besides dtypes and paths.
-INDEX_CLASSES = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},  # a layout by its name
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-}
-STATEFUL = {  # those whose objects have attributes that are set from the pickle
+STATEFUL = {  # classes of an index whose objects have attributes that are set from the pickle
     _StorageInfo,
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -58,6 +42,12 @@ STATEFUL = {  # those whose objects have attributes that are set from the pickle
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
+}
+# What an index consists of, besides dtypes and paths.
+NAMED = {(kind.__module__, kind.__name__) for kind in STATEFUL} | {
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.serialization", "_get_layout"),  # a layout by its name
 }
 PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}  # a checkpoint is read on any system
 
@@ -158,9 +148,7 @@ class IndexUnpickler(Unpickler):
             return PATHS[name]
         if (module, name) == ("builtins", "getattr"):  # as some versions of Python pickle a member of an Enum
             return member
-        if name in INDEX_CLASSES.get(module, ()) or (
-            module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
-        ):
+        if (module, name) in NAMED or (module == "torch" and isinstance(vars(torch).get(name), torch.dtype)):
             return super().find_class(module, name)
         raise Refused(f"Python object {module}.{name}")
 

@@ -221,6 +221,14 @@ def test_a_sum_of_squares_that_overflows_is_not_hidden(size, width, dtype, backe
     assert y.isfinite().all() and dx.isfinite().all() and db.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+def test_an_overflow_is_not_hidden_by_a_nan_in_another_row(backend):
+    x = floats(3, 45)
+    x[0, 0], x[1] = torch.nan, x[1] * 1e20
+    y, _ = fastlm.layernorm_residual(x, None, floats(45), floats(1, 45)[0], backend=backend)
+    assert y[:2].isnan().all() and y[2].isfinite().all()
+
+
 def call(**changed):
     arguments = {"x": floats(2, 5), "residual": floats(2, 5), "weight": floats(5), "bias": floats(5)} | changed
     return fastlm.layernorm_residual(**arguments)
