@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastlm.core.errors import check_integer, check_number, mismatch, wrong_type
+from fastlm.core.modules import evaluation_mode
 from fastlm.generation.tokenizer import Tokenizer
 from fastlm.models.auto import load_model
 from fastlm.models.base import PretrainedModel
-from fastlm.models.decoding import evaluation_mode
 from fastlm.models.encoder import EncoderForMaskedLM
 from fastlm.models.language_model import LanguageModel
 

@@ -158,7 +158,7 @@ def test_an_interrupted_call_leaves_the_model_as_it_was(monkeypatch):
 
     monkeypatch.setattr(forward.tqdm, "update", interrupt)
     try:
-        fastlm.encode(model, texts(9), tokenizer=tokenizer(), max_tokens_per_batch=20)
+        fastlm.encode(model, texts(9), tokenizer=tokenizer(), max_tokens_per_batch=20, progress=True)
     except KeyboardInterrupt:
         assert model.training
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastlm-tokenizer")]

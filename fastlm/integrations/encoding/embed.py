@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from fastlm.core.errors import check_flag, wrong_type
+from fastlm.core.modules import submodules
 from fastlm.integrations.encoding.forward import (
     Results,
     Runner,
@@ -140,4 +141,4 @@ def encode(
 def is_causal(model: nn.Module) -> bool:
     if isinstance(model, PretrainedModel):
         return not isinstance(model, Encoder)
-    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+    return any(getattr(module, "is_causal", False) is True for module in submodules(model))

@@ -1,9 +1,11 @@
 """Running a model of transformers or fastlm.models on batches: hidden states by text, packed if it gives them so."""
 
 import contextlib
+import functools
 import inspect
+import math
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fastlm.core.errors import check_flag, check_integer, wrong_type
+from fastlm.core.modules import evaluation_mode, submodules
 from fastlm.integrations.encoders import EncoderPatch
 from fastlm.integrations.encoding.schedule import Item, batches
 from fastlm.integrations.encoding.tokens import Tokenizing
@@ -23,12 +26,15 @@ from fastlm.models.encoder import Encoder
 Results = Generator[tuple[list[int], Tensor], None, None]  # (indices, results) of one batch after another
 
 
+signature_of = functools.cache(inspect.signature)
+
+
 class Runner:
     """Calls a model with the features that its forward takes."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.names = set(inspect.signature(model.forward).parameters)
+        self.names = set(signature_of(type(model).forward).parameters)
         if isinstance(model, Encoder) and model.base_model.types is None:
             self.names.discard("token_type_ids")
         self.options = {"use_cache": False} if "use_cache" in self.names else {}
@@ -68,7 +74,7 @@ class Runner:
 
 
 def unpads(model: nn.Module) -> bool:
-    return isinstance(model, Encoder) or any(isinstance(patch_of(module), EncoderPatch) for module in model.modules())
+    return isinstance(model, Encoder) or any(isinstance(patch_of(module), EncoderPatch) for module in submodules(model))
 
 
 def check_model(model: Any) -> None:
@@ -78,22 +84,12 @@ def check_model(model: Any) -> None:
         raise wrong_type("model", expected, model)
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def check_finite(results: Tensor, indices: Sequence[int], model: nn.Module) -> None:
     """Raise an error that names the weight, or the text, if a result is not finite."""
+    if math.isfinite(results.sum()):
+        return
     finite = results.isfinite()
-    if finite.all():
+    if finite.all():  # their sum overflows
         return
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -111,12 +107,14 @@ def gather(results: Results, total: int, unit: str, progress: bool | None) -> Te
     """All results in the order of the texts, under a progress bar; None if there is no text."""
     out = None
     hidden = not (sys.stderr.isatty() if progress is None else check_flag("progress", progress))
-    with contextlib.closing(results), tqdm(total=total, unit=unit, disable=hidden, delay=int(progress is None)) as bar:
+    bar = None if hidden else tqdm(total=total, unit=unit, delay=int(progress is None))
+    with contextlib.closing(results), contextlib.nullcontext() if bar is None else bar:
         for indices, part in results:
             if out is None:
                 out = torch.empty(total, *part.shape[1:])
             out[indices] = part
-            bar.update(len(indices))
+            if bar is not None:
+                bar.update(len(indices))
     return out
 
 

@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fastlm.core.modules import submodules
 from fastlm.integrations.encoding.embed import embedder
 from fastlm.integrations.encoding.forward import gather, is_sentence_transformer
 from fastlm.integrations.encoding.schedule import MAX_TOKENS_PER_BATCH
@@ -100,7 +101,7 @@ class EncodePatch:
         if show_progress_bar is None:
             level = logging.getLogger(type(model).__module__).getEffectiveLevel()
             show_progress_bar = level in (logging.INFO, logging.DEBUG)
-        if any(module.training for module in model.modules()):
+        if any(module.training for module in submodules(model)):
             model.eval()  # as the method does
         budget = min(batch_size * described.max_length, MAX_TOKENS_PER_BATCH)
         run = described.run(described.tokenizing(texts), budget)

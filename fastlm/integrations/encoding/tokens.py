@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from fastlm.core.errors import check_integer, mismatch, shown, wrong_type
+from fastlm.core.modules import submodules
 from fastlm.integrations.encoding.schedule import Item
 from fastlm.models.encoder import Encoder
 
@@ -38,9 +38,10 @@ class Tokenizing:
         self.tokenizer, self.texts, self.max_length = tokenizer, texts, max_length
         self.query, self.prompt, self.lower_case = query, prompt, lower_case
         self.truncated = 0
-        if not len(self.encode([""])["input_ids"][0]):
-            # Without special tokens a text may have no token. Texts without words are found before all others are run.
-            self([i for i, text in enumerate(texts) if not text.strip()])
+        blank = [i for i, text in enumerate(texts) if not text.strip()]
+        if blank and not len(self.encode([""])["input_ids"][0]):
+            # Without special tokens a text may have no token. Such texts are found before all others are run.
+            self(blank)
             self.truncated = 0
 
     def sizes(self) -> list[int]:
@@ -111,13 +112,13 @@ class Tokenizing:
     def pad(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """The features of a batch, padded at the end, with the mask."""
         padding = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
-        lengths = torch.tensor([item.tokens for item in items])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        features = {
-            name: pad_sequence([torch.tensor(item.features[name]) for item in items], True, padding[name])
+        longest = max(item.tokens for item in items)
+        rows = {
+            name: [item.features[name] + [padding[name]] * (longest - item.tokens) for item in items]
             for name in items[0].features
         }
-        return {**features, "attention_mask": mask.long()}
+        rows["attention_mask"] = [[1] * item.tokens + [0] * (longest - item.tokens) for item in items]
+        return {name: torch.tensor(ids) for name, ids in rows.items()}
 
 
 def one_line(error: BaseException) -> str:
@@ -172,7 +173,7 @@ def length_limit(model: nn.Module) -> int:
         return model.config.context
     limit = getattr(model.config, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 0 else LARGEST_LENGTH
-    for module in model.modules():
+    for module in submodules(model):
         table = module._modules.get("position_embeddings")
         # RoBERTa and its relatives count positions from the id of padding on.
         if isinstance(table, nn.Embedding) and table.padding_idx is not None:

@@ -3,7 +3,7 @@
 It is part of fastlm.models because every causal language model has it as its method `generate`.
 """
 
-from fastlm.models.decoding.loop import Streamer, evaluation_mode, generate
+from fastlm.models.decoding.loop import Streamer, generate
 from fastlm.models.decoding.sampling import Sampling
 
-__all__ = ["Sampling", "Streamer", "evaluation_mode", "generate"]
+__all__ = ["Sampling", "Streamer", "generate"]

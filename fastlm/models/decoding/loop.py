@@ -1,14 +1,14 @@
 """The decoding loop: the prompt in one forward pass (prefill), then one token per sequence and step."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlm.backends.gpu import on_device
 from fastlm.core.errors import check_flag, check_integer, check_tensor, mismatch, wrong_type
+from fastlm.core.modules import evaluation_mode
 from fastlm.models.base import PretrainedModel
 from fastlm.models.decoding import graphs
 from fastlm.models.decoding.sampling import Sampling
@@ -127,15 +127,3 @@ def token_ids(
     if pad_token_id is not None:
         pad_token_id = check_integer("pad_token_id", pad_token_id, "a token id")
     return eos, next((p for p in (pad_token_id, model.config.pad_token_id, *eos) if p is not None), 0)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Sets evaluation mode; on exit, restores the mode of every module."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -5,8 +5,8 @@ import pytest
 import torch
 import transformers
 
+from fastlm.core.modules import evaluation_mode
 from fastlm.generation import generate
-from fastlm.models.decoding import evaluation_mode
 from tests.models.hugging_face import ours_like, tiny_gpt2
 
 
