@@ -4,6 +4,7 @@ The pass updates weights and moments and can also clip gradients, update master 
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, overload
@@ -99,6 +100,14 @@ class Batch:
     def skip(self, zero_gradients: bool) -> None:
         if zero_gradients:
             torch._foreach_zero_(self.gradients)
+
+
+def without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method as it is before torch._disable_dynamo wraps it, unless a graph is compiled.
+
+    The first call of the wrapper imports PyTorch's compiler, which takes a second.
+    """
+    return method if torch.compiler.is_compiling() else inspect.unwrap(method)
 
 
 class AdamW(torch.optim.AdamW):
@@ -220,7 +229,11 @@ class AdamW(torch.optim.AdamW):
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise wrong_type("params", 'groups, which are dicts with the key "params"', param_group)
         check_group(param_group)
-        super().add_param_group(param_group)
+        without_compiler(torch.optim.AdamW.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim.AdamW's."""
+        without_compiler(torch.optim.AdamW.zero_grad)(self, set_to_none)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -247,7 +260,7 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        without_compiler(AdamW._update)(self)
         return loss
 
     @torch._disable_dynamo  # a tracer cannot follow addresses: under torch.compile it runs between the graphs

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -324,6 +326,21 @@ def test_a_whole_step_under_torch_compile():
     compiled = torch.compile(step, backend="aot_eager")
     for _ in range(4):
         torch.testing.assert_close(compiled(model, ours), step(plain, native), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_step_does_not_import_the_compiler():
+    """It takes a second. PyTorch imports it for the first call of several methods of an optimizer."""
+    code = """
+import sys, torch, fastlm
+p = torch.ones(3, requires_grad=True)
+optimizer = fastlm.optim.AdamW([p])
+p.sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+assert p.grad is None and "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_parameters_whose_memory_moves():
