@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlm.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from fastlm.models import BertConfig, BertForMaskedLM, CausalLM, GPT2Config, GPT2LMHeadModel
+from fastlm.models.bench import GENERATORS
+from fastlm.models.decoder_config import LlamaConfig
 from fastlm.models.language_model import LanguageModel
 from fastlm.training.baseline import PlainGPT2
 from fastlm.training.baseline_bert import PlainBert
+from fastlm.training.baseline_llama import PlainLlama
 from fastlm.training.data.order import draws
 from fastlm.training.objectives import MaskedToken, NextToken
 from fastlm.training.settings import Settings
@@ -22,7 +25,7 @@ from fastlm.training.whole import Loss
 class Subject:
     """A model and the batch that it takes a step on."""
 
-    kind: str  # "GPT-2", "BERT"
+    kind: str  # one of BASELINES
     layers: int
     width: int
     heads: int
@@ -30,13 +33,28 @@ class Subject:
     batch: int
     context: int
     dropout: float = 0.0  # wherever the architecture has some
+    kv_heads: int | None = None  # of a Llama
+    hidden: int | None = None  # width of the MLP; None: four times the width
 
     def __str__(self) -> str:
         dropout = f", dropout {self.dropout:g}" if self.dropout else ""
         return f"{self.kind}, {self.layers} layers of {self.width}, {self.batch} × {self.context} tokens{dropout}"
 
-    def model(self, seed: int = 0) -> GPT2LMHeadModel | BertForMaskedLM:
+    def model(self, seed: int = 0) -> LanguageModel | BertForMaskedLM:
         torch.manual_seed(seed)
+        if self.kind == "Llama":
+            return CausalLM(
+                LlamaConfig(
+                    num_hidden_layers=self.layers,
+                    hidden_size=self.width,
+                    num_attention_heads=self.heads,
+                    num_key_value_heads=self.kv_heads or self.heads,
+                    intermediate_size=self.hidden or 4 * self.width,
+                    vocab_size=self.vocabulary,
+                    max_position_embeddings=self.context,
+                    tie_word_embeddings=True,
+                )
+            )
         if self.kind == "GPT-2":
             return GPT2LMHeadModel(
                 GPT2Config(
@@ -64,9 +82,9 @@ class Subject:
         )
 
     def objective(self) -> NextToken | MaskedToken:
-        if self.kind == "GPT-2":
-            return NextToken()
-        return MaskedToken(vocabulary=self.vocabulary, mask_token=min(103, self.vocabulary - 1))
+        if self.kind == "BERT":
+            return MaskedToken(vocabulary=self.vocabulary, mask_token=min(103, self.vocabulary - 1))
+        return NextToken()
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """(inputs, targets)."""
@@ -82,15 +100,31 @@ class Subject:
         """
         tokens, predicted = self.batch * self.context, int((self.pairs()[1] >= 0).sum())
         head = self.vocabulary * self.width + (self.width**2 if self.kind == "BERT" else 0)
-        products = 3 * 2 * (tokens * self.layers * 12 * self.width**2 + predicted * head)
-        keys_per_query = (self.context + 1) / 2 if self.kind == "GPT-2" else self.context
+        key_width = self.width // self.heads * (self.kv_heads or self.heads)
+        hidden = (self.hidden or 4 * self.width) * (3 if self.kind == "Llama" else 2)
+        layer = self.width * (2 * self.width + 2 * key_width + hidden)
+        products = 3 * 2 * (tokens * self.layers * layer + predicted * head)
+        keys_per_query = self.context if self.kind == "BERT" else (self.context + 1) / 2
         return products + 3.5 * self.layers * 2 * 2 * tokens * keys_per_query * self.width
 
 
+BASELINES: dict[str, Any] = {"GPT-2": PlainGPT2, "BERT": PlainBert, "Llama": PlainLlama}
+SMOLLM2 = GENERATORS["smollm2"]
 MODELS = {
     "gpt2": Subject("GPT-2", 12, 768, 12, 50257, 2, 512),
     "gpt2-dropout": Subject("GPT-2", 12, 768, 12, 50257, 2, 512, 0.1),
     "bert": Subject("BERT", 12, 768, 12, 30522, 8, 128, 0.1),
+    "smollm2": Subject(
+        "Llama",
+        SMOLLM2["num_hidden_layers"],
+        SMOLLM2["hidden_size"],
+        SMOLLM2["num_attention_heads"],
+        SMOLLM2["vocab_size"],
+        2,
+        512,
+        kv_heads=SMOLLM2["num_key_value_heads"],
+        hidden=SMOLLM2["intermediate_size"],
+    ),
     "small": Subject("GPT-2", 6, 384, 6, 256, 12, 256),  # nanoGPT's sizes for one GPU, on bytes
     "tiny": Subject("GPT-2", 4, 128, 4, 256, 12, 64),  # and for a CPU
 }
@@ -128,8 +162,8 @@ def fastlm_model(subject: Subject, recompute: int) -> tuple[nn.Module, Loss]:
 
 
 def plain_model(subject: Subject) -> tuple[nn.Module, Loss]:
-    """The same weights in plain PyTorch; nothing of fastlm's model stays in memory."""
-    kind = PlainGPT2 if subject.kind == "GPT-2" else PlainBert
+    """The same weights in plain PyTorch, or transformers' Llama; nothing of fastlm's model stays in memory."""
+    kind = BASELINES[subject.kind]
     return kind.like(subject.model()), kind.loss
 
 
@@ -144,11 +178,8 @@ def baseline_generate(name: str, model: LanguageModel) -> Callable[[Tensor, int]
     """Greedy decoding with the same weights: plain PyTorch for GPT-2, transformers for SmolLM 2."""
     if name == "gpt2":
         return PlainGPT2.like(model).to(model.dtype).eval().generate
-    import transformers
-
-    theirs: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**model.config.to_dict()))
-    theirs.load_state_dict(model.state_dict(), strict=False)  # without the tied output projection
-    theirs = theirs.to(model.dtype).eval()
+    assert isinstance(model, CausalLM)
+    theirs: Any = PlainLlama.like(model).eval()
     theirs.generation_config.eos_token_id = None
 
     def generate(tokens: Tensor, new_tokens: int) -> Tensor:

@@ -13,18 +13,19 @@ from fastlm.benchmarking.machine import Probe
 from fastlm.benchmarking.worker import Worker
 from fastlm.models import bench as models
 from fastlm.training import bench
-from fastlm.training.baseline import PlainGPT2
-from fastlm.training.baseline_bert import PlainBert
-from fastlm.training.bench import MODELS, Subject
+from fastlm.training.bench import BASELINES, MODELS, Subject
 
 SIZES = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 50, "n_positions": 32}
 GPT = Subject("GPT-2", 1, 32, 2, 50, 2, 16)
 BERT = Subject("BERT", 1, 32, 2, 50, 4, 16, 0.1)
+LLAMA = Subject("Llama", 1, 32, 4, 50, 2, 16, kv_heads=2, hidden=48)
 WORK = {"dtype": "float32", "number_of_threads": 1, "subject": dataclasses.asdict(GPT), "tuned": False}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject, dtype", [(GPT, "float32"), (BERT, "bfloat16")], ids=["GPT-2", "BERT"])
+@pytest.mark.parametrize(
+    "subject, dtype", [(GPT, "float32"), (BERT, "bfloat16"), (LLAMA, "float32")], ids=["GPT-2", "BERT", "Llama"]
+)
 def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
     peaks = {torch.float32: 1e9, torch.bfloat16: 1e8}
     monkeypatch.setattr(whole, "peak", lambda threads, kind: peaks[kind])
@@ -69,7 +70,7 @@ def test_a_step_recomputes_at_the_given_level(library, monkeypatch):
         assert expected == [8 * sum(p.numel() for p in trainer.parameters)]
 
 
-@pytest.mark.parametrize("subject", [GPT, BERT], ids=["GPT-2", "BERT"])
+@pytest.mark.parametrize("subject", [GPT, BERT, LLAMA], ids=lambda subject: subject.kind)
 def test_the_memory_of_a_baseline_is_its_own(subject, monkeypatch):
     """fastlm's model, which has the same weights, is freed before: freed later, it would hide part of the step."""
     drawn, draw, alive = [], Subject.model, []
@@ -113,26 +114,27 @@ def test_resident_growth_beyond_the_expected():
     assert 55 << 20 <= int(done.stdout) <= 75 << 20
 
 
-@pytest.mark.parametrize("subject", [GPT, dataclasses.replace(BERT, dropout=0.0)], ids=["GPT-2", "BERT"])
+@pytest.mark.parametrize("subject", [GPT, dataclasses.replace(BERT, dropout=0.0), LLAMA], ids=lambda each: each.kind)
 def test_flops_are_those_that_pytorch_counts(subject):
     """Products with weights exactly; PyTorch counts masked scores too, and logits of every token."""
     model = subject.model()
-    plain = (PlainGPT2 if subject.kind == "GPT-2" else PlainBert).like(model)
+    kind = BASELINES[subject.kind]
+    plain = kind.like(model)
     inputs, targets = subject.pairs()
     with (
         FlopCounterMode(display=False) as counter,
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION),
     ):
-        plain.loss(plain, inputs, targets).backward()
+        kind.loss(plain, inputs, targets).backward()
     counts = counter.get_flop_counts()["Global"]
     weights = sum(count for function, count in counts.items() if "attention" not in str(function))
     tokens, width = subject.batch * subject.context, subject.width
     head = subject.vocabulary * width + (width**2 if subject.kind == "BERT" else 0)
     unpredicted = tokens - int((targets >= 0).sum())
-    keys_per_query = 17 / 2 if subject.kind == "GPT-2" else 16
+    keys_per_query = 16 if subject.kind == "BERT" else 17 / 2
     attention = 3.5 * 4 * tokens * keys_per_query * width
     assert subject.flops() == weights - 6 * unpredicted * head + attention
-    assert unpredicted == 0 if subject.kind == "GPT-2" else unpredicted > 0
+    assert unpredicted > 0 if subject.kind == "BERT" else unpredicted == 0
 
 
 def test_gpt2_small_takes_three_quarters_of_a_gigaflop_per_token():
@@ -145,7 +147,7 @@ def test_the_baseline_has_the_same_dropouts(subject):
     inputs, targets = subject.pairs()
     for dropout in (0.0, 0.3):
         model = dataclasses.replace(subject, dropout=dropout).model().train()
-        plain = (PlainGPT2 if subject.kind == "GPT-2" else PlainBert).like(model).train()
+        plain = BASELINES[subject.kind].like(model).train()
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(5)  # so that the loss depends on the layers
@@ -159,7 +161,7 @@ def test_the_baseline_has_the_same_dropouts(subject):
             assert abs(ours.mean() - baseline.mean()) < 5 * (ours.var() / 100 + baseline.var() / 100).sqrt()
 
 
-LLAMA = {
+LLAMA_SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 1,
@@ -170,7 +172,7 @@ LLAMA = {
 }
 
 
-@pytest.mark.parametrize("name, sizes", [("gpt2", SIZES), ("smollm2", LLAMA)])
+@pytest.mark.parametrize("name, sizes", [("gpt2", SIZES), ("smollm2", LLAMA_SIZES)])
 def test_generation_is_compared(name, sizes):
     row = whole.compare_generation(name, "bfloat16", 1, sizes=sizes, prompt=4, new_tokens=6, rounds=5)
     assert row.operator == "generation" and row.tokens == 6 and list(row.baselines) == ["eager"]
@@ -180,17 +182,29 @@ def test_generation_is_compared(name, sizes):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_weights_that_a_token_reads(tied):
     """Both norms of a layer and the last, its projections, and the output projection; not the embedding."""
-    model = models.generator("smollm2", torch.float32, LLAMA | {"tie_word_embeddings": tied})
+    model = models.generator("smollm2", torch.float32, LLAMA_SIZES | {"tie_word_embeddings": tied})
     layer = 2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     assert models.bytes_per_token(model) == 4 * (layer + 32 + 50 * 32)
 
 
 def test_the_baseline_generates_the_same_tokens():
-    model, tokens = models.generator("smollm2", torch.float32, LLAMA), torch.arange(5)[None]
+    model, tokens = models.generator("smollm2", torch.float32, LLAMA_SIZES), torch.arange(5)[None]
     ours = model.generate(tokens, max_new_tokens=8, eos_token_id=())
     assert torch.equal(bench.baseline_generate("smollm2", model)(tokens, 8), ours)
 
 
+def test_the_baseline_of_a_llama_has_the_same_loss():
+    model = LLAMA.model().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)  # so that the loss depends on the layers
+    plain = BASELINES["Llama"].like(model).train()
+    inputs, targets = LLAMA.pairs()
+    ours, theirs = LLAMA.objective().loss(model, inputs, targets), BASELINES["Llama"].loss(plain, inputs, targets)
+    assert abs(ours.item() - 3.9) > 0.1  # that of equal probabilities
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_every_model_can_be_chosen_by_name():
-    assert list(MODELS) == ["gpt2", "gpt2-dropout", "bert", "small", "tiny"]
+    assert list(MODELS) == ["gpt2", "gpt2-dropout", "bert", "smollm2", "small", "tiny"]
     assert (MODELS["bert"].batch, MODELS["bert"].context, MODELS["bert"].dropout) == (8, 128, 0.1)
