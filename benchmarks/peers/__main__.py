@@ -1,4 +1,4 @@
-"""Compares fastlm.encode with PyTorch and the peers on this machine."""
+"""Compares fastlm.encode and fastlm.rerank with PyTorch and the peers on this machine."""
 
 import dataclasses
 import importlib
@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,18 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.common import check_model
-from benchmarks.peers.texts import PROFILES
+from benchmarks.peers.shapes import SHAPES, write
+from benchmarks.peers.texts import PAIRS, PROFILES, QUERY
 from fastlm.benchmarking.measure import Ratio, interleaved
 from fastlm.core.errors import mismatch
 
 PEERS = ("openvino", "onnxruntime", "ctranslate2")
-OURS, BASELINE = "fastlm_encode", "pytorch"
-TOLERANCE = 1e-4  # of unit vectors, against PyTorch
+OURS, BASELINE, COMPILED = "fastlm_encode", "pytorch", "pytorch_compiled"
+TOLERANCE = 1e-4  # of unit vectors or scores, against PyTorch
 console = Console()
 
 
 class Peer:
-    """A process that encodes on request."""
+    """A process that computes embeddings or scores on request."""
 
     def __init__(self, name: str, directory: Path, threads: int) -> None:
         self.name = name
@@ -49,10 +51,13 @@ class Peer:
         line = self.process.stdout.readline()
         return json.loads(line) if line else {"failed": f"ended with exit code {self.process.wait()}"}
 
-    def encode(self, calls: list[list[str]], batch: int, results: bool = False) -> dict[str, Any]:
+    def run(
+        self, calls: list[list[str]], batch: int, query: str | None = None, results: bool = False
+    ) -> dict[str, Any]:
         """calls: the texts of each call of the library."""
         assert self.process.stdin
-        self.process.stdin.write(json.dumps({"calls": calls, "batch": batch, "results": results}) + "\n")
+        request = {"calls": calls, "batch": batch, "query": query, "results": results}
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self.read()
         if "failed" in answer:
@@ -73,7 +78,7 @@ class Row:
     batch: int
     texts_per_second: float
     speedup: Ratio  # of fastlm over it
-    difference: float  # the largest of the embeddings, from PyTorch's
+    difference: float  # the largest of the results, from PyTorch's
 
 
 def missing(name: str) -> str:
@@ -87,12 +92,22 @@ def main(
     model: Annotated[Path, typer.Option(help="Directory of a SentenceTransformer with mean pooling.")],
     peers: Annotated[str, typer.Option(help="Comma-separated list.")] = ",".join(PEERS),
     profiles: Annotated[str, typer.Option(help="Comma-separated list of lengths of texts.")] = ",".join(PROFILES),
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Random weights of this shape in place of the model's: {', '.join(SHAPES)}, which scores pairs."
+        ),
+    ] = None,
+    number: Annotated[int | None, typer.Option(help="Number of texts; default: that of the profile.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure torch.compile too.")] = False,
     threads: Annotated[int, typer.Option(help="Number of threads of each.")] = 2,
     seconds: Annotated[float, typer.Option(help="For each profile and order, but at least five rounds.")] = 60.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
     """Compare fastlm.encode with PyTorch and the peers, from texts to embeddings in float32."""
     check_model(model)
+    if shape is not None and shape not in SHAPES:
+        raise mismatch("shape", f"one of {', '.join(SHAPES)}", repr(shape))
     names = peers.split(",") if peers else []
     for name in names:
         if name not in PEERS:
@@ -101,22 +116,25 @@ def main(
     for name in chosen:
         if name not in PROFILES:
             raise mismatch("profiles", f"a comma-separated list of {', '.join(PROFILES)}", repr(name))
+    query, makers = (QUERY, PAIRS) if shape == "reranker" else (None, {name: PROFILES[name] for name in chosen})
     absent = {name: how for name in names if (how := missing(name))}
-    running = [Peer(name, model, threads) for name in (OURS, BASELINE, *names) if name not in absent]
-    absent |= {peer.name: peer.described["failed"] for peer in running if "failed" in peer.described}
-    running = [peer for peer in running if peer.name not in absent]
-    for peer in running:
-        console.print(f"{peer.name}: {peer.described['version']}; {peer.described['options']}")
-    rows = []
+    wanted = [name for name in (OURS, BASELINE, *[COMPILED] * compiled, *names) if name not in absent]
+    running, rows = [], []
     try:
-        for profile in chosen:
-            make, number = PROFILES[profile]
-            texts = make(number)
+        with tempfile.TemporaryDirectory() as folder:
+            directory = model if shape is None else write(shape, model, Path(folder, shape))
+            running = [Peer(name, directory, threads) for name in wanted]
+            absent |= {peer.name: peer.described["failed"] for peer in running if "failed" in peer.described}
+            measured = [peer for peer in running if peer.name not in absent]
+        for peer in measured:
+            console.print(f"{peer.name}: {peer.described['version']}; {peer.described['options']}")
+        for profile, (make, usual) in makers.items():
+            texts = make(usual if number is None else number)
             orders = {"as they come": [texts], "sorted": [sorted(texts, key=len, reverse=True)]}
             if profile == "queries":
                 orders["one at a time"] = [[text] for text in texts]
             for order, calls in orders.items():
-                rows += compare(running, profile, order, calls, seconds)
+                rows += compare(measured, profile, order, calls, query, seconds)
     finally:
         for peer in running:
             peer.close()
@@ -124,20 +142,23 @@ def main(
     if json_file:
         content = {
             "threads": threads,
-            "peers": {peer.name: peer.described for peer in running},
+            "shape": shape,
+            "peers": {peer.name: peer.described for peer in measured},
             "absent": absent,
             "rows": [dataclasses.asdict(row) for row in rows],
         }
         json_file.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def compare(running: list[Peer], profile: str, order: str, calls: list[list[str]], seconds: float) -> list[Row]:
+def compare(
+    running: list[Peer], profile: str, order: str, calls: list[list[str]], query: str | None, seconds: float
+) -> list[Row]:
     results, batches = {}, {}
     for peer in running:
-        results[peer.name] = torch.tensor(peer.encode(calls, peer.described["batches"][-1], results=True)["embeddings"])
-        taken = {batch: peer.encode(calls, batch)["seconds"] for batch in peer.described["batches"]}
+        results[peer.name] = torch.tensor(peer.run(calls, peer.described["batches"][-1], query, True)["results"])
+        taken = {batch: peer.run(calls, batch, query)["seconds"] for batch in peer.described["batches"]}
         batches[peer.name] = min(taken, key=lambda batch: taken[batch])
-    timers = {peer.name: timer(peer, calls, batches[peer.name]) for peer in running}
+    timers = {peer.name: timer(peer, calls, batches[peer.name], query) for peer in running}
     found = interleaved(timers, 30, budget=seconds)
     rows = []
     for name, taken in found.items():
@@ -147,8 +168,8 @@ def compare(running: list[Peer], profile: str, order: str, calls: list[list[str]
     return rows
 
 
-def timer(peer: Peer, calls: list[list[str]], batch: int) -> Any:
-    return lambda n=1: sum(peer.encode(calls, batch)["seconds"] for _ in range(n)) / n
+def timer(peer: Peer, calls: list[list[str]], batch: int, query: str | None) -> Any:
+    return lambda n=1: sum(peer.run(calls, batch, query)["seconds"] for _ in range(n)) / n
 
 
 def show(rows: list[Row], absent: dict[str, str]) -> None:

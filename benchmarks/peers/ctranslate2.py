@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy
 import torch
 
-from benchmarks.peers.common import BATCHES, Embed, in_batches  # noqa: F401
+from benchmarks.peers.common import BATCHES, Run, in_batches  # noqa: F401
 
 PACKAGE = "ctranslate2"
 OPTIONS = "compute_type float32, intra_threads, inter_threads 1"
 
 
-def load(directory: Path, threads: int) -> Embed:
+def load(directory: Path, threads: int) -> Run:
     import ctranslate2
 
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-from benchmarks.peers.common import BATCHES, Embed, in_batches  # noqa: F401
+from benchmarks.peers.common import BATCHES, Run, in_batches  # noqa: F401
 
 PACKAGE = "onnxruntime"
 NEEDS = ("onnxruntime", "onnx", "onnxscript")
@@ -23,7 +23,7 @@ class Hidden(torch.nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
 
 
-def load(directory: Path, threads: int) -> Embed:
+def load(directory: Path, threads: int) -> Run:
     import onnxruntime
 
     model = Hidden(AutoModel.from_pretrained(directory, dtype=torch.float32).eval())

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-from benchmarks.peers.common import BATCHES, Embed, in_batches  # noqa: F401
+from benchmarks.peers.common import BATCHES, Run, in_batches  # noqa: F401
 
 PACKAGE = "openvino"
 OPTIONS = "INFERENCE_NUM_THREADS, PERFORMANCE_HINT latency, INFERENCE_PRECISION_HINT f32"
 
 
-def load(directory: Path, threads: int) -> Embed:
+def load(directory: Path, threads: int) -> Run:
     import openvino
 
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-from benchmarks.peers.common import BATCHES, Embed, in_batches  # noqa: F401
+from benchmarks.peers.common import BATCHES, Run, in_batches  # noqa: F401
 
 PACKAGE = "torch"
 OPTIONS = "eager, SDPA, inference_mode"
 
 
-def load(directory: Path, threads: int) -> Embed:
+def load(directory: Path, threads: int) -> Run:
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
 
     @torch.inference_mode()

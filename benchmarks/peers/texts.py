@@ -23,8 +23,15 @@ def documents(number: int) -> list[str]:
     return chosen({text for text in topics.values() if len(text) >= 2000}, number)
 
 
+def pairs(number: int) -> list[str]:
+    """Passages, each to be paired with QUERY."""
+    return passages(number)
+
+
 def chosen(texts: set[str], number: int) -> list[str]:
     return random.Random(0).sample(sorted(texts), min(number, len(texts)))
 
 
 PROFILES = {"queries": (queries, 128), "passages": (passages, 64), "documents": (documents, 24)}
+PAIRS = {"pairs": (pairs, 100)}
+QUERY = "how is an exception that occurs in a finally clause handled"

@@ -20,7 +20,7 @@ def main(name: str, directory: str, threads: int) -> None:
         print(json.dumps(content), file=answers, flush=True)
 
     try:
-        embed = peer.load(Path(directory), threads)
+        run = peer.load(Path(directory), threads)
     except Exception as error:  # of a library that is not ours
         answer({"failed": " ".join(f"{type(error).__name__}: {error}".split())[:200]})
         return
@@ -28,9 +28,9 @@ def main(name: str, directory: str, threads: int) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         start = time.perf_counter()
-        found = [embed(texts, request["batch"]) for texts in request["calls"]]
+        found = [run(texts, request["batch"], request["query"]) for texts in request["calls"]]
         seconds = time.perf_counter() - start
-        answer({"seconds": seconds, "embeddings": torch.cat(found).tolist() if request["results"] else None})
+        answer({"seconds": seconds, "results": torch.cat(found).tolist() if request["results"] else None})
 
 
 if __name__ == "__main__":

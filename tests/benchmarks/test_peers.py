@@ -9,11 +9,14 @@ import sys
 import pytest
 import torch
 
+import fastlm
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers.texts import PROFILES
+from benchmarks.peers.shapes import SHAPES, write
+from benchmarks.peers.texts import PROFILES, QUERY
 from tests.encoding.support import save
 
 LIBRARIES = ["fastlm_encode", "pytorch", *peers.PEERS]
+SMALL = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 50}
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +41,46 @@ def test_a_library_computes_the_embeddings_of_pytorch(model, name):
     for library in (name, "pytorch"):
         peer = peers.Peer(library, model, 1)
         assert peer.described["version"] and peer.described["options"], peer.described
-        found.append(torch.tensor(peer.encode([texts[:1], texts[1:]], 2, results=True)["embeddings"]))
+        found.append(torch.tensor(peer.run([texts[:1], texts[1:]], 2, results=True)["results"]))
         peer.close()
         assert peer.process.returncode == 0
     torch.testing.assert_close(*found, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["fastlm_encode", *peers.PEERS])
+def test_a_library_computes_the_scores_of_pytorch(model, name, tmp_path):
+    if name in peers.PEERS and peers.missing(name):
+        pytest.skip("pip install '.[peers]'")
+    directory, found = write("reranker", model, tmp_path / "reranker", **SMALL), []
+    for library in (name, "pytorch"):
+        peer = peers.Peer(library, directory, 1)
+        assert "failed" not in peer.described, peer.described
+        found.append(torch.tensor(peer.run([["ab ac ad", "ba " * 30, "ca"]], 2, QUERY, results=True)["results"]))
+        peer.close()
+    assert found[0].shape == (3,) and found[0].std() > 1e-5
+    torch.testing.assert_close(*found, rtol=0, atol=2e-5)
+
+
+def test_the_shapes_are_models_with_the_tokenizer_and_pooling_of_another(model, tmp_path):
+    for shape in SHAPES:
+        directory = write(shape, model, tmp_path / shape, **SMALL)
+        peers.check_model(directory)
+        assert fastlm.encode(directory, ["ab ac"]).shape == (1, 36)
+
+
 def test_a_library_that_fails_says_why(tmp_path):
     peer = peers.Peer("pytorch", tmp_path, 1)
     assert "failed" in peer.described
+
+
+@pytest.mark.slow
+def test_pairs_are_measured(model):
+    command = [sys.executable, "-m", "benchmarks.peers", "--model", str(model), "--seconds", "0", "--threads", "1"]
+    command += ["--shape", "reranker", "--number", "3", "--peers", "", "--compile"]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert run.returncode == 0, run.stderr
+    for library in ("fastlm_encode", "pytorch", "pytorch_compiled"):
+        assert len([line for line in run.stdout.splitlines() if f" {library} " in line and "pairs" in line]) == 2
 
 
 @pytest.mark.slow

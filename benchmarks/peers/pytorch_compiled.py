@@ -1,0 +1,21 @@
+"""transformers on PyTorch, compiled once for batches of all sizes."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModel
+
+from benchmarks.peers.common import BATCHES, Run, in_batches  # noqa: F401
+
+PACKAGE = "torch"
+OPTIONS = "torch.compile (dynamic), SDPA, inference_mode"
+
+
+def load(directory: Path, threads: int) -> Run:
+    model = torch.compile(AutoModel.from_pretrained(directory, dtype=torch.float32).eval(), dynamic=True)
+
+    @torch.inference_mode()
+    def hidden_states(ids, mask):
+        return model(input_ids=ids, attention_mask=mask)[0]
+
+    return in_batches(directory, hidden_states)

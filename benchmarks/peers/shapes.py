@@ -1,0 +1,48 @@
+"""Directories of models with random weights, in shapes that people run, for a tokenizer that is at hand.
+
+A library's speed does not depend on the weights. All are BERT, which every peer can convert.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+# What differs from BERT base. bge-m3 is an XLM-RoBERTa, which computes the same.
+SHAPES: dict[str, dict[str, Any]] = {
+    "bert-base": {},
+    "bge-m3": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "reranker": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+}
+MAX_LENGTHS = {"bert-base": 128, "bge-m3": 512, "reranker": 512}
+
+
+def write(shape: str, like: Path, out: Path, **sizes: Any) -> Path:
+    """A directory with the tokenizer and the pooling of the SentenceTransformer in `like`.
+
+    sizes: replace those of the shape.
+    """
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(like))
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # of both texts of a pair the same type
+    described = {"position_embedding_type": "absolute"}  # CTranslate2's converter reads it
+    config = transformers.BertConfig(vocab_size=len(tokenizer), num_labels=1, **{**described, **SHAPES[shape], **sizes})
+    kind = transformers.BertForSequenceClassification if shape == "reranker" else transformers.BertModel
+    kind(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    shutil.copy(like / "modules.json", out)
+    for module in json.loads((like / "modules.json").read_text(encoding="utf-8"))[1:]:
+        if (settings := like / module["path"] / "config.json").exists():
+            (out / module["path"]).mkdir(exist_ok=True)
+            shutil.copy(settings, out / module["path"])
+    settings = {"max_seq_length": MAX_LENGTHS[shape], "do_lower_case": False}
+    (out / "sentence_bert_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return out
+
+
+def is_reranker(directory: Path) -> bool:
+    names = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    return names[0].endswith("ForSequenceClassification")
