@@ -321,12 +321,12 @@ void run(const launch_shape& shape, void (*body)(const void*), const void* argum
   if (blocks > 1)
     for (Extent& extent : launch.extents)
       if (extent.writable) {
-        auto* writers = static_cast<std::atomic<uint32_t>*>(
-            std::calloc(extent.bytes / 2 + 2, sizeof(uint32_t)));  // untouched pages take no memory
-        if (!writers) throw std::bad_alloc();
-        extent.writers = {writers, [](std::atomic<uint32_t>* at) { std::free(at); }};
+        auto* accesses = static_cast<Accesses*>(
+            std::calloc(extent.bytes / 2 + 2, sizeof(Accesses)));  // untouched pages take no memory
+        if (!accesses) throw std::bad_alloc();
+        extent.accesses = {accesses, [](Accesses* at) { std::free(at); }};
       }
-  // A buffer that may be read and written is found by its writable grant, which records the writers.
+  // A buffer that may be read and written is found by its writable grant, which records the blocks.
   std::stable_partition(launch.extents.begin(), launch.extents.end(),
                         [](const Extent& extent) { return extent.writable; });
   launch.extents.push_back({uintptr_t(arguments), argument_bytes, false, "the kernel's arguments"});

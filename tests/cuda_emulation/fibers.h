@@ -67,13 +67,18 @@ struct Barrier {
   uint32_t members;          // one bit per waiting warp
 };
 
+// The blocks that accessed two bytes: 1 + the number of one, Several, or 0.
+struct Accesses {
+  std::atomic<uint32_t> writer, reader;
+  static constexpr uint32_t Several = ~0u;
+};
+
 struct Extent {
   uintptr_t begin;
   size_t bytes;
   bool writable;
   const char* what;
-  std::shared_ptr<std::atomic<uint32_t>[]>
-      writers{};  // per two bytes, if writable: 1 + the number of the block that wrote them, or 0
+  std::shared_ptr<Accesses[]> accesses{};  // per two bytes, if writable
 };
 
 // One launch, shared by the OS threads that run its blocks.

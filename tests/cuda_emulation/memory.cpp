@@ -229,18 +229,21 @@ std::string hex(uintptr_t address) {
 }
 
 [[gnu::noinline]] void race_of_blocks(Fiber& thread, const Extent& extent, uintptr_t address, uint32_t other,
-                                      bool write, void* place) {
+                                      bool write, bool other_writes, void* place) {
   const dim3 grid = thread.block->launch->shape.grid;
-  const packed3 index = {other % grid.x | uint64_t(other / grid.x % grid.y) << 32, other / grid.x / grid.y};
+  const uint32_t block = other - 1;
+  const packed3 index = {block % grid.x | uint64_t(block / grid.x % grid.y) << 32, block / grid.x / grid.y};
   fail(thread,
        "race in global memory: it " + std::string(write ? "writes" : "reads") + " byte " +
            std::to_string(address - extent.begin) + " of " + extent.what + " of " + std::to_string(extent.bytes) +
-           " bytes, which block " + index_name(index) + " writes in the same launch",
+           " bytes, which " + (other == Accesses::Several ? "several blocks " : "block " + index_name(index) + " ") +
+           (other_writes ? "write" : "read") + " in the same launch",
        place);
 }
 
-// The blocks of a launch are not ordered: no block may access what another has written. The unit is two bytes, so
-// single bytes are not checked.
+// The blocks of a launch are not ordered: no block may access what another writes, whichever of them runs first here.
+// Each therefore records its access before it looks for the other's. The unit is two bytes, so single bytes are not
+// checked.
 [[gnu::always_inline]] inline void check_writer(Fiber& thread, const Extent& extent, uintptr_t address, size_t bytes,
                                                 bool write, void* place) {
   if (!extent.writable) return;
@@ -249,17 +252,24 @@ std::string hex(uintptr_t address) {
   const uint32_t offset = uint32_t(address - (extent.begin & ~uintptr_t(3)));
   if (write) check_words<Way::write, Where::global>(thread, cells, offset, uint32_t(bytes), place);
   else check_words<Way::read, Where::global>(thread, cells, offset, uint32_t(bytes), place);
-  if (!extent.writers || bytes < 2) return;
+  if (!extent.accesses || bytes < 2) return;
   const uint32_t me = thread.block->number + 1;
   const uintptr_t first = extent.begin & ~uintptr_t(1);
   for (size_t i = (address - first) / 2, end = (address - first + bytes) / 2; i < end; ++i) {
-    std::atomic<uint32_t>& writer = extent.writers[i];
-    const uint32_t before = writer.load(std::memory_order_relaxed);
-    if (before != me) {
-      if (before) [[unlikely]]
-        race_of_blocks(thread, extent, address, before - 1, write, place);
-      if (write) writer.store(me, std::memory_order_relaxed);
+    auto& [writer, reader] = extent.accesses[i];
+    uint32_t written = writer.load(), read = reader.load();
+    if (write && written != me) {
+      written = writer.exchange(me);
+      read = reader.load();
+    } else if (!write && written != me && read != me && read != Accesses::Several) {
+      while (read != me && read != Accesses::Several &&
+             !reader.compare_exchange_weak(read, read ? Accesses::Several : me)) {}
+      written = writer.load();
     }
+    if (written && written != me) [[unlikely]]
+      race_of_blocks(thread, extent, address, written, write, true, place);
+    if (write && read && read != me) [[unlikely]]
+      race_of_blocks(thread, extent, address, read, write, false, place);
   }
 }
 

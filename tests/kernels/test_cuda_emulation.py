@@ -271,9 +271,10 @@ def test_bounds(run, bad, what):
     [
         (0, "^$"),
         (1, r"race in global memory: it (reads|writes) byte 0 of a result.*, which block"),
-        (2, "race in global memory: it reads byte 12 of a result.*, which block"),
+        (2, r"race in global memory: it (reads|writes) byte 12 of a result.*, which (block \(|several blocks)"),
         (3, r"race in global memory: it (reads|writes) byte \d+ of a result, which thread"),
         (4, r"race in global memory: it (reads|writes) byte \d+ of a result, which thread"),
+        (5, r"race in global memory: it (reads|writes) byte 396 of a result.*, which block \("),
     ],
 )
 def test_races_in_global_memory(run, bad, what):
