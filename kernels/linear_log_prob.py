@@ -121,15 +121,12 @@ def linear_log_prob_backward_kernel(
             row_sum = tl.load(row_sum_ptr + row)
             distance = (z - tl.load(row_max_ptr + row)) * inverse_temperature
             p = tl.exp2(distance * LOG2E) * (1 / row_sum)
-            factor = tl.zeros((BLOCK,), tl.float32)  # of p
+            if dlog_prob_ptr is not None:  # first: its part may be almost 0 at the target, but each term is not
+                gradient = (tl.where(column == target, 1.0, 0.0) - p) * tl.load(dlog_prob_ptr + row)
             if dentropy_ptr is not None:
                 below_entropy = tl.load(entropy_ptr + row) - tl.log(row_sum)
-                factor -= tl.load(dentropy_ptr + row) * (distance + below_entropy)
-            if dlog_prob_ptr is not None:
-                factor -= tl.load(dlog_prob_ptr + row)
-            gradient = tl.where(p == 0, 0.0, p * factor)  # where the distance is −∞ too
-            if dlog_prob_ptr is not None:
-                gradient += tl.where(column == target, tl.load(dlog_prob_ptr + row), 0.0)
+                of_entropy = p * (tl.load(dentropy_ptr + row) * (distance + below_entropy))
+                gradient -= tl.where(p == 0, 0.0, of_entropy)  # where the distance is −∞ too
             gradient *= inverse_temperature * slope(z, softcap, SOFTCAP)
         acc += gradient
         tl.store(logits + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < vocab)

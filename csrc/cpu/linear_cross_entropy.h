@@ -52,19 +52,23 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
     return;
   }
   const float scale = ce.row_scale[row] * ce.logit_scale;
-  const vec factor = vec::all(scale / sum), uniform = vec::all(scale * smoothing / float(vocab));
+  // The target's share is one number: with few classes p minus it may be almost 0, and each term is not.
+  const vec factor = vec::all(scale / sum), of_others = vec::all(scale * smoothing / float(vocab)),
+            of_target = vec::all(float(scale * (1.0 - smoothing + double(smoothing) / double(vocab))));
+  auto replace = [=](auto gradient_of) {
+    const vec at_target = vec::all(z[target]);
+    sweep(vocab, [=](int64_t i, auto span) { gradient_of(vec::load(z + i, span), of_others).store(z + i, span); });
+    gradient_of(at_target, of_target).store(z + target, tail{1});
+  };
   if (capped) {
     const vec over_cap = vec::all(1 / ce.softcap);
-    sweep(vocab, [=](int64_t i, auto span) {
-      const vec value = vec::load(z + i, span), t = value * over_cap, slope = fma(vec::zero() - t, t, vec::all(1));
-      ((exp(value - vec::all(shift)) * factor - uniform) * slope).store(z + i, span);
+    replace([=](vec value, vec share) {
+      const vec t = value * over_cap, slope = fma(vec::zero() - t, t, vec::all(1));
+      return (exp(value - vec::all(shift)) * factor - share) * slope;
     });
-    const float t = target_logit / ce.softcap;
-    z[target] -= scale * (1 - smoothing) * (1 - t * t);
-    return;
+  } else {
+    replace([=](vec exponential, vec share) { return exponential * factor - share; });
   }
-  sweep(vocab, [=](int64_t i, auto span) { (vec::load(z + i, span) * factor - uniform).store(z + i, span); });
-  z[target] -= scale * (1 - smoothing);
 }
 
 // Returns −1, or the first row whose target is neither a class nor ignore_index; then nothing is computed.

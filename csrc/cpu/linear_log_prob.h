@@ -51,20 +51,21 @@ inline void log_prob_row_gradient(const log_prob_rows& of, float* z, int64_t row
   const float g = of.dlog_prob ? of.dlog_prob[row] : 0, h = of.dentropy ? of.dentropy[row] : 0,
               row_sum = of.row_sum[row];
   const vec shift = vec::all(of.row_max[row]), inverse = vec::all(1 / of.temperature),
-            inverse_sum = vec::all(1 / row_sum), of_entropy = vec::all(-h),
-            constant = vec::all(-g - h * (of.entropy[row] - std::log(row_sum)));
-  auto of_probability = [=](vec value) {
-    const vec d = (value - shift) * inverse, p = exp(d) * inverse_sum;
-    return zero_where(p == vec::zero(), p * fma(of_entropy, d, constant));  // where d is −∞ too
+            inverse_sum = vec::all(1 / row_sum), of_log_prob = vec::all(g), of_entropy = vec::all(-h),
+            constant = vec::all(-h * (of.entropy[row] - std::log(row_sum)));
+  // of_target: 1 at the target, else 0. The part of g comes first: it may be almost 0 at the target, but each term is
+  // not.
+  auto gradient_of = [=](vec value, vec of_target) {
+    const vec d = (value - shift) * inverse, p = exp(d) * inverse_sum, by_entropy = p * fma(of_entropy, d, constant);
+    return fma(of_target - p, of_log_prob, zero_where(p == vec::zero(), by_entropy)) * inverse;  // where d is −∞ too
   };
   auto replace = [=](auto slope_of) {
-    // The target's g is added before the scale: beside a probability of 1 exactly nothing remains.
     const vec at_target = vec::all(z[target]);
     sweep(vocab, [=](int64_t i, auto span) {
       const vec value = vec::load(z + i, span);
-      (of_probability(value) * inverse * slope_of(value)).store(z + i, span);
+      (gradient_of(value, vec::zero()) * slope_of(value)).store(z + i, span);
     });
-    ((of_probability(at_target) + vec::all(g)) * inverse * slope_of(at_target)).store(z + target, tail{1});
+    (gradient_of(at_target, vec::all(1)) * slope_of(at_target)).store(z + target, tail{1});
   };
   if (of.softcap > 0) {
     const vec over_cap = vec::all(1 / of.softcap);

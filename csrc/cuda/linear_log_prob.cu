@@ -95,7 +95,8 @@ void linear_log_prob_forward(const linear_log_prob_forward_args& args, stream_t 
   });
 }
 
-// The gradient of a row is (p·(constant − h·d) + g at the target) / T, times the slope of the cap.
+// The gradient of a row is (g·(1[target] − p) + p·(constant − h·d)) / T, times the slope of the cap. The part of g
+// comes first: it may be almost 0 at the target, but each term is not.
 struct log_prob_row {
   float row_max, inverse_sum, constant, of_entropy, of_log_prob, inverse_temperature;
   int target;
@@ -103,8 +104,8 @@ struct log_prob_row {
   FASTLM_DEVICE float operator()(float stored, int column, const logit_transform& transform) const {
     const float z = transform(stored), distance = (z - row_max) * inverse_temperature,
                 p = exp2_fast(distance * LOG2E) * inverse_sum;
-    float gradient = weighted_distance(p, constant - of_entropy * distance);
-    if (column == target) gradient += of_log_prob;
+    const float gradient =
+        (float(column == target) - p) * of_log_prob + weighted_distance(p, constant - of_entropy * distance);
     return gradient * inverse_temperature * transform.slope(z);
   }
 };
@@ -129,7 +130,7 @@ template <class T> __global__ void __launch_bounds__(COLUMN_THREADS)
     result.row_max = args.row_max[row], result.inverse_sum = 1.0f / row_sum;
     result.of_log_prob = args.dlog_prob ? args.dlog_prob[row] : 0.0f;
     result.of_entropy = args.dentropy ? args.dentropy[row] : 0.0f;
-    result.constant = -result.of_log_prob - result.of_entropy * (args.entropy[row] - log_(row_sum));
+    result.constant = -result.of_entropy * (args.entropy[row] - log_(row_sum));
     result.inverse_temperature = args.inverse_temperature;
     return result;
   });

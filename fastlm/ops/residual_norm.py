@@ -72,6 +72,11 @@ class ResidualNorm(Operator):
         return dx if needs_dx else None, dresidual if needs_dresidual else None, *gradients
 
 
+def native_eps(eps: float, dtype: torch.dtype) -> float:
+    """eps for PyTorch's operators, which cast it to float32: a larger one would be infinite there, and rstd 0."""
+    return eps if dtype == torch.float64 else min(eps, torch.finfo(torch.float32).max)
+
+
 def show_overflow(y: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """NaN in the rows whose sum of squares overflows: PyTorch's rstd is 0 there, which makes y the bias.
 

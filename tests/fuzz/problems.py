@@ -29,6 +29,8 @@ class Problem:
     # By how many halves of the distance of subnormal numbers a result may be off: one for each time it is rounded. The
     # gradients of a loss are rounded before and after the factor of the upstream gradient, here at most 3 or so.
     underflow: int = 1
+    # The size of the terms of a result that may cancel almost to nothing, by the number of the result.
+    terms: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
 def linear(draw: Draw) -> Problem:
@@ -236,6 +238,8 @@ def contrastive_loss(draw: Draw) -> Problem:
     labels = torch.randint(batch + count, (batch,), generator=draw.generator)
     labels[1:][torch.rand(batch - 1, generator=draw.generator) < 0.2] = -100  # a mean over no rows is NaN
 
+    embeddings = [x for x in (queries, documents, negatives) if x is not None]
+
     def torch_own(queries, documents, negatives):
         compared = documents if negatives is None else torch.cat([documents, negatives])
         similarity = F.normalize(queries, dim=-1) @ F.normalize(compared, dim=-1).t()
@@ -253,6 +257,8 @@ def contrastive_loss(draw: Draw) -> Problem:
         torch_own,
         [queries, documents, negatives],
         shuffle,
+        # A norm below 1e-12 counts as that: the gradients of an embedding of zeros are sums that were divided by it.
+        terms={i: 1e12 / temperature / batch for i, x in enumerate(embeddings, 1) if not x.any(1).all()},
     )
 
 

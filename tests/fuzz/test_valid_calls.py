@@ -33,12 +33,13 @@ NEIGHBOURS, MORE = 4, 40
 SINGLE = 16  # a wrong result is off by far more
 
 
-def distance(a: Tensor, truth: Tensor, counted: Tensor, noise: float, underflow: int = 1) -> float:
+def distance(a: Tensor, truth: Tensor, counted: Tensor, noise: float, underflow: int = 1, terms: float = 0.0) -> float:
     """The largest error where `counted`, relative to the largest true value; infinite for a NaN.
 
-    It is absolute where the true values are at most `noise`. So many halves of the distance of subnormal numbers are no
-    error. An infinity counts as the first number beyond the largest: what rounds to it may be close to that. It is no
-    error beside true values that overflow: a sum may overflow before its last term.
+    It is absolute where the true values are at most `noise`, and relative to `terms` if these are larger. So many
+    halves of the distance of subnormal numbers are no error. An infinity counts as the first number beyond the largest:
+    what rounds to it may be close to that. It is no error beside true values that overflow: a sum may overflow before
+    its last term.
     """
     limits = torch.finfo(a.dtype)
     subnormal = underflow * limits.tiny * limits.eps / 2
@@ -49,7 +50,7 @@ def distance(a: Tensor, truth: Tensor, counted: Tensor, noise: float, underflow:
     errors = (
         torch.where((a == truth) | ~counted, 0, (a - truth).abs() - subnormal).clamp(min=0).nan_to_num(nan=math.inf)
     )
-    return (errors.max().item() if errors.numel() else 0.0) / (largest if largest > noise else 1.0)
+    return (errors.max().item() if errors.numel() else 0.0) / max(terms, largest if largest > noise else 1.0)
 
 
 def noise_of_float64(inputs: list[Tensor | None]) -> float:
@@ -81,8 +82,8 @@ def check(problem: Problem, dtype: torch.dtype, backend: str) -> list[float]:
         half_a_unit = torch.finfo(dtype).eps / 2
         return [max(distance(b, t, b.isfinite(), noise), half_a_unit) for b, t in zip(theirs, truths, strict=True)]
 
-    def error_of(a, truth, counted):
-        return distance(a, truth, counted, noise, problem.underflow)
+    def error_of(a, truth, counted, terms=0.0):
+        return distance(a, truth, counted, noise, problem.underflow, terms)
 
     ours = outputs_and_gradients(lambda *t: problem.ours(*t, backend=backend), problem.inputs, dtype)
     theirs, truths = torch_and_truth(problem.inputs)
@@ -98,7 +99,7 @@ def check(problem: Problem, dtype: torch.dtype, backend: str) -> list[float]:
     for i, (a, b, truth, error, bound) in enumerate(zip(ours, theirs, truths, errors, bounds, strict=True)):
         assert error <= SINGLE * bound + FLOOR[dtype], f"result {i}: error {error:.2e}, torch's {bound:.2e}"
         # Where PyTorch overflows, so may we; a finite result must be right all the same.
-        error = error_of(a, truth, ~b.isfinite() & a.isfinite())
+        error = error_of(a, truth, ~b.isfinite() & a.isfinite(), problem.terms.get(i, 0.0))
         allowed = max(SINGLE * bound + FLOOR[dtype], 2**-6)
         assert error <= allowed, f"result {i}: error {error:.2e} where torch's is not finite"
     return [error / (2 * bound + FLOOR[dtype]) for error, bound in zip(errors, bounds, strict=True)]

@@ -229,6 +229,14 @@ def test_an_overflow_is_not_hidden_by_a_nan_in_another_row(backend):
     assert y[:2].isnan().all() and y[2].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_eps_beyond_float32_leaves_the_bias(dtype, backend):
+    x, b = floats(3, 45).to(dtype), floats(1, 45)[0].to(dtype)
+    y, _ = fastlm.layernorm_residual(x, None, floats(45).to(dtype), b, 1e300, backend=backend)
+    assert torch.equal(y, b.expand(3, 45))
+
+
 def call(**changed):
     arguments = {"x": floats(2, 5), "residual": floats(2, 5), "weight": floats(5), "bias": floats(5)} | changed
     return fastlm.layernorm_residual(**arguments)

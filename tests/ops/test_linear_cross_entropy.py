@@ -97,6 +97,13 @@ def test_any_index_can_be_ignored(backend):
             )
 
 
+@on_backends("cpu")  # others round its probability and the two parts of its target
+def test_one_class_has_no_gradient(backend):
+    x = (1000 * floats(3, 5)).requires_grad_()
+    loss = fastlm.linear_cross_entropy(x, 1000 * floats(1, 5), targets(1, 3), label_smoothing=0.1, backend=backend)
+    assert loss == 0 and not torch.autograd.grad(loss, x)[0].any()
+
+
 @on_every_backend
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_all_rows_ignored(label_smoothing, backend):

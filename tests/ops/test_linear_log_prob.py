@@ -159,6 +159,16 @@ def test_small_entropies(backend):
 
 
 @on_every_backend
+def test_a_certain_token_leaves_the_gradient_of_the_entropy(backend):
+    """That of its log-probability is 0, and each of its terms is not."""
+    x, w, b = torch.tensor([[20.0]]), torch.tensor([[1.0], [0.0]]), torch.zeros(2, requires_grad=True)
+    log_prob, entropy = call(torch.tensor([0]), backend)(x, w, b)
+    (of_both,) = torch.autograd.grad((3 * log_prob + entropy).sum(), b, retain_graph=True)
+    (of_entropy,) = torch.autograd.grad(entropy.sum(), b)
+    assert of_entropy[0] != 0 and of_both[0].item() == pytest.approx(of_entropy[0].item(), rel=1e-3)
+
+
+@on_every_backend
 def test_logits_of_minus_infinity_have_no_weight(backend):
     """As those of tokens that are not allowed: the results are those without them, and their gradient is 0."""
     x, w, bias, target = floats(5, 8), floats(12, 8), floats(12), torch.tensor([0, 3, 7, 7, 1])

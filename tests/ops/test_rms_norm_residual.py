@@ -262,6 +262,13 @@ def test_dropout_follows_the_definition(width, residual_dtype, backend):
         assert error(a, b.double()) <= (2**-20 if a.dtype == torch.float32 else 2**-7)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_eps_beyond_float32_leaves_almost_nothing(dtype, backend):
+    y, _ = fastlm.rms_norm_residual(floats(3, 45).to(dtype), None, floats(45).to(dtype), 1e300, backend=backend)
+    assert y.abs().max() < 1e-17
+
+
 def call(**changed):
     arguments = {"x": floats(2, 5), "residual": floats(2, 5), "weight": floats(5)} | changed
     return fastlm.rms_norm_residual(**arguments)

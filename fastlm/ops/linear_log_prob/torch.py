@@ -71,11 +71,12 @@ def backward(call: Backward):
             dlogits = below.zero_()
         else:
             dlogits = below.add_(entropy[rows] - log_sum[rows]).mul_(of_entropy[rows])
+            dlogits = dlogits.mul_(p).neg_().masked_fill_(p == 0, 0)
         if of_log_prob is not None:
-            dlogits = dlogits.add_(of_log_prob[rows])
-        dlogits = dlogits.mul_(p).neg_().masked_fill_((p == 0) | ignored[rows], 0)
-        if of_log_prob is not None:
-            dlogits.scatter_add_(1, picked[rows], of_log_prob[rows])
+            # p − 1 at the target is exact, where p·log_prob would round the entropy's part away.
+            p.scatter_add_(1, picked[rows], p.new_full((), -1.0).expand(p.shape[0], 1))
+            dlogits.addcmul_(p, of_log_prob[rows], value=-1)
+        dlogits.masked_fill_(ignored[rows], 0)
         if slope is not None:
             dlogits.mul_(slope)
         if dbias is not None:
