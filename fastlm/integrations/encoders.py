@@ -11,15 +11,21 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastlm.integrations.capture import captured_outputs, is_idle
+from fastlm.integrations.described import describe
 from fastlm.integrations.families import Family
 from fastlm.integrations.layers import PACKED_ARGUMENT, WINDOW_MASK, LayerPatch
 from fastlm.integrations.packing import pack, pack_by_mask, packed_results
 from fastlm.integrations.patch import MASK_ARGUMENTS, Patch, observed_reason, patch_of, sizes_may_depend_on_values
+from fastlm.models.compiled import Skipping, may_skip_modules
+from fastlm.models.encode_layers import Described, run
 from fastlm.models.packing import Gather, Packed, Scatter
 
 OUTPUTS = ("output_hidden_states", "output_attentions")
 # The hook on token embeddings for checkpointing. It only makes what they return require a gradient.
 REQUIRE_GRADS = ("transformers.modeling_utils", "make_inputs_require_grads")
+# Arguments of an encoder that its layers do not read, except for caches, which are arguments of their own.
+NOT_READ = frozenset(("encoder_attention_mask", "position_ids", "return_dict", "use_cache"))
+NO_LAYERS = nn.ModuleList()
 
 
 class EncoderPatch(Patch):
@@ -31,14 +37,57 @@ class EncoderPatch(Patch):
         self.takes_tokens = family.encoder_input == "tokens"
         # In transformers 4 it makes two masks of tokens × tokens, with and without padding.
         self.makes_masks = WINDOW_MASK in self.names
+        self.mask_name = next((name for name in self.names if name in MASK_ARGUMENTS), MASK_ARGUMENTS[0])
+        self.described = new_description()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy describes its own layers."""
+        return {**self.__dict__, "described": new_description()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.bind(args, kwargs)
+        if not self.takes_tokens and (result := self.run_compiled(arguments)) is not None:
+            return result
         call = self.packed_tokens(arguments) if self.takes_tokens else self.packed_hidden_states(arguments)
         if call is None:
             return self.original(*args, **kwargs)
         packed, changed = call
-        result = self.run(packed, {**arguments, **changed})
+        return self.padded(self.run(packed, {**arguments, **changed}), packed)
+
+    def run_compiled(self, arguments: dict) -> Any:
+        """The result, if all layers can run in one call of compiled code and read no mask but padding."""
+        x, mask = arguments.get(self.names[0]), arguments.get(self.mask_name)
+        if type(x) is not Tensor or x.dim() != 3 or not may_skip_modules(x) or captured_outputs():
+            return None
+        for name, value in arguments.items():
+            if value is not None and value is not False and name not in (self.names[0], self.mask_name):
+                is_list_of_none = isinstance(value, list) and not any(each is not None for each in value)  # head_mask
+                if name not in NOT_READ and not is_list_of_none:
+                    return None
+        layers = self.described.current(self.module._modules[self.family.layers])
+        if layers is None:
+            return None
+        packed = None
+        if mask is not None:
+            packed = pack_by_mask(mask, x, always=True)
+            if packed is None:
+                return None
+            if packed.index.shape[0] < x.shape[0] * x.shape[1]:
+                x = Gather.apply(x.flatten(0, 1), packed.index)[None]
+            else:
+                packed = None
+        y = run(layers, x, packed)
+        if y is None:
+            return None
+        # Without layers the class's forward returns what it is given, in the form that the arguments ask for.
+        shell = object.__new__(type(self.module))
+        own = self.module.__dict__
+        shell.__dict__.update(own, _modules={**own["_modules"], self.family.layers: NO_LAYERS})
+        result = type(self.module).forward(shell, **{**arguments, self.names[0]: y})
+        return result if packed is None else self.padded(result, packed)
+
+    def padded(self, result: Any, packed: Packed) -> Any:
+        """The result on packed sequences as the caller takes it."""
         if (taken := packed_results.get()) is not None:
             taken.append(packed)
             return result
@@ -66,9 +115,8 @@ class EncoderPatch(Patch):
 
     def packed_hidden_states(self, arguments: dict) -> tuple[Packed, dict[str, Any]] | None:
         """How a call is packed, and its arguments that change; None if it runs with padding."""
-        input_name = self.names[0]
+        input_name, mask_name = self.names[0], self.mask_name
         hidden_states: Any = arguments.get(input_name)
-        mask_name = next(name for name in self.names if name in MASK_ARGUMENTS)
         if self.padding_reason(hidden_states, arguments):
             return None
         packed = pack_by_mask(arguments.get(mask_name), hidden_states)
@@ -151,6 +199,10 @@ class EncoderPatch(Patch):
                     if has_user_hook(module):
                         return f"has a hook at {name}"
         return ""
+
+
+def new_description() -> Described:
+    return Described(describe, Skipping((LayerPatch,), is_idle))
 
 
 def layer_reason(layer: Any) -> str:

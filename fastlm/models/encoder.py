@@ -21,6 +21,7 @@ from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel, draw_normal
 from fastlm.models.classification import check_labels, classify
 from fastlm.models.config import CONFIG, read_json, stored
+from fastlm.models.encode_layers import encode_layers
 from fastlm.models.encoder_config import HEAD_ACTIVATIONS, POOLINGS, EncoderConfig
 from fastlm.models.encoder_layer import FUNCTIONS, EncoderLayer, Padding, new_norm, part, place
 from fastlm.models.layers import (
@@ -305,12 +306,21 @@ class EncoderModel(Encoder):
         bias = None
         if layout.relative_bias is not None:
             bias = part(self, layout.relative_bias)(distances(tokens, device)).permute(2, 0, 1)[None]
-        residual = None
-        for layer, kind in zip(part(self, layout.layers), self.kinds, strict=True):
-            x, residual = self.run_layer(layer, x, residual, tables.get(kind), padding, bias)
+        x, residual = self.run_layers(x, tables, padding, bias)
         if layout.final_norm is not None:
             x, _ = part(self, layout.final_norm)(x, residual)
         return Hidden(x, padding, table)
+
+    def run_layers(
+        self, x: Tensor, tables: dict[str, tuple[Tensor, Tensor]], padding: Padding, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(x, residual) after the last layer."""
+        layers, residual = part(self, self.config.layout.layers), None
+        if not tables and bias is None and (y := encode_layers(layers, x, padding)) is not None:
+            return y, None
+        for layer, kind in zip(layers, self.kinds, strict=True):
+            x, residual = self.run_layer(layer, x, residual, tables.get(kind), padding, bias)
+        return x, residual
 
     def pack(self, mask: Tensor | None, given: Tensor | None) -> Padding:
         """How a batch is packed, or the mask if it runs with padding; None without padding."""

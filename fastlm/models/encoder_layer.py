@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlm.models.compiled import forwards_of, is_part
 from fastlm.models.config import GELUS
 from fastlm.models.decoder_config import ACTIVATIONS
 from fastlm.models.encoder_config import EncoderConfig
@@ -17,6 +18,7 @@ from fastlm.models.layers import FeedForward, LayerNorm, Linear, RMSNorm, merge_
 from fastlm.models.packing import Packed, attention_with_bias
 from fastlm.ops import activation
 from fastlm.ops.attention import attention, attention_varlen
+from fastlm.ops.encoder_layer import Layer
 from fastlm.ops.gelu_mlp import gelu_mlp
 from fastlm.ops.glu_mlp import glu_mlp
 from fastlm.ops.rotary import rotary
@@ -128,6 +130,43 @@ class EncoderLayer(FeedForward):
             x = part(self, layout.mlp_output_norm)(x)[0]
         return x, residual
 
+    def describe(self) -> Layer | None:
+        """forward() of a post-norm layer, for fastlm.models.encode_layers; None if it computes anything else."""
+        layout = self.layout
+        if (
+            (layout.norm_place, layout.norm) != ("post", "layer")
+            or layout.rotary
+            or layout.gate is not None
+            or layout.query_norm is not None
+            or self.window is not None
+            or self.num_kv_heads != self.num_heads
+            or (self.training and (self.attention_pdrop or self.out_pdrop or self.mlp_pdrop))
+            or not all(is_part(module, PARTS) for module in self.modules())
+        ):
+            return None
+        first, second = part(self, layout.attention_norm), part(self, layout.mlp_norm)
+        out, up, down = part(self, layout.out), part(self, layout.up), part(self, layout.down)
+        if first.eps != second.eps:
+            return None
+        qkv = [part(self, path) for path in layout.qkv]
+        return Layer.of(
+            [(projection.weight, projection.bias) for projection in qkv],
+            attention_norm=first.weight,
+            attention_norm_bias=first.bias,
+            mlp_norm=second.weight,
+            mlp_norm_bias=second.bias,
+            output=out.weight,
+            output_bias=out.bias,
+            up=up.weight,
+            up_bias=up.bias,
+            down=down.weight,
+            down_bias=down.bias,
+            eps=first.eps,
+            activation="gelu" if self.activation == "none" else "gelu_tanh",
+            num_heads=self.num_heads,
+            scale=self.scale,
+        )
+
     def attend(self, x: Tensor, tables: Tables, padding: Padding, bias: Tensor | None) -> Tensor:
         layout = self.layout
         projected = [part(self, path)(x).unflatten(-1, (-1, self.head_dim)) for path in layout.qkv]
@@ -188,3 +227,6 @@ class EncoderLayer(FeedForward):
         layout, up = self.layout, part(self, self.layout.up)(x)
         gate, up = up.chunk(2, -1) if self.is_gate_fused else (part(self, layout.gate)(x), up)
         return FUNCTIONS[self.activation](gate) * up
+
+
+PARTS = forwards_of(EncoderLayer, Linear, LayerNorm, nn.Module)
