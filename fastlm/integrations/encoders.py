@@ -55,36 +55,40 @@ class EncoderPatch(Patch):
         return self.padded(self.run(packed, {**arguments, **changed}), packed)
 
     def run_compiled(self, arguments: dict) -> Any:
-        """The result, if all layers can run in one call of compiled code and read no mask but padding."""
+        """The result, if all layers can run in one call of compiled code; None if they cannot."""
         x, mask = arguments.get(self.names[0]), arguments.get(self.mask_name)
         if type(x) is not Tensor or x.dim() != 3 or not may_skip_modules(x) or captured_outputs():
             return None
-        for name, value in arguments.items():
-            if value is not None and value is not False and name not in (self.names[0], self.mask_name):
-                is_list_of_none = isinstance(value, list) and not any(each is not None for each in value)  # head_mask
-                if name not in NOT_READ and not is_list_of_none:
-                    return None
+        if self.gives_more(arguments):
+            return None
         layers = self.described.current(self.module._modules[self.family.layers])
-        if layers is None:
+        packed = None if layers is None or mask is None else pack_by_mask(mask, x, always=True)
+        if layers is None or (packed is None and mask is not None):
             return None
-        packed = None
-        if mask is not None:
-            packed = pack_by_mask(mask, x, always=True)
-            if packed is None:
-                return None
-            if packed.index.shape[0] < x.shape[0] * x.shape[1]:
-                x = Gather.apply(x.flatten(0, 1), packed.index)[None]
-            else:
-                packed = None
-        y = run(layers, x, packed)
-        if y is None:
+        if packed is not None and packed.index.shape[0] == x.shape[0] * x.shape[1]:
+            packed = None  # without padding
+        if packed is not None:
+            x = Gather.apply(x.flatten(0, 1), packed.index)[None]
+        x = run(layers, x, packed)
+        if x is None:
             return None
-        # Without layers the class's forward returns what it is given, in the form that the arguments ask for.
-        shell = object.__new__(type(self.module))
-        own = self.module.__dict__
-        shell.__dict__.update(own, _modules={**own["_modules"], self.family.layers: NO_LAYERS})
-        result = type(self.module).forward(shell, **{**arguments, self.names[0]: y})
+        result = self.without_layers({**arguments, self.names[0]: x})
         return result if packed is None else self.padded(result, packed)
+
+    def gives_more(self, arguments: dict) -> bool:
+        """Whether layers may read an argument besides hidden states and mask."""
+        for name, value in arguments.items():
+            if value is None or value is False or name in NOT_READ or name in (self.names[0], self.mask_name):
+                continue
+            if not isinstance(value, list) or any(each is not None for each in value):  # a head mask of each layer
+                return True
+        return False
+
+    def without_layers(self, arguments: dict) -> Any:
+        """What the class's forward returns where it has no layers: its hidden states, in the form that is asked for."""
+        shell, own = object.__new__(type(self.module)), self.module.__dict__
+        shell.__dict__.update(own, _modules={**own["_modules"], self.family.layers: NO_LAYERS})
+        return type(self.module).forward(shell, **arguments)
 
     def padded(self, result: Any, packed: Packed) -> Any:
         """The result on packed sequences as the caller takes it."""

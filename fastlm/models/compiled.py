@@ -88,7 +88,7 @@ class Unchanged(NamedTuple):
         if not entries:
             return None
         dicts, keys, values = zip(*entries, strict=True)
-        modules = [module for layer in layers for module in layer.modules()]
+        modules = [module for layer in siblings.values() for module in layer.modules()]
         classes = [*map(type, modules)]
         return cls(
             len(siblings),

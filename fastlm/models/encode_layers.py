@@ -30,17 +30,18 @@ class Described:
         if (found := self.found) is not None and found[0].holds(layers):
             return found[1]
         self.found, refused = None, self.refused
-        if refused is not None and any(layer is refused for layer in layers) and self.one(refused) is None:
+        modules: Any = [*layers._modules.values()]
+        if refused is not None and refused in modules and self.one(refused) is None:
             return None
         described = []
-        for layer in layers:
+        for layer in modules:
             one = self.one(layer)
             if one is None:
                 self.refused = layer
                 return None
             described.append(one)
         self.refused = None
-        if (unchanged := Unchanged.of(layers, self.skipping)) is None:
+        if (unchanged := Unchanged.of(layers, self.skipping)) is None:  # there are none
             return None
         self.found = unchanged, Layers.of(described)
         return self.found[1]
