@@ -259,6 +259,21 @@ def test_the_valid_call_of_these():
     assert given["y"].isfinite().all()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("size", [(35, 5, 7, 53), (35, 1, 200, 3), (35, 1, 2, 400), (350, 1, 3, 7)], ids=str)
+def test_nothing_is_written_beside_the_tensors_of_a_call(size, fused):
+    """Of sizes for which queries, hidden layer or residual sum are the largest part of the scratch memory."""
+    layers, rows, guard = Layers.of([drawn_layer(size, torch.float32, fused)]), 5, 64
+    widths = {"y": size[0], "scratch": layers.scratch_width, "statistics": layers.statistics_width}
+    whole = {name: torch.full((rows * width + 2 * guard,), 7.0) for name, width in widths.items()}
+    given = arguments(x=draw(rows, size[0]), layers=layers.layers)
+    given |= {name: values[guard:-guard].view(rows, -1) for name, values in whole.items()}
+    isa.kernels.encoder_layers(**given)
+    for values in whole.values():
+        assert (values[:guard] == 7).all() and (values[-guard:] == 7).all()
+    assert torch.equal(given["y"], by_operators(layers.layers[0], given["x"], given["starts"]))
+
+
 def test_no_rows():
     given = arguments(starts=[0, 0]) | {name: torch.zeros(0, 8) for name in ("x", "y", "scratch", "statistics")}
     isa.kernels.encoder_layers(**given)
