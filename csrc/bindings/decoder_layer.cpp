@@ -97,6 +97,8 @@ struct decoder_layers_arguments : keyword_arguments {
       found.push_back({entry(cached, 0, 3, "slots", "keys"), entry(cached, 1, 3, "slots", "values"),
                        entry(cached, 2, 3, "slots", "slot"), tensor_or_none(entry(table, 0, 2, "tables", "cos")),
                        tensor_or_none(entry(table, 1, 2, "tables", "sin"))});
+      check_storage_of({PyTuple_GET_ITEM(cached, 0), "keys"});
+      check_storage_of({PyTuple_GET_ITEM(cached, 1), "values"});
     }
     return found;
   }

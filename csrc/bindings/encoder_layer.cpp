@@ -16,7 +16,7 @@ struct encoder_layer_arguments : keyword_arguments {
          down = keyword("down"), down_bias = keyword_or_none("down_bias");
   float eps = keyword("eps");
   activation_kind activation = keyword("activation");
-  int64_t num_heads = keyword("num_heads");
+  int64_t num_heads = keyword("num_heads"), head_dim = keyword("head_dim");
   float scale = keyword("scale");
 };
 
@@ -62,11 +62,12 @@ template <class T> struct checked_encoder_layer {
     const int64_t projections = a.key.given() ? 1 : 3, first_width = outputs_of(a.query, false),
                   hidden = outputs_of(a.up, false), query_width = first_width / projections;
     check_key_and_value(a.key, a.value);
-    if (a.num_heads < 1 || first_width == 0 || first_width % (projections * a.num_heads))
-      throw_argument_error("num_heads",
-                           "a number that divides the " + std::to_string(first_width) + " outputs of " +
-                               std::to_string(projections) + " projections",
-                           std::to_string(a.num_heads));
+    if (a.num_heads < 1 || first_width == 0 || first_width % projections || query_width % a.num_heads ||
+        query_width / a.num_heads != a.head_dim)
+      throw_argument_error("query",
+                           std::to_string(projections) + " x " + std::to_string(a.num_heads) + " x " +
+                               std::to_string(a.head_dim) + " outputs, of projections, heads and head dimension",
+                           a.query.layout());
     if (a.activation != activation_kind::gelu && a.activation != activation_kind::gelu_tanh)
       throw_argument_error("activation", "the number of a GELU", std::to_string(int(a.activation)));
     return {{attention_norm, attention_norm_bias},
@@ -81,7 +82,7 @@ template <class T> struct checked_encoder_layer {
             a.activation,
             width,
             a.num_heads,
-            query_width / a.num_heads,
+            a.head_dim,
             a.scale};
   }
 };

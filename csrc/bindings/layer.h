@@ -2,6 +2,7 @@
 #pragma once
 #include "arguments.h"
 #include "dispatch.h"
+#include "storage.h"
 #include "weights.h"
 #include "../cpu/layer.h"
 
@@ -18,6 +19,14 @@ inline argument entry(PyObject* tuple, Py_ssize_t i, Py_ssize_t size, const char
   return {PyTuple_GET_ITEM(tuple, i), name};
 }
 
+// Code that shards or resizes weights between two calls may leave a storage too short for its tensors.
+inline void check_storages(PyObject* tuple, PyObject* names) {
+  PyTypeObject* const type = reinterpret_cast<PyTypeObject*>(torch_api::get().tensor);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i)
+    if (PyObject* const value = PyTuple_GET_ITEM(tuple, i); PyObject_TypeCheck(value, type))
+      check_storage_of({value, PyUnicode_AsUTF8(PyTuple_GET_ITEM(names, i))});
+}
+
 // The argument `layers`: tuples with the fields of a Layer, whose names are the argument `names`. There must be at
 // least one, and `count` of them unless that is -1.
 template <class Layer> std::vector<Layer> layers_from(PyObject* names, PyObject* list, Py_ssize_t count,
@@ -28,12 +37,16 @@ template <class Layer> std::vector<Layer> layers_from(PyObject* names, PyObject*
   if (size == 0 || (count >= 0 && size != count)) throw_argument_error("layers", expected, std::to_string(size));
   std::vector<Layer> found;
   found.reserve(size_t(size));
-  for (Py_ssize_t i = 0; i < size; ++i) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
     PyObject* const fields = PyList_GET_ITEM(list, i);
     entry(fields, 0, PyTuple_GET_SIZE(names), "layers", "");
+    Py_INCREF(fields);
+    const reference owned(fields);  // Python code that runs while tensors are read may change the list
     found.emplace_back(keyword_values{"a layer", &PyTuple_GET_ITEM(fields, 0), 0, names});
     found.back().check_all_taken();
+    check_storages(fields, names);
   }
+  if (Py_ssize_t(found.size()) != size) throw_argument_error("layers", expected, std::to_string(found.size()));
   return found;
 }
 

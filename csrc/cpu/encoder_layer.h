@@ -3,10 +3,10 @@
 //   y = norm(n + gelu(n·W1)·W2)
 //
 // 2 FLOP per weight and row, and 4·rows·width of each sequence's attention. One short text is bound by reading the
-// weights, and Python takes as long to call the operators one by one as a small model's weights take to be read: these
-// evict its own data from the caches between two calls. All layers therefore run in one call. They compute nothing
-// themselves: each step is the kernel of an operator, with the arguments that the operator passes, so the bits are the
-// same. Scratch memory is the caller's and serves all layers.
+// weights. Reading those of a small model takes no longer than calling the operators one by one from Python, whose data
+// the weights evict from the caches between two calls. All layers therefore run in one call. Each step of a layer is
+// the kernel of an operator, with the arguments that the operator passes, so the bits are the same. The caller
+// allocates the scratch memory, which serves all layers.
 #pragma once
 #include <vector>
 #include "attention.h"

@@ -28,7 +28,7 @@ template <class T> struct layer_projection {
   }
 };
 
-// y = norm(residual + x), and the sum, which is another tensor than residual. Without one `summed` is null.
+// y = norm(residual + x), and summed = residual + x, which must not alias residual. Without a residual it is null.
 template <class T>
 void normalize(norm_kind kind, norm_parameters parameters, strided_rows<const T> x, const T* residual, T* y, T* summed,
                float* statistics, norm_size size, int threads) {

@@ -38,6 +38,7 @@ class Layer(NamedTuple):
     eps: float
     activation: int  # NUMBERS of fastlm/ops/activation.py; a GELU
     num_heads: int
+    head_dim: int
     scale: float
 
     @classmethod
@@ -59,13 +60,8 @@ class Layer(NamedTuple):
         hidden, width = self.up.shape
         return max(4 * self.query_width, hidden, width) + 2 * width
 
-    def is_readable(self) -> bool:
-        """Whether compiled code takes its tensors as they are."""
-        tensors = [value for value in self if isinstance(value, Tensor)]
-        return all(x.is_contiguous() if x.dim() == 1 else 1 in x.stride() or x.is_contiguous() for x in tensors)
-
     def calls(self, sequences: int, rows: int) -> Iterator[tuple[Registered, Any]]:
-        """Its operators with the sizes of their calls, but for the norms: see Layers.are_selected."""
+        """Its operators except the norms, with the sizes of their calls: see Layers.are_selected."""
         hidden, width = self.up.shape
         first, inner, heads = self.query.shape[0], self.query_width, self.num_heads
         yield linear, linear.Sizes(rows, width, first, False)
@@ -93,7 +89,7 @@ class Layers(NamedTuple):
     def are_selected(self, x: Tensor, sequences: int) -> bool:
         """Whether the layers run in one call: the backend `cpu` is forced, or selected for their operators.
 
-        The norms are not asked for. Where PyTorch's are selected, that is because a call from Python costs less.
+        Rows of the backend table for norms do not matter: where they select PyTorch's, its call from Python costs less.
         """
         rows = x.numel() // x.shape[-1]
         return self.layers[0].query.dtype == x.dtype and all(
