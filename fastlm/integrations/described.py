@@ -1,4 +1,4 @@
-"""Layers of an encoder as compiled code takes them (fastlm.models.encode_layers), which computes all in one call."""
+"""Descriptions of encoder layers for the compiled function that runs all of them (fastlm.models.encode_layers)."""
 
 from typing import Any
 
@@ -27,6 +27,9 @@ def describe(layer: Any) -> Layer | None:
         return None
     num_heads, _ = head_shape(parts)
     qkv = [(each["weight"], each["bias"]) for each in parts.qkv_parameters]
+    if type(num_heads) is not int or num_heads < 1:
+        return None
+    head_dim = qkv[0][0].shape[0] // num_heads // (3 if len(qkv) == 1 else 1)
     (norm, next_norm), scale = (first["_parameters"], second["_parameters"]), own.get("scaling")
     return Layer.of(
         qkv,
@@ -43,7 +46,8 @@ def describe(layer: Any) -> Layer | None:
         eps=first["eps"],
         activation="gelu" if parts.activation_name == "none" else "gelu_tanh",
         num_heads=num_heads,
-        scale=scale_of(parts.attention, qkv[0][0].shape[0] // num_heads) if scale is None else scale,
+        head_dim=head_dim,
+        scale=scale_of(parts.attention, head_dim) if scale is None else scale,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastlm.integrations.capture import captured_outputs, is_idle
@@ -16,8 +17,8 @@ from fastlm.integrations.families import Family
 from fastlm.integrations.layers import PACKED_ARGUMENT, WINDOW_MASK, LayerPatch
 from fastlm.integrations.packing import pack, pack_by_mask, packed_results
 from fastlm.integrations.patch import MASK_ARGUMENTS, Patch, observed_reason, patch_of, sizes_may_depend_on_values
-from fastlm.models.compiled import Skipping, may_skip_modules
-from fastlm.models.encode_layers import Described, run
+from fastlm.models.compiled import CALL, Conditions, may_skip_modules
+from fastlm.models.encode_layers import Description, encode_layers
 from fastlm.models.packing import Gather, Packed, Scatter
 
 OUTPUTS = ("output_hidden_states", "output_attentions")
@@ -26,6 +27,9 @@ REQUIRE_GRADS = ("transformers.modeling_utils", "make_inputs_require_grads")
 # Arguments of an encoder that its layers do not read, except for caches, which are arguments of their own.
 NOT_READ = frozenset(("encoder_attention_mask", "position_ids", "return_dict", "use_cache"))
 NO_LAYERS = nn.ModuleList()
+CHECKPOINTING_CALL = GradientCheckpointingLayer.__call__
+# The forward of each class of encoders, as transformers defines it. A caller may replace it.
+own_forwards: dict[type, Any] = {}
 
 
 class EncoderPatch(Patch):
@@ -38,11 +42,21 @@ class EncoderPatch(Patch):
         # In transformers 4 it makes two masks of tokens × tokens, with and without padding.
         self.makes_masks = WINDOW_MASK in self.names
         self.mask_name = next((name for name in self.names if name in MASK_ARGUMENTS), MASK_ARGUMENTS[0])
-        self.described = new_description()
+        self.description = new_description()
+        self.remember_forward()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy describes its own layers."""
-        return {**self.__dict__, "described": new_description()}
+        return {name: value for name, value in self.__dict__.items() if name != "description"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, description=new_description())
+        self.remember_forward()
+
+    def remember_forward(self) -> None:
+        kind = type(self.module)
+        if is_of_transformers(kind.forward):
+            own_forwards.setdefault(kind, kind.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.bind(args, kwargs)
@@ -59,9 +73,10 @@ class EncoderPatch(Patch):
         x, mask = arguments.get(self.names[0]), arguments.get(self.mask_name)
         if type(x) is not Tensor or x.dim() != 3 or not may_skip_modules(x) or captured_outputs():
             return None
-        if self.gives_more(arguments):
+        kind = type(self.module)
+        if self.gives_more(arguments) or own_forwards.get(kind) is not kind.forward:
             return None
-        layers = self.described.current(self.module._modules[self.family.layers])
+        layers = self.description.layers(self.module._modules[self.family.layers])
         packed = None if layers is None or mask is None else pack_by_mask(mask, x, always=True)
         if layers is None or (packed is None and mask is not None):
             return None
@@ -69,7 +84,7 @@ class EncoderPatch(Patch):
             packed = None  # without padding
         if packed is not None:
             x = Gather.apply(x.flatten(0, 1), packed.index)[None]
-        x = run(layers, x, packed)
+        x = encode_layers(layers, x, packed)
         if x is None:
             return None
         result = self.without_layers({**arguments, self.names[0]: x})
@@ -86,9 +101,9 @@ class EncoderPatch(Patch):
 
     def without_layers(self, arguments: dict) -> Any:
         """What the class's forward returns where it has no layers: its hidden states, in the form that is asked for."""
-        shell, own = object.__new__(type(self.module)), self.module.__dict__
-        shell.__dict__.update(own, _modules={**own["_modules"], self.family.layers: NO_LAYERS})
-        return type(self.module).forward(shell, **arguments)
+        encoder, own = object.__new__(type(self.module)), self.module.__dict__
+        encoder.__dict__.update(own, _modules={**own["_modules"], self.family.layers: NO_LAYERS})
+        return type(self.module).forward(encoder, **arguments)
 
     def padded(self, result: Any, packed: Packed) -> Any:
         """The result on packed sequences as the caller takes it."""
@@ -205,8 +220,19 @@ class EncoderPatch(Patch):
         return ""
 
 
-def new_description() -> Described:
-    return Described(describe, Skipping((LayerPatch,), is_idle))
+def is_of_transformers(function: Any) -> bool:
+    """Whether the function, and each that it wraps, is defined in transformers."""
+    while function is not None:
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers."):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def new_description() -> Description:
+    # Layers of transformers have a class with a `__call__` of its own, which checkpoints.
+    calls = CALL, CHECKPOINTING_CALL
+    return Description(describe, Conditions((LayerPatch,), calls, is_idle))
 
 
 def layer_reason(layer: Any) -> str:

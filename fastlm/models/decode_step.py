@@ -1,8 +1,8 @@
 """Decode steps on a CPU: all layers in one call of compiled code (fastlm/ops/decoder_layer).
 
-A step is the forward pass of one token per sequence after those in a KV cache. Its layers run in one call where nothing
-asks for their modules: no gradients, hooks, tracing, autocast or other backend, and modules and parameters of the usual
-types. Otherwise, and in every other forward pass, the modules run: on the backend `cpu` with the same bits.
+A step is the forward pass of one token per sequence after those in a KV cache. Its layers run in one call without
+gradients, hooks, tracing, autocast or other backend, if modules and parameters are of the usual types. Otherwise, and
+in every other forward pass, the modules run: on the backend `cpu` with the same bits.
 """
 
 import weakref
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from fastlm.models.cache import KVCache
-from fastlm.models.compiled import Unchanged, may_skip_modules
+from fastlm.models.compiled import Unchanged, may_skip_modules, must_be_called
 from fastlm.ops.decoder_layer import Layer, is_selected
 from fastlm.ops.decoder_layer.cpu import Tables, decode
 
@@ -72,10 +72,12 @@ def takes_one_token(x: Tensor, cache: KVCache) -> bool:
 
 
 def describe(layers: nn.ModuleList) -> Steps | None:
-    if any(module.training for module in layers.modules()) or (unchanged := Unchanged.of(layers)) is None:
+    if not layers or any(module.training for module in layers.modules()) or any(map(must_be_called, layers)):
         return None
+    # What may not change is read before the layers are, so that no change in between goes unnoticed.
+    unchanged = Unchanged.of(layers)
     found = [cast(Any, layer).describe() for layer in layers]
-    if None in found:
+    if None in found or not unchanged.holds(layers):
         return None
     numbers, described = zip(*found, strict=True)
     kinds = {sizes_and_settings(layer): layer for layer in described}

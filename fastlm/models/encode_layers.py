@@ -10,78 +10,79 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastlm.models.compiled import NOTHING, Skipping, Unchanged, may_skip_modules, must_be_called
+from fastlm.models.compiled import USUAL, Conditions, Unchanged, must_be_called
 from fastlm.models.packing import Packed
 from fastlm.ops.encoder_layer import Layer, Layers
 from fastlm.ops.encoder_layer.cpu import encode
 
 
-class Described:
-    """The layers of one encoder as compiled code takes them. They are described again once anything has changed."""
+class Description:
+    """The layers of one encoder as the compiled function takes them. Changed layers are described again."""
 
-    def __init__(self, describe: Callable[[Any], Layer | None], skipping: Skipping = NOTHING) -> None:
+    def __init__(self, describe: Callable[[Any], Layer | None], conditions: Conditions = USUAL) -> None:
         """describe: returns what a layer computes now; None if it cannot be described."""
-        self.describe, self.skipping = describe, skipping
-        self.found: tuple[Unchanged, Layers] | None = None  # its tensors are kept alive
-        self.refused: Any = None  # the layer that could not be described, which is asked first
+        self.describe, self.conditions = describe, conditions
+        self.described: tuple[Unchanged, Layers] | None = None  # its tensors are kept alive
+        self.refused: Unchanged | None = None  # the layer that could not be described
 
-    def current(self, layers: nn.ModuleList) -> Layers | None:
+    def layers(self, modules: nn.ModuleList) -> Layers | None:
         """None if a layer cannot be described."""
-        if (found := self.found) is not None and found[0].holds(layers):
-            return found[1]
-        self.found, refused = None, self.refused
-        modules: Any = [*layers._modules.values()]
-        if refused is not None and refused in modules and self.one(refused) is None:
+        if type(modules) is not nn.ModuleList or not modules:
             return None
-        described = []
-        for layer in modules:
-            one = self.one(layer)
-            if one is None:
-                self.refused = layer
+        if self.described is not None and self.described[0].holds(modules):
+            return self.described[1]
+        if self.refused is not None and self.refused.holds(modules):
+            return None
+        self.described = self.refused = None
+        # What may not change is read before the layers are, so that no change in between goes unnoticed.
+        unchanged, layers = Unchanged.of(modules), []
+        for module in modules:
+            layer = self.describe_layer(module)
+            if layer is None:
+                self.refused = Unchanged.of(modules, only=module)
                 return None
-            described.append(one)
-        self.refused = None
-        if (unchanged := Unchanged.of(layers, self.skipping)) is None:  # there are none
+            layers.append(layer)
+        if not unchanged.holds(modules):
             return None
-        self.found = unchanged, Layers.of(described)
-        return self.found[1]
+        self.described = unchanged, Layers.of(layers)
+        return self.described[1]
 
-    def one(self, layer: nn.Module) -> Layer | None:
-        found = None if must_be_called(layer, self.skipping) else self.describe(layer)
-        return found if found is not None and found.is_readable() else None
-
-
-of_models: weakref.WeakKeyDictionary[nn.ModuleList, Described] = weakref.WeakKeyDictionary()
+    def describe_layer(self, module: nn.Module) -> Layer | None:
+        return None if must_be_called(module, self.conditions) else self.describe(module)
 
 
-def encode_layers(layers: nn.ModuleList, x: Tensor, padding: Packed | Tensor | None) -> Tensor | None:
-    """Runs all layers, if they can run in one call.
+descriptions: weakref.WeakKeyDictionary[nn.ModuleList, Description] = weakref.WeakKeyDictionary()
+
+
+def description_of(modules: nn.ModuleList, describe: Callable[[Any], Layer | None]) -> Description:
+    """The description that is kept for some layers, made at the first call."""
+    description = descriptions.get(modules)
+    if description is None:
+        description = descriptions[modules] = Description(describe)
+    return description
+
+
+def encode_layers(layers: Layers, x: Tensor, packed: Packed | None) -> Tensor | None:
+    """Runs all layers, if the backend `cpu` is selected for them.
 
     Args:
-        layers: modules with a method describe(), which returns a Layer, or None if it cannot be described.
         x: (1, real tokens, width) of a packed batch, or (batch, tokens, width): the input of the first layer.
-        padding: where the sequences of a packed batch are; the mask of one that is not packed; None without padding.
+        packed: where the sequences of a packed batch are; None of one without padding.
 
     Returns:
         The output of the last layer, like x; None: the modules must run.
     """
-    if not may_skip_modules(x) or isinstance(padding, Tensor):
+    if x.numel() == 0:
         return None
-    described = of_models.get(layers)
-    if described is None:
-        described = of_models[layers] = Described(lambda layer: layer.describe())
-    found = described.current(layers)
-    return None if found is None else run(found, x, padding)
-
-
-def run(layers: Layers, x: Tensor, packed: Packed | None) -> Tensor | None:
-    """x after all layers; None if the backend `cpu` is not selected for them."""
-    if packed is None:
-        batch, tokens, _ = x.shape
-        sequences = batch
-    else:
-        sequences = packed.cu_seqlens.shape[0] - 1
-    if x.numel() == 0 or not layers.are_selected(x, sequences):
+    batch, tokens, _ = x.shape
+    sequences = batch if packed is None else packed.cu_seqlens.shape[0] - 1
+    # The data of a parameter may have been replaced by one of another shape, layout or dtype, which is no change of a
+    # module. The compiled function checks the tensors of all layers before the first runs. Those that it does not take
+    # are left to the modules, which compute with them or raise an error of their own.
+    try:
+        if not layers.are_selected(x, sequences):
+            return None
+        starts = [*range(0, batch * tokens + 1, tokens)] if packed is None else packed.cu_seqlens.tolist()
+        return encode(layers, x, starts)
+    except (TypeError, ValueError):
         return None
-    starts = [*range(0, batch * tokens + 1, tokens)] if packed is None else packed.cu_seqlens.tolist()
-    return encode(layers, x, starts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlm.models.compiled import forwards_of, is_part
+from fastlm.models.compiled import is_part, parts_of
 from fastlm.models.config import GELUS
 from fastlm.models.decoder_config import ACTIVATIONS
 from fastlm.models.encoder_config import EncoderConfig
@@ -132,23 +132,25 @@ class EncoderLayer(FeedForward):
 
     def describe(self) -> Layer | None:
         """forward() of a post-norm layer, for fastlm.models.encode_layers; None if it computes anything else."""
-        layout = self.layout
+        layout, activation = self.layout, COMPILED_ACTIVATIONS.get(self.activation)
         if (
             (layout.norm_place, layout.norm) != ("post", "layer")
             or layout.rotary
             or layout.gate is not None
             or layout.query_norm is not None
             or self.window is not None
-            or self.num_kv_heads != self.num_heads
+            or activation is None
+            or type(self.scale) is not float
             or (self.training and (self.attention_pdrop or self.out_pdrop or self.mlp_pdrop))
             or not all(is_part(module, PARTS) for module in self.modules())
         ):
             return None
         first, second = part(self, layout.attention_norm), part(self, layout.mlp_norm)
         out, up, down = part(self, layout.out), part(self, layout.up), part(self, layout.down)
-        if first.eps != second.eps:
-            return None
         qkv = [part(self, path) for path in layout.qkv]
+        width = out.weight.shape[-1]
+        if first.eps != second.eps or type(self.head_dim) is not int or self.head_dim < 1 or width % self.head_dim:
+            return None
         return Layer.of(
             [(projection.weight, projection.bias) for projection in qkv],
             attention_norm=first.weight,
@@ -162,8 +164,9 @@ class EncoderLayer(FeedForward):
             down=down.weight,
             down_bias=down.bias,
             eps=first.eps,
-            activation="gelu" if self.activation == "none" else "gelu_tanh",
-            num_heads=self.num_heads,
+            activation=activation,
+            num_heads=width // self.head_dim,
+            head_dim=self.head_dim,
             scale=self.scale,
         )
 
@@ -229,4 +232,10 @@ class EncoderLayer(FeedForward):
         return FUNCTIONS[self.activation](gate) * up
 
 
-PARTS = forwards_of(EncoderLayer, Linear, LayerNorm, nn.Module)
+PARTS = parts_of(EncoderLayer, Linear, LayerNorm, nn.Module)
+COMPILED_ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # by the argument `approximate` of gelu_mlp
+
+
+def describe(layer: nn.Module) -> Layer | None:
+    """Not of a subclass or another module, which may compute anything."""
+    return layer.describe() if type(layer) is EncoderLayer else None

@@ -15,7 +15,7 @@ from fastlm.core.errors import check_flag, check_integer, mismatch, wrong_type
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel, draw_normal
 from fastlm.models.cache import KVCache
-from fastlm.models.compiled import forwards_of, is_part
+from fastlm.models.compiled import is_part, parts_of
 from fastlm.models.config import GELUS, GPT2Config
 from fastlm.models.decode_step import decode_step
 from fastlm.models.language_model import LanguageModel
@@ -147,7 +147,7 @@ class GPT2Block(nn.Module):
         return attention.layer, found
 
 
-PARTS = forwards_of(GPT2Block, GPT2Attention, GPT2MLP, LayerNorm, Conv1D)
+PARTS = parts_of(GPT2Block, GPT2Attention, GPT2MLP, LayerNorm, Conv1D)
 
 
 class GPT2PretrainedModel(PretrainedModel):

@@ -3,6 +3,7 @@ something needs them.
 """
 
 import copy
+import functools
 import gc
 import importlib.util
 import pickle
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_outputs import BaseModelOutput
 
 import fastlm
 from fastlm.backends import isa
@@ -450,6 +452,102 @@ def test_other_backends_and_dtypes(compiled_calls):
     assert not compiled_calls
 
 
+def early_exit(self, hidden_states, *arguments, **options):
+    x = self.layer[0](hidden_states)
+    return BaseModelOutput(last_hidden_state=2 * (x[0] if isinstance(x, tuple) else x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["forward", "wrapped forward", "class"])
+@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+def test_a_replaced_forward_of_the_encoder_is_called(how, family, compiled_calls, monkeypatch):
+    (model, reference), x = new_pair(family), torch.randn(2, 9, 36)
+    models = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), reference]
+    encoders = [each.encoder if hasattr(each, "encoder") else each.transformer for each in models]
+    encoders[0](x)
+    assert len(compiled_calls) == 1
+    kind = type(encoders[0])
+    if how == "class":
+        for each in encoders:
+            each.__class__ = type("Changed", (kind,), {"forward": early_exit})
+    else:
+        wrap = functools.wraps(kind.forward) if how == "wrapped forward" else lambda function: function
+        monkeypatch.setattr(kind, "forward", wrap(lambda *arguments, **options: early_exit(*arguments, **options)))
+    for each in encoders[:-1]:
+        torch.testing.assert_close(each(x)[0], encoders[-1](x)[0], **CLOSE)
+    assert len(compiled_calls) == 1
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["before the first call", "after a call"])
+@pytest.mark.parametrize("of_layers", [False, True], ids=["of all modules", "of layers"])
+def test_a_replaced_call_of_a_class_is_called(of_layers, used, compiled_calls, monkeypatch):
+    (model, _), x, called = new_pair(), ids(2, 9), []
+    if used:
+        call(model, x)
+        compiled_calls.clear()
+    kind = type(layers_of(model)[0]) if of_layers else nn.Module
+    own = kind.__call__
+
+    def counted(self, *arguments, **options):
+        called.append(self)
+        return own(self, *arguments, **options)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    call(model, x)
+    assert not compiled_calls and called
+
+
+def prune_heads(model):
+    attention = layers_of(model)[1].attention
+    for projection in (attention.self.query, attention.self.key, attention.self.value):
+        projection.weight.data, projection.bias.data = projection.weight[::2].clone(), projection.bias[::2].clone()
+    attention.output.dense.weight.data = attention.output.dense.weight[:, ::2].clone()
+
+
+def widen_mlp(model):
+    torch.manual_seed(4)
+    layer, width = layers_of(model)[1], layers_of(model)[1].output.LayerNorm.weight.shape[0]
+    layer.intermediate.dense.weight.data, layer.intermediate.dense.bias.data = torch.randn(400, width), torch.randn(400)
+    layer.output.dense.weight.data = torch.randn(width, 400) / 20
+
+
+def stride_weight(model):
+    weight = layers_of(model)[1].intermediate.dense.weight
+    weight.data = (2 * weight.data).repeat_interleave(2, 1).repeat_interleave(2, 0)[::2, ::2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [prune_heads, widen_mlp, stride_weight])
+def test_data_of_another_shape_or_layout(change, by_layers):
+    (model, _), x = new_pair(), ids(2, 9)
+    unchanged = call(model, x)[0]
+    change(model)
+    for _ in range(2):
+        found = call(model, x)[0]
+        assert torch.equal(found, by_layers(model, x)[0]) and not torch.equal(found, unchanged)
+
+
+@torch.no_grad()
+def test_mixed_dtypes_are_the_error_of_the_layers(by_layers):
+    (model, _), x = new_pair(), ids(2, 9)
+    call(model, x)
+    layers_of(model)[1].output.dense.bfloat16()
+    with pytest.raises((ValueError, TypeError)) as expected:
+        by_layers(model, x)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call(model, x)
+    assert str(caught.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("size, expected", [(0, "tensor with storage"), (1024, "storage of at least")])
+def test_freed_and_shrunk_weights_are_an_error(size, expected):
+    (model, _), x = new_pair(), ids(2, 9)
+    call(model, x)
+    layers_of(model)[1].intermediate.dense.weight.untyped_storage().resize_(size)
+    with pytest.raises(ValueError, match=f"w1: expected a {expected}"):
+        call(model, x)
+
+
 # The life of a model.
 
 
@@ -484,13 +582,13 @@ def test_a_dropped_model_is_freed():
 
 
 def test_layers_are_described_once(monkeypatch):
-    (model, _), described, own = new_pair(), [], encode_layers.Described.one
+    (model, _), described, own = new_pair(), [], encode_layers.Description.describe_layer
 
     def spy(self, layer):
         described.append(layer)
         return own(self, layer)
 
-    monkeypatch.setattr(encode_layers.Described, "one", spy)
+    monkeypatch.setattr(encode_layers.Description, "describe_layer", spy)
     for _ in range(3):
         call(model, ids(2, 9))
     assert described == [*layers_of(model)] and len(described) == BERT["num_hidden_layers"]

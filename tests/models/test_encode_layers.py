@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastlm
 from fastlm.backends import isa
 from fastlm.models import encode_layers
+from fastlm.models.encoder import EncoderModel
 from fastlm.models.encoder_layer import EncoderLayer, part
 from tests.models.hugging_face import encoder_like, tiny_encoder
 
@@ -131,19 +132,6 @@ def test_the_layers_are_described_once(monkeypatch):
     layers_of(model)[1].scale *= 2
     hidden(model)
     assert len(described) == 6
-
-
-def test_a_layer_that_cannot_be_described_is_asked_first(monkeypatch, compiled_calls):
-    model, described, own = tiny(), [], EncoderLayer.describe
-    monkeypatch.setattr(EncoderLayer, "describe", lambda self: (described.append(self), own(self))[1])
-    hook = layers_of(model)[-1].register_forward_hook(nothing)
-    hidden(model)
-    described.clear()
-    hidden(model)
-    assert not described and not compiled_calls
-    hook.remove()
-    hidden(model)
-    assert len(compiled_calls) == 1
 
 
 # What a user may do to a model; the modules run then, or the compiled calls follow.
@@ -367,9 +355,245 @@ def test_embeddings_of_the_caller_are_not_overwritten(compiled_calls):
     assert torch.equal(given, before) and len(compiled_calls) == 1
 
 
-def test_freed_weights_are_an_error():
+@pytest.mark.parametrize("size, expected", [(0, "tensor with storage"), (4096, "storage of at least")])
+def test_freed_and_shrunk_weights_are_the_error_of_the_modules(size, expected):
     model = tiny()
     hidden(model)
-    layers_of(model)[1].output.dense.weight.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="down: expected a tensor with storage, got one whose storage was freed"):
+    layers_of(model)[1].output.dense.weight.untyped_storage().resize_(size)
+    with pytest.raises(ValueError, match=f"w2: expected a {expected}"):
         hidden(model)
+
+
+# Layers and models that compute something else than their classes.
+
+
+def assert_runs_by_modules(model, compiled_calls, unchanged):
+    """In the first call after the change and in the next."""
+    compiled_calls.clear()
+    for _ in range(2):
+        found = hidden(model, RIGHT)
+        assert not compiled_calls
+        assert torch.equal(found, by_modules(model, RIGHT)) and not torch.equal(found, unchanged)
+
+
+class Doubled(nn.Module):
+    """A layer with the attributes of the one in it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = layer
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, *arguments):
+        x, residual = self.inner(*arguments)
+        return 2 * x, residual
+
+
+class Alone(nn.Module):
+    def forward(self, x, *_):
+        return 2 * x, None
+
+
+class OwnLayer(EncoderLayer):
+    def attend(self, *arguments):
+        return 2 * super().attend(*arguments)
+
+
+def as_subclass(layer):
+    layer.__class__ = OwnLayer
+    return layer
+
+
+LAYERS = {
+    "wrapped": Doubled,
+    "another module": lambda layer: Alone(),
+    "nn.Sequential": lambda layer: nn.Sequential(Alone(), FirstOf(), Alone()),
+    "subclass": as_subclass,
+}
+
+
+class FirstOf(nn.Module):
+    def forward(self, pair):
+        return pair[0]
+
+
+class Layered(nn.ModuleList):
+    def __iter__(self):
+        return iter([self[0], self[0], self[1]])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_other_classes_run_by_modules(name, compiled_calls):
+    model, unchanged = tiny(), hidden(tiny(), RIGHT)
+    hidden(model, RIGHT)
+    if name == "nn.Sequential":
+        model.run_layer = lambda layer, x, *rest: layer(x) if isinstance(layer, nn.Sequential) else layer(x, *rest)
+    layers_of(model)[1] = LAYERS[name](layers_of(model)[1])
+    assert_runs_by_modules(model, compiled_calls, unchanged)
+
+
+def test_a_list_with_an_order_of_its_own_runs_by_modules(compiled_calls):
+    model, unchanged = tiny(), hidden(tiny(), RIGHT)
+    hidden(model, RIGHT)
+    layers_of(model).__class__ = Layered
+    assert_runs_by_modules(model, compiled_calls, unchanged)
+
+
+def test_a_missing_layer_is_the_error_of_the_modules():
+    model = tiny()
+    hidden(model)
+    del layers_of(model)[2]
+    with pytest.raises(ValueError, match="longer than"):
+        hidden(model)
+
+
+@pytest.mark.parametrize("name", ["attend", "feed_forward"])
+@pytest.mark.parametrize("of_class", [False, True], ids=["of a layer", "of the class"])
+@pytest.mark.parametrize("used", [False, True], ids=["before the first call", "after a call"])
+def test_replaced_methods_of_layers_are_called(name, of_class, used, compiled_calls, monkeypatch):
+    model, unchanged = tiny(), hidden(tiny(), RIGHT)
+    layer, own = layers_of(model)[1], getattr(EncoderLayer, name)
+    if used:
+        hidden(model, RIGHT)
+    if of_class:
+        monkeypatch.setattr(EncoderLayer, name, lambda self, *arguments: 2 * own(self, *arguments))
+    else:
+        setattr(layer, name, lambda *arguments: 2 * own(layer, *arguments))
+    assert_runs_by_modules(model, compiled_calls, unchanged)
+
+
+@pytest.mark.parametrize("of_class", [False, True], ids=["of a model", "of the class"])
+def test_a_replaced_run_layer_is_called(of_class, compiled_calls, monkeypatch):
+    model, unchanged, own = tiny(), hidden(tiny(), RIGHT), EncoderModel.run_layer
+    hidden(model, RIGHT)
+
+    def run_layer(self, layer, x, *arguments):
+        return own(self, layer, 2 * x, *arguments)
+
+    if of_class:
+        monkeypatch.setattr(EncoderModel, "run_layer", run_layer)
+    else:
+        model.__class__ = type("Own", (type(model),), {"run_layer": run_layer})
+    assert_runs_by_modules(model, compiled_calls, unchanged)
+
+
+@pytest.mark.parametrize("kind", [nn.Module, nn.Linear, EncoderLayer])
+@pytest.mark.parametrize("used", [False, True], ids=["before the first call", "after a call"])
+def test_a_replaced_call_of_a_class_is_called(kind, used, compiled_calls, monkeypatch):
+    model, own, called = tiny(), nn.Module.__call__, []
+    if used:
+        hidden(model)
+        compiled_calls.clear()
+
+    def call(self, *arguments, **options):
+        called.append(self)
+        return own(self, *arguments, **options)
+
+    monkeypatch.setattr(kind, "__call__", call)
+    hidden(model)
+    assert not compiled_calls and any(isinstance(each, kind) and each in layers_of(model).modules() for each in called)
+
+
+# What forward() reads, changed without a change of a module.
+
+
+def prune_heads(model):
+    attention = layers_of(model)[1].attention
+    projections = attention.self.query, attention.self.key, attention.self.value
+    width = layers_of(model)[1].head_dim
+    for projection in projections:
+        projection.weight.data, projection.bias.data = projection.weight[:-width].data, projection.bias[:-width].data
+    attention.output.dense.weight.data = attention.output.dense.weight[:, :-width].data.clone()
+
+
+def widen_mlp(model):
+    torch.manual_seed(4)
+    layer = layers_of(model)[1]
+    layer.intermediate.dense.weight.data, layer.intermediate.dense.bias.data = torch.randn(400, 48), torch.randn(400)
+    layer.output.dense.weight.data = torch.randn(48, 400)
+
+
+def stride_weight(model):
+    weight = layers_of(model)[1].intermediate.dense.weight
+    weight.data = (2 * weight.data).repeat_interleave(2, 1).repeat_interleave(2, 0)[::2, ::2]
+
+
+def stride_norm(model):
+    weight = layers_of(model)[1].output.LayerNorm.weight
+    weight.data = (2 * weight.data).repeat_interleave(2)[::2]
+
+
+def halve_heads(model):
+    """Twice as many heads, though num_heads is as before."""
+    layers_of(model)[1].head_dim //= 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [prune_heads, widen_mlp, stride_weight, stride_norm, halve_heads])
+@pytest.mark.parametrize("used", [False, True], ids=["before the first call", "after a call"])
+def test_what_forward_reads_is_what_is_computed(change, used):
+    model, unchanged = tiny(), hidden(tiny(), RIGHT)
+    if used:
+        hidden(model, RIGHT)
+    change(model)
+    for _ in range(2):
+        found = hidden(model, RIGHT)
+        assert torch.equal(found, by_modules(model, RIGHT)) and not torch.equal(found, unchanged)
+
+
+def test_errors_of_attributes_are_those_of_the_modules():
+    for name, value in (("activation", "other"), ("scale", "1"), ("head_dim", 7)):
+        model = tiny()
+        hidden(model)
+        setattr(layers_of(model)[1], name, value)
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+            hidden(model)
+        with pytest.raises(type(caught.value)) as expected:
+            by_modules(model)
+        assert str(caught.value) == str(expected.value)
+
+
+def test_negative_inputs_run_by_modules(compiled_calls):
+    """Views with the negative bit, whose memory holds the values before the negation."""
+    model, x = tiny(), torch.randn(1, 5, 48)
+    with torch.no_grad():
+        model.run_layers(x._neg_view(), {}, None, None)
+        assert not compiled_calls
+        model.run_layers(-x, {}, None, None)
+    assert len(compiled_calls) == 1
+
+
+def test_a_change_while_layers_are_described_is_not_missed(monkeypatch):
+    model, unchanged, own = tiny(), hidden(tiny(), RIGHT), EncoderLayer.describe
+
+    def describe(self):
+        found = own(self)
+        if self is layers_of(model)[2] and self.scale < 1:
+            layers_of(model)[0].scale = 2.0  # as another thread may do
+        return found
+
+    assert layers_of(model)[0].scale < 1
+    with monkeypatch.context() as patched:
+        patched.setattr(EncoderLayer, "describe", describe)
+        hidden(model, RIGHT)
+    found = hidden(model, RIGHT)
+    assert torch.equal(found, by_modules(model, RIGHT)) and not torch.equal(found, unchanged)
+
+
+def test_a_refused_layer_is_remembered(monkeypatch, compiled_calls):
+    model, asked, own = tiny(), [], encode_layers.must_be_called
+    monkeypatch.setattr(
+        encode_layers, "must_be_called", lambda *arguments: (asked.append(arguments), own(*arguments))[1]
+    )
+    hook = layers_of(model)[1].register_forward_hook(nothing)
+    for _ in range(3):
+        hidden(model)
+    assert len(asked) == 2 and not compiled_calls
+    hook.remove()
+    hidden(model)
+    assert len(compiled_calls) == 1

@@ -43,7 +43,7 @@ def drawn_layer(size, dtype, fused=False, bias=True, activation="gelu", norm_dty
     for name, sizes in (("output", (inner, width)), ("up", (width, hidden)), ("down", (hidden, width))):
         fields[name], fields[f"{name}_bias"] = projection(*sizes)
     first = [projection(width, 3 * inner)] if fused else [projection(width, inner) for _ in range(3)]
-    fields |= {"eps": 1e-5, "num_heads": heads, "scale": 0.9 * head_dim**-0.5}
+    fields |= {"eps": 1e-5, "num_heads": heads, "head_dim": head_dim, "scale": 0.9 * head_dim**-0.5}
     return Layer.of(first, activation=activation, **fields)
 
 
@@ -196,6 +196,13 @@ def arguments(**changes):
     return given | {name: value for name, value in changes.items() if name in given}
 
 
+def shrunk(*shape):
+    """A tensor whose storage was resized."""
+    x = torch.zeros(shape)
+    x.untyped_storage().resize_(16)
+    return x
+
+
 WRONG = [
     ({"starts": []}, "starts: expected ascending offsets from 0 to 5, got none"),
     ({"starts": [0, 4]}, "starts: expected ascending offsets from 0 to 5, got 0 to 4"),
@@ -211,9 +218,18 @@ WRONG = [
     ({"query": torch.zeros(8)}, "query: expected 2 dimensions, got 1"),
     ({"key": torch.zeros(4, 8)}, "key: expected 8 inputs and 8 outputs, got shape"),
     ({"key": None}, "value: expected a tensor if key is one, else None, got the other"),
-    ({"key": None, "value": None}, "num_heads: expected a number that divides the 8 outputs of 3 projections, got 2"),
-    ({"num_heads": 0}, "num_heads: expected a number that divides the 8 outputs of 1 projections, got 0"),
-    ({"num_heads": 3}, "num_heads: expected a number that divides the 8 outputs of 1 projections, got 3"),
+    (
+        {"key": None, "value": None},
+        "query: expected 3 x 2 x 4 outputs, of projections, heads and head dimension, got shape",
+    ),
+    ({"num_heads": 0}, "query: expected 1 x 0 x 4 outputs, of projections, heads and head dimension, got shape"),
+    ({"num_heads": 3}, "query: expected 1 x 3 x 4 outputs, of projections, heads and head dimension, got shape"),
+    ({"head_dim": 2}, "query: expected 1 x 2 x 2 outputs, of projections, heads and head dimension, got shape"),
+    (
+        {"down": shrunk(8, 6)},
+        "down: expected a storage of at least 192 bytes, for its shape and strides, got one of 16",
+    ),
+    ({"mlp_norm": shrunk(8)}, "mlp_norm: expected a storage of at least 32 bytes, for its shape and strides"),
     ({"output": torch.zeros(8, 4)}, "output: expected 8 inputs and 8 outputs, got shape"),
     ({"output": torch.zeros(8, 16)[:, ::2].mT[::2]}, "output: expected 8 inputs and 8 outputs, got shape"),
     ({"query_bias": torch.zeros(16)[::2]}, "query_bias: expected a contiguous tensor of 8 elements, got shape"),
@@ -228,7 +244,7 @@ WRONG = [
 WRONG_TYPES = [
     ({"starts": 5}, "starts: expected a list, got int"),
     ({"layers": ()}, "layers: expected a list, got tuple"),
-    ({"layers": [(1, 2)]}, "layers: expected tuples of 20, got (1, 2)"),
+    ({"layers": [(1, 2)]}, "layers: expected tuples of 21, got (1, 2)"),
     ({"names": []}, "names: expected a tuple"),
     ({"up": None}, "up: expected a tensor, got NoneType"),
     ({"eps": "1"}, "eps: expected a number, got str"),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.backends import cpu
-from fastlm.backends.cpu import kernels, new, new_like
+from fastlm.backends.cpu import check_storages, kernels, new, new_like
 from fastlm.ops.encoder_layer.spec import Layer, Layers
 
 
@@ -17,7 +17,11 @@ def encode(layers: Layers, x: Tensor, starts: list[int]) -> Tensor:
 
     Returns:
         The output of the last layer, like x.
+
+    Raises:
+        TypeError, ValueError: a tensor is not as the layer says. Nothing has been computed.
     """
+    check_storages(("x",), (x,))
     y, rows = new_like(x), x.numel() // x.shape[-1]
     kernels.encoder_layers(
         x=x,
