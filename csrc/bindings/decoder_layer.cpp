@@ -127,6 +127,9 @@ template <class T> struct checked_decoder_layer {
     const int64_t width = size.width, first_width = a.key.given() ? query_width : query_width + 2 * key_width;
     const int64_t hidden = outputs_of(a.up, a.conv1d);
     check_key_and_value(a.key, a.value);
+    check_norm<T>(a.attention_norm, a.attention_norm_bias), check_norm<T>(a.mlp_norm, a.mlp_norm_bias);
+    check_norm<T>(a.attention_output_norm), check_norm<T>(a.mlp_output_norm);
+    check_norm<T>(a.query_norm), check_norm<T>(a.key_norm);
     return {{a.layer_norm, a.unit_offset, a.eps},
             {attention_norm, attention_norm_bias},
             {query_norm, nullptr},

@@ -62,6 +62,7 @@ template <class T> struct checked_encoder_layer {
     const int64_t projections = a.key.given() ? 1 : 3, first_width = outputs_of(a.query, false),
                   hidden = outputs_of(a.up, false), query_width = first_width / projections;
     check_key_and_value(a.key, a.value);
+    check_norm<T>(a.attention_norm, a.attention_norm_bias), check_norm<T>(a.mlp_norm, a.mlp_norm_bias);
     if (a.num_heads < 1 || first_width == 0 || first_width % projections || query_width % a.num_heads ||
         query_width / a.num_heads != a.head_dim)
       throw_argument_error("query",

@@ -62,6 +62,13 @@ inline int64_t outputs_of(const tensor& weight, bool conv1d) {
   return weight_layout(conv1d).outputs(weight);
 }
 
+// The dtypes that the operators take: the weight in that of the call or float32, the bias in the weight's.
+template <class T> void check_norm(const tensor& weight, const tensor& bias = {}) {
+  if (weight.given() && weight.type != dtype::float32) weight.as<const T>();
+  if (bias.given() && bias.type != weight.type)
+    throw_argument_error(bias.name, name_of(weight.type) + ", as the weight", name_of(bias.type));
+}
+
 inline void check_key_and_value(const tensor& key, const tensor& value) {
   if (key.given() != value.given()) throw_argument_error("value", "a tensor if key is one, else None", "the other");
 }

@@ -100,7 +100,7 @@ class EncoderPatch(Patch):
         return False
 
     def without_layers(self, arguments: dict) -> Any:
-        """What the class's forward returns where it has no layers: its hidden states, in the form that is asked for."""
+        """What the class's forward returns of an encoder without layers: its input, in the form that is requested."""
         encoder, own = object.__new__(type(self.module)), self.module.__dict__
         encoder.__dict__.update(own, _modules={**own["_modules"], self.family.layers: NO_LAYERS})
         return type(self.module).forward(encoder, **arguments)

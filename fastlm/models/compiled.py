@@ -27,6 +27,7 @@ def may_skip_modules(x: Tensor) -> bool:
         and kernels is not None
         and not torch.is_grad_enabled()
         and x.is_cpu
+        and x.layout is torch.strided
         and x.is_contiguous()
         and not x.is_neg()
         and torch._C._get_tracing_state() is None
@@ -94,8 +95,10 @@ class Unchanged(NamedTuple):
             attributes = vars(module)
             entries += [(attributes, key, value) for key, value in attributes.items() if not key.startswith("_")]
             entries += [(attributes, name, attributes.get(name)) for name in methods_of(type(module))]
-            registries += [module._forward_hooks, module._forward_pre_hooks]
-            for mapping in (module._parameters, module._modules, *registries[-2:]):
+            hooks: list[dict[Any, Any]] = [module._forward_hooks, module._forward_pre_hooks]
+            registries += hooks
+            mappings: list[dict[Any, Any]] = [module._parameters, module._modules, *hooks]
+            for mapping in mappings:
                 entries += [(mapping, key, value) for key, value in mapping.items()]
         dicts, keys, values = zip(*entries, strict=True)
         classes = [*map(type, modules)]

@@ -415,6 +415,7 @@ WRONG = [
         "down: expected a storage of at least 192 bytes, for its shape and strides, got one of 16",
     ),
     ({"values": shrunk(3, 2, 5, 4)}, "values: expected a storage of at least 480 bytes, for its shape and strides"),
+    ({"mlp_norm": torch.ones(8).bfloat16()}, "mlp_norm: expected torch.float32, got torch.bfloat16"),
     ({"y": torch.zeros(3, 1, 7)}, "y: expected a contiguous tensor of 24 elements, got shape"),
     ({"num_heads": 0}, "keys: expected a batch of 3 and heads that divide num_heads 0, got shape"),
     ({"tables": []}, "tables: expected 2 entries, as slots, got 0"),

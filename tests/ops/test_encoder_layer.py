@@ -237,6 +237,11 @@ WRONG = [
     ({"down": torch.zeros(8, 5)}, "down: expected 6 inputs and 8 outputs, got shape"),
     ({"down": torch.zeros(8, 6).bfloat16()}, "down: expected torch.float32, got torch.bfloat16"),
     ({"mlp_norm": torch.zeros(7)}, "mlp_norm: expected a contiguous tensor of 8 elements, got shape"),
+    ({"mlp_norm": torch.ones(8).bfloat16()}, "mlp_norm: expected torch.float32, got torch.bfloat16"),
+    (
+        {"mlp_norm_bias": torch.ones(8).half()},
+        "mlp_norm_bias: expected torch.float32, as the weight, got torch.float16",
+    ),
     ({"activation": 0}, "activation: expected the number of a GELU, got 0"),
     ({"activation": 9}, "activation: expected the number of an activation, got 9"),
     ({"layers": []}, "layers: expected at least one entry, got 0"),
