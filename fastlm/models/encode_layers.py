@@ -29,9 +29,10 @@ class Description:
         """None if a layer cannot be described."""
         if type(modules) is not nn.ModuleList or not modules:
             return None
-        if self.described is not None and self.described[0].holds(modules):
-            return self.described[1]
-        if self.refused is not None and self.refused.holds(modules):
+        described, refused = self.described, self.refused  # once: another thread may replace them
+        if described is not None and described[0].holds(modules):
+            return described[1]
+        if refused is not None and refused.holds(modules):
             return None
         self.described = self.refused = None
         # What may not change is read before the layers are, so that no change in between goes unnoticed.
@@ -44,8 +45,8 @@ class Description:
             layers.append(layer)
         if not unchanged.holds(modules):
             return None
-        self.described = unchanged, Layers.of(layers)
-        return self.described[1]
+        described = self.described = unchanged, Layers.of(layers)
+        return described[1]
 
     def describe_layer(self, module: nn.Module) -> Layer | None:
         return None if must_be_called(module, self.conditions) else self.describe(module)
