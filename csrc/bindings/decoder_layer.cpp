@@ -1,14 +1,12 @@
 // decoder_layers: the arguments of csrc/cpu/decoder_layer.h.
-#include "arguments.h"
-#include "dispatch.h"
-#include "weights.h"
+#include "layer.h"
 #include "../cpu/decoder_layer.h"
 
 namespace fastlm::bindings {
 
 // The fields of a Layer of fastlm/ops/decoder_layer/spec.py. Without key and value, query projects all three; without
 // gate, the MLP is a GELU-MLP.
-struct layer_arguments : keyword_arguments {
+struct decoder_layer_arguments : keyword_arguments {
   using keyword_arguments::keyword_arguments;
   tensor attention_norm = keyword("attention_norm"), attention_norm_bias = keyword_or_none("attention_norm_bias"),
          mlp_norm = keyword("mlp_norm"), mlp_norm_bias = keyword_or_none("mlp_norm_bias"),
@@ -73,13 +71,6 @@ struct layer_state {
   }
 };
 
-// An entry of a tuple that must have so many.
-static argument entry(PyObject* tuple, Py_ssize_t i, Py_ssize_t size, const char* list, const char* name) {
-  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != size)
-    throw type_error(std::string(list) + ": expected tuples of " + std::to_string(size) + ", got " + text_of(tuple));
-  return {PyTuple_GET_ITEM(tuple, i), name};
-}
-
 static tensor tensor_or_none(argument given) {
   tensor none;
   none.name = given.name;
@@ -91,13 +82,9 @@ struct decoder_layers_arguments : keyword_arguments {
   tensor x = keyword("x"), y = keyword("y"), summed = keyword("summed"), key_padding = keyword_or_none("key_padding");
   int threads = keyword("threads");
   std::vector<layer_state> states = states_of(keyword("slots").value, keyword("tables").value);
-  std::vector<layer_arguments> layers = layers_of(keyword("names").value, keyword("layers").value);
+  std::vector<decoder_layer_arguments> layers = layers_of(keyword("names").value, keyword("layers").value);
 
  private:
-  static void check_list(PyObject* list, const char* name) {
-    if (!PyList_Check(list)) throw type_error(std::string(name) + ": expected a list, got " + Py_TYPE(list)->tp_name);
-  }
-
   static std::vector<layer_state> states_of(PyObject* slots, PyObject* tables) {
     check_list(slots, "slots"), check_list(tables, "tables");
     if (PyList_GET_SIZE(slots) != PyList_GET_SIZE(tables))
@@ -110,31 +97,21 @@ struct decoder_layers_arguments : keyword_arguments {
       found.push_back({entry(cached, 0, 3, "slots", "keys"), entry(cached, 1, 3, "slots", "values"),
                        entry(cached, 2, 3, "slots", "slot"), tensor_or_none(entry(table, 0, 2, "tables", "cos")),
                        tensor_or_none(entry(table, 1, 2, "tables", "sin"))});
+      check_storage_of({PyTuple_GET_ITEM(cached, 0), "keys"});
+      check_storage_of({PyTuple_GET_ITEM(cached, 1), "values"});
     }
     return found;
   }
 
-  std::vector<layer_arguments> layers_of(PyObject* names, PyObject* list) const {
-    check_list(list, "layers");
-    if (!PyTuple_Check(names)) throw type_error("names: expected a tuple");
-    if (size_t(PyList_GET_SIZE(list)) != states.size() || states.empty())
-      throw_argument_error("layers", std::to_string(states.size()) + " entries, as slots, and at least one",
-                           std::to_string(PyList_GET_SIZE(list)));
-    std::vector<layer_arguments> found;
-    found.reserve(states.size());
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-      PyObject* const fields = PyList_GET_ITEM(list, i);
-      entry(fields, 0, PyTuple_GET_SIZE(names), "layers", "");
-      found.emplace_back(keyword_values{"a layer", &PyTuple_GET_ITEM(fields, 0), 0, names});
-      found.back().check_all_taken();
-    }
-    return found;
+  std::vector<decoder_layer_arguments> layers_of(PyObject* names, PyObject* list) const {
+    return layers_from<decoder_layer_arguments>(names, list, Py_ssize_t(states.size()),
+                                                std::to_string(states.size()) + " entries, as slots, and at least one");
   }
 };
 
 // One layer, checked; it owns the parameters that are converted.
-template <class T> struct checked_layer {
-  const layer_arguments& a;
+template <class T> struct checked_decoder_layer {
+  const decoder_layer_arguments& a;
   decoder_layer_size size;
   int64_t query_width = size.num_heads * size.head_dim, key_width = size.num_kv_heads * size.head_dim;
   fp32_parameters attention_norm{a.attention_norm, size.width}, attention_norm_bias{a.attention_norm_bias, size.width},
@@ -143,16 +120,16 @@ template <class T> struct checked_layer {
       query_norm{a.query_norm, size.head_dim}, key_norm{a.key_norm, size.head_dim};
 
   layer_projection<T> projection(const tensor& weight, const tensor& bias, int64_t inputs, int64_t outputs) const {
-    return {weight_layout(a.conv1d).matrix<const T>(weight, inputs, outputs), bias.contiguous_as<const T>(outputs),
-            outputs};
+    return projection_from<T>(weight, bias, a.conv1d, inputs, outputs);
   }
 
   decoder_layer<T> get() const {
     const int64_t width = size.width, first_width = a.key.given() ? query_width : query_width + 2 * key_width;
-    a.up.check_rank(2);
-    const int64_t hidden = weight_layout(a.conv1d).outputs(a.up);
-    if (a.key.given() != a.value.given())
-      throw_argument_error("value", "a tensor if key is one, else None", "the other");
+    const int64_t hidden = outputs_of(a.up, a.conv1d);
+    check_key_and_value(a.key, a.value);
+    check_norm<T>(a.attention_norm, a.attention_norm_bias), check_norm<T>(a.mlp_norm, a.mlp_norm_bias);
+    check_norm<T>(a.attention_output_norm), check_norm<T>(a.mlp_output_norm);
+    check_norm<T>(a.query_norm), check_norm<T>(a.key_norm);
     return {{a.layer_norm, a.unit_offset, a.eps},
             {attention_norm, attention_norm_bias},
             {query_norm, nullptr},
@@ -197,13 +174,13 @@ static void decoder_layers(const decoder_layers_arguments& a) {
       rotary_table rotation;
       masking<T> masks;
     };
-    std::vector<checked_layer<T>> checked;
+    std::vector<checked_decoder_layer<T>> checked;
     std::vector<call> calls;
     checked.reserve(a.layers.size()), calls.reserve(a.layers.size());
     for (size_t i = 0; i < a.layers.size(); ++i) {
       const layer_state& state = a.states[i];
       checked.push_back({a.layers[i], state.size(a.x, a.layers[i].num_heads)});
-      const checked_layer<T>& layer = checked.back();
+      const checked_decoder_layer<T>& layer = checked.back();
       calls.push_back({layer.get(), layer.size, state.cache<T>(),
                        a.layers[i].rotates ? state.rotation(layer.size) : rotary_table{},
                        layer.masks(a.key_padding, state.slot)});

@@ -1,6 +1,6 @@
 // unchanged(dicts, keys, values, empty): whether dicts[i] has values[i] itself at keys[i], or nothing where that is
-// None, and whether all dicts of `empty` are empty. Tells whether modules still are as they were when compiled code was
-// told of them. It is compiled, because a model has thousands of such entries and they are compared in every step.
+// None, and whether all dicts of `empty` are empty. Tells whether modules still are as they were when their layers were
+// described. It is compiled, because a model has thousands of such entries and they are compared in every step.
 #include <algorithm>
 #include "arguments.h"
 

@@ -282,7 +282,7 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
   });
 }
 
-// The forward is compiled once, with the operator; decoder_layer.h calls it too.
+// The forward is compiled once, with the operator; decoder_layer.h and encoder_layer.h call it too.
 #define FASTLM_ATTENTION_TYPE(prefix, T)                                                                   \
   prefix template void attention_forward<T>(heads_view<const T>, heads_view<const T>, heads_view<const T>, \
                                             heads_view<T>, float*, attention_size, const masking<T>&, int);

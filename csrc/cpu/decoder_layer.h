@@ -11,29 +11,11 @@
 // again, so nothing here can be outdated.
 #pragma once
 #include "attention.h"
-#include "gelu_mlp.h"
 #include "glu_mlp.h"
-#include "layernorm_residual.h"
-#include "rms_norm_residual.h"
+#include "layer.h"
 #include "rotary.h"
 
 namespace fastlm {
-
-struct norm_parameters {
-  const float *weight, *bias;  // no weight: no such norm
-};
-
-struct norm_kind {
-  bool centered;  // LayerNorm, else RMSNorm
-  bool unit_offset;
-  float eps;
-};
-
-template <class T> struct layer_projection {
-  weight_operand<const T> weight;  // no data: no such projection
-  const T* bias;
-  int64_t outputs;
-};
 
 template <class T> struct decoder_layer {
   norm_kind norms;
@@ -59,20 +41,6 @@ template <class T> T* take(float*& memory, int64_t count) {
   T* const taken = reinterpret_cast<T*>(memory);
   memory += (count + 15) / 16 * 16;
   return taken;
-}
-
-// y = norm(residual + x), and the sum, which is another tensor than residual. Without one `summed` is null.
-template <class T>
-void normalize(norm_kind kind, norm_parameters parameters, strided_rows<const T> x, const T* residual, T* y, T* summed,
-               float* statistics, norm_size size, int threads) {
-  const dropout none{0, 0};
-  if (kind.centered)
-    layernorm_residual_forward(x.data, x.layout.inner_stride, residual, size.width, parameters.weight, parameters.bias,
-                               y, summed, statistics, statistics + size.rows, size, kind.eps, none, threads);
-  else
-    rms_norm_residual_forward(x, strided_rows<const T>{residual, {.inner = size.rows, .inner_stride = size.width}},
-                              norm_weight{parameters.weight, kind.unit_offset}, y, summed, statistics, size, kind.eps,
-                              none, threads);
 }
 
 // Copies one token of each sequence and head into its slot of the cache.
@@ -103,7 +71,7 @@ void decode(const decoder_layer<T>& layer, const T* x, const T* residual, T* y, 
   const norm_size tokens{rows, width};
   auto rows_of = [=](const T* data) { return strided_rows<const T>{data, {.inner = rows, .inner_stride = width}}; };
   auto linear = [=](const layer_projection<T>& with, const T* from, int64_t inputs, T* to) {
-    linear_forward(from, inputs, with.weight, with.bias, to, rows, inputs, with.outputs, threads);
+    with.run(from, inputs, to, rows, threads);
   };
 
   normalize(layer.norms, layer.attention_norm, rows_of(x), residual, normalized, residual ? first_sum : nullptr,
@@ -165,9 +133,7 @@ void decode(const decoder_layer<T>& layer, const T* x, const T* residual, T* y, 
                     static_cast<T*>(nullptr), hidden, result, {rows, width, hidden_width, width}, layer.activation,
                     threads);
   } else {
-    auto run = layer.activation == activation_kind::gelu_tanh ? gelu_mlp_forward<true, T> : gelu_mlp_forward<false, T>;
-    run(normalized, width, layer.up.weight, layer.up.bias, layer.down.weight, layer.down.bias, nullptr, hidden, result,
-        rows, width, hidden_width, width, threads);
+    gelu_mlp<T>(layer.up, layer.down, layer.activation, normalized, hidden, result, rows, width, threads);
   }
   T* normed = result;
   normalize_output(layer.mlp_output_norm, normed, y);

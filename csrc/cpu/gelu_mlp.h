@@ -89,7 +89,7 @@ void gelu_mlp_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_str
                   width, hidden_width, threads);
 }
 
-// The forward is compiled once, with the operator; decoder_layer.h calls it too.
+// The forward is compiled once, with the operator; layer.h calls it too.
 #define FASTLM_GELU_MLP_TYPE(prefix, Tanh, T)                                                                     \
   prefix template void gelu_mlp_forward<Tanh, T>(const T*, int64_t, weight_operand<const T>, const T*,            \
                                                  weight_operand<const T>, const T*, T*, T*, T*, int64_t, int64_t, \

@@ -171,7 +171,7 @@ void layernorm_residual_backward(const T* dy, int64_t dy_stride, const R* dsumme
   }
 }
 
-// The forward is compiled once, with the operator; decoder_layer.h calls it too.
+// The forward is compiled once, with the operator; layer.h calls it too.
 #define FASTLM_LAYERNORM_TYPE(prefix, T)                                                                        \
   prefix template void layernorm_residual_forward<T, T>(const T*, int64_t, const T*, int64_t, const float*,     \
                                                         const float*, T*, T*, float*, float*, norm_size, float, \

@@ -154,7 +154,7 @@ void rms_norm_residual_backward(strided_rows<const T> dy, strided_rows<const R> 
   if (partial) reduce_partials(partial, parts, padded, width, out.dweight);
 }
 
-// The forward is compiled once, with the operator; decoder_layer.h calls it too.
+// The forward is compiled once, with the operator; layer.h calls it too.
 #define FASTLM_RMS_NORM_TYPE(prefix, T)                                                                               \
   prefix template void rms_norm_residual_forward<T, T>(strided_rows<const T>, strided_rows<const T>, norm_weight, T*, \
                                                        T*, float*, norm_size, float, dropout, int);

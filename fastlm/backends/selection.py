@@ -27,6 +27,7 @@ ORDER_ELSEWHERE = ("torch", "reference")  # MPS, XPU, …
 _selected: dict[tuple, tuple[Implementation[Any, Any], str | None]] = {}
 MAX_SELECTED = 4096
 _parts: dict[tuple, bool] = {}  # the same of is_selected(), on a CPU
+_selected_for_parts: set[str] = set()  # the backends of such functions
 
 # How often auto fell back to a later backend, by operator and backend.
 fallbacks: collections.Counter[str] = collections.Counter()
@@ -133,11 +134,12 @@ def forget() -> None:
     """Forget the decisions made: the table, or what is available, has changed."""
     _selected.clear()
     _parts.clear()
+    _selected_for_parts.clear()
 
 
 def selected_backends() -> list[str]:
     """The backends that calls have been run on since forget()."""
-    return sorted({implementation.backend.name for implementation, _ in _selected.values()})
+    return sorted({implementation.backend.name for implementation, _ in _selected.values()} | _selected_for_parts)
 
 
 def is_selected(name: str, calls: Iterable[tuple[Registered, Any]], x: Tensor) -> bool:
@@ -161,6 +163,7 @@ def is_selected(name: str, calls: Iterable[tuple[Registered, Any]], x: Tensor) -
             _parts[key] = found
         if not found:
             return False
+    _selected_for_parts.add(name)
     return True
 
 

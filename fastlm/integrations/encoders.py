@@ -8,18 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastlm.integrations.capture import captured_outputs, is_idle
+from fastlm.integrations.described import describe
 from fastlm.integrations.families import Family
 from fastlm.integrations.layers import PACKED_ARGUMENT, WINDOW_MASK, LayerPatch
 from fastlm.integrations.packing import pack, pack_by_mask, packed_results
 from fastlm.integrations.patch import MASK_ARGUMENTS, Patch, observed_reason, patch_of, sizes_may_depend_on_values
+from fastlm.models.compiled import CALL, Conditions, may_skip_modules
+from fastlm.models.encode_layers import Description, encode_layers
 from fastlm.models.packing import Gather, Packed, Scatter
 
 OUTPUTS = ("output_hidden_states", "output_attentions")
 # The hook on token embeddings for checkpointing. It only makes what they return require a gradient.
 REQUIRE_GRADS = ("transformers.modeling_utils", "make_inputs_require_grads")
+# Arguments of an encoder that its layers do not read, except for caches, which are arguments of their own.
+NOT_READ = frozenset(("encoder_attention_mask", "position_ids", "return_dict", "use_cache"))
+NO_LAYERS = nn.ModuleList()
+CHECKPOINTING_CALL = GradientCheckpointingLayer.__call__
+# The forward of each class of encoders, as transformers defines it. A caller may replace it.
+own_forwards: dict[type, Any] = {}
 
 
 class EncoderPatch(Patch):
@@ -31,14 +41,72 @@ class EncoderPatch(Patch):
         self.takes_tokens = family.encoder_input == "tokens"
         # In transformers 4 it makes two masks of tokens × tokens, with and without padding.
         self.makes_masks = WINDOW_MASK in self.names
+        self.mask_name = next((name for name in self.names if name in MASK_ARGUMENTS), MASK_ARGUMENTS[0])
+        self.description = new_description()
+        self.remember_forward()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy describes its own layers."""
+        return {name: value for name, value in self.__dict__.items() if name != "description"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, description=new_description())
+        self.remember_forward()
+
+    def remember_forward(self) -> None:
+        kind = type(self.module)
+        if is_of_transformers(kind.forward):
+            own_forwards.setdefault(kind, kind.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.bind(args, kwargs)
+        if not self.takes_tokens and (result := self.run_compiled(arguments)) is not None:
+            return result
         call = self.packed_tokens(arguments) if self.takes_tokens else self.packed_hidden_states(arguments)
         if call is None:
             return self.original(*args, **kwargs)
         packed, changed = call
-        result = self.run(packed, {**arguments, **changed})
+        return self.padded(self.run(packed, {**arguments, **changed}), packed)
+
+    def run_compiled(self, arguments: dict) -> Any:
+        """The result, if all layers can run in one call of compiled code; None if they cannot."""
+        x, mask = arguments.get(self.names[0]), arguments.get(self.mask_name)
+        if type(x) is not Tensor or x.dim() != 3 or not may_skip_modules(x) or captured_outputs():
+            return None
+        kind = type(self.module)
+        if self.gives_more(arguments) or own_forwards.get(kind) is not kind.forward:
+            return None
+        layers = self.description.layers(self.module._modules[self.family.layers])
+        packed = None if layers is None or mask is None else pack_by_mask(mask, x, always=True)
+        if layers is None or (packed is None and mask is not None):
+            return None
+        if packed is not None and packed.index.shape[0] == x.shape[0] * x.shape[1]:
+            packed = None  # without padding
+        if packed is not None:
+            x = Gather.apply(x.flatten(0, 1), packed.index)[None]
+        x = encode_layers(layers, x, packed)
+        if x is None:
+            return None
+        result = self.without_layers({**arguments, self.names[0]: x})
+        return result if packed is None else self.padded(result, packed)
+
+    def gives_more(self, arguments: dict) -> bool:
+        """Whether layers may read an argument besides hidden states and mask."""
+        for name, value in arguments.items():
+            if value is None or value is False or name in NOT_READ or name in (self.names[0], self.mask_name):
+                continue
+            if not isinstance(value, list) or any(each is not None for each in value):  # a head mask of each layer
+                return True
+        return False
+
+    def without_layers(self, arguments: dict) -> Any:
+        """What the class's forward returns of an encoder without layers: its input, in the form that is requested."""
+        encoder, own = object.__new__(type(self.module)), self.module.__dict__
+        encoder.__dict__.update(own, _modules={**own["_modules"], self.family.layers: NO_LAYERS})
+        return type(self.module).forward(encoder, **arguments)
+
+    def padded(self, result: Any, packed: Packed) -> Any:
+        """The result on packed sequences as the caller takes it."""
         if (taken := packed_results.get()) is not None:
             taken.append(packed)
             return result
@@ -66,9 +134,8 @@ class EncoderPatch(Patch):
 
     def packed_hidden_states(self, arguments: dict) -> tuple[Packed, dict[str, Any]] | None:
         """How a call is packed, and its arguments that change; None if it runs with padding."""
-        input_name = self.names[0]
+        input_name, mask_name = self.names[0], self.mask_name
         hidden_states: Any = arguments.get(input_name)
-        mask_name = next(name for name in self.names if name in MASK_ARGUMENTS)
         if self.padding_reason(hidden_states, arguments):
             return None
         packed = pack_by_mask(arguments.get(mask_name), hidden_states)
@@ -151,6 +218,21 @@ class EncoderPatch(Patch):
                     if has_user_hook(module):
                         return f"has a hook at {name}"
         return ""
+
+
+def is_of_transformers(function: Any) -> bool:
+    """Whether the function, and each that it wraps, is defined in transformers."""
+    while function is not None:
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers."):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def new_description() -> Description:
+    # Layers of transformers have a class with a `__call__` of its own, which checkpoints.
+    calls = CALL, CHECKPOINTING_CALL
+    return Description(describe, Conditions((LayerPatch,), calls, is_idle))
 
 
 def layer_reason(layer: Any) -> str:

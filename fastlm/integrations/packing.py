@@ -35,10 +35,10 @@ def pack(padding: Tensor, *, at_end: bool = False, always: bool = False) -> Pack
     return packed(padding, real)
 
 
-def pack_by_mask(mask: Tensor | None, hidden_states: Tensor) -> Packed | None:
+def pack_by_mask(mask: Tensor | None, hidden_states: Tensor, *, always: bool = False) -> Packed | None:
     """None if the mask is not a padding mask, or if sizes may not depend on its values."""
     padding = padding_of(mask) if sizes_may_depend_on_values(hidden_states) else None
-    return pack(padding) if padding is not None and padding.shape == hidden_states.shape[:2] else None
+    return pack(padding, always=always) if padding is not None and padding.shape == hidden_states.shape[:2] else None
 
 
 # A list to which encoders append how their result is packed, instead of padding it; None: they pad it.

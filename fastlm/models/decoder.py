@@ -14,7 +14,8 @@ from fastlm.core.errors import check_flag, check_integer, mismatch, wrong_type
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel
 from fastlm.models.cache import KVCache
-from fastlm.models.decode_step import decode_step, forwards_of, is_part
+from fastlm.models.compiled import is_part, parts_of
+from fastlm.models.decode_step import decode_step
 from fastlm.models.decoder_config import ACTIVATIONS, DecoderConfig
 from fastlm.models.language_model import LanguageModel
 from fastlm.models.layers import (
@@ -202,7 +203,7 @@ class DecoderLayer(nn.Module):
         return attention.layer, found
 
 
-PARTS = forwards_of(DecoderLayer, DecoderAttention, DecoderMLP, RMSNorm, Linear)
+PARTS = parts_of(DecoderLayer, DecoderAttention, DecoderMLP, RMSNorm, Linear)
 
 
 class DecoderPretrainedModel(PretrainedModel):

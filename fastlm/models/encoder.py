@@ -20,9 +20,11 @@ from fastlm.core.tracing import needs_custom_op
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel, draw_normal
 from fastlm.models.classification import check_labels, classify
+from fastlm.models.compiled import may_skip_modules
 from fastlm.models.config import CONFIG, read_json, stored
+from fastlm.models.encode_layers import description_of, encode_layers
 from fastlm.models.encoder_config import HEAD_ACTIVATIONS, POOLINGS, EncoderConfig
-from fastlm.models.encoder_layer import FUNCTIONS, EncoderLayer, Padding, new_norm, part, place
+from fastlm.models.encoder_layer import FUNCTIONS, EncoderLayer, Padding, describe, new_norm, part, place
 from fastlm.models.layers import (
     Embedding,
     Linear,
@@ -305,12 +307,28 @@ class EncoderModel(Encoder):
         bias = None
         if layout.relative_bias is not None:
             bias = part(self, layout.relative_bias)(distances(tokens, device)).permute(2, 0, 1)[None]
-        residual = None
-        for layer, kind in zip(part(self, layout.layers), self.kinds, strict=True):
-            x, residual = self.run_layer(layer, x, residual, tables.get(kind), padding, bias)
+        x, residual = self.run_layers(x, tables, padding, bias)
         if layout.final_norm is not None:
             x, _ = part(self, layout.final_norm)(x, residual)
         return Hidden(x, padding, table)
+
+    def run_layers(
+        self, x: Tensor, tables: dict[str, tuple[Tensor, Tensor]], padding: Padding, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(x, residual) after the last layer."""
+        layers, residual = part(self, self.config.layout.layers), None
+        if not tables and bias is None and not isinstance(padding, Tensor) and self.may_skip_layers(layers, x):
+            described = description_of(layers, describe).layers(layers)
+            y = None if described is None else encode_layers(described, x, padding)
+            if y is not None:
+                return y, None
+        for layer, kind in zip(layers, self.kinds, strict=True):
+            x, residual = self.run_layer(layer, x, residual, tables.get(kind), padding, bias)
+        return x, residual
+
+    def may_skip_layers(self, layers: nn.ModuleList, x: Tensor) -> bool:
+        calls_layers = type(self).run_layer is RUN_LAYER and "run_layer" not in vars(self)
+        return calls_layers and len(layers) == len(self.kinds) and may_skip_modules(x)
 
     def pack(self, mask: Tensor | None, given: Tensor | None) -> Padding:
         """How a batch is packed, or the mask if it runs with padding; None without padding."""
@@ -348,6 +366,9 @@ class EncoderModel(Encoder):
             x = part(self, layout.embedding_norm)(x)[0]
         x = F.dropout(x, self.embedding_pdrop, self.training)
         return x if self.embedding_projection is None else part(self, self.embedding_projection)(x)
+
+
+RUN_LAYER = EncoderModel.run_layer  # it calls the layer and nothing else; a caller may replace it
 
 
 def real(x: Tensor, padding: Packed) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlm.models.compiled import is_part, parts_of
 from fastlm.models.config import GELUS
 from fastlm.models.decoder_config import ACTIVATIONS
 from fastlm.models.encoder_config import EncoderConfig
@@ -17,6 +18,7 @@ from fastlm.models.layers import FeedForward, LayerNorm, Linear, RMSNorm, merge_
 from fastlm.models.packing import Packed, attention_with_bias
 from fastlm.ops import activation
 from fastlm.ops.attention import attention, attention_varlen
+from fastlm.ops.encoder_layer import Layer
 from fastlm.ops.gelu_mlp import gelu_mlp
 from fastlm.ops.glu_mlp import glu_mlp
 from fastlm.ops.rotary import rotary
@@ -128,6 +130,46 @@ class EncoderLayer(FeedForward):
             x = part(self, layout.mlp_output_norm)(x)[0]
         return x, residual
 
+    def describe(self) -> Layer | None:
+        """forward() of a post-norm layer, for fastlm.models.encode_layers; None if it computes anything else."""
+        layout, activation = self.layout, COMPILED_ACTIVATIONS.get(self.activation)
+        if (
+            (layout.norm_place, layout.norm) != ("post", "layer")
+            or layout.rotary
+            or layout.gate is not None
+            or layout.query_norm is not None
+            or self.window is not None
+            or activation is None
+            or type(self.scale) is not float
+            or (self.training and (self.attention_pdrop or self.out_pdrop or self.mlp_pdrop))
+            or not all(is_part(module, PARTS) for module in self.modules())
+        ):
+            return None
+        first, second = part(self, layout.attention_norm), part(self, layout.mlp_norm)
+        out, up, down = part(self, layout.out), part(self, layout.up), part(self, layout.down)
+        qkv = [part(self, path) for path in layout.qkv]
+        width = out.weight.shape[-1]
+        if first.eps != second.eps or type(self.head_dim) is not int or self.head_dim < 1 or width % self.head_dim:
+            return None
+        return Layer.of(
+            [(projection.weight, projection.bias) for projection in qkv],
+            attention_norm=first.weight,
+            attention_norm_bias=first.bias,
+            mlp_norm=second.weight,
+            mlp_norm_bias=second.bias,
+            output=out.weight,
+            output_bias=out.bias,
+            up=up.weight,
+            up_bias=up.bias,
+            down=down.weight,
+            down_bias=down.bias,
+            eps=first.eps,
+            activation=activation,
+            num_heads=width // self.head_dim,
+            head_dim=self.head_dim,
+            scale=self.scale,
+        )
+
     def attend(self, x: Tensor, tables: Tables, padding: Padding, bias: Tensor | None) -> Tensor:
         layout = self.layout
         projected = [part(self, path)(x).unflatten(-1, (-1, self.head_dim)) for path in layout.qkv]
@@ -188,3 +230,12 @@ class EncoderLayer(FeedForward):
         layout, up = self.layout, part(self, self.layout.up)(x)
         gate, up = up.chunk(2, -1) if self.is_gate_fused else (part(self, layout.gate)(x), up)
         return FUNCTIONS[self.activation](gate) * up
+
+
+PARTS = parts_of(EncoderLayer, Linear, LayerNorm, nn.Module)
+COMPILED_ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # by the argument `approximate` of gelu_mlp
+
+
+def describe(layer: nn.Module) -> Layer | None:
+    """Not of a subclass or another module, which may compute anything."""
+    return layer.describe() if type(layer) is EncoderLayer else None

@@ -15,8 +15,9 @@ from fastlm.core.errors import check_flag, check_integer, mismatch, wrong_type
 from fastlm.models import inputs
 from fastlm.models.base import PretrainedModel, draw_normal
 from fastlm.models.cache import KVCache
+from fastlm.models.compiled import is_part, parts_of
 from fastlm.models.config import GELUS, GPT2Config
-from fastlm.models.decode_step import decode_step, forwards_of, is_part
+from fastlm.models.decode_step import decode_step
 from fastlm.models.language_model import LanguageModel
 from fastlm.models.layers import (
     Conv1D,
@@ -146,7 +147,7 @@ class GPT2Block(nn.Module):
         return attention.layer, found
 
 
-PARTS = forwards_of(GPT2Block, GPT2Attention, GPT2MLP, LayerNorm, Conv1D)
+PARTS = parts_of(GPT2Block, GPT2Attention, GPT2MLP, LayerNorm, Conv1D)
 
 
 class GPT2PretrainedModel(PretrainedModel):

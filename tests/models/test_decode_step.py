@@ -354,15 +354,16 @@ def test_a_full_cache_is_the_error_of_the_modules():
             model(torch.zeros(2, 1, dtype=torch.long), cache)
 
 
-def test_freed_weights_are_an_error():
+@pytest.mark.parametrize("size, expected", [(0, "tensor with storage"), (4096, "storage of at least")])
+def test_freed_and_shrunk_weights_are_an_error(size, expected):
     model = tiny()
 
-    def free(step, cache):
+    def resize(step, cache):
         if step == 2:
-            layers_of(model)[1].mlp.gate_proj.weight.untyped_storage().resize_(0)
+            layers_of(model)[1].mlp.gate_proj.weight.untyped_storage().resize_(size)
 
-    with pytest.raises(ValueError, match="gate: expected a tensor with storage, got one whose storage was freed"):
-        logits_of(model, before_step=free)
+    with pytest.raises(ValueError, match=f"gate: expected a {expected}"):
+        logits_of(model, before_step=resize)
 
 
 # The compiled function.
@@ -384,6 +385,13 @@ def arguments(**changes):
     return given | {name: value for name, value in changes.items() if name in given}
 
 
+def shrunk(*shape):
+    """A tensor whose storage was resized."""
+    x = torch.zeros(shape)
+    x.untyped_storage().resize_(16)
+    return x
+
+
 WRONG = [
     ({"slot": 5}, "slot: expected 0 to 4, got 5"),
     ({"slot": -1}, "slot: expected 0 to 4, got -1"),
@@ -402,6 +410,12 @@ WRONG = [
     ({"up": torch.zeros(6)}, "up: expected 2 dimensions, got 1"),
     ({"down": torch.zeros(8, 5)}, "down: expected 6 inputs and 8 outputs, got shape"),
     ({"mlp_norm": torch.zeros(7)}, "mlp_norm: expected a contiguous tensor of 8 elements, got shape"),
+    (
+        {"down": shrunk(8, 6)},
+        "down: expected a storage of at least 192 bytes, for its shape and strides, got one of 16",
+    ),
+    ({"values": shrunk(3, 2, 5, 4)}, "values: expected a storage of at least 480 bytes, for its shape and strides"),
+    ({"mlp_norm": torch.ones(8).bfloat16()}, "mlp_norm: expected torch.float32, got torch.bfloat16"),
     ({"y": torch.zeros(3, 1, 7)}, "y: expected a contiguous tensor of 24 elements, got shape"),
     ({"num_heads": 0}, "keys: expected a batch of 3 and heads that divide num_heads 0, got shape"),
     ({"tables": []}, "tables: expected 2 entries, as slots, got 0"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm.backends import cpu
-from fastlm.backends.cpu import kernels
+from fastlm.backends.cpu import check_storages, kernels
 from fastlm.ops.decoder_layer.spec import Layer
 
 Slots = tuple[Tensor, Tensor, int]
@@ -28,6 +28,7 @@ def decode(
     Returns:
         (x, residual): the output of the last layer, not yet added to the residual sum, and that sum.
     """
+    check_storages(("x", "key_padding"), (x, key_padding))
     y, summed = torch.empty_like(x), torch.empty_like(x)
     kernels.decoder_layers(
         x=x,

@@ -1,0 +1,142 @@
+"""When the layers of a model may run in one call of compiled code, which reads their weights and calls no module.
+
+They may in calls without gradients, hooks, tracing and autocast, if modules and parameters are of the usual types.
+Layers are described to compiled code once. A description is valid until a module, attribute or parameter changes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fastlm.backends.cpu import kernels
+from fastlm.core.autocast import autocast_enabled
+from fastlm.core.tracing import needs_custom_op
+
+# The methods by which modules compute, where their classes have them. A caller may replace each of them.
+METHODS = ("forward", "attend", "feed_forward", "__call__")
+CALL = nn.Module.__call__
+
+
+def may_skip_modules(x: Tensor) -> bool:
+    """Whether a call on x needs no module to be called, and compiled code can read x."""
+    return (
+        not needs_custom_op(x)  # first: what follows would add guards to a compiled graph
+        and kernels is not None
+        and not torch.is_grad_enabled()
+        and x.is_cpu
+        and x.layout is torch.strided
+        and x.is_contiguous()
+        and not x.is_neg()
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not autocast_enabled(x)
+        and not torch_module._has_any_global_hook()
+    )
+
+
+def methods_of(kind: Any) -> dict[str, Any]:
+    return {name: getattr(kind, name) for name in METHODS if hasattr(kind, name)}
+
+
+def parts_of(*kinds: Any) -> dict[Any, dict[str, Any]]:
+    """The methods of each class of modules, as the class was written."""
+    return {kind: methods_of(kind) for kind in kinds}
+
+
+def is_part(module: nn.Module, parts: dict[Any, dict[str, Any]]) -> bool:
+    """Whether a module is of one of these classes, with the methods that the class was written with."""
+    return parts.get(type(module)) == methods_of(type(module))
+
+
+class Conditions(NamedTuple):
+    """Under which a module need not be called."""
+
+    forwards: tuple[type, ...] = ()  # classes of objects in the place of `forward`
+    calls: tuple[Any, ...] = (CALL,)  # methods `__call__` of classes
+    is_idle: Callable[[Any], bool] = lambda hook: False  # whether a forward hook does nothing
+
+
+USUAL = Conditions()
+
+
+class Unchanged(NamedTuple):
+    """What must not change.
+
+    The entry of each of `dicts` at the key is the value; None: there is no such entry. Those of `empty` are empty, and
+    the dicts of `hooks` have so many. `classes` are those of the modules, and `methods` what these have by each name.
+    """
+
+    num_layers: int
+    modules: list[nn.Module]
+    classes: list[Any]
+    methods: list[tuple[Any, str, Any]]
+    dicts: tuple[dict[Any, Any], ...]
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    empty: tuple[dict[Any, Any], ...]
+    hooks: list[tuple[dict[Any, Any], int]]
+
+    @classmethod
+    def of(cls, layers: nn.ModuleList, only: nn.Module | None = None) -> "Unchanged":
+        """All that is in some layers, of which there is at least one. only: in this one of them."""
+        entries: list[tuple[dict[Any, Any], Any, Any]] = []
+        registries: list[dict[Any, Any]] = []
+        modules: list[nn.Module] = []
+        siblings: Any = layers._modules
+        for name, layer in siblings.items():
+            if only is not None and layer is not only:
+                continue
+            entries.append((siblings, name, layer))
+            modules += layer.modules()
+        for module in modules:
+            attributes = vars(module)
+            entries += [(attributes, key, value) for key, value in attributes.items() if not key.startswith("_")]
+            entries += [(attributes, name, attributes.get(name)) for name in methods_of(type(module))]
+            hooks: list[dict[Any, Any]] = [module._forward_hooks, module._forward_pre_hooks]
+            registries += hooks
+            mappings: list[dict[Any, Any]] = [module._parameters, module._modules, *hooks]
+            for mapping in mappings:
+                entries += [(mapping, key, value) for key, value in mapping.items()]
+        dicts, keys, values = zip(*entries, strict=True)
+        classes = [*map(type, modules)]
+        return cls(
+            len(siblings),
+            modules,
+            classes,
+            [(kind, name, method) for kind in {*classes} for name, method in methods_of(kind).items()],
+            dicts,
+            keys,
+            values,
+            empty=tuple(each for each in registries if not each),
+            hooks=[(each, len(each)) for each in registries if each],
+        )
+
+    def holds(self, layers: nn.ModuleList) -> bool:
+        """Whether these are the layers, and nothing in them has changed."""
+        siblings: Any = layers._modules
+        return (
+            self.dicts[0] is siblings
+            and self.num_layers == len(siblings)
+            and [*map(type, self.modules)] == self.classes
+            and all(getattr(kind, name, None) is method for kind, name, method in self.methods)
+            and all(len(each) == size for each, size in self.hooks)
+            and kernels.unchanged(self.dicts, self.keys, self.values, self.empty)
+        )
+
+
+def must_be_called(layer: nn.Module, conditions: Conditions = USUAL) -> bool:
+    """Whether a module of a layer has a hook, another method than its class, or tensors of unusual types."""
+    for module in layer.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks and not all(conditions.is_idle(hook) for hook in hooks.values()):
+                return True
+        kind, attributes = type(module), vars(module)
+        for name in methods_of(kind):
+            if name in attributes and not (name == "forward" and isinstance(attributes[name], conditions.forwards)):
+                return True
+        if kind.__call__ not in conditions.calls or needs_custom_op(*module._parameters.values()):
+            return True
+    return False
