@@ -1,4 +1,4 @@
-// Whether the memory of a tensor holds all of its elements.
+// Whether the memory of a tensor holds all of its elements as they are.
 #pragma once
 #include "arguments.h"
 
@@ -45,13 +45,15 @@ inline void from_attributes(PyObject* object, extent& found) {
   if (PyErr_Occurred()) throw python_error();
 }
 
-// given: a tensor, of any dtype and device.
+// given: a tensor, of any dtype and device. The negative bit, which x.conj().imag has, says that memory holds −x.
 inline void check_storage_of(argument given) {
   PyObject* const object = given.value;
   const torch_api& torch = torch_api::get();
   extent tensor;
   if (!from_dlpack(object, tensor)) from_attributes(object, tensor);
   if (tensor.count == 0) return;
+  if (reference(PyObject_CallMethodNoArgs(object, torch.is_neg)).get() == Py_True)
+    throw_argument_error(given.name, "a tensor without the negative bit; call resolve_neg()", "one with it");
   const reference storage(PyObject_CallMethodNoArgs(object, torch.untyped_storage));
   const int64_t size = integer_of(PyObject_CallMethodNoArgs(storage.get(), torch.nbytes));
   if (size == 0) throw_argument_error(given.name, "a tensor with storage", "one whose storage was freed");

@@ -115,7 +115,7 @@ inline bool dtype_from_dlpack(uint8_t code, uint8_t bits, dtype& type) {
 struct torch_api {
   int (*from_object)(void*, dlpack_tensor*) = nullptr;  // null where torch does not offer it
   PyObject *tensor, *dtypes[Dtypes];                    // torch.Tensor, torch.float32, …
-  PyObject *dtype_name, *shape, *stride, *data_ptr, *device, *is_here, *untyped_storage, *nbytes;  // attribute names
+  PyObject *dtype_name, *shape, *stride, *data_ptr, *device, *is_here, *untyped_storage, *nbytes, *is_neg;  // names
 
   // The caller holds the GIL. The object is never freed: it lives as long as the process.
   static const torch_api& get() {
@@ -147,6 +147,7 @@ struct torch_api {
     data_ptr = PyUnicode_InternFromString("data_ptr");
     device = PyUnicode_InternFromString("device");
     untyped_storage = PyUnicode_InternFromString("untyped_storage");
+    is_neg = PyUnicode_InternFromString("is_neg");
     nbytes = PyUnicode_InternFromString("nbytes");
     is_here = PyUnicode_InternFromString("is_" FASTLM_TEXT(FASTLM_DEVICE));
   }

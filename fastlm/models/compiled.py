@@ -29,7 +29,6 @@ def may_skip_modules(x: Tensor) -> bool:
         and x.is_cpu
         and x.layout is torch.strided
         and x.is_contiguous()
-        and not x.is_neg()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and not autocast_enabled(x)

@@ -94,6 +94,17 @@ def test_an_input_whose_storage_was_freed_is_named(name, argument, needs_gradien
         function(**inputs, backend="cpu")
 
 
+@pytest.mark.parametrize(
+    "name, argument",
+    [(name, key) for name, (_, inputs) in PUBLIC_CALLS.items() for key, x in inputs.items() if x.is_floating_point()],
+)
+def test_an_input_with_the_negative_bit_is_named(name, argument):
+    """Of x.conj().imag, whose memory holds -x."""
+    function, inputs = PUBLIC_CALLS[name]
+    with pytest.raises(ValueError, match=f"{argument}: expected a tensor without the negative bit"):
+        function(**inputs | {argument: inputs[argument]._neg_view()}, backend="cpu")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_weight_whose_storage_was_freed_is_named(dtype):
     with pytest.raises(ValueError, match=f"token_weight: {FREED}"):
