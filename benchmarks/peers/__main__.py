@@ -24,6 +24,7 @@ from fastlm.benchmarking.measure import Ratio, interleaved
 from fastlm.core.errors import mismatch
 
 PEERS = ("openvino", "onnxruntime", "ctranslate2")
+OTHERS = (*PEERS, "fastlm_models")
 OURS, BASELINE, COMPILED = "fastlm_encode", "pytorch", "pytorch_compiled"
 TOLERANCE = 1e-4  # of unit vectors or scores, against PyTorch
 console = Console()
@@ -83,14 +84,14 @@ class Row:
 
 def missing(name: str) -> str:
     """How to install a peer; "" if it is installed."""
-    needs = getattr(importlib.import_module(f"benchmarks.peers.{name}"), "NEEDS", (name,))
+    needs = getattr(importlib.import_module(f"benchmarks.peers.{name}"), "NEEDS", (name,) if name in PEERS else ())
     absent = [package for package in needs if importlib.util.find_spec(package) is None]
     return f"not installed: {', '.join(absent)} (pip install '.[peers]')" if absent else ""
 
 
 def main(
     model: Annotated[Path, typer.Option(help="Directory of a SentenceTransformer with mean pooling.")],
-    peers: Annotated[str, typer.Option(help="Comma-separated list.")] = ",".join(PEERS),
+    peers: Annotated[str, typer.Option(help=f"Comma-separated list of {', '.join(OTHERS)}.")] = ",".join(PEERS),
     profiles: Annotated[str, typer.Option(help="Comma-separated list of lengths of texts.")] = ",".join(PROFILES),
     shape: Annotated[
         str | None,
@@ -110,8 +111,8 @@ def main(
         raise mismatch("shape", f"one of {', '.join(SHAPES)}", repr(shape))
     names = peers.split(",") if peers else []
     for name in names:
-        if name not in PEERS:
-            raise mismatch("peers", f"a comma-separated list of {', '.join(PEERS)}", repr(name))
+        if name not in OTHERS:
+            raise mismatch("peers", f"a comma-separated list of {', '.join(OTHERS)}", repr(name))
     chosen = profiles.split(",")
     for name in chosen:
         if name not in PROFILES:

@@ -32,7 +32,7 @@ def test_the_profiles_have_different_lengths():
     assert all(len(set(make(number))) == number for make, number in PROFILES.values())
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", [*LIBRARIES, "fastlm_models"])
 def test_a_library_computes_the_embeddings_of_pytorch(model, name):
     if name in peers.PEERS and peers.missing(name):
         pytest.skip("pip install '.[peers]'")
@@ -47,7 +47,7 @@ def test_a_library_computes_the_embeddings_of_pytorch(model, name):
     torch.testing.assert_close(*found, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["fastlm_encode", *peers.PEERS])
+@pytest.mark.parametrize("name", ["fastlm_encode", *peers.OTHERS])
 def test_a_library_computes_the_scores_of_pytorch(model, name, tmp_path):
     if name in peers.PEERS and peers.missing(name):
         pytest.skip("pip install '.[peers]'")
