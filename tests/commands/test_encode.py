@@ -299,7 +299,7 @@ def test_damaged_partial_results_and_two_processes(model, file, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_is_stopped_can_be_continued(model, tmp_path, number):
-    found = texts(2000, longest=12)
+    found = texts(10_000, longest=12)  # for more than a second, after which results are saved
     written(tmp_path / "a.txt", "\n".join(found))
     command = ("encode", "--model", model, "a.txt", "--out", "out", "--max-tokens-per-batch", 1, "--threads", 1)
     with process(*command, cwd=tmp_path) as first:
