@@ -74,6 +74,7 @@ def test_a_library_that_fails_says_why(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_pairs_are_measured(model):
     command = [sys.executable, "-m", "benchmarks.peers", "--model", str(model), "--seconds", "0", "--threads", "1"]
     command += ["--shape", "reranker", "--number", "3", "--peers", "", "--compile"]
