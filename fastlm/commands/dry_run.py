@@ -16,8 +16,6 @@ from fastlm.training.settings import Settings
 
 def show_estimate(settings: Settings, corpus: data.Corpus, model: Any, device: torch.device, out: Path) -> None:
     """model: that to start from, which is measured as it is; None: a new one."""
-    import torch._dynamo  # noqa: F401  # as the first optimizer of a run does, for more than a second
-
     start = seconds_since_start()  # the run reads its text and its model as this command has done
     stored = 0
     if model is None:

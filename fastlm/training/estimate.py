@@ -72,8 +72,12 @@ def estimate(settings: Settings, corpus: Corpus, make: Build, device: torch.devi
     """
     with torch.device("meta"):
         parameters = make_on(make, settings, torch.device("meta")).num_parameters()
-    memory, available = needed(settings, corpus, make, device, parameters), available_memory(device)
-    if settings.layers <= 2 or memory <= SPARE * available:
+    available = available_memory(device)
+    # What `needed` makes stays in the process in part, and would count as memory of the run.
+    if settings.layers <= 2 or at_most(settings, parameters) <= available / 2:
+        return estimate_of(settings, corpus, make(settings), device)
+    memory = needed(settings, corpus, make, device, parameters)
+    if memory <= SPARE * available:
         return estimate_of(settings, corpus, make(settings), device)
     one, two = (measure(few(settings, n), corpus, make(few(settings, n)).to(device))[0] for n in (1, 2))
     stored = parameters * stored_per_parameter(settings)
@@ -102,6 +106,12 @@ def few(settings: Settings, layers: int) -> Settings:
 def linear(one: float, two: float, layers: int) -> float:
     """The value for a number of layers from those for one and two."""
     return one + (layers - 1) * max(0.0, two - one)
+
+
+def at_most(settings: Settings, parameters: int) -> int:
+    """Bytes that no run exceeds: a layer saves some 20 numbers for each channel of a token, and this counts 100."""
+    saved = 4 * 100 * settings.layers * settings.at_once * settings.context * settings.width
+    return parameters * (TRAINED + AVERAGED + stored_per_parameter(settings)) + saved
 
 
 def needed(settings: Settings, corpus: Corpus, make: Build, device: torch.device, parameters: int) -> int:
