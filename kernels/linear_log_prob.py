@@ -121,7 +121,7 @@ def linear_log_prob_backward_kernel(
             row_sum = tl.load(row_sum_ptr + row)
             distance = (z - tl.load(row_max_ptr + row)) * inverse_temperature
             p = tl.exp2(distance * LOG2E) * (1 / row_sum)
-            if dlog_prob_ptr is not None:  # first: its part may be almost 0 at the target, but each term is not
+            if dlog_prob_ptr is not None:  # the difference cancels at the target
                 gradient = (tl.where(column == target, 1.0, 0.0) - p) * tl.load(dlog_prob_ptr + row)
             if dentropy_ptr is not None:
                 below_entropy = tl.load(entropy_ptr + row) - tl.log(row_sum)

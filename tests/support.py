@@ -100,6 +100,25 @@ def leaf(x, dtype):
     return x.detach().to(dtype).clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
 
 
+def recorded_calls(monkeypatch, owner, name):
+    """The positional arguments of each call of a function from now on, which is called as before."""
+    calls, own = [], getattr(owner, name)
+
+    def record(*arguments):
+        calls.append(arguments)
+        return own(*arguments)
+
+    monkeypatch.setattr(owner, name, record)
+    return calls
+
+
+def shrunk(*shape):
+    """A tensor whose storage was resized to 16 bytes."""
+    x = torch.zeros(shape)
+    x.untyped_storage().resize_(16)
+    return x
+
+
 def outputs_and_gradients(function, inputs, dtype, upstream_dtype=None, upstream_factor=1.0):
     """The results of function(*inputs) and the gradients of its floating-point inputs, all computed in dtype.
 

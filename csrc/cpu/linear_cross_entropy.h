@@ -52,7 +52,7 @@ inline void cross_entropy_row(const cross_entropy& ce, float* z, int64_t row, in
     return;
   }
   const float scale = ce.row_scale[row] * ce.logit_scale;
-  // The target's share is one number: with few classes p minus it may be almost 0, and each term is not.
+  // The target's share is one number: with few classes, p minus the share may cancel to almost 0.
   const vec factor = vec::all(scale / sum), of_others = vec::all(scale * smoothing / float(vocab)),
             of_target = vec::all(float(scale * (1.0 - smoothing + double(smoothing) / double(vocab))));
   auto replace = [=](auto gradient_of) {

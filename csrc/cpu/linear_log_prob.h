@@ -53,11 +53,11 @@ inline void log_prob_row_gradient(const log_prob_rows& of, float* z, int64_t row
   const vec shift = vec::all(of.row_max[row]), inverse = vec::all(1 / of.temperature),
             inverse_sum = vec::all(1 / row_sum), of_log_prob = vec::all(g), of_entropy = vec::all(-h),
             constant = vec::all(-h * (of.entropy[row] - std::log(row_sum)));
-  // of_target: 1 at the target, else 0. The part of g comes first: it may be almost 0 at the target, but each term is
-  // not.
-  auto gradient_of = [=](vec value, vec of_target) {
+  // one_hot: 1 at the target, else 0. one_hot - p is computed before the product with g: at the target it may cancel to
+  // almost 0, and the rounding errors of g and g·p would exceed the gradient of the entropy.
+  auto gradient_of = [=](vec value, vec one_hot) {
     const vec d = (value - shift) * inverse, p = exp(d) * inverse_sum, by_entropy = p * fma(of_entropy, d, constant);
-    return fma(of_target - p, of_log_prob, zero_where(p == vec::zero(), by_entropy)) * inverse;  // where d is −∞ too
+    return fma(one_hot - p, of_log_prob, zero_where(p == vec::zero(), by_entropy)) * inverse;  // where d is −∞ too
   };
   auto replace = [=](auto slope_of) {
     const vec at_target = vec::all(z[target]);

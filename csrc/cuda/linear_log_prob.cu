@@ -95,8 +95,8 @@ void linear_log_prob_forward(const linear_log_prob_forward_args& args, stream_t 
   });
 }
 
-// The gradient of a row is (g·(1[target] − p) + p·(constant − h·d)) / T, times the slope of the cap. The part of g
-// comes first: it may be almost 0 at the target, but each term is not.
+// The gradient of a row is (g·(1[target] − p) + p·(constant − h·d)) / T, times the slope of the cap. 1[target] − p is
+// computed before the product with g: at the target it may cancel to almost 0.
 struct log_prob_row {
   float row_max, inverse_sum, constant, of_entropy, of_log_prob, inverse_temperature;
   int target;

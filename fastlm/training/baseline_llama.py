@@ -9,7 +9,7 @@ from fastlm.models.decoder import CausalLM
 
 
 class PlainLlama:
-    """What the other baselines are classes for; the model itself is transformers'."""
+    """The interface of PlainGPT2 and PlainBert, for a model of transformers."""
 
     @staticmethod
     def like(model: CausalLM) -> nn.Module:

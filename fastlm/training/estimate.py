@@ -109,7 +109,7 @@ def linear(one: float, two: float, layers: int) -> float:
 
 
 def at_most(settings: Settings, parameters: int) -> int:
-    """Bytes that no run exceeds: a layer saves some 20 numbers for each channel of a token, and this counts 100."""
+    """A generous estimate of the bytes: a layer saves some 20 numbers for each channel of a token; this counts 100."""
     saved = 4 * 100 * settings.layers * settings.at_once * settings.context * settings.width
     return parameters * (TRAINED + AVERAGED + stored_per_parameter(settings)) + saved
 

@@ -22,6 +22,7 @@ from fastlm.integrations import encoders
 from fastlm.integrations.packing import packed_output
 from fastlm.models import encode_layers
 from tests.integrations.support import BERT, SETTINGS, V5, accelerated_copy, ids, padded, tiny
+from tests.support import recorded_calls
 
 pytestmark = pytest.mark.skipif(not isa.kernels, reason=f"not compiled: {isa.missing}")
 
@@ -34,14 +35,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 @pytest.fixture
 def compiled_calls(monkeypatch):
     """The calls of the layers' compiled function."""
-    calls, own = [], encode_layers.encode
-
-    def spy(*arguments):
-        calls.append(arguments)
-        return own(*arguments)
-
-    monkeypatch.setattr(encode_layers, "encode", spy)
-    return calls
+    return recorded_calls(monkeypatch, encode_layers, "encode")
 
 
 @pytest.fixture(autouse=True)

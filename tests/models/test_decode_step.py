@@ -15,6 +15,7 @@ from fastlm.models.cache import KVCache
 from fastlm.models.decoder import DecoderMLP
 from tests.models.hugging_face import DECODERS, ours_like, tiny_decoder, tiny_gpt2
 from tests.models.test_decoder import VARIANTS
+from tests.support import recorded_calls, shrunk
 
 pytestmark = pytest.mark.skipif(not isa.kernels, reason=f"not compiled: {isa.missing}")
 
@@ -41,14 +42,7 @@ def layers_of(model):
 @pytest.fixture
 def compiled_calls(monkeypatch):
     """The calls of the layers' compiled function."""
-    calls, own = [], decode_step.decode
-
-    def spy(*arguments):
-        calls.append(arguments)
-        return own(*arguments)
-
-    monkeypatch.setattr(decode_step, "decode", spy)
-    return calls
+    return recorded_calls(monkeypatch, decode_step, "decode")
 
 
 @pytest.fixture(autouse=True)
@@ -383,13 +377,6 @@ def arguments(**changes):
     given["tables"] = [(each["cos"], each["sin"]) for each in states]
     given |= {"names": layers[0]._fields, "layers": layers}
     return given | {name: value for name, value in changes.items() if name in given}
-
-
-def shrunk(*shape):
-    """A tensor whose storage was resized."""
-    x = torch.zeros(shape)
-    x.untyped_storage().resize_(16)
-    return x
 
 
 WRONG = [

@@ -16,6 +16,7 @@ from fastlm.models import encode_layers
 from fastlm.models.encoder import EncoderModel
 from fastlm.models.encoder_layer import EncoderLayer, part
 from tests.models.hugging_face import encoder_like, tiny_encoder
+from tests.support import recorded_calls
 
 pytestmark = pytest.mark.skipif(not isa.kernels, reason=f"not compiled: {isa.missing}")
 
@@ -29,14 +30,7 @@ MASKS = {"none": None, "right": RIGHT, "left": RIGHT.flip(1), "all": torch.ones(
 @pytest.fixture
 def compiled_calls(monkeypatch):
     """The calls of the layers' compiled function."""
-    calls, own = [], encode_layers.encode
-
-    def spy(*arguments):
-        calls.append(arguments)
-        return own(*arguments)
-
-    monkeypatch.setattr(encode_layers, "encode", spy)
-    return calls
+    return recorded_calls(monkeypatch, encode_layers, "encode")
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ if not isa.kernels:
     pytest.skip(f"not compiled: {isa.missing}", allow_module_level=True)
 
 from fastlm.ops.encoder_layer.cpu import encode
+from tests.support import shrunk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # width, heads, head_dim, hidden width
@@ -194,13 +195,6 @@ def arguments(**changes):
     given |= {"statistics": torch.zeros(5, 4), "starts": [0, 2, 5], "threads": 1}
     given |= {"names": Layer._fields, "layers": layers}
     return given | {name: value for name, value in changes.items() if name in given}
-
-
-def shrunk(*shape):
-    """A tensor whose storage was resized."""
-    x = torch.zeros(shape)
-    x.untyped_storage().resize_(16)
-    return x
 
 
 WRONG = [
