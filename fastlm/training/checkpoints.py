@@ -156,10 +156,14 @@ class Checkpoints:
         copies = self.copy(model, tensors, state)
         self.written = self.thread.submit(self.write, step, model, copies, metrics)
 
-    def check(self) -> None:
-        """Raises the error of a checkpoint that could not be written."""
-        if self.written is not None and self.written.done():
-            self.wait()
+    def failed(self, *, wait: bool = False) -> bool:
+        """Whether the last checkpoint could not be written; False as long as it is being written and `wait` is not set.
+
+        wait() raises the error.
+        """
+        if self.written is None or not (wait or self.written.done()):
+            return False
+        return self.written.exception() is not None
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on the disk; raises its error."""

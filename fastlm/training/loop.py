@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fastlm.core.errors import Ended
 from fastlm.device import choose_device, seed_generator
 from fastlm.training.average import Average
 from fastlm.training.batches import evaluation_batches, filled, share_of, training_batch
@@ -91,6 +92,8 @@ def train(
 
     Raises:
         ValueError: settings.max_skipped steps in a row were skipped.
+        OSError: a checkpoint could not be saved, in the processes that save one.
+        Ended: the same, in the others.
     """
     check_length(corpus, settings.context)
     group = group or Group.current()
@@ -180,11 +183,17 @@ def train(
             stopped_early = has_stalled(evaluations, settings.patience)
             if started == settings.steps or stopped_early:
                 break
+            failed = checkpoints is not None and checkpoints.failed(wait=is_due(settings.checkpoint_every))
             begin = time.perf_counter()
             share = training_batch(corpus.train, settings, objective, started, group.share(settings.batch))
-            count, interrupted, reading = agreed(group, count_of(share[1]), stop.is_set(), trainer.should_read)
+            flags = stop.is_set(), trainer.should_read, failed
+            count, (interrupted, reading, failed) = agreed(group, count_of(share[1]), *flags)
             if interrupted:
                 break
+            if failed:
+                if checkpoints is not None:
+                    checkpoints.wait()
+                raise Ended
             spent = time.perf_counter() - begin
             if sample is not None and is_due(settings.sample_every) and sampled != started:
                 read()
@@ -205,8 +214,6 @@ def train(
             started += 1
             if reading:
                 read()
-            if checkpoints is not None:
-                checkpoints.check()
         read()
         failure: OSError | None = None
         try:
@@ -246,10 +253,10 @@ def has_stalled(evaluations: Sequence[Evaluation], patience: int) -> bool:
     return not any(val_loss < lowest for val_loss in val_losses[-patience:])
 
 
-def agreed(group: Group, targets: int, stop: bool, reading: bool) -> tuple[int, bool, bool]:
-    """For a step: number of targets of all processes, whether one is to stop, whether one is to read the losses."""
-    total, stops, reads = group.total(targets, stop, reading)
-    return int(total), stops > 0, reads > 0
+def agreed(group: Group, targets: int, *flags: bool) -> tuple[int, list[bool]]:
+    """For a step: number of targets of all processes, and for each flag whether it is set in one of them."""
+    total, *counts = group.total(targets, *flags)
+    return int(total), [count > 0 for count in counts]
 
 
 def scheduled(settings: Settings, step: int) -> float:

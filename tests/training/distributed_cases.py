@@ -12,12 +12,14 @@ import signal
 import socket
 import struct
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
+from fastlm.core.errors import Ended
 from fastlm.models import load_model
 from fastlm.training import data
 from fastlm.training.batches import training_batch
@@ -117,21 +119,32 @@ def skipping(folder, kind="ddp"):
 
 
 def failing(folder, kind="fsdp"):
-    """The last process cannot write its part of the second checkpoint."""
-    write = FileSystemWriter.write_data
+    """The last process that writes cannot write the second checkpoint. The first one knows it some steps later."""
+    write_part, write = FileSystemWriter.write_data, Checkpoints.write
 
     def fail(self, *rest):
         if str(self.path).endswith("6") and dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
-        return write(self, *rest)
+        return write_part(self, *rest)
 
-    FileSystemWriter.write_data = fail
+    def write_slowly(self, step, *rest):
+        try:
+            if kind == "ddp" and step == 6:
+                raise OSError(28, "No space left on device")
+            write(self, step, *rest)
+        finally:
+            if dist.get_rank() == 0:
+                time.sleep(0.5)
+
+    FileSystemWriter.write_data, Checkpoints.write = fail, write_slowly
     try:
-        chained(folder, kind, None, "failing")
+        chained(folder, kind, None, f"failing-{kind}")
     except OSError as error:
         return str(error)
+    except Ended:
+        assert kind == "ddp" and dist.get_rank() == 1
     finally:
-        FileSystemWriter.write_data = write
+        FileSystemWriter.write_data, Checkpoints.write = write_part, write
 
 
 class WithUnused(torch.nn.Module):

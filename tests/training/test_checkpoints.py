@@ -1,4 +1,3 @@
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -234,15 +233,13 @@ def failing_write():
 
 def test_an_error_of_the_thread_ends_the_run(corpus, tmp_path, monkeypatch):
     """At once, not when the next checkpoint is due."""
-    settings, report, check = dataclasses.replace(TINY, checkpoint_every=8), Interrupt(None), Checkpoints.check
+    settings, report, failed = dataclasses.replace(TINY, checkpoint_every=8), Interrupt(None), Checkpoints.failed
 
-    def check_when_written(checkpoints):
-        if checkpoints.written is not None:
-            concurrent.futures.wait([checkpoints.written])
-        check(checkpoints)
+    def failed_when_written(checkpoints, wait):
+        return failed(checkpoints, wait=True)
 
     with monkeypatch.context() as patch, failing_write(), pytest.raises(OSError, match="No space left on device"):
-        patch.setattr(Checkpoints, "check", check_when_written)
+        patch.setattr(Checkpoints, "failed", failed_when_written)
         train_in(tmp_path, settings, corpus, report=report)
     assert steps_of(tmp_path) == [] and report.seen <= 9
     with failing_write(), pytest.raises(OSError, match="No space left on device"):
