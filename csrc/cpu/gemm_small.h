@@ -5,7 +5,9 @@
 // bound by reading B, and packing B would cost more than the multiplication. gemm_small_m therefore reads B once,
 // unpacked and in its storage type. A square of Lanes × Lanes elements is loaded into Lanes registers, widened or
 // paired as the arithmetic wants and transposed where B is contiguous in k; all rows of A, which stay in the L2 cache,
-// are multiplied by it.
+// are multiplied by it. Where B is contiguous in k and the rows of A nearly fill whole vectors, the roles are swapped:
+// A is packed with its rows in the lanes, and elements of B are broadcast from where they are. The n·m sums are then
+// transposed, not the n·k elements of B.
 // With small k the m·n results bound the product: gemm_small_k writes them from the registers.
 // Each element of C is the same chain of sums as in gemm(), so the bits do not depend on the choice.
 #pragma once
@@ -15,6 +17,14 @@
 #endif
 
 namespace fastlm {
+
+inline constexpr int64_t MaxSmallMElements = 1 << 18;  // elements of A: packed, they stay in the L2 cache
+inline constexpr int64_t SmallK = 64;
+// Transposing B in registers costs as much as packing it from here on.
+inline constexpr int64_t MaxTransposedRows = 24;
+// Accumulators that are group_columns at a time, 32 kB. With fewer, short parts of each row of B would be read, which
+// hardware prefetchers do not follow.
+inline constexpr int64_t MaxSmallMSums = 8192;
 
 // A square of B in registers: w[d] holds Lanes columns of the k in lane d, zero where B ends.
 template <class Arithmetic, class T> struct rhs_registers {
@@ -98,6 +108,56 @@ template <class Arithmetic> FASTLM_INLINE void add_rows(int64_t m, const float* 
   add_rows<Arithmetic, 1>(m, r, a, w, sums);
 }
 
+// Whether the roles are swapped: up to NRVecs vectors of rows, of which few lanes are unused. B's memory must equal the
+// lanes that the arithmetic multiplies.
+template <class Arithmetic, class T> bool rows_in_lanes(int64_t m, int64_t k, operand<T> b) {
+  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
+  if constexpr (!FusesMultiplyAdd || storage<T>::Bits * Per != 32) return false;
+  const int64_t unused = ceil_div(m, L) * L - m;
+  // More than MaxTransposedRows rows would be multiplied by packed columns of B.
+  return b.stride != 1 && m <= NRVecs * L && unused <= (m > MaxTransposedRows ? L / 2 - 1 : L / 4) &&
+         b.stride % Per == 0 && k % Per == 0 && reinterpret_cast<uintptr_t>(b.data) % 4 == 0;
+}
+
+// sums (Columns × Vecs·Lanes) = b·rows, or += where `accumulate`, in one chain of `depth` multiply-adds: rows[d] holds
+// the lanes d of all rows, and the columns of b are `stride` apart. The lanes of b that are `ahead` are prefetched.
+template <class Arithmetic, int Columns, int Vecs>
+FASTLM_INLINE void multiply_columns(int64_t depth, const float* b, int64_t stride, int64_t ahead, const float* rows,
+                                    float* sums, bool accumulate) {
+  using accumulator = typename Arithmetic::accumulator;
+  constexpr int64_t L = vec::Lanes, Line = 16;
+  accumulator sum[Columns][Vecs];
+#pragma GCC unroll 16
+  for (int c = 0; c < Columns; ++c)
+#pragma GCC unroll 3
+    for (int v = 0; v < Vecs; ++v) sum[c][v] = accumulator::zero();
+  auto step = [&](int64_t d) __attribute__((always_inline)) {
+    vec at[Vecs];
+#pragma GCC unroll 3
+    for (int v = 0; v < Vecs; ++v) at[v] = vec::load(rows + (d * Vecs + v) * L, full{});
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) {
+      const vec element = vec::all(b[c * stride + d]);
+#pragma GCC unroll 3
+      for (int v = 0; v < Vecs; ++v) sum[c][v] = Arithmetic::multiply_add(sum[c][v], at[v], element);
+    }
+  };
+  for (; depth >= Line; depth -= Line, b += Line, rows += Line * Vecs * L) {
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) __builtin_prefetch(b + c * stride + ahead);
+#pragma GCC unroll 4
+    for (int64_t d = 0; d < Line; ++d) step(d);
+  }
+  for (int64_t d = 0; d < depth; ++d) step(d);
+#pragma GCC unroll 16
+  for (int c = 0; c < Columns; ++c)
+#pragma GCC unroll 3
+    for (int v = 0; v < Vecs; ++v) {
+      float* at = sums + (c * Vecs + v) * L;
+      (accumulate ? accumulator::load(at, full{}) + sum[c][v] : sum[c][v]).store(at, full{});
+    }
+}
+
 template <class Accumulator> void add(float* sums, const float* more, int64_t count) {
   sweep(count, [=](int64_t i, auto span) {
     (Accumulator::load(sums + i, span) + Accumulator::load(more + i, span)).store(sums + i, span);
@@ -111,12 +171,6 @@ template <class Arithmetic> struct small_m_depth {
       : lanes(packed_depth<Arithmetic>(k)), blocks(std::max<int64_t>(1, ceil_div(lanes, Arithmetic::KC))) {}
   int64_t begin(int64_t block) const { return lanes * block / blocks; }
 };
-
-inline constexpr int64_t MaxSmallMElements = 1 << 18;  // elements of A: packed, they stay in the L2 cache
-inline constexpr int64_t SmallK = 64;
-// Accumulators that are group_columns at a time, 32 kB. With fewer, short parts of each row of B would be read, which
-// hardware prefetchers do not follow.
-inline constexpr int64_t MaxSmallMSums = 8192;
 
 // totals[j·m + r·Lanes + …] = Σ_k A[r, k]·B[k, j + …] for `columns` columns of B, at most MaxSmallMSums / m. Not
 // inlined, so that all epilogues share one copy.
@@ -169,6 +223,41 @@ template <class Arithmetic, class T> __attribute__((noinline)) void small_m_sums
   }
 }
 
+// The same for at most Lanes columns of B, of rows_in_lanes. packed_a: lane of k by lane of k, that of all rows.
+template <class Arithmetic, class T> __attribute__((noinline)) void sums_in_lanes(int64_t m, int64_t columns, int64_t k,
+                                                                                  const float* packed_a, operand<T> b,
+                                                                                  float* totals) {
+  constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
+  static_assert(Chain >= Arithmetic::KC || !FusesMultiplyAdd);
+  const small_m_depth<Arithmetic> depth(k);
+  const int64_t stride = b.stride / Per;
+  with_vecs(ceil_div(m, L), [&](auto vecs) {
+    constexpr int64_t Width = vecs * L;
+    constexpr int Columns = vecs == 1 ? 8 * Per : MR;  // as many as there are registers for, and to hide latencies
+    alignas(64) float sums[L * Width];
+    auto multiply = [&]<int Count>(int64_t column, std::integral_constant<int, Count>) {
+      for (int64_t block = 0; block < depth.blocks; ++block) {
+        const int64_t from = depth.begin(block), lanes = depth.begin(block + 1) - from;
+        const float* at = reinterpret_cast<const float*>(b.at(column, from * Per));
+        const int64_t ahead = block + 1 < depth.blocks ? lanes : Count * stride - from;  // the next block or columns
+        multiply_columns<Arithmetic, Count, vecs>(lanes, at, stride, ahead, packed_a + from * Width,
+                                                  sums + column * Width, block > 0);
+      }
+    };
+    int64_t column = 0;
+    for (; column + Columns <= columns; column += Columns) multiply(column, std::integral_constant<int, Columns>{});
+    for (; column < columns; ++column) multiply(column, std::integral_constant<int, 1>{});
+    for (int64_t first = 0; first < m; first += L) {
+      vec square[L];
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < L; ++c)
+        square[c] = c < columns ? vec::load(sums + c * Width + first, full{}) : vec::zero();
+      transpose(square);
+      for (int64_t r = 0; r < std::min(L, m - first); ++r) square[r].store(totals + (first + r) * L, full{});
+    }
+  });
+}
+
 // The product for small m; arguments as of gemm(). A is contiguous in k.
 template <class Arithmetic, class TA, class TB, size_t Count, class Epilogue>
 void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<TB, Count>& b, int threads,
@@ -178,11 +267,15 @@ void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands
   const int64_t col_vecs = ceil_div(n, L);
   const bool along_k = std::any_of(b.begin(), b.end(), [](const auto& source) { return source.stride != 1; });
 
-  // A is packed once, for all threads: k block by k block, Lanes of k of all rows after each other, with zeros up to
-  // the last square of B.
+  // A is packed once, for all threads: lane of k by lane of k, or k block by k block, Lanes of k of all rows after each
+  // other, with zeros up to the last square of B.
   static_assert(Arithmetic::KC % (2 * L) == 0);
-  float* packed_a = scratch(depth.blocks * Arithmetic::KC * m);
-  for (int64_t block = 0; block < depth.blocks; ++block)
+  const bool in_lanes =
+      std::all_of(b.begin(), b.end(), [=](auto source) { return rows_in_lanes<Arithmetic>(m, k, source); });
+  const int64_t width = ceil_div(m, L) * L;
+  float* packed_a = scratch(depth.blocks * Arithmetic::KC * (in_lanes ? width : m));
+  if (in_lanes) pack<Arithmetic>(a, m, k, width, packed_a);
+  for (int64_t block = 0; block < (in_lanes ? 0 : depth.blocks); ++block)
     for (int64_t r = 0; r < m; ++r)
       for (int64_t d = 0; d < ceil_div(depth.begin(block + 1) - depth.begin(block), RegisterDepth) * RegisterDepth;
            d += L) {
@@ -202,7 +295,8 @@ void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands
     for (int64_t column = col_vecs * part / parts * L; column < end; column += group_columns) {
       const int64_t columns = std::min(group_columns, end - column);
       for (size_t source = 0; source < Count; ++source)
-        small_m_sums<Arithmetic>(m, columns, k, packed_a, b[source].from(column, 0), totals[source]);
+        (in_lanes ? sums_in_lanes<Arithmetic, TB> : small_m_sums<Arithmetic, TB>)(
+            m, columns, k, packed_a, b[source].from(column, 0), totals[source]);
       for (int64_t r = 0; r < m; ++r)
         sweep(columns, [&](int64_t j, auto span) {
           finish_vector<Arithmetic, Count>(totals[0] + j * m + r * L, MaxSmallMSums, r, column + j, span, epilogue);
@@ -289,9 +383,9 @@ void gemm_small_k(int64_t m, int64_t n, int64_t k, operand<TA> a, operand<TB> b,
 template <class Arithmetic, class TA, class TB, size_t Count, class Epilogue>
 void multiply(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands<TB, Count>& b, int threads,
               Epilogue epilogue) {
-  const int64_t small_m = b[0].stride == 1 ? 32 : 24;  // transposing in registers costs as much as packing
   if constexpr (!Arithmetic::RowMajorOnly) {
-    if (m <= small_m && m * k <= MaxSmallMElements) return gemm_small_m<Arithmetic>(m, n, k, a, b, threads, epilogue);
+    const bool is_small = m <= (b[0].stride == 1 ? 32 : MaxTransposedRows) || rows_in_lanes<Arithmetic>(m, k, b[0]);
+    if (is_small && m * k <= MaxSmallMElements) return gemm_small_m<Arithmetic>(m, n, k, a, b, threads, epilogue);
   }
 #if defined(__AMX_BF16__)
   else if constexpr (std::is_same_v<TB, bf16>) {
@@ -315,8 +409,11 @@ void multiply_transposed(int64_t m, int64_t n, int64_t k, operand<TA> a, operand
 }
 
 // Compiled once, with the linear operator, for the types whose arithmetic has a small-m product.
-#define FASTLM_SMALL_M_SUMS(prefix, T) \
-  prefix template void small_m_sums<arithmetic_for<T>, T>(int64_t, int64_t, int64_t, const float*, operand<T>, float*);
+#define FASTLM_SMALL_M_SUMS(prefix, T)                                                                          \
+  prefix template void small_m_sums<arithmetic_for<T>, T>(int64_t, int64_t, int64_t, const float*, operand<T>,   \
+                                                          float*);                                              \
+  prefix template void sums_in_lanes<arithmetic_for<T>, T>(int64_t, int64_t, int64_t, const float*, operand<T>, \
+                                                           float*);
 #if defined(__AMX_BF16__)
 #define FASTLM_SMALL_M(prefix) FASTLM_SMALL_M_SUMS(prefix, float) FASTLM_SMALL_M_SUMS(prefix, fp16)
 #else

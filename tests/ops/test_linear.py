@@ -34,13 +34,18 @@ FEW_ROWS = [
     (3, 1, 1000),
     (4, 1000, 3),
     (7, 65, 63),
+    (8, 64, 1000),
     (9, 17, 1),
+    (12, 200, 35),
+    (16, 1000, 33),
     (24, 65, 1000),
     (25, 1000, 63),
     (5, 60000, 3),
     (24, 11000, 3),
+    (27, 390, 16),
     (32, 1000, 17),
     (33, 63, 65),
+    (44, 64, 31),
     (48, 65, 17),
     (49, 17, 130),
     (64, 1000, 3),
@@ -82,7 +87,13 @@ def test_few_rows_are_as_close_to_float64_as_torch(rows, width, out, layout, dty
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 @pytest.mark.parametrize(
-    "few, width, out", [((1, 4, 11, 24, 25, 32, 33), 421, 300), ((23, 24), 11000, 3)], ids=["rows", "depth"]
+    "few, width, out",
+    [
+        ((1, 4, 6, 8, 11, 12, 15, 16, 22, 24, 25, 32, 33, 41, 44, 48), 422, 300),
+        ((1, 8, 16, 24), 421, 37),
+        ((23, 24), 11000, 3),
+    ],
+    ids=["rows", "odd", "depth"],
 )
 def test_the_bits_of_a_row_do_not_depend_on_other_rows(few, width, out, layout, dtype, backend):
     """Small-M products have another algorithm with the same sums.
@@ -103,7 +114,7 @@ def test_the_bits_of_a_row_do_not_depend_on_other_rows(few, width, out, layout, 
 
 @on_backends("cpu")
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-@pytest.mark.parametrize("rows", [1, 30])
+@pytest.mark.parametrize("rows", [1, 16, 30])
 def test_same_bits_of_few_rows_on_every_number_of_threads(rows, layout, backend):
     x, w, b, dy = floats(rows, 300), weight_for((rows, 300), 1111, layout), floats(1111), floats(rows, 1111)
     before, outcomes = torch.get_num_threads(), []
