@@ -26,10 +26,10 @@ from fastlm.training.batches import training_batch
 from fastlm.training.checkpoints import Checkpoints, newest
 from fastlm.training.distributed import Group
 from fastlm.training.loop import train
-from fastlm.training.models import build
+from fastlm.training.models import build, set_recompute
 from fastlm.training.objectives import NextToken
 from fastlm.training.report import Report
-from fastlm.training.settings import Settings
+from fastlm.training.settings import WHOLE_LAYERS, Settings
 from fastlm.training.trainer import Trainer
 from fastlm.training.whole import is_sharded
 
@@ -207,6 +207,8 @@ def adapted(folder, kind="ddp"):
     """With low-rank adapters. The weights that they are added to are sharded as well; one process has them whole."""
     settings, group = dataclasses.replace(TINY, parallel=kind, sample_every=4), Group.current()
     model, samples = with_adapters(folder, settings), []
+    if kind == "fsdp":
+        set_recompute(model, WHOLE_LAYERS)
 
     def sample(whole):
         samples.append(whole(torch.arange(8)[None]).logits[0, -1].detach())
