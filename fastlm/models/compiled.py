@@ -4,7 +4,7 @@ They may in calls without gradients, hooks, tracing and autocast, if modules and
 Layers are described to compiled code once. A description is valid until a module, attribute or parameter changes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,10 +65,10 @@ class Unchanged(NamedTuple):
     """What must not change.
 
     The entry of each of `dicts` at the key is the value; None: there is no such entry. Those of `empty` are empty, and
-    the dicts of `hooks` have so many. `classes` are those of the modules, and `methods` what these have by each name.
+    those of `sizes` have so many entries. `classes` are those of the modules, and `methods` what these have by each
+    name.
     """
 
-    num_layers: int
     modules: list[nn.Module]
     classes: list[Any]
     methods: list[tuple[Any, str, Any]]
@@ -76,20 +76,28 @@ class Unchanged(NamedTuple):
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
     empty: tuple[dict[Any, Any], ...]
-    hooks: list[tuple[dict[Any, Any], int]]
+    sizes: list[tuple[Any, int]]
 
     @classmethod
     def of(cls, layers: nn.ModuleList, only: nn.Module | None = None) -> "Unchanged":
         """All that is in some layers, of which there is at least one. only: in this one of them."""
-        entries: list[tuple[dict[Any, Any], Any, Any]] = []
-        registries: list[dict[Any, Any]] = []
-        modules: list[nn.Module] = []
         siblings: Any = layers._modules
-        for name, layer in siblings.items():
-            if only is not None and layer is not only:
-                continue
-            entries.append((siblings, name, layer))
-            modules += layer.modules()
+        entries = [(siblings, name, layer) for name, layer in siblings.items() if only is None or layer is only]
+        modules = [module for _, _, layer in entries for module in layer.modules()]
+        return cls.watch(modules, entries, sizes=[(siblings, len(siblings))])
+
+    @classmethod
+    def watch(
+        cls,
+        modules: list[nn.Module],
+        entries: list[tuple[Any, Any, Any]],
+        *,
+        methods: Iterable[tuple[Any, str, Any]] = (),
+        sizes: Iterable[tuple[Any, int]] = (),
+    ) -> "Unchanged":
+        """Attributes, parameters, children, hooks, classes and methods of modules; and what else is given."""
+        entries = [*entries]
+        registries: list[dict[Any, Any]] = []
         for module in modules:
             attributes = vars(module)
             entries += [(attributes, key, value) for key, value in attributes.items() if not key.startswith("_")]
@@ -102,26 +110,25 @@ class Unchanged(NamedTuple):
         dicts, keys, values = zip(*entries, strict=True)
         classes = [*map(type, modules)]
         return cls(
-            len(siblings),
             modules,
             classes,
-            [(kind, name, method) for kind in {*classes} for name, method in methods_of(kind).items()],
+            [*methods, *((kind, name, method) for kind in {*classes} for name, method in methods_of(kind).items())],
             dicts,
             keys,
             values,
             empty=tuple(each for each in registries if not each),
-            hooks=[(each, len(each)) for each in registries if each],
+            sizes=[*sizes, *((each, len(each)) for each in registries if each)],
         )
 
     def holds(self, layers: nn.ModuleList) -> bool:
         """Whether these are the layers, and nothing in them has changed."""
-        siblings: Any = layers._modules
+        return self.dicts[0] is layers._modules and self.still_holds()
+
+    def still_holds(self) -> bool:
         return (
-            self.dicts[0] is siblings
-            and self.num_layers == len(siblings)
-            and [*map(type, self.modules)] == self.classes
+            [*map(type, self.modules)] == self.classes
             and all(getattr(kind, name, None) is method for kind, name, method in self.methods)
-            and all(len(each) == size for each, size in self.hooks)
+            and all(len(each) == size for each, size in self.sizes)
             and kernels.unchanged(self.dicts, self.keys, self.values, self.empty)
         )
 

@@ -173,7 +173,7 @@ def length_limit(model: nn.Module) -> int:
         return model.config.context
     limit = getattr(model.config, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 0 else LARGEST_LENGTH
-    for module in submodules(model):
+    for module in submodules(model, in_lists=False):  # layers have none
         table = module._modules.get("position_embeddings")
         # RoBERTa and its relatives count positions from the id of padding on.
         if isinstance(table, nn.Embedding) and table.padding_idx is not None:
