@@ -103,11 +103,8 @@ def surroundings(patch: EncoderPatch, model: Any, family: Family, base: Base) ->
             *names,
         ],
         methods=[(kind, name, method) for name, method in methods.items()],
-        sizes=[
-            (vars(config), len(vars(config))),
-            *((each, len(each)) for module in outer for each in (vars(module), module._modules)),
-            *((vars(module)[name], len(vars(module)[name])) for module in outer for name in HOOKS[2:]),
-        ],
+        sized=[vars(config), *map(vars, outer), model._modules, encoder._modules],
+        registries=[vars(module)[name] for module in outer for name in HOOKS[2:]],
     )
     implementation = config._attn_implementation
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)

@@ -4,6 +4,7 @@ They may in calls without gradients, hooks, tracing and autocast, if modules and
 Layers are described to compiled code once. A description is valid until a module, attribute or parameter changes.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -65,18 +66,21 @@ class Unchanged(NamedTuple):
     """What must not change.
 
     The entry of each of `dicts` at the key is the value; None: there is no such entry. Those of `empty` are empty, and
-    those of `sizes` have so many entries. `classes` are those of the modules, and `methods` what these have by each
-    name.
+    those of `sized` have as many entries as `sizes` says. `classes` are those of the modules, and `methods` what each
+    of `owners` has by a name.
     """
 
     modules: list[nn.Module]
     classes: list[Any]
-    methods: list[tuple[Any, str, Any]]
+    owners: tuple[Any, ...]
+    names: tuple[str, ...]
+    methods: tuple[Any, ...]
     dicts: tuple[dict[Any, Any], ...]
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
     empty: tuple[dict[Any, Any], ...]
-    sizes: list[tuple[Any, int]]
+    sized: list[Any]
+    sizes: list[int]
 
     @classmethod
     def of(cls, layers: nn.ModuleList, only: nn.Module | None = None) -> "Unchanged":
@@ -84,7 +88,7 @@ class Unchanged(NamedTuple):
         siblings: Any = layers._modules
         entries = [(siblings, name, layer) for name, layer in siblings.items() if only is None or layer is only]
         modules = [module for _, _, layer in entries for module in layer.modules()]
-        return cls.watch(modules, entries, sizes=[(siblings, len(siblings))])
+        return cls.watch(modules, entries, sized=[siblings])
 
     @classmethod
     def watch(
@@ -93,11 +97,17 @@ class Unchanged(NamedTuple):
         entries: list[tuple[Any, Any, Any]],
         *,
         methods: Iterable[tuple[Any, str, Any]] = (),
-        sizes: Iterable[tuple[Any, int]] = (),
+        sized: Iterable[Any] = (),
+        registries: Iterable[dict[Any, Any]] = (),
     ) -> "Unchanged":
-        """Attributes, parameters, children, hooks, classes and methods of modules; and what else is given."""
-        entries = [*entries]
-        registries: list[dict[Any, Any]] = []
+        """Attributes, parameters, children, hooks, classes and methods of modules; and what else is given.
+
+        Args:
+            entries: dict, key and value of each.
+            methods: class, name and method of each.
+            sized: dicts that keep their number of entries; most of `registries`, which do too, are empty.
+        """
+        entries, registries = [*entries], [*registries]
         for module in modules:
             attributes = vars(module)
             entries += [(attributes, key, value) for key, value in attributes.items() if not key.startswith("_")]
@@ -109,15 +119,21 @@ class Unchanged(NamedTuple):
                 entries += [(mapping, key, value) for key, value in mapping.items()]
         dicts, keys, values = zip(*entries, strict=True)
         classes = [*map(type, modules)]
+        of_classes = ((kind, name, method) for kind in {*classes} for name, method in methods_of(kind).items())
+        owners, names, functions = zip(*methods, *of_classes, strict=True)
+        sized = [*sized, *filter(None, registries)]
         return cls(
             modules,
             classes,
-            [*methods, *((kind, name, method) for kind in {*classes} for name, method in methods_of(kind).items())],
+            owners,
+            names,
+            functions,
             dicts,
             keys,
             values,
             empty=tuple(each for each in registries if not each),
-            sizes=[*sizes, *((each, len(each)) for each in registries if each)],
+            sized=sized,
+            sizes=[*map(len, sized)],
         )
 
     def holds(self, layers: nn.ModuleList) -> bool:
@@ -127,8 +143,8 @@ class Unchanged(NamedTuple):
     def still_holds(self) -> bool:
         return (
             [*map(type, self.modules)] == self.classes
-            and all(getattr(kind, name, None) is method for kind, name, method in self.methods)
-            and all(len(each) == size for each, size in self.sizes)
+            and (*map(getattr, self.owners, self.names, itertools.repeat(None)),) == self.methods
+            and [*map(len, self.sized)] == self.sizes
             and kernels.unchanged(self.dicts, self.keys, self.values, self.empty)
         )
 
