@@ -1,8 +1,8 @@
 """Hidden states of an encoder of transformers without its forward: embeddings, then all layers in one compiled call.
 
-The forward around them computes what a caller of this function does not read: masks, a pooler, objects for outputs. For
-one short text this takes a third of the time of the layers. It is skipped only if nothing in it can be observed: the
-model's modules, methods and functions are as transformers wrote them, and no hook sees their calls.
+The forward around them computes what a caller of this function does not read: masks, a pooler, objects for outputs. It
+is skipped only if nothing in it can be observed: the model's modules, methods and functions are as transformers wrote
+them, and no hook sees their calls.
 """
 
 import inspect
