@@ -23,7 +23,9 @@ from fastlm.models.encode_layers import encode_layers
 from fastlm.models.packing import Gather, packed
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-LIBRARIES = ("torch.", "transformers.")
+TRANSFORMERS = ("transformers.",)
+LIBRARIES = ("torch.", *TRANSFORMERS)
+CALL_IMPL = nn.Module._call_impl
 FUNCTION_MODES = torch._C._len_torch_function_stack
 
 
@@ -102,7 +104,7 @@ def surroundings(patch: EncoderPatch, model: Any, family: Family, base: Base) ->
             *((vars(module), key, vars(module)[key]) for module in outer for key in [*vars(module)] if key[0] == "_"),
             *names,
         ],
-        methods=[(kind, name, method) for name, method in methods.items()],
+        methods=[(nn.Module, "_call_impl", CALL_IMPL), *((kind, name, method) for name, method in methods.items())],
         sized=[vars(config), *map(vars, outer), model._modules, encoder._modules],
         registries=[vars(module)[name] for module in outer for name in HOOKS[2:]],
     )
@@ -112,6 +114,7 @@ def surroundings(patch: EncoderPatch, model: Any, family: Family, base: Base) ->
     paths = *base.embeddings, *base.unread, base.encoder
     plain = (
         bool(methods)
+        and nn.Module._call_impl is CALL_IMPL
         and getattr(sys.modules[family.module], base.name, None) is kind
         and getattr(sys.modules[family.module], str(family.encoder), None) is type(encoder)
         and own_forwards.get(type(encoder)) is type(encoder).forward
@@ -120,9 +123,10 @@ def surroundings(patch: EncoderPatch, model: Any, family: Family, base: Base) ->
         and all(is_called_by_class(module, own.get(module, ())) for module in outer)
         # The forward finds its modules where the names in the family's description say.
         and not any(name in vars(model) or hasattr(kind, name) for name in paths)
-        and all(is_of(function, LIBRARIES) for function in methods.values())
-        and all(not callable(value) or is_of(value, LIBRARIES) for _, _, value in names)
-        and is_of(mask_function, (*LIBRARIES, "fastlm."))
+        and all(is_of(function, TRANSFORMERS) for function in methods.values())
+        and all(not callable(value) or is_of(value, TRANSFORMERS) for _, _, value in names)
+        and is_of(mask_function, (*TRANSFORMERS, "fastlm."))
+        and is_of(type(config), TRANSFORMERS)
         and not any(getattr(config, name, None) for name in ("is_decoder", "is_causal", *OUTPUTS))
         and not any(value for key, value in vars(config).items() if key.lstrip("_").startswith("output_"))
     )
@@ -149,20 +153,24 @@ def is_called_by_class(module: nn.Module, own: tuple[str, ...]) -> bool:
 def is_as_written(kind: Any) -> bool:
     """Whether the forward of a class is the one that its library defines there."""
     owner = next(each for each in kind.__mro__ if "forward" in vars(each))
-    return is_of(kind.forward, LIBRARIES) and (kind.forward.__module__, kind.forward.__qualname__) == (
+    library = f"{owner.__module__.partition('.')[0]}."
+    return is_of(kind.forward, (library,)) and (kind.forward.__module__, kind.forward.__qualname__) == (
         owner.__module__,
         f"{owner.__qualname__}.forward",
     )
 
 
 def is_of(value: Any, homes: tuple[str, ...]) -> bool:
-    """Whether a class, or a function and each that it wraps, is defined in modules with these beginnings of names."""
+    """Whether a class or function is defined in modules with these beginnings of names.
+
+    The functions that it wraps are transformers' or PyTorch's.
+    """
     if isinstance(value, type):
         return value.__module__.startswith(homes)
     while value is not None:
         if not getattr(value, "__globals__", {}).get("__name__", "").startswith(homes):
             return False
-        value = getattr(value, "__wrapped__", None)
+        value, homes = getattr(value, "__wrapped__", None), LIBRARIES
     return True
 
 
@@ -175,7 +183,9 @@ def read_by(kind: Any) -> tuple[dict[str, Any], list[tuple[Any, str, Any]]]:
         if not inspect.isfunction(function):
             continue
         for name in names_in(function.__code__):
-            if name not in methods and inspect.isfunction(found := getattr(kind, name, None)):
+            found = getattr(kind, name, None)
+            # Names of methods of nn.Module, such as `to`, are those of tensors here.
+            if name not in methods and inspect.isfunction(found) and found is not getattr(nn.Module, name, None):
                 methods[name] = found
                 waiting.append(found)
             if name in function.__globals__:

@@ -231,6 +231,11 @@ def compiled(model, monkeypatch):
     return called
 
 
+def wrapped_by_torch(model, monkeypatch):
+    """As torch.compile does it, whose first import takes seconds."""
+    monkeypatch.setattr(type(model), "forward", torch.no_grad()(type(model).forward))
+
+
 def mask_interface(model, monkeypatch):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as functions
 
@@ -270,6 +275,8 @@ CHANGES = {
     "forward of the pooler's class": of_a_class(lambda model: type(model.pooler), "forward"),
     "forward of the encoder's class": of_a_class(lambda model: type(model.encoder), "forward"),
     "__call__ of all modules": of_a_class(lambda model: nn.Module, "__call__"),
+    "_call_impl of all modules": of_a_class(lambda model: nn.Module, "_call_impl"),
+    "forward of a class, wrapped by torch": wrapped_by_torch,
     "method of the class": of_a_class(type, MASKS),
     "method of the instance": method_of_an_instance,
     "function of the module": of_the_module(
