@@ -2,19 +2,38 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 
-def submodules(model: nn.Module) -> Iterator[nn.Module]:
+def submodules(model: nn.Module, *, in_lists: bool = True) -> list[nn.Module]:
     """A model and all modules in it, outer ones first, a shared one as often as it occurs.
 
     `nn.Module.modules` takes several times as long, since it makes a name and a generator for each.
+
+    Args:
+        in_lists: False: without those in a ModuleList, which layers are.
     """
     found = [model]
     for module in found:  # which grows
-        yield module
-        found.extend([child for child in module._modules.values() if child is not None])
+        children = module._modules
+        if children and (in_lists or not isinstance(module, nn.ModuleList)):
+            for child in children.values():
+                if child is not None:
+                    found.append(child)
+    return found
+
+
+def first_parameter(module: nn.Module, default: Any = None) -> Any:
+    """The first of `module.parameters()`, which makes a generator for each module until there; or the default."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        if child is not None and (parameter := first_parameter(child)) is not None:
+            return parameter
+    return default
 
 
 @contextlib.contextmanager

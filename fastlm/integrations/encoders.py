@@ -42,16 +42,21 @@ class EncoderPatch(Patch):
         # In transformers 4 it makes two masks of tokens × tokens, with and without padding.
         self.makes_masks = WINDOW_MASK in self.names
         self.mask_name = next((name for name in self.names if name in MASK_ARGUMENTS), MASK_ARGUMENTS[0])
-        self.description = new_description()
+        self.describe_anew()
         self.remember_forward()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy describes its own layers."""
-        return {name: value for name, value in self.__dict__.items() if name != "description"}
+        """A copy describes its own model."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("description", "surroundings")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, description=new_description())
+        self.__dict__.update(state)
+        self.describe_anew()
         self.remember_forward()
+
+    def describe_anew(self) -> None:
+        self.description = new_description()
+        self.surroundings: Any = None  # of direct.py
 
     def remember_forward(self) -> None:
         kind = type(self.module)

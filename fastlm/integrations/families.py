@@ -42,6 +42,17 @@ class Head(Description):
 
 
 @dataclasses.dataclass(frozen=True)
+class Base(Description):
+    """A model without head whose forward computes embeddings, runs the encoder on them, and no more that is read."""
+
+    name: str  # the class
+    encoder: str  # attribute
+    arguments: tuple[str, ...]  # of the forward, those that the embeddings take
+    embeddings: tuple[str, ...] = ("embeddings",)  # modules that run before the encoder, one on another's result
+    unread: tuple[str, ...] = ()  # modules whose result is none of the hidden states
+
+
+@dataclasses.dataclass(frozen=True)
 class Family(Description):
     """Classes of one modeling module of transformers, and the parts of its layer as module paths relative to the layer.
 
@@ -84,6 +95,7 @@ class Family(Description):
     mlp_norm: str
 
     # What some families have
+    base: Base | None = None  # if its hidden states can be computed without calling it
     layers: str = "layer"  # the encoder's list of layers
     encoder_input: Literal["hidden_states", "tokens"] = "hidden_states"  # tokens: it also embeds them and makes masks
     norm_class: str | None = None  # the class of the norms, in `module`; None: torch.nn.LayerNorm
@@ -182,13 +194,19 @@ BERT = Family(
     down="output.dense",
     mlp_dropout="output.dropout",
     mlp_norm="output.LayerNorm",
+    base=Base("BertModel", "encoder", ("input_ids", "token_type_ids"), unread=("pooler",)),
 )
 
 
-def bert_like(prefix: str, name: str, projection: str) -> Family:
-    """A family whose layers are BERT's, with a head for causal and one for masked language modelling."""
+def bert_like(prefix: str, name: str, projection: str, **base: Any) -> Family:
+    """A family whose layers are BERT's, with a head for causal and one for masked language modelling.
+
+    base: what differs in the model without head.
+    """
+    assert BERT.base is not None  # for mypy
     return dataclasses.replace(
         BERT,
+        base=dataclasses.replace(BERT.base, name=f"{prefix}Model", **base),
         module=f"transformers.models.{name}.modeling_{name}",
         layer=f"{prefix}Layer",
         encoder=f"{prefix}Encoder",
@@ -199,6 +217,9 @@ def bert_like(prefix: str, name: str, projection: str) -> Family:
     )
 
 
+# The projection exists if the embeddings have another width than the layers. There is no pooler.
+ELECTRA = {"embeddings": ("embeddings", "embeddings_project"), "unread": ()}
+
 MPNET = dataclasses.replace(
     BERT,
     module="transformers.models.mpnet.modeling_mpnet",
@@ -208,6 +229,7 @@ MPNET = dataclasses.replace(
     returns={"4.57": ("hidden_states", "attentions")},
     positions="relative",
     attention="attention.attn",
+    base=None,
     causal=("is_causal",),
     qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
     attention_dropout="attention.attn.dropout",
@@ -240,6 +262,7 @@ DISTILBERT = Family(
     down="ffn.lin2",
     mlp_dropout="ffn.dropout",
     mlp_norm="output_layer_norm",
+    base=Base("DistilBertModel", "transformer", ("input_ids",)),
 )
 
 LLAMA = Family(
@@ -404,7 +427,7 @@ FAMILIES = {
         bert_like("Roberta", "roberta", "lm_head.decoder"),
         bert_like("XLMRoberta", "xlm_roberta", "lm_head.decoder"),
         bert_like("Camembert", "camembert", "lm_head.decoder"),
-        bert_like("Electra", "electra", "generator_lm_head"),
+        bert_like("Electra", "electra", "generator_lm_head", **ELECTRA),
         DISTILBERT,
         MPNET,
         LLAMA,  # SmolLM and SmolLM 2 are Llamas

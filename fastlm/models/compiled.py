@@ -4,7 +4,8 @@ They may in calls without gradients, hooks, tracing and autocast, if modules and
 Layers are described to compiled code once. A description is valid until a module, attribute or parameter changes.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,31 +66,48 @@ class Unchanged(NamedTuple):
     """What must not change.
 
     The entry of each of `dicts` at the key is the value; None: there is no such entry. Those of `empty` are empty, and
-    the dicts of `hooks` have so many. `classes` are those of the modules, and `methods` what these have by each name.
+    those of `sized` have as many entries as `sizes` says. `classes` are those of the modules, and `methods` what each
+    of `owners` has by a name.
     """
 
-    num_layers: int
     modules: list[nn.Module]
     classes: list[Any]
-    methods: list[tuple[Any, str, Any]]
+    owners: tuple[Any, ...]
+    names: tuple[str, ...]
+    methods: tuple[Any, ...]
     dicts: tuple[dict[Any, Any], ...]
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
     empty: tuple[dict[Any, Any], ...]
-    hooks: list[tuple[dict[Any, Any], int]]
+    sized: list[Any]
+    sizes: list[int]
 
     @classmethod
     def of(cls, layers: nn.ModuleList, only: nn.Module | None = None) -> "Unchanged":
         """All that is in some layers, of which there is at least one. only: in this one of them."""
-        entries: list[tuple[dict[Any, Any], Any, Any]] = []
-        registries: list[dict[Any, Any]] = []
-        modules: list[nn.Module] = []
         siblings: Any = layers._modules
-        for name, layer in siblings.items():
-            if only is not None and layer is not only:
-                continue
-            entries.append((siblings, name, layer))
-            modules += layer.modules()
+        entries = [(siblings, name, layer) for name, layer in siblings.items() if only is None or layer is only]
+        modules = [module for _, _, layer in entries for module in layer.modules()]
+        return cls.watch(modules, entries, sized=[siblings])
+
+    @classmethod
+    def watch(
+        cls,
+        modules: list[nn.Module],
+        entries: list[tuple[Any, Any, Any]],
+        *,
+        methods: Iterable[tuple[Any, str, Any]] = (),
+        sized: Iterable[Any] = (),
+        registries: Iterable[dict[Any, Any]] = (),
+    ) -> "Unchanged":
+        """Attributes, parameters, children, hooks, classes and methods of modules; and what else is given.
+
+        Args:
+            entries: dict, key and value of each.
+            methods: class, name and method of each.
+            sized: dicts that keep their number of entries; most of `registries`, which do too, are empty.
+        """
+        entries, registries = [*entries], [*registries]
         for module in modules:
             attributes = vars(module)
             entries += [(attributes, key, value) for key, value in attributes.items() if not key.startswith("_")]
@@ -101,27 +119,32 @@ class Unchanged(NamedTuple):
                 entries += [(mapping, key, value) for key, value in mapping.items()]
         dicts, keys, values = zip(*entries, strict=True)
         classes = [*map(type, modules)]
+        of_classes = ((kind, name, method) for kind in {*classes} for name, method in methods_of(kind).items())
+        owners, names, functions = zip(*methods, *of_classes, strict=True)
+        sized = [*sized, *filter(None, registries)]
         return cls(
-            len(siblings),
             modules,
             classes,
-            [(kind, name, method) for kind in {*classes} for name, method in methods_of(kind).items()],
+            owners,
+            names,
+            functions,
             dicts,
             keys,
             values,
             empty=tuple(each for each in registries if not each),
-            hooks=[(each, len(each)) for each in registries if each],
+            sized=sized,
+            sizes=[*map(len, sized)],
         )
 
     def holds(self, layers: nn.ModuleList) -> bool:
         """Whether these are the layers, and nothing in them has changed."""
-        siblings: Any = layers._modules
+        return self.dicts[0] is layers._modules and self.still_holds()
+
+    def still_holds(self) -> bool:
         return (
-            self.dicts[0] is siblings
-            and self.num_layers == len(siblings)
-            and [*map(type, self.modules)] == self.classes
-            and all(getattr(kind, name, None) is method for kind, name, method in self.methods)
-            and all(len(each) == size for each, size in self.hooks)
+            [*map(type, self.modules)] == self.classes
+            and (*map(getattr, self.owners, self.names, itertools.repeat(None)),) == self.methods
+            and [*map(len, self.sized)] == self.sizes
             and kernels.unchanged(self.dicts, self.keys, self.values, self.empty)
         )
 

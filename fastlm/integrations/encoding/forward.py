@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from fastlm.core.errors import check_flag, check_integer, wrong_type
-from fastlm.core.modules import evaluation_mode, submodules
+from fastlm.core.modules import evaluation_mode, first_parameter, submodules
+from fastlm.integrations.direct import last_hidden_states
 from fastlm.integrations.encoders import EncoderPatch
 from fastlm.integrations.encoding.schedule import Item, batches
 from fastlm.integrations.encoding.tokens import Tokenizing
@@ -26,7 +27,9 @@ from fastlm.models.encoder import Encoder
 Results = Generator[tuple[list[int], Tensor], None, None]  # (indices, results) of one batch after another
 
 
-signature_of = functools.cache(inspect.signature)
+@functools.cache
+def argument_names(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 class Runner:
@@ -34,11 +37,11 @@ class Runner:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.names = set(signature_of(type(model).forward).parameters)
+        self.names = argument_names(type(model).forward)
         if isinstance(model, Encoder) and model.base_model.types is None:
-            self.names.discard("token_type_ids")
+            self.names -= {"token_type_ids"}
         self.options = {"use_cache": False} if "use_cache" in self.names else {}
-        self.device = next(model.parameters()).device
+        self.device = first_parameter(model).device
 
     def __call__(self, features: dict[str, Tensor]) -> Any:
         return self.model(**self.arguments(features), **self.options)
@@ -65,6 +68,8 @@ class Runner:
         """The last hidden states of each text, (tokens, width) in float32."""
         if isinstance(self.model, Encoder):
             return self.model.encode_packed(**self.arguments(features))[0].float().split(list(lengths))
+        if (rows := last_hidden_states(self.model, self.arguments(features), sum(lengths))) is not None:
+            return rows.float().split(list(lengths))
         with packed_output() as taken:
             output = self(features)[0]
         output = output.float()
@@ -74,7 +79,9 @@ class Runner:
 
 
 def unpads(model: nn.Module) -> bool:
-    return isinstance(model, Encoder) or any(isinstance(patch_of(module), EncoderPatch) for module in submodules(model))
+    if isinstance(model, Encoder):
+        return True
+    return any(isinstance(patch_of(module), EncoderPatch) for module in submodules(model, in_lists=False))
 
 
 def check_model(model: Any) -> None:
@@ -112,7 +119,7 @@ def gather(results: Results, total: int, unit: str, progress: bool | None) -> Te
         for indices, part in results:
             if out is None:
                 out = torch.empty(total, *part.shape[1:])
-            out[indices] = part
+            out.index_copy_(0, torch.tensor(indices), part)
             if bar is not None:
                 bar.update(len(indices))
     return out

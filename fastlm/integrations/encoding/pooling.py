@@ -48,4 +48,4 @@ def pool(texts: Sequence[Tensor], modes: Sequence[str], skip: int) -> Tensor:
         modes: whose vectors are concatenated.
         skip: the number of tokens of a prompt that is not pooled.
     """
-    return torch.stack([torch.cat([MODES[mode](rows, skip) for mode in modes]) for rows in texts])
+    return torch.cat([torch.stack([MODES[mode](rows, skip) for rows in texts]) for mode in modes], 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlm.core.errors import did_you_mean, mismatch, shown
+from fastlm.core.modules import first_parameter
 from fastlm.integrations.encoding.pooling import check_pooling
 from fastlm.integrations.encoding.tokens import one_line
 from fastlm.models.config import read_json
@@ -97,6 +98,7 @@ def from_model(model: Any) -> tuple[nn.Module, Any, Settings]:
     return transformer.auto_model, transformer.tokenizer, settings
 
 
+@functools.cache
 def kinds_of_modules() -> dict[type, str]:
     """The kind of each class of modules that is supported. A class derived from one may compute something else."""
     try:
@@ -107,7 +109,7 @@ def kinds_of_modules() -> dict[type, str]:
 
 
 def run_module(module: nn.Module, x: Tensor) -> Tensor:
-    parameter = next(module.parameters(), x)
+    parameter = first_parameter(module, x)
     return module({SENTENCE: x.to(parameter.device, parameter.dtype)})[SENTENCE].float()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -111,14 +112,20 @@ class Tokenizing:
 
     def pad(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """The features of a batch, padded at the end, with the mask."""
-        padding = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
-        longest = max(item.tokens for item in items)
-        rows = {
-            name: [item.features[name] + [padding[name]] * (longest - item.tokens) for item in items]
-            for name in items[0].features
-        }
-        rows["attention_mask"] = [[1] * item.tokens + [0] * (longest - item.tokens) for item in items]
-        return {name: torch.tensor(ids) for name, ids in rows.items()}
+        lengths = [item.tokens for item in items]
+        longest = max(lengths)
+        rows = {name: [item.features[name] for item in items] for name in items[0].features}
+        if min(lengths) < longest:
+            padding = {
+                "input_ids": self.tokenizer.pad_token_id or 0,
+                "token_type_ids": self.tokenizer.pad_token_type_id,
+            }
+            for name, values in rows.items():
+                rows[name] = [ids + [padding[name]] * (longest - len(ids)) for ids in values]
+        mask = numpy.arange(longest) < numpy.array(lengths)[:, None]
+        arrays = {**{name: numpy.array(values) for name, values in rows.items()}, "attention_mask": mask}
+        # Faster than torch.tensor of lists.
+        return {name: torch.from_numpy(values.astype(numpy.int64)) for name, values in arrays.items()}
 
 
 def one_line(error: BaseException) -> str:
@@ -173,7 +180,7 @@ def length_limit(model: nn.Module) -> int:
         return model.config.context
     limit = getattr(model.config, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 0 else LARGEST_LENGTH
-    for module in submodules(model):
+    for module in submodules(model, in_lists=False):  # layers have none
         table = module._modules.get("position_embeddings")
         # RoBERTa and its relatives count positions from the id of padding on.
         if isinstance(table, nn.Embedding) and table.padding_idx is not None:
