@@ -121,8 +121,9 @@ def is_as_written(kind: Any) -> bool:
     function, library = kind.forward, f"{owner.__module__.partition('.')[0]}."
     if library not in LIBRARIES or function.__qualname__ != f"{owner.__qualname__}.forward":
         return False
+    homes: tuple[str, ...] = (library,)
     while function is not None:  # and each that it wraps
-        if not getattr(function, "__globals__", {}).get("__name__", "").startswith(library):
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith(homes):
             return False
-        function, library = getattr(function, "__wrapped__", None), LIBRARIES
+        function, homes = getattr(function, "__wrapped__", None), LIBRARIES
     return True
