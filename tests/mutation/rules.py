@@ -9,9 +9,11 @@ import re
 from tests.mutation.mutation import Mutation
 
 FILES = {
-    r"/simd|/vmath|/tiles_amx|/intrinsics\.cuh|/vec\.cuh": "instructions, on which every test of an operator runs",
+    r"/simd|/vmath|/intrinsics\.cuh|/vec\.cuh": "instructions, on which every test of an operator runs",
+    r"amx": "instructions that are not those of the mutants",
     r"/peak\.h|cpu_features|device\.": "measures or describes the machine, and computes nothing",
-    r"/launch\.(cuh|py)|/interpreter\.py|/configs\.py|/sizes\.py|/__init__\.py": "launches, and the sizes of tiles",
+    r"/launch\.(cuh|py)|/plan\.py|/copies\.py|/interpreter\.py": "launches",
+    r"/configs\.py|/sizes\.py|/__init__\.py": "the sizes of tiles",
     r"/threads\.h|/streaming\.h": "which thread computes a part, and how results reach memory",
     r"/spec\.py|/gpu\.py|/(sdpa|varlen|packed)\.py": "FLOPs, bytes and errors, compared by test_every_operator.py",
 }
@@ -22,6 +24,7 @@ STATEMENTS = {
     r"\bchunk\b": "how many rows of logits exist at a time",
     r": nullptr;": "a bound of what is read, for the sanitizers",
     r"launch": "how kernels are launched",
+    r"in_lanes|multiply_columns": "only with a fused multiply-add, which the instruction set of the mutants lacks",
     r"max_of_splits = ": "the maximum only keeps exponentials in range",
     r"^active$": "dropout of nothing, where none is",
     r"scratch|make_buffer|padded|reserve|resize|aligned|alloc": "the size and the layout of working memory",

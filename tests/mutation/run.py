@@ -80,7 +80,7 @@ def test_files(file: str) -> list[str]:
     own = [test for test in tests if operator and operator_of(test.stem.removeprefix("test_")) == operator]
     if path.parts[0] == "kernels" and operator == "attention":
         own.insert(0, ROOT / "tests/kernels/test_paths.py")  # the branches of the attention kernels
-    own = own or [test for test in tests if name in test.read_text()]
+    own = own or [test for test in [*tests, *sorted(ROOT.glob("tests/models/test_*.py"))] if name in test.read_text()]
     shared = [test for test in tests if test.stem == "test_every_operator" and path.stem in ("api", "autograd")]
     return [str(test.relative_to(ROOT)) for test in [*own, *shared] or tests]
 

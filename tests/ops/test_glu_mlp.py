@@ -62,6 +62,19 @@ def test_gate_and_up_are_the_vendors_products(backend, monkeypatch):
     assert_same_bits((gate, up), (F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)))
 
 
+@pytest.mark.unsampled
+@on_backends("triton")
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_pointwise_kernels_beside_the_vendors_products(recompute, backend, monkeypatch):
+    set_architecture(monkeypatch.setattr, "sm_90")
+    assert_within_twice_torch(
+        lambda *t: fastlm.glu_mlp(*t, recompute=recompute, backend=backend),
+        torch_own("silu"),
+        inputs_for((67, 33), 70, 17),
+        torch.bfloat16,
+    )
+
+
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation, recompute", [("silu", 0), ("gelu", 1), ("gelu_tanh", 2), ("relu", 1)])

@@ -58,6 +58,19 @@ def test_as_close_to_float64_as_torch(
 
 
 @on_every_backend
+def test_smoothing_of_a_wide_vocabulary(backend):
+    """Its maximum is not among the first logits that are read."""
+    vocab = 9000
+    w = floats(vocab, 5) + torch.linspace(0, 3, vocab)[:, None]
+    assert_within_twice_torch(
+        lambda *t: fastlm.linear_cross_entropy(*t, targets(vocab, 2), label_smoothing=0.3, backend=backend),
+        torch_own(targets(vocab, 2), label_smoothing=0.3),
+        (floats(2, 5).abs(), w),
+        torch.float32,
+    )
+
+
+@on_every_backend
 def test_smoothing_of_large_logits_that_are_nearly_equal(backend):
     """The loss is log(vocab): a mean of such logits would be off by their rounding."""
     x, w = torch.full((3, 1), 5000.3), torch.ones(999, 1)
