@@ -24,6 +24,7 @@ STATEMENTS = {
     r"\bchunk\b": "how many rows of logits exist at a time",
     r": nullptr;": "a bound of what is read, for the sanitizers",
     r"launch": "how kernels are launched",
+    r"is_cuda": "on a GPU only, where no mutant runs",
     r"in_lanes|multiply_columns": "only with a fused multiply-add, which the instruction set of the mutants lacks",
     r"max_of_splits = ": "the maximum only keeps exponentials in range",
     r"^active$": "dropout of nothing, where none is",
