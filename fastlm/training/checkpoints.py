@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -53,6 +54,8 @@ TENSORS, METRICS, SUMS = "training.safetensors", "training.json", "SHA256SUMS"
 INDEX = ".metadata"  # of the files of torch.distributed.checkpoint
 NEEDED = {CONFIG, "model.safetensors", "tokenizer.json", METRICS}
 LOSSES = "losses"  # the name of their tensor; a skipped step may have one that is not finite
+FINITE_PART = 2**20  # elements that are checked at a time
+BFLOAT16_INF = 0x7F80  # the bits of infinity, all of which are set in NaN
 MODEL = "model."  # prefix of the model's tensors among those that are copied
 
 Evaluation = tuple[int, float, float]  # step, training loss, validation loss
@@ -352,9 +355,21 @@ def with_place_of(tensor: Any, copy: Tensor) -> Tensor:
 
 def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
     for name, tensor in tensors.items():
-        if name != LOSSES and tensor.is_floating_point() and not local_of(tensor).isfinite().all():
+        if name != LOSSES and tensor.is_floating_point() and not is_finite(local_of(tensor)):
             expected = f"a learning rate with finite weights and moments (at step {step} {name} is not finite)"
             raise mismatch("lr", expected, "a larger one")
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all elements of a contiguous tensor in main memory are finite.
+
+    By numpy, as PyTorch's operators would start threads of this thread. With more threads than cores, libgomp's do not
+    wait for the next parallel loop any more but sleep, and each loop of the training has to wake them.
+    """
+    bits = x.dtype == torch.bfloat16  # which numpy does not have
+    values = (x.view(torch.int16) if bits else x).reshape(-1).numpy()
+    parts = (values[i : i + FINITE_PART] for i in range(0, len(values), FINITE_PART))
+    return all((part & BFLOAT16_INF != BFLOAT16_INF).all() if bits else numpy.isfinite(part).all() for part in parts)
 
 
 def flush(path: Path) -> None:
