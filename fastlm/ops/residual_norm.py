@@ -72,17 +72,15 @@ class ResidualNorm(Operator):
         return dx if needs_dx else None, dresidual if needs_dresidual else None, *gradients
 
 
-def native_eps(eps: float, dtype: torch.dtype) -> float:
-    """eps for PyTorch's operators, which cast it to float32: a larger one would be infinite there, and rstd 0."""
-    return eps if dtype == torch.float64 else min(eps, torch.finfo(torch.float32).max)
-
-
-def show_overflow(y: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def show_overflow(y: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """NaN in the rows whose sum of squares overflows: PyTorch's rstd is 0 there, which makes y the bias.
 
     Args:
         rstd: like y with a last dimension of 1.
+        eps: of the norm. If it is infinite in the dtype of rstd, every rstd is 0, and rightly.
     """
+    if eps > torch.finfo(rstd.dtype).max:
+        return y, rstd
     if rstd.is_cpu and rstd.all():  # elsewhere the question would synchronise
         return y, rstd
     hidden = rstd == 0

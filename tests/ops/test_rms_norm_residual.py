@@ -264,9 +264,9 @@ def test_dropout_follows_the_definition(width, residual_dtype, backend):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_eps_beyond_float32_leaves_almost_nothing(dtype, backend):
+def test_an_eps_beyond_float32_leaves_nothing(dtype, backend):
     y, _ = fastlm.rms_norm_residual(floats(3, 45).to(dtype), None, floats(45).to(dtype), 1e300, backend=backend)
-    assert y.abs().max() < 1e-17
+    assert not y.any()
 
 
 def call(**changed):

@@ -7,7 +7,7 @@ from fastlm.backends import torch as native
 from fastlm.backends.contract import Implementation
 from fastlm.backends.reference import widen
 from fastlm.core.autocast import no_autocast
-from fastlm.ops.residual_norm import native_eps, show_overflow
+from fastlm.ops.residual_norm import show_overflow
 from fastlm.ops.rms_norm_residual.reference import backward
 from fastlm.ops.rms_norm_residual.spec import Forward, Sizes
 
@@ -28,8 +28,8 @@ def forward(call: Forward):
     summed = None if residual is None else torch.add(residual, x).contiguous()
     # In float32: PyTorch's RMSNorm multiplies before it rounds, and Llama's after.
     (wide,) = widen(x if summed is None else summed)
-    normalized, rstd = torch.ops.aten._fused_rms_norm(wide, weight.shape, None, native_eps(call.eps, x.dtype))
-    normalized, rstd = show_overflow(normalized, rstd)
+    normalized, rstd = torch.ops.aten._fused_rms_norm(wide, weight.shape, None, call.eps)
+    normalized, rstd = show_overflow(normalized, rstd, call.eps)
     if not call.unit_offset:
         normalized = normalized.to(x.dtype)
     y = (normalized * factors(weight, call.unit_offset)).to(x.dtype)
