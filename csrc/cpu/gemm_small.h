@@ -295,8 +295,8 @@ void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands
     for (int64_t column = col_vecs * part / parts * L; column < end; column += group_columns) {
       const int64_t columns = std::min(group_columns, end - column);
       for (size_t source = 0; source < Count; ++source)
-        (in_lanes ? sums_in_lanes<Arithmetic, TB> : small_m_sums<Arithmetic, TB>)(
-            m, columns, k, packed_a, b[source].from(column, 0), totals[source]);
+        (in_lanes ? sums_in_lanes<Arithmetic, TB>
+                  : small_m_sums<Arithmetic, TB>)(m, columns, k, packed_a, b[source].from(column, 0), totals[source]);
       for (int64_t r = 0; r < m; ++r)
         sweep(columns, [&](int64_t j, auto span) {
           finish_vector<Arithmetic, Count>(totals[0] + j * m + r * L, MaxSmallMSums, r, column + j, span, epilogue);
@@ -409,11 +409,10 @@ void multiply_transposed(int64_t m, int64_t n, int64_t k, operand<TA> a, operand
 }
 
 // Compiled once, with the linear operator, for the types whose arithmetic has a small-m product.
-#define FASTLM_SMALL_M_SUMS(prefix, T)                                                                          \
-  prefix template void small_m_sums<arithmetic_for<T>, T>(int64_t, int64_t, int64_t, const float*, operand<T>,   \
-                                                          float*);                                              \
-  prefix template void sums_in_lanes<arithmetic_for<T>, T>(int64_t, int64_t, int64_t, const float*, operand<T>, \
-                                                           float*);
+#define FASTLM_SMALL_M_SUMS(prefix, T)                                                                         \
+  prefix template void small_m_sums<arithmetic_for<T>, T>(int64_t, int64_t, int64_t, const float*, operand<T>, \
+                                                          float*);                                             \
+  prefix template void sums_in_lanes<arithmetic_for<T>, T>(int64_t, int64_t, int64_t, const float*, operand<T>, float*);
 #if defined(__AMX_BF16__)
 #define FASTLM_SMALL_M(prefix) FASTLM_SMALL_M_SUMS(prefix, float) FASTLM_SMALL_M_SUMS(prefix, fp16)
 #else
