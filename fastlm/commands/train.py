@@ -355,11 +355,14 @@ def sampler(settings: Settings, corpus: data.Corpus) -> Callable[[nn.Module], st
 
 
 def peak_speed(settings: Settings, model: Any, device: torch.device, processes: int) -> float | None:
-    """Tokens/s at the peak of this machine's arithmetic; None where it is not known."""
-    if device.type != "cpu" or settings.lora or settings.dtype == "float16":
+    """Tokens/s at the peak of this machine's arithmetic; None on a GPU, whose peak is not measured here."""
+    if device.type != "cpu":
         return None
-    flops = peak(torch.get_num_threads(), getattr(torch, settings.dtype))
-    return processes * settings.tokens_per_step * flops / flops_of_step(model, settings)
+    # Kernels widen float16 to float32.
+    dtype = torch.float32 if settings.dtype == "float16" else getattr(torch, settings.dtype)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad) if settings.lora else None
+    needed = flops_of_step(model.own[0] if settings.lora else model, settings, adapters)
+    return processes * settings.tokens_per_step * peak(torch.get_num_threads(), dtype) / needed
 
 
 def describe_devices(device: torch.device, group: Group, settings: Settings) -> str:

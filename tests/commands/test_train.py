@@ -529,10 +529,13 @@ def test_interrupted_while_modules_are_imported(text_file, tmp_path, library):
     assert (running.returncode, output, errors) == (130, "", "interrupted\n")
 
 
-def test_the_bar_in_a_wide_terminal(text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["float32", "float16", "adapters"])
+def test_the_bar_in_a_wide_terminal(kind, decoder, text_file, tmp_path, monkeypatch):
     wide = rich.console.Console(force_terminal=True, width=160, file=io.StringIO(), highlight=False)
     monkeypatch.setattr(display, "console", wide)
-    run("train", text_file, *TINY, "--out", tmp_path / "out")
+    adapters = ["--init", decoder, "--lora", 4, "--context", 32, "--batch", 4, "--steps", 4, "--threads", 1]
+    options = adapters if kind == "adapters" else [*TINY, "--dtype", kind]
+    run("train", text_file, *options, "--out", tmp_path / "out")
     assert re.search(r"tokens/s [^\n]*\d+ % of peak, \d+\.\d GiB", wide.file.getvalue())
 
 

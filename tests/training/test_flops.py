@@ -27,6 +27,14 @@ def test_a_llama():
     assert found == 3 * (6 * products + 3.5 * 4 * 2 * 32)
 
 
+def test_adapters():
+    """Frozen weights have no gradient: two products in place of three."""
+    settings = Settings(layers=1, heads=2, width=32, context=3, batch=1)
+    model = build(settings, byte_tokenizer(masked=False))
+    products, attention = 12 * 32 * 32 + 256 * 32, 3.5 * 4 * 2 * 32
+    assert flops_of_step(model, settings, adapters=100) == 3 * (4 * products + 6 * 100 + attention)
+
+
 def test_an_encoder_with_an_embedding_projection():
     """ELECTRA widens embeddings for every token. Its head narrows predicted ones and multiplies them by the table."""
     config = ElectraConfig(
