@@ -1,27 +1,29 @@
 """Walks over the modules of a model at a small cost: encoding one short text takes little longer than these."""
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 
-def submodules(model: nn.Module, *, in_lists: bool = True) -> list[nn.Module]:
+def submodules(model: nn.Module, *, of_each_list: int | None = None) -> list[nn.Module]:
     """A model and all modules in it, outer ones first, a shared one as often as it occurs.
 
     `nn.Module.modules` takes several times as long, since it makes a name and a generator for each.
 
     Args:
-        in_lists: False: without those in a ModuleList, which layers are.
+        of_each_list: how many modules of a ModuleList, as which models have their layers; None: all.
     """
     found = [model]
     for module in found:  # which grows
-        children = module._modules
-        if children and (in_lists or not isinstance(module, nn.ModuleList)):
-            for child in children.values():
-                if child is not None:
-                    found.append(child)
+        children: Iterable[nn.Module | None] = module._modules.values()
+        if of_each_list is not None and isinstance(module, nn.ModuleList):
+            children = itertools.islice(children, of_each_list)
+        for child in children:
+            if child is not None:
+                found.append(child)
     return found
 
 

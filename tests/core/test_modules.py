@@ -20,7 +20,8 @@ def test_all_modules_and_those_outside_lists():
     model = Model()
     assert set(submodules(model)) == set(model.modules()) and submodules(model)[0] is model
     outside = [model, model.embeddings, model.layers, *model.embeddings]
-    assert submodules(model, in_lists=False) == outside
+    assert submodules(model, of_each_list=0) == outside
+    assert submodules(model, of_each_list=1) == [*outside, model.layers[0]]
     model.layers.append(model.layers[0])  # shared
     assert submodules(model).count(model.layers[0]) == 2
 

@@ -141,4 +141,4 @@ def encode(
 def is_causal(model: nn.Module) -> bool:
     if isinstance(model, PretrainedModel):
         return not isinstance(model, Encoder)
-    return any(getattr(module, "is_causal", False) is True for module in submodules(model))
+    return any(getattr(module, "is_causal", False) is True for module in submodules(model, of_each_list=1))

@@ -81,7 +81,7 @@ class Runner:
 def unpads(model: nn.Module) -> bool:
     if isinstance(model, Encoder):
         return True
-    return any(isinstance(patch_of(module), EncoderPatch) for module in submodules(model, in_lists=False))
+    return any(isinstance(patch_of(module), EncoderPatch) for module in submodules(model, of_each_list=0))
 
 
 def check_model(model: Any) -> None:

@@ -48,4 +48,5 @@ def pool(texts: Sequence[Tensor], modes: Sequence[str], skip: int) -> Tensor:
         modes: whose vectors are concatenated.
         skip: the number of tokens of a prompt that is not pooled.
     """
-    return torch.cat([torch.stack([MODES[mode](rows, skip) for rows in texts]) for mode in modes], 1)
+    vectors = [torch.stack([MODES[mode](rows, skip) for rows in texts]) for mode in modes]
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors, 1)

@@ -122,10 +122,9 @@ class Tokenizing:
             }
             for name, values in rows.items():
                 rows[name] = [ids + [padding[name]] * (longest - len(ids)) for ids in values]
-        mask = numpy.arange(longest) < numpy.array(lengths)[:, None]
-        arrays = {**{name: numpy.array(values) for name, values in rows.items()}, "attention_mask": mask}
+        rows["attention_mask"] = [[1] * length + [0] * (longest - length) for length in lengths]
         # Faster than torch.tensor of lists.
-        return {name: torch.from_numpy(values.astype(numpy.int64)) for name, values in arrays.items()}
+        return {name: torch.from_numpy(numpy.array(values, numpy.int64)) for name, values in rows.items()}
 
 
 def one_line(error: BaseException) -> str:
@@ -180,7 +179,7 @@ def length_limit(model: nn.Module) -> int:
         return model.config.context
     limit = getattr(model.config, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 0 else LARGEST_LENGTH
-    for module in submodules(model, in_lists=False):  # layers have none
+    for module in submodules(model, of_each_list=0):  # layers have none
         table = module._modules.get("position_embeddings")
         # RoBERTa and its relatives count positions from the id of padding on.
         if isinstance(table, nn.Embedding) and table.padding_idx is not None:
