@@ -21,11 +21,12 @@ from fastlm.models.packing import Gather, packed
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 COMPILED = "_compiled_call_impl"  # by module.compile()
 LIBRARIES = ("torch.", "transformers.")
+TABLES = ("word_embeddings", "token_type_embeddings", "position_embeddings")
 function_modes = torch._C._len_torch_function_stack
 
 
 def last_hidden_states(model: Any, features: dict[str, Tensor], real: int) -> Tensor | None:
-    """The last hidden states of the real tokens, with the bits of a call of the model.
+    """The last hidden states of the real tokens in evaluation mode, with the bits of a call of the model.
 
     Args:
         features: the arguments of the call: (batch, tokens) each, with a mask of 0 at padding, which is at the end.
@@ -37,17 +38,22 @@ def last_hidden_states(model: Any, features: dict[str, Tensor], real: int) -> Te
     family = FAMILIES.get(type(model).__module__)
     if family is None or family.base is None:
         return None
-    base, ids = family.base, features["input_ids"]
-    encoder: Any = model._modules.get(base.encoder)
+    base, modules, ids = family.base, model._modules, features["input_ids"]
+    encoder: Any = modules.get(base.encoder)
     patch = None if encoder is None else patch_of(encoder)
     if not isinstance(patch, EncoderPatch) or captured_outputs() or not may_skip_modules(ids) or function_modes():
         return None
     layers = patch.description.layers(encoder._modules.get(family.layers))
-    if layers is None or not are_plain(patch, model, family, base):
+    if layers is None or not (around := surroundings(patch, model, family, base)).are_plain:
         return None
-    x = model._modules[base.embeddings[0]](**{name: features[name] for name in base.arguments if name in features})
-    for name in base.embeddings[1:]:
-        if (module := model._modules.get(name)) is not None:
+    first, *others = base.embeddings
+    arguments = {name: features[name] for name in base.arguments if name in features}
+    if around.sum_tables and len(arguments) == len(base.arguments):  # the module has defaults for the others
+        x: Any = sum_of_tables(modules[first], **arguments)
+    else:
+        x = modules[first](**arguments)
+    for name in others:
+        if (module := modules.get(name)) is not None:
             x = module(x)
     # What was computed until here has no effect, so the model may be called all the same.
     if type(x) is not Tensor or x.dim() != 3 or not may_skip_modules(x):
@@ -61,22 +67,22 @@ def last_hidden_states(model: Any, features: dict[str, Tensor], real: int) -> Te
 
 
 class Surroundings(NamedTuple):
-    """What is around the layers of a model, and whether its forward may be skipped while that is unchanged."""
+    """What is around the layers of a model, and what that is while it is unchanged."""
 
     model: nn.Module
     unchanged: Unchanged
-    are_plain: bool
-
-
-def are_plain(patch: EncoderPatch, model: Any, family: Family, base: Base) -> bool:
-    """Whether the forward around the layers calls only modules that are as they were written."""
-    known: Surroundings | None = patch.surroundings
-    if known is None or known.model is not model or not known.unchanged.still_holds():
-        known = patch.surroundings = surroundings(patch, model, family, base)
-    return known.are_plain
+    are_plain: bool  # the model's forward may be skipped
+    sum_tables: bool  # `sum_of_tables` may run in place of the first of the embeddings
 
 
 def surroundings(patch: EncoderPatch, model: Any, family: Family, base: Base) -> Surroundings:
+    known: Surroundings | None = patch.surroundings
+    if known is None or known.model is not model or not known.unchanged.still_holds():
+        known = patch.surroundings = describe(patch, model, family, base)
+    return known
+
+
+def describe(patch: EncoderPatch, model: Any, family: Family, base: Base) -> Surroundings:
     encoder, config, written = patch.module, model.config, sys.modules[family.module]
     modules = [model, encoder]
     for name in (*base.embeddings, *base.unread):
@@ -100,7 +106,34 @@ def surroundings(patch: EncoderPatch, model: Any, family: Family, base: Base) ->
         and all(is_called_by_class(module) for module in modules)
         and not any(getattr(config, name, None) for name in ("is_decoder", "is_causal", *OUTPUTS))
     )
-    return Surroundings(model, unchanged, plain)
+    sum_tables = plain and base.sums_tables and are_tables(model._modules[base.embeddings[0]])
+    return Surroundings(model, unchanged, plain, sum_tables)
+
+
+def are_tables(embeddings: Any) -> bool:
+    """Whether the parts of embeddings are those that `sum_of_tables` reads."""
+    parts = embeddings._modules
+    return (
+        type(parts.get("LayerNorm")) is nn.LayerNorm
+        and type(parts.get("dropout")) is nn.Dropout
+        and all(type(parts[name]) is nn.Embedding and parts[name].max_norm is None for name in TABLES if name in parts)
+        and getattr(embeddings, "position_embedding_type", "absolute") == "absolute"  # transformers 4
+    )
+
+
+def sum_of_tables(embeddings: Any, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    """The result and bits of embeddings, without calling the modules in them."""
+    parts, positions = embeddings._modules, embeddings._buffers["position_ids"][:, : input_ids.shape[1]]
+    indices = (input_ids, token_type_ids, positions)
+    rows = [
+        torch.embedding(parts[name]._parameters["weight"], index)
+        for name, index in zip(TABLES, indices, strict=True)
+        if index is not None
+    ]
+    x = sum(rows[1:], rows[0])
+    norm = parts["LayerNorm"]
+    weight, bias = norm._parameters.values()
+    return torch.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def is_called_by_class(module: nn.Module) -> bool:

@@ -50,6 +50,9 @@ class Base(Description):
     arguments: tuple[str, ...]  # of the forward, those that the embeddings take
     embeddings: tuple[str, ...] = ("embeddings",)  # modules that run before the encoder, one on another's result
     unread: tuple[str, ...] = ()  # modules whose result is none of the hidden states
+    # The first of `embeddings` computes LayerNorm of the sum of word_embeddings, token_type_embeddings, if it has them,
+    # and position_embeddings at the buffer `position_ids`.
+    sums_tables: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,19 +197,19 @@ BERT = Family(
     down="output.dense",
     mlp_dropout="output.dropout",
     mlp_norm="output.LayerNorm",
-    base=Base("BertModel", "encoder", ("input_ids", "token_type_ids"), unread=("pooler",)),
+    base=Base("BertModel", "encoder", ("input_ids", "token_type_ids"), unread=("pooler",), sums_tables=True),
 )
 
 
 def bert_like(prefix: str, name: str, projection: str, **base: Any) -> Family:
     """A family whose layers are BERT's, with a head for causal and one for masked language modelling.
 
-    base: what differs in the model without head.
+    base: what differs in the model without head, where positions are counted from the padding's id on by default.
     """
     assert BERT.base is not None  # for mypy
     return dataclasses.replace(
         BERT,
-        base=dataclasses.replace(BERT.base, name=f"{prefix}Model", **base),
+        base=dataclasses.replace(BERT.base, name=f"{prefix}Model", **{"sums_tables": False} | base),
         module=f"transformers.models.{name}.modeling_{name}",
         layer=f"{prefix}Layer",
         encoder=f"{prefix}Encoder",
@@ -218,7 +221,7 @@ def bert_like(prefix: str, name: str, projection: str, **base: Any) -> Family:
 
 
 # The projection exists if the embeddings have another width than the layers. There is no pooler.
-ELECTRA = {"embeddings": ("embeddings", "embeddings_project"), "unread": ()}
+ELECTRA = {"embeddings": ("embeddings", "embeddings_project"), "unread": (), "sums_tables": True}
 
 MPNET = dataclasses.replace(
     BERT,
@@ -262,7 +265,7 @@ DISTILBERT = Family(
     down="ffn.lin2",
     mlp_dropout="ffn.dropout",
     mlp_norm="output_layer_norm",
-    base=Base("DistilBertModel", "transformer", ("input_ids",)),
+    base=Base("DistilBertModel", "transformer", ("input_ids",), sums_tables=True),
 )
 
 LLAMA = Family(

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastlm
 from fastlm.backends import isa
 from fastlm.integrations.capture import captured_outputs
+from fastlm.integrations.direct import are_tables, sum_of_tables
 from fastlm.integrations.encoding import forward
 from tests.encoding.support import texts, tokenizer
 from tests.integrations.support import V5, tiny
@@ -54,10 +55,10 @@ def is_direct(monkeypatch):
 def by_call(monkeypatch):
     """Embeddings by a call of the model."""
 
-    def run(*arguments):
+    def run(*arguments, **options):
         with monkeypatch.context() as patched:
             patched.setattr(forward, "last_hidden_states", lambda *_: None)
-            return encode(*arguments)
+            return encode(*arguments, **options)
 
     return run
 
@@ -66,19 +67,25 @@ def new(family="Bert", **changes):
     return fastlm.accelerate(tiny(family, **changes))
 
 
-def encode(model, found=TEXTS, budget=4096):
-    return fastlm.encode(model, found, tokenizer=tokenizer(), max_tokens_per_batch=budget)
+def encode(model, found=TEXTS, budget=4096, words=None):
+    return fastlm.encode(model, found, tokenizer=words or tokenizer(), max_tokens_per_batch=budget)
+
+
+def with_types():
+    """A tokenizer that gives types of tokens, as BERT's."""
+    return tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("words", [tokenizer, with_types], ids=["no types", "types"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bits_of_the_call(family, dtype, is_direct, by_call):
-    model = new(family).to(dtype)
+def test_bits_of_the_call(family, words, dtype, is_direct, by_call):
+    model, words = new(family).to(dtype), words()
     for found, budget in ((TEXTS, 4096), (TEXTS, 20), (TEXTS[:1], 4096), ([TEXTS[0]] * 3, 4096)):
         is_direct.clear()
-        direct = encode(model, found, budget)
+        direct = encode(model, found, budget, words)
         assert all(is_direct) and (len(is_direct) > 1) == (budget == 20)
-        assert torch.equal(direct, by_call(model, found, budget))
+        assert torch.equal(direct, by_call(model, found, budget, words))
 
 
 def test_electra_of_one_width_and_a_model_with_a_head(is_direct, by_call):
@@ -88,10 +95,9 @@ def test_electra_of_one_width_and_a_model_with_a_head(is_direct, by_call):
 
 
 def test_nothing_else_is_called():
-    """Of transformers, one text calls the embeddings and the tokenizer."""
-    model, called = new(), set()
-    encode(model, TEXTS[:1])
-    words = tokenizer()
+    """Of transformers, one text calls the tokenizer."""
+    model, called, words = new(), set(), with_types()
+    encode(model, TEXTS[:1], words=words)
 
     def record(frame, event, argument):
         if event == "call" and frame.f_globals.get("__name__", "").startswith("transformers."):
@@ -102,9 +108,45 @@ def test_nothing_else_is_called():
         fastlm.encode(model, TEXTS[:1], tokenizer=words)
     finally:
         sys.setprofile(None)
-    modeling = {each for each in called if each[0].startswith(("transformers.models.", "transformers.mask"))}
-    assert modeling == {("transformers.models.bert.modeling_bert", "BertEmbeddings.forward")}
+    assert called and not {each for each in called if each[0].startswith(("transformers.models.", "transformers.mask"))}
     assert not {name for _, name in called if "wrapper" in name or "ModelOutput" in name}
+
+
+@pytest.mark.parametrize("family", ["Bert", "Electra", "DistilBert"])
+def test_types_and_positions(family):
+    embeddings = tiny(family).embeddings.eval()
+    ids = torch.randint(5, (3, 7))
+    given = {} if family == "DistilBert" else {"token_type_ids": torch.randint(2, (3, 7))}
+    with torch.no_grad():
+        embeddings._buffers["position_ids"] = embeddings.position_ids.flip(1)
+        assert are_tables(embeddings)
+        assert torch.equal(sum_of_tables(embeddings, ids, **given), embeddings(input_ids=ids, **given))
+
+
+def other_norm(embeddings):
+    embeddings.LayerNorm = nn.RMSNorm(embeddings.LayerNorm.normalized_shape)
+
+
+def other_dropout(embeddings):
+    embeddings.dropout = nn.Tanh()
+
+
+def largest_norm(embeddings):
+    embeddings.word_embeddings.max_norm = 0.1
+
+
+def no_positions(embeddings):
+    embeddings.position_embedding_type = "relative_key"
+
+
+@pytest.mark.parametrize("change", [other_norm, other_dropout, largest_norm, no_positions])
+def test_other_parts_of_the_embeddings_are_called(change, is_direct, by_call):
+    model, words = new(), with_types()
+    encode(model, words=words)
+    change(model.embeddings)
+    # Not with the same bits: max_norm scales the weights at every call.
+    torch.testing.assert_close(encode(model, words=words), by_call(model, words=words))
+    assert is_direct == [True] * 2
 
 
 # What can be observed, before and after a direct call. Each changes a model and returns a list to which calls append,
