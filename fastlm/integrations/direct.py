@@ -35,15 +35,11 @@ def last_hidden_states(model: Any, features: dict[str, Tensor], real: int) -> Te
     Returns:
         (real tokens, width); None: the model must be called.
     """
-    family = FAMILIES.get(type(model).__module__)
-    if family is None or family.base is None:
+    found, ids = encoder_of(model), features["input_ids"]
+    if found is None or captured_outputs() or not may_skip_modules(ids) or function_modes():
         return None
-    base, modules, ids = family.base, model._modules, features["input_ids"]
-    encoder: Any = modules.get(base.encoder)
-    patch = None if encoder is None else patch_of(encoder)
-    if not isinstance(patch, EncoderPatch) or captured_outputs() or not may_skip_modules(ids) or function_modes():
-        return None
-    layers = patch.description.layers(encoder._modules.get(family.layers))
+    patch, family, base, modules = *found, model._modules
+    layers = patch.description.layers(patch.module._modules.get(family.layers))
     if layers is None or not (around := surroundings(patch, model, family, base)).are_plain:
         return None
     first, *others = base.embeddings
@@ -58,12 +54,32 @@ def last_hidden_states(model: Any, features: dict[str, Tensor], real: int) -> Te
     # What was computed until here has no effect, so the model may be called all the same.
     if type(x) is not Tensor or x.dim() != 3 or not may_skip_modules(x):
         return None
-    found = None
+    where = None
     if real < ids.numel():
-        found = packed(features["attention_mask"] != 0, real)
-        x = Gather.apply(x.flatten(0, 1), found.index)[None]
-    x = encode_layers(layers, x, found)
+        where = packed(features["attention_mask"] != 0, real)
+        x = Gather.apply(x.flatten(0, 1), where.index)[None]
+    x = encode_layers(layers, x, where)
     return None if x is None else x.flatten(0, 1)
+
+
+def is_unchanged(model: Any) -> bool:
+    """Whether `last_hidden_states` has computed in place of a model, which has not changed since: it drops nothing."""
+    found = encoder_of(model)
+    if found is None:
+        return False
+    patch, family, _ = found
+    known: Surroundings | None = patch.surroundings
+    layers = patch.module._modules.get(family.layers)
+    return known is not None and known.are_plain and known.holds(model) and patch.description.holds(layers)
+
+
+def encoder_of(model: Any) -> tuple[EncoderPatch, Family, Base] | None:
+    family = FAMILIES.get(type(model).__module__)
+    if family is None or family.base is None:
+        return None
+    encoder = model._modules.get(family.base.encoder)
+    patch = None if encoder is None else patch_of(encoder)
+    return (patch, family, family.base) if isinstance(patch, EncoderPatch) else None
 
 
 class Surroundings(NamedTuple):
@@ -74,10 +90,13 @@ class Surroundings(NamedTuple):
     are_plain: bool  # the model's forward may be skipped
     sum_tables: bool  # `sum_of_tables` may run in place of the first of the embeddings
 
+    def holds(self, model: nn.Module) -> bool:
+        return self.model is model and self.unchanged.still_holds()
+
 
 def surroundings(patch: EncoderPatch, model: Any, family: Family, base: Base) -> Surroundings:
     known: Surroundings | None = patch.surroundings
-    if known is None or known.model is not model or not known.unchanged.still_holds():
+    if known is None or not known.holds(model):
         known = patch.surroundings = describe(patch, model, family, base)
     return known
 

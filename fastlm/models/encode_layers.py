@@ -48,6 +48,11 @@ class Description:
         described = self.described = unchanged, Layers.of(layers)
         return described[1]
 
+    def holds(self, modules: nn.ModuleList) -> bool:
+        """Whether the layers have been described, and have not changed since."""
+        described = self.described
+        return described is not None and described[0].holds(modules)
+
     def describe_layer(self, module: nn.Module) -> Layer | None:
         return None if must_be_called(module, self.conditions) else self.describe(module)
 

@@ -373,6 +373,14 @@ def test_one_dropout_in_training_mode(is_direct):
     assert all(is_direct)
 
 
+def test_a_dropout_of_a_hook(is_direct):
+    model = new()
+    expected = encode(model)
+    model.extra = nn.Dropout()
+    model.embeddings.register_forward_hook(lambda module, arguments, x: model.extra(x))
+    assert all(torch.equal(encode(model), expected) for _ in range(3)) and model.extra.training
+
+
 def test_after_outputs_of_layers(is_direct, by_call):
     """What captures them stays on the modules."""
     model = new()

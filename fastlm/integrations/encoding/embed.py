@@ -141,4 +141,8 @@ def encode(
 def is_causal(model: nn.Module) -> bool:
     if isinstance(model, PretrainedModel):
         return not isinstance(model, Encoder)
-    return any(getattr(module, "is_causal", False) is True for module in submodules(model, of_each_list=1))
+    # Not getattr of a module, which searches three dicts and raises an error where there is none.
+    return any(
+        vars(module).get("is_causal", getattr(type(module), "is_causal", False)) is True
+        for module in submodules(model, of_each_list=1)
+    )

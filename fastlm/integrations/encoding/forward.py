@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fastlm.core.errors import check_flag, check_integer, wrong_type
 from fastlm.core.modules import evaluation_mode, first_parameter, submodules
-from fastlm.integrations.direct import last_hidden_states
+from fastlm.integrations.direct import is_unchanged, last_hidden_states
 from fastlm.integrations.encoders import EncoderPatch
 from fastlm.integrations.encoding.schedule import Item, batches
 from fastlm.integrations.encoding.tokens import Tokenizing
@@ -54,7 +54,8 @@ class Runner:
     ) -> Results:
         """The results of all batches but the first `done`."""
         planned = batches(tokenizing.sizes(), tokenizing, budget, padded=not unpads(self.model))
-        with evaluation_mode(self.model):
+        # A walk over all modules would take longer than that over those which have been described.
+        with contextlib.nullcontext() if is_unchanged(self.model) else evaluation_mode(self.model):
             for number, batch in enumerate(planned):
                 if number < done:
                     continue
