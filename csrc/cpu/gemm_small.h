@@ -108,15 +108,14 @@ template <class Arithmetic> FASTLM_INLINE void add_rows(int64_t m, const float* 
   add_rows<Arithmetic, 1>(m, r, a, w, sums);
 }
 
-// Whether the roles are swapped: up to NRVecs vectors of rows, of which few lanes are unused. B's memory must equal the
-// lanes that the arithmetic multiplies.
+// Whether the roles are swapped: up to NRVecs vectors of rows, of which few lanes are unused where a square of B would
+// be transposed otherwise. B's memory must equal the lanes that the arithmetic multiplies.
 template <class Arithmetic, class T> bool rows_in_lanes(int64_t m, int64_t k, operand<T> b) {
   constexpr int64_t L = vec::Lanes, Per = Arithmetic::PerLane;
   if constexpr (!FusesMultiplyAdd || storage<T>::Bits * Per != 32) return false;
   const int64_t unused = ceil_div(m, L) * L - m;
-  // More than MaxTransposedRows rows would be multiplied by packed columns of B.
-  return b.stride != 1 && m <= NRVecs * L && unused <= (m > MaxTransposedRows ? L / 2 - 1 : L / 4) &&
-         b.stride % Per == 0 && k % Per == 0 && reinterpret_cast<uintptr_t>(b.data) % 4 == 0;
+  return b.stride != 1 && m <= NRVecs * L && (m > MaxTransposedRows || unused <= L / 4) && b.stride % Per == 0 &&
+         k % Per == 0 && reinterpret_cast<uintptr_t>(b.data) % 4 == 0;
 }
 
 // sums (Columns × Vecs·Lanes) = b·rows, or += where `accumulate`, in one chain of `depth` multiply-adds: rows[d] holds
