@@ -38,11 +38,11 @@ def last_hidden_states(model: Any, features: dict[str, Tensor], real: int) -> Te
     found, ids = encoder_of(model), features["input_ids"]
     if found is None or captured_outputs() or not may_skip_modules(ids) or function_modes():
         return None
-    patch, family, base, modules = *found, model._modules
+    patch, family, base = found
     layers = patch.description.layers(patch.module._modules.get(family.layers))
     if layers is None or not (around := surroundings(patch, model, family, base)).are_plain:
         return None
-    first, *others = base.embeddings
+    modules, (first, *others) = model._modules, base.embeddings
     arguments = {name: features[name] for name in base.arguments if name in features}
     if around.sum_tables and len(arguments) == len(base.arguments):  # the module has defaults for the others
         x: Any = sum_of_tables(modules[first], **arguments)
@@ -63,7 +63,7 @@ def last_hidden_states(model: Any, features: dict[str, Tensor], real: int) -> Te
 
 
 def is_unchanged(model: Any) -> bool:
-    """Whether `last_hidden_states` has computed in place of a model, which has not changed since: it drops nothing."""
+    """Whether a model is as it was when `last_hidden_states` computed in its place, in evaluation mode."""
     found = encoder_of(model)
     if found is None:
         return False

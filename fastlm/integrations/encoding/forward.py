@@ -54,7 +54,7 @@ class Runner:
     ) -> Results:
         """The results of all batches but the first `done`."""
         planned = batches(tokenizing.sizes(), tokenizing, budget, padded=not unpads(self.model))
-        # A walk over all modules would take longer than that over those which have been described.
+        # To set the mode, all modules are searched.
         with contextlib.nullcontext() if is_unchanged(self.model) else evaluation_mode(self.model):
             for number, batch in enumerate(planned):
                 if number < done:
