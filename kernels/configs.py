@@ -39,7 +39,7 @@ SMALL = {  # fits into 99 KiB
     ("mask", 4, 128): (16, 32, 4, 1),
     ("mask", 4, 256): (16, 16, 4, 1),
     ("decode", 2, 64): (16, 64, 4, 2),
-    ("decode", 2, 128): (16, 64, 4, 2),
+    ("decode", 2, 128): (16, 64, 8, 2),
     ("decode", 2, 256): (16, 32, 4, 2),
     ("decode", 4, 64): (16, 32, 4, 2),
     ("decode", 4, 128): (16, 32, 4, 2),
@@ -62,15 +62,16 @@ HOPPER = SMALL | {  # a warpgroup multiplies tiles of at least 64 queries
 }
 BLACKWELL = HOPPER | {
     ("query copies", 2, 128): (128, 64, 8, 2),
+    ("query masked", 2, 64): (128, 64, 8, 1),
     ("key masked", 2, 64): (32, 128, 8, 1),
     ("key", 2, 128): (32, 32, 4, 2),
     ("key masked", 2, 128): (32, 32, 4, 2),
     ("forward", 2, 64): (128, 64, 8, 3),
     ("forward masked", 2, 128): (64, 64, 8, 2),
 }
-SM_120 = SMALL | {  # with the register allocation of ptxas for sm_120, these rows of SMALL spill
+SM_86 = SMALL | {  # of sm_86, sm_89 and sm_120, on which ptxas allocates registers otherwise than on sm_80
+    ("key", 2, 128): (16, 128, 8, 2),
     ("query masked", 2, 128): (128, 16, 8, 2),
-    ("key", 2, 128): (32, 32, 4, 2),
 }
 # AMD: 64 KiB, and loads are prefetched into registers
 AMD = SMALL | {
@@ -88,7 +89,7 @@ AMD = SMALL | {
 }
 ONE_STAGE = {at: (m, n, warps, 1) for at, (m, n, warps, stages) in AMD.items()}
 
-ATTENTION = {"sm_90": HOPPER, "sm_100": BLACKWELL, "sm_120": SM_120}
+ATTENTION = {"sm_86": SM_86, "sm_89": SM_86, "sm_90": HOPPER, "sm_100": BLACKWELL, "sm_120": SM_86}
 
 
 def table_of(architecture: str) -> dict[tuple[str, int, int], tuple[int, int, int, int]]:
