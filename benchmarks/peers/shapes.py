@@ -26,8 +26,8 @@ def write(shape: str, like: Path, out: Path, **sizes: Any) -> Path:
     sizes: replace those of the shape.
     """
     torch.manual_seed(0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(like))
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # of both texts of a pair the same type
+    names = ["input_ids", "attention_mask"]  # of both texts of a pair the same type
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(like), model_input_names=names)
     described = {"position_embedding_type": "absolute"}  # CTranslate2's converter reads it
     config = transformers.BertConfig(vocab_size=len(tokenizer), num_labels=1, **{**described, **SHAPES[shape], **sizes})
     kind = transformers.BertForSequenceClassification if shape == "reranker" else transformers.BertModel

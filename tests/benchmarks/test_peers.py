@@ -13,6 +13,7 @@ import fastlm
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers.shapes import SHAPES, write
 from benchmarks.peers.texts import PROFILES, QUERY
+from fastlm.integrations.encoding.tokens import load_tokenizer
 from tests.encoding.support import save
 
 LIBRARIES = ["fastlm_encode", "pytorch", *peers.PEERS]
@@ -66,6 +67,8 @@ def test_the_shapes_are_models_with_the_tokenizer_and_pooling_of_another(model, 
         directory = write(shape, model, tmp_path / shape, **SMALL)
         peers.check_model(directory)
         assert fastlm.encode(directory, ["ab ac"]).shape == (1, 36)
+        names = load_tokenizer(directory).model_input_names
+        assert names == ["input_ids", "attention_mask"]  # what every library is given
 
 
 def test_a_library_that_fails_says_why(tmp_path):
