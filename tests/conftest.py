@@ -3,6 +3,7 @@ import importlib.util
 import math
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,10 @@ if os.environ.get("FASTLM_CUDA_EMULATION") == "1":
     from tests.cuda_emulation import backend
 
     backend.install()
+
+# A shell ignores Ctrl-C in what a script runs in the background, and processes inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # test_mutants.py runs tests on a mutated copy of the package; importing another copy would prove nothing.
 if wanted := os.environ.get("FASTLM_TEST_PACKAGE"):
