@@ -136,6 +136,7 @@ def are_tables(embeddings: Any) -> bool:
         type(parts.get("LayerNorm")) is nn.LayerNorm
         and type(parts.get("dropout")) is nn.Dropout
         and all(type(parts[name]) is nn.Embedding and parts[name].max_norm is None for name in TABLES if name in parts)
+        and embeddings._buffers.get("position_ids") is not None
         and getattr(embeddings, "position_embedding_type", "absolute") == "absolute"  # transformers 4
     )
 
@@ -150,9 +151,8 @@ def sum_of_tables(embeddings: Any, input_ids: Tensor, token_type_ids: Tensor | N
         if index is not None
     ]
     x = sum(rows[1:], rows[0])
-    norm = parts["LayerNorm"]
-    weight, bias = norm._parameters.values()
-    return torch.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    norm, affine = parts["LayerNorm"], parts["LayerNorm"]._parameters
+    return torch.layer_norm(x, norm.normalized_shape, affine["weight"], affine["bias"], norm.eps)
 
 
 def is_called_by_class(module: nn.Module) -> bool:

@@ -57,7 +57,8 @@ class Run:
                 continue
 
             def rows(case: Case = case, dtype: str = dtype) -> Iterator[Row]:
-                return compare(case, getattr(torch, dtype), device, compiled=compiled, **options)  # type: ignore[arg-type]
+                kind = getattr(torch, dtype)
+                return compare(case, kind, device, compiled=compiled, **options)  # type: ignore[arg-type]
 
             yield from self.attempt(f"{case}, {dtype}{', compiled' * compiled}", rows)
             if device == "cuda":
