@@ -1,11 +1,12 @@
 """transformers models with and without fastlm.accelerate: the cases of fastlm/integrations/bench.py."""
 
 import copy
+import math
 import queue
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from fastlm.benchmarking.measure import timed
 from fastlm.benchmarking.memory import resident_growth
 from fastlm.benchmarking.whole import Work, compare_processes, set_up
 from fastlm.integrations.bench import CASES, Batch, sizes_of, transformers
+from fastlm.integrations.sentence_transformers import ContrastiveLoss
+
+TEMPERATURE = 0.05  # of the contrastive loss
 
 # 1. In a worker process
 
@@ -49,7 +53,7 @@ def work(
     ready: Any = torch.compile(model) if compiled else model
     if CASES[case].work == "encoding":
         return encoding(ready, batches)
-    return training_step(ready, batches[0], dtype)
+    return training_step(model, loss_function(case, ready, batches, library), dtype)
 
 
 def encoding(model: nn.Module, batches: Sequence[Batch]) -> Work:
@@ -71,7 +75,35 @@ def embeddings(model: nn.Module, batch: Batch) -> Tensor:
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def training_step(model: Any, batch: Batch, dtype: str) -> Work:
+def loss_function(case: str, model: Any, batches: Sequence[Batch], library: str) -> Callable[[], Tensor]:
+    """The loss of a step. library: "fastlm" for its contrastive loss."""
+    if CASES[case].work != "contrastive":
+        return lambda: model(**batches[0]).loss
+    if library == "fastlm":
+        number, rows = CASES[case].mini_batches, len(batches[0]["input_ids"])
+        size = None if number == 1 else math.ceil(rows / number)
+        loss = ContrastiveLoss(Embedding(model), TEMPERATURE, mini_batch_size=size)
+        return lambda: loss(batches)
+    return lambda: in_batch_loss(*(embeddings(model, batch) for batch in batches))
+
+
+class Embedding(nn.Module):
+    """A model as sentence-transformers calls it, followed by the pooling."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: Batch) -> dict[str, Tensor]:
+        return {"sentence_embedding": embeddings(self.model, features)}
+
+
+def in_batch_loss(queries: Tensor, passages: Tensor) -> Tensor:
+    """InfoNCE of unit vectors; row i of the passages belongs to row i of the queries."""
+    return F.cross_entropy(queries @ passages.T / TEMPERATURE, torch.arange(len(queries)))
+
+
+def training_step(model: nn.Module, loss_of_step: Callable[[], Tensor], dtype: str) -> Work:
     """Forward, backward and PyTorch's fused AdamW; bfloat16 is autocast."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -79,7 +111,7 @@ def training_step(model: Any, batch: Batch, dtype: str) -> Work:
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = model(**batch).loss
+            loss = loss_of_step()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -158,19 +190,21 @@ def encoded(case: str, dtype: str, sizes: Mapping[str, Any]) -> Iterator[dict[st
 
 
 def stepped(case: str, dtype: str, sizes: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
-    model, (batch,) = CASES[case].make(**{**sizes, **CASES[case].small})
+    model, batches = CASES[case].make(**{**sizes, **CASES[case].small})
+    predicts_tokens = "labels" in batches[0] and batches[0]["labels"].dim() == 2
     for kind in ("true", "original", "ours"):
         ready = copy.deepcopy(model)
         if kind == "true":
             ready.double()
             with accuracy.KeepFloat64():
-                loss = ready(**batch).loss if batch["labels"].dim() == 1 else next_token_loss(ready, batch)
+                of_step = loss_function(case, ready, batches, "torch")
+                loss = next_token_loss(ready, batches[0]) if predicts_tokens else of_step()
                 loss.backward()
         else:
             if kind == "ours":
                 fastlm.accelerate(ready)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                loss = ready(**batch).loss
+                loss = loss_function(case, ready, batches, "fastlm" if kind == "ours" else "torch")()
             loss.backward()
         # The gradient of a key's bias is 0 except for rounding.
         gradients = {

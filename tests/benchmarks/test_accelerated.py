@@ -20,6 +20,17 @@ MODERNBERT = {
     "local_attention": 4,
     "vocab_size": 50,
 } | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+CONTRASTIVE_SIZES = {
+    "batch": 3,
+    "tokens": (8, 16),
+    "mean": (6, 10),
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 50,
+}
+CONTRASTIVE = {"contrastive": CONTRASTIVE_SIZES, "contrastive_mini_batches": CONTRASTIVE_SIZES}
 ENCODERS = {
     "modernbert_passages": MODERNBERT,
     "modernbert_documents": {name: size for name, size in MODERNBERT.items() if name != "mean"},
@@ -83,11 +94,12 @@ def test_steps_are_compared_between_processes():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("case", {**SIZES, **CONTRASTIVE})
 def test_a_step_is_compared_with_the_compiled_one_too(case):
     """torch.compile of the model, directly and by the Trainer's argument."""
     pytest.importorskip("accelerate", reason="pip install 'fastlm[test]'")
-    row = accelerated.compare_accelerated(case, "float32", 1, sizes=SIZES[case], compiled=True, rounds=1)
+    sizes = {**SIZES, **CONTRASTIVE}[case]
+    row = accelerated.compare_accelerated(case, "float32", 1, sizes=sizes, compiled=True, rounds=1)
     assert list(row.baselines) == ["eager", "eager tuned", "compiled", "compiled tuned"]
     assert all(baseline.seconds > 0 for baseline in row.baselines.values())
 
@@ -114,7 +126,7 @@ def test_the_reference_is_in_float64(case):
 def test_other_cases_are_timed(library):
     how = {"library": library, "number_of_threads": 1, "tuned": False}
     with threads(1):
-        cases = {**SIZES, **ENCODERS, "encoding": {"checkpoint": str(real(MINILM))}}
+        cases = {**SIZES, **ENCODERS, **CONTRASTIVE, "encoding": {"checkpoint": str(real(MINILM))}}
         for case in cases.keys() - {"gpt2"}:
             timer, _ = accelerated.work(case=case, dtype="float32", sizes=cases[case], **how)
             assert timer() > 0
@@ -136,6 +148,31 @@ def test_encoders_of_long_texts(case):
         shape == f"3 texts with ModernBERT, batches of 3, {padding}% padding"
         and tokens == batch["attention_mask"].sum()
     )
+
+
+@pytest.mark.parametrize("case", CONTRASTIVE)
+def test_a_contrastive_step(case):
+    """The loss of both libraries is InfoNCE between the texts, with mini-batches or without."""
+    true, original, ours = accelerated.stepped(case, "float32", CONTRASTIVE[case])
+    assert true.keys() == original.keys() == ours.keys() and all(x.dtype == torch.float64 for x in true.values())
+    model, batches = CASES[case].make(**{**CONTRASTIVE[case], **CASES[case].small})
+    model.double().eval()
+    queries, passages = (accelerated.embeddings(model, batch) for batch in batches)
+    similarities = queries @ passages.T / accelerated.TEMPERATURE
+    expected = (similarities.logsumexp(1) - similarities.diagonal()).mean()
+    torch.testing.assert_close(true["loss"], expected.detach(), rtol=1e-12, atol=0)
+    assert 0 < accelerated.relative_error(case, "float32", 1, CONTRASTIVE[case]) < 2
+
+
+def test_only_mini_batches_are_embedded_again():
+    counts = {}
+    for case in CONTRASTIVE:
+        model, batches = CASES[case].make(**CONTRASTIVE[case])
+        called = []
+        model.register_forward_hook(lambda module, args, output, called=called: called.append(output[0].shape[0]))
+        accelerated.loss_function(case, model, batches, "fastlm")().backward()
+        counts[case] = called
+    assert counts == {"contrastive": [3, 3], "contrastive_mini_batches": [1] * 12}
 
 
 def test_steps_are_described():

@@ -400,3 +400,26 @@ def test_models_of_sentence_transformers_that_are_not_supported():
     model = sentence_transformers.SentenceTransformer(modules=[torch.nn.Identity()], device="cpu")
     with pytest.raises(ValueError, match=r"^model: expected a Transformer, a Pooling .*, got a .* of Identity$"):
         fastlm.encode(model, ["ab"])
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_module_of_another_feature_is_refused(tmp_path, side):
+    """A Normalize of token embeddings, which models for late interaction have."""
+    save(tmp_path, pooling={"pooling_mode_mean_tokens": True}, after=["Normalize"])
+    model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    setattr(model[2], f"module_{side}_name", "token_embeddings")
+    other = "^model: expected modules of sentence_embedding alone after the pooling, got Normalize of another$"
+    with pytest.raises(ValueError, match=other):
+        fastlm.encode(model, ["ab"])
+    write(tmp_path / "2_Normalize/config.json", {f"module_{side}_name": "token_embeddings"})
+    with pytest.raises(ValueError, match=r"2_Normalize/config\.json: expected a layer of sentence_embedding alone"):
+        fastlm.encode(tmp_path, ["ab"])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_embeddings_can_be_used_in_training(number):
+    model = fastlm.accelerate(tiny("Bert"))
+    found = fastlm.encode(model, texts(number), tokenizer=tokenizer())
+    weight = torch.ones(36, requires_grad=True)
+    (found @ weight).sum().backward()  # an inference tensor cannot be saved for it
+    assert torch.allclose(weight.grad, found.sum(0))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModel
 
 from fastlm.core.errors import check_flag, wrong_type
@@ -24,7 +23,7 @@ from fastlm.integrations.encoding.forward import (
 from fastlm.integrations.encoding.load import load
 from fastlm.integrations.encoding.pooling import check_pooling, pool
 from fastlm.integrations.encoding.schedule import Item
-from fastlm.integrations.encoding.settings import Settings, from_directory, from_model
+from fastlm.integrations.encoding.settings import Settings, from_directory, from_model, normalized
 from fastlm.integrations.encoding.tokens import (
     Tokenizing,
     check_max_length,
@@ -65,11 +64,14 @@ class Embedder:
 
     def finish(self, embeddings: Tensor) -> Tensor:
         """What follows the pooling."""
+        is_unit = False
         for kind, function in self.settings.after:
             if kind != "Normalize" or self.normalize is not False:
                 embeddings = function(embeddings)
-        embeddings = embeddings[:, : self.settings.width]
-        return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
+                is_unit = kind == "Normalize"
+        if self.settings.width is not None:
+            embeddings, is_unit = embeddings[:, : self.settings.width], False
+        return normalized(embeddings) if self.normalize and not is_unit else embeddings
 
     def width(self) -> int:
         with torch.inference_mode():

@@ -53,9 +53,10 @@ class Runner:
         self, tokenizing: Tokenizing, budget: int, compute: Callable[[list[Item]], Tensor], done: int = 0
     ) -> Results:
         """The results of all batches but the first `done`."""
-        planned = batches(tokenizing.sizes(), tokenizing, budget, padded=not unpads(self.model))
-        # To set the mode, all modules are searched.
-        with contextlib.nullcontext() if is_unchanged(self.model) else evaluation_mode(self.model):
+        unchanged = is_unchanged(self.model)  # if not, modules are searched
+        padded = not unchanged and not unpads(self.model)
+        planned = batches(tokenizing.sizes(), tokenizing, budget, padded=padded)
+        with contextlib.nullcontext() if unchanged else evaluation_mode(self.model):
             for number, batch in enumerate(planned):
                 if number < done:
                     continue
@@ -118,9 +119,11 @@ def gather(results: Results, total: int, unit: str, progress: bool | None) -> Te
     bar = None if hidden else tqdm(total=total, unit=unit, delay=int(progress is None))
     with contextlib.closing(results), contextlib.nullcontext() if bar is None else bar:
         for indices, part in results:
-            if out is None:
-                out = torch.empty(total, *part.shape[1:])
-            out.index_copy_(0, torch.tensor(indices), part)
+            if total == 1:
+                out = part.clone()  # an inference tensor could not be used in training
+            else:
+                out = torch.empty(total, *part.shape[1:]) if out is None else out
+                out.index_copy_(0, torch.tensor(indices), part)
             if bar is not None:
                 bar.update(len(indices))
     return out

@@ -12,22 +12,41 @@ from fastlm.core.errors import check_choice, wrong_type
 
 
 def first(rows: Tensor, skip: int) -> Tensor:
-    return rows[skip if len(rows) > skip else 0]
+    i = skip if len(rows) > skip else 0
+    return rows[i : i + 1]
+
+
+def without_prompt(rows: Tensor, skip: int) -> Tensor:
+    return rows[skip:] if skip else rows
+
+
+def mean(rows: Tensor, skip: int) -> Tensor:
+    rows = without_prompt(rows, skip)
+    return rows.mean(0, keepdim=True) if len(rows) else rows.sum(0, keepdim=True)
+
+
+def mean_sqrt_len_tokens(rows: Tensor, skip: int) -> Tensor:
+    rows = without_prompt(rows, skip)
+    return rows.sum(0, keepdim=True) / max(len(rows), 1) ** 0.5
+
+
+def maximum(rows: Tensor, skip: int) -> Tensor:
+    return without_prompt(rows, skip if len(rows) > skip else 0).amax(0, keepdim=True)
 
 
 def weighted_mean(rows: Tensor, skip: int) -> Tensor:
     weights = torch.arange(1, len(rows) + 1, dtype=rows.dtype, device=rows.device)[skip:]
-    return weights @ rows[skip:] / weights.sum().clamp(min=1)
+    return (weights @ rows[skip:] / weights.sum().clamp(min=1))[None]
 
 
-# By name: from rows (tokens, width) and the number of tokens of the prompt, which are passed over.
+# By name: from rows (tokens, width) and the number of tokens of the prompt, which are passed over, to (1, width).
 MODES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "mean": lambda rows, skip: rows[skip:].sum(0) / max(len(rows) - skip, 1),
+    "mean": mean,
     "cls": first,
-    "last": lambda rows, skip: rows[-1],
-    "max": lambda rows, skip: rows[skip if len(rows) > skip else 0 :].amax(0),
+    "last": lambda rows, skip: rows[-1:],
+    "max": maximum,
     "weightedmean": weighted_mean,
-    "mean_sqrt_len_tokens": lambda rows, skip: rows[skip:].sum(0) / max(len(rows) - skip, 1) ** 0.5,
+    "mean_sqrt_len_tokens": mean_sqrt_len_tokens,
 }
 OTHER_NAMES = {"lasttoken": "last"}  # in sentence-transformers
 
@@ -48,5 +67,8 @@ def pool(texts: Sequence[Tensor], modes: Sequence[str], skip: int) -> Tensor:
         modes: whose vectors are concatenated.
         skip: the number of tokens of a prompt that is not pooled.
     """
-    vectors = [torch.stack([MODES[mode](rows, skip) for rows in texts]) for mode in modes]
-    return vectors[0] if len(vectors) == 1 else torch.cat(vectors, 1)
+    return joined([joined([MODES[mode](rows, skip) for rows in texts], 0) for mode in modes], 1)
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,14 @@ def from_model(model: Any) -> tuple[nn.Module, Any, Settings]:
     if getattr(transformer, "processing_kwargs", {}).get("text"):
         raise mismatch("model", "a tokenizer without processing_kwargs", "some; call the model's own encode")
     modes, includes_prompt = pooling_settings(pooling.get_config_dict())
+    for module in following:
+        if not is_of_sentences(vars(module)):
+            got = f"{type(module).__name__} of another"
+            raise mismatch("model", f"modules of {SENTENCE} alone after the pooling", got)
     settings = Settings(
         modes,
         includes_prompt,
-        tuple((kinds[type(module)], functools.partial(run_module, module)) for module in following),
+        tuple((kinds[type(module)], function_of(module)) for module in following),
         model.prompts,
         model.default_prompt_name,
         transformer.max_seq_length,
@@ -96,6 +100,11 @@ def from_model(model: Any) -> tuple[nn.Module, Any, Settings]:
         model.truncate_dim,
     )
     return transformer.auto_model, transformer.tokenizer, settings
+
+
+def is_of_sentences(described: Mapping[str, Any]) -> bool:
+    """Whether a module after the pooling, described by its attributes or configuration, changes embeddings alone."""
+    return all((described.get(f"module_{side}_name") or SENTENCE) == SENTENCE for side in ("input", "output"))
 
 
 @functools.cache
@@ -106,6 +115,10 @@ def kinds_of_modules() -> dict[type, str]:
     except ModuleNotFoundError:
         modules = importlib.import_module("sentence_transformers.models")
     return {getattr(modules, kind): kind for kind in ("Transformer", "Pooling", *FOLLOWING)}
+
+
+def function_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return normalized if kinds_of_modules()[type(module)] == "Normalize" else functools.partial(run_module, module)
 
 
 def run_module(module: nn.Module, x: Tensor) -> Tensor:
@@ -194,7 +207,7 @@ class LayerNorm(nn.Module):
 def read_weights(kind: type[nn.Module], folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")
     weights = folder / "model.safetensors"
-    if config.get("use_residual") or config.get("module_input_name", SENTENCE) != SENTENCE:
+    if config.get("use_residual") or not is_of_sentences(config):
         raise mismatch(str(folder / "config.json"), f"a layer of {SENTENCE} alone", "another one")
     try:
         module = kind(config)
@@ -209,8 +222,15 @@ def read_weights(kind: type[nn.Module], folder: Path) -> nn.Module:
     return module.requires_grad_(False).float()
 
 
+def read_normalize(folder: Path) -> Callable[[Tensor], Tensor]:
+    file = folder / "config.json"  # which older versions do not write
+    if file.is_file() and not is_of_sentences(read_json(file)):
+        raise mismatch(str(file), f"a layer of {SENTENCE} alone", "another one")
+    return normalized
+
+
 FROM_FILES: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {
-    "Normalize": lambda folder: normalized,
+    "Normalize": read_normalize,
     "Dropout": lambda folder: nn.Identity(),
     "Dense": functools.partial(read_weights, Dense),
     "LayerNorm": functools.partial(read_weights, LayerNorm),

@@ -1,5 +1,6 @@
 """Tokenization of texts, or of pairs of a query and a text, by a tokenizer of transformers."""
 
+import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,10 @@ from fastlm.core.modules import submodules
 from fastlm.integrations.encoding.schedule import Item
 from fastlm.models.encoder import Encoder
 
+# What transformers calls from a tokenizer's __call__ to its backend in Rust, in versions 4 and 5.
+CALLED = ("__call__", "_call_one", "batch_encode_plus", "_batch_encode_plus", "_encode_plus", "_switch_to_input_mode")
+# What is read for each token: a name in transformers, and its name in the backend.
+FEATURES = {"input_ids": "ids", "token_type_ids": "type_ids"}
 LARGEST_LENGTH = 2**31 - 1  # tokenizers without a limit have 10^30
 
 
@@ -38,9 +43,10 @@ class Tokenizing:
     ) -> None:
         self.tokenizer, self.texts, self.max_length = tokenizer, texts, max_length
         self.query, self.prompt, self.lower_case = query, prompt, lower_case
+        self.backend = backend_of(tokenizer)
         self.truncated = 0
         blank = [i for i, text in enumerate(texts) if not text.strip()]
-        if blank and not len(self.encode([""])["input_ids"][0]):
+        if blank and not len(self.encode([""])[0]["input_ids"][0]):
             # Without special tokens a text may have no token. Such texts are found before all others are run.
             self(blank)
             self.truncated = 0
@@ -57,27 +63,47 @@ class Tokenizing:
             encoded = self.encode([self.texts[i] for i in indices])
         except Exception as error:  # the library raises many types of error
             raise self.failed(indices, error) from None
-        self.truncated += self.count_truncated(encoded, indices)
-        names = [name for name in encoded.data if name in ("input_ids", "token_type_ids")]
-        items = [Item(i, {name: encoded[name][k] for name in names}) for k, i in enumerate(indices)]
+        features, encodings = encoded
+        self.truncated += self.count_truncated(features, encodings, indices)
+        items = [Item(i, {name: ids[k] for name, ids in features.items()}) for k, i in enumerate(indices)]
         for item in items:
             if not item.tokens:
                 raise mismatch(f"texts[{item.number}]", "a text of at least one token", shown(self.texts[item.number]))
         return items
 
-    def encode(self, texts: list[str], truncation: bool = True) -> Any:
+    def encode(self, texts: list[str]) -> tuple[dict[str, list[list[int]]], Sequence[Any] | None]:
+        """("input_ids" and what else the tokenizer gives for each token, encodings of the backend if it has one)."""
         texts = [self.prompt + text for text in texts]
         if self.lower_case:
             texts = [text.lower() for text in texts]
+        if self.backend is not None:
+            given: Any = texts if self.query is None else [(self.query, text) for text in texts]
+            return self.encode_by(self.backend, given)
         given = (texts,) if self.query is None else ([self.query] * len(texts), texts)
-        max_length = self.max_length if truncation else None
-        return self.tokenizer(*given, truncation=truncation, max_length=max_length, return_attention_mask=False)
+        encoded = self.tokenizer(*given, truncation=True, max_length=self.max_length, return_attention_mask=False)
+        return {name: encoded[name] for name in encoded.data if name in FEATURES}, encoded.encodings
 
-    def count_truncated(self, encoded: Any, indices: Sequence[int]) -> int:
-        if encoded.encodings is not None:
-            return sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    def encode_by(self, backend: Any, given: list[Any]) -> tuple[dict[str, list[list[int]]], Sequence[Any]]:
+        """What a call of the tokenizer returns, without the objects that it makes for every text."""
+        side, truncation = self.tokenizer.truncation_side, backend.truncation
+        wanted = {"max_length": self.max_length, "stride": 0, "strategy": "longest_first", "direction": side}
+        if truncation is None or any(truncation.get(name) != value for name, value in wanted.items()):
+            backend.enable_truncation(**wanted)
+        if backend.padding is not None:
+            backend.no_padding()
+        encodings = backend.encode_batch(given)
+        names = {"input_ids", *self.tokenizer.model_input_names}
+        return {
+            name: [getattr(each, own) for each in encodings] for name, own in FEATURES.items() if name in names
+        }, encodings
+
+    def count_truncated(
+        self, features: dict[str, list[list[int]]], encodings: Sequence[Any] | None, indices: Sequence[int]
+    ) -> int:
+        if encodings is not None:
+            return sum(bool(encoding.overflowing) for encoding in encodings)
         # A tokenizer in Python does not say, so the texts that fill the length are tokenized again.
-        full = [i for i, ids in zip(indices, encoded["input_ids"], strict=True) if len(ids) == self.max_length]
+        full = [i for i, ids in zip(indices, features["input_ids"], strict=True) if len(ids) == self.max_length]
         given = () if self.query is None else (self.query,)
         return sum(
             len(self.tokenizer(*given, self.prompt + self.texts[i])["input_ids"]) > self.max_length for i in full
@@ -95,7 +121,7 @@ class Tokenizing:
 
     def prompt_tokens(self) -> int:
         """The number of tokens of the prompt, with special tokens before it and not after it."""
-        ids = self.encode([""])["input_ids"][0] if self.prompt else []
+        ids = self.encode([""])[0]["input_ids"][0] if self.prompt else []
         return len(ids) - bool(ids and ids[-1] in self.tokenizer.all_special_ids)
 
     def warn(self, noun: str) -> None:
@@ -125,6 +151,23 @@ class Tokenizing:
         rows["attention_mask"] = [[1] * length + [0] * (longest - length) for length in lengths]
         # Faster than torch.tensor of lists.
         return {name: torch.from_numpy(numpy.array(values, numpy.int64)) for name, values in rows.items()}
+
+
+def backend_of(tokenizer: Any) -> Any:
+    """The tokenizer in Rust that all texts go to unchanged; None if the tokenizer has none, or does more in Python."""
+    kind: Any = type(tokenizer)
+    if not calls_backend(kind) or not vars(tokenizer).keys().isdisjoint(CALLED):
+        return None
+    backend = tokenizer.backend_tokenizer
+    return backend if backend.encode_special_tokens == tokenizer.split_special_tokens else None
+
+
+@functools.cache
+def calls_backend(kind: Any) -> bool:
+    """Whether the tokenizers of a class call their backend as the class of transformers for such tokenizers does."""
+    from transformers import PreTrainedTokenizerFast as Usual
+
+    return issubclass(kind, Usual) and all(getattr(kind, name, None) is getattr(Usual, name, None) for name in CALLED)
 
 
 def one_line(error: BaseException) -> str:
