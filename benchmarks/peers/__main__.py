@@ -26,16 +26,16 @@ from fastlm.core.errors import mismatch
 PEERS = ("openvino", "onnxruntime", "ctranslate2")
 OTHERS = (*PEERS, "fastlm_models")
 OURS, BASELINE, COMPILED = "fastlm_encode", "pytorch", "pytorch_compiled"
-TOLERANCE = 1e-4  # of unit vectors or scores, against PyTorch
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # of unit vectors or scores, against PyTorch
 console = Console()
 
 
 class Peer:
     """A process that computes embeddings or scores on request."""
 
-    def __init__(self, name: str, directory: Path, threads: int) -> None:
+    def __init__(self, name: str, directory: Path, threads: int, dtype: str = "float32") -> None:
         self.name = name
-        command = [sys.executable, "-m", "benchmarks.peers.worker", name, str(directory), str(threads)]
+        command = [sys.executable, "-m", "benchmarks.peers.worker", name, str(directory), str(threads), dtype]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
         self.process = subprocess.Popen(
             command,
@@ -101,14 +101,17 @@ def main(
     ] = None,
     number: Annotated[int | None, typer.Option(help="Number of texts; default: that of the profile.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Measure torch.compile too.")] = False,
+    dtype: Annotated[str, typer.Option(help=f"Of weights and activations: {' or '.join(TOLERANCES)}.")] = "float32",
     threads: Annotated[int, typer.Option(help="Number of threads of each.")] = 2,
     seconds: Annotated[float, typer.Option(help="For each profile and order, but at least five rounds.")] = 60.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
-    """Compare fastlm.encode with PyTorch and the peers, from texts to embeddings in float32."""
+    """Compare fastlm.encode with PyTorch and the peers, from texts to embeddings or scores."""
     check_model(model)
     if shape is not None and shape not in SHAPES:
         raise mismatch("shape", f"one of {', '.join(SHAPES)}", repr(shape))
+    if dtype not in TOLERANCES:
+        raise mismatch("dtype", f"one of {', '.join(TOLERANCES)}", repr(dtype))
     names = peers.split(",") if peers else []
     for name in names:
         if name not in OTHERS:
@@ -124,7 +127,7 @@ def main(
     try:
         with tempfile.TemporaryDirectory() as folder:
             directory = model if shape is None else write(shape, model, Path(folder, shape))
-            running = [Peer(name, directory, threads) for name in wanted]
+            running = [Peer(name, directory, threads, dtype) for name in wanted]
             absent |= {peer.name: peer.described["failed"] for peer in running if "failed" in peer.described}
             measured = [peer for peer in running if peer.name not in absent]
         for peer in measured:
@@ -139,10 +142,11 @@ def main(
     finally:
         for peer in running:
             peer.close()
-    show(rows, absent)
+    show(rows, absent, TOLERANCES[dtype])
     if json_file:
         content = {
             "threads": threads,
+            "dtype": dtype,
             "shape": shape,
             "peers": {peer.name: peer.described for peer in measured},
             "absent": absent,
@@ -173,12 +177,12 @@ def timer(peer: Peer, calls: list[list[str]], batch: int, query: str | None) -> 
     return lambda n=1: sum(peer.run(calls, batch, query)["seconds"] for _ in range(n)) / n
 
 
-def show(rows: list[Row], absent: dict[str, str]) -> None:
+def show(rows: list[Row], absent: dict[str, str], tolerance: float) -> None:
     table = Table()
     for column in ("texts", "order", "library", "batch", "texts/s", "fastlm is faster by", "difference"):
         table.add_column(column)
     for row in rows:
-        difference = f"{row.difference:.1e}{'' if row.difference <= TOLERANCE else ': other results'}"
+        difference = f"{row.difference:.1e}{'' if row.difference <= tolerance else ': other results'}"
         cells = (row.profile, row.order, row.peer, str(row.batch), f"{row.texts_per_second:.1f}")
         table.add_row(*cells, str(row.speedup), difference)
     for name, how in absent.items():

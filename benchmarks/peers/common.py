@@ -14,6 +14,7 @@ from fastlm.integrations.encoding.settings import from_directory
 from fastlm.integrations.encoding.tokens import load_tokenizer
 
 BATCHES = (1, 8, 32, 64)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Run(Protocol):
@@ -47,7 +48,7 @@ def in_batches(directory: Path, hidden_states: Callable[[Tensor, Tensor], Tensor
                 return_tensors="pt",
             )
             ids, mask = tokens["input_ids"], tokens["attention_mask"]
-            hidden = hidden_states(ids, mask)
+            hidden = hidden_states(ids, mask).float()
             found.append(mean(hidden, mask) if head is None else head(hidden))
         return torch.cat(found)
 

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import fastlm
-from benchmarks.peers.common import Run
+from benchmarks.peers.common import DTYPES, Run
 from benchmarks.peers.shapes import is_reranker
 from fastlm.integrations.encoding.settings import from_directory
 from fastlm.integrations.encoding.tokens import load_tokenizer
@@ -16,9 +15,9 @@ OPTIONS = "fastlm.models.Encoder, tune_allocator; batches of so many tokens"
 BATCHES = (1024, 4096, 16384)
 
 
-def load(directory: Path, threads: int) -> Run:
+def load(directory: Path, threads: int, dtype: str) -> Run:
     fastlm.tune_allocator()
-    model, tokenizer = fastlm.models.Encoder.from_pretrained(directory).to(torch.float32), load_tokenizer(directory)
+    model, tokenizer = fastlm.models.Encoder.from_pretrained(directory).to(DTYPES[dtype]), load_tokenizer(directory)
     options = {"tokenizer": tokenizer, "max_length": from_directory(directory)[1].max_length, "progress": False}
 
     def encode(texts: list[str], batch: int, query: str | None) -> Tensor:

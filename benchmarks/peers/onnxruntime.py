@@ -23,8 +23,11 @@ class Hidden(torch.nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
 
 
-def load(directory: Path, threads: int) -> Run:
+def load(directory: Path, threads: int, dtype: str) -> Run:
     import onnxruntime
+
+    if dtype != "float32":
+        raise ValueError(f"it has no kernels in {dtype} for CPUs")
 
     model = Hidden(AutoModel.from_pretrained(directory, dtype=torch.float32).eval())
     ids, mask = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)

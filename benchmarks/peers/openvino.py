@@ -1,4 +1,4 @@
-"""OpenVINO: converted from PyTorch, float32."""
+"""OpenVINO, converted from PyTorch."""
 
 from pathlib import Path
 
@@ -8,10 +8,11 @@ from transformers import AutoModel
 from benchmarks.peers.common import BATCHES, Run, in_batches  # noqa: F401
 
 PACKAGE = "openvino"
-OPTIONS = "INFERENCE_NUM_THREADS, PERFORMANCE_HINT latency, INFERENCE_PRECISION_HINT f32"
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+OPTIONS = "INFERENCE_NUM_THREADS, PERFORMANCE_HINT latency, INFERENCE_PRECISION_HINT {dtype}"
 
 
-def load(directory: Path, threads: int) -> Run:
+def load(directory: Path, threads: int, dtype: str) -> Run:
     import openvino
 
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
@@ -21,7 +22,7 @@ def load(directory: Path, threads: int) -> Run:
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
     }
     compiled = openvino.Core().compile_model(converted, "CPU", settings)
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-from benchmarks.peers.common import BATCHES, Run, in_batches  # noqa: F401
+from benchmarks.peers.common import BATCHES, DTYPES, Run, in_batches  # noqa: F401
 
 PACKAGE = "torch"
 OPTIONS = "torch.compile (dynamic), SDPA, inference_mode"
 
 
-def load(directory: Path, threads: int) -> Run:
-    model = torch.compile(AutoModel.from_pretrained(directory, dtype=torch.float32).eval(), dynamic=True)
+def load(directory: Path, threads: int, dtype: str) -> Run:
+    model = torch.compile(AutoModel.from_pretrained(directory, dtype=DTYPES[dtype]).eval(), dynamic=True)
 
     @torch.inference_mode()
     def hidden_states(ids, mask):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 
-def main(name: str, directory: str, threads: int) -> None:
+def main(name: str, directory: str, threads: int, dtype: str) -> None:
     peer = importlib.import_module(f"benchmarks.peers.{name}")
     torch.set_num_threads(threads)
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
@@ -20,11 +20,12 @@ def main(name: str, directory: str, threads: int) -> None:
         print(json.dumps(content), file=answers, flush=True)
 
     try:
-        run = peer.load(Path(directory), threads)
+        run = peer.load(Path(directory), threads, dtype)
     except Exception as error:  # of a library that is not ours
         answer({"failed": " ".join(f"{type(error).__name__}: {error}".split())[:200]})
         return
-    answer({"version": metadata.version(peer.PACKAGE), "options": peer.OPTIONS, "batches": peer.BATCHES})
+    options = peer.OPTIONS.format(dtype=dtype)
+    answer({"version": metadata.version(peer.PACKAGE), "options": options, "batches": peer.BATCHES})
     for line in sys.stdin:
         request = json.loads(line)
         start = time.perf_counter()
@@ -34,4 +35,4 @@ def main(name: str, directory: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

@@ -64,6 +64,28 @@ def test_a_library_computes_the_scores_of_pytorch(model, name, tmp_path):
     torch.testing.assert_close(*found, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["fastlm_encode", *peers.OTHERS])
+def test_a_library_computes_in_bfloat16(model, name):
+    if name in peers.PEERS and peers.missing(name):
+        pytest.skip("pip install '.[peers]'")
+    results = []
+    for library, dtype in ((name, "bfloat16"), ("pytorch", "bfloat16"), ("pytorch", "float32")):
+        peer = peers.Peer(library, model, 1, dtype)
+        if name == "onnxruntime" and library == name:
+            assert peer.described == {"failed": "ValueError: it has no kernels in bfloat16 for CPUs"}
+        elif "failed" in peer.described:  # of a CPU without instructions for it
+            assert name in peers.PEERS and "bfloat16" in peer.described["failed"], peer.described
+        else:
+            results.append(torch.tensor(peer.run([["ab ac ad", "ba " * 30]], 2, results=True)["results"]))
+        peer.close()
+    *found, rounded, exact = results
+    assert (rounded - exact).abs().max() > 1e-4
+    if found and name != "openvino":  # which has float32 on a CPU without instructions for it
+        assert (found[0] - exact).abs().max() > 1e-4
+    for each in found:
+        torch.testing.assert_close(each, rounded, rtol=0, atol=peers.TOLERANCES["bfloat16"])
+
+
 def test_the_shapes_are_models_with_the_tokenizer_and_pooling_of_another(model, tmp_path):
     like = shutil.copytree(model, tmp_path / "like")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ab", "ac"]
