@@ -151,13 +151,19 @@ template <class Arithmetic, class T> struct lhs_block {
   int64_t row_size() const { return row_major ? RowStride<Arithmetic> : Arithmetic::KC; }
   bool direct(int64_t r) const { return unpacked && r + Arithmetic::MR <= rows; }
 
-  // Called for each tile in order: packs the rows of this tile, or of several. `held` is the number of k blocks that
+  // Called for each tile in order: packs the rows of this tile, or of several, and prefetches those of a tile that is
+  // packed next, as hardware prefetchers do not follow rows that are pages apart. `held` is the number of k blocks that
   // are packed already.
   FASTLM_INLINE void pack(int64_t r, const k_block& block, int64_t held) const {
-    const bool row_by_row = row_major && a.stride != 1;
-    if (direct(r) || !(row_by_row || r % (PanelsPackedTogether * PanelRows) == 0)) return;
-    const int64_t some = std::min(row_by_row ? Arithmetic::MR : PanelsPackedTogether * PanelRows, rows - r);
-    float* to = packed + (held * padded() + r) * row_size();
+    if (direct(r)) return;
+    const int64_t together = row_major && a.stride != 1 ? Arithmetic::MR : PanelsPackedTogether * PanelRows;
+    if (r % together == 0) pack(r, std::min(together, rows - r), block, packed + (held * padded() + r) * row_size());
+    if (const int64_t ahead = r + together; a.stride != 1 && ahead < rows) {
+      prefetcher next(a.from(ahead, block.first), std::min(Arithmetic::MR, rows - ahead), block.count);
+      next.fetch(next.lines());
+    }
+  }
+  FASTLM_INLINE void pack(int64_t r, int64_t some, const k_block& block, float* to) const {
     pack_lhs<Arithmetic>(a.from(r, block.first), some, block.count, row_major, to);
     if (!sums) return;
     if constexpr (Arithmetic::RowMajorOnly) add_row_sums<Arithmetic>(to, block.lanes, row_size(), some, sums + r);
