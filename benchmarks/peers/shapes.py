@@ -1,6 +1,6 @@
 """Directories of models with random weights, in shapes that people run, for a tokenizer that is at hand.
 
-A library's speed does not depend on the weights. All are BERT, which every peer can convert.
+A library's speed does not depend on the weights. Every peer can convert a BERT; not all of them a ModernBERT.
 """
 
 import json
@@ -11,13 +11,18 @@ from typing import Any
 import torch
 import transformers
 
-# What differs from BERT base. bge-m3 is an XLM-RoBERTa, which computes the same.
+# What differs from BERT base, or from ModernBERT base. bge-m3 is an XLM-RoBERTa, which computes the same.
 SHAPES: dict[str, dict[str, Any]] = {
     "bert-base": {},
     "bge-m3": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "reranker": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "modernbert": {},
 }
-MAX_LENGTHS = {"bert-base": 128, "bge-m3": 512, "reranker": 512}
+KINDS = {
+    "reranker": ("BertForSequenceClassification", "BertConfig"),
+    "modernbert": ("ModernBertModel", "ModernBertConfig"),
+}
+MAX_LENGTHS = {"bert-base": 128, "bge-m3": 512, "reranker": 512, "modernbert": 2048}
 
 
 def write(shape: str, like: Path, out: Path, **sizes: Any) -> Path:
@@ -28,10 +33,13 @@ def write(shape: str, like: Path, out: Path, **sizes: Any) -> Path:
     torch.manual_seed(0)
     names = ["input_ids", "attention_mask"]  # of both texts of a pair the same type
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(like), model_input_names=names)
-    described = {"position_embedding_type": "absolute"}  # CTranslate2's converter reads it
-    config = transformers.BertConfig(vocab_size=len(tokenizer), num_labels=1, **{**described, **SHAPES[shape], **sizes})
-    kind = transformers.BertForSequenceClassification if shape == "reranker" else transformers.BertModel
-    kind(config).save_pretrained(out)
+    kind, config = KINDS.get(shape, ("BertModel", "BertConfig"))
+    described: dict[str, Any] = {"position_embedding_type": "absolute"}  # CTranslate2's converter reads it
+    if shape == "modernbert":
+        ids = {"pad": tokenizer.pad_token_id, "cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id}
+        described = {f"{name}_token_id": i for name, i in {**ids, "bos": ids["cls"], "eos": ids["sep"]}.items()}
+    described |= {"vocab_size": len(tokenizer), "num_labels": 1, **SHAPES[shape], **sizes}
+    getattr(transformers, kind)(getattr(transformers, config)(**described)).save_pretrained(out)
     tokenizer.save_pretrained(out)
     shutil.copy(like / "modules.json", out)
     for module in json.loads((like / "modules.json").read_text(encoding="utf-8"))[1:]:
