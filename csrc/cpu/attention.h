@@ -3,8 +3,8 @@
 //
 // Forward 4·Tq·Tk·D FLOP per head, backward 10·Tq·Tk·D (five products, with the scores recomputed from lse); half of
 // that where causal. Reads Q, K, V once per chunk of up to 512 queries and writes O and lse: compute bound. Scores
-// exist for one tile of up to 256 keys × 48 queries at a time, in L1 and L2. Key blocks that no query of a tile
-// attends are skipped.
+// exist for one tile of up to 256 keys × 48 queries at a time, in L1 and L2. Keys at the ends of a block that no query
+// of a tile attends are skipped.
 // All products are computed transposed, scores as [key][query] and the output as [dim][query]: the tile is then the
 // second operand of each product as it is, the softmax needs no sums across lanes, and rescaling is one multiplication
 // per vector. Q, K, V and the results are strided views, which are packed as they are read (gemm.h), a key block once
@@ -39,11 +39,12 @@ template <class Arithmetic> void multiply_rows(int64_t rows, int64_t dim, const 
                                     c + r * width, width, false, chain);
 }
 
-// c[row][query] += Σ_d a(row, d)·b[d][query] over d < depth, for an a of pack_transposed, whose rows
-// have `packed` lanes.
-template <class Arithmetic> void add_transposed(int64_t rows, int64_t depth, int64_t packed, const float* a,
-                                                const float* b, float* c, int64_t width) {
+// c[row][query] += Σ_d a(row, first + d)·b[d][query] over d < depth, for an a of pack_transposed, whose rows have
+// `packed` lanes.
+template <class Arithmetic> void add_transposed(int64_t rows, int64_t first, int64_t depth, int64_t packed,
+                                                const float* a, const float* b, float* c, int64_t width) {
   constexpr bool AsRows = Arithmetic::RowMajorOnly;
+  a += first * (AsRows ? 1 : PanelRows);
   for (int64_t r = 0; r < rows; r += Arithmetic::MR)
     multiply_tile<Arithmetic, AsRows>(width / vec::Lanes, depth, a + r / PanelRows * PanelRows * packed + r % PanelRows,
                                       AsRows ? packed : PanelRows, b, width, c + r * width, width, true);
@@ -234,8 +235,9 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
                        dim, width, packed_q + from * depth);
     }
 
-    for (int64_t k0 = mask.first_key(q0); k0 < mask.end_key(q1, size.key_len); k0 += KeyBlock) {
-      const int64_t keys = std::min(KeyBlock, size.key_len - k0);
+    const int64_t end_key = mask.end_key(q1, size.key_len);
+    for (int64_t k0 = mask.first_key(q0); k0 < end_key; k0 += KeyBlock) {
+      const int64_t keys = std::min(KeyBlock, end_key - k0);
       const T* v = value.at(batch, kv_head, k0);
       const int64_t num_nonfinite = find_nonfinite_rows(v, value.row(), keys, dim, nonfinite);
       copy_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, keys, dim, copied, k_rows);
@@ -243,10 +245,11 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t from = panels.begin(p) * L, width = panels.begin(p + 1) * L - from;
         const int64_t count = std::min(width, queries - from);
-        const tile_position at{batch, head, q0 + from, count, k0, mask.visible_keys(q0 + from + count, k0, keys)};
-        if (!mask.intersects(at.query, at.query + at.queries, k0, k0 + at.keys)) continue;
+        const auto [first, visible] = mask.visible_keys(q0 + from, q0 + from + count, k0, keys);
+        const tile_position at{batch, head, q0 + from, count, k0 + first, visible};
+        if (!mask.intersects(at.query, at.query + at.queries, at.key, at.key + at.keys)) continue;
         float* o = acc + from * padded;
-        multiply_rows<arithmetic>(at.keys, dim, k_rows, packed_q + from * depth, tile, width);
+        multiply_rows<arithmetic>(at.keys, dim, k_rows + first * copied, packed_q + from * depth, tile, width);
         const float scale = mask_scores(mask, at, tile, width, extra);
         with_vecs(width / L, [=](auto vecs) {
           online_softmax<vecs>(tile, scale, at.keys, row_max + from, row_sum + from, rescale + from);
@@ -262,10 +265,11 @@ void attention_forward(heads_view<const T> all_query, heads_view<const T> all_ke
             (vec::load(tile + i, full{}) * vec::load(extra + i, full{})).store(tile + i, full{});
           });
         }
-        if (num_nonfinite) add_nonfinite(v, value.row(), at.keys, dim, nonfinite, tile, width, o);
+        if (num_nonfinite)
+          add_nonfinite(v + first * value.row(), value.row(), at.keys, dim, nonfinite + first, tile, width, o);
         pair_rows<arithmetic>(tile, at.keys, width);
-        add_transposed<arithmetic>(dim, packed_depth<arithmetic>(at.keys), packed_depth<arithmetic>(keys), packed_v,
-                                   tile, o, width);
+        add_transposed<arithmetic>(dim, first / arithmetic::PerLane, packed_depth<arithmetic>(at.keys),
+                                   packed_depth<arithmetic>(keys), packed_v, tile, o, width);
       }
     }
 

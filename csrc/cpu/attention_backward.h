@@ -144,10 +144,10 @@ void exact_deltas(heads_view<const T> dout, heads_view<const T> query, heads_vie
   pack<arithmetic>(operand<T>{query.at(batch, head, from), query.row(), 1}, queries, dim, width, packed_q);
   pack<arithmetic>(operand<T>{dout.at(batch, head, from), dout.row(), 1}, queries, dim, width, packed_g);
   for (int64_t k0 = mask.first_key(from); k0 < mask.end_key(from + queries, size.key_len); k0 += KeyBlock) {
-    const tile_position at{batch,   head, from,
-                           queries, k0,   mask.visible_keys(from + queries, k0, std::min(KeyBlock, size.key_len - k0))};
-    copy_rows<arithmetic>(operand<T>{key.at(batch, kv_head, k0), key.row(), 1}, at.keys, dim, copied, k_rows);
-    copy_rows<arithmetic>(operand<T>{value.at(batch, kv_head, k0), value.row(), 1}, at.keys, dim, copied, v_rows);
+    const auto [first, visible] = mask.visible_keys(from, from + queries, k0, std::min(KeyBlock, size.key_len - k0));
+    const tile_position at{batch, head, from, queries, k0 + first, visible};
+    copy_rows<arithmetic>(operand<T>{key.at(batch, kv_head, at.key), key.row(), 1}, at.keys, dim, copied, k_rows);
+    copy_rows<arithmetic>(operand<T>{value.at(batch, kv_head, at.key), value.row(), 1}, at.keys, dim, copied, v_rows);
     multiply_rows<arithmetic>(at.keys, dim, k_rows, packed_q, scores, width);
     multiply_rows<arithmetic>(at.keys, dim, v_rows, packed_g, dscores, width, DeltaChain);
     const float scale = mask_scores(mask, at, scores, width, extra);
@@ -309,8 +309,9 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
         for (int64_t p = 0; p < panels.count; ++p) {
           const int64_t from = panels.begin(p) * L, width = panels.begin(p + 1) * L - from,
                         queries = std::min(width, query_len - from);
-          const tile_position at{batch, head, from, queries, k0, mask.visible_keys(from + queries, k0, keys)};
-          if (!mask.intersects(from, from + queries, k0, k0 + at.keys)) continue;
+          const auto [first, visible] = mask.visible_keys(from, from + queries, k0, keys);
+          const tile_position at{batch, head, from, queries, k0 + first, visible};
+          if (!mask.intersects(from, from + queries, at.key, at.key + at.keys)) continue;
           const T *q = query.at(batch, head, from), *g = dout.at(batch, head, from);
           const int64_t slot = keep_panels ? group_head * panels.count + p : 0;
           float* packed_q = packed + slot * panel_size;
@@ -325,8 +326,8 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
             ready[slot] = 1;
           }
 
-          multiply_rows<arithmetic>(at.keys, dim, k_rows, packed_q, scores, width);
-          multiply_rows<arithmetic>(at.keys, dim, v_rows, packed_g, dscores, width, DeltaChain);
+          multiply_rows<arithmetic>(at.keys, dim, k_rows + first * copied, packed_q, scores, width);
+          multiply_rows<arithmetic>(at.keys, dim, v_rows + first * copied, packed_g, dscores, width, DeltaChain);
           const float scale = mask_scores(mask, at, scores, width, extra, slopes);
           if (mask.drop.active()) dropout_tile(mask.drop, at, size.num_heads, extra, width);
           const float *keep = mask.drop.active() ? extra : nullptr, *row_lse = lse + first_row + from,
@@ -337,12 +338,13 @@ void attention_backward(heads_view<const T> all_dout, heads_view<const T> all_qu
           if (grad.dmask) add_mask_gradient(dscores, width, at, grad.dmask, grad.dmask_strides);
           if (slopes) multiply_slopes(slopes, at.keys * width, dscores);
           add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(scores, at.keys, width, paired),
-                                       query_major_g, padded_width, dv);
+                                       query_major_g, padded_width, dv + first * padded_width);
           add_over_queries<arithmetic>(at.keys, queries, query_pairs<arithmetic>(dscores, at.keys, width, paired),
-                                       query_major_q, padded_width, dk);
+                                       query_major_q, padded_width, dk + first * padded_width);
           pair_rows<arithmetic>(dscores, at.keys, width);
-          add_transposed<arithmetic>(dim, packed_depth<arithmetic>(at.keys), packed_depth<arithmetic>(keys),
-                                     transposed_k, dscores, dquery(group_head) + from * padded, width);
+          add_transposed<arithmetic>(dim, first / arithmetic::PerLane, packed_depth<arithmetic>(at.keys),
+                                     packed_depth<arithmetic>(keys), transposed_k, dscores,
+                                     dquery(group_head) + from * padded, width);
         }
       }
       for (int64_t j = 0; j < keys; ++j) {

@@ -12,7 +12,8 @@
 
 namespace fastlm {
 
-inline constexpr int64_t KeyBlock = 256;  // keys per tile; a multiple of 64, as a dropout group must not span two tiles
+inline constexpr int64_t DropoutGroup = 64;  // keys whose words are computed together, which no two tiles may share
+inline constexpr int64_t KeyBlock = 4 * DropoutGroup;       // keys per tile, at most
 inline constexpr int64_t QueryPanel = NRVecs * vec::Lanes;  // queries per tile, at most
 
 enum class mask_type { none = 0, boolean = 1, additive = 2, additive_fp32 = 3 };
@@ -40,9 +41,19 @@ template <class T> struct masking {
   bool contains(int64_t q0, int64_t q1, int64_t k0, int64_t k1) const {
     return k0 - (q1 - 1) >= lower && k1 - 1 - q0 <= upper;
   }
-  int64_t first_key(int64_t q0) const { return std::max<int64_t>(0, q0 + std::max(lower, -q0)) / KeyBlock * KeyBlock; }
+  // The first key that the band lets a query from q0 on attend, in whole dropout groups, and the end of what those
+  // before q1 attend.
+  int64_t first_key(int64_t q0) const {
+    return std::max<int64_t>(0, q0 + std::max(lower, -q0)) / DropoutGroup * DropoutGroup;
+  }
   int64_t end_key(int64_t q1, int64_t key_len) const {
     return upper >= key_len ? key_len : std::min(key_len, q1 + upper);
+  }
+  // The keys of the block [k0, k0 + keys) that the band lets any of the queries [q0, q1) attend, in whole dropout
+  // groups and register tiles: the first, counted from k0, and their number, which is 0 or less if there is none.
+  std::array<int64_t, 2> visible_keys(int64_t q0, int64_t q1, int64_t k0, int64_t keys) const {
+    const int64_t first = std::clamp<int64_t>(first_key(q0) - k0, 0, keys);
+    return {first, visible_keys(q1, k0, keys) - first};
   }
   // The number of keys from k0 on, in whole register tiles, that the band lets any query before q1 attend.
   int64_t visible_keys(int64_t q1, int64_t k0, int64_t keys) const {
@@ -168,14 +179,14 @@ template <class T> float mask_scores(const masking<T>& m, const tile_position& a
 inline void dropout_tile(const dropout& drop, const tile_position& at, int64_t num_heads, float* factors,
                          int64_t width) {
   const uvec batch_head = uvec::all(uint32_t(at.batch * num_heads + at.head));
-  for (int64_t group = 0; group * 64 < at.keys; ++group)
+  for (int64_t group = 0; group * DropoutGroup < at.keys; ++group)
     for (int64_t column = 0; column < 16; ++column)
       for (int64_t i = 0; i < width; i += vec::Lanes) {
         uvec words[4];
-        philox(uvec::all(uint32_t((at.key / 64 + group) * 16 + column)),
+        philox(uvec::all(uint32_t((at.key / DropoutGroup + group) * 16 + column)),
                uvec::all(uint32_t(at.query + i)) + uvec::iota(), batch_head, drop.seed, words);
         for (int64_t word = 0; word < 4; ++word) {
-          const int64_t j = group * 64 + word * 16 + column;
+          const int64_t j = group * DropoutGroup + word * 16 + column;
           if (j < at.keys)
             select(words[word] >= uvec::all(drop.threshold), vec::all(drop.scale), vec::zero())
                 .store(factors + j * width + i, full{});
