@@ -100,6 +100,34 @@ def test_the_shapes_are_models_with_the_tokenizer_and_pooling_of_another(model, 
         assert names == ["input_ids", "attention_mask"]  # what every library is given
 
 
+class Answers:
+    """In place of a Peer: by batch size, its seconds and the only number of its results."""
+
+    def __init__(self, name, answers):
+        self.name, self.answers, self.described = name, answers, {"batches": [*answers]}
+
+    def run(self, calls, batch, query, results=False):
+        seconds, value = self.answers[batch]
+        return {"seconds": seconds, "results": [[value] for texts in calls for _ in texts]}
+
+
+def test_a_batch_size_with_other_results_is_not_taken():
+    nan = float("nan")
+    answers = {
+        "fastlm_encode": {1024: (1.0, 1.0), 4096: (2.0, 1.0)},
+        "pytorch": {1: (5.0, 1.0), 8: (4.0, 1.00001)},
+        "openvino": {1: (3.0, 1.0), 8: (2.0, nan), 32: (1.0, 1.1)},
+        "onnxruntime": {1: (3.0, nan), 8: (2.0, 1.5)},
+    }
+    running = [Answers(*each) for each in answers.items()]
+    rows = peers.compare(running, "queries", "sorted", [["a", "b"]], None, 0.0, 1e-4)
+    batches = {row.peer: row.batch for row in rows}
+    assert batches == {"fastlm_encode": 1024, "pytorch": 8, "openvino": 1, "onnxruntime": 8}
+    found = {row.peer: (row.speedup.median, row.difference) for row in rows}
+    assert found["openvino"] == (3.0, 0.0) and found["onnxruntime"] == (2.0, 0.5)
+    assert [row.texts_per_second for row in rows] == [2.0, 0.5, 2 / 3, 1.0]
+
+
 def test_a_library_that_fails_says_why(tmp_path):
     peer = peers.Peer("pytorch", tmp_path, 1)
     assert "failed" in peer.described
