@@ -119,7 +119,7 @@ def test_bench_training_step_at_several_recompute_levels(small_cases, monkeypatc
         ),
         (
             ["--operators", "accelerated", "--case", "falcon"],
-            "case: expected a comma-separated list of encoding, bert, gpt2, .*, modernbert_documents, got 'falcon'",
+            "case: expected a comma-separated list of encoding, bert, gpt2, .*, contrastive_mini_batches, got 'falcon'",
         ),
         (["--operators", "accelerated"], r"checkpoint: expected the folder of a sentence encoder .*, got None"),
         (

@@ -79,7 +79,7 @@ TRITON = [
 PICKED = {
     "adamw.h:4:drop term:3": "h.lr * h.weight_decay",  # the decoupled weight decay
     "attention_backward.h:3:drop term:15": "d[v]",  # the gradient of the softmax
-    "attention_mask.h:8:flip comparison:8": "vec::all(last)",  # the lower edge of the mask
+    "attention_mask.h:9:flip comparison:8": "vec::all(last)",  # the lower edge of the mask
     "linear_cross_entropy.h:0:drop term:19": "share",  # the target and label smoothing
     "linear_cross_entropy.h:0:flip comparison:2": "ce.ignore_index",
     "residual_norm.h:4:drop term:1": "part * stride",  # the partial sums of all parts

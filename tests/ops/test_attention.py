@@ -53,6 +53,41 @@ def test_windows(lengths, causal, window, dtype, backend):
     )
 
 
+@on_backends("cpu", "torch")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal, window", [(False, (64, 64)), (True, (20, None)), (False, (130, 7))], ids=str)
+@pytest.mark.parametrize("lengths", [(300, 300), (130, 411)], ids=str)
+def test_windows_of_a_part_of_the_keys(lengths, causal, window, dtype, backend):
+    """Tiles of queries whose windows begin and end anywhere in a block of keys."""
+    assert_within_twice_torch(
+        lambda *t: fastlm.attention(*t, causal=causal, window=window, backend=backend),
+        torch_own(seen(*lengths, causal, window)),
+        qkv(1, 2, 1, *lengths, 24),
+        dtype,
+    )
+
+
+@on_backends("cpu")
+@pytest.mark.parametrize("window", [(64, 64), (20, 0), (130, 7)], ids=str)
+def test_dropout_and_masked_values_under_a_window(window, backend):
+    """Weights are dropped as in the reference; what no query of a tile attends reaches no result."""
+
+    def results(backend, masked_value):
+        q, k, v = qkv(1, 2, 1, 150, 411, 24)
+        hidden = torch.zeros(411, dtype=torch.bool)
+        hidden[: 411 - 150 - window[0]] = True  # before all windows
+        leaves = [q, k.masked_fill(hidden[:, None], masked_value), v.masked_fill(hidden[:, None], masked_value)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        torch.manual_seed(5)
+        out = fastlm.attention(*leaves, window=window, dropout_p=0.3, backend=backend)
+        return out.detach(), *torch.autograd.grad(out, leaves, floats(*out.shape))
+
+    expected = results("reference", 0.0)
+    for masked_value in (0.0, *NON_FINITE):
+        for found, reference in zip(results(backend, masked_value), expected, strict=True):
+            torch.testing.assert_close(found, reference)
+
+
 def test_grouped_queries_without_pytorchs_native_support(monkeypatch):
     def run():
         ours = lambda *t: fastlm.attention(*t, causal=True, backend="torch")  # noqa: E731
