@@ -96,7 +96,7 @@ def main(
     shape: Annotated[
         str | None,
         typer.Option(
-            help=f"Random weights of this shape in place of the model's: {', '.join(SHAPES)}, which scores pairs."
+            help=f"Random weights of this shape in place of the model's: {', '.join(SHAPES)} (which scores pairs)."
         ),
     ] = None,
     number: Annotated[int | None, typer.Option(help="Number of texts; default: that of the profile.")] = None,

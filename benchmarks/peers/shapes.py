@@ -15,8 +15,8 @@ import transformers
 SHAPES: dict[str, dict[str, Any]] = {
     "bert-base": {},
     "bge-m3": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    "reranker": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "modernbert": {},
+    "reranker": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
 KINDS = {
     "reranker": ("BertForSequenceClassification", "BertConfig"),
