@@ -14,7 +14,6 @@ from fastlm.integrations.encoding.settings import from_directory
 from fastlm.integrations.encoding.tokens import load_tokenizer
 
 BATCHES = (1, 8, 32, 64)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Run(Protocol):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 import fastlm
-from benchmarks.peers.common import DTYPES, Run
+from benchmarks.peers.common import Run
 from benchmarks.peers.shapes import is_reranker
+from fastlm.benchmarking.compare import DTYPES
 from fastlm.integrations.encoding.settings import from_directory
 
 PACKAGE = "fastlm"

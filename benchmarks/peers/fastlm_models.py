@@ -5,8 +5,9 @@ from pathlib import Path
 from torch import Tensor
 
 import fastlm
-from benchmarks.peers.common import DTYPES, Run
+from benchmarks.peers.common import Run
 from benchmarks.peers.shapes import is_reranker
+from fastlm.benchmarking.compare import DTYPES
 from fastlm.integrations.encoding.settings import from_directory
 from fastlm.integrations.encoding.tokens import load_tokenizer
 

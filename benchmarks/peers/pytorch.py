@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-from benchmarks.peers.common import BATCHES, DTYPES, Run, in_batches  # noqa: F401
+from benchmarks.peers.common import BATCHES, Run, in_batches  # noqa: F401
+from fastlm.benchmarking.compare import DTYPES
 
 PACKAGE = "torch"
 OPTIONS = "eager, SDPA, inference_mode"

@@ -16,8 +16,17 @@ from fastlm.core.modules import submodules
 from fastlm.integrations.encoding.schedule import Item
 from fastlm.models.encoder import Encoder
 
-# What transformers calls from a tokenizer's __call__ to its backend in Rust, in versions 4 and 5.
-CALLED = ("__call__", "_call_one", "batch_encode_plus", "_batch_encode_plus", "_encode_plus", "_switch_to_input_mode")
+# What transformers calls between a tokenizer's __call__ and its result, in versions 4 and 5.
+CALLED = (
+    "__call__",
+    "_call_one",
+    "batch_encode_plus",
+    "_batch_encode_plus",
+    "_encode_plus",
+    "_switch_to_input_mode",
+    "set_truncation_and_padding",
+    "_convert_encoding",
+)
 # What is read for each token: a name in transformers, and its name in the backend.
 FEATURES = {"input_ids": "ids", "token_type_ids": "type_ids"}
 LARGEST_LENGTH = 2**31 - 1  # tokenizers without a limit have 10^30
