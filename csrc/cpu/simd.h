@@ -6,6 +6,8 @@
 //   vec     fp32 lanes: zero, all, iota, load, store (fp32, bf16 and fp16 in memory), arithmetic, sqrt, sum, max_lane
 //   uvec    the same number of 32-bit unsigned integers
 //   lanes   one truth value per lane: comparisons, &, |, select
+//   quad    four consecutive fp32 values: load, all(i) for the vec of one of them. A register that is shuffled with 8
+//           lanes, otherwise their address
 //   transpose(vec[Lanes])
 //   FusesMultiplyAdd: whether fma rounds once
 //   rounded(vec): the same value, which the compiler does not fuse with an addition that follows; no instruction

@@ -108,6 +108,17 @@ struct vec {
   }
 };
 
+struct quad {
+  __m256 v;
+  static quad load(const float* p) { return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))}; }
+  FASTLM_INLINE vec all(int64_t i) const {  // the shuffle's operand is a constant once the caller's loop is unrolled
+    return {i == 0   ? _mm256_permute_ps(v, 0x00)
+            : i == 1 ? _mm256_permute_ps(v, 0x55)
+            : i == 2 ? _mm256_permute_ps(v, 0xaa)
+                     : _mm256_permute_ps(v, 0xff)};
+  }
+};
+
 FASTLM_INLINE vec fma(vec a, vec b, vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FASTLM_INLINE vec max(vec a, vec b) { return {_mm256_max_ps(a.v, b.v)}; }  // b where either is NaN
 FASTLM_INLINE vec min(vec a, vec b) { return {_mm256_min_ps(a.v, b.v)}; }

@@ -86,6 +86,12 @@ struct vec {
   }
 };
 
+struct quad {
+  const float* p;
+  static quad load(const float* p) { return {p}; }
+  vec all(int64_t i) const { return vec::all(p[i]); }
+};
+
 FASTLM_INLINE vec fma(vec a, vec b, vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FASTLM_INLINE vec max(vec a, vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
 FASTLM_INLINE vec min(vec a, vec b) { return {_mm512_min_ps(a.v, b.v)}; }

@@ -116,6 +116,12 @@ struct vec {
   }
 };
 
+struct quad {
+  const float* p;
+  static quad load(const float* p) { return {p}; }
+  vec all(int64_t i) const { return vec::all(p[i]); }
+};
+
 FASTLM_INLINE vec fma(vec a, vec b, vec c) { return {a.v * b.v + c.v}; }  // rounds once where the target has FMA
 FASTLM_INLINE vec sqrt(vec a) {
   return {float4{__builtin_sqrtf(a.v[0]), __builtin_sqrtf(a.v[1]), __builtin_sqrtf(a.v[2]), __builtin_sqrtf(a.v[3])}};
