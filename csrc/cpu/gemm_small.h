@@ -123,7 +123,7 @@ template <class Arithmetic, class T> bool rows_in_lanes(int64_t m, int64_t k, op
   constexpr bool Direct = LanesAreMemory<Arithmetic, T>;
   if constexpr (!FusesMultiplyAdd) return false;
   const int64_t vecs = ceil_div(m, L), most_vecs = L > 8 && !Direct ? 2 : NRVecs;
-  const int64_t least_eighths = L == 8 ? (vecs == 1 ? 4 : 6) : Direct ? 6 : 7;
+  const int64_t least_eighths = L == 8 ? (vecs == 1 ? 1 : 6) : Direct ? 6 : 7;
   if (b.stride == 1 || vecs > most_vecs) return false;
   if (Direct && (b.stride % Per != 0 || k % Per != 0 || reinterpret_cast<uintptr_t>(b.data) % 4 != 0)) return false;
   return m > MaxTransposedRows || 8 * m >= least_eighths * vecs * L;
