@@ -10,7 +10,7 @@ from tests.mutation.mutation import Mutation
 
 FILES = {
     r"/simd|/vmath|/intrinsics\.cuh|/vec\.cuh": "instructions, on which every test of an operator runs",
-    r"amx": "instructions that are not those of the mutants",
+    r"amx|/gemm_small_lanes\.h": "instructions that are not those of the mutants",
     r"/peak\.h|cpu_features|device\.": "measures or describes the machine, and computes nothing",
     r"/launch\.(cuh|py)|/plan\.py|/copies\.py|/interpreter\.py": "launches",
     r"/configs\.py|/sizes\.py|/__init__\.py": "the sizes of tiles",
@@ -25,7 +25,7 @@ STATEMENTS = {
     r": nullptr;": "a bound of what is read, for the sanitizers",
     r"launch": "how kernels are launched",
     r"is_cuda": "on a GPU only, where no mutant runs",
-    r"in_lanes|multiply_columns": "only with a fused multiply-add, which the instruction set of the mutants lacks",
+    r"in_lanes": "only with a fused multiply-add, which the instruction set of the mutants lacks",
     r"max_of_splits = ": "the maximum only keeps exponentials in range",
     r"^active$": "dropout of nothing, where none is",
     r"scratch|make_buffer|padded|reserve|resize|aligned|alloc": "the size and the layout of working memory",
