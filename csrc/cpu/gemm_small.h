@@ -178,7 +178,7 @@ void gemm_small_m(int64_t m, int64_t n, int64_t k, operand<TA> a, const operands
       std::all_of(b.begin(), b.end(), [=](auto source) { return rows_in_lanes<Arithmetic>(m, k, source); });
   const int64_t width = ceil_div(m, L) * L;
   float* packed_a = scratch(depth.blocks * Arithmetic::KC * (in_lanes ? width : m));
-  if (in_lanes) pack<Arithmetic>(a, m, k, width, packed_a);
+  if (in_lanes) pack_rows_in_lanes<Arithmetic>(a, m, k, packed_a);
   for (int64_t block = 0; block < (in_lanes ? 0 : depth.blocks); ++block)
     for (int64_t r = 0; r < m; ++r)
       for (int64_t d = 0; d < ceil_div(depth.begin(block + 1) - depth.begin(block), RegisterDepth) * RegisterDepth;

@@ -51,8 +51,11 @@ FEW_ROWS = [
     (44, 64, 31),
     (48, 65, 17),
     (49, 17, 130),
+    (56, 200, 35),
     (64, 1000, 3),
     (65, 63, 1000),
+    (72, 390, 50),
+    (73, 65, 48),
 ]
 
 
@@ -92,11 +95,12 @@ def test_few_rows_are_as_close_to_float64_as_torch(rows, width, out, layout, dty
 @pytest.mark.parametrize(
     "few, width, out",
     [
-        ((1, 3, 4, 8, 9, 11, 12, 13, 14, 16, 17, 18, 24, 25, 32, 33, 36, 44, 48), 422, 300),
+        ((1, 3, 4, 8, 9, 11, 12, 13, 14, 16, 17, 18, 24, 25, 32, 33, 36, 44, 48, 49, 65, 72, 73), 422, 300),
         ((1, 8, 16, 24), 421, 37),
         ((23, 24), 11000, 3),
+        ((40, 64), 2100, 31),
     ],
-    ids=["rows", "odd", "depth"],
+    ids=["rows", "odd", "depth", "groups"],
 )
 def test_the_bits_of_a_row_do_not_depend_on_other_rows(few, width, out, layout, dtype, backend):
     """Small-M products have another algorithm with the same sums.
@@ -104,7 +108,7 @@ def test_the_bits_of_a_row_do_not_depend_on_other_rows(few, width, out, layout, 
     For the gradient of the weight, rows whose upstream gradient is 0 stand for missing rows.
     """
     x, w, b, dy = (
-        t.to(dtype) for t in (floats(70, width), weight_for((70, width), out, layout), floats(out), floats(70, out))
+        t.to(dtype) for t in (floats(100, width), weight_for((100, width), out, layout), floats(out), floats(100, out))
     )
     y, dx, *_ = gradients((x, w, b), dy, backend, layout)
     for rows in few:
@@ -117,7 +121,7 @@ def test_the_bits_of_a_row_do_not_depend_on_other_rows(few, width, out, layout, 
 
 @on_backends("cpu")
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-@pytest.mark.parametrize("rows", [1, 16, 30])
+@pytest.mark.parametrize("rows", [1, 16, 30, 60])
 def test_same_bits_of_few_rows_on_every_number_of_threads(rows, layout, backend):
     x, w, b, dy = floats(rows, 300), weight_for((rows, 300), 1111, layout), floats(1111), floats(rows, 1111)
     before, outcomes = torch.get_num_threads(), []
