@@ -64,6 +64,8 @@ def test_a_library_computes_the_scores_of_pytorch(model, name, tmp_path):
     torch.testing.assert_close(*found, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["fastlm_encode", *peers.OTHERS])
 def test_a_library_computes_in_bfloat16(model, name):
     if name in peers.PEERS and peers.missing(name):

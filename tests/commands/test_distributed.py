@@ -142,6 +142,7 @@ def test_a_process_that_does_not_answer_ends_the_run(given, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_adapters(tmp_path):
     """In two processes; --resume in one."""
     pytest.importorskip("peft", reason="pip install 'fastlm[test]'")

@@ -297,7 +297,7 @@ def test_damaged_partial_results_and_two_processes(model, file, tmp_path):
     assert "continues after" in run(*command)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_process_that_is_stopped_can_be_continued(model, tmp_path, number):
     found = texts(10_000, longest=12)  # for more than a second, after which results are saved
     written(tmp_path / "a.txt", "\n".join(found))

@@ -297,6 +297,7 @@ def wait_for(running, condition, deadline=120):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_at_twenty_moments(text_file, tmp_path):
     """Half of them while a checkpoint is written, half at any time."""
     settings = [*TINY, "--dropout", 0.1, "--threads", 1, "--eval-every", 10**6, "--checkpoint-every", 5]

@@ -100,7 +100,7 @@ def test_four_processes_train_as_one(four, job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 3, pytest.param(4, marks=pytest.mark.nightly)])
 def test_any_number_of_processes_trains_as_one(folder, count):
     run_in(count, folder, *ALL)
     for job in ALL:
@@ -134,6 +134,7 @@ def test_four_processes_go_on_to_the_same_bits(folder, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_parts_are_cut_again_for_another_number_of_processes(folder):
     stops = {2: 5, 3: 10, 4: 15}
     for count, stop in stops.items():
@@ -163,6 +164,7 @@ def test_adapters(folder, count):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_adapters_go_on_with_another_number_of_processes(folder):
     """The checkpoints have the merged model."""
     pytest.importorskip("peft", reason="pip install 'fastlm[test]'")
