@@ -55,7 +55,7 @@ template <class T> struct lane_columns {
 
 // sums (Columns × Vecs·Lanes) = b·rows, or += where `accumulate`, in one chain of multiply-adds over the lanes of k:
 // rows[d] holds the lanes d of all rows. With Widen, each Line of the columns is widened while the one before is
-// multiplied.
+// multiplied; without, the lanes are B's memory or were widened for a group of rows before.
 template <class Arithmetic, int Columns, int Vecs, bool Widen, class T>
 FASTLM_INLINE void multiply_columns(const lane_columns<T>& of, const float* rows, float* sums, bool accumulate) {
   using accumulator = typename Arithmetic::accumulator;
