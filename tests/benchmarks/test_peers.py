@@ -20,6 +20,8 @@ from tests.encoding.support import save
 
 LIBRARIES = ["fastlm_encode", "pytorch", *peers.PEERS]
 SMALL = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 50}
+TEXTS = [["ab ac ad"], ["", "ba " * 30]]
+PAIRED = [["ab ac ad", "ba " * 30, "ca"]]
 
 
 @pytest.fixture(scope="module")
@@ -35,33 +37,42 @@ def test_the_profiles_have_different_lengths():
     assert all(len(set(make(number))) == number for make, number in PROFILES.values())
 
 
-@pytest.mark.parametrize("name", [*LIBRARIES, "fastlm_models"])
-def test_a_library_computes_the_embeddings_of_pytorch(model, name):
-    if name in peers.PEERS and peers.missing(name):
+def results_of(library, directory, calls, query=None):
+    if library in peers.PEERS and peers.missing(library):
         pytest.skip("pip install '.[peers]'")
-    texts = ["ab ac ad", "", "ba " * 30]
-    found = []
-    for library in (name, "pytorch"):
-        peer = peers.Peer(library, model, 1)
-        assert peer.described["version"] and peer.described["options"], peer.described
-        found.append(torch.tensor(peer.run([texts[:1], texts[1:]], 2, results=True)["results"]))
-        peer.close()
-        assert peer.process.returncode == 0
-    torch.testing.assert_close(*found, rtol=0, atol=2e-5)
+    peer = peers.Peer(library, directory, 1)
+    assert "failed" not in peer.described and peer.described["version"] and peer.described["options"], peer.described
+    results = torch.tensor(peer.run(calls, 2, query, results=True)["results"])
+    peer.close()
+    assert peer.process.returncode == 0
+    return results
 
 
-@pytest.mark.parametrize("name", ["fastlm_encode", *peers.OTHERS])
-def test_a_library_computes_the_scores_of_pytorch(model, name, tmp_path):
-    if name in peers.PEERS and peers.missing(name):
-        pytest.skip("pip install '.[peers]'")
-    directory, found = write("reranker", model, tmp_path / "reranker", **SMALL), []
-    for library in (name, "pytorch"):
-        peer = peers.Peer(library, directory, 1)
-        assert "failed" not in peer.described, peer.described
-        found.append(torch.tensor(peer.run([["ab ac ad", "ba " * 30, "ca"]], 2, QUERY, results=True)["results"]))
-        peer.close()
-    assert found[0].shape == (3,) and found[0].std() > 1e-5
-    torch.testing.assert_close(*found, rtol=0, atol=2e-5)
+@pytest.fixture(scope="module")
+def embeddings(model):
+    return results_of("pytorch", model, TEXTS)
+
+
+@pytest.mark.parametrize("name", ["fastlm_encode", "fastlm_models", *peers.PEERS])
+def test_a_library_computes_the_embeddings_of_pytorch(model, embeddings, name):
+    assert embeddings.shape == (3, 36) and embeddings.std() > 1e-2
+    torch.testing.assert_close(results_of(name, model, TEXTS), embeddings, rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def reranker(model, tmp_path_factory):
+    return write("reranker", model, tmp_path_factory.mktemp("reranker"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def scores(reranker):
+    return results_of("pytorch", reranker, PAIRED, QUERY)
+
+
+@pytest.mark.parametrize("name", [name for name in ("fastlm_encode", *peers.OTHERS) if name != "pytorch"])
+def test_a_library_computes_the_scores_of_pytorch(reranker, scores, name):
+    assert scores.shape == (3,) and scores.std() > 1e-5
+    torch.testing.assert_close(results_of(name, reranker, PAIRED, QUERY), scores, rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
