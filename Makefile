@@ -151,7 +151,7 @@ wheel: .venv/with-wheels
 wheel-arm: .venv/with-wheels
 	tests/build/wheels.sh aarch64 $(ARGS)
 
-# More of everything that .ci/run checks: all configurations and cases, generated mutants, each instruction set. Runs on
+# More of everything that .ci/run checks: all configurations and cases, mutants, each instruction set. Runs on
 # a clean clone of the last commit and takes hours. STAGES=wheel selects by a pattern.
 nightly:
 	.ci/run nightly $(STAGES)

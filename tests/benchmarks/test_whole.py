@@ -24,7 +24,9 @@ WORK = {"dtype": "float32", "number_of_threads": 1, "subject": dataclasses.asdic
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "subject, dtype", [(GPT, "float32"), (BERT, "bfloat16"), (LLAMA, "float32")], ids=["GPT-2", "BERT", "Llama"]
+    "subject, dtype",
+    [(GPT, "float32"), (BERT, "bfloat16"), pytest.param(LLAMA, "float32", marks=pytest.mark.nightly)],
+    ids=["GPT-2", "BERT", "Llama"],
 )
 def test_steps_are_compared_between_processes(subject, dtype, monkeypatch):
     peaks = {torch.float32: 1e9, torch.bfloat16: 1e8}

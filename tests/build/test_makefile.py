@@ -130,7 +130,7 @@ def test_hangs(i):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["", "-n 2 --dist worksteal"])
+@pytest.mark.parametrize("workers", [pytest.param("", marks=pytest.mark.nightly), "-n 2 --dist worksteal"])
 def test_interrupted_tests_leave_a_report(workers, make, tmp_path):
     """pytest itself writes it, even if its workers hang; and each test has a line as soon as it is over."""
     (tmp_path / "test_it.py").write_text(HANGS)

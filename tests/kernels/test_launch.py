@@ -23,7 +23,7 @@ from tests.support import WITH_TRITON
 HERE = Path(__file__).parent
 
 pytestmark = [
-    pytest.mark.slow,  # compiles every kernel
+    pytest.mark.nightly,  # compiles every kernel
     pytest.mark.skipif(not WITH_TRITON, reason="needs Triton"),
     pytest.mark.skipif(platform.system() != "Linux" or shutil.which("gcc") is None, reason="needs gcc, on Linux"),
     pytest.mark.skipif(torch.version.hip is not None, reason="PyTorch for ROCm launches another way"),

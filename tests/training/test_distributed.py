@@ -100,7 +100,7 @@ def test_four_processes_train_as_one(four, job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.nightly) for count in (3, 4))])
 def test_any_number_of_processes_trains_as_one(folder, count):
     run_in(count, folder, *ALL)
     for job in ALL:
@@ -123,7 +123,7 @@ def test_other_models(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp"])
 def test_four_processes_go_on_to_the_same_bits(folder, kind):
     """The order of sums is the same after a restart."""
     run_in(4, folder, f"chained,{kind},0,whole", f"chained,{kind},7,parts")
@@ -147,7 +147,7 @@ def test_parts_are_cut_again_for_another_number_of_processes(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.nightly), 3])
 def test_adapters(folder, count):
     pytest.importorskip("peft", reason="pip install 'fastlm[test]'")
     jobs = [f"adapted,{kind}" for kind in cases.KINDS]

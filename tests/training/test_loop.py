@@ -119,6 +119,7 @@ def test_bfloat16_has_float32_weights_and_a_similar_loss(trained, small, corpus)
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_bfloat16_loss_curve_equals_that_of_the_baseline(small, corpus):
     """Validation losses differ from the baseline's by less than its standard deviation between seeds."""
     settings = dataclasses.replace(small, dtype="bf16", steps=40, eval_every=20)
