@@ -96,7 +96,7 @@ gpu-bench: gpu-build
 	  || echo "the measurements: exit status $$?" >> $(OUT)/failed; } | tee $(OUT)/bench.txt
 	@! cat $(OUT)/failed 2> /dev/null
 
-# Both without a GPU, with a substitute for the driver; prints the seconds of each step. ARGS=gpu-bench runs one.
+# Both without a GPU, on a stub of the driver; prints the seconds of each step. ARGS=gpu-bench runs one.
 gpu-rehearsal: .venv/with-test
 	$(BIN)/python -m tests.kernels.rehearsal $(ARGS)
 
@@ -151,8 +151,8 @@ wheel: .venv/with-wheels
 wheel-arm: .venv/with-wheels
 	tests/build/wheels.sh aarch64 $(ARGS)
 
-# More of everything that .ci/run checks: all configurations and cases, mutants, each instruction set. Runs on
-# a clean clone of the last commit and takes hours. STAGES=wheel selects by a pattern.
+# More of everything that .ci/run checks: all configurations and cases, mutants, each instruction set. Runs on a clean
+# clone of the last commit and takes hours. STAGES=wheel selects by a pattern.
 nightly:
 	.ci/run nightly $(STAGES)
 

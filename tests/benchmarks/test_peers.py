@@ -69,13 +69,12 @@ def scores(reranker):
     return results_of("pytorch", reranker, PAIRED, QUERY)
 
 
-@pytest.mark.parametrize("name", [name for name in ("fastlm_encode", *peers.OTHERS) if name != "pytorch"])
+@pytest.mark.parametrize("name", ["fastlm_encode", *peers.OTHERS])
 def test_a_library_computes_the_scores_of_pytorch(reranker, scores, name):
     assert scores.shape == (3,) and scores.std() > 1e-5
     torch.testing.assert_close(results_of(name, reranker, PAIRED, QUERY), scores, rtol=0, atol=2e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["fastlm_encode", *peers.OTHERS])
 def test_a_library_computes_in_bfloat16(model, name):
@@ -146,7 +145,6 @@ def test_a_library_that_fails_says_why(tmp_path):
     assert "failed" in peer.described
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_pairs_are_measured(model):
     command = [sys.executable, "-m", "benchmarks.peers", "--model", str(model), "--seconds", "0", "--threads", "1"]

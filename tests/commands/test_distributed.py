@@ -141,7 +141,6 @@ def test_a_process_that_does_not_answer_ends_the_run(given, tmp_path):
     assert code == 1 and re.fullmatch(LOST.replace("20", "3"), errors), errors
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_adapters(tmp_path):
     """In two processes; --resume in one."""

@@ -296,7 +296,6 @@ def wait_for(running, condition, deadline=120):
         time.sleep(0.0005)
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_killed_at_twenty_moments(text_file, tmp_path):
     """Half of them while a checkpoint is written, half at any time."""

@@ -100,7 +100,9 @@ def test_four_processes_train_as_one(four, job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.nightly) for count in (3, 4))])
+@pytest.mark.parametrize(
+    "count", [2, pytest.param(3, marks=pytest.mark.nightly), pytest.param(4, marks=pytest.mark.nightly)]
+)
 def test_any_number_of_processes_trains_as_one(folder, count):
     run_in(count, folder, *ALL)
     for job in ALL:
@@ -123,7 +125,7 @@ def test_other_models(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp"])
+@pytest.mark.parametrize("kind", cases.KINDS)
 def test_four_processes_go_on_to_the_same_bits(folder, kind):
     """The order of sums is the same after a restart."""
     run_in(4, folder, f"chained,{kind},0,whole", f"chained,{kind},7,parts")
@@ -133,7 +135,6 @@ def test_four_processes_go_on_to_the_same_bits(folder, kind):
     assert all(torch.equal(x, expected["weights"][name]) for name, x in found["weights"].items())
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_parts_are_cut_again_for_another_number_of_processes(folder):
     stops = {2: 5, 3: 10, 4: 15}
@@ -163,7 +164,6 @@ def test_adapters(folder, count):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_adapters_go_on_with_another_number_of_processes(folder):
     """The checkpoints have the merged model."""

@@ -118,7 +118,6 @@ def test_bfloat16_has_float32_weights_and_a_similar_loss(trained, small, corpus)
     )  # one rounding to bfloat16: 2^-9, about 0.005
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_bfloat16_loss_curve_equals_that_of_the_baseline(small, corpus):
     """Validation losses differ from the baseline's by less than its standard deviation between seeds."""
